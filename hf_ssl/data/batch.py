@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loader hands to the trainer: uint8 pixels and what was drawn for them."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ssl.views import Crops, ViewParameters, ViewPreset, crop, draw
+
+SMALL = 96
+"""Images of one size up to this side are cropped on the model's device, larger ones in the loader."""
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A micro-batch of one process. Legend: B batch, C channels, H, W sides.
+
+    Attributes:
+        images: (B, C, H, W) uint8, or the crops of stage one.
+        parameters: what `views.apply` needs to finish the views.
+        sample_index: (B,) int64 row numbers; None for a stream.
+        broken: "where: reason" for each image that could not be read and was replaced or skipped.
+        position: after this batch, of a stream of this process, in terms that JSON knows; else None.
+    """
+
+    images: Tensor | Crops
+    parameters: ViewParameters
+    sample_index: Tensor | None = None
+    broken: list[str] = field(default_factory=list)
+    position: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __getitem__(self, samples: slice) -> "LoadedBatch":
+        """Some of the images, as views of this batch's memory."""
+        images = self.images
+        if isinstance(images, Crops):
+            local = None if images.local_crops is None else images.local_crops[samples]
+            part: Tensor | Crops = Crops(images.global_crops[samples], local)
+        else:
+            part = images[samples]
+        index = None if self.sample_index is None else self.sample_index[samples]
+        return LoadedBatch(part, self.parameters[samples], index, self.broken, self.position)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LoadedBatch":
+        index = self.sample_index
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            parameters=self.parameters.to(device, non_blocking=non_blocking),
+            sample_index=None if index is None else index.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "LoadedBatch":
+        index = self.sample_index
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            parameters=self.parameters.pin_memory(),
+            sample_index=None if index is None else index.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker hands on in place of a batch when it cannot go on.
+
+    Were it raised there, it would arrive here wrapped in the text of the worker's traceback.
+    """
+
+    reason: str
+
+
+def assemble(
+    images: list[Tensor] | Tensor, seeds: np.ndarray, preset: ViewPreset, *, small: bool, **rest: Any
+) -> LoadedBatch:
+    """Draws the parameters of a batch, and crops unless that is left to the device.
+
+    Args:
+        images: B tensors (C, H, W) uint8, or one (B, C, H, W).
+        seeds: (B,) uint64.
+        preset: the views.
+        small: whether this data set's images are small and of one size. A batch that is not as expected is
+            cropped here all the same.
+        rest: further fields of `LoadedBatch`.
+    """
+    sizes = np.array([tuple(image.shape[1:]) for image in images])
+    parameters = draw(seeds, preset, sizes)
+    if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
+        whole = torch.stack(images) if isinstance(images, list) else images
+        return LoadedBatch(whole, parameters, **rest)
+    return LoadedBatch(crop(list(images), parameters), parameters, **rest)

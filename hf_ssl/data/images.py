@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of map-style data to pixels, from their encoded bytes or from a store of decoded images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_ssl.data.batch import SMALL
+from hf_ssl.data.broken import UnreadableData
+from hf_ssl.data.columns import encoded_images
+from hf_ssl.data.decode import BrokenImage, Encoded, decode
+from hf_ssl.data.sources import Source
+
+_PROBED = 64
+
+
+def decode_or_reason(image: Encoded, channels: int) -> Tensor | BrokenImage:
+    """(C, H, W) uint8, or why there is none."""
+    try:
+        return decode(image.read(), channels)
+    except BrokenImage as error:
+        return error
+
+
+def message(place: str, image: Encoded, reason: object) -> str:
+    """What is said about a broken image: where it is, and what is the matter."""
+    return f"{place}{f' ({image.path})' if image.path else ''}: {reason}"
+
+
+class EncodedRows:
+    """The images of map-style data, read in batches and decoded each time."""
+
+    def __init__(self, source: Source, channels: int) -> None:
+        if not isinstance(source.dataset, Dataset):
+            raise TypeError(f"expected map-style data, got the stream {source.description}")
+        self.table = source.dataset.select_columns([source.image_column]).with_format("arrow")
+        self.channels = channels
+        self.description = source.description
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def encoded(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
+        return encoded_images(self.table[rows])
+
+    def read(self, rows: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
+        """Decodes rows.
+
+        Returns:
+            (C, H, W) uint8 tensors, empty ones (C, 0, 0) where the image is broken; and position in `rows` ->
+            message.
+        """
+        images: list[Tensor] = []
+        broken: dict[int, str] = {}
+        for position, image in enumerate(self.encoded(rows)):
+            pixels = decode_or_reason(image, self.channels)
+            if isinstance(pixels, BrokenImage):
+                broken[position] = message(f"{self.description} row {rows[position]}", image, pixels)
+                pixels = torch.empty(self.channels, 0, 0, dtype=torch.uint8)
+            images.append(pixels)
+        return images, broken
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a look at some images shows.
+
+    Attributes:
+        size: (H, W) if all that could be read have it, else None.
+    """
+
+    size: tuple[int, int] | None
+
+    @property
+    def small(self) -> bool:
+        return self.size is not None and max(self.size) <= SMALL
+
+
+def probe(source: Source, channels: int) -> Probe:
+    """Looks at 64 images of map-style data, spread evenly. Raises UserError if none of them can be read."""
+    key = ("probe", channels)
+    if key not in source.stores:
+        rows = EncodedRows(source, channels)
+        chosen = np.unique(np.linspace(0, len(rows) - 1, _PROBED).astype(np.int64))
+        images, broken = rows.read(chosen)
+        source.stores[key] = probe_images(images, list(broken.values()), source.description)
+    return source.stores[key]
+
+
+def probe_images(images: list[Tensor], broken: list[str], description: str) -> Probe:
+    """As `probe`, for images that were read, of which broken ones are empty."""
+    sizes = {(image.shape[1], image.shape[2]) for image in images if image.numel()}
+    if not sizes:
+        raise UnreadableData(f"none of the images tried in {description} can be read; one is {broken[0]}")
+    return Probe(sizes.pop() if len(sizes) == 1 else None)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader of training data."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from hf_ssl.data.batch import Failure, LoadedBatch
+from hf_ssl.data.broken import delivered
+from hf_ssl.data.config import DataConfig
+from hf_ssl.data.images import EncodedRows, probe
+from hf_ssl.data.map_style import MapBatches
+from hf_ssl.data.ordering import RowBatches, Share
+from hf_ssl.data.sources import Source
+from hf_ssl.data.store import decoded_rows
+from hf_ssl.data.stream import ShardedRows
+from hf_ssl.data.stream_loader import Layout, StreamBatches, StreamLoader, start_position
+from hf_ssl.errors import UserError
+from hf_ssl.views import ViewPreset
+
+logger = logging.getLogger(__name__)
+
+
+def train_loader(
+    source: Source,
+    preset: ViewPreset,
+    *,
+    config: DataConfig,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    position: dict[str, Any] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> "DataLoader[LoadedBatch]":
+    """Makes the loader of one process. It shuffles, splits and seeds by itself: do not let accelerate prepare
+    it.
+
+    Map-style, each `iter(loader)` is one pass of `len(loader)` batches, the next `iter` the next pass. Batch
+    b of a run is a pure function of the seed and b. To resume after b micro-batches, either start with
+    `start_batch=b` (the first `iter` yields the rest of that pass), or start at 0, call `set_epoch` and skip,
+    as transformers' Trainer does.
+
+    A stream is endless, and goes on where it was with each `iter(loader)`. It has a length only where its
+    number of rows is known; then one `iter` is about one pass. To resume, give the `position` of the last
+    batch that was used.
+
+    Args:
+        source: from `open_source`.
+        preset: the views that are to be made.
+        config: how to read (`channels`, `cache`, `shuffle_window`, `open_shards`).
+        seed: of the run.
+        batch_size: images in a micro-batch of this process.
+        rank, world_size: this process and the number of processes.
+        start_batch: micro-batches of this process that were done before (map-style).
+        position: of a stream.
+        num_workers: results do not depend on it (for a stream the order does).
+        pin_memory: for copies to an accelerator that do not wait.
+
+    Raises:
+        UserError: fewer images than a batch, no image that can be read, sizes that differ where a cache needs
+            one.
+    """
+    preset.check(config.channels)
+    share = Share(seed % 2**64, batch_size, rank, world_size)
+    options: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": _unchanged,
+        "generator": _own_generator(),
+    }
+    if source.streaming:
+        return _stream_loader(source, preset, config, share, start_batch, position, options)
+    return _map_loader(source, preset, config, share, start_batch, options)
+
+
+def _map_loader(
+    source: Source,
+    preset: ViewPreset,
+    config: DataConfig,
+    share: Share,
+    start_batch: int,
+    options: dict[str, Any],
+) -> "MapLoader":
+    needed = share.batch_size * share.world_size
+    if source.num_rows is None or source.num_rows < needed:
+        raise UserError(
+            f"expected at least one batch of {needed} images ({share.world_size} x {share.batch_size}), got "
+            f"{source.num_rows} images in {source.description}"
+        )
+    small = probe(source, config.channels).small
+    decoded = decoded_rows(source, config.channels, config.cache, shared=share.world_size > 1)
+    rows = EncodedRows(source, config.channels) if decoded is None else decoded
+    options["batch_sampler"] = RowBatches(len(rows), share, start_batch)
+    options["persistent_workers"] = options["num_workers"] > 0
+    return MapLoader(MapBatches(rows, preset, share.seed, small), **options)
+
+
+class MapLoader(DataLoader[LoadedBatch]):
+    """A loader that can be told which pass it is in (transformers' Trainer does, on resuming)."""
+
+    def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
+        return map(delivered, super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        cast(RowBatches, self.batch_sampler).set_epoch(epoch)
+
+
+def _stream_loader(
+    source: Source,
+    preset: ViewPreset,
+    config: DataConfig,
+    share: Share,
+    start_batch: int,
+    position: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> StreamLoader:
+    rows = ShardedRows(source, config.open_shards)
+    readers = max(1, options["num_workers"])
+    layout = Layout(
+        share.seed,
+        share.rank,
+        share.world_size,
+        readers,
+        rows.count,
+        config.shuffle_window,
+        config.open_shards,
+    )
+    if position is None and start_batch:
+        logger.warning("the stream starts anew after %d batches: no position was saved", start_batch)
+    start = start_position(position, layout)
+    batches = StreamBatches(rows, preset, share, config.channels, config.shuffle_window, start)
+    length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
+    return StreamLoader(batches, layout, length, **options)
+
+
+def _unchanged(batch: LoadedBatch | Failure) -> LoadedBatch | Failure:
+    return batch
+
+
+def _own_generator() -> torch.Generator:
+    """torch draws a seed for its workers, which nothing here uses, from the global generator or this one."""
+    return torch.Generator().manual_seed(0)

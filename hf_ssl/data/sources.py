@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a set of images, wherever it is, as a Hugging Face data set with one column of encoded images."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets.packaged_modules.cache.cache import Cache
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from hf_ssl.data.columns import find_image_column, find_label_column
+from hf_ssl.data.config import DataConfig
+from hf_ssl.data.digits import digits
+from hf_ssl.data.location import Location, fingerprint, locate
+from hf_ssl.data.ordering import permutation
+from hf_ssl.errors import UserError
+
+_SHARD_ROWS = 256  # of data that can be read anywhere and are therefore cut as we like
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images that can be read.
+
+    Attributes:
+        dataset: with all its columns; images are not decoded (`{"bytes", "path"}`). A stream is cut into as
+            many shards as its files allow (Parquet: one for each row group).
+        image_column: where the images are.
+        label_column: where the classes are, if they were asked for.
+        class_names: of a ClassLabel column, if labels were asked for.
+        streaming: whether `dataset` is an IterableDataset.
+        num_rows: None where a stream does not say.
+        revision: the commit on the Hub, else a fingerprint of the data.
+        description: path and split, for messages and cards.
+        whole_shards: reading one row of a shard brings the whole shard into memory anyway, or costs nothing.
+        stores: decoded images, kept here so that each loader over this source finds them.
+    """
+
+    dataset: Dataset | IterableDataset
+    image_column: str
+    label_column: str | None
+    class_names: list[str] | None
+    streaming: bool
+    num_rows: int | None
+    revision: str
+    description: str
+    whole_shards: bool = True
+    stores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+def open_source(
+    config: DataConfig, split: str | None = None, *, streaming: bool | None = None, labels: bool = False
+) -> Source:
+    """Opens one split.
+
+    Args:
+        config: says where the images are.
+        split: None for `config.split`.
+        streaming: None for `config.streaming`.
+        labels: whether a column of classes is needed.
+
+    Raises:
+        UserError: no such path, data set, configuration or split; it cannot be reached; no or several columns
+            to choose from; no rows.
+    """
+    config.check()
+    split = config.split if split is None else split
+    streaming = config.streaming if streaming is None else streaming
+    location = locate(config.path)
+    where = f"{config.path} ({split})"
+    if location.kind == "digits":
+        opened, revision = _digits(split, streaming), f"scikit-learn {_sklearn_version()}"
+    else:
+        builder = _builder(location, config)
+        _check_split(builder, split, streaming, config.path)
+        with _Explained(config.path):
+            opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
+        revision = str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
+    dataset = opened.dataset
+    features = dataset.features
+    if features is None:
+        raise UserError(f"the columns of {where} are not known before it is read: use data.streaming=false")
+    image_column = find_image_column(features, config.image_column, where)
+    label_column = find_label_column(features, config.label_column, where) if labels else None
+    if isinstance(features[image_column], Image):
+        dataset = dataset.cast_column(image_column, Image(decode=False))
+    num_rows = opened.num_rows
+    if num_rows == 0:
+        raise UserError(f"there are no images in {where}")
+    if config.max_images is not None and num_rows is not None and isinstance(dataset, Dataset):
+        dataset = dataset.select(np.sort(permutation(num_rows, 0)[: config.max_images]))
+        num_rows = len(dataset)
+    return Source(
+        dataset=dataset,
+        image_column=image_column,
+        label_column=label_column,
+        class_names=_class_names(features[label_column]) if label_column is not None else None,
+        streaming=streaming,
+        num_rows=num_rows,
+        revision=revision,
+        description=where,
+        whole_shards=opened.whole_shards,
+    )
+
+
+class _Opened(NamedTuple):
+    dataset: Dataset | IterableDataset
+    num_rows: int | None
+    whole_shards: bool
+
+
+def _builder(location: Location, config: DataConfig) -> DatasetBuilder:
+    arguments: dict[str, Any] = {"name": config.name}
+    if location.files:
+        arguments["data_files"] = list(location.files)
+    if location.kind == "hub":
+        arguments["revision"] = config.revision
+    with _Explained(config.path):
+        return load_dataset_builder(location.loader, **arguments)
+
+
+def _check_split(builder: DatasetBuilder, split: str, streaming: bool, path: str) -> None:
+    known = builder.config.data_files or builder.info.splits
+    names = [str(name) for name in known] if known else []
+    unknown = [name for name in _split_names(split) if names and name not in names]
+    if unknown:
+        raise UserError(f"{path} has no split {unknown[0]!r}; its splits are {', '.join(names)}")
+    if streaming and _split_names(split) != [split]:
+        raise UserError(f"a part or a sum of splits needs data.streaming=false, got {split!r} of {path}")
+
+
+def _split_names(split: str) -> list[str]:
+    """["train", "test"] for "train[:10%]+test"."""
+    return [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]
+
+
+def _table(builder: DatasetBuilder, split: str) -> Dataset:
+    builder.download_and_prepare()
+    return cast(Dataset, builder.as_dataset(split))
+
+
+def _mapped(table: Dataset) -> _Opened:
+    return _Opened(table, len(table), True)
+
+
+def _cut(table: Dataset) -> _Opened:
+    """A stream of data that can be read anywhere, in as many shards as we like."""
+    shards = max(1, len(table) // _SHARD_ROWS)
+    return _Opened(table.to_iterable_dataset(num_shards=shards), len(table), True)
+
+
+def _stream(builder: DatasetBuilder, split: str) -> _Opened:
+    if isinstance(builder, FolderBasedBuilder):
+        return _cut(_shuffled(_file_list(builder, split)))
+    if isinstance(builder, Cache):  # the Hub is out of reach, but the data set was downloaded before
+        return _cut(_table(builder, split))
+    stream = cast(IterableDataset, builder.as_streaming_dataset(split))
+    return _Opened(stream.reshard(), _streamed_rows(builder, split), isinstance(builder, Parquet))
+
+
+def _streamed_rows(builder: DatasetBuilder, split: str) -> int | None:
+    """How many rows a stream has, if its files or the card on the Hub tell."""
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    if isinstance(builder, Parquet) and not any("://" in file for file in files):
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    splits = builder.info.splits
+    return splits[split].num_examples or None if splits is not None and split in splits else None
+
+
+def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:
+    """A folder of images as a list of files, each of which is read only when it is needed.
+
+    `datasets` streams a folder as one shard in the order of the file names, thus class by class, which can be
+    neither mixed nor divided.
+    """
+    files = [str(file) for file in (builder.config.data_files or {})[split]]
+    images = [file for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
+    if "://" in files[0] and len(images) == len(files):  # on the Hub, without an archive or other columns
+        return Dataset.from_dict({"image": images}).cast_column("image", Image(decode=False))
+    return _table(builder, split)
+
+
+def _shuffled(table: Dataset) -> Dataset:
+    return Dataset(table.with_format("arrow")[:].take(permutation(len(table), 0)), info=table.info)
+
+
+def _digits(split: str, streaming: bool) -> _Opened:
+    splits = digits()
+    if split not in splits:
+        raise UserError(f"digits has no split {split!r}; its splits are {', '.join(splits)}")
+    return _cut(splits[split]) if streaming else _mapped(splits[split])
+
+
+def _sklearn_version() -> str:
+    import sklearn
+
+    return sklearn.__version__
+
+
+def _fingerprint(builder: DatasetBuilder, split: str) -> str:
+    data_files = builder.config.data_files or {}
+    return fingerprint([str(file) for name in _split_names(split) for file in data_files[name]])
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    return feature.names if isinstance(feature, ClassLabel) else None
+
+
+class _Explained:
+    """Turns what `datasets` raises on data that it cannot find, reach or read into one sentence."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):
+            if isinstance(error, UserError):
+                return
+            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+            reason = str(cause or error).strip().split("\n")[0].rstrip(".")
+            raise UserError(f"data.path={self.path!r} cannot be opened: {reason}") from error

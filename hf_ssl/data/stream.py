@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream's order of rows: shards read in turn into a window that is shuffled, with a position small enough
+for JSON.
+
+The shards of a pass are put in random order and dealt out to *slots*: each loader worker of each process is
+one. A slot reads from some open shards in turn until a window is full, shuffles the window, and starts the
+next one; a window never spans two passes. All randomness is a function of the seed and of where the slot is,
+so a position is: pass, window, which shards are open and how many of their rows the windows before this one
+    took, and how many rows of this window were used. To resume, the window is
+read again.
+"""
+
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from datasets import IterableDataset
+
+from hf_ssl.data.broken import UnreadableData
+from hf_ssl.data.columns import encoded_images
+from hf_ssl.data.decode import Encoded
+from hf_ssl.data.ordering import permutation
+from hf_ssl.data.sources import Source
+from hf_ssl.errors import UserError
+
+_BLOCK_ROWS = 64  # rows read at once where a shard is a sequence
+_WHOLE_SHARD = 1 << 20
+_TURN_ROWS = 8  # rows taken from an open shard before it is the next one's turn
+_OPEN_BYTES = 1 << 30  # of the open shards of a slot together, as far as the first shard tells
+_SHARDS, _ROWS, _WINDOW = 1, 2, 3  # what a random order is for
+
+
+class Row(NamedTuple):
+    """An image of a stream, and where it was read."""
+
+    pass_number: int
+    shard: int
+    number: int
+    image: Encoded
+
+
+@dataclass
+class Place:
+    """Where a slot is: at the start of a window, and how much of it was used."""
+
+    pass_number: int = 0
+    window: int = 0
+    rows: int = 0
+    """Rows of this pass in earlier windows."""
+    next_shard: int = 0
+    """How many of the pass's shards were opened."""
+    open: list[list[int]] = field(default_factory=list)
+    """[shard, rows taken] of each open one, in turn."""
+    used: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ShardedRows:
+    """A stream's shards, each of which can be read from its beginning.
+
+    Args:
+        source: a stream.
+        open_shards: how many a slot may have open; fewer (but two) if the first shard shows that they would
+            take more than 1 GiB.
+
+    Raises:
+        UserError: the first shard holds nothing or cannot be read.
+    """
+
+    def __init__(self, source: Source, open_shards: int) -> None:
+        if not isinstance(source.dataset, IterableDataset):
+            raise TypeError(f"expected a stream, got the map-style data {source.description}")
+        self.dataset = source.dataset.select_columns([source.image_column]).with_format("arrow")
+        self.description = source.description
+        self.count: int = self.dataset.num_shards
+        self.block_rows = _WHOLE_SHARD if source.whole_shards else _BLOCK_ROWS
+        first = next(self.tables(0), None)
+        if first is None or not len(first):
+            raise UserError(f"there are no images in {source.description}")
+        self.first = encoded_images(first.slice(0, _BLOCK_ROWS))
+        self.open_shards = min(open_shards, max(2, _OPEN_BYTES // max(1, first.nbytes)))
+
+    def tables(self, shard: int) -> Iterator[pa.Table]:
+        """The shard's images, in blocks. Raises UserError where they cannot be read."""
+        try:
+            # `iter` does not divide a data set between torch's workers, `__iter__` does
+            yield from self.dataset.shard(self.count, shard).iter(batch_size=self.block_rows)
+        except (OSError, ValueError, EOFError, pa.ArrowException, tarfile.TarError) as error:
+            reason = str(error).split("\n")[0]
+            raise UnreadableData(f"shard {shard} of {self.description} cannot be read: {reason}") from error
+
+
+class OpenShard:
+    """Reads the rows of a shard that belong to a slot, each block of them in random order.
+
+    Args:
+        rows: all shards.
+        shard: number of this one.
+        pass_number: part of the rows' order.
+        seed: of the run.
+        every, offset: row i of the shard belongs to the slot if i % every == offset.
+        taken: rows to leave out at the beginning, because they were taken before.
+    """
+
+    def __init__(
+        self,
+        rows: ShardedRows,
+        shard: int,
+        pass_number: int,
+        seed: int,
+        every: int,
+        offset: int,
+        taken: int = 0,
+    ) -> None:
+        self.shard = shard
+        self.taken = 0
+        self._pass_number = pass_number
+        self._key = (seed, _ROWS, pass_number, shard)
+        self._every, self._offset = every, offset
+        self._tables = rows.tables(shard)
+        self._read = 0  # rows of the shard in all blocks so far, whosever they are
+        self._blocks = 0
+        self._block: deque[Row] = deque()
+        while self.taken < taken and self.take(taken - self.taken):
+            pass
+
+    def take(self, count: int) -> list[Row]:
+        """The next rows, at most `count`; none only when the shard is at its end."""
+        while not self._block:
+            if not self._load():
+                return []
+        rows = [self._block.popleft() for _ in range(min(count, len(self._block)))]
+        self.taken += len(rows)
+        return rows
+
+    def _load(self) -> bool:
+        table = next(self._tables, None)
+        if table is None:
+            return False
+        images = encoded_images(table)
+        own = range((self._offset - self._read) % self._every, len(images), self._every)
+        order = permutation(len(own), *self._key, self._blocks)
+        self._block.extend(
+            Row(self._pass_number, self.shard, self._read + own[i], images[own[i]]) for i in order.tolist()
+        )
+        self._read += len(images)
+        self._blocks += 1
+        return True
+
+
+class Slot:
+    """The endless rows of one loader worker of one process.
+
+    Args:
+        rows: all shards.
+        seed: of the run.
+        number: of this slot.
+        slots: how many there are. Where there are fewer shards, each slot reads all and keeps every so
+            manieth row.
+        window: rows that are shuffled together.
+        least: rows that a pass must have here: with fewer, an image would be in a batch twice.
+        place: where to begin.
+    """
+
+    def __init__(
+        self,
+        rows: ShardedRows,
+        seed: int,
+        number: int,
+        slots: int,
+        window: int,
+        least: int,
+        place: Place | None = None,
+    ) -> None:
+        self.place = place or Place()
+        self._rows = rows
+        self._seed = seed
+        self._number, self._slots = number, slots
+        self._window = window
+        self._least = least
+        self._upcoming = self.place
+        self._order = self._shard_order(self.place.pass_number)
+        self._open = [self._opened(shard, self.place.pass_number, taken) for shard, taken in self.place.open]
+
+    @property
+    def upcoming(self) -> Place:
+        """Where the next window starts."""
+        return self._upcoming
+
+    def next_window(self) -> list[Row]:
+        """The next rows, shuffled; afterwards `place` is where they start and `upcoming` where they end."""
+        while True:
+            start = self._upcoming
+            rows = self._fill(start)
+            if rows:
+                self.place = start
+                order = permutation(
+                    len(rows), self._seed, _WINDOW, start.pass_number, self._number, start.window
+                )
+                return [rows[i] for i in order.tolist()]
+            if start.rows < self._least:
+                raise UnreadableData(
+                    f"expected at least one batch of {self._least} images for each of {self._slots} readers "
+                    f"(processes x "
+                    f"loader workers), got {start.rows} for reader {self._number} of {self._rows.description}"
+                )
+            self._upcoming = Place(start.pass_number + 1)
+            self._order = self._shard_order(self._upcoming.pass_number)
+
+    def _fill(self, start: Place) -> list[Row]:
+        """The window's rows as they are read; none at the end of the pass. Moves `upcoming`."""
+        rows: list[Row] = []
+        next_shard, turn = start.next_shard, 0
+        while len(rows) < self._window:
+            while len(self._open) < self._rows.open_shards and next_shard < len(self._order):
+                self._open.append(self._opened(self._order[next_shard], start.pass_number))
+                next_shard += 1
+            if not self._open:
+                break
+            turn %= len(self._open)
+            taken = self._open[turn].take(min(_TURN_ROWS, self._window - len(rows)))
+            if taken:
+                rows += taken
+                turn += 1
+            else:
+                del self._open[turn]
+        still_open = [[shard.shard, shard.taken] for shard in self._open]
+        self._upcoming = Place(
+            start.pass_number, start.window + 1, start.rows + len(rows), next_shard, still_open
+        )
+        return rows
+
+    def _opened(self, shard: int, pass_number: int, taken: int = 0) -> OpenShard:
+        every, offset = (self._slots, self._number) if self._rows.count < self._slots else (1, 0)
+        return OpenShard(self._rows, shard, pass_number, self._seed, every, offset, taken)
+
+    def _shard_order(self, pass_number: int) -> list[int]:
+        order = permutation(self._rows.count, self._seed, _SHARDS, pass_number)
+        return (order if self._rows.count < self._slots else order[self._number :: self._slots]).tolist()

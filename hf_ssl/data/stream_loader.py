@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a stream, and where to go on after each of them."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hf_ssl import views
+from hf_ssl.data.batch import Failure, LoadedBatch, assemble
+from hf_ssl.data.broken import UnreadableData, delivered
+from hf_ssl.data.decode import BrokenImage, decode
+from hf_ssl.data.images import decode_or_reason, message, probe_images
+from hf_ssl.data.ordering import Share
+from hf_ssl.data.stream import Place, Row, ShardedRows, Slot
+from hf_ssl.views import ViewPreset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What has to be as it was for a stream to go on exactly."""
+
+    seed: int
+    rank: int
+    world_size: int
+    workers: int
+    shards: int
+    window: int
+    open_shards: int
+
+
+class StreamBatches(IterableDataset[LoadedBatch]):
+    """The batches of each loader worker; in which order they come is the business of `StreamLoader`.
+
+    Args:
+        rows: the shards.
+        preset: the views.
+        share: this process's.
+        channels: of the decoded images.
+        window: rows that are shuffled together.
+        position: see `StreamLoader`.
+    """
+
+    def __init__(
+        self,
+        rows: ShardedRows,
+        preset: ViewPreset,
+        share: Share,
+        channels: int,
+        window: int,
+        position: dict[str, Any],
+    ) -> None:
+        self.rows = rows
+        self.preset = preset
+        self.share = share
+        self.channels = channels
+        self.window = window
+        self.position = position
+        tried = [decode_or_reason(image, channels) for image in rows.first]
+        good = [image for image in tried if isinstance(image, Tensor)]
+        reasons = [str(image) for image in tried if isinstance(image, BrokenImage)]
+        self.small = probe_images(good, reasons, rows.description).small
+
+    def __iter__(self) -> Iterator[LoadedBatch | Failure]:  # type: ignore[override]
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        # torch asks worker 0 first, but the next batch of the run is that of the worker whose turn it was
+        reader = (worker + self.position["batches"]) % workers
+        place = Place(**self.position["readers"].get(str(reader), {}))
+        slot = Slot(
+            self.rows,
+            self.share.seed,
+            self.share.rank * workers + reader,
+            self.share.world_size * workers,
+            self.window,
+            self.share.batch_size,
+            place,
+        )
+        try:
+            yield from self._batches(slot, str(reader), place.used)
+        except UnreadableData as error:
+            yield Failure(str(error))
+
+    def _batches(self, slot: Slot, reader: str, used: int) -> Iterator[LoadedBatch]:
+        window: list[Row] = slot.next_window() if used else []
+        while True:
+            images: list[Tensor] = []
+            passes: list[int] = []
+            keys: list[int] = []
+            broken: list[str] = []
+            while len(images) < self.share.batch_size:
+                if used == len(window):
+                    window, used = slot.next_window(), 0
+                row = window[used]
+                used += 1
+                try:
+                    data = row.image.read()
+                    images.append(decode(data, self.channels))
+                except BrokenImage as error:
+                    where = f"{self.rows.description} shard {row.shard} row {row.number}"
+                    broken.append(message(where, row.image, error))
+                    continue
+                passes.append(row.pass_number)
+                keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+            place = replace(slot.place, used=used) if used < len(window) else slot.upcoming
+            seeds = views.seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
+            position = {"reader": reader, "place": place.state()}
+            yield assemble(images, seeds, self.preset, small=self.small, broken=broken, position=position)
+
+
+class StreamLoader(DataLoader[LoadedBatch]):
+    """Batches of a stream for ever, each with the position of all readers of this process after it.
+
+    `iter` goes on where the last one stopped. Where the number of rows is known, it ends with each
+    `len(self)` batches.
+
+    Args:
+        batches: the readers' batches.
+        layout: of the stream as it is read now.
+        length: batches of this process in a pass, if known.
+        options: for torch's loader.
+    """
+
+    def __init__(self, batches: StreamBatches, layout: Layout, length: int | None, **options: Any) -> None:
+        super().__init__(batches, batch_size=None, **options)
+        self.layout = layout
+        self.length = length
+        self._done: int = batches.position["batches"]
+        self._readers: dict[str, Any] = dict(batches.position["readers"])
+        self._running: Iterator[LoadedBatch] | None = None
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the length of this stream is not known")
+        return self.length
+
+    def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
+        if self._running is None:
+            self._running = map(delivered, super().__iter__())
+        end = None if self.length is None else (self._done // self.length + 1) * self.length
+        while self._done != end:
+            batch = next(self._running)
+            part = cast(dict[str, Any], batch.position)
+            self._done += 1
+            self._readers[part["reader"]] = part["place"]
+            position = {"batches": self._done, "layout": vars(self.layout), "readers": dict(self._readers)}
+            yield replace(batch, position=position)
+
+
+def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str, Any]:
+    """Where readers begin: where they were, if the stream is read as it was; else nearby, with a warning.
+
+    Returns:
+        {"batches": that this process did before, "readers": {number: state of its `Place`}}.
+    """
+    if position is None:
+        return {"batches": 0, "readers": {}}
+    if position["layout"] == vars(layout):
+        return position
+    changes = [
+        f"{name} {position['layout'].get(name)} -> {value}"
+        for name, value in vars(layout).items()
+        if position["layout"].get(name) != value
+    ]
+    logger.warning(
+        "the stream goes on nearby, not exactly where it was, because it is read in another way: %s",
+        ", ".join(changes),
+    )
+    places = [Place(**state) for state in position["readers"].values()]
+    pass_number = min((place.pass_number for place in places), default=0)
+    old_slots = position["layout"]["world_size"] * position["layout"]["workers"]
+    old = position["layout"]["shards"] / old_slots
+    finished = [
+        (place.next_shard - len(place.open)) / old for place in places if place.pass_number == pass_number
+    ]
+    share = min(1.0, sum(finished) / max(1, len(finished)))
+    shards = layout.shards // (layout.world_size * layout.workers)
+    place = Place(pass_number, next_shard=int(share * shards))
+    readers = {str(reader): place.state() for reader in range(layout.workers)}
+    return {"batches": position["batches"], "readers": readers}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe's section `evaluation`. Loads no torch: reading a recipe must not wait for it."""
+
+from dataclasses import dataclass, field
+
+from hf_ssl.errors import UserError
+
+# Half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo), and features differ as much in
+# size.
+LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+PRECISIONS = ("float32", "bfloat16", "float16")
+POOLINGS = ("auto", "pooler", "cls", "mean")
+
+
+@dataclass
+class EvaluationConfig:
+    """How an encoder is measured. Whoever opens the data applies path, splits, column and image numbers."""
+
+    path: str | None = None  # None: data.path
+    train_split: str = "train"
+    test_split: str = "test"
+    label_column: str | None = None  # None: found by its feature type
+    max_train_images: int | None = None
+    max_test_images: int | None = None
+    batch_size: int = 256  # images in one forward
+    precision: str = "float32"  # or bfloat16, float16: features computed under autocast
+    pooling: str = "auto"  # or pooler, cls, mean
+    neighbours: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
+    temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
+    few_labels: list[int] = field(default_factory=list)  # labels a class
+    draws: int = 20
+    linear: bool = True
+    linear_epochs: int = 100
+    linear_batch_size: int = 256
+    linear_standardize: bool = False  # see linear_probe
+    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+    baselines: bool = True  # the untrained encoder and raw pixels, by the same protocol
+    raw_pixel_size: int = 32
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UserError for a value that cannot be right, before any image is read."""
+        if self.train_split == self.test_split:
+            raise UserError(
+                f"evaluation: expected two splits, got train_split = test_split = {self.test_split!r}: "
+                "each test image would be its own nearest neighbour."
+            )
+        for key, value, allowed in (
+            ("precision", self.precision, PRECISIONS),
+            ("pooling", self.pooling, POOLINGS),
+        ):
+            if value not in allowed:
+                raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}.")
+        lists: dict[str, list[float]] = {
+            "neighbours": [*self.neighbours],
+            "temperatures": self.temperatures,
+            "learning_rates": self.learning_rates,
+        }
+        for key, values in lists.items():
+            if not values or min(values) <= 0:
+                raise UserError(
+                    f"evaluation.{key}: expected one positive number or more, got {list(values)}."
+                )
+        if self.few_labels and min(self.few_labels) <= 0:
+            raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}.")
+        numbers = {
+            "batch_size": self.batch_size,
+            "draws": self.draws,
+            "linear_epochs": self.linear_epochs,
+            "linear_batch_size": self.linear_batch_size,
+            "raw_pixel_size": self.raw_pixel_size,
+        }
+        for key, number in numbers.items():
+            if number <= 0:
+                raise UserError(f"evaluation.{key}: expected a positive number, got {number}.")

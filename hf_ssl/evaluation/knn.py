@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nearest-neighbour classification of features: nothing is trained, so the features alone are judged.
+
+Legend: M bank images, N queries, B queries in a chunk, D features, C classes, K neighbours.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_ssl.errors import UserError
+
+# A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
+QUERY_CHUNK, BANK_CHUNK = 1024, 65536
+
+
+class FewLabel(NamedTuple):
+    """Accuracy with few labels: mean and standard deviation (n - 1) over `draws` random labelled subsets."""
+
+    labels_per_class: int
+    mean: float
+    std: float
+    draws: int
+
+
+def as_labels(labels: Any, images: int, where: str) -> Tensor:
+    """int64 (N,) from an array, list or tensor of class numbers.
+
+    Raises:
+        UserError: their number differs from the number of images, or one is negative (no label).
+    """
+    tensor = torch.as_tensor(labels).long()
+    if tensor.shape != (images,):
+        raise UserError(
+            f"{where}: expected one label for each of {images} images, got {tuple(tensor.shape)}."
+        )
+    if images and int(tensor.min()) < 0:
+        raise UserError(
+            f"{where}: expected class numbers from 0, got {int(tensor.min())}: are all images labelled?"
+        )
+    return tensor
+
+
+def check_features(features: Tensor, where: str) -> None:
+    """Raises UserError for features that are not (N, D) with N > 0, or not finite (a run that diverged)."""
+    if features.ndim != 2 or len(features) == 0:
+        raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}.")
+    broken = int((~torch.isfinite(features).all(dim=1)).sum())
+    if broken:
+        raise UserError(
+            f"{where}: {broken} of {len(features)} images have features that are NaN or infinite."
+        )
+
+
+def nearest(
+    bank: Tensor,
+    queries: Tensor,
+    neighbours: int,
+    *,
+    query_chunk: int = QUERY_CHUNK,
+    bank_chunk: int = BANK_CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The `neighbours` bank rows of largest cosine for each query, best first: cosines and rows, both (N, K).
+
+    bank (M, D) and queries (N, D) must be L2-normalised float32; M >= neighbours.
+    """
+    cosines = queries.new_empty(len(queries), neighbours)
+    rows = torch.empty(len(queries), neighbours, dtype=torch.long, device=queries.device)
+    buffer = queries.new_empty(min(query_chunk, len(queries)) * min(bank_chunk, len(bank)))
+    for start in range(0, len(queries), query_chunk):
+        chunk = queries[start : start + query_chunk]
+        best, best_rows = [], []
+        for first in range(0, len(bank), bank_chunk):
+            part = bank[first : first + bank_chunk]
+            # One buffer for all chunks: fresh pages for each product cost a quarter of the time.
+            out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
+            torch.mm(chunk, part.T, out=out)
+            values, index = out.topk(min(neighbours, len(part)), dim=1)
+            best.append(values)
+            best_rows.append(index + first)
+        values, rank = torch.cat(best, dim=1).topk(neighbours, dim=1)
+        cosines[start : start + len(chunk)] = values
+        rows[start : start + len(chunk)] = torch.cat(best_rows, dim=1).gather(1, rank)
+    return cosines, rows
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    *,
+    neighbours: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
+    temperatures: Sequence[float] = (0.07, 0.1),
+    device: torch.device | str | None = None,
+) -> dict[tuple[int, float], float]:
+    """Accuracy of weighted k-nearest-neighbour votes, for every k and temperature, from one search.
+
+    Each of the k bank images of largest cosine votes for its class with exp(cosine / temperature); a tie goes
+    to the lower class number. Computed in float32.
+
+    Args:
+        train_features, train_labels: the bank, (M, D) and (M,).
+        test_features, test_labels: the queries, (N, D) and (N,).
+        neighbours: values of k, each at most M.
+        temperatures: positive.
+        device: where to compute; None: where the features are.
+
+    Returns:
+        {(k, temperature): accuracy in [0, 1]}.
+
+    Raises:
+        UserError: k or a temperature out of range, labels that do not fit, features that are not finite.
+
+    Source: Wu et al. 2018 (1805.01978), section 3.4; k and T of DINO's eval_knn.py (k 20, T 0.07
+    recommended). Deviation: the largest cosine is taken off before exp, which changes no vote and cannot
+    overflow.
+    """
+    check_features(train_features, "k-NN bank")
+    check_features(test_features, "k-NN queries")
+    counts = sorted(set(neighbours))
+    if not counts or counts[0] < 1 or counts[-1] > len(train_features):
+        raise UserError(
+            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbours)}."
+        )
+    if not temperatures or min(temperatures) <= 0:
+        raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}.")
+    device = torch.device(device) if device is not None else test_features.device
+    bank_labels = as_labels(train_labels, len(train_features), "k-NN bank").to(device)
+    query_labels = as_labels(test_labels, len(test_features), "k-NN queries").to(device)
+    bank, queries = _unit(train_features, device), _unit(test_features, device)
+
+    cosines, rows = nearest(bank, queries, counts[-1])
+    voters = bank_labels[rows]
+    classes = int(bank_labels.max()) + 1
+    return {
+        (count, temperature): accuracy
+        for temperature in temperatures
+        for count, accuracy in _votes(cosines, voters, query_labels, classes, counts, temperature).items()
+    }
+
+
+def _votes(
+    cosines: Tensor, voters: Tensor, labels: Tensor, classes: int, counts: list[int], temperature: float
+) -> dict[int, float]:
+    """{k: accuracy}: sorted neighbours make the scores for k those for the k before it and a few more."""
+    right = dict.fromkeys(counts, 0)
+    for start in range(0, len(labels), QUERY_CHUNK):
+        chunk = slice(start, start + QUERY_CHUNK)
+        weights = ((cosines[chunk] - cosines[chunk, :1]) / temperature).exp()
+        scores = weights.new_zeros(len(weights), classes)
+        done = 0
+        for count in counts:
+            scores.scatter_add_(1, voters[chunk, done:count], weights[:, done:count])
+            done = count
+            right[count] += int((scores.argmax(dim=1) == labels[chunk]).sum())
+    return {count: right[count] / len(labels) for count in counts}
+
+
+def few_label_knn(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    *,
+    labels_per_class: int,
+    draws: int = 20,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> FewLabel:
+    """Accuracy of the nearest of a few labelled images, over random balanced subsets.
+
+    The subsets depend on the labels, `labels_per_class`, `draws` and `seed` alone, so two encoders meet the
+    same ones.
+
+    Args:
+        train_features, train_labels: (M, D) and (M,), from which the labelled images are drawn without
+            replacement.
+        test_features, test_labels: (N, D) and (N,).
+        labels_per_class: images in each class of a subset.
+        draws: number of subsets.
+        seed: of a generator of its own: the global one is not touched.
+        device: where to compute; None: where the features are.
+
+    Raises:
+        UserError: a class has fewer images than `labels_per_class`, or as for `knn_accuracy`.
+    """
+    check_features(train_features, "few-label bank")
+    check_features(test_features, "few-label queries")
+    if labels_per_class < 1 or draws < 1:
+        raise UserError(
+            f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}."
+        )
+    device = torch.device(device) if device is not None else test_features.device
+    bank_labels = as_labels(train_labels, len(train_features), "few-label bank")
+    query_labels = as_labels(test_labels, len(test_features), "few-label queries").to(device)
+    bank, queries = _unit(train_features, device), _unit(test_features, device)
+
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.nonzero(bank_labels == number)[:, 0] for number in bank_labels.unique().tolist()]
+    smallest = min(len(rows) for rows in members)
+    if smallest < labels_per_class:
+        raise UserError(
+            f"few labels: expected {labels_per_class} images in each class, the smallest has {smallest}."
+        )
+    accuracies = []
+    for _ in range(draws):
+        chosen = [rows[torch.randperm(len(rows), generator=generator)[:labels_per_class]] for rows in members]
+        subset = torch.cat(chosen)
+        _, index = nearest(bank[subset.to(device)], queries, 1)
+        predicted = bank_labels[subset].to(device)[index[:, 0]]
+        accuracies.append(float((predicted == query_labels).double().mean()))
+    values = torch.tensor(accuracies, dtype=torch.float64)
+    return FewLabel(labels_per_class, float(values.mean()), float(values.std()) if draws > 1 else 0.0, draws)
+
+
+def _unit(features: Tensor, device: torch.device) -> Tensor:
+    return F.normalize(features.to(device=device, dtype=torch.float32), dim=1)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One protocol for every encoder: what is measured, on what, and the words that a card prints beside it."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NotRequired, Protocol, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.config import EvaluationConfig
+from hf_ssl.evaluation.features import (
+    Pooling,
+    evaluation_mode,
+    extract_features,
+    pixel_values,
+    pooling_rule,
+    raw_pixels,
+)
+from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
+from hf_ssl.evaluation.linear import linear_probe
+from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
+
+HEADLINE = (20, 0.07)  # the k and T that DINO recommends; the number that a card shows first
+STATISTICS_ROWS = 10_000  # uniformity compares every pair: the square of this
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LabelledImages(Protocol):
+    """What an evaluation needs of a data set; `hf_ssl.data.labelled_images` gives it.
+
+    Labels are read after the images, because an image that turns out broken takes its label with it.
+    """
+
+    @property
+    def labels(self) -> Any:
+        """Class numbers, int64 (N,)."""
+
+    def __len__(self) -> int: ...
+
+    def iter_batches(self, batch_size: int) -> Iterable[list[Tensor]]:
+        """Lists of uint8 tensors (C, H, W)."""
+
+
+class KnnResult(TypedDict):
+    """Headline accuracy, and a list of {neighbours, temperature, accuracy}, the whole grid."""
+
+    neighbours: int
+    temperature: float
+    accuracy: float
+    grid: list[dict[str, float]]
+
+
+class EncoderResult(TypedDict):
+    """What one encoder reached. Accuracies in [0, 1]. `protocol` says how, in words and numbers."""
+
+    protocol: dict[str, str]
+    images: dict[str, int]  # train, test
+    classes: int
+    feature_size: int
+    knn: KnnResult
+    linear: dict[str, Any] | None  # the fields of LinearProbe
+    few_labels: list[dict[str, float]]  # labels_per_class, mean, std, draws
+    skipped: list[str]  # what the data was too small for
+    statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
+    seconds: dict[str, float]
+    pooling: NotRequired[str]
+    image_size: NotRequired[int]
+
+
+def evaluate_encoder(
+    model: nn.Module,
+    processor: Any,
+    config: EvaluationConfig,
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    device: torch.device | str | None = None,
+    description: str | None = None,
+) -> EncoderResult:
+    """Measure a frozen encoder: weighted k-NN, few labels, linear probe, and how much of its space it uses.
+
+    Args:
+        model, processor: an encoder and its image processor, as `AutoModel` and `AutoImageProcessor` load
+            them.
+        config: checked here.
+        train, test: labelled images; the labels of `test` choose nothing.
+        device: where to compute; None: where the encoder is.
+        description: what the progress bars say; None: no bars.
+
+    Returns:
+        An `EncoderResult`, plain data fit for JSON.
+
+    Raises:
+        UserError: a setting, labels or features that cannot be used.
+    """
+    config.check()
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "features"):
+        bank, queries = (
+            extract_features(
+                model,
+                processor,
+                images.iter_batches(config.batch_size),
+                pooling=cast(Pooling, config.pooling),  # checked above; OmegaConf knows no Literal
+                device=device,
+                dtype=DTYPES[config.precision],
+                total=len(images),
+                description=None if description is None else f"{description}, {part} features",
+            )
+            for part, images in (("train", train), ("test", test))
+        )
+    rule, size = _seen(model, processor, test, device)
+    pooling = rule if config.pooling == "auto" else config.pooling
+    result = evaluate_features(config, bank, train.labels, queries, test.labels, device=device)
+    result["seconds"] = seconds | result["seconds"]
+    result["pooling"], result["image_size"] = pooling, size
+    words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
+    result["protocol"]["features"] = (
+        f"{words}, {result['feature_size']} numbers, images of {size} pixels, {config.precision}"
+    )
+    return result
+
+
+def evaluate_pixels(config: EvaluationConfig, train: LabelledImages, test: LabelledImages) -> EncoderResult:
+    """The same protocol for raw pixels (`raw_pixels`), without the linear probe."""
+    config.check()
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "features"):
+        bank, queries = (
+            raw_pixels(images.iter_batches(config.batch_size), config.raw_pixel_size, total=len(images))
+            for images in (train, test)
+        )
+    result = evaluate_features(config, bank, train.labels, queries, test.labels, linear=False)
+    result["seconds"] = seconds | result["seconds"]
+    side = config.raw_pixel_size
+    result["protocol"]["features"] = f"pixels at {side} x {side}, each image's own mean removed"
+    return result
+
+
+def evaluate_features(
+    config: EvaluationConfig,
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    *,
+    device: torch.device | str | None = None,
+    linear: bool = True,
+) -> EncoderResult:
+    """The protocol from features on: (M, D) and (N, D) float32, with labels (M,) and (N,).
+
+    Values of k above M, and numbers of labels above the smallest class, are left out and listed in `skipped`.
+    """
+    bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
+    query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
+    bank, queries = len(train_features), len(test_features)
+    if min(bank, queries) < 2:
+        raise UserError(f"evaluation: expected 2 images or more in each split, got {bank} and {queries}.")
+    data = (train_features, bank_labels, test_features, query_labels)
+    smallest = int(bank_labels.bincount()[bank_labels.unique()].min())
+    counts = [k for k in config.neighbours if k <= bank] or [1]
+    few = [n for n in config.few_labels if n <= smallest]
+    skipped = [f"{k}-NN: the bank has {bank} images" for k in config.neighbours if k > bank]
+    skipped += [
+        f"{n} labels a class: the smallest class has {smallest}" for n in config.few_labels if n > smallest
+    ]
+
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "knn"):
+        grid = knn_accuracy(*data, neighbours=counts, temperatures=config.temperatures, device=device)
+    with _timed(seconds, "few_labels"):
+        draws = [
+            few_label_knn(*data, labels_per_class=n, draws=config.draws, seed=config.seed, device=device)
+            for n in few
+        ]
+    probe = None
+    with _timed(seconds, "linear"):
+        if config.linear and linear:
+            probe = _linear(config, *data, device=device)
+    headline = _headline(grid)
+    k, temperature = headline
+    return EncoderResult(
+        protocol=_words(config, headline, probe, few, bank, queries),
+        images={"train": bank, "test": queries},
+        classes=int(torch.cat([bank_labels, query_labels]).unique().numel()),
+        feature_size=train_features.shape[1],
+        knn=KnnResult(
+            neighbours=k,
+            temperature=temperature,
+            accuracy=grid[headline],
+            grid=[{"neighbours": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()],
+        ),
+        linear=probe,
+        few_labels=[dict(draw._asdict()) for draw in draws],
+        skipped=skipped,
+        statistics=feature_statistics(test_features),
+        seconds=seconds,
+    )
+
+
+def _linear(config: EvaluationConfig, *data: Tensor, device: torch.device | str | None) -> dict[str, Any]:
+    probe = linear_probe(
+        *data,
+        learning_rates=config.learning_rates,
+        epochs=config.linear_epochs,
+        batch_size=config.linear_batch_size,
+        standardize=config.linear_standardize,
+        seed=config.seed,
+        device=device,
+    )
+    # JSON has no number for a key.
+    return probe._asdict() | {"validation": {str(rate): value for rate, value in probe.validation.items()}}
+
+
+def feature_statistics(features: Tensor) -> dict[str, float]:
+    """embedding_std, rank_me, uniformity of (N, D) features: of 10,000 evenly spaced rows at most."""
+    rows = min(len(features), STATISTICS_ROWS)
+    index = torch.arange(rows) * len(features) // rows
+    sample = features[index]
+    return {
+        "embedding_std": embedding_std(sample),
+        "rank_me": rank_me(sample),
+        "uniformity": uniformity(sample),
+        "images": rows,
+    }
+
+
+def _headline(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
+    """k 20 and T 0.07 where they were measured, else the largest k below 20 (or the smallest), first T."""
+    counts = sorted({k for k, _ in grid})
+    temperatures = [temperature for _, temperature in grid]
+    below = [k for k in counts if k <= HEADLINE[0]]
+    return (
+        below[-1] if below else counts[0],
+        HEADLINE[1] if HEADLINE[1] in temperatures else temperatures[0],
+    )
+
+
+def _words(
+    config: EvaluationConfig,
+    headline: tuple[int, float],
+    probe: dict[str, Any] | None,
+    few: list[int],
+    bank: int,
+    queries: int,
+) -> dict[str, str]:
+    """Each measurement in one sentence, for people and for the metadata of the card."""
+    train = f"{bank:,} images of split {config.train_split}"
+    test = f"{queries:,} images of split {config.test_split}"
+    k, temperature = headline
+    words = {
+        "knn": f"{k}-NN by cosine similarity, votes weighted by exp(cosine / {temperature:g}), "
+        f"bank: {train}, tested on {test}"
+    }
+    if few:
+        words["few_labels"] = (
+            f"1-NN by cosine similarity among n labelled images a class, drawn at random from the {train}: "
+            f"mean and standard deviation of {config.draws} draws (seed {config.seed}), tested on {test}"
+        )
+    if probe is not None:
+        rates = sorted(config.learning_rates)
+        state = "standardised" if config.linear_standardize else "not standardised"
+        edge = ", which is the edge of the sweep" if probe["at_edge"] else ""
+        words["linear"] = (
+            f"softmax regression on frozen features, {state}, without augmentation: SGD, momentum 0.9, "
+            f"no weight decay, {probe['epochs']} epochs, batch {probe['batch_size']}, cosine; learning rate "
+            f"{probe['learning_rate']:g}, the best of {len(rates)} from {rates[0]:g} to {rates[-1]:g} on "
+            f"10 % of the training images held out{edge}; then trained on all {train}, tested on {test}"
+        )
+    return words
+
+
+def _seen(
+    model: nn.Module, processor: Any, images: LabelledImages, device: torch.device
+) -> tuple[Pooling, int]:
+    """What "auto" pooling means for this encoder, and the side of the images that it is shown."""
+    batch = next(iter(images.iter_batches(1)))
+    with evaluation_mode(model), torch.inference_mode():
+        pixels = pixel_values(processor, batch[:1], device)
+        return pooling_rule(model, model(pixel_values=pixels)), pixels.shape[-1]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[key] = round(time.perf_counter() - start, 2)

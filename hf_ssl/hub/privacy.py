@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may leave this machine: names of folders, but not where they lie; no tokens, no passwords."""
+
+import math
+import re
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import torch
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
+# A whole string that is a path: absolute, of a home, relative with dots, or of Windows.
+PATH = re.compile(r"^(/|~|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\])")
+# An absolute path within a sentence: at least one folder and a name, and nothing glued to its front.
+INNER_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;]+[/\\])+([^\s/\\'\",;]*)")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+REMOVED = "(removed)"
+
+
+def public(value: Any) -> Any:
+    """Plain data for strangers, at any depth: paths by their last part, no secrets, nothing infinite.
+
+    Strings under a key that names a secret (`hub_token`) and anything that looks like a token of the Hub are
+    removed; URLs lose their user, password and query. Numbers that are not finite become None, because JSON
+    has none; tuples become lists, tensors and arrays of one number become numbers.
+
+    Raises:
+        TypeError: something that is not plain data.
+    """
+    if isinstance(value, dict):
+        return {str(key): public(item) for key, item in value.items() if not _is_secret(key, item)}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, np.generic | torch.Tensor):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    raise TypeError(f"expected plain data in the facts, got {type(value).__name__}")
+
+
+def public_text(text: str) -> str:
+    """One string for strangers: see `public`."""
+    text = TOKEN.sub(REMOVED, text)
+    key, equals, rest = text.partition("=")
+    if equals and re.fullmatch(r"[\w.]+", key):  # section.key=value: the value may be a path with spaces
+        return text if _is_secret(key, "") and not rest else f"{key}={_value(key, rest)}"
+    if PATH.match(text):
+        return last_part(text)
+    urls = URL.findall(text)
+    for number, url in enumerate(urls):
+        text = text.replace(url, f"\0{number}\0")  # a URL's slashes are no path of this machine
+    text = INNER_PATH.sub(lambda found: found[1], text)
+    for number, url in enumerate(urls):
+        text = text.replace(f"\0{number}\0", _public_url(url))
+    return text
+
+
+def last_part(path: str) -> str:
+    """The name at the end of a path of any system: "dogs" of "/home/me/dogs/"."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
+    return parts[-1] if parts else "."
+
+
+def _value(key: str, text: str) -> str:
+    return REMOVED if _is_secret(key.rpartition(".")[2], text) else public_text(text)
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    return isinstance(value, str) and bool(SECRET_KEY.search(str(key).rpartition(".")[2]))
+
+
+def _public_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return last_part(parts.path)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

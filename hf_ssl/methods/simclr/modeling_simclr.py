@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SimCLR: a simple framework for contrastive learning of visual representations (arXiv:2002.05709)."""
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import nt_xent
+from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.heads import ProjectionHead
+from hf_ssl.modeling.outputs import SSLOutput
+
+
+class SimCLRForPreTraining(SSLPreTrainedModel):
+    """Encoder, projector and NT-Xent over all views, global and local, of all processes' images.
+
+    All views of one size go through the encoder together and share BatchNorm statistics, as in the authors'
+    code, which concatenates the views. The loss is the mean over ordered positive pairs; the authors add
+    the two anchors' means, so their loss and, with it, a weight decay under LARS count twice as much.
+    """
+
+    config_class = SimCLRConfig
+    couples_samples = True
+
+    def __init__(self, config: SimCLRConfig) -> None:
+        super().__init__(config)
+        width = feature_size(self.backbone)
+        self.projector = ProjectionHead(
+            width, config.projection_hidden_size or width, config.projection_size, config.projection_layers
+        )
+        self.post_init()
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Projections (B, V + L, D) of V global and L local views."""
+        features = self.encode_views(pixel_values)
+        if local_pixel_values is not None:
+            features = torch.cat([features, self.encode_views(local_pixel_values)], dim=1)
+        return {"projections": self.over_views(self.projector, features)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """NT-Xent of projections (B, V, D)."""
+        projections = embeddings["projections"]
+        loss = nt_xent(projections.transpose(0, 1), temperature=self.config.temperature)
+        return SSLOutput(loss=loss, terms={"nt_xent": loss.detach()}, embeddings=projections)
+
+
+AutoModelForPreTraining.register(SimCLRConfig, SimCLRForPreTraining)

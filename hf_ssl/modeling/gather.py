@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows of other processes: gathering with gradient, and sums over processes."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_count() -> int:
+    """Processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate the processes' tensors along the first dimension, in the order of their ranks, with
+    gradient.
+
+    The gradient of a row is the sum of what all processes want of it. Under DDP, which averages over W
+    processes, a loss that every process computes from all rows therefore has exactly the gradient of one
+    process that holds the whole batch.
+
+    Args:
+        tensor: (B, ...), of one shape on all processes.
+
+    Returns:
+        (W * B, ...); the tensor itself in a single process.
+    """
+    return _Gather.apply(tensor) if process_count() > 1 else tensor
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Sum of the processes' tensors, the same on each, with gradient; the tensor itself in a single
+    process.
+    """
+    return _Sum.apply(tensor) if process_count() > 1 else tensor
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here; at once in a single process."""
+    if process_count() > 1:
+        dist.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    if process_count() == 1:
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count.item())
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(process_count())
+        ]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(process_count())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total

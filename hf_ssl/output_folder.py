@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: whose it is, whether it can go on, and what a run leaves in it (layer 5)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_ssl.errors import UserError
+from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.checkpoints import remove_unfinished
+
+IDENTITY = "_run.json"  # a leading underscore is never published: it holds the path of the data
+
+# What may differ between the first part of a run and its continuation: nothing here changes a weight.
+_FREE_SECTIONS = ("evaluation", "publish", "name")
+_FREE_KEYS = {
+    "data": {"cache", "max_broken_fraction"},
+    "training": {
+        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "monitor_steps",
+        "monitor_bank_images", "monitor_query_images", "monitor_neighbours", "on_collapse", "run_name",
+    },
+}  # fmt: skip
+
+
+def claim(recipe: Recipe) -> Path | None:
+    """Make the output folder this recipe's, or find that it is already.
+
+    Returns:
+        The checkpoint to resume from, or None for a fresh run.
+
+    Raises:
+        UserError: the folder holds a different run, or files that are no run of hf_ssl, or cannot be written.
+    """
+    folder = Path(recipe.training["output_dir"])
+    mark = folder / IDENTITY
+    try:
+        if mark.exists():
+            _compare(json.loads(mark.read_text()), recipe.to_dict(), folder)
+            remove_unfinished(folder)
+            last = get_last_checkpoint(str(folder))
+            return None if last is None else Path(last)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"training.output_dir={folder} already holds files that are not a run of hf_ssl, "
+                f"such as {next(folder.iterdir()).name}: give another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, recipe.to_dict())
+    except OSError as error:
+        raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{mark} cannot be read: {error}") from error
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one go: it is whole or as it was."""
+    staged = path.with_name(f"_{path.name}.part")
+    staged.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(staged, path)
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise `UserError` if a value that shapes the weights differs."""
+    for section, values in now.items():
+        if section in _FREE_SECTIONS:
+            continue
+        earlier = before.get(section, {})
+        for key in sorted(values.keys() | earlier.keys()):
+            if key in _FREE_KEYS.get(section, ()):
+                continue
+            if values.get(key) != earlier.get(key):
+                raise UserError(
+                    f"training.output_dir={folder} already holds a different run: {section}.{key} was "
+                    f"{earlier.get(key)} and is now {values.get(key)}; give another folder to start anew"
+                )

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe is, and how one is loaded.
+
+The sections `data`, `views`, `evaluation`, `publish` are dataclasses; `training` holds arguments of
+`SSLTrainingArguments`; `method` and `backbone` are fields of transformers configs, chosen by `method.name`
+and `backbone.model_type`.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_ssl.data.config import DataConfig
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.config import EvaluationConfig
+from hf_ssl.methods import METHODS
+from hf_ssl.recipe.checks import backbone_class, check_encoder, check_method, fitted_backbone
+from hf_ssl.recipe.sections import checked, one_line, structured, suggestion, transformers_config
+from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
+from hf_ssl.views.preset import ViewPreset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from hf_ssl.modeling.base import SSLPreTrainedModel
+    from hf_ssl.modeling.configuration import SSLConfig
+    from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+# transformers has these arguments too and ours take their place.
+REPLACED = {"per_device_train_batch_size": "batch_size", "optim": "optimizer"}
+
+
+@dataclass
+class PublishConfig:
+    """The recipe's section `publish`: what is said about the encoder where it is published.
+
+    Attributes:
+        repo_id: "user/name" on the Hub. private: whether the repo is created private. license: of the
+        weights, as the Hub names it ("apache-2.0"); what the data allow is for the publisher to know. title:
+        of the card; None makes one of method, backbone and data. tags: added to the card's own.
+    """
+
+    repo_id: str | None = None
+    private: bool = False
+    license: str | None = None
+    title: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recipe:
+    """A checked recipe. `method`, `backbone` and `training` hold what was set, the other sections all of
+    their fields.
+
+    Attributes:
+        name: "smoke/simclr" for a recipe that comes with hf_ssl, else the file's name without its ending.
+        path: the file it was read from. method: `name` and fields of that method's config. backbone:
+        `model_type` and fields of that transformers config. `num_channels` and `image_size`, where the config
+        has
+            them, follow from `data.channels` and the views.
+        training: arguments of `SSLTrainingArguments`; `output_dir` is always among them.
+        overrides: the `section.key=value` that were given beside the file.
+    """
+
+    name: str
+    path: Path
+    method: dict[str, Any]
+    backbone: dict[str, Any]
+    data: DataConfig
+    views: ViewPreset
+    training: dict[str, Any]
+    evaluation: EvaluationConfig
+    publish: PublishConfig
+    overrides: list[str] = field(default_factory=list)
+
+    @cached_property
+    def config_class(self) -> type["SSLConfig"]:
+        """The config class of the method."""
+        return _load(METHODS[self.method["name"]].config)
+
+    @cached_property
+    def model_class(self) -> type["SSLPreTrainedModel"]:
+        """The model class of the method."""
+        return _load(METHODS[self.method["name"]].model)
+
+    def backbone_config(self) -> "PreTrainedConfig":
+        """The encoder's config. Raises `UserError` for what the recipe's section has wrong."""
+        values = {key: value for key, value in self.backbone.items() if key != "model_type"}
+        return transformers_config(backbone_class(self.backbone["model_type"]), values, "backbone")
+
+    def config(self) -> "SSLConfig":
+        """The method's config with the encoder's and the views in it. Raises `UserError` as `backbone_config`
+        does."""
+        values = {key: value for key, value in self.method.items() if key != "name"}
+        parts = {"backbone_config": self.backbone_config(), "views": self.views.to_dict()}
+        return transformers_config(self.config_class, values, "method", **parts)
+
+    def training_arguments(self) -> "SSLTrainingArguments":
+        """The training arguments, made for the process it is called in. Raises `UserError` for values that do
+        not go together."""
+        import torch
+
+        from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+        use_cpu = (
+            not torch.accelerator.is_available()
+        )  # transformers must be told, or it refuses bf16 on a CPU
+        try:
+            return SSLTrainingArguments(**{"use_cpu": use_cpu, **self.training})
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"training: {one_line(error)}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and sections as plain data that JSON and YAML can hold."""
+        plain: dict[str, Any] = {"name": self.name}
+        for section in SECTIONS:
+            value = getattr(self, section)
+            plain[section] = plain_data(
+                dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            )
+        return plain
+
+    def differences(self) -> dict[str, Any]:
+        """`{"section.key": value}` of what is not as it would be if the recipe did not mention it.
+
+        What has no default is left out: the names of the method and the encoder, the path of the data, the
+        output folder.
+        """
+        from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+        defaults = {
+            "method": _default_values(self.config_class),
+            "backbone": _default_values(backbone_class(self.backbone["model_type"])),
+            "data": _default_values(DataConfig),
+            "views": _default_values(ViewPreset),
+            "training": _default_values(SSLTrainingArguments),
+            "evaluation": _default_values(EvaluationConfig),
+            "publish": _default_values(PublishConfig),
+        }
+        identity = {"method.name", "backbone.model_type", "data.path", "training.output_dir"}
+        plain = self.to_dict()
+        return {
+            f"{section}.{key}": value
+            for section, default in defaults.items()
+            for key, value in plain[section].items()
+            if f"{section}.{key}" not in identity and default[key] != value
+        }
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        name_or_path: the name of a recipe that comes with hf_ssl, or the path of a YAML file (ending in .yaml
+        or .yml). overrides: `section.key=value`, the value in YAML; `section={key: value}` replaces a whole
+        section.
+
+    Raises:
+        UserError: the recipe cannot be found or read, or something in it is unknown, missing, of a wrong type
+            or does not fit the rest.
+    """
+    from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+    name, path = find_recipe(str(name_or_path))
+    plain = apply_overrides(read_yaml(path), overrides)
+    for section, choice in (("method", "name"), ("backbone", "model_type")):
+        if choice not in plain[section]:
+            raise UserError(f"{section}.{choice} is missing in {path}")
+    if plain["method"]["name"] not in METHODS:
+        method = str(plain["method"]["name"])
+        raise UserError(f"unknown method {method}: {suggestion(method, METHODS)}")
+    for key in plain["training"].keys() & REPLACED.keys():
+        raise UserError(f"training.{key} is not used here: set training.{REPLACED[key]}")
+    data = structured(DataConfig, plain["data"], "data")
+    views = structured(ViewPreset, plain["views"], "views")
+    data.check()
+    views.check(data.channels)
+    recipe = Recipe(
+        name=name,
+        path=path,
+        method=plain["method"],
+        backbone=fitted_backbone(plain["backbone"], data, views),
+        data=data,
+        views=views,
+        training={
+            "output_dir": f"runs/{name}",
+            **checked(SSLTrainingArguments, plain["training"], "training"),
+        },
+        evaluation=structured(EvaluationConfig, plain["evaluation"], "evaluation"),
+        publish=structured(PublishConfig, plain["publish"], "publish"),
+        overrides=list(overrides),
+    )
+    recipe.evaluation.check()
+    batch_size = recipe.training.get("batch_size", SSLTrainingArguments.batch_size)
+    check_method(METHODS[recipe.method["name"]].title, recipe.model_class, views, batch_size)
+    check_encoder(recipe.backbone_config(), data, views)
+    recipe.config()
+    recipe.training_arguments()
+    return recipe
+
+
+def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfig]:
+    """The sections `data` and `evaluation` from a command line alone; raises `UserError` as `load_recipe`
+    does."""
+    plain = apply_overrides({}, overrides, ("data", "evaluation"))
+    data = structured(DataConfig, plain["data"], "data")
+    evaluation = structured(EvaluationConfig, plain["evaluation"], "evaluation")
+    data.check()
+    evaluation.check()
+    return data, evaluation
+
+
+def plain_data(value: Any) -> Any:
+    """Tuples become lists at any depth, so that what was written as JSON or YAML and read again is equal."""
+    if isinstance(value, dict):
+        return {key: plain_data(item) for key, item in value.items()}
+    return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _default_values(cls: Any) -> dict[str, Any]:
+    """The defaults of a dataclass as plain data, fields without one left out."""
+    defaults = {}
+    for item in dataclasses.fields(cls):
+        if item.default is not dataclasses.MISSING:
+            defaults[item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            defaults[item.name] = item.default_factory()
+    return plain_data(defaults)
+
+
+def _load(place: str) -> Any:
+    """The class at "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

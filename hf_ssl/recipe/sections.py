@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns plain values into typed sections, with one sentence for whatever is wrong.
+
+OmegaConf structures our dataclasses and transformers' `@strict` checks its configs; neither alone names the
+key, what was expected and what came, so both are asked about one key at a time.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hf_ssl.errors import UserError
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or all of them where none is near
+    and they are few."""
+    names = list(known)
+    close = get_close_matches(name, names, 1, cutoff=0.5)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return (
+        f"expected one of {', '.join(names)}"
+        if len(names) <= 40
+        else f"none of the {len(names)} known ones is near"
+    )
+
+
+def structured(cls: type, values: dict[str, Any], where: str) -> Any:
+    """An instance of the dataclass `cls` with `values`; `where` is the section's name.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type.
+    """
+    config = _merged(cls, values, where)
+    for key in OmegaConf.missing_keys(config):
+        raise UserError(
+            f"{where}.{key} is missing: add {where}.{key}=VALUE to the command, or the key to the recipe"
+        )
+    return OmegaConf.to_object(config)
+
+
+def checked(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """As `structured` without making the instance: `values` as their fields' types (an int given for a float
+    becomes one)."""
+    config = _merged(cls, values, where)
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(values)))
+    return plain
+
+
+def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
+    """OmegaConf's structured config of `cls` with `values` merged in, leaf by leaf."""
+    config = OmegaConf.structured(cls)
+    for path, value, annotation in _leaves(cls, values, where):
+        nested = value
+        for name in reversed(path):
+            nested = {name: nested}
+        try:
+            config.merge_with(nested)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise UserError(wrong_type(".".join((where, *path)), annotation, value)) from error
+    return config
+
+
+def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path, value, annotation) of every value; raises `UserError` for a key that `cls` does not have."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")]
+    for name, value in values.items():
+        if name not in names:
+            raise UserError(f"unknown key {where}.{name}: {suggestion(str(name), names, f'{where}.')}")
+        inner = _dataclass_of(hints[name])
+        if inner is not None and isinstance(value, dict):
+            for path, leaf, annotation in _leaves(inner, value, f"{where}.{name}"):
+                yield (name, *path), leaf, annotation
+        else:
+            yield (name,), value, hints[name]
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in an annotation such as `ViewOverrides | None`."""
+    for option in (annotation, *typing.get_args(annotation)):
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
+            return option
+    return None
+
+
+def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: Any) -> Any:
+    """An instance of the transformers config `cls` with `values` from a recipe and `parts` from its other
+    sections.
+
+    A whole number is accepted where a field is a float, which `@strict` alone refuses; a key that the class
+    does not have is refused, which `PreTrainedConfig` alone accepts in silence.
+
+    Raises:
+        UserError: a key is unknown, a value has the wrong type, or a validator of the class refuses it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    annotations = config_fields(cls, without=parts)
+    for key in values:
+        if key not in annotations:
+            raise UserError(f"unknown key {where}.{key}: {suggestion(str(key), annotations, f'{where}.')}")
+    widened = {key: _widen(value, annotations[key]) for key, value in values.items()}
+    try:
+        return cls(**widened, **parts)
+    except StrictDataclassError as error:
+        field = re.search(r"error for field '(\w+)'", str(error))
+        if field is not None and field[1] in values:
+            sentence = wrong_type(f"{where}.{field[1]}", annotations[field[1]], values[field[1]])
+            raise UserError(sentence) from error
+        raise UserError(_prefixed(where, error.__cause__ or error)) from error
+    except ValueError as error:
+        raise UserError(_prefixed(where, error)) from error
+
+
+def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Names and annotations of what a recipe may set in a transformers config: its own fields, not those of
+    every config."""
+    from transformers import PreTrainedConfig
+
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)} | set(without)
+    return {
+        field.name: field.type
+        for field in dataclasses.fields(cls)
+        if field.name not in common and not field.name.startswith("_")
+    }
+
+
+def _widen(value: Any, annotation: Any) -> Any:
+    """`value` with ints made floats where `annotation` (a type or its source) has floats and no ints."""
+    words = set(re.findall(r"\w+", str(annotation)))
+    if "float" not in words or "int" in words or isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return [_widen(item, annotation) for item in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def _prefixed(where: str, error: BaseException) -> str:
+    """A validator's sentence, with the section in front unless it names its key already."""
+    sentence = one_line(error)
+    return sentence if sentence.startswith((f"{where}.", f"{where}:")) else f"{where}: {sentence}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def wrong_type(key: str, annotation: Any, value: Any) -> str:
+    """The sentence about a value that does not fit its field."""
+    return f"{key}: expected {describe(annotation)}, got {value!r}"
+
+
+def describe(annotation: Any) -> str:
+    """A type in a person's words: "2 numbers" for `tuple[float, float]`."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        options = sorted(arguments, key=lambda option: option is types.NoneType)
+        return " or ".join(dict.fromkeys(describe(option) for option in options))
+    if origin in (list, tuple):
+        items = _PLURALS.get(arguments[0], "values")
+        return (
+            f"{len(arguments)} {items}" if origin is tuple and ... not in arguments else f"a list of {items}"
+        )
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "one of " + ", ".join(str(member.value) for member in annotation)
+    if (
+        origin is dict
+        or annotation is dict
+        or (isinstance(annotation, type) and dataclasses.is_dataclass(annotation))
+    ):
+        return "a mapping of keys to values"
+    return str(annotation)

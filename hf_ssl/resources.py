@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds what belongs to hf_ssl but lies outside the package (layer 0): recipes, card templates, the Space.
+
+In a wheel these folders are packed into one data folder inside the package; in a source tree, and so in an
+editable install, they lie beside it. The working directory plays no part.
+"""
+
+from pathlib import Path
+
+PACKED = Path(__file__).parent / "_data"
+SOURCE = Path(__file__).parent.parent
+
+# Where each folder lies in the source tree; in a wheel it has its own name inside the data folder.
+FOLDERS = {"recipes": "training/recipes", "model_cards": "model_cards", "spaces": "spaces"}
+
+
+def resource(folder: str, *parts: str) -> Path:
+    """The path of a file or folder that comes with hf_ssl: `resource("recipes", "smoke", "simclr.yaml")`.
+
+    Args:
+        folder: one of `FOLDERS`.
+        parts: names below it.
+
+    Raises:
+        FileNotFoundError: the installation does not have it.
+    """
+    root = PACKED / folder if PACKED.is_dir() else SOURCE / FOLDERS[folder]
+    path = root.joinpath(*parts)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"hf_ssl is installed without {'/'.join((folder, *parts))}: expected it at {path}"
+        )
+    return path
+
+
+def recipe_files() -> dict[str, Path]:
+    """Every recipe that comes with hf_ssl: its name (`smoke/simclr`) and its file, sorted, smoke recipes
+    last."""
+    root = resource("recipes")
+    files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
+    return dict(sorted(files.items(), key=lambda item: (item[0].count("/"), item[0])))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training arguments: transformers' own with the defaults that self-supervised learning needs, and ours
+beside them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from hf_ssl.errors import UserError
+from hf_ssl.trainer.lars import VARIANTS
+
+OPTIMIZERS = ("sgd", "adamw", "lars")
+RULES = ("none", "linear", "square_root")
+
+
+@dataclass
+class SSLTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` for pretraining; all of its fields work, these are new or have
+    another default.
+
+    Attributes:
+        batch_size: images in one optimiser step, over all processes and accumulation steps.
+        optimizer: `sgd`, `adamw` or `lars`; transformers' own `optim` is not used.
+        base_learning_rate: if set, `learning_rate` follows from it by `learning_rate_rule`.
+        learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
+            sqrt(batch_size) (SimCLR).
+        momentum, nesterov: of SGD and LARS.
+        decay_all_parameters: weight decay on biases, norms and tokens too, as authors who use plain SGD do.
+        lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
+        warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
+        minimum_learning_rate_ratio: where the cosine ends, as a share of the learning rate.
+        sync_batch_norm: with several processes, BatchNorm statistics span all of them.
+        channels_last: memory layout of convolutions, 1.3 times faster on CPUs.
+        monitor_steps: optimiser steps between two measurements of the monitor; 0 switches it off.
+        monitor_bank_images, monitor_query_images: labelled images of its k-NN classifier.
+        monitor_neighbours: k of that classifier.
+        on_collapse: `warn` or `stop` when the monitor finds that embeddings have collapsed.
+    """
+
+    # What transformers has otherwise, and why it would be wrong here.
+    remove_unused_columns: bool = False  # would drop the image column
+    logging_nan_inf_filter: bool = (
+        False  # would log a NaN loss as an average, and waits for the device in each step
+    )
+    max_grad_norm: float = 0.0  # no author of a contrastive method clips
+    weight_decay: float = 1e-4
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    dataloader_num_workers: int = (
+        0  # batches of small images are made faster in process; recipes for photos say more
+    )
+    ddp_find_unused_parameters: bool | None = False
+    ddp_broadcast_buffers: bool | None = False  # buffers agree because they come from gathered values
+    logging_steps: float = 20
+    save_steps: float = 500
+    save_total_limit: int | None = 2
+    seed: int = 0
+
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    base_learning_rate: float | None = None
+    learning_rate_rule: str = "none"
+    momentum: float = 0.9
+    nesterov: bool = False
+    decay_all_parameters: bool = False
+    lars_trust_coefficient: float = 0.001
+    lars_variant: str = "barlowtwins"
+    lars_clip: bool = False
+    warmup_epochs: float = 0.0
+    minimum_learning_rate_ratio: float = 0.0
+    sync_batch_norm: bool = True
+    channels_last: bool = True
+    monitor_steps: int = 200
+    monitor_bank_images: int = 2000
+    monitor_query_images: int = 1000
+    monitor_neighbours: int = 20
+    on_collapse: str = "warn"
+
+    def __post_init__(self) -> None:
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
+        _check_choice("lars_variant", self.lars_variant, VARIANTS)
+        _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
+        if self.monitor_steps:
+            self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
+        super().__post_init__()
+        self.per_device_train_batch_size = self._batch_per_process()
+
+    def _learning_rate_factor(self) -> float:
+        if self.learning_rate_rule == "linear":
+            return self.batch_size / 256
+        return math.sqrt(self.batch_size) if self.learning_rate_rule == "square_root" else 1.0
+
+    def _batch_per_process(self) -> int:
+        shares = self.world_size * self.gradient_accumulation_steps
+        if self.batch_size < shares or self.batch_size % shares:
+            raise UserError(
+                "training.batch_size must be a multiple of processes x gradient_accumulation_steps = "
+                f"{self.world_size} x {self.gradient_accumulation_steps}, got {self.batch_size}"
+            )
+        return self.batch_size // shares
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"training.{key} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around the Trainer's steps: a method's hooks, the progress bar, the curves, and a friendly
+end on SIGTERM.
+"""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.nn import Parameter
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.gather import any_process
+from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.rules import treatments
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.curves import draw_curves
+
+
+def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
+    """Optimiser steps in a pass over the data; for a loader of unknown length, those of the whole run."""
+    if not has_length(train_dataloader):
+        return total_steps
+    return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+
+
+class MethodHooks(TrainerCallback):
+    """Calls a method's hooks with the progress of the run, and keeps parameters still that a rule has
+    frozen until a step.
+    """
+
+    def __init__(self, model: SSLPreTrainedModel, step_was_made: Callable[[], bool]) -> None:
+        self.model = model
+        self.step_was_made = step_was_made
+        self.frozen_until: list[tuple[int, Parameter]] = []
+        self.steps_per_epoch = 1
+
+    def _progress(self, state: TrainerState) -> Progress:
+        return Progress(state.global_step, state.max_steps, self.steps_per_epoch)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
+        parameters = dict(self.model.named_parameters())
+        found = treatments(self.model, self.model.parameter_rules, decay_all=args.decay_all_parameters)
+        self.frozen_until = [
+            (t.frozen_until, parameters[name]) for name, t in found.items() if t.frozen_until
+        ]
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        # Not on_epoch_begin, which transformers also calls when a run resumes in the middle of an epoch.
+        if state.global_step % self.steps_per_epoch == 0:
+            self.model.before_epoch(self._progress(state))
+        self.model.before_step(self._progress(state))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        for until, parameter in self.frozen_until:
+            if state.global_step < until:
+                parameter.grad = None
+        self.model.after_backward(self._progress(state))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.step_was_made():
+            self.model.after_step(self._progress(state))
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM: finish the step, save a checkpoint, end. With several processes they agree at the next
+    logging step.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: Any = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        except ValueError:
+            self._previous = None  # a notebook may train outside the main thread, where no handler can be set
+
+    def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:
+        if args.world_size > 1:
+            if state.global_step % state.logging_steps == 0:
+                self.received = any_process(self.received, args.device)
+            else:
+                return
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+class ProgressBar(ProgressCallback):
+    """One line that lives: steps, time left, loss, images a second, k-NN accuracy. Log records do not
+    scroll past it.
+    """
+
+    _SHOWN = (("loss", "loss", ".4g"), ("images_per_second", "img/s", ".0f"), ("eval_knn", "k-NN", ".3f"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.set_description("pretraining")
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for key, label, form in self._SHOWN:
+            if key in (logs or {}):
+                self.shown[label] = format(logs[key], form)
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+class Curves(TrainerCallback):
+    """Draws `curves.png` in the output folder whenever the monitor has measured, and at the end."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._draw(args, state)
+
+    def _draw(self, args, state) -> None:
+        if state.is_world_process_zero and state.global_step > 0:
+            draw_curves(state.log_history, Path(args.output_dir) / "curves.png")

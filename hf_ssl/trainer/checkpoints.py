@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from hf_ssl.errors import UserError
+from hf_ssl.modeling.gather import wait_for_all
+
+if TYPE_CHECKING:
+    from hf_ssl.trainer.trainer import SSLTrainer
+
+_STAGING_PREFIX = "_writing-"  # a leading underscore is never published
+
+
+def save_checkpoint(trainer: SSLTrainer) -> None:
+    """Write `checkpoint-<step>` with all that resuming needs: model, optimiser, schedule, random states,
+    data position.
+
+    Raises:
+        UserError: the disk is full or may not be written; nothing half-written is left, earlier checkpoints
+        stay.
+    """
+    root = Path(str(trainer.args.output_dir))
+    step = trainer.state.global_step
+    final, staging = root / f"{PREFIX_CHECKPOINT_DIR}-{step}", root / f"{_STAGING_PREFIX}{step}"
+    if final.exists():
+        return
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        trainer.save_model(str(staging), _internal_call=True)
+        trainer._save_optimizer_and_scheduler(str(staging))
+        trainer._save_scaler(str(staging))
+        trainer._save_rng_state(str(staging))
+        (staging / _data_state_name(trainer.args.process_index)).write_text(json.dumps(trainer.data_state()))
+        if trainer.args.should_save:
+            _record_state(trainer, root, step)
+            trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        wait_for_all()
+        if trainer.args.should_save:
+            staging.rename(final)
+    except (OSError, RuntimeError) as error:
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        # torch.save and safetensors report a full disk as a RuntimeError of their own
+        if isinstance(error, OSError) or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+            raise UserError(
+                f"cannot write {final.name} to {root}: {_reason(error)}; earlier checkpoints are whole"
+            ) from error
+        raise
+    if trainer.args.should_save:
+        rotate_checkpoints(
+            str(root), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False
+        )
+
+
+def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
+    """What `trainer.data_state()` was on this process when the checkpoint was written.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    path = checkpoint / _data_state_name(process_index)
+    if not path.exists():  # another number of processes: any rank's state is the nearest there is
+        path = checkpoint / _data_state_name(0)
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be resumed: {path.name} is missing or unreadable"
+        ) from error
+
+
+def remove_unfinished(root: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for staging in root.glob(f"{_STAGING_PREFIX}*"):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _record_state(trainer: SSLTrainer, root: Path, step: int) -> None:
+    state = trainer.state
+    if state.best_global_step:
+        best = root / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if best.exists() or state.best_global_step == step:
+            state.best_model_checkpoint = str(best)
+    by_name: dict[str, list[dict]] = {}
+    for part in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(part, ExportableState):
+            by_name.setdefault(type(part).__name__, []).append(part.state())
+    exported: Any = {name: states if len(states) > 1 else states[0] for name, states in by_name.items()}
+    state.stateful_callbacks = exported
+
+
+def _data_state_name(process_index: int) -> str:
+    return f"data_state_{process_index}.json"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        return error.strerror or str(error)
+    return "no space left on the device"

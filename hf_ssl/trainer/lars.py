@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LARS, in the three forms that published results of self-supervised learning used."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# How each source computes its step from gradient g, weight w, weight decay d, trust coefficient c, momentum
+# m, rate lr:   barlowtwins  u = g + d w;  v = m v + c |w|/|u| u;               w -= lr v    (also BYOL,
+# VICReg, MoCo v3)   simclr       u = g + d w;  v = m v + lr c |w|/|u| u;            w -= v       (a change
+# of lr acts on new gradients only)   larc         u = g + d w;  v = m v + c |w|/(|g| + d |w|) u;     w -=
+# lr v    (lightly, solo-learn, apex)
+VARIANTS = ("barlowtwins", "simclr", "larc")
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888).
+
+    Args:
+        params: parameters or groups; a group's `adapt=False` leaves out the scaling (biases, norms), as all
+            authors do.
+        lr: learning rate.
+        momentum: decay of the momentum buffer.
+        weight_decay: added to the gradient before the norms are taken.
+        trust_coefficient: the scale c of the adaptation (0.001 in the authors' code; 0.02 in solo-learn's
+            CIFAR recipes).
+        variant: one of `VARIANTS`, named after the source it follows.
+        clip: bound the effective rate by lr, min(adaptation / lr, 1): solo-learn's `clip_lr`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        variant: str = "barlowtwins",
+        clip: bool = False,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"LARS variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "variant": variant,
+            "clip": clip,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one step; a parameter without a gradient stays as it is."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step_group(group, parameters)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        updates = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+        if group["adapt"]:
+            adaptations = self._adaptations(group, parameters, gradients, updates)
+            updates = [update * adaptation for update, adaptation in zip(updates, adaptations, strict=True)]
+        if group["variant"] == "simclr":
+            torch._foreach_mul_(updates, group["lr"])
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(parameters, buffers, alpha=-1.0 if group["variant"] == "simclr" else -group["lr"])
+
+    @staticmethod
+    def _adaptations(
+        group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], updates: list[Tensor]
+    ) -> list[Tensor]:
+        weight_norms = torch.stack(torch._foreach_norm(parameters))
+        if group["variant"] == "larc":
+            step_norms = (
+                torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weight_norms + 1e-8
+            )
+        else:
+            step_norms = torch.stack(torch._foreach_norm(updates))
+        adaptation = group["trust_coefficient"] * weight_norms / step_norms
+        if group["clip"] and group["lr"] > 0:
+            adaptation = (adaptation / group["lr"]).clamp(max=1)
+        usable = (weight_norms > 0) & (step_norms > 0)
+        return list(torch.where(usable, adaptation, torch.ones_like(adaptation)).unbind())

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured while a model trains, on images that stay the same, and the alarm when it collapses."""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from hf_ssl import views
+from hf_ssl.data import LabelledImages, LoadedBatch
+from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
+from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.base import SSLPreTrainedModel
+
+_CHUNK = 128  # probe images that are turned into views and embedded at once
+_BATCH = 256  # labelled images that are encoded at once
+
+
+@dataclass
+class KNNMonitor:
+    """Labelled images for a k-NN classifier on frozen features.
+
+    Attributes:
+        bank: images whose labels vote.
+        queries: images that are classified.
+        processor: what a user of the exported encoder would prepare images with.
+        neighbours: k; votes are weighted with temperature 0.07.
+    """
+
+    bank: LabelledImages
+    queries: LabelledImages
+    processor: BaseImageProcessor
+    neighbours: int = 20
+
+    def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
+        """Share of queries that their nearest images in the bank classify correctly, 0 to 1."""
+        encoder = model.exported_encoder
+        bank, queries = (
+            extract_features(
+                encoder, self.processor, images.iter_batches(_BATCH), dtype=dtype, total=len(images)
+            )
+            for images in (self.bank, self.queries)
+        )
+        k = min(self.neighbours, len(bank))
+        return knn_accuracy(
+            bank, self.bank.labels, queries, self.queries.labels, neighbours=(k,), temperatures=(0.07,)
+        )[k, 0.07]  # fmt: skip
+
+
+class Monitor:
+    """Measures a model in eval mode; touches neither its weights and buffers nor any global random state.
+
+    Args:
+        probe: some training images and the parameters of their views, the same in every measurement.
+        knn: labelled images, if there are any.
+        dtype: precision of the encoder while it is measured; None for its own.
+    """
+
+    def __init__(
+        self, probe: LoadedBatch, knn: KNNMonitor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.probe = probe
+        self.knn = knn
+        self.dtype = dtype
+
+    def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
+        """Measurements by name.
+
+        `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
+        (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
+        dimension), `alignment` and `uniformity` of what the loss compares; `knn` accuracy where there are
+        labels.
+        """
+        training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode():
+                metrics = self._measure_probe(model)
+                if self.knn is not None:
+                    metrics["knn"] = self.knn.accuracy(model, self.dtype)
+        finally:
+            model.train(training)
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _measure_probe(self, model: SSLPreTrainedModel) -> dict[str, float]:
+        features: list[Tensor] = []
+        embedded: list[dict[str, Tensor]] = []
+        for start in range(0, len(self.probe), _CHUNK):
+            part = self.probe[start : start + _CHUNK].to(model.device)
+            shown = views.apply(part.images, part.parameters)
+            with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                embedded.append(model.embed(shown.pixel_values, shown.local_pixel_values, part.sample_index))
+                features.append(encode(model.exported_encoder, shown.pixel_values[:, 0]).float())
+        output = model.objective({name: torch.cat([part[name] for part in embedded]) for name in embedded[0]})
+        embeddings, loss = cast(Tensor, output.embeddings), cast(Tensor, output.loss)
+        first, second = embeddings[:, 0].float(), embeddings[:, -1].float()
+        encoded = torch.cat(features)
+        return {
+            "loss": loss.item(),
+            "rank_me": rank_me(encoded),
+            "feature_std": embedding_std(encoded),
+            "embedding_std": embedding_std(first),
+            "embedding_rank": rank_me(first - first.mean(0)),
+            "alignment": alignment(first, second),
+            "uniformity": uniformity(first),
+        }
+
+
+class CollapseAlarm:
+    """Tells when embeddings have collapsed: to one point (no spread), or to one line (no dimensions).
+
+    A network may start nearly collapsed and leave that state as it learns, so the alarm is raised only when
+    two measurements in a row after the start are low and the second is not recovering.
+    """
+
+    def __init__(self, minimum_std: float = 0.05, minimum_rank: float = 2.0) -> None:
+        self.minimum = {"embedding_std": minimum_std, "embedding_rank": minimum_rank}
+        self.previous: dict[str, float] = {}
+
+    def check(self, metrics: dict[str, float], step: int, prefix: str = "eval") -> str | None:
+        """One sentence if the embeddings have collapsed, else None."""
+        message = None
+        for name, minimum in self.minimum.items():
+            value, before = metrics[f"{prefix}_{name}"], self.previous.get(name)
+            low = math.isnan(value) or value < minimum
+            stays_low = before is not None and before < minimum and value < 1.2 * before
+            if low and (stays_low or math.isnan(value)):
+                message = (
+                    f"embeddings have collapsed at step {step}: {name} is {value:.3g}, "
+                    f"healthy is above {minimum:g}"
+                )
+            if step > 0:
+                self.previous[name] = value
+        return message
+
+
+def _cuda_devices(model: SSLPreTrainedModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []

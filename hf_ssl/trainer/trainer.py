@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one Trainer: transformers' loop, with views made on the device, a monitor, and checkpoints that
+resume exactly.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_ssl import views
+from hf_ssl.data import BrokenCounter, DataConfig, LoadedBatch, Source, train_loader
+from hf_ssl.errors import UserError
+from hf_ssl.hub import export_encoder, image_processor
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.gather import any_process
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
+from hf_ssl.trainer.checkpoints import load_data_state, save_checkpoint
+from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
+from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
+from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
+from hf_ssl.views import ViewPreset
+
+logger = logging.getLogger(__name__)
+
+
+class SSLTrainer(Trainer):
+    """Trains any method of hf_ssl on a source of images.
+
+    Args:
+        model: a method; `model.config.views` holds the preset of the views that it is shown.
+        args: training arguments.
+        train_dataset: where the images come from (`hf_ssl.data.open_source`).
+        data: how they are read (`cache`, `channels`, `max_broken_fraction`, ...).
+        monitor: what is measured every `args.monitor_steps`; None trains without.
+        callbacks: further transformers callbacks.
+
+    `evaluate()` is the monitor. `save_model()` without a folder writes what is published: the native
+    encoder and its image processor at the root of `args.output_dir`, the whole method model under
+    `pretraining/`.
+    """
+
+    args: SSLTrainingArguments
+
+    def __init__(
+        self,
+        model: SSLPreTrainedModel,
+        args: SSLTrainingArguments,
+        train_dataset: Source,
+        data: DataConfig,
+        monitor: Monitor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.method = model
+        self.preset = ViewPreset.from_dict(model.config.views)
+        self.preset.check(data.channels)
+        self.data = data
+        self.monitor = monitor
+        self.alarm = CollapseAlarm()
+        self.broken = BrokenCounter(data.max_broken_fraction)
+        self.collapse_message: str | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._position: dict[str, Any] | None = None
+        self._resume_position: dict[str, Any] | None = None
+        self._stopwatch = Stopwatch()
+        if args.sync_batch_norm and args.world_size > 1:
+            synchronize_batch_norm(model)
+        if args.channels_last:
+            torch.nn.Module.to(model, memory_format=torch.channels_last)
+        if monitor is None:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+        if train_dataset.streaming:
+            # A stream resumes from its own position instead of reading everything again.
+            args.ignore_data_skip = True
+        super().__init__(model=model, args=args, eval_dataset=monitor, callbacks=callbacks)
+        self.source = train_dataset
+        self._check_length()
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        for callback in (
+            *([] if args.disable_tqdm else [ProgressBar()]),
+            MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
+            StopOnSignal(),
+            Curves(),
+        ):
+            self.add_callback(callback)
+
+    # Data: the loader's batch becomes the model's batch on the device.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of this process's share of each batch. It is not prepared by accelerate: it splits and
+        seeds by itself.
+        """
+        self._loader = train_loader(
+            self.source,
+            self.preset,
+            config=self.data,
+            seed=self.args.seed,
+            batch_size=self.args.per_device_train_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            position=self._resume_position,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
+        return self._loader
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
+        batch: LoadedBatch = inputs
+        self.broken.add(batch)
+        if batch.position is not None:
+            self._position = batch.position
+        batch = batch.to(self.args.device)
+        shown = views.apply(batch.images, batch.parameters)
+        arguments = {
+            "pixel_values": shown.pixel_values,
+            "local_pixel_values": shown.local_pixel_values,
+            "sample_index": batch.sample_index,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None  # losses are means over images; there is nothing to count
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: the stock estimate is one for language models."""
+        return 0
+
+    def _check_length(self) -> None:
+        if self.source.num_rows is None and self.args.max_steps <= 0:
+            raise UserError("a stream of unknown length needs training.max_steps > 0, got -1")
+
+    # Optimisation.
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser of `args.optimizer` with a group for each treatment of parameters."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.method, self.args)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, then transformers' schedule, for each optimiser step."""
+        if self.lr_scheduler is None:
+            per_epoch = steps_per_epoch(self.args, self._loader, num_training_steps)
+            optimizer = optimizer if optimizer is not None else self.create_optimizer()
+            self.lr_scheduler = build_scheduler(optimizer, self.args, num_training_steps, per_epoch)
+            self._stopwatch.restart(self.state.global_step)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's loss; its terms are added up on the device until the next log record."""
+        output = model(**inputs)
+        for name, value in (output.terms or {}).items():
+            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+        self._micro_batches += 1
+        return (output.loss, output) if return_outputs else output.loss
+
+    # Logging and the monitor.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms of the loss, images per second and memory to a training record, and refuse a loss
+        that is no number.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss became {logs['loss']} near step {self.state.global_step}: lower "
+                    "training.learning_rate or lengthen training.warmup_epochs, and start anew"
+                )
+            for name, total in self._terms.items():
+                logs[f"term_{name}"] = self.accelerator.gather(total / self._micro_batches).mean().item()
+            self._terms, self._micro_batches = {}, 0
+            logs["images_per_second"] = self._stopwatch.read(self.state.global_step) * self.args.batch_size
+            logs["memory_gib"] = peak_memory_gib(self.args.device)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the model with the monitor; raises the collapse alarm."""
+        if self.monitor is None:
+            raise UserError("this trainer was made without a monitor, so it has nothing to evaluate with")
+        with self._stopwatch.paused():
+            metrics = self.monitor.measure(self.method, metric_key_prefix)
+            message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if any_process(message is not None, self.args.device):
+            self.collapse_message = message or "embeddings have collapsed on another process"
+            logger.warning("%s", self.collapse_message)
+            if self.args.on_collapse == "stop":
+                self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    # Checkpoints.
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in transformers; measures the untrained model first, unless the run resumes."""
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Without a folder: what is published, in `args.output_dir`. With one: the whole method model at
+        its root.
+        """
+        if not self.args.should_save:
+            return
+        if output_dir is not None:
+            # transformers would write old key names for a ViT, which its own Trainer cannot load again
+            # (issue 43701)
+            self.method.save_pretrained(output_dir, save_original_format=False)
+            return
+        root = Path(str(self.args.output_dir))
+        processor = image_processor(self.method.config.views, self.data.channels)
+        export_encoder(self.method.exported_encoder, processor, root)
+        self.method.save_pretrained(root / "pretraining")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._stopwatch.paused():
+            save_checkpoint(self)
+
+    def data_state(self) -> dict[str, Any]:
+        """Where this process stands in the data, as JSON: a stream's position and the broken images met so
+        far.
+        """
+        return {"position": self._position, "broken": self.broken.state_dict()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
+        self.broken.load_state_dict(state["broken"])
+        self._position = self._resume_position = state["position"]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise UserError(
+                f"the checkpoint is not one of this model: missing {load_result.missing_keys[:3]}, "
+                f"unexpected {load_result.unexpected_keys[:3]}"
+            )

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crop and resize: image by image on uint8 (stage one, in loader workers), or a whole batch on its device.
+
+Legend: B images, V views, N rows (views of some images, flattened), C channels, H, W sides of the images, S
+side of a view.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hf_ssl.views.drawing import ViewParameters, send
+
+_BANK_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What stage one leaves: crops of the views' pixel size, neither flipped nor coloured."""
+
+    global_crops: Tensor
+    """(B, V, C, S, S) uint8; a pixel's channels lie side by side in memory."""
+    local_crops: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.global_crops.shape[0]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Crops":
+        global_crops = self.global_crops.to(device, non_blocking=non_blocking)
+        if self.local_crops is None:
+            return Crops(global_crops)
+        return Crops(global_crops, self.local_crops.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Crops":
+        local_crops = None if self.local_crops is None else self.local_crops.pin_memory()
+        return Crops(self.global_crops.pin_memory(), local_crops)
+
+
+def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
+    """Stage one: crops every view of every image and resizes it, on uint8.
+
+    Equals torchvision's `resized_crop(..., antialias=True)` of the interleaved uint8 image to the last bit:
+    both end in the same torch kernel. Images whose channels lie side by side
+    (`height_width_channels.permute(2, 0, 1)`, as decoders leave them) are cropped fastest.
+
+    Args:
+        images: B tensors (C, H, W) uint8 on the CPU, each of its own size.
+        parameters: drawn for these images.
+
+    Raises:
+        ValueError: the parameters were not drawn for these images.
+    """
+    if len(images) != len(parameters):
+        raise ValueError(f"expected one image for each of {len(parameters)} draws, got {len(images)} images")
+    preset, views = parameters.preset, parameters.preset.expand()
+    channels = images[0].shape[0] if images else len(preset.mean)
+    shapes = ((preset.global_count, preset.size), (preset.local_count, preset.local_size))
+    buffers = [torch.empty(len(images), n, size, size, channels, dtype=torch.uint8) for n, size in shapes]
+    boxes = parameters.table[:, :, :4].to(torch.int64).tolist()
+    for image, rows, global_out, local_out in zip(images, boxes, *buffers, strict=True):
+        for box, settings, out in zip(rows, views, [*global_out, *local_out], strict=True):
+            out.copy_(_crop_one(image, box, settings.size, settings.interpolation))
+    global_crops, local_crops = (buffer.permute(0, 1, 4, 2, 3) for buffer in buffers)
+    return Crops(global_crops, local_crops if preset.local_count else None)
+
+
+def _crop_one(image: Tensor, box: list[int], size: int, interpolation: str) -> Tensor:
+    """(C, H, W) to (size, size, C)."""
+    top, left, height, width = box
+    patch = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
+    channels = patch.shape[2]
+    if patch.shape != (height, width, channels):
+        raise ValueError(f"expected the images that were drawn for, got one of {tuple(image.shape[1:])}
+        pixels")
+    # With these strides, and no others for a batch of one, torch takes its fast path for interleaved
+    # channels.
+    strides = (height * width * channels, 1, width * channels, channels)
+    patch = patch.as_strided((1, channels, height, width), strides)
+    return interpolate(patch, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+
+
+def crop_batch(
+    images: Tensor, boxes: NDArray[np.float32], flip: NDArray[np.float32], size: int, interpolation: str
+) -> Tensor:
+    """Crops, resizes and flips a batch by two small matrix products a sample: antialiased, exact, on any
+    device.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        boxes: (N, 4) top, left, height, width.
+        flip: (N,) 1.0 for samples to be mirrored.
+        size: side of the result.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        (N, C, size, size) float32 in [0, 1] (bicubic overshoots and is clamped, as torchvision clamps uint8).
+    """
+    count, channels, height, width = images.shape
+    top, left, box_height, box_width = boxes.T
+    columns = _weights(left, box_width, flip, width, size, interpolation, images.device)
+    rows = _weights(top, box_height, np.zeros_like(flip), height, size, interpolation, images.device)
+    narrow = images.to(torch.float32).reshape(count, channels * height, width) @ columns.transpose(1, 2)
+    rows = rows.mul_(1 / 255).repeat_interleave(channels, dim=0)
+    views = (rows @ narrow.view(count * channels, height, size)).view(count, channels, size, size)
+    return views.clamp_(0, 1) if interpolation == "bicubic" else views
+
+
+def resampling_weights(
+    start: Tensor, length: Tensor, flip: Tensor, side: int, size: int, interpolation: str
+) -> Tensor:
+    """(N, size, side): row i holds the share of each input pixel in output pixel i, for boxes [start, start +
+    length).
+
+    Antialiased as in Pillow and torch: the filter is stretched by the factor by which the box shrinks; pixels
+    outside the box have no share, and the shares sum to 1. Where `flip` is 1 the rows are in reverse order.
+    """
+    scale = (length / size)[:, None, None]
+    output = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    output = output + flip[:, None, None] * (size - 1 - 2 * output)
+    pixel = torch.arange(side, device=start.device, dtype=torch.float32)[None, None, :] - start[:, None, None]
+    distance = ((pixel + 0.5 - (output + 0.5) * scale) / scale.clamp(min=1)).abs_()
+    weights = _FILTERS[interpolation](distance)
+    weights *= (pixel >= 0) & (pixel < length[:, None, None])
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _weights(
+    start: NDArray[np.float32],
+    length: NDArray[np.float32],
+    flip: NDArray[np.float32],
+    side: int,
+    size: int,
+    interpolation: str,
+    device: torch.device,
+) -> Tensor:
+    """`resampling_weights`, looked up where a table of all boxes is small."""
+    if 4 * size * side * side * (side + 1) > _BANK_BYTES:
+        start_, length_, flip_ = (send(np.ascontiguousarray(values), device) for values in (start, length, flip))
+        return resampling_weights(start_, length_, flip_, side, size, interpolation)
+    shorter = (length - 1) * (side + 1 - length / 2)
+    index = (2 * (shorter + start) + flip).astype(np.int64)
+    return _bank(side, size, interpolation, device).index_select(0, send(index, device))
+
+
+@lru_cache(maxsize=8)
+def _bank(side: int, size: int, interpolation: str, device: torch.device) -> Tensor:
+    """(side * (side + 1), size, side): the weights of all boxes, sorted by length, start and flip."""
+    lengths = range(1, side + 1)
+    boxes = [(start, n, flip) for n in lengths for start in range(side - n + 1) for flip in (0, 1)]
+    start, length, flip = send(np.array(boxes, np.float32), device).unbind(1)
+    return resampling_weights(start, length, flip, side, size, interpolation)
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp_(min=0)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' kernel with a = -0.5, the one that antialiased bicubic has in Pillow and torch."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, far * (distance < 2))
+
+
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}

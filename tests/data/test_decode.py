@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import pytest
+import torch
+from transformers import BitImageProcessor
+
+from hf_ssl.data import decode as decode_module
+from hf_ssl.data.decode import BrokenImage, Encoded, decode
+from hf_ssl.data.headers import plain_shape
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision about its future, of Pillow about damage
+
+PROCESSOR = BitImageProcessor(
+    do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False, do_convert_rgb=True
+)
+
+
+def as_processor(data):
+    """What a user of the exported encoder feeds it."""
+    with PIL.Image.open(data) as image:
+        return PROCESSOR(image, return_tensors="pt")["pixel_values"][0]
+
+
+def smooth(mode="RGB"):
+    """A picture that JPEG does not ruin, in some mode; transparent in places where the mode has it."""
+    y, x = np.mgrid[:40, :50]
+    pixels = np.stack([5 * x, 6 * y, 2 * x + 3 * y, np.where(x > 25, 255, 90)], -1).astype(np.uint8)
+    return PIL.Image.fromarray(pixels).convert(mode)
+
+
+FILES = {
+    "rgb_png": ("RGB", "PNG", {}),
+    "rgb_jpeg": ("RGB", "JPEG", {"quality": 90}),
+    "rgb_coded_jpeg": ("RGB", "JPEG", {"keep_rgb": True}),
+    "rgb_progressive_jpeg": ("RGB", "JPEG", {"progressive": True}),
+    "rgb_webp": ("RGB", "WEBP", {}),
+    "rgb_lossless_webp": ("RGB", "WEBP", {"lossless": True}),
+    "grey_png": ("L", "PNG", {}),
+    "grey_jpeg": ("L", "JPEG", {}),
+    "one_bit_png": ("1", "PNG", {}),
+    "grey_alpha_png": ("LA", "PNG", {}),
+    "palette_png": ("P", "PNG", {}),
+    "palette_gif": ("P", "GIF", {}),
+    "transparent_palette_png": ("P", "PNG", {"transparency": 7}),
+    "transparent_colour_png": ("RGB", "PNG", {"transparency": (0, 0, 0)}),
+    "rgba_png": ("RGBA", "PNG", {}),
+    "rgba_webp": ("RGBA", "WEBP", {"lossless": True}),
+    "cmyk_jpeg": ("CMYK", "JPEG", {}),
+    "cmyk_tiff": ("CMYK", "TIFF", {}),
+    "bmp": ("RGB", "BMP", {}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_colours_are_those_of_the_image_processor(name, encode, tmp_path):
+    mode, kind, options = FILES[name]
+    data = encode(smooth(mode), kind, **options)
+    (tmp_path / "file").write_bytes(data)
+    pixels = decode(data, 3)
+    assert pixels.shape == (3, 40, 50) and pixels.dtype == torch.uint8
+    assert torch.equal(pixels, as_processor(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_grey_is_the_luma_of_the_colours(name, encode):
+    mode, kind, options = FILES[name]
+    data = encode(smooth(mode), kind, **options)
+    shown = PIL.Image.fromarray(decode(data, 3).permute(1, 2, 0).contiguous().numpy())
+    assert torch.equal(decode(data, 1)[0], torch.from_numpy(np.array(shown.convert("L"))))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pillow_reads_the_same_pixels_where_torchvision_has_no_decoder(name, encode, monkeypatch):
+    mode, kind, options = FILES[name]
+    data = encode(smooth(mode), kind, **options)
+    pixels = [decode(data, channels) for channels in (1, 3)]
+    monkeypatch.setattr(decode_module, "torchvision_decode", None)
+    assert all(torch.equal(decode(data, len(expected)), expected) for expected in pixels)
+
+
+def test_a_transparent_picture_lies_on_white(encode):
+    image = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert decode(encode(image), 3).eq(255).all()
+    assert decode(encode(PIL.Image.new("LA", (4, 4), (0, 0))), 1).eq(255).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_uses_the_whole_range(kind, channels, encode):
+    values = np.array([[0, 256, 257], [32768, 65534, 65535]], np.uint16)
+    pixels = decode(encode(PIL.Image.fromarray(values), kind), channels)
+    expected = np.rint(values * (255 / 65535))
+    assert pixels.shape == (channels, 2, 3)
+    assert all((channel.numpy() == expected).all() for channel in pixels)
+
+
+def test_32_bit_integers_within_16_bits_are_read_and_others_refused(encode):
+    inside = PIL.Image.fromarray(np.array([[0, 65535]], np.int32))
+    assert decode(encode(inside, "TIFF"), 1).tolist() == [[[0, 255]]]
+    outside = PIL.Image.fromarray(np.array([[0, 65536]], np.int32))
+    with pytest.raises(BrokenImage, match="16 bits a pixel, got values from 0 to 65536"):
+        decode(encode(outside, "TIFF"), 1)
+
+
+def test_floating_point_images_are_refused(encode):
+    with pytest.raises(BrokenImage, match="floating-point"):
+        decode(encode(PIL.Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation(orientation, kind, encode):
+    lossless = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    lossless = {"lossless": True} if kind == "WEBP" else lossless
+    image = smooth()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decode(encode(image, kind, exif=exif, **lossless), 3).numpy()
+    stored = np.array(image).transpose(2, 0, 1)
+    upright = {
+        1: stored,
+        2: stored[:, :, ::-1],
+        3: stored[:, ::-1, ::-1],
+        4: stored[:, ::-1],
+        5: stored.transpose(0, 2, 1),
+        6: stored.transpose(0, 2, 1)[:, :, ::-1],
+        7: stored[:, ::-1, ::-1].transpose(0, 2, 1),
+        8: stored.transpose(0, 2, 1)[:, ::-1],
+    }[orientation]
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).max() <= (12 if kind == "JPEG" else 0)
+
+
+def test_damaged_exif_does_not_cost_the_image(encode):
+    data = encode(smooth(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\xff\xff")
+    assert decode(data, 3).shape == (3, 40, 50)
+
+
+PLAIN = ("rgb_jpeg", "rgb_coded_jpeg", "rgb_progressive_jpeg", "rgb_webp", "rgb_lossless_webp", "grey_jpeg")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_plain_files_take_the_fast_path_and_no_others(name, encode):
+    mode, kind, options = FILES[name]
+    shape = plain_shape(memoryview(encode(smooth(mode), kind, **options)))
+    assert shape == ((1 if mode == "L" else 3, 40, 50) if name in PLAIN else None)
+
+
+@pytest.mark.parametrize("name", ["rgb_png", "rgb_jpeg", "rgb_webp", "palette_gif", "rgba_png"])
+def test_every_truncation_is_a_broken_image_or_a_whole_one(name, encode):
+    mode, kind, options = FILES[name]
+    data = encode(smooth(mode), kind, **options)
+    whole = decode(data, 3)
+    broken = 0
+    for length in range(0, len(data), max(1, len(data) // 60)):
+        try:
+            pixels = decode(data[:length], 3)
+        except BrokenImage as error:
+            broken += 1
+            assert str(error)
+        else:
+            assert torch.equal(pixels, whole)  # only something after the pixels was lost
+    assert broken > 50
+
+
+def test_noise_in_the_file_never_raises_anything_else(encode):
+    generator = np.random.default_rng(0)
+    for name in ("rgb_png", "rgb_jpeg", "rgb_webp", "palette_gif", "cmyk_tiff"):
+        mode, kind, options = FILES[name]
+        data = np.frombuffer(encode(smooth(mode), kind, **options), np.uint8)
+        for _ in range(40):
+            damaged = data.copy()
+            damaged[generator.integers(0, len(data), 5)] = generator.integers(0, 256, 5)
+            try:
+                decode(damaged.tobytes(), 3)
+            except BrokenImage:
+                pass
+
+
+def test_reasons(encode, monkeypatch):
+    with pytest.raises(BrokenImage, match="zero bytes"):
+        decode(b"", 3)
+    with pytest.raises(BrokenImage, match="not an image"):
+        decode(b"hello", 3)
+    with pytest.raises(BrokenImage, match="no image in this row"):
+        Encoded(None, None).read()
+    with pytest.raises(BrokenImage, match="does not exist"):
+        Encoded(None, "/nowhere/image.png").read()
+    data = encode(smooth())
+    with pytest.raises(BrokenImage, match="truncated"):
+        decode(data[: len(data) // 2], 3)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40 * 50 // 3)
+    for kind in ("PNG", "BMP"):
+        with pytest.raises(BrokenImage, match="DecompressionBomb"):
+            decode(encode(smooth(), kind), 3)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+
+from hf_ssl import views
+from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.data.decode import decode
+from hf_ssl.errors import UserError
+from hf_ssl.views import Crops, ViewPreset
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a small machine
+
+
+def passes(loader, count):
+    return [batch for _ in range(count) for batch in loader]
+
+
+def same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.sample_index, other.sample_index)
+        assert torch.equal(one.parameters.table, other.parameters.table)
+        for left, right in zip(pixels_of(one), pixels_of(other), strict=True):
+            assert torch.equal(left, right)
+        assert one.broken == other.broken
+    return True
+
+
+def pixels_of(batch):
+    if isinstance(batch.images, Crops):
+        return [crops for crops in (batch.images.global_crops, batch.images.local_crops) if crops is not None]
+    return [batch.images]
+
+
+def test_a_batch_is_the_decoded_rows_and_what_was_drawn_for_them(
+    numbered, make_loader, encode, picture, preset
+):
+    loader = make_loader(numbered(40), seed=9)
+    first, second = passes(loader, 1)[1], passes(loader, 1)[1]  # of the first and of the second pass
+    for pass_number, batch in enumerate((first, second)):
+        assert batch.images.shape == (8, 3, 12, 10) and batch.images.dtype == torch.uint8
+        for row, pixels in zip(batch.sample_index.tolist(), batch.images, strict=True):
+            assert torch.equal(pixels, decode(encode(picture(row)), 3))
+        seeds = views.seeds(9, pass_number, batch.sample_index.numpy().astype(np.uint64))
+        drawn = views.draw(seeds, preset, np.tile([12, 10], (8, 1)))
+        assert torch.equal(batch.parameters.table, drawn.table)
+        assert batch.position is None and batch.broken == []
+    shown = views.apply(first.images, first.parameters)
+    assert shown.pixel_values.shape == (8, 2, 3, 8, 8)
+
+
+def test_large_images_are_cropped_by_the_loader(numbered, make_loader, encode, picture):
+    preset = ViewPreset(size=16, local=views.ViewOverrides(count=3, size=8))
+    batch = passes(make_loader(numbered(8, size=(100, 97)), preset=preset), 1)[0]
+    images = [decode(encode(picture(row, (100, 97))), 3) for row in batch.sample_index.tolist()]
+    expected = views.crop(images, batch.parameters)
+    assert torch.equal(batch.images.global_crops, expected.global_crops)
+    assert torch.equal(batch.images.local_crops, expected.local_crops)
+    assert batch[2:5].images.local_crops.shape == (3, 3, 3, 8, 8)
+
+
+def test_images_of_different_sizes_are_cropped_by_the_loader(image_folder, make_loader):
+    batch = passes(make_loader(DataConfig(path=str(image_folder))), 1)[0]
+    assert isinstance(batch.images, Crops) and batch.images.global_crops.shape == (8, 2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_results_do_not_depend_on_the_number_of_workers(cache, numbered, make_loader):
+    config = numbered(40, broken=(3, 17, 25), cache=cache)
+    alone = passes(make_loader(config), 2)
+    assert any(batch.broken for batch in alone)
+    assert same(alone, passes(make_loader(config, num_workers=2), 2))
+    assert same(alone, passes(make_loader(config, num_workers=3), 2))
+
+
+def test_results_do_not_depend_on_how_large_images_are_read_either(numbered, make_loader):
+    config = numbered(24, size=(100, 100))
+    assert same(passes(make_loader(config), 1), passes(make_loader(config, num_workers=2), 1))
+
+
+def test_two_processes_together_read_what_one_reads(numbered, make_loader):
+    config = numbered(40, broken=(3, 17))
+    alone = passes(make_loader(config, batch_size=8), 2)
+    pair = [passes(make_loader(config, batch_size=4, rank=rank, world_size=2), 2) for rank in range(2)]
+    for batch, left, right in zip(alone, *pair, strict=True):
+        assert not set(left.sample_index.tolist()) & set(right.sample_index.tolist()) or batch.broken
+        assert torch.equal(batch.sample_index, torch.cat([left.sample_index, right.sample_index]))
+        assert torch.equal(batch.images, torch.cat([left.images, right.images]))
+        assert torch.equal(batch.parameters.table, torch.cat([left.parameters.table, right.parameters.table]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_exact_over_several_passes(num_workers, numbered, make_loader):
+    config = numbered(44)
+    everything = passes(make_loader(config), 4)
+    for start in (0, 1, 5, 9, 14):
+        resumed = make_loader(config, start_batch=start, num_workers=num_workers)
+        assert same(
+            everything[start:15],
+            list(itertools.islice(itertools.chain(resumed, resumed, resumed, resumed), 15 - start)),
+        )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_as_transformers_does_it(num_workers, numbered, make_loader):
+    config = numbered(44)
+    everything = passes(make_loader(config), 4)
+    loader = make_loader(config, num_workers=num_workers)
+    skipping = skip_first_batches(loader, 3)  # then `Trainer._run_epoch` calls set_epoch, if it finds it
+    skipping.batch_sampler.batch_sampler.set_epoch(2)
+    resumed = list(skipping)
+    loader.set_epoch(3)
+    assert same(everything[13:], resumed + list(loader))
+
+
+def test_the_global_generators_are_left_alone(numbered, make_loader):
+    config = numbered(24)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
+    passes(make_loader(config, num_workers=2), 1)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "memmap"])
+def test_a_broken_image_is_replaced_and_told(cache, numbered, make_loader, encode, picture):
+    broken = (3, 17, 25)
+    batches = passes(make_loader(numbered(40, broken=broken, cache=cache)), 1)
+    told = [text for batch in batches for text in batch.broken]
+    for row in broken:
+        assert any(f"row {row} ({row}.png): not an image" in text for text in told)
+    shown = torch.cat([batch.sample_index for batch in batches]).tolist()
+    assert len(shown) == 40 and not set(shown) & set(broken)
+    for batch in batches:
+        for row, pixels in zip(batch.sample_index.tolist(), batch.images, strict=True):
+            assert torch.equal(pixels, decode(encode(picture(row)), 3))
+    everything = torch.cat([batch.parameters.table for batch in batches])
+    assert (
+        len(torch.unique(everything, dim=0)) == 40
+    )  # a replacement is not shown in the views of its original
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_only_broken_images_end_the_run_with_one_sentence(num_workers, numbered, make_loader, monkeypatch):
+    # the look at the data on opening would already find out
+    monkeypatch.setattr(
+        "hf_ssl.data.loader.probe", lambda source, channels: type("Probe", (), {"small": True})
+    )
+    loader = make_loader(numbered(16, broken=range(16), cache="none"), num_workers=num_workers)
+    try:  # not pytest.raises: it keeps the frames alive, and torch's workers with them
+        list(loader)
+    except UserError as error:
+        text = str(error)
+    assert text.startswith("100 images of") and "none can be read" in text and "Traceback" not in text
+
+
+def test_unreadable_data_and_too_little_data_are_found_at_once(numbered, make_loader):
+    with pytest.raises(
+        UserError, match=r"at least one batch of 48 images \(2 x 24\), got 40 images in .*numbered"
+    ):
+        make_loader(numbered(40), batch_size=24, world_size=2)
+    with pytest.raises(UserError, match="none of the images tried in .* can be read; one is .*not an image"):
+        make_loader(numbered(16, broken=range(16)))
+
+
+def test_grey(numbered, make_loader):
+    grey = ViewPreset(size=8, jitter=0, gray=0, saturation=0, hue=0, mean=[0.5], std=[0.25])
+    batch = passes(make_loader(numbered(8, channels=1), preset=grey), 1)[0]
+    assert batch.images.shape == (8, 1, 12, 10)
+
+
+def test_length_and_data_set_are_what_transformers_asks_for(numbered, make_loader):
+    loader = make_loader(numbered(44))
+    assert len(loader) == 5 and len(loader.dataset) == 44
+
+
+def test_a_second_loader_finds_what_the_first_decoded(numbered, preset, monkeypatch):
+    config = numbered(20)
+    source = open_source(config)
+    first = train_loader(source, preset, config=config, seed=0, batch_size=4)
+    monkeypatch.setattr("hf_ssl.data.images.decode", None)
+    second = train_loader(source, preset, config=config, seed=0, batch_size=4)
+    assert same(list(first), list(second))

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections import Counter
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data.decode import decode
+from hf_ssl.data.stream import Place, ShardedRows, Slot
+from hf_ssl.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def rows_by_pass(slot, passes):
+    """[(shard, number), ...] of each pass, in the order in which the slot gives them."""
+    found = [[] for _ in range(passes)]
+    while True:
+        window = slot.next_window()
+        assert len({row.pass_number for row in window}) == 1
+        if window[0].pass_number == passes:
+            return found
+        found[window[0].pass_number] += [(row.shard, row.number) for row in window]
+
+
+def sharded(config, open_shards=4):
+    return ShardedRows(open_source(config), open_shards)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6, 8, 11])
+def test_slots_share_each_pass_without_overlap_and_without_loss(slots, numbered):
+    rows = sharded(numbered(100, files=2, row_group=10, streaming=True))
+    everything = [(shard, number) for shard in range(10) for number in range(10)]
+    assert rows.count == 10
+    parts = [rows_by_pass(Slot(rows, 3, slot, slots, window=16, least=1), 3) for slot in range(slots)]
+    for pass_number in range(3):
+        assert sorted(row for part in parts for row in part[pass_number]) == everything
+    orders = [[row for part in parts for row in part[pass_number]] for pass_number in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_a_slot_goes_on_from_every_place(slots, numbered):
+    rows = sharded(numbered(100, files=2, row_group=25, streaming=True))
+    slot = Slot(rows, 3, slots - 1, slots, window=9, least=1)
+    windows = []
+    for _ in range(30):
+        window = slot.next_window()
+        windows.append((json.dumps(slot.place.state()), [row[:3] for row in window]))
+    assert windows[-1][1][0][0] > 1  # several passes
+    for start in range(0, 28):
+        resumed = Slot(rows, 3, slots - 1, slots, 9, 1, Place(**json.loads(windows[start][0])))
+        for _, expected in windows[start : start + 3]:
+            assert [row[:3] for row in resumed.next_window()] == expected
+
+
+@pytest.fixture
+def numbers(encode, picture):
+    """Recognises the images of `numbered` in a batch."""
+    known = {}
+
+    def find(batch, count=200):
+        if not known:
+            for number in range(count):
+                known[decode(encode(picture(number)), 3).numpy().tobytes()] = number
+        return [known[image.contiguous().numpy().tobytes()] for image in batch.images]
+
+    return find
+
+
+def take(loader, count):
+    batches = []
+    while True:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == count:
+                return batches
+
+
+def same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.parameters.table, other.parameters.table)
+        assert one.broken == other.broken
+        assert one.position == other.position
+    return True
+
+
+def test_each_pass_shows_each_image_once_in_other_views(numbered, make_loader, numbers):
+    for num_workers in (0, 2):
+        loader = make_loader(
+            numbered(48, files=2, row_group=12, streaming=True), batch_size=4, num_workers=num_workers
+        )
+        assert len(loader) == 12
+        passes = [list(loader), list(loader)]
+        seen = [[number for batch in batches for number in numbers(batch)] for batches in passes]
+        assert sorted(seen[0]) == sorted(seen[1]) == list(range(48)) and seen[0] != seen[1]
+        drawn = [batch.parameters.table for batches in passes for batch in batches]
+        assert len(torch.unique(torch.cat(drawn), dim=0)) == 96
+
+
+def test_processes_see_different_images(numbered, make_loader, numbers):
+    config = numbered(48, files=2, row_group=12, streaming=True)
+    seen = [
+        {
+            number
+            for batch in make_loader(config, batch_size=4, rank=rank, world_size=2)
+            for number in numbers(batch)
+        }
+        for rank in range(2)
+    ]
+    assert len(seen[0]) == len(seen[1]) == 24 and not seen[0] & seen[1]
+
+
+def test_the_views_of_an_image_depend_on_its_content_and_the_pass_alone(numbered, make_loader, numbers):
+    tables = []
+    for options in ({"num_workers": 0, "batch_size": 8}, {"num_workers": 2, "batch_size": 4}):
+        loader = make_loader(numbered(48, files=2, row_group=12, streaming=True), **options)
+        drawn = {}
+        for batch in loader:
+            drawn.update(zip(numbers(batch), batch.parameters.table, strict=True))
+        tables.append(drawn)
+    assert all(torch.equal(tables[0][number], tables[1][number]) for number in range(48))
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "world_size", "row_group"), [(0, 1, 11), (2, 1, 11), (2, 2, 11), (3, 1, 44), (0, 2, 44)]
+)
+def test_resume_is_exact_over_several_passes(num_workers, world_size, row_group, numbered, make_loader):
+    config = numbered(
+        88, files=2, row_group=row_group, broken=(5, 40, 41), streaming=True, shuffle_window=13, open_shards=3
+    )
+    options = {"batch_size": 4, "rank": world_size - 1, "world_size": world_size, "num_workers": num_workers}
+    everything = take(make_loader(config, **options), 66 // world_size)
+    assert max(place["pass_number"] for place in everything[-1].position["readers"].values()) >= 2
+    assert any(batch.broken for batch in everything)
+    for start in (1, 2, 6, 7, 21, 22, 25):
+        position = json.loads(json.dumps(everything[start - 1].position))
+        resumed = take(make_loader(config, position=position, **options), 8)
+        assert same(everything[start : start + 8], resumed)
+
+
+def test_a_loader_goes_on_where_its_last_iteration_stopped(tars, make_loader):
+    config = DataConfig(path=str(tars), streaming=True)
+    everything = take(make_loader(config, num_workers=2), 12)
+    loader = make_loader(config, num_workers=2)
+    assert same(everything, take(loader, 3) + take(loader, 2) + take(loader, 7))
+
+
+def test_a_position_is_small(numbered, make_loader):
+    config = numbered(100, row_group=5, streaming=True)
+    batch = take(make_loader(config, batch_size=4, num_workers=2), 5)[-1]
+    assert len(json.dumps(batch.position)) < 1000
+
+
+def test_read_in_another_way_a_stream_goes_on_nearby_and_says_so(numbered, make_loader, numbers, caplog):
+    config = numbered(96, files=2, row_group=4, streaming=True, shuffle_window=8, open_shards=2)
+    first = take(make_loader(config, batch_size=4, num_workers=2), 14)
+    assert "not exactly" not in caplog.text
+    resumed = make_loader(config, batch_size=4, num_workers=3, position=first[-1].position)
+    rest = take(resumed, 9)
+    assert "not exactly" in caplog.text and "workers 2 -> 3" in caplog.text
+    assert rest[-1].position["batches"] == 23
+    seen = {number for batch in first + rest for number in numbers(batch)}
+    assert len(seen) > 80  # of 96: it neither starts anew nor skips much
+    assert all(place["pass_number"] == 0 for place in rest[0].position["readers"].values())
+
+
+def test_without_a_position_a_stream_says_that_it_starts_anew(numbered, make_loader, caplog):
+    make_loader(numbered(40, streaming=True), start_batch=3)
+    assert "starts anew after 3 batches" in caplog.text
+
+
+def solid(label, shade):
+    return PIL.Image.fromarray(np.full((4, 4), 20 * label + shade % 20, np.uint8))
+
+
+def mean_entropy(loader, batches):
+    """Nats of class entropy in a batch, on average; the class is told by the pixels."""
+    entropies = []
+    for batch in take(loader, batches):
+        counts = np.array(list(Counter((batch.images[:, 0, 0, 0] // 20).tolist()).values()))
+        share = counts / counts.sum()
+        entropies.append(-(share * np.log(share)).sum())
+    return np.mean(entropies)
+
+
+@pytest.mark.parametrize(("files", "row_group"), [(1, 100), (10, 200), (4, 50), (1, 2000)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_sorted_by_class_are_mixed(
+    files, row_group, num_workers, tmp_path, write_parquet, encode, make_loader
+):
+    labels = np.repeat(np.arange(10), 200)
+    images = [encode(solid(label, number)) for number, label in enumerate(labels)]
+    names = [str(label) for label in range(10)]
+    for file, rows in enumerate(np.array_split(np.arange(2000), files)):
+        write_parquet(
+            tmp_path / "sorted" / f"train-{file}.parquet",
+            [images[row] for row in rows], labels[rows], row_group=row_group, names=names,
+        )  # fmt: skip
+    config = DataConfig(path=str(tmp_path / "sorted"), streaming=True, shuffle_window=500)
+    ideal = mean_entropy(make_loader(DataConfig(path=config.path), batch_size=64), 24)
+    assert ideal > 2.2
+    assert mean_entropy(make_loader(config, batch_size=64, num_workers=num_workers), 24) > 0.95 * ideal
+
+
+def test_a_folder_of_images_is_mixed_and_divided(image_folder, make_loader):
+    config = DataConfig(path=str(image_folder), streaming=True)
+    rows = sharded(config)
+    parts = [rows_by_pass(Slot(rows, 0, slot, 4, 8, 1), 1)[0] for slot in range(4)]
+    assert Counter(len(part) for part in parts) == {15: 4}
+    assert len({row for part in parts for row in part}) == 60
+    classes = [row.image.path.split("/")[-2] for row in Slot(rows, 0, 0, 4, 15, 1).next_window()]
+    assert len(set(classes)) == 3
+    loader = make_loader(config, num_workers=2)
+    assert len(loader) == 7 and len(list(loader)) == 7
+
+
+def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
+    config = DataConfig(path=str(tars), streaming=True)
+    source = open_source(config)
+    assert source.num_rows is None and source.image_column == "png" and not source.whole_shards
+    loader = make_loader(config, batch_size=12)
+    with pytest.raises(TypeError, match="not known"):
+        len(loader)
+    known = {
+        decode(encode(picture(100 * shard + number)), 3).numpy().tobytes()
+        for shard in range(3)
+        for number in range(12)
+    }
+    seen = [image.contiguous().numpy().tobytes() for batch in take(loader, 3) for image in batch.images]
+    assert set(seen) == known and len(seen) == 36
+
+
+def test_digits_are_a_stream_too(make_loader):
+    loader = make_loader(DataConfig(path="digits", streaming=True), batch_size=64)
+    assert len(loader) == 20 and next(iter(loader)).images.shape == (64, 3, 8, 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_skipped_and_told(num_workers, numbered, make_loader, numbers):
+    config = numbered(48, files=2, row_group=12, broken=(5, 30), streaming=True)
+    batches = take(make_loader(config, batch_size=4, num_workers=num_workers), 11)
+    assert all(len(batch) == 4 for batch in batches)
+    told = {text for batch in batches for text in batch.broken}
+    assert len(told) == 2
+    assert any("shard 0 row 5 (5.png): not an image" in text for text in told)
+    assert any("shard 2 row 6 (6.png): not an image" in text for text in told)
+    shown = {number for batch in batches for number in numbers(batch)}
+    assert not shown & {5, 30}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_slot_with_less_than_a_batch_ends_the_run_with_one_sentence(num_workers, numbered, make_loader):
+    loader = make_loader(numbered(30, streaming=True), batch_size=31, num_workers=num_workers)
+    try:
+        next(iter(loader))
+    except UserError as error:
+        text = str(error)
+    assert text.startswith("expected at least one batch of 31 images for each of") and "Traceback" not in text
+
+
+def test_a_damaged_file_is_named(numbered, make_loader, tmp_path):
+    config = numbered(40, files=2, streaming=True, open_shards=1)
+    loader = make_loader(config)
+    file = tmp_path / "numbered" / "train-00001.parquet"
+    data = bytearray(file.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard \d of .*numbered \(train\) cannot be read"):
+        take(loader, 5)
+
+
+def test_large_images_are_cropped_by_the_workers(numbered, make_loader):
+    config = numbered(16, size=(100, 100), streaming=True)
+    batch = next(iter(make_loader(config)))
+    assert batch.images.global_crops.shape == (8, 2, 3, 8, 8)
+
+
+def test_the_global_generators_are_left_alone(numbered, make_loader):
+    config = numbered(40, streaming=True)
+    before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
+    take(make_loader(config, num_workers=2), 6)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-NN: closed forms, an independent loop version, lightly's, and what must be refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import few_label_knn, knn_accuracy
+from hf_ssl.evaluation.knn import nearest
+
+
+def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (images,), generator=generator)
+    return centres[labels] + 1.5 * torch.randn(images, width, generator=generator), labels
+
+
+def at_cosine(cosine: float) -> list[float]:
+    return [cosine, math.sqrt(1 - cosine**2)]
+
+
+def test_closed_form_of_k_and_temperature() -> None:
+    # The query is (1, 0). Nearest is class 0 (0.9); two of class 1 follow (0.8); three of class 0 lie far off
+    # (-0.5).
+    bank = torch.tensor([at_cosine(0.9), at_cosine(0.8), at_cosine(0.8)] + [at_cosine(-0.5)] * 3)
+    labels = torch.tensor([0, 1, 1, 0, 0, 0])
+    query, answer = torch.tensor([[3.0, 0.0]]), torch.tensor([1])
+    result = knn_accuracy(bank, labels, query, answer, neighbours=[1, 3, 6], temperatures=[0.01, 1.0, 100.0])
+    assert result[1, 1.0] == 0.0
+    # At T 1: exp(0.9) = 2.46 against 2 exp(0.8) = 4.45.
+    assert result[3, 1.0] == 1.0
+    # At T 0.01: exp(90) against 2 exp(80); only the ratio e^10 > 2 counts.
+    assert result[3, 0.01] == 0.0
+    # At T 1 the far three add 3 exp(-0.5) = 1.82: 4.28 against 4.45. At T 100 it is a plain vote of four
+    # against two.
+    assert result[6, 1.0] == 1.0
+    assert result[6, 100.0] == 0.0
+
+
+def loop_accuracy(bank, labels, queries, answers, k, temperature) -> float:
+    """The definition, one query, one neighbour at a time, in float64."""
+    right = 0
+    for query, answer in zip(queries, answers, strict=True):
+        cosines = [float(np.dot(query, row) / np.linalg.norm(query) / np.linalg.norm(row)) for row in bank]
+        votes: dict[int, float] = {}
+        for row in sorted(range(len(bank)), key=lambda row: -cosines[row])[:k]:
+            votes[int(labels[row])] = votes.get(int(labels[row]), 0.0) + math.exp(cosines[row] / temperature)
+        right += max(sorted(votes), key=lambda number: votes[number]) == int(answer)
+    return right / len(queries)
+
+
+def test_equals_the_loop_version() -> None:
+    bank, labels = clustered(150, seed=0)
+    queries, answers = clustered(60, seed=1)
+    counts, temperatures = (1, 2, 7, 20, 150), (0.07, 0.1, 0.5)
+    result = knn_accuracy(bank, labels, queries, answers, neighbours=counts, temperatures=temperatures)
+    assert set(result) == {(k, t) for k in counts for t in temperatures}
+    assert len(set(result.values())) > 3, "the example must tell the settings apart"
+    for (k, temperature), accuracy in result.items():
+        expected = loop_accuracy(
+            bank.double().numpy(), labels, queries.double().numpy(), answers, k, temperature
+        )
+        assert accuracy == pytest.approx(expected, abs=1e-12), (k, temperature)
+
+
+def test_agrees_with_lightly() -> None:
+    knn = pytest.importorskip("lightly.utils.benchmarking.knn")
+    bank, labels = clustered(400, seed=2)
+    queries, answers = clustered(300, seed=3)
+    result = knn_accuracy(bank, labels, queries, answers, neighbours=[5, 20, 200], temperatures=[0.07, 0.1])
+    for (k, temperature), accuracy in result.items():
+        predicted = knn.knn_predict(
+            F.normalize(queries, dim=1), F.normalize(bank, dim=1).T, labels, 5, knn_k=k, knn_t=temperature
+        )[:, 0]
+        assert accuracy == pytest.approx(float((predicted == answers).double().mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize(("query_chunk", "bank_chunk"), [(1, 1), (7, 13), (64, 40), (1000, 1000)])
+def test_chunks_change_nothing(query_chunk: int, bank_chunk: int) -> None:
+    bank, queries = (
+        F.normalize(clustered(101, seed=4)[0], dim=1),
+        F.normalize(clustered(30, seed=5)[0], dim=1),
+    )
+    cosines, rows = nearest(bank, queries, 17, query_chunk=query_chunk, bank_chunk=bank_chunk)
+    expected = (queries.double() @ bank.double().T).sort(dim=1, descending=True)
+    torch.testing.assert_close(cosines.double(), expected.values[:, :17], atol=1e-6, rtol=0)
+    assert torch.equal(rows, expected.indices[:, :17])
+
+
+def test_small_temperature_does_not_overflow() -> None:
+    bank, labels = clustered(50, seed=6)
+    result = knn_accuracy(bank, labels, bank, labels, neighbours=[1, 20], temperatures=[0.001])
+    assert result[1, 0.001] == 1.0
+    assert result[20, 0.001] == 1.0, "an image's own vote outweighs all others at a small temperature"
+
+
+def test_half_precision_and_arrays_are_taken() -> None:
+    bank, labels = clustered(60, seed=7)
+    as_float = knn_accuracy(bank.bfloat16().float(), labels, bank, labels, neighbours=[5])
+    assert knn_accuracy(bank.bfloat16(), labels.numpy(), bank, labels.tolist(), neighbours=[5]) == as_float
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"neighbours": [61]}, "k <= 60"),
+        ({"neighbours": [0]}, "1 <= k"),
+        ({"temperatures": [0.0]}, "positive temperatures"),
+        ({"train_labels": torch.zeros(59)}, "each of 60 images"),
+        ({"test_labels": -torch.ones(60)}, "class numbers from 0"),
+        ({"train_features": torch.full((60, 16), torch.nan)}, "60 of 60 images"),
+        ({"test_features": torch.ones(60)}, "(N, D)"),
+    ],
+)
+def test_bad_input_is_refused_in_words(change: dict, words: str) -> None:
+    features, labels = clustered(60, seed=8)
+    arguments = {
+        "train_features": features, "train_labels": labels, "test_features": features, "test_labels": labels,
+        "neighbours": [5], "temperatures": [0.1],
+    } | change  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        knn_accuracy(**arguments)
+    assert words in str(caught.value)
+
+
+def test_few_labels_closed_forms() -> None:
+    features = F.one_hot(torch.arange(4)).float().repeat(6, 1)
+    labels = torch.arange(4).repeat(6)
+    perfect = few_label_knn(features, labels, features, labels, labels_per_class=1, draws=5)
+    assert (perfect.mean, perfect.std, perfect.draws, perfect.labels_per_class) == (1.0, 0.0, 5, 1)
+    chance = few_label_knn(torch.ones(24, 4), labels, features, labels, labels_per_class=2, draws=5)
+    assert chance.mean == 0.25, "equal cosines go to one row, so one class of four is right"
+
+
+def test_few_labels_draws_are_balanced() -> None:
+    # 50 rows of class 0 at right angles to each other, and 5 of class 1 that are a little like each of them:
+    # a row of class 0 is known if it was drawn itself, and taken for class 1 if not.
+    bank, labels = torch.cat([torch.eye(50), torch.ones(5, 50)]), [0] * 50 + [1] * 5
+    for labels_per_class in (1, 5):
+        result = few_label_knn(
+            bank, labels, torch.eye(50), [0] * 50, labels_per_class=labels_per_class, draws=3
+        )
+        assert result.mean == pytest.approx(labels_per_class / 50)
+        assert result.std == pytest.approx(0)
+
+
+def test_few_labels_draws_depend_on_the_seed_alone() -> None:
+    features, labels = clustered(200, seed=9)
+    state = torch.random.get_rng_state()
+    one, again, other = (
+        few_label_knn(scale * features, labels, features, labels, labels_per_class=2, draws=3, seed=seed)
+        for scale, seed in ((1, 0), (8, 0), (1, 1))
+    )
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert one == again, "another encoder meets the same draws"
+    assert one.mean != other.mean
+
+
+def test_few_labels_mean_and_spread_over_draws() -> None:
+    features, labels = clustered(200, seed=10)
+    queries, answers = clustered(100, seed=11)
+    single = [
+        few_label_knn(features, labels, queries, answers, labels_per_class=1, draws=draws, seed=5)
+        for draws in (1, 2)
+    ]
+    assert single[0].std == 0.0
+    # The first of two draws is the one draw, so the second follows from the mean.
+    second = 2 * single[1].mean - single[0].mean
+    assert single[1].std == pytest.approx(abs(single[0].mean - second) / math.sqrt(2), abs=1e-9)
+    assert single[1].std > 0
+
+
+def test_few_labels_refuses_a_class_that_is_too_small() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    with pytest.raises(UserError, match="expected 2 images in each class, the smallest has 1"):
+        few_label_knn(torch.eye(4), labels, torch.eye(4), labels, labels_per_class=2)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear probe against torch's own SGD, against scikit-learn, and its rule about the test set."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import linear_probe
+from hf_ssl.evaluation.linear import train_heads
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    features, labels = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1400], order[1400:]
+    return features[train], labels[train], features[test], labels[test]
+
+
+def torch_head(features, labels, classes, rate, epochs, batch_size, generator) -> torch.Tensor:
+    """The same training by autograd and torch.optim: an independent version."""
+    head = torch.nn.Linear(features.shape[1], classes)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
+    steps = epochs * math.ceil(len(features) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(features), generator=generator)
+        for index in order.split(batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(head(features[index]), labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return torch.cat([head.weight.detach().T, head.bias.detach()[None]])
+
+
+def test_heads_equal_those_of_torch_sgd() -> None:
+    features, labels, _, _ = digits()
+    rates = [0.01, 0.3, 2.0]
+    heads = train_heads(features, labels, 10, rates, 2, 256, torch.Generator().manual_seed(4))
+    for number, rate in enumerate(rates):
+        expected = torch_head(features, labels, 10, rate, 2, 256, torch.Generator().manual_seed(4))
+        torch.testing.assert_close(heads[:, number], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_reaches_what_scikit_learn_reaches() -> None:
+    sklearn_linear = pytest.importorskip("sklearn.linear_model")
+    features, labels, test, answers = digits()
+    expected = (
+        sklearn_linear.LogisticRegression(C=1e3, max_iter=2000).fit(features, labels).score(test, answers)
+    )
+    probe = linear_probe(features, labels, test, answers, epochs=50)
+    assert probe.accuracy == pytest.approx(expected, abs=0.02)
+    assert probe.accuracy > 0.94
+    assert probe.validation_accuracy == max(probe.validation.values())
+    assert probe.validation[probe.learning_rate] == probe.validation_accuracy
+
+
+def test_test_labels_choose_nothing() -> None:
+    features, labels, test, answers = digits()
+    honest = linear_probe(features, labels, test, answers, epochs=3)
+    wrong = linear_probe(features, labels, test, (answers + 1) % 10, epochs=3)
+    assert wrong.validation == honest.validation
+    assert wrong.learning_rate == honest.learning_rate
+    assert wrong.accuracy < 0.05 < honest.accuracy
+
+
+def test_the_last_training_uses_the_held_out_rows_too() -> None:
+    # One row a class: a class that was held out can only be known if the head was trained again on all rows.
+    rows, labels = torch.eye(10), torch.arange(10)
+    probe = linear_probe(rows, labels, rows, labels, learning_rates=[1.0], epochs=20, batch_size=10)
+    assert probe.accuracy == 1.0
+    assert probe.validation_accuracy == 0.0
+    assert not probe.at_edge, "one rate is no sweep"
+
+
+def test_edge_of_the_sweep_is_told() -> None:
+    features, labels, test, answers = digits()
+    probe = linear_probe(features, labels, test, answers, epochs=1, learning_rates=[1e-9, 1e-8, 0.1])
+    assert (probe.learning_rate, probe.at_edge) == (0.1, True)
+    probe = linear_probe(
+        features, labels, test, answers, epochs=10, learning_rates=[1e-9, 0.3, 1e9], batch_size=64
+    )
+    assert (probe.learning_rate, probe.at_edge) == (0.3, False)
+
+
+def test_standardizing_uses_training_rows_and_forgives_bad_scales() -> None:
+    features, labels, test, answers = digits()
+    scale = torch.logspace(-3, 3, 64)
+    plain, forgiving = (
+        linear_probe(
+            features * scale + 50,
+            labels,
+            test * scale + 50,
+            answers,
+            epochs=10,
+            learning_rates=[0.1],
+            standardize=flag,
+        ).accuracy
+        for flag in (False, True)
+    )
+    assert plain < 0.6 < 0.9 < forgiving
+    # One test row at a time: statistics of the test rows would say nothing about it.
+    alone = [
+        linear_probe(
+            features,
+            labels,
+            test[row : row + 1],
+            answers[row : row + 1],
+            epochs=3,
+            learning_rates=[0.1],
+            standardize=True,
+        ).accuracy
+        for row in range(10)
+    ]
+    assert sum(alone) >= 7
+
+
+def test_same_seed_same_result_and_global_randomness_untouched() -> None:
+    features, labels, test, answers = digits()
+    state = torch.random.get_rng_state()
+    first = linear_probe(features, labels, test, answers, epochs=2, seed=7)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert linear_probe(features, labels, test, answers, epochs=2, seed=7) == first
+    assert linear_probe(features, labels, test, answers, epochs=2, seed=8).validation != first.validation
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rates": []}, "positive settings"),
+        ({"learning_rates": [0.0]}, "positive settings"),
+        ({"epochs": 0}, "positive settings"),
+        ({"train_labels": [0] * 9}, "each of 10 images"),
+        ({"train_features": torch.full((10, 4), torch.inf)}, "NaN or infinite"),
+    ],
+)
+def test_bad_input_is_refused_in_words(change: dict, words: str) -> None:
+    arguments = {
+        "train_features": torch.ones(10, 4), "train_labels": [0] * 10,
+        "test_features": torch.ones(10, 4), "test_labels": [0] * 10,
+    } | change  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        linear_probe(**arguments)
+    assert words in str(caught.value)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole protocol on real digits with a small encoder: numbers, words, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import BitImageProcessor, ResNetConfig, ResNetModel
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import (
+    EvaluationConfig,
+    evaluate_encoder,
+    evaluate_features,
+    evaluate_pixels,
+    knn_accuracy,
+)
+
+
+class Images:
+    """Digits as a data set would give them; `broken` rows turn out to be unreadable when they are met."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, broken: tuple[int, ...] = ()) -> None:
+        self.images, self.labels, self.broken = images, labels, broken
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def iter_batches(self, batch_size: int):
+        kept = [row for row in range(len(self.images)) if row not in self.broken]
+        self.images, self.labels, self.broken = self.images[kept], self.labels[kept], ()
+        for first in range(0, len(self.images), batch_size):
+            yield list(self.images[first : first + batch_size])
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    images = torch.tensor(data.images * 255 / 16).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], torch.tensor(data.target)[order]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    processor = BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=2,
+        image_mean=[0.3] * 3, image_std=[0.4] * 3,
+    )  # fmt: skip
+    return ResNetModel(config), processor
+
+
+def small(**changes) -> EvaluationConfig:
+    settings = {
+        "few_labels": [1, 5, 500], "linear_epochs": 3, "learning_rates": [0.1, 1.0],
+        "neighbours": [1, 20, 5000],
+        "draws": 4, "linear_standardize": True,
+        "batch_size": 100, "raw_pixel_size": 8,
+    }  # fmt: skip
+    return EvaluationConfig(**(settings | changes))
+
+
+def test_every_number_and_its_words(digits, encoder) -> None:
+    images, labels = digits
+    train = Images(images[:1000], labels[:1000], broken=(3, 700))
+    test = Images(images[1000:1400], labels[1000:1400])
+    result = evaluate_encoder(*encoder, small(), train, test)
+    assert json.loads(json.dumps(result)) == result
+    assert result["images"] == {"train": 998, "test": 400}
+    assert (result["classes"], result["feature_size"]) == (10, 32)
+    assert (result["pooling"], result["image_size"]) == ("pooler", 32)
+    assert result["knn"]["accuracy"] > 0.5, "an untrained network tells digits apart"
+    assert (result["knn"]["neighbours"], result["knn"]["temperature"]) == (20, 0.07)
+    assert len(result["knn"]["grid"]) == 2 * 2
+    assert result["protocol"]["knn"] == (
+        "20-NN by cosine similarity, votes weighted by exp(cosine / 0.07), bank: 998 images of split train, "
+        "tested on 400 images of split test"
+    )
+    assert [entry["labels_per_class"] for entry in result["few_labels"]] == [1, 5]
+    assert result["few_labels"][0]["mean"] < result["few_labels"][1]["mean"] < result["knn"]["accuracy"]
+    assert "4 draws (seed 0)" in result["protocol"]["few_labels"]
+    assert result["skipped"][0] == "5000-NN: the bank has 998 images"
+    assert result["skipped"][1].startswith("500 labels a class: the smallest class has ")
+    assert result["linear"]["accuracy"] > 0.5
+    assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
+    assert "3 epochs, batch 256" in result["protocol"]["linear"]
+    assert "features, standardised, without augmentation" in result["protocol"]["linear"]
+    assert "held out, which is the edge of the sweep; then trained" in result["protocol"]["linear"]
+    assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
+    assert 0 < result["statistics"]["embedding_std"] < 1 and result["statistics"]["images"] == 400
+    assert set(result["seconds"]) == {"features", "knn", "few_labels", "linear"}
+
+
+def test_raw_digits_are_a_strong_baseline(digits) -> None:
+    images, labels = digits
+    result = evaluate_pixels(
+        small(), Images(images[:1400], labels[:1400]), Images(images[1400:], labels[1400:])
+    )
+    assert result["knn"]["accuracy"] > 0.95
+    assert result["linear"] is None and "linear" not in result["protocol"]
+    assert result["protocol"]["features"] == "pixels at 8 x 8, each image's own mean removed"
+
+
+def test_headline_follows_the_settings(digits) -> None:
+    _, labels = digits
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    data = (features[:60], labels[:60], features[60:], labels[60:100])
+    for neighbours, temperatures, headline in (
+        ([1, 5, 20, 50], [0.1, 0.07], (20, 0.07)),
+        ([50, 10, 1], [0.1], (10, 0.1)),
+        ([50, 30], [0.2, 0.1], (30, 0.2)),
+        ([500], [0.1], (1, 0.1)),
+    ):
+        config = EvaluationConfig(neighbours=neighbours, temperatures=temperatures, linear=False)
+        knn = evaluate_features(config, *data)["knn"]
+        assert (knn["neighbours"], knn["temperature"]) == headline
+        expected = knn_accuracy(*data, neighbours=[headline[0]], temperatures=[headline[1]])
+        assert knn["accuracy"] == expected[headline]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"test_split": "train"}, "its own nearest neighbour"),
+        ({"precision": "float8"}, "one of float32, bfloat16, float16, got 'float8'"),
+        ({"pooling": "max"}, "evaluation.pooling"),
+        ({"neighbours": []}, "evaluation.neighbours"),
+        ({"temperatures": [-0.1]}, "evaluation.temperatures"),
+        ({"few_labels": [0]}, "evaluation.few_labels"),
+        ({"draws": 0}, "evaluation.draws"),
+    ],
+)
+def test_bad_settings_stop_before_an_image_is_read(encoder, change: dict, words: str) -> None:
+    class Untouched(Images):
+        def iter_batches(self, batch_size: int):
+            raise AssertionError("an image was read")
+
+    nothing = Untouched(torch.zeros(2, 3, 8, 8), torch.zeros(2))
+    with pytest.raises(UserError) as caught:
+        evaluate_encoder(*encoder, small(**change), nothing, nothing)
+    assert words in str(caught.value)
+
+
+def test_diverged_encoder_is_told_apart(digits, encoder) -> None:
+    images, labels = digits
+    model, processor = encoder
+    broken = ResNetModel(model.config)
+    torch.nn.init.constant_(broken.embedder.embedder.convolution.weight, float("nan"))
+    data = Images(images[:50], labels[:50])
+    with pytest.raises(UserError, match="50 of 50 images have features that are NaN"):
+        evaluate_encoder(broken, processor, small(), data, data)
+
+
+def test_the_config_is_a_recipe_section() -> None:
+    from omegaconf import OmegaConf
+
+    section = OmegaConf.merge(
+        OmegaConf.structured(EvaluationConfig), {"few_labels": [1, 5], "max_test_images": 100, "path": "a/b"}
+    )
+    config = OmegaConf.to_object(section)
+    assert isinstance(config, EvaluationConfig)
+    assert (config.few_labels, config.max_test_images, config.path) == ([1, 5], 100, "a/b")
+    config.check()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of features: closed forms, symmetries and loop versions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ssl.evaluation import alignment, embedding_std, rank_me, statistics, uniformity
+
+
+def noise(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_embedding_std_is_one_for_isotropic_and_zero_for_collapsed_features() -> None:
+    axes = torch.cat([torch.eye(8), -torch.eye(8)])
+    assert embedding_std(axes) == pytest.approx(1.0, abs=1e-6)
+    assert embedding_std(noise(4000, 64)) == pytest.approx(1.0, abs=0.01)
+    assert embedding_std(torch.ones(10, 8)) == pytest.approx(0.0, abs=1e-6)
+    # Lengths say nothing: rows of one direction are a collapse whatever their norm.
+    assert embedding_std(torch.arange(1.0, 11.0)[:, None] * torch.ones(10, 8)) == pytest.approx(0.0, abs=1e-6)
+    # Half the rows at e1, half at e2 of two dimensions: each column is 0 or 1, so its deviation is 1/2.
+    assert embedding_std(torch.eye(2).repeat(5, 1)) == pytest.approx(0.5 * math.sqrt(2), abs=1e-6)
+
+
+def test_rank_me_closed_forms() -> None:
+    assert rank_me(torch.eye(8)) == pytest.approx(8, rel=1e-4)
+    assert rank_me(torch.ones(20, 8)) == pytest.approx(1, rel=1e-4)
+    # Singular values 2 and 1, in shares 2/3 and 1/3.
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    assert rank_me(torch.diag(torch.tensor([2.0, 1.0]))) == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert rank_me(torch.zeros(4, 4)) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (12, 200), (30, 30)])
+def test_rank_me_equals_the_svd(shape: tuple[int, int]) -> None:
+    features = noise(*shape) * torch.logspace(0, -5, shape[1])
+    sigma = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    share = sigma / sigma.sum() + 1e-7
+    assert rank_me(features) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-6)
+    assert rank_me(features * 1000) == pytest.approx(rank_me(features), rel=1e-6)
+
+
+def test_alignment_closed_forms() -> None:
+    rows = noise(50, 6)
+    assert alignment(rows, 3 * rows) == pytest.approx(0, abs=1e-5)
+    assert alignment(rows, -rows) == pytest.approx(4, rel=1e-5)
+    east, north = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert alignment(east, north) == pytest.approx(2)
+    assert alignment(east, north, alpha=1) == pytest.approx(math.sqrt(2))
+
+
+def test_uniformity_closed_forms() -> None:
+    assert uniformity(torch.ones(7, 5)) == pytest.approx(0, abs=1e-5)
+    # Orthogonal rows: every squared distance is 2, so the log of the mean is -2 t.
+    assert uniformity(torch.eye(6)) == pytest.approx(-4)
+    assert uniformity(torch.eye(6), t=3) == pytest.approx(-6)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        uniformity(torch.ones(1, 3))
+
+
+def test_uniformity_equals_the_loop_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = noise(23, 5)
+    unit = (rows / rows.norm(dim=1, keepdim=True)).double()
+    pairs = [
+        math.exp(-2 * float((unit[i] - unit[j]).square().sum()))
+        for i in range(23)
+        for j in range(23)
+        if i != j
+    ]
+    monkeypatch.setattr(statistics, "ROW_CHUNK", 4)  # several chunks, the last one ragged
+    assert uniformity(rows) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
+
+
+@pytest.mark.parametrize("function", [embedding_std, rank_me, uniformity])
+def test_half_precision_is_raised(function) -> None:
+    rows = noise(300, 32).bfloat16()
+    assert function(rows) == pytest.approx(function(rows.float()), rel=1e-6)
+    assert function(rows.double()) == pytest.approx(function(rows.float()), rel=1e-4)
+
+
+def test_two_collapses_are_seen() -> None:
+    """Complete collapse (one point) and dimensional collapse (one plane of many dimensions)."""
+    healthy, flat = noise(500, 64), noise(500, 2) @ noise(2, 64, seed=1)
+    point = 1 + 1e-4 * noise(500, 64)
+    assert embedding_std(point) < 0.01 < 0.9 < embedding_std(healthy)
+    assert rank_me(flat) < 2.1 < 50 < rank_me(healthy)
+    assert embedding_std(flat) > 0.5, (
+        "the spread alone does not see a dimensional collapse: that is what the rank is for"
+    )

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported encoder is the very encoder, for a process that cannot import hf_ssl; others are refused."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    Dinov2Config,
+    Dinov2Model,
+    IJepaConfig,
+    IJepaModel,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import extract_features
+from hf_ssl.hub import export_encoder, image_processor, write_card
+from hf_ssl.hub.export import same_bits
+from hf_ssl.views import ViewPreset
+
+SIDE = 32
+TOKENS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "image_size": SIDE, "patch_size": 8,
+}  # fmt: skip
+CONFIGS = {
+    "resnet": (ResNetModel, ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+    "vit": (ViTModel, ViTConfig(**TOKENS, pooler_act="linear")),
+    "dinov2": (Dinov2Model, Dinov2Config(**TOKENS)),
+    "convnextv2": (ConvNextV2Model, ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2)),
+    "swin": (
+        SwinModel,
+        SwinConfig(image_size=SIDE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+    ),
+    "ijepa": (IJepaModel, IJepaConfig(**TOKENS)),
+}
+POOLING = {"ijepa": "mean"}
+
+# Runs without hf_ssl, whatever is installed: the first thing on the path of every import refuses it.
+STRANGER = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_ssl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import hf_ssl
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("hf_ssl was imported")
+
+import json, os, re
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+torch.set_num_threads(1)
+os.chdir(sys.argv[1])
+report = {}
+for name in sys.argv[2:]:
+    processor = AutoImageProcessor.from_pretrained(name)
+    encoder, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    images = torch.load("images.pt")
+    with torch.inference_mode():
+        outputs = encoder(**processor(list(images), return_tensors="pt"))
+    saved = torch.load(f"{name}.pt")
+    features = outputs.last_hidden_state.mean(dim=1) if name == "ijepa" else outputs.pooler_output.flatten(1)
+    code = re.search(r"```python\\n(.*?)```", open(f"{name}/README.md").read(), re.S)[1]
+    scope = {}
+    exec(code, scope)
+    report[name] = {
+        "class": type(encoder).__name__,
+        "keys": {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},
+        "equal": torch.equal(features, saved["features"]),
+        "differs": (features - saved["features"]).abs().max().item(),
+        "weights": all(torch.equal(value, saved["weights"][key]) for key, value in encoder.state_dict().items()),
+        "card": list(scope["features"].shape),
+        "photos": {
+            photo: bool(torch.isfinite(encoder(**processor(Image.open(photo), return_tensors="pt"))[0]).all())
+            for photo in sorted(os.listdir()) if photo.endswith((".png", ".jpg"))
+        },
+    }
+print(json.dumps(report))
+"""
+
+
+def make(name: str) -> PreTrainedModel:
+    kind, config = CONFIGS[name]
+    torch.manual_seed(0)
+    encoder = kind(config)
+    if name == "vit":
+        with torch.no_grad():
+            torch.nn.init.eye_(encoder.pooler.dense.weight)
+            torch.nn.init.zeros_(encoder.pooler.dense.bias)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)  # buffers must travel as well
+    return encoder
+
+
+def processor(side: int = SIDE):
+    return image_processor(ViewPreset(size=side).to_dict(), 3)
+
+
+def save_photos(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy()
+    color = Image.fromarray(pixels)
+    color.save(folder / "photo.jpg")
+    for mode in ("L", "LA", "RGBA", "P", "1"):
+        color.convert(mode).save(folder / f"{mode}.png")
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What one process without hf_ssl finds in the exports of all architectures."""
+    from conftest_facts import recorded_facts
+
+    folder = tmp_path_factory.mktemp("exports")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    torch.save(images, folder / "images.pt")
+    save_photos(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, (kind, config) in CONFIGS.items():
+        encoder = make(name).train()
+        export_encoder(encoder, processor(), folder / name)
+        assert encoder.training, "the encoder is left as it was"
+        features = extract_features(encoder, processor(), [list(images)])
+        torch.save({"features": features, "weights": encoder.state_dict()}, folder / f"{name}.pt")
+        facts = recorded_facts()
+        facts["name"] = name
+        facts["backbone"] |= {"class_name": kind.__name__, "pooling": POOLING.get(name, "pooler")}
+        write_card(folder / name, facts)
+    torch.set_num_threads(threads)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(STRANGER), str(folder), *CONFIGS]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_stranger_gets_the_very_encoder(stranger: dict, name: str) -> None:
+    report = stranger[name]
+    assert report["class"] == CONFIGS[name][0].__name__
+    assert not any(report["keys"].values()), report["keys"]
+    assert report["weights"]
+    assert report["equal"], f"features differ by {report['differs']}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_photo_and_the_words_of_the_card(stranger: dict, name: str) -> None:
+    width = 16 if name in ("resnet", "convnextv2") else 32
+    assert stranger[name]["card"] == [1, width]
+    photos = ["1.png", "L.png", "LA.png", "P.png", "RGBA.png", "photo.jpg"]
+    assert stranger[name]["photos"] == dict.fromkeys(photos, True)
+
+
+def test_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    torch.manual_seed(0)
+    encoder = TimmWrapperModel(TimmWrapperConfig(architecture="resnet10t", do_pooling=True))
+    export_encoder(encoder, processor(), tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is TimmWrapperModel
+    images = [torch.full((3, SIDE, SIDE), 100, dtype=torch.uint8)]
+    before, after = (extract_features(model, processor(), [images]) for model in (encoder, loaded))
+    assert torch.equal(before, after)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def vit_with(act: str = "linear", **change: float) -> ViTModel:
+    encoder = ViTModel(ViTConfig(**TOKENS, pooler_act=act))
+    with torch.no_grad():
+        torch.nn.init.eye_(encoder.pooler.dense.weight)
+        torch.nn.init.zeros_(encoder.pooler.dense.bias)
+        for name, value in change.items():
+            getattr(encoder.pooler.dense, name)[0] = value
+    return encoder
+
+
+class OwnResNet(ResNetModel):
+    """Nobody else has this class."""
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (lambda: ViTModel(ViTConfig(**TOKENS), add_pooling_layer=False), "would come back with a random one"),
+        (lambda: ViTModel(ViTConfig(**TOKENS)), "hands out the class token"),
+        (lambda: vit_with("tanh"), "pooler_act='tanh'"),
+        (lambda: vit_with(bias=0.5), "hands out the class token"),
+        (lambda: vit_with(weight=0.5), "hands out the class token"),
+        (lambda: ViTMAEModel(ViTMAEConfig(**TOKENS)), "masks at random"),
+        (lambda: OwnResNet(CONFIGS["resnet"][1]), "OwnResNet"),
+    ],
+)
+def test_encoders_that_would_be_something_else_are_refused(tmp_path: Path, encoder, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        export_encoder(encoder(), processor(), tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
+    export_encoder(make("vit"), processor(), tmp_path)
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"ViTModel does not take the processor's images \(1, 3, 64, 64\)"):
+        export_encoder(make("vit"), processor(64), tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_weights_that_come_back_changed_are_refused(tmp_path: Path) -> None:
+    encoder, other = make("resnet"), make("resnet")
+    with torch.no_grad():
+        other.embedder.embedder.normalization.running_mean[0] = -0.0
+        encoder.embedder.embedder.normalization.running_mean[0] = 0.0
+    encoder.save_pretrained = other.save_pretrained  # writes what differs in the sign of a zero, in a buffer
+    with pytest.raises(UserError, match=r"come back changed: \['embedder.embedder.normalization.running_mean'\]"):
+        export_encoder(encoder, processor(), tmp_path)
+    assert listing(tmp_path) == {}
+
+
+def test_keys_that_are_missing_are_refused(tmp_path: Path) -> None:
+    encoder = make("resnet")
+    kept = {name: value for name, value in encoder.state_dict().items() if "layers.1" not in name}
+    save = encoder.save_pretrained
+    encoder.save_pretrained = lambda folder: save(folder, state_dict=kept)
+    with pytest.raises(UserError, match="AutoModel finds missing keys"):
+        export_encoder(encoder, processor(), tmp_path)
+
+
+def test_exporting_again_replaces_the_encoder_and_nothing_else(tmp_path: Path) -> None:
+    export_encoder(make("vit"), processor(), tmp_path)
+    others = ("README.md", "pretraining/model.safetensors")
+    for name in (*others, "model-00001-of-00002.safetensors", "model.safetensors.index.json", "_export-old/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    export_encoder(make("resnet"), processor(), tmp_path)
+    files = listing(tmp_path)
+    assert set(files) == {"config.json", "model.safetensors", "preprocessor_config.json", *others}
+    assert all(files[name] == b"old" for name in others)
+    assert type(AutoModel.from_pretrained(tmp_path)) is ResNetModel
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_interrupted_while_moving_no_mixture_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    export_encoder(make("vit"), processor(), tmp_path)
+    replace, done = os.replace, []
+
+    def killed(source, target) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr("hf_ssl.hub.export.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_encoder(make("resnet"), processor(), tmp_path)
+    monkeypatch.undo()
+    with pytest.raises((OSError, ValueError)):
+        AutoModel.from_pretrained(tmp_path)
+    export_encoder(make("resnet"), processor(), tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is ResNetModel
+
+
+def test_a_full_disk_leaves_the_old_encoder(tmp_path: Path) -> None:
+    export_encoder(make("resnet"), processor(), tmp_path)
+    before = listing(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond 2,000 bytes
+    try:
+        with pytest.raises(UserError, match="cannot write the encoder to") as caught:
+            export_encoder(make("vit"), processor(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the encoder to out: Not a directory"):
+        export_encoder(make("resnet"), processor(), tmp_path / "file" / "out")
+
+
+def test_no_path_of_this_machine_travels(tmp_path: Path) -> None:
+    export_encoder(make("vit"), processor(), tmp_path / "first")
+    export_encoder(AutoModel.from_pretrained(tmp_path / "first"), processor(), tmp_path / "second")
+    for name in ("config.json", "preprocessor_config.json"):
+        assert str(tmp_path) not in (tmp_path / "second" / name).read_text()
+
+
+def test_same_bits() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.ones(2), torch.ones(2, 1))
+    assert not same_bits(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
+    assert same_bits(torch.ones(2, 3).T, torch.ones(3, 2))

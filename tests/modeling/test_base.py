@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
+
+from hf_ssl.errors import UserError
+from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
+from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.modeling.backbones import encode, feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.rules import ParameterRule, treatments
+
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+VIT = ViTConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+)
+
+
+class TaughtModel(SSLPreTrainedModel):
+    """A student, a teacher, and a head each."""
+
+    student_teacher = (("backbone", "teacher"), ("head", "teacher_head"))
+    exported = "teacher"
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.teacher = AutoModel.from_config(config.backbone_config)
+        self.head = nn.Linear(feature_size(self.backbone), 4)
+        self.teacher_head = nn.Linear(feature_size(self.backbone), 4)
+        self.post_init()
+
+
+@pytest.mark.parametrize("backbone", [RESNET, VIT])
+def test_teachers_are_copied_after_initialisation_and_frozen_again_after_loading(backbone, tmp_path):
+    model = TaughtModel(SSLConfig(backbone_config=backbone))
+    assert all(map(torch.equal, model.teacher.state_dict().values(), model.backbone.state_dict().values()))
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = TaughtModel.from_pretrained(tmp_path)
+    assert not torch.equal(loaded.head.weight, loaded.teacher_head.weight)
+    assert not any(p.requires_grad for p in (*loaded.teacher.parameters(), *loaded.teacher_head.parameters()))
+    assert loaded.head.weight.requires_grad
+    assert loaded.exported_encoder is loaded.teacher
+
+
+def test_a_published_encoder_starts_student_and_teacher_alike(tmp_path):
+    model = TaughtModel(SSLConfig(backbone_config=VIT))
+    with torch.no_grad():
+        model.backbone.embeddings.cls_token.fill_(3.0)
+    model.backbone.save_pretrained(tmp_path)
+    loaded = TaughtModel.from_pretrained(tmp_path, config=SSLConfig(backbone_config=VIT))
+    assert (loaded.backbone.embeddings.cls_token == 3).all()
+    assert (loaded.teacher.embeddings.cls_token == 3).all()
+
+
+def test_a_vit_hands_out_its_class_token_after_any_way_of_building_it(tmp_path):
+    config = SimCLRConfig(backbone_config=VIT.to_dict())
+    model = SimCLRForPreTraining(config).eval()
+    model.backbone.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 16, 16)
+    for encoder in (model.backbone, AutoModel.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            output = encoder(pixel_values=images)
+        assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+    assert not any(p.requires_grad for p in model.backbone.pooler.parameters())
+    assert VIT.pooler_act == "tanh"  # the caller's own config is left alone
+
+
+def test_features_of_other_sizes_interpolate_positions():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VIT))
+    assert encode(model.backbone, torch.randn(2, 3, 32, 32)).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [(RESNET, 16), (VIT, 16), (ResNetConfig(hidden_sizes=[4, 8, 24], depths=[1, 1, 1]), 24)]
+)
+def test_feature_size(config: PreTrainedConfig, size):
+    backbone = AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        assert encode(backbone, torch.randn(2, 3, 16, 16)).shape[1] == feature_size(backbone) == size
+
+
+def test_too_few_views():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
+    with pytest.raises(UserError, match="at least 2 views of an image, got 1"):
+        model(torch.randn(4, 1, 3, 16, 16))
+
+
+def test_timm_encoder_starts_with_timm_s_own_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    backbone = AutoConfig.for_model("timm_wrapper", architecture="resnet10t", model_args={"in_chans": 3})
+    torch.manual_seed(0)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone))
+    own = timm.create_model("resnet10t", num_classes=0)
+    weight = "layer4.0.conv1.weight"
+    expected = own.get_parameter(weight).std().item()
+    assert model.backbone.timm_model.get_parameter(weight).std().item() == pytest.approx(expected, rel=0.05)
+    model(torch.randn(4, 2, 3, 32, 32)).loss.backward()
+    model.save_pretrained(tmp_path)
+    loaded = SimCLRForPreTraining.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_default_treatment_spares_norms_biases_tokens_and_tables():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VIT))
+    found = treatments(model, [])
+    decayed = {name for name, treatment in found.items() if treatment.decay}
+    assert "backbone.layers.0.attention.q_proj.weight" in decayed
+    assert "projector.0.weight" in decayed
+    assert not any("bias" in n or "norm" in n or "cls_token" in n or "position" in n for n in decayed)
+    assert {name for name, t in found.items() if t.adapt} == decayed
+    assert all(t.decay for t in treatments(model, [], decay_all=True).values())
+    assert "backbone.pooler.dense.weight" not in found  # frozen
+
+
+def test_rules_apply_in_order_and_a_rule_for_nothing_is_an_error():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
+    rules = [
+        ParameterRule("projector", learning_rate_scale=10.0, frozen_until=3),
+        ParameterRule(r"projector\.0", learning_rate_scale=1.0),
+    ]
+    found = treatments(model, rules)
+    assert found["projector.3.weight"].learning_rate_scale == 10
+    assert found["projector.0.weight"].learning_rate_scale == 1
+    assert found["projector.0.weight"].frozen_until == 3
+    with pytest.raises(ValueError, match="prjector"):
+        treatments(model, [ParameterRule("prjector", decay=False)])

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walls of the house: who may import whom, and what no file may be. Read from the sources; nothing is
+imported."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SPDX = "# SPDX-License-Identifier: Apache-2.0"
+LONGEST_FILE = 300
+GATHERS = "hf_ssl.modeling.gather"
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+# Imports run from a higher number to a lower one, or stay within it.
+LAYERS = {
+    "hf_ssl.errors": 0,
+    "hf_ssl.resources": 0,
+    "hf_ssl.losses": 0,
+    "hf_ssl.views": 0,
+    "hf_ssl.data": 1,
+    "hf_ssl.modeling": 1,
+    "hf_ssl.evaluation": 1,
+    "hf_ssl.methods": 2,
+    "hf_ssl.registration": 2,
+    "hf_ssl.hub": 3,
+    "hf_ssl.trainer": 4,
+    "hf_ssl.recipe": 5,
+    "hf_ssl.output_folder": 5,
+    "hf_ssl.run": 5,
+    "hf_ssl.cli": 5,
+    "hf_ssl.__main__": 5,
+    "hf_ssl": 6,
+}
+
+# Distributions whose module has another name.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`target` is the dotted name of what is imported, as deep as the statement says; `deferred`: inside a
+    function."""
+
+    target: str
+    deferred: bool
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Dotted name and file of every module of the package."""
+    found = {}
+    for path in sorted((root / "hf_ssl").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str) -> Iterator[Import]:
+    """Every absolute import, those for type checkers left out: they are never executed."""
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for other in child.orelse:
+                    yield from visit(other, deferred)
+            elif isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(alias.name, deferred)
+            elif isinstance(child, ast.ImportFrom):
+                for alias in child.names:
+                    yield Import(f"{'.' * child.level}{child.module or ''}.{alias.name}", deferred)
+            else:
+                inside = deferred or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from visit(child, inside)
+
+    return visit(ast.parse(source), False)
+
+
+def resolve(target: str, known: dict[str, str]) -> str | None:
+    """The module of ours that an import names, or None for somebody else's."""
+    while target:
+        if target in known:
+            return target
+        target = target.rpartition(".")[0]
+    return None
+
+
+def room(module: str) -> str:
+    """The part of the house that a module belongs to: a package or a file directly below hf_ssl."""
+    return ".".join(module.split(".")[:2])
+
+
+def wrong_directions(sources: dict[str, str]) -> list[str]:
+    """Imports that run upwards, at any depth of the code, and rooms that no layer is known of."""
+    problems = [f"{module} has no layer" for module in sources if room(module) not in LAYERS]
+    for module, source in sources.items():
+        for item in imports(source):
+            target = resolve(item.target, sources)
+            if item.target.startswith("."):
+                problems.append(f"{module} imports {item.target} relatively")
+            elif target is not None and item.target != "hf_ssl.__version__":
+                if LAYERS.get(room(target), 0) > LAYERS.get(room(module), 0):
+                    problems.append(f"{module} imports {item.target}, which is above it")
+    return problems
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other while they load, or rooms that import each other at any time."""
+    by_module: dict[str, set[str]] = {}
+    by_room: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        for item in imports(source):
+            target = resolve(item.target, sources)
+            if target is None or target in (module, "hf_ssl"):
+                continue
+            if not item.deferred:
+                by_module.setdefault(module, set()).add(target)
+            if room(target) != room(module):
+                by_room.setdefault(room(module), set()).add(room(target))
+    for graph in (by_module, by_room):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            return list(error.args[1])
+    return []
+
+
+def open_ended_forwards(source: str) -> list[str]:
+    """Classes whose `forward` or `embed` takes `**kwargs`: transformers would then rescale the loss, and
+    typos would vanish."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+        for function in node.body
+        if isinstance(function, ast.FunctionDef)
+        and function.name in ("forward", "embed")
+        and function.args.kwarg
+    ]
+
+
+def touches_process_groups(source: str) -> bool:
+    """Whether a file imports torch.distributed or uses it through torch."""
+    if any(item.target.startswith("torch.distributed") for item in imports(source)):
+        return True
+    return any(
+        isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed")
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def undeclared(sources: dict[str, str], declared: set[str]) -> set[str]:
+    """Third-party packages that are imported and not declared."""
+    found = {item.target.split(".")[0] for source in sources.values() for item in imports(source)}
+    third_party = found - set(sys.stdlib_module_names) - {"hf_ssl", "__future__", ""}
+    return {DISTRIBUTIONS.get(name, name) for name in third_party} - declared
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    return {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+
+
+def python_files() -> list[Path]:
+    return [
+        path for folder in ("hf_ssl", "training", "spaces", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+
+
+def test_imports_run_downwards(sources: dict[str, str]) -> None:
+    assert wrong_directions(sources) == []
+
+
+def test_no_circles(sources: dict[str, str]) -> None:
+    assert circle(sources) == []
+
+
+def test_forwards_are_contracts(sources: dict[str, str]) -> None:
+    rooms = ("hf_ssl.methods", "hf_ssl.modeling")
+    assert {name: open_ended_forwards(text) for name, text in sources.items() if room(name) in rooms} == {
+        name: [] for name in sources if room(name) in rooms
+    }
+
+
+def test_one_file_knows_about_process_groups(sources: dict[str, str]) -> None:
+    assert [name for name, text in sources.items() if touches_process_groups(text)] == [GATHERS]
+
+
+def test_losses_and_views_know_no_model(sources: dict[str, str]) -> None:
+    known = {
+        name: {item.target.split(".")[0] for item in imports(text)}
+        & {"transformers", "datasets", "accelerate"}
+        for name, text in sources.items()
+        if room(name) in ("hf_ssl.losses", "hf_ssl.views")
+    }
+    assert all(not found for found in known.values()), known
+
+
+def test_files_fit_in_a_head() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in python_files()
+        if path.is_relative_to(ROOT / "hf_ssl") or path.is_relative_to(ROOT / "training")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
+    }
+    assert long == {}
+
+
+def test_every_file_has_its_licence() -> None:
+    recipes = (ROOT / "training" / "recipes").rglob("*.yaml")
+    files = [*python_files(), *recipes]
+    assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n", 1)[0] != SPDX] == []
+
+
+def test_names_say_what_is_inside() -> None:
+    assert [str(path) for path in python_files() if path.stem in VAGUE] == []
+
+
+def test_every_import_is_declared(sources: dict[str, str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for extra in ("timm",) for name in project["optional-dependencies"][extra]]
+    requirements = [*project["dependencies"], *extras]
+    declared = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in requirements}
+    assert undeclared(sources, declared) == set()
+
+
+# The rules themselves, on sources that break them.
+
+BAD = {
+    "hf_ssl": "",
+    "hf_ssl.losses": "",
+    "hf_ssl.losses.triplet": "def f():\n    from hf_ssl.trainer import x\n",
+    "hf_ssl.trainer": "import torch\n",
+    "hf_ssl.data": "from hf_ssl import views\n",
+    "hf_ssl.views": "if TYPE_CHECKING:\n    from hf_ssl.trainer import x\n",
+}
+
+
+def test_upward_imports_are_seen() -> None:
+    assert wrong_directions(BAD) == ["hf_ssl.losses.triplet imports hf_ssl.trainer.x, which is above it"]
+    assert wrong_directions({"hf_ssl.attic": ""}) == ["hf_ssl.attic has no layer"]
+    assert wrong_directions({"hf_ssl.views": "from . import preset"}) == [
+        "hf_ssl.views imports ..preset relatively"
+    ]
+    assert wrong_directions({"hf_ssl": "", "hf_ssl.views": "from hf_ssl import run"}) == [
+        "hf_ssl.views imports hf_ssl.run, which is above it"
+    ]
+    assert wrong_directions({"hf_ssl": "", "hf_ssl.hub": "from hf_ssl import __version__"}) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": "from hf_ssl.data.a import x"})
+    deferred = "def f():\n    import hf_ssl."
+    assert not circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{deferred}data.a"})
+    assert circle({"hf_ssl.data.a": "import hf_ssl.modeling.b", "hf_ssl.modeling.b": f"{deferred}data.a"})
+    assert not circle(BAD | {"hf_ssl.losses.triplet": ""})
+
+
+def test_other_breaches_are_seen() -> None:
+    assert open_ended_forwards("class A:\n    def forward(self, x, **kwargs): ...") == ["A"]
+    assert (
+        open_ended_forwards("class A:\n    def forward(self, x): ...\n    def other(self, **kwargs): ...")
+        == []
+    )
+    for source in (
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "x = torch.distributed.rank()",
+    ):
+        assert touches_process_groups(source), source
+    assert not touches_process_groups("import torch\nx = torch.distributions")
+    assert undeclared({"a": "import numpy, os\nfrom PIL import Image\nimport hf_ssl.views"}, {"numpy"}) == {
+        "pillow"
+    }

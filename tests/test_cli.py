@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it prints, what it calls, and that a mistake ends in one sentence and status 2."""
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_ssl import run
+from hf_ssl.cli import main
+from hf_ssl.data import DataConfig
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.methods import METHODS
+from hf_ssl.resources import recipe_files
+
+ROOT = Path(__file__).parent.parent
+
+
+def record(monkeypatch: pytest.MonkeyPatch, name: str, result: Callable[..., object] = lambda *a: {}) -> list:
+    """Replace a function of `hf_ssl.run` and return the list of the arguments it is called with."""
+    calls: list = []
+
+    def called(*arguments: object) -> object:
+        calls.append(arguments)
+        return result(*arguments)
+
+    monkeypatch.setattr(run, name, called)
+    return calls
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The sentence on stderr of a command that must end with status 2 and print nothing else."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *_, sentence = captured.err.splitlines()
+    assert sentence.startswith("hf-ssl: ") and "Traceback" not in captured.err
+    return sentence
+
+
+def test_pretrain_hands_over_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "pretrain")
+    assert main(["pretrain", "smoke/simclr", "training.max_steps=3"]) == 0
+    ((recipe,),) = calls
+    assert (recipe.name, recipe.training["max_steps"]) == ("smoke/simclr", 3)
+
+
+def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "evaluate")
+    assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
+    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2))]
+
+
+def test_export_hands_over_both_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "export")
+    assert main(["export", "run/checkpoint-5", "encoder"]) == 0
+    assert calls == [(Path("run/checkpoint-5"), Path("encoder"))]
+
+
+def test_demo_hands_over_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "demo")
+    assert main(["demo", "training.seed=3"]) == 0
+    assert calls == [(["training.seed=3"],)]
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(method.summary in line for method, line in zip(METHODS.values(), lines, strict=True))
+
+
+def test_recipes_are_listed_with_their_titles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipe_files())
+    assert all(len(line.split(maxsplit=1)) == 2 and "SPDX" not in line for line in lines)
+
+
+def test_what_only_prints_is_quick() -> None:
+    """No torch, no transformers, no OmegaConf: asserted by what is loaded, not by time."""
+    code = (
+        "import sys\n"
+        "from hf_ssl.cli import main\n"
+        "for command in (['methods'], ['recipes'], ['--help'], ['pretrain', '--help']):\n"
+        "    try: main(command)\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'omegaconf', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["-m", "hf_ssl"], [str(ROOT / "training" / "pretrain.py")]])
+def test_entry_points_return_the_status(command: list[str], tmp_path: Path) -> None:
+    arguments = ["pretrain", "smoke/simcrl"] if command[0] == "-m" else ["smoke/simcrl"]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "hf-ssl: unknown recipe smoke/simcrl: did you mean smoke/simclr?"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pretrain", "simcrl"], "unknown recipe simcrl: did you mean"),
+        (["pretrain", "smoke/simclr", "method.name=simcrl"], "unknown method simcrl: did you mean simclr?"),
+        (["pretrain", "smoke/simclr", "training.max_step=1"], "did you mean training.max_steps?"),
+        (["pretrain", "smoke/simclr", "training.max_steps=few"], "expected a whole number, got 'few'"),
+        (["pretrain", "simclr_vit_small"], "data.path is missing"),
+        (["evaluate", "folder"], "data.path is missing"),
+        (["evaluate", "folder", "data.path=digits", "training.seed=1"], "unknown section training"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    assert sentence in refused(capsys, *arguments)
+
+
+# Mistakes that are seen once data or folders are opened; nothing may be left behind by them.
+LATE = {
+    "data.path=nowhere/at_all": "nowhere/at_all",
+    "data.path=some/dataset": "some/dataset",
+    "data.split=trian": "trian",
+    "data.image_column=picture": "picture",
+    "training.batch_size=5000": "5000",
+}
+
+
+@pytest.mark.parametrize("override", LATE)
+def test_late_mistakes_leave_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str
+) -> None:
+    output = tmp_path / "run"
+    command = ["pretrain", "smoke/simclr", f"training.output_dir={output}", override]
+    assert LATE[override] in refused(capsys, *command)
+    assert not output.exists()
+
+
+def test_a_folder_of_somebody_else_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    sentence = refused(capsys, "pretrain", "smoke/simclr", f"training.output_dir={tmp_path}")
+    assert "thesis.tex" in sentence and str(tmp_path) in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_needs_something_to_resume(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = record(monkeypatch, "pretrain")
+    command = ["pretrain", "smoke/simclr", f"training.output_dir={tmp_path}", "--resume"]
+    assert "nothing to resume" in refused(capsys, *command)
+    (tmp_path / "checkpoint-4").mkdir()
+    assert main(command) == 0
+    assert len(calls) == 1
+
+
+def test_a_user_error_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("expected a, got b")
+
+    record(monkeypatch, "demo", fail)
+    assert refused(capsys, "demo") == "hf-ssl: expected a, got b"
+
+
+def test_a_full_disk_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/model.safetensors")
+
+    record(monkeypatch, "demo", fail)
+    assert "no space left on the disk for runs/model.safetensors" in refused(capsys, "demo")
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    record(monkeypatch, "demo", fail)
+    assert main(["demo"]) == 130
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EACCES, "denied")])
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    record(monkeypatch, "demo", fail)
+    with pytest.raises(type(error)):
+        main(["demo"])
+
+
+def test_unknown_commands_are_refused() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretain", "smoke/simclr"])
+    assert stopped.value.code == 2

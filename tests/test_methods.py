@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every method, read from METHODS and each method's smoke recipe. A new method needs no new line here."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForPreTraining
+
+from hf_ssl import views
+from hf_ssl.data import open_source, train_loader
+from hf_ssl.methods import METHODS
+from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.recipe import load_recipe
+from hf_ssl.resources import resource
+from hf_ssl.run import build_model
+
+BACKBONES = {
+    "resnet": [],
+    "vit": ["backbone={model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
+            "patch_size: 8}"],
+    "dinov2": ["backbone={model_type: dinov2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8}"],
+    "convnextv2": ["backbone={model_type: convnextv2, hidden_sizes: [8, 16], depths: [1, 1], num_stages: 2, patch_size: 2}"],
+}  # fmt: skip
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(params=BACKBONES)
+def recipe(request, method):
+    return load_recipe(f"smoke/{method}", BACKBONES[request.param])
+
+
+@pytest.fixture
+def model(recipe):
+    return build_model(recipe, seed=0)
+
+
+@pytest.fixture
+def batch(recipe):
+    """The model's batch of 8 images, as the trainer makes it."""
+    loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
+    loaded = next(iter(loader))
+    shown = views.apply(loaded.images, loaded.parameters)
+    given = {"pixel_values": shown.pixel_values, "local_pixel_values": shown.local_pixel_values, "sample_index": loaded.sample_index}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def test_every_trainable_parameter_has_a_finite_gradient(model, batch):
+    output = model.train()(**batch)
+    assert isinstance(output, SSLOutput)
+    assert output.loss.ndim == 0 and output.loss.isfinite()
+    output.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    assert without == []
+    # an attention's key bias drops out of the softmax, so its gradient is zero in truth
+    still = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any() and "k_proj.bias" not in n and "key.bias" not in n]
+    assert [name for name in still if not name.endswith(("grn.weight", "grn.bias"))] == []
+
+
+def test_output_names_its_terms_and_embeddings(model, batch):
+    output = model.train()(**batch)
+    assert output.terms
+    for name, term in output.terms.items():
+        assert term.ndim == 0 and not term.requires_grad, name
+    assert output.embeddings.shape[0] == len(batch["pixel_values"])
+    assert output.embeddings.ndim == 3
+
+
+def test_objective_is_pure_and_forward_is_embed_then_objective(model, batch):
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        embeddings = model.embed(**batch)
+        assert all(len(value) == len(batch["pixel_values"]) for value in embeddings.values())
+        once, again, whole = model.objective(embeddings).loss, model.objective(embeddings).loss, model(**batch).loss
+    assert torch.equal(once, again) and torch.equal(once, whole)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), f"{name} changed outside of training"
+
+
+def test_forward_takes_no_surprises(model):
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert model.accepts_loss_kwargs is False
+
+
+def test_initial_weights_depend_on_the_seed_alone(recipe, model):
+    again, other = build_model(recipe, seed=0), build_model(recipe, seed=1)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert any(not torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+def test_saved_and_loaded_through_the_auto_class_it_is_the_same(model, recipe, batch, tmp_path):
+    model.train()(**batch)  # moves statistics, so that buffers are not all as built
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not any(info.values()), info
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).loss, loaded.eval()(**batch).loss)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict()["views"] == recipe.views.to_dict()
+
+
+def test_teachers_start_as_their_students_and_stay_frozen(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForPreTraining.from_pretrained(tmp_path)):
+        for student, teacher in each.student_teacher:
+            followed = each.get_submodule(teacher).state_dict()
+            for name, value in each.get_submodule(student).state_dict().items():
+                assert torch.equal(followed[name], value), f"{teacher}.{name}"
+            assert not any(p.requires_grad for p in each.get_submodule(teacher).parameters())
+
+
+def test_bfloat16_autocast(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_hooks_run_without_touching_the_gradient(model, batch):
+    progress = Progress(step=0, total_steps=10, steps_per_epoch=5)
+    model.train()
+    model.before_epoch(progress)
+    model.before_step(progress)
+    model(**batch).loss.backward()
+    model.after_backward(progress)
+    model.after_step(Progress(step=1, total_steps=10, steps_per_epoch=5))
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_it_is_in_the_table_with_a_card_section_and_a_smoke_recipe(method):
+    row = METHODS[method]
+    assert "arXiv:" in row.paper
+    section = resource("model_cards", "methods", f"{method}.md").read_text()
+    assert len(section) > 200
+    assert resource("recipes", "smoke", f"{method}.yaml").exists()
+
+
+def test_its_exported_encoder_is_native(model):
+    assert type(model.exported_encoder).__module__.startswith("transformers.models.")

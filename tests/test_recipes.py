@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe loads and builds its configs; every mistake in one gets a sentence that names it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_ssl.data import DataConfig
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.methods import METHODS
+from hf_ssl.recipe import Recipe, load_recipe, read_sections
+from hf_ssl.resources import recipe_files
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.views import ViewPreset
+
+SMOKE = "smoke/simclr"
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    """A recipe, given data where it leaves them to the user."""
+    needs_data = yaml.safe_load(recipe_files()[name].read_text())["data"]["path"] == "???"
+    return load_recipe(name, [*(["data.path=digits"] if needs_data else []), *overrides])
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", recipe_files())
+def test_recipe_builds_what_it_describes(name: str) -> None:
+    recipe = load(name)
+    config = recipe.config()
+    assert config.model_type == f"ssl_{recipe.method['name']}"
+    assert config.backbone_config.model_type == recipe.backbone["model_type"]
+    assert ViewPreset.from_dict(config.views) == recipe.views
+    arguments = recipe.training_arguments()
+    for key, value in recipe.training.items():
+        assert getattr(arguments, key) == value or key == "report_to", key
+    assert isinstance(recipe.data, DataConfig) and isinstance(recipe.evaluation, EvaluationConfig)
+
+
+@pytest.mark.parametrize("name", recipe_files())
+def test_recipe_says_what_it_is(name: str) -> None:
+    header = recipe_files()[name].read_text().split("\nmethod:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert re.search(rf"Command: .*pretrain(\.py)? {name}\b", header) or name == "demo"
+    for word in (
+        "Hardware:",
+        "Command:",
+        *(() if name.startswith("smoke/") else ("Paper:", "Differs:", "Result:")),
+    ):
+        assert word in header, word
+
+
+def test_every_method_has_a_smoke_recipe() -> None:
+    assert {load(f"smoke/{name}").method["name"] for name in METHODS} == set(METHODS)
+
+
+def test_recipe_survives_json_and_yaml(tmp_path: Path) -> None:
+    plain = load(
+        SMOKE, "views.local={count: 2, size: 4}", "method.temperature=1", "training.learning_rate=1"
+    ).to_dict()
+    sections = json.loads(json.dumps(plain))
+    del sections["name"]
+    again = load_recipe(write(tmp_path, yaml.safe_dump(sections)))
+    assert again.to_dict() == plain | {"name": "own"}
+
+
+def test_overrides_win_in_order() -> None:
+    recipe = load(
+        SMOKE,
+        "training.learning_rate=1e-3",
+        "training.learning_rate=2e-3",
+        "views.local.count=2",
+        "views.local.scale=[0.1, 0.5]",
+        "method.temperature=1",
+        "publish.tags=[a, b]",
+        "data.name=null",
+        "evaluation.temperatures=[1]",
+    )
+    assert recipe.training["learning_rate"] == 0.002
+    assert (recipe.views.local.count, recipe.views.local.scale) == (2, (0.1, 0.5))
+    assert recipe.config().temperature == 1.0 and isinstance(recipe.config().temperature, float)
+    assert recipe.publish.tags == ["a", "b"]
+    assert recipe.data.name is None
+    assert recipe.overrides[0] == "training.learning_rate=1e-3"
+
+
+def test_a_whole_section_can_be_replaced() -> None:
+    recipe = load(SMOKE, "backbone={model_type: vit, patch_size: 4, hidden_size: 24, num_hidden_layers: 1}")
+    assert recipe.backbone_config().hidden_size == 24
+    assert "embedding_size" not in recipe.backbone
+
+
+def test_the_encoder_follows_data_and_views() -> None:
+    backbone = "backbone={model_type: vit, patch_size: 4, hidden_size: 24, num_hidden_layers: 1}"
+    grey = ("data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
+    config = load(SMOKE, backbone, *grey).backbone_config()
+    assert (config.num_channels, config.image_size) == (1, 16)
+    timm = pytest.importorskip("timm") and "backbone={model_type: timm_wrapper, architecture: resnet10t}"
+    assert load(SMOKE, timm, *grey).backbone["model_args"] == {"in_chans": 1}
+    assert "model_args" not in load(SMOKE, timm).backbone
+
+
+def test_differences_are_what_the_defaults_are_not() -> None:
+    found = load(SMOKE).differences()
+    assert found["method.temperature"] == 0.5
+    assert found["views.enlarge"] == 16
+    assert found["training.max_steps"] == 8
+    assert found["evaluation.few_labels"] == [5]
+    same = load(
+        SMOKE, "method.projection_layers=3", "views.size=224", "views.enlarge=null", "training.max_steps=-1"
+    )
+    assert found.keys() - same.differences().keys() == {
+        "method.projection_layers",
+        "views.size",
+        "views.enlarge",
+        "training.max_steps",
+    }
+    assert not {"method.name", "backbone.model_type", "data.path", "training.output_dir"} & found.keys()
+
+
+def test_output_folder_has_a_default() -> None:
+    assert load(SMOKE).training["output_dir"] == "runs/smoke/simclr"
+    assert load(SMOKE, "training.output_dir=x").training["output_dir"] == "x"
+
+
+# What a person may get wrong, and the sentence that must come.
+MISTAKES = {
+    "trainin.max_steps=3": "unknown section trainin .*: did you mean training",
+    "training.max_step=3": "unknown key training.max_step: did you mean training.max_steps",
+    "views.sise=3": "unknown key views.sise: did you mean views.size",
+    "views.local.cound=3": "unknown key views.local.cound: did you mean views.local.count",
+    "data.splitt=a": "unknown key data.splitt: did you mean data.split",
+    "publish.repo=a": "unknown key publish.repo: did you mean publish.repo_id",
+    "method.temprature=1": "unknown key method.temprature: did you mean method.temperature",
+    "method.views={}": "unknown key method.views",
+    "method.dtype=float16": "unknown key method.dtype",
+    "backbone.depth=[1]": "unknown key backbone.depth: did you mean backbone.depths",
+    "method.name=simcrl": "unknown method simcrl: did you mean simclr",
+    "backbone.model_type=resnett": "unknown backbone.model_type resnett: did you mean resnet",
+    "backbone.model_type=ssl_simclr": "unknown backbone.model_type ssl_simclr",
+    "backbone={depths: [1]}": "backbone.model_type is missing",
+    "method={temperature: 1}": "method.name is missing",
+    "data={channels: 3}": "data.path is missing",
+    "data.path=null": "data.path: expected text, got None",
+    "training.max_steps=abc": "training.max_steps: expected a whole number, got 'abc'",
+    "training.max_steps=3.5": "training.max_steps: expected a whole number, got 3.5",
+    "training.learning_rate=abc": "training.learning_rate: expected a number, got 'abc'",
+    "training.bf16=maybe": "training.bf16: expected true or false, got 'maybe'",
+    "training.optimizer=sgdd": "training.optimizer .*adamw.* got 'sgdd'",
+    "training.lr_scheduler_type=foo": "training: foo is not a valid SchedulerType",
+    "training.per_device_train_batch_size=3": "set training.batch_size",
+    "training.batch_size=1": "training.batch_size: SimCLR .* at least 2 .* got 1",
+    "training.batch_size=0": "training.batch_size",
+    "views.scale=[1]": r"views.scale: expected 2 numbers, got \[1\]",
+    "views.scale=[a, b]": "views.scale: expected 2 numbers",
+    "views.local=3": "views.local: expected a mapping",
+    "views.count=1": "views.count: SimCLR needs at least 2 views of an image, got 1",
+    "evaluation.neighbours=[a]": r"evaluation.neighbours: expected a list of whole numbers, got \['a'\]",
+    "evaluation.test_split=train": "train_split = test_split",
+    "method.temperature=abc": "method.temperature: expected a number, got 'abc'",
+    "method.temperature=0.0001": "method.temperature must be at least",
+    "method.projection_layers=2.5": "method.projection_layers: expected a whole number, got 2.5",
+    "backbone.depths=[1, a]": "backbone.depths: expected a list of whole numbers or null, got",
+    "backbone.layer_type=foo": "backbone: layer_type=foo",
+    "backbone.num_channels=1": "backbone.num_channels: expected 3, which is data.channels, got 1",
+    "backbone={model_type: vit, image_size: 224}": "backbone.image_size: expected 16, .* got 224",
+    "backbone={model_type: vit, patch_size: 7}": "16 pixels cannot be divided into patches .*patch_size=7",
+    "backbone={model_type: vit, patch_size: 4, hidden_act: foo}": "backbone: vit cannot encode views",
+    "backbone={model_type: bert}": "expected an encoder of images, got bert",
+    "backbone={model_type: timm_wrapper, architecture: resnet181}": "backbone: timm_wrapper .*resnet181",
+    "data.channels=2": "data.channels=3",
+    "data.path=${oc.env:HOME}": "data.path: recipes have no interpolation",
+    "data.path=[a": "cannot read 'data.path=",
+    "max_steps=3": "expected section.key=value .*got 'max_steps=3'",
+    "training.max_steps": "expected section.key=value .*got 'training.max_steps'",
+    "backbone=3": "expected backbone.key=value",
+    "data.=3": "expected data.key=value",
+    "=3": "expected section.key=value",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_get_a_sentence(override: str) -> None:
+    with pytest.raises(UserError, match=MISTAKES[override]) as caught:
+        load(SMOKE, override)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and len(sentence) < 300
+
+
+def test_local_views_must_fit_the_patches_too() -> None:
+    vit = "backbone={model_type: vit, patch_size: 8, hidden_size: 24, num_hidden_layers: 1}"
+    load(SMOKE, vit, "views.local={count: 2, size: 4}")
+    with pytest.raises(UserError, match="views of 12 pixels cannot be divided"):
+        load(SMOKE, vit, "views.local={count: 2, size: 6}")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("smoke/simcrl", "unknown recipe smoke/simcrl: did you mean smoke/simclr"),
+        ("zzzzzzzzzzzz", "unknown recipe zzzzzzzzzzzz: expected one of .*smoke/simclr"),
+        ("nowhere/own.yaml", "no such recipe file nowhere/own.yaml"),
+        ("demo.yaml", "no such recipe file demo.yaml: did you mean demo"),
+    ],
+)
+def test_unknown_recipes_are_named(name: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("method:\n  name: simclr\n  - x\n", "own.yaml, line 3, is not valid YAML"),
+        (
+            "method: {name: simclr}\nmethod: {name: simclr}\n",
+            "line 2, is not valid YAML: found duplicate key method",
+        ),
+        ("- method\n", "expected the sections method, .*got list"),
+        ("just words\n", "unknown section just words"),
+        ("method: simclr\n", "method in .*: expected keys and values, got 'simclr'"),
+        (
+            "method: {name: simclr}\nbackbon: {}\n",
+            "unknown section backbon in .*own.yaml: did you mean backbone",
+        ),
+        ("method: {name: simclr}\n", "backbone.model_type is missing in .*own.yaml"),
+        ("", "method.name is missing in .*own.yaml"),
+        ("publish:\n  title: ${oc.env:HOME}\n", "publish.title: recipes have no interpolation"),
+    ],
+)
+def test_broken_files_get_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_gets_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(path)
+
+
+def test_sections_of_a_command_line_alone() -> None:
+    data, evaluation = read_sections(["data.path=digits", "evaluation.draws=3"])
+    assert (data, evaluation) == (DataConfig(path="digits"), EvaluationConfig(draws=3))
+    with pytest.raises(UserError, match=r"data\.path is missing"):
+        read_sections([])
+    with pytest.raises(UserError, match="unknown section training"):
+        read_sections(["training.seed=1"])
+
+
+def test_defaults_of_training_are_transformers_but_for_ours() -> None:
+    """A recipe that says nothing gets what `SSLTrainingArguments` has, batch size and all."""
+    assert load(SMOKE, "training={}").training_arguments().batch_size == SSLTrainingArguments.batch_size

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes: killed in mid-epoch and resumed, and two that train together."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, Image
+
+from hf_ssl.data import DataConfig, open_source
+from hf_ssl.methods import METHODS
+
+STEPS, KILLED_AT = 9, 5  # passes of 4 steps: the kill comes in the second, a step after the checkpoint of step 4
+BACKBONES = {
+    "resnet": "{model_type: resnet, layer_type: basic, embedding_size: 8, depths: [1, 1], hidden_sizes: [8, 16]}",
+    "vit": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32, "
+    "patch_size: 8, hidden_dropout_prob: 0.1}",  # dropout: the random state has to be resumed too
+}  # fmt: skip
+COMMON = [
+    "training.batch_size=32", f"training.max_steps={STEPS}", "training.save_steps=2", "training.logging_steps=1",
+    "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=3", "data.max_images=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """128 of the digits as Parquet with several row groups, sorted by class."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = open_source(DataConfig(path="digits"), labels=True).dataset.select(range(128)).sort("label")
+    for split in ("train", "test"):
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet", batch_size=16)
+    return folder
+
+
+def job(method, folder, name, data, backbone, *, output=None, kill_at=None, overrides=()):
+    output = output or folder / name
+    streaming = str(data == "stream").lower()
+    return {
+        "recipe": f"smoke/{method}",
+        "overrides": [
+            *COMMON, f"backbone={BACKBONES[backbone]}", f"training.output_dir={output}",
+            f"data.streaming={streaming}", "data.shuffle_window=24", "training.dataloader_num_workers=2", *overrides,
+        ],
+        "kill_at": kill_at,
+        "weights": str(folder / f"{name}.pt"),
+    }  # fmt: skip
+
+
+def run(groups, folder) -> None:
+    jobs = folder / "jobs.json"
+    jobs.write_text(json.dumps(groups))
+    script = Path(__file__).parents[1] / "forked_runs.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(jobs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def result(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def three_runs(method, folder, photos, data, backbone):
+    """An uninterrupted run, one that is killed, and the killed one's continuation."""
+    name = f"{method}-{data}-{backbone}"
+    path = [f"data.path={photos}"]
+    whole = job(method, folder, name, data, backbone, overrides=path)
+    killed = job(method, folder, f"{name}-cut", data, backbone, kill_at=KILLED_AT, overrides=path)
+    resumed = {**killed, "kill_at": None}
+    return [[whole], [killed], [resumed]]
+
+
+def assert_same_run(folder, name) -> None:
+    whole, resumed = result(folder, name), result(folder, f"{name}-cut")
+    differing = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
+    assert differing == []
+    assert whole["losses"] == resumed["losses"]
+
+
+FAST_CASES = [("map", "resnet"), ("stream", "vit")]
+SLOW_CASES = [case for case in product(("map", "stream"), BACKBONES) if case not in FAST_CASES]
+
+
+def check_killed_runs(tmp_path, photos, cases) -> None:
+    run([group for m in METHODS for case in cases for group in three_runs(m, tmp_path, photos, *case)], tmp_path)
+    for method, (data, backbone) in product(METHODS, cases):
+        assert_same_run(tmp_path, f"{method}-{data}-{backbone}")
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path, photos):
+    check_killed_runs(tmp_path, photos, FAST_CASES)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been_killed_full_grid(tmp_path, photos):
+    check_killed_runs(tmp_path, photos, SLOW_CASES)
+
+
+def test_two_processes_equal_one(tmp_path, photos):
+    """With BatchNorm statistics over both, two gloo processes learn what one process with the whole batch learns."""
+    groups = []
+    for method in METHODS:
+        overrides = [f"data.path={photos}", "training.monitor_steps=0", "training.dataloader_num_workers=0"]
+        one = job(method, tmp_path, f"{method}-one", "map", "resnet", overrides=overrides)
+        two = [
+            job(method, tmp_path, f"{method}-two-{rank}", "map", "resnet", output=tmp_path / f"{method}-two", overrides=overrides)
+            for rank in range(2)
+        ]
+        groups += [[one], two]
+    run(groups, tmp_path)
+    for method in METHODS:
+        one, first, second = (result(tmp_path, f"{method}-{name}") for name in ("one", "two-0", "two-1"))
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(first["weights"][key], value, rtol=2e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+            assert torch.equal(first["weights"][key], second["weights"][key]), key
+        for step, loss in one["losses"].items():
+            assert first["losses"][step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_fixture_holds_several_row_groups(photos):
+    """Otherwise the stream has nothing to mix."""
+    stream = datasets.load_dataset("parquet", data_files=str(photos / "train-*.parquet"), streaming=True, split="train")
+    assert isinstance(stream.features["image"], Image)
+    assert stream.reshard().num_shards >= 4
+    assert not isinstance(stream, Dataset)

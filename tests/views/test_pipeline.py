@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both stages together against torchvision, and what must not matter: batch, chunks, order."""
+
+import pickle
+
+import pytest
+import torch
+
+from hf_ssl.views import Crops, ViewOverrides, ViewPreset, apply, crop, pipeline
+
+EVERYTHING = {"jitter": 0.8, "gray": 0.3, "blur": 0.5, "solarize": 0.4}
+PRESETS = {
+    "simclr": ViewPreset(size=32),
+    "bicubic": ViewPreset(size=32, interpolation="bicubic", **EVERYTHING),
+    "shrinking": ViewPreset(size=11, **EVERYTHING),
+    "shrinking bicubic": ViewPreset(size=11, interpolation="bicubic", **EVERYTHING),
+    "large blur": ViewPreset(size=40, blur_kernel=23, blur=1.0, blur_sigma=(0.1, 4.0)),
+    "two kinds of global view": ViewPreset(
+        size=24, count=4, blur=1.0, hue=0.1,
+        second=ViewOverrides(blur=0.1, solarize=0.5, hue=0.0, interpolation="bicubic",
+        solarize_threshold=0.3),
+    ),
+    "local": ViewPreset(
+        size=24, scale=(0.4, 1.0), **EVERYTHING,
+        local=ViewOverrides(count=3, size=12, scale=(0.05, 0.4), solarize=0.0),
+    ),
+    "enlarged": ViewPreset(
+        size=16, enlarge=40, **EVERYTHING, local=ViewOverrides(count=2, size=8, blur=0.9, scale=(0.05, 0.4))
+    ),
+    "one view, no hue": ViewPreset(size=20, count=1, hue=0.0, saturation=0.0, jitter=1.0),
+    "nothing but crops": ViewPreset(size=20, flip=0, jitter=0, gray=0, blur=0),
+}  # fmt: skip
+
+
+def assert_judged(views, judged, preset):
+    tensors = [views.pixel_values] + ([] if views.local_pixel_values is None else [views.local_pixel_values])
+    expected_sizes = [preset.final_size] * preset.global_count + [preset.final_local_size] *
+    preset.local_count
+    unsure_share = []
+    for image, rows in enumerate(judged):
+        got = [view for tensor in tensors for view in tensor[image]]
+        assert [view.shape[-1] for view in got] == expected_sizes
+        for number, (view, (expected, unsure)) in enumerate(zip(got, rows, strict=True)):
+            # Where nothing is drawn differently the tolerance is in units of pixels before they are
+            # normalised.
+            error = ((view - expected) * torch.tensor(preset.std)[:, None, None]).abs()
+            error[unsure] = 0
+            assert error.max() < 1e-5, f"image {image}, view {number}: {error.max()}"
+            unsure_share.append(unsure.float().mean())
+    assert torch.stack(unsure_share).mean() < 0.02
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_batched_crops_and_all_the_rest_equal_torchvision(name, make_images, draw_for, judge):
+    images = make_images(40, 3, 26, 31)
+    parameters = draw_for(images, PRESETS[name])
+    assert_judged(apply(images, parameters), judge(images, parameters), PRESETS[name])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_worker_crops_and_all_the_rest_equal_torchvision(name, make_images, draw_for, judge):
+    images = [make_images(1, 3, 20 + 3 * i, 50 - 2 * i, seed=i)[0] for i in range(16)]
+    parameters = draw_for(images, PRESETS[name])
+    crops = crop(images, parameters)
+    assert_judged(apply(crops, parameters), judge(images, parameters, from_uint8_crops=True), PRESETS[name])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_other_numbers_of_channels(channels, make_images, draw_for, judge):
+    preset = ViewPreset(size=20, saturation=0, hue=0, gray=0, solarize=0.5, mean=(0.4,) * channels, std=(0.2,) * channels)
+    if channels > 1:
+        preset.jitter = 0.0
+    preset.check(channels)
+    images = make_images(20, channels, 25, 25)
+    parameters = draw_for(images, preset)
+    assert_judged(apply(images, parameters), judge(images, parameters), preset)
+    crops = crop(list(images), parameters)
+    assert crops.global_crops.shape == (20, 2, channels, 20, 20)
+    assert_judged(apply(crops, parameters), judge(images, parameters, from_uint8_crops=True), preset)
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+@pytest.mark.parametrize("name", ["simclr", "enlarged", "two kinds of global view"])
+def test_a_view_does_not_depend_on_its_batch_or_on_chunks(name, in_worker, make_images, draw_for,
+monkeypatch):
+    images, preset = make_images(30, 3, 28, 28), PRESETS[name]
+    parameters = draw_for(images, preset)
+
+    def views(indices):
+        source = images[indices]
+        if in_worker:
+            source = crop(list(source), parameters[indices])
+        made = apply(source, parameters[indices])
+        return [made.pixel_values] + ([made.local_pixel_values] if preset.local else [])
+
+    whole = views(torch.arange(30))
+    shuffled = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(views(shuffled), whole, strict=True):
+        torch.testing.assert_close(got, expected[shuffled], rtol=0, atol=2e-6)
+    for got, expected in zip(views(torch.tensor([17])), whole, strict=True):
+        torch.testing.assert_close(got, expected[17:18], rtol=0, atol=2e-6)
+    monkeypatch.setattr(pipeline, "_CPU_CHUNK_PIXELS", 3 * preset.size**2)
+    for got, expected in zip(views(torch.arange(30)), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def test_input_is_left_alone_and_the_same_twice(make_images, draw_for):
+    images = make_images(12, 3, 32, 32)
+    parameters = draw_for(images, PRESETS["enlarged"])
+    crops = crop(list(images), parameters)
+    kept = images.clone(), crops.global_crops.clone(), crops.local_crops.clone(), parameters.table.clone()
+    for source in (images, crops):
+        one, two = apply(source, parameters), apply(source, parameters)
+        assert torch.equal(one.pixel_values, two.pixel_values)
+        assert torch.equal(one.local_pixel_values, two.local_pixel_values)
+    for now, before in zip((images, crops.global_crops, crops.local_crops, parameters.table), kept,
+    strict=True):
+        assert torch.equal(now, before)
+
+
+def test_views_are_dense_float32_and_survive_a_worker(make_images, draw_for):
+    images = make_images(6, 3, 32, 32)
+    parameters = draw_for(images, PRESETS["local"])
+    crops, parameters = pickle.loads(pickle.dumps((crop(list(images), parameters), parameters)))
+    views = apply(crops, parameters)
+    for tensor in (views.pixel_values, views.local_pixel_values):
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_the_device_is_never_asked_for_a_value(name, in_worker, make_images, draw_for):
+    """Tensors on the meta device have no values: whatever would wait for an accelerator raises here."""
+    images = make_images(12, 3, 32, 32)
+    parameters = draw_for(images, PRESETS[name])
+    source = (crop(list(images), parameters) if in_worker else images).to("meta")
+    views = apply(source, parameters.to("meta"))
+    assert views.pixel_values.device.type == "meta"
+    assert views.pixel_values.shape == apply(images, parameters).pixel_values.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_accelerator_agrees_with_the_host(name, make_images, draw_for):
+    images = make_images(64, 3, 32, 32)
+    parameters = draw_for(images, PRESETS[name] if name != "two kinds of global view" else PRESETS["simclr"])
+    parameters.table[:, :, -1] = 0  # near the threshold of a solarisation rounding decides
+    host = apply(images, parameters)
+    images = images.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        device = apply(images, parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(device.pixel_values.cpu(), host.pixel_values, rtol=0, atol=1e-4)
+
+
+def test_mismatched_batches_are_refused(make_images, draw_for):
+    images = make_images(4, 3, 32, 32)
+    parameters = draw_for(images, PRESETS["local"])
+    with pytest.raises(ValueError, match="4 draws, got 3"):
+        apply(images[:3], parameters)
+    with pytest.raises(ValueError, match="4 draws, got 3"):
+        crop(list(images[:3]), parameters)
+    with pytest.raises(ValueError, match="local views"):
+        apply(Crops(crop(list(images), parameters).global_crops), parameters)
+    with pytest.raises(ValueError, match="20 x 20"):
+        apply(images[:, :, :20, :20], parameters)
