@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
@@ -19,8 +21,9 @@ _FREE_SECTIONS = ("evaluation", "publish", "name")
 _FREE_KEYS = {
     "data": {"cache", "max_broken_fraction"},
     "training": {
-        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "monitor_steps",
-        "monitor_bank_images", "monitor_query_images", "monitor_neighbours", "on_collapse", "run_name",
+        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
+        "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbours", "on_collapse",
+        "run_name",
     },
 }  # fmt: skip
 
@@ -54,6 +57,12 @@ def claim(recipe: Recipe) -> Path | None:
     except json.JSONDecodeError as error:
         raise UserError(f"{mark} cannot be read: {error}") from error
     return None
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether the run was over when this checkpoint was saved."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
 
 
 def write_json(path: Path, value: Any) -> None:

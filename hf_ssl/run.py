@@ -1,23 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job, one way for the command line, scripts and notebooks: train, export, evaluate, describe (layer 5)."""
+"""The main job, one way for the command line, scripts and notebooks: train, export, evaluate, describe
+(layer 5).
+"""
 
 import logging
-import time
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl import views
-from hf_ssl.data import DataConfig, LabelledImages, LoadedBatch, Source, labelled_images, open_source, train_loader
+from hf_ssl.data import (
+    DataConfig,
+    LabelledImages,
+    LoadedBatch,
+    Source,
+    labelled_images,
+    open_source,
+    train_loader,
+)
 from hf_ssl.errors import UserError
-from hf_ssl.hub import image_processor
+from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, evaluate_pixels
+from hf_ssl.hub import append_result, export_encoder, image_processor, write_card, write_facts
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.output_folder import claim
-from hf_ssl.recipe import Recipe
+from hf_ssl.output_folder import claim, is_last
+from hf_ssl.recipe import Recipe, load_recipe
+from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
 from hf_ssl.trainer.trainer import SSLTrainer
@@ -42,8 +55,13 @@ def build_trainer(
     model = build_model(recipe, args.seed)
     probe = _probe(recipe, source, args)
     if args.should_save:
+        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
         first = probe[:_MONTAGE_IMAGES]
-        views.montage(views.apply(first.images, first.parameters), recipe.views, Path(args.output_dir) / "views.png")
+        views.montage(
+            views.apply(first.images, first.parameters),
+            recipe.views,
+            Path(str(args.output_dir)) / "views.png",
+        )
     monitor = None
     if args.monitor_steps:
         monitor = Monitor(probe, _knn_monitor(recipe, args), torch.bfloat16 if args.bf16 else None)
@@ -74,14 +92,23 @@ def labelled_splits(
     """Labelled images to measure with: of the training data, unless `evaluation.path` says otherwise.
 
     Raises:
-        UserError: there are no labels, or they lie in data that is streamed, which would have to be copied first.
+        UserError: there are no labels, or they lie in data that is streamed, which would have to be copied
+        first.
     """
-    evaluation, data = recipe.evaluation, replace(recipe.data, max_images=None, streaming=False)
+    return _splits(recipe.data, recipe.evaluation, max_train, max_test)
+
+
+def _splits(
+    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
+) -> tuple[LabelledImages, LabelledImages]:
     if evaluation.path is not None:
-        data = replace(data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None)
-    elif recipe.data.streaming:
+        data = replace(
+            data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
+        )
+    elif data.streaming:
         raise UserError("data that is streamed is not copied to be measured on: give evaluation.path=...")
-    data = replace(data, label_column=evaluation.label_column or data.label_column)
+    label_column = evaluation.label_column or data.label_column
+    data = replace(data, label_column=label_column, max_images=None, streaming=False)
     return (
         labelled_images(data, evaluation.train_split, max_images=max_train),
         labelled_images(data, evaluation.test_split, max_images=max_test),
@@ -89,19 +116,144 @@ def labelled_splits(
 
 
 def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSLTrainer:
-    """Train from the start or from the last checkpoint in the output folder; nothing is exported.
+    """Train from the start, or go on from the last checkpoint in the output folder; nothing is exported.
 
     Raises:
         UserError: a mistake in the recipe or the data, a folder that holds another run, a diverged or (with
             `training.on_collapse=stop`) collapsed run.
+        SystemExit: the process got SIGTERM; a checkpoint was saved.
     """
     args = recipe.training_arguments()
     with args.main_process_first(local=False):
         checkpoint = claim(recipe)
     trainer = build_trainer(recipe, args, callbacks)
-    if checkpoint is not None:
-        logger.warning("resuming from %s", checkpoint)
-    trainer.train(None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and is_last(checkpoint):
+        trainer.load_finished(checkpoint)
+    else:
+        if checkpoint is not None:
+            logger.warning("going on from %s", checkpoint)
+        trainer.train(None if checkpoint is None else str(checkpoint))
     if trainer.collapse_message is not None and args.on_collapse == "stop":
         raise UserError(f"{trainer.collapse_message}; the run was stopped (training.on_collapse=stop)")
+    if trainer.stop_signal.received:
+        logger.warning(
+            "stopped by SIGTERM after step %d; the same command goes on", trainer.state.global_step
+        )
+        raise SystemExit(128 + signal.SIGTERM)
     return trainer
+
+
+def pretrain(recipe: Recipe) -> dict[str, Any]:
+    """The main job: train, export, evaluate the exported encoder, write facts, results and card.
+
+    Args:
+        recipe: from `hf_ssl.recipe.load_recipe`.
+
+    Returns:
+        The facts of the run (`hf_ssl.hub.Facts`), also in `facts.json`. Empty on other processes than the
+        first.
+
+    Raises:
+        UserError: as `train`; no space on the disk.
+    """
+    transformers_logging.disable_progress_bar()  # of loading and saving files; training has its own
+    trainer = train(recipe)
+    if not trainer.args.should_save:
+        return {}
+    trainer.save_model()
+    folder = Path(recipe.training["output_dir"])
+    measured = measure(recipe, trainer, folder)
+    facts = collect_facts(recipe, trainer, measured)
+    write_facts(folder, facts)
+    append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
+    write_card(folder, facts)
+    if measured.results:
+        print(results_table(measured.results))
+    print(f"encoder, card and pictures are in {folder}")
+    return dict(facts)
+
+
+def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
+    """Evaluate the encoder in `folder` as a stranger loads it, the same encoder untrained, and raw pixels."""
+    try:
+        train_images, test_images = labelled_splits(
+            recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
+        )
+    except UserError as error:
+        logger.warning("the encoder is not measured: %s", error)
+        return Measured(unmeasured=str(error))
+    splits = (train_images, test_images)
+    device = trainer.args.device
+    encoder, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    results = {
+        "trained": evaluate_encoder(
+            encoder, processor, recipe.evaluation, *splits, device=device, description="trained encoder"
+        )
+    }
+    if recipe.evaluation.baselines:
+        untrained = build_model(recipe, trainer.args.seed).exported_encoder
+        results["untrained"] = evaluate_encoder(
+            untrained, processor, recipe.evaluation, *splits, device=device, description="untrained encoder"
+        )
+        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
+    return Measured(results=results, train=train_images, test=test_images)
+
+
+def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Measure any vision encoder of transformers on labelled images, print a table and return the result.
+
+    Args:
+        model: a folder or the Hub id of an encoder with its image processor.
+        data: where the images are, unless `evaluation.path` says otherwise.
+        evaluation: the protocol.
+
+    Raises:
+        UserError: the encoder cannot be loaded, or the data have no labels.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        encoder, processor = AutoModel.from_pretrained(model), AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load an encoder and its image processor from {model}: {reason}") from error
+    splits = _splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
+    results = {"encoder": evaluate_encoder(encoder, processor, evaluation, *splits, description=model)}
+    if evaluation.baselines:
+        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
+    print(results_table(results))
+    return dict(results)
+
+
+def export(checkpoint: Path, directory: Path) -> None:
+    """Write the encoder of a training checkpoint as a plain transformers model, and the method model beside
+    it.
+
+    Raises:
+        UserError: the checkpoint cannot be read or is none of hf_ssl; the directory holds something else.
+    """
+    transformers_logging.disable_progress_bar()
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty: give a new or empty directory for the encoder")
+    try:
+        model = AutoModelForPreTraining.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot read a checkpoint from {checkpoint}: {reason}") from error
+    if not isinstance(model, SSLPreTrainedModel):
+        raise UserError(f"{checkpoint} holds a {type(model).__name__}, which is no method of hf_ssl")
+    preset = model.config.views
+    export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
+    model.save_pretrained(directory / "pretraining")
+    print(f"encoder in {directory}, method model in {directory / 'pretraining'}")
+
+
+def demo(overrides: list[str]) -> dict[str, Any]:
+    """`hf-ssl demo`: the main job on scikit-learn's handwritten digits, offline, in minutes."""
+    recipe = load_recipe("demo", overrides)
+    print("pretraining on 8 x 8 pixel handwritten digits that come with scikit-learn; no labels are used")
+    facts = pretrain(recipe)
+    print(
+        "With all labels even raw pixels of such small digits reach about 0.98, so there is little to gain; "
+        "what pretraining brings shows where labels are few."
+    )
+    return facts

@@ -34,6 +34,7 @@ LAYERS = {
     "hf_ssl.trainer": 4,
     "hf_ssl.recipe": 5,
     "hf_ssl.output_folder": 5,
+    "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.cli": 5,
     "hf_ssl.__main__": 5,

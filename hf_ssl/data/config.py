@@ -43,7 +43,7 @@ class DataConfig:
     cache: str = "auto"
     max_broken_fraction: float = 0.01
     shuffle_window: int = 4096
-    open_shards: int = 16
+    open_shards: int = 32
     max_images: int | None = None
     dtype: str = "uint8"
 

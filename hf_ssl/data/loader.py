@@ -74,6 +74,12 @@ def train_loader(
         "collate_fn": _unchanged,
         "generator": _own_generator(),
     }
+    needed = batch_size * world_size
+    if source.num_rows is not None and source.num_rows < needed:
+        raise UserError(
+            f"expected at least one batch of {needed} images ({world_size} x {batch_size}), got "
+            f"{source.num_rows} images in {source.description}"
+        )
     if source.streaming:
         return _stream_loader(source, preset, config, share, start_batch, position, options)
     return _map_loader(source, preset, config, share, start_batch, options)
@@ -87,12 +93,6 @@ def _map_loader(
     start_batch: int,
     options: dict[str, Any],
 ) -> "MapLoader":
-    needed = share.batch_size * share.world_size
-    if source.num_rows is None or source.num_rows < needed:
-        raise UserError(
-            f"expected at least one batch of {needed} images ({share.world_size} x {share.batch_size}), got "
-            f"{source.num_rows} images in {source.description}"
-        )
     small = probe(source, config.channels).small
     decoded = decoded_rows(source, config.channels, config.cache, shared=share.world_size > 1)
     rows = EncodedRows(source, config.channels) if decoded is None else decoded
@@ -123,13 +123,14 @@ def _stream_loader(
     rows = ShardedRows(source, config.open_shards)
     readers = max(1, options["num_workers"])
     layout = Layout(
-        share.seed,
-        share.rank,
-        share.world_size,
-        readers,
-        rows.count,
-        config.shuffle_window,
-        config.open_shards,
+        seed=share.seed,
+        rank=share.rank,
+        world_size=share.world_size,
+        workers=readers,
+        shards=rows.count,
+        groups=rows.groups(share.world_size * readers),
+        window=config.shuffle_window,
+        open_shards=config.open_shards,
     )
     if position is None and start_batch:
         logger.warning("the stream starts anew after %d batches: no position was saved", start_batch)

@@ -169,7 +169,7 @@ def _streamed_rows(builder: DatasetBuilder, split: str) -> int | None:
     files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
     if isinstance(builder, Parquet) and not any("://" in file for file in files):
         return sum(pq.read_metadata(file).num_rows for file in files)
-    splits = builder.info.splits
+    splits = builder.info.splits if any("://" in file for file in files) else None
     return splits[split].num_examples or None if splits is not None and split in splits else None
 
 

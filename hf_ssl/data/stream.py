@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream's order of rows: shards read in turn into a window that is shuffled, with a position small enough
-for JSON.
+"""A stream's order of rows: shards read in turn into a window that is shuffled, and where to go on.
 
 The shards of a pass are put in random order and dealt out to *slots*: each loader worker of each process is
 one. A slot reads from some open shards in turn until a window is full, shuffles the window, and starts the
 next one; a window never spans two passes. All randomness is a function of the seed and of where the slot is,
 so a position is: pass, window, which shards are open and how many of their rows the windows before this one
-    took, and how many rows of this window were used. To resume, the window is
-read again.
+took, and how many rows of this window were used. To resume, the window is read again.
 """
 
 import tarfile
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from math import isqrt
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from hf_ssl.errors import UserError
 _BLOCK_ROWS = 64  # rows read at once where a shard is a sequence
 _WHOLE_SHARD = 1 << 20
 _TURN_ROWS = 8  # rows taken from an open shard before it is the next one's turn
+_READ_ERRORS = (OSError, ValueError, EOFError, pa.ArrowException, tarfile.TarError)
 _OPEN_BYTES = 1 << 30  # of the open shards of a slot together, as far as the first shard tells
 _SHARDS, _ROWS, _WINDOW = 1, 2, 3  # what a random order is for
 
@@ -79,18 +80,37 @@ class ShardedRows:
         self.description = source.description
         self.count: int = self.dataset.num_shards
         self.block_rows = _WHOLE_SHARD if source.whole_shards else _BLOCK_ROWS
+        parts = max(1, isqrt(self.count))
+        each, more = divmod(self.count, parts)
+        self._starts = [part * each + min(part, more) for part in range(parts)]
+        self._parts: dict[int, IterableDataset] = {}
         first = next(self.tables(0), None)
         if first is None or not len(first):
             raise UserError(f"there are no images in {source.description}")
         self.first = encoded_images(first.slice(0, _BLOCK_ROWS))
         self.open_shards = min(open_shards, max(2, _OPEN_BYTES // max(1, first.nbytes)))
+        # Slots that share a shard each read all of it, which is slow where it is a long sequence.
+        self.least_shards = open_shards if source.whole_shards else 1
+
+    def _shard(self, shard: int) -> IterableDataset:
+        """One shard, out of a part of all of them: finding it takes time in proportion to how many there are."""
+        part = bisect_right(self._starts, shard) - 1
+        if part not in self._parts:
+            self._parts[part] = self.dataset.shard(len(self._starts), part)
+        return self._parts[part].shard(self._parts[part].num_shards, shard - self._starts[part])
+
+    def groups(self, slots: int) -> int:
+        """How many groups of equal size the slots form, so that each has enough shards to mix."""
+        most = max(1, self.count // self.least_shards)
+        return max(groups for groups in range(1, slots + 1) if slots % groups == 0 and groups <= most)
 
     def tables(self, shard: int) -> Iterator[pa.Table]:
         """The shard's images, in blocks. Raises UserError where they cannot be read."""
+        errors = _READ_ERRORS  # a local name still means something when the interpreter ends
         try:
             # `iter` does not divide a data set between torch's workers, `__iter__` does
-            yield from self.dataset.shard(self.count, shard).iter(batch_size=self.block_rows)
-        except (OSError, ValueError, EOFError, pa.ArrowException, tarfile.TarError) as error:
+            yield from self._shard(shard).iter(batch_size=self.block_rows)
+        except errors as error:
             reason = str(error).split("\n")[0]
             raise UnreadableData(f"shard {shard} of {self.description} cannot be read: {reason}") from error
 
@@ -103,7 +123,7 @@ class OpenShard:
         shard: number of this one.
         pass_number: part of the rows' order.
         seed: of the run.
-        every, offset: row i of the shard belongs to the slot if i % every == offset.
+        every, offset: row i of the shard belongs to the slot if (i + offset) % every == 0.
         taken: rows to leave out at the beginning, because they were taken before.
     """
 
@@ -143,7 +163,7 @@ class OpenShard:
         if table is None:
             return False
         images = encoded_images(table)
-        own = range((self._offset - self._read) % self._every, len(images), self._every)
+        own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)
         self._block.extend(
             Row(self._pass_number, self.shard, self._read + own[i], images[own[i]]) for i in order.tolist()
@@ -160,8 +180,8 @@ class Slot:
         rows: all shards.
         seed: of the run.
         number: of this slot.
-        slots: how many there are. Where there are fewer shards, each slot reads all and keeps every so
-            manieth row.
+        slots: how many there are. Where there are too few shards for all, groups of slots read the same
+            ones, and each slot keeps its part of their rows.
         window: rows that are shuffled together.
         least: rows that a pass must have here: with fewer, an image would be in a batch twice.
         place: where to begin.
@@ -183,6 +203,7 @@ class Slot:
         self._number, self._slots = number, slots
         self._window = window
         self._least = least
+        self._groups = rows.groups(slots)
         self._upcoming = self.place
         self._order = self._shard_order(self.place.pass_number)
         self._open = [self._opened(shard, self.place.pass_number, taken) for shard, taken in self.place.open]
@@ -236,9 +257,12 @@ class Slot:
         return rows
 
     def _opened(self, shard: int, pass_number: int, taken: int = 0) -> OpenShard:
-        every, offset = (self._slots, self._number) if self._rows.count < self._slots else (1, 0)
-        return OpenShard(self._rows, shard, pass_number, self._seed, every, offset, taken)
+        offset = (
+            self._number // self._groups + shard + pass_number
+        )  # so that no member always has the first row
+        members = self._slots // self._groups
+        return OpenShard(self._rows, shard, pass_number, self._seed, members, offset, taken)
 
     def _shard_order(self, pass_number: int) -> list[int]:
         order = permutation(self._rows.count, self._seed, _SHARDS, pass_number)
-        return (order if self._rows.count < self._slots else order[self._number :: self._slots]).tolist()
+        return order[self._number % self._groups :: self._groups].tolist()

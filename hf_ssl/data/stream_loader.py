@@ -32,6 +32,7 @@ class Layout:
     world_size: int
     workers: int
     shards: int
+    groups: int
     window: int
     open_shards: int
 
@@ -175,13 +176,14 @@ def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str,
     )
     places = [Place(**state) for state in position["readers"].values()]
     pass_number = min((place.pass_number for place in places), default=0)
-    old_slots = position["layout"]["world_size"] * position["layout"]["workers"]
-    old = position["layout"]["shards"] / old_slots
-    finished = [
-        (place.next_shard - len(place.open)) / old for place in places if place.pass_number == pass_number
+    of_a_slot = position["layout"]["shards"] / position["layout"]["groups"]
+    # of the open shards about a half was read
+    parts = [
+        (place.next_shard - len(place.open) / 2) / of_a_slot
+        for place in places
+        if place.pass_number == pass_number
     ]
-    share = min(1.0, sum(finished) / max(1, len(finished)))
-    shards = layout.shards // (layout.world_size * layout.workers)
-    place = Place(pass_number, next_shard=int(share * shards))
+    share = sum(parts) / len(parts) if parts else 0.0
+    place = Place(pass_number, next_shard=int(min(1.0, share) * layout.shards / layout.groups))
     readers = {str(reader): place.state() for reader in range(layout.workers)}
     return {"batches": position["batches"], "readers": readers}

@@ -37,6 +37,7 @@ class EvaluationConfig:
     baselines: bool = True  # the untrained encoder and raw pixels, by the same protocol
     raw_pixel_size: int = 32
     seed: int = 0
+    results_dir: str | None = None  # where <recipe>.json is kept; None: results/ in the output folder
 
     def check(self) -> None:
         """Raises UserError for a value that cannot be right, before any image is read."""

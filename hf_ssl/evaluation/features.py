@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,6 +91,11 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
     Images of one size move in one copy, and are enlarged there. The layout is said aloud, because a guess
     takes an image three pixels high for one with its channels last.
     """
+    from transformers import TimmWrapperImageProcessor  # deferred: loads torchvision
+
+    if isinstance(processor, TimmWrapperImageProcessor):  # timm's transforms know photos only, and one option
+        photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        return processor(photos, return_tensors="pt")["pixel_values"].to(device)
     if len({image.shape for image in images}) == 1:
         images = list(torch.stack(images).to(device, non_blocking=True).unbind())
     processed = processor(images, return_tensors="pt", input_data_format="channels_first", device=device)
@@ -115,7 +121,7 @@ def extract_features(
     Args:
         model: a transformers vision encoder (or anything that takes `pixel_values` and returns such an
             output).
-        processor: an image processor of the torchvision backend.
+        processor: the encoder's image processor.
         image_batches: lists of uint8 tensors (C, H, W), of any size.
         pooling: see `pool`; "auto" follows `pooling_rule`.
         device: where to compute; None: where the encoder is.

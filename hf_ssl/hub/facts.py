@@ -79,7 +79,7 @@ class TrainingFacts(TypedDict):
     """How it was trained."""
 
     steps: int
-    epochs: float
+    epochs: float | None  # None: a stream that does not say how many images it has
     batch_size: int  # images in one optimiser step, all processes
     images_seen: int
     optimizer: str

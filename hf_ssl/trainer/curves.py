@@ -8,7 +8,7 @@ from typing import Any
 # Each panel: title, and the log keys that share its axis. Keys that a run did not log are left out, and
 # empty panels too.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss", "eval_loss")),
+    ("training loss", ("loss",)),
     ("k-NN accuracy while training", ("eval_knn",)),
     ("dimensions in use", ("eval_rank_me", "eval_embedding_rank")),
     ("spread (1 isotropic, 0 collapsed)", ("eval_feature_std", "eval_embedding_std")),
@@ -17,6 +17,10 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("learning rate", ("learning_rate",)),
     ("images per second", ("images_per_second",)),
 )
+
+
+def _label(key: str) -> str:
+    return key.removeprefix("eval_").removeprefix("term_").replace("_", " ")
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -52,12 +56,13 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.plot(
                     steps,
                     values,
-                    label=key.removeprefix("eval_"),
+                    label=_label(key),
                     linewidth=1.4,
                     marker=marker,
                     markersize=2.5,
                 )
         axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=7)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
         if len(keys) > 1:

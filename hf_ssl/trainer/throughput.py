@@ -11,21 +11,31 @@ import torch
 
 
 class Stopwatch:
-    """Steps a second between two readings, without the time spent in `paused` (measuring, saving)."""
+    """Time spent training, without the time spent in `paused` (measuring, saving)."""
 
     def __init__(self) -> None:
-        self.step = 0
-        self.started = time.perf_counter()
+        self._before = 0.0
+        self._started: float | None = None
+        self._read = (0, 0.0)
 
-    def restart(self, step: int) -> None:
-        """Begin to count at `step`."""
-        self.step, self.started = step, time.perf_counter()
+    def start(self, step: int) -> None:
+        """Begin to run; the run stands at `step`."""
+        self._started = time.perf_counter()
+        self._read = (step, self.seconds)
 
-    def read(self, step: int) -> float:
-        """Steps a second since the last reading; begins to count anew."""
-        rate = (step - self.step) / max(time.perf_counter() - self.started, 1e-9)
-        self.restart(step)
-        return rate
+    @property
+    def seconds(self) -> float:
+        """So far, over all parts of a run that was interrupted."""
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def restore(self, seconds: float) -> None:
+        """Count on from what an earlier part of the run needed."""
+        self._before = seconds
+
+    def steps_per_second(self, step: int) -> float:
+        """Since the last call, or since the start."""
+        (last_step, last_seconds), self._read = self._read, (step, self.seconds)
+        return (step - last_step) / max(self._read[1] - last_seconds, 1e-9)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -34,12 +44,13 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.started += time.perf_counter() - began
+            if self._started is not None:
+                self._started += time.perf_counter() - began
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory that this process has held so far, in GiB: of the accelerator if it trains on one,
-    else of the host.
+    """Largest memory that this process has held so far, in GiB: of the accelerator if it trains on one, else
+    of the host.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl import views
@@ -68,11 +69,13 @@ class SSLTrainer(Trainer):
         self.alarm = CollapseAlarm()
         self.broken = BrokenCounter(data.max_broken_fraction)
         self.collapse_message: str | None = None
+        self.resumed = 0
+        self.stop_signal = StopOnSignal()
         self._terms: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._position: dict[str, Any] | None = None
         self._resume_position: dict[str, Any] | None = None
-        self._stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch()
         if args.sync_batch_norm and args.world_size > 1:
             synchronize_batch_norm(model)
         if args.channels_last:
@@ -89,7 +92,7 @@ class SSLTrainer(Trainer):
         for callback in (
             *([] if args.disable_tqdm else [ProgressBar()]),
             MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
-            StopOnSignal(),
+            self.stop_signal,
             Curves(),
         ):
             self.add_callback(callback)
@@ -153,7 +156,7 @@ class SSLTrainer(Trainer):
             per_epoch = steps_per_epoch(self.args, self._loader, num_training_steps)
             optimizer = optimizer if optimizer is not None else self.create_optimizer()
             self.lr_scheduler = build_scheduler(optimizer, self.args, num_training_steps, per_epoch)
-            self._stopwatch.restart(self.state.global_step)
+            self.stopwatch.start(self.state.global_step)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -186,7 +189,9 @@ class SSLTrainer(Trainer):
             for name, total in self._terms.items():
                 logs[f"term_{name}"] = self.accelerator.gather(total / self._micro_batches).mean().item()
             self._terms, self._micro_batches = {}, 0
-            logs["images_per_second"] = self._stopwatch.read(self.state.global_step) * self.args.batch_size
+            logs["images_per_second"] = (
+                self.stopwatch.steps_per_second(self.state.global_step) * self.args.batch_size
+            )
             logs["memory_gib"] = peak_memory_gib(self.args.device)
         super().log(logs, start_time)
 
@@ -196,7 +201,7 @@ class SSLTrainer(Trainer):
         """Measure the model with the monitor; raises the collapse alarm."""
         if self.monitor is None:
             raise UserError("this trainer was made without a monitor, so it has nothing to evaluate with")
-        with self._stopwatch.paused():
+        with self.stopwatch.paused():
             metrics = self.monitor.measure(self.method, metric_key_prefix)
             message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
             self.log(metrics)
@@ -221,6 +226,12 @@ class SSLTrainer(Trainer):
             self.args.eval_on_start = False
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take over the weights and the state of a run that is over."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.resumed -= 1  # nothing is trained any more
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Without a folder: what is published, in `args.output_dir`. With one: the whole method model at
         its root.
@@ -238,19 +249,26 @@ class SSLTrainer(Trainer):
         self.method.save_pretrained(root / "pretraining")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._stopwatch.paused():
+        with self.stopwatch.paused():
             save_checkpoint(self)
 
     def data_state(self) -> dict[str, Any]:
-        """Where this process stands in the data, as JSON: a stream's position and the broken images met so
-        far.
+        """What this process knows beside the model, as JSON: a stream's position, broken images met so far,
+        seconds of training, and how many times the run was taken up again.
         """
-        return {"position": self._position, "broken": self.broken.state_dict()}
+        return {
+            "position": self._position,
+            "broken": self.broken.state_dict(),
+            "seconds": self.stopwatch.seconds,
+            "resumed": self.resumed,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
         self.broken.load_state_dict(state["broken"])
         self._position = self._resume_position = state["position"]
+        self.stopwatch.restore(state["seconds"])
+        self.resumed = state["resumed"] + 1
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

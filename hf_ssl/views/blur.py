@@ -25,8 +25,7 @@ def gaussian_shares(sigma: Tensor, radius: int) -> Tensor:
 
 
 def blur_(pixels: Tensor, sigma: Tensor, kernel_size: int) -> None:
-    """Blurs (N, C, S, S) float32 in place, the border mirrored: equal to torchvision's `gaussian_blur` to
-    1e-5.
+    """Blurs (N, C, S, S) float32 in place, the border mirrored; torchvision's `gaussian_blur` to 1e-5.
 
     Args:
         sigma: (N,) float32 in pixels, on the device of `pixels`.

@@ -7,12 +7,12 @@ from hf_ssl.errors import UserError
 from hf_ssl.views.preset import INTERPOLATIONS, ViewOverrides, ViewPreset, ViewSettings
 
 PROBABILITIES = ("flip", "jitter", "gray", "blur", "solarize")
+LARGEST = 1e6
 COLOR_STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 
 def check_preset(preset: ViewPreset, channels: int) -> None:
-    """Raises `UserError` naming the key (`views.local.scale`) if `preset` makes no sense for `channels`
-    channels."""
+    """Raises `UserError` naming the key (`views.local.scale`) if `preset` cannot be done to such images."""
     if channels < 1:
         raise UserError(f"Expected images of at least one channel, got channels={channels}.")
     _whole(preset.count, "views.count")
@@ -34,7 +34,8 @@ def _check_overrides(preset: ViewPreset) -> None:
         if preset.second.count is not None:
             _refuse("views.second.count", "null (it is every second global view)", preset.second.count)
         if preset.second.size not in (None, preset.size):
-            _refuse("views.second.size", f"views.size, {preset.size}: global views are one tensor", preset.second.size)
+            expected = f"views.size, {preset.size}, because global views are one tensor"
+            _refuse("views.second.size", expected, preset.second.size)
         if preset.count < 2:
             _refuse("views.count", "at least 2 where views.second is given", preset.count)
     if preset.local is not None:
@@ -51,12 +52,14 @@ def _check_numbers(settings: ViewSettings, overrides: ViewOverrides | None, sect
         if not _between(value, 0, 1):
             _refuse(key(name), "a probability between 0 and 1", value)
     for name in COLOR_STRENGTHS:
-        value, largest = getattr(settings, name), 0.5 if name == "hue" else float("inf")
-        if not (_between(value, 0, largest) and value < float("inf")):
-            _refuse(key(name), "between 0 and 0.5 turns" if name == "hue" else "a number of at least 0", value)
+        value = getattr(settings, name)
+        if not _between(value, 0, 0.5 if name == "hue" else LARGEST):
+            _refuse(
+                key(name), "between 0 and 0.5 turns" if name == "hue" else "a number of at least 0", value
+            )
     _ordered(settings.scale, key("scale"), "shares of the image's area with 0 < low <= high <= 1", 1.0)
-    _ordered(settings.ratio, key("ratio"), "two ratios of width to height with 0 < low <= high", float("inf"))
-    _ordered(settings.blur_sigma, key("blur_sigma"), "two sigmas in pixels with 0 < low <= high", float("inf"))
+    _ordered(settings.ratio, key("ratio"), "ratios of width to height with 0 < low <= high", LARGEST)
+    _ordered(settings.blur_sigma, key("blur_sigma"), "sigmas in pixels with 0 < low <= high", LARGEST)
     if settings.interpolation not in INTERPOLATIONS:
         _refuse(key("interpolation"), " or ".join(INTERPOLATIONS), settings.interpolation)
     kernel = settings.blur_kernel
@@ -64,15 +67,17 @@ def _check_numbers(settings: ViewSettings, overrides: ViewOverrides | None, sect
     if kernel % 2 == 0:
         _refuse(key("blur_kernel"), "an odd number of pixels", kernel)
     if settings.blur and kernel // 2 >= settings.size:
-        expected = f"less than {2 * settings.size} pixels for a view of {settings.size} (the border is
-        mirrored)"
+        expected = (
+            f"less than {2 * settings.size} pixels for a view of {settings.size}, whose border is mirrored"
+        )
         _refuse(key("blur_kernel"), expected, kernel)
     if not _between(settings.solarize_threshold, 0, 1):
-        _refuse(key("solarize_threshold"), "between 0 and 1, the range of pixels", settings.solarize_threshold)
+        _refuse(key("solarize_threshold"), "a pixel between 0 and 1", settings.solarize_threshold)
 
 
-def _check_channels(settings: ViewSettings, overrides: ViewOverrides | None, section: str, channels: int) ->
-None:
+def _check_channels(
+    settings: ViewSettings, overrides: ViewOverrides | None, section: str, channels: int
+) -> None:
     if channels == 3:
         return
     images = f"0, because images of {channels} channel{'s' if channels > 1 else ''} have no colour"
@@ -90,7 +95,7 @@ def _check_final(preset: ViewPreset, channels: int) -> None:
         values = getattr(preset, name)
         if len(values) != channels:
             _refuse(f"views.{name}", f"one number for each of {channels} channels", list(values))
-        if not all(abs(value) < float("inf") and (name == "mean" or value > 0) for value in values):
+        if not all(_between(value, -LARGEST, LARGEST) and (name == "mean" or value > 0) for value in values):
             _refuse(f"views.{name}", "finite numbers" + (" above 0" if name == "std" else ""), list(values))
     if preset.enlarge is None:
         return
@@ -117,8 +122,8 @@ def _between(value: object, low: float, high: float) -> bool:
 
 
 def _ordered(pair: tuple[float, float], key: str, expected: str, largest: float) -> None:
-    numbers = isinstance(pair, tuple | list) and len(pair) == 2 and all(_between(value, 0, largest) for value in pair)
-    if not numbers or not 0 < pair[0] <= pair[1] < float("inf"):
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    if not (is_pair and all(_between(value, 0, largest) for value in pair) and 0 < pair[0] <= pair[1]):
         _refuse(key, expected, list(pair) if isinstance(pair, tuple) else pair)
 
 

@@ -20,8 +20,7 @@ _NO_HUE, _NO_JITTER = 4, 5
 def jitter_groups(
     jitter: NDArray[np.bool_], order: NDArray[np.int64], hue: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """(N,) for each sample: the place (0 to 3) at which its hue is turned, 4 if it is not, 5 if nothing is
-    jittered.
+    """(N,) for each sample: the place (0 to 3) of the hue in its order, 4 without hue, 5 without any jitter.
 
     Samples sorted by this number need no gathering for the hue: those of each place lie side by side.
     """
@@ -44,8 +43,7 @@ def jitter_(
     jittered = starts[_NO_JITTER]
     if not jittered:
         return
-    # Each part but the hue mixes a pixel with black, the image's mean grey or the pixel's own grey: (4
-    # places, N).
+    # Each part but the hue mixes a pixel with black, the image's mean grey or its own grey. (4, N).
     parts = JITTER_ORDERS[order[:jittered]].T
     factor = factors[np.arange(jittered), parts]
     of_pixel = np.where(parts == HUE, np.float32(1), factor)
@@ -90,8 +88,7 @@ def hue_(pixels: Tensor, turns: Tensor) -> None:
     HSV without a branch, a gather or a comparison (each costs as much as four additions). On the side of the
     colour circle where green >= blue, the hue in sixths of a turn is 1 - r + g + b of the channels stretched
     to [0, 1]; on the other side it is minus that. On the way back each channel is low + chroma * a trapezoid
-    of the hue's distance
-    from the channel's opposite (red) or from its own hue (green, blue).
+    of the hue's distance from the channel's opposite (red) or from its own hue (green, blue).
     """
     red, green, blue = pixels.unbind(1)
     high = torch.maximum(red, green)
@@ -104,10 +101,13 @@ def hue_(pixels: Tensor, turns: Tensor) -> None:
     # From here on the old channels are room for the new ones: what stays in the cache is short.
     low.sub_(chroma)
     high.add_(chroma)
-    torch.addcmul(low, torch.sub(hue, 1 / 2, out=red).abs_().clamp_(1 / 6, 1 / 3), chroma, value=6, out=red)
-    torch.addcmul(high, torch.sub(hue, 1 / 3, out=green).abs_().clamp_(1 / 6, 1 / 3), chroma, value=-6,
-    out=green) torch.addcmul(high, torch.sub(hue, 2 / 3, out=blue).abs_().clamp_(1 / 6, 1 / 3), chroma,
-    value=-6, out=blue)
+    for channel, base, center, sign in (
+        (red, low, 1 / 2, 6),
+        (green, high, 1 / 3, -6),
+        (blue, high, 2 / 3, -6),
+    ):
+        torch.sub(hue, center, out=channel).abs_().clamp_(1 / 6, 1 / 3)
+        torch.addcmul(base, channel, chroma, value=sign, out=channel)
 
 
 def gray_(pixels: Tensor) -> None:
@@ -122,8 +122,7 @@ def solarize_(pixels: Tensor, threshold: float) -> None:
 
 
 def _luma(planes: Tensor) -> Tensor:
-    """(N, C, P) to the grey (N, P) of its pixels, not sharing memory with them; one channel is its own
-    grey."""
+    """(N, C, P) to the grey (N, P) of its pixels, in new memory; one channel is its own grey."""
     if planes.shape[1] == 1:
         return planes[:, 0].clone()
     luma = send(np.array(LUMA, np.float32), planes.device).expand(len(planes), 1, 3)

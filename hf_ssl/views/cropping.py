@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crop and resize: image by image on uint8 (stage one, in loader workers), or a whole batch on its device.
 
-Legend: B images, V views, N rows (views of some images, flattened), C channels, H, W sides of the images, S
-side of a view.
+Legend: B images, V views, N rows (views of some images, flattened), C channels, H, W sides of the images,
+S side of a view.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ class Crops:
 def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     """Stage one: crops every view of every image and resizes it, on uint8.
 
-    Equals torchvision's `resized_crop(..., antialias=True)` of the interleaved uint8 image to the last bit:
-    both end in the same torch kernel. Images whose channels lie side by side
-    (`height_width_channels.permute(2, 0, 1)`, as decoders leave them) are cropped fastest.
+    Equals torchvision's `resized_crop(..., antialias=True)` of a uint8 image to the last bit: both end in the
+    same torch kernel. Images whose channels lie side by side (`decoded.permute(2, 0, 1)`, as decoders leave
+    them) are cropped fastest.
 
     Args:
         images: B tensors (C, H, W) uint8 on the CPU, each of its own size.
@@ -76,10 +76,9 @@ def _crop_one(image: Tensor, box: list[int], size: int, interpolation: str) -> T
     patch = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
     channels = patch.shape[2]
     if patch.shape != (height, width, channels):
-        raise ValueError(f"expected the images that were drawn for, got one of {tuple(image.shape[1:])}
-        pixels")
-    # With these strides, and no others for a batch of one, torch takes its fast path for interleaved
-    # channels.
+        got = f"{image.shape[1]} x {image.shape[2]}"
+        raise ValueError(f"expected the images that were drawn for, got one of {got} pixels")
+    # With these strides and no others torch takes its fast path for a batch of one.
     strides = (height * width * channels, 1, width * channels, channels)
     patch = patch.as_strided((1, channels, height, width), strides)
     return interpolate(patch, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
@@ -88,8 +87,7 @@ def _crop_one(image: Tensor, box: list[int], size: int, interpolation: str) -> T
 def crop_batch(
     images: Tensor, boxes: NDArray[np.float32], flip: NDArray[np.float32], size: int, interpolation: str
 ) -> Tensor:
-    """Crops, resizes and flips a batch by two small matrix products a sample: antialiased, exact, on any
-    device.
+    """Crops, resizes and flips a batch by two small matrix products a sample: antialiased, on any device.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -114,8 +112,7 @@ def crop_batch(
 def resampling_weights(
     start: Tensor, length: Tensor, flip: Tensor, side: int, size: int, interpolation: str
 ) -> Tensor:
-    """(N, size, side): row i holds the share of each input pixel in output pixel i, for boxes [start, start +
-    length).
+    """(N, size, side): row i has the share of each input pixel in output pixel i, for boxes from `start`.
 
     Antialiased as in Pillow and torch: the filter is stretched by the factor by which the box shrinks; pixels
     outside the box have no share, and the shares sum to 1. Where `flip` is 1 the rows are in reverse order.
@@ -123,7 +120,7 @@ def resampling_weights(
     scale = (length / size)[:, None, None]
     output = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
     output = output + flip[:, None, None] * (size - 1 - 2 * output)
-    pixel = torch.arange(side, device=start.device, dtype=torch.float32)[None, None, :] - start[:, None, None]
+    pixel = torch.arange(side, device=start.device, dtype=torch.float32) - start[:, None, None]
     distance = ((pixel + 0.5 - (output + 0.5) * scale) / scale.clamp(min=1)).abs_()
     weights = _FILTERS[interpolation](distance)
     weights *= (pixel >= 0) & (pixel < length[:, None, None])
@@ -141,7 +138,9 @@ def _weights(
 ) -> Tensor:
     """`resampling_weights`, looked up where a table of all boxes is small."""
     if 4 * size * side * side * (side + 1) > _BANK_BYTES:
-        start_, length_, flip_ = (send(np.ascontiguousarray(values), device) for values in (start, length, flip))
+        start_, length_, flip_ = (
+            send(np.ascontiguousarray(values), device) for values in (start, length, flip)
+        )
         return resampling_weights(start_, length_, flip_, side, size, interpolation)
     shorter = (length - 1) * (side + 1 - length / 2)
     index = (2 * (shorter + start) + flip).astype(np.int64)

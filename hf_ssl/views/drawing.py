@@ -23,7 +23,7 @@ COLUMNS = (
     "flip",  # 1.0 where chosen
     "jitter",  # 1.0 where chosen
     "order",  # number of the permutation in JITTER_ORDERS
-    "brightness",  # factors as torchvision's functional operations take them, drawn whether jitter is chosen or not
+    "brightness",  # factors as torchvision's functions take them, drawn whether jitter is chosen or not
     "contrast",
     "saturation",
     "hue",  # turns
@@ -44,9 +44,8 @@ _AFTER_TRIES = 2 * _CROP_TRIES
 class ViewParameters:
     """What was drawn for a batch, as one small table that stays on the host.
 
-    `apply` needs it there: which samples an operation touches is known without asking the device, so that
-    nothing waits
-    for it. It sends the few numbers that the device needs along with the work.
+    `apply` needs it there: which samples an operation touches is known without asking the device, so nothing
+    waits for it. It sends the few numbers that the device needs along with the work.
     """
 
     preset: ViewPreset
@@ -56,11 +55,10 @@ class ViewParameters:
     def __len__(self) -> int:
         return self.table.shape[0]
 
-    def __getitem__(self, indices: slice | torch.Tensor | list[int] | NDArray[np.integer]) -> "ViewParameters":
+    def __getitem__(self, indices: slice | torch.Tensor | list[int]) -> "ViewParameters":
         """The parameters of some of the images."""
         if isinstance(indices, int):
-            raise TypeError("expected a slice or a list of images, got one number: write parameters[i : i +
-            1]")
+            raise TypeError(f"expected a slice or a list of images, got {indices}")
         return ViewParameters(self.preset, self.table[indices])
 
     def column(self, name: str) -> torch.Tensor:
@@ -79,8 +77,8 @@ def draw(seeds: Keys, preset: ViewPreset, sizes: NDArray[np.integer]) -> ViewPar
     """Draws the parameters of every view of every image.
 
     The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter (in
-    RandomApply), RandomGrayscale, GaussianBlur and RandomSolarize. What is drawn for an image depends on its
-    seed and size alone.
+    RandomApply), RandomGrayscale, GaussianBlur (in RandomApply) and RandomSolarize. What is drawn for an
+    image depends on its seed and size alone.
 
     Args:
         seeds: (B,) uint64, from `hf_ssl.views.seeds`.
@@ -89,8 +87,7 @@ def draw(seeds: Keys, preset: ViewPreset, sizes: NDArray[np.integer]) -> ViewPar
     """
     seeds, sizes = np.asarray(seeds, np.uint64), np.asarray(sizes)
     if sizes.shape != (len(seeds), 2):
-        raise ValueError(f"expected sizes of shape ({len(seeds)}, 2) for {len(seeds)} seeds, got
-        {sizes.shape}")
+        raise ValueError(f"expected sizes of shape ({len(seeds)}, 2), one for each seed, got {sizes.shape}")
     if sizes.size and sizes.min() < 1:
         raise ValueError("expected images of at least 1 x 1 pixel, got one without pixels")
     views = preset.expand()
@@ -102,8 +99,9 @@ def draw(seeds: Keys, preset: ViewPreset, sizes: NDArray[np.integer]) -> ViewPar
     return ViewParameters(preset, torch.from_numpy(table))
 
 
-def draw_boxes(seeds: Keys, first: int, settings: ViewSettings, sizes: NDArray[np.integer]) ->
-NDArray[np.float64]:
+def draw_boxes(
+    seeds: Keys, first: int, settings: ViewSettings, sizes: NDArray[np.integer]
+) -> NDArray[np.float64]:
     """(B, 4) top, left, height, width, as torchvision's RandomResizedCrop.get_params draws them.
 
     Ten tries at an area (uniform) and an aspect ratio (log-uniform) whose rounded box fits into the image,
@@ -119,7 +117,12 @@ NDArray[np.float64]:
         area = height[pending] * width[pending] * _between(number[:, 0], *settings.scale)
         ratio = np.exp(_between(number[:, 1], log_low, log_high))
         try_width, try_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-        fits = (try_width > 0) & (try_width <= width[pending]) & (try_height > 0) & (try_height <= height[pending])
+        fits = (
+            (try_width > 0)
+            & (try_width <= width[pending])
+            & (try_height > 0)
+            & (try_height <= height[pending])
+        )
         done = pending[fits]
         box_height[done], box_width[done] = try_height[fits], try_width[fits]
         place = uniforms(seeds[done], first + _AFTER_TRIES, 2)

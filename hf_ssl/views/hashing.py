@@ -19,9 +19,8 @@ def seeds(run_seed: int, pass_number: int | NDArray[np.integer], keys: Keys) -> 
 
     Args:
         run_seed: any integer (used modulo 2**64).
-        pass_number: how often the data has been gone through, counted where the row is read: a number or
-        (B,). keys: (B,) uint64, the row number, or a hash of the encoded bytes. Different keys of one pass
-        never collide.
+        pass_number: how often the data was gone through, counted where the row is read: a number or (B,).
+        keys: (B,) uint64, the row number, or a hash of the encoded bytes; two keys never collide.
     """
     passes = np.atleast_1d(np.asarray(pass_number)).astype(np.uint64)
     state = _absorb(np.zeros(1, np.uint64), np.array([run_seed & MASK], np.uint64))
@@ -29,8 +28,7 @@ def seeds(run_seed: int, pass_number: int | NDArray[np.integer], keys: Keys) -> 
 
 
 def uniforms(seeds: Keys, first: int, count: int) -> NDArray[np.float64]:
-    """Numbers `first` to `first + count - 1` of each seed's stream: (B, count), uniform in [0, 1) with 53
-    bits."""
+    """Numbers `first` to `first + count - 1` of each seed's stream: (B, count), uniform in [0, 1)."""
     counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
     bits = _finalise(seeds[:, None] + counters)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -41,8 +39,7 @@ def _absorb(state: Keys, value: Keys) -> Keys:
 
 
 def _finalise(bits: Keys) -> Keys:
-    """A bijection of 64-bit numbers in which each input bit flips each output bit with probability near one
-    half."""
+    """A bijection of 64-bit numbers; each input bit flips about half of the output bits."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))

@@ -107,8 +107,7 @@ def _views(images: Tensor, parameters: ViewParameters, start: int, end: int, fin
 
 
 def _make(source: Tensor, crop_here: bool, table: Table, shared: _Shared) -> Tensor:
-    """One chunk of views in [0, 1], (N, C, S, S) float32, from what was drawn, (N, columns), and uint8
-    pixels.
+    """One chunk of views in [0, 1], (N, C, S, S) float32, from what was drawn, (N, columns), and pixels.
 
     Rows are sorted, twice, so that every operation finds its samples side by side and changes them in place:
     gathering them and putting them back would cost as much as the operations.
@@ -142,8 +141,7 @@ def _make(source: Tensor, crop_here: bool, table: Table, shared: _Shared) -> Ten
 
 
 def _planes(crops: Tensor, flip: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
-    """uint8 (N, C, S, S), channels interleaved, to float32 planes in [0, 1], flipped where chosen and
-    sorted."""
+    """uint8 (N, C, S, S), channels interleaved, to float32 planes in [0, 1], sorted, flipped where chosen."""
     flipped_first = np.argsort(flip == 0, kind="stable")
     interleaved = crops.permute(0, 2, 3, 1).index_select(0, send(flipped_first, crops.device))
     for run in _runs(flip[flipped_first] > 0):

@@ -96,15 +96,13 @@ class ViewPreset:
     local: ViewOverrides | None = None
     """Local views (multi-crop): `count` is required, the rest is inherited."""
     enlarge: int | None = None
-    """Side to which global views are enlarged (bilinear) before they are normalised; local views by the same
-    factor."""
+    """Side to which global views are enlarged (bilinear) at the end; local views by the same factor."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViewPreset":
-        """The inverse of `to_dict`; absent keys keep their defaults. Raises `UserError` for an unknown
-        key."""
+        """The inverse of `to_dict`; absent keys keep their defaults, an unknown one raises `UserError`."""
         return _read(cls, values, "views")
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +110,7 @@ class ViewPreset:
         return _plain(asdict(self))
 
     def check(self, channels: int) -> None:
-        """Raises `UserError` with one sentence if images of `channels` channels cannot be viewed like
-        this."""
+        """Raises `UserError` with one sentence if images of so many channels cannot be viewed like this."""
         from hf_ssl.views.checks import check_preset
 
         check_preset(self, channels)

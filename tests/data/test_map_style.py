@@ -163,7 +163,7 @@ def test_unreadable_data_and_too_little_data_are_found_at_once(numbered, make_lo
         UserError, match=r"at least one batch of 48 images \(2 x 24\), got 40 images in .*numbered"
     ):
         make_loader(numbered(40), batch_size=24, world_size=2)
-    with pytest.raises(UserError, match="none of the images tried in .* can be read; one is .*not an image"):
+    with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .*not an image"):
         make_loader(numbered(16, broken=range(16)))
 
 

@@ -50,7 +50,7 @@ def test_processes_share_the_batches_of_one():
 def test_resuming_yields_the_rest_of_the_pass_and_then_the_next():
     share = Share(3, 4)
     uninterrupted = RowBatches(22, share)
-    everything = sum((rows_of(uninterrupted) for _ in range(4)), [])
+    everything = [row for _ in range(4) for row in rows_of(uninterrupted)]
     for start in range(0, 11):
         resumed = RowBatches(22, share, start)
         rest = rows_of(resumed)

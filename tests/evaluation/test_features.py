@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features, pool, raw_pixels
+from hf_ssl.evaluation.features import pixel_values
 
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL = {"image_size": 32, "patch_size": 8}
@@ -89,6 +90,21 @@ def test_timm_wrapper() -> None:
             processor()(photos(3), return_tensors="pt")["pixel_values"]
         ).last_hidden_state.mean(dim=(2, 3))
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_other_image_processors() -> None:
+    """Encoders from elsewhere come with their own: of the PIL backend, or timm's."""
+    from transformers import TimmWrapperImageProcessor, ViTImageProcessorPil
+
+    pil = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    expected = torch.stack(photos(3)) / 255 * 2 - 1
+    torch.testing.assert_close(pixel_values(pil, photos(3), torch.device("cpu")), expected, atol=1e-5, rtol=0)
+    pytest.importorskip("timm")
+    settings = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    timm = TimmWrapperImageProcessor(pretrained_cfg=settings | {"interpolation": "bicubic"})
+    torch.testing.assert_close(
+        pixel_values(timm, photos(3), torch.device("cpu")), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_class_token_without_a_pooler() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of a run as `hf_ssl.run` records them, with the results of a real evaluation of random features."""
+"""The facts of a run as `hf_ssl.run` records them, with a real evaluation's results for random features."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,7 +56,11 @@ def recorded_facts() -> dict[str, Any]:
             "name": "simclr_cifar10_cpu",
             "sections": {
                 "data": {"path": "/home/jane/data sets/cifar10", "split": "train"},
-                "training": {"output_dir": "/home/jane/runs/my-encoder", "hub_token": "hf_" + "a" * 30, "seed": 3},
+                "training": {
+                    "output_dir": "/home/jane/runs/my-encoder",
+                    "hub_token": "hf_" + "a" * 30,
+                    "seed": 3,
+                },
                 "evaluation": {"path": None},
             },
             "overrides": ["data.path=/home/jane/data sets/cifar10", "training.max_steps=400"],
@@ -122,9 +127,13 @@ def recorded_facts() -> dict[str, Any]:
     }
 
 
-_RECORDED = recorded_facts()
+@pytest.fixture(scope="session")
+def new_facts() -> Callable[[], dict[str, Any]]:
+    """Makes the facts of a run; each call gives its own."""
+    recorded = recorded_facts()
+    return lambda: copy.deepcopy(recorded)
 
 
 @pytest.fixture
-def facts() -> dict[str, Any]:
-    return copy.deepcopy(_RECORDED)
+def facts(new_facts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return new_facts()

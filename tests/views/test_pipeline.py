@@ -34,15 +34,14 @@ PRESETS = {
 
 def assert_judged(views, judged, preset):
     tensors = [views.pixel_values] + ([] if views.local_pixel_values is None else [views.local_pixel_values])
-    expected_sizes = [preset.final_size] * preset.global_count + [preset.final_local_size] *
-    preset.local_count
+    expected_sizes = [preset.final_size] * preset.global_count
+    expected_sizes += [preset.final_local_size] * preset.local_count
     unsure_share = []
     for image, rows in enumerate(judged):
         got = [view for tensor in tensors for view in tensor[image]]
         assert [view.shape[-1] for view in got] == expected_sizes
         for number, (view, (expected, unsure)) in enumerate(zip(got, rows, strict=True)):
-            # Where nothing is drawn differently the tolerance is in units of pixels before they are
-            # normalised.
+            # The tolerance is in units of pixels before they are normalised.
             error = ((view - expected) * torch.tensor(preset.std)[:, None, None]).abs()
             error[unsure] = 0
             assert error.max() < 1e-5, f"image {image}, view {number}: {error.max()}"
@@ -67,7 +66,8 @@ def test_worker_crops_and_all_the_rest_equal_torchvision(name, make_images, draw
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_other_numbers_of_channels(channels, make_images, draw_for, judge):
-    preset = ViewPreset(size=20, saturation=0, hue=0, gray=0, solarize=0.5, mean=(0.4,) * channels, std=(0.2,) * channels)
+    preset = ViewPreset(size=20, saturation=0, hue=0, gray=0, solarize=0.5)
+    preset.mean, preset.std = (0.4,) * channels, (0.2,) * channels
     if channels > 1:
         preset.jitter = 0.0
     preset.check(channels)
@@ -81,8 +81,9 @@ def test_other_numbers_of_channels(channels, make_images, draw_for, judge):
 
 @pytest.mark.parametrize("in_worker", [False, True])
 @pytest.mark.parametrize("name", ["simclr", "enlarged", "two kinds of global view"])
-def test_a_view_does_not_depend_on_its_batch_or_on_chunks(name, in_worker, make_images, draw_for,
-monkeypatch):
+def test_a_view_does_not_depend_on_its_batch_or_on_chunks(
+    name, in_worker, make_images, draw_for, monkeypatch
+):
     images, preset = make_images(30, 3, 28, 28), PRESETS[name]
     parameters = draw_for(images, preset)
 
@@ -113,8 +114,9 @@ def test_input_is_left_alone_and_the_same_twice(make_images, draw_for):
         one, two = apply(source, parameters), apply(source, parameters)
         assert torch.equal(one.pixel_values, two.pixel_values)
         assert torch.equal(one.local_pixel_values, two.local_pixel_values)
-    for now, before in zip((images, crops.global_crops, crops.local_crops, parameters.table), kept,
-    strict=True):
+    for now, before in zip(
+        (images, crops.global_crops, crops.local_crops, parameters.table), kept, strict=True
+    ):
         assert torch.equal(now, before)
 
 

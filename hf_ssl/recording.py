@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was and what came of it, as facts and as a table for people (layer 5)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hf_ssl import __version__
+from hf_ssl.data import DataConfig, LabelledImages
+from hf_ssl.data.location import locate
+from hf_ssl.evaluation import EncoderResult
+from hf_ssl.hub import Facts, environment, last_part
+from hf_ssl.hub.facts import (
+    BackboneFacts,
+    DataFacts,
+    EvaluationFacts,
+    MethodFacts,
+    MonitorFacts,
+    RecipeFacts,
+    TrainingFacts,
+)
+from hf_ssl.methods import METHODS
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.trainer import SSLTrainer
+
+PICTURES = {
+    "views.png": "Views of training images, as the network sees them: one image a row.",
+    "curves.png": "How it learned: what was logged and measured while it trained.",
+}
+
+
+@dataclass
+class Measured:
+    """Results by encoder, with the images they were measured on; or the reason why there are none."""
+
+    results: dict[str, EncoderResult] = field(default_factory=dict)
+    train: LabelledImages | None = None
+    test: LabelledImages | None = None
+    unmeasured: str | None = None
+
+
+def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Facts:
+    """Everything that a card, a results file and a reader may want to know of a run."""
+    method = METHODS[recipe.method["name"]]
+    folder = Path(recipe.training["output_dir"])
+    data = _data_facts(recipe, trainer)
+    backbone = _backbone_facts(recipe, trainer, measured)
+    return Facts(
+        hf_ssl_version=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        name=recipe.publish.repo_id or last_part(str(folder.resolve())),
+        repo_id=recipe.publish.repo_id,
+        title=recipe.publish.title or f"{method.title} {backbone['class_name']} on {data['name']}",
+        license=recipe.publish.license,
+        tags=list(recipe.publish.tags),
+        method=_method_facts(recipe, trainer),
+        backbone=backbone,
+        recipe=RecipeFacts(
+            name=recipe.name,
+            sections=recipe.to_dict(),
+            overrides=list(recipe.overrides),
+            differences=recipe.differences(),
+        ),
+        views=recipe.views.to_dict(),
+        data=data,
+        training=_training_facts(recipe, trainer),
+        monitor=_monitor_facts(trainer),
+        environment=environment(trainer.args.device, trainer.args.world_size),
+        evaluation=_evaluation_facts(recipe, measured),
+        unmeasured=measured.unmeasured,
+        results=measured.results,
+        pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
+    )
+
+
+def _method_facts(recipe: Recipe, trainer: SSLTrainer) -> MethodFacts:
+    method, config = METHODS[recipe.method["name"]], trainer.method.config
+    own = {item.name for item in fields(config)} - {item.name for item in fields(SSLConfig)}
+    return MethodFacts(
+        name=recipe.method["name"],
+        title=method.title,
+        summary=method.summary,
+        paper=method.paper,
+        config={name: getattr(config, name) for name in sorted(own)},
+    )
+
+
+def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> BackboneFacts:
+    encoder = trainer.method.exported_encoder
+    pooling = "mean" if encoder.config.model_type == "ijepa" else "pooler"
+    if measured.results:
+        pooling = measured.results["trained"]["pooling"]
+    return BackboneFacts(
+        class_name=type(encoder).__name__,
+        model_type=encoder.config.model_type,
+        config={key: value for key, value in recipe.backbone.items() if key != "model_type"},
+        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        feature_size=feature_size(encoder),
+        image_size=recipe.views.final_size,
+        channels=recipe.data.channels,
+        pooling=pooling,
+        base_model=None,
+    )
+
+
+def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
+    name, hub_id = _name(recipe.data)
+    source = trainer.source
+    return DataFacts(
+        name=name,
+        hub_id=hub_id,
+        config=recipe.data.name,
+        split=recipe.data.split,
+        revision=source.revision,
+        images=source.num_rows,
+        streaming=source.streaming,
+        broken=trainer.broken.broken,
+        license=_license(source.dataset.info.license),
+    )
+
+
+def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
+    args, state = trainer.args, trainer.state
+    images = state.global_step * args.batch_size
+    seconds = trainer.stopwatch.seconds
+    losses = [record["loss"] for record in state.log_history if "loss" in record]
+    return TrainingFacts(
+        steps=state.global_step,
+        epochs=images / trainer.source.num_rows if trainer.source.num_rows else None,
+        batch_size=args.batch_size,
+        images_seen=images,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        learning_rate_rule=args.learning_rate_rule,
+        weight_decay=args.weight_decay,
+        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        processes=args.world_size,
+        seed=args.seed,
+        seconds=seconds,
+        images_per_second=images / seconds if seconds else 0.0,
+        final_loss=losses[-1] if losses and math.isfinite(losses[-1]) else None,
+        resumed=trainer.resumed,
+        selection=args.metric_for_best_model if args.load_best_model_at_end else None,
+    )
+
+
+def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
+    history = [
+        {key.removeprefix("eval_"): value for key, value in record.items() if key != "epoch"}
+        for record in trainer.state.log_history
+        if "eval_embedding_std" in record
+    ]
+    knn = trainer.monitor.knn if trainer.monitor is not None else None
+    return MonitorFacts(
+        history=history,
+        alarm=trainer.collapse_message,
+        test_images=None if knn is None else len(knn.queries),
+    )
+
+
+def _evaluation_facts(recipe: Recipe, measured: Measured) -> EvaluationFacts | None:
+    if measured.train is None or measured.test is None:
+        return None
+    other = recipe.evaluation.path
+    name, hub_id = _name(recipe.data if other is None else DataConfig(path=other))
+    return EvaluationFacts(
+        name=name,
+        hub_id=hub_id,
+        config=recipe.data.name if other is None else None,
+        revision=measured.test.revision,
+        train_split=recipe.evaluation.train_split,
+        test_split=recipe.evaluation.test_split,
+        broken=len(measured.train.broken) + len(measured.test.broken),
+    )
+
+
+def _name(data: DataConfig) -> tuple[str, str | None]:
+    """What a stranger may read of a path, and the Hub id if it is one."""
+    hub_id = data.path if locate(data.path).kind == "hub" else None
+    return hub_id or last_part(data.path), hub_id
+
+
+def _license(text: str | None) -> str | None:
+    return text or None
+
+
+def results_table(results: Mapping[str, EncoderResult]) -> str:
+    """The results as text: one encoder a row, accuracies on the test images."""
+    first = next(iter(results.values()))
+    header = ["accuracy", f"{first['knn']['neighbours']}-NN", "linear probe"]
+    header += [_few_header(draw["labels_per_class"]) for draw in first["few_labels"]]
+    rows = [header]
+    for name, result in results.items():
+        linear = result["linear"]
+        row = [name.replace("_", " "), f"{result['knn']['accuracy']:.3f}"]
+        row.append("-" if linear is None else f"{linear['accuracy']:.3f}")
+        row += [f"{draw['mean']:.3f} ± {draw['std']:.3f}" for draw in result["few_labels"]]
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, f"({first['protocol']['knn']})"])
+
+
+def _few_header(count: float) -> str:
+    return f"{count:g} label{'' if count == 1 else 's'} a class"

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+import shutil
+
+import datasets
+import pytest
+import torch
+
+from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data.columns import find_image_column, find_label_column, label_values
+from hf_ssl.errors import UserError
+
+
+def test_parquet(numbered):
+    source = open_source(numbered(30, files=2))
+    assert (source.num_rows, source.image_column, source.streaming, source.label_column) == (
+        30,
+        "image",
+        False,
+        None,
+    )
+    assert set(source.dataset[0]["image"]) == {"bytes", "path"}  # not decoded
+
+
+@pytest.mark.parametrize("pattern", ["", "/train-00001.parquet", "/*.parquet", "/train-?????.parquet"])
+def test_folder_file_and_glob(pattern, numbered):
+    config = numbered(30, files=2)
+    config.path += pattern
+    assert open_source(config).num_rows == (15 if pattern == "/train-00001.parquet" else 30)
+    assert open_source(config, streaming=True).num_rows == (15 if pattern == "/train-00001.parquet" else 30)
+
+
+def test_image_folder(image_folder):
+    config = DataConfig(path=str(image_folder))
+    source = open_source(config, "test", labels=True)
+    assert source.num_rows == 12 and source.class_names == ["ant", "bee", "cat"]
+    stream = open_source(config, streaming=True)
+    assert stream.streaming and stream.num_rows == 60 and stream.whole_shards
+    assert open_source(DataConfig(path=str(image_folder / "train" / "ant" / "*.png"))).num_rows == 20
+
+
+def test_tars(tars):
+    for path in (tars, tars / "*.tar"):
+        assert open_source(DataConfig(path=str(path))).num_rows == 36
+        stream = open_source(DataConfig(path=str(path), streaming=True))
+        assert stream.dataset.num_shards == 3
+        labelled = open_source(DataConfig(path=str(path), label_column="cls"), labels=True)
+        assert labelled.class_names is None
+        labels, names = label_values(labelled.dataset, "cls")
+        assert names == ["0", "1", "2"] and labels.tolist() == [0, 1, 2] * 12
+
+
+def test_digits():
+    train, test = (open_source(DataConfig(path="digits"), split, labels=True) for split in ("train", "test"))
+    assert (train.num_rows, test.num_rows) == (1297, 500)
+    assert train.class_names == [str(digit) for digit in range(10)]
+    labels, _ = label_values(test.dataset, "label")
+    assert (torch.bincount(torch.from_numpy(labels)) > 35).all()
+    contents = [{row["bytes"] for row in source.dataset["image"]} for source in (train, test)]
+    assert not contents[0] & contents[1]
+
+
+def test_the_revision_tells_data_apart_but_not_copies(numbered, tmp_path):
+    config = numbered(30, files=2)
+    revision = open_source(config).revision
+    shutil.copytree(config.path, tmp_path / "copy")
+    assert open_source(DataConfig(path=str(tmp_path / "copy"))).revision == revision
+    assert open_source(DataConfig(path=str(tmp_path / "copy"), streaming=True)).revision == revision
+    (tmp_path / "copy" / "train-00001.parquet").unlink()
+    assert open_source(DataConfig(path=str(tmp_path / "copy"))).revision != revision
+
+
+def test_a_part_of_the_data(numbered):
+    config = numbered(30)
+    assert open_source(config, "train[:10%]").num_rows == 3
+    config.max_images = 7
+    source = open_source(config)
+    names = [row["path"] for row in source.dataset["image"]]
+    assert source.num_rows == 7 and names != [f"{number}.png" for number in range(7)]
+    assert names == [row["path"] for row in open_source(config).dataset["image"]]
+
+
+def test_a_column_of_bytes_or_of_file_names(tmp_path, make_loader, encode, picture):
+    images = [encode(picture(number)) for number in range(8)]
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    names = [str(tmp_path / f"{number}.png") for number in range(8)]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"raw": images, "file": names}).to_parquet(tmp_path / "data" / "train.parquet")
+    shown = [
+        next(
+            iter(
+                make_loader(DataConfig(path=str(tmp_path / "data"), image_column=column, streaming=streaming))
+            )
+        )
+        for column in ("raw", "file")
+        for streaming in (False, True)
+    ]
+    assert torch.equal(shown[0].images, shown[2].images) and torch.equal(shown[1].images, shown[3].images)
+    with pytest.raises(
+        UserError, match=r"found no column.*data\.image_column=NAME.*raw \(binary\), file \(string\)"
+    ):
+        open_source(DataConfig(path=str(tmp_path / "data")))
+
+
+IMAGE, LABEL, TEXT = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
+
+
+def test_columns_are_found_by_type():
+    assert find_image_column({"x": TEXT, "picture": IMAGE}, None, "here") == "picture"
+    assert find_label_column({"x": TEXT, "kind": LABEL}, None, "here") == "kind"
+    assert find_label_column({"x": TEXT, "kind": LABEL}, "x", "here") == "x"
+
+
+@pytest.mark.parametrize(
+    ("features", "requested", "message"),
+    [
+        (
+            {"a": IMAGE, "b": IMAGE},
+            None,
+            r"found 2 columns: choose one with data.image_column=a.*a \(Image\), b \(Im",
+        ),
+        ({"a": LABEL}, None, r"found no column.*a \(ClassLabel\)"),
+        ({"a": IMAGE}, "b", r"here has no column 'b' for data.image_column; its columns are a \(Image\)"),
+        ({"a": LABEL}, "a", "expected data.image_column to hold images.*got 'a' of type ClassLabel"),
+    ],
+)
+def test_no_or_several_image_columns(features, requested, message):
+    with pytest.raises(UserError, match=message):
+        find_image_column(features, requested, "here")
+
+
+@pytest.mark.parametrize(
+    ("features", "requested", "message"),
+    [
+        ({"a": LABEL, "b": LABEL}, None, "found 2 columns: choose one with data.label_column=a"),
+        ({"a": IMAGE}, None, "expected one column of classes in here, found no column"),
+        (
+            {"a": datasets.Value("float32")},
+            "a",
+            "expected data.label_column to hold classes.*got 'a' of type float32",
+        ),
+    ],
+)
+def test_no_or_several_label_columns(features, requested, message):
+    with pytest.raises(UserError, match=message):
+        find_label_column(features, requested, "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "labels", "names"),
+    [
+        ([2, 0, None, 2], datasets.ClassLabel(names=["x", "y", "z"]), [2, 0, -1, 2], ["x", "y", "z"]),
+        ([7, 3, None, 7], datasets.Value("int32"), [1, 0, -1, 1], ["3", "7"]),
+        (["dog", "cat", None, "dog"], TEXT, [1, 0, -1, 1], ["cat", "dog"]),
+        ([True, False, None, True], datasets.Value("bool"), [1, 0, -1, 1], ["False", "True"]),
+    ],
+)
+def test_labels(values, feature, labels, names):
+    dataset = datasets.Dataset.from_dict({"c": values}, features=datasets.Features({"c": feature}))
+    found, classes = label_values(dataset, "c")
+    assert found.tolist() == labels and classes == names
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_cannot_be_opened(streaming, tmp_path, numbered, monkeypatch):
+    def refused(message, split="train", **options):
+        with pytest.raises(UserError, match=message) as error:
+            open_source(DataConfig(streaming=streaming, **options), split)
+        assert "\n" not in str(error.value)
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("got './nothing/here': it does not exist", path="./nothing/here")
+    refused("got '/nothing/here': it does not exist", path="/nothing/here")
+    refused("data.path='somebody/something' cannot be opened: .*(reach|offline)", path="somebody/something")
+    refused("no files match data.path='.*nothing.*tar'", path=str(tmp_path / "nothing*.tar"))
+    (tmp_path / "empty").mkdir()
+    refused("data.path='.*empty' cannot be opened: ", path=str(tmp_path / "empty"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.md").write_text("hello")
+    refused("data.path='.*text' cannot be opened: ", path=str(tmp_path / "text"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.parquet").write_text("hello")
+    refused("data.path='.*bad' cannot be opened: ", path=str(tmp_path / "bad"))
+    config = numbered(20)
+    refused("numbered has no split 'test'; its splits are train", path=config.path, split="test")
+    refused("digits has no split 'validation'; its splits are train, test", path="digits", split="validation")
+    refused(
+        "cannot be opened: .*(subset|onfig).*nothing", path=config.path, name="nothing"
+    ) if False else None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "data.path is missing"),
+        ({"channels": 4}, r"data.channels=3 \(colour\) or 1 \(grey\), got 4"),
+        ({"cache": "disk"}, "one of auto, none, memory, memmap, got 'disk'"),
+        ({"dtype": "uint16"}, "data.dtype=uint8"),
+        ({"max_broken_fraction": 2}, "from 0 to 1, got 2"),
+        ({"shuffle_window": 0}, "data.shuffle_window of at least 1, got 0"),
+        ({"open_shards": 0}, "data.open_shards of at least 1, got 0"),
+        ({"max_images": 0}, "data.max_images of at least 1, got 0"),
+        ({"max_images": 5, "streaming": True}, "needs data.streaming=false"),
+    ],
+)
+def test_values_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        open_source(DataConfig(**({"path": "digits"} if options else {}) | options))
+
+
+def test_a_slice_of_a_stream_is_refused(numbered):
+    config = numbered(20, streaming=True)
+    with pytest.raises(UserError, match=r"needs data.streaming=false, got 'train\[:5\]'"):
+        open_source(config, "train[:5]")

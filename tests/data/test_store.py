@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data import store as store_module
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.store import DecodedRows, decoded_rows
+from hf_ssl.errors import UserError
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("cache", ["memory", "memmap", "auto"])
+def test_decoded_images_are_those_that_are_decoded_each_time(cache, channels, numbered):
+    source = open_source(numbered(700, row_group=200, broken=(3, 600)))
+    stored = decoded_rows(source, channels, cache)
+    rows = np.array([699, 3, 0, 600, 512, 3])
+    pixels, broken = stored.read(rows)
+    expected, expected_broken = EncodedRows(source, channels).read(rows)
+    assert broken == expected_broken and sorted(broken) == [1, 3, 5]
+    for position in (0, 2, 4):
+        assert torch.equal(pixels[position], expected[position])
+
+
+def test_a_file_is_made_once_and_found_again(numbered, datasets_cache, monkeypatch):
+    config = numbered(30, broken=(4,))
+    first = decoded_rows(open_source(config), 3, "memmap")
+    assert first.file.parent == datasets_cache / "hf_ssl"
+    assert not list(first.file.parent.glob("*.unfinished"))
+    monkeypatch.setattr(store_module, "_fill", None)
+    again = decoded_rows(open_source(config), 3, "memmap")
+    assert again.file == first.file and again.broken == first.broken and (again.pixels == first.pixels).all()
+    copy = pickle.loads(pickle.dumps(again))
+    assert len(pickle.dumps(again)) < 5000
+    assert (copy.pixels == first.pixels).all() and copy.read(np.array([4]))[1] == first.read(np.array([4]))[1]
+
+
+def test_an_interrupted_file_is_not_taken_for_a_whole_one(numbered, monkeypatch):
+    config = numbered(31)
+    fill = store_module._fill
+
+    def interrupted(pixels, rows):
+        pixels[:10] = 7
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "_fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded_rows(open_source(config), 3, "memmap")
+    monkeypatch.setattr(store_module, "_fill", fill)
+    source = open_source(config)
+    assert torch.equal(
+        decoded_rows(source, 3, "memmap").read(np.arange(5))[0][2],
+        EncodedRows(source, 3).read(np.arange(5))[0][2],
+    )
+
+
+def test_auto_leaves_out_what_is_large_or_of_different_sizes(numbered, image_folder, monkeypatch):
+    assert decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, "auto") is None
+    source = open_source(numbered(20))
+    assert isinstance(decoded_rows(source, 3, "auto"), DecodedRows)
+    assert decoded_rows(source, 3, "auto").file is None
+    assert decoded_rows(source, 3, "auto", shared=True).file is not None
+    assert decoded_rows(source, 3, "none") is None
+    monkeypatch.setattr(store_module, "_AUTO_BYTES", 20 * 3 * 120 - 1)
+    assert decoded_rows(open_source(numbered(20)), 3, "auto") is None
+
+
+def test_auto_leaves_out_images_over_96_pixels_which_may_still_be_asked_for(numbered):
+    source = open_source(numbered(4, size=(97, 20)))
+    assert decoded_rows(source, 3, "auto") is None
+    assert decoded_rows(source, 3, "memory").pixels.shape == (4, 3, 97, 20)
+
+
+@pytest.mark.parametrize("cache", ["memory", "memmap"])
+def test_an_image_of_another_size_is_named(cache, tmp_path, write_parquet, encode, picture, monkeypatch):
+    images = [encode(picture(number, (12, 11 if number == 301 else 10))) for number in range(600)]
+    config = DataConfig(
+        path=str(write_parquet(tmp_path / "d" / "train.parquet", images, row_group=600).parent)
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"data.cache={cache} needs images of one size: expected 12x10 .* got 12x11 in row 301 of",
+    ):
+        decoded_rows(open_source(config), 3, cache)
+    assert decoded_rows(open_source(config), 3, "auto") is None
+
+
+@pytest.mark.parametrize("cache", ["memory", "memmap"])
+def test_sizes_that_obviously_differ(cache, image_folder):
+    with pytest.raises(
+        UserError, match=rf"data.cache={cache} needs images of one size, but those of .* differ"
+    ):
+        decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, cache)
+
+
+def test_no_space_on_the_disk(numbered, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match=r"data.cache=memmap needs 0.0 GiB in .* 0.0 GiB are free"):
+        decoded_rows(open_source(numbered(33)), 3, "memmap")

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card holds what was recorded, all of it where a reader or the Hub looks for it, and nothing else."""
+
+import copy
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from hf_ssl.errors import UserError
+from hf_ssl.hub import card as card_module
+from hf_ssl.hub import write_card
+from hf_ssl.hub.wording import command, duration
+
+# Dicts whose keys differ from run to run: their entries are no facts of their own.
+FREE = {"config", "sections", "differences", "views", "packages", "results", "pictures", "history", "seconds"}
+FREE |= {"protocol", "statistics", "linear", "images", "few_labels", "grid", "overrides"}
+
+
+# Each stands for a fact of the fixture.
+WORDS = (
+    "`ResNetModel`",
+    "11,176,512 parameters",
+    "64 x 64 pixels into 512 numbers",
+    "revision | `0123456789abcdef`",
+    "400 steps of 256 images, 2.048 epochs, 102,400 images seen",
+    "sgd, learning rate 0.12",
+    "bfloat16",
+    "4.1234",
+    "18 min 20 s, 93 images a second",
+    "1 x AMD EPYC, 2 cores, 31.2 GiB memory",
+    "Python 3.11.7, torch 2.15.0",
+    "| views.mean | `[0.49, 0.48, 0.45]` |",
+    "| projection_size | `128` |",
+    "One run with seed 3",
+    "left out: 100-NN: the bank has 80 images",
+    "the collapse alarm was not raised",
+    "arXiv:2002.05709",
+    "looked at 1,000 labelled images of test",
+    "hf_ssl 0.1.0",
+    "spread of embeddings (1 isotropic, 0 collapsed) | 0.61 | 0.93",
+)
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, item in value.items():
+        yield (*path, key)
+        if isinstance(item, dict) and key not in FREE:
+            yield from leaves(item, (*path, key))
+
+
+def holder(facts: dict, path: tuple[str, ...]) -> dict:
+    for key in path[:-1]:
+        facts = facts[key]
+    return facts
+
+
+def readme(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_metadata_is_what_the_hub_reads(facts: dict, tmp_path: Path) -> None:
+    facts["data"]["hub_id"] = "uoft-cs/cifar10"
+    facts["backbone"]["base_model"] = "microsoft/resnet-18"
+    write_card(tmp_path, facts)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-feature-extraction",
+        "apache-2.0",
+    )
+    assert data.tags == ["self-supervised-learning", "hf_ssl", "simclr", "cifar"]
+    assert (data.datasets, data.base_model) == (["uoft-cs/cifar10"], "microsoft/resnet-18")
+    assert data.model_name == "my-encoder"
+    trained = facts["results"]["trained"]
+    assert [(result.metric_name, result.metric_value) for result in data.eval_results] == [
+        ("20-NN accuracy", round(trained["knn"]["accuracy"], 4)),
+        ("Linear probe accuracy", round(trained["linear"]["accuracy"], 4)),
+        ("1-NN accuracy, 1 labelled image a class", round(trained["few_labels"][0]["mean"], 4)),
+        ("1-NN accuracy, 5 labelled images a class", round(trained["few_labels"][1]["mean"], 4)),
+    ]
+    first = data.eval_results[0]
+    assert (first.dataset_type, first.dataset_split, first.dataset_revision) == (
+        "cifar10",
+        "test",
+        "0123456789abcdef",
+    )
+    assert first.metric_args == {"protocol": trained["protocol"]["knn"]}
+
+
+def test_unknown_license_data_and_base_are_left_out(facts: dict, tmp_path: Path) -> None:
+    facts["license"] = None
+    write_card(tmp_path, facts)
+    metadata = yaml.safe_load(readme(tmp_path).split("---")[1])
+    assert not {"license", "datasets", "base_model"} & metadata.keys()
+    assert "None" not in readme(tmp_path) and "null" not in readme(tmp_path).split("```yaml")[0]
+
+
+def test_results_for_leaderboards(facts: dict, tmp_path: Path) -> None:
+    path = tmp_path / ".eval_results" / "hf_ssl.yaml"
+    facts["evaluation"]["hub_id"] = "uoft-cs/cifar10"
+    facts["repo_id"] = "jane/my-encoder"
+    write_card(tmp_path, facts)
+    entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert [entry.task_id for entry in entries] == ["knn_20", "linear_probe", "few_labels_1", "few_labels_5"]
+    trained = facts["results"]["trained"]
+    assert entries[0].value == pytest.approx(100 * trained["knn"]["accuracy"], abs=0.01)
+    assert (entries[0].dataset_id, entries[0].dataset_revision) == ("uoft-cs/cifar10", "0123456789abcdef")
+    assert entries[1].notes == trained["protocol"]["linear"]
+    assert entries[0].source_url == "https://huggingface.co/jane/my-encoder"
+    # Leaderboards know no local data: an earlier file must not stay with wrong numbers.
+    facts["evaluation"]["hub_id"] = None
+    write_card(tmp_path, facts)
+    assert not path.exists()
+
+
+def test_every_number_is_on_the_card(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    for name, result in facts["results"].items():
+        assert f"{100 * result['knn']['accuracy']:.1f} %" in text
+        for draw in result["few_labels"]:
+            assert f"{100 * draw['mean']:.1f} % ± {100 * draw['std']:.1f}" in text
+        for cell in result["knn"]["grid"]:
+            cells = (
+                name.replace("_", " "),
+                cell["neighbours"],
+                cell["temperature"],
+                f"{100 * cell['accuracy']:.1f} %",
+            )
+            row = f"| {' | '.join(map(str, cells))} |"
+            assert row in text
+    for sentence in facts["results"]["trained"]["protocol"].values():
+        assert sentence in text
+    for words in WORDS:
+        assert words in text, words
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    assert recipe["training"] == {"output_dir": "my-encoder", "seed": 3}
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert len(tables) >= 5
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_a_missing_fact_is_named_and_no_card_is_written(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    before = readme(tmp_path)
+    paths = list(leaves(facts)) + [("results", "trained", key) for key in facts["results"]["trained"]]
+    assert len(paths) > 80
+    for path in paths:
+        without = copy.deepcopy(facts)
+        del holder(without, path)[path[-1]]
+        with pytest.raises(UserError) as caught:
+            write_card(tmp_path, without)
+        assert f"fact {'.'.join(path)} is missing" in str(caught.value), path
+        assert readme(tmp_path) == before
+
+
+def test_an_unknown_or_empty_fact_is_named(facts: dict, tmp_path: Path) -> None:
+    for path, value, words in (
+        (("training", "learing_rate"), 1.0, "fact training.learing_rate is unknown"),
+        (("data", "revision"), None, "fact data.revision is None"),
+        (("results",), {}, "fact results.trained is missing"),
+        (("evaluation",), None, "fact evaluation is None"),
+        (("training",), 3, "fact training: expected a dict, got int"),
+    ):
+        changed = copy.deepcopy(facts)
+        holder(changed, path)[path[-1]] = value
+        with pytest.raises(UserError) as caught:
+            write_card(tmp_path, changed)
+        assert words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_path_and_no_token_reaches_the_card(facts: dict, tmp_path: Path) -> None:
+    token = "hf_" + "Ab3" * 10
+    facts["monitor"]["alarm"] = f"embeddings have collapsed, see /home/jane/runs/log.txt {token}"
+    facts["recipe"]["sections"]["training"]["hub_token"] = token
+    facts["recipe"]["sections"]["data"]["cache_dir"] = "~jane/cache"
+    facts["recipe"]["overrides"] += ["training.output_dir=/home/jane/x y", f"training.hub_token={token}"]
+    facts["recipe"]["differences"]["training.resume"] = "C:\\Users\\jane\\run"
+    facts["results"]["trained"]["skipped"].append("see https://jane:pass@example.org/a/b?token=1")
+    facts["notes"] = ["Broken: /home/jane/images/a.png"]
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    for secret in ("jane", "/home", "Users", token, "pass@", "token=1"):
+        assert secret not in text, secret
+    assert "see log.txt (removed)" in text
+    assert "https://example.org/a/b" in text
+    assert "data.path=cifar10" in command(facts | {"recipe": card_module.public_facts(facts)["recipe"]})
+
+
+def test_relative_folder_is_not_taken_for_a_data_set_of_the_hub(facts: dict, tmp_path: Path) -> None:
+    facts["recipe"]["sections"]["data"]["path"] = "secret/cifar10"
+    facts["recipe"]["overrides"] = ["data.path=secret/cifar10"]
+    write_card(tmp_path, facts)
+    assert "secret" not in readme(tmp_path)
+    facts["data"] |= {"hub_id": "open/cifar10", "name": "open/cifar10"}
+    facts["recipe"]["sections"]["data"]["path"] = "open/cifar10"
+    write_card(tmp_path, facts)
+    assert "path: open/cifar10" in readme(tmp_path)
+
+
+def test_what_is_not_good_is_said(facts: dict, tmp_path: Path) -> None:
+    facts["results"]["untrained"]["knn"]["accuracy"] = facts["results"]["trained"]["knn"]["accuracy"] + 0.02
+    facts["monitor"]["alarm"] = "embeddings have collapsed at step 40: embedding_std is 0.01"
+    facts["training"] |= {"final_loss": float("nan"), "selection": "eval_knn", "resumed": 2}
+    facts["data"]["broken"] = 7
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    assert "**Not better than the same network untrained, by 20-NN** (-2.0 points)." in text
+    assert "> **Collapsed while training**: embeddings have collapsed at step 40" in text
+    assert "the collapse alarm was not raised" not in text
+    assert "| final loss | not finite |" in text
+    assert "**The checkpoint was chosen by eval_knn**" in text
+    assert "resumed 2 times" in text
+    assert "7 training images could not be read" in text
+
+
+def test_an_encoder_that_was_not_measured(facts: dict, tmp_path: Path) -> None:
+    facts |= {"evaluation": None, "results": {}, "unmeasured": "the data has no labels"}
+    facts["monitor"] = {"history": [], "alarm": None, "test_images": None}
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    assert "Not measured: the data has no labels." in text
+    assert "a collapse would not have been noticed" in text
+    assert "## Results" not in text and "model-index" not in text
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+
+
+def test_pictures_and_the_whole_model_appear_where_they_are(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    assert "![" not in readme(tmp_path) and "subfolder" not in readme(tmp_path)
+    facts["pictures"] = {
+        "views.png": "What the network saw",
+        "curves.png": "How it learned",
+        "map.png": "A map",
+    }
+    for name in ("views.png", "curves.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"fact pictures.map.png: expected that file"):
+        write_card(tmp_path, facts)
+    (tmp_path / "map.png").write_bytes(b"")
+    (tmp_path / "pretraining").mkdir()
+    (tmp_path / "pretraining" / "config.json").write_text("{}")
+    write_card(tmp_path, facts)
+    for line in ("![What the network saw](views.png)", "![How it learned](curves.png)", "![A map](map.png)"):
+        assert readme(tmp_path).count(line) == 1
+    assert 'from_pretrained("my-encoder", subfolder="pretraining")' in readme(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "channels", "lines"),
+    [
+        ("pooler", 3, ["features = outputs.pooler_output.flatten(1)  # (1, 512)"]),
+        ("cls", 3, ["features = outputs.last_hidden_state[:, 0]"]),
+        ("mean", 3, ["features = outputs.last_hidden_state.mean(dim=1)"]),
+        ("pooler", 1, ['Image.open("photo.jpg")).convert("L")', "takes one channel"]),
+        ("pooler", 5, ["arrays of 5 channels"]),
+    ],
+)
+def test_loading_is_shown_for_this_encoder(
+    facts: dict, tmp_path: Path, pooling: str, channels: int, lines: list[str]
+) -> None:
+    facts["backbone"] |= {"pooling": pooling, "channels": channels}
+    write_card(tmp_path, facts)
+    assert all(line in readme(tmp_path) for line in lines)
+
+
+def test_awkward_names_stay_text(facts: dict, tmp_path: Path) -> None:
+    facts["name"] = 'my "best" encoder'
+    facts["recipe"]["differences"] = {"data.image_column": "a|b`c"}
+    facts["recipe"]["overrides"] = ["data.image_column=two words"]
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "card", "exec")
+    assert r"| data.image_column | `a\|b'c` |" in text
+    assert "'data.image_column=two words'" in text
+
+
+def test_a_method_without_prose_is_refused(facts: dict, tmp_path: Path) -> None:
+    facts["method"]["name"] = "nothing"
+    with pytest.raises(UserError, match=r"model_cards/methods/nothing.md, it is not there"):
+        write_card(tmp_path, facts)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_every_method_has_its_prose() -> None:
+    from hf_ssl.methods import METHODS
+    from hf_ssl.resources import resource
+
+    for name in METHODS:
+        prose = resource("model_cards", "methods", f"{name}.md").read_text()
+        for part in ("**What it is.**", "**When to choose it.**", "**What it costs.**", "**Citation.**"):
+            assert part in prose, (name, part)
+
+
+def test_a_full_disk_leaves_the_old_card(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    before = readme(tmp_path)
+    facts["title"] = "Another one"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write README.md to .*: File too large"):
+            write_card(tmp_path, facts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert readme(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.5, 42.31, 59.4, 1100.4, 7260)] == [
+        "0.5 s", "42.3 s", "59.4 s", "18 min 20 s", "2 h 1 min",
+    ]  # fmt: skip

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts on the disk, results files, the machine, and what strangers may see."""
+
+import json
+import platform
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ssl.errors import UserError
+from hf_ssl.hub import append_result, environment, last_part, public, read_facts, write_facts
+from hf_ssl.hub.facts import check_facts, public_facts
+
+
+def test_facts_come_back_as_they_were_made_public(facts: dict, tmp_path: Path) -> None:
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path) == public_facts(facts)
+    text = (tmp_path / "facts.json").read_text()
+    assert "jane" not in text and "hf_aaa" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    # What was read can be written and read again: nothing is lost by doing it twice.
+    write_facts(tmp_path, read_facts(tmp_path))
+    assert (tmp_path / "facts.json").read_text() == text
+
+
+def test_the_facts_of_the_caller_are_not_changed(facts: dict) -> None:
+    path = facts["recipe"]["sections"]["data"]["path"]
+    public_facts(facts)
+    assert facts["recipe"]["sections"]["data"]["path"] == path
+    assert facts["recipe"]["overrides"][0] == f"data.path={path}"
+
+
+def test_facts_that_cannot_be_read(facts: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read facts.json in .*: No such file"):
+        read_facts(tmp_path)
+    (tmp_path / "facts.json").write_text("{half")
+    with pytest.raises(UserError, match=r"expected JSON in facts\.json"):
+        read_facts(tmp_path)
+    del facts["seed" if "seed" in facts else "date"]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="fact date is missing"):
+        read_facts(tmp_path)
+
+
+def test_numbers_that_json_does_not_have(facts: dict, tmp_path: Path) -> None:
+    facts["training"]["final_loss"] = float("inf")
+    facts["training"]["images_per_second"] = np.float32(2.5)
+    facts["training"]["steps"] = torch.tensor(7)
+    facts["recipe"]["sections"]["views"] = {"scale": (0.2, 1.0)}
+    write_facts(tmp_path, facts)
+    training = read_facts(tmp_path)["training"]
+    assert (training["final_loss"], training["images_per_second"], training["steps"]) == (None, 2.5, 7)
+    assert read_facts(tmp_path)["recipe"]["sections"]["views"] == {"scale": [0.2, 1.0]}
+    facts["notes"] = [Path("x")]
+    with pytest.raises(TypeError, match="expected plain data"):
+        write_facts(tmp_path, facts)
+
+
+def test_notes_are_the_one_optional_fact(facts: dict) -> None:
+    check_facts(facts)
+    check_facts(facts | {"notes": ["a"]})
+    with pytest.raises(UserError, match=r"fact notes\[0\] is None"):
+        check_facts(facts | {"notes": [None]})
+
+
+def test_runs_are_appended_to_their_recipe(facts: dict, tmp_path: Path) -> None:
+    path = append_result(tmp_path, "smoke/simclr", facts)
+    assert path == tmp_path / "smoke" / "simclr.json"
+    facts["training"]["seed"] = 4
+    append_result(tmp_path, "smoke/simclr", facts)
+    entries = json.loads(path.read_text())
+    assert [entry["seed"] for entry in entries] == [3, 4]
+    entry = entries[0]
+    assert entry["data"]["revision"] == "0123456789abcdef"
+    assert entry["environment"]["device"] == "AMD EPYC"
+    assert entry["results"]["trained"]["knn"] == json.loads(json.dumps(facts["results"]["trained"]["knn"]))
+    assert entry["overrides"] == ["data.path=cifar10", "training.max_steps=400"]
+    assert "jane" not in path.read_text()
+    assert [item.name for item in path.parent.iterdir()] == ["simclr.json"]
+
+
+def test_a_results_file_that_is_none_is_left_alone(facts: dict, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    for text, words in (
+        ("[{half", "expected JSON in recipe.json"),
+        ('{"a": 1}', "expected a list of results"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            append_result(tmp_path, "recipe", facts)
+        assert path.read_text() == text
+
+
+def test_runs_that_end_together_all_stay(facts: dict, new_facts, tmp_path: Path) -> None:
+    def one(seed: int) -> None:
+        mine = new_facts()
+        mine["training"]["seed"] = seed
+        append_result(tmp_path, "recipe", mine)
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    entries = json.loads((tmp_path / "recipe.json").read_text())
+    assert sorted(entry["seed"] for entry in entries) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/jane/my photos/dogs/", "dogs"),
+        ("~/photos", "photos"),
+        ("../shared/cifar10", "cifar10"),
+        ("C:\\Users\\jane\\dogs", "dogs"),
+        ("\\\\server\\jane\\dogs", "dogs"),
+        ("/data/*.parquet", "*.parquet"),
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("data.path=/home/jane/my photos", "data.path=my photos"),
+        ("data.path=uoft-cs/cifar10", "data.path=uoft-cs/cifar10"),
+        ("training.hub_token=abc", "training.hub_token=(removed)"),
+        ("cannot read /home/jane/a.png, row 3", "cannot read a.png, row 3"),
+        ("'/home/jane/a.png'", "'a.png'"),
+        ("images/s and BN/bias at 20-NN, T 0.07", "images/s and BN/bias at 20-NN, T 0.07"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("https://jane:pw@host.org/a?token=x#y", "https://host.org/a"),
+        ("file:///home/jane/dogs", "dogs"),
+        ("hf_" + "x" * 34, "(removed)"),
+        ("hf_ssl and hf_hub_offline", "hf_ssl and hf_hub_offline"),
+        (
+            {"hub_token": "abc", "api_key": "x", "use_mask_token": True, "cls_token": None},
+            {"use_mask_token": True, "cls_token": None},
+        ),
+        ([1, (2.5, float("nan")), True, None], [1, [2.5, None], True, None]),
+        ({1: np.int64(3), "a": np.float64(0.5)}, {"1": 3, "a": 0.5}),
+    ],
+)  # fmt: skip
+def test_what_strangers_see(value, expected) -> None:
+    assert public(value) == expected
+    assert public(public(value)) == expected
+
+
+def test_last_part() -> None:
+    assert [last_part(path) for path in ("a/b/c", "c", "/", "..", "a\\b", "~")] == [
+        "c",
+        "c",
+        ".",
+        ".",
+        "b",
+        ".",
+    ]
+
+
+def test_the_machine_is_described_without_its_name() -> None:
+    found = environment()
+    assert found["python"] == platform.python_version()
+    assert (
+        found["packages"]["torch"] == torch.__version__.split("+")[0]
+        or found["packages"]["torch"] == torch.__version__
+    )
+    assert "transformers" in found["packages"]
+    assert found["device"] and found["cores"] >= 1 and found["devices"] == 1
+    assert platform.node() not in json.dumps(found)
+    assert environment("cpu", processes=4)["devices"] == 4

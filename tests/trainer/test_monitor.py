@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ssl.errors import UserError
+from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import build_trainer
+from hf_ssl.trainer.monitor import CollapseAlarm
+
+SMALL = [
+    "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_bank_images=100",
+    "training.monitor_query_images=50", "training.batch_size=64", "data.max_images=256",
+]  # fmt: skip
+
+
+def trainer(tmp_path, *overrides):
+    recipe = load_recipe("smoke/simclr", [*SMALL, f"training.output_dir={tmp_path}", *overrides])
+    return build_trainer(recipe, recipe.training_arguments())
+
+
+def test_measurements_change_neither_the_model_nor_any_random_state(tmp_path):
+    made = trainer(tmp_path)
+    made.method.train()
+    weights = {name: value.clone() for name, value in made.method.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first, second = made.monitor.measure(made.method), made.monitor.measure(made.method)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert made.method.training
+    for name, value in made.method.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert first == second
+    assert {"eval_knn", "eval_rank_me", "eval_embedding_std", "eval_alignment", "eval_uniformity"} <= first.keys()
+    assert 0 < first["eval_knn"] <= 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_weights_with_and_without_a_monitor_are_equal(tmp_path, seed):
+    steps = ["training.max_steps=4", "training.save_steps=100", f"training.seed={seed}"]
+    watched = trainer(tmp_path / "watched", *steps, "training.monitor_steps=1")
+    alone = trainer(tmp_path / "alone", *steps, "training.monitor_steps=0")
+    watched.train()
+    alone.train()
+    assert len([r for r in watched.state.log_history if "eval_knn" in r]) == 5
+    for name, value in alone.method.state_dict().items():
+        assert torch.equal(value, watched.method.state_dict()[name]), name
+
+
+def metrics(std, rank):
+    return {"eval_embedding_std": std, "eval_embedding_rank": rank}
+
+
+def test_alarm_needs_two_low_measurements_that_do_not_recover():
+    alarm = CollapseAlarm()
+    assert alarm.check(metrics(0.001, 1.0), 0) is None  # an untrained network may start there
+    assert alarm.check(metrics(0.001, 9.0), 10) is None
+    assert alarm.check(metrics(0.010, 9.0), 20) is None  # recovering
+    assert alarm.check(metrics(0.500, 9.0), 30) is None
+    assert alarm.check(metrics(0.010, 9.0), 40) is None
+    assert "embedding_std is 0.009" in alarm.check(metrics(0.009, 9.0), 50)
+
+
+def test_alarm_for_a_lost_dimension_and_for_nan():
+    alarm = CollapseAlarm()
+    alarm.check(metrics(0.9, 1.1), 10)
+    assert "embedding_rank is 1.1" in alarm.check(metrics(0.9, 1.1), 20)
+    assert "nan" in CollapseAlarm().check(metrics(float("nan"), 5.0), 10)
+
+
+class Attracting(SimCLRForPreTraining):
+    """SimCLR without what keeps it from collapsing: views attract, nothing repels."""
+
+    def objective(self, embeddings):
+        z = embeddings["projections"]
+        unit = torch.nn.functional.normalize(z, dim=-1)
+        loss = 1 - (unit[:, 0] * unit[:, 1]).sum(-1).mean()
+        return SSLOutput(loss=loss, terms={"attraction": loss.detach()}, embeddings=z)
+
+
+@pytest.mark.parametrize(("model", "collapses"), [(Attracting, True), (SimCLRForPreTraining, False)])
+def test_without_negatives_the_alarm_is_raised_and_with_them_it_is_silent(tmp_path, monkeypatch, model, collapses):
+    recipe = load_recipe(
+        "smoke/simclr",
+        [
+            *SMALL, f"training.output_dir={tmp_path}", "training.max_steps=60", "training.monitor_steps=10",
+            "training.optimizer=sgd", "training.learning_rate=0.3", "training.on_collapse=stop",
+        ],
+    )  # fmt: skip
+    recipe.__dict__["model_class"] = model
+    made = build_trainer(recipe, recipe.training_arguments())
+    made.train()
+    assert (made.collapse_message is not None) is collapses
+    assert (made.state.global_step < 60) is collapses
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    made = trainer(tmp_path, "training.max_steps=4", "training.logging_steps=1", "training.monitor_steps=0")
+    with torch.no_grad():
+        made.method.projector[0].weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss became nan near step 1: lower training.learning_rate"):
+        made.train()
+
+
+def test_terms_throughput_and_memory_are_logged(tmp_path):
+    made = trainer(tmp_path, "training.max_steps=4", "training.logging_steps=2", "training.monitor_steps=0")
+    made.train()
+    record = next(r for r in made.state.log_history if "loss" in r)
+    assert record["term_nt_xent"] == pytest.approx(record["loss"], rel=1e-5)
+    assert record["images_per_second"] > 0 and record["memory_gib"] > 0

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from hf_ssl.views.color import gray_, hue_, jitter_, jitter_groups, mix_, solarize_
+from hf_ssl.views.drawing import JITTER_ORDERS
+
+
+def pixels(count, channels=3, side=16):
+    """Noise, and rows of black, white, grey, pure and nearly grey colours, where the hue is delicate."""
+    images = torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(0))
+    images[:, :, 0] = 0.0
+    images[:, :, 1] = 1.0
+    images[:, :, 2] = images[:, :1, 2]
+    images[:, :, 3] = images[:, :, 3].round()
+    images[:, :, 4] = 0.5 + 1e-6 * images[:, :, 4]
+    images[:, :, 5] = (images[:, :, 5] * 4).round() / 4
+    return images
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.3, -1 / 6, -1e-4, 0.0, 1e-4, 0.1, 1 / 3, 0.5])
+def test_hue(turn):
+    images = pixels(6)
+    got = images.clone()
+    hue_(got, torch.full((6,), turn))
+    torch.testing.assert_close(got, tv.adjust_hue(images, turn), rtol=0, atol=1e-5)
+
+
+def test_each_sample_has_its_own_hue():
+    images, turns = pixels(7), torch.linspace(-0.5, 0.5, 7)
+    got = images.clone()
+    hue_(got, turns)
+    for view, image, turn in zip(got, images, turns.tolist(), strict=True):
+        torch.testing.assert_close(view, tv.adjust_hue(image, turn), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.7, 3.0])
+def test_the_parts_of_the_mix(factor, channels):
+    images = pixels(4, channels)
+    share, rest = torch.full((4, 1), factor), torch.full((4, 1), 1 - factor)
+    for name, of_mean, of_gray in (
+        ("brightness", None, None), ("contrast", rest, None), ("saturation", None, rest)
+    ):  # fmt: skip
+        if name == "saturation" and channels == 1:
+            continue
+        got = images.clone()
+        mix_(got, share, of_mean, of_gray)
+        expected = getattr(tv, f"adjust_{name}")(images, factor)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_all_orders_and_some_left_alone():
+    """Every order of the four parts, three samples each: jittered, jittered without hue, not jittered."""
+    order = np.repeat(np.arange(24), 3)
+    generator = np.random.default_rng(0)
+    factors = generator.uniform([0, 0, 0, -0.5], [2, 2, 2, 0.5], (72, 4)).astype(np.float32)
+    factors[1::3, 3] = 0
+    jitter = np.arange(72) % 3 < 2
+    shuffled = generator.permutation(72)
+    order, factors, jitter = order[shuffled], factors[shuffled], jitter[shuffled]
+    groups = jitter_groups(jitter, order, factors[:, 3])
+    rows = np.argsort(groups, kind="stable")
+    images = pixels(72)
+    got = images[rows].clone()
+    jitter_(got, groups[rows], order[rows], factors[rows])
+    for view, row in zip(got, rows, strict=True):
+        expected = images[row]
+        for part in JITTER_ORDERS[order[row]] if jitter[row] else ():
+            name = ("brightness", "contrast", "saturation", "hue")[part]
+            expected = getattr(tv, f"adjust_{name}")(expected, float(factors[row, part]))
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+
+
+def test_nobody_is_jittered():
+    images = pixels(3)
+    got = images.clone()
+    groups = jitter_groups(np.zeros(3, bool), np.zeros(3, np.int64), np.ones(3, np.float32))
+    jitter_(got, groups, np.zeros(3, np.int64), np.full((3, 4), 0.5, np.float32))
+    assert torch.equal(got, images)
+
+
+def test_gray():
+    images = pixels(3)
+    got = images.clone()
+    gray_(got)
+    torch.testing.assert_close(got, tv.rgb_to_grayscale(images, 3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_solarize(threshold, channels):
+    images = pixels(3, channels)
+    images[:, :, 6] = threshold
+    got = images.clone()
+    solarize_(got, threshold)
+    assert torch.equal(got, tv.solarize(images, threshold))

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distributions of what is drawn against torchvision's own samplers, on fixed seeds."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2_contingency, kstest
+from torchvision import transforms
+
+from hf_ssl.views import ViewOverrides, ViewPreset, draw, seeds
+from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
+
+DRAWS = 6000
+
+
+def drawn(preset, height=50, width=60, count=DRAWS):
+    keys = np.arange(count, dtype=np.uint64)
+    return draw(seeds(0, 0, keys), preset, np.tile([height, width], (count, 1)))
+
+
+def assert_same_distribution(got, expected):
+    assert kstest(np.asarray(got), np.asarray(expected)).pvalue > 1e-3
+
+
+def assert_same_frequencies(got, expected):
+    values = np.union1d(got, expected)
+    table = np.array([[np.sum(sample == value) for value in values] for sample in (got, expected)])
+    assert chi2_contingency(table).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (32, 32, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (375, 500, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (375, 500, (0.05, 0.4), (0.5, 3.0)),
+        (40, 100, (0.3, 1.0), (3 / 4, 4 / 3)),  # several tries are needed, and sometimes ten do not do
+        (100, 30, (0.25, 1.0), (0.6, 4 / 3)),
+    ],
+)
+def test_boxes(height, width, scale, ratio):
+    preset = ViewPreset(count=1, scale=scale, ratio=ratio)
+    got = drawn(preset, height, width).table[:, 0, :4].double().numpy()
+    image = torch.zeros(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        crop = transforms.RandomResizedCrop
+        expected = np.array(
+            [crop.get_params(image, list(scale), list(ratio)) for _ in range(DRAWS)], np.float64
+        )
+    top, left, box_height, box_width = got.T
+    assert (got[:, :2] >= 0).all() and (got[:, 2:] >= 1).all() and (got == np.rint(got)).all()
+    assert (top + box_height <= height).all() and (left + box_width <= width).all()
+    for column in range(4):
+        assert_same_distribution(got[:, column], expected[:, column])
+    assert_same_distribution(box_height * box_width, expected[:, 2] * expected[:, 3])
+    assert_same_distribution(box_width / box_height, expected[:, 3] / expected[:, 2])
+    assert_same_distribution(top / (height + 1 - box_height), expected[:, 0] / (height + 1 - expected[:, 2]))
+
+
+def test_some_of_these_boxes_need_the_central_one():
+    """So that the comparison above covers it."""
+    got = drawn(ViewPreset(count=1, scale=(0.3, 1.0)), 40, 100).table[:, 0, :4].numpy()
+    central = (got == [0, 23, 40, 53]).all(axis=1)
+    assert 0.02 < central.mean() < 0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 1), (1, 50), (50, 1)])
+def test_the_central_box_of_long_images(height, width):
+    preset = ViewPreset(count=1, scale=(0.9, 1.0))
+    image = torch.zeros(1, height, width)
+    expected = transforms.RandomResizedCrop.get_params(image, list(preset.scale), list(preset.ratio))
+    assert drawn(preset, height, width, 5).table[:, 0, :4].tolist() == [list(map(float, expected))] * 5
+
+
+@pytest.mark.parametrize("strengths", [(0.8, 0.8, 0.8, 0.2), (0.4, 1.5, 0.2, 0.5)])
+def test_jitter(strengths):
+    names = ("brightness", "contrast", "saturation", "hue")
+    parameters = drawn(ViewPreset(count=1, **dict(zip(names, strengths, strict=True))))
+    jitter = transforms.ColorJitter(*strengths)
+    ranges = [getattr(jitter, name) for name in names]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = [transforms.ColorJitter.get_params(*ranges) for _ in range(DRAWS)]
+    for place, name in enumerate(names):
+        assert_same_distribution(parameters.column(name)[:, 0], [row[1 + place] for row in expected])
+    orders = JITTER_ORDERS[parameters.column("order")[:, 0].long().numpy()] @ [1000, 100, 10, 1]
+    assert len(np.unique(orders)) == 24
+    assert_same_frequencies(orders, np.array([row[0].tolist() for row in expected]) @ [1000, 100, 10, 1])
+
+
+def test_sigma():
+    sigma = drawn(ViewPreset(count=1, blur=0.5, blur_sigma=(0.1, 2.0))).column("sigma")[:, 0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(DRAWS)]
+    assert_same_distribution(sigma[sigma > 0], expected)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 0.8, 1.0])
+def test_probabilities(probability):
+    names = ("flip", "jitter", "gray", "blur", "solarize")
+    parameters = drawn(ViewPreset(**dict.fromkeys(names, probability)), count=20000)
+    for name in ("flip", "jitter", "gray", "sigma", "solarize"):
+        share = (parameters.column(name) > 0).double().mean(0)
+        assert (
+            (share - probability).abs() <= 4.5 * (probability * (1 - probability) / 20000) ** 0.5
+        ).all(), name
+
+
+def test_nothing_is_correlated():
+    """Neither two decisions about a view, nor two views of an image, nor two images, nor two passes."""
+    preset = ViewPreset(size=32, solarize=0.5, local=ViewOverrides(count=2, size=16))
+    keys, sizes = np.arange(20000, dtype=np.uint64), np.full((20000, 2), 1000)
+    passes = [draw(seeds(0, number, keys), preset, sizes).table.flatten(1) for number in (0, 1)]
+    table = torch.cat([*passes, passes[0].roll(1, 0)], dim=1).numpy()
+    columns = table.shape[1]
+    correlation = np.corrcoef(table.T) - np.eye(columns)
+    for view in range(columns // len(COLUMNS)):  # the box's sides and place are, of course
+        box = slice(view * len(COLUMNS), view * len(COLUMNS) + 4)
+        correlation[box, box] = 0
+    assert np.isfinite(correlation).all()
+    assert np.abs(correlation).max() < 5 / 20000**0.5
+
+
+def test_the_settings_of_each_view_are_its_own():
+    preset = ViewPreset(
+        count=3,
+        second=ViewOverrides(blur=0.0, solarize=1.0, hue=0.0, scale=(0.9, 1.0)),
+        local=ViewOverrides(count=2, size=96, scale=(0.05, 0.1), flip=1.0),
+    )
+    parameters = drawn(preset, 400, 400, 500)
+    area = (parameters.column("height") * parameters.column("width") / 400**2).numpy()
+    assert area[:, [1]].min() > 0.85 and area[:, 3:].max() < 0.11 and area[:, [0, 2]].min() < 0.2
+    assert (parameters.column("solarize") == torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])).all()
+    assert ((parameters.column("sigma") > 0).any(0) == torch.tensor([True, False, True, True, True])).all()
+    assert ((parameters.column("hue") != 0).any(0) == torch.tensor([True, False, True, True, True])).all()
+    assert (parameters.column("flip")[:, 3:] == 1).all()
+    assert not torch.equal(parameters.table[:, 3], parameters.table[:, 4])
+
+
+def test_a_draw_depends_on_nothing_but_seed_and_size():
+    preset = ViewPreset(size=32, local=ViewOverrides(count=2, size=16))
+    keys, sizes = np.arange(50, dtype=np.uint64), np.stack([np.arange(50) + 10, 90 - np.arange(50)], axis=1)
+    whole = draw(seeds(1, 2, keys), preset, sizes)
+    some = [40, 3, 17]
+    assert torch.equal(draw(seeds(1, 2, keys[some]), preset, sizes[some]).table, whole.table[some])
+    assert torch.equal(whole[some].table, whole.table[some])
+    assert torch.equal(whole[torch.tensor(some)].table, whole[[40, 3, 17]].table)
+    assert torch.equal(whole[10:20].table, whole.table[10:20])
+    assert not torch.equal(draw(seeds(1, 3, keys), preset, sizes).table, whole.table)
+
+
+def test_draws_never_change():
+    """Whoever changes these changes the views of every run that is to be resumed or repeated."""
+    row = drawn(ViewPreset(size=32, solarize=0.5), 300, 400, 2).table[1, 1].tolist()
+    expected = [98.0, 71.0, 182.0, 218.0, 1.0, 1.0, 21.0, 1.45913, 0.85432, 0.688, -0.02322, 0.0, 0.0, 1.0]
+    assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_parameters_travel():
+    parameters = drawn(ViewPreset(size=32), count=64)
+    copy = pickle.loads(pickle.dumps(parameters))
+    assert copy.preset == parameters.preset and torch.equal(copy.table, parameters.table)
+    assert len(parameters) == 64 and parameters.table.dtype == torch.float32
+    assert parameters.to("meta").table.device.type == "cpu"
+    assert len(pickle.dumps(parameters)) < 64 * 2 * len(COLUMNS) * 4 + 4096
+
+
+def test_wrong_use_is_refused():
+    with pytest.raises(ValueError, match="shape"):
+        draw(np.zeros(3, np.uint64), ViewPreset(), np.ones((2, 2)))
+    with pytest.raises(ValueError, match="without pixels"):
+        draw(np.zeros(1, np.uint64), ViewPreset(), np.array([[0, 5]]))
+    with pytest.raises(TypeError, match="slice"):
+        drawn(ViewPreset(), count=3)[1]
