@@ -28,21 +28,17 @@ _FREE_KEYS = {
 }  # fmt: skip
 
 
-def claim(recipe: Recipe) -> Path | None:
-    """Make the output folder this recipe's, or find that it is already.
-
-    Returns:
-        The checkpoint to resume from, or None for a fresh run.
+def last_checkpoint(recipe: Recipe) -> Path | None:
+    """Where the run in the recipe's output folder can go on; None for a fresh run. Writes nothing.
 
     Raises:
-        UserError: the folder holds a different run, or files that are no run of hf_ssl, or cannot be written.
+        UserError: the folder holds a different run, or files that are no run of hf_ssl, or cannot be read.
     """
     folder = Path(recipe.training["output_dir"])
     mark = folder / IDENTITY
     try:
         if mark.exists():
             _compare(json.loads(mark.read_text()), recipe.to_dict(), folder)
-            remove_unfinished(folder)
             last = get_last_checkpoint(str(folder))
             return None if last is None else Path(last)
         if folder.exists() and any(folder.iterdir()):
@@ -50,13 +46,26 @@ def claim(recipe: Recipe) -> Path | None:
                 f"training.output_dir={folder} already holds files that are not a run of hf_ssl, "
                 f"such as {next(folder.iterdir()).name}: give another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, recipe.to_dict())
     except OSError as error:
         raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{mark} cannot be read: {error}") from error
     return None
+
+
+def claim(recipe: Recipe) -> None:
+    """Make the output folder this recipe's, and clear what a killed process left half-written.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(recipe.training["output_dir"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        write_json(folder / IDENTITY, recipe.to_dict())
+    except OSError as error:
+        raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
 
 
 def is_last(checkpoint: Path) -> bool:

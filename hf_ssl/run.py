@@ -28,7 +28,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, evaluate_pixels
 from hf_ssl.hub import append_result, export_encoder, image_processor, write_card, write_facts
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.output_folder import claim, is_last
+from hf_ssl.modeling.gather import wait_for_all
+from hf_ssl.output_folder import claim, is_last, last_checkpoint
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -50,22 +51,27 @@ def build_model(recipe: Recipe, seed: int) -> SSLPreTrainedModel:
 def build_trainer(
     recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCallback] | None = None
 ) -> SSLTrainer:
-    """Everything that training needs: data, model, monitor. Leaves `views.png` in the output folder."""
+    """Everything that training needs: data, model, monitor. Mistakes in the data are found before anything is
+    written.
+    """
     source = open_source(recipe.data)
+    batch_size, processes = args.per_device_train_batch_size, args.world_size
+    train_loader(
+        source, recipe.views, config=recipe.data, seed=0, batch_size=batch_size, world_size=processes
+    )  # checks that there are enough images, and keeps the decoded ones for later
     model = build_model(recipe, args.seed)
-    probe = _probe(recipe, source, args)
-    if args.should_save:
-        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-        first = probe[:_MONTAGE_IMAGES]
-        views.montage(
-            views.apply(first.images, first.parameters),
-            recipe.views,
-            Path(str(args.output_dir)) / "views.png",
-        )
     monitor = None
     if args.monitor_steps:
+        probe = _probe(recipe, source, args)
         monitor = Monitor(probe, _knn_monitor(recipe, args), torch.bfloat16 if args.bf16 else None)
     return SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
+
+
+def draw_views(recipe: Recipe, trainer: SSLTrainer) -> None:
+    """Leave `views.png` in the output folder: what the network is going to see."""
+    first = _probe(recipe, trainer.source, trainer.args)[:_MONTAGE_IMAGES]
+    shown = views.apply(first.images, first.parameters)
+    views.montage(shown, recipe.views, Path(recipe.training["output_dir"]) / "views.png")
 
 
 def _probe(recipe: Recipe, source: Source, args: SSLTrainingArguments) -> LoadedBatch:
@@ -124,9 +130,12 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         SystemExit: the process got SIGTERM; a checkpoint was saved.
     """
     args = recipe.training_arguments()
-    with args.main_process_first(local=False):
-        checkpoint = claim(recipe)
+    checkpoint = last_checkpoint(recipe)
     trainer = build_trainer(recipe, args, callbacks)
+    wait_for_all()  # nobody writes before everybody has looked
+    if args.should_save:
+        claim(recipe)
+        draw_views(recipe, trainer)
     if checkpoint is not None and is_last(checkpoint):
         trainer.load_finished(checkpoint)
     else:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs many trainings in real processes of their own, for tests: `python forked_runs.py JOBS.json`.
 
-Importing torch and transformers takes seconds, so this process imports once and forks each run. JOBS.json holds a list of
-groups; the runs of a group are the ranks of one process group and go at the same time, groups go one after another. A run is
-{"recipe": name, "overrides": [...], "kill_at": step or null, "weights": path or null}. A killed run gets SIGKILL, as by `kill -9`, right
-after an optimiser step; the others write their final weights and the history of their losses.
+Importing torch and transformers takes seconds, so this process imports once and forks each run. JOBS.json
+holds a list of groups; the runs of a group are the ranks of one process group and go at the same time,
+groups go one after another. A run is {"recipe": name, "overrides": [...], "kill_at": step or null,
+"weights": path or null}. A killed run gets SIGKILL, as by `kill -9`, right after an optimiser step; the
+others write their final weights and the history of their losses.
 """
 
 import json

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every method, read from METHODS and each method's smoke recipe. A new method needs no new line here."""
+"""What holds for every method, read from METHODS and each method's smoke recipe. A new method needs no new
+line here.
+"""
 
 import inspect
 
@@ -15,13 +17,16 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import resource
 from hf_ssl.run import build_model
 
+TRANSFORMER = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8"
 BACKBONES = {
     "resnet": [],
-    "vit": ["backbone={model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
-            "patch_size: 8}"],
-    "dinov2": ["backbone={model_type: dinov2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8}"],
-    "convnextv2": ["backbone={model_type: convnextv2, hidden_sizes: [8, 16], depths: [1, 1], num_stages: 2, patch_size: 2}"],
-}  # fmt: skip
+    "vit": [f"backbone={{model_type: vit, intermediate_size: 32, {TRANSFORMER}}}"],
+    "dinov2": [f"backbone={{model_type: dinov2, {TRANSFORMER}}}"],
+    "convnextv2": [
+        "backbone={model_type: convnextv2, hidden_sizes: [8, 16], depths: [1, 1], num_stages: 2, "
+        "patch_size: 2}"
+    ],
+}
 
 
 @pytest.fixture(params=METHODS)
@@ -45,7 +50,11 @@ def batch(recipe):
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
     loaded = next(iter(loader))
     shown = views.apply(loaded.images, loaded.parameters)
-    given = {"pixel_values": shown.pixel_values, "local_pixel_values": shown.local_pixel_values, "sample_index": loaded.sample_index}
+    given = {
+        "pixel_values": shown.pixel_values,
+        "local_pixel_values": shown.local_pixel_values,
+        "sample_index": loaded.sample_index,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -54,10 +63,18 @@ def test_every_trainable_parameter_has_a_finite_gradient(model, batch):
     assert isinstance(output, SSLOutput)
     assert output.loss.ndim == 0 and output.loss.isfinite()
     output.loss.backward()
-    without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    without = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
     assert without == []
     # an attention's key bias drops out of the softmax, so its gradient is zero in truth
-    still = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any() and "k_proj.bias" not in n and "key.bias" not in n]
+    still = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and not p.grad.any() and "k_proj.bias" not in n and "key.bias" not in n
+    ]
     assert [name for name in still if not name.endswith(("grn.weight", "grn.bias"))] == []
 
 
@@ -76,7 +93,11 @@ def test_objective_is_pure_and_forward_is_embed_then_objective(model, batch):
     with torch.no_grad():
         embeddings = model.embed(**batch)
         assert all(len(value) == len(batch["pixel_values"]) for value in embeddings.values())
-        once, again, whole = model.objective(embeddings).loss, model.objective(embeddings).loss, model(**batch).loss
+        once, again, whole = (
+            model.objective(embeddings).loss,
+            model.objective(embeddings).loss,
+            model(**batch).loss,
+        )
     assert torch.equal(once, again) and torch.equal(once, whole)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), f"{name} changed outside of training"

@@ -93,7 +93,7 @@ class ShardedRows:
         self.least_shards = open_shards if source.whole_shards else 1
 
     def _shard(self, shard: int) -> IterableDataset:
-        """One shard, out of a part of all of them: finding it takes time in proportion to how many there are."""
+        """One shard, out of a part of them: finding it takes time in proportion to how many there are."""
         part = bisect_right(self._starts, shard) - 1
         if part not in self._parts:
             self._parts[part] = self.dataset.shard(len(self._starts), part)

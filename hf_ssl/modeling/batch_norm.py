@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor, nn
 
+from hf_ssl.losses.precision import raised
 from hf_ssl.modeling.gather import process_count, sum_over_processes
 
 
@@ -33,7 +34,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or process_count() == 1:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            return self._synchronized(input.float()).to(input.dtype)
+            return self._synchronized(raised(input)).to(input.dtype)
 
     def _synchronized(self, x: Tensor) -> Tensor:
         dims = [0, *range(2, x.ndim)]

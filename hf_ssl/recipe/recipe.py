@@ -102,15 +102,10 @@ class Recipe:
     def training_arguments(self) -> "SSLTrainingArguments":
         """The training arguments, made for the process it is called in. Raises `UserError` for values that do
         not go together."""
-        import torch
-
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
-        use_cpu = (
-            not torch.accelerator.is_available()
-        )  # transformers must be told, or it refuses bf16 on a CPU
         try:
-            return SSLTrainingArguments(**{"use_cpu": use_cpu, **self.training})
+            return SSLTrainingArguments(**self.training)
         except UserError:
             raise
         except ValueError as error:
@@ -120,10 +115,8 @@ class Recipe:
         """Name and sections as plain data that JSON and YAML can hold."""
         plain: dict[str, Any] = {"name": self.name}
         for section in SECTIONS:
-            value = getattr(self, section)
-            plain[section] = plain_data(
-                dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            )
+            value: Any = getattr(self, section)
+            plain[section] = plain_data(value if isinstance(value, dict) else dataclasses.asdict(value))
         return plain
 
     def differences(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ beside them.
 import math
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
 
 from hf_ssl.errors import UserError
@@ -89,6 +90,8 @@ class SSLTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
         if self.monitor_steps:
             self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers must be told, or it refuses bf16 on a CPU
         super().__post_init__()
         self.per_device_train_batch_size = self._batch_per_process()
 

@@ -93,8 +93,8 @@ def _check_channels(
 def _check_final(preset: ViewPreset, channels: int) -> None:
     for name in ("mean", "std"):
         values = getattr(preset, name)
-        if len(values) != channels:
-            _refuse(f"views.{name}", f"one number for each of {channels} channels", list(values))
+        if not isinstance(values, tuple | list) or len(values) != channels:
+            _refuse(f"views.{name}", f"one number for each of {channels} channels", values)
         if not all(_between(value, -LARGEST, LARGEST) and (name == "mean" or value > 0) for value in values):
             _refuse(f"views.{name}", "finite numbers" + (" above 0" if name == "std" else ""), list(values))
     if preset.enlarge is None:

@@ -38,7 +38,8 @@ def apply(images: Tensor | Crops, parameters: ViewParameters) -> Views:
     """Stage two: crop, flip, jitter, grey, blur, solarise, enlarge, normalise. Pure: same input, same views.
 
     Every operation touches the samples for which it was chosen and no others. Which ones is read from the
-    table on the host, so an accelerator is never waited for.
+    table on the host, so an accelerator is never waited for. Crops and blur are matrix products: where those
+    of float32 are allowed to be TF32, pixels are exact to 1e-3 only.
 
     Args:
         images: (B, C, H, W) uint8 images of one size, which are cropped here, or the `Crops` of stage one.

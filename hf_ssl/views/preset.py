@@ -163,7 +163,9 @@ def _read(cls: type, values: dict[str, Any], where: str) -> Any:
             raise UserError(f"Unknown key {where}.{name}{hint}")
     read = {}
     for name, value in values.items():
-        if name in ("second", "local") and isinstance(value, dict):
+        if name in ("second", "local") and value is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{where}.{name}: expected null or keys that differ, got {value!r}.")
             value = _read(ViewOverrides, value, f"{where}.{name}")
         read[name] = tuple(value) if isinstance(value, list) else value
     return cls(**read)

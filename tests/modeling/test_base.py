@@ -14,7 +14,12 @@ from hf_ssl.modeling.rules import ParameterRule, treatments
 
 RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 VIT = ViTConfig(
-    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=16,
+    patch_size=8,
 )
 
 
@@ -75,7 +80,8 @@ def test_features_of_other_sizes_interpolate_positions():
 
 
 @pytest.mark.parametrize(
-    ("config", "size"), [(RESNET, 16), (VIT, 16), (ResNetConfig(hidden_sizes=[4, 8, 24], depths=[1, 1, 1]), 24)]
+    ("config", "size"),
+    [(RESNET, 16), (VIT, 16), (ResNetConfig(hidden_sizes=[4, 8, 24], depths=[1, 1, 1]), 24)],
 )
 def test_feature_size(config: PreTrainedConfig, size):
     backbone = AutoModel.from_config(config).eval()

@@ -80,7 +80,7 @@ def arguments(tmp_path, **given):
 
 def model():
     backbone = {
-        "model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "depths": [1], "hidden_sizes": [8],
+        "model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "depths": [1], "hidden_sizes": [8]
     }  # fmt: skip
     return RuledModel(SimCLRConfig(backbone_config=backbone))
 
@@ -126,7 +126,9 @@ def test_cosine_ends_at_its_floor(tmp_path):
     assert plain["lr"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("rule", "rate"), [("none", 0.1), ("linear", 0.2), ("square_root", 0.1 * math.sqrt(512))])
+@pytest.mark.parametrize(
+    ("rule", "rate"), [("none", 0.1), ("linear", 0.2), ("square_root", 0.1 * math.sqrt(512))]
+)
 def test_learning_rate_rules(tmp_path, rule, rate):
     args = arguments(tmp_path, base_learning_rate=0.1, learning_rate_rule=rule, batch_size=512)
     assert args.learning_rate == pytest.approx(rate)
@@ -136,7 +138,10 @@ def test_learning_rate_rules(tmp_path, rule, rate):
     ("given", "message"),
     [
         ({"optimizer": "adam"}, "training.optimizer must be one of sgd, adamw, lars, got 'adam'"),
-        ({"learning_rate_rule": "sqrt"}, "training.learning_rate_rule must be one of none, linear, square_root"),
+        (
+            {"learning_rate_rule": "sqrt"},
+            "training.learning_rate_rule must be one of none, linear, square_root",
+        ),
         ({"on_collapse": "ignore"}, "training.on_collapse must be one of warn, stop"),
         ({"batch_size": 30, "gradient_accumulation_steps": 4}, "multiple of processes x .* = 1 x 4, got 30"),
     ],

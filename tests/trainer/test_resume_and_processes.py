@@ -13,19 +13,30 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-from hf_ssl.data import DataConfig, open_source
+from hf_ssl import views
+from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.methods import METHODS
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import build_model
 
-STEPS, KILLED_AT = 9, 5  # passes of 4 steps: the kill comes in the second, a step after the checkpoint of step 4
+# Passes of 4 steps and checkpoints at every second: the kill comes in the second pass, a step after one.
+STEPS, KILLED_AT = 9, 7
 BACKBONES = {
-    "resnet": "{model_type: resnet, layer_type: basic, embedding_size: 8, depths: [1, 1], hidden_sizes: [8, 16]}",
-    "vit": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32, "
-    "patch_size: 8, hidden_dropout_prob: 0.1}",  # dropout: the random state has to be resumed too
-}  # fmt: skip
+    "resnet": "{model_type: resnet, layer_type: basic, embedding_size: 8, depths: [1, 1], "
+    "hidden_sizes: [8, 16]}",
+    # dropout: the random state has to be resumed too
+    "vit": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 32, patch_size: 8, hidden_dropout_prob: 0.1}",
+}
 COMMON = [
-    "training.batch_size=32", f"training.max_steps={STEPS}", "training.save_steps=2", "training.logging_steps=1",
-    "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=3", "data.max_images=null",
-]  # fmt: skip
+    "training.batch_size=32",
+    f"training.max_steps={STEPS}",
+    "training.save_steps=2",
+    "training.logging_steps=1",
+    "training.use_cpu=true",
+    "training.disable_tqdm=true",
+    "training.monitor_steps=3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +55,13 @@ def job(method, folder, name, data, backbone, *, output=None, kill_at=None, over
     return {
         "recipe": f"smoke/{method}",
         "overrides": [
-            *COMMON, f"backbone={BACKBONES[backbone]}", f"training.output_dir={output}",
-            f"data.streaming={streaming}", "data.shuffle_window=24", "training.dataloader_num_workers=2", *overrides,
+            *COMMON,
+            f"backbone={BACKBONES[backbone]}",
+            f"training.output_dir={output}",
+            f"data.streaming={streaming}",
+            "data.shuffle_window=24",
+            "training.dataloader_num_workers=2",
+            *overrides,
         ],
         "kill_at": kill_at,
         "weights": str(folder / f"{name}.pt"),
@@ -79,7 +95,9 @@ def three_runs(method, folder, photos, data, backbone):
 
 def assert_same_run(folder, name) -> None:
     whole, resumed = result(folder, name), result(folder, f"{name}-cut")
-    differing = [key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])]
+    differing = [
+        key for key, value in whole["weights"].items() if not torch.equal(value, resumed["weights"][key])
+    ]
     assert differing == []
     assert whole["losses"] == resumed["losses"]
 
@@ -89,7 +107,10 @@ SLOW_CASES = [case for case in product(("map", "stream"), BACKBONES) if case not
 
 
 def check_killed_runs(tmp_path, photos, cases) -> None:
-    run([group for m in METHODS for case in cases for group in three_runs(m, tmp_path, photos, *case)], tmp_path)
+    run(
+        [group for m in METHODS for case in cases for group in three_runs(m, tmp_path, photos, *case)],
+        tmp_path,
+    )
     for method, (data, backbone) in product(METHODS, cases):
         assert_same_run(tmp_path, f"{method}-{data}-{backbone}")
 
@@ -103,30 +124,72 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed_full_grid(tmp_path, phot
     check_killed_runs(tmp_path, photos, SLOW_CASES)
 
 
+WITHOUT_EXTRAS = ["training.monitor_steps=0", "training.dataloader_num_workers=0"]
+PER_PROCESS = [
+    *WITHOUT_EXTRAS, "training.sync_batch_norm=false", "training.max_steps=1", "training.optimizer=sgd",
+    "training.learning_rate=0.1", "training.weight_decay=0.0",
+]  # fmt: skip
+
+
+def two_ranks(method, folder, name, overrides):
+    output = folder / f"{method}-{name}"
+    return [
+        job(method, folder, f"{method}-{name}-{rank}", "map", "resnet", output=output, overrides=overrides)
+        for rank in range(2)
+    ]
+
+
+def after_one_step_of_two_halves(settings):
+    """Parameters after a step of plain SGD whose halves of the batch go through the network one by one."""
+    recipe = load_recipe(settings["recipe"], settings["overrides"])
+    model = build_model(recipe, seed=0).train()
+    loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=32)
+    batch = next(iter(loader))
+    halves = []
+    for part in (batch[:16], batch[16:]):
+        shown = views.apply(part.images, part.parameters)
+        halves.append(model.embed(shown.pixel_values, shown.local_pixel_values, part.sample_index))
+    if model.couples_samples:
+        model.objective(
+            {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        ).loss.backward()
+    else:
+        (sum(model.objective(half).loss for half in halves) / 2).backward()
+    return {name: (p - 0.1 * p.grad).detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_two_processes_equal_one(tmp_path, photos):
-    """With BatchNorm statistics over both, two gloo processes learn what one process with the whole batch learns."""
-    groups = []
+    """With BatchNorm statistics over both, two gloo processes learn what one process with the whole batch
+    learns; with statistics of their own, what one process learns that sees the batch in halves.
+    """
+    groups, path = [], f"data.path={photos}"
     for method in METHODS:
-        overrides = [f"data.path={photos}", "training.monitor_steps=0", "training.dataloader_num_workers=0"]
-        one = job(method, tmp_path, f"{method}-one", "map", "resnet", overrides=overrides)
-        two = [
-            job(method, tmp_path, f"{method}-two-{rank}", "map", "resnet", output=tmp_path / f"{method}-two", overrides=overrides)
-            for rank in range(2)
-        ]
-        groups += [[one], two]
+        one = job(method, tmp_path, f"{method}-one", "map", "resnet", overrides=[path, *WITHOUT_EXTRAS])
+        groups += [[one], two_ranks(method, tmp_path, "two", [path, *WITHOUT_EXTRAS])]
+        groups += [two_ranks(method, tmp_path, "apart", [path, *PER_PROCESS])]
     run(groups, tmp_path)
     for method in METHODS:
         one, first, second = (result(tmp_path, f"{method}-{name}") for name in ("one", "two-0", "two-1"))
         for key, value in one["weights"].items():
-            torch.testing.assert_close(first["weights"][key], value, rtol=2e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(first["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
             assert torch.equal(first["weights"][key], second["weights"][key]), key
         for step, loss in one["losses"].items():
             assert first["losses"][step] == pytest.approx(loss, rel=1e-4)
+        apart = result(tmp_path, f"{method}-apart-0")["weights"]
+        halves = job(method, tmp_path, "halves", "map", "resnet", overrides=[path, *PER_PROCESS])
+        for key, value in after_one_step_of_two_halves(halves).items():
+            torch.testing.assert_close(apart[key], value, rtol=1e-4, atol=1e-6, msg=named(key))
+
+
+def named(key):
+    return lambda message: f"{key}: {message}"
 
 
 def test_the_fixture_holds_several_row_groups(photos):
     """Otherwise the stream has nothing to mix."""
-    stream = datasets.load_dataset("parquet", data_files=str(photos / "train-*.parquet"), streaming=True, split="train")
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(photos / "train-*.parquet"), streaming=True, split="train"
+    )
     assert isinstance(stream.features["image"], Image)
     assert stream.reshard().num_shards >= 4
     assert not isinstance(stream, Dataset)

@@ -145,7 +145,7 @@ def test_the_device_is_never_asked_for_a_value(name, in_worker, make_images, dra
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_accelerator_agrees_with_the_host(name, make_images, draw_for):
     images = make_images(64, 3, 32, 32)
-    parameters = draw_for(images, PRESETS[name] if name != "two kinds of global view" else PRESETS["simclr"])
+    parameters = draw_for(images, PRESETS[name])
     parameters.table[:, :, -1] = 0  # near the threshold of a solarisation rounding decides
     host = apply(images, parameters)
     images = images.to("cuda")

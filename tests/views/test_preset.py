@@ -65,9 +65,10 @@ def test_sizes():
         ({"local": {"cout": 3}}, "views.local.cout; did you mean 'count'"),
         ({"second": {"enlarge": 3}}, "views.second.enlarge"),
         ({"xyzzy": 3}, "expected one of size, count"),
+        ({"second": 5}, "views.second: expected null or keys that differ, got 5"),
     ],
 )
-def test_unknown_keys(values, message):
+def test_keys_that_mean_nothing(values, message):
     with pytest.raises(UserError, match=message):
         ViewPreset.from_dict(values)
 
@@ -136,6 +137,7 @@ def test_images_without_colour():
         ({"solarize_threshold": 128}, 3, "views.solarize_threshold"),
         ({"mean": (0.5,)}, 3, "views.mean: expected one number for each of 3 channels"),
         ({"std": (0.5, 0.5)}, 3, "views.std"),
+        ({"std": 0.5}, 3, "views.std"),
         ({"std": (0.5, 0.0, 0.5)}, 3, "views.std: .* above 0"),
         ({"mean": (0.5, float("nan"), 0.5)}, 3, "views.mean"),
         ({"enlarge": 100}, 3, "views.enlarge: expected at least views.size, 224, got 100"),

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synchronised BatchNorm in two real gloo processes against torch's own in one."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ssl.modeling.batch_norm import BatchNorm1dWithoutOffset, SynchronizedBatchNorm, synchronize_batch_norm
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.gather import gather, sum_over_processes
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+given = torch.load(f"{folder}/given.pt", weights_only=False)
+results = []
+for layer, x, weight in given:
+    synchronize_batch_norm(holder := nn.Sequential(layer).double())
+    x = x.chunk(2)[rank].clone().requires_grad_()
+    y = holder(x)
+    everything = gather(y)
+    (everything * weight).sum().backward()  # each process computes the whole loss: gradients are doubled
+    results.append((y.detach(), x.grad / 2, everything.detach(), holder.state_dict()))
+torch.save(results, f"{folder}/{rank}.pt")
+"""
+
+
+def test_two_processes_equal_the_whole_batch(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for layer, shape in (
+        (nn.BatchNorm1d(3), (8, 3)),
+        (nn.BatchNorm2d(4, momentum=None), (6, 4, 5, 5)),
+        (BatchNorm1dWithoutOffset(3), (4, 3)),
+    ):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 100  # a large mean
+        cases.append((layer, x, torch.randn(shape, generator=generator, dtype=torch.float64)))
+    torch.save(cases, tmp_path / "given.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for (layer, x, weight), *halves in zip(cases, *parts, strict=True):
+        layer, x = copy.deepcopy(layer).double(), x.clone().requires_grad_()
+        y = layer(x)
+        (y * weight).sum().backward()
+        for index, expected in ((0, y.detach()), (1, x.grad)):
+            got = torch.cat([half[index] for half in halves])
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+        for half in halves:
+            torch.testing.assert_close(half[2], y.detach(), rtol=1e-9, atol=1e-11)
+            assert half[3].keys() == {f"0.{key}" for key in layer.state_dict()}
+            for key, value in layer.state_dict().items():
+                torch.testing.assert_close(half[3][f"0.{key}"], value, rtol=1e-9, atol=1e-11)
+
+
+def test_in_one_process_it_is_ordinary_batch_norm():
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4, affine=False))
+    )
+    synchronized = copy.deepcopy(plain)
+    synchronize_batch_norm(synchronized)
+    assert isinstance(synchronized[1], SynchronizedBatchNorm)
+    assert isinstance(synchronized[2][0], SynchronizedBatchNorm)
+    x = torch.randn(4, 3, 2, 2)
+    for training in (True, False):
+        assert torch.equal(plain.train(training)(x), synchronized.train(training)(x))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, synchronized.state_dict()[name]), name
+    with pytest.raises(ValueError, match="at least 2 dimensions"):
+        synchronized[1](torch.ones(3))
+
+
+def test_without_offset_there_is_none():
+    layer = BatchNorm1dWithoutOffset(3)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    torch.testing.assert_close(layer(torch.randn(64, 3)).mean(0), torch.zeros(3), atol=1e-6, rtol=0)
