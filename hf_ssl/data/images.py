@@ -40,9 +40,14 @@ class EncodedRows:
         self.table = source.dataset.select_columns([source.image_column]).with_format("arrow")
         self.channels = channels
         self.description = source.description
+        self._numbers = source.numbers
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def place(self, row: int) -> str:
+        """Where a row is, for messages."""
+        return f"{self.description} row {row if self._numbers is None else self._numbers[row]}"
 
     def encoded(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
         return encoded_images(self.table[rows])
@@ -59,7 +64,7 @@ class EncodedRows:
         for position, image in enumerate(self.encoded(rows)):
             pixels = decode_or_reason(image, self.channels)
             if isinstance(pixels, BrokenImage):
-                broken[position] = message(f"{self.description} row {rows[position]}", image, pixels)
+                broken[position] = message(self.place(int(rows[position])), image, pixels)
                 pixels = torch.empty(self.channels, 0, 0, dtype=torch.uint8)
             images.append(pixels)
         return images, broken

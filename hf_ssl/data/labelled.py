@@ -40,7 +40,6 @@ class LabelledImages:
         self,
         source: Source,
         rows: EncodedRows | DecodedRows,
-        chosen: np.ndarray,
         labels: np.ndarray,
         class_names: list[str],
         max_broken_fraction: float,
@@ -49,21 +48,18 @@ class LabelledImages:
         self.revision = source.revision
         self.description = source.description
         self._rows = rows
-        self._chosen = chosen
         self._labels = labels
         self._broken: dict[int, str] = {}
         self._complete = False
-        self._counter = BrokenCounter(max_broken_fraction, len(chosen))
+        self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
     def __len__(self) -> int:
         """Images that were not found broken so far."""
-        return len(self._chosen) - len(self._broken)
+        return len(self._labels) - len(self._broken)
 
     def __getitem__(self, index: int) -> Tensor:
         """(C, H, W) uint8: the image that belongs to `labels[index]`."""
-        images, _ = self._rows.read(
-            self._good()[index : index + 1] if index >= 0 else self._good()[index:][:1]
-        )
+        images, _ = self._rows.read(self._good()[[index]])
         return images[0]
 
     @property
@@ -73,7 +69,7 @@ class LabelledImages:
     @property
     def labels(self) -> Tensor:
         """(N,) int64, of the images that can be read."""
-        return torch.from_numpy(self._labels[np.isin(self._chosen, self._good())])
+        return torch.from_numpy(self._labels[self._good()])
 
     def iter_batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         """All images, in lists of `batch_size` (C, H, W) uint8 tensors; the last list may be shorter.
@@ -82,13 +78,12 @@ class LabelledImages:
             UserError: too many of them cannot be read.
         """
         waiting: list[Tensor] = []
-        for start in range(0, len(self._chosen), _CHUNK):
-            rows = self._chosen[start : start + _CHUNK]
+        for start in range(0, len(self._labels), _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, len(self._labels)))
             images, broken = self._rows.read(rows)
-            new = {int(rows[position]): text for position, text in broken.items()}
             if not self._complete:
-                self._broken.update(new)
-                self._counter.count(len(rows) - len(new), list(new.values()))
+                self._broken.update({start + position: text for position, text in broken.items()})
+                self._counter.count(len(rows) - len(broken), list(broken.values()))
             waiting += [image for position, image in enumerate(images) if position not in broken]
             while len(waiting) >= batch_size:
                 yield waiting[:batch_size]
@@ -101,7 +96,7 @@ class LabelledImages:
         if not self._complete:
             for _ in self.iter_batches(_CHUNK):
                 pass
-        return self._chosen[~np.isin(self._chosen, list(self._broken))]
+        return np.setdiff1d(np.arange(len(self._labels)), list(self._broken))
 
 
 def labelled_images(
@@ -112,13 +107,13 @@ def labelled_images(
     Args:
         config: says where they are; `cache`, `channels` and `label_column` count too.
         split: which.
-        max_images: at most so many, as evenly over the classes as they are there, chosen at random by `seed`.
+        max_images: at most so many, chosen at random, equally many of each class as far as there are.
         seed: of that choice.
 
     Raises:
         UserError: as `open_source`; no label column, several, or a split without labels.
     """
-    source = open_source(replace(config, max_images=None), split, streaming=False, labels=True)
+    source = open_source(replace(config, max_images=None, streaming=False), split, labels=True)
     labels, class_names = label_values(cast(Dataset, source.dataset), cast(str, source.label_column))
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
@@ -127,9 +122,11 @@ def labelled_images(
         )
     if max_images is not None and max_images < len(chosen):
         chosen = _balanced(labels, chosen, max_images, seed)
+    if len(chosen) < len(labels):
+        source = source.choose(chosen)
     decoded = decoded_rows(source, config.channels, config.cache)
     rows = EncodedRows(source, config.channels) if decoded is None else decoded
-    return LabelledImages(source, rows, chosen, labels[chosen], class_names, config.max_broken_fraction)
+    return LabelledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
 
 
 def _balanced(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:

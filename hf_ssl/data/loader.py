@@ -123,6 +123,7 @@ def _stream_loader(
     rows = ShardedRows(source, config.open_shards)
     readers = max(1, options["num_workers"])
     layout = Layout(
+        revision=source.revision,
         seed=share.seed,
         rank=share.rank,
         world_size=share.world_size,

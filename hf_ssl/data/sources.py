@@ -3,13 +3,13 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -21,6 +21,7 @@ from hf_ssl.data.location import Location, fingerprint, locate
 from hf_ssl.data.ordering import permutation
 from hf_ssl.errors import UserError
 
+_OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 _SHARD_ROWS = 256  # of data that can be read anywhere and are therefore cut as we like
 
 
@@ -39,7 +40,8 @@ class Source:
         revision: the commit on the Hub, else a fingerprint of the data.
         description: path and split, for messages and cards.
         whole_shards: reading one row of a shard brings the whole shard into memory anyway, or costs nothing.
-        stores: decoded images, kept here so that each loader over this source finds them.
+        numbers: of the rows in the data set that some were chosen from.
+        stores: what loaders over this source find out or decode, kept for the next one.
     """
 
     dataset: Dataset | IterableDataset
@@ -51,7 +53,14 @@ class Source:
     revision: str
     description: str
     whole_shards: bool = True
+    numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
     stores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def choose(self, rows: np.ndarray) -> "Source":
+        """Some rows of map-style data, in this order."""
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        chosen = cast(Dataset, self.dataset).select(rows)
+        return replace(self, dataset=chosen, num_rows=len(rows), numbers=numbers, stores={})
 
 
 def open_source(
@@ -79,7 +88,7 @@ def open_source(
     else:
         builder = _builder(location, config)
         _check_split(builder, split, streaming, config.path)
-        with _Explained(config.path):
+        with _Explained(config.path, location):
             opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
         revision = str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
     dataset = opened.dataset
@@ -90,23 +99,22 @@ def open_source(
     label_column = find_label_column(features, config.label_column, where) if labels else None
     if isinstance(features[image_column], Image):
         dataset = dataset.cast_column(image_column, Image(decode=False))
-    num_rows = opened.num_rows
-    if num_rows == 0:
+    if opened.num_rows == 0:
         raise UserError(f"there are no images in {where}")
-    if config.max_images is not None and num_rows is not None and isinstance(dataset, Dataset):
-        dataset = dataset.select(np.sort(permutation(num_rows, 0)[: config.max_images]))
-        num_rows = len(dataset)
-    return Source(
+    source = Source(
         dataset=dataset,
         image_column=image_column,
         label_column=label_column,
         class_names=_class_names(features[label_column]) if label_column is not None else None,
         streaming=streaming,
-        num_rows=num_rows,
+        num_rows=opened.num_rows,
         revision=revision,
         description=where,
         whole_shards=opened.whole_shards,
     )
+    if config.max_images is None or opened.num_rows is None or streaming:
+        return source
+    return source.choose(np.sort(permutation(opened.num_rows, 0)[: config.max_images]))
 
 
 class _Opened(NamedTuple):
@@ -121,7 +129,7 @@ def _builder(location: Location, config: DataConfig) -> DatasetBuilder:
         arguments["data_files"] = list(location.files)
     if location.kind == "hub":
         arguments["revision"] = config.revision
-    with _Explained(config.path):
+    with _Explained(config.path, location):
         return load_dataset_builder(location.loader, **arguments)
 
 
@@ -215,16 +223,19 @@ def _class_names(feature: Any) -> list[str] | None:
 class _Explained:
     """Turns what `datasets` raises on data that it cannot find, reach or read into one sentence."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, location: Location) -> None:
+        if location.kind == "hub":
+            self.what = f"{path!r} is neither a folder here nor a data set that can be opened on the Hub"
+        else:
+            expected = "Parquet files, images or WebDataset tars"
+            self.what = f"expected data.path={path!r} to hold {expected}, but it cannot be opened"
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):
-            if isinstance(error, UserError):
-                return
-            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-            reason = str(cause or error).strip().split("\n")[0].rstrip(".")
-            raise UserError(f"data.path={self.path!r} cannot be opened: {reason}") from error
+        if isinstance(error, UserError) or not isinstance(error, _OPENING_ERRORS):
+            return
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = str(cause or error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"{self.what}: {reason}") from error

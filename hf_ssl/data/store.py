@@ -7,10 +7,13 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
+from weakref import WeakValueDictionary
 
 import datasets
 import numpy as np
 import torch
+from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
@@ -69,6 +72,9 @@ class DecodedRows:
             self.pixels = np.load(self.file, mmap_mode="r")
 
 
+_in_use: WeakValueDictionary[tuple, DecodedRows] = WeakValueDictionary()
+
+
 class _OtherSize(Exception):
     """An image that does not fit: its text says which and how."""
 
@@ -86,8 +92,17 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
         UserError: images of different sizes, or no space, where "memory" or "memmap" was asked for.
     """
     key = (cache, channels, shared)
+    if cache == "none":
+        return None
     if key not in source.stores:
-        source.stores[key] = None if cache == "none" else _decoded_rows(source, channels, cache, shared)
+        # Data that is opened twice, to train on and to measure on, is decoded and held once.
+        shared_key = (cast(Dataset, source.dataset)._fingerprint, source.image_column, *key)
+        stored = _in_use.get(shared_key)
+        if stored is None:
+            stored = _decoded_rows(source, channels, cache, shared)
+            if stored is not None:
+                _in_use[shared_key] = stored
+        source.stores[key] = stored
     return source.stores[key]
 
 
@@ -121,7 +136,7 @@ def _in_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -> Decod
     """Opens the file in the cache folder of `datasets`, or makes it: written beside, then renamed."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{source.dataset._fingerprint}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    name = f"{cast(Dataset, source.dataset)._fingerprint}-{source.image_column}-{shape[1]}-{_FORMAT}"
     file, notes = folder / f"{name}.npy", folder / f"{name}.json"
     with FileLock(folder / f"{name}.lock"):  # processes of one run want it at the same time
         if not file.exists():
@@ -176,8 +191,8 @@ def _fill_chunk(pixels: np.ndarray, rows: EncodedRows, start: int) -> tuple[int,
         if image.shape != pixels.shape[1:]:
             expected, got = pixels.shape[2:], tuple(image.shape[1:])
             raise _OtherSize(
-                f"expected {expected[0]}x{expected[1]} pixels as in the others, got {got[0]}x{got[1]} in row "
-                f"{numbers[position]} of {rows.description}"
+                f"expected {expected[0]}x{expected[1]} pixels as in the others, got {got[0]}x{got[1]} in "
+                f"{rows.place(int(numbers[position]))}"
             )
         pixels[numbers[position]] = image.numpy()
     return len(numbers), {int(numbers[position]): text for position, text in broken.items()}

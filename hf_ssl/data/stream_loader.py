@@ -22,11 +22,14 @@ from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
 
+_MOST_UNREAD = 1000  # in a row: nothing more will come
+
 
 @dataclass(frozen=True)
 class Layout:
     """What has to be as it was for a stream to go on exactly."""
 
+    revision: str
     seed: int
     rank: int
     world_size: int
@@ -75,22 +78,16 @@ class StreamBatches(IterableDataset[LoadedBatch]):
         # torch asks worker 0 first, but the next batch of the run is that of the worker whose turn it was
         reader = (worker + self.position["batches"]) % workers
         place = Place(**self.position["readers"].get(str(reader), {}))
-        slot = Slot(
-            self.rows,
-            self.share.seed,
-            self.share.rank * workers + reader,
-            self.share.world_size * workers,
-            self.window,
-            self.share.batch_size,
-            place,
-        )
+        number, slots = self.share.rank * workers + reader, self.share.world_size * workers
         try:
+            slot = Slot(self.rows, self.share.seed, number, slots, self.window, self.share.batch_size, place)
             yield from self._batches(slot, str(reader), place.used)
         except UnreadableData as error:
             yield Failure(str(error))
 
     def _batches(self, slot: Slot, reader: str, used: int) -> Iterator[LoadedBatch]:
         window: list[Row] = slot.next_window() if used else []
+        unread = 0
         while True:
             images: list[Tensor] = []
             passes: list[int] = []
@@ -107,7 +104,13 @@ class StreamBatches(IterableDataset[LoadedBatch]):
                 except BrokenImage as error:
                     where = f"{self.rows.description} shard {row.shard} row {row.number}"
                     broken.append(message(where, row.image, error))
+                    unread += 1
+                    if unread > _MOST_UNREAD:
+                        raise UnreadableData(
+                            f"{unread} images one after the other cannot be read; the last one is {broken[-1]}"
+                        ) from error
                     continue
+                unread = 0
                 passes.append(row.pass_number)
                 keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
             place = replace(slot.place, used=used) if used < len(window) else slot.upcoming

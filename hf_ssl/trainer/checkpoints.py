@@ -6,9 +6,13 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -19,6 +23,7 @@ from hf_ssl.modeling.gather import wait_for_all
 if TYPE_CHECKING:
     from hf_ssl.trainer.trainer import SSLTrainer
 
+_DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
 _STAGING_PREFIX = "_writing-"  # a leading underscore is never published
 
 
@@ -35,7 +40,7 @@ def save_checkpoint(trainer: SSLTrainer) -> None:
     final, staging = root / f"{PREFIX_CHECKPOINT_DIR}-{step}", root / f"{_STAGING_PREFIX}{step}"
     if final.exists():
         return
-    try:
+    with told_in_a_sentence(final, staging if trainer.args.should_save else None):
         staging.mkdir(parents=True, exist_ok=True)
         trainer.save_model(str(staging), _internal_call=True)
         trainer._save_optimizer_and_scheduler(str(staging))
@@ -48,19 +53,55 @@ def save_checkpoint(trainer: SSLTrainer) -> None:
         wait_for_all()
         if trainer.args.should_save:
             staging.rename(final)
-    except (OSError, RuntimeError) as error:
-        if trainer.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        # torch.save and safetensors report a full disk as a RuntimeError of their own
-        if isinstance(error, OSError) or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
-            raise UserError(
-                f"cannot write {final.name} to {root}: {_reason(error)}; earlier checkpoints are whole"
-            ) from error
-        raise
     if trainer.args.should_save:
         rotate_checkpoints(
             str(root), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False
         )
+
+
+def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `final`, then put it in its place.
+
+    Raises:
+        UserError: as `save_checkpoint`.
+    """
+    staging = final.with_name(f"{_STAGING_PREFIX}{final.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    with told_in_a_sentence(final, staging):
+        write(staging)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+
+
+@contextmanager
+def told_in_a_sentence(final: Path, staging: Path | None) -> Iterator[None]:
+    """Turn what a full or forbidden disk raises into a `UserError`, and remove what was half-written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        # torch.save and safetensors report a full disk in errors of their own
+        if not isinstance(error, OSError) and not any(text in str(error) for text in _DISK_FULL):
+            raise
+        full = not isinstance(error, OSError) or error.errno == errno.ENOSPC
+        reason = "no space left on the disk" if full else error.strerror or str(error)
+        raise UserError(f"cannot write {final}: {reason}; what was saved before is whole") from error
+
+
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign file raises into a `UserError` that names the checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be read ({reason}): remove it, and the run goes on from the one "
+            "before it"
+        ) from error
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
@@ -102,9 +143,3 @@ def _record_state(trainer: SSLTrainer, root: Path, step: int) -> None:
 
 def _data_state_name(process_index: int) -> str:
     return f"data_state_{process_index}.json"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-        return error.strerror or str(error)
-    return "no space left on the device"

@@ -25,7 +25,7 @@ from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import any_process
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
-from hf_ssl.trainer.checkpoints import load_data_state, save_checkpoint
+from hf_ssl.trainer.checkpoints import load_data_state, readable, replace_folder, save_checkpoint
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
@@ -246,7 +246,7 @@ class SSLTrainer(Trainer):
         root = Path(str(self.args.output_dir))
         processor = image_processor(self.method.config.views, self.data.channels)
         export_encoder(self.method.exported_encoder, processor, root)
-        self.method.save_pretrained(root / "pretraining")
+        replace_folder(root / "pretraining", self.method.save_pretrained)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.stopwatch.paused():
@@ -269,7 +269,13 @@ class SSLTrainer(Trainer):
         self._position = self._resume_position = state["position"]
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with readable(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with readable(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:

@@ -82,7 +82,7 @@ def test_an_image_of_another_size_is_named(cache, tmp_path, write_parquet, encod
     )
     with pytest.raises(
         UserError,
-        match=rf"data.cache={cache} needs images of one size: expected 12x10 .* got 12x11 in row 301 of",
+        match=rf"data.cache={cache} needs images of one size: expected 12x10 .* got 12x11 in .* row 301;",
     ):
         decoded_rows(open_source(config), 3, cache)
     assert decoded_rows(open_source(config), 3, "auto") is None
@@ -94,6 +94,18 @@ def test_sizes_that_obviously_differ(cache, image_folder):
         UserError, match=rf"data.cache={cache} needs images of one size, but those of .* differ"
     ):
         decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, cache)
+
+
+def test_data_opened_twice_are_decoded_once_while_they_are_in_use(numbered, monkeypatch):
+    config = numbered(32)
+    first = decoded_rows(open_source(config), 3, "auto")
+    assert decoded_rows(open_source(config), 3, "auto") is first
+    assert decoded_rows(open_source(config), 1, "auto") is not first
+    some = open_source(config).choose(np.array([4, 2]))
+    assert torch.equal(decoded_rows(some, 3, "auto").read(np.arange(2))[0], first.read(np.array([4, 2]))[0])
+    first, pixels = None, first.pixels
+    again = decoded_rows(open_source(config), 3, "auto")
+    assert again.pixels is not pixels and (again.pixels == pixels).all()
 
 
 def test_no_space_on_the_disk(numbered, monkeypatch):

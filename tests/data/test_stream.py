@@ -40,6 +40,8 @@ def test_slots_share_each_pass_without_overlap_and_without_loss(slots, numbered)
         assert sorted(row for part in parts for row in part[pass_number]) == everything
     orders = [[row for part in parts for row in part[pass_number]] for pass_number in range(3)]
     assert orders[0] != orders[1] != orders[2]
+    first_shards = [[row[0] for row in parts[0][pass_number]][:8] for pass_number in range(3)]
+    assert len({tuple(shards) for shards in first_shards}) == 3
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
@@ -267,6 +269,21 @@ def test_a_slot_with_less_than_a_batch_ends_the_run_with_one_sentence(num_worker
     except UserError as error:
         text = str(error)
     assert text.startswith("expected at least one batch of 31 images for each of") and "Traceback" not in text
+
+
+def test_only_broken_images_end_the_run_with_one_sentence(numbered, make_loader, monkeypatch):
+    monkeypatch.setattr("hf_ssl.data.stream_loader._MOST_UNREAD", 20)
+    loader = make_loader(numbered(64, files=2, broken=range(1, 64), streaming=True), batch_size=4)
+    with pytest.raises(
+        UserError, match="^21 images one after the other cannot be read; the last one is .*png"
+    ):
+        next(iter(loader))
+
+
+def test_other_data_are_not_taken_for_the_same(numbered, make_loader, caplog):
+    position = take(make_loader(numbered(60, streaming=True)), 3)[-1].position
+    take(make_loader(numbered(60, size=(12, 11), streaming=True), position=position), 3)
+    assert "not exactly" in caplog.text and "revision" in caplog.text
 
 
 def test_a_damaged_file_is_named(numbered, make_loader, tmp_path):

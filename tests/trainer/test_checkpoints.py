@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's folder goes through: full disks, damaged and foreign checkpoints, signals, a second call."""
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+from transformers import TrainerCallback
+
+from hf_ssl import run
+from hf_ssl.errors import UserError
+from hf_ssl.recipe import load_recipe
+from hf_ssl.trainer.trainer import SSLTrainer
+
+SMALL = [
+    "training.use_cpu=true",
+    "training.disable_tqdm=true",
+    "training.monitor_steps=0",
+    "training.batch_size=64",
+    "training.max_steps=4",
+    "training.save_steps=2",
+    "data.max_images=256",
+]
+
+
+def recipe(folder, *overrides):
+    return load_recipe("smoke/simclr", [*SMALL, f"training.output_dir={folder}", *overrides])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_ends_in_a_sentence_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    saved = SSLTrainer._save_rng_state
+
+    def save(self, directory):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved(self, directory)
+
+    monkeypatch.setattr(SSLTrainer, "_save_rng_state", save)
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint-4: no space left on the disk"):
+        run.train(recipe(tmp_path))
+    assert "checkpoint-2" in names(tmp_path)
+    assert not [name for name in names(tmp_path) if "4" in name]
+    monkeypatch.undo()
+    assert run.train(recipe(tmp_path)).state.global_step == 4
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.pt", "data_state_0.json"])
+def test_a_damaged_checkpoint_ends_in_a_sentence(tmp_path, damaged):
+    run.train(recipe(tmp_path, "training.max_steps=3"))
+    file = tmp_path / "checkpoint-2" / damaged
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (tmp_path / "checkpoint-3").rename(tmp_path / "_checkpoint-3")
+    with pytest.raises(UserError, match="checkpoint-2 cannot be re"):
+        run.train(recipe(tmp_path, "training.max_steps=3"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run.train(recipe(tmp_path / "one", "training.max_steps=2"))
+    other = recipe(tmp_path / "two", "method.projection_layers=3")
+    trainer = run.build_trainer(other, other.training_arguments())
+    with pytest.raises(UserError, match="not one of this model: missing"):
+        trainer.train(str(tmp_path / "one" / "checkpoint-2"))
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    run.train(recipe(tmp_path))
+    before = names(tmp_path)
+    with pytest.raises(
+        UserError, match=r"already holds a different run: method\.temperature was 0\.5 and is now 0\.1"
+    ):
+        run.train(recipe(tmp_path, "method.temperature=0.1"))
+    assert names(tmp_path) == before
+    assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
+
+
+class Terminate(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    settings = recipe(tmp_path, "training.save_steps=100")
+    with pytest.raises(SystemExit) as ended:
+        run.train(settings, [Terminate()])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "checkpoint-3" in names(tmp_path)
+    finished = run.train(settings)
+    assert (finished.state.global_step, finished.resumed) == (4, 1)
+
+
+def test_a_run_that_is_over_is_not_trained_again(tmp_path):
+    settings = recipe(tmp_path)
+    first = run.train(settings)
+    again = run.train(settings)
+    assert again.state.global_step == 4
+    assert again.resumed == 0
+    assert again.stopwatch.seconds == pytest.approx(first.stopwatch.seconds, abs=1.0)
+    for name, value in first.method.state_dict().items():
+        assert value.equal(again.method.state_dict()[name]), name
