@@ -12,9 +12,9 @@ import tarfile
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 from datasets import IterableDataset
@@ -56,9 +56,6 @@ class Place:
     open: list[list[int]] = field(default_factory=list)
     """[shard, rows taken] of each open one, in turn."""
     used: int = 0
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ShardedRows:
@@ -207,14 +204,23 @@ class Slot:
         self._upcoming = self.place
         self._order = self._shard_order(self.place.pass_number)
         self._open = [self._opened(shard, self.place.pass_number, taken) for shard, taken in self.place.open]
+        self._used = self.place.used
+        self._waiting = deque(self.next_window()[self._used :] if self._used else ())
 
     @property
-    def upcoming(self) -> Place:
-        """Where the next window starts."""
-        return self._upcoming
+    def here(self) -> Place:
+        """After the row that came last."""
+        return replace(self.place, used=self._used) if self._waiting else self._upcoming
+
+    def next_row(self) -> Row:
+        """The next row."""
+        if not self._waiting:
+            self._waiting, self._used = deque(self.next_window()), 0
+        self._used += 1
+        return self._waiting.popleft()
 
     def next_window(self) -> list[Row]:
-        """The next rows, shuffled; afterwards `place` is where they start and `upcoming` where they end."""
+        """The rows of a whole window, shuffled; afterwards `place` is where they start."""
         while True:
             start = self._upcoming
             rows = self._fill(start)
@@ -234,7 +240,7 @@ class Slot:
             self._order = self._shard_order(self._upcoming.pass_number)
 
     def _fill(self, start: Place) -> list[Row]:
-        """The window's rows as they are read; none at the end of the pass. Moves `upcoming`."""
+        """The window's rows as they are read; none at the end of the pass."""
         rows: list[Row] = []
         next_shard, turn = start.next_shard, 0
         while len(rows) < self._window:

@@ -4,7 +4,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +17,12 @@ from hf_ssl.data.broken import UnreadableData, delivered
 from hf_ssl.data.decode import BrokenImage, decode
 from hf_ssl.data.images import decode_or_reason, message, probe_images
 from hf_ssl.data.ordering import Share
-from hf_ssl.data.stream import Place, Row, ShardedRows, Slot
+from hf_ssl.data.stream import Place, ShardedRows, Slot
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
 
-_MOST_UNREAD = 1000  # in a row: nothing more will come
+_MOST_BROKEN = 1000  # for each image that can be read: there will hardly be more of these
 
 
 @dataclass(frozen=True)
@@ -81,42 +81,34 @@ class StreamBatches(IterableDataset[LoadedBatch]):
         number, slots = self.share.rank * workers + reader, self.share.world_size * workers
         try:
             slot = Slot(self.rows, self.share.seed, number, slots, self.window, self.share.batch_size, place)
-            yield from self._batches(slot, str(reader), place.used)
+            while True:
+                yield self._batch(slot, str(reader))
         except UnreadableData as error:
             yield Failure(str(error))
 
-    def _batches(self, slot: Slot, reader: str, used: int) -> Iterator[LoadedBatch]:
-        window: list[Row] = slot.next_window() if used else []
-        unread = 0
-        while True:
-            images: list[Tensor] = []
-            passes: list[int] = []
-            keys: list[int] = []
-            broken: list[str] = []
-            while len(images) < self.share.batch_size:
-                if used == len(window):
-                    window, used = slot.next_window(), 0
-                row = window[used]
-                used += 1
-                try:
-                    data = row.image.read()
-                    images.append(decode(data, self.channels))
-                except BrokenImage as error:
-                    where = f"{self.rows.description} shard {row.shard} row {row.number}"
-                    broken.append(message(where, row.image, error))
-                    unread += 1
-                    if unread > _MOST_UNREAD:
-                        raise UnreadableData(
-                            f"{unread} images one after the other cannot be read; the last one is {broken[-1]}"
-                        ) from error
-                    continue
-                unread = 0
+    def _batch(self, slot: Slot, reader: str) -> LoadedBatch:
+        images: list[Tensor] = []
+        passes: list[int] = []
+        keys: list[int] = []
+        broken: list[str] = []
+        while len(images) < self.share.batch_size:
+            row = slot.next_row()
+            try:
+                data = row.image.read()
+                images.append(decode(data, self.channels))
+            except BrokenImage as error:
+                where = f"{self.rows.description} shard {row.shard} row {row.number}"
+                broken.append(message(where, row.image, error))
+                if len(broken) > _MOST_BROKEN * (1 + len(images)):
+                    raise UnreadableData(
+                        f"{len(broken)} images cannot be read; the last is {broken[-1]}"
+                    ) from error
+            else:
                 passes.append(row.pass_number)
                 keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-            place = replace(slot.place, used=used) if used < len(window) else slot.upcoming
-            seeds = views.seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
-            position = {"reader": reader, "place": place.state()}
-            yield assemble(images, seeds, self.preset, small=self.small, broken=broken, position=position)
+        seeds = views.seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
+        position = {"reader": reader, "place": asdict(slot.here)}
+        return assemble(images, seeds, self.preset, small=self.small, broken=broken, position=position)
 
 
 class StreamLoader(DataLoader[LoadedBatch]):
@@ -188,5 +180,5 @@ def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str,
     ]
     share = sum(parts) / len(parts) if parts else 0.0
     place = Place(pass_number, next_shard=int(min(1.0, share) * layout.shards / layout.groups))
-    readers = {str(reader): place.state() for reader in range(layout.workers)}
+    readers = {str(reader): asdict(place) for reader in range(layout.workers)}
     return {"batches": position["batches"], "readers": readers}

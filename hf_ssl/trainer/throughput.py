@@ -23,6 +23,10 @@ class Stopwatch:
         self._started = time.perf_counter()
         self._read = (step, self.seconds)
 
+    def stop(self) -> None:
+        """The run is over, or has stopped for now."""
+        self._before, self._started = self.seconds, None
+
     @property
     def seconds(self) -> float:
         """So far, over all parts of a run that was interrupted."""
@@ -40,12 +44,13 @@ class Stopwatch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time in here does not count."""
-        began = time.perf_counter()
+        running = self._started is not None
+        self.stop()
         try:
             yield
         finally:
-            if self._started is not None:
-                self._started += time.perf_counter() - began
+            if running:
+                self._started = time.perf_counter()
 
 
 def peak_memory_gib(device: torch.device) -> float:

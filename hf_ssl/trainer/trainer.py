@@ -224,7 +224,10 @@ class SSLTrainer(Trainer):
         """As in transformers; measures the untrained model first, unless the run resumes."""
         if resume_from_checkpoint:
             self.args.eval_on_start = False
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.stopwatch.stop()
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take over the weights and the state of a run that is over."""

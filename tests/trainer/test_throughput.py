@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from hf_ssl.trainer import throughput
+from hf_ssl.trainer.throughput import Stopwatch
+
+
+def test_only_training_counts(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    watch = Stopwatch()
+    watch.restore(5.0)
+    now = 200.0
+    assert watch.seconds == 5
+    watch.start(step=10)
+    now = 202.0
+    assert watch.steps_per_second(14) == pytest.approx(2)
+    with watch.paused():
+        now = 300.0
+        assert watch.seconds == 7  # what a checkpoint records
+    now = 304.0
+    assert watch.steps_per_second(16) == pytest.approx(0.5)
+    watch.stop()
+    now = 999.0
+    assert watch.seconds == 11
