@@ -84,8 +84,9 @@ def told_in_a_sentence(final: Path, staging: Path | None) -> Iterator[None]:
         # torch.save and safetensors report a full disk in errors of their own
         if not isinstance(error, OSError) and not any(text in str(error) for text in _DISK_FULL):
             raise
-        full = not isinstance(error, OSError) or error.errno == errno.ENOSPC
-        reason = "no space left on the disk" if full else error.strerror or str(error)
+        reason = "no space left on the disk"
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            reason = error.strerror or str(error)
         raise UserError(f"cannot write {final}: {reason}; what was saved before is whole") from error
 
 
