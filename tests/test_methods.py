@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining
 
-from hf_ssl import views
 from hf_ssl.data import open_source, train_loader
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.outputs import Progress, SSLOutput
@@ -48,14 +47,7 @@ def model(recipe):
 def batch(recipe):
     """The model's batch of 8 images, as the trainer makes it."""
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
-    loaded = next(iter(loader))
-    shown = views.apply(loaded.images, loaded.parameters)
-    given = {
-        "pixel_values": shown.pixel_values,
-        "local_pixel_values": shown.local_pixel_values,
-        "sample_index": loaded.sample_index,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    return next(iter(loader)).inputs("cpu")
 
 
 def test_every_trainable_parameter_has_a_finite_gradient(model, batch):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.views import Crops, ViewParameters, ViewPreset, crop, draw
+from hf_ssl.views import Crops, ViewParameters, ViewPreset, apply, crop, draw
 
 SMALL = 96
 """Images of one size up to this side are cropped on the model's device, larger ones in the loader."""
@@ -46,6 +46,10 @@ class LoadedBatch:
         index = None if self.sample_index is None else self.sample_index[samples]
         return LoadedBatch(part, self.parameters[samples], index, self.broken, self.position)
 
+    def split(self, size: int) -> "list[LoadedBatch]":
+        """Parts of at most `size` images, as views of this batch's memory."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LoadedBatch":
         index = self.sample_index
         return replace(
@@ -54,6 +58,17 @@ class LoadedBatch:
             parameters=self.parameters.to(device, non_blocking=non_blocking),
             sample_index=None if index is None else index.to(device, non_blocking=non_blocking),
         )
+
+    def inputs(self, device: torch.device | str | int) -> dict[str, Tensor]:
+        """The model's batch of this one, made on `device`: the arguments of a method's `forward`."""
+        batch = self.to(device)
+        views = apply(batch.images, batch.parameters)
+        named = {
+            "pixel_values": views.pixel_values,
+            "local_pixel_values": views.local_pixel_values,
+            "sample_index": batch.sample_index,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
     def pin_memory(self) -> "LoadedBatch":
         index = self.sample_index

@@ -136,10 +136,24 @@ class SSLPreTrainedModel(PreTrainedModel):
             sample_index: (B,) row numbers in the data set.
         """
         self.check_views(pixel_values, local_pixel_values)
-        embeddings = self.embed(pixel_values, local_pixel_values, sample_index)
+        return self.conclude(self.embed(pixel_values, local_pixel_values, sample_index))
+
+    def conclude(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """The loss of this process's embeddings; in training, queues, banks and centres move afterwards.
+
+        Apart from `embed` so that embeddings may be made in chunks and this is done once
+        (`training.contrastive_chunk_size`).
+        """
         if self.couples_samples:
             embeddings = {name: gather(tensor) for name, tensor in embeddings.items()}
-        return self.objective(embeddings)
+        output = self.objective(embeddings)
+        if self.training:
+            self.remember(embeddings)
+        return output
+
+    def remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Called once for each batch in training, after the loss: the place where queues, banks and centres
+        take over embeddings (those that `objective` got; detach them)."""
 
     def check_views(self, pixel_values: Tensor, local_pixel_values: Tensor | None) -> None:
         """Raise `UserError` if there are too few views for the method."""

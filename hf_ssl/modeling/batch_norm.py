@@ -47,7 +47,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = x - mean.view(shape)
         variance = sum_over_processes(centred.square().sum(dims)) / count
         if (
-            self.running_mean is not None
+            self.track_running_stats
+            and self.running_mean is not None
             and self.running_var is not None
             and self.num_batches_tracked is not None
         ):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that knows of other processes: gathering with gradient, and sums over processes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,34 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     process.
     """
     return _Sum.apply(tensor) if process_count() > 1 else tensor
+
+
+def mean_over_processes(scalars: list[Tensor]) -> list[float]:
+    """Mean of each scalar over the processes, in one exchange; waits for the device."""
+    if not scalars:
+        return []
+    stacked = torch.stack([scalar.float() for scalar in scalars])
+    if process_count() > 1:
+        dist.all_reduce(stacked)
+    means: list[float] = (stacked / process_count()).tolist()
+    return means
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Make every gradient the mean over the processes, as DDP does after a backward pass of its own."""
+    if process_count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for alike in _by_dtype(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in alike])
+        dist.all_reduce(flat)
+        flat /= process_count()
+        for gradient, part in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    return [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
 
 
 def wait_for_all() -> None:

@@ -32,6 +32,9 @@ class SSLTrainingArguments(TrainingArguments):
         lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
         warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: where the cosine ends, as a share of the learning rate.
+        contrastive_chunk_size: images of a process that are encoded at once, for batches that do not fit into
+            memory; loss and gradient are those of the whole batch, BatchNorm statistics those of a chunk
+            (`hf_ssl.trainer.gradient_cache`). None encodes them all at once.
         sync_batch_norm: with several processes, BatchNorm statistics span all of them.
         channels_last: memory layout of convolutions, 1.3 times faster on CPUs.
         monitor_steps: optimiser steps between two measurements of the monitor; 0 switches it off.
@@ -71,6 +74,7 @@ class SSLTrainingArguments(TrainingArguments):
     lars_clip: bool = False
     warmup_epochs: float = 0.0
     minimum_learning_rate_ratio: float = 0.0
+    contrastive_chunk_size: int | None = None
     sync_batch_norm: bool = True
     channels_last: bool = True
     monitor_steps: int = 200
@@ -84,6 +88,10 @@ class SSLTrainingArguments(TrainingArguments):
         _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
         _check_choice("lars_variant", self.lars_variant, VARIANTS)
         _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
+        if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
+            raise UserError(
+                f"training.contrastive_chunk_size must be at least 1 image, got {self.contrastive_chunk_size}"
+            )
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:

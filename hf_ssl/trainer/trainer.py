@@ -5,6 +5,7 @@ resume exactly.
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_ssl import views
 from hf_ssl.data import BrokenCounter, DataConfig, LoadedBatch, Source, train_loader
 from hf_ssl.errors import UserError
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.gather import any_process
+from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
 from hf_ssl.trainer.checkpoints import load_data_state, readable, replace_folder, save_checkpoint
+from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
+from hf_ssl.trainer.terms import TermMeans
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
 from hf_ssl.views import ViewPreset
 
@@ -71,8 +73,7 @@ class SSLTrainer(Trainer):
         self.collapse_message: str | None = None
         self.resumed = 0
         self.stop_signal = StopOnSignal()
-        self._terms: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._terms = TermMeans()
         self._position: dict[str, Any] | None = None
         self._resume_position: dict[str, Any] | None = None
         self.stopwatch = Stopwatch()
@@ -119,17 +120,14 @@ class SSLTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         batch: LoadedBatch = inputs
+        self._note(batch)
+        return batch.inputs(self.args.device)
+
+    def _note(self, batch: LoadedBatch) -> None:
+        """Count broken images and remember where a stream is."""
         self.broken.add(batch)
         if batch.position is not None:
             self._position = batch.position
-        batch = batch.to(self.args.device)
-        shown = views.apply(batch.images, batch.parameters)
-        arguments = {
-            "pixel_values": shown.pixel_values,
-            "local_pixel_values": shown.local_pixel_values,
-            "sample_index": batch.sample_index,
-        }
-        return {name: value for name, value in arguments.items() if value is not None}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None  # losses are means over images; there is nothing to count
@@ -169,10 +167,26 @@ class SSLTrainer(Trainer):
     ) -> Any:
         """The model's loss; its terms are added up on the device until the next log record."""
         output = model(**inputs)
-        for name, value in (output.terms or {}).items():
-            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
-        self._micro_batches += 1
+        self._terms.add(output)
         return (output.loss, output) if return_outputs else output.loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As in transformers; with `args.contrastive_chunk_size` in chunks (`gradient_cache`)."""
+        if self.args.contrastive_chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self.method.train()
+        self._note(inputs)
+        size, share = self.args.contrastive_chunk_size, self.current_gradient_accumulation_steps
+        output = cached_backward(
+            self.method,
+            [partial(part.inputs, self.args.device) for part in inputs.split(size)],
+            backward=lambda loss: self.accelerator.backward(loss / share),
+            precision=self.compute_loss_context_manager,
+        )
+        if self.accelerator.sync_gradients:
+            average_gradients(self.method.parameters())
+        self._terms.add(output)
+        return output.loss / share
 
     # Logging and the monitor.
 
@@ -186,9 +200,7 @@ class SSLTrainer(Trainer):
                     f"the loss became {logs['loss']} near step {self.state.global_step}: lower "
                     "training.learning_rate or lengthen training.warmup_epochs, and start anew"
                 )
-            for name, total in self._terms.items():
-                logs[f"term_{name}"] = self.accelerator.gather(total / self._micro_batches).mean().item()
-            self._terms, self._micro_batches = {}, 0
+            logs |= {f"term_{name}": value for name, value in self._terms.take().items()}
             logs["images_per_second"] = (
                 self.stopwatch.steps_per_second(self.state.global_step) * self.args.batch_size
             )
