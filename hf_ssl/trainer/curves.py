@@ -28,7 +28,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
         log_history: `trainer.state.log_history`, one dict with a `step` for each record.
-        path: the picture's file; it is replaced in one go.
+        path: the picture's file; it is replaced in one go, and not written while nothing was recorded.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
@@ -44,6 +44,8 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
         for key in keys
     }
     panels = [(title, keys) for title, keys in panels if any(series[key] for key in keys)]
+    if not panels:
+        return  # a run shorter than its first record
     columns = 4
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained", dpi=110)
