@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     demo = command(
-        "demo", _demo, "pretrain, export, evaluate and describe an encoder of handwritten digits, offline"
+        "demo", _demo, "pretrain, measure, describe and show an encoder of handwritten digits, offline"
+    )
+    demo.add_argument(
+        "--no-space", action="store_true", help="end there, without serving the Space that shows it"
     )
     demo.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
@@ -80,15 +83,70 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="where the encoder is written; new or empty")
 
+    publish = command(
+        "publish",
+        _publish,
+        "publish a finished run on the Hub: encoder, card, results and pictures, one commit",
+    )
+    publish.add_argument("folder", metavar="run", type=Path, help="the output folder of a run")
+    publish.add_argument(
+        "repo", nargs="?", help="user/name; made if it is not there; default: publish.repo_id of the recipe"
+    )
+    publish.add_argument("--private", action="store_true", help="make the repo private, if it is new")
+    publish.add_argument(
+        "--dry-run", action="store_true", help="list what would go; needs neither network nor token"
+    )
+    publish.add_argument(
+        "--space",
+        type=Path,
+        metavar="FOLDER",
+        help="what `hf-ssl space build` made: published as a Space too",
+    )
+
+    attention = command("attention", _attention, "draw where a vision transformer looks in your photos")
+    attention.add_argument(
+        "model", help="a folder with an exported encoder, or one of the ViT family on the Hub"
+    )
+    attention.add_argument("images", nargs="+", type=Path, metavar="image", help="photos")
+    attention.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="one folder a photo")
+    attention.add_argument(
+        "--layer", type=int, default=-1, help="0 is the first, -1 the last, which is the default"
+    )
+    attention.add_argument(
+        "--size",
+        type=int,
+        help="shortest edge in pixels, whole photo; default: the square the encoder expects",
+    )
+    _add_space(command("space", _space_run, "build and serve a page that shows an encoder"))
+
     command("methods", _methods, "list the methods")
     command("recipes", _recipes, "list the recipes that come with hf_ssl")
     return parser
 
 
+def _add_space(space: argparse.ArgumentParser) -> None:
+    """`hf-ssl space build` and `hf-ssl space run`."""
+    verbs = space.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    summary = "embed a gallery and write a folder that runs anywhere, on the Hub too"
+    build = verbs.add_parser("build", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
+    build.add_argument("folder", type=Path, help="new or empty, or an earlier Space, which is replaced")
+    build.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.path=... of the gallery")
+    build.add_argument("--images", type=int, default=10_000, help="at most so many (default: 10,000)")
+    build.add_argument("--title", help="heading of the page")
+    build.set_defaults(run=_space_build)
+    summary = "serve such a folder on this machine"
+    serve = verbs.add_parser("run", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    serve.add_argument("folder", type=Path, help="what `hf-ssl space build` made")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    serve.add_argument("--port", type=int, default=7860, help="or the next free one (default: 7860)")
+    serve.set_defaults(run=_space_run)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from hf_ssl import run
 
-    run.demo(arguments.overrides)
+    run.demo(arguments.overrides, not arguments.no_space)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -116,6 +174,44 @@ def _export(arguments: argparse.Namespace) -> None:
     from hf_ssl import run
 
     run.export(arguments.checkpoint, arguments.directory)
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from hf_ssl.hub.publish import publish, publish_space, recorded_repo
+
+    repo = arguments.repo or recorded_repo(arguments.folder)
+    how = {"private": arguments.private, "dry_run": arguments.dry_run}
+    publish(arguments.folder, repo, **how)
+    if arguments.space is not None:
+        publish_space(arguments.space, repo, **how)
+
+
+def _attention(arguments: argparse.Namespace) -> None:
+    from hf_ssl.evaluation import write_attention_pictures
+
+    folders = write_attention_pictures(
+        arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
+    )
+    print("\n".join(f"pictures in {folder}" for folder in folders))
+
+
+def _space_build(arguments: argparse.Namespace) -> None:
+    from hf_ssl.space import check_packages
+
+    check_packages()
+    from hf_ssl.recipe import read_sections
+
+    data, _ = read_sections(arguments.overrides)
+    from hf_ssl.space import build_space
+
+    build_space(arguments.model, arguments.folder, data, images=arguments.images, title=arguments.title)
+    print(f"the Space is in {arguments.folder}; hf-ssl space run {arguments.folder} serves it")
+
+
+def _space_run(arguments: argparse.Namespace) -> None:
+    from hf_ssl.space import run_space
+
+    run_space(arguments.folder, arguments.host, arguments.port)
 
 
 def _methods(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ _FREE_KEYS = {
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbours", "on_collapse",
-        "run_name",
+        "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
     },
 }  # fmt: skip
 

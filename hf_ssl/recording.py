@@ -49,11 +49,12 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Fa
     folder = Path(recipe.training["output_dir"])
     data = _data_facts(recipe, trainer)
     backbone = _backbone_facts(recipe, trainer, measured)
+    repo_id = trainer.hub_model_id or recipe.publish.repo_id
     return Facts(
         hf_ssl_version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        name=recipe.publish.repo_id or last_part(str(folder.resolve())),
-        repo_id=recipe.publish.repo_id,
+        name=repo_id or last_part(str(folder.resolve())),
+        repo_id=repo_id,
         title=recipe.publish.title or f"{method.title} {backbone['class_name']} on {data['name']}",
         license=recipe.publish.license,
         tags=list(recipe.publish.tags),

@@ -32,6 +32,7 @@ from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
+from hf_ssl.space import serve_digits
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
 from hf_ssl.trainer.trainer import SSLTrainer
@@ -179,6 +180,8 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     if measured.results:
         print(results_table(measured.results))
     print(f"encoder, card and pictures are in {folder}")
+    if trainer.args.push_to_hub:
+        trainer.publish_output()
     return dict(facts)
 
 
@@ -256,8 +259,9 @@ def export(checkpoint: Path, directory: Path) -> None:
     print(f"encoder in {directory}, method model in {directory / 'pretraining'}")
 
 
-def demo(overrides: list[str]) -> dict[str, Any]:
-    """`hf-ssl demo`: the main job on scikit-learn's handwritten digits, offline, in minutes."""
+def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
+    """`hf-ssl demo`: the main job on scikit-learn's handwritten digits, offline, in minutes; with `space`, a
+    page that shows the encoder is served at the end, until Ctrl-C."""
     recipe = load_recipe("demo", overrides)
     print("pretraining on 8 x 8 pixel handwritten digits that come with scikit-learn; no labels are used")
     facts = pretrain(recipe)
@@ -265,4 +269,6 @@ def demo(overrides: list[str]) -> dict[str, Any]:
         "With all labels even raw pixels of such small digits reach about 0.98, so there is little to gain; "
         "what pretraining brings shows where labels are few."
     )
+    if space:
+        serve_digits(Path(recipe.training["output_dir"]), recipe.data, recipe.evaluation.test_split)
     return facts

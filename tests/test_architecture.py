@@ -36,13 +36,14 @@ LAYERS = {
     "hf_ssl.output_folder": 5,
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
+    "hf_ssl.space": 5,
     "hf_ssl.cli": 5,
     "hf_ssl.__main__": 5,
     "hf_ssl": 6,
 }
 
 # Distributions whose module has another name.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def test_names_say_what_is_inside() -> None:
 
 def test_every_import_is_declared(sources: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [name for extra in ("timm",) for name in project["optional-dependencies"][extra]]
+    extras = [name for extra in ("timm", "demo") for name in project["optional-dependencies"][extra]]
     requirements = [*project["dependencies"], *extras]
     declared = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in requirements}
     assert undeclared(sources, declared) == set()

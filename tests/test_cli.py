@@ -6,10 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from hf_ssl import run
+from hf_ssl import evaluation, run, space
 from hf_ssl.cli import main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
@@ -20,15 +21,20 @@ from hf_ssl.resources import recipe_files
 ROOT = Path(__file__).parent.parent
 
 
-def record(monkeypatch: pytest.MonkeyPatch, name: str, result: Callable[..., object] = lambda *a: {}) -> list:
-    """Replace a function of `hf_ssl.run` and return the list of the arguments it is called with."""
+def record(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    result: Callable[..., object] = lambda *a: {},
+    module: ModuleType = run,
+) -> list:
+    """Replace a function and return the list of the arguments it is called with, options last."""
     calls: list = []
 
-    def called(*arguments: object) -> object:
-        calls.append(arguments)
-        return result(*arguments)
+    def called(*arguments: object, **options: object) -> object:
+        calls.append((*arguments, options) if options else arguments)
+        return result(*arguments, **options)
 
-    monkeypatch.setattr(run, name, called)
+    monkeypatch.setattr(module, name, called)
     return calls
 
 
@@ -64,7 +70,26 @@ def test_export_hands_over_both_folders(monkeypatch: pytest.MonkeyPatch) -> None
 def test_demo_hands_over_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "demo")
     assert main(["demo", "training.seed=3"]) == 0
-    assert calls == [(["training.seed=3"],)]
+    assert main(["demo", "--no-space"]) == 0
+    assert calls == [(["training.seed=3"], True), ([], False)]
+
+
+def test_attention_hands_over_photos(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = record(monkeypatch, "write_attention_pictures", lambda *a, **o: [Path("out/a")], evaluation)
+    assert main(["attention", "folder", "a.jpg", "b.png", "--output", "out", "--size", "480"]) == 0
+    assert calls == [("folder", [Path("a.jpg"), Path("b.png")], Path("out"), {"layer": -1, "size": 480})]
+    assert capsys.readouterr().out == "pictures in out/a\n"
+
+
+def test_space_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = record(monkeypatch, "build_space", lambda *a, **o: {}, space)
+    served = record(monkeypatch, "run_space", lambda *a: None, space)
+    assert main(["space", "build", "folder", "page", "data.path=digits", "--images", "50"]) == 0
+    assert main(["space", "run", "page", "--port", "9000"]) == 0
+    assert built == [("folder", Path("page"), DataConfig(path="digits"), {"images": 50, "title": None})]
+    assert served == [(Path("page"), "127.0.0.1", 9000)]
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +111,8 @@ def test_what_only_prints_is_quick() -> None:
     code = (
         "import sys\n"
         "from hf_ssl.cli import main\n"
-        "for command in (['methods'], ['recipes'], ['--help'], ['pretrain', '--help']):\n"
+        "helps = [['--help'], ['pretrain', '--help'], ['space', 'run', '--help']]\n"
+        "for command in (['methods'], ['recipes'], *helps):\n"
         "    try: main(command)\n"
         "    except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'omegaconf', 'PIL'} & set(sys.modules)\n"
@@ -116,6 +142,9 @@ def test_entry_points_return_the_status(command: list[str], tmp_path: Path) -> N
         (["pretrain", "smoke/simclr", "training.max_steps=few"], "expected a whole number, got 'few'"),
         (["pretrain", "simclr_vit_small"], "data.path is missing"),
         (["evaluate", "folder"], "data.path is missing"),
+        (["space", "build", "folder", "page"], "data.path is missing"),
+        (["space", "run", "nowhere"], "hf-ssl space build makes one"),
+        (["attention", "nowhere", "a.png", "--output", "b"], "cannot load an encoder"),
         (["evaluate", "folder", "data.path=digits", "training.seed=1"], "unknown section training"),
     ],
 )

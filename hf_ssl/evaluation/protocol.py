@@ -4,7 +4,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NotRequired, Protocol, TypedDict, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from hf_ssl.evaluation.features import (
 )
 from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
+from hf_ssl.evaluation.results import EncoderResult, KnnResult
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 
 HEADLINE = (20, 0.07)  # the k and T that DINO recommends; the number that a card shows first
@@ -42,32 +43,6 @@ class LabelledImages(Protocol):
 
     def iter_batches(self, batch_size: int) -> Iterable[list[Tensor]]:
         """Lists of uint8 tensors (C, H, W)."""
-
-
-class KnnResult(TypedDict):
-    """Headline accuracy, and a list of {neighbours, temperature, accuracy}, the whole grid."""
-
-    neighbours: int
-    temperature: float
-    accuracy: float
-    grid: list[dict[str, float]]
-
-
-class EncoderResult(TypedDict):
-    """What one encoder reached. Accuracies in [0, 1]. `protocol` says how, in words and numbers."""
-
-    protocol: dict[str, str]
-    images: dict[str, int]  # train, test
-    classes: int
-    feature_size: int
-    knn: KnnResult
-    linear: dict[str, Any] | None  # the fields of LinearProbe
-    few_labels: list[dict[str, float]]  # labels_per_class, mean, std, draws
-    skipped: list[str]  # what the data was too small for
-    statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
-    seconds: dict[str, float]
-    pooling: NotRequired[str]
-    image_size: NotRequired[int]
 
 
 def evaluate_encoder(

@@ -37,16 +37,21 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     for name in facts["pictures"]:
         if not (directory / name).is_file():
             raise UserError(f"fact pictures.{name}: expected that file in {directory.name}, it is not there.")
-    text = render_card(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
-    entries = evaluation_entries(facts)
-    if entries:
-        replace_text(
-            directory / EVALUATION_RESULTS, yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        )
-    else:
+    texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
+    if EVALUATION_RESULTS not in texts:
         with disk_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # of an earlier card
-    replace_text(directory / CARD, text)
+    for name, text in texts.items():
+        replace_text(directory / name, text)
+
+
+def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:
+    """What `write_card` writes, by file, for facts that are fit for strangers; the card itself comes last."""
+    texts = {}
+    entries = evaluation_entries(facts)
+    if entries:
+        texts[EVALUATION_RESULTS] = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    return texts | {CARD: render_card(facts, has_pretraining=has_pretraining)}
 
 
 def render_card(facts: Facts, *, has_pretraining: bool) -> str:

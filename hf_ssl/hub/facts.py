@@ -21,7 +21,7 @@ from typing import (
 )
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.protocol import EncoderResult
+from hf_ssl.evaluation.results import EncoderResult
 from hf_ssl.hub.privacy import public
 from hf_ssl.hub.writing import read_json, replace_json
 

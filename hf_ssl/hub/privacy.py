@@ -3,11 +3,11 @@
 
 import math
 import re
+import sys
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
-import torch
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
@@ -35,7 +35,7 @@ def public(value: Any) -> Any:
         return [public(item) for item in value]
     if isinstance(value, str):
         return public_text(value)
-    if isinstance(value, np.generic | torch.Tensor):
+    if isinstance(value, np.generic) or _is_tensor(value):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -65,6 +65,11 @@ def last_part(path: str) -> str:
     """The name at the end of a path of any system: "dogs" of "/home/me/dogs/"."""
     parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
     return parts[-1] if parts else "."
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # loading it takes seconds; where nobody did there are no tensors
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _value(key: str, text: str) -> str:

@@ -5,7 +5,7 @@ import json
 import shlex
 from typing import Any, NamedTuple
 
-from hf_ssl.evaluation.protocol import EncoderResult
+from hf_ssl.evaluation.results import EncoderResult
 from hf_ssl.hub.facts import Facts
 
 ENCODERS = {

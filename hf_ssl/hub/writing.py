@@ -46,7 +46,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_json(path: Path, value: Any) -> None:
     """As `replace_text`, for plain data without NaN or infinity, which JSON does not have."""
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `replace_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

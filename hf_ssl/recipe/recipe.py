@@ -32,16 +32,23 @@ if TYPE_CHECKING:
 
 # transformers has these arguments too and ours take their place.
 REPLACED = {"per_device_train_batch_size": "batch_size", "optim": "optimizer"}
+# transformers has these arguments and the section `publish` has them too: there they are kept.
+SAME = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 
 
 @dataclass
 class PublishConfig:
-    """The recipe's section `publish`: what is said about the encoder where it is published.
+    """The recipe's section `publish`: where the encoder is published, and what is said about it there.
+
+    `training.push_to_hub=true` publishes while and after training, `hf-ssl publish` whenever it is asked to.
 
     Attributes:
-        repo_id: "user/name" on the Hub. private: whether the repo is created private. license: of the
-        weights, as the Hub names it ("apache-2.0"); what the data allow is for the publisher to know. title:
-        of the card; None makes one of method, backbone and data. tags: added to the card's own.
+        repo_id: "user/name" on the Hub; `training.hub_model_id` is another word for it.
+        private: whether the repo is made private; `training.hub_private_repo` is another word for it.
+        license: of the weights, as the Hub names it ("apache-2.0"); what the data allow is for the publisher
+            to know.
+        title: of the card; None makes one of method, backbone and data.
+        tags: added to the card's own.
     """
 
     repo_id: str | None = None
@@ -105,18 +112,20 @@ class Recipe:
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
         try:
-            return SSLTrainingArguments(**self.training)
+            named = {argument: getattr(self.publish, key) for argument, key in SAME.items()}
+            return SSLTrainingArguments(**self.training, **named)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"training: {one_line(error)}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and sections as plain data that JSON and YAML can hold."""
+        """Name and sections as plain data that JSON and YAML can hold; without the token of a Hub."""
         plain: dict[str, Any] = {"name": self.name}
         for section in SECTIONS:
             value: Any = getattr(self, section)
             plain[section] = plain_data(value if isinstance(value, dict) else dataclasses.asdict(value))
+        plain["training"].pop("hub_token", None)
         return plain
 
     def differences(self) -> dict[str, Any]:
@@ -170,6 +179,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise UserError(f"unknown method {method}: {suggestion(method, METHODS)}")
     for key in plain["training"].keys() & REPLACED.keys():
         raise UserError(f"training.{key} is not used here: set training.{REPLACED[key]}")
+    merge_repo(plain["training"], plain["publish"])
     data = structured(DataConfig, plain["data"], "data")
     views = structured(ViewPreset, plain["views"], "views")
     data.check()
@@ -196,6 +206,18 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     recipe.config()
     recipe.training_arguments()
     return recipe
+
+
+def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:
+    """Move what `training` says about the repo to `publish`. Raises `UserError` if they differ."""
+    for argument, key in SAME.items():
+        if training.get(argument) is not None:
+            value = training.pop(argument)
+            if publish.setdefault(key, value) != value:
+                raise UserError(
+                    f"publish.{key} is {publish[key]} and training.{argument} is {value}, but these are two "
+                    "words for one thing: give one of them"
+                )
 
 
 def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfig]:

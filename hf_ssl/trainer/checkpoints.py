@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from hf_ssl.trainer.trainer import SSLTrainer
 
 _DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
-_STAGING_PREFIX = "_writing-"  # a leading underscore is never published
+STAGING_PREFIX = "_writing-"  # a leading underscore is never published
 
 
-def save_checkpoint(trainer: SSLTrainer) -> None:
+def save_checkpoint(trainer: SSLTrainer) -> Path:
     """Write `checkpoint-<step>` with all that resuming needs: model, optimiser, schedule, random states,
-    data position.
+    data position. Returns the folder, which may have been there before.
 
     Raises:
         UserError: the disk is full or may not be written; nothing half-written is left, earlier checkpoints
@@ -37,9 +37,9 @@ def save_checkpoint(trainer: SSLTrainer) -> None:
     """
     root = Path(str(trainer.args.output_dir))
     step = trainer.state.global_step
-    final, staging = root / f"{PREFIX_CHECKPOINT_DIR}-{step}", root / f"{_STAGING_PREFIX}{step}"
+    final, staging = root / f"{PREFIX_CHECKPOINT_DIR}-{step}", root / f"{STAGING_PREFIX}{step}"
     if final.exists():
-        return
+        return final
     with told_in_a_sentence(final, staging if trainer.args.should_save else None):
         staging.mkdir(parents=True, exist_ok=True)
         trainer.save_model(str(staging), _internal_call=True)
@@ -57,6 +57,7 @@ def save_checkpoint(trainer: SSLTrainer) -> None:
         rotate_checkpoints(
             str(root), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False
         )
+    return final
 
 
 def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
@@ -65,7 +66,7 @@ def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: as `save_checkpoint`.
     """
-    staging = final.with_name(f"{_STAGING_PREFIX}{final.name}")
+    staging = final.with_name(f"{STAGING_PREFIX}{final.name}")
     shutil.rmtree(staging, ignore_errors=True)
     with told_in_a_sentence(final, staging):
         write(staging)
@@ -124,7 +125,7 @@ def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
 
 def remove_unfinished(root: Path) -> None:
     """Delete what a killed process left half-written."""
-    for staging in root.glob(f"{_STAGING_PREFIX}*"):
+    for staging in root.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(staging, ignore_errors=True)
 
 

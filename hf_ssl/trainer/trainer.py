@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl.data import BrokenCounter, DataConfig, LoadedBatch, Source, train_loader
 from hf_ssl.errors import UserError
-from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
-from hf_ssl.trainer.checkpoints import load_data_state, readable, replace_folder, save_checkpoint
+from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
 from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
+from hf_ssl.trainer.pushing import PushingTrainer
 from hf_ssl.trainer.terms import TermMeans
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
 from hf_ssl.views import ViewPreset
@@ -36,7 +36,7 @@ from hf_ssl.views import ViewPreset
 logger = logging.getLogger(__name__)
 
 
-class SSLTrainer(Trainer):
+class SSLTrainer(PushingTrainer):
     """Trains any method of hf_ssl on a source of images.
 
     Args:
@@ -171,12 +171,19 @@ class SSLTrainer(Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As in transformers; with `args.contrastive_chunk_size` in chunks (`gradient_cache`)."""
-        if self.args.contrastive_chunk_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self.method.train()
+        """Gradient and loss of a micro-batch; with `args.contrastive_chunk_size` in chunks
+        (`gradient_cache`).
+        """
+        if not self.method.training:  # asked first: setting it walks through all modules, which costs 1 ms
+            self.method.train()
+        share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
+        if size is None:
+            batch = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch) / share
+            self.accelerator.backward(loss)
+            return loss.detach()
         self._note(inputs)
-        size, share = self.args.contrastive_chunk_size, self.current_gradient_accumulation_steps
         output = cached_backward(
             self.method,
             [partial(part.inputs, self.args.device) for part in inputs.split(size)],
@@ -187,6 +194,12 @@ class SSLTrainer(Trainer):
             average_gradients(self.method.parameters())
         self._terms.add(output)
         return output.loss / share
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Only where it is logged, or known from clipping: 1 ms for 200 tensors."""
+        if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
 
     # Logging and the monitor.
 
@@ -247,25 +260,11 @@ class SSLTrainer(Trainer):
         self.resumed -= 1  # nothing is trained any more
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Without a folder: what is published, in `args.output_dir`. With one: the whole method model at
-        its root.
-        """
-        if not self.args.should_save:
-            return
-        if output_dir is not None:
-            # transformers would write old key names for a ViT, which its own Trainer cannot load again
-            # (issue 43701)
-            self.method.save_pretrained(output_dir, save_original_format=False)
-            return
-        root = Path(str(self.args.output_dir))
-        processor = image_processor(self.method.config.views, self.data.channels)
-        export_encoder(self.method.exported_encoder, processor, root)
-        replace_folder(root / "pretraining", self.method.save_pretrained)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.stopwatch.paused():
-            save_checkpoint(self)
+            folder = save_checkpoint(self)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
 
     def data_state(self) -> dict[str, Any]:
         """What this process knows beside the model, as JSON: a stream's position, broken images met so far,

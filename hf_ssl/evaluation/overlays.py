@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as pictures: maps and masks laid over the photo that the encoder saw, and patches as colours."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colours
+from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.loading import load_encoder
+from hf_ssl.evaluation.photo import read_photo
+
+SHOWN_SIDE = 320  # pictures of smaller inputs are enlarged to at least this
+COLOURS = "inferno"
+OPACITY = 0.65
+
+
+def attention_pictures(
+    model: nn.Module,
+    processor: Any,
+    photo: Tensor,
+    *,
+    layer: int = -1,
+    size: int | None = None,
+    mass: float = 0.6,
+    shown_side: int = SHOWN_SIDE,
+) -> dict[str, Image.Image]:
+    """Everything there is to see of one photo.
+
+    Args:
+        model, processor: an encoder that `has_attention`, and its image processor.
+        photo: (C, H, W) uint8.
+        layer: as for `attention_maps`.
+        size: shortest edge in pixels, the whole photo, cut to whole patches; None: the square that the
+            processor makes.
+        mass: share of attention in the mask.
+        shown_side: the pictures' shorter edge has at least so many pixels.
+
+    Returns:
+        RGB pictures of one size: "image" (what the encoder saw), "mean", "rollout", "mask", "colours"
+        (`pca_colours`), "head 1", "head 2", ...
+
+    Raises:
+        UserError: as `attention_maps`.
+    """
+    device = next(model.parameters()).device
+    if size is None:
+        pixels = pixel_values(processor, [photo], device)
+    else:
+        pixels = _at_size(processor, photo, size, patch_size(model))
+    maps = attention_maps(model, pixels, layer=layer)
+    height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
+    seen = _shown(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
+    mean = maps.mean[0]
+    pictures = {
+        "image": seen,
+        "mean": overlay(seen, mean),
+        "rollout": overlay(seen, maps.rollout[0]),
+        "mask": spotlight(seen, attention_mask_of(mean, mass)),
+        "colours": _enlarged(pca_colours(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+    }
+    heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
+    return pictures | heads
+
+
+def overlay(
+    photo: Image.Image,
+    values_hw: Tensor,
+    *,
+    colours: str = COLOURS,
+    opacity: float = OPACITY,
+    smooth: bool = True,
+) -> Image.Image:
+    """A map laid over a photo, from its smallest value (dark) to its largest (bright).
+
+    Args:
+        photo: RGB.
+        values_hw: (h, w) of any range; a map of one value is shown as zeros.
+        colours: a colormap of matplotlib.
+        opacity: of the colours, from 0 to 1.
+        smooth: interpolate between patches; False shows them as squares.
+
+    Returns:
+        RGB of the photo's size.
+    """
+    import matplotlib  # deferred: slow to import
+
+    low, high = values_hw.min(), values_hw.max()
+    scaled = (values_hw.float() - low) / (high - low).clamp(min=1e-12)
+    large = _resized(scaled[None], photo.size, smooth)[0].clamp(0, 1)
+    coloured = matplotlib.colormaps[colours](large.numpy(), bytes=True)
+    coloured[..., 3] = round(255 * opacity)
+    layers = (photo.convert("RGBA"), Image.fromarray(coloured))
+    return Image.alpha_composite(*layers).convert("RGB")
+
+
+def spotlight(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) -> Image.Image:
+    """A photo that is dark where the mask (h, w) is False; patches are squares."""
+    light = _resized(mask_hw.float()[None], photo.size, smooth=False)[0]
+    factor = 1 - darkness * (1 - light.numpy()[..., None])
+    return Image.fromarray((np.asarray(photo.convert("RGB")) * factor).round().astype(np.uint8))
+
+
+def write_attention_pictures(
+    model: str, photos: Sequence[Path], folder: Path, *, layer: int = -1, size: int | None = None
+) -> list[Path]:
+    """Write each photo's pictures as PNG files into a folder of its own below `folder`.
+
+    Args:
+        model: a folder, or a Hub id.
+        photos: files; two of the same name get numbers.
+        layer, size: as for `attention_pictures`.
+
+    Returns:
+        The photos' folders.
+
+    Raises:
+        UserError: no such encoder, one without attention maps, or a file that is no picture.
+    """
+    encoder, processor = load_encoder(model)
+    patch_size(encoder)  # says so before a photo is read, if there is no attention
+    written: list[Path] = []
+    for photo in photos:
+        try:
+            pixels = read_photo(photo, channels=encoder.config.num_channels)
+        except (UserError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{photo}: {reason}") from error
+        target = _free(folder, photo.stem, written)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, picture in attention_pictures(encoder, processor, pixels, layer=layer, size=size).items():
+            picture.save(target / f"{name.replace(' ', '_')}.png")
+        written.append(target)
+    return written
+
+
+def _free(folder: Path, stem: str, taken: list[Path]) -> Path:
+    """A folder for a photo of this name that no other photo of this call has."""
+    names = [stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 2))]
+    return next(folder / name for name in names if folder / name not in taken)
+
+
+def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
+    """(1, C, H, W) normalised: shortest edge `size`, both edges cut down to whole patches, nothing cropped
+    away."""
+    if size < patch:
+        raise UserError(f"expected a size of at least {patch} pixels, one patch, got {size}.")
+    short = min(photo.shape[1:])
+    height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
+    resized = F.interpolate(
+        photo[None].float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    mean, std = _normalisation(processor, photo.shape[0])
+    return (resized.clamp(0, 255) / 255 - mean) / std
+
+
+def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
+    """The RGB photo that normalised (C, H, W) pixels were."""
+    mean, std = _normalisation(processor, pixels.shape[0])
+    shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _normalisation(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C, 1, 1) by which the processor normalises values in [0, 1]."""
+    if not processor.do_normalize:
+        return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    return mean[:, None, None], std[:, None, None]
+
+
+def _shown(photo: Image.Image, side: int) -> Image.Image:
+    """A small photo enlarged by a whole number, its pixels still squares."""
+    factor = -(-side // min(photo.size))
+    if factor <= 1:
+        return photo
+    return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
+
+
+def _enlarged(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
+    large = _resized(values_3hw, size, smooth).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+
+
+def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
+    """(C, H, W) for a picture of `size` (width, height)."""
+    options: dict[str, Any] = (
+        {"mode": "bicubic", "align_corners": False} if smooth else {"mode": "nearest-exact"}
+    )
+    return F.interpolate(values_Chw[None], size=size[::-1], **options)[0]

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the folder of a Space: encoder, gallery, examples, the page and what it needs, nothing of this
+machine."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from datasets import ClassLabel
+from huggingface_hub import RepoCard, SpaceCardData
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ssl import __version__
+from hf_ssl.data import DataConfig, LabelledImages, labelled_images, open_source
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.ordering import permutation
+from hf_ssl.data.store import decoded_rows
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import (
+    build_gallery,
+    embed_gallery,
+    has_attention,
+    load_encoder,
+    thumbnail,
+)
+from hf_ssl.evaluation.features import Pooling
+from hf_ssl.hub import last_part, public
+from hf_ssl.resources import resource
+from hf_ssl.space.serve import FACTS, check_packages
+
+MAX_IMAGES = 10_000
+EXAMPLES = 10
+ENCODER = "encoder"
+_BATCH = 64
+_EXAMPLE_SIDE = 640
+_PAGE = ("app.py", "style.css", "requirements.txt")
+_PACKAGES = ("torch", "transformers", "gradio", "faiss-cpu")
+
+
+class _Example(NamedTuple):
+    image: Tensor
+    label: str | None
+
+
+def build_space(
+    model: str,
+    folder: Path,
+    data: DataConfig,
+    *,
+    images: int = MAX_IMAGES,
+    examples: int = EXAMPLES,
+    examples_split: str | None = None,
+    title: str | None = None,
+    pooling: Pooling = "auto",
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Embed a gallery and write a folder that `run_space`, or a Space on the Hub, serves as it is.
+
+    A local encoder is copied; of one on the Hub the id and the commit are kept. The folder appears when it is
+    whole.
+
+    Args:
+        model: a folder or the Hub id of an encoder with its image processor.
+        folder: new or empty, or an earlier Space, which is replaced.
+        data: the gallery's images, `data.split` of them; labels are shown where there are some.
+        images: at most so many, equally many of each class as far as there are.
+        examples: pictures to choose from, held out of the gallery.
+        examples_split: take the examples from this split instead.
+        title: heading of the page.
+        pooling: as for `extract_features`.
+        revision: branch, tag or commit of the model on the Hub.
+
+    Returns:
+        What `space.json` holds.
+
+    Raises:
+        UserError: an encoder or data that cannot be used, a missing package, a folder with something else.
+    """
+    check_packages()
+    _check_folder(folder)
+    if images < 1 or examples < 0:
+        raise UserError(f"expected images >= 1 and examples >= 0, got {images} and {examples}")
+    encoder, processor = load_encoder(model, revision)
+    held_out = examples if examples_split is None else 0
+    shown = _images(data, data.split, images + held_out)
+    features, thumbnails = embed_gallery(
+        encoder, processor, shown.iter_batches(_BATCH), pooling=pooling, description="gallery"
+    )
+    labels = _labels(shown)
+    if examples_split is None:
+        chosen = _spread(labels, len(thumbnails), min(examples, len(thumbnails) // 2))
+        kept = np.setdiff1d(np.arange(len(thumbnails)), chosen)
+        pictures = _examples(shown, labels, chosen)
+    else:
+        others = _images(data, examples_split, 20 * examples)
+        other_labels = _labels(others)
+        chosen = _spread(other_labels, len(others), min(examples, len(others)))
+        kept = np.arange(len(thumbnails))
+        pictures = _examples(others, other_labels, chosen)
+    gallery = build_gallery(
+        features[kept],
+        [thumbnails[number] for number in kept],
+        None if labels is None else [labels[number] for number in kept],
+    )
+    facts = _facts(model, encoder, shown, len(gallery), labels is not None, title, pooling)
+    part = folder.with_name(f"_{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        if facts["model"]["folder"]:
+            encoder.save_pretrained(part / ENCODER)
+            processor.save_pretrained(part / ENCODER)
+        gallery.save(part)
+        facts["examples"] = _write_examples(pictures, part)
+        _write_page(part, facts)
+        names = (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+        facts["files"] = sorted(names)  # what a publication uploads
+        (part / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return facts
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file()):
+        raise UserError(f"{folder} holds something else than a Space: give a new or empty folder")
+
+
+def _images(data: DataConfig, split: str, count: int) -> LabelledImages:
+    """Images of a split; without labels (all the same, no class names) where the data have none."""
+    data = replace(data, streaming=False)
+    source = open_source(data, split)
+    columns = source.dataset.features or {}
+    classes = [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]
+    if data.label_column is not None or len(classes) == 1:
+        return labelled_images(data, split, max_images=count)
+    if source.num_rows is not None and source.num_rows > count:
+        source = source.choose(np.sort(permutation(source.num_rows, 0)[:count]))
+    rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)
+    return LabelledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
+
+
+def _labels(images: LabelledImages) -> list[str] | None:
+    """Names of the classes of images that were all read."""
+    if not images.class_names:
+        return None
+    return [images.class_names[label] for label in images.labels.tolist()]
+
+
+def _examples(images: LabelledImages, labels: list[str] | None, chosen: np.ndarray) -> list[_Example]:
+    return [_Example(images[number], None if labels is None else labels[number]) for number in chosen]
+
+
+def _spread(labels: list[str] | None, total: int, count: int) -> np.ndarray:
+    """`count` of `total` numbers at random, one of each class first, then a second, ...; sorted by class."""
+    order = permutation(total, 1)
+    if labels is None:
+        return np.sort(order[:count])
+    seen: dict[str, int] = {}
+    turn = []
+    for number in order:
+        turn.append(seen.get(labels[number], 0))
+        seen[labels[number]] = turn[-1] + 1
+    chosen = order[np.argsort(turn, kind="stable")[:count]]
+    ranks = {name: rank for rank, name in enumerate(sorted(set(labels)))}
+    return np.array(sorted(chosen, key=lambda number: (ranks[labels[number]], number)), np.int64)
+
+
+def _facts(
+    model: str,
+    encoder: PreTrainedModel,
+    images: LabelledImages,
+    count: int,
+    labelled: bool,
+    title: str | None,
+    pooling: Pooling,
+) -> dict[str, Any]:
+    local = Path(model).is_dir()
+    name = last_part(str(Path(model).resolve())) if local else model
+    facts = {
+        "title": title or f"Nearest neighbours by {name}",
+        "model": {
+            "name": name,
+            "class": type(encoder).__name__,
+            "folder": ENCODER if local else None,
+            "revision": None if local else encoder.config._commit_hash,
+            "attention": has_attention(encoder),
+        },
+        "gallery": {
+            "data": images.description,
+            "revision": images.revision,
+            "images": count,
+            "labelled": labelled,
+        },
+        "pooling": pooling,
+        "versions": {"hf_ssl": __version__} | {package: version(package) for package in _PACKAGES},
+    }
+    return cast(dict[str, Any], public(facts))
+
+
+def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, str | None]]:
+    """PNG of small images, else JPEG, and a thumbnail of each."""
+    (folder / "examples").mkdir()
+    written: list[dict[str, str | None]] = []
+    for number, (image, label) in enumerate(pictures):
+        names = {}
+        for key, side in (("file", _EXAMPLE_SIDE), ("thumbnail", 128)):
+            encoded = thumbnail(image, side)
+            ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+            names[key] = f"examples/{number}_{key}.{ending}"
+            (folder / names[key]).write_bytes(encoded)
+        written.append({"label": label, **names})
+    return written
+
+
+def _write_page(folder: Path, facts: dict[str, Any]) -> None:
+    """The page, the README with its header for the Hub, and hf_ssl's own source files: it is on no index."""
+    page = resource("spaces", "retrieval")
+    for name in _PAGE:
+        shutil.copyfile(page / name, folder / name)
+    card = RepoCard((page / "README.md").read_text(encoding="utf-8"))
+    header = {**card.data.to_dict(), "title": facts["title"]}
+    if facts["model"]["folder"] is None:
+        header["models"] = [facts["model"]["name"]]
+    card.data = SpaceCardData(**header)
+    card.save(folder / "README.md")
+    package = Path(__file__).parent.parent
+    for source in sorted(package.rglob("*.py")):
+        if "_data" in source.relative_to(package).parts:
+            continue
+        target = folder / "hf_ssl" / source.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - the libraries read the environment when they are imported
+"""The page: choose an example or upload a photo, see its nearest neighbours and where the encoder looks.
+
+Only what is shown is decided here; everything else is `hf_ssl.evaluation`. `hf-ssl space build` puts this
+file beside an encoder, a gallery and `space.json`, and `python app.py` serves them. Pictures travel inside
+the page: nothing that was uploaded, or made of it, stays on the disk.
+"""
+
+import atexit
+import base64
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+FACTS = json.loads((FOLDER / "space.json").read_text(encoding="utf-8"))
+UPLOADS = Path(tempfile.mkdtemp(prefix="space-")).resolve()
+atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
+
+# Before the libraries are imported: they read these once.
+os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if FACTS["model"]["folder"]:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gradio as gr
+from PIL import Image
+from torch import Tensor
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import (
+    Gallery,
+    Neighbour,
+    Retriever,
+    attention_pictures,
+    has_attention,
+    load_encoder,
+    read_photo,
+    thumbnail,
+)
+from hf_ssl.evaluation.photo import MAX_BYTES
+
+QUERY_SIDE = 560
+NEIGHBOURS = 12  # fills rows of 4 and of 3
+STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
+NAMES = {
+    "mean": "All heads",
+    "rollout": "Through all layers",
+    "mask": "60 % of the attention",
+    "colours": "Alike parts, alike colours",
+}
+
+
+def open_retriever() -> Retriever:
+    """The encoder and the gallery that this Space was built of."""
+    model = FACTS["model"]
+    name = str(FOLDER / model["folder"]) if model["folder"] else model["name"]
+    encoder, processor = load_encoder(name, model["revision"])
+    return Retriever(encoder, processor, Gallery.load(FOLDER), FACTS["pooling"])
+
+
+def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
+    """The page's lower part for one picture, or one sentence where it cannot be read."""
+    try:
+        photo = read_photo(data, channels=retriever.model.config.num_channels)
+        found = retriever.neighbours(photo, NEIGHBOURS)
+        parts = [query(photo, caption), neighbours(retriever.gallery, found), attention(retriever, photo)]
+        return f'<div class="answer">{"".join(parts)}</div>'
+    except UserError as error:
+        return sentence(str(error))
+    except Exception:
+        logging.exception("a picture could not be answered")
+        return sentence("Something went wrong with this picture. Please try another one.")
+
+
+def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
+    """The answer to an uploaded file, which is deleted before the answer is returned."""
+    if file is None:
+        return sentence("No file arrived. Please try again.")
+    path = Path(file["path"]).resolve()
+    if not path.is_relative_to(UPLOADS):
+        return sentence("No file arrived. Please try again.")
+    try:
+        return answer(retriever, path, "Your picture")
+    finally:
+        shutil.rmtree(path.parent) if path.parent != UPLOADS else path.unlink(missing_ok=True)
+
+
+def query(photo: Tensor, caption: str) -> str:
+    shown = figure(
+        thumbnail(photo, QUERY_SIDE), escape(caption), f"The picture that was asked about: {caption}"
+    )
+    return f'<section class="query" aria-label="The picture">{shown}</section>'
+
+
+def neighbours(gallery: Gallery, found: list[Neighbour]) -> str:
+    items = []
+    for rank, (number, similarity, label) in enumerate(found, start=1):
+        value = f"{similarity:.2f}"
+        caption = value if label is None else f"<span>{escape(label)}</span> · {value}"
+        alt = f"Neighbour {rank}, similarity {value}" + ("" if label is None else f", {label}")
+        items.append(f"<li>{figure(gallery.thumbnails[number], caption, alt)}</li>")
+    grid = f'<ol class="grid">{"".join(items)}</ol>'
+    return f'<section class="neighbours"><h2>Most alike in the gallery</h2>{grid}</section>'
+
+
+def attention(retriever: Retriever, photo: Tensor) -> str:
+    """Maps of the last layer, or a sentence for an encoder that has none."""
+    title = "<h2>Where the encoder looks</h2>"
+    if not has_attention(retriever.model):
+        kind = escape(FACTS["model"]["class"].removesuffix("Model"))
+        return (
+            f'<section class="attention">{title}<p class="quiet">This encoder is a {kind}, which has no '
+            "attention. Encoders of the ViT family show here which parts of the picture they look at.</p>"
+            "</section>"
+        )
+    pictures = attention_pictures(retriever.model, retriever.processor, photo)
+    pictures.pop("image")
+    summary, heads = [], []
+    for name, picture in pictures.items():
+        caption = NAMES.get(name, name.capitalize())
+        shown = f"<li>{figure(jpeg(picture), escape(caption), f'Attention on the picture: {caption}')}</li>"
+        (summary if name in NAMES else heads).append(shown)
+    return (
+        f'<section class="attention">{title}<ul class="grid wide">{"".join(summary)}</ul>'
+        f'<h3>Each head of the last layer</h3><ul class="grid">{"".join(heads)}</ul></section>'
+    )
+
+
+def figure(encoded: bytes, caption: str, alt: str) -> str:
+    """A picture inside the page with its caption, which is HTML."""
+    return (
+        f'<figure><img src="{data_uri(encoded)}" alt="{escape(alt, quote=True)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def data_uri(encoded: bytes) -> str:
+    kind = "png" if encoded.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def sentence(text: str) -> str:
+    return f'<p class="problem" role="alert">{escape(text)}</p>'
+
+
+def introduction() -> str:
+    model, gallery = FACTS["model"], FACTS["gallery"]
+    return (
+        f'<header class="introduction"><h1>{escape(FACTS["title"])}</h1><p>Choose a picture, or upload one: '
+        f"below is what the encoder <b>{escape(model['name'])}</b> finds most alike among "
+        f"{gallery['images']:,} images.</p></header>"
+    )
+
+
+def closing() -> str:
+    gallery = FACTS["gallery"]
+    words = "label and similarity" if gallery["labelled"] else "similarity"
+    return (
+        f'<footer class="closing">Below each image: {words} (cosine; 1 is the same). Gallery: '
+        f"{gallery['images']:,} images of {escape(gallery['data'])}. An uploaded picture is deleted as soon "
+        "as it has been read.</footer>"
+    )
+
+
+def example_style() -> str:
+    """Each example's button shows its picture."""
+    rules = []
+    for number, example in enumerate(FACTS["examples"]):
+        picture = data_uri((FOLDER / example["thumbnail"]).read_bytes())
+        rules.append(f'#example-{number}::before {{ background-image: url("{picture}"); }}')
+    return "\n".join(rules)
+
+
+def page(retriever: Retriever) -> gr.Blocks:
+    """The page, with the first example answered: that also warms the encoder up before anybody waits."""
+    examples = [
+        (FOLDER / example["file"], example["label"] or f"{number}")
+        for number, example in enumerate(FACTS["examples"], start=1)
+    ]
+    labelled = FACTS["gallery"]["labelled"]
+    captions = [f"Example: {label}" if labelled else f"Example {label}" for _, label in examples]
+    first = answer(retriever, examples[0][0], captions[0]) if examples else ""
+    one_at_a_time: dict[str, Any] = {
+        "concurrency_id": "encoder",
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+        "show_progress": "minimal",
+    }
+    # Uploads that nobody asks about are deleted after a minute.
+    with gr.Blocks(title=FACTS["title"], delete_cache=(60, 60)) as blocks:
+        gr.HTML(introduction())
+        with gr.Row(elem_id="choices"):
+            upload = gr.UploadButton(
+                "Upload a photo", file_types=["image"], variant="primary", elem_id="upload"
+            )
+            buttons = [
+                gr.Button(label, elem_id=f"example-{number}", elem_classes="example")
+                for number, (_, label) in enumerate(examples)
+            ]
+        shown = gr.HTML(first, elem_id="answer")
+        gr.HTML(closing())
+        upload.upload(partial(uploaded, retriever), upload, shown, preprocess=False, **one_at_a_time)
+        for button, (path, _), caption in zip(buttons, examples, captions, strict=True):
+            button.click(partial(answer, retriever, path, caption), None, shown, **one_at_a_time)
+    return blocks
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what stands in atexit is done then too
+    blocks = page(open_retriever())
+    _, address, _ = blocks.launch(
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        max_file_size=MAX_BYTES,
+        ssr_mode=False,
+        theme=gr.themes.Base(
+            primary_hue="indigo",
+            neutral_hue="slate",
+            font=["system-ui", "sans-serif"],
+            font_mono=["monospace"],
+        ),
+        css=f"{STYLE}\n{example_style()}",
+    )
+    print(f"the Space is at {address}", flush=True)
+    blocks.block_thread()
+
+
+if __name__ == "__main__":
+    main()

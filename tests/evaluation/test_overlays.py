@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as pictures: where they are bright, what size they have, and what is written."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import attention_maps, attention_pictures, overlay, spotlight, write_attention_pictures
+
+KEYS = ["image", "mean", "rollout", "mask", "colours", "head 1", "head 2"]
+
+
+def vit() -> ViTModel:
+    torch.manual_seed(0)
+    return ViTModel(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32,
+            patch_size=8,
+        )
+    )  # fmt: skip
+
+
+def processor() -> BitImageProcessor:
+    return BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=2,
+        image_mean=[0.5, 0.4, 0.3], image_std=[0.25, 0.2, 0.3], do_convert_rgb=True,
+    )  # fmt: skip
+
+
+def photo(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_pictures_show_what_the_encoder_saw() -> None:
+    pixels = photo(32, 48)
+    pictures = attention_pictures(vit(), processor(), pixels, shown_side=64)
+    assert list(pictures) == KEYS
+    assert {picture.size for picture in pictures.values()} == {(64, 64)}
+    assert {picture.mode for picture in pictures.values()} == {"RGB"}
+    maps = attention_maps(vit(), processor()([pixels], return_tensors="pt")["pixel_values"])
+    shown = {"mean": maps.mean[0], "rollout": maps.rollout[0], "head 2": maps.heads[0, 1]}
+    for name, values in shown.items():
+        np.testing.assert_array_equal(
+            np.asarray(pictures[name]), np.asarray(overlay(pictures["image"], values))
+        )
+    middle = pixels[:, :, 8:40].repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(np.asarray(pictures["image"]), middle)
+
+
+def test_a_size_keeps_the_whole_photo() -> None:
+    pictures = attention_pictures(vit(), processor(), photo(40, 100), size=44, shown_side=1)
+    assert {picture.size for picture in pictures.values()} == {(104, 40)}  # 44 x 110 in whole patches
+    same = attention_pictures(vit(), processor(), photo(32, 48), size=32, shown_side=1)["image"]
+    np.testing.assert_array_equal(np.asarray(same), photo(32, 48).permute(1, 2, 0).numpy())
+    with pytest.raises(UserError, match="expected a size of at least 8 pixels"):
+        attention_pictures(vit(), processor(), photo(40, 100), size=7)
+
+
+def test_overlays_are_blended_colours() -> None:
+    grey = Image.new("RGB", (8, 4), (100, 100, 100))
+    values = torch.tensor([[2.0, 3.0]])
+    shown = np.asarray(overlay(grey, values, opacity=0.5, smooth=False, colours="viridis")).astype(float)
+    low, high = (np.array(matplotlib.colormaps["viridis"](value)[:3]) * 255 for value in (0.0, 1.0))
+    assert np.abs(shown[:, :4] - (low + 100) / 2).max() <= 1.5
+    assert np.abs(shown[:, 4:] - (high + 100) / 2).max() <= 1.5
+    smooth = np.asarray(overlay(grey, values, opacity=1.0)).astype(float).sum(axis=2)
+    assert (np.diff(smooth[0]) >= -2).all() and len(np.unique(smooth[0])) > 3
+    assert np.isfinite(np.asarray(overlay(grey, torch.ones(2, 2)))).all()  # a map of one value
+
+
+def test_spotlight_darkens_the_rest() -> None:
+    mask = torch.tensor([[True, False], [False, True]])
+    shown = np.asarray(spotlight(Image.new("RGB", (4, 4), (200, 100, 40)), mask, darkness=0.5))
+    assert (shown[:2, :2] == [200, 100, 40]).all() and (shown[:2, 2:] == [100, 50, 20]).all()
+    assert (shown[2:, 2:] == [200, 100, 40]).all()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT, a ResNet and two photos of one name."""
+    root = tmp_path_factory.mktemp("attention")
+    vit().save_pretrained(root / "vit")
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(root / "resnet")
+    for name in ("vit", "resnet"):
+        processor().save_pretrained(root / name)
+    for name in ("a", "b"):
+        (root / name).mkdir()
+        Image.new("RGB", (50, 40), (200, 10, 10)).save(root / name / "dog.png")
+    (root / "page.jpg").write_text("<html></html>")
+    return root
+
+
+def test_written_pictures(folders: Path, tmp_path: Path) -> None:
+    photos = [folders / "a" / "dog.png", folders / "b" / "dog.png"]
+    written = write_attention_pictures(str(folders / "vit"), photos, tmp_path, size=32)
+    assert written == [tmp_path / "dog", tmp_path / "dog_2"]
+    names = sorted(f"{key.replace(' ', '_')}.png" for key in KEYS)
+    for folder in written:
+        assert sorted(path.name for path in folder.iterdir()) == names
+        with Image.open(folder / "mean.png") as picture:
+            assert picture.size == (400, 320)
+
+
+def test_mistakes_are_told(folders: Path, tmp_path: Path) -> None:
+    good = folders / "a" / "dog.png"
+    for model, path, sentence in (
+        ("resnet", good, "ResNetModel has no attention maps"),
+        ("vit", folders / "page.jpg", r"page\.jpg: This file is not a picture"),
+        ("vit", folders / "nothing.jpg", r"nothing\.jpg: No such file"),
+        ("nothing", good, "cannot load an encoder and its image processor from"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            write_attention_pictures(str(folders / model), [path], tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of strangers: what is a picture is read as anybody sees it, the rest ends in one sentence."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import photo as photo_module
+from hf_ssl.evaluation import read_photo
+
+ORIENTATION = 0x0112
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A header that promises many pixels, and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return encoded(noise(), "JPEG", exif=exif)
+
+
+SIXTEEN = Image.fromarray(np.full((30, 40), 65535, np.uint16))
+GOOD = {
+    "png": (encoded(noise(), "PNG"), (30, 40)),
+    "jpeg": (encoded(noise(), "JPEG"), (30, 40)),
+    "webp": (encoded(noise(), "WEBP"), (30, 40)),
+    "bmp": (encoded(noise(), "BMP"), (30, 40)),
+    "tiff": (encoded(noise(), "TIFF"), (30, 40)),
+    "grey": (encoded(noise("L"), "PNG"), (30, 40)),
+    "palette": (encoded(noise("P"), "PNG"), (30, 40)),
+    "cmyk": (encoded(noise("CMYK"), "JPEG"), (30, 40)),
+    "transparent": (encoded(noise("RGBA"), "PNG"), (30, 40)),
+    "16 bits": (encoded(SIXTEEN, "PNG"), (30, 40)),
+    "animated": (animation(), (6, 8)),
+    "turned": (rotated(), (40, 30)),
+    "one pixel": (encoded(noise(size=(1, 1)), "PNG"), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_pictures_are_read(name: str, tmp_path: Path) -> None:
+    data, size = GOOD[name]
+    pixels = read_photo(data)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, *size)
+    path = tmp_path / "without_ending"
+    path.write_bytes(data)
+    assert torch.equal(read_photo(path), pixels)
+    assert read_photo(data, channels=1).shape == (1, *size)
+
+
+def test_pixels_are_what_people_see() -> None:
+    assert torch.equal(read_photo(GOOD["png"][0]), torch.from_numpy(np.array(noise())).permute(2, 0, 1))
+    assert (read_photo(GOOD["16 bits"][0]) == 255).all()
+    assert read_photo(GOOD["animated"][0])[:, 0, 0].tolist() == [255, 0, 0]
+
+
+BAD = {
+    "empty": (b"", "This file is empty"),
+    "text": (b"hello", "This file is not a picture that can be read"),
+    "html": (b"<!doctype html><html><img src=x></html>", "This file is not a picture"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "This file is not a picture"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "This file is not a picture"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "This file is not a picture"),
+    "only a signature": (b"\x89PNG\r\n\x1a\n", "This file is not a picture"),
+    "cut jpeg": (GOOD["jpeg"][0][:-200], "damaged or incomplete"),
+    "cut png": (GOOD["png"][0][:-1500], "damaged or incomplete"),
+    "cut webp": (GOOD["webp"][0][:-300], "(damaged or incomplete|not a picture)"),
+    "many pixels": (
+        huge_png(10_000, 9_000),
+        "10,000 x 9,000 pixels. Please choose one of at most 50 million",
+    ),
+    "a bomb": (huge_png(100_000, 100_000), "too many pixels. Please choose one of at most 50 million"),
+    "a line": (
+        encoded(noise(size=(210, 10)), "PNG"),
+        "210 x 10 pixels. Please choose one that is at most 20",
+    ),
+    "floats": (encoded(Image.new("F", (40, 30)), "TIFF"), "cannot be shown: its pixels are floating-point"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_the_rest_is_one_sentence(name: str) -> None:
+    data, sentence = BAD[name]
+    with pytest.raises(UserError, match=sentence) as refused:
+        read_photo(data)
+    assert "\n" not in str(refused.value) and "/" not in str(refused.value)
+
+
+def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(photo_module, "decode", fail)
+    with pytest.raises(UserError, match="40 x 30 pixels"):
+        read_photo(GOOD["png"][0], max_pixels=1199)
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(30 * 2**20)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=r"This file has 30 MB\. Please choose a picture of at most 20 MB"):
+        read_photo(path)
+    with pytest.raises(UserError, match="This file has"):
+        read_photo(bytes(100), max_bytes=99)

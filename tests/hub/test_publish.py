@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing with the real client: what goes, what stays, and what happens when it goes wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import HubServer
+
+from hf_ssl.errors import UserError
+from hf_ssl.hub.publish import publish
+from hf_ssl.hub.refusals import WHOLE
+
+REPO = "someone/digits"
+FILES = {
+    "README.md", "config.json", "curves.png", "facts.json", "model.safetensors", "preprocessor_config.json",
+    "pretraining/config.json", "pretraining/model.safetensors", "results/smoke/simclr.json", "views.png",
+}  # fmt: skip
+# Published with another name than the folder's, and so with other words.
+RENAMED = {"README.md", "facts.json"}
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write to."""
+    return Path(shutil.copytree(finished_run, tmp_path / "digits"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def refused(folder: Path, repo_id: str = REPO, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        publish(folder, repo_id, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_repo_is_the_run(online: HubServer, finished_run: Path) -> None:
+    before = contents(finished_run)
+    done = publish(finished_run, REPO)
+    repo = online.store.model(REPO)
+    assert set(repo.head.files) == FILES | {".gitattributes"}
+    assert set(done.uploaded) == FILES and (done.deleted, done.commit) == ((), repo.head.oid)
+    assert done.url == f"{online.endpoint}/{REPO}"
+    assert len(repo.commits) == 2, "one commit beside the first"
+    assert all(repo.head.files[name].data == before[name] for name in FILES - RENAMED)
+    card = repo.head.files["README.md"].data.decode()
+    assert f'repo = "{REPO}"' in card and f"name: {REPO}" in card
+    assert json.loads(repo.head.files["facts.json"].data)["repo_id"] == REPO
+    assert contents(finished_run) == before, "the run's folder is only read"
+    assert not repo.private
+
+
+def test_again_only_changes_go(online: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(run, REPO)
+    repo = online.store.model(REPO)
+    own = {"NOTES.md": b"mine", "pretraining/plot.json": b"{}", "other.safetensors": b"0"}
+    repo.commit("main", "by hand", online.store.blobs(own))
+    puts = online.count("PUT /lfs/")
+    capsys.readouterr()
+
+    done = publish(run, REPO)
+    assert (done.uploaded, done.deleted, done.commit) == ((), (), repo.head.oid)
+    assert "nothing has changed" in capsys.readouterr().out
+    assert len(repo.commits) == 3 and online.count("PUT /lfs/") == puts
+
+    (run / "curves.png").write_bytes(b"\x89PNG another")
+    (run / "preprocessor_config.json").write_text('{"size": 8}')
+    shutil.rmtree(run / "pretraining")
+    done = publish(run, REPO)
+    assert (
+        set(repo.head.added) == set(done.uploaded) == {"README.md", "curves.png", "preprocessor_config.json"}
+    )
+    assert set(repo.head.deleted) == {"pretraining/config.json", "pretraining/model.safetensors"}
+    assert online.count("PUT /lfs/") == puts + 1
+    assert all(repo.head.files[name].data == data for name, data in own.items())
+    assert "deleted: pretraining/config.json, pretraining/model.safetensors" in capsys.readouterr().out
+
+
+def test_weights_in_other_pieces_leave_no_old_ones(online: HubServer, run: Path) -> None:
+    publish(run, REPO)
+    whole, part = run / "model.safetensors", run / "model-00001-of-00001.safetensors"
+    whole.rename(part)
+    (run / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": part.name}}))
+    done = publish(run, REPO)
+    assert set(done.uploaded) == {part.name, "model.safetensors.index.json"}
+    assert done.deleted == ("model.safetensors",)
+    part.unlink()
+    assert f"{part.name} is missing" in refused(run)
+
+
+def test_a_dry_run_needs_nothing(
+    hub: HubServer, finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    assert publish(finished_run, "name", private=True, dry_run=True) is None
+    *listed, total = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in listed} == FILES and all(line.endswith("B") for line in listed)
+    assert total.startswith("10 files, ") and "to name (private)" in total
+    assert hub.requests == []
+
+
+def test_private(online: HubServer, run: Path) -> None:
+    done = publish(run, "hidden", private=True)
+    repo = online.store.model("someone/hidden")
+    assert (done.repo_id, repo.private) == ("someone/hidden", True)
+    (run / "curves.png").write_bytes(b"\x89PNG another")
+    publish(run, "someone/hidden")
+    assert repo.private and len(repo.commits) == 3, "its visibility is kept"
+    repo.private = False
+    (run / "curves.png").write_bytes(b"\x89PNG a third")
+    assert "is there and public, so nothing was sent" in refused(run, "someone/hidden", private=True)
+    assert len(repo.commits) == 3
+
+    facts = json.loads((run / "facts.json").read_text())
+    facts["recipe"]["sections"]["publish"]["private"] = True
+    (run / "facts.json").write_text(json.dumps(facts))
+    publish(run, "lab/by-recipe")
+    assert online.store.model("lab/by-recipe").private
+
+
+LASTING = 1000
+FAULTS = {
+    "an upload is cut": ("PUT /lfs/", {"after": 1000}),
+    "an upload meets a broken server": ("PUT /lfs/", {"status": 500}),
+    "the commit is cut": ("POST .*/commit/", {"after": 200}),
+    "the commit meets a busy server": ("POST .*/commit/", {"status": 503}),
+    "the list of files meets a busy server": (r"GET .*blobs", {"status": 502}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_was_there_stays_whole(online: HubServer, run: Path, name: str) -> None:
+    publish(run, REPO)
+    repo = online.store.model(REPO)
+    before = repo.head
+    for path in (run / "model.safetensors", run / "pretraining" / "model.safetensors"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-4] + b"\0\0\0\1")
+    pattern, fault = FAULTS[name]
+    stumble = online.fail if "status" in fault else online.cut
+    stumble(pattern, **fault, times=LASTING)
+    sentence = refused(run)
+    assert WHOLE in sentence and online.endpoint in sentence
+    assert repo.head is before and len(repo.commits) == 2
+
+    online.heal()
+    assert set(publish(run, REPO).uploaded) == {"model.safetensors", "pretraining/model.safetensors"}
+    assert repo.head.files["model.safetensors"].data == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["whoami", "repos/create", "blobs", "validate-yaml", "preupload", "batch", "PUT", "commit"]
+)
+def test_a_short_burst_passes_by_itself(online: HubServer, finished_run: Path, pattern: str) -> None:
+    online.fail(pattern, status=503, times=2)
+    assert set(publish(finished_run, REPO).uploaded) == FILES
+    assert len(online.store.model(REPO).commits) == 2
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(online: HubServer, finished_run: Path) -> None:
+    online.cut("POST .*/commit/", unanswered=True)
+    done = publish(finished_run, REPO)
+    repo = online.store.model(REPO)
+    assert (set(done.uploaded), done.commit) == (FILES, repo.head.oid)
+    assert len(repo.commits) == 2
+
+
+def test_somebody_elses_commit_meanwhile_is_kept(
+    online: HubServer, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = huggingface_hub.HfApi.create_commit, []
+
+    def late(api, *arguments, **options):
+        calls.append(options["parent_commit"])
+        if len(calls) == 1:
+            repo = online.store.model(REPO)
+            repo.commit("main", "by hand", online.store.blobs({"README.md": b"theirs", "NOTES.md": b"mine"}))
+        return original(api, *arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", late)
+    publish(finished_run, REPO)
+    files = online.store.model(REPO).head.files
+    assert len(set(calls)) == 2 and files["NOTES.md"].data == b"mine" and files["README.md"].data != b"theirs"
+
+
+REFUSALS = {
+    "no token": (REPO, {"token": None}, "no token of the Hub was found: run `hf auth login`"),
+    "a token that may read": (REPO, {"token": "read"}, "the token of someone may only read"),
+    "an unknown token": (REPO, {"token": "hf_unknown"}, "does not accept the token"),
+    "a foreign namespace": ("stranger/digits", {}, "may write to someone, lab, not to stranger"),
+    "no name": ("some one/digits", {}, "'some one/digits' is no name of a repo"),
+    "too many parts": ("a/b/c", {}, "'a/b/c' is no name of a repo"),
+    "offline": (REPO, {"offline": True}, "while HF_HUB_OFFLINE is set"),
+    "nobody there": (REPO, {"endpoint": "http://127.0.0.1:9"}, "the connection to http://127.0.0.1:9 failed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(online: HubServer, finished_run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo_id, change, sentence = REFUSALS[name]
+    constants = huggingface_hub.constants
+    if "token" in change:
+        token = {"read": online.read_token}.get(change["token"], change["token"])
+        monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", "offline" in change)
+    monkeypatch.setattr(constants, "ENDPOINT", change.get("endpoint", online.endpoint))
+    assert sentence in refused(finished_run, repo_id)
+    assert online.store.repos == {}, "nothing was made"
+
+
+def test_a_token_that_may_write_elsewhere(online: HubServer, finished_run: Path) -> None:
+    online.store.add_repo("models", "stranger/open")
+    assert "the token may not write to stranger/open" in refused(finished_run, "stranger/open")
+    online.store.add_repo("models", "stranger/closed", private=True)
+    assert "not to stranger" in refused(finished_run, "stranger/closed")
+
+
+def test_folders_that_are_no_finished_run(run: Path, tmp_path: Path) -> None:
+    assert f"got {tmp_path / 'none'}, which is no folder" in refused(tmp_path / "none")
+    (run / "facts.json").unlink()
+    (run / "README.md").unlink()
+    sentence = refused(run)
+    assert f"{run} is no finished run, README.md, facts.json missing" in sentence
+    assert sentence.endswith("the command that began it finishes it")
+    assert "preprocessor_config.json, README.md, facts.json missing" in refused(run / "checkpoint-8")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pretraining/model.safetensors"])
+def test_damaged_weights(run: Path, name: str) -> None:
+    whole = (run / name).read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"nothing like it" * 10):
+        (run / name).write_bytes(damaged)
+        assert "is damaged: it is not as long as its header says" in refused(run, dry_run=True)
+
+
+def test_a_picture_that_is_missing(run: Path) -> None:
+    (run / "views.png").unlink()
+    assert "the picture views.png that its facts name is missing" in refused(run, dry_run=True)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "_run.json"])
+def test_facts_name_pictures_alone(run: Path, name: str) -> None:
+    (run.parent / "secret.png").write_bytes(b"")
+    facts = json.loads((run / "facts.json").read_text())
+    facts["pictures"][name] = "x"
+    (run / "facts.json").write_text(json.dumps(facts))
+    assert f"the picture {name} that its facts name is missing" in refused(run, dry_run=True)
+
+
+def test_a_card_that_was_edited_is_kept(online: HubServer, run: Path) -> None:
+    card = run / "README.md"
+    card.write_text(card.read_text() + "\nMore about it.\n")
+    publish(run, REPO)
+    assert online.store.model(REPO).head.files["README.md"].data == card.read_bytes()
+    card.write_text("---\nlicense: [\n---\n")
+    assert "the metadata at the beginning of README.md cannot be read" in refused(run)

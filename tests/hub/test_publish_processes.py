@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way in processes of their own: the command publishes, strangers load, data is streamed, training
+pushes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_ssl.data.digits import digits
+
+REPO = "someone/digits"
+
+# Runs without hf_ssl, and then with it: the same repo for both.
+STRANGER = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_ssl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import json, re
+import torch
+from PIL import Image
+from huggingface_hub import hf_hub_download
+from transformers import AutoImageProcessor, AutoModel
+
+repo, folder = sys.argv[1:]
+wrong = ("missing_keys", "unexpected_keys")
+torch.set_num_threads(1)
+processor = AutoImageProcessor.from_pretrained(repo)
+encoder, report = AutoModel.from_pretrained(repo, output_loading_info=True)
+with torch.inference_mode():
+    features = encoder(**processor(Image.open(f"{folder}/photo.jpg"), return_tensors="pt")).pooler_output
+torch.save({"features": features, "weights": encoder.state_dict()}, f"{folder}/stranger.pt")
+code = re.search(r"```python\\n(.*?)```", open(hf_hub_download(repo, "README.md")).read(), re.S)[1]
+scope = {}
+exec(code.replace('"photo.jpg"', repr(f"{folder}/photo.jpg")), scope)
+found = {
+    "class": type(encoder).__module__, "keys": [len(report[key]) for key in wrong],
+    "card": torch.equal(scope["features"], features.flatten(1)), "stranger": "hf_ssl" not in sys.modules,
+}
+sys.meta_path.pop(0)
+import hf_ssl
+from transformers import AutoModelForPreTraining
+method, report = AutoModelForPreTraining.from_pretrained(
+    repo, subfolder="pretraining", output_loading_info=True
+)
+torch.save(method.state_dict(), f"{folder}/method.pt")
+found |= {"method": type(method).__name__, "method keys": [len(report[key]) for key in wrong]}
+print(json.dumps(found))
+"""
+
+
+def process(hub: HubServer, home: Path, *command: str, token: str | None = None, **changed: str):
+    return subprocess.run(
+        [sys.executable, *command],
+        env=hub.environment(home, token) | changed,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_published_and_loaded_by_strangers(hub: HubServer, finished_run: Path, tmp_path: Path) -> None:
+    command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
+    done = process(hub, tmp_path, *command, token=hub.write_token)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{hub.endpoint}/{REPO}"
+
+    pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.jpg")
+    done = process(hub, tmp_path / "home", "-c", STRANGER, REPO, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["class"].startswith("transformers.") and found["stranger"] and found["card"]
+    assert (found["keys"], found["method keys"], found["method"]) == ([0, 0], [0, 0], "SimCLRForPreTraining")
+
+    encoder, processor = (
+        AutoModel.from_pretrained(finished_run),
+        AutoImageProcessor.from_pretrained(finished_run),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        inputs = processor(Image.open(tmp_path / "photo.jpg"), return_tensors="pt")
+        features = encoder(**inputs).pooler_output
+    torch.set_num_threads(threads)
+    loaded = torch.load(tmp_path / "stranger.pt")
+    assert torch.equal(loaded["features"], features)
+    assert all(torch.equal(value, loaded["weights"][name]) for name, value in encoder.state_dict().items())
+
+
+def test_the_command_without_xet_on_the_other_side(
+    hub: HubServer, finished_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("hf_xet")
+    command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
+    done = process(hub, tmp_path, *command, token=hub.write_token, HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 2
+    assert "set HF_HUB_DISABLE_XET=1 and give the same command again" in done.stderr.splitlines()[-1]
+    assert [commit.summary for commit in hub.store.model(REPO).commits] == ["initial commit"]
+    assert hub.count("xet-write-token") == 1, "what cannot pass is not tried again"
+
+
+def test_publishing_loads_no_torch(finished_run: Path) -> None:
+    code = (
+        "import sys\n"
+        "from hf_ssl.cli import main\n"
+        f"assert main(['publish', {str(finished_run)!r}, 'a/b', '--dry-run']) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("role", [None, "read"])
+def test_a_missing_and_a_read_only_token(
+    hub: HubServer, finished_run: Path, tmp_path: Path, role: str | None
+) -> None:
+    command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
+    done = process(hub, tmp_path, *command, token=None if role is None else hub.read_token)
+    assert (done.returncode, done.stdout) == (2, "")
+    (sentence,) = done.stderr.splitlines()
+    expected = "no token of the Hub was found" if role is None else "the token of someone may only read"
+    assert sentence.startswith(f"hf-ssl: {expected}")
+    assert hub.store.repos == {}
+
+
+def test_pretraining_streams_from_the_hub_and_pushes(hub: HubServer, tmp_path: Path) -> None:
+    """The first push fails for good; training goes on, the later ones arrive."""
+    data = tmp_path / "data" / "train-00000-of-00001.parquet"
+    data.parent.mkdir()
+    digits()["train"].select(range(600)).to_parquet(data)
+    hub.store.add_repo("datasets", "someone/images", data.parent, private=True)
+    hub.fail("POST .*/commit/", status=400)
+    output = tmp_path / "runs" / "streamed"
+    done = process(
+        hub, tmp_path / "home", "-m", "hf_ssl", "pretrain", "smoke/simclr", "data.path=someone/images",
+        "data.streaming=true", f"training.output_dir={output}", "training.monitor_steps=0",
+        "training.push_to_hub=true", "training.hub_strategy=checkpoint", "training.hub_always_push=true",
+        f"training.hub_token={hub.write_token}", "publish.repo_id=streamed", "publish.private=true",
+        token=hub.write_token,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "not pushed to" in done.stderr and hub.count(r"GET /datasets/someone/images/resolve") >= 1
+    repo = hub.store.model("someone/streamed")
+    assert repo.private
+    assert [commit.summary for commit in repo.commits] == [
+        "initial commit", "Training in progress, step 8", "End of training",
+    ]  # fmt: skip
+    during, after = repo.commits[1].files, repo.head.files
+    assert json.loads(during["config.json"].data)["architectures"] == ["ResNetModel"]
+    assert json.loads(during["last-checkpoint/config.json"].data)["model_type"] == "ssl_simclr"
+    assert b"step 8 of 8" in during["README.md"].data and "facts.json" not in during
+    checkpoint = output / "checkpoint-8"
+    sent = {
+        Path(name).name: blob.data for name, blob in during.items() if name.startswith("last-checkpoint/")
+    }
+    assert set(sent) == set(os.listdir(checkpoint))
+    assert sent["optimizer.pt"] == (checkpoint / "optimizer.pt").read_bytes()
+    assert after["model.safetensors"].data == (output / "model.safetensors").read_bytes()
+    facts = json.loads(after["facts.json"].data)
+    assert (facts["repo_id"], facts["data"]["hub_id"]) == ("someone/streamed", "someone/images")
+    assert re.search(r'repo = "someone/streamed"', after["README.md"].data.decode())
+    assert [name for name in os.listdir(output) if name.startswith("_writing")] == []
+    assert hub.write_token not in (output / "_run.json").read_text()
+    received = hub.received()
+    assert [
+        text for text in (hub.write_token, str(tmp_path), str(Path.cwd())) if text.encode() in received
+    ] == []
