@@ -2,9 +2,30 @@
 """Losses as pure functions of tensors (layer 0, torch only): nothing here holds state or knows a process
 group.
 
-Legend of the suffixes: V views, B batch, D dims, N = V * B rows.
+Legend of the suffixes: V views, A views that have a teacher or assignments, B batch, D dims, K classes,
+prototypes or a queue, N patches or rows, P values in a patch.
 """
 
-from hf_ssl.losses.contrastive import nt_xent
+from hf_ssl.losses.clustering import cluster_cross_entropy, sinkhorn, swapped_prediction
+from hf_ssl.losses.contrastive import info_nce, nt_xent, triplet
+from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
+from hf_ssl.losses.covariance import vicreg_terms
+from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
+from hf_ssl.losses.regression import cosine_regression, latent_smooth_l1, masked_patch_mse
 
-__all__ = ["nt_xent"]
+__all__ = [
+    "barlow_twins",
+    "barlow_twins_terms",
+    "cluster_cross_entropy",
+    "cosine_regression",
+    "dino_center",
+    "dino_cross_entropy",
+    "info_nce",
+    "latent_smooth_l1",
+    "masked_patch_mse",
+    "nt_xent",
+    "sinkhorn",
+    "swapped_prediction",
+    "triplet",
+    "vicreg_terms",
+]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contrastive losses. Legend: V views, B batch, D dims, N = V * B rows."""
+"""Contrastive losses. Legend: V views, B batch, D dims, K rows of a queue, N = V * B rows."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize, softplus
 
-from hf_ssl.losses.precision import full_precision
+from hf_ssl.losses.precision import full_precision, without_autocast
 
 # Rows of the similarity matrix that exist at once. A block of 1024 x 1024 floats (4 MiB) stays in the cache
 # of a CPU core; an accelerator wants larger products.
@@ -61,6 +61,94 @@ def nt_xent(z_VBD: Tensor, *, temperature: float) -> Tensor:
     return ((_OtherRowsLogSumExp.apply(z_ND, temperature) - positive) / len(z_ND)).to(dtype)
 
 
+@full_precision
+def info_nce(
+    query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor | None = None, *, temperature: float
+) -> Tensor:
+    """Cross entropy of each query's own key against negatives, in nats.
+
+    Nested-loop meaning, s(q, k) = cos(q, k) / temperature: the mean over queries i of `-s(q_i, k_i) + log(sum
+    of exp(s(q_i, k)) over k_i and the negatives)`. The negatives are the rows of the queue and nothing else,
+    or, without a queue, the other keys of the batch.
+
+    Args:
+        query_BD, key_BD: embeddings of two views of the same B images; normalised inside. Gradients reach the
+            keys unless the caller detaches them, as MoCo does.
+        queue_KD: keys of earlier batches, if any; normalised inside.
+        temperature: divides the cosines.
+
+    Returns:
+        Scalar: mean over the B queries; log(1 + negatives) if all embeddings are the same.
+
+    Raises:
+        ValueError: shapes that do not belong together, no negatives (a batch of one image without a queue, or
+        an empty queue), or a temperature that is not positive.
+
+    Source: He et al., arXiv:1911.05722, eq. 1 (with a queue); Chen et al., arXiv:2104.02057, algorithm 1
+    (without). MoCo v1 and v2 have the same scale, and so has lightly's NTXentLoss with a memory bank; MoCo v3
+    multiplies by 2 * temperature and adds both directions.
+    """
+    if query_BD.ndim != 2 or query_BD.shape != key_BD.shape:
+        raise ValueError(
+            f"info_nce needs queries and keys (batch, dims) of one shape, got {tuple(query_BD.shape)} and "
+            f"{tuple(key_BD.shape)}"
+        )
+    if queue_KD is not None and (queue_KD.ndim != 2 or queue_KD.shape[1:] != key_BD.shape[1:]):
+        raise ValueError(
+            f"info_nce needs a queue (keys, {key_BD.shape[1]}) for keys {tuple(key_BD.shape)}, got "
+            f"{tuple(queue_KD.shape)}"
+        )
+    negatives = len(key_BD) - 1 if queue_KD is None else len(queue_KD)
+    if negatives < 1 or len(query_BD) < 1:
+        raise ValueError(
+            "info_nce needs a query and at least one negative: a queue that is not empty or a batch of 2 "
+            f"images, got {len(query_BD)} queries and {max(negatives, 0)} negatives"
+        )
+    if temperature <= 0:
+        raise ValueError(f"info_nce needs a temperature above 0, got {temperature}")
+    query_BD, key_BD = normalize(query_BD, dim=-1), normalize(key_BD, dim=-1)
+    if queue_KD is None:
+        own_B = torch.arange(len(query_BD), device=query_BD.device)
+        return cross_entropy(query_BD @ key_BD.T / temperature, own_B)
+    positive_B = (query_BD * key_BD).sum(-1) / temperature
+    negatives_BK = query_BD @ normalize(queue_KD, dim=-1).T / temperature
+    # log(exp(positive) + sum of exp(negatives)) - positive
+    return softplus(negatives_BK.logsumexp(-1) - positive_B).mean()
+
+
+@full_precision
+def triplet(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor, *, margin: float) -> Tensor:
+    """Positives should be nearer than negatives by a margin in squared distance.
+
+    Nested-loop meaning: the mean over images of `max(0, |anchor - positive|^2 - |anchor - negative|^2 +
+    margin)`; triplets that satisfy the margin count as 0.
+
+    Args:
+        anchor_BD, positive_BD, negative_BD: embeddings, one triplet a row. Not normalised inside: the paper
+            wants them on the unit sphere, where squared distances are at most 4.
+        margin: above 0; 0.2 in the paper.
+
+    Returns:
+        Scalar: mean over the B triplets; the margin if all embeddings are the same.
+
+    Raises:
+        ValueError: not three matrices of one shape, or a margin that is not positive.
+
+    Source: Schroff et al., arXiv:1503.03832, eq. 3, where it is the sum over triplets. torch's
+    triplet_margin_loss takes distances that are not squared.
+    """
+    if anchor_BD.ndim != 2 or not anchor_BD.shape == positive_BD.shape == negative_BD.shape:
+        raise ValueError(
+            "triplet needs anchors, positives and negatives (batch, dims) of one shape, got "
+            f"{tuple(anchor_BD.shape)}, {tuple(positive_BD.shape)} and {tuple(negative_BD.shape)}"
+        )
+    if margin <= 0:
+        raise ValueError(f"triplet needs a margin above 0, got {margin}")
+    near_B = (anchor_BD - positive_BD).square().sum(-1)
+    far_B = (anchor_BD - negative_BD).square().sum(-1)
+    return (near_B - far_B + margin).relu().mean()
+
+
 class _OtherRowsLogSumExp(torch.autograd.Function):
     """Sum over rows i of log(sum over k != i of exp(z_i . z_k / T)) for unit rows z_ND, in blocks of the
     upper triangle.
@@ -82,6 +170,7 @@ class _OtherRowsLogSumExp(torch.autograd.Function):
         return sums_N.log().sum() + len(z_ND) / temperature
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         z_ND, sums_N = ctx.saved_tensors

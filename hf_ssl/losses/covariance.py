@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VICReg. Legend: V views, B batch, D dims; in parts, b some images or d some dims."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_ssl.losses.feature_products import (
+    CenteredView,
+    add_gram,
+    check_two_views,
+    inner,
+    mirror,
+    parts,
+    widest,
+)
+from hf_ssl.losses.precision import raised, without_autocast
+
+
+@without_autocast
+def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, *, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
+    """The three terms of VICReg: invariance, variance and covariance.
+
+    Nested-loop meaning, cov_v being the covariances (divided by B - 1) of the features of view v: the mean
+    over images and features of the squared difference between the views; the mean over views and features i
+    of max(0, 1 - sqrt(cov_v[i, i] + eps)); the sum over views of 1/D times the sum over i and all j != i of
+    cov_v[i, j]^2.
+
+    Args:
+        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images, not normalised.
+        eps: added to the variance under the root.
+
+    Returns:
+        (invariance, variance, covariance), scalars in float32 or better, to be weighted by the caller (25,
+        25, 1 in the paper).
+
+    Raises:
+        ValueError: not exactly two matrices of one shape, or a batch of one image.
+
+    Source: Bardes et al., arXiv:2105.04906, eq. 1 to 5, as in the authors' code and in lightly:
+    variance averaged over the two views (summed in the paper's eq. 6 and in solo-learn: twice this one),
+    covariance summed.
+    """
+    check_two_views("vicreg", z1_BD, z2_BD)
+    batch, dims = z1_BD.shape
+    covariance = _CovarianceByGram if batch < dims else _Covariance
+    difference, variance_VD, off_diagonal = covariance.apply(z1_BD, z2_BD)
+    variance = (1 - (variance_VD + eps).sqrt()).relu().mean()
+    return difference / (batch * dims), variance, off_diagonal / dims
+
+
+class _Covariance(torch.autograd.Function):
+    """The sum of the squared differences between two views; the variances of each one's features; the sum
+    over views and over i and j != i of cov_ij^2 for their covariances, divided by batch - 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *z_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        views = [CenteredView.centered(z_BD[0]), CenteredView.centered(z_BD[1])]
+        cov_VDD = views[0].mean_D.new_zeros(2, *2 * views[0].mean_D.shape)
+        difference = cov_VDD.new_zeros(())
+        for images in parts(z_BD[0], 0):
+            difference += (raised(z_BD[0][images]) - z_BD[1][images]).square_().sum()
+            for cov_DD, view in zip(cov_VDD, views, strict=True):
+                add_gram(cov_DD, view.part(images).T)
+        for cov_DD in cov_VDD:
+            mirror(cov_DD).div_(len(z_BD[0]) - 1)
+        variance_VD = cov_VDD.diagonal(dim1=1, dim2=2).clone()
+        cov_VDD.diagonal(dim1=1, dim2=2).zero_()
+        ctx.save_for_backward(*views[0][:2], *views[1][:2], cov_VDD)
+        return difference, variance_VD, inner(cov_VDD, cov_VDD).to(cov_VDD.dtype)
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(
+        ctx: Any, for_difference: Tensor, for_variance_VD: Tensor, for_off_diagonal: Tensor
+    ) -> tuple[Tensor, ...]:
+        *saved, cov_VDD = ctx.saved_tensors
+        views = [CenteredView(*saved[:2]), CenteredView(*saved[2:])]
+        freedom = len(saved[0]) - 1
+        results = tuple(torch.empty_like(view.z_BD) for view in views)
+        slope_VDD = cov_VDD * (4 * for_off_diagonal / freedom)
+        slope_VDD.diagonal(dim1=1, dim2=2).copy_(2 * for_variance_VD / freedom)
+        for images in parts(saved[0], 0):
+            difference_bD = (raised(views[0].z_BD[images]) - views[1].z_BD[images]).mul_(2 * for_difference)
+            for v, sign in enumerate((1, -1)):
+                slope_bD = views[v].part(images) @ slope_VDD[v]
+                results[v][images] = slope_bD.add_(difference_bD, alpha=sign)
+        return results
+
+
+class _CovarianceByGram(torch.autograd.Function):
+    """What `_Covariance` gives, through the Gram matrix of each view."""
+
+    @staticmethod
+    def forward(ctx: Any, *z_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        views = [CenteredView.centered(z_BD[0]), CenteredView.centered(z_BD[1])]
+        batch = len(z_BD[0])
+        variances: list[list[Tensor]] = []
+        gram_VBB = views[0].mean_D.new_zeros(2, batch, batch)
+        difference = gram_VBB.new_zeros(())
+        for dims in parts(z_BD[0], 1):
+            difference += (raised(z_BD[0][:, dims]) - z_BD[1][:, dims]).square_().sum()
+            variances.append([])
+            for gram_BB, view in zip(gram_VBB, views, strict=True):
+                x_Bd = view.part(dims=dims)
+                add_gram(gram_BB, x_Bd)
+                variances[-1].append(x_Bd.square_().sum(0, dtype=widest(x_Bd)) / (batch - 1))
+        variance_VD = torch.cat([torch.stack(pair) for pair in variances], 1)
+        for gram_BB in gram_VBB:
+            mirror(gram_BB)
+        off_diagonal = inner(gram_VBB, gram_VBB) / (batch - 1) ** 2
+        off_diagonal = (off_diagonal - variance_VD.square().sum()).to(gram_VBB.dtype)
+        variance_VD = variance_VD.to(gram_VBB.dtype)
+        ctx.save_for_backward(*views[0][:2], *views[1][:2], variance_VD, gram_VBB)
+        return difference, variance_VD, off_diagonal
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(
+        ctx: Any, for_difference: Tensor, for_variance_VD: Tensor, for_off_diagonal: Tensor
+    ) -> tuple[Tensor, ...]:
+        *saved, variance_VD, gram_VBB = ctx.saved_tensors
+        views = [CenteredView(*saved[:2]), CenteredView(*saved[2:])]
+        freedom = len(saved[0]) - 1
+        results = tuple(torch.empty_like(view.z_BD) for view in views)
+        own_VD = (2 * for_variance_VD - 4 * for_off_diagonal * variance_VD) / freedom
+        for dims in parts(saved[0], 1):
+            difference_Bd = (raised(views[0].z_BD[:, dims]) - views[1].z_BD[:, dims]).mul_(2 * for_difference)
+            for v, sign in enumerate((1, -1)):
+                x_Bd = views[v].part(dims=dims)
+                slope_Bd = (gram_VBB[v] @ x_Bd).mul_(4 * for_off_diagonal / freedom**2)
+                slope_Bd.addcmul_(x_Bd, own_VD[v, dims])
+                results[v][:, dims] = slope_Bd.add_(difference_Bd, alpha=sign)
+        return results

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross entropy of every view's prediction against the soft targets of other views, as SwAV and DINO need it.
+
+Legend: V views, the first A of which have targets; B batch, K classes; in parts, b some images.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_ssl.losses.precision import raised, without_autocast
+
+# Logits of all views that are worked on at once. On a CPU they stay in its caches.
+_NUMBERS = {"cpu": 2**19}
+_NUMBERS_ELSEWHERE = 2**24
+
+# Makes probabilities of a part (A, b, K) of the targets.
+Sharpen = Callable[[Tensor], Tensor]
+
+
+def cross_view_entropy(
+    scores_VBK: Tensor, targets_ABK: Tensor, temperature: float, sharpen: Sharpen
+) -> Tensor:
+    """Mean over images and over pairs (a, v) of different views of the cross entropy of
+    `softmax(scores_v / temperature)` against `sharpen(targets_a)`.
+
+    The entropy is linear in the target, so the targets of all pairs are added first and each view's softmax
+    is made once; a few images at a time, again in the backward pass, so that beside the gradient of the
+    scores nothing of their size is held. No gradient reaches the targets.
+    """
+    pairs = len(targets_ABK) * (len(scores_VBK) - 1)
+    total = _CrossViewEntropy.apply(scores_VBK, targets_ABK.detach(), temperature, sharpen)
+    return total / (pairs * scores_VBK.shape[1])
+
+
+def check_views(name: str, scores_VBK: Tensor, targets_ABK: Tensor, targets: str) -> None:
+    """Refuse shapes that `cross_view_entropy` cannot pair."""
+    if scores_VBK.ndim != 3 or len(scores_VBK) < 2 or 0 in scores_VBK.shape:
+        raise ValueError(f"{name} needs scores (views >= 2, batch, classes), got {tuple(scores_VBK.shape)}")
+    if targets_ABK.ndim != 3 or scores_VBK.shape[1:] != targets_ABK.shape[1:]:
+        raise ValueError(
+            f"{name} needs {targets} (views, batch, classes) for the batch and classes of the scores, "
+            f"{tuple(scores_VBK.shape)}, got {tuple(targets_ABK.shape)}"
+        )
+    if not 1 <= len(targets_ABK) <= len(scores_VBK):
+        raise ValueError(
+            f"{name} needs {targets} of 1 to {len(scores_VBK)} views, the first of those with scores, got "
+            f"{len(targets_ABK)}"
+        )
+
+
+def check_temperature(name: str, temperature: float | Tensor) -> None:
+    """Refuse a temperature that is not positive; one in a tensor is not looked at."""
+    if not isinstance(temperature, Tensor) and temperature <= 0:
+        raise ValueError(f"{name} needs a temperature above 0, got {temperature}")
+
+
+class _CrossViewEntropy(torch.autograd.Function):
+    """Sum over images, a, and v != a of the cross entropy of v against a."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores_VBK: Tensor, targets_ABK: Tensor, temperature: float, sharpen: Sharpen
+    ) -> Tensor:
+        assigned = len(targets_ABK)
+        total = raised(scores_VBK[0, 0, :1]).new_zeros(())
+        for images in _parts(scores_VBK):
+            targets_AbK = sharpen(targets_ABK[:, images])
+            log_VbK = (raised(scores_VBK[:, images]) / temperature).log_softmax(-1)
+            total += (log_VbK[:assigned] * targets_AbK).sum()  # a view is no target of its own
+            total -= (log_VbK.sum(0) * targets_AbK.sum(0)).sum()
+        ctx.save_for_backward(scores_VBK, targets_ABK)
+        ctx.temperature, ctx.sharpen = temperature, sharpen
+        return total
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        scores_VBK, targets_ABK = ctx.saved_tensors
+        assigned, factor = len(targets_ABK), gradient / ctx.temperature
+        result_VBK = torch.empty_like(scores_VBK)
+        for images in _parts(scores_VBK):
+            targets_AbK = ctx.sharpen(targets_ABK[:, images]) * factor
+            all_bK = targets_AbK.sum(0)
+            mass_Ab1, all_b1 = targets_AbK.sum(-1, keepdim=True), all_bK.sum(-1, keepdim=True)
+            softmax_VbK = (raised(scores_VBK[:, images]) / ctx.temperature).softmax(-1)
+            own, rest = softmax_VbK[:assigned], softmax_VbK[assigned:]
+            torch.addcmul(targets_AbK - all_bK, own, all_b1 - mass_Ab1, out=result_VBK[:assigned, images])
+            torch.addcmul(-all_bK, rest, all_b1, out=result_VBK[assigned:, images])
+        return result_VBK, None, None, None
+
+
+def _parts(scores_VBK: Tensor) -> list[slice]:
+    views, batch, classes = scores_VBK.shape
+    length = max(1, _NUMBERS.get(scores_VBK.device.type, _NUMBERS_ELSEWHERE) // (views * classes))
+    return [slice(start, start + length) for start in range(0, batch, length)]
