@@ -168,9 +168,11 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()  # of loading and saving files; training has its own
     trainer = train(recipe)
+    trainer.save_model()
+    # Processes part here: what follows is the first one's work. One that ends with its group alive may abort.
+    trainer.accelerator.end_training()
     if not trainer.args.should_save:
         return {}
-    trainer.save_model()
     folder = Path(recipe.training["output_dir"])
     measured = measure(recipe, trainer, folder)
     facts = collect_facts(recipe, trainer, measured)

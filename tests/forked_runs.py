@@ -14,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  (a second for each run that draws its curves)
 import torch
 from transformers import TrainerCallback
 

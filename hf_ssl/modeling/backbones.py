@@ -85,3 +85,13 @@ def initialize_as_timm(backbone: Any) -> None:
             **(backbone.config.model_args or {}),
         )
         backbone.timm_model.load_state_dict(fresh.state_dict())
+
+
+def freeze_patch_embedding(backbone: PreTrainedModel) -> None:
+    """Keep a vision transformer's patch embedding as it was drawn (MoCo v3, section 4.2); others are left
+    alone.
+    """
+    if "num_attention_heads" in backbone.config.to_dict():
+        for name, parameter in backbone.named_parameters():
+            if ".patch_embeddings." in name:
+                parameter.requires_grad_(False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
@@ -20,6 +20,7 @@ from hf_ssl.modeling.backbones import (
 )
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
+from hf_ssl.modeling.memory import Memory
 from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.rules import ParameterRule
 
@@ -34,11 +35,14 @@ class SSLPreTrainedModel(PreTrainedModel):
         couples_samples: the loss compares images with each other, so embeddings are gathered from all
             processes with gradient. Where the loss is a mean over images, averaging by DDP is exact already
             and this is False.
-        minimum_views: views of an image that the loss needs.
+        minimum_views, maximum_views: views of an image that the loss needs and takes.
+        takes_local_views: whether smaller views beside the global ones (multi-crop) mean anything to it.
         student_teacher: pairs of attribute names; a teacher starts as a copy of its student, is frozen, and
             is moved by the method.
         exported: name of the encoder that is published: the backbone, or its teacher.
-        parameter_rules: how parameters are optimised where that differs from the trainer's defaults.
+        remembered: names of the embeddings that `remember` takes over.
+        views_share_statistics: whether BatchNorm normalises all views of one size together. Where it is
+            False each view goes through layers with BatchNorm by itself, as in authors' loops.
     """
 
     config_class = SSLConfig
@@ -53,9 +57,12 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     couples_samples: ClassVar[bool] = False
     minimum_views: ClassVar[int] = 2
+    maximum_views: ClassVar[int | None] = None
+    takes_local_views: ClassVar[bool] = False
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
-    parameter_rules: ClassVar[tuple[ParameterRule, ...]] = ()
+    remembered: ClassVar[tuple[str, ...]] = ()
+    views_share_statistics: ClassVar[bool] = True
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -84,6 +91,12 @@ class SSLPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Memory):
+            module.initialize()
+
+    @torch.no_grad()
     def copy_teachers(self, missing: set[str] | None = None) -> None:
         """Make every teacher equal its student; with `missing`, only the teachers that keys of a checkpoint
         were missing for.
@@ -99,6 +112,11 @@ class SSLPreTrainedModel(PreTrainedModel):
         freeze_unused(self.backbone)
         for _, teacher in self.student_teacher:
             self.get_submodule(teacher).requires_grad_(False)
+
+    @property
+    def parameter_rules(self) -> tuple[ParameterRule, ...]:
+        """How parameters are optimised where that differs from the trainer's defaults."""
+        return ()
 
     @property
     def exported_encoder(self) -> PreTrainedModel:
@@ -135,7 +153,9 @@ class SSLPreTrainedModel(PreTrainedModel):
             local_pixel_values: (B, L, C, h, w) local views.
             sample_index: (B,) row numbers in the data set.
         """
-        self.check_views(pixel_values, local_pixel_values)
+        self.check_views(
+            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
+        )
         return self.conclude(self.embed(pixel_values, local_pixel_values, sample_index))
 
     def conclude(self, embeddings: dict[str, Tensor]) -> SSLOutput:
@@ -147,21 +167,31 @@ class SSLPreTrainedModel(PreTrainedModel):
         if self.couples_samples:
             embeddings = {name: gather(tensor) for name, tensor in embeddings.items()}
         output = self.objective(embeddings)
-        if self.training:
-            self.remember(embeddings)
+        if self.training and self.remembered:
+            kept = {name: embeddings[name].detach() for name in self.remembered}
+            if not self.couples_samples:
+                kept = {name: gather(tensor) for name, tensor in kept.items()}
+            self.remember(kept)
         return output
 
     def remember(self, embeddings: dict[str, Tensor]) -> None:
         """Called once for each batch in training, after the loss: the place where queues, banks and centres
-        take over embeddings (those that `objective` got; detach them)."""
+        move.
 
-    def check_views(self, pixel_values: Tensor, local_pixel_values: Tensor | None) -> None:
-        """Raise `UserError` if there are too few views for the method."""
-        views = pixel_values.shape[1] + (0 if local_pixel_values is None else local_pixel_values.shape[1])
-        if views < self.minimum_views:
-            raise UserError(
-                f"{type(self).__name__} needs at least {self.minimum_views} views of an image, got {views}"
-            )
+        Args:
+            embeddings: those that `remembered` names, of all processes, without gradient.
+        """
+
+    @classmethod
+    def check_views(cls, global_views: int, local_views: int) -> None:
+        """Raise `UserError` if the method cannot be trained with so many views of an image."""
+        count, most = global_views + local_views, cls.maximum_views
+        name = cls.__name__.removesuffix("ForPreTraining")
+        if local_views and not cls.takes_local_views:
+            raise UserError(f"views.local: {name} takes no local views, got {local_views}")
+        if count < cls.minimum_views or (most is not None and count > most):
+            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
+            raise UserError(f"views.count: {name} needs {wanted} views of an image, got {count}")
 
     # What embed is made of.
 
@@ -170,10 +200,25 @@ class SSLPreTrainedModel(PreTrainedModel):
         return self.over_views(lambda images: encode(self.backbone, images), images_BVCHW)
 
     def over_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
-        """Apply a function of (N, ...) to (B, V, ...): all views in one batch, so that BatchNorm sees them
-        together.
+        """Apply a function of (N, ...) to (B, V, ...): all views in one batch, or each by itself where
+        BatchNorm must not see them together.
         """
-        return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
+        if self.views_share_statistics or not self._normalizes_batches():
+            return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
+        return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
+
+    def _normalizes_batches(self) -> bool:
+        return self.training and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()
+        )
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """What the monitor records of this method beside what it measures of all: named numbers.
+
+        Args:
+            embeddings: of the probe, in eval mode, as `embed` makes them.
+        """
+        return {}
 
     # Hooks around a step, called by SSLTrainer alone.
 

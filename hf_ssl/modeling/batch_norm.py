@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm whose statistics span all processes, and BatchNorm without an offset."""
+"""BatchNorm whose statistics span all processes, or parts of a batch; BatchNorm without an offset."""
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
+from hf_ssl.errors import UserError
 from hf_ssl.losses.precision import raised
 from hf_ssl.modeling.gather import process_count, sum_over_processes
+
+Layer = TypeVar("Layer", bound=nn.modules.batchnorm._BatchNorm)
 
 
 class BatchNorm1dWithoutOffset(nn.BatchNorm1d):
@@ -65,19 +71,85 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return result if self.bias is None else result + self.bias.view(shape)
 
 
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm that normalises `splits` parts of a batch by themselves in training; input (N, C, ...).
+
+    On one device it plays the role of BatchNorm without synchronisation on so many: sample i belongs to part
+    i modulo `splits`. Running statistics are the mean of the parts'.
+    """
+
+    splits = 1
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions (N, C, ...), got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(input)
+        if len(input) % self.splits:
+            raise UserError(
+                f"training.batch_size: {len(input)} images of a process cannot be divided into "
+                f"method.batch_norm_splits={self.splits} parts"
+            )
+        return (
+            self._normalized(input.unflatten(0, (-1, self.splits)).flatten(1, 2))
+            .unflatten(1, (self.splits, -1))
+            .flatten(0, 1)
+        )
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """Every part's channels as channels of their own: x (N / splits, splits * C, ...)."""
+        weight, bias = (None if p is None else p.repeat(self.splits) for p in (self.weight, self.bias))
+        mean, variance = self.running_mean, self.running_var
+        if not self.track_running_stats or mean is None or variance is None:
+            return batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        means, variances = mean.repeat(self.splits), variance.repeat(self.splits)
+        result = batch_norm(x, means, variances, weight, bias, True, self.momentum or 0.1, self.eps)
+        mean.copy_(means.unflatten(0, (self.splits, -1)).mean(0))
+        variance.copy_(variances.unflatten(0, (self.splits, -1)).mean(0))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return result
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Make every BatchNorm below `module` normalise `splits` parts of a batch by themselves."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            split = _replacement(SplitBatchNorm, child)
+            split.splits = splits
+            setattr(module, name, split)
+        else:
+            split_batch_norm(child, splits)
+
+
+def statistics_span_everything(module: nn.Module) -> bool:
+    """Whether every BatchNorm below `module` sees the whole batch of all processes."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(isinstance(layer, SplitBatchNorm) for layer in layers):
+        return False
+    return process_count() == 1 or all(isinstance(layer, SynchronizedBatchNorm) for layer in layers)
+
+
 def synchronize_batch_norm(module: nn.Module) -> None:
     """Replace every BatchNorm below `module` by one that spans all processes; parameters, buffers and their
     names stay.
     """
     for name, child in module.named_children():
-        if isinstance(child, SynchronizedBatchNorm):
+        if isinstance(child, SynchronizedBatchNorm | SplitBatchNorm):
             continue
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            synchronized = SynchronizedBatchNorm(child.num_features, child.eps, child.momentum, affine=False)
-            synchronized.weight, synchronized.bias = child.weight, child.bias
-            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                synchronized.register_buffer(buffer, getattr(child, buffer))
-            synchronized.train(child.training)
-            setattr(module, name, synchronized)
+            setattr(module, name, _replacement(SynchronizedBatchNorm, child))
         else:
             synchronize_batch_norm(child)
+
+
+def _replacement(kind: type[Layer], layer: nn.modules.batchnorm._BatchNorm) -> Layer:
+    """A BatchNorm of another kind with the parameters and buffers of `layer`."""
+    replacement = kind(layer.num_features, layer.eps, layer.momentum, affine=False)
+    replacement.weight, replacement.bias = layer.weight, layer.bias
+    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+        replacement.register_buffer(buffer, getattr(layer, buffer))
+    replacement.train(layer.training)
+    return replacement

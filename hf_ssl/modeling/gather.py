@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that knows of other processes: gathering with gradient, and sums over processes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,27 @@ def gather(tensor: Tensor) -> Tensor:
         (W * B, ...); the tensor itself in a single process.
     """
     return _Gather.apply(tensor) if process_count() > 1 else tensor
+
+
+def in_another_order(tensor: Tensor, *, seed: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Deal the processes' rows out anew, without gradient.
+
+    Args:
+        tensor: (B, ...), of one shape on all processes.
+        seed: of the order, the same on all processes.
+
+    Returns:
+        This process's rows of the new order, (B, ...), and a function that brings what was made of them, (B,
+        ...), back to where the rows came from.
+    """
+    count, rank = process_count(), dist.get_rank() if process_count() > 1 else 0
+    total = len(tensor) * count
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(tensor.device)
+
+    def mine(rows: Tensor, wanted: Tensor) -> Tensor:
+        return gather(rows.detach())[wanted.chunk(count)[rank]]
+
+    return mine(tensor, order), lambda made: mine(made, order.argsort())
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -1,30 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that more than one method uses."""
+"""Heads that methods put on an encoder."""
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
 from hf_ssl.modeling.batch_norm import BatchNorm1dWithoutOffset
 
+LAST_NORMS = ("none", "batch", "batch_without_affine", "batch_without_offset")
 
-class ProjectionHead(nn.Sequential):
-    """SimCLR's projector: Linear without bias and BatchNorm in each layer, ReLU between, no offset in the
-    last BatchNorm.
 
-    Maps features (N, D) to (N, projection_size). Source: google-research/simclr, tf2/model.py
-    (`proj_head_mode="nonlinear"`); BatchNorm's decay 0.9 is torch's momentum 0.1.
+class MLPHead(nn.Sequential):
+    """Linear layers with BatchNorm (unless switched off) and ReLU between them: maps (N, sizes[0]) to
+    (N, sizes[-1]).
+
+    BatchNorm's decay 0.9, as TensorFlow and JAX name it, is torch's momentum 0.1, the default.
+
+    Args:
+        sizes: widths from input to output; two of them make one Linear layer.
+        norm: whether BatchNorm stands between layers.
+        bias: of the layers but the last; None: only where no BatchNorm follows.
+        last_bias: of the last layer.
+        last_norm: what follows the last layer: "none", "batch", "batch_without_affine" (neither gain nor
+            offset), or "batch_without_offset" (a gain alone, `center=False` in TensorFlow).
     """
 
-    def __init__(self, feature_size: int, hidden_size: int, projection_size: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        norm: bool = True,
+        bias: bool | None = None,
+        last_bias: bool = False,
+        last_norm: str = "none",
+    ) -> None:
         layers: list[nn.Module] = []
-        for _ in range(num_layers - 1):
-            layers += [
-                nn.Linear(feature_size, hidden_size, bias=False),
-                nn.BatchNorm1d(hidden_size),
-                nn.ReLU(inplace=True),
-            ]
-            feature_size = hidden_size
-        layers += [
-            nn.Linear(feature_size, projection_size, bias=False),
-            BatchNorm1dWithoutOffset(projection_size),
-        ]
+        for width, next_width in pairwise(sizes[:-1]):
+            layers.append(nn.Linear(width, next_width, bias=not norm if bias is None else bias))
+            if norm:
+                layers.append(nn.BatchNorm1d(next_width))
+            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_bias))
+        if last_norm != "none":
+            layers.append(_norm(last_norm, sizes[-1]))
         super().__init__(*layers)
+
+
+def projector_sizes(features: int, hidden: int | None, projection: int, layers: int) -> list[int]:
+    """Widths of a projector of `layers` Linear layers; hidden width None takes that of the features."""
+    return [features, *[hidden or features] * (layers - 1), projection]
+
+
+def _norm(name: str, size: int) -> nn.Module:
+    if name == "batch_without_offset":
+        return BatchNorm1dWithoutOffset(size)
+    if name not in LAST_NORMS:
+        raise ValueError(f"expected a last norm of {', '.join(LAST_NORMS)}, got {name!r}")
+    return nn.BatchNorm1d(size, affine=name == "batch")

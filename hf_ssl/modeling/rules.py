@@ -25,6 +25,8 @@ class ParameterRule:
         decay: whether weight decay applies.
         adapt: whether LARS adapts the rate.
         frozen_until: optimiser steps before the parameter starts to move; its gradient is dropped until then.
+        vectors_only: the rule leaves out weights and concerns what has at most one dimension: biases and the
+            gains of norms.
     """
 
     pattern: str
@@ -33,6 +35,7 @@ class ParameterRule:
     decay: bool | None = None
     adapt: bool | None = None
     frozen_until: int | None = None
+    vectors_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ def treatments(
         is_weight = parameter.ndim > 1 and name.rpartition(".")[2] not in _TABLE_NAMES
         treatment = Treatment(decay=is_weight or decay_all, adapt=is_weight)
         for rule in rules:
-            if re.search(rule.pattern, name):
+            if re.search(rule.pattern, name) and not (rule.vectors_only and parameter.ndim > 1):
                 unused.discard(rule.pattern)
-                given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
+                given = {f.name: getattr(rule, f.name) for f in fields(Treatment)}
                 treatment = replace(
                     treatment, **{key: value for key, value in given.items() if value is not None}
                 )

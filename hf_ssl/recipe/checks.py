@@ -95,11 +95,7 @@ def _check_patches(config: "PreTrainedConfig", size: int) -> None:
 
 def check_method(title: str, model: type["SSLPreTrainedModel"], views: ViewPreset, batch_size: int) -> None:
     """Raise `UserError` if the method needs more views of an image, or more images at a time."""
-    count = views.global_count + views.local_count
-    if count < model.minimum_views:
-        raise UserError(
-            f"views.count: {title} needs at least {model.minimum_views} views of an image, got {count}"
-        )
+    model.check_views(views.global_count, views.local_count)
     if model.couples_samples and batch_size < 2:
         raise UserError(
             f"training.batch_size: {title} compares images with each other and needs at least 2 at a time, "

@@ -5,6 +5,7 @@ end on SIGTERM.
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -128,14 +129,23 @@ class ProgressBar(ProgressCallback):
 
 
 class Curves(TrainerCallback):
-    """Draws `curves.png` in the output folder whenever the monitor has measured, and at the end."""
+    """Draws `curves.png` in the output folder at the end, and before that whenever the monitor has measured,
+    unless drawing would take more than a twentieth of the time.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
-        self._draw(args, state)
+        if time.monotonic() >= self._next:
+            self._draw(args, state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._draw(args, state)
 
     def _draw(self, args, state) -> None:
         if state.is_world_process_zero and state.global_step > 0:
+            start = time.monotonic()
             draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+            end = time.monotonic()
+            self._next = end + 20 * (end - start)

@@ -72,7 +72,7 @@ class Monitor:
         `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
         (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
         dimension), `alignment` and `uniformity` of what the loss compares; `knn` accuracy where there are
-        labels.
+        labels. A method adds its own (`measurements`).
         """
         training = model.training
         model.eval()
@@ -94,7 +94,8 @@ class Monitor:
             with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 embedded.append(model.embed(shown.pixel_values, shown.local_pixel_values, part.sample_index))
                 features.append(encode(model.exported_encoder, shown.pixel_values[:, 0]).float())
-        output = model.objective({name: torch.cat([part[name] for part in embedded]) for name in embedded[0]})
+        together = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
+        output = model.objective(together)
         embeddings, loss = cast(Tensor, output.embeddings), cast(Tensor, output.loss)
         first, second = embeddings[:, 0].float(), embeddings[:, -1].float()
         encoded = torch.cat(features)
@@ -106,6 +107,7 @@ class Monitor:
             "embedding_rank": rank_me(first - first.mean(0)),
             "alignment": alignment(first, second),
             "uniformity": uniformity(first),
+            **model.measurements(together),
         }
 
 

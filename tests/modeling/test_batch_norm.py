@@ -10,13 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ssl.modeling.batch_norm import BatchNorm1dWithoutOffset, SynchronizedBatchNorm, synchronize_batch_norm
+from hf_ssl.errors import UserError
+from hf_ssl.modeling.batch_norm import (
+    BatchNorm1dWithoutOffset,
+    SynchronizedBatchNorm,
+    split_batch_norm,
+    statistics_span_everything,
+    synchronize_batch_norm,
+)
+from hf_ssl.modeling.gather import in_another_order
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.gather import gather, sum_over_processes
+from hf_ssl.modeling.gather import gather, in_another_order, sum_over_processes
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 given = torch.load(f"{folder}/given.pt", weights_only=False)
@@ -28,7 +36,11 @@ for layer, x, weight in given:
     everything = gather(y)
     (everything * weight).sum().backward()  # each process computes the whole loss: gradients are doubled
     results.append((y.detach(), x.grad / 2, everything.detach(), holder.state_dict()))
+rows = torch.arange(8.0)[:, None].chunk(2)[rank]
+dealt, restore = in_another_order(rows, seed=3)
+results.append((dealt, restore(dealt * 10)))
 torch.save(results, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
 """
 
 
@@ -50,6 +62,10 @@ def test_two_processes_equal_the_whole_batch(tmp_path):
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    (dealt, back), (other_dealt, other_back) = (part.pop() for part in parts)
+    assert sorted(torch.cat([dealt, other_dealt]).flatten().tolist()) == list(range(8))
+    assert any(row >= 4 for row in dealt) and any(row < 4 for row in dealt)  # rows of both processes
+    assert torch.cat([back, other_back]).flatten().tolist() == [10.0 * row for row in range(8)]
     for (layer, x, weight), *halves in zip(cases, *parts, strict=True):
         layer, x = copy.deepcopy(layer).double(), x.clone().requires_grad_()
         y = layer(x)
@@ -85,3 +101,36 @@ def test_without_offset_there_is_none():
     layer = BatchNorm1dWithoutOffset(3)
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
     torch.testing.assert_close(layer(torch.randn(64, 3)).mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(12, 3), (12, 3, 4, 5)])
+def test_parts_of_a_batch_are_normalised_by_themselves(shape):
+    """Sample i belongs to part i modulo 4; running statistics are the mean of what the parts alone leave."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) * 2 + 1
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    whole = kind(3).double()
+    nn.init.uniform_(whole.weight)
+    nn.init.uniform_(whole.bias)
+    split_batch_norm(holder := nn.Sequential(copy.deepcopy(whole)), 4)
+    got, expected, alone = holder(x), torch.empty_like(x), [copy.deepcopy(whole) for _ in range(4)]
+    for part, layer in enumerate(alone):
+        expected[part::4] = layer(x[part::4])
+    torch.testing.assert_close(got, expected)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(layer, name) for layer in alone]).mean(0)
+        torch.testing.assert_close(getattr(holder[0], name), mean)
+    assert not statistics_span_everything(holder) and statistics_span_everything(whole)
+    synchronize_batch_norm(holder)  # leaves it alone
+    torch.testing.assert_close(holder.eval()(x), holder[0].eval()(x))
+    assert holder.state_dict().keys() == nn.Sequential(whole).state_dict().keys()
+    with pytest.raises(UserError, match=r"10 images of a process cannot be divided into .*splits=4 parts"):
+        holder.train()(x[:10])
+
+
+def test_another_order_and_back():
+    rows = torch.randn(9, 2)
+    dealt, restore = in_another_order(rows, seed=1)
+    assert not torch.equal(dealt, rows) and torch.equal(restore(dealt), rows)
+    assert torch.equal(in_another_order(rows, seed=1)[0], dealt)
+    assert not torch.equal(in_another_order(rows, seed=2)[0], dealt)

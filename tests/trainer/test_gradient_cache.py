@@ -153,6 +153,7 @@ model = build("simclr", VIT % 0.0)
 loss = cached(model, half, 4).loss
 average_gradients(model.parameters())
 torch.save((loss, gradients(model)), f"{folder}/{rank}.pt")
+dist.destroy_process_group()
 """
 
 

@@ -68,10 +68,12 @@ def test_lars_leaves_zero_weights_unscaled_and_refuses_unknown_variants():
 
 
 class RuledModel(SimCLRForPreTraining):
-    parameter_rules = (
-        ParameterRule(r"projector\.", learning_rate_scale=2.0),
-        ParameterRule(r"projector\.0\.", fixed_learning_rate=True, decay=False),
-    )
+    @property
+    def parameter_rules(self):
+        return (
+            ParameterRule(r"projector\.", learning_rate_scale=2.0),
+            ParameterRule(r"projector\.0\.", fixed_learning_rate=True, decay=False),
+        )
 
 
 def arguments(tmp_path, **given):

@@ -9,7 +9,7 @@ from hf_ssl.losses import nt_xent
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.heads import ProjectionHead
+from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.outputs import SSLOutput
 
 
@@ -23,13 +23,18 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
 
     config_class = SimCLRConfig
     couples_samples = True
+    takes_local_views = True
 
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
-        width = feature_size(self.backbone)
-        self.projector = ProjectionHead(
-            width, config.projection_hidden_size or width, config.projection_size, config.projection_layers
+        # google-research/simclr, tf2/model.py: BatchNorm after every layer, without offset after the last
+        sizes = projector_sizes(
+            feature_size(self.backbone),
+            config.projection_hidden_size,
+            config.projection_size,
+            config.projection_layers,
         )
+        self.projector = MLPHead(sizes, last_norm="batch_without_offset")
         self.post_init()
 
     def embed(

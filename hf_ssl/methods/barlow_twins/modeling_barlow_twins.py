@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Barlow Twins: redundancy reduction (arXiv:2103.03230)."""
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import barlow_twins_terms
+from hf_ssl.methods.barlow_twins.configuration_barlow_twins import BarlowTwinsConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.redundancy import off_diagonal_correlation
+from hf_ssl.modeling.rules import ParameterRule
+
+
+class BarlowTwinsForPreTraining(SSLPreTrainedModel):
+    """Makes the correlation matrix between two views' embeddings the identity.
+
+    Exactly two views. Each goes through the network by itself. Correlations are taken over the images of all
+    processes, as in the authors' code, which also synchronises BatchNorm.
+    """
+
+    config_class = BarlowTwinsConfig
+    couples_samples = True
+    maximum_views = 2
+    views_share_statistics = False
+
+    def __init__(self, config: BarlowTwinsConfig) -> None:
+        super().__init__(config)
+        sizes = [feature_size(self.backbone), *[config.projection_size] * config.projection_layers]
+        self.projector = MLPHead(sizes)
+        self.post_init()
+
+    @property
+    def parameter_rules(self) -> tuple[ParameterRule, ...]:
+        """Biases and norms have a learning rate of their own."""
+        scale = self.config.vector_learning_rate_scale
+        return (ParameterRule(r".", learning_rate_scale=scale, vectors_only=True),)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Projections (B, 2, P)."""
+        return {"projections": self.over_views(self.projector, self.encode_views(pixel_values))}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Sum over the diagonal of (1 - c)^2 plus the weighted sum of squares beside it."""
+        projections = embeddings["projections"]
+        on, off = barlow_twins_terms(projections[:, 0], projections[:, 1])
+        loss = self.config.loss_scale * (on + self.config.off_diagonal_weight * off)
+        terms = {"on_diagonal": on.detach(), "off_diagonal": off.detach()}
+        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """`off_diagonal_correlation` of the first view's projections, root mean square."""
+        return {"off_diagonal_correlation": off_diagonal_correlation(embeddings["projections"][:, 0])}
+
+
+AutoModelForPreTraining.register(BarlowTwinsConfig, BarlowTwinsForPreTraining)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BYOL: bootstrap your own latent (arXiv:2006.07733)."""
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import cosine_regression
+from hf_ssl.methods.byol.configuration_byol import BYOLConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.momentum import MomentumModel
+from hf_ssl.modeling.outputs import SSLOutput
+
+
+class BYOLForPreTraining(MomentumModel):
+    """An online network predicts what a target network, its slow follower, makes of the other view.
+
+    There are no negatives. Each view goes through the network by itself. The target moves after the
+    optimiser's step, with the momentum of that step, as in deepmind-research/byol. The loss is the sum of
+    both views' 2 - 2 cos; lightly takes half the sum of -cos, a quarter of this gradient.
+    """
+
+    config_class = BYOLConfig
+    maximum_views = 2
+    views_share_statistics = False
+
+    def __init__(self, config: BYOLConfig) -> None:
+        super().__init__(config)
+        hidden, size = config.projection_hidden_size, config.projection_size
+        sizes = [feature_size(self.backbone), hidden, size]
+        self.projector = MLPHead(sizes, bias=True)
+        self.teacher_projector = MLPHead(sizes, bias=True)
+        self.predictor = MLPHead([size, hidden, size], bias=True)
+        self.post_init()
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Predictions (B, 2, P) of the online network, targets (B, 2, P) of the target network."""
+        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        return {
+            "predictions": self.over_views(self.predictor, projections),
+            "targets": self.teach(pixel_values),
+        }
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
+        predictions, targets = embeddings["predictions"], embeddings["targets"]
+        first = cosine_regression(predictions[:, 0], targets[:, 1])
+        second = cosine_regression(predictions[:, 1], targets[:, 0])
+        terms = {"first_view": first.detach(), "second_view": second.detach()}
+        return SSLOutput(loss=first + second, terms=terms, embeddings=predictions)
+
+
+AutoModelForPreTraining.register(BYOLConfig, BYOLForPreTraining)

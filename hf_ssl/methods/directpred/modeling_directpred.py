@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DirectPred: a predictor that is set and not learned (arXiv:2102.06810)."""
+
+import torch
+import transformers.initialization as init
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import cosine_regression
+from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.memory import Memory
+from hf_ssl.modeling.momentum import MomentumModel
+from hf_ssl.modeling.outputs import Progress, SSLOutput
+
+
+class DirectPredForPreTraining(MomentumModel):
+    """BYOL with a linear predictor, without bias, made of the eigenvectors of the projections' correlation
+    matrix.
+
+    After each batch the matrix takes over a share of the mean of f f^T over the images of all processes, f
+    being the online projections of both views. Before a step the predictor is set from it: the same
+    eigenvectors, and (s_j / s_max)^exponent + epsilon for eigenvalue s_j. It is the identity until the
+    first batch was seen. Each view goes through the network by itself.
+    """
+
+    config_class = DirectPredConfig
+    maximum_views = 2
+    remembered = ("projections",)
+    views_share_statistics = False
+
+    def __init__(self, config: DirectPredConfig) -> None:
+        super().__init__(config)
+        sizes = [feature_size(self.backbone), config.projection_hidden_size, config.projection_size]
+        self.projector = MLPHead(sizes, last_norm="batch_without_affine")
+        self.teacher_projector = MLPHead(sizes, last_norm="batch_without_affine")
+        self.predictor = Predictor(config.projection_size)
+        self.post_init()
+
+    def before_step(self, progress: Progress) -> None:
+        """Set the predictor, at the steps when it is due."""
+        super().before_step(progress)
+        if progress.step and progress.step % self.config.update_frequency == 0:
+            self.predictor.set(self.config.exponent, self.config.epsilon)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Projections (B, 2, P) of the online network, targets (B, 2, P) of the target network."""
+        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        return {"projections": projections, "targets": self.teach(pixel_values)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Sum over both views of the mean of 2 - 2 cos(predicted projection, the other view's target)."""
+        projections, targets = embeddings["projections"], embeddings["targets"]
+        predictions = self.predictor(projections)
+        first = cosine_regression(predictions[:, 0], targets[:, 1])
+        second = cosine_regression(predictions[:, 1], targets[:, 0])
+        terms = {"first_view": first.detach(), "second_view": second.detach()}
+        return SSLOutput(loss=first + second, terms=terms, embeddings=projections)
+
+    def remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Take the correlation of this batch's projections into account."""
+        self.predictor.observe(embeddings["projections"].flatten(0, 1), self.config.correlation_momentum)
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """`predictor_rank`: exponential of the entropy of the predictor's singular values."""
+        values = torch.linalg.svdvals(self.predictor.weight.float())
+        shares = values / values.sum()
+        return {"predictor_rank": (-(shares * (shares + 1e-7).log()).sum()).exp().item()}
+
+
+class Predictor(Memory):
+    """A symmetric matrix that maps projections (..., P) and gets no gradient.
+
+    Attributes:
+        correlation: (P, P), the moving average.
+        weight: (P, P), what is applied.
+    """
+
+    correlation: Tensor
+    weight: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("correlation", torch.zeros(size, size))
+        self.register_buffer("weight", torch.eye(size))
+
+    def initialize(self) -> None:
+        """Nothing seen, and the identity."""
+        init.zeros_(self.correlation)
+        init.copy_(self.weight, torch.eye(len(self.weight), device=self.weight.device))
+
+    def forward(self, projections: Tensor) -> Tensor:
+        return projections @ self.weight.to(projections.dtype)
+
+    @torch.no_grad()
+    def observe(self, projections_NP: Tensor, momentum: float) -> None:
+        """Move the correlation matrix towards that of N projections."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            rows = projections_NP.to(self.correlation.dtype)
+            self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum)
+
+    @torch.no_grad()
+    def set(self, exponent: float, epsilon: float) -> None:
+        """Make the predictor of the correlation matrix's eigenvectors."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            values, vectors = torch.linalg.eigh(self.correlation)
+            # what rounding makes negative is none; the largest is kept from zero
+            shares = (values.clamp_min(0) / values[-1].clamp_min(1e-12)) ** exponent + epsilon
+            self.weight.copy_((vectors * shares) @ vectors.T)
+
+
+AutoModelForPreTraining.register(DirectPredConfig, DirectPredForPreTraining)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoCo v3: contrast without a queue, for vision transformers too (arXiv:2104.02057)."""
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import info_nce
+from hf_ssl.methods.moco_v3.configuration_moco_v3 import MoCoV3Config
+from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
+from hf_ssl.modeling.heads import MLPHead, projector_sizes
+from hf_ssl.modeling.momentum import MomentumModel
+from hf_ssl.modeling.outputs import SSLOutput
+
+
+class MoCoV3ForPreTraining(MomentumModel):
+    """Student with a predictor, teacher without, and the batch's other keys as negatives.
+
+    Both views are queries and both are keys; keys of all processes are negatives. Each view goes through the
+    network by itself. The teacher moves at the beginning of a step, with the momentum of that step, as in the
+    authors' code. The position table of a vision transformer is transformers' learned one, where the authors
+    have a fixed sine-cosine table.
+    """
+
+    config_class = MoCoV3Config
+    couples_samples = True
+    maximum_views = 2
+    teacher_moves = "before_step"
+    views_share_statistics = False
+
+    def __init__(self, config: MoCoV3Config) -> None:
+        super().__init__(config)
+        hidden, size = config.projection_hidden_size, config.projection_size
+        sizes = projector_sizes(feature_size(self.backbone), hidden, size, config.projection_layers)
+        self.projector = MLPHead(sizes, last_norm="batch_without_affine")
+        self.teacher_projector = MLPHead(sizes, last_norm="batch_without_affine")
+        last_norm = "batch_without_affine" if config.predictor_last_norm else "none"
+        self.predictor = MLPHead([size, hidden, size], last_norm=last_norm)
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Also the patch embedding of a vision transformer, if the config says so."""
+        super().freeze()
+        if self.config.freeze_patch_embedding:
+            freeze_patch_embedding(self.backbone)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Queries (B, 2, P) of both views by the student, keys (B, 2, P) by the teacher."""
+        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        queries = self.over_views(self.predictor, projections)
+        return {"queries": queries, "keys": self.teach(pixel_values)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Sum of the InfoNCE of each view's queries with the other view's keys, times twice the
+        temperature.
+        """
+        queries, keys = embeddings["queries"], embeddings["keys"]
+        temperature = self.config.temperature
+        first = info_nce(queries[:, 0], keys[:, 1], temperature=temperature)
+        second = info_nce(queries[:, 1], keys[:, 0], temperature=temperature)
+        terms = {"first_view": first.detach(), "second_view": second.detach()}
+        return SSLOutput(loss=2 * temperature * (first + second), terms=terms, embeddings=queries)
+
+
+AutoModelForPreTraining.register(MoCoV3Config, MoCoV3ForPreTraining)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of SimSiam."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_ssl.modeling.configuration import SSLConfig
+
+
+@strict
+class SimSiamConfig(SSLConfig):
+    """SimSiam (Chen and He, arXiv:2011.10566).
+
+    Attributes:
+        projection_size: width of the projector's layers and of its result (facebookresearch/simsiam: 2048).
+        projection_layers: 3; 2 on CIFAR-10 (appendix D of the paper).
+        predictor_hidden_size: the bottleneck of the predictor, a quarter of the projection.
+        fixed_predictor_learning_rate: whether the predictor keeps its learning rate while the schedule lowers
+            the others'.
+    """
+
+    model_type = "ssl_simsiam"
+
+    projection_size: int = 2048
+    projection_layers: int = 3
+    predictor_hidden_size: int = 512
+    fixed_predictor_learning_rate: bool = True
+
+
+AutoConfig.register(SimSiamConfig.model_type, SimSiamConfig)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SimSiam: simple siamese representation learning (arXiv:2011.10566)."""
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import cosine_regression
+from hf_ssl.methods.simsiam.configuration_simsiam import SimSiamConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.rules import ParameterRule
+
+
+class SimSiamForPreTraining(SSLPreTrainedModel):
+    """Each view's projection is predicted from the other's, and no gradient goes through what is predicted.
+
+    Neither negatives nor a teacher; the stop of the gradient keeps it from collapsing. Each view goes
+    through the network by itself. The loss is the mean of -cos over both views, -1 at best.
+    """
+
+    config_class = SimSiamConfig
+    maximum_views = 2
+    views_share_statistics = False
+
+    def __init__(self, config: SimSiamConfig) -> None:
+        super().__init__(config)
+        size = config.projection_size
+        sizes = [feature_size(self.backbone), *[size] * config.projection_layers]
+        self.projector = MLPHead(sizes, last_norm="batch_without_affine")
+        self.predictor = MLPHead([size, config.predictor_hidden_size, size], last_bias=True)
+        self.post_init()
+
+    @property
+    def parameter_rules(self) -> tuple[ParameterRule, ...]:
+        """The predictor's learning rate stays where it is, if the config says so."""
+        fixed = self.config.fixed_predictor_learning_rate
+        return (ParameterRule(r"^predictor\.", fixed_learning_rate=fixed),)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Projections (B, 2, P) and predictions (B, 2, P) of both views."""
+        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        return {"projections": projections, "predictions": self.over_views(self.predictor, projections)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Mean over both views of -cos(prediction, the other view's projection)."""
+        predictions, targets = embeddings["predictions"], embeddings["projections"].detach()
+        # 2 - 2 cos, so a half of it is 1 - cos
+        first = cosine_regression(predictions[:, 0], targets[:, 1]) / 2 - 1
+        second = cosine_regression(predictions[:, 1], targets[:, 0]) / 2 - 1
+        terms = {"first_view": first.detach(), "second_view": second.detach()}
+        return SSLOutput(loss=(first + second) / 2, terms=terms, embeddings=embeddings["projections"])
+
+
+AutoModelForPreTraining.register(SimSiamConfig, SimSiamForPreTraining)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triplets of two views and another image (arXiv:1503.03832)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import triplet
+from hf_ssl.losses.precision import raised
+from hf_ssl.methods.triplet.configuration_triplet import TripletConfig
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.heads import MLPHead, projector_sizes
+from hf_ssl.modeling.memory import Counter
+from hf_ssl.modeling.outputs import SSLOutput
+
+
+class TripletForPreTraining(SSLPreTrainedModel):
+    """Two views of an image are nearer to each other than to a view of another image, by a margin.
+
+    Both views are anchors; the other images are those of all processes' batches. All views go through the
+    network together. Distances are squared, between unit vectors, as in the paper.
+    """
+
+    config_class = TripletConfig
+    couples_samples = True
+    maximum_views = 2
+    remembered = ("projections",)
+
+    def __init__(self, config: TripletConfig) -> None:
+        super().__init__(config)
+        sizes = projector_sizes(
+            feature_size(self.backbone),
+            config.projection_hidden_size,
+            config.projection_size,
+            config.projection_layers,
+        )
+        self.projector = MLPHead(sizes, last_norm="batch_without_offset")
+        self.batches = Counter()
+        self.post_init()
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Unit projections (B, 2, P)."""
+        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        return {"projections": normalize(raised(projections), dim=-1)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Mean over both views as anchors of the triplet loss with the chosen negatives."""
+        first, second = embeddings["projections"].unbind(1)
+        losses = [
+            triplet(anchor, positive, positive[self._negatives(anchor, positive)], margin=self.config.margin)
+            for anchor, positive in ((first, second), (second, first))
+        ]
+        loss = torch.stack(losses).mean()
+        terms = {"triplet": loss.detach()}
+        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
+
+    @torch.no_grad()
+    def _negatives(self, anchor_BD: Tensor, positive_BD: Tensor) -> Tensor:
+        """Rows (B,) of the other images whose other view each anchor is compared with."""
+        batch = len(anchor_BD)
+        if self.config.negatives == "random":
+            # the same for the same batch, whenever and wherever it is asked for
+            generator = torch.Generator().manual_seed(self.batches.total)
+            step = torch.randint(1, batch, (batch,), generator=generator)
+            return ((torch.arange(batch) + step) % batch).to(anchor_BD.device)
+        distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
+        own = distance_BB.diagonal()[:, None]
+        others = ~torch.eye(batch, dtype=torch.bool, device=distance_BB.device)
+        farther = others & (distance_BB > own)
+        nearest = distance_BB.masked_fill(~farther, torch.inf).argmin(1)
+        farthest = distance_BB.masked_fill(~others, -torch.inf).argmax(1)
+        return torch.where(farther.any(1), nearest, farthest)
+
+    def remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Count the batch, so that the next one draws other negatives."""
+        self.batches.increase()
+
+
+AutoModelForPreTraining.register(TripletConfig, TripletForPreTraining)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of VICReg."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_ssl.modeling.configuration import SSLConfig
+
+
+@strict
+class VICRegConfig(SSLConfig):
+    """VICReg (Bardes, Ponce and LeCun, arXiv:2105.04906).
+
+    Attributes:
+        invariance_weight, variance_weight, covariance_weight: of the three terms: 25, 25, 1 (section 4.2).
+        projection_size, projection_layers: of the expander, whose layers are all as wide (8192 x 3).
+    """
+
+    model_type = "ssl_vicreg"
+
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+    projection_size: int = 8192
+    projection_layers: int = 3
+
+
+AutoConfig.register(VICRegConfig.model_type, VICRegConfig)

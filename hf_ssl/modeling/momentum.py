@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of methods whose teachers follow their students slowly."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl.modeling.backbones import build_backbone, encode
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.outputs import Progress
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def scheduled(start: float, end: float, schedule: str, fraction: float) -> float:
+    """A value that moves from `start` to `end` while `fraction` goes from 0 to 1.
+
+    Args:
+        schedule: "constant" (`start` throughout), "linear", or "cosine" (half a period).
+        fraction: share of the run that is done.
+    """
+    if schedule == "constant":
+        return start
+    weight = fraction if schedule == "linear" else (1 - math.cos(math.pi * fraction)) / 2
+    return start + (end - start) * weight
+
+
+def check_momentum(config: Any) -> None:
+    """Raise `ValueError` for a momentum out of range or an unknown schedule."""
+    for key in ("momentum", "momentum_end"):
+        if not 0 <= (value := config.to_dict()[key]) <= 1:
+            raise ValueError(f"method.{key} must be between 0 and 1, got {value}")
+    if config.momentum_schedule not in SCHEDULES:
+        raise ValueError(
+            f"method.momentum_schedule must be one of {', '.join(SCHEDULES)}, "
+            f"got {config.momentum_schedule!r}"
+        )
+
+
+class MomentumModel(SSLPreTrainedModel):
+    """A method with a backbone, a projector, and a teacher of both; its config has the fields `momentum`,
+    `momentum_end` and `momentum_schedule` (see `scheduled`).
+
+    A subclass builds `projector` and `teacher_projector`, alike. Every teacher becomes `momentum * teacher
+    + (1 - momentum) * student`, once for each optimiser step: parameters alone. Buffers (BatchNorm's
+    running statistics) are the teacher's own, made by its own forward passes in training mode, as the
+    authors of MoCo and BYOL have it.
+
+    Attributes:
+        teacher_moves: "after_step", or "before_step" where the authors move it at the beginning of the next
+            forward pass (MoCo): the same weights with the momentum of the next step.
+    """
+
+    student_teacher = (("backbone", "teacher_backbone"), ("projector", "teacher_projector"))
+    teacher_moves: ClassVar[str] = "after_step"
+
+    momentum: Tensor
+    projector: nn.Module
+    teacher_projector: nn.Module
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.teacher_backbone = build_backbone(config.backbone_config)
+        settings: Any = config
+        # Persistent, so that a checkpoint tells where its schedule was; what is computed with is the number,
+        # since reading a tensor would wait for the device.
+        self.register_buffer("momentum", torch.tensor(float(settings.momentum)))
+        self._momentum = float(settings.momentum)
+
+    @torch.no_grad()
+    def teach(self, images_BVCHW: Tensor) -> Tensor:
+        """The teacher's projections (B, V, P) of images (B, V, C, H, W), without gradient."""
+        return self.over_views(
+            lambda images: self.teacher_projector(encode(self.teacher_backbone, images)), images_BVCHW
+        )
+
+    def before_step(self, progress: Progress) -> None:
+        """Write the scheduled momentum, and move teachers where the method moves them first."""
+        super().before_step(progress)
+        self._momentum = self.scheduled_momentum(progress)
+        self.momentum.fill_(self._momentum)
+        if self.teacher_moves == "before_step":
+            self.move_teachers()
+
+    def after_step(self, progress: Progress) -> None:
+        """Move teachers, unless they have been moved before the step."""
+        super().after_step(progress)
+        if self.teacher_moves == "after_step":
+            self.move_teachers()
+
+    def scheduled_momentum(self, progress: Progress) -> float:
+        """The momentum of the step that follows."""
+        config: Any = self.config
+        return scheduled(config.momentum, config.momentum_end, config.momentum_schedule, progress.fraction)
+
+    @torch.no_grad()
+    def move_teachers(self) -> None:
+        """One step of every teacher towards its student; no synchronisation with the host."""
+        for student, teacher in self.student_teacher:
+            leads: list[Tensor] = list(self.get_submodule(student).parameters())
+            follows: list[Tensor] = list(self.get_submodule(teacher).parameters())
+            torch._foreach_lerp_(follows, leads, 1 - self._momentum)

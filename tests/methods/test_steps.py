@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three training steps of a method equal a slow version of the paper's loop, written here in plain torch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from hf_ssl.methods.byol.configuration_byol import BYOLConfig
+from hf_ssl.methods.byol.modeling_byol import BYOLForPreTraining
+from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
+from hf_ssl.methods.directpred.modeling_directpred import DirectPredForPreTraining
+from hf_ssl.methods.moco.configuration_moco import MoCoConfig
+from hf_ssl.methods.moco.modeling_moco import MoCoForPreTraining
+from hf_ssl.methods.swav.configuration_swav import SwAVConfig
+from hf_ssl.methods.swav.modeling_swav import SwAVForPreTraining
+from hf_ssl.modeling.outputs import Progress
+
+RESNET = {
+    "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
+}  # fmt: skip
+STEPS, BATCH, RATE = 3, 6, 0.5
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
+
+
+def build(model_class, config):
+    torch.manual_seed(0)
+    return model_class(config).double().train()
+
+
+def train(model, batches):
+    """What SSLTrainer does around a step, with plain SGD. Returns the losses."""
+    optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE), []
+    for step, batch in enumerate(batches):
+        model.before_step(Progress(step, STEPS, steps_per_epoch=STEPS))
+        loss = model(pixel_values=batch).loss
+        loss.backward()
+        model.after_backward(Progress(step, STEPS, steps_per_epoch=STEPS))
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(Progress(step + 1, STEPS, steps_per_epoch=STEPS))
+        losses.append(loss.item())
+    return losses
+
+
+class Network(nn.Module):
+    """A copy of some parts of a method, one after the other; the first is an encoder of transformers."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(copy.deepcopy(part) for part in parts).requires_grad_()
+
+    def forward(self, images):
+        x = self.parts[0](pixel_values=images).pooler_output.flatten(1)
+        for part in self.parts[1:]:
+            x = part(x)
+        return x
+
+
+def descend(network, loss):
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter -= RATE * gradient
+
+
+def follow(teacher, student, momentum):
+    with torch.no_grad():
+        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+            slow.copy_(momentum * slow + (1 - momentum) * fast)
+
+
+def assert_same_weights(part, expected):
+    for (name, value), other in zip(part.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_moco(batches, symmetric):
+    config = MoCoConfig(
+        backbone_config=RESNET, queue_size=16, projection_size=5, momentum=0.9, temperature=0.3,
+        symmetric=symmetric,
+    )  # fmt: skip
+    model = build(MoCoForPreTraining, config)
+    query_net, key_net = (Network(model.backbone, model.projector) for _ in "qk")
+    queue, pointer = model.queue.rows.clone(), 0
+    losses = train(model, batches)
+    for batch, got in zip(batches, losses, strict=True):
+        follow(key_net, query_net, 0.9)
+        pairs = [(batch[:, 0], batch[:, 1])] + ([(batch[:, 1], batch[:, 0])] if symmetric else [])
+        loss, all_keys = 0.0, []
+        asked = [normalize(query_net(first), dim=1) for first, _ in pairs]
+        for queries, (_, second) in zip(asked, pairs, strict=True):
+            with torch.no_grad():
+                keys = normalize(key_net(second), dim=1)
+            all_keys.append(keys)
+            for query, key in zip(queries, keys, strict=True):
+                scores = torch.stack([query @ key, *(query @ normalize(row, dim=0) for row in queue)]) / 0.3
+                loss = loss + (scores.logsumexp(0) - scores[0]) / BATCH / len(pairs)
+        assert got == pytest.approx(loss.item(), rel=1e-9)
+        descend(query_net, loss)
+        for key in torch.cat(all_keys):
+            queue[pointer] = key
+            pointer = (pointer + 1) % 16
+    torch.testing.assert_close(model.queue.rows, queue, rtol=1e-9, atol=1e-11)
+    assert model.queue.total % 16 == pointer
+    assert_same_weights(model.teacher_backbone, key_net.parts[0])
+    assert_same_weights(model.projector, query_net.parts[1])
+
+
+def test_byol(batches):
+    config = BYOLConfig(backbone_config=RESNET, projection_size=5, projection_hidden_size=16, momentum=0.8)
+    model = build(BYOLForPreTraining, config)
+    online = Network(model.backbone, model.projector, model.predictor)
+    target = Network(model.backbone, model.projector)
+    losses = train(model, batches)
+    for step, (batch, got) in enumerate(zip(batches, losses, strict=True)):
+        loss = 0.0
+        for seen, aimed in ((0, 1), (1, 0)):
+            predictions = online(batch[:, seen])
+            with torch.no_grad():
+                targets = target(batch[:, aimed])
+            for prediction, wanted in zip(predictions, targets, strict=True):
+                loss = loss + (2 - 2 * prediction @ wanted / prediction.norm() / wanted.norm()) / BATCH
+        assert got == pytest.approx(loss.item(), rel=1e-9)
+        descend(online, loss)
+        momentum = 1 - (1 - 0.8) * (math.cos(math.pi * step / STEPS) + 1) / 2
+        follow(target, nn.ModuleList(online.parts[:2]), momentum)
+    assert_same_weights(model.teacher_backbone, target.parts[0])
+    assert_same_weights(model.teacher_projector, target.parts[1])
+    assert_same_weights(model.predictor, online.parts[2])
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_directpred(batches, exponent):
+    config = DirectPredConfig(
+        backbone_config=RESNET, projection_size=4, projection_hidden_size=16, momentum=0.8, momentum_end=0.8,
+        exponent=exponent, epsilon=0.1,
+    )  # fmt: skip
+    model = build(DirectPredForPreTraining, config)
+    online, target = (Network(model.backbone, model.projector) for _ in "ot")
+    correlation, predictor = torch.zeros(4, 4).double(), torch.eye(4).double()
+    losses = train(model, batches)
+    for step, (batch, got) in enumerate(zip(batches, losses, strict=True)):
+        if step:
+            values, vectors = torch.linalg.eigh(correlation)
+            shares = [(max(0.0, value) / values.max()) ** exponent + 0.1 for value in values]
+            predictor = sum(p * torch.outer(v, v) for p, v in zip(shares, vectors.T, strict=True))
+        projections = [online(batch[:, view]) for view in range(2)]
+        loss = 0.0
+        for seen, aimed in ((0, 1), (1, 0)):
+            with torch.no_grad():
+                targets = target(batch[:, aimed])
+            for row, wanted in zip(projections[seen], targets, strict=True):
+                prediction = predictor @ row
+                loss = loss + (2 - 2 * prediction @ wanted / prediction.norm() / wanted.norm()) / BATCH
+        assert got == pytest.approx(loss.item(), rel=1e-9)
+        rows = torch.cat(projections).detach()
+        correlation = 0.3 * correlation + 0.7 * sum(torch.outer(row, row) for row in rows) / len(rows)
+        descend(online, loss)
+        follow(target, online, 0.8)
+    torch.testing.assert_close(model.predictor.correlation, correlation, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model.predictor.weight, predictor, rtol=1e-7, atol=1e-9)
+    assert_same_weights(model.teacher_backbone, target.parts[0])
+
+
+def test_swav_with_a_queue(batches):
+    """The queue holds the batch before, and is used from the step on when it is full."""
+    config = SwAVConfig(
+        backbone_config=RESNET, prototypes=5, projection_size=4, projection_hidden_size=16, queue_size=BATCH,
+        queue_start_epoch=0.0, prototype_freeze_steps=0,
+    )  # fmt: skip
+    model = build(SwAVForPreTraining, config)
+    network = Network(model.backbone, model.projector)
+    prototypes = model.prototypes.weight.detach().clone().requires_grad_()
+    queues = [None, None]
+    losses = train(model, batches)
+    for batch, got in zip(batches, losses, strict=True):
+        with torch.no_grad():
+            prototypes /= prototypes.norm(dim=1, keepdim=True)
+        # all views in one batch, as the authors' code has it
+        both = normalize(network(batch.flatten(0, 1)), dim=1).unflatten(0, (BATCH, 2))
+        scores = [both[:, view] @ prototypes.T for view in range(2)]
+        loss = 0.0
+        for assigned, predicting in ((0, 1), (1, 0)):
+            known = scores[assigned].detach()
+            if queues[assigned] is not None:
+                known = torch.cat([known, queues[assigned] @ prototypes.detach().T])
+            shares = slow_sinkhorn(known, 0.05, 3)[:BATCH]
+            for share, row in zip(shares, scores[predicting], strict=True):
+                loss = loss - (share * (row / 0.1).log_softmax(0)).sum() / BATCH / 2
+        assert got == pytest.approx(loss.item(), rel=1e-7)
+        gradient = torch.autograd.grad(loss, prototypes, retain_graph=True)[0]
+        descend(network, loss)
+        with torch.no_grad():
+            prototypes -= RATE * gradient
+        queues = [both[:, view].detach() for view in range(2)]
+    for queue, expected in zip(model.queues, queues, strict=True):
+        torch.testing.assert_close(queue.rows, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(model.prototypes.weight, prototypes, rtol=1e-7, atol=1e-9)
+
+
+def slow_sinkhorn(scores, epsilon, iterations):
+    """Algorithm 1 of the paper's appendix: K x B, rows then columns."""
+    shares = (scores / epsilon).exp().T
+    shares = shares / shares.sum()
+    prototypes, batch = shares.shape
+    for _ in range(iterations):
+        shares = shares / shares.sum(1, keepdim=True) / prototypes
+        shares = shares / shares.sum(0, keepdim=True) / batch
+    return (shares * batch).T
