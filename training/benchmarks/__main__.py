@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures hf_ssl against its peers: `python -m training.benchmarks [ROW ...] [--output FOLDER]`.
+
+Needs `pip install ".[bench]"`. Both sides of a row run alternately; the table holds the median of the
+ratios of neighbouring runs and their quartiles. Writes NAME.json with machine and versions, NAME.png and
+NAME.md, NAME being cpu or the accelerator's. Rows that are measured alone replace theirs in a record that
+is there already.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ssl.hub.machine import environment
+from training.benchmarks import evaluating, losses, steps, views
+from training.benchmarks.overhead import trainer_overhead
+from training.benchmarks.pairs import compare
+from training.benchmarks.peak import peak_mib
+from training.benchmarks.report import write_report
+from training.benchmarks.row import Row
+
+ROWS = {row.name: row for module in (views, losses, steps, evaluating) for row in module.ROWS}
+OVERHEAD = "trainer"
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    for name in ("lightly", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    if arguments.peak:
+        row, side = arguments.peak
+        print(peak_mib(ROWS[row], side, torch.device(arguments.device)))
+        return
+    unknown = set(arguments.rows) - {*ROWS, OVERHEAD}
+    if unknown:
+        raise SystemExit(
+            f"unknown rows {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, OVERHEAD])}"
+        )
+    device = torch.device(arguments.device)
+
+    def keep(name: str, record: dict[str, Any]) -> None:
+        shown = {key: value for key, value in record.items() if isinstance(value, float)}
+        print(
+            f"{name}: " + json.dumps({key: float(f"{value:.3g}") for key, value in shown.items()}), flush=True
+        )
+        write_report(arguments.output, device, environment(device), {name: record})
+
+    for name, row in ROWS.items():
+        if (not arguments.rows or name in arguments.rows) and (device.type == "cpu" or row.accelerator):
+            keep(name, measure(row, device, arguments.repeats))
+    if device.type == "cpu" and (not arguments.rows or OVERHEAD in arguments.rows):
+        keep(OVERHEAD, {"title": "what SSLTrainer adds to a step", **trainer_overhead()})
+
+
+def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, Any]:
+    """The record of one row: times in this process, memory in one for each side."""
+    threads = torch.get_num_threads()
+    clock = row.clock if device.type == "cpu" else "wall"  # an accelerator works outside the process's time
+    torch.set_num_threads(row.threads or threads)
+    try:
+        timing = compare(row.build(device), repeats or row.repeats, clock, device)
+    finally:
+        torch.set_num_threads(threads)
+    record = {
+        "title": row.title,
+        "peer": row.peer,
+        "aim": row.aim,
+        "unit": row.unit,
+        "threads": row.threads or threads,
+        "clock": clock,
+        **timing.summary(),
+    }
+    if row.memory_aim is not None:
+        ours, peer = (_peak_elsewhere(row, side, device) for side in ("ours", "peer"))
+        record |= {
+            "memory_aim": row.memory_aim,
+            "ours_mib": ours,
+            "peer_mib": peer,
+            "memory_ratio": peer / ours,
+        }
+    return record
+
+
+def _peak_elsewhere(row: Row, side: str, device: torch.device) -> float:
+    """Memory at the peak of one side, in a process that has done nothing else."""
+    command = [sys.executable, "-m", "training.benchmarks", "--device", str(device), "--peak", row.name, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join([*ROWS, OVERHEAD])}; all without"
+    )
+    parser.add_argument("--device", default=str(found or "cpu"), help="cpu, cuda, ...; %(default)s here")
+    parser.add_argument("--repeats", type=int, help="pairs of each row instead of the row's own number")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a benchmark: JSON, a table in Markdown, and a picture."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REACHED, MISSED, AIM = "#2a7f62", "#c9822b", "#444444"
+
+
+def write_report(
+    folder: Path, device: torch.device, machine: Mapping[str, Any], rows: dict[str, Any]
+) -> None:
+    """Write `cpu.json`, `.md`, `.png` (or `cuda...`); rows of an earlier record that were not measured now
+    stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{device.type}.json"
+    record = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    today = datetime.now(UTC).date().isoformat()
+    for name, row in rows.items():
+        record["rows"][name] = {**row, "date": today}
+    record["machine"] = {**machine, "packages": machine["packages"] | _peers()}
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    file.with_suffix(".md").write_text(table(record))
+    draw(record, file.with_suffix(".png"))
+
+
+def _peers() -> dict[str, str]:
+    import lightly
+
+    return {"lightly": lightly.__version__}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as Markdown: ratio with its quartiles, and the aim."""
+    lines = ["| what | against | times faster (quartiles) | aim |", "|---|---|---|---|"]
+    for name, row in record["rows"].items():
+        if name == "trainer":
+            lines.append(
+                f"| {row['title']} | bare loop | {row['extra_milliseconds']:.2f} ms "
+                f"({row['extra_low']:.2f} to {row['extra_high']:.2f}); "
+                f"the monitor {100 * row['monitor_share']:.1f} % | "
+                f"{row['aim_milliseconds']:g} ms, 2 % of 50 ms |"
+            )
+            continue
+        lines.append(
+            f"| {row['title']} | {row['peer']} | {number(row['ratio'])} ({number(row['ratio_low'])} to "
+            f"{number(row['ratio_high'])}) | {row['aim']:g} |"
+        )
+        if "memory_ratio" in row:
+            lines.append(
+                f"| its memory at the peak | {row['peer']} | 1/{number(row['memory_ratio'])} "
+                f"({row['ours_mib']:.0f} against {row['peer_mib']:.0f} MiB) | 1/{row['memory_aim']:g} |"
+            )
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return "\n".join([*lines, "", f"{machine['device']}, {machine['cores']} cores; {versions}.", ""])
+
+
+def number(value: float) -> str:
+    """Three digits: 11.8, 4.93, 168."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw(record: dict[str, Any], file: Path) -> None:
+    """One bar a row on a logarithmic axis, a mark where its aim is."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in reversed(list(record["rows"].values())) if "ratio" in row]
+    figure = Figure(figsize=(9, 0.34 * len(rows) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        ratio, low, high, aim = row["ratio"], row["ratio_low"], row["ratio_high"], row["aim"]
+        axes.barh(place, ratio - 1, left=1, color=REACHED if ratio >= aim else MISSED, height=0.62)
+        axes.plot([low, high], [place, place], color="black", linewidth=1)
+        axes.plot([aim, aim], [place - 0.4, place + 0.4], color=AIM, linewidth=2)
+        axes.text(max(ratio, high, aim) * 1.06, place, f"{number(ratio)}x", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(1, 2 * max(row["ratio"] for row in rows))
+    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.set_xlabel("times faster than the peer; upright mark: what we aim at")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(file, dpi=110)

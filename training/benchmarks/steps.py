@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows about a training step, against the loop that tutorials show: two forward passes, plain torch."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import ResNetConfig
+
+from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
+from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.optimizers import build_optimizer
+from training.benchmarks.pairs import Pair
+from training.benchmarks.row import Row
+
+# The same network on both sides: a ResNet-18 whose 128-pixel input has the feature maps of a CIFAR stem at
+# 32.
+RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+SIDE = 128
+
+
+class PlainSimCLR(nn.Module):
+    """SimCLR with torchvision's ResNet-18 as a tutorial writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models import resnet18
+
+        self.backbone = resnet18()
+        self.backbone.fc = nn.Identity()
+        self.projector = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+
+    def forward(self, view: torch.Tensor) -> torch.Tensor:
+        return self.projector(self.backbone(view))
+
+
+def plain_nt_xent(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similarities = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    batch = len(z1)
+    return F.cross_entropy(similarities, torch.arange(2 * batch, device=z.device).roll(batch))
+
+
+def resnet18_step(*, bf16: bool, batch: int = 64) -> Any:
+    def build(device: torch.device) -> Pair:
+        torch.manual_seed(0)
+        views = torch.randn(batch, 2, 3, SIDE, SIDE, device=device)
+        config = SimCLRConfig(
+            backbone_config=ResNetConfig(**RESNET18), projection_layers=2, projection_size=128
+        )
+        model = SimCLRForPreTraining(config).to(device).to(memory_format=torch.channels_last).train()
+        arguments = SSLTrainingArguments(optimizer="sgd", learning_rate=0.01, use_cpu=device.type == "cpu")
+        optimizer = build_optimizer(model, arguments)
+        plain = PlainSimCLR().to(device).train()
+        plain_optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+
+        def ours() -> None:
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = model(views).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def peer() -> None:
+            loss = plain_nt_xent(plain(views[:, 0]), plain(views[:, 1]))
+            loss.backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+
+        return Pair(ours, peer)
+
+    return build
+
+
+ROWS = [
+    Row(
+        "step",
+        "SimCLR ResNet-18 step, 64 images, float32",
+        "plain torch, two forwards",
+        1.35,
+        resnet18_step(bf16=False),
+        "step",
+        None,
+        7,
+        accelerator=True,
+    ),
+    Row(
+        "step_bf16",
+        "the same in bfloat16",
+        "plain torch, two forwards, float32",
+        1.9,
+        resnet18_step(bf16=True),
+        "step",
+        None,
+        7,
+        accelerator=True,
+    ),
+]

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows about making views, against lightly's transforms, which work on one Pillow image at a time."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_ssl import views
+from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.views import ViewOverrides, ViewPreset
+from training.benchmarks.images import as_tensor, decode, parquet_of_small_images, photo_files, small_images
+from training.benchmarks.pairs import Pair
+from training.benchmarks.row import Row
+
+SIMCLR = ViewPreset(size=224)
+MULTI_CROP = {
+    "size": 224,
+    "scale": [0.4, 1.0],
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "blur": 1.0,
+    "second": ViewOverrides(blur=0.1, solarize=0.2),
+    "local": ViewOverrides(count=8, size=96, scale=[0.05, 0.4], blur=0.5),
+}
+
+
+class _Drawer:
+    """New parameters at each call, as each step of a training has them."""
+
+    def __init__(self, preset: ViewPreset, sizes: np.ndarray) -> None:
+        self.preset, self.sizes, self.calls = preset, sizes, 0
+
+    def __call__(self) -> views.ViewParameters:
+        self.calls += 1
+        keys = np.arange(len(self.sizes), dtype=np.uint64)
+        return views.draw(views.seeds(0, self.calls, keys), self.preset, self.sizes)
+
+
+def small(preset: ViewPreset, side: int = 32) -> Any:
+    """Batches of decoded images of one size, all on the device."""
+
+    def build(device: torch.device) -> Pair:
+        from lightly.transforms import SimCLRTransform
+
+        images = small_images(512, side)
+        batch = torch.stack([as_tensor(image) for image in images]).contiguous().to(device)
+        drawn, transform = _Drawer(preset, np.full((512, 2), side)), SimCLRTransform(input_size=preset.size)
+        return Pair(
+            lambda: views.apply(batch, drawn()),
+            lambda: [transform(image) for image in images[:128]],
+            ours_units=512,
+            peer_units=128,
+        )
+
+    return build
+
+
+def photos(preset: ViewPreset, *, multi_crop: bool, crops_only: bool) -> Any:
+    """From JPEG files; `crops_only` is what a loader's worker does when an accelerator finishes the views."""
+
+    def build(device: torch.device) -> Pair:
+        from lightly.transforms import DINOTransform, SimCLRTransform
+
+        files = photo_files(16)
+        drawn = _Drawer(preset, np.full((16, 2), (375, 500)))
+        transform = DINOTransform(n_local_views=8) if multi_crop else SimCLRTransform(input_size=224)
+
+        def ours() -> None:
+            parameters = drawn()
+            crops = views.crop([decode(file) for file in files], parameters)
+            if not crops_only:
+                views.apply(crops, parameters)
+
+        def peer() -> None:
+            for file in files[:8]:
+                transform(Image.open(io.BytesIO(file)).convert("RGB"))
+
+        return Pair(ours, peer, ours_units=16, peer_units=8)
+
+    return build
+
+
+def loader(device: torch.device) -> Pair:
+    """A pass over CIFAR-10-like Parquet, from files to batches of views."""
+    from lightly.transforms import SimCLRTransform
+
+    folder = parquet_of_small_images(Path(tempfile.mkdtemp()) / "small", 4096)
+    preset = ViewPreset(size=32)
+    config = DataConfig(path=str(folder))
+    source = open_source(config)
+    transform = SimCLRTransform(input_size=32)
+    rows = datasets.load_dataset(str(folder), split="train[:512]")  # as a user opens it: decoded item by item
+
+    class PerItem(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> list[torch.Tensor]:
+            return transform(rows[index]["image"])
+
+    peers = DataLoader(PerItem(), batch_size=256, drop_last=True)
+    batches = train_loader(source, preset, config=config, seed=0, batch_size=256)
+
+    def ours() -> None:
+        for batch in batches:
+            batch.inputs(device)
+
+    return Pair(ours, lambda: [batch for batch in peers], ours_units=4096, peer_units=512)
+
+
+_SINGLE = ViewPreset(size=32)
+_MULTI = ViewPreset(interpolation="bicubic", **MULTI_CROP)
+
+ROWS = [
+    Row(
+        "views_32",
+        "SimCLR views, 32 px, exact, bilinear, a core",
+        "lightly",
+        7,
+        small(_SINGLE),
+        "image",
+        1,
+        15,
+    ),
+    Row(
+        "views_32_bicubic",
+        "the same, bicubic",
+        "lightly",
+        5,
+        small(ViewPreset(size=32, interpolation="bicubic")),
+        "image",
+        1,
+        15,
+    ),
+    Row(
+        "views_64_to_32",
+        "the same from 64 px, which shrinks",
+        "lightly",
+        5,
+        small(_SINGLE, side=64),
+        "image",
+        1,
+        15,
+    ),
+    Row(
+        "views_224",
+        "SimCLR views, 224 px, from JPEG, all on a core",
+        "lightly",
+        2,
+        photos(SIMCLR, multi_crop=False, crops_only=False),
+        "image",
+        1,
+    ),
+    Row(
+        "crops_224",
+        "SimCLR views, 224 px, from JPEG, uint8 crops alone",
+        "lightly",
+        5,
+        photos(SIMCLR, multi_crop=False, crops_only=True),
+        "image",
+        1,
+    ),
+    Row(
+        "views_multi_crop",
+        "2 x 224 + 8 x 96 px from JPEG, all on a core",
+        "lightly",
+        2.5,
+        photos(_MULTI, multi_crop=True, crops_only=False),
+        "image",
+        1,
+    ),
+    Row(
+        "crops_multi_crop",
+        "2 x 224 + 8 x 96 px from JPEG, uint8 crops alone",
+        "lightly",
+        8,
+        photos(_MULTI, multi_crop=True, crops_only=True),
+        "image",
+        1,
+    ),
+    Row(
+        "loader",
+        "CIFAR-10-like Parquet to batches of views, a core",
+        "per item with lightly's transform",
+        7,
+        loader,
+        "image",
+        1,
+        7,
+    ),
+]
