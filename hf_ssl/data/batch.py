@@ -61,7 +61,8 @@ class LoadedBatch:
 
     def inputs(self, device: torch.device | str | int) -> dict[str, Tensor]:
         """The model's batch of this one, made on `device`: the arguments of a method's `forward`."""
-        batch = self.to(device)
+        # out of pinned memory a copy to a GPU does not wait, and what is queued behind it sees it finished
+        batch = self.to(device, non_blocking=torch.device(device).type == "cuda")
         views = apply(batch.images, batch.parameters)
         named = {
             "pixel_values": views.pixel_values,

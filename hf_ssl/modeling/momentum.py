@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of methods whose teachers follow their students slowly."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,33 +10,7 @@ from hf_ssl.modeling.backbones import build_backbone, encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.outputs import Progress
-
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-def scheduled(start: float, end: float, schedule: str, fraction: float) -> float:
-    """A value that moves from `start` to `end` while `fraction` goes from 0 to 1.
-
-    Args:
-        schedule: "constant" (`start` throughout), "linear", or "cosine" (half a period).
-        fraction: share of the run that is done.
-    """
-    if schedule == "constant":
-        return start
-    weight = fraction if schedule == "linear" else (1 - math.cos(math.pi * fraction)) / 2
-    return start + (end - start) * weight
-
-
-def check_momentum(config: Any) -> None:
-    """Raise `ValueError` for a momentum out of range or an unknown schedule."""
-    for key in ("momentum", "momentum_end"):
-        if not 0 <= (value := config.to_dict()[key]) <= 1:
-            raise ValueError(f"method.{key} must be between 0 and 1, got {value}")
-    if config.momentum_schedule not in SCHEDULES:
-        raise ValueError(
-            f"method.momentum_schedule must be one of {', '.join(SCHEDULES)}, "
-            f"got {config.momentum_schedule!r}"
-        )
+from hf_ssl.modeling.schedules import scheduled
 
 
 class MomentumModel(SSLPreTrainedModel):

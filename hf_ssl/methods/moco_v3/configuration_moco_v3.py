@@ -5,7 +5,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.modeling.configuration import SSLConfig
-from hf_ssl.modeling.momentum import check_momentum
+from hf_ssl.modeling.schedules import check_momentum
 
 
 @strict

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a contrastive step in chunks: `python -m training.benchmarks.chunking`.
+
+A SimCLR step of ResNet-18 at 64 pixels (`training.contrastive_chunk_size`), a fresh process for each batch
+and chunk. Memory at the peak is to grow with the chunk, and with the batch only by its images and embeddings.
+Writes chunking.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ResNetConfig
+
+from hf_ssl import views
+from hf_ssl.data import LoadedBatch
+from hf_ssl.hub.machine import environment
+from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
+from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.trainer.gradient_cache import cached_backward
+from hf_ssl.views import ViewPreset
+from training.benchmarks.images import as_tensor, small_images
+from training.benchmarks.peak import measured_peak_mib
+from training.benchmarks.steps import RESNET18
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES, CHUNKS = (128, 512), (32, 128, None)
+
+
+def step(batch_size: int, chunk: int | None) -> dict[str, Any]:
+    """Memory at the peak, in MiB, and seconds of a step; `chunk` None takes the whole batch at once."""
+    torch.manual_seed(0)
+    preset = ViewPreset(size=32, enlarge=64)
+    images = torch.stack([as_tensor(image) for image in small_images(64)]).repeat(batch_size // 64, 1, 1, 1)
+    keys = np.arange(batch_size, dtype=np.uint64)
+    drawn = views.draw(views.seeds(0, 0, keys), preset, np.full((batch_size, 2), 32))
+    batch = LoadedBatch(images, drawn)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**RESNET18)))
+    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def program() -> None:
+        if chunk is None:
+            model(**batch.inputs("cpu")).loss.backward()
+        else:
+            parts = [partial(part.inputs, "cpu") for part in batch.split(chunk)]
+            cached_backward(model, parts, backward=torch.Tensor.backward, precision=nullcontext)
+
+    start = time.perf_counter()
+    peak = measured_peak_mib(program)
+    return {"batch": batch_size, "chunk": chunk, "peak_mib": peak, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    records = []
+    for batch_size in BATCHES:
+        for chunk in CHUNKS:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                records.append(process.submit(step, batch_size, chunk).result())
+            print(records[-1], flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record = {"machine": environment(), "steps": records}
+    (arguments.output / "chunking.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
