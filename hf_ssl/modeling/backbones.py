@@ -4,6 +4,7 @@ image.
 """
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def freeze_patch_embedding(backbone: PreTrainedModel) -> None:
     """Keep a vision transformer's patch embedding as it was drawn (MoCo v3, section 4.2); others are left
     alone.
     """
-    if "num_attention_heads" in backbone.config.to_dict():
-        for name, parameter in backbone.named_parameters():
-            if ".patch_embeddings." in name:
-                parameter.requires_grad_(False)
+    attention = any("attn" in name or "attention" in name for name, _ in backbone.named_modules())
+    for name, parameter in backbone.named_parameters():
+        if attention and re.search(r"(^|\.)patch_embed(ding|dings)?\.", name):
+            parameter.requires_grad_(False)

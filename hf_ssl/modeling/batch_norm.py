@@ -117,6 +117,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Make every BatchNorm below `module` normalise `splits` parts of a batch by themselves."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            _check_plain(child, "method.batch_norm_splits=1")
             split = _replacement(SplitBatchNorm, child)
             split.splits = splits
             setattr(module, name, split)
@@ -140,9 +141,19 @@ def synchronize_batch_norm(module: nn.Module) -> None:
         if isinstance(child, SynchronizedBatchNorm | SplitBatchNorm):
             continue
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            _check_plain(child, "training.sync_batch_norm=false")
             setattr(module, name, _replacement(SynchronizedBatchNorm, child))
         else:
             synchronize_batch_norm(child)
+
+
+def _check_plain(layer: nn.Module, remedy: str) -> None:
+    """Raise `UserError` for a kind of BatchNorm that does more, as timm's with an activation inside."""
+    if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1dWithoutOffset):
+        raise UserError(
+            f"backbone: {type(layer).__name__} does more than BatchNorm and cannot take statistics of "
+            f"another batch; {remedy} leaves it as it is"
+        )
 
 
 def _replacement(kind: type[Layer], layer: nn.modules.batchnorm._BatchNorm) -> Layer:

@@ -20,6 +20,7 @@ class MLPHead(nn.Sequential):
     Args:
         sizes: widths from input to output; two of them make one Linear layer.
         norm: whether BatchNorm stands between layers.
+        affine: whether these BatchNorms have a gain and an offset.
         bias: of the layers but the last; None: only where no BatchNorm follows.
         last_bias: of the last layer.
         last_norm: what follows the last layer: "none", "batch", "batch_without_affine" (neither gain nor
@@ -31,6 +32,7 @@ class MLPHead(nn.Sequential):
         sizes: Sequence[int],
         *,
         norm: bool = True,
+        affine: bool = True,
         bias: bool | None = None,
         last_bias: bool = False,
         last_norm: str = "none",
@@ -39,7 +41,7 @@ class MLPHead(nn.Sequential):
         for width, next_width in pairwise(sizes[:-1]):
             layers.append(nn.Linear(width, next_width, bias=not norm if bias is None else bias))
             if norm:
-                layers.append(nn.BatchNorm1d(next_width))
+                layers.append(nn.BatchNorm1d(next_width, affine=affine))
             layers.append(nn.ReLU(inplace=True))
         layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_bias))
         if last_norm != "none":

@@ -4,6 +4,7 @@
 from typing import Any, ClassVar
 
 import torch
+import transformers.initialization as init
 from torch import Tensor, nn
 
 from hf_ssl.modeling.backbones import build_backbone, encode
@@ -42,6 +43,12 @@ class MomentumModel(SSLPreTrainedModel):
         # since reading a tensor would wait for the device.
         self.register_buffer("momentum", torch.tensor(float(settings.momentum)))
         self._momentum = float(settings.momentum)
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if module is self:  # where a checkpoint of an encoder holds none
+            init.constant_(self.momentum, self._momentum)
 
     @torch.no_grad()
     def teach(self, images_BVCHW: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class SSLTrainingArguments(TrainingArguments):
         0  # batches of small images are made faster in process; recipes for photos say more
     )
     ddp_find_unused_parameters: bool | None = False
-    ddp_broadcast_buffers: bool | None = False  # buffers agree because they come from gathered values
+    ddp_broadcast_buffers: bool | None = False  # they come from gathered values, or from a process's own
     logging_steps: float = 20
     save_steps: float = 500
     save_total_limit: int | None = 2
@@ -101,6 +101,12 @@ class SSLTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers must be told, or it refuses bf16 on a CPU
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise UserError(
+                f"{self.n_gpu} GPUs are visible to one process: start one for each with torchrun "
+                f"--nproc_per_node {self.n_gpu} training/pretrain.py ..., or choose one with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         self.per_device_train_batch_size = self._batch_per_process()
 
     def _learning_rate_factor(self) -> float:

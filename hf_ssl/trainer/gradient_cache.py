@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 
@@ -64,6 +65,15 @@ def cached_backward(
         torch.autograd.backward([embeddings[name] for name in wanted], list(wanted.values()))
     after.restore()
     return SSLOutput(loss=loss.detach(), terms=output.terms)
+
+
+def check_chunks_help(model: SSLPreTrainedModel) -> None:
+    """Raise `UserError` for a loss that is a mean over images: accumulation does the same for less."""
+    if not model.couples_samples:
+        raise UserError(
+            f"training.contrastive_chunk_size: the loss of {type(model).__name__} compares no images with "
+            "each other, and training.gradient_accumulation_steps takes less memory and time"
+        )
 
 
 def _leaf(tensor: Tensor) -> Tensor:

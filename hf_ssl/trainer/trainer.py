@@ -25,7 +25,7 @@ from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
 from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
-from hf_ssl.trainer.gradient_cache import cached_backward
+from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
 from hf_ssl.trainer.pushing import PushingTrainer
@@ -88,7 +88,7 @@ class SSLTrainer(PushingTrainer):
             args.ignore_data_skip = True
         super().__init__(model=model, args=args, eval_dataset=monitor, callbacks=callbacks)
         self.source = train_dataset
-        self._check_length()
+        self._check_arguments()
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
             *([] if args.disable_tqdm else [ProgressBar()]),
@@ -136,7 +136,9 @@ class SSLTrainer(PushingTrainer):
         """0: the stock estimate is one for language models."""
         return 0
 
-    def _check_length(self) -> None:
+    def _check_arguments(self) -> None:
+        if self.args.contrastive_chunk_size is not None:
+            check_chunks_help(self.method)
         if self.source.num_rows is None and self.args.max_steps <= 0:
             raise UserError("a stream of unknown length needs training.max_steps > 0, got -1")
 
@@ -171,9 +173,7 @@ class SSLTrainer(PushingTrainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Gradient and loss of a micro-batch; with `args.contrastive_chunk_size` in chunks
-        (`gradient_cache`).
-        """
+        """Gradient and loss of a micro-batch, in chunks with `args.contrastive_chunk_size`."""
         if not self.method.training:  # asked first: setting it walks through all modules, which costs 1 ms
             self.method.train()
         share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
@@ -188,7 +188,7 @@ class SSLTrainer(PushingTrainer):
             self.method,
             [partial(part.inputs, self.args.device) for part in inputs.split(size)],
             backward=lambda loss: self.accelerator.backward(loss / share),
-            precision=self.compute_loss_context_manager,
+            precision=self.accelerator.autocast,  # accelerate puts it around `model.forward` alone
         )
         if self.accelerator.sync_gradients:
             average_gradients(self.method.parameters())
@@ -196,17 +196,17 @@ class SSLTrainer(PushingTrainer):
         return output.loss / share
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Only where it is logged, or known from clipping: 1 ms for 200 tensors."""
-        if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
+        """Only where it is logged, or known from clipping: it takes 1 ms for 200 tensors."""
+        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step > 0
+        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        if grad_norm is None and by_steps and not logged and not self.args.fp16:
             return None
         return super()._get_grad_norm(model, grad_norm)
 
     # Logging and the monitor.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms of the loss, images per second and memory to a training record, and refuse a loss
-        that is no number.
-        """
+        """Add terms of the loss, images per second and memory to a record; refuse a loss that is no number."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise UserError(

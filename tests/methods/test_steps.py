@@ -219,3 +219,10 @@ def slow_sinkhorn(scores, epsilon, iterations):
         shares = shares / shares.sum(1, keepdim=True) / prototypes
         shares = shares / shares.sum(0, keepdim=True) / batch
     return (shares * batch).T
+
+
+def test_the_momentum_of_a_model_that_starts_from_an_encoder_is_the_configs(tmp_path):
+    config = BYOLConfig(backbone_config=RESNET, projection_size=5, projection_hidden_size=16, momentum=0.8)
+    BYOLForPreTraining(config).backbone.save_pretrained(tmp_path)
+    loaded = BYOLForPreTraining.from_pretrained(tmp_path, config=config)
+    assert loaded.momentum.item() == pytest.approx(0.8)

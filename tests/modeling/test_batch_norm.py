@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from hf_ssl.errors import UserError
@@ -134,3 +135,11 @@ def test_another_order_and_back():
     assert not torch.equal(dealt, rows) and torch.equal(restore(dealt), rows)
     assert torch.equal(in_another_order(rows, seed=1)[0], dealt)
     assert not torch.equal(in_another_order(rows, seed=2)[0], dealt)
+
+
+@pytest.mark.parametrize("replace", [synchronize_batch_norm, lambda module: split_batch_norm(module, 2)])
+def test_a_batch_norm_that_does_more_is_refused(replace):
+    """timm's holds its activation: without it another network would be trained than is published."""
+    holder = nn.Sequential(BatchNormAct2d(4))
+    with pytest.raises(UserError, match="BatchNormAct2d does more than BatchNorm"):
+        replace(holder)

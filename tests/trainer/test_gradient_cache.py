@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_ssl.data import open_source, train_loader
+from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import load_recipe
-from hf_ssl.run import build_model
+from hf_ssl.run import build_model, build_trainer
 from hf_ssl.trainer.gradient_cache import cached_backward
 
 BATCH = 12
@@ -139,6 +140,26 @@ def test_activations_of_one_chunk_exist_at_a_time(loaded):
     )
     cached(model, loaded, 5)
     assert seen == [10, 10, 4] * 2
+
+
+def test_the_trainer_embeds_chunks_in_its_own_precision(tmp_path):
+    """bf16 is accelerate's, which puts it around `forward` alone; chunks do not go through that."""
+    overrides = ["training.bf16=true", "training.contrastive_chunk_size=5", "training.monitor_steps=0"]
+    recipe = load_recipe("smoke/simclr", [*overrides, f"training.output_dir={tmp_path}"])
+    trainer = build_trainer(recipe, recipe.training_arguments())
+    seen = []
+    trainer.method.projector[0].register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_loss_that_compares_no_images_needs_no_chunks(tmp_path):
+    overrides = ["training.contrastive_chunk_size=5", f"training.output_dir={tmp_path}"]
+    recipe = load_recipe("smoke/byol", overrides)
+    with pytest.raises(
+        UserError, match=r"BYOLForPreTraining compares no images .*gradient_accumulation_steps"
+    ):
+        build_trainer(recipe, recipe.training_arguments())
 
 
 RANK = """

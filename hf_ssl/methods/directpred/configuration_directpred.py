@@ -19,8 +19,8 @@ class DirectPredConfig(SSLConfig):
         correlation_momentum: share of the old correlation matrix that is kept with each batch, rho (0.3).
         update_frequency: optimiser steps between two settings of the predictor (1).
         momentum, momentum_end, momentum_schedule: of the target network; 0.996 throughout.
-        projection_size, projection_hidden_size: of the projector: Linear, BatchNorm, ReLU, Linear, BatchNorm
-            without gain and offset.
+        projection_size, projection_hidden_size: of the projector: Linear, BatchNorm without gain and offset,
+            ReLU, Linear.
     """
 
     model_type = "ssl_directpred"

@@ -33,15 +33,15 @@ class DirectPredForPreTraining(MomentumModel):
     def __init__(self, config: DirectPredConfig) -> None:
         super().__init__(config)
         sizes = [feature_size(self.backbone), config.projection_hidden_size, config.projection_size]
-        self.projector = MLPHead(sizes, last_norm="batch_without_affine")
-        self.teacher_projector = MLPHead(sizes, last_norm="batch_without_affine")
+        self.projector = MLPHead(sizes, affine=False, bias=True, last_bias=True)
+        self.teacher_projector = MLPHead(sizes, affine=False, bias=True, last_bias=True)
         self.predictor = Predictor(config.projection_size)
         self.post_init()
 
     def before_step(self, progress: Progress) -> None:
         """Set the predictor, at the steps when it is due."""
         super().before_step(progress)
-        if progress.step and progress.step % self.config.update_frequency == 0:
+        if progress.step and (progress.step - 1) % self.config.update_frequency == 0:
             self.predictor.set(self.config.exponent, self.config.epsilon)
 
     def embed(

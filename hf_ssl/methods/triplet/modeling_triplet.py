@@ -70,7 +70,8 @@ class TripletForPreTraining(SSLPreTrainedModel):
             generator = torch.Generator().manual_seed(self.batches.total)
             step = torch.randint(1, batch, (batch,), generator=generator)
             return ((torch.arange(batch) + step) % batch).to(anchor_BD.device)
-        distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
+        with torch.autocast(anchor_BD.device.type, enabled=False):  # bfloat16 would make near ones equal
+            distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
         own = distance_BB.diagonal()[:, None]
         others = ~torch.eye(batch, dtype=torch.bool, device=distance_BB.device)
         farther = others & (distance_BB > own)
