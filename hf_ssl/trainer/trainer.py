@@ -206,7 +206,7 @@ class SSLTrainer(PushingTrainer):
     # Logging and the monitor.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add terms of the loss, images per second and memory to a record; refuse a loss that is no number."""
+        """Add terms, images per second and memory to a record of the loss, which must be a number."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise UserError(
