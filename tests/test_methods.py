@@ -44,10 +44,10 @@ def model(recipe):
 
 
 @pytest.fixture
-def batch(recipe):
+def batch(recipe, model):
     """The model's batch of 8 images, as the trainer makes it."""
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
-    return next(iter(loader)).inputs("cpu")
+    return next(iter(loader)).inputs("cpu", model.draw)
 
 
 def test_every_trainable_parameter_has_a_finite_gradient(model, batch):

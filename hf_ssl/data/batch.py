@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the loader hands to the trainer: uint8 pixels and what was drawn for them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_ssl.views import Crops, ViewParameters, ViewPreset, apply, crop, draw
+
+Draw = Callable[[np.ndarray], dict[str, Tensor]]
 
 SMALL = 96
 """Images of one size up to this side are cropped on the model's device, larger ones in the loader."""
@@ -21,6 +24,7 @@ class LoadedBatch:
     Attributes:
         images: (B, C, H, W) uint8, or the crops of stage one.
         parameters: what `views.apply` needs to finish the views.
+        seeds: (B,) uint64 on the host, of everything that is drawn for an image.
         sample_index: (B,) int64 row numbers; None for a stream.
         broken: "where: reason" for each image that could not be read and was replaced or skipped.
         position: after this batch, of a stream of this process, in terms that JSON knows; else None.
@@ -28,6 +32,7 @@ class LoadedBatch:
 
     images: Tensor | Crops
     parameters: ViewParameters
+    seeds: np.ndarray
     sample_index: Tensor | None = None
     broken: list[str] = field(default_factory=list)
     position: dict[str, Any] | None = None
@@ -44,7 +49,8 @@ class LoadedBatch:
         else:
             part = images[samples]
         index = None if self.sample_index is None else self.sample_index[samples]
-        return LoadedBatch(part, self.parameters[samples], index, self.broken, self.position)
+        seeds = self.seeds[samples]
+        return LoadedBatch(part, self.parameters[samples], seeds, index, self.broken, self.position)
 
     def split(self, size: int) -> "list[LoadedBatch]":
         """Parts of at most `size` images, as views of this batch's memory."""
@@ -59,8 +65,13 @@ class LoadedBatch:
             sample_index=None if index is None else index.to(device, non_blocking=non_blocking),
         )
 
-    def inputs(self, device: torch.device | str | int) -> dict[str, Tensor]:
-        """The model's batch of this one, made on `device`: the arguments of a method's `forward`."""
+    def inputs(self, device: torch.device | str | int, draw: "Draw | None" = None) -> dict[str, Tensor]:
+        """The model's batch of this one, made on `device`: the arguments of a method's `forward`.
+
+        Args:
+            device: where the views are made.
+            draw: the method's, for what it draws beside views (`SSLPreTrainedModel.draw`).
+        """
         # out of pinned memory a copy to a GPU does not wait, and what is queued behind it sees it finished
         batch = self.to(device, non_blocking=torch.device(device).type == "cuda")
         views = apply(batch.images, batch.parameters)
@@ -69,7 +80,9 @@ class LoadedBatch:
             "local_pixel_values": views.local_pixel_values,
             "sample_index": batch.sample_index,
         }
-        return {name: value for name, value in named.items() if value is not None}
+        drawn = {} if draw is None else draw(self.seeds)
+        moved = {name: value.to(device, non_blocking=True) for name, value in drawn.items()}
+        return {name: value for name, value in named.items() if value is not None} | moved
 
     def pin_memory(self) -> "LoadedBatch":
         index = self.sample_index
@@ -108,5 +121,5 @@ def assemble(
     parameters = draw(seeds, preset, sizes)
     if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
         whole = torch.stack(images) if isinstance(images, list) else images
-        return LoadedBatch(whole, parameters, **rest)
-    return LoadedBatch(crop(list(images), parameters), parameters, **rest)
+        return LoadedBatch(whole, parameters, seeds, **rest)
+    return LoadedBatch(crop(list(images), parameters), parameters, seeds, **rest)

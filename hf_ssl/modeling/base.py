@@ -6,6 +6,7 @@ step.
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -123,7 +124,20 @@ class SSLPreTrainedModel(PreTrainedModel):
         """The encoder that is published."""
         return cast(PreTrainedModel, self.get_submodule(self.exported))
 
-    # The two halves of a forward pass.
+    # The two halves of a forward pass, and what is drawn for it.
+
+    def draw(self, seeds: np.ndarray) -> dict[str, Tensor]:
+        """What the method draws for images beside their views (masks, noise): further arguments of `forward`,
+        batch first, on the CPU.
+
+        A function of the seeds and of what `before_step` wrote, so that it is the same for any number of
+        processes, after a resumption and when it is called again; `hf_ssl.views.uniforms` makes numbers, and
+        those from `hf_ssl.views.FOR_METHODS` on are free.
+
+        Args:
+            seeds: (B,) uint64, one for each image and pass over the data.
+        """
+        return {}
 
     def embed(
         self,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from hf_ssl import views
 from hf_ssl.data import LabelledImages, LoadedBatch
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.modeling.backbones import encode
@@ -89,11 +88,10 @@ class Monitor:
         features: list[Tensor] = []
         embedded: list[dict[str, Tensor]] = []
         for start in range(0, len(self.probe), _CHUNK):
-            part = self.probe[start : start + _CHUNK].to(model.device)
-            shown = views.apply(part.images, part.parameters)
+            inputs = self.probe[start : start + _CHUNK].inputs(model.device, model.draw)
             with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                embedded.append(model.embed(shown.pixel_values, shown.local_pixel_values, part.sample_index))
-                features.append(encode(model.exported_encoder, shown.pixel_values[:, 0]).float())
+                embedded.append(model.embed(**inputs))
+                features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
         together = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
         output = model.objective(together)
         embeddings, loss = cast(Tensor, output.embeddings), cast(Tensor, output.loss)

@@ -121,7 +121,7 @@ class SSLTrainer(PushingTrainer):
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         batch: LoadedBatch = inputs
         self._note(batch)
-        return batch.inputs(self.args.device)
+        return batch.inputs(self.args.device, self.method.draw)
 
     def _note(self, batch: LoadedBatch) -> None:
         """Count broken images and remember where a stream is."""
@@ -186,7 +186,7 @@ class SSLTrainer(PushingTrainer):
         self._note(inputs)
         output = cached_backward(
             self.method,
-            [partial(part.inputs, self.args.device) for part in inputs.split(size)],
+            [partial(part.inputs, self.args.device, self.method.draw) for part in inputs.split(size)],
             backward=lambda loss: self.accelerator.backward(loss / share),
             precision=self.accelerator.autocast,  # accelerate puts it around `model.forward` alone
         )

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_ssl.views.cropping import Crops, crop
     from hf_ssl.views.drawing import ViewParameters, draw
-    from hf_ssl.views.hashing import seeds, uniforms
+    from hf_ssl.views.hashing import FOR_METHODS, seeds, uniforms
     from hf_ssl.views.picture import montage
     from hf_ssl.views.pipeline import Views, apply
     from hf_ssl.views.preset import ViewOverrides, ViewPreset, ViewSettings
 
 _HOMES = {
     "Crops": "cropping",
+    "FOR_METHODS": "hashing",
     "ViewOverrides": "preset",
     "ViewParameters": "drawing",
     "ViewPreset": "preset",
@@ -36,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "FOR_METHODS",
     "Crops",
     "ViewOverrides",
     "ViewParameters",

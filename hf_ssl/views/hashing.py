@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 Keys = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MASK = 0xFFFFFFFFFFFFFFFF
+FOR_METHODS = 1 << 20
+"""The first number of an image's stream that a method may use (masks, noise); views use those before."""
 
 
 def seeds(run_seed: int, pass_number: int | NDArray[np.integer], keys: Keys) -> Keys:

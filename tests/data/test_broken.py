@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,10 @@ from hf_ssl.views import ViewParameters
 
 def batch(images, *broken):
     return LoadedBatch(
-        torch.zeros(images, 3, 4, 4), ViewParameters(None, torch.zeros(images, 2, 14)), broken=list(broken)
+        torch.zeros(images, 3, 4, 4),
+        ViewParameters(None, torch.zeros(images, 2, 14)),
+        np.zeros(images, np.uint64),
+        broken=list(broken),
     )
 
 

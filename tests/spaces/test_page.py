@@ -34,8 +34,8 @@ def opened(browser: Any, served: dict[str, Any]) -> Iterator[Callable[..., Any]]
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        # A listener from the start: Playwright sends the order to catch file choosers without awaiting it, and
-        # one that opens right after it (a key pressed at once) would be missed.
+        # A listener from the start: Playwright does not await its order to catch file choosers, and one that
+        # opens right after it (a key pressed at once) would be missed.
         page.on("filechooser", lambda chooser: None)
         page.goto(address)
         page.wait_for_selector(".answer .neighbours li")

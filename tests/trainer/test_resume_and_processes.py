@@ -161,7 +161,7 @@ def after_one_step_of_two_halves(settings):
     batch = next(iter(loader))
     halves = []
     for part in batch.split(16):
-        halves.append(model.embed(**part.inputs("cpu")))
+        halves.append(model.embed(**part.inputs("cpu", model.draw)))
     if model.couples_samples:
         model.objective(
             {name: torch.cat([half[name] for half in halves]) for name in halves[0]}

@@ -41,8 +41,8 @@ def step(batch_size: int, chunk: int | None) -> dict[str, Any]:
     preset = ViewPreset(size=32, enlarge=64)
     images = torch.stack([as_tensor(image) for image in small_images(64)]).repeat(batch_size // 64, 1, 1, 1)
     keys = np.arange(batch_size, dtype=np.uint64)
-    drawn = views.draw(views.seeds(0, 0, keys), preset, np.full((batch_size, 2), 32))
-    batch = LoadedBatch(images, drawn)
+    seeds = views.seeds(0, 0, keys)
+    batch = LoadedBatch(images, views.draw(seeds, preset, np.full((batch_size, 2), 32)), seeds)
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**RESNET18)))
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     for parameter in model.parameters():
