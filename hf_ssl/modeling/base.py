@@ -37,6 +37,9 @@ class SSLPreTrainedModel(PreTrainedModel):
             processes with gradient. Where the loss is a mean over images, averaging by DDP is exact already
             and this is False.
         minimum_views, maximum_views: views of an image that the loss needs and takes.
+        backbone_types: model types of the backbones that it can train; None where any will do.
+        needs_sample_index: it remembers something of every image, so images need a row number, which those of
+            a stream have not.
         takes_local_views: whether smaller views beside the global ones (multi-crop) mean anything to it.
         student_teacher: pairs of attribute names; a teacher starts as a copy of its student, is frozen, and
             is moved by the method.
@@ -59,6 +62,8 @@ class SSLPreTrainedModel(PreTrainedModel):
     couples_samples: ClassVar[bool] = False
     minimum_views: ClassVar[int] = 2
     maximum_views: ClassVar[int | None] = None
+    backbone_types: ClassVar[tuple[str, ...] | None] = None
+    needs_sample_index: ClassVar[bool] = False
     takes_local_views: ClassVar[bool] = False
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
@@ -206,6 +211,16 @@ class SSLPreTrainedModel(PreTrainedModel):
         if count < cls.minimum_views or (most is not None and count > most):
             wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
             raise UserError(f"views.count: {name} needs {wanted} views of an image, got {count}")
+
+    @classmethod
+    def check_source(cls, streaming: bool) -> None:
+        """Raise `UserError` if the method cannot be trained on a stream and this is one."""
+        if cls.needs_sample_index and streaming:
+            name = cls.__name__.removesuffix("ForPreTraining")
+            raise UserError(
+                f"data.streaming: {name} remembers every image and needs data.streaming=false; methods with "
+                "a queue (MoCo, SwAV) take streams"
+            )
 
     # What embed is made of.
 

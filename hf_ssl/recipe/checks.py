@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
+from hf_ssl.methods import METHODS
 from hf_ssl.recipe.sections import config_fields, one_line, suggestion
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from hf_ssl.modeling.base import SSLPreTrainedModel
+    from hf_ssl.recipe.recipe import Recipe
 
 
 def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
@@ -93,9 +94,15 @@ def _check_patches(config: "PreTrainedConfig", size: int) -> None:
         )
 
 
-def check_method(title: str, model: type["SSLPreTrainedModel"], views: ViewPreset, batch_size: int) -> None:
-    """Raise `UserError` if the method needs more views of an image, or more images at a time."""
-    model.check_views(views.global_count, views.local_count)
+def check_method(recipe: "Recipe", batch_size: int) -> None:
+    """Raise `UserError` if the method needs another encoder, more views of an image, images with a number, or
+    more images at a time."""
+    title, model = METHODS[recipe.method["name"]].title, recipe.model_class
+    known, got = model.backbone_types, recipe.backbone["model_type"]
+    if known is not None and got not in known:
+        raise UserError(f"backbone.model_type: {title} trains {', '.join(known)}, got {got}")
+    model.check_views(recipe.views.global_count, recipe.views.local_count)
+    model.check_source(recipe.data.streaming)
     if model.couples_samples and batch_size < 2:
         raise UserError(
             f"training.batch_size: {title} compares images with each other and needs at least 2 at a time, "

@@ -201,7 +201,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     )
     recipe.evaluation.check()
     batch_size = recipe.training.get("batch_size", SSLTrainingArguments.batch_size)
-    check_method(METHODS[recipe.method["name"]].title, recipe.model_class, views, batch_size)
+    check_method(recipe, batch_size)
     check_encoder(recipe.backbone_config(), data, views)
     recipe.config()
     recipe.training_arguments()

@@ -137,6 +137,7 @@ class SSLTrainer(PushingTrainer):
         return 0
 
     def _check_arguments(self) -> None:
+        self.method.check_source(self.source.streaming)
         if self.args.contrastive_chunk_size is not None:
             check_chunks_help(self.method)
         if self.source.num_rows is None and self.args.max_steps <= 0:
