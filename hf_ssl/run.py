@@ -43,10 +43,19 @@ _PROBE_IMAGES = 512
 _MONTAGE_IMAGES = 8
 
 
-def build_model(recipe: Recipe, seed: int) -> SSLPreTrainedModel:
-    """The recipe's model with random weights that depend on the seed alone."""
+def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
+    """The recipe's model with random weights that depend on the seed alone.
+
+    Args:
+        recipe: what to build.
+        seed: of the weights.
+        source: the training data, for a method that has a place for each image; None opens the recipe's.
+    """
+    config: Any = recipe.config()
+    if recipe.model_class.needs_sample_index:
+        config.num_samples = (source or open_source(recipe.data)).num_rows
     set_seed(seed)
-    return recipe.model_class(recipe.config())
+    return recipe.model_class(config)
 
 
 def build_trainer(
@@ -60,7 +69,7 @@ def build_trainer(
     train_loader(
         source, recipe.views, config=recipe.data, seed=0, batch_size=batch_size, world_size=processes
     )  # checks that there are enough images, and keeps the decoded ones for later
-    model = build_model(recipe, args.seed)
+    model = build_model(recipe, args.seed, source)
     monitor = None
     if args.monitor_steps:
         probe = _probe(recipe, source, args)

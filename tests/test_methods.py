@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from priming import prime
 from transformers import AutoConfig, AutoModelForPreTraining
 
 from hf_ssl.data import open_source, train_loader
@@ -54,7 +55,9 @@ def model(recipe):
 def batch(recipe, model):
     """The model's batch of 8 images, as the trainer makes it."""
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
-    return next(iter(loader)).inputs("cpu", model.draw)
+    inputs = next(iter(loader)).inputs("cpu", model.draw)
+    prime(model, inputs)
+    return inputs
 
 
 def test_every_trainable_parameter_has_a_finite_gradient(model, batch):
@@ -168,3 +171,21 @@ def test_it_is_in_the_table_with_a_card_section_and_a_smoke_recipe(method):
 
 def test_its_exported_encoder_is_native(model):
     assert type(model.exported_encoder).__module__.startswith("transformers.models.")
+
+
+def test_a_memory_of_all_images_refuses_a_stream(method):
+    """Rows of a stream have no number."""
+    if not load_recipe(f"smoke/{method}").model_class.needs_sample_index:
+        assert load_recipe(f"smoke/{method}", ["data.streaming=true"]).data.streaming
+        return
+    with pytest.raises(UserError, match=r"data\.streaming: .* queue \(MoCo, SwAV\) take streams"):
+        load_recipe(f"smoke/{method}", ["data.streaming=true"])
+
+
+def test_a_memory_of_all_images_has_a_place_for_each(method):
+    recipe = load_recipe(f"smoke/{method}")
+    if recipe.model_class.needs_sample_index:
+        model = build_model(recipe, seed=0)
+        assert model.config.num_samples == open_source(recipe.data).num_rows
+        with pytest.raises(UserError, match=rf"num_samples: expected 5.* got {model.config.num_samples}"):
+            model.check_source(streaming=False, num_rows=5)

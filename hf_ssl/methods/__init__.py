@@ -86,6 +86,13 @@ METHODS: dict[str, Method] = {
         paper="Caron et al., 2020, arXiv:2006.09882",
         summary="Every view predicts to which prototypes another view was assigned; multi-crop.",
     ),
+    "deepcluster_v2": Method(
+        title="DeepCluster v2",
+        config="hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2:DeepClusterV2Config",
+        model="hf_ssl.methods.deepcluster_v2.modeling_deepcluster_v2:DeepClusterV2ForPreTraining",
+        paper="Caron et al., 2020, arXiv:2006.09882, appendix",
+        summary="Every view predicts its image's cluster; k-means finds the clusters once in a pass.",
+    ),
     "triplet": Method(
         title="Triplet",
         config="hf_ssl.methods.triplet.configuration_triplet:TripletConfig",

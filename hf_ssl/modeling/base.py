@@ -39,7 +39,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         minimum_views, maximum_views: views of an image that the loss needs and takes.
         backbone_types: model types of the backbones that it can train; None where any will do.
         needs_sample_index: it remembers something of every image, so images need a row number, which those of
-            a stream have not.
+            a stream have not. Its config has `num_samples`, how many images there are.
+        begins_with_a_pass: all images are embedded and remembered once before the first step.
         takes_local_views: whether smaller views beside the global ones (multi-crop) mean anything to it.
         student_teacher: pairs of attribute names; a teacher starts as a copy of its student, is frozen, and
             is moved by the method.
@@ -64,6 +65,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     maximum_views: ClassVar[int | None] = None
     backbone_types: ClassVar[tuple[str, ...] | None] = None
     needs_sample_index: ClassVar[bool] = False
+    begins_with_a_pass: ClassVar[bool] = False
     takes_local_views: ClassVar[bool] = False
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
@@ -213,13 +215,22 @@ class SSLPreTrainedModel(PreTrainedModel):
             raise UserError(f"views.count: {name} needs {wanted} views of an image, got {count}")
 
     @classmethod
-    def check_source(cls, streaming: bool) -> None:
+    def check_streaming(cls, streaming: bool) -> None:
         """Raise `UserError` if the method cannot be trained on a stream and this is one."""
         if cls.needs_sample_index and streaming:
             name = cls.__name__.removesuffix("ForPreTraining")
             raise UserError(
                 f"data.streaming: {name} remembers every image and needs data.streaming=false; methods with "
                 "a queue (MoCo, SwAV) take streams"
+            )
+
+    def check_source(self, streaming: bool, num_rows: int | None) -> None:
+        """Raise `UserError` if this model cannot be trained on such data."""
+        self.check_streaming(streaming)
+        config: Any = self.config
+        if self.needs_sample_index and config.num_samples != num_rows:
+            raise UserError(
+                f"config.num_samples: expected {num_rows}, the number of images, got {config.num_samples}"
             )
 
     # What embed is made of.

@@ -59,6 +59,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return _Sum.apply(tensor) if process_count() > 1 else tensor
 
 
+def own_share(count: int) -> slice:
+    """Which of `count` rows that all processes hold are this one's to work on; everything in a single
+    process.
+    """
+    rank = dist.get_rank() if process_count() > 1 else 0
+    size = -(-count // process_count())
+    return slice(min(count, rank * size), min(count, (rank + 1) * size))
+
+
 def mean_over_processes(scalars: list[Tensor]) -> list[float]:
     """Mean of each scalar over the processes, in one exchange; waits for the device."""
     if not scalars:

@@ -93,3 +93,37 @@ class Queue(Counter):
         self.rows[position : position + first] = kept[:first]
         self.rows[: len(kept) - first] = kept[first:]
         self.increase(self.latest)
+
+
+class Bank(Memory):
+    """A place for each image of the training data.
+
+    Attributes:
+        rows: (V, N, D), the last embedding of each of V views.
+        seen: (N,), whether the image was ever put in.
+        labels: (H, N) int64, what each of H heads says of the image; -100, which losses ignore, where nothing
+            is known.
+    """
+
+    rows: Tensor
+    seen: Tensor
+    labels: Tensor
+
+    def __init__(self, size: int, views: int, dims: int, labels: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.empty(views, size, dims))
+        self.register_buffer("seen", torch.empty(size, dtype=torch.bool))
+        self.register_buffer("labels", torch.empty(labels, size, dtype=torch.int64))
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Nothing seen, nothing known."""
+        init.zeros_(self.rows)
+        init.zeros_(self.seen)
+        init.constant_(self.labels, -100)
+
+    @torch.no_grad()
+    def store(self, index_B: Tensor, rows_BVD: Tensor) -> None:
+        """Put the embeddings of images (B,) into their places."""
+        self.rows[:, index_B] = rows_BVD.transpose(0, 1).to(self.rows.dtype)
+        self.seen[index_B] = True

@@ -102,7 +102,7 @@ def check_method(recipe: "Recipe", batch_size: int) -> None:
     if known is not None and got not in known:
         raise UserError(f"backbone.model_type: {title} trains {', '.join(known)}, got {got}")
     model.check_views(recipe.views.global_count, recipe.views.local_count)
-    model.check_source(recipe.data.streaming)
+    model.check_streaming(recipe.data.streaming)
     if model.couples_samples and batch_size < 2:
         raise UserError(
             f"training.batch_size: {title} compares images with each other and needs at least 2 at a time, "

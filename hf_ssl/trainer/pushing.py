@@ -17,7 +17,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 
@@ -34,6 +33,7 @@ from hf_ssl.hub.writing import replace_text
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.checkpoints import STAGING_PREFIX, replace_folder
+from hf_ssl.trainer.lean import LeanTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ An image encoder in training with hf_ssl: step {step:,} of {steps:,}. Its card f
 """
 
 
-class PushingTrainer(Trainer):
+class PushingTrainer(LeanTrainer):
     """The part of `SSLTrainer` that writes what is published, and publishes it.
 
     With `args.push_to_hub` the repo `args.hub_model_id` is opened before training, so that a missing token is

@@ -25,6 +25,7 @@ from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
 from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
+from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
@@ -92,6 +93,7 @@ class SSLTrainer(PushingTrainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
             *([] if args.disable_tqdm else [ProgressBar()]),
+            FirstPass(model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast),
             MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
             self.stop_signal,
             Curves(),
@@ -104,19 +106,22 @@ class SSLTrainer(PushingTrainer):
         """The loader of this process's share of each batch. It is not prepared by accelerate: it splits and
         seeds by itself.
         """
-        self._loader = train_loader(
+        self._loader = self._make_loader(self.args.seed, self._resume_position)
+        return self._loader
+
+    def _make_loader(self, seed: int, position: dict[str, Any] | None = None) -> DataLoader:
+        return train_loader(
             self.source,
             self.preset,
             config=self.data,
-            seed=self.args.seed,
+            seed=seed,
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-            position=self._resume_position,
+            position=position,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
-        return self._loader
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         batch: LoadedBatch = inputs
@@ -129,15 +134,8 @@ class SSLTrainer(PushingTrainer):
         if batch.position is not None:
             self._position = batch.position
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        return None  # losses are means over images; there is nothing to count
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: the stock estimate is one for language models."""
-        return 0
-
     def _check_arguments(self) -> None:
-        self.method.check_source(self.source.streaming)
+        self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
             check_chunks_help(self.method)
         if self.source.num_rows is None and self.args.max_steps <= 0:
@@ -195,14 +193,6 @@ class SSLTrainer(PushingTrainer):
             average_gradients(self.method.parameters())
         self._terms.add(output)
         return output.loss / share
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Only where it is logged, or known from clipping: it takes 1 ms for 200 tensors."""
-        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step > 0
-        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
-        if grad_norm is None and by_steps and not logged and not self.args.fp16:
-            return None
-        return super()._get_grad_norm(model, grad_norm)
 
     # Logging and the monitor.
 

@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 
 from hf_ssl.methods.byol.configuration_byol import BYOLConfig
 from hf_ssl.methods.byol.modeling_byol import BYOLForPreTraining
+from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
+from hf_ssl.methods.deepcluster_v2.modeling_deepcluster_v2 import DeepClusterV2ForPreTraining
 from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
 from hf_ssl.methods.directpred.modeling_directpred import DirectPredForPreTraining
 from hf_ssl.methods.moco.configuration_moco import MoCoConfig
@@ -18,6 +20,7 @@ from hf_ssl.methods.moco.modeling_moco import MoCoForPreTraining
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.methods.swav.modeling_swav import SwAVForPreTraining
 from hf_ssl.modeling.outputs import Progress
+from hf_ssl.trainer.first_pass import remember_all
 
 RESNET = {
     "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
@@ -219,6 +222,81 @@ def slow_sinkhorn(scores, epsilon, iterations):
         shares = shares / shares.sum(1, keepdim=True) / prototypes
         shares = shares / shares.sum(0, keepdim=True) / batch
     return (shares * batch).T
+
+
+def slow_kmeans(rows, clusters, iterations, seed):
+    """Centroids, and the cluster of each row; a cluster without rows takes the row farthest from its own."""
+    generator = torch.Generator().manual_seed(seed)
+    centroids = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:clusters]]
+    for turn in range(iterations + 1):
+        found = [max(range(clusters), key=lambda k, row=row: row @ centroids[k]) for row in rows]
+        if turn == iterations:
+            return torch.stack(centroids), found
+        farthest = sorted(range(len(rows)), key=lambda i: rows[i] @ centroids[found[i]])
+        for k in range(clusters):
+            members = [row for row, mine in zip(rows, found, strict=True) if mine == k]
+            total = sum(members) if members else rows[farthest.pop(0)]
+            centroids[k] = total / total.norm()
+
+
+def test_deepcluster_v2():
+    """Two passes over 14 images in batches of 6: in the first pass two images are in no batch."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(14, 2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    passes = [[range(6), range(6, 12)], [[13, 1, 3, 5, 7, 9], [12, 0, 2, 4, 6, 8]]]
+    config = DeepClusterV2Config(
+        backbone_config=RESNET, prototypes=[3, 4, 2], projection_size=4, projection_hidden_size=16,
+        kmeans_iterations=3, num_samples=14,
+    )  # fmt: skip
+    model = build(DeepClusterV2ForPreTraining, config)
+    network = Network(model.backbone, model.projector)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
+
+    def project(index):  # all views in one batch, as the authors' code has it
+        return normalize(network(images[index].flatten(0, 1)), dim=1).unflatten(0, (len(index), 2))
+
+    memory = {}
+    for index in map(list, passes[0]):
+        remember_all(model, {"pixel_values": images[index], "sample_index": torch.tensor(index)})
+        memory |= dict(zip(index, project(index).detach(), strict=True))
+    step = 0
+    for batches in passes:
+        known = sorted(memory)
+        heads = []
+        for number, count in enumerate(config.prototypes):
+            rows = torch.stack([memory[i][number % 2] for i in known])
+            centroids, found = slow_kmeans(rows, count, 3, seed=step * 3 + number)
+            heads.append((centroids, dict(zip(known, found, strict=True))))
+        for index in map(list, batches):
+            progress = Progress(step, 4, steps_per_epoch=2)
+            if step % 2 == 0:
+                model.before_epoch(progress)
+            model.before_step(progress)
+            got = model(pixel_values=images[index], sample_index=torch.tensor(index)).loss
+            got.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rows = project(index)
+            loss = 0.0
+            for centroids, clusters in heads:
+                entropies = [
+                    -(row @ centroids.T / 0.1).log_softmax(0)[clusters[i]]
+                    for i, views in zip(index, rows, strict=True)
+                    if i in clusters
+                    for row in views
+                ]
+                loss = loss + sum(entropies) / len(entropies) / len(heads)
+            assert got.item() == pytest.approx(loss.item(), rel=1e-7)
+            descend(network, loss)
+            memory |= dict(zip(index, rows.detach(), strict=True))
+            step += 1
+        for head, expected, (centroids, clusters) in zip(model.heads, model.bank.labels, heads, strict=True):
+            torch.testing.assert_close(head.weight, centroids, rtol=1e-7, atol=1e-9)
+            assert expected.tolist() == [clusters.get(i, -100) for i in range(14)]
+    torch.testing.assert_close(
+        model.bank.rows, torch.stack([memory[i] for i in range(14)], dim=1), rtol=1e-7, atol=1e-9
+    )
+    assert len({tuple(row) for row in model.bank.labels.tolist()}) == 3
 
 
 def test_the_momentum_of_a_model_that_starts_from_an_encoder_is_the_configs(tmp_path):

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from priming import prime
 from torch import Tensor
 
 from hf_ssl.data import open_source, train_loader
@@ -16,7 +17,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer
-from hf_ssl.trainer.gradient_cache import cached_backward
+from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 
 BATCH = 12
 VIT = (
@@ -67,6 +68,12 @@ def cached(model, loaded, size, *, backward=Tensor.backward, precision=nullconte
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_are_those_of_the_whole_batch(method, size, loaded):
     whole, chunked = (build(method, VIT % 0.0) for _ in range(2))
+    if not whole.couples_samples:
+        with pytest.raises(UserError, match="compares no images with each other"):
+            check_chunks_help(whole)
+        return
+    for model in (whole, chunked):
+        prime(model, in_double(loaded))
     expected = whole(**in_double(loaded))
     expected.loss.backward()
     output = cached(chunked, loaded, size)

@@ -19,6 +19,7 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.modeling.rules import treatments
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
+from hf_ssl.trainer.first_pass import SEED_OFFSET
 
 # Passes of 4 steps and checkpoints at every second: the kill comes in the second pass, a step after one.
 STEPS, KILLED_AT = 9, 7
@@ -173,16 +174,22 @@ def two_ranks(method, folder, name, overrides):
     ]
 
 
+def batches_of(recipe, seed):
+    return train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=seed, batch_size=32)
+
+
 def after_one_step_of_two_halves(settings):
     """Parameters after a step of plain SGD whose halves of the batch go through the network one by one."""
     recipe = load_recipe(settings["recipe"], settings["overrides"])
     model = build_model(recipe, seed=0).train()
+    if model.begins_with_a_pass:
+        for batch in batches_of(recipe, seed=SEED_OFFSET):
+            halves = [model.embed(**part.inputs("cpu", model.draw)) for part in batch.split(16)]
+            model.remember({name: torch.cat([half[name] for half in halves]) for name in halves[0]})
+        model.before_epoch(Progress(step=0, total_steps=1, steps_per_epoch=4))
     model.before_step(Progress(step=0, total_steps=1, steps_per_epoch=4))
-    loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=32)
-    batch = next(iter(loader))
-    halves = []
-    for part in batch.split(16):
-        halves.append(model.embed(**part.inputs("cpu", model.draw)))
+    batch = next(iter(batches_of(recipe, seed=0)))
+    halves = [model.embed(**part.inputs("cpu", model.draw)) for part in batch.split(16)]
     if model.couples_samples:
         model.objective(
             {name: torch.cat([half[name] for half in halves]) for name in halves[0]}

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepCluster v2: prediction of clusters that k-means finds once in a pass (arXiv:2006.09882, appendix)."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.errors import UserError
+from hf_ssl.losses import cluster_cross_entropy
+from hf_ssl.losses.precision import raised
+from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.clustering import spherical_kmeans
+from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.memory import Bank
+from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.prototypes import Prototypes, usage
+
+
+class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
+    """All views of an image predict its cluster, by cosine with the centroids.
+
+    The last embedding of each image's global views is remembered. At the beginning of a pass spherical
+    k-means clusters them, once for each head: head i those of global view i, i + 1, ... in turn. Its
+    centroids are that head's prototypes, which no gradient moves, until the next pass. Before the first step
+    all images are embedded once. An image that was in no batch has no cluster and is left out of the loss,
+    which is why the mean over images is taken over all processes together.
+    """
+
+    config_class = DeepClusterV2Config
+    couples_samples = True
+    minimum_views = 1
+    takes_local_views = True
+    needs_sample_index = True
+    begins_with_a_pass = True
+    remembered = ("projections", "sample_index")
+
+    def __init__(self, config: DeepClusterV2Config) -> None:
+        super().__init__(config)
+        sizes = [feature_size(self.backbone), config.projection_hidden_size, config.projection_size]
+        self.projector = MLPHead(sizes, bias=True, last_bias=True)
+        self.heads = nn.ModuleList(Prototypes(count, config.projection_size) for count in config.prototypes)
+        views = int((config.views or {}).get("count", 2))
+        self.bank = Bank(config.num_samples, views, config.projection_size, labels=len(config.prototypes))
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Centroids are set, not trained."""
+        super().freeze()
+        self.heads.requires_grad_(False)
+
+    @torch.no_grad()
+    def before_epoch(self, progress: Progress) -> None:
+        """Cluster what is remembered."""
+        super().before_epoch(progress)
+        seen, clusters = self.bank.seen, max(self.config.prototypes)
+        if seen.sum() < clusters:
+            raise UserError(
+                f"method.prototypes: {clusters} clusters need at least as many images, got {int(seen.sum())}"
+            )
+        for number, head in enumerate(cast("list[Prototypes]", list(self.heads))):
+            rows = self.bank.rows[number % len(self.bank.rows)][seen]
+            generator = torch.Generator().manual_seed(progress.step * len(self.heads) + number)
+            centroids, found = spherical_kmeans(
+                rows, head.out_features, self.config.kmeans_iterations, generator
+            )
+            head.weight.copy_(centroids)
+            self.bank.labels[number, seen] = found
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Unit projections (B, V, P) of the global views, (B, L, P) of the local ones if there are any, and
+        the row numbers (B,)."""
+        if sample_index is None:
+            raise ValueError("DeepCluster v2 needs sample_index, the row numbers of the images")
+        shown = {"projections": pixel_values, "local_projections": local_pixel_values}
+        return {"sample_index": sample_index} | {
+            name: normalize(raised(self.over_views(self.projector, self.encode_views(images))), dim=-1)
+            for name, images in shown.items()
+            if images is not None
+        }
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Mean over heads of the cross entropy of all views' scores with the image's cluster."""
+        projections = embeddings["projections"]
+        local = [embeddings["local_projections"]] if "local_projections" in embeddings else []
+        views_VBP = torch.cat([projections, *local], dim=1).transpose(0, 1)
+        losses = [
+            cluster_cross_entropy(head(views_VBP), assignment_B, temperature=self.config.temperature)
+            for head, assignment_B in zip(
+                self.heads, self.bank.labels[:, embeddings["sample_index"]], strict=True
+            )
+        ]
+        loss = torch.stack(losses).mean()
+        terms = {"cluster_cross_entropy": loss.detach()}
+        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
+
+    def remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Put the global views' projections into their images' places."""
+        self.bank.store(embeddings["sample_index"], embeddings["projections"])
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """`prototype_entropy` of the first head's nearest prototypes, 1 where they are used alike, and
+        `prototypes_used`, the share that is nearest to any image."""
+        first = cast(Prototypes, self.heads[0])
+        entropy, used = usage(first(embeddings["projections"][:, 0]).argmax(dim=-1), first.out_features)
+        return {"prototype_entropy": entropy, "prototypes_used": used}
+
+
+AutoModelForPreTraining.register(DeepClusterV2Config, DeepClusterV2ForPreTraining)
