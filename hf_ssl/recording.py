@@ -29,6 +29,8 @@ from hf_ssl.trainer.trainer import SSLTrainer
 
 PICTURES = {
     "views.png": "Views of training images, as the network sees them: one image a row.",
+    "reconstructions.png": "Images, the patches that the encoder sees, and what the decoder makes of the "
+    "others. Where it predicts normalised pixels, mean and contrast are each patch's own.",
     "curves.png": "How it learned: what was logged and measured while it trained.",
 }
 

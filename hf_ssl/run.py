@@ -35,6 +35,7 @@ from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.space import serve_digits
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
+from hf_ssl.trainer.pictures import MethodPictures
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,14 @@ def build_trainer(
     return SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
 
 
-def draw_views(recipe: Recipe, trainer: SSLTrainer) -> None:
-    """Leave `views.png` in the output folder: what the network is going to see."""
+def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
+    """Leave `views.png` in the output folder, what the network is going to see; the trainer will leave the
+    method's own pictures of the same images.
+    """
     first = _probe(recipe, trainer.source, trainer.args)[:_MONTAGE_IMAGES]
     shown = views.apply(first.images, first.parameters)
     views.montage(shown, recipe.views, Path(recipe.training["output_dir"]) / "views.png")
+    trainer.add_callback(MethodPictures(trainer.method, first, recipe.views))
 
 
 def _probe(recipe: Recipe, source: Source, args: SSLTrainingArguments) -> LoadedBatch:
@@ -145,7 +149,7 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     wait_for_all()  # nobody writes before everybody has looked
     if args.should_save:
         claim(recipe)
-        draw_views(recipe, trainer)
+        draw_pictures(recipe, trainer)
     if checkpoint is not None and is_last(checkpoint):
         trainer.load_finished(checkpoint)
     else:

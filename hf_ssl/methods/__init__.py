@@ -86,12 +86,33 @@ METHODS: dict[str, Method] = {
         paper="Caron et al., 2020, arXiv:2006.09882",
         summary="Every view predicts to which prototypes another view was assigned; multi-crop.",
     ),
+    "dino": Method(
+        title="DINO",
+        config="hf_ssl.methods.dino.configuration_dino:DINOConfig",
+        model="hf_ssl.methods.dino.modeling_dino:DINOForPreTraining",
+        paper="Caron et al., 2021, arXiv:2104.14294",
+        summary="All views match a slow teacher's centred, sharpened outputs of the others; multi-crop.",
+    ),
     "deepcluster_v2": Method(
         title="DeepCluster v2",
         config="hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2:DeepClusterV2Config",
         model="hf_ssl.methods.deepcluster_v2.modeling_deepcluster_v2:DeepClusterV2ForPreTraining",
         paper="Caron et al., 2020, arXiv:2006.09882, appendix",
         summary="Every view predicts its image's cluster; k-means finds the clusters once in a pass.",
+    ),
+    "mae": Method(
+        title="MAE",
+        config="hf_ssl.methods.mae.configuration_mae:MAEConfig",
+        model="hf_ssl.methods.mae.modeling_mae:MAEForPreTraining",
+        paper="He et al., 2021, arXiv:2111.06377",
+        summary="Sees a quarter of an image's patches and predicts the pixels of the others.",
+    ),
+    "ijepa": Method(
+        title="I-JEPA",
+        config="hf_ssl.methods.ijepa.configuration_ijepa:IJEPAConfig",
+        model="hf_ssl.methods.ijepa.modeling_ijepa:IJEPAForPreTraining",
+        paper="Assran et al., 2023, arXiv:2301.08243",
+        summary="Predicts a teacher's features of hidden blocks from the rest of the image; no other views.",
     ),
     "triplet": Method(
         title="Triplet",

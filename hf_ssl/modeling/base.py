@@ -21,6 +21,7 @@ from hf_ssl.modeling.backbones import (
 )
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
+from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import Memory
 from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.rules import ParameterRule
@@ -46,6 +47,8 @@ class SSLPreTrainedModel(PreTrainedModel):
             is moved by the method.
         exported: name of the encoder that is published: the backbone, or its teacher.
         remembered: names of the embeddings that `remember` takes over.
+        collapsed_below: measurements of the monitor, its own or the method's, with the value below which the
+            method has collapsed.
         views_share_statistics: whether BatchNorm normalises all views of one size together. Where it is
             False each view goes through layers with BatchNorm by itself, as in authors' loops.
     """
@@ -70,6 +73,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
     remembered: ClassVar[tuple[str, ...]] = ()
+    collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, "embedding_rank": 2.0}
     views_share_statistics: ClassVar[bool] = True
 
     def __init__(self, config: SSLConfig) -> None:
@@ -98,10 +102,17 @@ class SSLPreTrainedModel(PreTrainedModel):
         model.freeze()
         return (model, info) if output_loading_info else model
 
+    def initialize_weights(self) -> None:
+        """As in transformers; then `_init_weights` is asked about the whole model, which transformers passes
+        over where all parameters belong to parts of it.
+        """
+        super().initialize_weights()
+        self._init_weights(self)
+
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if isinstance(module, Memory):
+        if isinstance(module, Memory | WeightNormLinear):
             module.initialize()
 
     @torch.no_grad()
@@ -257,6 +268,15 @@ class SSLPreTrainedModel(PreTrainedModel):
 
         Args:
             embeddings: of the probe, in eval mode, as `embed` makes them.
+        """
+        return {}
+
+    def pictures(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pictures that a run leaves of what the method does with some images, by the name of their file:
+        each (B, V, C, H, W) with V tiles in a row, normalised like the views. Called in eval mode.
+
+        Args:
+            inputs: arguments of `forward`.
         """
         return {}
 

@@ -102,6 +102,17 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def least_over_processes(number: int, device: torch.device) -> int:
+    """The smallest of the processes' numbers, the same on each; waits for the device where there are
+    several.
+    """
+    if process_count() == 1:
+        return number
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process."""
     if process_count() == 1:

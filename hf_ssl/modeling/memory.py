@@ -95,6 +95,24 @@ class Queue(Counter):
         self.increase(self.latest)
 
 
+class Center(Memory):
+    """A mean of outputs that moves with the batches.
+
+    Attributes:
+        mean: (K,).
+    """
+
+    mean: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+
+    def initialize(self) -> None:
+        """Zero."""
+        init.zeros_(self.mean)
+
+
 class Bank(Memory):
     """A place for each image of the training data.
 

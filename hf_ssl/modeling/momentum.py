@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of methods whose teachers follow their students slowly."""
+"""The bases of methods whose teachers follow their students slowly."""
 
 from typing import Any, ClassVar
 
@@ -14,26 +14,24 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.modeling.schedules import scheduled
 
 
-class MomentumModel(SSLPreTrainedModel):
-    """A method with a backbone, a projector, and a teacher of both; its config has the fields `momentum`,
-    `momentum_end` and `momentum_schedule` (see `scheduled`).
+class TeacherModel(SSLPreTrainedModel):
+    """A method with a backbone and a teacher of it; its config has the fields `momentum`, `momentum_end` and
+    `momentum_schedule` (see `scheduled`).
 
-    A subclass builds `projector` and `teacher_projector`, alike. Every teacher becomes `momentum * teacher
-    + (1 - momentum) * student`, once for each optimiser step: parameters alone. Buffers (BatchNorm's
-    running statistics) are the teacher's own, made by its own forward passes in training mode, as the
-    authors of MoCo and BYOL have it.
+    A subclass with a head builds the head's teacher too and names both in `student_teacher`. Every teacher
+    becomes `momentum * teacher + (1 - momentum) * student`, once for each optimiser step: parameters alone.
+    Buffers (BatchNorm's running statistics) are the teacher's own, made by its own forward passes in training
+    mode, as the authors of MoCo and BYOL have it.
 
     Attributes:
         teacher_moves: "after_step", or "before_step" where the authors move it at the beginning of the next
             forward pass (MoCo): the same weights with the momentum of the next step.
     """
 
-    student_teacher = (("backbone", "teacher_backbone"), ("projector", "teacher_projector"))
+    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (("backbone", "teacher_backbone"),)
     teacher_moves: ClassVar[str] = "after_step"
 
     momentum: Tensor
-    projector: nn.Module
-    teacher_projector: nn.Module
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -49,13 +47,6 @@ class MomentumModel(SSLPreTrainedModel):
         super()._init_weights(module)
         if module is self:  # where a checkpoint of an encoder holds none
             init.constant_(self.momentum, self._momentum)
-
-    @torch.no_grad()
-    def teach(self, images_BVCHW: Tensor) -> Tensor:
-        """The teacher's projections (B, V, P) of images (B, V, C, H, W), without gradient."""
-        return self.over_views(
-            lambda images: self.teacher_projector(encode(self.teacher_backbone, images)), images_BVCHW
-        )
 
     def before_step(self, progress: Progress) -> None:
         """Write the scheduled momentum, and move teachers where the method moves them first."""
@@ -83,3 +74,24 @@ class MomentumModel(SSLPreTrainedModel):
             leads: list[Tensor] = list(self.get_submodule(student).parameters())
             follows: list[Tensor] = list(self.get_submodule(teacher).parameters())
             torch._foreach_lerp_(follows, leads, 1 - self._momentum)
+
+
+class MomentumModel(TeacherModel):
+    """A method with a backbone, a projector, and a teacher of both. A subclass builds `projector` and
+    `teacher_projector`, alike.
+    """
+
+    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("backbone", "teacher_backbone"),
+        ("projector", "teacher_projector"),
+    )
+
+    projector: nn.Module
+    teacher_projector: nn.Module
+
+    @torch.no_grad()
+    def teach(self, images_BVCHW: Tensor) -> Tensor:
+        """The teacher's projections (B, V, P) of images (B, V, C, H, W), without gradient."""
+        return self.over_views(
+            lambda images: self.teacher_projector(encode(self.teacher_backbone, images)), images_BVCHW
+        )

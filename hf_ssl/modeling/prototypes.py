@@ -38,4 +38,4 @@ def usage(nearest_N: Tensor, count: int) -> tuple[float, float]:
     most = min(count, nearest_N.numel())
     used = shares[shares > 0]
     entropy = -(used * used.log()).sum() / torch.tensor(most).log().clamp_min(1e-12)
-    return entropy.item(), len(used) / most
+    return max(0.0, entropy.item()), len(used) / most

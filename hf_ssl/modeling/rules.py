@@ -25,6 +25,7 @@ class ParameterRule:
         decay: whether weight decay applies.
         adapt: whether LARS adapts the rate.
         frozen_until: optimiser steps before the parameter starts to move; its gradient is dropped until then.
+        frozen_epochs: the same in passes over the data; the later of the two counts.
         vectors_only: the rule leaves out weights and concerns what has at most one dimension: biases and the
             gains of norms.
     """
@@ -35,6 +36,7 @@ class ParameterRule:
     decay: bool | None = None
     adapt: bool | None = None
     frozen_until: int | None = None
+    frozen_epochs: float | None = None
     vectors_only: bool = False
 
 
@@ -47,6 +49,7 @@ class Treatment:
     decay: bool = True
     adapt: bool = True
     frozen_until: int = 0
+    frozen_epochs: float = 0.0
 
 
 def treatments(

@@ -4,7 +4,7 @@ beside them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
@@ -28,10 +28,16 @@ class SSLTrainingArguments(TrainingArguments):
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
         momentum, nesterov: of SGD and LARS.
+        weight_decay_end: if set, weight decay goes from `weight_decay` to this along half a cosine over the
+            whole run (DINO, I-JEPA); what is not decayed stays so.
         decay_all_parameters: weight decay on biases, norms and tokens too, as authors who use plain SGD do.
+        clip_each_tensor: the largest norm of each parameter's gradient by itself (DINO); 0 clips nothing.
         lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
+        lars_adapt_all_parameters: LARS adapts the rate of biases, norms and tokens too, as SwAV's authors do.
         warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: where the cosine ends, as a share of the learning rate.
+        learning_rate_drops: passes over the data after each of which the learning rate is a tenth of what
+            `lr_scheduler_type` says (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images of a process that are encoded at once, for batches that do not fit into
             memory; loss and gradient are those of the whole batch, BatchNorm statistics those of a chunk
             (`hf_ssl.trainer.gradient_cache`). None encodes them all at once.
@@ -68,12 +74,16 @@ class SSLTrainingArguments(TrainingArguments):
     learning_rate_rule: str = "none"
     momentum: float = 0.9
     nesterov: bool = False
+    weight_decay_end: float | None = None
     decay_all_parameters: bool = False
+    clip_each_tensor: float = 0.0
     lars_trust_coefficient: float = 0.001
     lars_variant: str = "barlowtwins"
     lars_clip: bool = False
+    lars_adapt_all_parameters: bool = False
     warmup_epochs: float = 0.0
     minimum_learning_rate_ratio: float = 0.0
+    learning_rate_drops: list[float] = field(default_factory=list)
     contrastive_chunk_size: int | None = None
     sync_batch_norm: bool = True
     channels_last: bool = True
@@ -92,6 +102,17 @@ class SSLTrainingArguments(TrainingArguments):
             raise UserError(
                 f"training.contrastive_chunk_size must be at least 1 image, got {self.contrastive_chunk_size}"
             )
+        if self.learning_rate_drops and min(self.learning_rate_drops) <= 0:
+            raise UserError(
+                f"training.learning_rate_drops must be positive epochs, got {self.learning_rate_drops}"
+            )
+        if self.clip_each_tensor < 0 or (self.clip_each_tensor and self.fp16):
+            raise UserError(
+                "training.clip_each_tensor must be at least 0, and 0 with fp16, which scales gradients, got "
+                f"{self.clip_each_tensor}"
+            )
+        if self.weight_decay_end is not None and self.weight_decay_end < 0:
+            raise UserError(f"training.weight_decay_end must be at least 0, got {self.weight_decay_end}")
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
@@ -22,6 +24,7 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.modeling.rules import treatments
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
+from hf_ssl.trainer.optimizers import schedule_weight_decay
 
 
 def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
@@ -31,9 +34,22 @@ def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_ste
     return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
 
 
+def clip_each(gradients: list[Tensor], maximum: float) -> None:
+    """Shorten every tensor that is longer than `maximum` to that norm; nothing waits for the device.
+
+    Source: facebookresearch/dino, where each parameter's gradient is clipped by itself.
+    """
+    norms = torch._foreach_norm(gradients)
+    factors = torch._foreach_add(norms, 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, maximum)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
+
+
 class MethodHooks(TrainerCallback):
-    """Calls a method's hooks with the progress of the run, and keeps parameters still that a rule has
-    frozen until a step.
+    """Calls a method's hooks with the progress of the run, clips each gradient (`args.clip_each_tensor`), and
+    keeps parameters still that a rule has frozen until a step.
     """
 
     def __init__(self, model: SSLPreTrainedModel, step_was_made: Callable[[], bool]) -> None:
@@ -49,9 +65,11 @@ class MethodHooks(TrainerCallback):
         self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
         parameters = dict(self.model.named_parameters())
         found = treatments(self.model, self.model.parameter_rules, decay_all=args.decay_all_parameters)
-        self.frozen_until = [
-            (t.frozen_until, parameters[name]) for name, t in found.items() if t.frozen_until
-        ]
+        until = {
+            name: max(t.frozen_until, round(t.frozen_epochs * self.steps_per_epoch))
+            for name, t in found.items()
+        }
+        self.frozen_until = [(step, parameters[name]) for name, step in until.items() if step]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # Not on_epoch_begin, which transformers also calls when a run resumes in the middle of an epoch.
@@ -60,6 +78,8 @@ class MethodHooks(TrainerCallback):
         self.model.before_step(self._progress(state))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if args.clip_each_tensor:
+            clip_each([p.grad for p in self.model.parameters() if p.grad is not None], args.clip_each_tensor)
         for until, parameter in self.frozen_until:
             if state.global_step < until:
                 parameter.grad = None
@@ -68,6 +88,13 @@ class MethodHooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.step_was_made():
             self.model.after_step(self._progress(state))
+
+
+class WeightDecaySchedule(TrainerCallback):
+    """Moves weight decay before each optimiser step, if `args.weight_decay_end` is set."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        schedule_weight_decay(kwargs["optimizer"], args, state.global_step / state.max_steps)
 
 
 class StopOnSignal(TrainerCallback):
@@ -128,9 +155,9 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(self.shown)
 
 
-class Curves(TrainerCallback):
-    """Draws `curves.png` in the output folder at the end, and before that whenever the monitor has measured,
-    unless drawing would take more than a twentieth of the time.
+class Drawing(TrainerCallback):
+    """Draws at the end, and before that whenever the monitor has measured, unless drawing would take more
+    than a twentieth of the time.
     """
 
     def __init__(self) -> None:
@@ -146,6 +173,17 @@ class Curves(TrainerCallback):
     def _draw(self, args, state) -> None:
         if state.is_world_process_zero and state.global_step > 0:
             start = time.monotonic()
-            draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+            self.draw(args, state)
             end = time.monotonic()
             self._next = end + 20 * (end - start)
+
+    def draw(self, args, state) -> None:
+        """Write the picture into the output folder."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it draws")
+
+
+class Curves(Drawing):
+    """Draws `curves.png`."""
+
+    def draw(self, args, state) -> None:
+        draw_curves(state.log_history, Path(args.output_dir) / "curves.png")

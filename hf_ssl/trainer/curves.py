@@ -5,18 +5,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+Panel = tuple[str, tuple[str, ...]]
+
 # Each panel: title, and the log keys that share its axis. Keys that a run did not log are left out, and
-# empty panels too.
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+# empty panels too. What a method measures and no panel here knows gets one of its own.
+PANELS: tuple[Panel, ...] = (
     ("training loss", ("loss",)),
     ("k-NN accuracy while training", ("eval_knn",)),
-    ("dimensions in use", ("eval_rank_me", "eval_embedding_rank")),
+    ("dimensions in use", ("eval_rank_me", "eval_embedding_rank", "eval_predictor_rank")),
     ("spread (1 isotropic, 0 collapsed)", ("eval_feature_std", "eval_embedding_std")),
     ("alignment (0 perfect)", ("eval_alignment",)),
     ("uniformity (lower is more even)", ("eval_uniformity",)),
     ("learning rate", ("learning_rate",)),
+    ("weight decay", ("weight_decay",)),
     ("images per second", ("images_per_second",)),
+    ("prototypes (entropy 1: used alike)", ("eval_prototype_entropy", "eval_prototypes_used")),
+    ("correlation of different dimensions (0 at best)", ("eval_off_diagonal_correlation",)),
+    ("steps that a key stays in the queue", ("eval_queue_age",)),
+    ("share of the queue that holds keys", ("eval_queue_filled",)),
 )
+# The probe's loss: of another number of images than a batch's, so it is not to be held against that.
+_NOT_DRAWN = {"eval_loss"}
+
+
+def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
+    """The panels that have something to show: `PANELS`, one for each other measurement (`eval_<name>`), and
+    the terms of the loss where there are several.
+
+    Args:
+        log_history: as `draw_curves` takes it.
+    """
+    logged = {key for record in log_history for key in record if _is_number(record[key])}
+    known = {key for _, keys in PANELS for key in keys}
+    others = sorted(key for key in logged - known - _NOT_DRAWN if key.startswith("eval_"))
+    terms = tuple(sorted(key for key in logged if key.startswith("term_")))
+    panels = [
+        *PANELS,
+        *((_label(key), (key,)) for key in others),
+        *([("terms of the loss", terms)] if len(terms) > 1 else []),
+    ]
+    present = [(title, tuple(key for key in keys if key in logged)) for title, keys in panels]
+    return [(title, keys) for title, keys in present if keys]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _label(key: str) -> str:
@@ -32,18 +65,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    terms = tuple(sorted({key for record in log_history for key in record if key.startswith("term_")}))
-    panels = [*PANELS, *([("terms of the loss", terms)] if len(terms) > 1 else [])]
-    series = {
-        key: [
-            (record["step"], record[key])
-            for record in log_history
-            if isinstance(record.get(key), int | float)
-        ]
-        for _, keys in panels
-        for key in keys
-    }
-    panels = [(title, keys) for title, keys in panels if any(series[key] for key in keys)]
+    panels = select_panels(log_history)
     if not panels:
         return  # a run shorter than its first record
     columns = 4
@@ -52,17 +74,10 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     for position, (title, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, position)
         for key in keys:
-            if series[key]:
-                steps, values = zip(*series[key], strict=True)
-                marker = "o" if len(steps) < 30 else None
-                axes.plot(
-                    steps,
-                    values,
-                    label=_label(key),
-                    linewidth=1.4,
-                    marker=marker,
-                    markersize=2.5,
-                )
+            points = [(record["step"], record[key]) for record in log_history if _is_number(record.get(key))]
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(steps) < 30 else None
+            axes.plot(steps, values, label=_label(key), linewidth=1.4, marker=marker, markersize=2.5)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=7)
         axes.tick_params(labelsize=7)

@@ -2,6 +2,8 @@
 """What is measured while a model trains, on images that stay the same, and the alarm when it collapses."""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,15 +75,10 @@ class Monitor:
         dimension), `alignment` and `uniformity` of what the loss compares; `knn` accuracy where there are
         labels. A method adds its own (`measurements`).
         """
-        training = model.training
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode():
-                metrics = self._measure_probe(model)
-                if self.knn is not None:
-                    metrics["knn"] = self.knn.accuracy(model, self.dtype)
-        finally:
-            model.train(training)
+        with undisturbed(model):
+            metrics = self._measure_probe(model)
+            if self.knn is not None:
+                metrics["knn"] = self.knn.accuracy(model, self.dtype)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _measure_probe(self, model: SSLPreTrainedModel) -> dict[str, float]:
@@ -110,14 +107,18 @@ class Monitor:
 
 
 class CollapseAlarm:
-    """Tells when embeddings have collapsed: to one point (no spread), or to one line (no dimensions).
+    """Tells when embeddings have collapsed: to one point (no spread), to one line (no dimensions), or in a
+    way of the method's own.
 
     A network may start nearly collapsed and leave that state as it learns, so the alarm is raised only when
     two measurements in a row after the start are low and the second is not recovering.
+
+    Args:
+        minimum: the value below which each measurement is low (`SSLPreTrainedModel.collapsed_below`).
     """
 
-    def __init__(self, minimum_std: float = 0.05, minimum_rank: float = 2.0) -> None:
-        self.minimum = {"embedding_std": minimum_std, "embedding_rank": minimum_rank}
+    def __init__(self, minimum: Mapping[str, float]) -> None:
+        self.minimum = minimum
         self.previous: dict[str, float] = {}
 
     def check(self, metrics: dict[str, float], step: int, prefix: str = "eval") -> str | None:
@@ -126,7 +127,7 @@ class CollapseAlarm:
         for name, minimum in self.minimum.items():
             value, before = metrics[f"{prefix}_{name}"], self.previous.get(name)
             low = math.isnan(value) or value < minimum
-            stays_low = before is not None and before < minimum and value < 1.2 * before
+            stays_low = before is not None and before < minimum and value <= 1.2 * before
             if low and (stays_low or math.isnan(value)):
                 message = (
                     f"embeddings have collapsed at step {step}: {name} is {value:.3g}, "
@@ -135,6 +136,18 @@ class CollapseAlarm:
             if step > 0:
                 self.previous[name] = value
         return message
+
+
+@contextmanager
+def undisturbed(model: SSLPreTrainedModel) -> Iterator[None]:
+    """Eval mode without gradient; afterwards the mode and all random states are as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
 
 def _cuda_devices(model: SSLPreTrainedModel) -> list[torch.device]:

@@ -2,6 +2,7 @@
 """From training arguments and a method's parameter rules to an optimiser and its schedule."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from transformers import get_scheduler
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.rules import Treatment, treatments
+from hf_ssl.modeling.schedules import scheduled
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
 
@@ -30,7 +32,8 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
             "params": members,
             "lr": args.learning_rate * treatment.learning_rate_scale,
             "weight_decay": args.weight_decay if treatment.decay else 0.0,
-            "adapt": treatment.adapt,
+            "decay": treatment.decay,
+            "adapt": treatment.adapt or args.lars_adapt_all_parameters,
             "fixed_learning_rate": treatment.fixed_learning_rate,
         }
         for treatment, members in by_treatment.items()
@@ -54,8 +57,8 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
 def build_scheduler(
     optimizer: Optimizer, args: SSLTrainingArguments, total_steps: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """transformers' schedule `args.lr_scheduler_type`, held constant for groups with a fixed learning
-    rate.
+    """transformers' schedule `args.lr_scheduler_type` with the drops of `args.learning_rate_drops`, held
+    constant for groups with a fixed learning rate.
     """
     warmup = (
         round(args.warmup_epochs * steps_per_epoch)
@@ -70,10 +73,39 @@ def build_scheduler(
         total_steps,
         scheduler_specific_kwargs=specific,
     )
-    if any(group["fixed_learning_rate"] for group in optimizer.param_groups):
+    drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
+    if drops or any(group["fixed_learning_rate"] for group in optimizer.param_groups):
         lambdas = [
-            (lambda step: 1.0) if group["fixed_learning_rate"] else scheduler.lr_lambdas[index]
+            (lambda step: 1.0)
+            if group["fixed_learning_rate"]
+            else _dropped(scheduler.lr_lambdas[index], drops)
             for index, group in enumerate(optimizer.param_groups)
         ]
         scheduler = LambdaLR(optimizer, lambdas)
     return scheduler
+
+
+def _dropped(schedule: Callable[[int], float], drops: list[int]) -> Callable[[int], float]:
+    """The schedule times 0.1 for each of the steps `drops` that are behind."""
+    return lambda step: schedule(step) * 0.1 ** sum(step >= drop for drop in drops)
+
+
+def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: float) -> None:
+    """Write the weight decay of the step that follows to the groups that are decayed, if it has a schedule.
+
+    Args:
+        optimizer: of `build_optimizer`, wrapped or not.
+        args: `weight_decay` and `weight_decay_end`.
+        fraction: share of the run that is done. Nothing else decides, so a resumed run goes on exactly.
+    """
+    if args.weight_decay_end is None:
+        return
+    value = scheduled(args.weight_decay, args.weight_decay_end, "cosine", fraction)
+    for group in optimizer.param_groups:
+        if group["decay"]:
+            group["weight_decay"] = value
+
+
+def largest_weight_decay(optimizer: Optimizer) -> float:
+    """The weight decay of what is decayed."""
+    return max(group["weight_decay"] for group in optimizer.param_groups)

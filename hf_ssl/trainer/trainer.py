@@ -23,12 +23,19 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.callbacks import Curves, MethodHooks, ProgressBar, StopOnSignal, steps_per_epoch
+from hf_ssl.trainer.callbacks import (
+    Curves,
+    MethodHooks,
+    ProgressBar,
+    StopOnSignal,
+    WeightDecaySchedule,
+    steps_per_epoch,
+)
 from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
 from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
-from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
+from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
 from hf_ssl.trainer.pushing import PushingTrainer
 from hf_ssl.trainer.terms import TermMeans
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
@@ -69,7 +76,7 @@ class SSLTrainer(PushingTrainer):
         self.preset.check(data.channels)
         self.data = data
         self.monitor = monitor
-        self.alarm = CollapseAlarm()
+        self.alarm = CollapseAlarm(model.collapsed_below)
         self.broken = BrokenCounter(data.max_broken_fraction)
         self.collapse_message: str | None = None
         self.resumed = 0
@@ -95,6 +102,7 @@ class SSLTrainer(PushingTrainer):
             *([] if args.disable_tqdm else [ProgressBar()]),
             FirstPass(model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast),
             MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
+            WeightDecaySchedule(),
             self.stop_signal,
             Curves(),
         ):
@@ -209,6 +217,8 @@ class SSLTrainer(PushingTrainer):
                 self.stopwatch.steps_per_second(self.state.global_step) * self.args.batch_size
             )
             logs["memory_gib"] = peak_memory_gib(self.args.device)
+            if self.args.weight_decay_end is not None:
+                logs["weight_decay"] = largest_weight_decay(self.create_optimizer())
         super().log(logs, start_time)
 
     def evaluate(

@@ -7,6 +7,7 @@ import torch
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
@@ -62,7 +63,7 @@ def metrics(std, rank):
 
 
 def test_alarm_needs_two_low_measurements_that_do_not_recover():
-    alarm = CollapseAlarm()
+    alarm = CollapseAlarm(SSLPreTrainedModel.collapsed_below)
     assert alarm.check(metrics(0.001, 1.0), 0) is None  # an untrained network may start there
     assert alarm.check(metrics(0.001, 9.0), 10) is None
     assert alarm.check(metrics(0.010, 9.0), 20) is None  # recovering
@@ -72,10 +73,10 @@ def test_alarm_needs_two_low_measurements_that_do_not_recover():
 
 
 def test_alarm_for_a_lost_dimension_and_for_nan():
-    alarm = CollapseAlarm()
+    alarm = CollapseAlarm(SSLPreTrainedModel.collapsed_below)
     alarm.check(metrics(0.9, 1.1), 10)
     assert "embedding_rank is 1.1" in alarm.check(metrics(0.9, 1.1), 20)
-    assert "nan" in CollapseAlarm().check(metrics(float("nan"), 5.0), 10)
+    assert "nan" in CollapseAlarm(SSLPreTrainedModel.collapsed_below).check(metrics(float("nan"), 5.0), 10)
 
 
 class Attracting(SimCLRForPreTraining):

@@ -4,14 +4,22 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
-from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler
+from hf_ssl.trainer.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    largest_weight_decay,
+    schedule_weight_decay,
+)
 
 
 def slow_lars(weight, gradients, rates, *, momentum, decay, trust, variant, clip):
@@ -128,6 +136,110 @@ def test_cosine_ends_at_its_floor(tmp_path):
     assert plain["lr"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("has_fixed_rates", [True, False])
+def test_the_rate_drops_after_each_of_the_epochs_but_where_it_is_fixed(tmp_path, has_fixed_rates):
+    given = {"lr_scheduler_type": "constant", "learning_rate_drops": [2, 2.5]}
+    args = arguments(tmp_path, optimizer="sgd", learning_rate=0.4, **given)
+    ruled = model() if has_fixed_rates else SimCLRForPreTraining(model().config)
+    optimizer = build_optimizer(ruled, args)
+    scheduler = build_scheduler(optimizer, args, total_steps=30, steps_per_epoch=10)
+    fixed = group_of(optimizer, ruled.projector[0].weight)
+    plain = group_of(optimizer, ruled.backbone.embedder.embedder.convolution.weight)
+    rates = []
+    for _ in range(30):
+        rates.append(plain["lr"])
+        assert fixed["lr"] == (0.8 if has_fixed_rates else rates[-1])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.4] * 20 + [0.04] * 5 + [0.004] * 5)
+
+
+def test_a_warm_up_may_begin_above_zero_and_the_cosine_end_there(tmp_path):
+    """transformers' schedule that SwAV's recipes name: from 0.3 to 4.8 and down to 0.0048."""
+    kwargs = {"warmup_lr_rate": 0.0625, "min_lr_rate": 0.001}
+    args = arguments(
+        tmp_path,
+        optimizer="sgd",
+        learning_rate=4.8,
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs=kwargs,
+        warmup_epochs=2,
+    )
+    ruled = model()
+    optimizer = build_optimizer(ruled, args)
+    scheduler = build_scheduler(optimizer, args, total_steps=100, steps_per_epoch=10)
+    plain = group_of(optimizer, ruled.backbone.embedder.embedder.convolution.weight)
+    rates = []
+    for _ in range(100):
+        rates.append(plain["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert (rates[0], rates[19], rates[-1]) == pytest.approx((0.3, 4.8, 0.0048))
+    assert max(rates) == pytest.approx(4.8)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_weight_decay_follows_a_cosine_where_there_is_any(tmp_path, name):
+    args = arguments(tmp_path, optimizer=name, weight_decay=0.04, weight_decay_end=0.4)
+    ruled = model()
+    optimizer = build_optimizer(ruled, args)
+    plain = group_of(optimizer, ruled.backbone.embedder.embedder.convolution.weight)
+    spared = [
+        group_of(optimizer, ruled.projector[0].weight),  # by a rule
+        group_of(optimizer, ruled.backbone.embedder.embedder.normalization.weight),
+    ]
+    seen = []
+    for step in range(100):
+        schedule_weight_decay(optimizer, args, step / 100)
+        seen.append(plain["weight_decay"])
+        assert all(group["weight_decay"] == 0 for group in spared)
+        assert largest_weight_decay(optimizer) == plain["weight_decay"]
+    assert seen[0] == 0.04 and seen[50] == pytest.approx(0.22)
+    assert seen == pytest.approx([0.4 - 0.18 * (1 + math.cos(math.pi * step / 100)) for step in range(100)])
+    args.weight_decay_end = None
+    schedule_weight_decay(optimizer, args, 0.0)
+    assert plain["weight_decay"] == seen[-1]
+
+
+def test_a_run_takes_its_weight_decay_from_the_schedule_and_logs_it(tmp_path):
+    """Without a gradient, plain SGD multiplies each decayed weight by 1 - rate * decay."""
+    settings = [
+        "max_steps=3", "logging_steps=1", "monitor_steps=0", "optimizer=sgd", "momentum=0",
+        "learning_rate=0.5", "lr_scheduler_type=constant", "weight_decay=0.1", "weight_decay_end=0.5",
+        f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    recipe = load_recipe("smoke/simclr", [f"training.{setting}" for setting in settings])
+    untrained, weight = build_model(recipe, seed=0), "projector.0.weight"
+    trainer = train(recipe, [NoGradient(weight)])
+    schedule = [0.3 - 0.2 * math.cos(math.pi * step / 3) for step in range(3)]
+    logged = [record["weight_decay"] for record in trainer.state.log_history if "loss" in record]
+    assert logged == pytest.approx(schedule)
+    left = math.prod(1 - 0.5 * decay for decay in schedule)
+    before, after = (each.get_parameter(weight) for each in (untrained, trainer.method))
+    torch.testing.assert_close(after, before * left)
+
+
+class NoGradient(TrainerCallback):
+    """Makes the gradient of one parameter zero."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        model.get_parameter(self.name).grad.zero_()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_lars_adapts_vectors_only_if_told(tmp_path, everything):
+    args = arguments(tmp_path, optimizer="lars", lars_adapt_all_parameters=everything)
+    ruled = model()
+    optimizer = build_optimizer(ruled, args)
+    embedder = ruled.backbone.embedder.embedder
+    assert group_of(optimizer, embedder.convolution.weight)["adapt"]
+    assert group_of(optimizer, embedder.normalization.weight)["adapt"] == everything
+    assert group_of(optimizer, embedder.normalization.weight)["weight_decay"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("rule", "rate"), [("none", 0.1), ("linear", 0.2), ("square_root", 0.1 * math.sqrt(512))]
 )
@@ -144,6 +256,8 @@ def test_learning_rate_rules(tmp_path, rule, rate):
             {"learning_rate_rule": "sqrt"},
             "training.learning_rate_rule must be one of none, linear, square_root",
         ),
+        ({"learning_rate_drops": [120, 0]}, r"learning_rate_drops must be positive epochs, got \[120, 0\]"),
+        ({"weight_decay_end": -0.1}, r"training.weight_decay_end must be at least 0, got -0.1"),
         ({"on_collapse": "ignore"}, "training.on_collapse must be one of warn, stop"),
         ({"batch_size": 30, "gradient_accumulation_steps": 4}, "multiple of processes x .* = 1 x 4, got 30"),
     ],

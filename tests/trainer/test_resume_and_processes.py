@@ -188,8 +188,10 @@ def after_one_step_of_two_halves(settings):
             model.remember({name: torch.cat([half[name] for half in halves]) for name in halves[0]})
         model.before_epoch(Progress(step=0, total_steps=1, steps_per_epoch=4))
     model.before_step(Progress(step=0, total_steps=1, steps_per_epoch=4))
-    batch = next(iter(batches_of(recipe, seed=0)))
-    halves = [model.embed(**part.inputs("cpu", model.draw)) for part in batch.split(16)]
+    # drawn for the whole batch, because processes agree on what I-JEPA's images have in common
+    batch = next(iter(batches_of(recipe, seed=0))).inputs("cpu", model.draw)
+    parts = ({name: value[start : start + 16] for name, value in batch.items()} for start in (0, 16))
+    halves = [model.embed(**part) for part in parts]
     if model.couples_samples:
         model.objective(
             {name: torch.cat([half[name] for half in halves]) for name in halves[0]}

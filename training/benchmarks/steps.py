@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about a training step, against the loop that tutorials show: two forward passes, plain torch."""
+"""Rows about a training step, against the loop that tutorials show (two forward passes, plain torch) and
+against transformers' own model where it has the method.
+"""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ResNetConfig
+from transformers import ResNetConfig, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining
 
+from hf_ssl.methods.mae.configuration_mae import MAEConfig
+from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -75,6 +79,31 @@ def resnet18_step(*, bf16: bool, batch: int = 64) -> Any:
     return build
 
 
+def mae_step(*, batch: int = 4) -> Any:
+    """ViT-B/16 at 224 pixels with the paper's decoder, both sides with AdamW and torch's fused attention."""
+
+    def build(device: torch.device) -> Pair:
+        torch.manual_seed(0)
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        plain = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)).to(device).train()
+        model = MAEForPreTraining(MAEConfig(backbone_config=ViTConfig())).to(device).train()
+        arguments = SSLTrainingArguments(optimizer="adamw", learning_rate=1e-4, use_cpu=device.type == "cpu")
+        optimizer = build_optimizer(model, arguments)
+        plain_optimizer = torch.optim.AdamW(plain.parameters(), 1e-4, fused=True)
+
+        def step(loss: torch.Tensor, used: torch.optim.Optimizer) -> None:
+            loss.backward()
+            used.step()
+            used.zero_grad()
+
+        return Pair(
+            lambda: step(model(images[:, None]).loss, optimizer),
+            lambda: step(plain(images).loss, plain_optimizer),
+        )
+
+    return build
+
+
 ROWS = [
     Row(
         "step",
@@ -96,6 +125,16 @@ ROWS = [
         "step",
         None,
         7,
+        accelerator=True,
+    ),
+    Row(
+        "mae",
+        "MAE ViT-B/16 step, 4 images, float32",
+        "transformers ViTMAE",
+        1.0,
+        mae_step(),
+        "step",
+        1,
         accelerator=True,
     ),
 ]

@@ -39,9 +39,11 @@ class BYOLForPreTraining(MomentumModel):
         local_pixel_values: Tensor | None = None,
         sample_index: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Predictions (B, 2, P) of the online network, targets (B, 2, P) of the target network."""
+        """Projections and predictions (B, 2, P) of the online network, targets (B, 2, P) of the target
+        network."""
         projections = self.over_views(self.projector, self.encode_views(pixel_values))
         return {
+            "projections": projections,
             "predictions": self.over_views(self.predictor, projections),
             "targets": self.teach(pixel_values),
         }
@@ -52,7 +54,7 @@ class BYOLForPreTraining(MomentumModel):
         first = cosine_regression(predictions[:, 0], targets[:, 1])
         second = cosine_regression(predictions[:, 1], targets[:, 0])
         terms = {"first_view": first.detach(), "second_view": second.detach()}
-        return SSLOutput(loss=first + second, terms=terms, embeddings=predictions)
+        return SSLOutput(loss=first + second, terms=terms, embeddings=embeddings["projections"])
 
 
 AutoModelForPreTraining.register(BYOLConfig, BYOLForPreTraining)

@@ -35,6 +35,8 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
     couples_samples = True
     minimum_views = 1
     takes_local_views = True
+    # the direction that all embeddings share is no harm to who compares them with prototypes
+    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     needs_sample_index = True
     begins_with_a_pass = True
     remembered = ("projections", "sample_index")

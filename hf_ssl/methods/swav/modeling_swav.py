@@ -32,6 +32,8 @@ class SwAVForPreTraining(SSLPreTrainedModel):
     config_class = SwAVConfig
     couples_samples = True
     takes_local_views = True
+    # the direction that all embeddings share is no harm to who compares them with prototypes
+    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     remembered = ("projections",)
 
     def __init__(self, config: SwAVConfig) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import vicreg_terms
+from hf_ssl.losses.precision import raised
 from hf_ssl.methods.vicreg.configuration_vicreg import VICRegConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -23,6 +24,7 @@ class VICRegForPreTraining(SSLPreTrainedModel):
 
     config_class = VICRegConfig
     couples_samples = True
+    collapsed_below = {"dimension_std": 0.03, "embedding_rank": 2.0}  # noqa: RUF012  (a declaration)
     maximum_views = 2
     views_share_statistics = False
 
@@ -55,8 +57,14 @@ class VICRegForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`off_diagonal_correlation` of the first view's projections, root mean square."""
-        return {"off_diagonal_correlation": off_diagonal_correlation(embeddings["projections"][:, 0])}
+        """Of the first view's projections `off_diagonal_correlation`, root mean square, and `dimension_std`,
+        the mean standard deviation of a dimension, which the variance term wants to be 1. Everything may
+        shrink to one point here, which measures of directions do not see."""
+        first = raised(embeddings["projections"][:, 0])
+        return {
+            "off_diagonal_correlation": off_diagonal_correlation(first),
+            "dimension_std": first.std(dim=0).mean().item(),
+        }
 
 
 AutoModelForPreTraining.register(VICRegConfig, VICRegForPreTraining)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DINO: self-distillation with no labels (arXiv:2104.14294)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.losses import dino_center, dino_cross_entropy
+from hf_ssl.losses.precision import raised
+from hf_ssl.methods.dino.configuration_dino import DINOConfig
+from hf_ssl.modeling.backbones import build_backbone, feature_size
+from hf_ssl.modeling.drop_path import add_drop_path, without_drop_path
+from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
+from hf_ssl.modeling.memory import Center
+from hf_ssl.modeling.momentum import MomentumModel
+from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.prototypes import usage
+from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.schedules import scheduled
+
+
+class DINOForPreTraining(MomentumModel):
+    """A student gives all views of an image the distribution that its slow follower, the teacher, gives
+    another view; the teacher sees the global views alone.
+
+    The teacher's outputs are centred, with the mean of earlier batches, and sharpened, by a low temperature;
+    together they prevent collapse. The teacher's backbone is what is published. All views of one size go
+    through the network together, as in the authors' code.
+    """
+
+    config_class = DINOConfig
+    takes_local_views = True
+    # the direction that all embeddings share is no harm to who compares them with prototypes
+    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
+    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("backbone", "teacher_backbone"),
+        ("projector", "teacher_projector"),
+        ("last_layer", "teacher_last_layer"),
+    )
+    exported = "teacher_backbone"
+    remembered = ("teacher",)
+
+    teacher_temperature: Tensor
+
+    def __init__(self, config: DINOConfig) -> None:
+        super().__init__(config)
+        self.teacher_backbone = build_backbone(without_drop_path(config.backbone_config))
+        add_drop_path(self.backbone, config.drop_path_rate)
+        hidden = [config.projection_hidden_size] * (config.projection_layers - 1)
+        sizes = [feature_size(self.backbone), *hidden, config.bottleneck_size]
+        self.projector, self.teacher_projector = (
+            MLPHead(sizes, norm=config.projection_batch_norm, activation=nn.GELU, last_bias=True)
+            for _ in "st"
+        )
+        self.last_layer, self.teacher_last_layer = (
+            WeightNormLinear(config.bottleneck_size, config.output_size, fixed_norm=config.norm_last_layer)
+            for _ in "st"
+        )
+        self.center = Center(config.output_size)
+        self._teacher_temperature = self._scheduled_temperature(0.0)
+        self.register_buffer("teacher_temperature", torch.tensor(self._teacher_temperature))
+        self.post_init()
+
+    @property
+    def parameter_rules(self) -> tuple[ParameterRule, ...]:
+        """The last layer waits until features mean something."""
+        return (ParameterRule(r"^last_layer\.", frozen_epochs=self.config.freeze_last_layer_epochs),)
+
+    def _scheduled_temperature(self, epoch: float) -> float:
+        config = self.config
+        warmup = config.teacher_temperature_warmup_epochs
+        fraction = min(1.0, epoch / warmup) if warmup else 1.0
+        return scheduled(config.teacher_temperature_start, config.teacher_temperature, "linear", fraction)
+
+    def before_step(self, progress: Progress) -> None:
+        """Write the scheduled temperature of the teacher."""
+        super().before_step(progress)
+        self._teacher_temperature = self._scheduled_temperature(progress.epoch)
+        self.teacher_temperature.fill_(self._teacher_temperature)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Unit vectors before the last layer: the student's (B, V, P) of the global views and, if there are
+        any, (B, L, P) of the local ones, and the teacher's (B, V, P)."""
+        shown = {"student": pixel_values, "local_student": local_pixel_values}
+        student = {
+            name: self.over_views(self.projector, self.encode_views(images))
+            for name, images in shown.items()
+            if images is not None
+        }
+        return {
+            name: normalize(raised(made), dim=-1)
+            for name, made in (student | {"teacher": self.teach(pixel_values)}).items()
+        }
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Mean cross entropy of the student's views with the teacher's other views."""
+        student = embeddings["student"]
+        local = [embeddings["local_student"]] if "local_student" in embeddings else []
+        with torch.no_grad():
+            teacher_ABK = self.teacher_last_layer(embeddings["teacher"].transpose(0, 1))
+        loss = dino_cross_entropy(
+            self.last_layer(torch.cat([student, *local], dim=1).transpose(0, 1)),
+            teacher_ABK,
+            self.center.mean,
+            student_temperature=self.config.student_temperature,
+            teacher_temperature=self._teacher_temperature,
+        )
+        terms = {"distillation": loss.detach()}
+        return SSLOutput(loss=loss, terms=terms, embeddings=student)
+
+    @torch.no_grad()
+    def remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Move the centre. The last layer is linear: the mean of its outputs is its output of the mean."""
+        mean_P = embeddings["teacher"].mean((0, 1))
+        outputs_K = self.teacher_last_layer(mean_P)
+        moved = dino_center(self.center.mean, outputs_K[None, None], momentum=self.config.center_momentum)
+        self.center.mean.copy_(moved)
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """`prototype_entropy` of the teacher's largest centred outputs, 1 where they are used alike, and
+        `prototypes_used`, the share that is largest for any image."""
+        outputs = self.teacher_last_layer(embeddings["teacher"][:, 0]) - self.center.mean
+        entropy, used = usage(outputs.argmax(dim=-1), self.config.output_size)
+        return {"prototype_entropy": entropy, "prototypes_used": used}
+
+
+AutoModelForPreTraining.register(DINOConfig, DINOForPreTraining)

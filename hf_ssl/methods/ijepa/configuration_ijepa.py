@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of I-JEPA."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.schedules import check_momentum
+from hf_ssl.views.masks import Size, block_size
+
+
+@strict
+class IJEPAConfig(SSLConfig):
+    """I-JEPA (Assran et al., arXiv:2301.08243). Defaults as in facebookresearch/ijepa,
+    `configs/in1k_vith14_ep300.yaml`.
+
+    Attributes:
+        target_blocks: blocks of an image that are predicted, each by itself (4).
+        target_scale: least and largest share of the image's patches in such a block.
+        target_aspect_ratio: least and largest rows / columns of it.
+        context_scale: least and largest share of the image's patches in the (square) context block, before
+            the target blocks are taken out of it.
+        context_more_than: a context keeps more patches than this (the authors' `min_keep`).
+        blocks_reach_edges: whether blocks may lie at the lower and right edges. The authors' code never puts
+            one there: the last row and column of patches are neither shown to the context encoder nor
+            predicted, which is 12 % of a grid of 16 x 16 and more of a smaller one.
+        predictor_depth, predictor_hidden_size: blocks and width of the predictor.
+        predictor_attention_heads: None: as many as the encoder has.
+        momentum, momentum_end, momentum_schedule: of the teacher; 0.996 to 1 along a straight line.
+    """
+
+    model_type = "ssl_ijepa"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="ijepa")
+    }
+
+    target_blocks: int = 4
+    target_scale: list[float] | tuple[float, ...] = (0.15, 0.2)
+    target_aspect_ratio: list[float] | tuple[float, ...] = (0.75, 1.5)
+    context_scale: list[float] | tuple[float, ...] = (0.85, 1.0)
+    context_more_than: int = 10
+    blocks_reach_edges: bool = False
+    predictor_depth: int = 12
+    predictor_hidden_size: int = 384
+    predictor_attention_heads: int | None = None
+    momentum: float = 0.996
+    momentum_end: float = 1.0
+    momentum_schedule: str = "linear"
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of patches in an image."""
+        backbone: Any = self.backbone_config
+        height, width = _pair(backbone.image_size)
+        patch_height, patch_width = _pair(backbone.patch_size)
+        return height // patch_height, width // patch_width
+
+    def target_size(self, number: float) -> Size:
+        """Rows and columns of the target blocks that a number in [0, 1) chooses."""
+        return self._size(number, self.target_scale, self.target_aspect_ratio)
+
+    def context_size(self, number: float) -> Size:
+        """Rows and columns of the context blocks that a number in [0, 1) chooses."""
+        return self._size(number, self.context_scale, (1.0, 1.0))
+
+    def _size(self, number: float, scale: Any, aspect_ratio: Any) -> Size:
+        return block_size(
+            number,
+            scale=tuple(scale),
+            aspect_ratio=tuple(aspect_ratio),
+            grid=self.grid,
+            reach_edges=self.blocks_reach_edges,
+        )
+
+    def validate_momentum(self) -> None:
+        """The schedule must be known, its ends between 0 and 1."""
+        check_momentum(self)
+
+    def validate_ranges(self) -> None:
+        """Shares of an image lie between 0 and 1, and ranges run upwards."""
+        for key in ("target_scale", "target_aspect_ratio", "context_scale"):
+            values = list(self.to_dict()[key])
+            most = float("inf") if key == "target_aspect_ratio" else 1.0
+            if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+                limit = "" if most > 1 else " and at most 1"
+                raise ValueError(f"method.{key}: expected two rising numbers above 0{limit}, got {values}")
+
+    def validate_predictor(self) -> None:
+        """Heads share the predictor's width, and positions need a multiple of 4."""
+        backbone: Any = self.backbone_config
+        width = self.predictor_hidden_size
+        heads = self.predictor_attention_heads or backbone.to_dict().get("num_attention_heads", 1)
+        if self.predictor_depth < 1 or width % 4 or width % heads or width < 1:
+            raise ValueError(
+                "method.predictor_hidden_size must be a multiple of 4 and of "
+                "method.predictor_attention_heads, method.predictor_depth at least 1, "
+                f"got {width}, {heads} and {self.predictor_depth}"
+            )
+
+    def validate_blocks(self) -> None:
+        """The smallest context block of this image must leave enough to see."""
+        backbone: Any = self.backbone_config
+        if not {"image_size", "patch_size"} <= backbone.to_dict().keys():
+            return  # no vision transformer: the model refuses it in a sentence of its own
+        if self.target_blocks < 1 or self.context_more_than < 0:
+            raise ValueError(
+                "method.target_blocks must be at least 1 and method.context_more_than at least 0, "
+                f"got {self.target_blocks} and {self.context_more_than}"
+            )
+        if min(self.grid) < 2:
+            needed = "I-JEPA needs at least 2 x 2 patches in an image"
+            raise ValueError(f"backbone.patch_size: {needed}, got {self.grid[0]} x {self.grid[1]}")
+        rows, columns = self.context_size(0.0)
+        if rows * columns <= self.context_more_than:
+            raise ValueError(
+                f"method.context_more_than: expected less than {rows * columns}, the smallest context block "
+                f"in an image of {self.grid[0]} x {self.grid[1]} patches, got {self.context_more_than}"
+            )
+
+
+def _pair(size: Any) -> Size:
+    """(rows, columns) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+AutoConfig.register(IJEPAConfig.model_type, IJEPAConfig)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of MAE."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_ssl.modeling.configuration import SSLConfig
+
+
+@strict
+class MAEConfig(SSLConfig):
+    """Masked autoencoder (He et al., arXiv:2111.06377).
+
+    Attributes:
+        mask_ratio: share of an image's patches that the encoder does not see (figure 5).
+        norm_pix_loss: whether patches are predicted with mean 0 and variance 1 each (table 1d; the released
+            models have it, PRETRAIN.md of facebookresearch/mae).
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
+            decoder_intermediate_size: of the decoder, the same for every encoder (models_mae.py). In all else
+            (`layer_norm_eps`, activation, dropout) its blocks are as the encoder's, as in transformers'
+            ViTMAE.
+    """
+
+    model_type = "ssl_mae"
+
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+
+    def validate_mask_ratio(self) -> None:
+        """Some patches must be seen and some predicted."""
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"method.mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+
+    def validate_decoder(self) -> None:
+        """Heads must divide the decoder, and its positions have four parts."""
+        size, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        if size % 4 or size % heads:
+            raise ValueError(
+                "method.decoder_hidden_size must be a multiple of 4 and of decoder_num_attention_heads = "
+                f"{heads}, got {size}"
+            )
+
+
+AutoConfig.register(MAEConfig.model_type, MAEConfig)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stochastic depth for stock vision transformers, most of which have none of their own."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers
+
+
+def add_drop_path(backbone: Any, rate: float) -> None:
+    """Let a transformer's residual branches drop out in training, each for each image by itself.
+
+    The rate rises along the blocks from 0 to `rate`, and what is kept is scaled up. Both branches of a block
+    end in one module of no weights (a dropout, or DINOv2's own place for it), whose output is replaced, so
+    that names of weights and the encoder's code stay as they are. Encoders of other kinds are left alone:
+    ConvNeXt V2 has `backbone.drop_path_rate`.
+
+    Source: Huang et al., arXiv:1603.09382; the schedule is that of facebookresearch/dino.
+    """
+    if rate == 0 or backbone.config.model_type not in TOKEN_TYPES:
+        return
+    layers = encoder_layers(backbone)
+    for number, layer in enumerate(layers):
+        own = rate * number / max(1, len(layers) - 1)
+        end = layer.drop_path if "drop_path" in dict(layer.named_children()) else layer.dropout
+        end.register_forward_hook(_DropPath(own))
+
+
+def without_drop_path(config: Any) -> Any:
+    """The encoder's config without stochastic depth, for a teacher."""
+    config = copy.deepcopy(config)
+    if "drop_path_rate" in config.to_dict():
+        config.drop_path_rate = 0.0
+    return config
+
+
+class _DropPath:
+    """A forward hook."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not module.training or self.rate == 0:
+            return output
+        kept = torch.rand(output.shape[0], *[1] * (output.ndim - 1), device=output.device) >= self.rate
+        return output * kept.to(output.dtype) / (1 - self.rate)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All methods with one small budget: `python -m training.compare data.path=FOLDER [section.key=value ...]`.
+
+Trains every method of compare.yaml with several seeds, each run in a process of its own; evaluates each
+exported encoder as `hf-ssl pretrain` does; and writes NAME.json (what the runs recorded), NAME.md (the table)
+and NAME.png (k-NN accuracy while training). Runs that are finished are not made again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+METHODS = yaml.safe_load((HERE / "compare.yaml").read_text())["methods"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "compare", help="without an ending")
+    arguments = parser.parse_intermixed_args()
+    write = partial(write_results, arguments.output, arguments.runs, arguments.methods, arguments.seeds)
+    jobs = [
+        (method, arguments.runs / f"{method}-{seed}", seed)
+        for seed in range(arguments.seeds)
+        for method in arguments.methods
+    ]
+    jobs = [job for job in jobs if not (job[1] / "facts.json").exists()]
+    # A fresh process for each run, so that its memory is its own; the server has imported everything once.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["hf_ssl.run", "hf_ssl.recipe"])
+    threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
+    with ProcessPoolExecutor(arguments.at_once, processes, max_tasks_per_child=1) as pool:
+        runs = [
+            pool.submit(train, method, folder, threads, [
+                *arguments.overrides,
+                f"training.output_dir={folder}",
+                f"training.seed={seed}",
+                f"evaluation.baselines={str(method == arguments.methods[0]).lower()}",
+                "training.disable_tqdm=true",
+            ])
+            for method, folder, seed in jobs
+        ]  # fmt: skip
+        for run in tqdm(as_completed(runs), "runs", total=len(runs)):
+            run.result()
+            write()
+    write()
+
+
+def train(method: str, folder: Path, threads: int, overrides: list[str]) -> None:
+    """One run, from a recipe file that is left beside its output."""
+    import torch
+
+    from hf_ssl.recipe import load_recipe
+    from hf_ssl.run import pretrain
+
+    torch.set_num_threads(threads)
+    plan = yaml.safe_load((HERE / "compare.yaml").read_text())
+    recipe = {"method": {"name": method, **(plan["methods"].get(method) or {})}, **plan["common"]}
+    file = folder.parent / f"{method}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    pretrain(load_recipe(file, overrides))
+
+
+def write_results(output: Path, runs: Path, methods: list[str], seeds: int) -> None:
+    """Record, table and picture of the runs that are finished."""
+    found = {
+        method: [record for seed in range(seeds) if (record := read(runs / f"{method}-{seed}")) is not None]
+        for method in methods
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    records = [record for each in found.values() for record in each]
+    output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    output.with_suffix(".md").write_text(table(found))
+    draw(found, output.with_suffix(".png"))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What a finished run recorded, without what all runs have in common; None if it is not finished."""
+    if not (folder / "facts.json").exists():
+        return None
+    facts = json.loads((folder / "facts.json").read_text())
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    history = json.loads(states[-1].read_text())["log_history"]
+    return {
+        "method": facts["method"],
+        "overrides": [item for item in facts["recipe"]["overrides"] if not item.startswith(_PATHS)],
+        "data": facts["data"],
+        "training": facts["training"],
+        "peak_memory_gib": max(record["memory_gib"] for record in history if "memory_gib" in record),
+        "monitor": facts["monitor"],
+        "environment": facts["environment"],
+        "date": facts["date"],
+        "results": {
+            name: {"knn": result["knn"]["accuracy"], "linear": (result["linear"] or {}).get("accuracy")}
+            for name, result in facts["results"].items()
+        },
+    }
+
+
+_PATHS = ("data.path=", "training.output_dir=", "evaluation.path=")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """ "0.512 ± 0.004", the second the standard deviation over seeds."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a line for each method, and for the encoder untrained and raw pixels."""
+    lines = [
+        "| method | 20-NN | linear probe | seconds | peak memory, GiB | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for records in found.values():
+        if records:
+            lines.append(
+                f"| {records[0]['method']['title']} | {scores(records, 'trained')} | "
+                f"{statistics.mean(record['training']['seconds'] for record in records):.0f} | "
+                f"{statistics.mean(record['peak_memory_gib'] for record in records):.1f} | {len(records)} |"
+            )
+    everything = [record for records in found.values() for record in records]
+    for name, title in (("untrained", "untrained"), ("raw_pixels", "raw pixels")):
+        with_baseline = [record for record in everything if name in record["results"]]
+        if with_baseline:
+            lines.append(f"| {title} | {scores(with_baseline, name)} | | | {len(with_baseline)} |")
+    return "\n".join(lines) + "\n"
+
+
+def scores(records: list[dict[str, Any]], name: str) -> str:
+    """The two columns of accuracies."""
+    columns = []
+    for measure in ("knn", "linear"):
+        values = [record["results"][name][measure] for record in records]
+        columns.append("" if None in values else mean_and_spread(values))
+    return " | ".join(columns)
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """k-NN accuracy of the monitor while training: a panel for each method, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    shown = {method: records for method, records in found.items() if records}
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained", dpi=110)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    baselines = [record["results"] for records in shown.values() for record in records]
+    raw = [result["raw_pixels"]["knn"] for result in baselines if "raw_pixels" in result]
+    for axes, records in zip(panels, shown.values(), strict=False):
+        for record in records:
+            history = [entry for entry in record["monitor"]["history"] if entry.get("knn") is not None]
+            if history:
+                axes.plot(
+                    [e["step"] for e in history], [e["knn"] for e in history], marker="o", markersize=2.5
+                )
+            axes.plot(record["training"]["steps"], record["results"]["trained"]["knn"], "k*", markersize=6)
+        if raw:
+            axes.axhline(statistics.mean(raw), color="gray", linestyle=":", linewidth=1)
+        axes.set_title(records[0]["method"]["title"], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    figure.suptitle(
+        "20-NN accuracy while training (stars: the exported encoder, all images; dotted: raw pixels)",
+        fontsize=9,
+    )
+    figure.supxlabel("step", fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
