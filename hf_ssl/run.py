@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl import views
 from hf_ssl.data import (
     DataConfig,
     LabelledImages,
@@ -37,6 +36,7 @@ from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
 from hf_ssl.trainer.pictures import MethodPictures
 from hf_ssl.trainer.trainer import SSLTrainer
+from hf_ssl.views import montage
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     method's own pictures of the same images.
     """
     first = _probe(recipe, trainer.source, trainer.args)[:_MONTAGE_IMAGES]
-    shown = views.apply(first.images, first.parameters)
-    views.montage(shown, recipe.views, Path(recipe.training["output_dir"]) / "views.png")
+    montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
     trainer.add_callback(MethodPictures(trainer.method, first, recipe.views))
 
 

@@ -206,7 +206,7 @@ def test_local_views_must_fit_the_patches_too() -> None:
     ("name", "sentence"),
     [
         ("smoke/simcrl", "unknown recipe smoke/simcrl: did you mean smoke/simclr"),
-        ("zzzzzzzzzzzz", "unknown recipe zzzzzzzzzzzz: expected one of .*smoke/simclr"),
+        ("zzzzzzzzzzzz", "unknown recipe zzzzzzzzzzzz: none of the .* is near; hf-ssl recipes lists them"),
         ("nowhere/own.yaml", "no such recipe file nowhere/own.yaml"),
         ("demo.yaml", "no such recipe file demo.yaml: did you mean demo"),
     ],

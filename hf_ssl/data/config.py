@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hf_ssl.errors import UserError
 
-CACHES = ("auto", "none", "memory", "memmap")
+CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
 
 
@@ -23,7 +23,8 @@ class DataConfig:
         image_column: needed where there is more than one column of images, or where it is not typed as one.
         label_column: needed where labels are asked for and there is more than one column of classes.
         channels: 3 (colour; grey images become three equal channels) or 1 (grey).
-        cache: decoded images in "memory", in a file mapped into memory ("memmap") or not at all ("none").
+        cache: decoded images in "memory", in a file mapped into memory ("memmap"), on the model's device
+            ("device", where they are cropped too) or not at all ("none").
             "auto" caches images of one size up to 96 pixels that take up to 4 GiB.
         max_broken_fraction: the run stops when more than this share of the images cannot be read.
         shuffle_window: rows of a stream that are shuffled together.

@@ -3,19 +3,21 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_ssl.data.batch import Failure, LoadedBatch
+from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch
 from hf_ssl.data.broken import delivered
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import EncodedRows, probe
-from hf_ssl.data.map_style import MapBatches
+from hf_ssl.data.map_style import MapBatches, Rows
 from hf_ssl.data.ordering import RowBatches, Share
 from hf_ssl.data.sources import Source
-from hf_ssl.data.store import decoded_rows
+from hf_ssl.data.store import DecodedRows, NumberedRows, decoded_rows
 from hf_ssl.data.stream import ShardedRows
 from hf_ssl.data.stream_loader import Layout, StreamBatches, StreamLoader, start_position
 from hf_ssl.errors import UserError
@@ -37,6 +39,7 @@ def train_loader(
     position: dict[str, Any] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    device: torch.device | str = "cpu",
 ) -> "DataLoader[LoadedBatch]":
     """Makes the loader of one process. It shuffles, splits and seeds by itself: do not let accelerate prepare
     it.
@@ -61,6 +64,7 @@ def train_loader(
         position: of a stream.
         num_workers: results do not depend on it (for a stream the order does).
         pin_memory: for copies to an accelerator that do not wait.
+        device: the model's, where images lie with `data.cache=device`.
 
     Raises:
         UserError: fewer images than a batch, no image that can be read, sizes that differ where a cache needs
@@ -82,7 +86,7 @@ def train_loader(
         )
     if source.streaming:
         return _stream_loader(source, preset, config, share, start_batch, position, options)
-    return _map_loader(source, preset, config, share, start_batch, options)
+    return _map_loader(source, preset, config, share, start_batch, torch.device(device), options)
 
 
 def _map_loader(
@@ -91,21 +95,44 @@ def _map_loader(
     config: DataConfig,
     share: Share,
     start_batch: int,
+    device: torch.device,
     options: dict[str, Any],
 ) -> "MapLoader":
     small = probe(source, config.channels).small
     decoded = decoded_rows(source, config.channels, config.cache, shared=share.world_size > 1)
-    rows = EncodedRows(source, config.channels) if decoded is None else decoded
+    rows: Rows = EncodedRows(source, config.channels) if decoded is None else decoded
+    held = None
+    if decoded is not None and config.cache == "device":
+        rows, held = NumberedRows(decoded), _on_device(source, decoded, device)
     options["batch_sampler"] = RowBatches(len(rows), share, start_batch)
     options["persistent_workers"] = options["num_workers"] > 0
-    return MapLoader(MapBatches(rows, preset, share.seed, small), **options)
+    return MapLoader(MapBatches(rows, preset, share.seed, small), held, **options)
+
+
+def _on_device(source: Source, decoded: DecodedRows, device: torch.device) -> Tensor:
+    """All images (N, C, H, W) on the device, once for all loaders of a source."""
+    key = ("held", device)
+    if key not in source.stores:
+        source.stores[key] = torch.from_numpy(decoded.pixels).to(device)
+    return source.stores[key]
 
 
 class MapLoader(DataLoader[LoadedBatch]):
-    """A loader that can be told which pass it is in (transformers' Trainer does, on resuming)."""
+    """A loader that can be told which pass it is in (transformers' Trainer does, on resuming).
+
+    Args:
+        held: all images, where they lie on the model's device and batches say only which.
+    """
+
+    def __init__(self, batches: MapBatches, held: Tensor | None, **options: Any) -> None:
+        super().__init__(batches, **options)
+        self.held = held
 
     def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
-        return map(delivered, super().__iter__())
+        for batch in map(delivered, super().__iter__()):
+            if isinstance(batch.images, HeldRows):
+                batch = replace(batch, images=replace(batch.images, pixels=self.held))
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
         cast(RowBatches, self.batch_sampler).set_epoch(epoch)

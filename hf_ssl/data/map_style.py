@@ -7,14 +7,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_ssl import views
-from hf_ssl.data.batch import Failure, LoadedBatch, assemble
+from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch, assemble
 from hf_ssl.data.broken import UnreadableData
 from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.ordering import RowBatch, replacement
-from hf_ssl.data.store import DecodedRows
+from hf_ssl.data.store import DecodedRows, NumberedRows
 from hf_ssl.views import ViewPreset
 
 _ATTEMPTS = 100
+Rows = EncodedRows | DecodedRows | NumberedRows
 
 
 class MapBatches(Dataset[LoadedBatch]):
@@ -22,13 +23,13 @@ class MapBatches(Dataset[LoadedBatch]):
     rows.
 
     Args:
-        rows: the images.
+        rows: the images; or their numbers, for images that lie on the model's device.
         preset: the views.
         seed: of the run.
         small: whether images are small and of one size, so that they are cropped later.
     """
 
-    def __init__(self, rows: EncodedRows | DecodedRows, preset: ViewPreset, seed: int, small: bool) -> None:
+    def __init__(self, rows: Rows, preset: ViewPreset, seed: int, small: bool) -> None:
         self.rows = rows
         self.preset = preset
         self.seed = seed
@@ -56,9 +57,12 @@ class MapBatches(Dataset[LoadedBatch]):
         for position in broken:
             rows[position], image = self._another(batch, position, messages)
             images[position] = image
+        given: list[Tensor] | Tensor | HeldRows = images
+        if isinstance(self.rows, NumberedRows) and isinstance(images, Tensor):
+            given = HeldRows(images, self.rows.size)
         seeds = views.seeds(self.seed, batch.pass_number, batch.rows.astype(np.uint64))
         return assemble(
-            images, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
+            given, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
         )
 
     def _another(self, batch: RowBatch, position: int, messages: list[str]) -> tuple[int, Tensor]:

@@ -46,18 +46,13 @@ class DecodedRows:
         self.broken = broken
         self.file = file
         self.description = description
-        self._broken_rows = np.array(sorted(broken), np.int64)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
         """(B, C, H, W) uint8, and position in `rows` -> message where the image is broken."""
-        broken: dict[int, str] = {}
-        if len(self._broken_rows):
-            positions = np.flatnonzero(np.isin(rows, self._broken_rows))
-            broken = {int(position): self.broken[int(rows[position])] for position in positions}
-        return torch.from_numpy(self.pixels[rows]), broken
+        return torch.from_numpy(self.pixels[rows]), _among(self.broken, rows)
 
     def __getstate__(self) -> dict:
         """A worker that is not forked opens the file itself."""
@@ -70,6 +65,33 @@ class DecodedRows:
         self.__dict__.update(state)
         if self.file is not None:
             self.pixels = np.load(self.file, mmap_mode="r")
+
+
+class NumberedRows:
+    """Stands in for decoded images that lie on a device: the row numbers are what is read.
+
+    A worker has it in place of the images, which a process of its own cannot reach on a GPU.
+    """
+
+    def __init__(self, stored: DecodedRows) -> None:
+        self._count = len(stored)
+        self.broken = stored.broken
+        self.size: tuple[int, int] = stored.pixels.shape[2:]
+        self.description = stored.description
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """(B,) int64, and position in `rows` -> message where the image is broken."""
+        return torch.from_numpy(rows.copy()), _among(self.broken, rows)
+
+
+def _among(broken: dict[int, str], rows: np.ndarray) -> dict[int, str]:
+    """Position in `rows` -> message, of those that are broken."""
+    if not broken:
+        return {}
+    return {position: broken[row] for position, row in enumerate(rows.tolist()) if row in broken}
 
 
 _in_use: WeakValueDictionary[tuple, DecodedRows] = WeakValueDictionary()
@@ -85,11 +107,12 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
     Args:
         source: map-style data.
         channels: of the decoded images.
-        cache: "none", "memory", "memmap"; "auto" holds images of one size up to 96 pixels and 4 GiB in all.
+        cache: "none", "memory" or "device", "memmap"; "auto" holds images of one size up to 96 pixels and 4
+            GiB in all.
         shared: several processes on this machine need them, so "auto" means a file.
 
     Raises:
-        UserError: images of different sizes, or no space, where "memory" or "memmap" was asked for.
+        UserError: images of different sizes, or no space, where holding them was asked for.
     """
     key = (cache, channels, shared)
     if cache == "none":

@@ -129,11 +129,11 @@ class SSLTrainer(PushingTrainer):
             position=position,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
+            device=self.args.device,
         )
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
-        batch: LoadedBatch = inputs
-        self._note(batch)
+        self._note(batch := inputs)
         return batch.inputs(self.args.device, self.method.draw)
 
     def _note(self, batch: LoadedBatch) -> None:

@@ -8,6 +8,7 @@ from accelerate import skip_first_batches
 
 from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.data.batch import HeldRows
 from hf_ssl.data.decode import decode
 from hf_ssl.errors import UserError
 from hf_ssl.views import Crops, ViewPreset
@@ -185,3 +186,43 @@ def test_a_second_loader_finds_what_the_first_decoded(numbered, preset, monkeypa
     monkeypatch.setattr("hf_ssl.data.images.decode", None)
     second = train_loader(source, preset, config=config, seed=0, batch_size=4)
     assert same(list(first), list(second))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_held_on_the_device_give_the_same_batches(workers):
+    """Only row numbers come from the loader; pixels are taken and cropped where they lie."""
+    config = {cache: DataConfig(path="digits", cache=cache) for cache in ("memory", "device")}
+    preset = ViewPreset(size=8, blur=0.0)
+    batches = {
+        cache: list(
+            train_loader(open_source(c), preset, config=c, seed=3, batch_size=50, num_workers=workers)
+        )
+        for cache, c in config.items()
+    }
+    assert len(batches["memory"]) == len(batches["device"]) > 2
+    for copied, held in zip(batches["memory"], batches["device"], strict=True):
+        assert isinstance(held.images, HeldRows) and len(held) == 50
+        assert held.images.pixels.data_ptr() == batches["device"][0].images.pixels.data_ptr()
+        wanted, got = copied[10:30].inputs("cpu"), held[10:30].inputs("cpu")
+        assert wanted.keys() == got.keys()
+        for name, value in wanted.items():
+            assert torch.equal(value, got[name]), name
+
+
+def test_a_broken_image_is_replaced_among_those_on_the_device(tmp_path, write_parquet, encode, picture):
+    images = [encode(picture(number)) for number in range(20)]
+    images[7] = images[7][:20]
+    write_parquet(tmp_path / "train.parquet", images)
+    shown = {}
+    for cache in ("memory", "device"):
+        config = DataConfig(path=str(tmp_path), cache=cache)
+        loader = train_loader(open_source(config), ViewPreset(size=8), config=config, seed=0, batch_size=20)
+        (shown[cache],) = list(loader)
+        assert len(shown[cache].broken) == 1 and 7 not in shown[cache].sample_index
+    assert torch.equal(shown["memory"].sample_index, shown["device"].sample_index)
+    assert torch.equal(*(batch.inputs("cpu")["pixel_values"] for batch in shown.values()))
+
+
+def test_rows_without_their_images_say_so():
+    with pytest.raises(RuntimeError, match="does not hold their images"):
+        HeldRows(torch.arange(3), (8, 8)).to("cpu")

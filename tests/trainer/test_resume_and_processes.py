@@ -162,6 +162,8 @@ PER_PROCESS = [
 ]  # fmt: skip
 # What methods do against statistics of halves, switched off where one process plays both halves.
 WITHOUT_EXCHANGE = {"moco": ["method.shuffle_batch_norm=false"]}
+# Steps that let differences show where the loss hardly depends yet on what differs (I-JEPA's contexts).
+LARGE_STEPS = {"ijepa": ["training.learning_rate=3.0"]}
 # The statistics of BatchNorm are those of a chunk: only where it holds the whole batch is the run the same.
 ONE_CHUNK = ["training.contrastive_chunk_size=16"]
 
@@ -211,9 +213,9 @@ def test_two_processes_equal_one(tmp_path, photos):
     """
     groups, path = [], f"data.path={photos}"
     for method in METHODS:
-        settings = [path, *WITHOUT_EXTRAS]
+        settings = [path, *WITHOUT_EXTRAS, *LARGE_STEPS.get(method, [])]
         one = job(method, tmp_path, f"{method}-one", "map", plain_backbone(method), overrides=settings)
-        groups += [[one], two_ranks(method, tmp_path, "two", [path, *WITHOUT_EXTRAS])]
+        groups += [[one], two_ranks(method, tmp_path, "two", settings)]
         settings = [path, *PER_PROCESS, *WITHOUT_EXCHANGE.get(method, [])]
         groups += [two_ranks(method, tmp_path, "apart", settings)]
         if model_class(method).couples_samples:
