@@ -106,7 +106,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> 
         image_size=recipe.views.final_size,
         channels=recipe.data.channels,
         pooling=pooling,
-        base_model=None,
+        base_model=None if recipe.init_from is None or Path(recipe.init_from).exists() else recipe.init_from,
     )
 
 

@@ -24,7 +24,13 @@ from hf_ssl.data import (
     train_loader,
 )
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, evaluate_pixels
+from hf_ssl.evaluation import (
+    EvaluationConfig,
+    evaluate_encoder,
+    evaluate_pixels,
+    load_encoder,
+    load_weights,
+)
 from hf_ssl.hub import append_result, export_encoder, image_processor, write_card, write_facts
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import wait_for_all
@@ -33,6 +39,7 @@ from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.space import serve_digits
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
 from hf_ssl.trainer.pictures import MethodPictures
 from hf_ssl.trainer.trainer import SSLTrainer
@@ -45,7 +52,8 @@ _MONTAGE_IMAGES = 8
 
 
 def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
-    """The recipe's model with random weights that depend on the seed alone.
+    """The recipe's model with random weights that depend on the seed alone, or with those of the encoder
+    `backbone.init_from`.
 
     Args:
         recipe: what to build.
@@ -56,7 +64,10 @@ def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLP
     if recipe.model_class.needs_sample_index:
         config.num_samples = (source or open_source(recipe.data)).num_rows
     set_seed(seed)
-    return recipe.model_class(config)
+    model = recipe.model_class(config)
+    if recipe.init_from is not None:
+        model.start_from(load_weights(recipe.init_from))
+    return model
 
 
 def build_trainer(
@@ -75,7 +86,10 @@ def build_trainer(
     if args.monitor_steps:
         probe = _probe(recipe, source, args)
         monitor = Monitor(probe, _knn_monitor(recipe, args), torch.bfloat16 if args.bf16 else None)
-    return SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
+    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
+    if recipe.init_from is not None and monitor is not None and monitor.knn is not None:
+        trainer.add_callback(FeatureGuard(len(monitor.knn.queries)))
+    return trainer
 
 
 def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
@@ -157,6 +171,9 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         trainer.train(None if checkpoint is None else str(checkpoint))
     if trainer.collapse_message is not None and args.on_collapse == "stop":
         raise UserError(f"{trainer.collapse_message}; the run was stopped (training.on_collapse=stop)")
+    for guard in trainer.callback_handler.callbacks:
+        if isinstance(guard, FeatureGuard) and guard.message is not None and args.on_worse == "stop":
+            raise UserError(f"{guard.message}; the run was stopped (training.on_worse=stop)")
     if trainer.stop_signal.received:
         logger.warning(
             "stopped by SIGTERM after step %d; the same command goes on", trainer.state.global_step
@@ -200,7 +217,8 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
-    """Evaluate the encoder in `folder` as a stranger loads it, the same encoder untrained, and raw pixels."""
+    """Evaluate the encoder in `folder` as a stranger loads it, the same encoder as training began
+    with it, and raw pixels."""
     try:
         train_images, test_images = labelled_splits(
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
@@ -217,9 +235,10 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
         )
     }
     if recipe.evaluation.baselines:
-        untrained = build_model(recipe, trainer.args.seed).exported_encoder
-        results["untrained"] = evaluate_encoder(
-            untrained, processor, recipe.evaluation, *splits, device=device, description="untrained encoder"
+        began = build_model(recipe, trainer.args.seed, trainer.source).exported_encoder
+        key = "untrained" if recipe.init_from is None else "start"
+        results[key] = evaluate_encoder(
+            began, processor, recipe.evaluation, *splits, device=device, description="encoder before training"
         )
         results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
     return Measured(results=results, train=train_images, test=test_images)
@@ -237,11 +256,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         UserError: the encoder cannot be loaded, or the data have no labels.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        encoder, processor = AutoModel.from_pretrained(model), AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load an encoder and its image processor from {model}: {reason}") from error
+    encoder, processor = load_encoder(model)
     splits = _splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
     results = {"encoder": evaluate_encoder(encoder, processor, evaluation, *splits, description=model)}
     if evaluation.baselines:

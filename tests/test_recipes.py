@@ -2,11 +2,15 @@
 """Every recipe loads and builds its configs; every mistake in one gets a sentence that names it."""
 
 import json
+import os
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import ResNetConfig
 
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
@@ -22,8 +26,18 @@ SMOKE = "smoke/simclr"
 
 def load(name: str, *overrides: str) -> Recipe:
     """A recipe, given data where it leaves them to the user."""
-    needs_data = yaml.safe_load(recipe_files()[name].read_text())["data"]["path"] == "???"
-    return load_recipe(name, [*(["data.path=digits"] if needs_data else []), *overrides])
+    sections = yaml.safe_load(recipe_files()[name].read_text())
+    given = ["data.path=digits"] if sections["data"]["path"] == "???" else []
+    if sections["backbone"].get("init_from") == "???":
+        given.append(f"backbone.init_from={some_encoder()}")
+    return load_recipe(name, [*given, *overrides])
+
+
+@cache
+def some_encoder() -> str:
+    folder = tempfile.mkdtemp(dir=os.environ["HF_HOME"])
+    ResNetConfig().save_pretrained(folder)
+    return folder
 
 
 def write(tmp_path: Path, text: str) -> Path:

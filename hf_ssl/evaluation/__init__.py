@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.features import extract_features, pool, pooling_rule, raw_pixels
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.loading import load_encoder
+    from hf_ssl.evaluation.loading import load_config, load_encoder, load_weights
     from hf_ssl.evaluation.overlays import (
         attention_pictures,
         overlay,
@@ -74,7 +74,9 @@ _HOMES = {
     "has_attention": "attention",
     "knn_accuracy": "knn",
     "linear_probe": "linear",
+    "load_config": "loading",
     "load_encoder": "loading",
+    "load_weights": "loading",
     "overlay": "overlays",
     "pca_colours": "attention",
     "pool": "features",
@@ -114,7 +116,9 @@ __all__ = [
     "has_attention",
     "knn_accuracy",
     "linear_probe",
+    "load_config",
     "load_encoder",
+    "load_weights",
     "overlay",
     "pca_colours",
     "pool",

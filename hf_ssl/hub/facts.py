@@ -147,7 +147,8 @@ class Facts(TypedDict):
     environment: EnvironmentFacts
     evaluation: EvaluationFacts | None  # None: the encoder was not measured
     unmeasured: str | None  # why not ("the data has no labels"); None: it was measured
-    results: dict[str, EncoderResult]  # by encoder: "trained", "untrained", "raw_pixels"; {} if not measured
+    # by encoder: "trained", "untrained" or "start", "raw_pixels"; {} if not measured
+    results: dict[str, EncoderResult]
     pictures: dict[str, str]  # {"views.png": what it shows}: files beside the card
     notes: NotRequired[list[str]]  # more sentences for the card's limitations
 

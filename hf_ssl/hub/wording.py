@@ -11,6 +11,7 @@ from hf_ssl.hub.facts import Facts
 ENCODERS = {
     "trained": "**this encoder**",
     "untrained": "the same network untrained",
+    "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
 }
 MONITORED = {
@@ -111,7 +112,7 @@ def results_table(facts: Facts) -> list[list[str]]:
 def comparisons(facts: Facts) -> list[str]:
     """What training brought, in points of the headline accuracy; said as plainly where it brought nothing."""
     sentences = []
-    for key in ("untrained", "raw_pixels"):
+    for key in ("untrained", "start", "raw_pixels"):
         if key in facts["results"]:
             knn = facts["results"]["trained"]["knn"]
             gain = 100 * (knn["accuracy"] - facts["results"][key]["knn"]["accuracy"])

@@ -4,7 +4,7 @@ step.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from hf_ssl.modeling.backbones import (
     initialize_as_timm,
 )
 from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.declared import Declared
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import Memory
@@ -27,30 +28,11 @@ from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.rules import ParameterRule
 
 
-class SSLPreTrainedModel(PreTrainedModel):
+class SSLPreTrainedModel(Declared, PreTrainedModel):
     """A method of self-supervised learning: a backbone, heads, and two halves of a forward pass.
 
     A subclass builds its heads in `__init__` (ending with `self.post_init()`) and defines `embed` and
-    `objective`. It declares, where they differ from the defaults below, the class attributes:
-
-    Attributes:
-        couples_samples: the loss compares images with each other, so embeddings are gathered from all
-            processes with gradient. Where the loss is a mean over images, averaging by DDP is exact already
-            and this is False.
-        minimum_views, maximum_views: views of an image that the loss needs and takes.
-        backbone_types: model types of the backbones that it can train; None where any will do.
-        needs_sample_index: it remembers something of every image, so images need a row number, which those of
-            a stream have not. Its config has `num_samples`, how many images there are.
-        begins_with_a_pass: all images are embedded and remembered once before the first step.
-        takes_local_views: whether smaller views beside the global ones (multi-crop) mean anything to it.
-        student_teacher: pairs of attribute names; a teacher starts as a copy of its student, is frozen, and
-            is moved by the method.
-        exported: name of the encoder that is published: the backbone, or its teacher.
-        remembered: names of the embeddings that `remember` takes over.
-        collapsed_below: measurements of the monitor, its own or the method's, with the value below which the
-            method has collapsed.
-        views_share_statistics: whether BatchNorm normalises all views of one size together. Where it is
-            False each view goes through layers with BatchNorm by itself, as in authors' loops.
+    `objective`. It declares what `Declared` lists.
     """
 
     config_class = SSLConfig
@@ -62,19 +44,6 @@ class SSLPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-
-    couples_samples: ClassVar[bool] = False
-    minimum_views: ClassVar[int] = 2
-    maximum_views: ClassVar[int | None] = None
-    backbone_types: ClassVar[tuple[str, ...] | None] = None
-    needs_sample_index: ClassVar[bool] = False
-    begins_with_a_pass: ClassVar[bool] = False
-    takes_local_views: ClassVar[bool] = False
-    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
-    exported: ClassVar[str] = "backbone"
-    remembered: ClassVar[tuple[str, ...]] = ()
-    collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, "embedding_rank": 2.0}
-    views_share_statistics: ClassVar[bool] = True
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -123,6 +92,22 @@ class SSLPreTrainedModel(PreTrainedModel):
         for student, teacher in self.student_teacher:
             if missing is None or any(key.startswith(f"{teacher}.") for key in missing):
                 self.get_submodule(teacher).load_state_dict(self.get_submodule(student).state_dict())
+
+    @torch.no_grad()
+    def start_from(self, encoder: PreTrainedModel) -> None:
+        """Take over the weights of a trained encoder, for the teachers too; heads stay new.
+
+        Raises:
+            UserError: the encoder is another one than the backbone.
+        """
+        wanted, given = self.backbone.state_dict(), encoder.state_dict()
+        other = sorted(wanted.keys() ^ given.keys())
+        other += [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
+        if other:
+            raise UserError(f"backbone.init_from: the encoder does not fit the backbone at {other[0]}")
+        self.backbone.load_state_dict(given)
+        hand_out_cls_token(self.backbone)
+        self.copy_teachers()
 
     def freeze(self) -> None:
         """Stop gradients to whatever is never trained: teachers, and parts of the backbone that nothing
@@ -213,36 +198,6 @@ class SSLPreTrainedModel(PreTrainedModel):
         Args:
             embeddings: those that `remembered` names, of all processes, without gradient.
         """
-
-    @classmethod
-    def check_views(cls, global_views: int, local_views: int) -> None:
-        """Raise `UserError` if the method cannot be trained with so many views of an image."""
-        count, most = global_views + local_views, cls.maximum_views
-        name = cls.__name__.removesuffix("ForPreTraining")
-        if local_views and not cls.takes_local_views:
-            raise UserError(f"views.local: {name} takes no local views, got {local_views}")
-        if count < cls.minimum_views or (most is not None and count > most):
-            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
-            raise UserError(f"views.count: {name} needs {wanted} views of an image, got {count}")
-
-    @classmethod
-    def check_streaming(cls, streaming: bool) -> None:
-        """Raise `UserError` if the method cannot be trained on a stream and this is one."""
-        if cls.needs_sample_index and streaming:
-            name = cls.__name__.removesuffix("ForPreTraining")
-            raise UserError(
-                f"data.streaming: {name} remembers every image and needs data.streaming=false; methods with "
-                "a queue (MoCo, SwAV) take streams"
-            )
-
-    def check_source(self, streaming: bool, num_rows: int | None) -> None:
-        """Raise `UserError` if this model cannot be trained on such data."""
-        self.check_streaming(streaming)
-        config: Any = self.config
-        if self.needs_sample_index and config.num_samples != num_rows:
-            raise UserError(
-                f"config.num_samples: expected {num_rows}, the number of images, got {config.num_samples}"
-            )
 
     # What embed is made of.
 

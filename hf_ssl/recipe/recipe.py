@@ -21,6 +21,7 @@ from hf_ssl.methods import METHODS
 from hf_ssl.recipe.checks import backbone_class, check_encoder, check_method, fitted_backbone
 from hf_ssl.recipe.sections import checked, one_line, structured, suggestion, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
+from hf_ssl.recipe.started import started_backbone, started_config
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class Recipe:
 
     Attributes:
         name: "smoke/simclr" for a recipe that comes with hf_ssl, else the file's name without its ending.
-        path: the file it was read from. method: `name` and fields of that method's config. backbone:
-        `model_type` and fields of that transformers config. `num_channels` and `image_size`, where the config
-        has
-            them, follow from `data.channels` and the views.
+        path: the file it was read from.
+        method: `name` and fields of that method's config.
+        backbone: `model_type` and fields of that transformers config (`num_channels` and `image_size`, where
+            it has them, follow from `data.channels` and the views); or `init_from`, a trained encoder.
         training: arguments of `SSLTrainingArguments`; `output_dir` is always among them.
         overrides: the `section.key=value` that were given beside the file.
     """
@@ -94,8 +95,15 @@ class Recipe:
         """The model class of the method."""
         return _load(METHODS[self.method["name"]].model)
 
+    @property
+    def init_from(self) -> str | None:
+        """The encoder that training begins with, a folder or a Hub id; None for random weights."""
+        return self.backbone.get("init_from")
+
     def backbone_config(self) -> "PreTrainedConfig":
         """The encoder's config. Raises `UserError` for what the recipe's section has wrong."""
+        if self.init_from is not None:
+            return started_config(self.init_from)
         values = {key: value for key, value in self.backbone.items() if key != "model_type"}
         return transformers_config(backbone_class(self.backbone["model_type"]), values, "backbone")
 
@@ -138,7 +146,10 @@ class Recipe:
 
         defaults = {
             "method": _default_values(self.config_class),
-            "backbone": _default_values(backbone_class(self.backbone["model_type"])),
+            "backbone": {
+                **_default_values(backbone_class(self.backbone["model_type"])),
+                "init_from": None,
+            },
             "data": _default_values(DataConfig),
             "views": _default_values(ViewPreset),
             "training": _default_values(SSLTrainingArguments),
@@ -172,7 +183,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     name, path = find_recipe(str(name_or_path))
     plain = apply_overrides(read_yaml(path), overrides)
     for section, choice in (("method", "name"), ("backbone", "model_type")):
-        if choice not in plain[section]:
+        if choice not in plain[section] and "init_from" not in plain[section]:
             raise UserError(f"{section}.{choice} is missing in {path}")
     if plain["method"]["name"] not in METHODS:
         method = str(plain["method"]["name"])
@@ -184,11 +195,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     views = structured(ViewPreset, plain["views"], "views")
     data.check()
     views.check(data.channels)
+    backbone = plain["backbone"]
+    if "init_from" in backbone:
+        backbone = started_backbone(backbone, data)
+    else:
+        backbone = fitted_backbone(backbone, data, views)
     recipe = Recipe(
         name=name,
         path=path,
         method=plain["method"],
-        backbone=fitted_backbone(plain["backbone"], data, views),
+        backbone=backbone,
         data=data,
         views=views,
         training={

@@ -46,6 +46,11 @@ class SSLTrainingArguments(TrainingArguments):
         monitor_steps: optimiser steps between two measurements of the monitor; 0 switches it off.
         monitor_bank_images, monitor_query_images: labelled images of its k-NN classifier.
         monitor_neighbours: k of that classifier.
+        layer_decay: if set, each block of the backbone learns at this share of the rate of the block after it
+            (BEiT's layer-wise decay); for backbones that are trained already.
+        head_warmup_epochs: passes over the data in which the backbone stays as it is and heads alone learn;
+            its BatchNorm statistics move all the same.
+        on_worse: `warn` or `stop` when a run that began with a trained backbone has made it worse.
         on_collapse: `warn` or `stop` when the monitor finds that embeddings have collapsed.
     """
 
@@ -91,6 +96,9 @@ class SSLTrainingArguments(TrainingArguments):
     monitor_bank_images: int = 2000
     monitor_query_images: int = 1000
     monitor_neighbours: int = 20
+    layer_decay: float | None = None
+    head_warmup_epochs: float = 0.0
+    on_worse: str = "warn"
     on_collapse: str = "warn"
 
     def __post_init__(self) -> None:
@@ -98,6 +106,9 @@ class SSLTrainingArguments(TrainingArguments):
         _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
         _check_choice("lars_variant", self.lars_variant, VARIANTS)
         _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
+        _check_choice("on_worse", self.on_worse, ("warn", "stop"))
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"training.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise UserError(
                 f"training.contrastive_chunk_size must be at least 1 image, got {self.contrastive_chunk_size}"

@@ -21,10 +21,9 @@ from transformers.trainer_utils import has_length
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import any_process
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.modeling.rules import treatments
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
-from hf_ssl.trainer.optimizers import schedule_weight_decay
+from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
 
 
 def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
@@ -64,7 +63,7 @@ class MethodHooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
         parameters = dict(self.model.named_parameters())
-        found = treatments(self.model, self.model.parameter_rules, decay_all=args.decay_all_parameters)
+        found = planned(self.model, args)
         until = {
             name: max(t.frozen_until, round(t.frozen_epochs * self.steps_per_epoch))
             for name, t in found.items()

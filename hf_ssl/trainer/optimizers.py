@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.depth import depths
 from hf_ssl.modeling.rules import Treatment, treatments
 from hf_ssl.modeling.schedules import scheduled
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -23,9 +25,7 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
     """
     by_treatment: dict[Treatment, list[torch.nn.Parameter]] = defaultdict(list)
     parameters = dict(model.named_parameters())
-    for name, treatment in treatments(
-        model, model.parameter_rules, decay_all=args.decay_all_parameters
-    ).items():
+    for name, treatment in planned(model, args).items():
         by_treatment[treatment].append(parameters[name])
     groups: list[dict[str, Any]] = [
         {
@@ -52,6 +52,21 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
         return SGD(groups, lr=args.learning_rate, momentum=args.momentum, nesterov=args.nesterov, fused=True)
     betas = (args.adam_beta1, args.adam_beta2)
     return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
+
+
+def planned(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, Treatment]:
+    """The treatment of each trainable parameter by the method's rules and the run's arguments."""
+    found = treatments(model, model.parameter_rules, decay_all=args.decay_all_parameters)
+    inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
+    depth = depths([name for name, _ in model.backbone.named_parameters()])
+    for name, own in inside.items():
+        treatment, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
+        found[name] = replace(
+            treatment,
+            learning_rate_scale=treatment.learning_rate_scale * scale,
+            frozen_epochs=max(treatment.frozen_epochs, args.head_warmup_epochs),
+        )
+    return found
 
 
 def build_scheduler(

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that begin with a trained encoder: its weights, layer-wise rates, the head's warm-up, the guard."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    ConvNextV2Config,
+    Dinov2Config,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
+
+from hf_ssl.errors import UserError
+from hf_ssl.modeling.depth import depths
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import build_model, build_trainer, pretrain, train
+from hf_ssl.trainer.guard import FeatureGuard
+from hf_ssl.trainer.optimizers import build_optimizer, planned
+
+SMALL = {
+    "hidden_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def continued(finished_run: Path, *overrides: str, method: str = "simclr"):
+    """A smoke recipe on the encoder that another run left."""
+    return load_recipe(f"smoke/{method}", [f"backbone={{init_from: {finished_run}}}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "middle", "last", "blocks"),
+    [
+        (ViTConfig(**SMALL), "embeddings.cls_token", "layers.1.mlp.fc1.weight", "layernorm.bias", 3),
+        (Dinov2Config(**SMALL), "embeddings.mask_token", "encoder.layer.1.norm1.weight", "layernorm.bias", 3),
+        (
+            ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 1], layer_type="basic"),
+            "embedder.embedder.convolution.weight",
+            "encoder.stages.0.layers.1.layer.0.convolution.weight",
+            None,
+            3,
+        ),
+        (
+            ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2),
+            "embeddings.patch_embeddings.weight",
+            "encoder.stages.1.layers.0.dwconv.weight",
+            "layernorm.weight",
+            3,
+        ),
+        (
+            SwinConfig(embed_dim=8, depths=[1, 2], num_heads=[1, 2], image_size=32),
+            "embeddings.patch_embeddings.projection.weight",
+            "encoder.layers.1.blocks.0.attention.q_proj.weight",
+            "layernorm.weight",
+            3,
+        ),
+    ],
+    ids=["vit", "dinov2", "resnet", "convnextv2", "swin"],
+)
+def test_depth_of_parameters(config, first, middle, last, blocks):
+    with torch.device("meta"):
+        found = depths([name for name, _ in AutoModel.from_config(config).named_parameters()])
+    assert set(found.values()) == set(range(blocks + (2 if last else 1)))
+    assert (found[first], found[middle]) == (0, 2)
+    assert last is None or found[last] == blocks + 1
+
+
+def test_layers_learn_at_falling_rates_and_heads_alone_at_first(tmp_path):
+    vit = (
+        "backbone={model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+        "patch_size: 8}"
+    )
+    recipe = load_recipe(
+        "smoke/simclr",
+        [vit, "training.layer_decay=0.5", "training.head_warmup_epochs=2", f"training.output_dir={tmp_path}"],
+    )
+    args = recipe.training_arguments()
+    model = build_model(recipe, seed=0)
+    found = planned(model, args)
+    rates = {
+        "backbone.embeddings.patch_embeddings.projection.weight": 0.125,
+        "backbone.layers.0.mlp.fc1.weight": 0.25,
+        "backbone.layers.1.mlp.fc1.bias": 0.5,
+        "backbone.layernorm.weight": 1.0,
+    }
+    assert {name: found[name].learning_rate_scale for name in rates} == rates
+    heads = [name for name in found if not name.startswith("backbone.")]
+    assert heads and all(found[name].learning_rate_scale == 1.0 for name in heads)
+    assert all(found[name].frozen_epochs == (2 if name.startswith("backbone.") else 0) for name in found)
+    optimizer = build_optimizer(model, args)
+    used = {
+        id(p): group["lr"] / args.learning_rate for group in optimizer.param_groups for p in group["params"]
+    }
+    parameters = dict(model.named_parameters())
+    assert {name: pytest.approx(used[id(parameters[name])]) for name in rates} == rates
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_training_begins_with_the_encoder_its_teacher_too(finished_run, method, tmp_path):
+    recipe = continued(finished_run, f"training.output_dir={tmp_path}", method=method)
+    model = build_model(recipe, seed=0)
+    expected = AutoModel.from_pretrained(finished_run).state_dict()
+    for part in ["backbone", *(["teacher_backbone"] if method == "byol" else [])]:
+        for name, value in model.get_submodule(part).state_dict().items():
+            assert torch.equal(value, expected[name]), f"{part}.{name}"
+
+
+def test_the_trunk_stays_while_the_head_warms_up(finished_run, tmp_path):
+    overrides = ["training.head_warmup_epochs=100", "training.monitor_steps=0", "training.disable_tqdm=true"]
+    trainer = train(continued(finished_run, *overrides, f"training.output_dir={tmp_path}"))
+    before = AutoModel.from_pretrained(finished_run).state_dict()
+    fresh = build_model(continued(finished_run, f"training.output_dir={tmp_path}"), seed=0)
+    parameters = dict(trainer.model.named_parameters())
+    for name, value in parameters.items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, before[name.removeprefix("backbone.")]), name
+    moved = [
+        not torch.equal(value, dict(fresh.named_parameters())[name])
+        for name, value in parameters.items()
+        if not name.startswith("backbone.")
+    ]
+    assert moved and all(moved)
+
+
+def test_the_facts_compare_with_the_start_and_tell_no_folder(finished_run, tmp_path):
+    recipe = continued(finished_run, f"training.output_dir={tmp_path}", "training.monitor_steps=0")
+    facts = pretrain(recipe)
+    assert {"trained", "start", "raw_pixels"} == set(facts["results"])
+    text = (tmp_path / "facts.json").read_text() + (tmp_path / "README.md").read_text()
+    assert "the encoder that training began with" in text and str(finished_run.parent) not in text
+    assert json.loads((tmp_path / "facts.json").read_text())["backbone"]["base_model"] is None
+
+
+def metrics(*accuracies: float) -> list[dict]:
+    return [{"step": 10 * number, "eval_knn": value} for number, value in enumerate(accuracies)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "worse"),
+    [
+        ([0.8, 0.7], False),  # heads disturb at first
+        ([0.8, 0.7, 0.65], True),
+        ([0.8, 0.65, 0.7], False),  # recovering
+        ([0.8, 0.79, 0.78], False),  # within the error of 1000 images
+        ([0.8, 0.9, 0.7], False),
+        ([0.8, 0.9, 0.7, 0.7], True),
+    ],
+)
+def test_the_guard_speaks_when_two_in_a_row_are_clearly_worse(accuracies, worse):
+    guard, control = (
+        FeatureGuard(queries=1000),
+        SimpleNamespace(should_training_stop=False, should_save=False),
+    )
+    state = SimpleNamespace(log_history=metrics(*accuracies))
+    guard.on_evaluate(SimpleNamespace(on_worse="stop"), state, control)
+    assert (guard.message is not None) == control.should_training_stop == control.should_save == worse
+    control.should_training_stop = False
+    guard.on_evaluate(SimpleNamespace(on_worse="warn"), state, control)
+    assert not control.should_training_stop
+
+
+def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path):
+    overrides = [
+        "training.learning_rate=3.0", "training.optimizer=sgd", "training.max_steps=60",
+        "training.monitor_steps=10", "training.on_worse=stop", "training.disable_tqdm=true",
+        "training.max_grad_norm=1.0", f"training.output_dir={tmp_path}",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"features have become worse: .* the run was stopped"):
+        train(continued(finished_run, *overrides))
+
+
+def test_only_such_runs_are_guarded(finished_run, tmp_path):
+    def guards(recipe):
+        trainer = build_trainer(recipe, recipe.training_arguments())
+        return [c for c in trainer.callback_handler.callbacks if isinstance(c, FeatureGuard)]
+
+    output = f"training.output_dir={tmp_path}"
+    assert len(guards(continued(finished_run, output))) == 1
+    assert not guards(load_recipe("smoke/simclr", [output]))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sentence"),
+    [
+        ("{init_from: nowhere/at-all}", "cannot load the configuration of an encoder from nowhere/at-all"),
+        (
+            "{init_from: %s, depths: [1]}",
+            r"backbone\.depths cannot be set: backbone\.init_from=.* decides it",
+        ),
+        ("{init_from: %s, model_type: vit}", r"is a resnet, got vit; it can be left out"),
+        ("{init_from: %s/pretraining}", "holds a method of hf_ssl"),
+    ],
+)
+def test_what_cannot_be_is_said(finished_run, backbone, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_recipe("smoke/simclr", ["backbone=" + backbone.replace("%s", str(finished_run))])
+
+
+def test_grey_data_need_an_encoder_of_grey_images(finished_run):
+    with pytest.raises(UserError, match=r"data\.channels: .* takes images of 3 channels, got 1"):
+        continued(finished_run, "data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
+
+
+def test_an_encoder_of_another_shape_is_refused():
+    recipe = load_recipe("smoke/simclr")
+    other = AutoModel.from_config(
+        ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    )
+    with pytest.raises(UserError, match=r"backbone\.init_from: the encoder does not fit the backbone at "):
+        build_model(recipe, seed=0).start_from(other)
