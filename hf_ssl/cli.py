@@ -171,9 +171,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from hf_ssl import run
+    from hf_ssl.hub.checkpoint import export_checkpoint
 
-    run.export(arguments.checkpoint, arguments.directory)
+    export_checkpoint(arguments.checkpoint, arguments.directory)
 
 
 def _publish(arguments: argparse.Namespace) -> None:

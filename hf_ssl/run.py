@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, TrainerCallback, set_seed
+from transformers import AutoImageProcessor, AutoModel, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.data import (
@@ -31,7 +30,7 @@ from hf_ssl.evaluation import (
     load_encoder,
     load_weights,
 )
-from hf_ssl.hub import append_result, export_encoder, image_processor, write_card, write_facts
+from hf_ssl.hub import append_result, image_processor, write_card, write_facts
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint
@@ -263,29 +262,6 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     print(results_table(results))
     return dict(results)
-
-
-def export(checkpoint: Path, directory: Path) -> None:
-    """Write the encoder of a training checkpoint as a plain transformers model, and the method model beside
-    it.
-
-    Raises:
-        UserError: the checkpoint cannot be read or is none of hf_ssl; the directory holds something else.
-    """
-    transformers_logging.disable_progress_bar()
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: give a new or empty directory for the encoder")
-    try:
-        model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot read a checkpoint from {checkpoint}: {reason}") from error
-    if not isinstance(model, SSLPreTrainedModel):
-        raise UserError(f"{checkpoint} holds a {type(model).__name__}, which is no method of hf_ssl")
-    preset = model.config.views
-    export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
-    model.save_pretrained(directory / "pretraining")
-    print(f"encoder in {directory}, method model in {directory / 'pretraining'}")
 
 
 def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:

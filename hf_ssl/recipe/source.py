@@ -28,7 +28,9 @@ def find_recipe(name_or_path: str) -> tuple[str, Path]:
         return path.stem, path
     name = name_or_path.removesuffix(path.suffix) if path.suffix in ENDINGS else name_or_path
     what = "no such recipe file" if path.suffix in ENDINGS else "unknown recipe"
-    raise UserError(f"{what} {name_or_path}: {suggestion(name, known)}; hf-ssl recipes lists them")
+    hint = suggestion(name, known)
+    hint += "" if hint.endswith("?") else "; hf-ssl recipes lists them"
+    raise UserError(f"{what} {name_or_path}: {hint}")
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
