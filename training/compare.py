@@ -20,13 +20,13 @@ import yaml
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-METHODS = yaml.safe_load((HERE / "compare.yaml").read_text())["methods"]
+PLAN = yaml.safe_load((HERE / "compare.yaml").read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(PLAN["methods"]), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
@@ -68,12 +68,17 @@ def train(method: str, folder: Path, threads: int, overrides: list[str]) -> None
     from hf_ssl.run import pretrain
 
     torch.set_num_threads(threads)
-    plan = yaml.safe_load((HERE / "compare.yaml").read_text())
-    recipe = {"method": {"name": method, **(plan["methods"].get(method) or {})}, **plan["common"]}
     file = folder.parent / f"{method}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    file.write_text(yaml.safe_dump(sections(method), sort_keys=False))
     pretrain(load_recipe(file, overrides))
+
+
+def sections(method: str) -> dict[str, dict[str, Any]]:
+    """The recipe of a method: what all have in common, and what compare.yaml says of it."""
+    own = PLAN["methods"].get(method) or {}
+    common = {section: {**values, **own.get(section, {})} for section, values in PLAN["common"].items()}
+    return {"method": {"name": method, **own.get("method", {})}, **common}
 
 
 def write_results(output: Path, runs: Path, methods: list[str], seeds: int) -> None:

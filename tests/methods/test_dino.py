@@ -15,6 +15,7 @@ from hf_ssl.methods.dino.modeling_dino import DINOForPreTraining
 from hf_ssl.modeling.drop_path import add_drop_path
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.rules import treatments
 from hf_ssl.trainer.callbacks import clip_each
 
 STEPS, BATCH, RATE = 6, 3, 0.1
@@ -118,6 +119,13 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
         for (name, value), other in zip(part.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-9, msg=name)
     torch.testing.assert_close(model.teacher_last_layer.weight, teacher.directions.data, rtol=1e-6, atol=1e-9)
+
+
+def test_the_last_layer_waits_a_pass():
+    model = build(freeze_last_layer_epochs=1.5, norm_last_layer=False)
+    found = treatments(model, model.parameter_rules)
+    waiting = {name: how.frozen_epochs for name, how in found.items() if how.frozen_epochs}
+    assert waiting == {"last_layer.weight": 1.5, "last_layer.gain": 1.5}
 
 
 def test_the_last_layer_of_fixed_length_gives_cosines():
