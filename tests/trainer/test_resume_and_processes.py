@@ -158,7 +158,8 @@ WITHOUT_EXTRAS = [
     "training.learning_rate=0.01",
 ]  # fmt: skip
 PER_PROCESS = [
-    *WITHOUT_EXTRAS, "training.sync_batch_norm=false", "training.max_steps=1", "training.weight_decay=0.0"
+    *WITHOUT_EXTRAS, "training.sync_batch_norm=false", "training.max_steps=1", "training.weight_decay=0.0",
+    "training.clip_each_tensor=0",
 ]  # fmt: skip
 # What methods do against statistics of halves, switched off where one process plays both halves.
 WITHOUT_EXCHANGE = {"moco": ["method.shuffle_batch_norm=false"]}
