@@ -211,7 +211,7 @@ def test_what_cannot_be_opened(streaming, tmp_path, numbered, monkeypatch):
     [
         ({}, "data.path is missing"),
         ({"channels": 4}, r"data.channels=3 \(colour\) or 1 \(grey\), got 4"),
-        ({"cache": "disk"}, "one of auto, none, memory, memmap, got 'disk'"),
+        ({"cache": "disk"}, "one of auto, none, memory, memmap, device, got 'disk'"),
         ({"dtype": "uint16"}, "data.dtype=uint8"),
         ({"max_broken_fraction": 2}, "from 0 to 1, got 2"),
         ({"shuffle_window": 0}, "data.shuffle_window of at least 1, got 0"),
