@@ -85,7 +85,10 @@ def test_no_server_outlives_its_command(tmp_path: Path, number: signal.Signals) 
     )
     folder = fake_space(tmp_path / "space", code)
     command = [sys.executable, "-m", "hf_ssl", "space", "run", str(folder)]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    parent = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     try:
         end = time.monotonic() + 60
         while not (folder / "pid").exists() and time.monotonic() < end:
