@@ -87,7 +87,7 @@ def test_no_server_outlives_its_command(tmp_path: Path, number: signal.Signals) 
     command = [sys.executable, "-m", "hf_ssl", "space", "run", str(folder)]
     parent = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
     )  # fmt: skip
     try:
         end = time.monotonic() + 60
