@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,7 +196,8 @@ dist.destroy_process_group()
 def test_two_processes_in_chunks_equal_one_with_the_whole_batch(loaded, tmp_path):
     torch.save(loaded, tmp_path / "batch.pt")
     (tmp_path / "tests_trainer_gradient_cache.py").write_text(open(__file__).read())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])  # this file, and what it imports
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
