@@ -206,7 +206,12 @@ def results_table(results: Mapping[str, EncoderResult]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, f"({first['protocol']['knn']})"])
+    lines.append(f"({first['protocol']['knn']})")
+    for name, result in results.items():
+        if "poolings" in result:
+            token, mean = result["poolings"]["cls"], result["poolings"]["mean"]
+            lines.append(f"({name}: {token:.3f} by the class token, {mean:.3f} by the mean of all tokens)")
+    return "\n".join(lines)
 
 
 def _few_header(count: float) -> str:

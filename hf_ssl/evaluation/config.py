@@ -25,6 +25,7 @@ class EvaluationConfig:
     batch_size: int = 256  # images in one forward
     precision: str = "float32"  # or bfloat16, float16: features computed under autocast
     pooling: str = "auto"  # or pooler, cls, mean
+    compare_poolings: bool = False  # k-NN by the class token and by the mean of all tokens, both
     neighbours: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
     temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
     few_labels: list[int] = field(default_factory=list)  # labels a class

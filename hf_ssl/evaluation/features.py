@@ -4,7 +4,7 @@
 Legend: B images in a batch, N images in all, C channels, H height, W width, T tokens, D features.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -137,12 +137,36 @@ def extract_features(
     Raises:
         UserError: there is no image, or there are more than `total`.
     """
+    return extract_poolings(
+        model,
+        processor,
+        image_batches,
+        poolings=[pooling],
+        device=device,
+        dtype=dtype,
+        total=total,
+        description=description,
+    )[pooling]
+
+
+def extract_poolings(
+    model: nn.Module,
+    processor: Any,
+    image_batches: Iterable[list[Tensor]],
+    *,
+    poolings: Sequence[Pooling],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    total: int | None = None,
+    description: str | None = None,
+) -> dict[Pooling, Tensor]:
+    """As `extract_features`, for several poolings in one pass: float32 (N, D) for each."""
     from tqdm.auto import tqdm
 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
-    rows = _Rows(total)
+    rows = {pooling: _Rows(total) for pooling in poolings}
     bar = tqdm(
         total=total,
         desc=description,
@@ -158,11 +182,10 @@ def extract_features(
             pixels = pixel_values(processor, images, device).contiguous(memory_format=memory_format)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 outputs = model(pixel_values=pixels)
-            if pooling == "auto":
-                pooling = pooling_rule(model, outputs)
-            rows.append(pool(outputs, pooling))
+            for pooling, found in rows.items():
+                found.append(pool(outputs, pooling_rule(model, outputs) if pooling == "auto" else pooling))
             bar.update(len(images))
-    return rows.tensor()
+    return {pooling: found.tensor() for pooling, found in rows.items()}
 
 
 def raw_pixels(

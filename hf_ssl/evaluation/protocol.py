@@ -14,7 +14,7 @@ from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import (
     Pooling,
     evaluation_mode,
-    extract_features,
+    extract_poolings,
     pixel_values,
     pooling_rule,
     raw_pixels,
@@ -74,13 +74,17 @@ def evaluate_encoder(
     config.check()
     device = torch.device(device) if device is not None else next(model.parameters()).device
     seconds: dict[str, float] = {}
+    rule, size, tokens = _seen(model, processor, test, device)
+    # The config's value is checked above; OmegaConf knows no Literal.
+    pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
+    compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
     with _timed(seconds, "features"):
         bank, queries = (
-            extract_features(
+            extract_poolings(
                 model,
                 processor,
                 images.iter_batches(config.batch_size),
-                pooling=cast(Pooling, config.pooling),  # checked above; OmegaConf knows no Literal
+                poolings=list(dict.fromkeys([pooling, *compared])),
                 device=device,
                 dtype=DTYPES[config.precision],
                 total=len(images),
@@ -88,11 +92,25 @@ def evaluate_encoder(
             )
             for part, images in (("train", train), ("test", test))
         )
-    rule, size = _seen(model, processor, test, device)
-    pooling = rule if config.pooling == "auto" else config.pooling
-    result = evaluate_features(config, bank, train.labels, queries, test.labels, device=device)
+    result = evaluate_features(
+        config, bank[pooling], train.labels, queries[pooling], test.labels, device=device
+    )
     result["seconds"] = seconds | result["seconds"]
     result["pooling"], result["image_size"] = pooling, size
+    if compared:
+        k, temperature = result["knn"]["neighbours"], result["knn"]["temperature"]
+        result["poolings"] = {
+            name: knn_accuracy(
+                bank[name],
+                as_labels(train.labels, len(bank[name]), config.train_split),
+                queries[name],
+                as_labels(test.labels, len(queries[name]), config.test_split),
+                neighbours=[k],
+                temperatures=[temperature],
+                device=device,
+            )[k, temperature]
+            for name in compared
+        }
     words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
     result["protocol"]["features"] = (
         f"{words}, {result['feature_size']} numbers, images of {size} pixels, {config.precision}"
@@ -251,12 +269,17 @@ def _words(
 
 def _seen(
     model: nn.Module, processor: Any, images: LabelledImages, device: torch.device
-) -> tuple[Pooling, int]:
-    """What "auto" pooling means for this encoder, and the side of the images that it is shown."""
+) -> tuple[Pooling, int, bool]:
+    """What "auto" pooling means for this encoder, the side of the images that it is shown, and whether it has
+    a class token and others.
+    """
     batch = next(iter(images.iter_batches(1)))
-    with evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model.to(device)), torch.inference_mode():
         pixels = pixel_values(processor, batch[:1], device)
-        return pooling_rule(model, model(pixel_values=pixels)), pixels.shape[-1]
+        outputs = model(pixel_values=pixels)
+    tokens = outputs.get("last_hidden_state")
+    has_class_token = pooling_rule(model, {}) == "cls" and tokens is not None and tokens.ndim == 3
+    return pooling_rule(model, outputs), pixels.shape[-1], has_class_token
 
 
 @contextmanager

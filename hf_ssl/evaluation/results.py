@@ -27,4 +27,5 @@ class EncoderResult(TypedDict):
     statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
     seconds: dict[str, float]
     pooling: NotRequired[str]
+    poolings: NotRequired[dict[str, float]]  # headline k-NN by "cls" and by "mean", where both were compared
     image_size: NotRequired[int]

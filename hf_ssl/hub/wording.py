@@ -122,6 +122,12 @@ def comparisons(facts: Facts) -> list[str]:
                 if gain >= 0.05
                 else f"**Not better than {than}** ({gain:+.1f} points)."
             )
+    trained = facts["results"].get("trained")
+    if trained is not None and "poolings" in trained:
+        token, mean = (percent(trained["poolings"][name]) for name in ("cls", "mean"))
+        sentences.append(
+            f"{trained['knn']['neighbours']}-NN by the class token {token}, by the mean of all tokens {mean}."
+        )
     return sentences
 
 

@@ -20,7 +20,6 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_ssl.data import BrokenCounter, DataConfig, LoadedBatch, Source, train_loader
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
@@ -36,6 +35,7 @@ from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
+from hf_ssl.trainer.preparation import prepare
 from hf_ssl.trainer.pushing import PushingTrainer
 from hf_ssl.trainer.terms import TermMeans
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
@@ -85,10 +85,7 @@ class SSLTrainer(PushingTrainer):
         self._position: dict[str, Any] | None = None
         self._resume_position: dict[str, Any] | None = None
         self.stopwatch = Stopwatch()
-        if args.sync_batch_norm and args.world_size > 1:
-            synchronize_batch_norm(model)
-        if args.channels_last:
-            torch.nn.Module.to(model, memory_format=torch.channels_last)
+        prepare(model, args)
         if monitor is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         if train_dataset.streaming:

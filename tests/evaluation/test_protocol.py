@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import BitImageProcessor, ResNetConfig, ResNetModel
+from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -15,6 +15,7 @@ from hf_ssl.evaluation import (
     evaluate_pixels,
     knn_accuracy,
 )
+from hf_ssl.recording import results_table
 
 
 class Images:
@@ -141,6 +142,40 @@ def test_bad_settings_stop_before_an_image_is_read(encoder, change: dict, words:
     with pytest.raises(UserError) as caught:
         evaluate_encoder(*encoder, small(**change), nothing, nothing)
     assert words in str(caught.value)
+
+
+def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
+    """In one pass over the images, each as if it had been asked for alone."""
+    images, labels = digits
+    splits = (
+        (lambda: Images(images[:1000], labels[:1000], (3,))),
+        (lambda: Images(images[1000:], labels[1000:])),
+    )
+    torch.manual_seed(1)
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    vit, processor = ViTModel(config, add_pooling_layer=False), encoder[1]
+
+    def measured(model, **changes):
+        return evaluate_encoder(
+            model, processor, small(linear=False, **changes), *(each() for each in splits)
+        )
+
+    both = measured(vit, compare_poolings=True)
+    alone = {name: measured(vit, pooling=name)["knn"]["accuracy"] for name in ("cls", "mean")}
+    assert both["poolings"] == alone
+    assert alone["cls"] != alone["mean"]
+    assert both["pooling"] == "cls"
+    assert both["knn"]["accuracy"] == alone["cls"]
+    assert measured(vit, compare_poolings=True, pooling="mean")["knn"]["accuracy"] == alone["mean"]
+    assert "poolings" not in measured(encoder[0], compare_poolings=True)
+    text = results_table({"trained": both})
+    assert (
+        f"(trained: {alone['cls']:.3f} by the class token, {alone['mean']:.3f} by the mean of all tokens)"
+        in text
+    )
 
 
 def test_diverged_encoder_is_told_apart(digits, encoder) -> None:

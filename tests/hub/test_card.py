@@ -207,6 +207,12 @@ def test_relative_folder_is_not_taken_for_a_data_set_of_the_hub(facts: dict, tmp
     assert "path: open/cifar10" in readme(tmp_path)
 
 
+def test_poolings_side_by_side(facts: dict, tmp_path: Path) -> None:
+    facts["results"]["trained"]["poolings"] = {"cls": 0.4, "mean": 0.5}
+    write_card(tmp_path, facts)
+    assert "by the class token 40.0 %, by the mean of all tokens 50.0 %." in readme(tmp_path)
+
+
 def test_what_is_not_good_is_said(facts: dict, tmp_path: Path) -> None:
     facts["results"]["untrained"]["knn"]["accuracy"] = facts["results"]["trained"]["knn"]["accuracy"] + 0.02
     facts["monitor"]["alarm"] = "embeddings have collapsed at step 40: embedding_std is 0.01"

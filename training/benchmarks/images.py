@@ -30,11 +30,6 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode(file: bytes) -> Tensor:
-    """uint8 (3, H, W) of a JPEG file, by Pillow, which the peers use too."""
-    return as_tensor(Image.open(io.BytesIO(file)))
-
-
 def parquet_of_small_images(folder: Path, count: int, rows_in_group: int = 1000) -> Path:
     """A data set of PNG files as the Hub's CIFAR-10: one Parquet file in `folder`."""
     files = [_encoded(image, "PNG") for image in small_images(min(count, 1000))]

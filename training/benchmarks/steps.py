@@ -4,17 +4,19 @@ against transformers' own model where it has the method.
 """
 
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ResNetConfig, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ResNetConfig, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.modeling.attention import choose_attention
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.optimizers import build_optimizer
 from training.benchmarks.pairs import Pair
@@ -104,6 +106,30 @@ def mae_step(*, batch: int = 4) -> Any:
     return build
 
 
+def vit_tiny_step(*, batch: int = 32) -> Any:
+    """Views of 64 pixels in patches of 8 through all of ViT-Tiny and back."""
+
+    def build(device: torch.device) -> Pair:
+        images = torch.randn(batch, 3, 64, 64, device=device)
+        config = ViTConfig(
+            image_size=64, patch_size=8, hidden_size=192, num_attention_heads=3, intermediate_size=768
+        )
+        plain, model = (
+            ViTModel(deepcopy(config), add_pooling_layer=False).to(device).train() for _ in range(2)
+        )
+        choose_attention(model)
+
+        def step(encoder: torch.nn.Module) -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                features = encoder(images).last_hidden_state
+            features.float().square().mean().backward()
+            encoder.zero_grad()
+
+        return Pair(lambda: step(model), lambda: step(plain))
+
+    return build
+
+
 ROWS = [
     Row(
         "step",
@@ -136,5 +162,14 @@ ROWS = [
         "step",
         1,
         accelerator=True,
+    ),
+    Row(
+        "attention",
+        "ViT-Tiny, 65 tokens, bfloat16, forward and backward",
+        "torch's fused attention",
+        1.5,
+        vit_tiny_step(),
+        "step",
+        1,
     ),
 ]

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.data.decode import decode
 from hf_ssl.views import ViewOverrides, ViewPreset
-from training.benchmarks.images import as_tensor, decode, parquet_of_small_images, photo_files, small_images
+from training.benchmarks.images import as_tensor, parquet_of_small_images, photo_files, small_images
 from training.benchmarks.pairs import Pair
 from training.benchmarks.row import Row
 
@@ -76,7 +77,7 @@ def photos(preset: ViewPreset, *, multi_crop: bool, crops_only: bool) -> Any:
 
         def ours() -> None:
             parameters = drawn()
-            crops = views.crop([decode(file) for file in files], parameters)
+            crops = views.crop([decode(file, 3) for file in files], parameters)
             if not crops_only:
                 views.apply(crops, parameters)
 
