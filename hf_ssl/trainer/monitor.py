@@ -72,8 +72,8 @@ class Monitor:
 
         `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
         (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
-        dimension), `alignment` and `uniformity` of what the loss compares; `knn` accuracy where there are
-        labels. A method adds its own (`measurements`).
+        dimension), `alignment` (where there are two views) and `uniformity` of what the loss compares; `knn`
+        accuracy where there are labels. A method adds its own (`measurements`).
         """
         with undisturbed(model):
             metrics = self._measure_probe(model)
@@ -100,7 +100,7 @@ class Monitor:
             "feature_std": embedding_std(encoded),
             "embedding_std": embedding_std(first),
             "embedding_rank": rank_me(first - first.mean(0)),
-            "alignment": alignment(first, second),
+            **({"alignment": alignment(first, second)} if embeddings.shape[1] > 1 else {}),
             "uniformity": uniformity(first),
             **model.measurements(together),
         }

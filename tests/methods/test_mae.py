@@ -17,7 +17,7 @@ from hf_ssl.methods.mae.patches import patchify, unpatchify
 from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers, special_tokens
 from hf_ssl.recipe import load_recipe
 from hf_ssl.recording import PICTURES
-from hf_ssl.run import train
+from hf_ssl.run import build_trainer, train
 from hf_ssl.views import seeds
 
 DECODER = {
@@ -276,6 +276,13 @@ def test_a_run_leaves_reconstructions(tmp_path):
     train(recipe)
     assert Image.open(tmp_path / "reconstructions.png").size == (3 * 18, 8 * 18)
     assert "reconstructions.png" in PICTURES
+
+
+def test_one_view_has_nothing_to_be_aligned_with(tmp_path):
+    recipe = load_recipe("smoke/mae", [f"training.output_dir={tmp_path}"])
+    made = build_trainer(recipe, recipe.training_arguments())
+    assert "eval_uniformity" in (measured := made.monitor.measure(made.method))
+    assert "eval_alignment" not in measured
 
 
 def test_mistakes_get_a_sentence():
