@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import gelu, normalize
-from transformers import AutoModel, Dinov2Config, ResNetConfig, ViTConfig
+from transformers import AutoModel, Dinov2Config, Dinov2WithRegistersConfig, ResNetConfig, ViTConfig
 
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.methods.dino.modeling_dino import DINOForPreTraining
@@ -27,6 +27,7 @@ SMALL = {
     "patch_size": 8,
 }
 VIT, DINOV2 = ViTConfig(**SMALL, intermediate_size=16), Dinov2Config(**SMALL)
+REGISTERS = Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3)
 
 
 def build(**settings):
@@ -137,7 +138,7 @@ def test_the_last_layer_of_fixed_length_gives_cosines():
     assert longer(x).shape == (3, 6) and longer(x).norm() > layer(x).norm()
 
 
-@pytest.mark.parametrize("config", [VIT, DINOV2], ids=["vit", "dinov2"])
+@pytest.mark.parametrize("config", [VIT, DINOV2, REGISTERS], ids=["vit", "dinov2", "registers"])
 def test_drop_path_drops_whole_branches_of_some_images_of_the_student(config):
     torch.manual_seed(0)
     model = build(backbone_config=config, drop_path_rate=0.5).float()
