@@ -2,7 +2,7 @@
 """The configuration that all methods share."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -34,8 +34,8 @@ class SSLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        backbone: Any = self.backbone_config  # a config object by now, whatever was given
+        # A config object by now, whatever was given; the caller's own, perhaps a model's, must not change.
+        self.backbone_config = backbone = copy.deepcopy(cast(Any, self.backbone_config))
         if backbone.model_type in CLS_POOLER_TYPES:
-            self.backbone_config = backbone = copy.deepcopy(backbone)  # the caller's own must not change
             backbone.pooler_act = "linear"
             backbone.pooler_output_size = backbone.hidden_size

@@ -74,6 +74,14 @@ def test_a_vit_hands_out_its_class_token_after_any_way_of_building_it(tmp_path):
     assert VIT.pooler_act == "tanh"  # the caller's own config is left alone
 
 
+@pytest.mark.parametrize("backbone", [RESNET, VIT])
+def test_a_backbone_config_is_not_shared(backbone):
+    config = SSLConfig(backbone_config=backbone)
+    assert config.backbone_config is not backbone
+    config.backbone_config.hidden_act = "tanh"
+    assert backbone.hidden_act != "tanh"
+
+
 def test_features_of_other_sizes_interpolate_positions():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VIT))
     assert encode(model.backbone, torch.randn(2, 3, 32, 32)).shape == (2, 16)
