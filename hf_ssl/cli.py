@@ -193,6 +193,7 @@ def _attention(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
     )
     print("\n".join(f"pictures in {folder}" for folder in folders))
+    print(f"all of them in {arguments.output / 'overview.png'}")
 
 
 def _space_build(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from hf_ssl.evaluation.loading import load_encoder
 from hf_ssl.evaluation.photo import read_photo
 
 SHOWN_SIDE = 320  # pictures of smaller inputs are enlarged to at least this
+OVERVIEW_HEIGHT = 128
 COLOURS = "inferno"
 OPACITY = 0.65
 
@@ -111,7 +112,8 @@ def spotlight(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) ->
 def write_attention_pictures(
     model: str, photos: Sequence[Path], folder: Path, *, layer: int = -1, size: int | None = None
 ) -> list[Path]:
-    """Write each photo's pictures as PNG files into a folder of its own below `folder`.
+    """Write each photo's pictures as PNG files into a folder of its own below `folder`, and there
+    `overview.png`, all of them side by side.
 
     Args:
         model: a folder, or a Hub id.
@@ -127,6 +129,7 @@ def write_attention_pictures(
     encoder, processor = load_encoder(model)
     patch_size(encoder)  # says so before a photo is read, if there is no attention
     written: list[Path] = []
+    rows: list[dict[str, Image.Image]] = []
     for photo in photos:
         try:
             pixels = read_photo(photo, channels=encoder.config.num_channels)
@@ -135,10 +138,35 @@ def write_attention_pictures(
             raise UserError(f"{photo}: {reason}") from error
         target = _free(folder, photo.stem, written)
         target.mkdir(parents=True, exist_ok=True)
-        for name, picture in attention_pictures(encoder, processor, pixels, layer=layer, size=size).items():
+        rows.append(attention_pictures(encoder, processor, pixels, layer=layer, size=size))
+        for name, picture in rows[-1].items():
             picture.save(target / f"{name.replace(' ', '_')}.png")
         written.append(target)
+    overview(rows).save(folder / "overview.png")
     return written
+
+
+def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_HEIGHT) -> Image.Image:
+    """One picture: a row for each photo, its pictures (`attention_pictures`) side by side under their names.
+
+    Args:
+        rows: of at least one photo, each with the same names; pictures of one row are of one size.
+        height: of each picture in pixels.
+    """
+    heading, gap = 14, 3
+    widths = [
+        round(next(iter(row.values())).width * height / next(iter(row.values())).height) for row in rows
+    ]
+    step = max(widths) + gap
+    size = (step * len(rows[0]) - gap, heading + (height + gap) * len(rows) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for number, name in enumerate(rows[0]):
+        ImageDraw.Draw(sheet).text((number * step + 2, 1), name, fill="black")
+    for line, (row, width) in enumerate(zip(rows, widths, strict=True)):
+        for number, picture in enumerate(row.values()):
+            small = picture.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(small, (number * step, heading + line * (height + gap)))
+    return sheet
 
 
 def _free(folder: Path, stem: str, taken: list[Path]) -> Path:

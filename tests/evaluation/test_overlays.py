@@ -12,6 +12,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import attention_maps, attention_pictures, overlay, spotlight, write_attention_pictures
+from hf_ssl.evaluation.overlays import overview
 
 KEYS = ["image", "mean", "rollout", "mask", "colours", "head 1", "head 2"]
 
@@ -106,6 +107,22 @@ def test_written_pictures(folders: Path, tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == names
         with Image.open(folder / "mean.png") as picture:
             assert picture.size == (400, 320)
+    with Image.open(tmp_path / "overview.png") as picture:
+        assert picture.size == (len(KEYS) * 163 - 3, 14 + 2 * 131 - 3)
+
+
+def test_the_overview_has_a_row_for_each_photo_and_a_column_for_each_picture() -> None:
+    rows = [
+        {"image": Image.new("RGB", (40, 20), "red"), "mean": Image.new("RGB", (40, 20), "lime")},
+        {"image": Image.new("RGB", (20, 20), "blue"), "mean": Image.new("RGB", (20, 20), "black")},
+    ]
+    sheet = overview(rows, height=10)
+    assert sheet.size == (2 * 23 - 3, 14 + 2 * 13 - 3)
+    colours = [[sheet.getpixel((x, y)) for x in (5, 28)] for y in (19, 32)]
+    assert colours == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (0, 0, 0)]]
+    assert sheet.getpixel((15, 32)) == (255, 255, 255)  # narrower than the others
+    heading = np.asarray(sheet)[:14]
+    assert (heading[:, :20] == 0).any() and (heading[:, 23:] == 0).any()
 
 
 def test_mistakes_are_told(folders: Path, tmp_path: Path) -> None:
