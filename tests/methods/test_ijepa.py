@@ -328,6 +328,18 @@ def test_a_new_model_is_drawn_as_the_authors_draw_it():
     assert model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.4)
 
 
+def test_encoder_and_predictor_are_drawn_as_wide_as_each_is_told():
+    torch.manual_seed(0)
+    encoder = AutoConfig.for_model("ijepa", **ENCODER, initializer_range=0.1)
+    method = METHOD | {"predictor_hidden_size": 64, "initializer_range": 0.3}
+    model = IJEPAForPreTraining(IJEPAConfig(backbone_config=encoder, **method))
+    for part, width in ((model.backbone, 0.1), (model.teacher_backbone, 0.1), (model.predictor, 0.3)):
+        for name, module in part.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                assert module.weight.std().item() == pytest.approx(width, rel=0.15), name
+    assert model.predictor.mask_token.std().item() == pytest.approx(0.3, rel=0.4)
+
+
 # What the monitor is told, and mistakes.
 
 

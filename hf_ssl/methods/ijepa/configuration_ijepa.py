@@ -29,6 +29,7 @@ class IJEPAConfig(SSLConfig):
             predicted, which is 12 % of a grid of 16 x 16 and more of a smaller one.
         predictor_depth, predictor_hidden_size: blocks and width of the predictor.
         predictor_attention_heads: None: as many as the encoder has.
+        initializer_range: standard deviation of the predictor's weights at the start (the encoder has its own).
         momentum, momentum_end, momentum_schedule: of the teacher; 0.996 to 1 along a straight line.
     """
 
@@ -46,6 +47,7 @@ class IJEPAConfig(SSLConfig):
     predictor_depth: int = 12
     predictor_hidden_size: int = 384
     predictor_attention_heads: int | None = None
+    initializer_range: float = 0.02
     momentum: float = 0.996
     momentum_end: float = 1.0
     momentum_schedule: str = "linear"

@@ -62,7 +62,7 @@ class IJEPAForPreTraining(TeacherModel):
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         if isinstance(module, IJEPAPredictor):
-            init.trunc_normal_(module.mask_token, std=0.02)
+            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
         if module is self:  # comes last, after the encoder has initialised itself; its teacher is a copy
             fix_positions(self.backbone)
 
