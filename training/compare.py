@@ -161,7 +161,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = {method: records for method, records in found.items() if records}
-    columns = 4
+    columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained", dpi=110)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
