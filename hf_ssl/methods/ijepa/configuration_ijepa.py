@@ -29,7 +29,7 @@ class IJEPAConfig(SSLConfig):
             predicted, which is 12 % of a grid of 16 x 16 and more of a smaller one.
         predictor_depth, predictor_hidden_size: blocks and width of the predictor.
         predictor_attention_heads: None: as many as the encoder has.
-        initializer_range: standard deviation of the predictor's weights at the start (the encoder has its own).
+        initializer_range: standard deviation of the predictor's first weights (the encoder has its own).
         momentum, momentum_end, momentum_schedule: of the teacher; 0.996 to 1 along a straight line.
     """
 
