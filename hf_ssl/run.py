@@ -239,7 +239,7 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
         results[key] = evaluate_encoder(
             began, processor, recipe.evaluation, *splits, device=device, description="encoder before training"
         )
-        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
+        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits, device=device)
     return Measured(results=results, train=train_images, test=test_images)
 
 
@@ -259,7 +259,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     splits = _splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
     results = {"encoder": evaluate_encoder(encoder, processor, evaluation, *splits, description=model)}
     if evaluation.baselines:
-        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
+        results["raw_pixels"] = evaluate_pixels(evaluation, *splits, device=encoder.device)
     print(results_table(results))
     return dict(results)
 

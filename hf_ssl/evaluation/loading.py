@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
 
 
 def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """An encoder in eval mode and its image processor.
+    """An encoder in eval mode, on the accelerator if there is one, and its image processor.
 
     Args:
         model: a folder, or a Hub id.
@@ -23,7 +24,9 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     options = {} if revision is None else {"revision": revision}
     with _explained(f"an encoder and its image processor from {model}"):
         encoder = AutoModel.from_pretrained(model, **options)
-        return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
+        processor = AutoImageProcessor.from_pretrained(model, **options)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return encoder.eval().to(device), processor
 
 
 def load_weights(model: str) -> PreTrainedModel:

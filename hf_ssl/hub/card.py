@@ -79,6 +79,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
             comparisons=wording.comparisons(facts),
             monitor=wording.monitor_table(facts),
             command=wording.command(facts),
+            check_command=wording.check_command(facts),
             recipe_yaml=yaml_dump(facts["recipe"]["sections"], sort_keys=False).strip(),
             limitations=wording.limitations(facts),
             has_pretraining=has_pretraining,

@@ -24,6 +24,15 @@ MONITORED = {
     "alignment": "alignment of two views (0 perfect)",
     "uniformity": "uniformity (lower is more even)",
 }
+# Settings of `data` that decide what the labelled images are; the others say how training reads them.
+_WHICH_IMAGES = (
+    "data.name",
+    "data.revision",
+    "data.image_column",
+    "data.label_column",
+    "data.channels",
+    "data.max_broken_fraction",
+)
 FEATURES = {
     "pooler": "outputs.pooler_output.flatten(1)",
     "cls": "outputs.last_hidden_state[:, 0]",
@@ -61,8 +70,7 @@ def duration(seconds: float) -> str:
 
 def code(value: Any) -> str:
     """A setting as it would be written in a recipe, safe in a table."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+    return "`" + _text(value).replace("|", "\\|").replace("`", "'") + "`"
 
 
 def literal(text: str) -> str:
@@ -152,6 +160,25 @@ def _number(value: float | None) -> str:
 def command(facts: Facts) -> str:
     """The line that starts such a run."""
     return shlex.join(["hf-ssl", "pretrain", facts["recipe"]["name"], *facts["recipe"]["overrides"]])
+
+
+def check_command(facts: Facts) -> str:
+    """The line that measures the encoder again, by the same protocol on the same images."""
+    recipe, data = facts["recipe"], facts["data"]
+    settings = {
+        key: value
+        for key, value in recipe["differences"].items()
+        if key in _WHICH_IMAGES or (key.startswith("evaluation.") and key != "evaluation.results_dir")
+    }
+    if data["hub_id"] is not None:
+        settings["data.revision"] = data["revision"]  # of that day, whatever the branch holds now
+    path = recipe["sections"]["data"]["path"]
+    overrides = [f"{key}={_text(value)}" for key, value in {"data.path": path, **settings}.items()]
+    return shlex.join(["hf-ssl", "evaluate", facts["name"], *overrides])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def usage(facts: Facts) -> str:
