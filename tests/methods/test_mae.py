@@ -292,6 +292,8 @@ def test_mistakes_get_a_sentence():
         StrictDataclassError, match=r"decoder_hidden_size must be a multiple of 4 and of .* = 3, got 16"
     ):
         MAEConfig(decoder_hidden_size=16, decoder_num_attention_heads=3)
+    with pytest.raises(StrictDataclassError, match=r"decoder_num_hidden_layers must be at least 1, got 0"):
+        MAEConfig(decoder_num_hidden_layers=0)
     with pytest.raises(UserError, match=r"method\.mask_ratio: 0\.95 leaves 0 of 16 patches visible"):
         build(mask_ratio=0.95)
     with pytest.raises(UserError, match=r"expected images of \(4, 4\) patches.* got \(6, 6\)"):

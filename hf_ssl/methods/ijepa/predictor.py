@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.vit.configuration_vit import ViTConfig
-from transformers.models.vit.modeling_vit import ViTLayer
 
+from hf_ssl.modeling.last_layer import vit_layers
 from hf_ssl.modeling.positions import PositionTable
 
 LAYER_NORM_EPS = 1e-6  # the authors' `vit_predictor`
@@ -45,7 +45,7 @@ class IJEPAPredictor(nn.Module):
             layer_norm_eps=LAYER_NORM_EPS,
         )
         layer._attn_implementation = config._attn_implementation
-        self.layers = nn.ModuleList(ViTLayer(layer) for _ in range(config.predictor_depth))
+        self.layers = vit_layers(layer, config.predictor_depth)
         self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
         self.features = nn.Linear(size, encoder_size)
 
@@ -64,6 +64,7 @@ class IJEPAPredictor(nn.Module):
         seen = seen + torch.cat([special.expand(len(seen), -1, -1), patches[context_patches]], dim=1)
         asked = self.mask_token + patches[target_patches.flatten(0, 1)]
         tokens = torch.cat([seen.repeat_interleave(blocks, dim=0), asked], dim=1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             tokens = layer(tokens)
-        return self.features(self.norm(tokens[:, -length:])).unflatten(0, (-1, blocks))
+        return self.features(self.norm(last(tokens, length))).unflatten(0, (-1, blocks))

@@ -36,7 +36,11 @@ class MAEConfig(SSLConfig):
             raise ValueError(f"method.mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
 
     def validate_decoder(self) -> None:
-        """Heads must divide the decoder, and its positions have four parts."""
+        """There is a block, heads divide the decoder, and its positions have four parts."""
+        if self.decoder_num_hidden_layers < 1:
+            raise ValueError(
+                f"method.decoder_num_hidden_layers must be at least 1, got {self.decoder_num_hidden_layers}"
+            )
         size, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
         if size % 4 or size % heads:
             raise ValueError(

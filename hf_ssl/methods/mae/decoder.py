@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.vit.configuration_vit import ViTConfig
-from transformers.models.vit.modeling_vit import ViTLayer
 
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
+from hf_ssl.modeling.last_layer import vit_layers
 from hf_ssl.modeling.positions import PositionTable
 
 
@@ -19,7 +19,7 @@ class MAEDecoder(nn.Module):
     """A small ViT of stock layers over visible tokens and, for each masked patch, one and the same token.
 
     Blocks do not care for the order of tokens and every token carries its position, so visible ones stay in
-    front and nothing is sorted back; only masked ones are projected to pixels.
+    front and nothing is sorted back; only masked ones come out of the last block, to be projected to pixels.
 
     Args:
         config: of the method.
@@ -50,7 +50,7 @@ class MAEDecoder(nn.Module):
             attention_probs_dropout_prob=encoder.attention_probs_dropout_prob,
         )
         layer._attn_implementation = config._attn_implementation
-        self.layers = nn.ModuleList(ViTLayer(layer) for _ in range(config.decoder_num_hidden_layers))
+        self.layers = vit_layers(layer, config.decoder_num_hidden_layers)
         self.norm = nn.LayerNorm(size, eps=encoder.layer_norm_eps)
         self.pixels = nn.Linear(size, values)
 
@@ -67,6 +67,7 @@ class MAEDecoder(nn.Module):
         special, patches = table[: self.special], table[self.special :]
         places = torch.cat([special.expand(len(kept), -1, -1), patches[kept]], dim=1)
         tokens = torch.cat([visible + places, self.mask_token + patches[masked]], dim=1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             tokens = layer(tokens)
-        return self.pixels(self.norm(tokens[:, visible.shape[1] :]))
+        return self.pixels(self.norm(last(tokens, masked.shape[1])))

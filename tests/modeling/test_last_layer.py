@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last block gives what a stock block gives for the tokens that are read, and works for no other."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import ViTConfig
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from hf_ssl.modeling.attention import NAME
+from hf_ssl.modeling.last_layer import LastViTLayer, vit_layers
+
+TOKENS = 7
+
+
+def config(attention: str) -> ViTConfig:
+    config = ViTConfig(hidden_size=12, num_attention_heads=3, intermediate_size=20)
+    config._attn_implementation = attention
+    return config
+
+
+def run(layer: torch.nn.Module, tokens: torch.Tensor, *wanted: int) -> list[torch.Tensor]:
+    """The last three tokens, and the gradients of the input and the weights."""
+    tokens = tokens.clone().requires_grad_()
+    out = layer(tokens, *wanted)[:, -3:]
+    return [out, *torch.autograd.grad(out.square().sum(), [tokens, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equals_a_stock_block(attention: str, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    stock, last = ViTLayer(config(attention)).double(), LastViTLayer(config(attention)).double()
+    last.load_state_dict(stock.state_dict())
+    if checkpointing:
+        last.gradient_checkpointing = True
+        last._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    tokens = torch.randn(2, TOKENS, 12, dtype=torch.float64)
+    for mine, theirs in zip(run(last.train(), tokens, 3), run(stock, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_what_is_not_read_is_not_computed() -> None:
+    last = LastViTLayer(config("sdpa"))
+    lengths: dict[str, int] = {}
+
+    def count(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _, inputs, out: lengths.update({name: inputs[0].shape[1]}))
+
+    for name, module in last.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            count(name.rpartition(".")[2], module)
+    assert last(torch.randn(2, TOKENS, 12), 3).shape == (2, 3, 12)
+    assert lengths == {"q_proj": 3, "k_proj": TOKENS, "v_proj": TOKENS, "o_proj": 3, "fc1": 3, "fc2": 3}
+
+
+def test_only_the_last_of_several_is_another() -> None:
+    assert [type(layer) for layer in vit_layers(config("sdpa"), 3)] == [ViTLayer, ViTLayer, LastViTLayer]
