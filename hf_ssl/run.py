@@ -27,6 +27,7 @@ from hf_ssl.evaluation import (
     EvaluationConfig,
     evaluate_encoder,
     evaluate_pixels,
+    fastest_device,
     load_encoder,
     load_weights,
 )
@@ -239,12 +240,13 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
         results[key] = evaluate_encoder(
             began, processor, recipe.evaluation, *splits, device=device, description="encoder before training"
         )
-        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits, device=device)
+        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
     return Measured(results=results, train=train_images, test=test_images)
 
 
 def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Measure any vision encoder of transformers on labelled images, print a table and return the result.
+    """Measure any vision encoder of transformers on labelled images, on the accelerator if there is one;
+    print a table and return the result.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
@@ -257,10 +259,14 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     transformers_logging.disable_progress_bar()
     encoder, processor = load_encoder(model)
     splits = _splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
-    results = {"encoder": evaluate_encoder(encoder, processor, evaluation, *splits, description=model)}
+    measured = evaluate_encoder(
+        encoder, processor, evaluation, *splits, device=fastest_device(), description=model
+    )
+    results = {"encoder": measured}
     if evaluation.baselines:
-        results["raw_pixels"] = evaluate_pixels(evaluation, *splits, device=encoder.device)
+        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     print(results_table(results))
+    print(f"revision of the images: {splits[1].revision}")
     return dict(results)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.features import extract_features, pool, pooling_rule, raw_pixels
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.loading import load_config, load_encoder, load_weights
+    from hf_ssl.evaluation.loading import fastest_device, load_config, load_encoder, load_weights
     from hf_ssl.evaluation.overlays import (
         attention_pictures,
         overlay,
@@ -70,6 +70,7 @@ _HOMES = {
     "evaluate_features": "protocol",
     "evaluate_pixels": "protocol",
     "extract_features": "features",
+    "fastest_device": "loading",
     "few_label_knn": "knn",
     "has_attention": "attention",
     "knn_accuracy": "knn",
@@ -112,6 +113,7 @@ __all__ = [
     "evaluate_features",
     "evaluate_pixels",
     "extract_features",
+    "fastest_device",
     "few_label_knn",
     "has_attention",
     "knn_accuracy",

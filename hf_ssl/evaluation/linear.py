@@ -161,4 +161,4 @@ def heads_accuracy(heads: Tensor, features: Tensor, labels: Tensor) -> list[floa
     right = torch.zeros(heads.shape[1], dtype=torch.long, device=features.device)
     for rows, targets in zip(features.split(4096), labels.split(4096), strict=True):
         right += (logits(heads, rows).argmax(dim=2) == targets[:, None]).sum(dim=0)
-    return (right.double() / len(labels)).tolist()
+    return (right.cpu().double() / len(labels)).tolist()

@@ -12,7 +12,7 @@ from hf_ssl.errors import UserError
 
 
 def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """An encoder in eval mode, on the accelerator if there is one, and its image processor.
+    """An encoder in eval mode and its image processor.
 
     Args:
         model: a folder, or a Hub id.
@@ -24,9 +24,7 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     options = {} if revision is None else {"revision": revision}
     with _explained(f"an encoder and its image processor from {model}"):
         encoder = AutoModel.from_pretrained(model, **options)
-        processor = AutoImageProcessor.from_pretrained(model, **options)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return encoder.eval().to(device), processor
+        return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
 def load_weights(model: str) -> PreTrainedModel:
@@ -41,6 +39,12 @@ def load_config(model: str) -> PreTrainedConfig:
     with _explained(f"the configuration of an encoder from {model}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
         return config
+
+
+def fastest_device() -> torch.device:
+    """The accelerator, if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 @contextmanager

@@ -118,14 +118,8 @@ def evaluate_encoder(
     return result
 
 
-def evaluate_pixels(
-    config: EvaluationConfig,
-    train: LabelledImages,
-    test: LabelledImages,
-    *,
-    device: torch.device | str | None = None,
-) -> EncoderResult:
-    """The same protocol for raw pixels (`raw_pixels`), without the linear probe; None: on the CPU."""
+def evaluate_pixels(config: EvaluationConfig, train: LabelledImages, test: LabelledImages) -> EncoderResult:
+    """The same protocol for raw pixels (`raw_pixels`), without the linear probe."""
     config.check()
     seconds: dict[str, float] = {}
     with _timed(seconds, "features"):
@@ -133,7 +127,7 @@ def evaluate_pixels(
             raw_pixels(images.iter_batches(config.batch_size), config.raw_pixel_size, total=len(images))
             for images in (train, test)
         )
-    result = evaluate_features(config, bank, train.labels, queries, test.labels, device=device, linear=False)
+    result = evaluate_features(config, bank, train.labels, queries, test.labels, linear=False)
     result["seconds"] = seconds | result["seconds"]
     side = config.raw_pixel_size
     result["protocol"]["features"] = f"pixels at {side} x {side}, each image's own mean removed"

@@ -209,11 +209,13 @@ def public_facts(facts: Any) -> Facts:
     """
     check_facts(facts)
     facts = public(facts)
-    sections = facts["recipe"]["sections"]
+    sections, differences = facts["recipe"]["sections"], facts["recipe"]["differences"]
     for section, source in (("data", facts["data"]), ("evaluation", facts["evaluation"])):
         # "photos/dogs" may be a Hub id or a folder: the run knows, the text does not.
         if source is not None and source["hub_id"] is None and sections.get(section, {}).get("path"):
             sections[section]["path"] = source["name"]
+            if f"{section}.path" in differences:
+                differences[f"{section}.path"] = source["name"]
     facts["recipe"]["overrides"] = [_public_override(text, sections) for text in facts["recipe"]["overrides"]]
     return cast(Facts, facts)
 

@@ -2,6 +2,7 @@
 """Numbers put into words and tables for the card. Every function here is pure: facts in, text out."""
 
 import json
+import re
 import shlex
 from typing import Any, NamedTuple
 
@@ -24,15 +25,8 @@ MONITORED = {
     "alignment": "alignment of two views (0 perfect)",
     "uniformity": "uniformity (lower is more even)",
 }
-# Settings of `data` that decide what the labelled images are; the others say how training reads them.
-_WHICH_IMAGES = (
-    "data.name",
-    "data.revision",
-    "data.image_column",
-    "data.label_column",
-    "data.channels",
-    "data.max_broken_fraction",
-)
+_PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")  # text that YAML takes for itself, but for these:
+_NOT_STRINGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null", "none", "nan", "inf")
 FEATURES = {
     "pooler": "outputs.pooler_output.flatten(1)",
     "cls": "outputs.last_hidden_state[:, 0]",
@@ -70,7 +64,8 @@ def duration(seconds: float) -> str:
 
 def code(value: Any) -> str:
     """A setting as it would be written in a recipe, safe in a table."""
-    return "`" + _text(value).replace("|", "\\|").replace("`", "'") + "`"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 
 def literal(text: str) -> str:
@@ -163,22 +158,33 @@ def command(facts: Facts) -> str:
 
 
 def check_command(facts: Facts) -> str:
-    """The line that measures the encoder again, by the same protocol on the same images."""
-    recipe, data = facts["recipe"], facts["data"]
-    settings = {
+    """The line that measures the encoder again, by the same protocol on the same images; "" for one that was
+    not measured.
+    """
+    images, differences = facts["evaluation"], facts["recipe"]["differences"]
+    if images is None:
+        return ""
+    if images["hub_id"] is None:  # "./" says that it is no data set on the Hub
+        where = {"data.path": images["name"] if images["name"] == "digits" else f"./{images['name']}"}
+    else:  # as they were that day, whatever the branch holds now
+        where = {"data.path": images["hub_id"], "data.revision": images["revision"]}
+    told = ["data.channels", "data.max_broken_fraction"]
+    if "evaluation.path" not in differences:  # else these say where training found its images
+        told += ["data.name", "data.image_column", "data.label_column"]
+    how = {
         key: value
-        for key, value in recipe["differences"].items()
-        if key in _WHICH_IMAGES or (key.startswith("evaluation.") and key != "evaluation.results_dir")
+        for key, value in differences.items()
+        if key in told
+        or (key.startswith("evaluation.") and key not in ("evaluation.path", "evaluation.results_dir"))
     }
-    if data["hub_id"] is not None:
-        settings["data.revision"] = data["revision"]  # of that day, whatever the branch holds now
-    path = recipe["sections"]["data"]["path"]
-    overrides = [f"{key}={_text(value)}" for key, value in {"data.path": path, **settings}.items()]
+    overrides = [f"{key}={_yaml(value)}" for key, value in (where | how).items()]
     return shlex.join(["hf-ssl", "evaluate", facts["name"], *overrides])
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _yaml(value: Any) -> str:
+    """A value for the command line, whose values are YAML; JSON is YAML too."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _NOT_STRINGS
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def usage(facts: Facts) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last block of a transformer of which only some tokens are read: nothing is computed for the others."""
+"""Blocks of a transformer of which some tokens are read: the last one computes nothing for the others."""
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -7,39 +7,45 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer, eager_attention_forward
 
 
-class LastViTLayer(ViTLayer):
-    """A stock block with stock weights: every token is looked at, but only the last ones ask.
+def vit_layers(config: ViTConfig, depth: int) -> nn.ModuleList:
+    """`depth` stock blocks, at least one; the last of them is a `LastViTLayer`."""
+    return nn.ModuleList([*(ViTLayer(config) for _ in range(depth - 1)), LastViTLayer(config)])
 
-    Queries, the projection after attention and the MLP, which are most of a block, leave the others out.
+
+class LastViTLayer(ViTLayer):
+    """The last block, with the weights of a stock one: of the tokens at the end, which are read, it gives the
+    same.
+
+    All tokens become keys and values. Queries, the projection after attention and the MLP, which are most of
+    a block, leave out what is not read. The attention's own forward is not called, so hooks on it see
+    nothing.
     """
 
-    def forward(self, tokens: Tensor, wanted: int) -> Tensor:  # type: ignore[override]
-        """(N, wanted, D): what `ViTLayer` makes of the last tokens.
+    def forward(self, hidden_states: Tensor, wanted: int) -> Tensor:  # type: ignore[override]
+        """What `ViTLayer` makes of the tokens at the end: (N, wanted, D).
 
         Args:
-            tokens: (N, L, D), all of them.
-            wanted: how many are read, 1 to L.
+            hidden_states: (N, L, D), all tokens.
+            wanted: how many of them are read, 1 to L.
         """
-        attention, asking = self.attention, tokens[:, -wanted:]
-        seen = self.layernorm_before(tokens)
+        attention, unread = self.attention, hidden_states.shape[1] - wanted
+        residual = hidden_states[:, unread:]
+        normalised = self.layernorm_before(hidden_states)
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for projection, inputs in (
-                (attention.q_proj, seen[:, -wanted:]),
-                (attention.k_proj, seen),
-                (attention.v_proj, seen),
+                (attention.q_proj, normalised[:, unread:]),
+                (attention.k_proj, normalised),
+                (attention.v_proj, normalised),
             )
         )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention_forward
         )
         dropout = attention.attention_dropout if self.training else 0.0
-        found, _ = attend(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling)
-        asking = asking + self.dropout(attention.o_proj(found.flatten(2)))
-        result: Tensor = asking + self.dropout(self.mlp(self.layernorm_after(asking)))
-        return result
-
-
-def vit_layers(config: ViTConfig, depth: int) -> nn.ModuleList:
-    """Stock blocks, the last of them a `LastViTLayer`."""
-    return nn.ModuleList([*(ViTLayer(config) for _ in range(depth - 1)), LastViTLayer(config)])
+        attended, _ = attention_interface(
+            attention, query, key, value, None, dropout=dropout, scaling=attention.scaling
+        )
+        residual = residual + self.dropout(attention.o_proj(attended.flatten(2)))
+        output: Tensor = residual + self.dropout(self.mlp(self.layernorm_after(residual)))
+        return output

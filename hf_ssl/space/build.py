@@ -25,6 +25,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
     embed_gallery,
+    fastest_device,
     has_attention,
     load_encoder,
     thumbnail,
@@ -90,7 +91,11 @@ def build_space(
     held_out = examples if examples_split is None else 0
     shown = _images(data, data.split, images + held_out)
     features, thumbnails = embed_gallery(
-        encoder, processor, shown.iter_batches(_BATCH), pooling=pooling, description="gallery"
+        encoder.to(fastest_device()),
+        processor,
+        shown.iter_batches(_BATCH),
+        pooling=pooling,
+        description="gallery",
     )
     labels = _labels(shown)
     if examples_split is None:

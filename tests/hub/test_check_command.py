@@ -7,23 +7,36 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hf_ssl import run
+from hf_ssl.data import DataConfig
+from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.hub.facts import public_facts
 from hf_ssl.hub.wording import check_command
 from hf_ssl.recipe import read_sections
 
 
-def test_the_card_of_a_run_says_how_to_measure_it_again(finished_run: Path) -> None:
+def read(facts: dict[str, Any]) -> tuple[DataConfig, EvaluationConfig]:
+    """What the command of facts, made fit for strangers, asks for."""
+    return read_sections(shlex.split(check_command(public_facts(facts)))[3:])
+
+
+def test_the_card_of_a_run_says_how_to_measure_it_again(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = (finished_run / "README.md").read_text(encoding="utf-8")
     command = re.search(r"```sh\n(hf-ssl evaluate .*)\n```", card)
     assert command is not None
     verb, model, *overrides = shlex.split(command[1])[1:]
-    assert (verb, model) == ("evaluate", finished_run.name)
-    again = run.evaluate(str(finished_run), *read_sections(overrides))
-    recorded = json.loads((finished_run / "facts.json").read_text(encoding="utf-8"))["results"]
+    assert verb == "evaluate"
+    monkeypatch.chdir(finished_run.parent)  # where the encoder lies
+    again = run.evaluate(model, *read_sections(overrides))
+    facts = json.loads((finished_run / "facts.json").read_text(encoding="utf-8"))
     for name, before in (("encoder", "trained"), ("raw_pixels", "raw_pixels")):
         for key in ("protocol", "images", "knn", "linear", "few_labels"):
-            assert again[name][key] == recorded[before][key], (name, key)
+            assert again[name][key] == facts["results"][before][key], (name, key)
+    assert f"revision of the images: {facts['evaluation']['revision']}\n" in capsys.readouterr().out
 
 
 def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) -> None:
@@ -39,9 +52,8 @@ def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) 
     }
     others = {"data.cache": "memory", "data.split": "unlabelled", "evaluation.results_dir": "tables"}
     facts["recipe"]["differences"] |= measured | others
-    overrides = shlex.split(check_command(public_facts(facts)))[3:]
-    data, evaluation = read_sections(overrides)
-    assert data.path == "cifar10"
+    data, evaluation = read(facts)
+    assert data.path == "./cifar10"  # not a data set of this name on the Hub
     sections = {"data": data, "evaluation": evaluation}
     for setting, value in measured.items():
         section, key = setting.split(".")
@@ -49,10 +61,41 @@ def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) 
     assert (data.cache, data.split, evaluation.results_dir) == ("auto", "train", None)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["1.10", "2019_2020", "010", "yes", "Null", "a: b", "a:", "x #1", "*.parquet", "été", "'", '"', "[a"],
+)
+def test_text_stays_what_it_is(facts: dict[str, Any], text: str) -> None:
+    facts["recipe"]["differences"] |= {"data.name": text, "data.label_column": text}
+    facts["evaluation"]["name"] = text
+    data, _ = read(facts)
+    assert (data.path, data.name, data.label_column) == (f"./{text}", text, text)
+
+
 def test_data_of_the_hub_are_those_of_that_day(facts: dict[str, Any]) -> None:
     assert "revision" not in check_command(facts)  # a fingerprint of local files is nothing to ask for
-    facts["data"] |= {"hub_id": "open/cifar10", "name": "open/cifar10"}
-    facts["recipe"]["sections"]["data"]["path"] = "open/cifar10"
+    facts["evaluation"] |= {"hub_id": "open/cifar10", "name": "open/cifar10"}
     facts["recipe"]["differences"]["data.revision"] = "main"
-    data, _ = read_sections(shlex.split(check_command(facts))[3:])
+    data, _ = read(facts)
     assert (data.path, data.revision) == ("open/cifar10", "0123456789abcdef")
+
+
+def test_images_of_their_own(facts: dict[str, Any]) -> None:
+    """Where they lie on this machine stays here; columns and the rest of the training data are not theirs."""
+    facts["recipe"]["sections"]["evaluation"]["path"] = "clients/acme/labelled"
+    facts["recipe"]["differences"] |= {
+        "evaluation.path": "clients/acme/labelled",
+        "data.name": "fine",
+        "data.label_column": "fine",
+        "data.channels": 1,
+    }
+    facts["evaluation"] |= {"name": "labelled"}
+    public = public_facts(facts)
+    assert "acme" not in json.dumps(public) and "acme" not in check_command(public)
+    data, evaluation = read(facts)
+    assert (data.path, data.name, data.label_column) == ("./labelled", None, None)
+    assert (data.channels, evaluation.path) == (1, None)
+
+
+def test_without_a_measurement_there_is_nothing_to_repeat(facts: dict[str, Any]) -> None:
+    assert check_command(facts | {"evaluation": None, "results": {}, "unmeasured": "no labels"}) == ""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last block gives what a stock block gives for the tokens that are read, and works for no other."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,31 +13,73 @@ from hf_ssl.modeling.last_layer import LastViTLayer, vit_layers
 TOKENS = 7
 
 
-def config(attention: str) -> ViTConfig:
-    config = ViTConfig(hidden_size=12, num_attention_heads=3, intermediate_size=20)
+def config(attention: str, dropout: float = 0.0) -> ViTConfig:
+    config = ViTConfig(
+        hidden_size=12,
+        num_attention_heads=3,
+        intermediate_size=20,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
     config._attn_implementation = attention
     return config
+
+
+def pair(config: ViTConfig, dtype: torch.dtype) -> tuple[ViTLayer, LastViTLayer]:
+    """A stock block and a last one with its weights, both training."""
+    torch.manual_seed(0)
+    stock, last = ViTLayer(config).to(dtype).train(), LastViTLayer(config).to(dtype).train()
+    last.load_state_dict(stock.state_dict())
+    return stock, last
 
 
 def run(layer: torch.nn.Module, tokens: torch.Tensor, *wanted: int) -> list[torch.Tensor]:
     """The last three tokens, and the gradients of the input and the weights."""
     tokens = tokens.clone().requires_grad_()
+    torch.manual_seed(1)  # of dropout
     out = layer(tokens, *wanted)[:, -3:]
     return [out, *torch.autograd.grad(out.square().sum(), [tokens, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_equals_a_stock_block(attention: str, checkpointing: bool) -> None:
-    torch.manual_seed(0)
-    stock, last = ViTLayer(config(attention)).double(), LastViTLayer(config(attention)).double()
-    last.load_state_dict(stock.state_dict())
-    if checkpointing:
-        last.gradient_checkpointing = True
-        last._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    [
+        ("eager", torch.float64, 1e-12),
+        ("sdpa", torch.float64, 1e-12),
+        (NAME, torch.float64, 1e-12),
+        (NAME, torch.bfloat16, 0.1),  # by matrix products
+    ],
+)
+def test_equals_a_stock_block(attention: str, dtype: torch.dtype, tolerance: float) -> None:
+    stock, last = pair(config(attention), dtype)
+    tokens = torch.randn(2, TOKENS, 12, dtype=dtype)
+    for mine, theirs in zip(run(last, tokens, 3), run(stock, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
+def test_drops_out_as_a_stock_block_does() -> None:
+    stock, last = pair(config("eager", dropout=0.4), torch.float64)
     tokens = torch.randn(2, TOKENS, 12, dtype=torch.float64)
-    for mine, theirs in zip(run(last.train(), tokens, 3), run(stock, tokens), strict=True):
+    dropped = run(last, tokens, TOKENS)
+    for mine, theirs in zip(dropped, run(stock, tokens), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert not torch.equal(dropped[0], run(last.eval(), tokens, TOKENS)[0])
+
+
+def test_gradients_are_checkpointed() -> None:
+    stock, last = pair(config("sdpa"), torch.float64)
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(1)
+        return checkpoint(*arguments, use_reentrant=False)
+
+    last.gradient_checkpointing = True
+    last._gradient_checkpointing_func = counted
+    tokens = torch.randn(2, TOKENS, 12, dtype=torch.float64)
+    for mine, theirs in zip(run(last, tokens, 3), run(stock, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert calls == [1]
 
 
 def test_what_is_not_read_is_not_computed() -> None:
