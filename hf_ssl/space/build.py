@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from datasets import ClassLabel
 from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
@@ -88,10 +89,11 @@ def build_space(
     if images < 1 or examples < 0:
         raise UserError(f"expected images >= 1 and examples >= 0, got {images} and {examples}")
     encoder, processor = load_encoder(model, revision)
+    torch.nn.Module.to(encoder, fastest_device())
     held_out = examples if examples_split is None else 0
     shown = _images(data, data.split, images + held_out)
     features, thumbnails = embed_gallery(
-        encoder.to(fastest_device()),
+        encoder,
         processor,
         shown.iter_batches(_BATCH),
         pooling=pooling,
