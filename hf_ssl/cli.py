@@ -4,9 +4,13 @@ once."""
 
 import argparse
 import errno
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
@@ -20,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with _ends_on_sigterm():
+            arguments.run(arguments)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
@@ -32,6 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143), so that files which are half-written are removed on the way out.
+
+    Training has a handler of its own, which saves a checkpoint first (`hf_ssl.trainer.stopping`).
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        print("hf-ssl: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _fail(sentence: str) -> int:

@@ -13,7 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.checkpoints import remove_unfinished
+from hf_ssl.trainer.fitting import Choices
 
+_CHOICES = "choices"
 IDENTITY = "_run.json"  # a leading underscore is never published: it holds the path of the data
 
 # What may differ between the first part of a run and its continuation: nothing here changes a weight.
@@ -53,8 +55,18 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     return None
 
 
-def claim(recipe: Recipe) -> None:
+def stored_choices(recipe: Recipe) -> Choices:
+    """Return what the run in the recipe's output folder chose for its machine (`hf_ssl.trainer.fitting`)."""
+    mark = Path(recipe.training["output_dir"]) / IDENTITY
+    return json.loads(mark.read_text()).get(_CHOICES, {})
+
+
+def claim(recipe: Recipe, choices: Choices) -> None:
     """Make the output folder this recipe's, and clear what a killed process left half-written.
+
+    Args:
+        recipe: of the run.
+        choices: what was chosen for the machine, for `stored_choices`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -63,7 +75,7 @@ def claim(recipe: Recipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-        write_json(folder / IDENTITY, recipe.to_dict())
+        write_json(folder / IDENTITY, {**recipe.to_dict(), _CHOICES: choices})
     except OSError as error:
         raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
 

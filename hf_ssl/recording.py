@@ -140,13 +140,14 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
         learning_rate=args.learning_rate,
         learning_rate_rule=args.learning_rate_rule,
         weight_decay=args.weight_decay,
-        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        precision=args.precision,
         processes=args.world_size,
         seed=args.seed,
         seconds=seconds,
         images_per_second=images / seconds if seconds else 0.0,
         final_loss=losses[-1] if losses and math.isfinite(losses[-1]) else None,
         resumed=trainer.resumed,
+        choices={key: dict(choice) for key, choice in trainer.choices.items()},
         selection=args.metric_for_best_model if args.load_best_model_at_end else None,
     )
 

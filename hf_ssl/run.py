@@ -4,24 +4,14 @@
 """
 
 import logging
-import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoImageProcessor, AutoModel, TrainerCallback, set_seed
+from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.data import (
-    DataConfig,
-    LabelledImages,
-    LoadedBatch,
-    Source,
-    labelled_images,
-    open_source,
-    train_loader,
-)
+from hf_ssl.building import build_model, build_trainer, draw_pictures, labelled_splits, open_splits
+from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EvaluationConfig,
@@ -29,123 +19,18 @@ from hf_ssl.evaluation import (
     evaluate_pixels,
     fastest_device,
     load_encoder,
-    load_weights,
 )
-from hf_ssl.hub import append_result, image_processor, write_card, write_facts
-from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.hub import append_result, write_card, write_facts
 from hf_ssl.modeling.gather import wait_for_all
-from hf_ssl.output_folder import claim, is_last, last_checkpoint
+from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices
+from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.space import serve_digits
-from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.guard import FeatureGuard
-from hf_ssl.trainer.monitor import KNNMonitor, Monitor
-from hf_ssl.trainer.pictures import MethodPictures
 from hf_ssl.trainer.trainer import SSLTrainer
-from hf_ssl.views import montage
 
 logger = logging.getLogger(__name__)
-
-_PROBE_IMAGES = 512
-_MONTAGE_IMAGES = 8
-
-
-def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
-    """The recipe's model with random weights that depend on the seed alone, or with those of the encoder
-    `backbone.init_from`.
-
-    Args:
-        recipe: what to build.
-        seed: of the weights.
-        source: the training data, for a method that has a place for each image; None opens the recipe's.
-    """
-    config: Any = recipe.config()
-    if recipe.model_class.needs_sample_index:
-        config.num_samples = (source or open_source(recipe.data)).num_rows
-    set_seed(seed)
-    model = recipe.model_class(config)
-    if recipe.init_from is not None:
-        model.start_from(load_weights(recipe.init_from))
-    return model
-
-
-def build_trainer(
-    recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCallback] | None = None
-) -> SSLTrainer:
-    """Everything that training needs: data, model, monitor. Mistakes in the data are found before anything is
-    written.
-    """
-    source = open_source(recipe.data)
-    batch_size, processes = args.per_device_train_batch_size, args.world_size
-    train_loader(
-        source, recipe.views, config=recipe.data, seed=0, batch_size=batch_size, world_size=processes
-    )  # checks that there are enough images, and keeps the decoded ones for later
-    model = build_model(recipe, args.seed, source)
-    monitor = None
-    if args.monitor_steps:
-        probe = _probe(recipe, source, args)
-        monitor = Monitor(probe, _knn_monitor(recipe, args), torch.bfloat16 if args.bf16 else None)
-    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
-    if recipe.init_from is not None and monitor is not None and monitor.knn is not None:
-        trainer.add_callback(FeatureGuard(len(monitor.knn.queries)))
-    return trainer
-
-
-def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
-    """Leave `views.png` in the output folder, what the network is going to see; the trainer will leave the
-    method's own pictures of the same images.
-    """
-    first = _probe(recipe, trainer.source, trainer.args)[:_MONTAGE_IMAGES]
-    montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
-    trainer.add_callback(MethodPictures(trainer.method, first, recipe.views))
-
-
-def _probe(recipe: Recipe, source: Source, args: SSLTrainingArguments) -> LoadedBatch:
-    """Some training images with fixed views; the seed is another one than that of training."""
-    size = min(_PROBE_IMAGES, source.num_rows or _PROBE_IMAGES)
-    loader = train_loader(source, recipe.views, config=recipe.data, seed=args.seed + 2**32, batch_size=size)
-    return next(iter(loader))
-
-
-def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
-    """A k-NN classifier if the evaluation's splits carry labels, else None with a word about it."""
-    try:
-        bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
-    except UserError as error:
-        logger.warning("the monitor runs without k-NN: %s", error)
-        return None
-    processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
-    return KNNMonitor(bank, queries, processor, args.monitor_neighbours)
-
-
-def labelled_splits(
-    recipe: Recipe, max_train: int | None = None, max_test: int | None = None
-) -> tuple[LabelledImages, LabelledImages]:
-    """Labelled images to measure with: of the training data, unless `evaluation.path` says otherwise.
-
-    Raises:
-        UserError: there are no labels, or they lie in data that is streamed, which would have to be copied
-        first.
-    """
-    return _splits(recipe.data, recipe.evaluation, max_train, max_test)
-
-
-def _splits(
-    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
-) -> tuple[LabelledImages, LabelledImages]:
-    if evaluation.path is not None:
-        data = replace(
-            data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
-        )
-    elif data.streaming:
-        raise UserError("data that is streamed is not copied to be measured on: give evaluation.path=...")
-    label_column = evaluation.label_column or data.label_column
-    data = replace(data, label_column=label_column, max_images=None, streaming=False)
-    return (
-        labelled_images(data, evaluation.train_split, max_images=max_train),
-        labelled_images(data, evaluation.test_split, max_images=max_test),
-    )
 
 
 def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSLTrainer:
@@ -154,15 +39,17 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     Raises:
         UserError: a mistake in the recipe or the data, a folder that holds another run, a diverged or (with
             `training.on_collapse=stop`) collapsed run.
-        SystemExit: the process got SIGTERM; a checkpoint was saved.
+        SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     args = recipe.training_arguments()
     checkpoint = last_checkpoint(recipe)
-    trainer = build_trainer(recipe, args, callbacks)
-    wait_for_all()  # nobody writes before everybody has looked
+    stored = None if checkpoint is None else stored_choices(recipe)
+    trainer = build_trainer(recipe, args, callbacks, stored)
+    wait_for_all()  # no process writes before all of them have read
     if args.should_save:
-        claim(recipe)
-        draw_pictures(recipe, trainer)
+        claim(recipe, trainer.choices)
+        with progress("drawing views.png", quiet=bool(args.disable_tqdm)):
+            draw_pictures(recipe, trainer)
     if checkpoint is not None and is_last(checkpoint):
         trainer.load_finished(checkpoint)
     else:
@@ -174,11 +61,6 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     for guard in trainer.callback_handler.callbacks:
         if isinstance(guard, FeatureGuard) and guard.message is not None and args.on_worse == "stop":
             raise UserError(f"{guard.message}; the run was stopped (training.on_worse=stop)")
-    if trainer.stop_signal.received:
-        logger.warning(
-            "stopped by SIGTERM after step %d; the same command goes on", trainer.state.global_step
-        )
-        raise SystemExit(128 + signal.SIGTERM)
     return trainer
 
 
@@ -197,17 +79,19 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()  # of loading and saving files; training has its own
     trainer = train(recipe)
-    trainer.save_model()
+    with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
+        trainer.save_model()
     # Processes part here: what follows is the first one's work. One that ends with its group alive may abort.
     trainer.accelerator.end_training()
     if not trainer.args.should_save:
         return {}
     folder = Path(recipe.training["output_dir"])
     measured = measure(recipe, trainer, folder)
-    facts = collect_facts(recipe, trainer, measured)
-    write_facts(folder, facts)
-    append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
-    write_card(folder, facts)
+    with progress("writing the card"):
+        facts = collect_facts(recipe, trainer, measured)
+        write_facts(folder, facts)
+        append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
+        write_card(folder, facts)
     if measured.results:
         print(results_table(measured.results))
     print(f"encoder, card and pictures are in {folder}")
@@ -257,8 +141,9 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         UserError: the encoder cannot be loaded, or the data have no labels.
     """
     transformers_logging.disable_progress_bar()
-    encoder, processor = load_encoder(model)
-    splits = _splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
+    with progress(f"loading {model}"):
+        encoder, processor = load_encoder(model)
+    splits = open_splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
     measured = evaluate_encoder(
         encoder, processor, evaluation, *splits, device=fastest_device(), description=model
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_ssl.data.broken import BrokenCounter
     from hf_ssl.data.config import DataConfig
     from hf_ssl.data.labelled import LabelledImages, labelled_images
-    from hf_ssl.data.loader import train_loader
+    from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
 _HOMES = {
@@ -24,6 +24,7 @@ _HOMES = {
     "LabelledImages": "labelled",
     "LoadedBatch": "batch",
     "Source": "sources",
+    "holds_small_images": "loader",
     "labelled_images": "labelled",
     "open_source": "sources",
     "train_loader": "loader",
@@ -35,6 +36,7 @@ __all__ = [
     "LabelledImages",
     "LoadedBatch",
     "Source",
+    "holds_small_images",
     "labelled_images",
     "open_source",
     "train_loader",

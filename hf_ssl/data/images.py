@@ -96,6 +96,13 @@ def probe(source: Source, channels: int) -> Probe:
     return source.stores[key]
 
 
+def probe_encoded(images: Sequence[Encoded], channels: int, description: str) -> Probe:
+    """As `probe`, for some encoded images."""
+    tried = [decode_or_reason(image, channels) for image in images]
+    good = [image for image in tried if isinstance(image, Tensor)]
+    return probe_images(good, [str(image) for image in tried if isinstance(image, BrokenImage)], description)
+
+
 def probe_images(images: list[Tensor], broken: list[str], description: str) -> Probe:
     """As `probe`, for images that were read, of which broken ones are empty."""
     sizes = {(image.shape[1], image.shape[2]) for image in images if image.numel()}

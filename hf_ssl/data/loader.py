@@ -2,6 +2,7 @@
 """The loader of training data."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch
 from hf_ssl.data.broken import delivered
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.images import EncodedRows, probe
+from hf_ssl.data.images import EncodedRows, probe, probe_encoded
 from hf_ssl.data.map_style import MapBatches, Rows
 from hf_ssl.data.ordering import RowBatches, Share
 from hf_ssl.data.sources import Source
@@ -77,16 +78,30 @@ def train_loader(
         "pin_memory": pin_memory,
         "collate_fn": _unchanged,
         "generator": _own_generator(),
+        "worker_init_fn": _survive_signals,
     }
     needed = batch_size * world_size
     if source.num_rows is not None and source.num_rows < needed:
+        fitting = world_size << max(0, (source.num_rows // world_size).bit_length() - 1)
         raise UserError(
-            f"expected at least one batch of {needed} images ({world_size} x {batch_size}), got "
-            f"{source.num_rows} images in {source.description}"
+            f"training.batch_size: expected at most the {source.num_rows} images in {source.description}, "
+            f"got {needed}; use training.batch_size={min(fitting, source.num_rows)}"
         )
     if source.streaming:
         return _stream_loader(source, preset, config, share, start_batch, position, options)
     return _map_loader(source, preset, config, share, start_batch, torch.device(device), options)
+
+
+def holds_small_images(source: Source, config: DataConfig) -> bool:
+    """Return whether all images (of a stream: the first ones) are small and of one size."""
+    key = ("small", config.channels)
+    if key not in source.stores:
+        if source.streaming:
+            first = ShardedRows(source, config.open_shards).first
+            source.stores[key] = probe_encoded(first, config.channels, source.description).small
+        else:
+            source.stores[key] = probe(source, config.channels).small
+    return source.stores[key]
 
 
 def _map_loader(
@@ -170,6 +185,19 @@ def _stream_loader(
 
 def _unchanged(batch: LoadedBatch | Failure) -> LoadedBatch | Failure:
     return batch
+
+
+def _survive_signals(worker: int) -> None:
+    """Let the training process, not its workers, answer a signal that goes to all processes of a job.
+
+    Ctrl-C goes to the whole foreground group, and schedulers send SIGTERM to every process. A worker that
+    died would break the step that training finishes first. After SIGTERM a worker ends by itself, at the
+    latest after 30 seconds; without a training process it ends earlier.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # Windows has none, and sends no SIGTERM
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def _own_generator() -> torch.Generator:

@@ -16,19 +16,18 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_ssl.data.batch import SMALL
 from hf_ssl.data.images import EncodedRows, probe
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
+from hf_ssl.progress import progress
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it when decoding changes what pixels come out
 _AUTO_BYTES = 4 << 30
-_CHUNK = 512
-_QUIET_SECONDS = 2
+_CHUNK = 64  # images; decoding them takes at most a few seconds, even if they are large
 
 
 class DecodedRows:
@@ -190,18 +189,21 @@ def _check_space(folder: Path, needed: int) -> None:
 def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
     """Decodes everything into `pixels`, with some threads (decoders release the lock of the interpreter).
 
+    An interruption ends within the time of one chunk, because only threads that run are waited for.
+
     Returns:
         row -> message of broken images.
     """
     broken: dict[int, str] = {}
     starts = range(0, len(rows), _CHUNK)
-    bar = tqdm(
-        total=len(rows), desc=f"Decoding {rows.description}", unit="image", delay=_QUIET_SECONDS, leave=False
-    )
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for count, part in threads.map(lambda start: _fill_chunk(pixels, rows, start), starts):
-            broken.update(part)
-            bar.update(count)
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        with progress(f"decoding {rows.description}", len(rows)) as bar:
+            for count, part in threads.map(lambda start: _fill_chunk(pixels, rows, start), starts):
+                broken.update(part)
+                bar.update(count)
+    finally:
+        threads.shutdown(cancel_futures=True)
     return broken
 
 

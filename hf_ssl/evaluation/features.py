@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
+from hf_ssl.progress import progress
 
 Pooling = Literal["auto", "pooler", "cls", "mean"]
-PROGRESS_DELAY = 2.0  # seconds before a progress bar shows itself: a quick job needs none
 
 
 def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
@@ -161,21 +161,12 @@ def extract_poolings(
     description: str | None = None,
 ) -> dict[Pooling, Tensor]:
     """As `extract_features`, for several poolings in one pass: float32 (N, D) for each."""
-    from tqdm.auto import tqdm
-
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
     rows = {pooling: _Rows(total) for pooling in poolings}
-    bar = tqdm(
-        total=total,
-        desc=description,
-        unit="img",
-        delay=PROGRESS_DELAY,
-        leave=False,
-        disable=description is None,
-    )
-    with evaluation_mode(model), torch.inference_mode(), bar:
+    shown = progress(description or "", total, quiet=description is None)
+    with evaluation_mode(model), torch.inference_mode(), shown as bar:
         for images in image_batches:
             if not images:
                 continue
@@ -213,18 +204,8 @@ def raw_pixels(
     Raises:
         UserError: there is no image, or there are more than `total`.
     """
-    from tqdm.auto import tqdm
-
     rows = _Rows(total)
-    bar = tqdm(
-        total=total,
-        desc=description,
-        unit="img",
-        delay=PROGRESS_DELAY,
-        leave=False,
-        disable=description is None,
-    )
-    with bar:
+    with progress(description or "", total, quiet=description is None) as bar:
         for images in image_batches:
             if not images:
                 continue

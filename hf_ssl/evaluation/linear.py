@@ -5,7 +5,7 @@ Legend: N training rows, B rows in a step, D features, C classes, R learning rat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ def linear_probe(
     standardize: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
+    advance: Callable[[int], object] = lambda epochs: None,
 ) -> LinearProbe:
     """Test accuracy of a linear classifier (softmax, bias, no weight decay) on cached features.
 
@@ -67,6 +68,7 @@ def linear_probe(
             and 512 features 0.40 instead of 0.38.
         seed: for the split and the order of the rows, by a generator of its own.
         device: where to compute; None: where the training features are.
+        advance: called with 1 after each of the 2 x `epochs` epochs, for a progress bar.
 
     Raises:
         UserError: labels that do not fit, features that are not finite, or a setting out of range.
@@ -98,11 +100,11 @@ def linear_probe(
     order = torch.randperm(len(features), generator=generator).to(device)
     held_out = max(1, round(HELD_OUT * len(features)))
     chosen, kept = order[:held_out], order[held_out:]
-    heads = train_heads(features[kept], labels[kept], classes, rates, epochs, batch_size, generator)
+    heads = train_heads(features[kept], labels[kept], classes, rates, epochs, batch_size, generator, advance)
     validation = dict(zip(rates, heads_accuracy(heads, features[chosen], labels[chosen]), strict=True))
     best = max(rates, key=lambda rate: validation[rate])
 
-    head = train_heads(features, labels, classes, [best], epochs, batch_size, generator)
+    head = train_heads(features, labels, classes, [best], epochs, batch_size, generator, advance)
     accuracy = heads_accuracy(head, test, test_targets)[0]
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
     return LinearProbe(accuracy, best, validation[best], validation, at_edge, epochs, batch_size)
@@ -116,6 +118,7 @@ def train_heads(
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
+    advance: Callable[[int], object] = lambda epochs: None,
 ) -> Tensor:
     """One linear head for each learning rate, all on the same batches: (D + 1, R, C), biases in the last row.
 
@@ -145,6 +148,7 @@ def train_heads(
             velocity.mul_(MOMENTUM).add_(gradient)
             heads.sub_(velocity * (rates * (0.5 * (1 + math.cos(math.pi * step / steps)))))
             step += 1
+        advance(1)
     return heads
 
 

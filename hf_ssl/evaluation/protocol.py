@@ -2,7 +2,7 @@
 """One protocol for every encoder: what is measured, on what, and the words that a card prints beside it."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -23,10 +23,11 @@ from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.results import EncoderResult, KnnResult
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
+from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.progress import progress
 
 HEADLINE = (20, 0.07)  # the k and T that DINO recommends; the number that a card shows first
 STATISTICS_ROWS = 10_000  # uniformity compares every pair: the square of this
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LabelledImages(Protocol):
@@ -73,6 +74,9 @@ def evaluate_encoder(
     """
     config.check()
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    precision = config.precision
+    if precision == "auto":
+        precision = fastest_precision(device.type).name
     seconds: dict[str, float] = {}
     rule, size, tokens = _seen(model, processor, test, device)
     # The config's value is checked above; OmegaConf knows no Literal.
@@ -86,17 +90,23 @@ def evaluate_encoder(
                 images.iter_batches(config.batch_size),
                 poolings=list(dict.fromkeys([pooling, *compared])),
                 device=device,
-                dtype=DTYPES[config.precision],
+                dtype=DTYPES[precision],
                 total=len(images),
                 description=None if description is None else f"{description}, {part} features",
             )
             for part, images in (("train", train), ("test", test))
         )
     result = evaluate_features(
-        config, bank[pooling], train.labels, queries[pooling], test.labels, device=device
+        config,
+        bank[pooling],
+        train.labels,
+        queries[pooling],
+        test.labels,
+        device=device,
+        description=description,
     )
     result["seconds"] = seconds | result["seconds"]
-    result["pooling"], result["image_size"] = pooling, size
+    result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
     if compared:
         k, temperature = result["knn"]["neighbours"], result["knn"]["temperature"]
         result["poolings"] = {
@@ -113,7 +123,7 @@ def evaluate_encoder(
         }
     words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
     result["protocol"]["features"] = (
-        f"{words}, {result['feature_size']} numbers, images of {size} pixels, {config.precision}"
+        f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
     )
     return result
 
@@ -124,10 +134,17 @@ def evaluate_pixels(config: EvaluationConfig, train: LabelledImages, test: Label
     seconds: dict[str, float] = {}
     with _timed(seconds, "features"):
         bank, queries = (
-            raw_pixels(images.iter_batches(config.batch_size), config.raw_pixel_size, total=len(images))
-            for images in (train, test)
+            raw_pixels(
+                images.iter_batches(config.batch_size),
+                config.raw_pixel_size,
+                total=len(images),
+                description=f"raw pixels, {part} features",
+            )
+            for part, images in (("train", train), ("test", test))
         )
-    result = evaluate_features(config, bank, train.labels, queries, test.labels, linear=False)
+    result = evaluate_features(
+        config, bank, train.labels, queries, test.labels, linear=False, description="raw pixels"
+    )
     result["seconds"] = seconds | result["seconds"]
     side = config.raw_pixel_size
     result["protocol"]["features"] = f"pixels at {side} x {side}, each image's own mean removed"
@@ -143,10 +160,12 @@ def evaluate_features(
     *,
     device: torch.device | str | None = None,
     linear: bool = True,
+    description: str | None = None,
 ) -> EncoderResult:
     """The protocol from features on: (M, D) and (N, D) float32, with labels (M,) and (N,).
 
-    Values of k above M, and numbers of labels above the smallest class, are left out and listed in `skipped`.
+    `description` begins the text of the progress bars; None shows none. Values of k above M, and numbers of
+    labels above the smallest class, are left out and listed in `skipped`.
     """
     bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
     query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
@@ -163,17 +182,18 @@ def evaluate_features(
     ]
 
     seconds: dict[str, float] = {}
-    with _timed(seconds, "knn"):
+    with _timed(seconds, "knn"), _shown(description, "k-NN"):
         grid = knn_accuracy(*data, neighbours=counts, temperatures=config.temperatures, device=device)
-    with _timed(seconds, "few_labels"):
+    with _timed(seconds, "few_labels"), _shown(description, "few labels"):
         draws = [
             few_label_knn(*data, labels_per_class=n, draws=config.draws, seed=config.seed, device=device)
             for n in few
         ]
     probe = None
-    with _timed(seconds, "linear"):
+    epochs = 2 * config.linear_epochs  # of all learning rates, then of the best one
+    with _timed(seconds, "linear"), _shown(description, "linear probe", epochs, "epoch") as bar:
         if config.linear and linear:
-            probe = _linear(config, *data, device=device)
+            probe = _linear(config, *data, device=device, advance=bar.update)
     headline = _headline(grid)
     k, temperature = headline
     return EncoderResult(
@@ -195,7 +215,17 @@ def evaluate_features(
     )
 
 
-def _linear(config: EvaluationConfig, *data: Tensor, device: torch.device | str | None) -> dict[str, Any]:
+def _shown(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
+    """The progress of a part of the evaluation; nothing is shown without a description."""
+    return progress(f"{description}, {part}", total, unit=unit, quiet=description is None)
+
+
+def _linear(
+    config: EvaluationConfig,
+    *data: Tensor,
+    device: torch.device | str | None,
+    advance: Callable[[int], object],
+) -> dict[str, Any]:
     probe = linear_probe(
         *data,
         learning_rates=config.learning_rates,
@@ -204,6 +234,7 @@ def _linear(config: EvaluationConfig, *data: Tensor, device: torch.device | str 
         standardize=config.linear_standardize,
         seed=config.seed,
         device=device,
+        advance=advance,
     )
     # JSON has no number for a key.
     return probe._asdict() | {"validation": {str(rate): value for rate, value in probe.validation.items()}}

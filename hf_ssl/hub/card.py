@@ -77,6 +77,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
             usage=wording.usage(facts),
             results=wording.results_table(facts),
             comparisons=wording.comparisons(facts),
+            choices=wording.choices(facts),
             monitor=wording.monitor_table(facts),
             command=wording.command(facts),
             check_command=wording.check_command(facts),

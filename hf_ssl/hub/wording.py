@@ -154,7 +154,23 @@ def _number(value: float | None) -> str:
 
 def command(facts: Facts) -> str:
     """The line that starts such a run."""
-    return shlex.join(["hf-ssl", "pretrain", facts["recipe"]["name"], *facts["recipe"]["overrides"]])
+    overrides = facts["recipe"]["overrides"]
+    # Another machine would choose otherwise, and get other weights.
+    chosen = [
+        f"{key}={_yaml(choice['value'])}"
+        for key, choice in facts["training"].get("choices", {}).items()
+        if key in ("training.precision", "training.batch_size")
+    ]
+    return shlex.join(["hf-ssl", "pretrain", facts["recipe"]["name"], *overrides, *chosen])
+
+
+def choices(facts: Facts) -> list[str]:
+    """Return what the run chose for its machine, a sentence for each choice."""
+    return [
+        code(f"{key}={choice['value']}") + f": {choice['reason']}"
+        for key, choice in facts["training"].get("choices", {}).items()
+        if not key.startswith("monitor.")
+    ]
 
 
 def check_command(facts: Facts) -> str:
@@ -177,6 +193,9 @@ def check_command(facts: Facts) -> str:
         if key in told
         or (key.startswith("evaluation.") and key not in ("evaluation.path", "evaluation.results_dir"))
     }
+    precision = facts["results"]["trained"].get("precision")
+    if precision is not None:  # "auto" may be another one on another machine
+        how["evaluation.precision"] = precision
     overrides = [f"{key}={_yaml(value)}" for key, value in (where | how).items()]
     return shlex.join(["hf-ssl", "evaluate", facts["name"], *overrides])
 

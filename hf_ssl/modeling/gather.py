@@ -113,6 +113,15 @@ def least_over_processes(number: int, device: torch.device) -> int:
     return int(least.item())
 
 
+def from_first_process(value: Any) -> Any:
+    """Return the main process's value on every process; it must be picklable."""
+    if process_count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process."""
     if process_count() == 1:

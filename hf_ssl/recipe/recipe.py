@@ -100,6 +100,11 @@ class Recipe:
         """The encoder that training begins with, a folder or a Hub id; None for random weights."""
         return self.backbone.get("init_from")
 
+    def types(self, key: str) -> bool:
+        """Return whether the user typed `section.key` on the command line, beside the recipe's file."""
+        section, _, name = key.partition(".")
+        return name in apply_overrides({}, self.overrides)[section]
+
     def backbone_config(self) -> "PreTrainedConfig":
         """The encoder's config. Raises `UserError` for what the recipe's section has wrong."""
         if self.init_from is not None:

@@ -10,7 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ssl.errors import UserError
+from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS
+
+AUTO = "auto"
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
 RULES = ("none", "linear", "square_root")
@@ -23,6 +26,11 @@ class SSLTrainingArguments(TrainingArguments):
 
     Attributes:
         batch_size: images in one optimiser step, over all processes and accumulation steps.
+        precision: `auto`, `float32`, `bfloat16` or `float16`. `auto` becomes the fastest one on the device of
+            the run (`hf_ssl.precision`). `bf16=True` and `fp16=True` have precedence; `bf16=False`
+            and `fp16=False` exclude that precision from the choice.
+        dataloader_num_workers: a number, or `auto`, which depends on cores, device and image size
+            (`hf_ssl.trainer.fitting`).
         optimizer: `sgd`, `adamw` or `lars`; transformers' own `optim` is not used.
         base_learning_rate: if set, `learning_rate` follows from it by `learning_rate_rule`.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
@@ -63,9 +71,9 @@ class SSLTrainingArguments(TrainingArguments):
     weight_decay: float = 1e-4
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
-    dataloader_num_workers: int = (
-        0  # batches of small images are made faster in process; recipes for photos say more
-    )
+    dataloader_num_workers: int | str = AUTO  # type: ignore[assignment]
+    bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` decides
+    fp16: bool | None = None  # type: ignore[assignment]
     ddp_find_unused_parameters: bool | None = False
     ddp_broadcast_buffers: bool | None = False  # they come from gathered values, or from a process's own
     logging_steps: float = 20
@@ -74,6 +82,7 @@ class SSLTrainingArguments(TrainingArguments):
     seed: int = 0
 
     batch_size: int = 256
+    precision: str = AUTO
     optimizer: str = "adamw"
     base_learning_rate: float | None = None
     learning_rate_rule: str = "none"
@@ -102,6 +111,7 @@ class SSLTrainingArguments(TrainingArguments):
     on_collapse: str = "warn"
 
     def __post_init__(self) -> None:
+        _check_choice("precision", self.precision, (AUTO, *DTYPES))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
         _check_choice("lars_variant", self.lars_variant, VARIANTS)
@@ -117,6 +127,12 @@ class SSLTrainingArguments(TrainingArguments):
             raise UserError(
                 f"training.learning_rate_drops must be positive epochs, got {self.learning_rate_drops}"
             )
+        workers = self.dataloader_num_workers
+        if workers != AUTO and (not isinstance(workers, int) or workers < 0):
+            raise UserError(
+                f"training.dataloader_num_workers: expected auto or a number from 0, got {workers!r}"
+            )
+        self._read_precision()
         if self.clip_each_tensor < 0 or (self.clip_each_tensor and self.fp16):
             raise UserError(
                 "training.clip_each_tensor must be at least 0, and 0 with fp16, which scales gradients, got "
@@ -124,15 +140,17 @@ class SSLTrainingArguments(TrainingArguments):
             )
         if self.weight_decay_end is not None and self.weight_decay_end < 0:
             raise UserError(f"training.weight_decay_end must be at least 0, got {self.weight_decay_end}")
-        if self.base_learning_rate is not None:
-            self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
+        self._follow_batch_size()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
         if self.monitor_steps:
             self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers must be told, or it refuses bf16 on a CPU
+        if workers == AUTO:  # transformers compares it with numbers, and wants some for a prefetch factor
+            self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
+        self.dataloader_num_workers = workers
         if self.n_gpu > 1:
             raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process: start one for each with torchrun "
@@ -140,6 +158,44 @@ class SSLTrainingArguments(TrainingArguments):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.per_device_train_batch_size = self._batch_per_process()
+
+    def _read_precision(self) -> None:
+        """Make `precision`, `bf16` and `fp16` agree."""
+        if self.bf16 and self.fp16:
+            raise UserError("training.bf16, training.fp16: expected at most one of them to be true, got both")
+        if self.bf16 or self.fp16:
+            self.precision = "bfloat16" if self.bf16 else "float16"
+        self.excluded_precisions = {
+            name
+            for name, given in (("bfloat16", self.bf16), ("float16", self.fp16))
+            if given is False or (name == "float16" and self.clip_each_tensor)
+        }
+        self.bf16, self.fp16 = self.precision == "bfloat16", self.precision == "float16"
+
+    def use_precision(self, precision: str) -> None:
+        """Set the precision that `auto` stands for.
+
+        Args:
+            precision: `float32`, `bfloat16` or `float16`.
+        """
+        self.precision = precision
+        self.bf16, self.fp16 = precision == "bfloat16", precision == "float16"
+        # transformers (5.20 to 5.24) derives this once, in __post_init__
+        self.mixed_precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+
+    def use_batch_size(self, batch_size: int) -> None:
+        """Set another batch size; the learning rate follows `learning_rate_rule`.
+
+        Args:
+            batch_size: images in one optimizer step, over all processes and accumulation steps.
+        """
+        self.batch_size = batch_size
+        self._follow_batch_size()
+        self.per_device_train_batch_size = self._batch_per_process()
+
+    def _follow_batch_size(self) -> None:
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
 
     def _learning_rate_factor(self) -> float:
         if self.learning_rate_rule == "linear":

@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around the Trainer's steps: a method's hooks, the progress bar, the curves, and a friendly
-end on SIGTERM.
-"""
+"""Callbacks around the Trainer's steps: a method's hooks, the progress bar, and the curves."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.gather import any_process
 from hf_ssl.modeling.outputs import Progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
@@ -94,38 +89,6 @@ class WeightDecaySchedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         schedule_weight_decay(kwargs["optimizer"], args, state.global_step / state.max_steps)
-
-
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM: finish the step, save a checkpoint, end. With several processes they agree at the next
-    logging step.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: Any = None
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
-        except ValueError:
-            self._previous = None  # a notebook may train outside the main thread, where no handler can be set
-
-    def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:
-        if args.world_size > 1:
-            if state.global_step % state.logging_steps == 0:
-                self.received = any_process(self.received, args.device)
-            else:
-                return
-        if self.received:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 class ProgressBar(ProgressCallback):

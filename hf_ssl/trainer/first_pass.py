@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hf_ssl.data import LoadedBatch
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import gather
+from hf_ssl.progress import progress
 
-_QUIET_SECONDS = 2
 SEED_OFFSET = 2**33
 """Added to the run's seed, so that the first pass of training sees other views."""
 
@@ -50,10 +49,10 @@ class FirstPass(TrainerCallback):
         if not self.model.begins_with_a_pass or state.global_step > 0:
             return
         self.model.train()
-        batches = tqdm(
-            self.loader(), "embedding all images once", delay=_QUIET_SECONDS, leave=False,
-            disable=args.disable_tqdm or not state.is_local_process_zero,
-        )  # fmt: skip
-        for batch in batches:
-            with self.precision():
-                remember_all(self.model, batch.inputs(args.device, self.model.draw))
+        loader = self.loader()
+        quiet = args.disable_tqdm or not state.is_local_process_zero
+        with progress("embedding all images once", len(loader), unit="batch", quiet=quiet) as bar:
+            for batch in loader:
+                with self.precision():
+                    remember_all(self.model, batch.inputs(args.device, self.model.draw))
+                bar.update(1)

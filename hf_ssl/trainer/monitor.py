@@ -15,8 +15,9 @@ from hf_ssl.data import LabelledImages, LoadedBatch
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.progress import progress
 
-_CHUNK = 128  # probe images that are turned into views and embedded at once
+_CHUNK = 64  # probe images that are turned into views and embedded at once
 _BATCH = 256  # labelled images that are encoded at once
 
 
@@ -36,15 +37,18 @@ class KNNMonitor:
     processor: BaseImageProcessor
     neighbours: int = 20
 
-    def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
+    def accuracy(
+        self, model: SSLPreTrainedModel, dtype: torch.dtype | None, *, quiet: bool = False
+    ) -> float:
         """Share of queries that their nearest images in the bank classify correctly, 0 to 1."""
         encoder = model.exported_encoder
         bank, queries = (
             extract_features(
-                encoder, self.processor, images.iter_batches(_BATCH), dtype=dtype, total=len(images)
+                encoder, self.processor, images.iter_batches(_BATCH), dtype=dtype, total=len(images),
+                description=None if quiet else f"monitor: features of the {name}",
             )
-            for images in (self.bank, self.queries)
-        )
+            for name, images in (("bank", self.bank), ("queries", self.queries))
+        )  # fmt: skip
         k = min(self.neighbours, len(bank))
         return knn_accuracy(
             bank, self.bank.labels, queries, self.queries.labels, neighbours=(k,), temperatures=(0.07,)
@@ -67,8 +71,10 @@ class Monitor:
         self.knn = knn
         self.dtype = dtype
 
-    def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
-        """Measurements by name.
+    def measure(
+        self, model: SSLPreTrainedModel, prefix: str = "eval", *, quiet: bool = True
+    ) -> dict[str, float]:
+        """Measurements by name; shows progress unless `quiet`.
 
         `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
         (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
@@ -76,19 +82,21 @@ class Monitor:
         accuracy where there are labels. A method adds its own (`measurements`).
         """
         with undisturbed(model):
-            metrics = self._measure_probe(model)
+            metrics = self._measure_probe(model, quiet)
             if self.knn is not None:
-                metrics["knn"] = self.knn.accuracy(model, self.dtype)
+                metrics["knn"] = self.knn.accuracy(model, self.dtype, quiet=quiet)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _measure_probe(self, model: SSLPreTrainedModel) -> dict[str, float]:
+    def _measure_probe(self, model: SSLPreTrainedModel, quiet: bool) -> dict[str, float]:
         features: list[Tensor] = []
         embedded: list[dict[str, Tensor]] = []
-        for start in range(0, len(self.probe), _CHUNK):
-            inputs = self.probe[start : start + _CHUNK].inputs(model.device, model.draw)
-            with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                embedded.append(model.embed(**inputs))
-                features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
+        with progress("monitor: training images", len(self.probe), quiet=quiet) as bar:
+            for part in self.probe.split(_CHUNK):
+                inputs = part.inputs(model.device, model.draw)
+                with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    embedded.append(model.embed(**inputs))
+                    features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
+                bar.update(len(part))
         together = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
         output = model.objective(together)
         embeddings, loss = cast(Tensor, output.embeddings), cast(Tensor, output.loss)

@@ -5,9 +5,10 @@ resume exactly.
 
 import logging
 import math
+import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_ssl.data import BrokenCounter, DataConfig, LoadedBatch, Source, train_loader
+from hf_ssl.data import (
+    BrokenCounter,
+    DataConfig,
+    LoadedBatch,
+    Source,
+    holds_small_images,
+    train_loader,
+)
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import any_process, average_gradients
@@ -26,17 +34,19 @@ from hf_ssl.trainer.callbacks import (
     Curves,
     MethodHooks,
     ProgressBar,
-    StopOnSignal,
     WeightDecaySchedule,
     steps_per_epoch,
 )
 from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
 from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
+from hf_ssl.trainer.fitting import Choices, choose_precision, choose_workers
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
 from hf_ssl.trainer.preparation import prepare
 from hf_ssl.trainer.pushing import PushingTrainer
+from hf_ssl.trainer.resuming import loader_that_skips_by_itself
+from hf_ssl.trainer.stopping import Interrupted, StopOnSignal
 from hf_ssl.trainer.terms import TermMeans
 from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
 from hf_ssl.views import ViewPreset
@@ -83,14 +93,14 @@ class SSLTrainer(PushingTrainer):
         self.stop_signal = StopOnSignal()
         self._terms = TermMeans()
         self._position: dict[str, Any] | None = None
-        self._resume_position: dict[str, Any] | None = None
+        self._resumed_step: int | None = None
         self.stopwatch = Stopwatch()
+        self.choices: Choices = choose_precision(args) | choose_workers(
+            args, small=holds_small_images(train_dataset, data)
+        )
         prepare(model, args)
         if monitor is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-        if train_dataset.streaming:
-            # A stream resumes from its own position instead of reading everything again.
-            args.ignore_data_skip = True
         super().__init__(model=model, args=args, eval_dataset=monitor, callbacks=callbacks)
         self.source = train_dataset
         self._check_arguments()
@@ -111,10 +121,10 @@ class SSLTrainer(PushingTrainer):
         """The loader of this process's share of each batch. It is not prepared by accelerate: it splits and
         seeds by itself.
         """
-        self._loader = self._make_loader(self.args.seed, self._resume_position)
+        self._loader = self._make_loader(self.args.seed, resumes=self._resumed_step is not None)
         return self._loader
 
-    def _make_loader(self, seed: int, position: dict[str, Any] | None = None) -> DataLoader:
+    def _make_loader(self, seed: int, resumes: bool = False) -> DataLoader:
         return train_loader(
             self.source,
             self.preset,
@@ -123,11 +133,23 @@ class SSLTrainer(PushingTrainer):
             batch_size=self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-            position=position,
-            num_workers=self.args.dataloader_num_workers,
+            start_batch=self._batches_before(self._resumed_step or 0) if resumes else 0,
+            position=self._position if resumes else None,
+            num_workers=cast(int, self.args.dataloader_num_workers),
             pin_memory=self.args.device.type == "cuda",
             device=self.args.device,
         )
+
+    def _batches_before(self, step: int) -> int:
+        """Micro-batches of this process before an optimizer step; the last step of an epoch may have fewer
+        than `gradient_accumulation_steps`.
+        """
+        rows, accumulated = self.source.num_rows, self.args.gradient_accumulation_steps
+        if rows is None:
+            return step * accumulated
+        in_an_epoch = rows // (self.args.per_device_train_batch_size * self.args.world_size)
+        epochs, steps = divmod(step, math.ceil(in_an_epoch / accumulated))
+        return epochs * in_an_epoch + steps * accumulated
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         self._note(batch := inputs)
@@ -225,7 +247,13 @@ class SSLTrainer(PushingTrainer):
         if self.monitor is None:
             raise UserError("this trainer was made without a monitor, so it has nothing to evaluate with")
         with self.stopwatch.paused():
-            metrics = self.monitor.measure(self.method, metric_key_prefix)
+            try:
+                with self.stop_signal.interruptible():
+                    metrics = self.monitor.measure(
+                        self.method, metric_key_prefix, quiet=bool(self.args.disable_tqdm)
+                    )
+            except Interrupted:
+                self._stop()
             message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -244,13 +272,40 @@ class SSLTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in transformers; measures the untrained model first, unless the run resumes."""
+        """As in transformers; measures the untrained model first, unless the run resumes.
+
+        Raises:
+            SystemExit, KeyboardInterrupt: SIGTERM or Ctrl-C; the step was finished and a checkpoint saved.
+        """
+        self._resumed_step = None
         if resume_from_checkpoint:
             self.args.eval_on_start = False
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with loader_that_skips_by_itself():
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except torch.OutOfMemoryError as error:
+            smaller = max(1, self.args.batch_size // 2)
+            raise UserError(
+                f"training.batch_size: {self.args.batch_size} images do not fit into the memory of "
+                f"{self.args.device}; use training.batch_size={smaller}"
+                + (f" or training.contrastive_chunk_size={smaller}" if self.method.couples_samples else "")
+            ) from error
+        else:
+            if self.stop_signal.received is not None:
+                self._stop(save=False)  # the loop has saved
+            return result
         finally:
+            self.stop_signal.restore()
             self.stopwatch.stop()
+
+    def _stop(self, save: bool = True) -> NoReturn:
+        """End the process after a signal, with a checkpoint if a step was made."""
+        step, name = self.state.global_step, cast(signal.Signals, self.stop_signal.received).name
+        if save and step > 0:
+            self._save_checkpoint(self.model, None)
+        kept = f"after step {step}; the same command resumes" if step > 0 else "before the first step"
+        logger.warning("stopped by %s %s", name, kept)
+        raise self.stop_signal.stop_now()
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take over the weights and the state of a run that is over."""
@@ -278,7 +333,9 @@ class SSLTrainer(PushingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
         self.broken.load_state_dict(state["broken"])
-        self._position = self._resume_position = state["position"]
+        self._position = state["position"]
+        state_file = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
         with readable(Path(resume_from_checkpoint)):

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to a model and a trainer that fit this machine (layer 5)."""
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, set_seed
+
+from hf_ssl.data import (
+    DataConfig,
+    LabelledImages,
+    LoadedBatch,
+    Source,
+    holds_small_images,
+    labelled_images,
+    open_source,
+    train_loader,
+)
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig, load_weights
+from hf_ssl.hub import image_processor
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.gather import from_first_process
+from hf_ssl.precision import DTYPES
+from hf_ssl.progress import progress
+from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.fitting import (
+    PROBE_IMAGES,
+    Choices,
+    apply_choices,
+    choose_batch_size,
+    choose_monitor,
+    choose_precision,
+    choose_workers,
+    free_memory,
+)
+from hf_ssl.trainer.guard import FeatureGuard
+from hf_ssl.trainer.monitor import KNNMonitor, Monitor
+from hf_ssl.trainer.pictures import MethodPictures
+from hf_ssl.trainer.step_cost import MEASURED_IMAGES, measure_step
+from hf_ssl.trainer.trainer import SSLTrainer
+from hf_ssl.views import montage
+
+logger = logging.getLogger(__name__)
+
+_MONTAGE_IMAGES = 8
+_PROBE_SEED = 2**32
+"""Added to the run's seed, so that the monitor's views differ from those of training."""
+
+
+def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
+    """The recipe's model with random weights that depend on the seed alone, or with those of the encoder
+    `backbone.init_from`.
+
+    Args:
+        recipe: what to build.
+        seed: of the weights.
+        source: the training data, for a method that has a place for each image; None opens the recipe's.
+    """
+    config: Any = recipe.config()
+    if recipe.model_class.needs_sample_index:
+        config.num_samples = (source or open_source(recipe.data)).num_rows
+    set_seed(seed)
+    model = recipe.model_class(config)
+    if recipe.init_from is not None:
+        model.start_from(load_weights(recipe.init_from))
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: SSLTrainingArguments,
+    callbacks: list[TrainerCallback] | None = None,
+    stored: Choices | None = None,
+) -> SSLTrainer:
+    """Build everything that training needs: data, model, monitor. Nothing is written.
+
+    Args:
+        recipe: what to train.
+        args: of `recipe.training_arguments()`; what they leave to the machine is chosen and set here.
+        callbacks: further transformers callbacks.
+        stored: what an earlier part of the run chose; None chooses now.
+
+    Raises:
+        UserError: a mistake in the data, or a batch size that the user typed and that the data do not fill.
+    """
+    quiet = bool(args.disable_tqdm)
+    with progress(f"opening {recipe.data.path}", quiet=quiet):
+        source = open_source(recipe.data)
+        small = holds_small_images(source, recipe.data)
+    stored = from_first_process(stored or {})
+    apply_choices(args, stored)
+    choices = stored | choose_precision(args) | choose_workers(args, small=small)
+    if recipe.types("training.batch_size"):
+        _check_enough_images(recipe, args, source)
+    with progress("building the model", quiet=quiet):
+        model = build_model(recipe, args.seed, source)
+    knn = _knn_monitor(recipe, args) if args.monitor_steps else None
+    if not stored and (args.monitor_steps or not recipe.types("training.batch_size")):
+        with progress("measuring a training step", quiet=quiet):
+            chosen = _choose_sizes(recipe, args, model, source, labelled=knn is not None)
+        if "training.monitor_bank_images" in chosen and knn is not None:
+            knn = _knn_monitor(recipe, args)
+        choices |= chosen
+    _check_enough_images(recipe, args, source)
+    monitor = None
+    if args.monitor_steps:
+        count = choices.get("monitor.probe_images", {"value": PROBE_IMAGES})["value"]
+        with progress("loading images for the monitor", quiet=quiet):
+            probe = load_probe(recipe, source, args, count)
+        monitor = Monitor(probe, knn, DTYPES[args.precision])
+    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
+    trainer.choices = choices
+    if recipe.init_from is not None and knn is not None:
+        trainer.add_callback(FeatureGuard(len(knn.queries)))
+    return trainer
+
+
+def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
+    """Leave `views.png` in the output folder, what the network is going to see; the trainer will leave the
+    method's own pictures of the same images.
+    """
+    first = load_probe(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
+    montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
+    trainer.add_callback(MethodPictures(trainer.method, first, recipe.views))
+
+
+def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int) -> LoadedBatch:
+    """Load `count` training images with fixed views; fewer where there are fewer."""
+    size = min(count, source.num_rows or count)
+    seed = args.seed + _PROBE_SEED
+    return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
+
+
+def labelled_splits(
+    recipe: Recipe, max_train: int | None = None, max_test: int | None = None
+) -> tuple[LabelledImages, LabelledImages]:
+    """Labelled images to measure with: of the training data, unless `evaluation.path` says otherwise.
+
+    Raises:
+        UserError: there are no labels, or they lie in data that is streamed, which would have to be copied
+        first.
+    """
+    return open_splits(recipe.data, recipe.evaluation, max_train, max_test)
+
+
+def open_splits(
+    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
+) -> tuple[LabelledImages, LabelledImages]:
+    """As `labelled_splits`, from the two sections of a recipe."""
+    if evaluation.path is not None:
+        data = replace(
+            data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
+        )
+    elif data.streaming:
+        raise UserError("data that is streamed is not copied to be measured on: give evaluation.path=...")
+    label_column = evaluation.label_column or data.label_column
+    data = replace(data, label_column=label_column, max_images=None, streaming=False)
+    with progress(f"opening {data.path}"):
+        return (
+            labelled_images(data, evaluation.train_split, max_images=max_train),
+            labelled_images(data, evaluation.test_split, max_images=max_test),
+        )
+
+
+def _choose_sizes(
+    recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
+) -> Choices:
+    """Measure a step, then choose the batch size (unless the user typed one) and the monitor's images."""
+    start = time.process_time()
+    batch = load_probe(recipe, source, args, MEASURED_IMAGES)
+    cost = measure_step(model, batch, (time.process_time() - start) / len(batch), args)
+    logger.debug("a step costs %s", cost)
+    choices: Choices = {}
+    if not recipe.types("training.batch_size"):
+        wanted = args.batch_size
+        choices |= choose_batch_size(args, cost, source.num_rows, free_bytes=free_memory(args.device))
+        if "training.batch_size" in choices and args.should_log:
+            logger.warning(
+                "training.batch_size: reduced from %d to %d because %s; the learning rate is %.3g "
+                "(training.learning_rate_rule=%s); training.batch_size=%d on the command line keeps it",
+                wanted,
+                args.batch_size,
+                choices["training.batch_size"]["reason"],
+                args.learning_rate,
+                args.learning_rate_rule,
+                wanted,
+            )
+    if args.monitor_steps:
+        typed = {name for name in recipe.training if recipe.types(f"training.{name}")}
+        choices |= choose_monitor(args, cost, source.num_rows, labelled=labelled, typed=typed)
+    return choices
+
+
+def _check_enough_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
+    """Make a training loader: it raises UserError for too few images, and keeps the decoded ones."""
+    size, processes = args.per_device_train_batch_size, args.world_size
+    train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
+
+
+def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
+    """A k-NN classifier if the evaluation's splits carry labels, else None with a word about it."""
+    try:
+        bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
+    except UserError as error:
+        logger.warning("the monitor runs without k-NN: %s", error)
+        return None
+    processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
+    return KNNMonitor(bank, queries, processor, args.monitor_neighbours)

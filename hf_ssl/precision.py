@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The precision in which a device computes fastest, for `training.precision=auto` and
+`evaluation.precision=auto` (layer 0).
+"""
+
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Autocast's dtype for each precision; None computes without autocast."""
+
+_GAIN = 1.2
+_REPEATS = 3
+
+
+class Precision(NamedTuple):
+    """A choice of precision."""
+
+    name: str
+    """A key of `DTYPES`."""
+    reason: str
+    """Why, as a clause: "bfloat16 is 2.4 times faster than float32 on this CPU"."""
+
+
+@cache
+def fastest_precision(device_type: str) -> Precision:
+    """Return the fastest precision of the current device of this type.
+
+    On CUDA it follows from the compute capability: bfloat16 from 8.0 on (Ampere), float16 from 7.0 on (Volta,
+    Turing), which have no fast bfloat16, and float32 below. Other devices are measured: a convolution and two
+    linear layers, forward and backward, take a few milliseconds in either precision. Half precision must be
+    1.2 times faster. A CPU without AVX512-BF16 or AMX needs 2 to 6 times longer in bfloat16.
+
+    Args:
+        device_type: "cpu", "cuda", "mps", ...
+    """
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        name = "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
+        return Precision(name, f"known for compute capability {capability[0]}.{capability[1]}")
+    full, half = _seconds(device_type)
+    name = "bfloat16" if full > _GAIN * half else "float32"
+    device = device_type.upper()
+    return Precision(name, f"bfloat16 is {full / half:.2g} times as fast as float32 on this {device}")
+
+
+def _seconds(device_type: str) -> tuple[float, float]:
+    """Seconds of a forward and backward pass of a small network in float32 and in bfloat16, the best of
+    three each.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).to(device_type)
+        linear = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256)).to(device_type)
+        images = torch.randn(8, 64, 16, 16).to(device_type, memory_format=torch.channels_last)
+        tokens = torch.randn(512, 256).to(device_type)
+
+    def run(half: bool) -> float:
+        start = time.perf_counter()
+        with torch.enable_grad():
+            with torch.autocast(device_type, torch.bfloat16, enabled=half):
+                total = convolution(images).float().sum() + linear(tokens).float().sum()
+            total.backward()
+        total.item()  # waits for the device
+        return time.perf_counter() - start
+
+    run(False), run(True)  # the first calls prepare kernels
+    rounds = [(run(False), run(True)) for _ in range(_REPEATS)]
+    full, half = zip(*rounds, strict=True)
+    return min(full), min(half)

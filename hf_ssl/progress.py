@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress on standard error for whatever takes longer than two seconds (layer 0)."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DELAY = 1.5
+"""Seconds of silence before a bar appears: a quick job needs none."""
+_REFRESH_TERMINAL, _REFRESH_FILE = 1.0, 15.0
+
+
+@contextmanager
+def progress(
+    description: str, total: int | None = None, *, unit: str = "image", quiet: bool = False
+) -> Iterator[Any]:
+    """Show what is being done, from `DELAY` seconds on and until the block ends.
+
+    tqdm alone shows a delayed bar at the first update after the delay. A single long operation has no
+    updates, so a thread redraws the bar: every second in a terminal, every 15 seconds in a file.
+
+    Args:
+        description: what is being done, e.g. "opening photos".
+        total: number of units; None shows the elapsed time alone.
+        unit: what `update` counts.
+        quiet: shows nothing.
+
+    Yields:
+        The tqdm bar. Call `update(n)` after each `n` units.
+    """
+    from tqdm import tqdm
+
+    form = None if total is not None else "{desc} ({elapsed})"
+    bar = tqdm(
+        desc=description, total=total, unit=unit, delay=DELAY, leave=False, disable=quiet, bar_format=form
+    )
+    finished = threading.Event()
+
+    def redraw() -> None:
+        pause = DELAY
+        while not finished.wait(pause):
+            bar.delay = 0  # tqdm clears a bar at its end only if the delay is over
+            bar.refresh()
+            pause = _REFRESH_TERMINAL if sys.stderr.isatty() else _REFRESH_FILE
+
+    thread = None
+    if not bar.disable:  # the environment variable TQDM_DISABLE disables every bar
+        thread = threading.Thread(target=redraw, name="hf_ssl progress", daemon=True)
+        thread.start()
+    try:
+        yield bar
+    finally:
+        finished.set()
+        if thread is not None:
+            thread.join()
+        bar.close()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what one image costs a model on a device: seconds and bytes of a training step."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_ssl.data import LoadedBatch
+from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.gather import from_first_process
+from hf_ssl.precision import DTYPES
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+MEASURED_IMAGES = 32
+"""Images that a step is measured with, at most."""
+_ENOUGH_SECONDS, _SLOW_SECONDS = 0.3, 2.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one image costs this model on this device.
+
+    Attributes:
+        step_seconds: forward and backward pass of all of its views.
+        feature_seconds: forward pass of the published encoder.
+        load_seconds: reading, decoding and cropping in this process.
+        step_bytes: what the forward pass keeps for the backward pass.
+        fixed_bytes: weights, gradients and optimizer state, for any number of images.
+    """
+
+    step_seconds: float
+    feature_seconds: float
+    load_seconds: float
+    step_bytes: float
+    fixed_bytes: float
+
+
+def measure_step(
+    model: SSLPreTrainedModel, batch: LoadedBatch, load_seconds: float, args: SSLTrainingArguments
+) -> StepCost:
+    """Measure forward and backward passes of a copy of the model; the model itself stays as it is.
+
+    The number of images grows from 2 until a pass takes 0.3 s or the batch is used up. The measured pass
+    is `embed` and its gradient: the objective depends on state that training has not built yet, and it is
+    cheap.
+
+    Args:
+        model: the method.
+        batch: loaded images.
+        load_seconds: how long loading one of them took.
+        args: training arguments with the chosen precision.
+    """
+    device, kept = args.device, []
+    with _undisturbed_random_state(device):
+        copied: SSLPreTrainedModel = copy.deepcopy(model)
+        torch.nn.Module.to(copied, device).train()
+        count = min(2, len(batch))
+        while True:
+            inputs = batch[:count].inputs(device, copied.draw)
+            seconds, size = _pass(copied, inputs, args)
+            if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
+                seconds = min(seconds, _pass(copied, inputs, args)[0])
+            kept.append((count, size))
+            # The main process decides how often all of them run: methods may exchange rows in `embed`.
+            seconds = from_first_process(seconds)
+            if seconds >= _ENOUGH_SECONDS or count == len(batch):
+                break
+            count = min(4 * count, len(batch))
+        features = _feature_seconds(copied, inputs, args)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return StepCost(
+        step_seconds=seconds / count,
+        feature_seconds=features / count,
+        load_seconds=load_seconds,
+        step_bytes=_slope(kept),
+        fixed_bytes=weights + 3 * trained,
+    )
+
+
+def _pass(
+    model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
+) -> tuple[float, float]:
+    """Seconds of a forward and backward pass, and the bytes that it needs: at its peak on CUDA, elsewhere
+    what the forward pass keeps.
+    """
+    on_cuda, storages, dtype = args.device.type == "cuda", dict[int, int](), DTYPES[args.precision]
+    clock, before = _clock(args.device), 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+        before = torch.cuda.memory_allocated(args.device)
+    start = clock()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast(args.device.type, dtype=dtype, enabled=dtype is not None):
+            made = model.embed(**inputs)
+    loss = sum(tensor.float().mean() for tensor in made.values() if tensor.requires_grad)
+    if isinstance(loss, torch.Tensor):
+        loss.backward()
+        loss.item()  # waits for the device
+    seconds = clock() - start
+    model.zero_grad()
+    if on_cuda:
+        return seconds, float(torch.cuda.max_memory_allocated(args.device) - before)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return seconds, float(sum(size for place, size in storages.items() if place not in parameters))
+
+
+def _feature_seconds(
+    model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
+) -> float:
+    """Seconds of the published encoder's forward pass over one view of each image."""
+    dtype, images, clock = DTYPES[args.precision], inputs["pixel_values"][:, 0], _clock(args.device)
+    model.eval()
+    seconds = []
+    for _ in range(2):
+        start = clock()
+        with torch.no_grad(), torch.autocast(args.device.type, dtype=dtype, enabled=dtype is not None):
+            encode(model.exported_encoder, images).float().sum().item()
+        seconds.append(clock() - start)
+    return min(seconds)
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds. On a CPU it counts the time of this process, spread over torch's threads, because
+    other work on the machine at the start says nothing about the hours to come.
+    """
+    if device.type != "cpu":
+        return time.perf_counter
+    return lambda: time.process_time() / torch.get_num_threads()
+
+
+def _slope(measured: list[tuple[int, float]]) -> float:
+    """Bytes for each further image, from (images, bytes) of growing numbers of images."""
+    (first, low), (last, high) = measured[0], measured[-1]
+    return high / last if first == last else max(0.0, (high - low) / (last - first))
+
+
+@contextmanager
+def _undisturbed_random_state(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which precision `auto` stands for."""
+
+import pytest
+import torch
+
+from hf_ssl import precision
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Each test measures; what it found is not kept."""
+    precision.fastest_precision.cache_clear()
+    yield
+    precision.fastest_precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "chosen"), [(2.0, 1.0, "bfloat16"), (1.0, 6.0, "float32"), (1.1, 1.0, "float32")]
+)
+def test_half_precision_must_be_clearly_faster(monkeypatch, float32, bfloat16, chosen):
+    monkeypatch.setattr(precision, "_seconds", lambda device: (float32, bfloat16))
+    found = precision.fastest_precision("cpu")
+    assert found.name == chosen
+    assert f"{float32 / bfloat16:.2g} times" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((7, 0), "float16"), ((6, 1), "float32")],
+)
+def test_cuda_is_known_by_its_compute_capability(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = precision.fastest_precision("cuda")
+    assert found.name == chosen
+    assert "{}.{}".format(*capability) in found.reason
+
+
+def test_the_measurement_leaves_the_random_state_and_grad_mode_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        full, half = precision._seconds("cpu")
+        assert not torch.is_grad_enabled()
+    assert full > 0 and half > 0
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and Ctrl-C end each phase of a run, and what was trained is kept."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_ssl import cli
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import train
+from hf_ssl.trainer.monitor import Monitor
+
+SIGNALS = [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+SMALL = [
+    "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=0",
+    "training.batch_size=16", "training.max_steps=4", "training.save_steps=100", "data.max_images=64",
+]  # fmt: skip
+
+
+def recipe(folder: Path, *overrides: str):
+    return load_recipe("smoke/simclr", [*SMALL, f"training.output_dir={folder}", *overrides])
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+class Send(TrainerCallback):
+    """Sends signals to this process at the start of a step."""
+
+    def __init__(self, step: int, number: int, times: int = 1, to=os.getpid) -> None:
+        self.step, self.number, self.times, self.to = step, number, times, to
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                os.kill(self.to(), self.number)
+                time.sleep(0.01)  # signals that are pending at the same time become one
+
+
+@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+def test_the_step_is_finished_and_saved_and_the_same_command_resumes(tmp_path, number, raised):
+    whole = train(recipe(tmp_path / "whole"))
+    settings, before = recipe(tmp_path / "cut"), signal.getsignal(number)
+    with pytest.raises(raised):
+        train(settings, [Send(1, number)])
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-2"]
+    assert signal.getsignal(number) is before
+    resumed = train(settings)
+    assert (resumed.state.global_step, resumed.resumed) == (4, 1)
+    for name, value in whole.method.state_dict().items():
+        assert torch.equal(value, resumed.method.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+def test_a_second_signal_ends_at_once(tmp_path, number, raised):
+    with pytest.raises(raised):
+        train(recipe(tmp_path), [Send(1, number, times=2)])
+    assert checkpoints(tmp_path) == []
+
+
+class Measured:
+    """Stands in for the monitor's measurement: a signal arrives, and without one it would last for ever."""
+
+    def __init__(self, number: int, at: int) -> None:
+        self.number, self.at, self.calls = number, at, 0
+
+    def __call__(self, model, quiet):
+        self.calls += 1
+        if self.calls <= self.at:
+            return {"embedding_std": 1.0, "embedding_rank": 9.0}
+        os.kill(os.getpid(), self.number)
+        while True:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+@pytest.mark.parametrize(("measurement", "saved"), [(0, []), (1, ["checkpoint-2"])])
+def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measurement, saved):
+    settings = recipe(tmp_path, "training.monitor_steps=2")
+    monkeypatch.setattr(Monitor, "_measure_probe", Measured(number, measurement))
+    with pytest.raises(raised):
+        train(settings)
+    assert checkpoints(tmp_path) == saved
+    monkeypatch.undo()
+    assert train(settings).state.global_step == 4
+
+
+class WhileSaving(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+
+def test_a_signal_while_a_checkpoint_is_written_starts_no_further_step(tmp_path):
+    with pytest.raises(SystemExit):
+        train(recipe(tmp_path, "training.save_steps=2"), [WhileSaving()])
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+class ToWorkers(TrainerCallback):
+    """Sends both signals to the loader's workers, as a terminal or a scheduler does."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            workers = [int(child) for child in children]
+            assert len(workers) == 2
+            for worker in workers:
+                os.kill(worker, signal.SIGINT)
+                os.kill(worker, signal.SIGTERM)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the workers are found in Linux's /proc")
+def test_workers_survive_a_signal_to_all_processes(tmp_path):
+    settings = recipe(tmp_path, "training.dataloader_num_workers=2", "training.max_steps=8")
+    assert train(settings, [ToWorkers()]).state.global_step == 8
+
+
+def test_the_command_ends_on_sigterm_outside_of_training(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupted(arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(cli, "_methods", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["methods"])
+    assert ended.value.code == 143
+    assert "terminated" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+DECODE = """
+import os, signal, threading, sys
+from hf_ssl import cli
+from hf_ssl.data import images
+
+def slow(image, channels):
+    print("decoding", flush=True)
+    time.sleep(0.2)
+    raise images.BrokenImage("slow")
+
+import time
+images.decode_or_reason = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_decoding_is_aborted_in_a_process_of_its_own(tmp_path, number):
+    """Threads that decode end with the chunk at hand: the process does not wait for all images."""
+    command = [sys.executable, "-c", DECODE, "pretrain", "smoke/simclr", f"training.output_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "decoding\n"
+    process.send_signal(number)
+    process.communicate(timeout=120)  # 1,297 images of 0.2 s in 8 threads would be waited for 32 s
+    assert process.returncode == (143 if number == signal.SIGTERM else 130)
