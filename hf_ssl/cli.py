@@ -14,6 +14,7 @@ from types import FrameType
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
+from hf_ssl.progress import progress
 from hf_ssl.resources import recipe_files
 
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--resume",
         action="store_true",
-        help="refuse to start anew; without it a run goes on if its output folder holds a checkpoint of it",
+        help="stop if there is no checkpoint; a run resumes without this option, too, if there is one",
     )
 
     evaluate = command("evaluate", _evaluate, "measure an encoder with k-NN and a linear probe")
@@ -170,19 +171,22 @@ def _add_space(space: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from hf_ssl import run
+    with progress("loading torch and transformers"):
+        from hf_ssl import run
 
     run.demo(arguments.overrides, not arguments.no_space)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from hf_ssl.recipe import load_recipe
+    with progress(f"reading the recipe {arguments.recipe}"):
+        from hf_ssl.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
     output = Path(recipe.training["output_dir"])
     if arguments.resume and not any(output.glob("checkpoint-*")):
         raise UserError(f"nothing to resume: {output} holds no checkpoint; start without --resume")
-    from hf_ssl import run
+    with progress("loading torch and transformers"):
+        from hf_ssl import run
 
     run.pretrain(recipe)
 
@@ -191,15 +195,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from hf_ssl.recipe import read_sections
 
     data, evaluation = read_sections(arguments.overrides)
-    from hf_ssl import run
+    with progress("loading torch and transformers"):
+        from hf_ssl import run
 
     run.evaluate(arguments.model, data, evaluation)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from hf_ssl.hub.checkpoint import export_checkpoint
+    with progress(f"exporting the encoder of {arguments.checkpoint}"):
+        from hf_ssl.hub.checkpoint import export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.directory)
+        export_checkpoint(arguments.checkpoint, arguments.directory)
 
 
 def _publish(arguments: argparse.Namespace) -> None:
@@ -213,11 +219,12 @@ def _publish(arguments: argparse.Namespace) -> None:
 
 
 def _attention(arguments: argparse.Namespace) -> None:
-    from hf_ssl.evaluation import write_attention_pictures
+    with progress("drawing attention maps"):
+        from hf_ssl.evaluation import write_attention_pictures
 
-    folders = write_attention_pictures(
-        arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
-    )
+        folders = write_attention_pictures(
+            arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
+        )
     print("\n".join(f"pictures in {folder}" for folder in folders))
     print(f"all of them in {arguments.output / 'overview.png'}")
 

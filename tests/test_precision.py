@@ -27,8 +27,11 @@ def test_half_precision_must_be_clearly_faster(monkeypatch, float32, bfloat16, c
 
 @pytest.mark.parametrize(
     ("capability", "chosen"),
-    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((7, 0), "float16"), ((6, 1), "float32")],
-)
+    [
+        ((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((7, 0), "float16"),
+        ((6, 1), "float32"),
+    ],
+)  # fmt: skip
 def test_cuda_is_known_by_its_compute_capability(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = precision.fastest_precision("cuda")

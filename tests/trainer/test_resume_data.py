@@ -23,7 +23,8 @@ from hf_ssl.trainer import resuming
 IMAGES, STEPS, KILLED_AT = 7 * 16 + 5, 8, 5
 COMMON = [
     "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=0",
-    "training.save_steps=2", "training.logging_steps=1", "data.shuffle_window=24", f"training.max_steps={STEPS}",
+    "training.save_steps=2", "training.logging_steps=1", "data.shuffle_window=24",
+    f"training.max_steps={STEPS}",
 ]  # fmt: skip
 
 

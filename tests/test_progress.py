@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What takes long is shown, what is quick is not."""
+
+import threading
+import time
+
+import pytest
+
+from hf_ssl import progress as module
+from hf_ssl.progress import progress
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Bars appear after a twentieth of a second."""
+    monkeypatch.setattr(module, "DELAY", 0.05)
+    monkeypatch.setattr(module, "_REFRESH_FILE", 0.05)
+
+
+def wait_for(text, capsys):
+    """Standard error until it holds `text`; the test's own time limit ends a bar that never comes."""
+    seen = ""
+    while text not in seen:
+        time.sleep(0.01)
+        seen += capsys.readouterr().err
+    return seen
+
+
+def test_one_long_operation_without_updates_is_shown(soon, capsys):
+    with progress("opening photos"):
+        wait_for("opening photos", capsys)
+
+
+def test_a_known_length_has_a_bar(soon, capsys):
+    with progress("decoding", 40, unit="image") as bar:
+        bar.update(10)
+        assert "10/40" in wait_for("10/40", capsys)
+
+
+def test_a_quick_operation_shows_nothing(capsys):
+    with progress("quick", 3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_shows_nothing_and_starts_no_thread(soon, capsys):
+    before = threading.active_count()
+    with progress("quiet", 3, quiet=True) as bar:
+        assert threading.active_count() == before
+        time.sleep(0.2)
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_ends_the_display(soon, capsys):
+    with pytest.raises(RuntimeError, match="inside"), progress("failing"):
+        wait_for("failing", capsys)
+        raise RuntimeError("inside")
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_ssl progress"]
+    capsys.readouterr()
+    time.sleep(0.15)
+    assert capsys.readouterr().err == ""
