@@ -33,6 +33,7 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.features import Pooling
 from hf_ssl.hub import last_part, public
+from hf_ssl.progress import progress
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import FACTS, check_packages
 
@@ -88,15 +89,18 @@ def build_space(
     _check_folder(folder)
     if images < 1 or examples < 0:
         raise UserError(f"expected images >= 1 and examples >= 0, got {images} and {examples}")
-    encoder, processor = load_encoder(model, revision)
+    with progress(f"loading {model}"):
+        encoder, processor = load_encoder(model, revision)
     torch.nn.Module.to(encoder, fastest_device())
     held_out = examples if examples_split is None else 0
-    shown = _images(data, data.split, images + held_out)
+    with progress(f"opening {data.path}"):
+        shown = _images(data, data.split, images + held_out)
     features, thumbnails = embed_gallery(
         encoder,
         processor,
         shown.iter_batches(_BATCH),
         pooling=pooling,
+        total=len(shown),
         description="gallery",
     )
     labels = _labels(shown)

@@ -11,6 +11,7 @@ from transformers import AutoModel, ResNetConfig
 
 from hf_ssl.evaluation import extract_features, knn_accuracy
 from hf_ssl.hub import image_processor
+from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.views import ViewPreset
 from training.benchmarks.images import as_tensor, small_images
 from training.benchmarks.pairs import Pair
@@ -21,7 +22,10 @@ NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 
 
 def features(device: torch.device) -> Pair:
-    """ResNet-18, 32-pixel images enlarged to 64. The peer is handed images that are normalised already."""
+    """ResNet-18, 32-pixel images enlarged to 64, in the precision that `evaluation.precision=auto` chooses.
+    The peer gets images that are normalized already.
+    """
+    dtype = DTYPES[fastest_precision(device.type).name]
     encoder = AutoModel.from_config(ResNetConfig(**RESNET18)).to(device).eval()
     plain = AutoModel.from_config(encoder.config).to(device).eval()
     plain.load_state_dict(encoder.state_dict())
@@ -35,7 +39,7 @@ def features(device: torch.device) -> Pair:
         return torch.cat([plain(batch).pooler_output.flatten(1).cpu() for batch in ready])
 
     def ours() -> torch.Tensor:
-        return extract_features(encoder, processor, batches, dtype=torch.bfloat16)
+        return extract_features(encoder, processor, batches, dtype=dtype)
 
     return Pair(ours, peer, 512, 512)
 

@@ -3,7 +3,6 @@
 against transformers' own model where it has the method.
 """
 
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.attention import choose_attention
+from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.optimizers import build_optimizer
 from training.benchmarks.pairs import Pair
@@ -50,9 +50,12 @@ def plain_nt_xent(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(similarities, torch.arange(2 * batch, device=z.device).roll(batch))
 
 
-def resnet18_step(*, bf16: bool, batch: int = 64) -> Any:
+def resnet18_step(*, auto: bool, batch: int = 64) -> Any:
+    """A step in float32, or in the precision that `training.precision=auto` chooses on the device."""
+
     def build(device: torch.device) -> Pair:
         torch.manual_seed(0)
+        dtype = DTYPES[fastest_precision(device.type).name] if auto else None
         views = torch.randn(batch, 2, 3, SIDE, SIDE, device=device)
         config = SimCLRConfig(
             backbone_config=ResNetConfig(**RESNET18), projection_layers=2, projection_size=128
@@ -64,7 +67,7 @@ def resnet18_step(*, bf16: bool, batch: int = 64) -> Any:
         plain_optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
         def ours() -> None:
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss = model(views).loss
             loss.backward()
             optimizer.step()
@@ -136,18 +139,18 @@ ROWS = [
         "SimCLR ResNet-18 step, 64 images, float32",
         "plain torch, two forwards",
         1.35,
-        resnet18_step(bf16=False),
+        resnet18_step(auto=False),
         "step",
         None,
         7,
         accelerator=True,
     ),
     Row(
-        "step_bf16",
-        "the same in bfloat16",
+        "step_auto",
+        "the same in the precision that auto chooses",
         "plain torch, two forwards, float32",
         1.9,
-        resnet18_step(bf16=True),
+        resnet18_step(auto=True),
         "step",
         None,
         7,
