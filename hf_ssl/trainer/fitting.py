@@ -154,13 +154,14 @@ def choose_monitor(
         name: size if fixed.get(name) else max(min(size, _FEWEST[name]), int(size * share))
         for name, size in sizes.items()
     }
-    args.monitor_bank_images, args.monitor_query_images = reduced["bank"], reduced["queries"]
     reason = f"the first measurement may take {budget:.1f} seconds"
-    return {
-        "monitor.probe_images": {"value": reduced["probe"], "reason": reason},
-        "training.monitor_bank_images": {"value": reduced["bank"], "reason": reason},
-        "training.monitor_query_images": {"value": reduced["queries"], "reason": reason},
-    }
+    choices: Choices = {"monitor.probe_images": {"value": reduced["probe"], "reason": reason}}
+    if labelled:
+        args.monitor_bank_images, args.monitor_query_images = reduced["bank"], reduced["queries"]
+        for key, name in (("monitor_bank_images", "bank"), ("monitor_query_images", "queries")):
+            if not fixed[name]:
+                choices[f"training.{key}"] = {"value": reduced[name], "reason": reason}
+    return choices
 
 
 def apply_choices(args: SSLTrainingArguments, choices: Choices) -> None:

@@ -224,8 +224,16 @@ def test_images_are_reduced_in_proportion():
     assert (args.monitor_bank_images, args.monitor_query_images) == (994, 497)
     assert choices["monitor.probe_images"]["value"] == 254
     typed = arguments(batch_size=32, max_steps=10**6)
-    fitting.choose_monitor(typed, cost, 5000, labelled=True, typed={"monitor_bank_images"})
+    choices = fitting.choose_monitor(typed, cost, 5000, labelled=True, typed={"monitor_bank_images"})
     assert (typed.monitor_bank_images, typed.monitor_query_images) == (2000, 497)
+    assert set(choices) == {"monitor.probe_images", "training.monitor_query_images"}
+
+
+def test_without_labels_only_the_probe_is_reduced():
+    args = arguments(batch_size=32, max_steps=20)
+    choices = fitting.choose_monitor(args, COST, 5000, labelled=False, typed=set())
+    assert set(choices) == {"monitor.probe_images"}
+    assert (args.monitor_bank_images, args.monitor_query_images) == (2000, 1000)
 
 
 def test_a_quick_measurement_is_not_reduced():
