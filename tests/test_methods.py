@@ -128,7 +128,7 @@ def test_saved_and_loaded_through_the_auto_class_it_is_the_same(model, recipe, b
         assert torch.equal(value, loaded.state_dict()[name]), name
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
-    # In float64: loaded tensors lie elsewhere in memory, where torch may take a kernel that rounds differently.
+    # In float64: loaded tensors lie elsewhere in memory, where torch may take kernels that round differently.
     batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     with torch.no_grad():
         losses = [each.eval().double()(**batch).loss for each in (model, loaded)]

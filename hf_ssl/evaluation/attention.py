@@ -144,9 +144,9 @@ def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
 def pca_colours(patches_BhwD: Tensor) -> Tensor:
     """The three main directions of patch features as red, green and blue: alike patches have alike colours.
 
-    All images share the directions. Each channel runs from its 2nd to its 98th percentile. Equal features give
-    equal colors, up to rounding, where the three largest variances are distinct. Directions of equal variance
-    can be rotated into each other, and the version of torch and the processor decide which rotation is shown.
+    All images share the directions. Each channel runs from its 2nd to its 98th percentile. Equal features
+    give equal colors, up to rounding, where the three largest variances are distinct. Directions of equal
+    variance can be rotated into each other; the version of torch and the processor choose the rotation.
 
     Args:
         patches_BhwD: `AttentionMaps.patches`, or any features on a grid with D of 3 or more.

@@ -239,8 +239,8 @@ def limitations(facts: Facts) -> list[str]:
     )
     if channels == 3:
         said.append(
-            "Training laid transparent photos over white. The image processor does so from transformers 5.21 on; "
-            "older releases drop the transparency."
+            "Training laid transparent photos over white. The image processor does so from transformers 5.21 "
+            "on; older releases drop the transparency."
         )
     elif channels == 1:
         said.append('The encoder takes one channel: open photos with `image.convert("L")`, as above.')

@@ -87,7 +87,7 @@ def test_published_and_loaded_by_strangers(hub: HubServer, finished_run: Path, t
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"].startswith("transformers.") and found["stranger"]
-    # The card computes in float32: rounding of sums of some hundred numbers. Otherwise float64 and the same sums.
+    # The card computes in float32, the rest in float64: what rounding makes of sums of some hundred numbers.
     assert found["card"] <= 100 * torch.finfo(torch.float32).eps
     assert (found["keys"], found["method keys"], found["method"]) == ([0, 0], [0, 0], "SimCLRForPreTraining")
 

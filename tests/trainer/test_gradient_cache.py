@@ -189,6 +189,7 @@ model = build("simclr", VIT % 0.0)
 loss = cached(model, half, 4).loss
 average_gradients(model.parameters())
 torch.save((loss, gradients(model)), f"{folder}/{rank}.pt")
+dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
 dist.destroy_process_group()
 """
 

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as tv
 
 from hf_ssl.views import draw, seeds
@@ -11,8 +12,15 @@ from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
 
 
 def torchvision_crop(image, drawn, settings):
-    """(C, H, W) uint8 or float to (C, S, S) of the same type."""
+    """(C, H, W) uint8 or float to (C, S, S) of the same type.
+
+    Of uint8 by torch's own resizing. Torchvision calls it too, but not for every kind of processor (see
+    test_cropping).
+    """
     box = [int(drawn[name]) for name in ("top", "left", "height", "width")]
+    if image.dtype == torch.uint8:
+        part, size = tv.crop(image, *box)[None], [settings.size] * 2
+        return interpolate(part, size, mode=settings.interpolation, antialias=True)[0]
     return tv.resized_crop(image, *box, [settings.size] * 2, settings.interpolation, antialias=True)
 
 
