@@ -46,8 +46,8 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     """Stage one: crops every view of every image and resizes it, on uint8.
 
     Equals torch's own `interpolate(..., antialias=True)` of the uint8 crop to the last bit, and torchvision's
-    `resized_crop` wherever that calls it: always for bicubic crops, for bilinear ones on x86 processors with
-    AVX2. Elsewhere torchvision may resize bilinear crops in float32, and differs by at most one level of 255.
+    `resized_crop` wherever that calls it: always for bicubic crops. Bilinear ones torchvision resizes in
+    float32 on some processors, depending on its version, and differs then by at most one level of 255.
     Images whose channels lie side by side (`decoded.permute(2, 0, 1)`, as decoders leave them) are cropped
     fastest.
 
