@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what belongs to hf_ssl but lies outside the package (layer 0): recipes, card templates, the Space.
+"""Finds what lies outside the package (layer 0): recipes, card templates, the Space, and `constraints.txt`.
 
-In a wheel these folders are packed into one data folder inside the package; in a source tree, and so in an
-editable install, they lie beside it. The working directory plays no part.
+In a wheel these are packed into one data folder inside the package; in a source tree, and so in an editable
+install, they lie beside it. The working directory plays no part.
 """
 
 from pathlib import Path
@@ -10,8 +10,13 @@ from pathlib import Path
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
 
-# Where each folder lies in the source tree; in a wheel it has its own name inside the data folder.
-FOLDERS = {"recipes": "training/recipes", "model_cards": "model_cards", "spaces": "spaces"}
+# Where each folder or file lies in the source tree; in a wheel it has its own name inside the data folder.
+FOLDERS = {
+    "recipes": "training/recipes",
+    "model_cards": "model_cards",
+    "spaces": "spaces",
+    "constraints.txt": "constraints.txt",
+}
 
 
 def resource(folder: str, *parts: str) -> Path:

@@ -122,7 +122,7 @@ def test_importing_hf_ssl_is_cheap() -> None:
     code = (
         "import sys, hf_ssl\n"
         "hf_ssl.METHODS, dir(hf_ssl), hf_ssl.__version__\n"
-        "heavy = ('torch', 'transformers', 'datasets', 'numpy', 'omegaconf')\n"
+        "heavy = ('torch', 'transformers', 'datasets', 'evaluate', 'numpy', 'omegaconf')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

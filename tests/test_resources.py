@@ -67,7 +67,7 @@ def test_wheel_and_source_tree_find_the_same(wheel: Path, tmp_path: Path) -> Non
     assert Path(source["package"]).is_relative_to(ROOT)
     assert packed["recipes"] == source["recipes"] != []
     assert packed["found"] == source["found"]
-    present = {folder for folder, place in FOLDERS.items() if (ROOT / place).is_dir()}
+    present = {folder for folder, place in FOLDERS.items() if (ROOT / place).exists()}
     assert set(source["found"]) == present
 
 

@@ -2,9 +2,10 @@
 """Encoded bytes to uint8 pixels.
 
 Whatever Pillow can open is read as it would be for the exported encoder (`BitImageProcessor` with
-`do_convert_rgb=True`, transformers 5): transparency is laid over white, then the image becomes RGB. Plain
-JPEG and WebP files go through torchvision instead: the same pixels in less than half the time if they are
-small. (PNG files do not: torchvision 0.29 gains little there, and crashes the process on a damaged one.)
+`do_convert_rgb=True`, transformers 5.21 and later): transparency is laid over white, then the image becomes
+RGB. Plain JPEG and WebP files go through torchvision instead, in less than half the time if they are small.
+The pixels are the same where both libraries decode with libjpeg-turbo and libwebp, as their wheels do. (PNG
+files do not: torchvision 0.29 gains little there, and crashes the process on a damaged one.)
 
 Supported are results of one channel (grey, ITU-R 601 luma) and of three. 16-bit grey is scaled so that 65535
 becomes 255 (`BitImageProcessor` would cut it off at 255). Floating-point images and files of more than four

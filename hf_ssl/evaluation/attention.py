@@ -144,7 +144,9 @@ def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
 def pca_colours(patches_BhwD: Tensor) -> Tensor:
     """The three main directions of patch features as red, green and blue: alike patches have alike colours.
 
-    All images share the directions. Each channel runs from its 2nd to its 98th percentile.
+    All images share the directions. Each channel runs from its 2nd to its 98th percentile. Equal features
+    give equal colors, up to rounding, where the three largest variances are distinct. Directions of equal
+    variance can be rotated into each other; the version of torch and the processor choose the rotation.
 
     Args:
         patches_BhwD: `AttentionMaps.patches`, or any features on a grid with D of 3 or more.
@@ -158,8 +160,11 @@ def pca_colours(patches_BhwD: Tensor) -> Tensor:
     rows = patches_BhwD.flatten(0, 2).double()
     rows = rows - rows.mean(dim=0)
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:3]
-    # A direction's sign is arbitrary; fixing it makes the colours the same on every machine.
-    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    # A direction's sign is arbitrary. It is fixed by the first of the largest numbers; numbers that differ by
+    # less than a ten-thousandth count as equally large, because rounding alone may decide between them.
+    sizes = directions.abs()
+    tied = sizes >= (1 - 1e-4) * sizes.amax(dim=1, keepdim=True)
+    largest = directions.gather(1, tied.int().argmax(dim=1, keepdim=True))
     values = rows @ (directions * largest.sign()).T
     values = nn.functional.pad(values, (0, 3 - values.shape[1]))
     low, high = torch.quantile(values, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)

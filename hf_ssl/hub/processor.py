@@ -14,10 +14,10 @@ FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
     """Shortest edge to the size of a final view, centre crop, the normalisation of training.
 
-    `BitImageProcessor`, because it makes RGB of grey, palette and transparent photos (white shows through);
-    `ViTImageProcessor` stops at them. Small images are enlarged by the filter that enlarges views (bilinear),
-    so an image of the views' own size reaches the encoder as in training. Without `enlarge` the filter is the
-    crops' own.
+    `BitImageProcessor`, because it makes RGB of grey, palette and transparent photos (over white from
+    transformers 5.21 on; 5.20 drops transparency); `ViTImageProcessor` stops at them. Small images are
+    enlarged by the filter that enlarges views (bilinear), so an image of the views' own size reaches the
+    encoder as in training. Without `enlarge` the filter is the crops' own.
 
     Args:
         preset: a `ViewPreset` as a dict; `size`, `enlarge`, `interpolation`, `mean` and `std` count.

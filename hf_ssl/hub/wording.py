@@ -256,9 +256,14 @@ def limitations(facts: Facts) -> list[str]:
         if data["license"]
         else f"The licence of {data['name']} is not recorded here: check that it allows your use."
     )
-    if channels == 1:
+    if channels == 3:
+        said.append(
+            "Training laid transparent photos over white. The image processor does so from transformers 5.21 "
+            "on; older releases drop the transparency."
+        )
+    elif channels == 1:
         said.append('The encoder takes one channel: open photos with `image.convert("L")`, as above.')
-    elif channels != 3:
+    else:
         said.append(
             f'The encoder takes arrays of {channels} channels; pass `input_data_format="channels_first"`.'
         )

@@ -237,6 +237,7 @@ def _write_page(folder: Path, facts: dict[str, Any]) -> None:
     page = resource("spaces", "retrieval")
     for name in _PAGE:
         shutil.copyfile(page / name, folder / name)
+    shutil.copyfile(resource("constraints.txt"), folder / "constraints.txt")
     card = RepoCard((page / "README.md").read_text(encoding="utf-8"))
     header = {**card.data.to_dict(), "title": facts["title"]}
     if facts["model"]["folder"] is None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact training on batches that do not fit into memory, for losses that need all of a batch at once."""
+"""Training on batches that do not fit into memory, for losses that need all of a batch at once.
+
+Loss and gradients are those of the whole batch up to rounding.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one Trainer: transformers' loop, with views made on the device, a monitor, and checkpoints that
-resume exactly.
+resume exactly on the same machine with the same versions.
 """
 
 import logging

@@ -45,9 +45,11 @@ class Crops:
 def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     """Stage one: crops every view of every image and resizes it, on uint8.
 
-    Equals torchvision's `resized_crop(..., antialias=True)` of a uint8 image to the last bit: both end in the
-    same torch kernel. Images whose channels lie side by side (`decoded.permute(2, 0, 1)`, as decoders leave
-    them) are cropped fastest.
+    Equals torch's own `interpolate(..., antialias=True)` of the uint8 crop to the last bit, and torchvision's
+    `resized_crop` wherever that calls it: always for bicubic crops. Bilinear ones torchvision resizes in
+    float32 on some processors, depending on its version, and differs then by at most one level of 255.
+    Images whose channels lie side by side (`decoded.permute(2, 0, 1)`, as decoders leave them) are cropped
+    fastest.
 
     Args:
         images: B tensors (C, H, W) uint8 on the CPU, each of its own size.

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from importlib.metadata import version
+
 import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
@@ -18,8 +20,15 @@ PROCESSOR = BitImageProcessor(
 
 
 def as_processor(data):
-    """What a user of the exported encoder feeds it."""
+    """What a user of the exported encoder feeds it.
+
+    transformers 5.20 drops transparency, so that the user lays it over white first, as the card says; later
+    releases do it themselves.
+    """
     with PIL.Image.open(data) as image:
+        if version("transformers").startswith("5.20.") and image.has_transparency_data:
+            white = PIL.Image.new("RGBA", image.size, "white")
+            image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
         return PROCESSOR(image, return_tensors="pt")["pixel_values"][0]
 
 

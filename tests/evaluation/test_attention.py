@@ -244,3 +244,12 @@ def test_colours_tell_parts_apart() -> None:
     assert (colours[0, 0, 0] - colours[0, 1, 0]).abs().max() > 0.3
     torch.testing.assert_close(pca_colours(kinds), colours)
     assert pca_colours(torch.ones(1, 2, 2, 2)).shape == (1, 2, 2, 3)
+
+
+@pytest.mark.parametrize("larger", [1, 2])
+def test_rounding_does_not_swap_colours(larger: int) -> None:
+    """The second direction is (0, 1, -1): without the rule for ties, rounding decides which end is bright."""
+    kinds = torch.eye(3, 16, dtype=torch.float64)[torch.tensor([[[0, 0], [1, 2]], [[2, 1], [0, 0]]])]
+    rounded = kinds.clone()
+    rounded[..., larger] *= 1 + 1e-7
+    torch.testing.assert_close(pca_colours(rounded), pca_colours(kinds), rtol=0, atol=1e-5)

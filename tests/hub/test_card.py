@@ -277,6 +277,7 @@ def test_loading_is_shown_for_this_encoder(
     facts["backbone"] |= {"pooling": pooling, "channels": channels}
     write_card(tmp_path, facts)
     assert all(line in readme(tmp_path) for line in lines)
+    assert ("laid transparent photos over white" in readme(tmp_path)) == (channels == 3)
 
 
 def test_awkward_names_stay_text(facts: dict, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor shows an encoder what it was trained on, whatever kind of photo comes."""
 
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
@@ -78,11 +80,14 @@ def test_every_kind_of_photo_becomes_rgb(tmp_path) -> None:
 
     transparent = color.convert("RGBA")
     transparent.putalpha(0)
-    white = normalized(torch.ones(3, 16, 16))
-    torch.testing.assert_close(shown(processor, transparent), white, atol=1e-5, rtol=0)
     both = grey.convert("LA")
     both.putalpha(0)
-    torch.testing.assert_close(shown(processor, both), white, atol=1e-5, rtol=0)
+    # The card says that transformers lays transparency over white from 5.21 on, and drops it before.
+    drops = version("transformers").startswith("5.20.")
+    white = normalized(torch.ones(3, 16, 16))
+    for photograph, opaque in ((transparent, color), (both, grey)):
+        expected = shown(processor, opaque) if drops else white
+        torch.testing.assert_close(shown(processor, photograph), expected, atol=1e-5, rtol=0)
     palette = color.quantize(8)
     expected = normalized(torch.tensor(np.array(palette.convert("RGB"))).permute(2, 0, 1) / 255)
     torch.testing.assert_close(shown(processor, palette), expected, atol=1e-5, rtol=0)

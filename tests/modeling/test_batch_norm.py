@@ -41,6 +41,7 @@ rows = torch.arange(8.0)[:, None].chunk(2)[rank]
 dealt, restore = in_another_order(rows, seed=3)
 results.append((dealt, restore(dealt * 10)))
 torch.save(results, f"{folder}/{rank}.pt")
+dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
 dist.destroy_process_group()
 """
 
@@ -61,7 +62,7 @@ def test_two_processes_equal_the_whole_batch(tmp_path):
         subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     (dealt, back), (other_dealt, other_back) = (part.pop() for part in parts)
     assert sorted(torch.cat([dealt, other_dealt]).flatten().tolist()) == list(range(8))

@@ -189,6 +189,7 @@ model = build("simclr", VIT % 0.0)
 loss = cached(model, half, 4).loss
 average_gradients(model.parameters())
 torch.save((loss, gradients(model)), f"{folder}/{rank}.pt")
+dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
 dist.destroy_process_group()
 """
 
@@ -202,7 +203,7 @@ def test_two_processes_in_chunks_equal_one_with_the_whole_batch(loaded, tmp_path
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment)
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     whole = build("simclr", VIT % 0.0)
     expected = whole(**in_double(loaded)).loss
     expected.backward()

@@ -4,6 +4,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from hf_ssl.views import draw, seeds
@@ -11,9 +13,17 @@ from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
 
 
 def torchvision_crop(image, drawn, settings):
-    """(C, H, W) uint8 or float to (C, S, S) of the same type."""
+    """(C, H, W) uint8 or float to (C, S, S) of the same type.
+
+    Of uint8 by torch's own resizing. Torchvision calls it too, but not for every kind of processor (see
+    test_cropping).
+    """
     box = [int(drawn[name]) for name in ("top", "left", "height", "width")]
-    return tv.resized_crop(image, *box, [settings.size] * 2, settings.interpolation, antialias=True)
+    if image.dtype == torch.uint8:
+        part, size = tv.crop(image, *box)[None], [settings.size] * 2
+        return interpolate(part, size, mode=settings.interpolation, antialias=True)[0]
+    mode = InterpolationMode(settings.interpolation)
+    return tv.resized_crop(image, *box, [settings.size] * 2, mode, antialias=True)
 
 
 def torchvision_jitter(pixels, drawn, settings):
@@ -42,7 +52,8 @@ def torchvision_view(pixels, drawn, settings, preset):
     if preset.enlarge:
         side = settings.size * preset.enlarge // preset.size
         pixels, unsure = (
-            tv.resize(image, [side, side], "bilinear", antialias=False) for image in (pixels, unsure)
+            tv.resize(image, [side, side], InterpolationMode.BILINEAR, antialias=False)
+            for image in (pixels, unsure)
         )
     return tv.normalize(pixels, list(preset.mean), list(preset.std)), unsure > 0
 

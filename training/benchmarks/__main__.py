@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures hf_ssl against its peers: `python -m training.benchmarks [ROW ...] [--output FOLDER]`.
 
-Needs `pip install ".[bench]"`. Both sides of a row run alternately; the table holds the median of the
-ratios of neighbouring runs and their quartiles. Writes NAME.json with machine and versions, NAME.png and
-NAME.md, NAME being cpu or the accelerator's. Rows that are measured alone replace theirs in a record that
-is there already.
+Needs `pip install -c constraints.txt ".[bench]"`. Both sides of a row run alternately; the table holds the
+median of the ratios of neighbouring runs and their quartiles. Writes NAME.json with machine and versions,
+NAME.png and NAME.md, NAME being cpu or the accelerator's. Rows that are measured alone replace theirs in a
+record that is there already.
 """
 
 import argparse

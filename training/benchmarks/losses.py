@@ -87,7 +87,7 @@ def dino(views: int, batch: int, outputs: int) -> Any:
 
         def peer() -> None:
             student.grad = None
-            module(list(teacher), list(student)).backward()
+            module(list(teacher), list(student), epoch=0).backward()  # lightly 1.5 requires the epoch
 
         return Pair(ours, peer)
 
