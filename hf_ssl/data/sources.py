@@ -6,9 +6,20 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Image,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset_builder,
+)
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -17,6 +28,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.digits import digits
+from hf_ssl.data.folder import Contents, ImageSplit, contents
 from hf_ssl.data.location import Location, fingerprint, locate
 from hf_ssl.data.ordering import permutation
 from hf_ssl.errors import UserError
@@ -86,11 +98,12 @@ def open_source(
     if location.kind == "digits":
         opened, revision = _digits(split, streaming), f"scikit-learn {_sklearn_version()}"
     else:
-        builder = _builder(location, config)
-        _check_split(builder, split, streaming, config.path)
         with _Explained(config.path, location):
-            opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
-        revision = str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
+            found = contents(location) if location.kind == "local" and config.name is None else Contents()
+        if found.images:
+            opened, revision = _images(found.images, split, streaming, config.path)
+        else:
+            opened, revision = _built(location, config, found.files, split, streaming)
     dataset = opened.dataset
     features = dataset.features
     if features is None:
@@ -123,19 +136,65 @@ class _Opened(NamedTuple):
     whole_shards: bool
 
 
-def _builder(location: Location, config: DataConfig) -> DatasetBuilder:
-    arguments: dict[str, Any] = {"name": config.name}
-    if location.files:
-        arguments["data_files"] = list(location.files)
-    if location.kind == "hub":
-        arguments["revision"] = config.revision
-    with _Explained(config.path, location):
-        return load_dataset_builder(location.loader, **arguments)
+def _images(splits: dict[str, ImageSplit], split: str, streaming: bool, path: str) -> tuple[_Opened, str]:
+    """Opens plain images in a folder; and their revision."""
+    _check_split(list(splits), split, streaming, path)
+    if len(_split_names(split)) == 1:
+        revision = splits[_split_names(split)[0]].revision
+    else:
+        chosen = [splits[name] for name in _split_names(split)]
+        revision = fingerprint(
+            [file for part in chosen for file in part.paths],
+            [size for part in chosen for size in part.sizes.tolist()],
+        )
+    if split in splits:
+        table = splits[split].dataset
+    else:
+        instructions = ReadInstruction.from_spec(split).to_absolute(
+            {name: len(part.dataset) for name, part in splits.items()}
+        )
+        parts = [splits[part.splitname].dataset.select(range(part.from_, part.to)) for part in instructions]
+        table = concatenate_datasets(parts)
+    return _cut(_shuffled(table)) if streaming else _mapped(table), revision
 
 
-def _check_split(builder: DatasetBuilder, split: str, streaming: bool, path: str) -> None:
+def _built(
+    location: Location, config: DataConfig, files: dict[str, list[str]], split: str, streaming: bool
+) -> tuple[_Opened, str]:
+    """Opens what `datasets` reads; and its revision."""
+    builder = _builder(location, config, files)
     known = builder.config.data_files or builder.info.splits
-    names = [str(name) for name in known] if known else []
+    _check_split([str(name) for name in known] if known else [], split, streaming, config.path)
+    with _Explained(config.path, location):
+        opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
+    return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
+
+
+_builders: dict[tuple, DatasetBuilder] = {}
+"""Of local data that were opened last, so that the next split costs nothing."""
+
+
+def _builder(location: Location, config: DataConfig, files: dict[str, list[str]]) -> DatasetBuilder:
+    with _Explained(config.path, location):
+        if location.kind == "hub":
+            return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
+        if not files:
+            return load_dataset_builder(location.loader, name=config.name)
+        resolved = DataFilesDict(
+            {
+                name: DataFilesList(chosen, [(str(os.stat(file).st_mtime),) for file in chosen])
+                for name, chosen in files.items()
+            }
+        )
+        state = tuple((name, *chosen, *chosen.origin_metadata) for name, chosen in resolved.items())
+        key = (location.loader, datasets.config.HF_DATASETS_CACHE, state)
+        if key not in _builders:
+            _builders.clear()
+            _builders[key] = load_dataset_builder(location.loader, data_files=resolved)
+        return _builders[key]
+
+
+def _check_split(names: list[str], split: str, streaming: bool, path: str) -> None:
     unknown = [name for name in _split_names(split) if names and name not in names]
     if unknown:
         raise UserError(f"{path} has no split {unknown[0]!r}; its splits are {', '.join(names)}")

@@ -15,7 +15,7 @@ from hf_ssl import views
 from hf_ssl.data.batch import Failure, LoadedBatch, assemble
 from hf_ssl.data.broken import UnreadableData, delivered
 from hf_ssl.data.decode import BrokenImage, decode
-from hf_ssl.data.images import decode_or_reason, message, probe_images
+from hf_ssl.data.images import message, probe_images
 from hf_ssl.data.ordering import Share
 from hf_ssl.data.stream import Place, ShardedRows, Slot
 from hf_ssl.views import ViewPreset
@@ -67,10 +67,8 @@ class StreamBatches(IterableDataset[LoadedBatch]):
         self.channels = channels
         self.window = window
         self.position = position
-        tried = [decode_or_reason(image, channels) for image in rows.first]
-        good = [image for image in tried if isinstance(image, Tensor)]
-        reasons = [str(image) for image in tried if isinstance(image, BrokenImage)]
-        self.small = probe_images(good, reasons, rows.description).small
+        places = [f"{rows.description} shard 0 row {row}" for row in range(len(rows.first))]
+        self.small = probe_images(rows.first, places, channels, rows.description).small
 
     def __iter__(self) -> Iterator[LoadedBatch | Failure]:  # type: ignore[override]
         info = get_worker_info()
