@@ -37,7 +37,6 @@ from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
-from hf_ssl.space import serve_digits
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
@@ -281,5 +280,7 @@ def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
         "what pretraining brings shows where labels are few."
     )
     if space:
+        from hf_ssl.space import serve_digits
+
         serve_digits(Path(recipe.training["output_dir"]), recipe.data, recipe.evaluation.test_split)
     return facts

@@ -4,6 +4,7 @@
 import os
 import re
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -96,7 +97,7 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     if location.kind == "digits":
-        opened, revision = _digits(split, streaming), f"scikit-learn {_sklearn_version()}"
+        opened, revision = _digits(split, streaming), f"scikit-learn {metadata.version('scikit-learn')}"
     else:
         with _Explained(config.path, location):
             found = contents(location) if location.kind == "local" and config.name is None else Contents()
@@ -262,12 +263,6 @@ def _digits(split: str, streaming: bool) -> _Opened:
     if split not in splits:
         raise UserError(f"digits has no split {split!r}; its splits are {', '.join(splits)}")
     return _cut(splits[split]) if streaming else _mapped(splits[split])
-
-
-def _sklearn_version() -> str:
-    import sklearn
-
-    return sklearn.__version__
 
 
 def _fingerprint(builder: DatasetBuilder, split: str) -> str:

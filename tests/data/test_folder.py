@@ -222,7 +222,9 @@ _listed: list[str] | None = None
 
 
 def _note(event, arguments):
-    if _listed is not None and event in ("os.scandir", "os.listdir"):
+    if _listed is None or event not in ("os.scandir", "os.listdir"):
+        return
+    if not isinstance(arguments[0], int):  # a descriptor of an open directory
         _listed.append(os.path.abspath(os.fsdecode(arguments[0] or ".")))
 
 
