@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch  # noqa: F401  (so that it is in this process)
 
 from hf_ssl.cli import quick_imports
 
@@ -103,11 +104,14 @@ def test_what_was_imported_is_left_out_of_collections(on_digits):
     assert on_digits["frozen"] > 100_000
 
 
-def test_the_collector_works_again_after_an_error():
+def test_the_collector_works_again_after_an_error(monkeypatch):
+    with quick_imports():
+        assert gc.isenabled()  # torch was imported before
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     with pytest.raises(ValueError, match="x"), quick_imports():
         assert not gc.isenabled()
         raise ValueError("x")
-    assert gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count()
     gc.unfreeze()
 
 

@@ -62,15 +62,24 @@ class Encoded(NamedTuple):
             return self.data
         if self.path is None:
             raise BrokenImage("there is no image in this row")
+        if "://" not in self.path:
+            return self._read_local(self.path)
         try:
-            if "://" not in self.path:
-                return Path(self.path).read_bytes()
             from datasets.utils.file_utils import xopen  # inside archives and on the Hub
 
             with xopen(self.path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
             raise BrokenImage("the file does not exist") from None
+
+    @staticmethod
+    def _read_local(path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            raise BrokenImage("the file does not exist") from None
+        except OSError as error:
+            raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
 
 
 def size_in_header(image: Encoded) -> tuple[int, int]:

@@ -13,11 +13,19 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetInfo,
+    Features,
+    Image,
+    ReadInstruction,
+    concatenate_datasets,
+)
 
 from hf_ssl.data.listing import File, Listing, list_folder
 from hf_ssl.data.location import IMAGE, ZIP, Location, fingerprint, kind_of, main_kind
-from hf_ssl.data.splits import infer_splits
+from hf_ssl.data.splits import infer_splits, split_names
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +95,30 @@ def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
     while len(memory) >= _REMEMBERED:
         del memory[next(iter(memory))]
     memory[key] = value
+
+
+def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
+    """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`) and their revision.
+
+    Raises:
+        ValueError: what is in brackets is no slice.
+    """
+    chosen = [splits[name] for name in split_names(split)]
+    if len(chosen) == 1:
+        revision = chosen[0].revision
+    else:
+        revision = fingerprint(
+            [file for part in chosen for file in part.paths],
+            [size for part in chosen for size in part.sizes.tolist()],
+        )
+    if split in splits:
+        return splits[split].dataset, revision
+    lengths = {name: len(part.dataset) for name, part in splits.items()}
+    parts = [
+        splits[part.splitname].dataset.select(range(part.from_, part.to))
+        for part in ReadInstruction.from_spec(split).to_absolute(lengths)
+    ]
+    return concatenate_datasets(parts), revision
 
 
 def _of_files(location: Location) -> Contents:

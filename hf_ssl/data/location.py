@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,10 @@ def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
     for number, (file, size) in enumerate(sorted(zip(files, sizes, strict=True))):
         digest.update(f"{file.removeprefix(root)} {size}\n".encode())
         if number % step == 0:
-            with open(file, "rb") as opened:
+            with (
+                suppress(OSError),
+                open(file, "rb") as opened,
+            ):  # a file that cannot be read is a broken image
                 digest.update(opened.read(_HASHED_BYTES))
                 opened.seek(max(0, size - _HASHED_BYTES))
                 digest.update(opened.read(_HASHED_BYTES))

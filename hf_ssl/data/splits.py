@@ -31,6 +31,11 @@ _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\..*", re.DOTALL)
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
+def split_names(split: str) -> list[str]:
+    """Return ["train", "test"] for "train[:10%]+test"."""
+    return [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]
+
+
 def infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
     """Divide files into splits.
 

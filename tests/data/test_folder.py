@@ -8,14 +8,15 @@ import sys
 import zipfile
 
 import datasets
+import numpy as np
 import PIL.Image
 import pytest
 
-from hf_ssl.data import DataConfig, labelled_images, open_source
+from hf_ssl.data import DataConfig, labelled_images, open_source, sources
 from hf_ssl.data.folder import contents
-from hf_ssl.data.images import probe
+from hf_ssl.data.images import EncodedRows, probe
 from hf_ssl.data.listing import list_folder
-from hf_ssl.data.location import locate
+from hf_ssl.data.location import fingerprint, locate
 from hf_ssl.data.store import decoded_rows
 from hf_ssl.errors import UserError
 
@@ -115,8 +116,8 @@ def test_a_readme_that_declares_its_files(tmp_path):
     declared = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: left\n    path: one/*\n---\n"
     (root / "README.md").write_text(declared)
     assert open_source(DataConfig(path=str(root)), "left").num_rows == 1
-    with pytest.raises(UserError, match="its splits are left"):
-        open_source(DataConfig(path=str(root)), "train")
+    with pytest.raises(UserError, match=r"its splits are left; choose one with data\.split=left"):
+        open_source(DataConfig(path=str(root)))
 
 
 # What differs from `datasets` on purpose.
@@ -178,6 +179,22 @@ def test_files_outside_the_splits_are_reported(tmp_path, caplog):
     assert "2 of 3 files" in caplog.text and f"data.path='{root}/**/*'" in caplog.text
     source = open_source(DataConfig(path=f"{root}/**/*"), labels=True)
     assert source.num_rows == 3 and source.class_names == ["summer", "train trip", "winter"]
+
+
+def test_files_that_cannot_be_read_are_broken_images(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    source = open_source(DataConfig(path=str(root)))
+    (root / "a.jpg").unlink()
+    (root / "a.jpg").mkdir()  # for root, who may read everything, as good as no permission
+    assert len(fingerprint([str(root / "a.jpg"), str(root / "b.jpg")])) == 16
+    _, broken = EncodedRows(source, 3).read(np.array([0, 1]))
+    assert list(broken) == [0]
+
+
+def test_a_slice_that_is_no_slice(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    with pytest.raises(UserError, match=r"data\.path='.*photos' to hold .*train\[a:b\]"):
+        open_source(DataConfig(path=str(root)), "train[a:b]")
 
 
 def test_an_empty_folder(tmp_path):
@@ -315,3 +332,19 @@ def test_probing_applies_the_orientation_and_skips_what_is_broken(tmp_path):
     (tmp_path / "another.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .* row 0 "):
         probe(open_source(DataConfig(path=str(tmp_path))), 3)
+
+
+def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
+    root = write(tmp_path / "photos", ["one/a.jpg", "two/b.jpg"])
+    declared = "---\nconfigs:\n- config_name: mine\n  data_files:\n  - split: train\n    path: one/*\n---\n"
+    (root / "README.md").write_text(declared)
+    for directory, _, _ in os.walk(root):
+        os.utime(directory, (1e9, 1e9))
+    built = []
+    own = sources.load_dataset_builder
+    monkeypatch.setattr(
+        sources, "load_dataset_builder", lambda *args, **kw: (built.append(args), own(*args, **kw))[1]
+    )
+    for name in (None, None, "mine", "mine"):
+        assert open_source(DataConfig(path=str(root), name=name)).num_rows == 1
+    assert len(built) == 2
