@@ -54,10 +54,10 @@ def infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
 
 def _from_shards(files: list[File], root: str) -> dict[str, list[File]]:
     splits: dict[str, list[File]] = {}
-    data = os.path.join(root, "data")
+    data = os.path.join(root, "data", "")
     for file in files:
-        directory, name = os.path.split(file.path)
-        found = _SHARD.fullmatch(name) if directory == data else None
+        name = file.path.removeprefix(data) if file.path.startswith(data) else os.sep
+        found = None if os.sep in name else _SHARD.fullmatch(name)
         if found:
             splits.setdefault(found["split"], []).append(file)
     if not all(_SPLIT_NAME.fullmatch(name) for name in splits):
