@@ -26,7 +26,6 @@ from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices
 from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
-from hf_ssl.space import serve_digits
 from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -166,5 +165,7 @@ def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
         "what pretraining brings shows where labels are few."
     )
     if space:
+        from hf_ssl.space import serve_digits
+
         serve_digits(Path(recipe.training["output_dir"]), recipe.data, recipe.evaluation.test_split)
     return facts

@@ -43,6 +43,10 @@ _TRANSPOSES = {
 }
 
 
+_TURNED = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
+
+
 class BrokenImage(Exception):
     """An image that cannot be read; its text is the reason."""
 
@@ -59,15 +63,46 @@ class Encoded(NamedTuple):
             return self.data
         if self.path is None:
             raise BrokenImage("there is no image in this row")
+        if "://" not in self.path:
+            return self._read_local(self.path)
         try:
-            if "://" not in self.path:
-                return Path(self.path).read_bytes()
             from datasets.utils.file_utils import xopen  # inside archives and on the Hub
 
             with xopen(self.path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
             raise BrokenImage("the file does not exist") from None
+
+    @staticmethod
+    def _read_local(path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            raise BrokenImage("the file does not exist") from None
+        except OSError as error:
+            raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
+
+
+def size_in_header(image: Encoded) -> tuple[int, int]:
+    """Height and width that an image will have when it is decoded, as its header says.
+
+    Raises:
+        BrokenImage: there is no header that can be read.
+    """
+    try:
+        on_disk = image.data is None and image.path is not None and "://" not in image.path
+        with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
+            width, height = opened.size
+            # Pillow would decode a PNG file to look for EXIF data behind the pixels
+            known = opened.format != "PNG" or "exif" in opened.info
+            turned = known and opened.getexif().get(_ORIENTATION) in _TURNED
+    except BrokenImage:
+        raise
+    except FileNotFoundError:
+        raise BrokenImage("the file does not exist") from None
+    except Exception as error:  # as in _decode_with_pillow
+        raise BrokenImage(_reason(error)) from error
+    return (width, height) if turned else (height, width)
 
 
 def decode(data: EncodedBytes, channels: int) -> Tensor:
@@ -121,15 +156,15 @@ def _decode_with_pillow(data: EncodedBytes, channels: int) -> Tensor:
     except (
         Exception
     ) as error:  # what Pillow's readers raise on damaged files is anything from OSError to KeyError
-        if not len(memoryview(data)):
-            reason = "zero bytes"
-        elif isinstance(error, PIL.UnidentifiedImageError):
-            reason = "not an image that Pillow can read"
-        else:
-            reason = f"{type(error).__name__}: {error}"
-        raise BrokenImage(reason) from error
+        raise BrokenImage(_reason(error) if len(memoryview(data)) else "zero bytes") from error
     pixels = torch.from_numpy(values)
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    return f"{type(error).__name__}: {error}"
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:

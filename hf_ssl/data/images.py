@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_ssl.data.batch import SMALL
 from hf_ssl.data.broken import UnreadableData
 from hf_ssl.data.columns import encoded_images
-from hf_ssl.data.decode import BrokenImage, Encoded, decode
+from hf_ssl.data.decode import BrokenImage, Encoded, decode, size_in_header
 from hf_ssl.data.sources import Source
 
 _PROBED = 64
@@ -91,21 +91,33 @@ def probe(source: Source, channels: int) -> Probe:
     if key not in source.stores:
         rows = EncodedRows(source, channels)
         chosen = np.unique(np.linspace(0, len(rows) - 1, _PROBED).astype(np.int64))
-        images, broken = rows.read(chosen)
-        source.stores[key] = probe_images(images, list(broken.values()), source.description)
+        places = [rows.place(row) for row in chosen.tolist()]
+        source.stores[key] = probe_images(rows.encoded(chosen), places, channels, source.description)
     return source.stores[key]
 
 
-def probe_encoded(images: Sequence[Encoded], channels: int, description: str) -> Probe:
-    """As `probe`, for some encoded images."""
-    tried = [decode_or_reason(image, channels) for image in images]
-    good = [image for image in tried if isinstance(image, Tensor)]
-    return probe_images(good, [str(image) for image in tried if isinstance(image, BrokenImage)], description)
+def probe_images(images: list[Encoded], places: list[str], channels: int, description: str) -> Probe:
+    """As `probe`, for given images.
 
-
-def probe_images(images: list[Tensor], broken: list[str], description: str) -> Probe:
-    """As `probe`, for images that were read, of which broken ones are empty."""
-    sizes = {(image.shape[1], image.shape[2]) for image in images if image.numel()}
+    Few images are decoded: one of each size that the headers tell, until two sizes are known.
+    """
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}  # in the header -> decoded
+    broken: list[str] = []
+    for place, image in zip(places, images, strict=True):
+        try:
+            told = size_in_header(image)
+        except BrokenImage as error:
+            broken.append(message(place, image, error))
+            continue
+        if told in sizes:
+            continue
+        pixels = decode_or_reason(image, channels)
+        if isinstance(pixels, BrokenImage):
+            broken.append(message(place, image, pixels))
+            continue
+        sizes[told] = (pixels.shape[1], pixels.shape[2])
+        if len(set(sizes.values())) > 1:
+            return Probe(None)
     if not sizes:
         raise UnreadableData(f"none of the images tried in {description} can be read; one is {broken[0]}")
-    return Probe(sizes.pop() if len(sizes) == 1 else None)
+    return Probe(next(iter(sizes.values())))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch
 from hf_ssl.data.broken import delivered
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.images import EncodedRows, probe, probe_encoded
+from hf_ssl.data.images import EncodedRows, probe, probe_images
 from hf_ssl.data.map_style import MapBatches, Rows
 from hf_ssl.data.ordering import RowBatches, Share
 from hf_ssl.data.sources import Source
@@ -98,7 +98,8 @@ def holds_small_images(source: Source, config: DataConfig) -> bool:
     if key not in source.stores:
         if source.streaming:
             first = ShardedRows(source, config.open_shards).first
-            source.stores[key] = probe_encoded(first, config.channels, source.description).small
+            places = [f"{source.description} shard 0 row {row}" for row in range(len(first))]
+            source.stores[key] = probe_images(first, places, config.channels, source.description).small
         else:
             source.stores[key] = probe(source, config.channels).small
     return source.stores[key]

@@ -5,6 +5,9 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +15,17 @@ from typing import Literal
 from hf_ssl.errors import UserError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder"}
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder", ".arrow": "arrow"}
+ZIP = ".zip"
+IMAGE = "image"
+_IMAGE_ENDINGS = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .pbm .pgm .ppm .pnm "
+    ".jp2 .j2k .jpc .jpf .jpx .j2c .ico .icns .cur .tga .icb .vda .vst .psd .pcx .dcx .dds .blp .fli .flc "
+    ".ftc .ftu .gbr .im .msp .pcd .pxr .bw .rgb .rgba .sgi .ras .xbm .xpm .fit .fits".split()
+)
+"""Those that `datasets` 5 takes for images, without those that Pillow cannot decode without other programs:
+videos (.mpg, .mpeg), PostScript (.ps, .eps), Windows metafiles (.wmf, .emf), weather data (.bufr, .grib) and
+IPTC records (.iim)."""
 _HASHED_FILES = 256
 _HASHED_BYTES = 1 << 16
 
@@ -55,31 +67,54 @@ def locate(path: str) -> Location:
 def _files(path: str, files: list[str]) -> Location:
     if not files:
         raise UserError(f"no files match data.path={path!r}")
-    endings = sorted({Path(file).suffix.lower() for file in files})
-    loaders = {"imagefolder" if ending in _IMAGE_ENDINGS else _LOADERS.get(ending) for ending in endings}
-    if len(loaders) != 1 or None in loaders:
+    kind = main_kind(map(kind_of, files))
+    if kind is None or (kind != IMAGE and any(kind_of(file) != kind for file in files)):
+        endings = sorted({Path(file).suffix.lower() for file in files})
         raise UserError(
             f"expected data.path={path!r} to match Parquet files, WebDataset tars or images only, got files "
             f"that end in "
             f"{', '.join(ending or '(nothing)' for ending in endings)}"
         )
-    return Location("local", str(loaders.pop()), tuple(os.path.abspath(file) for file in files))
+    chosen = tuple(os.path.abspath(file) for file in files if kind_of(file) == kind)
+    return Location("local", "imagefolder" if kind == IMAGE else _LOADERS[kind], chosen)
 
 
-def fingerprint(files: list[str]) -> str:
+def kind_of(file: str) -> str | None:
+    """IMAGE or the ending of a file, in lower case, if images may be in it; else None."""
+    ending = os.path.splitext(file)[1].lower()
+    if ending in _IMAGE_ENDINGS:
+        return IMAGE
+    return ending if ending in _LOADERS else None
+
+
+def main_kind(kinds: Iterable[str | None]) -> str | None:
+    """The most frequent of some files' kinds (Parquet wins a tie); None if no file is of any kind."""
+    counts = Counter(kind for kind in kinds if kind is not None)
+    return max(counts, key=lambda kind: (counts[kind], kind == ".parquet", kind), default=None)
+
+
+def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
     """Tells data apart, wherever they lie and whenever they were copied: 16 hexadecimal digits.
 
     A hash of all names and sizes and of the beginnings and ends of up to 256 files (a Parquet file ends with
     the index of all that is in it).
+
+    Args:
+        files: absolute paths.
+        sizes: of the files in bytes; None asks for them.
     """
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    if sizes is None:
+        sizes = [os.path.getsize(file) for file in files]
+    root = os.path.join(os.path.commonpath({os.path.dirname(file) for file in files}), "")
     digest = hashlib.blake2b(digest_size=8)
     step = max(1, len(files) // _HASHED_FILES)
-    for number, file in enumerate(sorted(files)):
-        size = os.path.getsize(file)
-        digest.update(f"{os.path.relpath(file, root)} {size}\n".encode())
+    for number, (file, size) in enumerate(sorted(zip(files, sizes, strict=True))):
+        digest.update(f"{file.removeprefix(root)} {size}\n".encode())
         if number % step == 0:
-            with open(file, "rb") as opened:
+            with (
+                suppress(OSError),
+                open(file, "rb") as opened,
+            ):  # a file that cannot be read is a broken image
                 digest.update(opened.read(_HASHED_BYTES))
                 opened.seek(max(0, size - _HASHED_BYTES))
                 digest.update(opened.read(_HASHED_BYTES))

@@ -2,13 +2,22 @@
 """Opens a set of images, wherever it is, as a Hugging Face data set with one column of encoded images."""
 
 import os
-import re
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import Any, NamedTuple, cast
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Image,
+    IterableDataset,
+    load_dataset_builder,
+)
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -17,8 +26,10 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.digits import digits
+from hf_ssl.data.folder import Contents, contents, images_of
 from hf_ssl.data.location import Location, fingerprint, locate
 from hf_ssl.data.ordering import permutation
+from hf_ssl.data.splits import split_names
 from hf_ssl.errors import UserError
 
 _OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
@@ -84,13 +95,16 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     if location.kind == "digits":
-        opened, revision = _digits(split, streaming), f"scikit-learn {_sklearn_version()}"
+        opened, revision = _digits(split, streaming), f"scikit-learn {metadata.version('scikit-learn')}"
     else:
-        builder = _builder(location, config)
-        _check_split(builder, split, streaming, config.path)
         with _Explained(config.path, location):
-            opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
-        revision = str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
+            found = contents(location) if location.kind == "local" else Contents()
+            if found.images and config.name is None:
+                _check_split(list(found.images), split, streaming, config)
+                table, revision = images_of(found.images, split)
+                opened = _cut(_shuffled(table)) if streaming else _mapped(table)
+            else:
+                opened, revision = _built(location, config, found, split, streaming)
     dataset = opened.dataset
     features = dataset.features
     if features is None:
@@ -123,29 +137,53 @@ class _Opened(NamedTuple):
     whole_shards: bool
 
 
-def _builder(location: Location, config: DataConfig) -> DatasetBuilder:
-    arguments: dict[str, Any] = {"name": config.name}
-    if location.files:
-        arguments["data_files"] = list(location.files)
-    if location.kind == "hub":
-        arguments["revision"] = config.revision
-    with _Explained(config.path, location):
-        return load_dataset_builder(location.loader, **arguments)
-
-
-def _check_split(builder: DatasetBuilder, split: str, streaming: bool, path: str) -> None:
+def _built(
+    location: Location, config: DataConfig, found: Contents, split: str, streaming: bool
+) -> tuple[_Opened, str]:
+    """Opens what `datasets` reads; and its revision."""
+    builder = _builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
-    names = [str(name) for name in known] if known else []
-    unknown = [name for name in _split_names(split) if names and name not in names]
+    _check_split([str(name) for name in known] if known else [], split, streaming, config)
+    opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
+    return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
+
+
+_last_builder: dict[tuple, tuple[Contents, DatasetBuilder]] = {}
+"""Of local data that were opened last, so that the next split costs nothing."""
+
+
+def _builder(location: Location, config: DataConfig, found: Contents) -> DatasetBuilder:
+    if location.kind == "hub":
+        return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
+    options: dict[str, Any] = {"name": config.name}
+    state: tuple = (id(found),)  # the same as long as the folder is
+    if found.files and config.name is None:
+        options["data_files"] = DataFilesDict(
+            {
+                name: DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
+                for name, files in found.files.items()
+            }
+        )
+        state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
+    key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
+    if key not in _last_builder:
+        builder = load_dataset_builder(location.loader, **options)
+        _last_builder.clear()
+        _last_builder[key] = (found, builder)
+    return _last_builder[key][1]
+
+
+def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
+    unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
-        raise UserError(f"{path} has no split {unknown[0]!r}; its splits are {', '.join(names)}")
-    if streaming and _split_names(split) != [split]:
-        raise UserError(f"a part or a sum of splits needs data.streaming=false, got {split!r} of {path}")
-
-
-def _split_names(split: str) -> list[str]:
-    """["train", "test"] for "train[:10%]+test"."""
-    return [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]
+        choice = f"; choose one with data.split={names[0]}" if split == config.split else ""
+        raise UserError(
+            f"{config.path} has no split {unknown[0]!r}; its splits are {', '.join(names)}{choice}"
+        )
+    if streaming and split_names(split) != [split]:
+        raise UserError(
+            f"a part or a sum of splits needs data.streaming=false, got {split!r} of {config.path}"
+        )
 
 
 def _table(builder: DatasetBuilder, split: str) -> Dataset:
@@ -205,15 +243,9 @@ def _digits(split: str, streaming: bool) -> _Opened:
     return _cut(splits[split]) if streaming else _mapped(splits[split])
 
 
-def _sklearn_version() -> str:
-    import sklearn
-
-    return sklearn.__version__
-
-
 def _fingerprint(builder: DatasetBuilder, split: str) -> str:
     data_files = builder.config.data_files or {}
-    return fingerprint([str(file) for name in _split_names(split) for file in data_files[name]])
+    return fingerprint([str(file) for name in split_names(split) for file in data_files[name]])
 
 
 def _class_names(feature: Any) -> list[str] | None:

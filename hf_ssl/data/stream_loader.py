@@ -15,7 +15,7 @@ from hf_ssl import views
 from hf_ssl.data.batch import Failure, LoadedBatch, assemble
 from hf_ssl.data.broken import UnreadableData, delivered
 from hf_ssl.data.decode import BrokenImage, decode
-from hf_ssl.data.images import message, probe_encoded
+from hf_ssl.data.images import message, probe_images
 from hf_ssl.data.ordering import Share
 from hf_ssl.data.stream import Place, ShardedRows, Slot
 from hf_ssl.views import ViewPreset
@@ -67,7 +67,8 @@ class StreamBatches(IterableDataset[LoadedBatch]):
         self.channels = channels
         self.window = window
         self.position = position
-        self.small = probe_encoded(rows.first, channels, rows.description).small
+        places = [f"{rows.description} shard 0 row {row}" for row in range(len(rows.first))]
+        self.small = probe_images(rows.first, places, channels, rows.description).small
 
     def __iter__(self) -> Iterator[LoadedBatch | Failure]:  # type: ignore[override]
         info = get_worker_info()

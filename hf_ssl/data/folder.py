@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a local folder holds: plain images, which are opened here, or other files, which `datasets` opens."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetInfo,
+    Features,
+    Image,
+    ReadInstruction,
+    concatenate_datasets,
+)
+
+from hf_ssl.data.listing import File, Listing, list_folder
+from hf_ssl.data.location import IMAGE, ZIP, Location, fingerprint, kind_of, main_kind
+from hf_ssl.data.splits import infer_splits, split_names
+from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
+_REMEMBERED = 8  # folders, and splits, that a process remembers
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """The images of one split.
+
+    Attributes:
+        dataset: with the columns "image" (`{"bytes", "path"}`, not decoded) and, if the directories are
+            classes, "label".
+        sizes: (N,) bytes of each file.
+    """
+
+    dataset: Dataset
+    sizes: np.ndarray = field(repr=False)
+
+    @property
+    def paths(self) -> list[str]:
+        return self.dataset.data.column("image").combine_chunks().field("path").to_pylist()
+
+    @cached_property
+    def revision(self) -> str:
+        """The fingerprint of the files, wherever they lie."""
+        return fingerprint(self.paths, self.sizes.tolist())
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Attributes:
+        images: the splits, if there are only images to read.
+        files: the files of each split that `datasets` is to read. If this and `images` are empty, `datasets`
+            has to look into the folder itself.
+    """
+
+    images: dict[str, ImageSplit] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
+
+
+_contents: dict[str, tuple[Listing, Contents]] = {}
+_image_splits: dict[str, ImageSplit] = {}
+
+
+def contents(location: Location) -> Contents:
+    """Find out what lies at a local place. A folder that did not change is listed once in a process."""
+    if location.files:
+        return _of_files(location)
+    root = os.path.realpath(location.loader)
+    if root in _contents and _contents[root][0].is_current():
+        return _contents[root][1]
+    listing = list_folder(root)
+    found = _of_listing(listing)
+    # The files are in the tables now, and a list of millions of them is large.
+    _remember(_contents, root, (replace(listing, files=[]), found))
+    return found
+
+
+def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
+    memory.pop(key, None)
+    while len(memory) >= _REMEMBERED:
+        del memory[next(iter(memory))]
+    memory[key] = value
+
+
+def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
+    """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`) and their revision.
+
+    Raises:
+        ValueError: what is in brackets is no slice.
+    """
+    chosen = [splits[name] for name in split_names(split)]
+    if len(chosen) == 1:
+        revision = chosen[0].revision
+    else:
+        revision = fingerprint(
+            [file for part in chosen for file in part.paths],
+            [size for part in chosen for size in part.sizes.tolist()],
+        )
+    if split in splits:
+        return splits[split].dataset, revision
+    lengths = {name: len(part.dataset) for name, part in splits.items()}
+    parts = [
+        splits[part.splitname].dataset.select(range(part.from_, part.to))
+        for part in ReadInstruction.from_spec(split).to_absolute(lengths)
+    ]
+    return concatenate_datasets(parts), revision
+
+
+def _of_files(location: Location) -> Contents:
+    if kind_of(location.files[0]) == IMAGE:
+        files = [_examined(file) for file in location.files]
+        return Contents(images=_image_tables({"train": files}, os.sep))
+    return Contents(files={"train": list(location.files)})
+
+
+def _of_listing(listing: Listing) -> Contents:
+    if not listing.files:
+        raise UserError(
+            f"expected data.path={listing.root!r} to hold Parquet files, images or WebDataset tars, but it "
+            "cannot be opened: it holds no files that are visible"
+        )
+    metadata = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
+    kinds = {file: kind_of(file.path) for file in listing.files if file not in metadata}
+    kind = main_kind(kinds.values())
+    if kind is None or _declares_its_files(listing.root):
+        return Contents()
+    wanted = (IMAGE, ZIP) if kind == ZIP else (kind,)
+    files = [file for file, own in kinds.items() if own in wanted]
+    if kind in (IMAGE, ZIP) and metadata:
+        files = sorted(files + metadata)
+    splits = infer_splits(files, listing.root)
+    _report_unused(listing, kind, files, splits)
+    if kind == IMAGE and not metadata:
+        return Contents(images=_image_tables(splits, listing.root))
+    return Contents(files={name: [file.path for file in files] for name, files in splits.items()})
+
+
+def _declares_its_files(root: str) -> bool:
+    """Whether the folder says itself, as a data set on the Hub does, which files belong to which split."""
+    if any(os.path.exists(os.path.join(root, name)) for name in (".huggingface.yaml", "dataset_infos.json")):
+        return True
+    try:
+        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+            return _DECLARATION.search(file.read()) is not None
+    except OSError:
+        return False
+
+
+def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[str, list[File]]) -> None:
+    used = {file for chosen in splits.values() for file in chosen}
+    if len(used) < len(files):
+        logger.warning(
+            "%d of %d files in %s are not used: the names of others say that they are the splits %s; "
+            "data.path='%s/**/*' reads all of them as one split",
+            len(files) - len(used),
+            len(files),
+            listing.root,
+            ", ".join(splits),
+            listing.root,
+        )
+    archives = (
+        [file.path for file in listing.files if file.path.lower().endswith(ZIP)] if kind == IMAGE else []
+    )
+    if archives:
+        logger.warning(
+            "%s is not read because images lie beside it; data.path=%s reads it", archives[0], archives[0]
+        )
+
+
+def _examined(path: str) -> File:
+    status = os.stat(path)
+    return File(path, status.st_size, status.st_mtime_ns)
+
+
+def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
+    """Tables with labels by the rule of `datasets`.
+
+    The directories that hold images are classes if there are several of them, all at the same depth. The
+    splits count together, but the first ones do not know of the later ones: their rows then have no label.
+    (That occurs where `train` and `test` hold images and no directories.)
+    """
+    classes: set[str] = set()
+    depths: set[int] = set()
+    names: dict[str, list[str] | None] = {}
+    for split, files in splits.items():
+        directories = [os.path.dirname(file.path) for file in files]
+        for directory in set(directories):
+            classes.add(os.path.basename(directory))
+            depths.add(directory.count(os.sep))
+        labelled = len(classes) > 1 and len(depths) == 1
+        names[split] = [os.path.basename(directory) for directory in directories] if labelled else None
+    # whether the last split is labelled decides on the column
+    label_names = sorted(classes) if names[next(reversed(splits))] is not None else None
+    return {
+        split: _image_split(files, names[split], label_names, root, split) for split, files in splits.items()
+    }
+
+
+def _image_split(
+    files: list[File], names: list[str] | None, label_names: list[str] | None, root: str, split: str
+) -> ImageSplit:
+    identity = _identity(files, label_names, root, split)
+    known = _image_splits.get(identity)
+    if known is not None:
+        return known
+    paths = pa.array([file.path for file in files], pa.string())
+    missing = pa.nulls(len(files), pa.binary())
+    columns = {"image": pa.StructArray.from_arrays([missing, paths], ["bytes", "path"])}
+    features = Features(image=Image(decode=False))
+    if label_names is not None:
+        numbers = {name: number for number, name in enumerate(label_names)}
+        labels = [None] * len(files) if names is None else [numbers[name] for name in names]
+        columns["label"] = pa.array(labels, pa.int64())
+        features["label"] = ClassLabel(names=label_names)
+    dataset = Dataset(
+        pa.table(columns),
+        info=DatasetInfo(features=features),
+        split=datasets.Split(split),
+        fingerprint=identity,
+    )
+    found = ImageSplit(dataset, np.array([file.size for file in files], np.int64))
+    _remember(_image_splits, identity, found)
+    return found
+
+
+def _identity(files: Iterable[File], label_names: list[str] | None, root: str, split: str) -> str:
+    """A fingerprint as `Dataset` has it. It changes if a file is added, removed, renamed or replaced."""
+    digest = hashlib.blake2b(f"{root}\n{split}\n{label_names}\n".encode(), digest_size=8)
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists the files of a folder once, and tells whether such a list still holds."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CLOCK_TICK_NS = 20_000_000
+"""A directory may change twice within one tick of the file system's clock and show one time for both."""
+
+
+class File(NamedTuple):
+    """A file with the size and the time of its last change when it was listed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All visible files below a folder.
+
+    Attributes:
+        root: absolute path of the folder, links resolved.
+        files: sorted by path.
+        directories: path -> time of its last change, of each directory that was listed.
+        listed_ns: when.
+    """
+
+    root: str
+    files: list[File]
+    directories: dict[str, int]
+    listed_ns: int
+
+    def is_current(self) -> bool:
+        """Whether no file was added, removed, renamed or replaced since.
+
+        Only the directories are asked, so a file that is rewritten in place is not noticed.
+        """
+        if max(self.directories.values()) > self.listed_ns - _CLOCK_TICK_NS:
+            return False
+        try:
+            return all(os.stat(path).st_mtime_ns == time for path, time in self.directories.items())
+        except OSError:
+            return False
+
+
+def list_folder(folder: str) -> Listing:
+    """List all visible files below a folder; each directory is read once.
+
+    As in `datasets`, files and directories whose name starts with a dot and directories whose name starts
+    with two underscores are left out, links to files count as files, and links to directories are not
+    followed.
+
+    Raises:
+        UserError: the folder itself cannot be read.
+    """
+    root = os.path.realpath(folder)
+    listed_ns = time.time_ns()
+    files: list[File] = []
+    directories: dict[str, int] = {}
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            directories[directory] = os.stat(directory).st_mtime_ns
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    _sort_in(entry, files, waiting)
+        except OSError as error:
+            if directory == root:
+                raise UserError(f"data.path: expected a folder that can be read, got {error}") from error
+            logger.warning("images below %s are not used: %s", directory, error.strerror)
+    return Listing(root, sorted(files), directories, listed_ns)
+
+
+def _sort_in(entry: "os.DirEntry[str]", files: list[File], directories: list[str]) -> None:
+    """Append the entry to the files, to the directories, or to neither."""
+    if entry.name.startswith("."):
+        return
+    if entry.is_dir(follow_symlinks=False):
+        if not entry.name.startswith("__"):
+            directories.append(entry.path)
+    elif entry.is_file():
+        status = entry.stat()
+        if _is_text(entry.name):
+            files.append(File(entry.path, status.st_size, status.st_mtime_ns))
+        else:
+            logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be stored in a table. (Names from old archives may be in another encoding.)"""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local folders: what is found in them equals what `datasets` finds, and each directory is listed once."""
+
+import logging
+import os
+import shutil
+import sys
+import zipfile
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from hf_ssl.data import DataConfig, labelled_images, open_source, sources
+from hf_ssl.data.folder import contents
+from hf_ssl.data.images import EncodedRows, probe
+from hf_ssl.data.listing import list_folder
+from hf_ssl.data.location import fingerprint, locate
+from hf_ssl.data.store import decoded_rows
+from hf_ssl.errors import UserError
+
+LAYOUTS = {
+    "flat": ["b.jpg", "a.jpg", "c.jpg"],
+    "one class folder": ["cats/a.jpg", "cats/b.jpg"],
+    "class folders": ["dogs/b.jpg", "cats/a.jpg", "cats/c.jpg"],
+    "class folders at different depths": ["dogs/b.jpg", "cats/old/a.jpg"],
+    "images beside class folders": ["a.jpg", "cats/b.jpg", "dogs/c.jpg"],
+    "train and test folders": ["train/cats/a.jpg", "train/dogs/b.jpg", "test/cats/c.jpg", "test/dogs/d.jpg"],
+    "train and test folders without classes": ["train/a.jpg", "train/b.jpg", "test/c.jpg"],
+    "all three splits": ["val/x/a.jpg", "training/x/b.jpg", "evaluation/y/c.jpg", "training/y/d.jpg"],
+    "several folders of one split": ["train/a.jpg", "train_2/b.jpg", "my-train/c.jpg", "other train 3/d.jpg"],
+    "splits deep inside": ["data/v1/train/x/a.jpg", "data/v1/dev/x/b.jpg"],
+    "splits in file names": ["train_1.jpg", "photo-train.jpg", "test.jpg", "a valid 1.jpg", "0train0.jpg"],
+    "other words that hold keywords": ["trainer.jpg", "latest.jpg", "contest.jpg", "Train.jpg", "devil.jpg"],
+    "a folder that is named after a split by chance": ["test shots/a.jpg", "summer/b.jpg", "winter/c.jpg"],
+    "a split in a name and in a folder": ["test/train_1.jpg", "train/test_1.jpg", "train/a.jpg"],
+    "shards": ["data/train-00000-of-00002.jpg", "data/extra-00001-of-00002-ab.jpg", "data/a.jpg", "test.jpg"],
+    "spaces and umlauts": ["Ausflüge 2019/Bär 1.jpg", "Ausflüge 2020/Bär 2.jpg"],
+    "nested deeper": ["2019/may/a.jpg", "2019/june/b.jpg", "2020/may/c.jpg"],
+    "hidden files": [".a.jpg", "b.jpg", ".hidden/c.jpg", "__MACOSX/d.jpg", "__e.jpg", "x/.thumbs/f.jpg"],
+    "upper-case endings": ["a.JPG", "b.JPEG", "c.jpg"],
+    "mixed endings": ["a.jpg", "b.png", "c.webp", "d.bmp", "e.gif", "f.tif", "g.ppm"],
+    "images that are fewer than half": ["a.jpg", "b.jpg", "notes.md", "c.jpg", "film.mp4", "Thumbs.db"],
+    "dots in names": ["a.b.jpg", "c.1.jpg", "x.y/d.jpg"],
+}
+
+
+def write(root, names):
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ppm"):
+            PIL.Image.new("RGB", (8 + number % 2, 8), (number, 0, 0)).save(path)
+        else:
+            path.write_bytes(b"no image")
+    return root
+
+
+def rows(dataset):
+    paths = [row["path"] for row in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
+    names = dataset.features["label"].names if "label" in dataset.features else None
+    return paths, dataset["label"][:] if names else None, names
+
+
+def assert_equal_to_datasets(root):
+    expected = datasets.load_dataset(str(root))
+    found = contents(locate(str(root)))
+    assert list(found.images or found.files) == list(expected)
+    for split, dataset in expected.items():
+        source = open_source(DataConfig(path=str(root)), split)
+        assert rows(source.dataset) == rows(dataset)
+        assert source.num_rows == len(dataset)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_of_images_is_what_datasets_sees(layout, tmp_path):
+    root = write(tmp_path / "photos", LAYOUTS[layout])
+    assert contents(locate(str(root))).images  # it is not opened by `datasets`
+    assert_equal_to_datasets(root)
+
+
+def test_links_are_treated_as_datasets_does(tmp_path):
+    write(tmp_path / "elsewhere", ["a.jpg", "sub/b.jpg"])
+    root = write(tmp_path / "photos", ["c.jpg"])
+    (root / "link.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "dangling.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "link").symlink_to(root)
+    for path in (root, tmp_path / "link"):
+        assert_equal_to_datasets(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_metadata_files_are_left_to_datasets(ending, tmp_path):
+    root = write(tmp_path / "photos", ["train/a.jpg", "train/b.jpg", "test/c.jpg"])
+    for split, names in (("train", ["b.jpg", "a.jpg"]), ("test", ["c.jpg"])):
+        lines = ["file_name,kind", *(f"{name},x" for name in names)]
+        if ending == "jsonl":
+            lines = [f'{{"file_name": "{name}", "kind": "x"}}' for name in names]
+        (root / split / f"metadata.{ending}").write_text("\n".join(lines))
+    assert_equal_to_datasets(root)
+    assert "kind" in open_source(DataConfig(path=str(root))).dataset.features
+
+
+def test_parquet_in_shards(tmp_path, write_parquet, encode, picture):
+    root = tmp_path / "numbers"
+    for file, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test-00000-of-00001", 1)):
+        images = [encode(picture(number)) for number in range(count)]
+        write_parquet(root / "data" / f"{file}.parquet", images, [0] * count)
+    assert_equal_to_datasets(root)
+
+
+def test_a_readme_that_declares_its_files(tmp_path):
+    root = write(tmp_path / "photos", ["one/a.jpg", "two/b.jpg"])
+    declared = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: left\n    path: one/*\n---\n"
+    (root / "README.md").write_text(declared)
+    assert open_source(DataConfig(path=str(root)), "left").num_rows == 1
+    with pytest.raises(UserError, match=r"its splits are left; choose one with data\.split=left"):
+        open_source(DataConfig(path=str(root)))
+
+
+# What differs from `datasets` on purpose.
+
+
+def test_images_count_whatever_else_lies_in_the_folder(tmp_path):
+    """`datasets` chooses the loader of the most frequent ending: text, video or JSON here. It counts the name
+    of a text file as a split, and takes `a.jpg.json` (of a Google Photos export) and `film.mpg` for images.
+    """
+    others = [f"notes {number}.txt" for number in range(5)]
+    others += ["test.mp4", "a.jpg.json", "b.jpg.json", "film.mpg", "instruction.md", "Thumbs.db", "x.pdf"]
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "Größe 1/c.png", *others])
+    source = open_source(DataConfig(path=str(root)))
+    names = [os.path.basename(path) for path in rows(source.dataset)[0]]
+    assert sorted(names) == ["a.jpg", "b.jpg", "c.png"]
+
+
+def test_a_file_is_in_a_split_once(tmp_path):
+    """`datasets` reads a file twice if two patterns match."""
+    root = write(tmp_path / "photos", ["train-training/a.jpg", "test/b.jpg"])
+    assert open_source(DataConfig(path=str(root))).num_rows == 1
+    assert len(datasets.load_dataset(str(root))["train"]) == 2
+
+
+def test_names_of_shards_that_are_no_names_of_splits(tmp_path):
+    """`datasets` raises an error."""
+    root = write(tmp_path / "photos", ["data/my photo-00000-of-00001.jpg", "data/b.jpg"])
+    assert open_source(DataConfig(path=str(root))).num_rows == 2
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path):
+    """`datasets` reads the brackets as a pattern and finds nothing."""
+    root = write(tmp_path / "photos [2020]", ["a.jpg"])
+    assert open_source(DataConfig(path=str(root))).num_rows == 1
+
+
+def test_names_that_are_not_unicode(tmp_path, caplog):
+    root = write(tmp_path / "photos", ["a.jpg"])
+    shutil.copy(root / "a.jpg", os.fsencode(root) + b"/b\xe4r.jpg")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(DataConfig(path=str(root))).num_rows == 1
+    assert "not valid UTF-8; rename it" in caplog.text
+
+
+def test_an_archive_beside_images_is_reported(tmp_path, caplog):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c/d.jpg"])
+    with zipfile.ZipFile(root / "backup.zip", "w") as archive:
+        archive.write(root / "a.jpg", "a.jpg")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(DataConfig(path=str(root))).num_rows == 3
+    assert f"data.path={root / 'backup.zip'} reads it" in caplog.text
+
+
+def test_files_outside_the_splits_are_reported(tmp_path, caplog):
+    names = ["train trip/a.jpg", "summer/b.jpg", "winter/c.jpg", "winter/film.mp4"]
+    root = write(tmp_path / "photos", names)
+    with caplog.at_level(logging.WARNING):
+        assert open_source(DataConfig(path=str(root))).num_rows == 1
+    assert "2 of 3 files" in caplog.text and f"data.path='{root}/**/*'" in caplog.text
+    source = open_source(DataConfig(path=f"{root}/**/*"), labels=True)
+    assert source.num_rows == 3 and source.class_names == ["summer", "train trip", "winter"]
+
+
+def test_files_that_cannot_be_read_are_broken_images(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    source = open_source(DataConfig(path=str(root)))
+    (root / "a.jpg").unlink()
+    (root / "a.jpg").mkdir()  # for root, who may read everything, as good as no permission
+    assert len(fingerprint([str(root / "a.jpg"), str(root / "b.jpg")])) == 16
+    _, broken = EncodedRows(source, 3).read(np.array([0, 1]))
+    assert list(broken) == [0]
+
+
+def test_a_slice_that_is_no_slice(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    with pytest.raises(UserError, match=r"data\.path='.*photos' to hold .*train\[a:b\]"):
+        open_source(DataConfig(path=str(root)), "train[a:b]")
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"data\.path='.*photos'.* holds no files"):
+        open_source(DataConfig(path=str(tmp_path / "photos")))
+
+
+def test_a_part_and_a_sum_of_splits(tmp_path):
+    root = write(tmp_path / "photos", [f"{split}/{n}.jpg" for split in ("train", "test") for n in range(10)])
+    config = DataConfig(path=str(root))
+    expected = datasets.load_dataset(str(root), split="train[:30%]+test[2:]")
+    assert rows(open_source(config, "train[:30%]+test[2:]").dataset) == rows(expected)
+    assert (
+        open_source(config, "train+test").revision
+        != open_source(config).revision
+        == open_source(config, "train[:1]").revision
+    )
+
+
+def test_the_table_changes_with_the_files(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    config = DataConfig(path=str(root), cache="memmap")
+
+    def opened():
+        source = open_source(config)
+        return source.dataset._fingerprint, source.num_rows, decoded_rows(source, 3, "none")
+
+    first = opened()
+    assert opened() == first
+    write(tmp_path / "other", ["x/x.jpg", "x.jpg"])
+    os.replace(tmp_path / "other" / "x.jpg", root / "a.jpg")
+    second = opened()
+    assert second[0] != first[0] and second[1] == 2
+    write(root, ["c.jpg"])
+    assert opened()[:2] != second[:2] and opened()[1] == 3
+
+
+# Directories are listed once.
+
+_listed: list[str] | None = None
+
+
+def _note(event, arguments):
+    if _listed is None or event not in ("os.scandir", "os.listdir"):
+        return
+    if not isinstance(arguments[0], int):  # a descriptor of an open directory
+        _listed.append(os.path.abspath(os.fsdecode(arguments[0] or ".")))
+
+
+sys.addaudithook(_note)  # it stays for good, and does nothing while `_listed` is None
+
+
+@pytest.fixture
+def listed():
+    global _listed
+    _listed = []
+    yield _listed
+    _listed = None
+
+
+@pytest.mark.parametrize("kind", ["images", "metadata", "parquet"])
+def test_each_directory_is_listed_once(kind, tmp_path, listed, write_parquet, encode, picture):
+    names = [f"{split}/{name}/{n}.jpg" for split in ("train", "test") for name in "xy" for n in range(4)]
+    root = tmp_path / "data"
+    if kind == "parquet":
+        for split in ("train", "test"):
+            images = [encode(picture(number)) for number in range(4)]
+            write_parquet(root / split / "numbers.parquet", images, [0, 1, 0, 1])
+    else:
+        write(root, names)
+    if kind == "metadata":
+        for split in ("train", "test"):
+            lines = [f"{name}/{n}.jpg,{n % 2}" for name in "xy" for n in range(4)]
+            (root / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    for directory, _, _ in os.walk(root):
+        os.utime(directory, (1e9, 1e9))  # as if nobody had just changed it
+    listed.clear()
+    config = DataConfig(path=str(root), label_column="label")
+    open_source(config)
+    for limit in (2, None):  # for the monitor, for the evaluation
+        for split in ("train", "test"):
+            labelled_images(config, split, max_images=limit)
+    inside = [path for path in listed if path.startswith(str(root))]
+    assert str(root) in inside
+    assert {path: inside.count(path) for path in inside if inside.count(path) > 1} == {}
+
+
+def test_a_listing_knows_when_it_is_out_of_date(tmp_path):
+    root = write(tmp_path / "photos", ["x/a.jpg", "b.jpg"])
+    for directory in (root, root / "x"):
+        os.utime(directory, (1e9, 1e9))
+    listing = list_folder(str(root))
+    assert listing.is_current()
+    (root / "x" / "a.jpg").rename(root / "x" / "c.jpg")
+    assert not listing.is_current()
+    assert not list_folder(str(root)).is_current()  # it may change again before the clock ticks
+    shutil.rmtree(root / "x")
+    assert not listing.is_current()
+
+
+# Sizes come from headers.
+
+
+def test_probing_decodes_one_image_of_each_size(tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(64)]
+    root = write(tmp_path / "photos", names)  # of two sizes
+    decoded = []
+    from hf_ssl.data import images
+
+    monkeypatch.setattr(images, "decode", lambda data, channels, own=images.decode: (
+        decoded.append(1), own(data, channels))[1])  # fmt: skip
+    assert probe(open_source(DataConfig(path=str(root))), 3).size is None
+    assert len(decoded) == 2
+    for name in names[1::2]:
+        (root / name).unlink()
+    assert probe(open_source(DataConfig(path=str(root))), 3).size == (8, 8)
+    assert len(decoded) == 3
+
+
+def test_probing_applies_the_orientation_and_skips_what_is_broken(tmp_path):
+    upright = PIL.Image.new("RGB", (6, 9))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    for number, kind in enumerate(("jpg", "png", "webp", "tif")):
+        upright.save(tmp_path / f"{number}.{kind}")
+        upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / f"turned{number}.{kind}", exif=exif)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    whole = (tmp_path / "0.jpg").read_bytes()
+    PIL.Image.new("RGB", (50, 50)).save(tmp_path / "large.bmp")
+    (tmp_path / "large.bmp").write_bytes((tmp_path / "large.bmp").read_bytes()[:60])  # header only
+    assert probe(open_source(DataConfig(path=str(tmp_path))), 3).size == (9, 6)
+    for path in tmp_path.iterdir():
+        path.write_bytes(whole[:40])
+    (tmp_path / "another.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .* row 0 "):
+        probe(open_source(DataConfig(path=str(tmp_path))), 3)
+
+
+def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
+    root = write(tmp_path / "photos", ["one/a.jpg", "two/b.jpg"])
+    declared = "---\nconfigs:\n- config_name: mine\n  data_files:\n  - split: train\n    path: one/*\n---\n"
+    (root / "README.md").write_text(declared)
+    for directory, _, _ in os.walk(root):
+        os.utime(directory, (1e9, 1e9))
+    built = []
+    own = sources.load_dataset_builder
+    monkeypatch.setattr(
+        sources, "load_dataset_builder", lambda *args, **kw: (built.append(args), own(*args, **kw))[1]
+    )
+    for name in (None, None, "mine", "mine"):
+        assert open_source(DataConfig(path=str(root), name=name)).num_rows == 1
+    assert len(built) == 2
