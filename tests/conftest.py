@@ -48,8 +48,8 @@ def _fresh_hf_home() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """A function (name, make): return the folder `name`, which the first worker to ask fills by `make(folder)`.
-    Do not write to such a folder: the other workers read it.
+    """A function (name, make) that returns the folder `name`. The first worker to ask fills it by
+    `make(folder)`. Do not write to it: the other workers read it.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -75,9 +75,8 @@ def finished_run(made_once: Callable[[str, Callable[[Path], object]], Path]) -> 
     from hf_ssl.run import pretrain
 
     def train(root: Path) -> None:
-        pretrain(
-            load_recipe("smoke/simclr", [f"training.output_dir={root / 'digits'}", "training.monitor_steps=0"])
-        )
+        folder = root / "digits"
+        pretrain(load_recipe("smoke/simclr", [f"training.output_dir={folder}", "training.monitor_steps=0"]))
 
     return made_once("runs", train) / "digits"
 

@@ -30,7 +30,9 @@ STAGES = {
     ),
     "hf_ssl": ("hf_ssl.run", "hf_ssl.cli", "hf_ssl.recipe", "hf_ssl.trainer.trainer"),
 }  # fmt: skip
-SERVER = "import sys; sys.path.append(sys.argv[1]); import forks; forks.serve(sys.stdin, sys.stdout)"
+SERVER = """import os, sys; sys.path.append(sys.argv[1])
+import forks; forks.serve(sys.stdin, sys.stdout)
+os._exit(0)  # at once: unloading torch takes time"""
 
 
 class Forks:
@@ -52,7 +54,7 @@ class Forks:
         self, stage: str, code: str, *arguments: str, env: Mapping[str, str] | None = None,
         cwd: Path | None = None, timeout: int = 300,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-        """Run code as `python -c code arguments` would, after the imports of a stage; capture what it prints."""
+        """Run code as `python -c` does, after the imports of a stage; capture what it prints."""
         return self.together(stage, code, [arguments], env=env, cwd=cwd, timeout=timeout)[0]
 
     def together(
@@ -89,7 +91,7 @@ class Forks:
 
 
 def serve(requests: TextIO, answers: TextIO, stage: str = next(iter(STAGES))) -> None:
-    """Answer each request with its exit statuses; those of a later stage are for a server forked from here."""
+    """Answer each request with exit statuses; a server forked from here answers those of later stages."""
     for module in STAGES[stage]:
         import_module(module)
     later: tuple[TextIO, TextIO] | None = None

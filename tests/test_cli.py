@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from forks import Forks
 
 from hf_ssl import evaluation, run, space
 from hf_ssl.cli import main
@@ -124,12 +125,18 @@ def test_what_only_prints_is_quick() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [["-m", "hf_ssl"], [str(ROOT / "training" / "pretrain.py")]])
-def test_entry_points_return_the_status(command: list[str], tmp_path: Path) -> None:
-    arguments = ["pretrain", "smoke/simcrl"] if command[0] == "-m" else ["smoke/simcrl"]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("runpy.run_module('hf_ssl', run_name='__main__', alter_sys=True)", ["pretrain", "smoke/simcrl"]),
+        (f"runpy.run_path({str(ROOT / 'training/pretrain.py')!r}, run_name='__main__')", ["smoke/simcrl"]),
+    ],
+    ids=["python -m hf_ssl", "training/pretrain.py"],
+)
+def test_entry_points_return_the_status(
+    forks: Forks, tmp_path: Path, code: str, arguments: list[str]
+) -> None:
+    done = forks.run("hf_ssl", f"import runpy; {code}", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "hf-ssl: unknown recipe smoke/simcrl: did you mean smoke/simclr?"
     assert "Traceback" not in done.stderr

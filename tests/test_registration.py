@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks
+from tiers import in_tiers
 
 import hf_ssl
 from hf_ssl.methods import METHODS
@@ -68,17 +69,9 @@ SAMPLED = ("hf_ssl.modeling.base", "hf_ssl.methods.simclr.modeling_simclr", "hf_
 
 
 def orders() -> list:
-    files = [
-        pytest.param(
-            f"import {name}", id=f"{name} first", marks=[] if name in SAMPLED else pytest.mark.slow
-        )
-        for name in own_files()
-    ]
-    return [*(pytest.param(code, id=name) for name, code in ORDERS.items()), *files]
-
-
-def test_the_sampled_files_exist() -> None:
-    assert set(SAMPLED) <= set(own_files())
+    files = [(f"import {name}",) for name in own_files()]
+    sampled = [(f"import {name}",) for name in SAMPLED]
+    return [*(pytest.param(code, id=name) for name, code in ORDERS.items()), *in_tiers(files, sampled)]
 
 
 @pytest.mark.parametrize("order", orders())

@@ -2,10 +2,9 @@
 """Data sets on a Hub: the real clients, in a process of their own, against the test suite's own server."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from forks import Forks
 from hub_server import HubServer
 
 SCRIPT = """
@@ -56,15 +55,8 @@ def hub(tmp_path, write_parquet, encode, picture):
         yield hub
 
 
-def test_data_sets_on_the_hub(hub, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_data_sets_on_the_hub(forks: Forks, hub, tmp_path):
+    done = forks.run("torch", SCRIPT, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     parquet, folder = (

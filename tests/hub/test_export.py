@@ -4,13 +4,11 @@
 import json
 import os
 import resource
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -144,7 +142,7 @@ def save_photos(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory, new_facts) -> dict:
+def stranger(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
     """What one process without hf_ssl finds in the exports of all architectures."""
     folder = tmp_path_factory.mktemp("exports")
     generator = torch.Generator().manual_seed(0)
@@ -166,9 +164,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, new_facts) -> dict:
         facts["backbone"] |= {"class_name": kind.__name__, "pooling": POOLING.get(name, "pooler")}
         write_card(folder / name, facts)
     torch.set_num_threads(threads)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(STRANGER), str(folder), *CONFIGS]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    finished = forks.run("transformers", STRANGER, str(folder), *CONFIGS)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

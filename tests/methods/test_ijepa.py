@@ -359,6 +359,7 @@ def test_measurements_and_embeddings():
     torch.testing.assert_close(model.objective(made).embeddings[:, 0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "crippled"])
 def test_the_alarm(whole, tmp_path, monkeypatch):
     """Without the teacher, when targets learn too, all images soon look the same, and the monitor says so."""

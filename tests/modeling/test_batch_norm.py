@@ -2,12 +2,10 @@
 """Synchronised BatchNorm in two real gloo processes against torch's own in one."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forks import Forks
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -45,7 +43,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_equal_the_whole_batch(tmp_path):
+def test_two_processes_equal_the_whole_batch(forks: Forks, tmp_path):
     generator = torch.Generator().manual_seed(0)
     cases = []
     for layer, shape in (
@@ -56,12 +54,8 @@ def test_two_processes_equal_the_whole_batch(tmp_path):
         x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 100  # a large mean
         cases.append((layer, x, torch.randn(shape, generator=generator, dtype=torch.float64)))
     torch.save(cases, tmp_path / "given.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    ranks = forks.together("hf_ssl", SCRIPT, [[str(rank), str(tmp_path)] for rank in range(2)])
+    assert [(rank.returncode, rank.stderr) for rank in ranks] == [(0, "")] * 2
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     (dealt, back), (other_dealt, other_back) = (part.pop() for part in parts)
     assert sorted(torch.cat([dealt, other_dealt]).flatten().tolist()) == list(range(8))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from forks import Forks
+from tiers import in_tiers
 
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.methods import METHODS
@@ -127,14 +128,6 @@ def allowed(method, data, backbone) -> bool:
 CASES = [case for case in product(METHODS, ("map", "stream"), ("resnet", "vit")) if allowed(*case)]
 # One way of reading each, with each kind of encoder; a queue and a teacher have to be resumed, a memory too.
 SAMPLED = [("moco", "map", "resnet"), ("simclr", "stream", "vit"), ("deepcluster_v2", "map", "resnet")]
-
-
-def in_tiers(cases, sampled) -> list:
-    """The sampled cases are tested by default, the others with -m slow."""
-    return [
-        pytest.param(*case, id="-".join(case), marks=[] if case in sampled else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 def plain_backbone(method) -> str:
