@@ -207,7 +207,7 @@ def test_a_memory_of_all_images_refuses_a_stream(method):
     if not load_recipe(f"smoke/{method}").model_class.needs_sample_index:
         assert load_recipe(f"smoke/{method}", ["data.streaming=true"]).data.streaming
         return
-    with pytest.raises(UserError, match=r"data\.streaming: .* queue \(MoCo, SwAV\) take streams"):
+    with pytest.raises(UserError, match=mentions("data.streaming", "data.streaming=false", "MoCo", "SwAV")):
         load_recipe(f"smoke/{method}", ["data.streaming=true"])
 
 
@@ -216,5 +216,5 @@ def test_a_memory_of_all_images_has_a_place_for_each(method):
     if recipe.model_class.needs_sample_index:
         model = build_model(recipe, seed=0)
         assert model.config.num_samples == open_source(recipe.data).num_rows
-        with pytest.raises(UserError, match=rf"num_samples: expected 5.* got {model.config.num_samples}"):
+        with pytest.raises(UserError, match=mentions("num_samples", 5, model.config.num_samples)):
             model.check_source(streaming=False, num_rows=5)

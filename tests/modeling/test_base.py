@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from messages import mentions
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
 
@@ -99,7 +100,7 @@ def test_feature_size(config: PreTrainedConfig, size):
 
 def test_too_few_views():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
-    with pytest.raises(UserError, match="at least 2 views of an image, got 1"):
+    with pytest.raises(UserError, match=mentions("views.count", 2, 1)):
         model(torch.randn(4, 1, 3, 16, 16))
 
 

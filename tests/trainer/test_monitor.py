@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
@@ -111,7 +112,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     made = trainer(tmp_path, "training.max_steps=4", "training.logging_steps=1", "training.monitor_steps=0")
     with torch.no_grad():
         made.method.projector[0].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"the loss became nan near step 1: lower training\.learning_rate"):
+    with pytest.raises(UserError, match=mentions("loss", "nan", 1, "training.learning_rate")):
         made.train()
 
 
