@@ -31,15 +31,20 @@ STAGES = {
     "hf_ssl": ("hf_ssl.run", "hf_ssl.cli", "hf_ssl.recipe", "hf_ssl.trainer.trainer"),
 }  # fmt: skip
 SERVER = """import os, sys; sys.path.append(sys.argv[1])
-import forks; forks.serve(sys.stdin, sys.stdout)
+import forks; forks.STAGES["transformers"] += tuple(sys.argv[2:]); forks.serve(sys.stdin, sys.stdout)
 os._exit(0)  # at once: unloading torch takes time"""
 
 
 class Forks:
-    """The client of one server, which starts with the first program and ends with the context."""
+    """The client of one server, which starts with the first program and ends with the context.
 
-    def __init__(self) -> None:
+    Args:
+        also: further modules for the stage "transformers".
+    """
+
+    def __init__(self, also: Sequence[str] = ()) -> None:
         self._server: subprocess.Popen[str] | None = None
+        self._also = also
 
     def __enter__(self) -> "Forks":
         return self
@@ -52,14 +57,14 @@ class Forks:
 
     def run(
         self, stage: str, code: str, *arguments: str, env: Mapping[str, str] | None = None,
-        cwd: Path | None = None, timeout: int = 300,
+        cwd: Path | None = None, timeout: int = 900,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """Run code as `python -c` does, after the imports of a stage; capture what it prints."""
         return self.together(stage, code, [arguments], env=env, cwd=cwd, timeout=timeout)[0]
 
     def together(
         self, stage: str, code: str, each: Sequence[Sequence[str]], *,
-        env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: int = 300,
+        env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: int = 900,
     ) -> list[subprocess.CompletedProcess[str]]:  # fmt: skip
         """Run the code at the same time once for each list of arguments."""
         with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +85,7 @@ class Forks:
     def _ask(self, request: dict[str, Any]) -> list[int]:
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(Path(__file__).parent)],
+                [sys.executable, "-c", SERVER, str(Path(__file__).parent), *self._also],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip

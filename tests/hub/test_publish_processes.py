@@ -73,7 +73,7 @@ def process(hub: HubServer, home: Path, *command: str, token: str | None = None,
         env=hub.environment(home, token) | changed,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
