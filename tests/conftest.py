@@ -89,6 +89,14 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets runs of this process draw no curves, which takes longer than everything else in a small run."""
+    from hf_ssl.trainer.callbacks import Curves
+
+    monkeypatch.setattr(Curves, "draw", lambda self, args, state: None)
+
+
+@pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as hub:
         yield hub

@@ -11,6 +11,8 @@ from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 COMMON = [
     "backbone={model_type: resnet, layer_type: basic, embedding_size: 16, depths: [1, 1], "
     "hidden_sizes: [16, 32]}",

@@ -362,7 +362,7 @@ def test_measurements_and_embeddings():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "crippled"])
-def test_the_alarm(whole, tmp_path, monkeypatch):
+def test_the_alarm(whole, tmp_path, monkeypatch, no_curves):
     """Without the teacher, when targets learn too, all images soon look the same, and the monitor says so."""
     settings = [
         "max_steps=60", "batch_size=64", "learning_rate=3e-3", "monitor_steps=20", "logging_steps=20",

@@ -16,6 +16,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SMALL = [
     "training.use_cpu=true",
     "training.disable_tqdm=true",

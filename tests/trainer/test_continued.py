@@ -115,7 +115,7 @@ def test_training_begins_with_the_encoder_its_teacher_too(finished_run, method, 
             assert torch.equal(value, expected[name]), f"{part}.{name}"
 
 
-def test_the_trunk_stays_while_the_head_warms_up(finished_run, tmp_path):
+def test_the_trunk_stays_while_the_head_warms_up(finished_run, tmp_path, no_curves):
     overrides = ["training.head_warmup_epochs=100", "training.monitor_steps=0", "training.disable_tqdm=true"]
     trainer = train(continued(finished_run, *overrides, f"training.output_dir={tmp_path}"))
     before = AutoModel.from_pretrained(finished_run).state_dict()
@@ -169,7 +169,7 @@ def test_the_guard_speaks_when_two_in_a_row_are_clearly_worse(accuracies, worse)
     assert not control.should_training_stop
 
 
-def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path):
+def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path, no_curves):
     overrides = [
         "training.learning_rate=3.0", "training.optimizer=sgd", "training.max_steps=60",
         "training.monitor_steps=10", "training.on_worse=stop", "training.disable_tqdm=true",

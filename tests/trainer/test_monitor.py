@@ -14,6 +14,8 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
 from hf_ssl.trainer.monitor import CollapseAlarm
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SMALL = [
     "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_bank_images=100",
     "training.monitor_query_images=50", "training.batch_size=64", "data.max_images=256",
