@@ -5,6 +5,7 @@ import ast
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -22,6 +23,9 @@ NAMES = {
 }  # fmt: skip
 
 
+Place = tuple[ast.AST, str, int | None, ast.expr | ast.stmt]
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One changed version of a file."""
@@ -30,27 +34,36 @@ class Mutant:
     line: int
     column: int
     change: str  # the smallest part that differs, before and after
-    source: str
+    number: int  # among all of the file
 
     @property
     def key(self) -> str:
         return f"{self.file}:{self.line}:{self.column} {self.change}"
 
 
-def mutants(file: str, source: str) -> Iterator[Mutant]:
-    """Yield every mutant of a file. Messages, annotations and docstrings stay as they are."""
+def mutants(file: str, source: str) -> list[Mutant]:
+    """Return every mutant of a file. Messages, annotations and docstrings stay as they are."""
+    return [
+        Mutant(file, node.lineno, node.col_offset, f"{_short(node)} -> {_short(changed)}", number)
+        for number, ((*_, node), changed) in enumerate(_all_changes(ast.parse(source)))
+    ]
+
+
+def mutated(source: str, number: int) -> str:
+    """Return the source with one change."""
     tree = ast.parse(source)
-    for parent, field, index, node in list(_places(tree)):
-        for changed in _changes(node):
-            _put(parent, field, index, changed)
-            text = ast.unparse(ast.fix_missing_locations(tree))
-            _put(parent, field, index, node)
-            before, after = (_short(part) for part in (node, changed))
-            if before != after:
-                yield Mutant(file, node.lineno, node.col_offset, f"{before} -> {after}", text)
+    (parent, field, index, _), changed = next(islice(_all_changes(tree), number, None))
+    _put(parent, field, index, changed)
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
-def _places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.expr | ast.stmt]]:
+def _all_changes(tree: ast.AST) -> Iterator[tuple[Place, ast.AST]]:
+    for place in list(_places(tree)):
+        for changed in _changes(place[-1]):
+            yield place, changed
+
+
+def _places(node: ast.AST) -> Iterator[Place]:
     """Yield each expression and statement that may change, with the place where it stands."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
@@ -113,4 +126,6 @@ def _with(node: ast.AST, change: Callable[[ast.AST], None]) -> ast.AST:
 
 def _short(node: ast.AST) -> str:
     """The text of an expression, or the first line of a statement."""
+    if isinstance(node, ast.If):
+        node = ast.If(node.test, [ast.Pass()], [])
     return ast.unparse(ast.fix_missing_locations(node)).splitlines()[0][:100]

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 from forks import Forks
-from weekly.mutants import Mutant, mutants
+from weekly.mutants import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "weekly" / "mutations.json"
@@ -33,6 +33,11 @@ TESTS = {
     "hf_ssl/modeling": ["tests/modeling", "tests/methods", "tests/test_methods.py"],
     "hf_ssl/trainer": ["tests/trainer"],
     "hf_ssl/data": ["tests/data"],
+}
+# Of these files tests lie elsewhere too.
+ALSO = {
+    "hf_ssl/modeling/depth.py": ["tests/trainer/test_continued.py"],
+    "hf_ssl/modeling/rules.py": ["tests/trainer/test_optimizers.py"],
 }
 # Of these folders only what computes or orders; the rest reads, writes and reports.
 FILES = {
@@ -81,7 +86,7 @@ def candidates() -> dict[str, list[Mutant]]:
         for path in sorted((ROOT / folder).glob("*.py")):
             if path.stem != "__init__" and path.stem in FILES.get(folder, (path.stem,)):
                 name = path.relative_to(ROOT).as_posix()
-                found[name] = list(mutants(name, path.read_text(encoding="utf-8")))
+                found[name] = mutants(name, path.read_text(encoding="utf-8"))
     return found
 
 
@@ -89,7 +94,7 @@ def run_tests(forks: Forks, file: str, source: str, cpu_seconds: int) -> int:
     """Return the status of the tests that concern a file, with another source in its place."""
     job = {
         "module": file.removesuffix(".py").replace("/", "."), "source": source, "root": str(ROOT),
-        "tests": TESTS[file.rpartition("/")[0]], "cpu_seconds": cpu_seconds,
+        "tests": [*ALSO.get(file, []), *TESTS[file.rpartition("/")[0]]], "cpu_seconds": cpu_seconds,
     }  # fmt: skip
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as written:
         json.dump(job, written)
@@ -155,7 +160,8 @@ def run(arguments: argparse.Namespace) -> list[Mutant]:
             for mutant in mine:
                 if time.monotonic() > end:
                     return
-                status = run_tests(forks, mutant.file, mutant.source, arguments.cpu_seconds)
+                source = mutated((ROOT / mutant.file).read_text(encoding="utf-8"), mutant.number)
+                status = run_tests(forks, mutant.file, source, arguments.cpu_seconds)
                 entry = {"key": mutant.key, "survived": status == 0, "status": status}
                 with arguments.log.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(entry) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from forks import Forks
 from weekly import mutations
-from weekly.mutants import Mutant, mutants
+from weekly.mutants import Mutant, mutants, mutated
 
 SOURCE = '''
 def f(x, y: int = 1):
@@ -32,7 +32,8 @@ def test_each_kind_of_change_is_made_once() -> None:
 def test_a_mutant_differs_from_its_source_in_one_place() -> None:
     (first, *_), lines = mutants("f.py", SOURCE), SOURCE.splitlines()
     assert first.key == "f.py:2:18 1 -> 2" and lines[1][18] == "1"
-    assert "y: int=2" in first.source and "x < y and (not x)" in first.source
+    changed = mutated(SOURCE, first.number)
+    assert "y: int=2" in changed and "x < y and (not x)" in changed
 
 
 def test_every_folder_has_files_and_tests() -> None:
@@ -40,6 +41,8 @@ def test_every_folder_has_files_and_tests() -> None:
     for folder, tests in mutations.TESTS.items():
         assert any(name.startswith(f"{folder}/") for name in files)
         assert all((mutations.ROOT / test).exists() for test in tests)
+    assert all((mutations.ROOT / test).exists() for tests in mutations.ALSO.values() for test in tests)
+    assert mutations.ALSO.keys() <= files.keys()
     for folder, names in mutations.FILES.items():
         assert {f"{folder}/{name}.py" for name in names} <= files.keys()
 
