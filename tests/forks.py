@@ -97,6 +97,8 @@ class Forks:
 
 def serve(requests: TextIO, answers: TextIO, stage: str = next(iter(STAGES))) -> None:
     """Answer each request with exit statuses; a server forked from here answers those of later stages."""
+    if stage == next(iter(STAGES)) and "FORKS_PRELUDE" in os.environ:  # see weekly/mutations.py
+        exec(Path(os.environ["FORKS_PRELUDE"]).read_text(encoding="utf-8"), {})
     for module in STAGES[stage]:
         import_module(module)
     later: tuple[TextIO, TextIO] | None = None

@@ -45,14 +45,15 @@ FILES = {
     "hf_ssl/data": ("ordering", "map_style", "stream", "stream_loader", "batch", "broken", "labelled"),
 }
 
-# In a fork that has not loaded hf_ssl: the changed file is the one that its import finds.
-PROGRAM = """
-import json, os, resource, sys
+# Files whose tests need several processes; for others such tests, which start slowly, are left out.
+IN_PROCESSES = ("hf_ssl/modeling/batch_norm.py", "hf_ssl/modeling/gather.py")
+
+# Makes the import of one module find another source; JOB is the file that holds it.
+HOOK = """
+import json, sys
 from importlib.machinery import PathFinder, SourceFileLoader
 
-job = json.load(open(sys.argv[1]))
-resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"],) * 2)
-assert not any(name.split(".")[0] == "hf_ssl" for name in sys.modules)
+job = json.load(open(JOB))
 
 class Changed(SourceFileLoader):
     def get_code(self, fullname):
@@ -66,12 +67,22 @@ class Finder:
             spec.loader = Changed(name, spec.origin)
             return spec
 
+assert not any(name.split(".")[0] == "hf_ssl" for name in sys.modules)
+sys.meta_path.insert(0, Finder)
+"""
+
+# In a fork that has not loaded hf_ssl.
+PROGRAM = """
+import os, resource, sys
+exec(open(sys.argv[1]).read())
+resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"],) * 2)
+os.environ["FORKS_PRELUDE"] = sys.argv[1]  # the processes of the tests find the same source
+
 class Order:
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if "forks" not in item.fixturenames]
+        items[:] = [item for item in items if job["forks"] or "forks" not in item.fixturenames]
         items.sort(key=lambda item: item.path.stem != "test_" + job["module"].rpartition(".")[2])
 
-sys.meta_path.insert(0, Finder)
 sys.path.insert(0, job["root"])
 import pytest
 options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
@@ -95,11 +106,13 @@ def run_tests(forks: Forks, file: str, source: str, cpu_seconds: int) -> int:
     job = {
         "module": file.removesuffix(".py").replace("/", "."), "source": source, "root": str(ROOT),
         "tests": [*ALSO.get(file, []), *TESTS[file.rpartition("/")[0]]], "cpu_seconds": cpu_seconds,
+        "forks": file in IN_PROCESSES,
     }  # fmt: skip
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as written:
-        json.dump(job, written)
-        written.flush()
-        done = forks.run("transformers", PROGRAM, written.name, cwd=ROOT, timeout=30 * cpu_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        data, hook = Path(folder, "job.json"), Path(folder, "hook.py")
+        data.write_text(json.dumps(job), encoding="utf-8")
+        hook.write_text(HOOK.replace("JOB", repr(str(data))), encoding="utf-8")
+        done = forks.run("transformers", PROGRAM, str(hook), cwd=ROOT, timeout=30 * cpu_seconds)
     return done.returncode
 
 
