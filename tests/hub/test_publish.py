@@ -195,7 +195,7 @@ def test_somebody_elses_commit_meanwhile_is_kept(
 REFUSALS = {
     "no token": (REPO, {"token": None}, ["token", "hf auth login"]),
     "a token that may read": (REPO, {"token": "read"}, ["token", "someone", "read", REPO]),
-    "an unknown token": (REPO, {"token": "hf_unknown"}, ["token"]),
+    "an unknown token": (REPO, {"token": "hf_unknown"}, ["token", "HF_TOKEN", "hf auth login"]),
     "a foreign namespace": ("stranger/digits", {}, ["stranger/digits", "someone", "lab", "stranger"]),
     "no name": ("some one/digits", {}, ["some one/digits"]),
     "too many parts": ("a/b/c", {}, ["a/b/c"]),

@@ -175,7 +175,7 @@ def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path, no_cur
         "training.monitor_steps=10", "training.on_worse=stop", "training.disable_tqdm=true",
         "training.max_grad_norm=1.0", f"training.output_dir={tmp_path}",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"k-NN|features"):
+    with pytest.raises(UserError, match=mentions("k-NN", "training.learning_rate", "training.layer_decay")):
         train(continued(finished_run, *overrides))
 
 

@@ -104,7 +104,7 @@ def test_no_token_is_told_before_training(
     online: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="token"):
+    with pytest.raises(UserError, match=mentions("token", "hf auth login")):
         pretrain(recipe(tmp_path / "digits", "end"))
     assert not (tmp_path / "digits").exists()
 
