@@ -179,15 +179,16 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    with progress(f"reading the recipe {arguments.recipe}"):
-        from hf_ssl.recipe import load_recipe
+    with quick_imports():
+        with progress(f"reading the recipe {arguments.recipe}"):
+            from hf_ssl.recipe import load_recipe
 
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-    output = Path(recipe.training["output_dir"])
-    if arguments.resume and not any(output.glob("checkpoint-*")):
-        raise UserError(f"nothing to resume: {output} holds no checkpoint; start without --resume")
-    with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl import run
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+        output = Path(recipe.training["output_dir"])
+        if arguments.resume and not any(output.glob("checkpoint-*")):
+            raise UserError(f"nothing to resume: {output} holds no checkpoint; start without --resume")
+        with progress("loading torch and transformers"):
+            from hf_ssl import run
 
     run.pretrain(recipe)
 

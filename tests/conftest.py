@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: no network, no cache that an earlier run left, no more threads than help; and a
-Hub of its own for those that need one.
+"""What holds for every test: no network, no cache of an earlier run, one thread for each worker; and fixtures
+that the workers share.
 """
 
 import os
 import tempfile
 
 # Before torch and the Hugging Face libraries are imported: they read these once.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_ssl-tests-")
@@ -16,12 +16,28 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from filelock import FileLock
+from forks import Forks
 from hub_server import HubServer
+
+# The files whose tests take longest. They come first, so that no worker begins a long one when others end.
+LONG = ("test_resume_and_processes", "test_collapse", "test_registration", "test_page", "test_methods")
+MOST_WORKERS = 4  # each holds about 1 GiB
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers for `-n auto`: xdist itself counts two hardware threads as one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,14 +47,53 @@ def _fresh_hf_home() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function (name, make) that returns the folder `name`. The first worker to ask fills it by
+    `make(folder)`. Do not write to it: the other workers read it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def find_or_make(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return find_or_make
+
+
+@pytest.fixture(scope="session")
+def finished_run(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The output folder of a small run that is over. Do not write to it."""
     from hf_ssl.recipe import load_recipe
     from hf_ssl.run import pretrain
 
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    pretrain(load_recipe("smoke/simclr", [f"training.output_dir={folder}", "training.monitor_steps=0"]))
-    return folder
+    def train(root: Path) -> None:
+        folder = root / "digits"
+        pretrain(load_recipe("smoke/simclr", [f"training.output_dir={folder}", "training.monitor_steps=0"]))
+
+    return made_once("runs", train) / "digits"
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs in processes of their own that need not import torch again."""
+    with Forks() as forks:
+        yield forks
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets runs of this process draw no curves, which takes longer than everything else in a small run."""
+    from hf_ssl.trainer.callbacks import Curves
+
+    monkeypatch.setattr(Curves, "draw", lambda self, args, state: None)
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
 Importing torch and transformers takes seconds, so this process imports once and forks each run. JOBS.json
 holds a list of groups; the runs of a group are the ranks of one process group and go at the same time,
 groups go one after another. A run is {"recipe": name, "overrides": [...], "kill_at": step or null,
-"weights": path or null}. A killed run gets SIGKILL, as by `kill -9`, right after an optimiser step; the
-others write their final weights and the history of their losses.
+"weights": path or null}; with "curves": true it draws its curves, which takes longer than the rest of such a
+small run. A killed run gets SIGKILL, as by `kill -9`, right after an optimiser step; the others write their
+final weights and the history of their losses.
 """
 
 import json
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
+from hf_ssl.trainer.callbacks import Curves
 
 
 class KillAt(TrainerCallback):
@@ -38,6 +40,8 @@ def run(job: dict, rank: int, world_size: int, port: int) -> None:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+    if not job.get("curves", False):
+        Curves.draw = lambda self, args, state: None  # the process is the job's own
     callbacks = [] if job["kill_at"] is None else [KillAt(job["kill_at"])]
     trainer = train(load_recipe(job["recipe"], job["overrides"]), callbacks)
     losses = {record["step"]: record["loss"] for record in trainer.state.log_history if "loss" in record}

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from forks import Forks
+from messages import missing
 
 from hf_ssl import evaluation, run, space
 from hf_ssl.cli import main
@@ -124,36 +126,42 @@ def test_what_only_prints_is_quick() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [["-m", "hf_ssl"], [str(ROOT / "training" / "pretrain.py")]])
-def test_entry_points_return_the_status(command: list[str], tmp_path: Path) -> None:
-    arguments = ["pretrain", "smoke/simcrl"] if command[0] == "-m" else ["smoke/simcrl"]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("runpy.run_module('hf_ssl', run_name='__main__', alter_sys=True)", ["pretrain", "smoke/simcrl"]),
+        (f"runpy.run_path({str(ROOT / 'training/pretrain.py')!r}, run_name='__main__')", ["smoke/simcrl"]),
+    ],
+    ids=["python -m hf_ssl", "training/pretrain.py"],
+)
+def test_entry_points_return_the_status(
+    forks: Forks, tmp_path: Path, code: str, arguments: list[str]
+) -> None:
+    done = forks.run("hf_ssl", f"import runpy; {code}", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "hf-ssl: unknown recipe smoke/simcrl: did you mean smoke/simclr?"
+    assert missing(done.stderr.splitlines()[-1], "hf-ssl:", "smoke/simcrl", "smoke/simclr") == []
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "parts"),
     [
-        (["pretrain", "simcrl"], "unknown recipe simcrl: did you mean"),
-        (["pretrain", "smoke/simclr", "method.name=simcrl"], "unknown method simcrl: did you mean simclr?"),
-        (["pretrain", "smoke/simclr", "training.max_step=1"], "did you mean training.max_steps?"),
-        (["pretrain", "smoke/simclr", "training.max_steps=few"], "expected a whole number, got 'few'"),
-        (["pretrain", "simclr_vit_small"], "data.path is missing"),
-        (["evaluate", "folder"], "data.path is missing"),
-        (["space", "build", "folder", "page"], "data.path is missing"),
-        (["space", "run", "nowhere"], "hf-ssl space build makes one"),
-        (["attention", "nowhere", "a.png", "--output", "b"], "cannot load an encoder"),
-        (["evaluate", "folder", "data.path=digits", "training.seed=1"], "unknown section training"),
+        (["pretrain", "simcrl"], ["recipe", "simcrl"]),
+        (["pretrain", "smoke/simclr", "method.name=simcrl"], ["method", "simcrl", "simclr"]),
+        (["pretrain", "smoke/simclr", "training.max_step=1"], ["training.max_step", "training.max_steps"]),
+        (["pretrain", "smoke/simclr", "training.max_steps=few"], ["training.max_steps", "few"]),
+        (["pretrain", "simclr_vit_small"], ["data.path"]),
+        (["evaluate", "folder"], ["data.path"]),
+        (["space", "build", "folder", "page"], ["data.path"]),
+        (["space", "run", "nowhere"], ["nowhere", "hf-ssl space build"]),
+        (["attention", "nowhere", "a.png", "--output", "b"], ["nowhere"]),
+        (["evaluate", "folder", "data.path=digits", "training.seed=1"], ["training"]),
     ],
 )
 def test_mistakes_end_in_a_sentence(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
 ) -> None:
-    assert sentence in refused(capsys, *arguments)
+    assert missing(refused(capsys, *arguments), *parts) == []
 
 
 # Mistakes that are seen once data or folders are opened; nothing may be left behind by them.
@@ -188,7 +196,7 @@ def test_resume_needs_something_to_resume(
 ) -> None:
     calls = record(monkeypatch, "pretrain")
     command = ["pretrain", "smoke/simclr", f"training.output_dir={tmp_path}", "--resume"]
-    assert "nothing to resume" in refused(capsys, *command)
+    assert missing(refused(capsys, *command), tmp_path) == []
     (tmp_path / "checkpoint-4").mkdir()
     assert main(command) == 0
     assert len(calls) == 1
@@ -211,7 +219,7 @@ def test_a_full_disk_is_one_sentence(
         raise OSError(errno.ENOSPC, "No space left on device", "runs/model.safetensors")
 
     record(monkeypatch, "demo", fail)
-    assert "no space left on the disk for runs/model.safetensors" in refused(capsys, "demo")
+    assert missing(refused(capsys, "demo"), "no space left", "runs/model.safetensors") == []
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

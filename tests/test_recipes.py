@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from messages import mentions
 from transformers import ResNetConfig
 
 from hf_ssl.data import DataConfig
@@ -145,65 +146,65 @@ def test_output_folder_has_a_default() -> None:
     assert load(SMOKE, "training.output_dir=x").training["output_dir"] == "x"
 
 
-# What a person may get wrong, and the sentence that must come.
+# What a person may get wrong, and what the message must name.
 MISTAKES = {
-    "trainin.max_steps=3": "unknown section trainin .*: did you mean training",
-    "training.max_step=3": "unknown key training.max_step: did you mean training.max_steps",
-    "views.sise=3": "unknown key views.sise: did you mean views.size",
-    "views.local.cound=3": "unknown key views.local.cound: did you mean views.local.count",
-    "data.splitt=a": "unknown key data.splitt: did you mean data.split",
-    "publish.repo=a": "unknown key publish.repo: did you mean publish.repo_id",
-    "method.temprature=1": "unknown key method.temprature: did you mean method.temperature",
-    "method.views={}": "unknown key method.views",
-    "method.dtype=float16": "unknown key method.dtype",
-    "backbone.depth=[1]": "unknown key backbone.depth: did you mean backbone.depths",
-    "method.name=simcrl": "unknown method simcrl: did you mean simclr",
-    "backbone.model_type=resnett": "unknown backbone.model_type resnett: did you mean resnet",
-    "backbone.model_type=ssl_simclr": "unknown backbone.model_type ssl_simclr",
-    "backbone={depths: [1]}": "backbone.model_type is missing",
-    "method={temperature: 1}": "method.name is missing",
-    "data={channels: 3}": "data.path is missing",
-    "data.path=null": "data.path: expected text, got None",
-    "training.max_steps=abc": "training.max_steps: expected a whole number, got 'abc'",
-    "training.max_steps=3.5": "training.max_steps: expected a whole number, got 3.5",
-    "training.learning_rate=abc": "training.learning_rate: expected a number, got 'abc'",
-    "training.bf16=maybe": r"training\.bf16: expected true or false.*, got 'maybe'",
-    "training.optimizer=sgdd": "training.optimizer .*adamw.* got 'sgdd'",
-    "training.lr_scheduler_type=foo": "training: foo is not a valid SchedulerType",
-    "training.per_device_train_batch_size=3": "set training.batch_size",
-    "training.batch_size=1": "training.batch_size: SimCLR .* at least 2 .* got 1",
-    "training.batch_size=0": "training.batch_size",
-    "views.scale=[1]": r"views.scale: expected 2 numbers, got \[1\]",
-    "views.scale=[a, b]": "views.scale: expected 2 numbers",
-    "views.local=3": "views.local: expected a mapping",
-    "views.count=1": "views.count: SimCLR needs at least 2 views of an image, got 1",
-    "evaluation.neighbours=[a]": r"evaluation.neighbours: expected a list of whole numbers, got \['a'\]",
-    "evaluation.test_split=train": "train_split = test_split",
-    "method.temperature=abc": "method.temperature: expected a number, got 'abc'",
-    "method.temperature=0.0001": "method.temperature must be at least",
-    "method.projection_layers=2.5": "method.projection_layers: expected a whole number, got 2.5",
-    "backbone.depths=[1, a]": "backbone.depths: expected a list of whole numbers or null, got",
-    "backbone.layer_type=foo": "backbone: layer_type=foo",
-    "backbone.num_channels=1": "backbone.num_channels: expected 3, which is data.channels, got 1",
-    "backbone={model_type: vit, image_size: 224}": "backbone.image_size: expected 16, .* got 224",
-    "backbone={model_type: vit, patch_size: 7}": "16 pixels cannot be divided into patches .*patch_size=7",
-    "backbone={model_type: vit, patch_size: 4, hidden_act: foo}": "backbone: vit cannot encode views",
-    "backbone={model_type: bert}": "expected an encoder of images, got bert",
-    "backbone={model_type: timm_wrapper, architecture: resnet181}": "backbone: timm_wrapper .*resnet181",
-    "data.channels=2": "data.channels=3",
-    "data.path=${oc.env:HOME}": "data.path: recipes have no interpolation",
-    "data.path=[a": "cannot read 'data.path=",
-    "max_steps=3": "expected section.key=value .*got 'max_steps=3'",
-    "training.max_steps": "expected section.key=value .*got 'training.max_steps'",
-    "backbone=3": "expected backbone.key=value",
-    "data.=3": "expected data.key=value",
-    "=3": "expected section.key=value",
+    "trainin.max_steps=3": ["trainin", "training"],
+    "training.max_step=3": ["training.max_step", "training.max_steps"],
+    "views.sise=3": ["views.sise", "views.size"],
+    "views.local.cound=3": ["views.local.cound", "views.local.count"],
+    "data.splitt=a": ["data.splitt", "data.split"],
+    "publish.repo=a": ["publish.repo", "publish.repo_id"],
+    "method.temprature=1": ["method.temprature", "method.temperature"],
+    "method.views={}": ["method.views"],
+    "method.dtype=float16": ["method.dtype"],
+    "backbone.depth=[1]": ["backbone.depth", "backbone.depths"],
+    "method.name=simcrl": ["method", "simcrl", "simclr"],
+    "backbone.model_type=resnett": ["backbone.model_type", "resnett", "resnet"],
+    "backbone.model_type=ssl_simclr": ["backbone.model_type", "ssl_simclr"],
+    "backbone={depths: [1]}": ["backbone.model_type"],
+    "method={temperature: 1}": ["method.name"],
+    "data={channels: 3}": ["data.path"],
+    "data.path=null": ["data.path", "None"],
+    "training.max_steps=abc": ["training.max_steps", "whole number", "abc"],
+    "training.max_steps=3.5": ["training.max_steps", "whole number", 3.5],
+    "training.learning_rate=abc": ["training.learning_rate", "number", "abc"],
+    "training.bf16=maybe": ["training.bf16", "true", "false", "maybe"],
+    "training.optimizer=sgdd": ["training.optimizer", "sgd", "adamw", "lars", "sgdd"],
+    "training.lr_scheduler_type=foo": ["training", "foo"],
+    "training.per_device_train_batch_size=3": ["training.per_device_train_batch_size", "training.batch_size"],
+    "training.batch_size=1": ["training.batch_size", "SimCLR", 2, 1],
+    "training.batch_size=0": ["training.batch_size", 0],
+    "views.scale=[1]": ["views.scale", 2, "[1]"],
+    "views.scale=[a, b]": ["views.scale", 2, "a", "b"],
+    "views.local=3": ["views.local", 3],
+    "views.count=1": ["views.count", "SimCLR", 2, 1],
+    "evaluation.neighbours=[a]": ["evaluation.neighbours", "whole numbers", "a"],
+    "evaluation.test_split=train": ["evaluation", "test_split", "train_split", "train"],
+    "method.temperature=abc": ["method.temperature", "number", "abc"],
+    "method.temperature=0.0001": ["method.temperature", 0.003, 0.0001],
+    "method.projection_layers=2.5": ["method.projection_layers", "whole number", 2.5],
+    "backbone.depths=[1, a]": ["backbone.depths", "whole numbers", "a"],
+    "backbone.layer_type=foo": ["backbone", "layer_type", "foo"],
+    "backbone.num_channels=1": ["backbone.num_channels", "data.channels", 3, 1],
+    "backbone={model_type: vit, image_size: 224}": ["backbone.image_size", 16, 224],
+    "backbone={model_type: vit, patch_size: 7}": ["backbone.patch_size", 16, 7],
+    "backbone={model_type: vit, patch_size: 4, hidden_act: foo}": ["backbone", "vit"],
+    "backbone={model_type: bert}": ["backbone.model_type", "bert"],
+    "backbone={model_type: timm_wrapper, architecture: resnet181}": ["backbone", "timm_wrapper", "resnet181"],
+    "data.channels=2": ["data.channels", 3, 1, 2],
+    "data.path=${oc.env:HOME}": ["data.path", "${oc.env:HOME}"],
+    "data.path=[a": ["data.path=[a"],
+    "max_steps=3": ["section.key=value", "max_steps=3"],
+    "training.max_steps": ["section.key=value", "training.max_steps"],
+    "backbone=3": ["backbone.key=value", "backbone=3"],
+    "data.=3": ["data.key=value", "data.=3"],
+    "=3": ["section.key=value", "=3"],
 }
 
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistakes_get_a_sentence(override: str) -> None:
-    with pytest.raises(UserError, match=MISTAKES[override]) as caught:
+    with pytest.raises(UserError, match=mentions(*MISTAKES[override])) as caught:
         load(SMOKE, override)
     sentence = str(caught.value)
     assert "\n" not in sentence and len(sentence) < 300
@@ -212,46 +213,46 @@ def test_mistakes_get_a_sentence(override: str) -> None:
 def test_local_views_must_fit_the_patches_too() -> None:
     vit = "backbone={model_type: vit, patch_size: 8, hidden_size: 24, num_hidden_layers: 1}"
     load(SMOKE, vit, "views.local={count: 2, size: 4}")
-    with pytest.raises(UserError, match="views of 12 pixels cannot be divided"):
+    with pytest.raises(UserError, match=mentions("backbone.patch_size", 12, 8)):
         load(SMOKE, vit, "views.local={count: 2, size: 6}")
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "parts"),
     [
-        ("smoke/simcrl", "unknown recipe smoke/simcrl: did you mean smoke/simclr"),
-        ("zzzzzzzzzzzz", "unknown recipe zzzzzzzzzzzz: none of the .* is near; hf-ssl recipes lists them"),
-        ("nowhere/own.yaml", "no such recipe file nowhere/own.yaml"),
-        ("demo.yaml", "no such recipe file demo.yaml: did you mean demo"),
+        ("smoke/simcrl", ["smoke/simcrl", "smoke/simclr"]),
+        ("zzzzzzzzzzzz", ["zzzzzzzzzzzz", "hf-ssl recipes"]),
+        ("nowhere/own.yaml", ["nowhere/own.yaml"]),
+        ("demo.yaml", ["demo.yaml", "demo"]),
     ],
 )
-def test_unknown_recipes_are_named(name: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_unknown_recipes_are_named(name: str, parts: list) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
         load_recipe(name)
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "parts"),
     [
-        ("method:\n  name: simclr\n  - x\n", "own.yaml, line 3, is not valid YAML"),
+        ("method:\n  name: simclr\n  - x\n", ["own.yaml", "line 3"]),
         (
             "method: {name: simclr}\nmethod: {name: simclr}\n",
-            "line 2, is not valid YAML: found duplicate key method",
+            ["own.yaml", "line 2", "method"],
         ),
-        ("- method\n", "expected the sections method, .*got list"),
-        ("just words\n", "unknown section just words"),
-        ("method: simclr\n", "method in .*: expected keys and values, got 'simclr'"),
+        ("- method\n", ["own.yaml", "method", "backbone", "list"]),
+        ("just words\n", ["own.yaml", "just words"]),
+        ("method: simclr\n", ["own.yaml", "method", "simclr"]),
         (
             "method: {name: simclr}\nbackbon: {}\n",
-            "unknown section backbon in .*own.yaml: did you mean backbone",
+            ["own.yaml", "backbon", "backbone"],
         ),
-        ("method: {name: simclr}\n", "backbone.model_type is missing in .*own.yaml"),
-        ("", "method.name is missing in .*own.yaml"),
-        ("publish:\n  title: ${oc.env:HOME}\n", "publish.title: recipes have no interpolation"),
+        ("method: {name: simclr}\n", ["own.yaml", "backbone.model_type"]),
+        ("", ["own.yaml", "method.name"]),
+        ("publish:\n  title: ${oc.env:HOME}\n", ["publish.title", "${oc.env:HOME}"]),
     ],
 )
-def test_broken_files_get_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as caught:
+def test_broken_files_get_a_sentence(tmp_path: Path, text: str, parts: list) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)) as caught:
         load_recipe(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
@@ -259,16 +260,16 @@ def test_broken_files_get_a_sentence(tmp_path: Path, text: str, sentence: str) -
 def test_a_binary_file_gets_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match="not valid YAML"):
+    with pytest.raises(UserError, match=mentions("own.yaml", "YAML")):
         load_recipe(path)
 
 
 def test_sections_of_a_command_line_alone() -> None:
     data, evaluation = read_sections(["data.path=digits", "evaluation.draws=3"])
     assert (data, evaluation) == (DataConfig(path="digits"), EvaluationConfig(draws=3))
-    with pytest.raises(UserError, match=r"data\.path is missing"):
+    with pytest.raises(UserError, match=mentions("data.path")):
         read_sections([])
-    with pytest.raises(UserError, match="unknown section training"):
+    with pytest.raises(UserError, match=mentions("training")):
         read_sections(["training.seed=1"])
 
 

@@ -4,18 +4,18 @@
 import json
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from forks import Forks
+from tiers import in_tiers
 
 import hf_ssl
 from hf_ssl.methods import METHODS
 
 PACKAGE = Path(hf_ssl.__file__).parent
 
-# What is imported first. Each runs in a fork of a process that has loaded torch and others, but neither
-# transformers nor hf_ssl.
+# What is imported first, in a process that has loaded torch, but neither transformers nor hf_ssl.
 ORDERS = {
     "hf_ssl alone": "import hf_ssl; assert not {'transformers', 'datasets.arrow_dataset'} & loaded()",
     "hf_ssl, then AutoConfig": (
@@ -30,60 +30,27 @@ ORDERS = {
     "a concrete model, then hf_ssl": "from transformers import ViTModel; import hf_ssl",
 }
 
-DRIVER = """
-import importlib, json, os, sys, traceback
-# What the orders would load again and again.
-import torch, accelerate, torchvision, sklearn.metrics, torch.distributed.fsdp
+PROGRAM = """
+import json, sys
 
-orders, methods = json.load(sys.stdin)
 loaded = lambda: set(sys.modules)
 assert not {"transformers", "hf_ssl"} & loaded()
+order, methods = sys.argv[1], json.loads(sys.argv[2])
+exec(order)
 
-def check():
-    from transformers import AutoConfig
-    configs = {}
-    for name in methods:
-        configs[name] = AutoConfig.for_model("ssl_" + name)
-        assert type(configs[name]).__module__.startswith("hf_ssl.")
-    from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
-    for name, config in configs.items():
-        assert type(config) in MODEL_FOR_PRETRAINING_MAPPING, f"{name} is not known"
-        assert type(config) not in MODEL_MAPPING, f"{name}: AutoModel promises an encoder"
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hf_ssl") and module.__spec__ is not None:
-            for loader in (type(module.__spec__.loader), type(module.__loader__)):
-                assert not loader.__module__.startswith("hf_ssl"), f"{name} kept {loader}"
-
-def run(name, code, pipe):
-    try:
-        exec(code, {"loaded": loaded})
-        check()
-        message = ""
-    except BaseException:
-        message = traceback.format_exc()[-3000:] or "failed"
-    with os.fdopen(pipe, "w") as file:
-        file.write(message)
-    os._exit(0)
-
-results, running = {}, []
-def collect():
-    name, pid, pipe = running.pop(0)
-    with os.fdopen(pipe) as file:
-        results[name] = file.read()
-    os.waitpid(pid, 0)
-
-for name, code in orders.items():
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        run(name, code, writing)
-    os.close(writing)
-    running.append((name, pid, reading))
-    if len(running) == 2:
-        collect()
-while running:
-    collect()
-json.dump(results, sys.stdout)
+from transformers import AutoConfig
+configs = {}
+for name in methods:
+    configs[name] = AutoConfig.for_model("ssl_" + name)
+    assert type(configs[name]).__module__.startswith("hf_ssl.")
+from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
+for name, config in configs.items():
+    assert type(config) in MODEL_FOR_PRETRAINING_MAPPING, f"{name} is not known"
+    assert type(config) not in MODEL_MAPPING, f"{name}: AutoModel promises an encoder"
+for name, module in list(sys.modules.items()):
+    if name.startswith("hf_ssl") and module.__spec__ is not None:
+        for loader in (type(module.__spec__.loader), type(module.__loader__)):
+            assert not loader.__module__.startswith("hf_ssl"), f"{name} kept {loader}"
 """
 
 
@@ -97,25 +64,20 @@ def own_files() -> list[str]:
     return [*sorted(names), *methods, "hf_ssl.trainer.arguments", "hf_ssl.recipe", "hf_ssl.evaluation"]
 
 
-def orders() -> dict[str, str]:
-    return ORDERS | {f"{name} first": f"import {name}" for name in own_files()}
+# Of the files, one base class, one of the two files of a method, and the package that imports most.
+SAMPLED = ("hf_ssl.modeling.base", "hf_ssl.methods.simclr.modeling_simclr", "hf_ssl.evaluation")
 
 
-@cache
-def results() -> dict[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([orders(), list(METHODS)]),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def orders() -> list:
+    files = [(f"import {name}",) for name in own_files()]
+    sampled = [(f"import {name}",) for name in SAMPLED]
+    return [*(pytest.param(code, id=name) for name, code in ORDERS.items()), *in_tiers(files, sampled)]
 
 
 @pytest.mark.parametrize("order", orders())
-def test_auto_classes_know_our_types(order: str) -> None:
-    assert results()[order] == ""
+def test_auto_classes_know_our_types(forks: Forks, order: str) -> None:
+    done = forks.run("torch", PROGRAM, order, json.dumps(list(METHODS)))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_importing_hf_ssl_is_cheap() -> None:

@@ -6,6 +6,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 import torch
+from messages import mentions
 from transformers import BitImageProcessor
 
 from hf_ssl.data import decode as decode_module
@@ -109,7 +110,7 @@ def test_32_bit_integers_within_16_bits_are_read_and_others_refused(encode):
     inside = PIL.Image.fromarray(np.array([[0, 65535]], np.int32))
     assert decode(encode(inside, "TIFF"), 1).tolist() == [[[0, 255]]]
     outside = PIL.Image.fromarray(np.array([[0, 65536]], np.int32))
-    with pytest.raises(BrokenImage, match="16 bits a pixel, got values from 0 to 65536"):
+    with pytest.raises(BrokenImage, match=mentions(16, 0, 65536)):
         decode(encode(outside, "TIFF"), 1)
 
 
@@ -193,9 +194,9 @@ def test_reasons(encode, monkeypatch):
         decode(b"", 3)
     with pytest.raises(BrokenImage, match="not an image"):
         decode(b"hello", 3)
-    with pytest.raises(BrokenImage, match="no image in this row"):
+    with pytest.raises(BrokenImage, match=mentions("row")):
         Encoded(None, None).read()
-    with pytest.raises(BrokenImage, match="does not exist"):
+    with pytest.raises(BrokenImage, match="exist"):
         Encoded(None, "/nowhere/image.png").read()
     data = encode(smooth())
     with pytest.raises(BrokenImage, match="truncated"):

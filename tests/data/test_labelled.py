@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.data import DataConfig, labelled_images
 from hf_ssl.data.decode import decode
@@ -74,21 +75,19 @@ def test_broken_images_are_left_out_together_with_their_labels(
 
 def test_too_many_broken_images_are_an_error(labelled):
     images = labelled_images(labelled(broken=(1, 40)), "test")
-    with pytest.raises(
-        UserError, match=r"2 of 90 images cannot be read, more than data.max_broken_fraction=0.01"
-    ):
+    with pytest.raises(UserError, match=mentions(2, 90, "data.max_broken_fraction=0.01")):
         all_images(images)
 
 
 def test_rows_without_a_label_are_left_out_and_a_split_without_labels_is_refused(labelled):
     images = labelled_images(labelled(labels=[-1, 0, 1] * 30), "test")
     assert len(images) == 60 and images.labels.tolist() == [0, 1] * 30
-    with pytest.raises(UserError, match=r"column 'label' of .* holds no labels"):
+    with pytest.raises(UserError, match=mentions("label")):
         labelled_images(labelled(labels=[-1] * 90), "test")
 
 
 def test_data_without_classes_are_refused_where_labels_are_needed(numbered):
-    with pytest.raises(UserError, match=r"expected one column of classes in .* found no column"):
+    with pytest.raises(UserError, match=mentions("data.label_column=NAME")):
         labelled_images(numbered(20), "train")
 
 

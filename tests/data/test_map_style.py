@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from messages import mentions, missing
 
 from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
@@ -156,15 +157,13 @@ def test_only_broken_images_end_the_run_with_one_sentence(num_workers, numbered,
         list(loader)
     except UserError as error:
         text = str(error)
-    assert text.startswith("100 images of") and "none can be read" in text and "Traceback" not in text
+    assert missing(text, 100, "numbered") == [] and "Traceback" not in text and "\n" not in text
 
 
 def test_unreadable_data_and_too_little_data_are_found_at_once(numbered, make_loader):
-    with pytest.raises(
-        UserError, match=r"at least one batch of 48 images \(2 x 24\), got 40 images in .*numbered"
-    ):
+    with pytest.raises(UserError, match=mentions(48, "2 x 24", 40, "numbered")):
         make_loader(numbered(40), batch_size=24, world_size=2)
-    with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .*not an image"):
+    with pytest.raises(UserError, match=mentions("numbered", "not an image")):
         make_loader(numbered(16, broken=range(16)))
 
 
@@ -224,5 +223,5 @@ def test_a_broken_image_is_replaced_among_those_on_the_device(tmp_path, write_pa
 
 
 def test_rows_without_their_images_say_so():
-    with pytest.raises(RuntimeError, match="does not hold their images"):
+    with pytest.raises(RuntimeError, match="images"):
         HeldRows(torch.arange(3), (8, 8)).to("cpu")

@@ -7,6 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.columns import find_image_column, find_label_column, label_values
@@ -109,9 +110,7 @@ def test_a_column_of_bytes_or_of_file_names(tmp_path, make_loader, encode, pictu
         for streaming in (False, True)
     ]
     assert torch.equal(shown[0].images, shown[2].images) and torch.equal(shown[1].images, shown[3].images)
-    with pytest.raises(
-        UserError, match=r"found no column.*data\.image_column=NAME.*raw \(binary\), file \(string\)"
-    ):
+    with pytest.raises(UserError, match=mentions("data.image_column=NAME", "raw (binary)", "file (string)")):
         open_source(DataConfig(path=str(tmp_path / "data")))
 
 
@@ -125,37 +124,37 @@ def test_columns_are_found_by_type():
 
 
 @pytest.mark.parametrize(
-    ("features", "requested", "message"),
+    ("features", "requested", "parts"),
     [
         (
             {"a": IMAGE, "b": IMAGE},
             None,
-            r"found 2 columns: choose one with data.image_column=a.*a \(Image\), b \(Im",
+            [2, "data.image_column=a", "a (Image)", "b (Image)"],
         ),
-        ({"a": LABEL}, None, r"found no column.*a \(ClassLabel\)"),
-        ({"a": IMAGE}, "b", r"here has no column 'b' for data.image_column; its columns are a \(Image\)"),
-        ({"a": LABEL}, "a", "expected data.image_column to hold images.*got 'a' of type ClassLabel"),
+        ({"a": LABEL}, None, ["data.image_column=NAME", "a (ClassLabel)"]),
+        ({"a": IMAGE}, "b", ["here", "b", "data.image_column", "a (Image)"]),
+        ({"a": LABEL}, "a", ["data.image_column", "a", "ClassLabel"]),
     ],
 )
-def test_no_or_several_image_columns(features, requested, message):
-    with pytest.raises(UserError, match=message):
+def test_no_or_several_image_columns(features, requested, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         find_image_column(features, requested, "here")
 
 
 @pytest.mark.parametrize(
-    ("features", "requested", "message"),
+    ("features", "requested", "parts"),
     [
-        ({"a": LABEL, "b": LABEL}, None, "found 2 columns: choose one with data.label_column=a"),
-        ({"a": IMAGE}, None, "expected one column of classes in here, found no column"),
+        ({"a": LABEL, "b": LABEL}, None, [2, "data.label_column=a"]),
+        ({"a": IMAGE}, None, ["here", "data.label_column=NAME"]),
         (
             {"a": datasets.Value("float32")},
             "a",
-            "expected data.label_column to hold classes.*got 'a' of type float32",
+            ["data.label_column", "a", "float32"],
         ),
     ],
 )
-def test_no_or_several_label_columns(features, requested, message):
-    with pytest.raises(UserError, match=message):
+def test_no_or_several_label_columns(features, requested, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         find_label_column(features, requested, "here")
 
 
@@ -176,52 +175,54 @@ def test_labels(values, feature, labels, names):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_opened(streaming, tmp_path, numbered, monkeypatch):
-    def refused(message, split="train", **options):
-        with pytest.raises(UserError, match=message) as error:
+    def refused(*parts, split="train", **options):
+        with pytest.raises(UserError, match=mentions(*parts)) as error:
             open_source(DataConfig(streaming=streaming, **options), split)
         assert "\n" not in str(error.value)
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("got './nothing/here': it does not exist", path="./nothing/here")
-    refused("got '/nothing/here': it does not exist", path="/nothing/here")
+    refused("./nothing/here", path="./nothing/here")
+    refused("/nothing/here", path="/nothing/here")
     refused(
-        "'somebody/something' is neither a folder here nor a data set that can be opened on the Hub: .*reach",
+        "somebody/something",
+        "Hub",
         path="somebody/something",
     )
-    refused("no files match data.path='.*nothing.*tar'", path=str(tmp_path / "nothing*.tar"))
+    refused("data.path", tmp_path / "nothing*.tar", path=str(tmp_path / "nothing*.tar"))
     (tmp_path / "empty").mkdir()
     refused(
-        "data.path='.*empty' to hold Parquet files, images or WebDataset tars, but it cannot be opened: ",
+        "data.path",
+        tmp_path / "empty",
         path=str(tmp_path / "empty"),
     )
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.md").write_text("hello")
-    refused("data.path='.*text' to hold Parquet", path=str(tmp_path / "text"))
+    refused("data.path", tmp_path / "text", path=str(tmp_path / "text"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.parquet").write_text("hello")
-    refused("data.path='.*bad' to hold Parquet.*footer", path=str(tmp_path / "bad"))
+    refused("data.path", tmp_path / "bad", "footer", path=str(tmp_path / "bad"))
     config = numbered(20)
-    refused("numbered has no split 'test'; its splits are train", path=config.path, split="test")
-    refused("digits has no split 'validation'; its splits are train, test", path="digits", split="validation")
+    refused("numbered", "test", "train", path=config.path, split="test")
+    refused("digits", "validation", "train", "test", path="digits", split="validation")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "parts"),
     [
-        ({}, "data.path is missing"),
-        ({"channels": 4}, r"data.channels=3 \(colour\) or 1 \(grey\), got 4"),
-        ({"cache": "disk"}, "one of auto, none, memory, memmap, device, got 'disk'"),
-        ({"dtype": "uint16"}, "data.dtype=uint8"),
-        ({"max_broken_fraction": 2}, "from 0 to 1, got 2"),
-        ({"shuffle_window": 0}, "data.shuffle_window of at least 1, got 0"),
-        ({"open_shards": 0}, "data.open_shards of at least 1, got 0"),
-        ({"max_images": 0}, "data.max_images of at least 1, got 0"),
-        ({"max_images": 5, "streaming": True}, "needs data.streaming=false"),
+        ({}, ["data.path"]),
+        ({"channels": 4}, ["data.channels", 3, 1, 4]),
+        ({"cache": "disk"}, ["data.cache", "auto", "none", "memory", "memmap", "device", "disk"]),
+        ({"dtype": "uint16"}, ["data.dtype", "uint8", "uint16"]),
+        ({"max_broken_fraction": 2}, ["data.max_broken_fraction", 0, 1, 2]),
+        ({"shuffle_window": 0}, ["data.shuffle_window", 1, 0]),
+        ({"open_shards": 0}, ["data.open_shards", 1, 0]),
+        ({"max_images": 0}, ["data.max_images", 1, 0]),
+        ({"max_images": 5, "streaming": True}, ["data.max_images", "data.streaming=false"]),
     ],
 )
-def test_values_that_cannot_be(options, message):
-    with pytest.raises(UserError, match=message):
+def test_values_that_cannot_be(options, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         open_source(DataConfig(**({"path": "digits"} if options else {}) | options))
 
 
@@ -240,5 +241,5 @@ def test_files_in_archives_and_elsewhere_are_read(tmp_path, encode, picture):
 
 def test_a_slice_of_a_stream_is_refused(numbered):
     config = numbered(20, streaming=True)
-    with pytest.raises(UserError, match=r"needs data.streaming=false, got 'train\[:5\]'"):
+    with pytest.raises(UserError, match=mentions("data.streaming=false", "train[:5]")):
         open_source(config, "train[:5]")

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data import store as store_module
@@ -82,7 +83,7 @@ def test_an_image_of_another_size_is_named(cache, tmp_path, write_parquet, encod
     )
     with pytest.raises(
         UserError,
-        match=rf"data.cache={cache} needs images of one size: expected 12x10 .* got 12x11 in .* row 301;",
+        match=mentions(f"data.cache={cache}", "12x10", "12x11", "row 301"),
     ):
         decoded_rows(open_source(config), 3, cache)
     assert decoded_rows(open_source(config), 3, "auto") is None
@@ -90,9 +91,7 @@ def test_an_image_of_another_size_is_named(cache, tmp_path, write_parquet, encod
 
 @pytest.mark.parametrize("cache", ["memory", "memmap"])
 def test_sizes_that_obviously_differ(cache, image_folder):
-    with pytest.raises(
-        UserError, match=rf"data.cache={cache} needs images of one size, but those of .* differ"
-    ):
+    with pytest.raises(UserError, match=mentions(f"data.cache={cache}", "size")):
         decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, cache)
 
 
@@ -110,5 +109,5 @@ def test_data_opened_twice_are_decoded_once_while_they_are_in_use(numbered, monk
 
 def test_no_space_on_the_disk(numbered, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    with pytest.raises(UserError, match=r"data.cache=memmap needs 0.0 GiB in .* 0.0 GiB are free"):
+    with pytest.raises(UserError, match=mentions("data.cache=memmap", "0.0 GiB")):
         decoded_rows(open_source(numbered(33)), 3, "memmap")

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from messages import missing
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.decode import decode
@@ -167,10 +168,10 @@ def test_a_position_is_small(numbered, make_loader):
 def test_read_in_another_way_a_stream_goes_on_nearby_and_says_so(numbered, make_loader, numbers, caplog):
     config = numbered(96, files=2, row_group=4, streaming=True, shuffle_window=8, open_shards=2)
     first = take(make_loader(config, batch_size=4, num_workers=2), 14)
-    assert "not exactly" not in caplog.text
+    assert caplog.text == ""
     resumed = make_loader(config, batch_size=4, num_workers=3, position=first[-1].position)
     rest = take(resumed, 9)
-    assert "not exactly" in caplog.text and "workers 2 -> 3" in caplog.text
+    assert "workers 2 -> 3" in caplog.text
     assert rest[-1].position["batches"] == 23
     seen = {number for batch in first + rest for number in numbers(batch)}
     assert len(seen) > 66  # of 96: starting anew would show 56
@@ -179,7 +180,7 @@ def test_read_in_another_way_a_stream_goes_on_nearby_and_says_so(numbered, make_
 
 def test_without_a_position_a_stream_says_that_it_starts_anew(numbered, make_loader, caplog):
     make_loader(numbered(40, streaming=True), start_batch=3)
-    assert "starts anew after 3 batches" in caplog.text
+    assert missing(caplog.text, 3) == []
 
 
 def solid(label, shade):
@@ -233,7 +234,7 @@ def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
     source = open_source(config)
     assert source.num_rows is None and source.image_column == "png" and not source.whole_shards
     loader = make_loader(config, batch_size=12)
-    with pytest.raises(TypeError, match="not known"):
+    with pytest.raises(TypeError, match="known"):
         len(loader)
     known = {
         decode(encode(picture(100 * shard + number)), 3).numpy().tobytes()
@@ -274,20 +275,20 @@ def test_a_slot_with_less_than_a_batch_ends_the_run_with_one_sentence(num_worker
         next(iter(loader))
     except UserError as error:
         text = str(error)
-    assert text.startswith("expected at least one batch of 31 images for each of") and "Traceback" not in text
+    assert missing(text, 31) == [] and "Traceback" not in text
 
 
 def test_only_broken_images_end_the_run_with_one_sentence(numbered, make_loader, monkeypatch):
     monkeypatch.setattr("hf_ssl.data.stream_loader._MOST_BROKEN", 10)
     loader = make_loader(numbered(64, files=2, broken=range(1, 64), streaming=True), batch_size=4)
-    with pytest.raises(UserError, match=r"^(11|21) images cannot be read; the last is .*png"):
+    with pytest.raises(UserError, match=r"\b(11|21)\b.*png"):
         next(iter(loader))
 
 
 def test_other_data_are_not_taken_for_the_same(numbered, make_loader, caplog):
     position = take(make_loader(numbered(60, streaming=True)), 3)[-1].position
     take(make_loader(numbered(60, size=(12, 11), streaming=True), position=position), 3)
-    assert "not exactly" in caplog.text and "revision" in caplog.text
+    assert "revision" in caplog.text
 
 
 def test_a_damaged_file_is_named(numbered, make_loader, tmp_path):
@@ -297,7 +298,7 @@ def test_a_damaged_file_is_named(numbered, make_loader, tmp_path):
     data = bytearray(file.read_bytes())
     data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"shard \d of .*numbered \(train\) cannot be read"):
+    with pytest.raises(UserError, match=r"shard \d.*numbered"):
         take(loader, 5)
 
 

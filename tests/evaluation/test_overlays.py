@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 from PIL import Image
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
@@ -60,7 +61,7 @@ def test_a_size_keeps_the_whole_photo() -> None:
     assert {picture.size for picture in pictures.values()} == {(104, 40)}  # 44 x 110 in whole patches
     same = attention_pictures(vit(), processor(), photo(32, 48), size=32, shown_side=1)["image"]
     np.testing.assert_array_equal(np.asarray(same), photo(32, 48).permute(1, 2, 0).numpy())
-    with pytest.raises(UserError, match="expected a size of at least 8 pixels"):
+    with pytest.raises(UserError, match=mentions("size", 8, 7)):
         attention_pictures(vit(), processor(), photo(40, 100), size=7)
 
 
@@ -127,12 +128,12 @@ def test_the_overview_has_a_row_for_each_photo_and_a_column_for_each_picture() -
 
 def test_mistakes_are_told(folders: Path, tmp_path: Path) -> None:
     good = folders / "a" / "dog.png"
-    for model, path, sentence in (
-        ("resnet", good, "ResNetModel has no attention maps"),
-        ("vit", folders / "page.jpg", r"page\.jpg: This file is not a picture"),
-        ("vit", folders / "nothing.jpg", r"nothing\.jpg: No such file"),
-        ("nothing", good, "cannot load an encoder and its image processor from"),
+    for model, path, parts in (
+        ("resnet", good, ("ResNetModel",)),
+        ("vit", folders / "page.jpg", ("page.jpg", "picture")),
+        ("vit", folders / "nothing.jpg", ("nothing.jpg", "No such file")),
+        ("nothing", good, ("nothing",)),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=mentions(*parts)):
             write_attention_pictures(str(folders / model), [path], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 from PIL import Image
 
 from hf_ssl.errors import UserError
@@ -87,34 +88,34 @@ def test_pixels_are_what_people_see() -> None:
 
 
 BAD = {
-    "empty": (b"", "This file is empty"),
-    "text": (b"hello", "This file is not a picture that can be read"),
-    "html": (b"<!doctype html><html><img src=x></html>", "This file is not a picture"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "This file is not a picture"),
-    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "This file is not a picture"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "This file is not a picture"),
-    "only a signature": (b"\x89PNG\r\n\x1a\n", "This file is not a picture"),
-    "cut jpeg": (GOOD["jpeg"][0][:-200], "damaged or incomplete"),
-    "cut png": (GOOD["png"][0][:-1500], "damaged or incomplete"),
-    "cut webp": (GOOD["webp"][0][:-300], "(damaged or incomplete|not a picture)"),
+    "empty": (b"", ["empty"]),
+    "text": (b"hello", ["picture"]),
+    "html": (b"<!doctype html><html><img src=x></html>", ["picture"]),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", ["picture"]),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", ["picture"]),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ["picture"]),
+    "only a signature": (b"\x89PNG\r\n\x1a\n", ["picture"]),
+    "cut jpeg": (GOOD["jpeg"][0][:-200], ["damaged"]),
+    "cut png": (GOOD["png"][0][:-1500], ["damaged"]),
+    "cut webp": (GOOD["webp"][0][:-300], ["picture"]),
     "many pixels": (
         huge_png(10_000, 9_000),
-        "10,000 x 9,000 pixels. Please choose one of at most 50 million",
+        ["10,000 x 9,000", 50],
     ),
-    "a bomb": (huge_png(100_000, 100_000), "too many pixels. Please choose one of at most 50 million"),
+    "a bomb": (huge_png(100_000, 100_000), ["pixels", 50]),
     "a line": (
         encoded(noise(size=(210, 10)), "PNG"),
-        "210 x 10 pixels. Please choose one that is at most 20",
+        ["210 x 10", 20],
     ),
-    "floats": (encoded(Image.new("F", (40, 30)), "TIFF"), "cannot be shown: its pixels are floating-point"),
+    "floats": (encoded(Image.new("F", (40, 30)), "TIFF"), ["floating-point"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_the_rest_is_one_sentence(name: str) -> None:
-    data, sentence = BAD[name]
-    with pytest.raises(UserError, match=sentence) as refused:
+    data, parts = BAD[name]
+    with pytest.raises(UserError, match=mentions(*parts)) as refused:
         read_photo(data)
     assert "\n" not in str(refused.value) and "/" not in str(refused.value)
 
@@ -124,13 +125,13 @@ def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: py
         raise AssertionError("went on")
 
     monkeypatch.setattr(photo_module, "decode", fail)
-    with pytest.raises(UserError, match="40 x 30 pixels"):
+    with pytest.raises(UserError, match=mentions("40 x 30")):
         read_photo(GOOD["png"][0], max_pixels=1199)
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(30 * 2**20)
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(UserError, match=r"This file has 30 MB\. Please choose a picture of at most 20 MB"):
+    with pytest.raises(UserError, match=mentions("30 MB", "20 MB")):
         read_photo(path)
-    with pytest.raises(UserError, match="This file has"):
+    with pytest.raises(UserError, match=mentions("0 MB")):
         read_photo(bytes(100), max_bytes=99)

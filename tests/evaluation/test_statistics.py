@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.evaluation import alignment, embedding_std, rank_me, statistics, uniformity
 
@@ -57,7 +58,7 @@ def test_uniformity_closed_forms() -> None:
     # Orthogonal rows: every squared distance is 2, so the log of the mean is -2 t.
     assert uniformity(torch.eye(6)) == pytest.approx(-4)
     assert uniformity(torch.eye(6), t=3) == pytest.approx(-6)
-    with pytest.raises(ValueError, match="at least 2 rows"):
+    with pytest.raises(ValueError, match=mentions("uniformity", 2, 1)):
         uniformity(torch.ones(1, 3))
 
 

@@ -4,13 +4,12 @@
 import json
 import os
 import resource
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
+from messages import mentions
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -163,7 +162,7 @@ def save_photos(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory, new_facts) -> dict:
+def stranger(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
     """What one process without hf_ssl finds in the exports of all architectures."""
     folder = tmp_path_factory.mktemp("exports")
     generator = torch.Generator().manual_seed(0)
@@ -184,9 +183,8 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, new_facts) -> dict:
         facts["name"] = name
         facts["backbone"] |= {"class_name": kind.__name__, "pooling": POOLING.get(name, "pooler")}
         write_card(folder / name, facts)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(STRANGER), str(folder), *CONFIGS]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    torch.set_num_threads(threads)
+    finished = forks.run("transformers", STRANGER, str(folder), *CONFIGS)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 
@@ -240,33 +238,38 @@ def vit_with(act: str = "linear", **change: float) -> ViTModel:
     return encoder
 
 
+POOLER = ["ViTModel", "class token", "pooler_act='linear'"]
+
+
 class OwnResNet(ResNetModel):
     """Nobody else has this class."""
 
 
 @pytest.mark.parametrize(
-    ("encoder", "words"),
+    ("encoder", "parts"),
     [
-        (lambda: ViTModel(ViTConfig(**TOKENS), add_pooling_layer=False), "would come back with a random one"),
-        (lambda: ViTModel(ViTConfig(**TOKENS)), "hands out the class token"),
-        (lambda: vit_with("tanh"), "pooler_act='tanh'"),
-        (lambda: vit_with(bias=0.5), "hands out the class token"),
-        (lambda: vit_with(weight=0.5), "hands out the class token"),
-        (lambda: ViTMAEModel(ViTMAEConfig(**TOKENS)), "masks at random"),
-        (lambda: OwnResNet(CONFIGS["resnet"][1]), "OwnResNet"),
+        (
+            lambda: ViTModel(ViTConfig(**TOKENS), add_pooling_layer=False),
+            ["ViTModel", "pooler", "pooler_act='linear'"],
+        ),
+        (lambda: ViTModel(ViTConfig(**TOKENS)), POOLER),
+        (lambda: vit_with("tanh"), [*POOLER, "tanh"]),
+        (lambda: vit_with(bias=0.5), POOLER),
+        (lambda: vit_with(weight=0.5), POOLER),
+        (lambda: ViTMAEModel(ViTMAEConfig(**TOKENS)), ["ViTMAEModel", "ViTModel"]),
+        (lambda: OwnResNet(CONFIGS["resnet"][1]), ["OwnResNet"]),
     ],
 )
-def test_encoders_that_would_be_something_else_are_refused(tmp_path: Path, encoder, words: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_encoders_that_would_be_something_else_are_refused(tmp_path: Path, encoder, parts: list) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
         export_encoder(encoder(), processor(), tmp_path / "out")
-    assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
     export_encoder(make("vit"), processor(), tmp_path)
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"ViTModel does not take the processor's images \(1, 3, 64, 64\)"):
+    with pytest.raises(UserError, match=mentions("ViTModel", "(1, 3, 64, 64)")):
         export_encoder(make("vit"), processor(64), tmp_path)
     assert listing(tmp_path) == before
 
@@ -277,9 +280,8 @@ def test_weights_that_come_back_changed_are_refused(tmp_path: Path) -> None:
         other.embedder.embedder.normalization.running_mean[0] = -0.0
         encoder.embedder.embedder.normalization.running_mean[0] = 0.0
     encoder.save_pretrained = other.save_pretrained  # writes what differs in the sign of a zero, in a buffer
-    with pytest.raises(
-        UserError, match=r"come back changed: \['embedder.embedder.normalization.running_mean'\]"
-    ):
+    changed = mentions("ResNetModel", "embedder.embedder.normalization.running_mean")
+    with pytest.raises(UserError, match=changed):
         export_encoder(encoder, processor(), tmp_path)
     assert listing(tmp_path) == {}
 
@@ -289,7 +291,7 @@ def test_keys_that_are_missing_are_refused(tmp_path: Path) -> None:
     kept = {name: value for name, value in encoder.state_dict().items() if "running_var" not in name}
     save = encoder.save_pretrained
     encoder.save_pretrained = lambda folder: save(folder, state_dict=kept)
-    with pytest.raises(UserError, match="AutoModel finds missing keys"):
+    with pytest.raises(UserError, match=r"missing.*running_var"):
         export_encoder(encoder, processor(), tmp_path)
 
 
@@ -340,7 +342,7 @@ def test_a_full_disk_leaves_the_old_encoder(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond 2,000 bytes
     try:
-        with pytest.raises(UserError, match="cannot write the encoder to") as caught:
+        with pytest.raises(UserError, match=mentions(tmp_path.name)) as caught:
             export_encoder(make("vit"), processor(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -350,7 +352,7 @@ def test_a_full_disk_leaves_the_old_encoder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the encoder to out: Not a directory"):
+    with pytest.raises(UserError, match=mentions("out", "Not a directory")):
         export_encoder(make("resnet"), processor(), tmp_path / "file" / "out")
 
 

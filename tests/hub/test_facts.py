@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub import append_result, environment, last_part, public, read_facts, write_facts
@@ -34,14 +35,14 @@ def test_the_facts_of_the_caller_are_not_changed(facts: dict) -> None:
 
 
 def test_facts_that_cannot_be_read(facts: dict, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read facts.json in .*: No such file"):
+    with pytest.raises(UserError, match=mentions("facts.json", "No such file")):
         read_facts(tmp_path)
     (tmp_path / "facts.json").write_text("{half")
-    with pytest.raises(UserError, match=r"expected JSON in facts\.json"):
+    with pytest.raises(UserError, match=mentions("JSON", "facts.json")):
         read_facts(tmp_path)
     del facts["seed" if "seed" in facts else "date"]
     (tmp_path / "facts.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="fact date is missing"):
+    with pytest.raises(UserError, match=mentions("date")):
         read_facts(tmp_path)
 
 
@@ -55,14 +56,14 @@ def test_numbers_that_json_does_not_have(facts: dict, tmp_path: Path) -> None:
     assert (training["final_loss"], training["images_per_second"], training["steps"]) == (None, 2.5, 7)
     assert read_facts(tmp_path)["recipe"]["sections"]["views"] == {"scale": [0.2, 1.0]}
     facts["notes"] = [Path("x")]
-    with pytest.raises(TypeError, match="expected plain data"):
+    with pytest.raises(TypeError, match=mentions("plain")):
         write_facts(tmp_path, facts)
 
 
 def test_notes_are_the_one_optional_fact(facts: dict) -> None:
     check_facts(facts)
     check_facts(facts | {"notes": ["a"]})
-    with pytest.raises(UserError, match=r"fact notes\[0\] is None"):
+    with pytest.raises(UserError, match=mentions("notes[0]", "None")):
         check_facts(facts | {"notes": [None]})
 
 
@@ -84,12 +85,12 @@ def test_runs_are_appended_to_their_recipe(facts: dict, tmp_path: Path) -> None:
 
 def test_a_results_file_that_is_none_is_left_alone(facts: dict, tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
-    for text, words in (
-        ("[{half", "expected JSON in recipe.json"),
-        ('{"a": 1}', "expected a list of results"),
+    for text, parts in (
+        ("[{half", ["JSON", "recipe.json"]),
+        ('{"a": 1}', ["list", "recipe.json"]),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=mentions(*parts)):
             append_result(tmp_path, "recipe", facts)
         assert path.read_text() == text
 

@@ -107,7 +107,7 @@ def client(hub: HubServer, home: Path, code: str, *arguments: str, token: str | 
         env=hub.environment(home, token),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

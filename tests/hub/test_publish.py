@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import HubServer
+from messages import missing
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import publish
@@ -92,7 +93,7 @@ def test_weights_in_other_pieces_leave_no_old_ones(online: HubServer, run: Path)
     assert set(done.uploaded) == {part.name, "model.safetensors.index.json"}
     assert done.deleted == ("model.safetensors",)
     part.unlink()
-    assert f"{part.name} is missing" in refused(run)
+    assert missing(refused(run), run, part.name) == []
 
 
 def test_a_dry_run_needs_nothing(
@@ -116,7 +117,7 @@ def test_private(online: HubServer, run: Path) -> None:
     assert repo.private and len(repo.commits) == 3, "its visibility is kept"
     repo.private = False
     (run / "curves.png").write_bytes(b"\x89PNG a third")
-    assert "is there and public, so nothing was sent" in refused(run, "someone/hidden", private=True)
+    assert missing(refused(run, "someone/hidden", private=True), "someone/hidden", "public", "private") == []
     assert len(repo.commits) == 3
 
     facts = json.loads((run / "facts.json").read_text())
@@ -192,45 +193,45 @@ def test_somebody_elses_commit_meanwhile_is_kept(
 
 
 REFUSALS = {
-    "no token": (REPO, {"token": None}, "no token of the Hub was found: run `hf auth login`"),
-    "a token that may read": (REPO, {"token": "read"}, "the token of someone may only read"),
-    "an unknown token": (REPO, {"token": "hf_unknown"}, "does not accept the token"),
-    "a foreign namespace": ("stranger/digits", {}, "may write to someone, lab, not to stranger"),
-    "no name": ("some one/digits", {}, "'some one/digits' is no name of a repo"),
-    "too many parts": ("a/b/c", {}, "'a/b/c' is no name of a repo"),
-    "offline": (REPO, {"offline": True}, "while HF_HUB_OFFLINE is set"),
-    "nobody there": (REPO, {"endpoint": "http://127.0.0.1:9"}, "the connection to http://127.0.0.1:9 failed"),
+    "no token": (REPO, {"token": None}, ["token", "hf auth login"]),
+    "a token that may read": (REPO, {"token": "read"}, ["token", "someone", "read", REPO]),
+    "an unknown token": (REPO, {"token": "hf_unknown"}, ["token", "HF_TOKEN", "hf auth login"]),
+    "a foreign namespace": ("stranger/digits", {}, ["stranger/digits", "someone", "lab", "stranger"]),
+    "no name": ("some one/digits", {}, ["some one/digits"]),
+    "too many parts": ("a/b/c", {}, ["a/b/c"]),
+    "offline": (REPO, {"offline": True}, ["HF_HUB_OFFLINE"]),
+    "nobody there": (REPO, {"endpoint": "http://127.0.0.1:9"}, ["http://127.0.0.1:9"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(online: HubServer, finished_run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    repo_id, change, sentence = REFUSALS[name]
+    repo_id, change, parts = REFUSALS[name]
     constants = huggingface_hub.constants
     if "token" in change:
         token = {"read": online.read_token}.get(change["token"], change["token"])
         monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", "offline" in change)
     monkeypatch.setattr(constants, "ENDPOINT", change.get("endpoint", online.endpoint))
-    assert sentence in refused(finished_run, repo_id)
+    assert missing(refused(finished_run, repo_id), *parts) == []
     assert online.store.repos == {}, "nothing was made"
 
 
 def test_a_token_that_may_write_elsewhere(online: HubServer, finished_run: Path) -> None:
     online.store.add_repo("models", "stranger/open")
-    assert "the token may not write to stranger/open" in refused(finished_run, "stranger/open")
+    assert missing(refused(finished_run, "stranger/open"), "token", "stranger/open") == []
     online.store.add_repo("models", "stranger/closed", private=True)
-    assert "not to stranger" in refused(finished_run, "stranger/closed")
+    assert missing(refused(finished_run, "stranger/closed"), "token", "stranger") == []
 
 
 def test_folders_that_are_no_finished_run(run: Path, tmp_path: Path) -> None:
-    assert f"got {tmp_path / 'none'}, which is no folder" in refused(tmp_path / "none")
+    assert missing(refused(tmp_path / "none"), tmp_path / "none") == []
     (run / "facts.json").unlink()
     (run / "README.md").unlink()
     sentence = refused(run)
-    assert f"{run} is no finished run, README.md, facts.json missing" in sentence
-    assert sentence.endswith("the command that began it finishes it")
-    assert "preprocessor_config.json, README.md, facts.json missing" in refused(run / "checkpoint-8")
+    assert missing(sentence, run, "README.md", "facts.json") == [] and "preprocessor" not in sentence
+    unfinished = refused(run / "checkpoint-8")
+    assert missing(unfinished, "checkpoint-8", "preprocessor_config.json", "README.md", "facts.json") == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pretraining/model.safetensors"])
@@ -238,12 +239,12 @@ def test_damaged_weights(run: Path, name: str) -> None:
     whole = (run / name).read_bytes()
     for damaged in (whole[:-1], whole[:100], b"", b"nothing like it" * 10):
         (run / name).write_bytes(damaged)
-        assert "is damaged: it is not as long as its header says" in refused(run, dry_run=True)
+        assert missing(refused(run, dry_run=True), run / name) == []
 
 
 def test_a_picture_that_is_missing(run: Path) -> None:
     (run / "views.png").unlink()
-    assert "the picture views.png that its facts name is missing" in refused(run, dry_run=True)
+    assert missing(refused(run, dry_run=True), run, "views.png") == []
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "_run.json"])
@@ -252,7 +253,7 @@ def test_facts_name_pictures_alone(run: Path, name: str) -> None:
     facts = json.loads((run / "facts.json").read_text())
     facts["pictures"][name] = "x"
     (run / "facts.json").write_text(json.dumps(facts))
-    assert f"the picture {name} that its facts name is missing" in refused(run, dry_run=True)
+    assert missing(refused(run, dry_run=True), run, name) == []
 
 
 def test_a_card_that_was_edited_is_kept(online: HubServer, run: Path) -> None:
@@ -261,4 +262,4 @@ def test_a_card_that_was_edited_is_kept(online: HubServer, run: Path) -> None:
     publish(run, REPO)
     assert online.store.model(REPO).head.files["README.md"].data == card.read_bytes()
     card.write_text("---\nlicense: [\n---\n")
-    assert "the metadata at the beginning of README.md cannot be read" in refused(run)
+    assert missing(refused(run), "README.md") == []

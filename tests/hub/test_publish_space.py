@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from messages import mentions, missing
 
 from hf_ssl.cli import main
 from hf_ssl.errors import UserError
@@ -46,29 +47,29 @@ def test_a_space_is_published_and_changed(online: HubServer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("listed", "sentence"),
+    ("listed", "parts"),
     [
-        (None, "space.json is missing"),
-        ({"title": "x"}, "lists no files"),
-        ({"files": [*FILES, "../x"]}, "lists ../x, which lies outside"),
-        ({"files": [*FILES, "/etc/passwd"]}, "lists /etc/passwd, which lies outside"),
-        ({"files": [*FILES, "index.faiss"]}, "index.faiss is missing"),
-        ({"files": ["README.md", "app.py"]}, "requirements.txt is missing"),
+        (None, ["space.json"]),
+        ({"title": "x"}, ["space.json", "files"]),
+        ({"files": [*FILES, "../x"]}, ["space.json", "../x"]),
+        ({"files": [*FILES, "/etc/passwd"]}, ["space.json", "/etc/passwd"]),
+        ({"files": [*FILES, "index.faiss"]}, ["index.faiss"]),
+        ({"files": ["README.md", "app.py"]}, ["requirements.txt"]),
     ],
 )
-def test_folders_that_are_no_space(tmp_path: Path, listed: object, sentence: str) -> None:
+def test_folders_that_are_no_space(tmp_path: Path, listed: object, parts: list) -> None:
     folder = build(tmp_path / "space")
     (folder / "space.json").unlink() if listed is None else (folder / "space.json").write_text(
         json.dumps(listed)
     )
     with pytest.raises(UserError) as caught:
         publish_space(folder, "someone/digits", dry_run=True)
-    assert sentence in str(caught.value)
+    assert missing(str(caught.value), folder, *parts) == []
 
 
 def test_a_readme_without_header(tmp_path: Path) -> None:
     folder = build(tmp_path / "space", FILES | {"README.md": "# Digits\n"})
-    with pytest.raises(UserError, match="expected sdk: gradio"):
+    with pytest.raises(UserError, match=mentions("README.md", "sdk: gradio")):
         publish_space(folder, "someone/digits", dry_run=True)
 
 
@@ -85,8 +86,8 @@ def test_the_command_publishes_both(
         "spaces": True,
     }
     assert main(["publish", str(finished_run)]) == 2
-    assert "names no repo: say where to publish" in capsys.readouterr().err
+    assert missing(capsys.readouterr().err, "hf-ssl:", finished_run, "user/name") == []
     (space / "app.py").unlink()
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hf-ssl: ") and "app.py is missing" in error
+    assert error.startswith("hf-ssl: ") and "app.py" in error

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from messages import mentions
 from torch.nn.functional import normalize
 
 from hf_ssl.losses import info_nce, triplet
@@ -79,19 +80,19 @@ def test_info_nce_of_a_perfect_match_keeps_its_digits_at_a_low_temperature():
 
 
 @pytest.mark.parametrize(
-    ("query", "key", "queue", "temperature", "message"),
+    ("query", "key", "queue", "temperature", "parts"),
     [
-        ((4, 3), (4, 2), None, 0.1, "one shape"),
-        ((4, 3, 1), (4, 3, 1), None, 0.1, "one shape"),
-        ((4, 3), (4, 3), (5, 2), 0.1, "queue"),
-        ((1, 3), (1, 3), None, 0.1, "at least one negative"),
-        ((4, 3), (4, 3), (0, 3), 0.1, "at least one negative"),
-        ((0, 3), (0, 3), (5, 3), 0.1, "0 queries"),
-        ((4, 3), (4, 3), None, 0.0, "above 0"),
+        ((4, 3), (4, 2), None, 0.1, ["(4, 3)", "(4, 2)"]),
+        ((4, 3, 1), (4, 3, 1), None, 0.1, ["(4, 3, 1)"]),
+        ((4, 3), (4, 3), (5, 2), 0.1, ["queue", "(4, 3)", "(5, 2)"]),
+        ((1, 3), (1, 3), None, 0.1, ["negative", 1, 0]),
+        ((4, 3), (4, 3), (0, 3), 0.1, ["negative", 4, 0]),
+        ((0, 3), (0, 3), (5, 3), 0.1, [0, 5]),
+        ((4, 3), (4, 3), None, 0.0, ["temperature", "0.0"]),
     ],
 )
-def test_info_nce_refuses_what_has_no_meaning(query, key, queue, temperature, message):
-    with pytest.raises(ValueError, match=message):
+def test_info_nce_refuses_what_has_no_meaning(query, key, queue, temperature, parts):
+    with pytest.raises(ValueError, match=mentions("info_nce", *parts)):
         info_nce(
             torch.ones(query),
             torch.ones(key),
@@ -135,14 +136,14 @@ def test_triplet_has_closed_forms():
 
 
 @pytest.mark.parametrize(
-    ("shapes", "margin", "message"),
+    ("shapes", "margin", "parts"),
     [
-        (((4, 3), (4, 3), (4, 2)), 0.2, "one shape"),
-        (((4, 3), (3, 3), (4, 3)), 0.2, "one shape"),
-        (((3,), (3,), (3,)), 0.2, "one shape"),
-        (((4, 3),) * 3, 0.0, "above 0"),
+        (((4, 3), (4, 3), (4, 2)), 0.2, ["(4, 3)", "(4, 2)"]),
+        (((4, 3), (3, 3), (4, 3)), 0.2, ["(4, 3)", "(3, 3)"]),
+        (((3,), (3,), (3,)), 0.2, ["(3,)"]),
+        (((4, 3),) * 3, 0.0, ["margin", "0.0"]),
     ],
 )
-def test_triplet_refuses_what_has_no_meaning(shapes, margin, message):
-    with pytest.raises(ValueError, match=message):
+def test_triplet_refuses_what_has_no_meaning(shapes, margin, parts):
+    with pytest.raises(ValueError, match=mentions("triplet", *parts)):
         triplet(*(torch.ones(shape) for shape in shapes), margin=margin)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from messages import mentions
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, IJepaModel
 
@@ -238,7 +239,7 @@ def test_processes_that_train_use_the_shortest_context_of_all(batches, monkeypat
 
 
 def test_masks_are_needed(batches):
-    with pytest.raises(UserError, match=r"context_patches and target_patches, which `draw\(seeds\)` makes"):
+    with pytest.raises(UserError, match=mentions("context_patches", "target_patches", "draw")):
         build().double()(pixel_values=batches[0])
 
 
@@ -359,8 +360,9 @@ def test_measurements_and_embeddings():
     torch.testing.assert_close(model.objective(made).embeddings[:, 0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "crippled"])
-def test_the_alarm(whole, tmp_path, monkeypatch):
+def test_the_alarm(whole, tmp_path, monkeypatch, no_curves):
     """Without the teacher, when targets learn too, all images soon look the same, and the monitor says so."""
     settings = [
         "max_steps=60", "batch_size=64", "learning_rate=3e-3", "monitor_steps=20", "logging_steps=20",
@@ -383,24 +385,24 @@ def test_the_alarm(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "parts"),
     [
         (
             "method.context_more_than=25",
-            r"context_more_than: expected less than 25, .* 6 x 6 patches, got 25",
+            ["method.context_more_than", "6 x 6", 25],
         ),
         (
             "method.target_scale=[0.2, 0.1]",
-            r"target_scale: expected two rising numbers above 0 and at most 1",
+            ["method.target_scale", 0.2, 0.1],
         ),
-        ("method.target_aspect_ratio=[1]", r"target_aspect_ratio: expected two rising numbers above 0, got"),
-        ("method.predictor_hidden_size=15", "predictor_hidden_size must be a multiple of 4 and of"),
-        ("method.momentum=1.5", "momentum must be between 0 and 1"),
-        ("backbone.patch_size=48", "at least 2 x 2 patches in an image, got 1 x 1"),
-        ("views.count=2", "I-?JEPA needs exactly 1 views? of an image, got 2"),
-        ("backbone={model_type: resnet}", "backbone.model_type: I-JEPA trains vit, "),
+        ("method.target_aspect_ratio=[1]", ["method.target_aspect_ratio", 0]),
+        ("method.predictor_hidden_size=15", ["predictor_hidden_size", 4, 15]),
+        ("method.momentum=1.5", ["method.momentum", 0, 1, 1.5]),
+        ("backbone.patch_size=48", ["2 x 2", "1 x 1"]),
+        ("views.count=2", ["views.count", 1, 2]),
+        ("backbone={model_type: resnet}", ["backbone.model_type", "vit", "resnet"]),
     ],
 )
-def test_mistakes_get_a_sentence(override, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_mistakes_get_a_sentence(override, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         load_recipe("smoke/ijepa", [override])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from messages import mentions
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
 
@@ -74,6 +75,17 @@ def test_a_vit_hands_out_its_class_token_after_any_way_of_building_it(tmp_path):
     assert VIT.pooler_act == "tanh"  # the caller's own config is left alone
 
 
+def test_a_vit_hands_out_its_class_token_though_it_starts_from_another_pooler():
+    trained = AutoModel.from_config(VIT)  # with a pooler of random weights
+    assert not torch.equal(trained.pooler.dense.weight, torch.eye(16))
+    model = TaughtModel(SSLConfig(backbone_config=VIT))
+    model.start_from(trained)
+    for encoder in (model.backbone, model.teacher):
+        assert torch.equal(encoder.embeddings.cls_token, trained.embeddings.cls_token)
+        assert torch.equal(encoder.pooler.dense.weight, torch.eye(16))
+        assert not encoder.pooler.dense.bias.any()
+
+
 @pytest.mark.parametrize("backbone", [RESNET, VIT])
 def test_a_backbone_config_is_not_shared(backbone):
     config = SSLConfig(backbone_config=backbone)
@@ -99,7 +111,7 @@ def test_feature_size(config: PreTrainedConfig, size):
 
 def test_too_few_views():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
-    with pytest.raises(UserError, match="at least 2 views of an image, got 1"):
+    with pytest.raises(UserError, match=mentions("views.count", 2, 1)):
         model(torch.randn(4, 1, 3, 16, 16))
 
 

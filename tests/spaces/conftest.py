@@ -24,7 +24,7 @@ from hf_ssl.space import build_space
 from hf_ssl.space.serve import free_port
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SECONDS_TO_START = 180
+SECONDS_TO_START = 600
 
 # Runs app.py of each folder with an hf_ssl of its own, or with none: an installed one is not found. Importing
 # the libraries takes seconds, so they are imported once, and each Space is a fork.
@@ -135,7 +135,7 @@ def served(spaces: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
             wait_until_served(space, group)
         yield found
         os.killpg(group.pid, signal.SIGTERM)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 120
         while any(files_below(space.scratch) for space in found.values()) and time.monotonic() < end:
             time.sleep(0.05)
         assert [path for space in found.values() for path in files_below(space.scratch)] == []

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from huggingface_hub import RepoCard
+from messages import mentions
 from PIL import Image
 
 import hf_ssl
@@ -156,14 +157,14 @@ def test_folders_of_somebody_else_are_refused_and_spaces_replaced(
     folder.mkdir()
     (folder / "thesis.tex").write_text("")
     arguments = (str(spaces["vit"] / "encoder"), folder, DataConfig(path="digits"))
-    with pytest.raises(UserError, match="holds something else than a Space"):
+    with pytest.raises(UserError, match=mentions(folder)):
         build_space(*arguments, images=5)
     assert [path.name for path in tmp_path.rglob("*")] == ["space", "thesis.tex"]
     (folder / "thesis.tex").rename(folder / "space.json")
     build_space(*arguments, images=5, examples=2)
     assert facts(folder)["gallery"]["images"] == 5
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="expected images >= 1"):
+    with pytest.raises(UserError, match=mentions("images", 1, 0)):
         build_space(*arguments, images=0)
     with pytest.raises(UserError):
         build_space(str(spaces["vit"] / "encoder"), folder, DataConfig(path="digits"), examples_split="trian")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SECONDS_TO_DELETE = 10
+SECONDS_TO_DELETE = 120
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from messages import mentions
 
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
@@ -33,18 +34,16 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_packages()
     without(monkeypatch, "gradio")
-    with pytest.raises(
-        UserError, match=r'needs gradio, which is not installed: pip install "hf_ssl\[demo\]"'
-    ):
+    with pytest.raises(UserError, match=mentions("gradio", 'pip install "hf_ssl[demo]"')):
         run_space(fake_space(tmp_path / "space", ""))
     without(monkeypatch, "gradio", "faiss")
-    with pytest.raises(UserError, match="needs gradio and faiss, which are not installed"):
+    with pytest.raises(UserError, match=mentions("gradio", "faiss")):
         build.build_space("model", tmp_path / "new", DataConfig(path="digits"))
     assert not (tmp_path / "new").exists()
 
 
 def test_something_else_is_no_space(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected a Space with app\.py and space\.json in"):
+    with pytest.raises(UserError, match=mentions("app.py", "space.json", tmp_path)):
         run_space(tmp_path)
 
 
@@ -54,7 +53,7 @@ def test_a_taken_port_is_passed_over() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert port < free_port("127.0.0.1", port) <= port + 100
-    with pytest.raises(UserError, match="no free port on 192"):
+    with pytest.raises(UserError, match=mentions("192.0.2.1")):
         free_port("192.0.2.1", 7860)  # of no machine
 
 
@@ -71,7 +70,7 @@ def test_the_server_gets_address_and_folder(tmp_path: Path) -> None:
 
 
 def test_a_server_that_fails_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the server of .* ended with status 3"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "space", 3)):
         run_space(fake_space(tmp_path / "space", "raise SystemExit(3)"))
 
 
@@ -90,12 +89,12 @@ def test_no_server_outlives_its_command(tmp_path: Path, number: signal.Signals) 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
     )  # fmt: skip
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not (folder / "pid").exists() and time.monotonic() < end:
             time.sleep(0.05)
         child = int((folder / "pid").read_text())
         parent.send_signal(number)  # to the command alone
-        _, errors = parent.communicate(timeout=30)
+        _, errors = parent.communicate(timeout=300)
         assert parent.returncode == 0, errors.decode()
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)

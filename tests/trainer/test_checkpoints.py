@@ -8,12 +8,15 @@ import signal
 import time
 
 import pytest
+from messages import mentions
 from transformers import TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 SMALL = [
     "training.use_cpu=true",
@@ -43,7 +46,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_what_was_saved(tmp_path, monk
         saved(self, directory)
 
     monkeypatch.setattr(SSLTrainer, "_save_rng_state", save)
-    with pytest.raises(UserError, match=r"cannot write .*checkpoint-4: no space left on the disk"):
+    with pytest.raises(UserError, match=mentions("checkpoint-4", "no space left")):
         run.train(recipe(tmp_path))
     assert "checkpoint-2" in names(tmp_path)
     assert not [name for name in names(tmp_path) if "4" in name]
@@ -57,7 +60,7 @@ def test_a_damaged_checkpoint_ends_in_a_sentence(tmp_path, damaged):
     file = tmp_path / "checkpoint-2" / damaged
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (tmp_path / "checkpoint-3").rename(tmp_path / "_checkpoint-3")
-    with pytest.raises(UserError, match="checkpoint-2 cannot be re"):
+    with pytest.raises(UserError, match=mentions("checkpoint-2")):
         run.train(recipe(tmp_path, "training.max_steps=3"))
 
 
@@ -65,16 +68,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run.train(recipe(tmp_path / "one", "training.max_steps=2"))
     other = recipe(tmp_path / "two", "method.projection_layers=3")
     trainer = run.build_trainer(other, other.training_arguments())
-    with pytest.raises(UserError, match="not one of this model: missing"):
+    with pytest.raises(UserError, match=mentions("checkpoint", "projector")):
         trainer.train(str(tmp_path / "one" / "checkpoint-2"))
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     run.train(recipe(tmp_path))
     before = names(tmp_path)
-    with pytest.raises(
-        UserError, match=r"already holds a different run: method\.temperature was 0\.5 and is now 0\.1"
-    ):
+    with pytest.raises(UserError, match=mentions("method.temperature", 0.5, 0.1)):
         run.train(recipe(tmp_path, "method.temperature=0.1"))
     assert names(tmp_path) == before
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5

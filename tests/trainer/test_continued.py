@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from messages import mentions
 from transformers import (
     AutoModel,
     ConvNextV2Config,
@@ -114,7 +115,7 @@ def test_training_begins_with_the_encoder_its_teacher_too(finished_run, method, 
             assert torch.equal(value, expected[name]), f"{part}.{name}"
 
 
-def test_the_trunk_stays_while_the_head_warms_up(finished_run, tmp_path):
+def test_the_trunk_stays_while_the_head_warms_up(finished_run, tmp_path, no_curves):
     overrides = ["training.head_warmup_epochs=100", "training.monitor_steps=0", "training.disable_tqdm=true"]
     trainer = train(continued(finished_run, *overrides, f"training.output_dir={tmp_path}"))
     before = AutoModel.from_pretrained(finished_run).state_dict()
@@ -168,13 +169,13 @@ def test_the_guard_speaks_when_two_in_a_row_are_clearly_worse(accuracies, worse)
     assert not control.should_training_stop
 
 
-def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path):
+def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path, no_curves):
     overrides = [
         "training.learning_rate=3.0", "training.optimizer=sgd", "training.max_steps=60",
         "training.monitor_steps=10", "training.on_worse=stop", "training.disable_tqdm=true",
         "training.max_grad_norm=1.0", f"training.output_dir={tmp_path}",
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"features have become worse: .* the run was stopped"):
+    with pytest.raises(UserError, match=mentions("k-NN", "training.learning_rate", "training.layer_decay")):
         train(continued(finished_run, *overrides))
 
 
@@ -189,24 +190,24 @@ def test_only_such_runs_are_guarded(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "sentence"),
+    ("backbone", "parts"),
     [
-        ("{init_from: nowhere/at-all}", "cannot load the configuration of an encoder from nowhere/at-all"),
+        ("{init_from: nowhere/at-all}", ["nowhere/at-all"]),
         (
             "{init_from: %s, depths: [1]}",
-            r"backbone\.depths cannot be set: backbone\.init_from=.* decides it",
+            ["backbone.depths", "backbone.init_from"],
         ),
-        ("{init_from: %s, model_type: vit}", r"is a resnet, got vit; it can be left out"),
-        ("{init_from: %s/pretraining}", "holds a method of hf_ssl"),
+        ("{init_from: %s, model_type: vit}", ["backbone.model_type", "backbone.init_from", "resnet", "vit"]),
+        ("{init_from: %s/pretraining}", ["backbone.init_from", "pretraining"]),
     ],
 )
-def test_what_cannot_be_is_said(finished_run, backbone, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_what_cannot_be_is_said(finished_run, backbone, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         load_recipe("smoke/simclr", ["backbone=" + backbone.replace("%s", str(finished_run))])
 
 
 def test_grey_data_need_an_encoder_of_grey_images(finished_run):
-    with pytest.raises(UserError, match=r"data\.channels: .* takes images of 3 channels, got 1"):
+    with pytest.raises(UserError, match=mentions("data.channels", "backbone.init_from", 3, 1)):
         continued(finished_run, "data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
 
 
@@ -215,5 +216,5 @@ def test_an_encoder_of_another_shape_is_refused():
     other = AutoModel.from_config(
         ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
     )
-    with pytest.raises(UserError, match=r"backbone\.init_from: the encoder does not fit the backbone at "):
+    with pytest.raises(UserError, match=mentions("backbone.init_from")):
         build_model(recipe, seed=0).start_from(other)

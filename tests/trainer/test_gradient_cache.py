@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embedding a batch in chunks changes neither its loss nor its gradient."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
+from itertools import product
 
 import pytest
 import torch
+from forks import Forks
+from messages import mentions
 from priming import prime
+from tiers import in_tiers
 from torch import Tensor
 
 from hf_ssl.data import open_source, train_loader
@@ -65,12 +65,17 @@ def cached(model, loaded, size, *, backward=Tensor.backward, precision=nullconte
     return cached_backward(model, chunks, backward=backward, precision=precision)
 
 
-@pytest.mark.parametrize("size", [1, 5, 6, 12, 40])
-@pytest.mark.parametrize("method", METHODS)
+# Every method in chunks of which the last is smaller, and one method in chunks of every kind.
+SIZES = (1, 5, 6, 12, 40)
+SAMPLED = [*product(METHODS, [5]), *product(["simclr"], (1, 6, 12, 40))]
+
+
+@pytest.mark.parametrize(("method", "size"), in_tiers(product(METHODS, SIZES), SAMPLED))
 def test_loss_and_gradient_are_those_of_the_whole_batch(method, size, loaded):
     whole, chunked = (build(method, VIT % 0.0) for _ in range(2))
     if not whole.couples_samples:
-        with pytest.raises(UserError, match="compares no images with each other"):
+        named = mentions("training.contrastive_chunk_size", type(whole).__name__)
+        with pytest.raises(UserError, match=named):
             check_chunks_help(whole)
         return
     for model in (whole, chunked):
@@ -171,14 +176,16 @@ def test_the_trainer_embeds_chunks_in_its_own_precision(tmp_path):
 def test_a_loss_that_compares_no_images_needs_no_chunks(tmp_path):
     overrides = ["training.contrastive_chunk_size=5", f"training.output_dir={tmp_path}"]
     recipe = load_recipe("smoke/byol", overrides)
+    advice = "training.gradient_accumulation_steps"
     with pytest.raises(
-        UserError, match=r"BYOLForPreTraining compares no images .*gradient_accumulation_steps"
+        UserError, match=mentions("training.contrastive_chunk_size", "BYOLForPreTraining", advice)
     ):
         build_trainer(recipe, recipe.training_arguments())
 
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import sys; sys.path.insert(0, sys.argv[2])
+import torch, torch.distributed as dist
 from functools import partial
 from hf_ssl.modeling.gather import average_gradients
 from tests_trainer_gradient_cache import build, cached, gradients, VIT
@@ -194,16 +201,11 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_in_chunks_equal_one_with_the_whole_batch(loaded, tmp_path):
+def test_two_processes_in_chunks_equal_one_with_the_whole_batch(forks: Forks, loaded, tmp_path):
     torch.save(loaded, tmp_path / "batch.pt")
     (tmp_path / "tests_trainer_gradient_cache.py").write_text(open(__file__).read())
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])  # this file, and what it imports
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    ranks = forks.together("hf_ssl", RANK, [[str(rank), str(tmp_path)] for rank in range(2)])
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     whole = build("simclr", VIT % 0.0)
     expected = whole(**in_double(loaded)).loss
     expected.backward()

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from messages import mentions
 from torch import nn
 from transformers import TrainerCallback
 
@@ -71,7 +72,7 @@ def test_lars_leaves_zero_weights_unscaled_and_refuses_unknown_variants():
     weight.grad = torch.ones(2)
     LARS([weight], lr=0.5, momentum=0.0).step()
     assert weight.tolist() == [-0.5, -0.5]
-    with pytest.raises(ValueError, match="barlowtwins, simclr, larc, got 'lamb'"):
+    with pytest.raises(ValueError, match=mentions("barlowtwins", "simclr", "larc", "lamb")):
         LARS([weight], lr=0.1, variant="lamb")
 
 
@@ -249,19 +250,22 @@ def test_learning_rate_rules(tmp_path, rule, rate):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "parts"),
     [
-        ({"optimizer": "adam"}, "training.optimizer must be one of sgd, adamw, lars, got 'adam'"),
+        ({"optimizer": "adam"}, ["training.optimizer", "sgd", "adamw", "lars", "adam"]),
         (
             {"learning_rate_rule": "sqrt"},
-            "training.learning_rate_rule must be one of none, linear, square_root",
+            ["training.learning_rate_rule", "none", "linear", "square_root", "sqrt"],
         ),
-        ({"learning_rate_drops": [120, 0]}, r"learning_rate_drops must be positive epochs, got \[120, 0\]"),
-        ({"weight_decay_end": -0.1}, r"training.weight_decay_end must be at least 0, got -0.1"),
-        ({"on_collapse": "ignore"}, "training.on_collapse must be one of warn, stop"),
-        ({"batch_size": 30, "gradient_accumulation_steps": 4}, "multiple of processes x .* = 1 x 4, got 30"),
+        ({"learning_rate_drops": [120, 0]}, ["training.learning_rate_drops", "[120, 0]"]),
+        ({"weight_decay_end": -0.1}, ["training.weight_decay_end", 0, "-0.1"]),
+        ({"on_collapse": "ignore"}, ["training.on_collapse", "warn", "stop", "ignore"]),
+        (
+            {"batch_size": 30, "gradient_accumulation_steps": 4},
+            ["training.batch_size", "gradient_accumulation_steps", 4, 30],
+        ),
     ],
 )
-def test_arguments_that_cannot_be(tmp_path, given, message):
-    with pytest.raises(UserError, match=message):
+def test_arguments_that_cannot_be(tmp_path, given, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         arguments(tmp_path, **given)

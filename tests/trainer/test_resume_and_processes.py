@@ -2,9 +2,7 @@
 """Real processes: killed in mid-epoch and resumed, and two that train together."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, Image
+from forks import Forks
+from tiers import in_tiers
 
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.methods import METHODS
@@ -44,14 +44,19 @@ COMMON = [
 ]
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
+FORKED_RUNS = "import sys, forked_runs; sys.exit(forked_runs.main(forked_runs.Path(sys.argv[1])))"
+
+
+@pytest.fixture(scope="session")
+def photos(made_once) -> Path:
     """128 of the digits as Parquet with several row groups, sorted by class."""
-    folder = tmp_path_factory.mktemp("photos")
-    rows = open_source(DataConfig(path="digits"), labels=True).dataset.select(range(128)).sort("label")
-    for split in ("train", "test"):
-        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet", batch_size=16)
-    return folder
+
+    def write(folder: Path) -> None:
+        rows = open_source(DataConfig(path="digits"), labels=True).dataset.select(range(128)).sort("label")
+        for split in ("train", "test"):
+            rows.to_parquet(folder / f"{split}-00000-of-00001.parquet", batch_size=16)
+
+    return made_once("photos", write)
 
 
 def job(method, folder, name, data, backbone, *, output=None, kill_at=None, overrides=()):
@@ -73,15 +78,17 @@ def job(method, folder, name, data, backbone, *, output=None, kill_at=None, over
     }  # fmt: skip
 
 
-def run(groups, folder) -> None:
-    jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps(groups))
-    script = Path(__file__).parents[1] / "forked_runs.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(jobs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.fixture
+def run(forks: Forks, tmp_path: Path) -> Callable[[list], None]:
+    """A function that trains groups of runs in real processes (see forked_runs.py)."""
+
+    def run(groups: list) -> None:
+        jobs = tmp_path / "jobs.json"
+        jobs.write_text(json.dumps(groups))
+        done = forks.run("hf_ssl", FORKED_RUNS, str(jobs), timeout=1200)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
 
 
 def result(folder, name):
@@ -118,37 +125,19 @@ def allowed(method, data, backbone) -> bool:
     )
 
 
-def cases(fast) -> list:
-    """Fast: every method once, every way of reading with every encoder in turn; the first method both ways.
-    Else the rest.
-    """
-    every = [case for case in product(METHODS, ("map", "stream"), ("resnet", "vit")) if allowed(*case)]
-    turns = [("map", "resnet"), ("stream", "vit"), ("map", "vit"), ("stream", "resnet")]
-    chosen = [(next(iter(METHODS)), "stream", "vit")]
-    for number, method in enumerate(METHODS):
-        possible = [case for case in every if case[0] == method]
-        wanted = (method, *turns[number % 4])
-        chosen.append(wanted if wanted in possible else possible[number % len(possible)])
-    return chosen if fast else [case for case in every if case not in chosen]
+CASES = [case for case in product(METHODS, ("map", "stream"), ("resnet", "vit")) if allowed(*case)]
+# One way of reading each, with each kind of encoder; a queue and a teacher have to be resumed, a memory too.
+SAMPLED = [("moco", "map", "resnet"), ("simclr", "stream", "vit"), ("deepcluster_v2", "map", "resnet")]
 
 
 def plain_backbone(method) -> str:
     return "resnet" if allowed(method, "map", "resnet") else "vit without dropout"
 
 
-def check_killed_runs(tmp_path, photos, cases) -> None:
-    run([group for case in cases for group in three_runs(case[0], tmp_path, photos, *case[1:])], tmp_path)
-    for case in cases:
-        assert_same_run(tmp_path, "-".join(case))
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path, photos):
-    check_killed_runs(tmp_path, photos, cases(fast=True))
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been_killed_full_grid(tmp_path, photos):
-    check_killed_runs(tmp_path, photos, cases(fast=False))
+@pytest.mark.parametrize(("method", "data", "backbone"), in_tiers(CASES, SAMPLED))
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(run, tmp_path, photos, method, data, backbone):
+    run(three_runs(method, tmp_path, photos, data, backbone))
+    assert_same_run(tmp_path, f"{method}-{data}-{backbone}")
 
 
 # Plain SGD: AdamW makes steps of full size of what rounding leaves where a gradient is zero in truth, as that
@@ -208,34 +197,36 @@ def after_one_step_of_two_halves(settings):
     return {n: (p - rates[n] * p.grad).detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_two_processes_equal_one(tmp_path, photos):
+# One that couples images and one that does not.
+@pytest.mark.parametrize("method", in_tiers([(method,) for method in METHODS], [("simclr",), ("byol",)]))
+def test_two_processes_equal_one(run, tmp_path, photos, method):
     """With BatchNorm statistics over both, two gloo processes learn what one process with the whole batch
     learns; with statistics of their own, what one process learns that sees the batch in halves.
     """
-    groups, path = [], f"data.path={photos}"
-    for method in METHODS:
-        settings = [path, *WITHOUT_EXTRAS, *LARGE_STEPS.get(method, [])]
-        one = job(method, tmp_path, f"{method}-one", "map", plain_backbone(method), overrides=settings)
-        groups += [[one], two_ranks(method, tmp_path, "two", settings)]
-        settings = [path, *PER_PROCESS, *WITHOUT_EXCHANGE.get(method, [])]
-        groups += [two_ranks(method, tmp_path, "apart", settings)]
-        if model_class(method).couples_samples:
-            groups += [two_ranks(method, tmp_path, "cached", [path, *WITHOUT_EXTRAS, *ONE_CHUNK])]
-    run(groups, tmp_path)
-    for method in METHODS:
-        one, first, second = (result(tmp_path, f"{method}-{name}") for name in ("one", "two-0", "two-1"))
-        cached = result(tmp_path, f"{method}-cached-1") if model_class(method).couples_samples else first
-        for key, value in one["weights"].items():
-            torch.testing.assert_close(first["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
-            assert torch.equal(first["weights"][key], second["weights"][key]), key
-            torch.testing.assert_close(cached["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
-        for step, loss in one["losses"].items():
-            assert first["losses"][step] == pytest.approx(loss, rel=1e-4, abs=1e-6)
-        apart = result(tmp_path, f"{method}-apart-0")["weights"]
-        settings = [path, *PER_PROCESS, *WITHOUT_EXCHANGE.get(method, [])]
-        halves = job(method, tmp_path, "halves", "map", plain_backbone(method), overrides=settings)
-        for key, value in after_one_step_of_two_halves(halves).items():
-            torch.testing.assert_close(apart[key], value, rtol=1e-4, atol=1e-6, msg=named(key))
+    couples, backbone = model_class(method).couples_samples, plain_backbone(method)
+    shared = [f"data.path={photos}", *WITHOUT_EXTRAS, *LARGE_STEPS.get(method, [])]
+    own = [f"data.path={photos}", *PER_PROCESS, *WITHOUT_EXCHANGE.get(method, [])]
+    groups = [
+        [job(method, tmp_path, f"{method}-one", "map", backbone, overrides=shared)],
+        two_ranks(method, tmp_path, "two", shared),
+        two_ranks(method, tmp_path, "apart", own),
+    ]
+    if couples:
+        chunks = [f"data.path={photos}", *WITHOUT_EXTRAS, *ONE_CHUNK]
+        groups.append(two_ranks(method, tmp_path, "cached", chunks))
+    run(groups)
+    one, first, second = (result(tmp_path, f"{method}-{name}") for name in ("one", "two-0", "two-1"))
+    cached = result(tmp_path, f"{method}-cached-1") if couples else first
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(first["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
+        assert torch.equal(first["weights"][key], second["weights"][key]), key
+        torch.testing.assert_close(cached["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
+    for step, loss in one["losses"].items():
+        assert first["losses"][step] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    apart = result(tmp_path, f"{method}-apart-0")["weights"]
+    halves = job(method, tmp_path, "halves", "map", backbone, overrides=own)
+    for key, value in after_one_step_of_two_halves(halves).items():
+        torch.testing.assert_close(apart[key], value, rtol=1e-4, atol=1e-6, msg=named(key))
 
 
 def named(key):

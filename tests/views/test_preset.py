@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from messages import mentions
 from omegaconf import OmegaConf
 
 import hf_ssl.views
@@ -59,17 +60,17 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "parts"),
     [
-        ({"sise": 3}, "views.sise; did you mean 'size'"),
-        ({"local": {"cout": 3}}, "views.local.cout; did you mean 'count'"),
-        ({"second": {"enlarge": 3}}, "views.second.enlarge"),
-        ({"xyzzy": 3}, "expected one of size, count"),
-        ({"second": 5}, "views.second: expected null or keys that differ, got 5"),
+        ({"sise": 3}, ["views.sise", "size"]),
+        ({"local": {"cout": 3}}, ["views.local.cout", "count"]),
+        ({"second": {"enlarge": 3}}, ["views.second.enlarge"]),
+        ({"xyzzy": 3}, ["views.xyzzy", "size", "count"]),
+        ({"second": 5}, ["views.second", 5]),
     ],
 )
-def test_keys_that_mean_nothing(values, message):
-    with pytest.raises(UserError, match=message):
+def test_keys_that_mean_nothing(values, parts):
+    with pytest.raises(UserError, match=mentions(*parts)):
         ViewPreset.from_dict(values)
 
 
@@ -93,69 +94,69 @@ def test_images_without_colour():
 
 
 @pytest.mark.parametrize(
-    ("values", "channels", "message"),
+    ("values", "channels", "parts"),
     [
-        (GRAY, 1, r"views.saturation: expected 0, because images of 1 channel have no colour, got 0.8"),
-        (GRAY | {"saturation": 0.0}, 1, "views.hue: expected 0"),
-        (GRAY | {"saturation": 0.0, "hue": 0.0}, 1, "views.gray: expected 0"),
+        (GRAY, 1, ["views.saturation", 0, 1, 0.8]),
+        (GRAY | {"saturation": 0.0}, 1, ["views.hue", 0]),
+        (GRAY | {"saturation": 0.0, "hue": 0.0}, 1, ["views.gray", 0]),
         (
             GRAY | {"saturation": 0.0, "hue": 0.0, "gray": 0.0, "second": ViewOverrides(hue=0.1)},
             1,
-            "views.second.hue",
+            ["views.second.hue", 0.1],
         ),
-        (FIVE, 5, "views.jitter: expected 0, because images of 5 channels have no colour, got 0.8"),
-        (FIVE | {"jitter": 0.0}, 5, "views.gray: expected 0"),
+        (FIVE, 5, ["views.jitter", 0, 5, 0.8]),
+        (FIVE | {"jitter": 0.0}, 5, ["views.gray", 0]),
         (
             FIVE | {"jitter": 0.0, "gray": 0.0, "local": ViewOverrides(count=1, jitter=0.5)},
             5,
-            "views.local.jitter",
+            ["views.local.jitter", 0.5],
         ),
-        ({}, 0, "at least one channel"),
-        ({}, 4, "views.jitter"),
-        ({"count": 0}, 3, "views.count: expected a whole number of at least 1, got 0"),
-        ({"size": 0}, 3, "views.size"),
-        ({"size": 224.5}, 3, "views.size"),
-        ({"flip": 1.5}, 3, "views.flip: expected a probability between 0 and 1, got 1.5"),
-        ({"jitter": -0.1}, 3, "views.jitter"),
-        ({"gray": float("nan")}, 3, "views.gray"),
-        ({"blur": 2}, 3, "views.blur: "),
-        ({"solarize": "often"}, 3, "views.solarize: "),
-        ({"brightness": -1}, 3, "views.brightness"),
-        ({"contrast": float("inf")}, 3, "views.contrast"),
-        ({"hue": 0.6}, 3, "views.hue: expected between 0 and 0.5 turns, got 0.6"),
-        ({"scale": (0.5, 0.2)}, 3, r"views.scale: .* got \[0.5, 0.2\]"),
-        ({"scale": (0.0, 1.0)}, 3, "views.scale"),
-        ({"scale": (0.5, 1.5)}, 3, "views.scale"),
-        ({"scale": (0.5,)}, 3, "views.scale"),
-        ({"ratio": (-1.0, 1.0)}, 3, "views.ratio"),
-        ({"ratio": (1.0, float("inf"))}, 3, "views.ratio"),
-        ({"blur_sigma": (0.0, 1.0)}, 3, "views.blur_sigma"),
-        ({"blur_kernel": 4}, 3, "views.blur_kernel: expected an odd number of pixels, got 4"),
-        ({"blur_kernel": -3}, 3, "views.blur_kernel"),
-        ({"size": 4, "blur_kernel": 9}, 3, "views.blur_kernel: expected less than 8 pixels"),
-        ({"interpolation": "nearest"}, 3, "views.interpolation: expected bilinear or bicubic, got 'nearest'"),
-        ({"solarize_threshold": 128}, 3, "views.solarize_threshold"),
-        ({"mean": (0.5,)}, 3, "views.mean: expected one number for each of 3 channels"),
-        ({"std": (0.5, 0.5)}, 3, "views.std"),
-        ({"std": 0.5}, 3, "views.std"),
-        ({"std": (0.5, 0.0, 0.5)}, 3, "views.std: .* above 0"),
-        ({"mean": (0.5, float("nan"), 0.5)}, 3, "views.mean"),
-        ({"enlarge": 100}, 3, "views.enlarge: expected at least views.size, 224, got 100"),
-        ({"size": 32, "enlarge": 48, "local": ViewOverrides(count=1, size=17)}, 3, "views.enlarge"),
-        ({"second": ViewOverrides(count=1)}, 3, "views.second.count"),
-        ({"second": ViewOverrides(size=96)}, 3, "views.second.size"),
-        ({"count": 1, "second": ViewOverrides(blur=0.1)}, 3, "views.count: expected at least 2"),
-        ({"second": ViewOverrides(blur=7.0)}, 3, "views.second.blur"),
-        ({"local": ViewOverrides(size=96)}, 3, "views.local.count"),
-        ({"local": ViewOverrides(count=2, size=-1)}, 3, "views.local.size"),
-        ({"local": ViewOverrides(count=2, scale=(0.4, 0.1))}, 3, "views.local.scale"),
+        ({}, 0, ["channels", 0]),
+        ({}, 4, ["views.jitter"]),
+        ({"count": 0}, 3, ["views.count", 1, 0]),
+        ({"size": 0}, 3, ["views.size"]),
+        ({"size": 224.5}, 3, ["views.size"]),
+        ({"flip": 1.5}, 3, ["views.flip", 0, 1, 1.5]),
+        ({"jitter": -0.1}, 3, ["views.jitter"]),
+        ({"gray": float("nan")}, 3, ["views.gray"]),
+        ({"blur": 2}, 3, ["views.blur"]),
+        ({"solarize": "often"}, 3, ["views.solarize"]),
+        ({"brightness": -1}, 3, ["views.brightness"]),
+        ({"contrast": float("inf")}, 3, ["views.contrast"]),
+        ({"hue": 0.6}, 3, ["views.hue", 0, 0.5, 0.6]),
+        ({"scale": (0.5, 0.2)}, 3, ["views.scale", "[0.5, 0.2]"]),
+        ({"scale": (0.0, 1.0)}, 3, ["views.scale"]),
+        ({"scale": (0.5, 1.5)}, 3, ["views.scale"]),
+        ({"scale": (0.5,)}, 3, ["views.scale"]),
+        ({"ratio": (-1.0, 1.0)}, 3, ["views.ratio"]),
+        ({"ratio": (1.0, float("inf"))}, 3, ["views.ratio"]),
+        ({"blur_sigma": (0.0, 1.0)}, 3, ["views.blur_sigma"]),
+        ({"blur_kernel": 4}, 3, ["views.blur_kernel", 4]),
+        ({"blur_kernel": -3}, 3, ["views.blur_kernel"]),
+        ({"size": 4, "blur_kernel": 9}, 3, ["views.blur_kernel", 8, 9]),
+        ({"interpolation": "nearest"}, 3, ["views.interpolation", "bilinear", "bicubic", "nearest"]),
+        ({"solarize_threshold": 128}, 3, ["views.solarize_threshold"]),
+        ({"mean": (0.5,)}, 3, ["views.mean", 3]),
+        ({"std": (0.5, 0.5)}, 3, ["views.std"]),
+        ({"std": 0.5}, 3, ["views.std"]),
+        ({"std": (0.5, 0.0, 0.5)}, 3, ["views.std", 0]),
+        ({"mean": (0.5, float("nan"), 0.5)}, 3, ["views.mean"]),
+        ({"enlarge": 100}, 3, ["views.enlarge", "views.size", 224, 100]),
+        ({"size": 32, "enlarge": 48, "local": ViewOverrides(count=1, size=17)}, 3, ["views.enlarge"]),
+        ({"second": ViewOverrides(count=1)}, 3, ["views.second.count"]),
+        ({"second": ViewOverrides(size=96)}, 3, ["views.second.size"]),
+        ({"count": 1, "second": ViewOverrides(blur=0.1)}, 3, ["views.count", 2, 1]),
+        ({"second": ViewOverrides(blur=7.0)}, 3, ["views.second.blur"]),
+        ({"local": ViewOverrides(size=96)}, 3, ["views.local.count"]),
+        ({"local": ViewOverrides(count=2, size=-1)}, 3, ["views.local.size"]),
+        ({"local": ViewOverrides(count=2, scale=(0.4, 0.1))}, 3, ["views.local.scale"]),
     ],
 )
-def test_bad_presets_are_told_in_one_sentence(values, channels, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_bad_presets_are_told_in_one_sentence(values, channels, parts):
+    with pytest.raises(UserError, match=mentions(*parts)) as error:
         ViewPreset(**values).check(channels)
     text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and len(text) < 200
+    assert "\n" not in text and len(text) < 200
 
 
 def test_a_preset_is_read_without_torch():
