@@ -183,7 +183,6 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) 
         facts["name"] = name
         facts["backbone"] |= {"class_name": kind.__name__, "pooling": POOLING.get(name, "pooler")}
         write_card(folder / name, facts)
-    torch.set_num_threads(threads)
     finished = forks.run("transformers", STRANGER, str(folder), *CONFIGS)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
