@@ -152,6 +152,8 @@ def metrics(*accuracies: float) -> list[dict]:
         ([0.8, 0.7, 0.65], True),
         ([0.8, 0.65, 0.7], False),  # recovering
         ([0.8, 0.79, 0.78], False),  # within the error of 1000 images
+        ([0.8, 0.75, 0.75], True),  # 2.7 standard errors of both
+        ([0.8, 0.77, 0.765], False),  # 1.9 standard errors
         ([0.8, 0.9, 0.7], False),
         ([0.8, 0.9, 0.7, 0.7], True),
     ],

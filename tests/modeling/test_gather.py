@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two gloo processes agree on."""
+
+import json
+
+import torch
+from forks import Forks
+
+from hf_ssl.modeling.gather import any_process, least_over_processes
+
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+from hf_ssl.modeling.gather import any_process, least_over_processes
+rank, folder, cpu = int(sys.argv[1]), sys.argv[2], torch.device("cpu")
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+flags = [any_process(flag, cpu) for flag in (rank == 0, rank == 1, False)]
+print(json.dumps([flags, least_over_processes(5 + rank, cpu), least_over_processes(5 - rank, cpu)]))
+dist.destroy_process_group()
+"""
+
+
+def test_both_processes_find_the_same(forks: Forks, tmp_path):
+    done = forks.together("hf_ssl", SCRIPT, [[str(number), str(tmp_path)] for number in range(2)])
+    assert [part.returncode for part in done] == [0, 0], done[0].stderr[-3000:]
+    for part in done:
+        assert json.loads(part.stdout.splitlines()[-1]) == [[True, True, False], 5, 4]
+
+
+def test_one_process_agrees_with_itself():
+    cpu = torch.device("cpu")
+    assert [any_process(flag, cpu) for flag in (True, False)] == [True, False]
+    assert least_over_processes(7, cpu) == 7
