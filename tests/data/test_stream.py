@@ -50,6 +50,13 @@ def test_each_pass_begins_with_other_shards(numbered):
     assert len({frozenset(shard for shard, _ in window) for window in first}) == 4
 
 
+def test_fewer_shards_are_open_where_one_is_large(numbered, monkeypatch):
+    config = numbered(100, files=2, row_group=10, streaming=True)
+    assert sharded(config, open_shards=8).open_shards == 8
+    monkeypatch.setattr("hf_ssl.data.stream._OPEN_BYTES", 1)
+    assert sharded(config, open_shards=8).open_shards == 2
+
+
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_a_slot_goes_on_from_every_place(slots, numbered):
     rows = sharded(numbered(100, files=2, row_group=25, streaming=True))
