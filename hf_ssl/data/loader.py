@@ -20,7 +20,7 @@ from hf_ssl.data.ordering import RowBatches, Share
 from hf_ssl.data.sources import Source
 from hf_ssl.data.store import DecodedRows, NumberedRows, decoded_rows
 from hf_ssl.data.stream import ShardedRows
-from hf_ssl.data.stream_loader import Layout, StreamBatches, StreamLoader, start_position
+from hf_ssl.data.stream_loader import Layout, StreamBatches, StreamLoader, end_workers, start_position
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewPreset
 
@@ -149,6 +149,11 @@ class MapLoader(DataLoader[LoadedBatch]):
             if isinstance(batch.images, HeldRows):
                 batch = replace(batch, images=replace(batch.images, pixels=self.held))
             yield batch
+
+    def close(self) -> None:
+        """End the workers (`hf_ssl.data.stream_loader.end_workers`)."""
+        end_workers(self._iterator)
+        self._iterator = None
 
     def set_epoch(self, epoch: int) -> None:
         cast(RowBatches, self.batch_sampler).set_epoch(epoch)

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from hf_ssl.data import LoadedBatch
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import gather
 from hf_ssl.progress import progress
@@ -40,7 +38,7 @@ class FirstPass(TrainerCallback):
     def __init__(
         self,
         model: SSLPreTrainedModel,
-        loader: Callable[[], DataLoader[LoadedBatch]],
+        loader: Callable[[], Any],
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model, self.loader, self.precision = model, loader, precision
@@ -56,3 +54,4 @@ class FirstPass(TrainerCallback):
                 with self.precision():
                     remember_all(self.model, batch.inputs(args.device, self.model.draw))
                 bar.update(1)
+        loader.close()

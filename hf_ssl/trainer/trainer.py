@@ -95,6 +95,7 @@ class SSLTrainer(PushingTrainer):
         self._position: dict[str, Any] | None = None
         self._resumed_step: int | None = None
         self.stopwatch = Stopwatch()
+        self._loader: Any = None
         self.choices: Choices = choose_precision(args) | choose_workers(
             args, small=holds_small_images(train_dataset, data)
         )
@@ -297,6 +298,8 @@ class SSLTrainer(PushingTrainer):
         finally:
             self.stop_signal.restore()
             self.stopwatch.stop()
+            if self._loader is not None:
+                self._loader.close()
 
     def _stop(self, save: bool = True) -> NoReturn:
         """End the process after a signal, with a checkpoint if a step was made."""

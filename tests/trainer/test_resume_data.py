@@ -2,6 +2,7 @@
 """Every way of reading the data resumes in the middle of an epoch, bit for bit."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def check_crash(digits: Path, folder: Path, accumulated: int, *more: str) -> Non
         train(recipe, [Crash()])
     resumed = train(recipe)
     assert resumed.resumed == 1
+    assert multiprocessing.active_children() == []  # else the garbage collector waits for them
     for name, value in whole.method.state_dict().items():
         assert torch.equal(value, resumed.method.state_dict()[name]), name
     assert losses(whole) == losses(resumed)
