@@ -15,7 +15,9 @@ from hf_ssl.evaluation import (
     evaluate_features,
     evaluate_pixels,
     knn_accuracy,
+    protocol,
 )
+from hf_ssl.precision import Precision
 from hf_ssl.recording import results_table
 
 
@@ -64,11 +66,25 @@ def small(**changes) -> EvaluationConfig:
     return EvaluationConfig(**(settings | changes))
 
 
+@pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
+def test_auto_is_the_fastest_precision_and_the_result_says_which(digits, encoder, monkeypatch, fastest):
+    monkeypatch.setattr(protocol, "fastest_precision", lambda device: Precision(fastest, "measured"))
+    seen = []
+    hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
+    images, labels = digits
+    split = Images(images[:20], labels[:20])
+    config = EvaluationConfig(linear=False, neighbours=[1], temperatures=[0.07])
+    result = evaluate_encoder(*encoder, config, split, split)
+    hook.remove()
+    assert result["precision"] == fastest and fastest in result["protocol"]["features"]
+    assert seen[-1] == {"float32": torch.float32, "bfloat16": torch.bfloat16}[fastest]
+
+
 def test_every_number_and_its_words(digits, encoder) -> None:
     images, labels = digits
     train = Images(images[:1000], labels[:1000], broken=(3, 700))
     test = Images(images[1000:1400], labels[1000:1400])
-    result = evaluate_encoder(*encoder, small(), train, test)
+    result = evaluate_encoder(*encoder, small(precision="float32"), train, test)
     assert json.loads(json.dumps(result)) == result
     assert result["images"] == {"train": 998, "test": 400}
     assert (result["classes"], result["feature_size"]) == (10, 32)
@@ -91,6 +107,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert "features, standardised, without augmentation" in result["protocol"]["linear"]
     assert "held out, which is the edge of the sweep; then trained" in result["protocol"]["linear"]
     assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
+    assert result["precision"] == "float32"
     assert 0 < result["statistics"]["embedding_std"] < 1 and result["statistics"]["images"] == 400
     assert set(result["seconds"]) == {"features", "knn", "few_labels", "linear"}
 
