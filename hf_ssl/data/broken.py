@@ -2,6 +2,7 @@
 """Images that cannot be read: reported one by one, and the end of the run when there are too many."""
 
 import logging
+import math
 from typing import Any
 
 from hf_ssl.data.batch import Failure, LoadedBatch
@@ -10,7 +11,6 @@ from hf_ssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _JUDGED_AFTER = 100
-_REMEMBERED = 10_000
 
 
 class UnreadableData(UserError):
@@ -25,25 +25,30 @@ def delivered(batch: LoadedBatch | Failure) -> LoadedBatch:
 
 
 class BrokenCounter:
-    """Counts images that could not be read.
+    """Counts images that could not be read, each of them once, however many epochs meet it.
 
     Args:
-        max_fraction: of all images read (`data.max_broken_fraction`).
-        images_per_pass: size of the data where it is known, for data of less than a hundred images.
+        max_fraction: largest share of all images that may be broken (`data.max_broken_fraction`).
+        num_images: size of the data. None for a stream that does not say: then the share of the images read
+            so far is judged, from 100 on, with an allowance of three standard deviations for chance.
     """
 
-    def __init__(self, max_fraction: float, images_per_pass: int | None = None) -> None:
+    def __init__(self, max_fraction: float, num_images: int | None = None) -> None:
         self.max_fraction = max_fraction
-        self.judged_after = min(_JUDGED_AFTER, images_per_pass or _JUDGED_AFTER)
+        self.num_images = num_images
         self.read = 0
-        self.broken = 0
-        self._logged: set[str] = set()
+        self._found: dict[str, None] = {}
+
+    @property
+    def broken(self) -> int:
+        """Number of different images that could not be read."""
+        return len(self._found)
 
     def add(self, batch: LoadedBatch | Failure) -> None:
         """Counts a batch. (A failure comes from a loader that was built around ours, as accelerate does.)
 
         Raises:
-            UserError: more than the allowed share of at least 100 images (or of a pass) was broken.
+            UserError: more images are broken than are allowed.
         """
         batch = delivered(batch)
         self.count(len(batch), batch.broken)
@@ -51,20 +56,30 @@ class BrokenCounter:
     def count(self, good: int, broken: list[str]) -> None:
         """Counts images that were read and messages about those that were not; raises as `add` does."""
         self.read += good + len(broken)
-        self.broken += len(broken)
         for message in broken:
-            if message not in self._logged and len(self._logged) < _REMEMBERED:
-                self._logged.add(message)
+            if message not in self._found:
+                self._found[message] = None
                 logger.warning("skipped a broken image: %s", message)
-        if broken and self.read >= self.judged_after and self.broken > self.max_fraction * self.read:
+        if broken and self.broken > self._allowed():
+            total = self.read if self.num_images is None else self.num_images
+            share = min(1.0, math.ceil(100 * self.broken / total) / 100)
             raise UserError(
-                f"{self.broken} of {self.read} images cannot be read, more than data.max_broken_fraction="
-                f"{self.max_fraction:g} allows; the last one is {broken[-1]}"
+                f"data.max_broken_fraction: {self.broken} of {total} images cannot be read, more than "
+                f"{self.max_fraction:g} of them; the last one is {broken[-1]}; to skip them, use "
+                f"data.max_broken_fraction={max(2 * self.max_fraction, share):g}"
             )
+
+    def _allowed(self) -> float:
+        if self.num_images is not None:
+            return max(self.max_fraction * self.num_images, float(self.max_fraction > 0))
+        if self.read < _JUDGED_AFTER:
+            return math.inf
+        expected = self.max_fraction * self.read
+        return expected + 3 * math.sqrt(expected)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, in terms that JSON knows."""
-        return {"read": self.read, "broken": self.broken}
+        return {"read": self.read, "found": list(self._found)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.read, self.broken = int(state["read"]), int(state["broken"])
+        self.read, self._found = int(state["read"]), dict.fromkeys(state["found"])

@@ -43,7 +43,7 @@ class DataConfig:
     label_column: str | None = None
     channels: int = 3
     cache: str = "auto"
-    max_broken_fraction: float = 0.01
+    max_broken_fraction: float = 0.05
     shuffle_window: int = 4096
     open_shards: int = 32
     max_images: int | None = None

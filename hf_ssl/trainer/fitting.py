@@ -19,7 +19,7 @@ from hf_ssl.trainer.step_cost import StepCost
 
 STEP_SECONDS = 30.0
 """The longest step that a recipe's batch size may lead to on a CPU."""
-FIRST_MEASUREMENT_SHARE, FIRST_MEASUREMENT_SECONDS = 0.05, (2.0, 20.0)
+FIRST_MEASUREMENT_SHARE, FIRST_MEASUREMENT_SECONDS = 0.05, (2.0, 10.0)
 """The monitor's first measurement takes at most this share of the planned run, at most the second number of
 seconds, and never less than the first (a run that is over in a minute needs a monitor, too).
 """
@@ -125,7 +125,7 @@ def choose_monitor(
     args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labelled: bool, typed: set[str]
 ) -> Choices:
     """Reduce the number of images that the monitor measures, so that its first measurement takes at most
-    5 % of the planned run (but 2 seconds in any case) and at most 20 seconds. Returns {} if all of them fit.
+    5 % of the planned run (but 2 seconds in any case) and at most 10 seconds. Returns {} if all of them fit.
 
     Args:
         args: training arguments with the chosen batch size.

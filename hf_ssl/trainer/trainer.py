@@ -87,7 +87,7 @@ class SSLTrainer(PushingTrainer):
         self.data = data
         self.monitor = monitor
         self.alarm = CollapseAlarm(model.collapsed_below)
-        self.broken = BrokenCounter(data.max_broken_fraction)
+        self.broken = BrokenCounter(data.max_broken_fraction, train_dataset.num_rows)
         self.collapse_message: str | None = None
         self.resumed = 0
         self.stop_signal = StopOnSignal()

@@ -27,37 +27,51 @@ def test_each_is_logged_once_and_all_are_counted(caplog):
     counter.add(batch(8, "row 3: truncated", "row 9: zero bytes"))
     first, second = (record.getMessage() for record in caplog.records)
     assert missing(first, "row 3: truncated") == missing(second, "row 9: zero bytes") == []
-    assert counter.state_dict() == {"read": 19, "broken": 3}
+    assert (counter.read, counter.broken) == (19, 2)
 
 
-def test_too_many_end_the_run_but_not_before_enough_were_read():
-    counter = BrokenCounter(0.02)
-    counter.add(batch(1, *(["row 1: bad"] * 3)))  # 3 of 4
-    counter.add(batch(95))
-    with pytest.raises(UserError, match=mentions(4, 100, "data.max_broken_fraction=0.02", "row 7: worse")):
+def rows(*numbers):
+    return [f"row {number}: bad" for number in numbers]
+
+
+def test_more_than_the_share_of_a_known_size_end_the_run():
+    counter = BrokenCounter(0.02, num_images=200)
+    counter.add(batch(1, *rows(1, 2, 3, 4)))  # 4 of the first 5, but 2 % of all
+    for _ in range(20):  # epochs
+        counter.add(batch(196, *rows(1, 2, 3, 4)))
+    suggested = "data.max_broken_fraction=0.04"
+    with pytest.raises(UserError, match=mentions(5, 200, 0.02, "row 7: worse", suggested)):
         counter.add(batch(0, "row 7: worse"))
 
 
-def test_a_small_data_set_is_judged_after_a_pass():
-    counter = BrokenCounter(0.02, images_per_pass=10)
-    with pytest.raises(UserError, match=mentions(3, 10)):
-        counter.add(batch(7, *["row 1: bad"] * 3))
+def test_one_broken_image_of_a_few_is_allowed_unless_none_is():
+    counter = BrokenCounter(0.02, num_images=10)
+    counter.add(batch(7, *rows(1)))
+    with pytest.raises(UserError, match=mentions(2, 10, "data.max_broken_fraction=0.2")):
+        counter.add(batch(7, *rows(2)))
+    with pytest.raises(UserError, match=mentions(1, 10)):
+        BrokenCounter(0.0, num_images=10).add(batch(7, *rows(1)))
 
 
-def test_as_many_as_allowed_are_allowed():
-    counter = BrokenCounter(0.05)
-    counter.add(batch(95, *[f"row {row}: bad" for row in range(5)]))
+def test_a_stream_is_judged_by_what_was_read_with_an_allowance_for_chance():
+    counter = BrokenCounter(0.04)
+    counter.add(batch(1, *rows(*range(10))))  # 10 of 11, too few to judge
+    counter.add(batch(89))  # 10 of 100: 4 are expected, 6 are three standard deviations
+    with pytest.raises(UserError, match=mentions(11, 101, "data.max_broken_fraction=")):
+        counter.add(batch(0, *rows(99)))
     with pytest.raises(UserError):
-        BrokenCounter(0.0).add(batch(100, "row 1: bad"))
+        BrokenCounter(0.0).add(batch(100, *rows(1)))
 
 
 def test_counts_survive_a_restart():
-    counter = BrokenCounter(0.05)
-    counter.add(batch(95, *[f"row {row}: bad" for row in range(5)]))
-    resumed = BrokenCounter(0.05)
+    counter = BrokenCounter(0.05, num_images=100)
+    counter.add(batch(95, *rows(*range(5))))
+    resumed = BrokenCounter(0.05, num_images=100)
     resumed.load_state_dict(json.loads(json.dumps(counter.state_dict())))
-    with pytest.raises(UserError, match=mentions(6, 101)):
-        resumed.add(batch(0, "row 99: bad"))
+    resumed.add(batch(95, *rows(*range(5))))
+    assert (resumed.read, resumed.broken) == (200, 5)
+    with pytest.raises(UserError, match=mentions(6, 100)):
+        resumed.add(batch(0, *rows(99)))
 
 
 def test_a_failure_is_raised():

@@ -74,8 +74,8 @@ def test_broken_images_are_left_out_together_with_their_labels(
 
 
 def test_too_many_broken_images_are_an_error(labelled):
-    images = labelled_images(labelled(broken=(1, 40)), "test")
-    with pytest.raises(UserError, match=mentions(2, 90, "data.max_broken_fraction=0.01")):
+    images = labelled_images(labelled(broken=range(1, 41, 8)), "test")
+    with pytest.raises(UserError, match=mentions(5, 90, 0.05, "data.max_broken_fraction=0.1")):
         all_images(images)
 
 

@@ -209,23 +209,23 @@ def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
 
 def test_the_first_measurement_takes_a_twentieth_of_the_run():
     # 512 x (0.5 / 3 + 0.1 + 0.05) + 3000 x 0.15 = 612 s would be measured
-    args = arguments(batch_size=32, max_steps=20)  # 320 s are planned, 5 % are 16 s
+    args = arguments(batch_size=32, max_steps=10)  # 160 s are planned, 5 % are 8 s
     choices = fitting.choose_monitor(args, COST, 5000, labelled=True, typed=set())
     assert choices["training.monitor_bank_images"]["value"] == args.monitor_bank_images == 100  # the fewest
     assert choices["training.monitor_query_images"]["value"] == args.monitor_query_images == 50
     assert choices["monitor.probe_images"]["value"] == 32
-    assert "16.0 seconds" in choices["monitor.probe_images"]["reason"]
+    assert "8.0 seconds" in choices["monitor.probe_images"]["reason"]
 
 
 def test_images_are_reduced_in_proportion():
-    cost = StepCost(0.03, 0.01, 0.0, 0.0, 0.0)  # 512 x 0.02 + 3000 x 0.01 = 40 s; 20 s are allowed
+    cost = StepCost(0.03, 0.01, 0.0, 0.0, 0.0)  # 512 x 0.02 + 3000 x 0.01 = 40 s; 10 s are allowed
     args = arguments(batch_size=32, max_steps=10**6)
     choices = fitting.choose_monitor(args, cost, 5000, labelled=True, typed=set())
-    assert (args.monitor_bank_images, args.monitor_query_images) == (994, 497)
-    assert choices["monitor.probe_images"]["value"] == 254
+    assert (args.monitor_bank_images, args.monitor_query_images) == (497, 248)
+    assert choices["monitor.probe_images"]["value"] == 127
     typed = arguments(batch_size=32, max_steps=10**6)
     choices = fitting.choose_monitor(typed, cost, 5000, labelled=True, typed={"monitor_bank_images"})
-    assert (typed.monitor_bank_images, typed.monitor_query_images) == (2000, 497)
+    assert (typed.monitor_bank_images, typed.monitor_query_images) == (2000, 248)
     assert set(choices) == {"monitor.probe_images", "training.monitor_query_images"}
 
 
