@@ -309,6 +309,25 @@ def test_every_method_has_its_prose() -> None:
             assert part in prose, (name, part)
 
 
+def test_what_was_chosen_for_the_machine_is_on_the_card_and_in_its_commands(facts, tmp_path) -> None:
+    facts["training"]["choices"] = {
+        "training.batch_size": {"value": 32, "reason": "30 seconds per step are enough for 55 images"},
+        "training.precision": {"value": "float32", "reason": "bfloat16 is 0.2 times as fast"},
+        "training.dataloader_num_workers": {"value": 1, "reason": "2 cores"},
+        "monitor.probe_images": {"value": 40, "reason": "4 seconds"},
+    }
+    facts["results"]["trained"]["precision"] = "float32"
+    write_card(tmp_path, facts)
+    text = (tmp_path / "README.md").read_text()
+    reason = facts["training"]["choices"]["training.batch_size"]["reason"]
+    assert f"| chosen for this machine | `training.batch_size=32`: {reason} |" in text
+    assert "`training.dataloader_num_workers=1`: 2 cores" in text
+    train = next(line for line in text.splitlines() if line.startswith("hf-ssl pretrain"))
+    assert train.endswith("training.batch_size=32 training.precision=float32")
+    evaluate = next(line for line in text.splitlines() if line.startswith("hf-ssl evaluate"))
+    assert evaluate.endswith("evaluation.precision=float32")
+
+
 def test_a_full_disk_leaves_the_old_card(facts: dict, tmp_path: Path) -> None:
     write_card(tmp_path, facts)
     before = readme(tmp_path)
