@@ -101,7 +101,7 @@ class Recipe:
         return self.backbone.get("init_from")
 
     def types(self, key: str) -> bool:
-        """Return whether the user typed `section.key` on the command line, beside the recipe's file."""
+        """Return whether the user set `section.key` on the command line, not in the recipe's file."""
         section, _, name = key.partition(".")
         return name in apply_overrides({}, self.overrides)[section]
 

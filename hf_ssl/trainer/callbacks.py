@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks around the Trainer's steps: a method's hooks, the progress bar, and the curves."""
+"""Callbacks of the Trainer: the hooks of a method, the progress bar, and the curves."""
 
 import math
 import time

@@ -116,11 +116,11 @@ def test_a_readme_that_declares_its_files(tmp_path):
     declared = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: left\n    path: one/*\n---\n"
     (root / "README.md").write_text(declared)
     assert open_source(DataConfig(path=str(root)), "left").num_rows == 1
-    with pytest.raises(UserError, match=r"its splits are left; choose one with data\.split=left"):
+    with pytest.raises(UserError, match=r"one of the splits left of .*; use data\.split=left"):
         open_source(DataConfig(path=str(root)))
 
 
-# What differs from `datasets` on purpose.
+# Intended differences from `datasets`.
 
 
 def test_images_count_whatever_else_lies_in_the_folder(tmp_path):
@@ -168,7 +168,7 @@ def test_an_archive_beside_images_is_reported(tmp_path, caplog):
         archive.write(root / "a.jpg", "a.jpg")
     with caplog.at_level(logging.WARNING):
         assert open_source(DataConfig(path=str(root))).num_rows == 3
-    assert f"data.path={root / 'backup.zip'} reads it" in caplog.text
+    assert f"use data.path={root / 'backup.zip'} to read it" in caplog.text
 
 
 def test_files_outside_the_splits_are_reported(tmp_path, caplog):
@@ -199,7 +199,7 @@ def test_a_slice_that_is_no_slice(tmp_path):
 
 def test_an_empty_folder(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=r"data\.path='.*photos'.* holds no files"):
+    with pytest.raises(UserError, match=r"data\.path: .*photos', which contains no visible files"):
         open_source(DataConfig(path=str(tmp_path / "photos")))
 
 
@@ -330,7 +330,7 @@ def test_probing_applies_the_orientation_and_skips_what_is_broken(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(whole[:40])
     (tmp_path / "another.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .* row 0 "):
+    with pytest.raises(UserError, match=r"none of the tested images in .* can be read; one is .* row 0 "):
         probe(open_source(DataConfig(path=str(tmp_path))), 3)
 
 

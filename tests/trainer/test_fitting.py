@@ -200,7 +200,7 @@ def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(trainer, "training_step", full)
-    with pytest.raises(UserError, match=r"training\.batch_size: 32 .*use training\.batch_size=16"):
+    with pytest.raises(UserError, match=r"training\.batch_size: .* 32 images; use training\.batch_size=16"):
         trainer.train()
 
 
