@@ -100,8 +100,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
-    """Evaluate the encoder in `folder` as a stranger loads it, the same encoder as training began
-    with it, and raw pixels."""
+    """Evaluate the encoder loaded from `folder`, the encoder from before training, and raw pixels."""
     try:
         train_images, test_images = labelled_splits(
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images

@@ -99,8 +99,8 @@ def probe(source: Source, channels: int) -> Probe:
 def probe_images(images: list[Encoded], places: list[str], channels: int, description: str) -> Probe:
     """Return the same as `probe`, for given images.
 
-    This function reads the size of every image from its header. It decodes one image of each size, and stops
-    at the second size.
+    This function reads the sizes from the headers and decodes one image of each size. It stops as soon as
+    two decoded sizes differ.
     """
     sizes: dict[tuple[int, int], tuple[int, int]] = {}  # in the header -> decoded
     broken: list[str] = []

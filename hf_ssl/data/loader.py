@@ -50,8 +50,8 @@ def train_loader(
     `start_batch=b` (the first `iter` yields the rest of that pass), or start at 0, call `set_epoch` and skip,
     as transformers' Trainer does.
 
-    A stream is endless, and goes on where it was with each `iter(loader)`. It has a length only where its
-    number of rows is known; then one `iter` is about one pass. To resume, give the `position` of the last
+    A stream is endless, and each `iter(loader)` continues where the last one stopped. It has a length only if
+    its number of rows is known. Then one `iter` is about one pass. To resume, give the `position` of the last
     batch that was used.
 
     Args:

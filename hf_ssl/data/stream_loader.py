@@ -110,9 +110,9 @@ class StreamBatches(IterableDataset[LoadedBatch]):
 
 
 class StreamLoader(DataLoader[LoadedBatch]):
-    """Batches of a stream for ever, each with the position of all readers of this process after it.
+    """Yields endless batches of a stream, each with the later position of all readers of this process.
 
-    `iter` goes on where the last one stopped. Where the number of rows is known, it ends with each
+    `iter` continues where the last one stopped. If the number of rows is known, `iter` ends after
     `len(self)` batches.
 
     Args:

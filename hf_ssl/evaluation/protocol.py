@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One protocol for every encoder: what is measured, on what, and the words that a card prints beside it."""
+"""One protocol for every encoder: measurements, their data, and their descriptions for the card."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

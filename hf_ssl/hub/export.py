@@ -71,7 +71,7 @@ def check_exportable(encoder: PreTrainedModel) -> None:
 
 
 def _check_pooler(encoder: Any) -> None:
-    """A ViT must hand out its class token: AutoModel always makes a pooler, random where none was saved."""
+    """Check that a ViT returns its class token. AutoModel makes a random pooler if none was saved."""
     kind, pooler = type(encoder).__name__, encoder.pooler
     if pooler is None:
         raise UserError(

@@ -142,10 +142,10 @@ class Recipe:
         return plain
 
     def differences(self) -> dict[str, Any]:
-        """`{"section.key": value}` of what is not as it would be if the recipe did not mention it.
+        """Return `{"section.key": value}` for the values that differ from their defaults.
 
-        What has no default is left out: the names of the method and the encoder, the path of the data, the
-        output folder.
+        The result omits keys without a default: the names of the method and the encoder, the path of the
+        data, the output folder.
         """
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 

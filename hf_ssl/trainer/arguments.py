@@ -36,14 +36,14 @@ class SSLTrainingArguments(TrainingArguments):
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
         momentum, nesterov: of SGD and LARS.
-        weight_decay_end: if set, weight decay goes from `weight_decay` to this along half a cosine over the
-            whole run (DINO, I-JEPA); what is not decayed stays so.
+        weight_decay_end: if set, weight decay moves from `weight_decay` to this along half a cosine over the
+            whole run (DINO, I-JEPA). Parameters without weight decay keep none.
         decay_all_parameters: weight decay on biases, norms and tokens too, as authors who use plain SGD do.
         clip_each_tensor: the largest norm of each parameter's gradient by itself (DINO); 0 clips nothing.
         lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
         lars_adapt_all_parameters: LARS adapts the rate of biases, norms and tokens too, as SwAV's authors do.
         warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
-        minimum_learning_rate_ratio: where the cosine ends, as a share of the learning rate.
+        minimum_learning_rate_ratio: final value of the cosine, as a share of the learning rate.
         learning_rate_drops: passes over the data after each of which the learning rate is a tenth of what
             `lr_scheduler_type` says (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images of a process that are encoded at once, for batches that do not fit into
@@ -51,7 +51,7 @@ class SSLTrainingArguments(TrainingArguments):
             (`hf_ssl.trainer.gradient_cache`). None encodes them all at once.
         sync_batch_norm: with several processes, BatchNorm statistics span all of them.
         channels_last: memory layout of convolutions, 1.3 times faster on CPUs.
-        monitor_steps: optimiser steps between two measurements of the monitor; 0 switches it off.
+        monitor_steps: optimizer steps between two measurements of the monitor; 0 switches it off.
         monitor_bank_images, monitor_query_images: labelled images of its k-NN classifier.
         monitor_neighbours: k of that classifier.
         layer_decay: if set, each block of the backbone learns at this share of the rate of the block after it

@@ -111,7 +111,7 @@ def _accelerator_module() -> Any:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm goes on to normalise with the batch, and does not count it again."""
+    """Keep the running statistics of BatchNorm; it still normalizes with the statistics of the batch."""
     layers = [
         layer
         for layer in model.modules()
