@@ -52,7 +52,7 @@ def _ends_on_sigterm() -> Iterator[None]:
         print("hf-ssl: terminated", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # no handler possible
+    if threading.current_thread() is not threading.main_thread():  # handlers need the main thread
         yield
         return
     previous = signal.signal(signal.SIGTERM, end)
