@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe to a model and a trainer that fit this machine (layer 5)."""
+"""Builds the model and the trainer of a recipe, with settings that suit this machine (layer 5)."""
 
 import logging
 import time
@@ -53,13 +53,16 @@ _PROBE_SEED = 2**32
 
 
 def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
-    """The recipe's model with random weights that depend on the seed alone, or with those of the encoder
-    `backbone.init_from`.
+    """Return the recipe's model.
+
+    Its random weights depend on the seed alone. With `backbone.init_from`, the backbone has the weights of
+    that encoder.
 
     Args:
-        recipe: what to build.
-        seed: of the weights.
-        source: the training data, for a method that has a place for each image; None opens the recipe's.
+        recipe: the recipe of the model.
+        seed: seed of the random weights.
+        source: the training data, for a method that stores a state of each image; None opens the recipe's
+            data.
     """
     config: Any = recipe.config()
     if recipe.model_class.needs_sample_index:
@@ -77,16 +80,17 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
     stored: Choices | None = None,
 ) -> SSLTrainer:
-    """Build everything that training needs: data, model, monitor. Nothing is written.
+    """Return a trainer with data, model and monitor. This function writes no files.
 
     Args:
-        recipe: what to train.
-        args: of `recipe.training_arguments()`; what they leave to the machine is chosen and set here.
+        recipe: the recipe of the run.
+        args: the result of `recipe.training_arguments()`. This function chooses and sets every value that is
+            `auto`, and reduces a batch size or a monitor that does not suit the machine.
         callbacks: further transformers callbacks.
-        stored: what an earlier part of the run chose; None chooses now.
+        stored: the choices of an earlier part of the run; None makes new choices.
 
     Raises:
-        UserError: a mistake in the data, or a batch size that the user typed and that the data do not fill.
+        UserError: the data are wrong, or hold fewer images than the batch size that the user typed.
     """
     quiet = bool(args.disable_tqdm)
     with progress(f"opening {recipe.data.path}", quiet=quiet):
@@ -121,8 +125,9 @@ def build_trainer(
 
 
 def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
-    """Leave `views.png` in the output folder, what the network is going to see; the trainer will leave the
-    method's own pictures of the same images.
+    """Write `views.png` with augmented views of training images into the output folder.
+
+    The trainer writes the method's own pictures of the same images during training.
     """
     first = load_probe(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
     montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
@@ -130,7 +135,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
 
 def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int) -> LoadedBatch:
-    """Load `count` training images with fixed views; fewer where there are fewer."""
+    """Return `count` training images with fixed views; all images if the data hold fewer."""
     size = min(count, source.num_rows or count)
     seed = args.seed + _PROBE_SEED
     return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
@@ -139,11 +144,12 @@ def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count
 def labelled_splits(
     recipe: Recipe, max_train: int | None = None, max_test: int | None = None
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Labelled images to measure with: of the training data, unless `evaluation.path` says otherwise.
+    """Return the labeled images of the evaluation, training split and test split.
+
+    They come from the training data unless the recipe sets `evaluation.path`.
 
     Raises:
-        UserError: there are no labels, or they lie in data that is streamed, which would have to be copied
-        first.
+        UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
     """
     return open_splits(recipe.data, recipe.evaluation, max_train, max_test)
 
@@ -151,13 +157,16 @@ def labelled_splits(
 def open_splits(
     data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
 ) -> tuple[LabelledImages, LabelledImages]:
-    """As `labelled_splits`, from the two sections of a recipe."""
+    """Return the same as `labelled_splits`, from two sections of a recipe."""
     if evaluation.path is not None:
         data = replace(
             data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
         )
     elif data.streaming:
-        raise UserError("data that is streamed is not copied to be measured on: give evaluation.path=...")
+        raise UserError(
+            "evaluation.path: expected a data set, because the evaluation cannot stream, got none with "
+            "data.streaming=true; set evaluation.path=..."
+        )
     label_column = evaluation.label_column or data.label_column
     data = replace(data, label_column=label_column, max_images=None, streaming=False)
     with progress(f"opening {data.path}"):
@@ -170,7 +179,7 @@ def open_splits(
 def _choose_sizes(
     recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
 ) -> Choices:
-    """Measure a step, then choose the batch size (unless the user typed one) and the monitor's images."""
+    """Measure a step, then choose the batch size (unless the user set one) and the images of the monitor."""
     start = time.process_time()
     batch = load_probe(recipe, source, args, MEASURED_IMAGES)
     cost = measure_step(model, batch, (time.process_time() - start) / len(batch), args)
@@ -182,7 +191,7 @@ def _choose_sizes(
         if "training.batch_size" in choices and args.should_log:
             logger.warning(
                 "training.batch_size: reduced from %d to %d because %s; the learning rate is %.3g "
-                "(training.learning_rate_rule=%s); training.batch_size=%d on the command line keeps it",
+                "(training.learning_rate_rule=%s); to keep the recipe's value, set training.batch_size=%d",
                 wanted,
                 args.batch_size,
                 choices["training.batch_size"]["reason"],
@@ -197,13 +206,13 @@ def _choose_sizes(
 
 
 def _check_enough_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
-    """Make a training loader: it raises UserError for too few images, and keeps the decoded ones."""
+    """Make a training loader, which raises UserError for too few images and caches the decoded images."""
     size, processes = args.per_device_train_batch_size, args.world_size
     train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
 
 
 def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
-    """A k-NN classifier if the evaluation's splits carry labels, else None with a word about it."""
+    """Return a k-NN classifier if the evaluation splits have labels; else log a warning and return None."""
     try:
         bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
     except UserError as error:

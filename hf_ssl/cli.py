@@ -43,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ends_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143), so that files which are half-written are removed on the way out.
+    """Make SIGTERM raise SystemExit(143), so that cleanup code removes incomplete files.
 
-    Training has a handler of its own, which saves a checkpoint first (`hf_ssl.trainer.stopping`).
+    Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.stopping`).
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         print("hf-ssl: terminated", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+    if threading.current_thread() is not threading.main_thread():  # handlers need the main thread
         yield
         return
     previous = signal.signal(signal.SIGTERM, end)
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--resume",
         action="store_true",
-        help="stop if there is no checkpoint; a run resumes without this option, too, if there is one",
+        help="stop if the output folder holds no checkpoint (by default, the run starts from step 0 then)",
     )
 
     evaluate = command("evaluate", _evaluate, "measure an encoder with k-NN and a linear probe")
@@ -186,7 +186,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
             recipe = load_recipe(arguments.recipe, arguments.overrides)
         output = Path(recipe.training["output_dir"])
         if arguments.resume and not any(output.glob("checkpoint-*")):
-            raise UserError(f"nothing to resume: {output} holds no checkpoint; start without --resume")
+            raise UserError(f"--resume: expected a checkpoint in {output}, got none; start without --resume")
         with progress("loading torch and transformers"):
             from hf_ssl import run
 
@@ -195,10 +195,12 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Pause the garbage collector while torch and transformers are imported, and leave what they made out of
-    later collections. It would search their 800,000 objects again and again, for two CPU seconds.
+    """Pause the garbage collector during the import of torch and transformers, and exclude their objects from
+    later collections.
 
-    Does nothing in a process that has imported them before: what is garbage there would never be collected.
+    Otherwise the collector searches these 800,000 objects again and again, which takes two CPU seconds. This
+    function does nothing in a process that has imported torch before, because garbage that exists there
+    would never be collected.
     """
     if "torch" in sys.modules:
         yield

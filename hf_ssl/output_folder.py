@@ -56,17 +56,17 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def stored_choices(recipe: Recipe) -> Choices:
-    """Return what the run in the recipe's output folder chose for its machine (`hf_ssl.trainer.fitting`)."""
+    """Return the stored choices of the run in the recipe's output folder (see `hf_ssl.trainer.fitting`)."""
     mark = Path(recipe.training["output_dir"]) / IDENTITY
     return json.loads(mark.read_text()).get(_CHOICES, {})
 
 
 def claim(recipe: Recipe, choices: Choices) -> None:
-    """Make the output folder this recipe's, and clear what a killed process left half-written.
+    """Mark the output folder as that of this recipe, and remove incomplete files of a killed process.
 
     Args:
-        recipe: of the run.
-        choices: what was chosen for the machine, for `stored_choices`.
+        recipe: the recipe of the run.
+        choices: the choices for the machine, which `stored_choices` returns later.
 
     Raises:
         UserError: the folder cannot be written.
@@ -104,6 +104,6 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
                 continue
             if values.get(key) != earlier.get(key):
                 raise UserError(
-                    f"training.output_dir={folder} already holds a different run: {section}.{key} was "
-                    f"{earlier.get(key)} and is now {values.get(key)}; give another folder to start anew"
+                    f"training.output_dir: expected an empty folder or the same run, got {folder}, where "
+                    f"{section}.{key} was {earlier.get(key)} and is now {values.get(key)}; use another folder"
                 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision in which a device computes fastest, for `training.precision=auto` and
-`evaluation.precision=auto` (layer 0).
+"""Finds the fastest precision of a device, for `training.precision=auto` and `evaluation.precision=auto`
+(layer 0).
 """
 
 import time
@@ -15,7 +15,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""Autocast's dtype for each precision; None computes without autocast."""
+"""The dtype of autocast for each precision; None means no autocast."""
 
 _GAIN = 1.2
 _REPEATS = 3
@@ -27,17 +27,18 @@ class Precision(NamedTuple):
     name: str
     """A key of `DTYPES`."""
     reason: str
-    """Why, as a clause: "bfloat16 is 2.4 times faster than float32 on this CPU"."""
+    """The reason as a clause: "bfloat16 is 2.4 times as fast as float32 on this CPU"."""
 
 
 @cache
 def fastest_precision(device_type: str) -> Precision:
     """Return the fastest precision of the current device of this type.
 
-    On CUDA it follows from the compute capability: bfloat16 from 8.0 on (Ampere), float16 from 7.0 on (Volta,
-    Turing), which have no fast bfloat16, and float32 below. Other devices are measured: a convolution and two
-    linear layers, forward and backward, take a few milliseconds in either precision. Half precision must be
-    1.2 times faster. A CPU without AVX512-BF16 or AMX needs 2 to 6 times longer in bfloat16.
+    On CUDA, the compute capability determines the precision: bfloat16 from 8.0 on (Ampere), float16 from 7.0
+    on (Volta and Turing have no fast bfloat16), and float32 below. On other devices, this function measures
+    the forward and backward pass of a convolution and two linear layers, which takes a few milliseconds.
+    bfloat16 must be more than 1.2 times as fast as float32. A CPU without AVX512-BF16 or AMX needs 2 to 6
+    times longer in bfloat16.
 
     Args:
         device_type: "cpu", "cuda", "mps", ...
@@ -53,8 +54,9 @@ def fastest_precision(device_type: str) -> Precision:
 
 
 def _seconds(device_type: str) -> tuple[float, float]:
-    """Seconds of a forward and backward pass of a small network in float32 and in bfloat16, the best of
-    three each.
+    """Return the seconds of a forward and backward pass of small layers in float32 and in bfloat16.
+
+    Each number is the shortest of three measurements.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).to(device_type)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress on standard error for whatever takes longer than two seconds (layer 0)."""
+"""Shows the progress of every operation that takes longer than two seconds, on standard error (layer 0)."""
 
 import sys
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 DELAY = 1.5
-"""Seconds of silence before a bar appears: a quick job needs none."""
+"""Seconds before a bar appears; a quick operation shows none."""
 _REFRESH_TERMINAL, _REFRESH_FILE = 1.0, 15.0
 
 
@@ -16,16 +16,16 @@ _REFRESH_TERMINAL, _REFRESH_FILE = 1.0, 15.0
 def progress(
     description: str, total: int | None = None, *, unit: str = "image", quiet: bool = False
 ) -> Iterator[Any]:
-    """Show what is being done, from `DELAY` seconds on and until the block ends.
+    """Show the progress of the block, from `DELAY` seconds on until it ends.
 
     tqdm alone shows a delayed bar at the first update after the delay. A single long operation has no
     updates, so a thread redraws the bar: every second in a terminal, every 15 seconds in a file.
 
     Args:
-        description: what is being done, e.g. "opening photos".
-        total: number of units; None shows the elapsed time alone.
-        unit: what `update` counts.
-        quiet: shows nothing.
+        description: name of the operation, e.g. "opening photos".
+        total: number of units; None shows only the elapsed time.
+        unit: name of the unit that `update` counts.
+        quiet: whether to show nothing.
 
     Yields:
         The tqdm bar. Call `update(n)` after each `n` units.

@@ -183,7 +183,7 @@ def _evaluation_facts(recipe: Recipe, measured: Measured) -> EvaluationFacts | N
 
 
 def _name(data: DataConfig) -> tuple[str, str | None]:
-    """What a stranger may read of a path, and the Hub id if it is one."""
+    """Return the public part of the data's path, and the Hub id if the path is one."""
     hub_id = data.path if locate(data.path).kind == "hub" else None
     return hub_id or last_part(data.path), hub_id
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what lies outside the package (layer 0): recipes, card templates, the Space, and `constraints.txt`.
+"""Finds files outside the package (layer 0): recipes, card templates, the Space, and `constraints.txt`.
 
-In a wheel these are packed into one data folder inside the package; in a source tree, and so in an editable
-install, they lie beside it. The working directory plays no part.
+A wheel contains them in a data folder inside the package. In a source tree, and so in an editable install,
+they lie beside the package. The working directory has no influence.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
 
-# Where each folder or file lies in the source tree; in a wheel it has its own name inside the data folder.
+# Name in the data folder of a wheel -> place in the source tree.
 FOLDERS = {
     "recipes": "training/recipes",
     "model_cards": "model_cards",

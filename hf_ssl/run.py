@@ -44,7 +44,7 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     checkpoint = last_checkpoint(recipe)
     stored = None if checkpoint is None else stored_choices(recipe)
     trainer = build_trainer(recipe, args, callbacks, stored)
-    wait_for_all()  # no process writes before all of them have read
+    wait_for_all()  # no process may write before all processes have read the folder
     if args.should_save:
         claim(recipe, trainer.choices)
         with progress("drawing views.png", quiet=bool(args.disable_tqdm)):
@@ -53,7 +53,7 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         trainer.load_finished(checkpoint)
     else:
         if checkpoint is not None:
-            logger.warning("going on from %s", checkpoint)
+            logger.warning("resuming from %s", checkpoint)
         trainer.train(None if checkpoint is None else str(checkpoint))
     if trainer.collapse_message is not None and args.on_collapse == "stop":
         raise UserError(f"{trainer.collapse_message}; the run was stopped (training.on_collapse=stop)")
@@ -80,7 +80,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     trainer = train(recipe)
     with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
         trainer.save_model()
-    # Processes part here: what follows is the first one's work. One that ends with its group alive may abort.
+    # A process may abort if it ends before its process group. Only the main process continues after this.
     trainer.accelerator.end_training()
     if not trainer.args.should_save:
         return {}
@@ -100,8 +100,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
-    """Evaluate the encoder in `folder` as a stranger loads it, the same encoder as training began
-    with it, and raw pixels."""
+    """Evaluate the encoder loaded from `folder`, the encoder from before training, and raw pixels."""
     try:
         train_images, test_images = labelled_splits(
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: no network, no cache of an earlier run, one thread for each worker; and fixtures
+"""Settings for every test (no network, no cache of an earlier run, one thread for each worker), and fixtures
 that the workers share.
 """
 
@@ -25,13 +25,13 @@ from filelock import FileLock
 from forks import Forks
 from hub_server import HubServer
 
-# The files whose tests take longest. They come first, so that no worker begins a long one when others end.
+# The files whose tests take longest. They run first, so that no worker starts a long one at the end.
 LONG = ("test_resume_and_processes", "test_collapse", "test_registration", "test_page", "test_methods")
-MOST_WORKERS = 4  # each holds about 1 GiB
+MOST_WORKERS = 4  # each worker needs about 1 GiB
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of workers for `-n auto`: xdist itself counts two hardware threads as one core."""
+    """Return the number of workers for `-n auto`. xdist would count two hardware threads as one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
 
@@ -48,8 +48,10 @@ def _fresh_hf_home() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """A function (name, make) that returns the folder `name`. The first worker to ask fills it by
-    `make(folder)`. Do not write to it: the other workers read it.
+    """Return a function (name, make) that returns the folder `name`.
+
+    The first worker that calls it fills the folder with `make(folder)`. Do not write to the folder, because
+    other workers read it.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -59,7 +61,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         folder, done = root / name, root / f"{name}.done"
         with FileLock(root / f"{name}.lock"):
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+                shutil.rmtree(folder, ignore_errors=True)  # remove files of a failed attempt
                 folder.mkdir()
                 make(folder)
                 done.touch()
@@ -83,14 +85,14 @@ def finished_run(made_once: Callable[[str, Callable[[Path], object]], Path]) -> 
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Runs programs in processes of their own that need not import torch again."""
+    """Runs programs in separate processes that do not import torch again."""
     with Forks() as forks:
         yield forks
 
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets runs of this process draw no curves, which takes longer than everything else in a small run."""
+    """Switches off the curves for runs in this process; in a small run, they take most of the time."""
     from hf_ssl.trainer.callbacks import Curves
 
     monkeypatch.setattr(Curves, "draw", lambda self, args, state: None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python programs that run in processes of their own and start quickly.
+"""Runs Python programs in separate processes that start quickly.
 
 Importing torch and transformers takes seconds. A server imports them once, in stages, and runs each program
-in a fork: "torch" knows neither the Hugging Face libraries nor hf_ssl, so that a program still chooses what
-they read from the environment; "transformers" does not know hf_ssl; "hf_ssl" has loaded all of it.
+in a fork. In the stage "torch", the Hugging Face libraries and hf_ssl are not loaded, so a program can still
+set the environment that they read. In "transformers", hf_ssl is not loaded. In "hf_ssl", all are loaded.
 """
 
 import json
@@ -32,14 +32,14 @@ STAGES = {
 }  # fmt: skip
 SERVER = """import os, sys; sys.path.append(sys.argv[1])
 import forks; forks.STAGES["transformers"] += tuple(sys.argv[2:]); forks.serve(sys.stdin, sys.stdout)
-os._exit(0)  # at once: unloading torch takes time"""
+os._exit(0)  # without unloading torch, which takes time"""
 
 
 class Forks:
-    """The client of one server, which starts with the first program and ends with the context.
+    """The client of a server. The server starts with the first program and ends with the context.
 
     Args:
-        also: further modules for the stage "transformers".
+        also: additional modules for the stage "transformers".
     """
 
     def __init__(self, also: Sequence[str] = ()) -> None:
@@ -59,14 +59,14 @@ class Forks:
         self, stage: str, code: str, *arguments: str, env: Mapping[str, str] | None = None,
         cwd: Path | None = None, timeout: int = 900,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-        """Run code as `python -c` does, after the imports of a stage; capture what it prints."""
+        """Run code as `python -c` does, after the imports of a stage. Return its status and its output."""
         return self.together(stage, code, [arguments], env=env, cwd=cwd, timeout=timeout)[0]
 
     def together(
         self, stage: str, code: str, each: Sequence[Sequence[str]], *,
         env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: int = 900,
     ) -> list[subprocess.CompletedProcess[str]]:  # fmt: skip
-        """Run the code at the same time once for each list of arguments."""
+        """Run the code once for each list of arguments, all at the same time."""
         with tempfile.TemporaryDirectory() as folder:
             request = {
                 "stage": stage, "code": code, "each": each, "folder": folder, "timeout": timeout,
@@ -96,7 +96,7 @@ class Forks:
 
 
 def serve(requests: TextIO, answers: TextIO, stage: str = next(iter(STAGES))) -> None:
-    """Answer each request with exit statuses; a server forked from here answers those of later stages."""
+    """Answer each request with exit statuses. A forked server answers requests for later stages."""
     if stage == next(iter(STAGES)) and "FORKS_PRELUDE" in os.environ:  # see weekly/mutations.py
         exec(Path(os.environ["FORKS_PRELUDE"]).read_text(encoding="utf-8"), {})
     for module in STAGES[stage]:
@@ -123,7 +123,7 @@ def _fork_server(stage: str) -> tuple[TextIO, TextIO]:
     reads_answers, sends_answers = os.pipe()
     if os.fork() == 0:
         try:
-            os.close(sends_requests)  # or the end of the requests would never be seen
+            os.close(sends_requests)  # otherwise this process never reads the end of the requests
             os.close(reads_answers)
             serve(os.fdopen(reads_requests), os.fdopen(sends_answers, "w"), stage)
         except BaseException:
@@ -144,13 +144,13 @@ def _run_all(request: dict[str, Any]) -> list[int]:
         children.append(child)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     for child in children:
-        with suppress(ProcessLookupError):  # what it started and left behind
+        with suppress(ProcessLookupError):  # processes that the child started and did not end
             os.killpg(child, signal.SIGKILL)
     return statuses
 
 
 def _become_program(request: dict[str, Any], number: int, arguments: list[str]) -> None:
-    """Do what `python -c` does, and end the process as it does."""
+    """Run code and end the process as `python -c` does."""
     status = 1
     try:
         os.setsid()

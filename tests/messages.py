@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error message must name, whatever its words: keys, values, limits, suggestions."""
+"""Checks the facts in an error message, independent of its wording: keys, values, limits, suggestions."""
 
 import re
 
 
 def mentions(*parts: object) -> str:
-    """Return a pattern for `pytest.raises(match=...)` that finds messages with all parts, in any order.
+    """Return a pattern for `pytest.raises(match=...)` that matches messages with all parts, in any order.
 
-    A part is found as a whole: `max_step` not in `max_steps`, 0 neither in 10 nor in 0.5.
+    The pattern matches only whole parts: `max_step` does not match `max_steps`, and 0 matches neither 10 nor
+    0.5.
     """
     return "(?s)" + "".join(f"(?=.*{_whole(part)})" for part in parts)
 
 
 def missing(message: str, *parts: object) -> list[object]:
-    """Return the parts that a message does not hold as a whole."""
+    """Return the parts that the message does not contain as a whole."""
     return [part for part in parts if not re.search(_whole(part), message)]
 
 

@@ -211,7 +211,7 @@ def test_losses_and_views_know_no_model(sources: dict[str, str]) -> None:
 
 
 def lines_of_code(source: str) -> int:
-    """Lines that hold code: blank lines, comments and docstrings are not counted."""
+    """Return the number of lines with code, without blank lines, comments and docstrings."""
     ignored = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     lines: set[int] = set()

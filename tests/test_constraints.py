@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`constraints.txt` pins all that pyproject asks for, within its bounds; every command to install uses it."""
+"""`constraints.txt` pins all dependencies within their bounds, and every installation command uses it."""
 
 import re
 import tomllib
@@ -23,14 +23,14 @@ REQUIREMENTS = sorted(
 INSTALLS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(name for name in (".ci/run", ".pre-commit-config.yaml") if (ROOT / name).exists()),  # no sdist has them
+    *(name for name in (".ci/run", ".pre-commit-config.yaml") if (ROOT / name).exists()),  # not in an sdist
     "spaces/retrieval/README.md",
     "training/benchmarks/__main__.py",
 ]
 
 
 def pins() -> dict[str, Version]:
-    """The versions by canonical name. Every line but comments is `name==version`: no host, path or hash."""
+    """Return the versions by canonical name. Every line except comments is `name==version`."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = []
     for line in lines:
@@ -49,15 +49,15 @@ def test_every_requirement_has_a_pin_within_its_bounds(line: str) -> None:
 
 
 def test_pins_are_public_releases() -> None:
-    assert len(pins()) > 100  # direct requirements and theirs
+    assert len(pins()) > 100  # direct and indirect requirements
     assert [name for name, version in pins().items() if version.local or version.is_prerelease] == []
     platform = [name for name in pins() if name.startswith(("nvidia-", "cuda-", "triton", "pytorch-triton"))]
-    assert platform == [], "these follow from torch, and differ between machines"
+    assert platform == [], "torch determines these packages, and they differ between machines"
 
 
 @pytest.mark.parametrize("name", INSTALLS)
 def test_commands_to_install_use_them(name: str) -> None:
-    """Upper bounds alone do not keep tomorrow's release of a dependency out of a user's first hour."""
+    """Without `constraints.txt`, a new release of a dependency may break a first installation."""
     text = (ROOT / name).read_text()
     commands = re.findall(r"pip install [^`\n]*(?:\"\.\[\w+\]\"|-r requirements\.txt)", text)
     assert commands

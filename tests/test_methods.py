@@ -35,7 +35,8 @@ BACKBONES = {
 }
 
 
-# By default every method with its own encoder, and one method with all; the other pairs with -m slow.
+# The default tests use every method with its own encoder, and one method with all encoders. The other pairs
+# run with -m slow.
 PAIRS = in_tiers(
     product(METHODS, BACKBONES),
     [*product(METHODS, ["own"]), *product(["simclr"], BACKBONES)],
@@ -50,7 +51,7 @@ def method(request):
 
 @cache
 def made(method, backbone):
-    """The recipe, its model and a batch of 8 images, as the trainer makes it; None where they cannot be."""
+    """Return the recipe, its model and a batch of 8 images of the trainer; None for impossible pairs."""
     chosen, overrides = load_recipe(f"smoke/{method}"), BACKBONES[backbone]
     known = chosen.model_class.backbone_types
     if overrides and known is not None and backbone not in known:
@@ -79,7 +80,7 @@ def recipe(parts):
 
 @pytest.fixture
 def model(parts):
-    """A copy for each test."""
+    """Return a copy for each test."""
     return copy.deepcopy(parts[1])
 
 
@@ -157,7 +158,7 @@ def test_saved_and_loaded_through_the_auto_class_it_is_the_same(model, recipe, b
         assert torch.equal(value, loaded.state_dict()[name]), name
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
-    # In float64: loaded tensors lie elsewhere in memory, where torch may take kernels that round differently.
+    # The test uses float64, because torch may choose kernels with other rounding for loaded tensors.
     batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     with torch.no_grad():
         losses = [each.eval().double()(**batch).loss for each in (model, loaded)]

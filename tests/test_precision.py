@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which precision `auto` stands for."""
+"""The precision that `auto` selects."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_ssl import precision
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """Each test measures; what it found is not kept."""
+    """Clears the stored result, so that each test measures."""
     precision.fastest_precision.cache_clear()
     yield
     precision.fastest_precision.cache_clear()
@@ -32,14 +32,14 @@ def test_half_precision_must_be_clearly_faster(monkeypatch, float32, bfloat16, c
         ((6, 1), "float32"),
     ],
 )  # fmt: skip
-def test_cuda_is_known_by_its_compute_capability(monkeypatch, capability, chosen):
+def test_on_cuda_the_compute_capability_determines_the_precision(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     found = precision.fastest_precision("cuda")
     assert found.name == chosen
     assert "{}.{}".format(*capability) in found.reason
 
 
-def test_the_measurement_leaves_the_random_state_and_grad_mode_alone():
+def test_the_measurement_does_not_change_the_random_state_and_grad_mode():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)

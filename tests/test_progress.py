@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes long is shown, what is quick is not."""
+"""Long operations show their progress, and quick operations do not."""
 
 import threading
 import time
@@ -12,13 +12,13 @@ from hf_ssl.progress import progress
 
 @pytest.fixture
 def soon(monkeypatch):
-    """Bars appear after a twentieth of a second."""
+    """Makes bars appear after a twentieth of a second."""
     monkeypatch.setattr(module, "DELAY", 0.05)
     monkeypatch.setattr(module, "_REFRESH_FILE", 0.05)
 
 
 def wait_for(text, capsys):
-    """Standard error until it holds `text`; the test's own time limit ends a bar that never comes."""
+    """Return standard error when it contains `text`. The time limit of the test ends an endless wait."""
     seen = ""
     while text not in seen:
         time.sleep(0.01)

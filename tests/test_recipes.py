@@ -146,7 +146,7 @@ def test_output_folder_has_a_default() -> None:
     assert load(SMOKE, "training.output_dir=x").training["output_dir"] == "x"
 
 
-# What a person may get wrong, and what the message must name.
+# Mistakes of users, and the facts that the message must name.
 MISTAKES = {
     "trainin.max_steps=3": ["trainin", "training"],
     "training.max_step=3": ["training.max_step", "training.max_steps"],

@@ -15,7 +15,7 @@ from hf_ssl.methods import METHODS
 
 PACKAGE = Path(hf_ssl.__file__).parent
 
-# What is imported first, in a process that has loaded torch, but neither transformers nor hf_ssl.
+# The first imports, in a process that has loaded torch, but neither transformers nor hf_ssl.
 ORDERS = {
     "hf_ssl alone": "import hf_ssl; assert not {'transformers', 'datasets.arrow_dataset'} & loaded()",
     "hf_ssl, then AutoConfig": (
@@ -64,7 +64,7 @@ def own_files() -> list[str]:
     return [*sorted(names), *methods, "hf_ssl.trainer.arguments", "hf_ssl.recipe", "hf_ssl.evaluation"]
 
 
-# Of the files, one base class, one of the two files of a method, and the package that imports most.
+# The sample: one base class, one of the two files of a method, and the package that imports most.
 SAMPLED = ("hf_ssl.modeling.base", "hf_ssl.methods.simclr.modeling_simclr", "hf_ssl.evaluation")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run does before its first training step: which packages it imports, how often it lists a folder.
+"""Checks which packages a run imports before its first training step, and how often it lists a folder.
 
-Each run is a process of its own, because only a new process shows what is imported.
+Each run is a new process, because only a new process shows its imports.
 """
 
 import gc
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch  # noqa: F401  (so that it is in this process)
+import torch  # noqa: F401  (loads it in this process)
 
 from hf_ssl.cli import quick_imports
 
@@ -35,7 +35,7 @@ def begin(trainer, *arguments, **options):
     report.setdefault("frozen", __import__("gc").get_freeze_count())
     return step(trainer, *arguments, **options)
 
-class Finder:  # wraps the step of the trainer as soon as its module is imported, and imports nothing itself
+class Finder:  # wraps the trainer's step when its module is imported; it imports nothing itself
     @staticmethod
     def find_spec(name, path, target=None):
         global step
@@ -61,7 +61,7 @@ sys.exit(status)
 
 
 def run(folder: Path, *overrides: str) -> dict:
-    """What `hf-ssl pretrain smoke/simclr` reports, of two steps."""
+    """Return the report of `hf-ssl pretrain smoke/simclr` with two steps."""
     command = ["pretrain", "smoke/simclr", f"training.output_dir={folder / 'run'}", "training.max_steps=2"]
     quick = ["evaluation.baselines=false", "evaluation.linear_epochs=1", "evaluation.draws=1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -84,8 +84,8 @@ def on_digits(tmp_path_factory):
 @pytest.mark.parametrize(
     "package",
     [
-        "matplotlib",  # draws curves and pictures at the end
-        "sklearn",  # reads digits and fits probes: the digits are read without it
+        "matplotlib",  # draws curves and pictures after training
+        "sklearn",  # fits probes; hf_ssl reads the digits without it
         "scipy.stats",
         "timm",
         "gradio",
@@ -95,18 +95,18 @@ def on_digits(tmp_path_factory):
         "transformers.models.timm_wrapper.image_processing_timm_wrapper",
     ],
 )
-def test_the_first_step_does_not_wait_for(package, on_digits):
+def test_a_run_does_not_import_before_its_first_step(package, on_digits):
     assert "torch" in on_digits["modules"]
     assert [name for name in on_digits["modules"] if f"{name}.".startswith(f"{package}.")] == []
 
 
-def test_what_was_imported_is_left_out_of_collections(on_digits):
+def test_imported_objects_are_excluded_from_collections(on_digits):
     assert on_digits["frozen"] > 100_000
 
 
 def test_the_collector_works_again_after_an_error(monkeypatch):
     with quick_imports():
-        assert gc.isenabled()  # torch was imported before
+        assert gc.isenabled()  # because torch was imported before
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     with pytest.raises(ValueError, match="x"), quick_imports():
         assert not gc.isenabled()
@@ -124,7 +124,7 @@ def test_a_run_lists_each_directory_of_its_images_once(tmp_path):
             for number in range(count):
                 pixels = generator.integers(0, 256, (8 + number % 2, 8, 3), dtype=np.uint8)
                 PIL.Image.fromarray(pixels).save(directory / f"{number}.png")
-            os.utime(directory, (1e9, 1e9))  # as if nobody had just changed it
+            os.utime(directory, (1e9, 1e9))  # an old time stamp
         os.utime(directory.parent, (1e9, 1e9))
     os.utime(tmp_path / "photos", (1e9, 1e9))
     listed = run(tmp_path, f"data.path={tmp_path / 'photos'}", "data.cache=none")["listed"]

@@ -8,12 +8,13 @@ import pytest
 
 
 def in_tiers(cases: Iterable[tuple], sampled: Collection[tuple], *, as_one: bool = False) -> list[Any]:
-    """Return the cases as parameters of a test, or, as one value each, of a fixture; those that are not
-    sampled are marked slow.
+    """Return the cases as parameters of a test, with the mark `slow` for those that are not sampled.
+
+    With `as_one`, each case is one value, as a fixture needs it.
     """
     cases = list(cases)
     unknown = [case for case in sampled if case not in cases]
-    assert not unknown, f"sampled, but no cases: {unknown}"
+    assert not unknown, f"expected sampled cases to be cases, got {unknown}"
     return [
         pytest.param(
             *([case] if as_one else case),

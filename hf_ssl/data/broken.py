@@ -25,12 +25,13 @@ def delivered(batch: LoadedBatch | Failure) -> LoadedBatch:
 
 
 class BrokenCounter:
-    """Counts images that could not be read, each of them once, however many epochs meet it.
+    """Counts images that cannot be read. An image counts once, even if several epochs try to read it.
 
     Args:
         max_fraction: largest share of all images that may be broken (`data.max_broken_fraction`).
-        num_images: size of the data. None for a stream that does not say: then the share of the images read
-            so far is judged, from 100 on, with an allowance of three standard deviations for chance.
+        num_images: number of images in the data; None for a stream of unknown length. For such a stream, the
+            share refers to the images read so far. It is checked from 100 images on, with a tolerance of
+            three standard deviations.
     """
 
     def __init__(self, max_fraction: float, num_images: int | None = None) -> None:
@@ -48,7 +49,7 @@ class BrokenCounter:
         """Counts a batch. (A failure comes from a loader that was built around ours, as accelerate does.)
 
         Raises:
-            UserError: more images are broken than are allowed.
+            UserError: more images are broken than `max_fraction` allows.
         """
         batch = delivered(batch)
         self.count(len(batch), batch.broken)
@@ -64,8 +65,8 @@ class BrokenCounter:
             total = self.read if self.num_images is None else self.num_images
             share = min(1.0, math.ceil(100 * self.broken / total) / 100)
             raise UserError(
-                f"data.max_broken_fraction: {self.broken} of {total} images cannot be read, more than "
-                f"{self.max_fraction:g} of them; the last one is {broken[-1]}; to skip them, use "
+                f"data.max_broken_fraction: expected a share of at most {self.max_fraction:g} broken images, "
+                f"got {self.broken} of {total} images (the last one is {broken[-1]}); to skip them, use "
                 f"data.max_broken_fraction={max(2 * self.max_fraction, share):g}"
             )
 

@@ -15,8 +15,8 @@ class DataConfig:
 
     Attributes:
         path: a data set on the Hub ("user/name"), a folder of Parquet files, of images or of WebDataset tars,
-            a single such file or a glob pattern of them, or "digits" (scikit-learn's, built in). Other files
-            beside images (text, videos, archives) are not read.
+            a single such file or a glob pattern of them, or "digits" (scikit-learn's, built in). hf_ssl
+            does not read other files beside images (text, videos, archives).
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
         split: the split to train on; a slice such as "train[:10%]" where nothing is streamed.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded bytes to uint8 pixels.
 
-Whatever Pillow can open is read as it would be for the exported encoder (`BitImageProcessor` with
-`do_convert_rgb=True`, transformers 5.21 and later): transparency is laid over white, then the image becomes
-RGB. Plain JPEG and WebP files go through torchvision instead, in less than half the time if they are small.
-The pixels are the same where both libraries decode with libjpeg-turbo and libwebp, as their wheels do. (PNG
-files do not: torchvision 0.29 gains little there, and crashes the process on a damaged one.)
+Pillow decodes an image, and this module converts it like the image processor of the exported encoder
+(`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later): it lays transparency over
+white, then converts to RGB. For plain JPEG and WebP files, this module uses torchvision instead of Pillow,
+which takes less than half the time if they are small. The pixels are the same if both libraries use
+libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow, because torchvision 0.29 gains
+little and crashes the process on a damaged file.)
 
 Supported are results of one channel (grey, ITU-R 601 luma) and of three. 16-bit grey is scaled so that 65535
 becomes 255 (`BitImageProcessor` would cut it off at 255). Floating-point images and files of more than four
@@ -44,7 +45,7 @@ _TRANSPOSES = {
 
 
 _TURNED = (5, 6, 7, 8)
-"""Orientations that exchange width and height."""
+"""EXIF orientations that exchange width and height."""
 
 
 class BrokenImage(Exception):
@@ -84,16 +85,16 @@ class Encoded(NamedTuple):
 
 
 def size_in_header(image: Encoded) -> tuple[int, int]:
-    """Height and width that an image will have when it is decoded, as its header says.
+    """Return the height and width of the decoded image, from its header alone.
 
     Raises:
-        BrokenImage: there is no header that can be read.
+        BrokenImage: the header cannot be read.
     """
     try:
         on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
-            # Pillow would decode a PNG file to look for EXIF data behind the pixels
+            # For EXIF data after the pixels, Pillow would decode the whole PNG file.
             known = opened.format != "PNG" or "exif" in opened.info
             turned = known and opened.getexif().get(_ORIENTATION) in _TURNED
     except BrokenImage:

@@ -33,10 +33,10 @@ def digits() -> dict[str, Dataset]:
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """What `sklearn.datasets.load_digits(return_X_y=True)` returns.
+    """Return the same as `sklearn.datasets.load_digits(return_X_y=True)`.
 
-    The file is read without importing scikit-learn, which takes half a CPU second. If another version has the
-    file elsewhere (1.9 and those before have it here), scikit-learn loads it.
+    This function reads the file without importing scikit-learn, which would take half a CPU second. If a
+    version later than 1.9 stores the file in another place, scikit-learn loads it.
     """
     file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     try:
@@ -49,15 +49,16 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Encode a small gray image (H, W), uncompressed: the bytes are the same with every version of a library.
+    """Return an uncompressed PNG file of a small gray image (H, W).
 
-    Source: RFC 2083 (PNG); Pillow needs 20 times as long, a tenth of a second for all.
+    The bytes do not depend on the version of a library. Pillow would need 20 times as long, a tenth of a
+    second for all images. Source: RFC 2083 (PNG).
     """
     height, width = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     lines = np.pad(
         pixels, ((0, 0), (1, 0))
-    ).tobytes()  # each begins with the number of its filter, 0 for none
+    ).tobytes()  # each line begins with the number of its filter; 0 means no filter
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a local folder holds: plain images, which are opened here, or other files, which `datasets` opens."""
+"""Finds the data in a local folder; opens plain images itself and leaves other files to `datasets`."""
 
 import hashlib
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
-_REMEMBERED = 8  # folders, and splits, that a process remembers
+_REMEMBERED = 8  # number of folders, and of splits, in the caches of a process
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class ImageSplit:
     """The images of one split.
 
     Attributes:
-        dataset: with the columns "image" (`{"bytes", "path"}`, not decoded) and, if the directories are
-            classes, "label".
-        sizes: (N,) bytes of each file.
+        dataset: N rows with the column "image" (`{"bytes", "path"}`, not decoded), and with the column
+            "label" if the directories are classes.
+        sizes: (N,) size of each file in bytes.
     """
 
     dataset: Dataset
@@ -54,18 +54,18 @@ class ImageSplit:
 
     @cached_property
     def revision(self) -> str:
-        """The fingerprint of the files, wherever they lie."""
+        """The fingerprint of the files, independent of the place of the folder."""
         return fingerprint(self.paths, self.sizes.tolist())
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found.
+    """The data in a local folder, in one of three forms.
 
     Attributes:
-        images: the splits, if there are only images to read.
-        files: the files of each split that `datasets` is to read. If this and `images` are empty, `datasets`
-            has to look into the folder itself.
+        images: the splits of a folder of plain images; else empty.
+        files: the files of each split, which `datasets` opens; else empty. If both are empty, `datasets`
+            searches the folder itself.
     """
 
     images: dict[str, ImageSplit] = field(default_factory=dict)
@@ -77,7 +77,7 @@ _image_splits: dict[str, ImageSplit] = {}
 
 
 def contents(location: Location) -> Contents:
-    """Find out what lies at a local place. A folder that did not change is listed once in a process."""
+    """Return the data at a local place. A process lists a folder again only if it has changed."""
     if location.files:
         return _of_files(location)
     root = os.path.realpath(location.loader)
@@ -85,7 +85,7 @@ def contents(location: Location) -> Contents:
         return _contents[root][1]
     listing = list_folder(root)
     found = _of_listing(listing)
-    # The files are in the tables now, and a list of millions of them is large.
+    # The tables hold the files now. A second list of millions of files would waste memory.
     _remember(_contents, root, (replace(listing, files=[]), found))
     return found
 
@@ -98,10 +98,10 @@ def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
 
 
 def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
-    """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`) and their revision.
+    """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`), and their revision.
 
     Raises:
-        ValueError: what is in brackets is no slice.
+        ValueError: the text in brackets is no slice.
     """
     chosen = [splits[name] for name in split_names(split)]
     if len(chosen) == 1:
@@ -131,8 +131,8 @@ def _of_files(location: Location) -> Contents:
 def _of_listing(listing: Listing) -> Contents:
     if not listing.files:
         raise UserError(
-            f"expected data.path={listing.root!r} to hold Parquet files, images or WebDataset tars, but it "
-            "cannot be opened: it holds no files that are visible"
+            "data.path: expected a folder of Parquet files, images or WebDataset tars, got "
+            f"{listing.root!r}, which contains no visible files"
         )
     metadata = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
     kinds = {file: kind_of(file.path) for file in listing.files if file not in metadata}
@@ -151,7 +151,7 @@ def _of_listing(listing: Listing) -> Contents:
 
 
 def _declares_its_files(root: str) -> bool:
-    """Whether the folder says itself, as a data set on the Hub does, which files belong to which split."""
+    """Return whether the folder declares the files of its splits, as a data set on the Hub does."""
     if any(os.path.exists(os.path.join(root, name)) for name in (".huggingface.yaml", "dataset_infos.json")):
         return True
     try:
@@ -165,8 +165,8 @@ def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[
     used = {file for chosen in splits.values() for file in chosen}
     if len(used) < len(files):
         logger.warning(
-            "%d of %d files in %s are not used: the names of others say that they are the splits %s; "
-            "data.path='%s/**/*' reads all of them as one split",
+            "%d of %d files in %s are not used, because other files are named after the splits %s; "
+            "use data.path='%s/**/*' to read all files as one split",
             len(files) - len(used),
             len(files),
             listing.root,
@@ -178,7 +178,9 @@ def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[
     )
     if archives:
         logger.warning(
-            "%s is not read because images lie beside it; data.path=%s reads it", archives[0], archives[0]
+            "%s is not used, because its folder contains images; use data.path=%s to read it",
+            archives[0],
+            archives[0],
         )
 
 
@@ -188,11 +190,12 @@ def _examined(path: str) -> File:
 
 
 def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
-    """Tables with labels by the rule of `datasets`.
+    """Return the table of each split, with labels by the rule of `datasets`.
 
-    The directories that hold images are classes if there are several of them, all at the same depth. The
-    splits count together, but the first ones do not know of the later ones: their rows then have no label.
-    (That occurs where `train` and `test` hold images and no directories.)
+    The directories that contain images are classes if there are at least two names, all at the same depth.
+    `datasets` applies this rule split by split, to the directories of this split and of the splits before.
+    So the rows of the first split may have no label although later rows have one. (This occurs if `train`
+    and `test` contain images and no directories.)
     """
     classes: set[str] = set()
     depths: set[int] = set()
@@ -204,7 +207,7 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
             depths.add(directory.count(os.sep))
         labelled = len(classes) > 1 and len(depths) == 1
         names[split] = [os.path.basename(directory) for directory in directories] if labelled else None
-    # whether the last split is labelled decides on the column
+    # there is a column of labels if the last split has labels
     label_names = sorted(classes) if names[next(reversed(splits))] is not None else None
     return {
         split: _image_split(files, names[split], label_names, root, split) for split, files in splits.items()
@@ -239,7 +242,7 @@ def _image_split(
 
 
 def _identity(files: Iterable[File], label_names: list[str] | None, root: str, split: str) -> str:
-    """A fingerprint as `Dataset` has it. It changes if a file is added, removed, renamed or replaced."""
+    """Return a fingerprint for `Dataset`. It changes if a file is added, removed, renamed or replaced."""
     digest = hashlib.blake2b(f"{root}\n{split}\n{label_names}\n".encode(), digest_size=8)
     for file in files:
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\0".encode())

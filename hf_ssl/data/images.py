@@ -97,27 +97,28 @@ def probe(source: Source, channels: int) -> Probe:
 
 
 def probe_images(images: list[Encoded], places: list[str], channels: int, description: str) -> Probe:
-    """As `probe`, for given images.
+    """Return the same as `probe`, for given images.
 
-    Few images are decoded: one of each size that the headers tell, until two sizes are known.
+    This function reads the sizes from the headers and decodes one image of each size. It stops as soon as
+    two decoded sizes differ.
     """
     sizes: dict[tuple[int, int], tuple[int, int]] = {}  # in the header -> decoded
     broken: list[str] = []
     for place, image in zip(places, images, strict=True):
         try:
-            told = size_in_header(image)
+            expected = size_in_header(image)
         except BrokenImage as error:
             broken.append(message(place, image, error))
             continue
-        if told in sizes:
+        if expected in sizes:
             continue
         pixels = decode_or_reason(image, channels)
         if isinstance(pixels, BrokenImage):
             broken.append(message(place, image, pixels))
             continue
-        sizes[told] = (pixels.shape[1], pixels.shape[2])
+        sizes[expected] = (pixels.shape[1], pixels.shape[2])
         if len(set(sizes.values())) > 1:
             return Probe(None)
     if not sizes:
-        raise UnreadableData(f"none of the images tried in {description} can be read; one is {broken[0]}")
+        raise UnreadableData(f"none of the tested images in {description} can be read; one is {broken[0]}")
     return Probe(next(iter(sizes.values())))

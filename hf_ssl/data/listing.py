@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the files of a folder once, and tells whether such a list still holds."""
+"""Lists the files of a folder, and checks whether an earlier list is still correct."""
 
 import logging
 import os
@@ -12,11 +12,11 @@ from hf_ssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _CLOCK_TICK_NS = 20_000_000
-"""A directory may change twice within one tick of the file system's clock and show one time for both."""
+"""Two changes of a directory within this time may get the same time stamp from the file system."""
 
 
 class File(NamedTuple):
-    """A file with the size and the time of its last change when it was listed."""
+    """A file with its size in bytes and the time of its last change, both from the time of the listing."""
 
     path: str
     size: int
@@ -29,9 +29,9 @@ class Listing:
 
     Attributes:
         root: absolute path of the folder, links resolved.
-        files: sorted by path.
-        directories: path -> time of its last change, of each directory that was listed.
-        listed_ns: when.
+        files: the files, sorted by path.
+        directories: path of each listed directory -> time of its last change, in nanoseconds.
+        listed_ns: time of the listing, in nanoseconds.
     """
 
     root: str
@@ -40,9 +40,9 @@ class Listing:
     listed_ns: int
 
     def is_current(self) -> bool:
-        """Whether no file was added, removed, renamed or replaced since.
+        """Return whether no file was added, removed, renamed or replaced since the listing.
 
-        Only the directories are asked, so a file that is rewritten in place is not noticed.
+        The check reads only the times of the directories, so it misses a file that was rewritten in place.
         """
         if max(self.directories.values()) > self.listed_ns - _CLOCK_TICK_NS:
             return False
@@ -53,11 +53,10 @@ class Listing:
 
 
 def list_folder(folder: str) -> Listing:
-    """List all visible files below a folder; each directory is read once.
+    """Return all visible files below a folder; each directory is read once.
 
-    As in `datasets`, files and directories whose name starts with a dot and directories whose name starts
-    with two underscores are left out, links to files count as files, and links to directories are not
-    followed.
+    As in `datasets`, the list omits names that start with a dot and directories whose name starts with two
+    underscores. A link to a file counts as a file. Links to directories are not followed.
 
     Raises:
         UserError: the folder itself cannot be read.
@@ -76,13 +75,13 @@ def list_folder(folder: str) -> Listing:
                     _sort_in(entry, files, waiting)
         except OSError as error:
             if directory == root:
-                raise UserError(f"data.path: expected a folder that can be read, got {error}") from error
+                raise UserError(f"data.path: expected a readable folder, got {error}") from error
             logger.warning("images below %s are not used: %s", directory, error.strerror)
     return Listing(root, sorted(files), directories, listed_ns)
 
 
 def _sort_in(entry: "os.DirEntry[str]", files: list[File], directories: list[str]) -> None:
-    """Append the entry to the files, to the directories, or to neither."""
+    """Append the entry to the files or to the directories, unless it is hidden or of another kind."""
     if entry.name.startswith("."):
         return
     if entry.is_dir(follow_symlinks=False):
@@ -97,7 +96,7 @@ def _sort_in(entry: "os.DirEntry[str]", files: list[File], directories: list[str
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be stored in a table. (Names from old archives may be in another encoding.)"""
+    """Return whether a table can store a name. (Names from old archives may have another encoding.)"""
     try:
         name.encode()
     except UnicodeEncodeError:

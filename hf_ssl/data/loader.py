@@ -50,8 +50,8 @@ def train_loader(
     `start_batch=b` (the first `iter` yields the rest of that pass), or start at 0, call `set_epoch` and skip,
     as transformers' Trainer does.
 
-    A stream is endless, and goes on where it was with each `iter(loader)`. It has a length only where its
-    number of rows is known; then one `iter` is about one pass. To resume, give the `position` of the last
+    A stream is endless, and each `iter(loader)` continues where the last one stopped. It has a length only if
+    its number of rows is known. Then one `iter` is about one pass. To resume, give the `position` of the last
     batch that was used.
 
     Args:
@@ -84,7 +84,7 @@ def train_loader(
     if source.num_rows is not None and source.num_rows < needed:
         fitting = world_size << max(0, (source.num_rows // world_size).bit_length() - 1)
         raise UserError(
-            f"training.batch_size: expected at most the {source.num_rows} images in {source.description}, "
+            f"training.batch_size: expected at most {source.num_rows} (the images in {source.description}), "
             f"got {needed}; use training.batch_size={min(fitting, source.num_rows)}"
         )
     if source.streaming:
@@ -93,7 +93,7 @@ def train_loader(
 
 
 def holds_small_images(source: Source, config: DataConfig) -> bool:
-    """Return whether all images (of a stream: the first ones) are small and of one size."""
+    """Return whether all tested images (of a stream, the first images) are small and of one size."""
     key = ("small", config.channels)
     if key not in source.stores:
         if source.streaming:
@@ -151,7 +151,7 @@ class MapLoader(DataLoader[LoadedBatch]):
             yield batch
 
     def close(self) -> None:
-        """End the workers (`hf_ssl.data.stream_loader.end_workers`)."""
+        """Stop the workers (see `hf_ssl.data.stream_loader.end_workers`)."""
         end_workers(self._iterator)
         self._iterator = None
 
@@ -182,7 +182,10 @@ def _stream_loader(
         open_shards=config.open_shards,
     )
     if position is None and start_batch:
-        logger.warning("the stream starts anew after %d batches: no position was saved", start_batch)
+        logger.warning(
+            "the stream starts at its beginning instead of after %d batches, because no position was saved",
+            start_batch,
+        )
     start = start_position(position, layout)
     batches = StreamBatches(rows, preset, share, config.channels, config.shuffle_window, start)
     length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
@@ -194,14 +197,14 @@ def _unchanged(batch: LoadedBatch | Failure) -> LoadedBatch | Failure:
 
 
 def _survive_signals(worker: int) -> None:
-    """Let the training process, not its workers, answer a signal that goes to all processes of a job.
+    """Keep a worker alive after a signal that all processes of a job receive.
 
-    Ctrl-C goes to the whole foreground group, and schedulers send SIGTERM to every process. A worker that
-    died would break the step that training finishes first. After SIGTERM a worker ends by itself, at the
-    latest after 30 seconds; without a training process it ends earlier.
+    A terminal sends Ctrl-C to the whole foreground group, and schedulers send SIGTERM to every process. The
+    training process then finishes its step, for which it needs its workers. A worker exits at most 30 seconds
+    after SIGTERM, and earlier if the training process has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):  # Windows has none, and sends no SIGTERM
+    if hasattr(signal, "SIGALRM"):  # Windows has no SIGALRM and sends no SIGTERM
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 

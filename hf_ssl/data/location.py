@@ -23,9 +23,9 @@ _IMAGE_ENDINGS = frozenset(
     ".jp2 .j2k .jpc .jpf .jpx .j2c .ico .icns .cur .tga .icb .vda .vst .psd .pcx .dcx .dds .blp .fli .flc "
     ".ftc .ftu .gbr .im .msp .pcd .pxr .bw .rgb .rgba .sgi .ras .xbm .xpm .fit .fits".split()
 )
-"""Those that `datasets` 5 takes for images, without those that Pillow cannot decode without other programs:
-videos (.mpg, .mpeg), PostScript (.ps, .eps), Windows metafiles (.wmf, .emf), weather data (.bufr, .grib) and
-IPTC records (.iim)."""
+"""The endings that `datasets` 5 treats as images, except those that Pillow cannot decode by itself: videos
+(.mpg, .mpeg), PostScript (.ps, .eps), Windows metafiles (.wmf, .emf), weather data (.bufr, .grib) and IPTC
+records (.iim)."""
 _HASHED_FILES = 256
 _HASHED_BYTES = 1 << 16
 
@@ -80,7 +80,7 @@ def _files(path: str, files: list[str]) -> Location:
 
 
 def kind_of(file: str) -> str | None:
-    """IMAGE or the ending of a file, in lower case, if images may be in it; else None."""
+    """Return IMAGE for an image, the ending in lower case for a file that may contain images, else None."""
     ending = os.path.splitext(file)[1].lower()
     if ending in _IMAGE_ENDINGS:
         return IMAGE
@@ -88,7 +88,7 @@ def kind_of(file: str) -> str | None:
 
 
 def main_kind(kinds: Iterable[str | None]) -> str | None:
-    """The most frequent of some files' kinds (Parquet wins a tie); None if no file is of any kind."""
+    """Return the most frequent kind of files (Parquet in case of a tie); None if no file has a kind."""
     counts = Counter(kind for kind in kinds if kind is not None)
     return max(counts, key=lambda kind: (counts[kind], kind == ".parquet", kind), default=None)
 
@@ -101,7 +101,7 @@ def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
 
     Args:
         files: absolute paths.
-        sizes: of the files in bytes; None asks for them.
+        sizes: sizes of the files in bytes; None reads them from the file system.
     """
     if sizes is None:
         sizes = [os.path.getsize(file) for file in files]
@@ -114,7 +114,7 @@ def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
             with (
                 suppress(OSError),
                 open(file, "rb") as opened,
-            ):  # a file that cannot be read is a broken image
+            ):  # a file that cannot be read counts as a broken image later
                 digest.update(opened.read(_HASHED_BYTES))
                 opened.seek(max(0, size - _HASHED_BYTES))
                 digest.update(opened.read(_HASHED_BYTES))

@@ -140,7 +140,7 @@ class _Opened(NamedTuple):
 def _built(
     location: Location, config: DataConfig, found: Contents, split: str, streaming: bool
 ) -> tuple[_Opened, str]:
-    """Opens what `datasets` reads; and its revision."""
+    """Open the data through `datasets`; return them and their revision."""
     builder = _builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
     _check_split([str(name) for name in known] if known else [], split, streaming, config)
@@ -149,14 +149,14 @@ def _built(
 
 
 _last_builder: dict[tuple, tuple[Contents, DatasetBuilder]] = {}
-"""Of local data that were opened last, so that the next split costs nothing."""
+"""The builder of the local data that were opened last. The next split of these data reuses it."""
 
 
 def _builder(location: Location, config: DataConfig, found: Contents) -> DatasetBuilder:
     if location.kind == "hub":
         return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
     options: dict[str, Any] = {"name": config.name}
-    state: tuple = (id(found),)  # the same as long as the folder is
+    state: tuple = (id(found),)  # does not change as long as the folder does not change
     if found.files and config.name is None:
         options["data_files"] = DataFilesDict(
             {
@@ -176,13 +176,13 @@ def _builder(location: Location, config: DataConfig, found: Contents) -> Dataset
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
     unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
-        choice = f"; choose one with data.split={names[0]}" if split == config.split else ""
+        choice = f"; use data.split={names[0]}" if split == config.split else ""
         raise UserError(
-            f"{config.path} has no split {unknown[0]!r}; its splits are {', '.join(names)}{choice}"
+            f"expected one of the splits {', '.join(names)} of {config.path}, got {unknown[0]!r}{choice}"
         )
     if streaming and split_names(split) != [split]:
         raise UserError(
-            f"a part or a sum of splits needs data.streaming=false, got {split!r} of {config.path}"
+            f"expected one whole split of {config.path} to stream, got {split!r}; use data.streaming=false"
         )
 
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which split a file belongs to, by the rules of `datasets` 5 but from a list of files, without reading
-directories again.
+"""Assigns files to splits by the rules of `datasets` 5, from a list of files, without reading directories.
 
-`datasets` tries its rules in this order and uses the first that any file matches. Files that match no split
-of that rule are left out:
+`datasets` tries these rules in order, and uses the first rule that any file matches. It omits files that
+match no split of that rule:
 
 1. `data/NAME-00000-of-00001.ending` belongs to the split NAME.
-2. A directory is named after a split.
-3. A file is named after a split.
-4. Everything is "train".
+2. A file belongs to the split that a directory above it is named after.
+3. A file belongs to the split that the file is named after.
+4. All files belong to the split "train".
 
-A name is after a split if it holds one of the split's keywords between delimiters: `-`, `.`, `_`, a space, a
-digit or the end of a directory's name.
+A file or directory is named after a split if its name contains a keyword of the split between delimiters.
+Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
 """
 
 import os
@@ -32,7 +31,7 @@ _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 def split_names(split: str) -> list[str]:
-    """Return ["train", "test"] for "train[:10%]+test"."""
+    """Return the names of the splits in a request: ["train", "test"] for "train[:10%]+test"."""
     return [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]
 
 
@@ -40,12 +39,12 @@ def infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
     """Divide files into splits.
 
     Args:
-        files: sorted by path.
-        root: the folder that they lie in. Its own name does not count.
+        files: the files, sorted by path.
+        root: the folder that contains them. Its own name has no influence.
 
     Returns:
-        The files of each split that has any, in the order of `datasets`, each file once. (`datasets` repeats
-        a file in a split if several of its patterns match.)
+        The files of each split that is not empty, in the order of `datasets`. Each file occurs once in a
+        split. (`datasets` repeats a file in a split if several of its patterns match.)
     """
     return (
         _from_shards(files, root) or _from_directories(files, root) or _from_names(files) or {"train": files}
@@ -61,7 +60,7 @@ def _from_shards(files: list[File], root: str) -> dict[str, list[File]]:
         if found:
             splits.setdefault(found["split"], []).append(file)
     if not all(_SPLIT_NAME.fullmatch(name) for name in splits):
-        return {}  # where `datasets` raises an error: photos may have such names by chance
+        return {}  # `datasets` raises an error here, but photos may have such names by chance
     others = sorted(splits.keys() - _KEYWORDS.keys())
     return {name: splits[name] for name in (*_KEYWORDS, *others) if name in splits}
 
@@ -95,7 +94,7 @@ def _from_names(files: list[File]) -> dict[str, list[File]]:
 
 
 def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Pattern[str]]:
-    """The patterns of a split in the order in which `datasets` lists their files."""
+    """Yield the patterns of a split, in the order in which `datasets` lists their files."""
     shapes = ["{0}{1}.*", ".*{1}{0}{1}.*"]
     if directories:
         shapes = ["{0}", "{0}{1}.*", ".*{1}{0}", ".*{1}{0}{1}.*"]

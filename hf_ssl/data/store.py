@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it when decoding changes what pixels come out
 _AUTO_BYTES = 4 << 30
-_CHUNK = 64  # images; decoding them takes at most a few seconds, even if they are large
+_CHUNK = 64  # images; even large ones are decoded in a few seconds at most
 
 
 class DecodedRows:
@@ -189,7 +189,7 @@ def _check_space(folder: Path, needed: int) -> None:
 def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
     """Decodes everything into `pixels`, with some threads (decoders release the lock of the interpreter).
 
-    An interruption ends within the time of one chunk, because only threads that run are waited for.
+    After an interruption, this function ends within the time of one chunk: it waits only for running threads.
 
     Returns:
         row -> message of broken images.

@@ -110,9 +110,9 @@ class StreamBatches(IterableDataset[LoadedBatch]):
 
 
 class StreamLoader(DataLoader[LoadedBatch]):
-    """Batches of a stream for ever, each with the position of all readers of this process after it.
+    """Yields endless batches of a stream, each with the later position of all readers of this process.
 
-    `iter` goes on where the last one stopped. Where the number of rows is known, it ends with each
+    `iter` continues where the last one stopped. If the number of rows is known, `iter` ends after
     `len(self)` batches.
 
     Args:
@@ -151,20 +151,20 @@ class StreamLoader(DataLoader[LoadedBatch]):
 
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         end_workers(self._workers)
         self._running = self._workers = None
 
 
 def end_workers(iterator: Any) -> None:
-    """End the workers of a DataLoader's iterator at once.
+    """Stop the workers of a DataLoader's iterator at once.
 
-    A trainer and its loader refer to each other, so that Python's garbage collector frees them. It closes the
-    queues first (seen with Python 3.11), and torch's iterator (seen with 2.14), which then tells the workers
-    to end through these queues, waits 5 s for each of them in vain.
+    Without this function, Python's garbage collector frees the workers, because a trainer and its loader
+    refer to each other. The collector closes the queues first (seen with Python 3.11). torch's iterator (seen
+    with 2.14) then cannot send its stop message through these queues, and waits 5 s for each worker.
 
     Args:
-        iterator: of torch's DataLoader; None and iterators without workers have nothing to end.
+        iterator: iterator of torch's DataLoader. Nothing happens for None and for iterators without workers.
     """
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -186,7 +186,7 @@ def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str,
         if position["layout"].get(name) != value
     ]
     logger.warning(
-        "the stream goes on nearby, not exactly where it was, because it is read in another way: %s",
+        "the stream resumes near its last position, not exactly there, because it is read in another way: %s",
         ", ".join(changes),
     )
     places = [Place(**state) for state in position["readers"].values()]

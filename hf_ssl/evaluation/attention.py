@@ -145,8 +145,8 @@ def pca_colours(patches_BhwD: Tensor) -> Tensor:
     """The three main directions of patch features as red, green and blue: alike patches have alike colours.
 
     All images share the directions. Each channel runs from its 2nd to its 98th percentile. Equal features
-    give equal colors, up to rounding, where the three largest variances are distinct. Directions of equal
-    variance can be rotated into each other; the version of torch and the processor choose the rotation.
+    give equal colors, up to rounding, if the three largest variances are distinct. Directions of equal
+    variance are not unique: they depend on the version of torch and on the processor.
 
     Args:
         patches_BhwD: `AttentionMaps.patches`, or any features on a grid with D of 3 or more.
@@ -160,8 +160,9 @@ def pca_colours(patches_BhwD: Tensor) -> Tensor:
     rows = patches_BhwD.flatten(0, 2).double()
     rows = rows - rows.mean(dim=0)
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:3]
-    # A direction's sign is arbitrary. It is fixed by the first of the largest numbers; numbers that differ by
-    # less than a ten-thousandth count as equally large, because rounding alone may decide between them.
+    # The sign of a direction is arbitrary. This code makes the largest component positive. Components that
+    # differ by less than a ten-thousandth count as equal, and the first of them is used. Otherwise, rounding
+    # would determine the sign.
     sizes = directions.abs()
     tied = sizes >= (1 - 1e-4) * sizes.amax(dim=1, keepdim=True)
     largest = directions.gather(1, tied.int().argmax(dim=1, keepdim=True))

@@ -23,7 +23,7 @@ class EvaluationConfig:
     max_train_images: int | None = None
     max_test_images: int | None = None
     batch_size: int = 256  # images in one forward
-    # Of the features: auto is the fastest on the device; or float32, bfloat16, float16 (autocast).
+    # Of the features: float32, bfloat16, float16 (autocast), or auto, the fastest of them on the device.
     precision: str = "auto"
     pooling: str = "auto"  # or pooler, cls, mean
     compare_poolings: bool = False  # k-NN by the class token and by the mean of all tokens, both

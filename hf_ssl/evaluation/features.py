@@ -92,10 +92,10 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
     Images of one size move in one copy, and are enlarged there. The layout is said aloud, because a guess
     takes an image three pixels high for one with its channels last.
     """
-    # The class is not imported for the question, because that imports timm.
+    # This check does not import the class, because the import loads timm.
     timm_wrapper = sys.modules.get("transformers.models.timm_wrapper.image_processing_timm_wrapper")
     if timm_wrapper is not None and isinstance(processor, timm_wrapper.TimmWrapperImageProcessor):
-        # timm's transforms know photos only, and one option
+        # timm's transforms accept only PIL images and one option
         photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         return processor(photos, return_tensors="pt")["pixel_values"].to(device)
     if len({image.shape for image in images}) == 1:

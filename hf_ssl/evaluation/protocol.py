@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One protocol for every encoder: what is measured, on what, and the words that a card prints beside it."""
+"""One protocol for every encoder: measurements, their data, and their descriptions for the card."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -164,8 +164,8 @@ def evaluate_features(
 ) -> EncoderResult:
     """The protocol from features on: (M, D) and (N, D) float32, with labels (M,) and (N,).
 
-    `description` begins the text of the progress bars; None shows none. Values of k above M, and numbers of
-    labels above the smallest class, are left out and listed in `skipped`.
+    The progress bars show `description` first; None shows no bars. The results omit values of k above M, and
+    numbers of labels above the size of the smallest class, and list them in `skipped`.
     """
     bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
     query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
@@ -190,7 +190,7 @@ def evaluate_features(
             for n in few
         ]
     probe = None
-    epochs = 2 * config.linear_epochs  # of all learning rates, then of the best one
+    epochs = 2 * config.linear_epochs  # first with all learning rates, then with the best one
     with _timed(seconds, "linear"), _shown(description, "linear probe", epochs, "epoch") as bar:
         if config.linear and linear:
             probe = _linear(config, *data, device=device, advance=bar.update)
@@ -216,7 +216,7 @@ def evaluate_features(
 
 
 def _shown(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
-    """The progress of a part of the evaluation; nothing is shown without a description."""
+    """Return a progress bar for a part of the evaluation, which shows nothing without a description."""
     return progress(f"{description}, {part}", total, unit=unit, quiet=description is None)
 
 

@@ -26,7 +26,7 @@ class EncoderResult(TypedDict):
     skipped: list[str]  # what the data was too small for
     statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
     seconds: dict[str, float]
-    precision: NotRequired[str]  # of the features: "float32", "bfloat16" or "float16"
+    precision: NotRequired[str]  # precision of the features: "float32", "bfloat16" or "float16"
     pooling: NotRequired[str]
     poolings: NotRequired[dict[str, float]]  # headline k-NN by "cls" and by "mean", where both were compared
     image_size: NotRequired[int]

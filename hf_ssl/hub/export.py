@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports an encoder as transformers knows it: users without hf_ssl load every weight bit for bit."""
+"""Exports an encoder in the format of transformers: users without hf_ssl load every weight bit for bit."""
 
 import os
 import shutil
@@ -29,8 +29,8 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     Weights keep the names of old transformers releases (`save_pretrained`'s default), which old and new ones
     load. The encoder itself is not changed.
 
-    Features of the loaded encoder equal those of `encoder` up to rounding only: torch chooses kernels by the
-    address of a tensor in memory, and the loaded weights lie at other addresses.
+    Features of the loaded encoder equal those of `encoder` only up to rounding. The reason is that torch's
+    choice of kernels depends on the memory address of a tensor, and the loaded weights have other addresses.
 
     Args:
         encoder: a class of transformers' own, as `AutoModel` makes it from a config.
@@ -71,7 +71,7 @@ def check_exportable(encoder: PreTrainedModel) -> None:
 
 
 def _check_pooler(encoder: Any) -> None:
-    """A ViT must hand out its class token: AutoModel always makes a pooler, random where none was saved."""
+    """Check that a ViT returns its class token. AutoModel makes a random pooler if none was saved."""
     kind, pooler = type(encoder).__name__, encoder.pooler
     if pooler is None:
         raise UserError(

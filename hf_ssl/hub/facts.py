@@ -93,7 +93,7 @@ class TrainingFacts(TypedDict):
     images_per_second: float
     final_loss: float | None  # None: not finite
     resumed: int  # how many times the run was taken up again
-    # What the run chose for its machine: {"training.batch_size": {"value": 32, "reason": "..."}}.
+    # Settings chosen for the machine: {"training.batch_size": {"value": 32, "reason": "..."}}.
     choices: NotRequired[dict[str, dict[str, Any]]]
     selection: str | None  # the metric by which a checkpoint was chosen; None: the last weights
 

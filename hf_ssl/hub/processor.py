@@ -14,10 +14,11 @@ FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
     """Shortest edge to the size of a final view, centre crop, the normalisation of training.
 
-    `BitImageProcessor`, because it makes RGB of grey, palette and transparent photos (over white from
-    transformers 5.21 on; 5.20 drops transparency); `ViTImageProcessor` stops at them. Small images are
-    enlarged by the filter that enlarges views (bilinear), so an image of the views' own size reaches the
-    encoder as in training. Without `enlarge` the filter is the crops' own.
+    The class is `BitImageProcessor`, because it converts gray, palette and transparent photos to RGB;
+    `ViTImageProcessor` raises an error for them. From transformers 5.21 on, it lays transparency over white;
+    5.20 drops transparency. The filter that enlarges views (bilinear) also enlarges small images, so an image
+    with the size of the views reaches the encoder as in training. Without `enlarge`, the filter is that of
+    the crops.
 
     Args:
         preset: a `ViewPreset` as a dict; `size`, `enlarge`, `interpolation`, `mean` and `std` count.

@@ -155,7 +155,7 @@ def _number(value: float | None) -> str:
 def command(facts: Facts) -> str:
     """The line that starts such a run."""
     overrides = facts["recipe"]["overrides"]
-    # Another machine would choose otherwise, and get other weights.
+    # Another machine may choose other values, which would lead to other weights.
     chosen = [
         f"{key}={_yaml(choice['value'])}"
         for key, choice in facts["training"].get("choices", {}).items()
@@ -165,7 +165,7 @@ def command(facts: Facts) -> str:
 
 
 def choices(facts: Facts) -> list[str]:
-    """Return what the run chose for its machine, a sentence for each choice."""
+    """Return the choices of the run for its machine, one line with the reason for each."""
     return [
         code(f"{key}={choice['value']}") + f": {choice['reason']}"
         for key, choice in facts["training"].get("choices", {}).items()
@@ -194,7 +194,7 @@ def check_command(facts: Facts) -> str:
         or (key.startswith("evaluation.") and key not in ("evaluation.path", "evaluation.results_dir"))
     }
     precision = facts["results"]["trained"].get("precision")
-    if precision is not None:  # "auto" may be another one on another machine
+    if precision is not None:  # "auto" may choose another precision on another machine
         how["evaluation.precision"] = precision
     overrides = [f"{key}={_yaml(value)}" for key, value in (where | how).items()]
     return shlex.join(["hf-ssl", "evaluate", facts["name"], *overrides])
@@ -258,8 +258,8 @@ def limitations(facts: Facts) -> list[str]:
     )
     if channels == 3:
         said.append(
-            "Training laid transparent photos over white. The image processor does so from transformers 5.21 "
-            "on; older releases drop the transparency."
+            "Training laid transparent photos over white. The image processor does the same from "
+            "transformers 5.21 on; older releases drop the transparency."
         )
     elif channels == 1:
         said.append('The encoder takes one channel: open photos with `image.convert("L")`, as above.')

@@ -114,7 +114,7 @@ def least_over_processes(number: int, device: torch.device) -> int:
 
 
 def from_first_process(value: Any) -> Any:
-    """Return the main process's value on every process; it must be picklable."""
+    """Return the value of the main process on every process. The value must be picklable."""
     if process_count() == 1:
         return value
     values = [value]

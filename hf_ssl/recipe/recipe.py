@@ -101,7 +101,7 @@ class Recipe:
         return self.backbone.get("init_from")
 
     def types(self, key: str) -> bool:
-        """Return whether the user typed `section.key` on the command line, beside the recipe's file."""
+        """Return whether the user set `section.key` on the command line, not in the recipe's file."""
         section, _, name = key.partition(".")
         return name in apply_overrides({}, self.overrides)[section]
 
@@ -142,10 +142,10 @@ class Recipe:
         return plain
 
     def differences(self) -> dict[str, Any]:
-        """`{"section.key": value}` of what is not as it would be if the recipe did not mention it.
+        """Return `{"section.key": value}` for the values that differ from their defaults.
 
-        What has no default is left out: the names of the method and the encoder, the path of the data, the
-        output folder.
+        The result omits keys without a default: the names of the method and the encoder, the path of the
+        data, the output folder.
         """
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 

@@ -25,25 +25,25 @@ class SSLTrainingArguments(TrainingArguments):
     another default.
 
     Attributes:
-        batch_size: images in one optimiser step, over all processes and accumulation steps.
-        precision: `auto`, `float32`, `bfloat16` or `float16`. `auto` becomes the fastest one on the device of
-            the run (`hf_ssl.precision`). `bf16=True` and `fp16=True` have precedence; `bf16=False`
-            and `fp16=False` exclude that precision from the choice.
-        dataloader_num_workers: a number, or `auto`, which depends on cores, device and image size
+        batch_size: images in one optimizer step, over all processes and accumulation steps.
+        precision: `auto`, `float32`, `bfloat16` or `float16`. `auto` selects the fastest one on the device of
+            the run (`hf_ssl.precision`). `bf16=True` and `fp16=True` have precedence. `bf16=False` and
+            `fp16=False` exclude that precision from the choice.
+        dataloader_num_workers: a number, or `auto`, which selects a number by cores, device and image size
             (`hf_ssl.trainer.fitting`).
         optimizer: `sgd`, `adamw` or `lars`; transformers' own `optim` is not used.
         base_learning_rate: if set, `learning_rate` follows from it by `learning_rate_rule`.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
         momentum, nesterov: of SGD and LARS.
-        weight_decay_end: if set, weight decay goes from `weight_decay` to this along half a cosine over the
-            whole run (DINO, I-JEPA); what is not decayed stays so.
+        weight_decay_end: if set, weight decay moves from `weight_decay` to this along half a cosine over the
+            whole run (DINO, I-JEPA). Parameters without weight decay keep none.
         decay_all_parameters: weight decay on biases, norms and tokens too, as authors who use plain SGD do.
         clip_each_tensor: the largest norm of each parameter's gradient by itself (DINO); 0 clips nothing.
         lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
         lars_adapt_all_parameters: LARS adapts the rate of biases, norms and tokens too, as SwAV's authors do.
         warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
-        minimum_learning_rate_ratio: where the cosine ends, as a share of the learning rate.
+        minimum_learning_rate_ratio: final value of the cosine, as a share of the learning rate.
         learning_rate_drops: passes over the data after each of which the learning rate is a tenth of what
             `lr_scheduler_type` says (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images of a process that are encoded at once, for batches that do not fit into
@@ -51,7 +51,7 @@ class SSLTrainingArguments(TrainingArguments):
             (`hf_ssl.trainer.gradient_cache`). None encodes them all at once.
         sync_batch_norm: with several processes, BatchNorm statistics span all of them.
         channels_last: memory layout of convolutions, 1.3 times faster on CPUs.
-        monitor_steps: optimiser steps between two measurements of the monitor; 0 switches it off.
+        monitor_steps: optimizer steps between two measurements of the monitor; 0 switches it off.
         monitor_bank_images, monitor_query_images: labelled images of its k-NN classifier.
         monitor_neighbours: k of that classifier.
         layer_decay: if set, each block of the backbone learns at this share of the rate of the block after it
@@ -72,7 +72,7 @@ class SSLTrainingArguments(TrainingArguments):
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     dataloader_num_workers: int | str = AUTO  # type: ignore[assignment]
-    bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` decides
+    bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` determines it
     fp16: bool | None = None  # type: ignore[assignment]
     ddp_find_unused_parameters: bool | None = False
     ddp_broadcast_buffers: bool | None = False  # they come from gathered values, or from a process's own
@@ -130,7 +130,7 @@ class SSLTrainingArguments(TrainingArguments):
         workers = self.dataloader_num_workers
         if workers != AUTO and (not isinstance(workers, int) or workers < 0):
             raise UserError(
-                f"training.dataloader_num_workers: expected auto or a number from 0, got {workers!r}"
+                f"training.dataloader_num_workers: expected auto or an integer from 0 on, got {workers!r}"
             )
         self._read_precision()
         if self.clip_each_tensor < 0 or (self.clip_each_tensor and self.fp16):
@@ -147,7 +147,7 @@ class SSLTrainingArguments(TrainingArguments):
             self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers must be told, or it refuses bf16 on a CPU
-        if workers == AUTO:  # transformers compares it with numbers, and wants some for a prefetch factor
+        if workers == AUTO:  # transformers expects a number, and more than 0 if there is a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
         self.dataloader_num_workers = workers
@@ -160,9 +160,11 @@ class SSLTrainingArguments(TrainingArguments):
         self.per_device_train_batch_size = self._batch_per_process()
 
     def _read_precision(self) -> None:
-        """Make `precision`, `bf16` and `fp16` agree."""
+        """Make `precision`, `bf16` and `fp16` consistent."""
         if self.bf16 and self.fp16:
-            raise UserError("training.bf16, training.fp16: expected at most one of them to be true, got both")
+            raise UserError(
+                "training.bf16, training.fp16: expected at most one true value, got two; remove one"
+            )
         if self.bf16 or self.fp16:
             self.precision = "bfloat16" if self.bf16 else "float16"
         self.excluded_precisions = {
@@ -173,14 +175,14 @@ class SSLTrainingArguments(TrainingArguments):
         self.bf16, self.fp16 = self.precision == "bfloat16", self.precision == "float16"
 
     def use_precision(self, precision: str) -> None:
-        """Set the precision that `auto` stands for.
+        """Set the precision that replaces `auto`.
 
         Args:
             precision: `float32`, `bfloat16` or `float16`.
         """
         self.precision = precision
         self.bf16, self.fp16 = precision == "bfloat16", precision == "float16"
-        # transformers (5.20 to 5.24) derives this once, in __post_init__
+        # transformers (5.20 to 5.24) sets this only in __post_init__
         self.mixed_precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
 
     def use_batch_size(self, batch_size: int) -> None:

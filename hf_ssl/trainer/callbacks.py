@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks around the Trainer's steps: a method's hooks, the progress bar, and the curves."""
+"""Callbacks of the Trainer: the hooks of a method, the progress bar, and the curves."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
 
 
 def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
-    """Optimiser steps in a pass over the data; for a loader of unknown length, those of the whole run."""
+    """Return the optimizer steps of an epoch; for a loader of unknown length, those of the whole run."""
     if not has_length(train_dataloader):
         return total_steps
     return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
@@ -85,15 +85,16 @@ class MethodHooks(TrainerCallback):
 
 
 class WeightDecaySchedule(TrainerCallback):
-    """Moves weight decay before each optimiser step, if `args.weight_decay_end` is set."""
+    """Changes weight decay before each optimizer step, if `args.weight_decay_end` is set."""
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         schedule_weight_decay(kwargs["optimizer"], args, state.global_step / state.max_steps)
 
 
 class ProgressBar(ProgressCallback):
-    """One line that lives: steps, time left, loss, images a second, k-NN accuracy. Log records do not
-    scroll past it.
+    """Shows one line with steps, time left, loss, images per second and k-NN accuracy.
+
+    Log records print no further lines.
     """
 
     _SHOWN = (("loss", "loss", ".4g"), ("images_per_second", "img/s", ".0f"), ("eval_knn", "k-NN", ".3f"))

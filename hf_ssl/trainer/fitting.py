@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits a run to its machine: precision, loader workers, batch size, and the size of the monitor.
+"""Adapts a run to its machine: precision, loader workers, batch size, and the size of the monitor.
 
-A recipe states what its paper used, on the paper's machines. Whatever the user did not set is chosen here
-from the number of images, the device, its free memory and the measured time of a step. The main process
-chooses, all processes use its choice, and `_run.json` keeps it, so that a resumed run uses the same one.
+A recipe states the settings of its paper, for the paper's machines. This module chooses the values that the
+user did not set. It uses the number of images, the device, its free memory and the measured time of a step.
+The main process chooses, and all processes use its choice. `_run.json` stores the choice, so that a resumed
+run uses the same one.
 """
 
 import os
@@ -18,13 +19,13 @@ from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost
 
 STEP_SECONDS = 30.0
-"""The longest step that a recipe's batch size may lead to on a CPU."""
+"""The longest time of a training step on a CPU; a recipe's batch size that needs more is reduced."""
 FIRST_MEASUREMENT_SHARE, FIRST_MEASUREMENT_SECONDS = 0.05, (2.0, 10.0)
-"""The monitor's first measurement takes at most this share of the planned run, at most the second number of
-seconds, and never less than the first (a run that is over in a minute needs a monitor, too).
+"""The monitor's first measurement may take this share of the planned run. The limit lies between 2 and 10
+seconds in any case, because a run of one minute needs a monitor, too.
 """
 PROBE_IMAGES = 512
-"""Training images that the monitor embeds, where time allows."""
+"""Number of training images that the monitor embeds if this does not take too long."""
 
 _MEMORY_MARGIN = 1.25
 _FEWEST = {"probe": 32, "bank": 100, "queries": 50}
@@ -32,18 +33,18 @@ _MOST_WORKERS = 12
 
 
 class Choice(TypedDict):
-    """A value that was chosen for this machine, and why."""
+    """A value that was chosen for this machine, and the reason."""
 
     value: Any
     reason: str
 
 
 Choices = dict[str, Choice]
-"""By recipe key, e.g. "training.precision"."""
+"""Recipe key, e.g. "training.precision" -> choice."""
 
 
 def choose_precision(args: SSLTrainingArguments) -> Choices:
-    """Choose what `args.precision=auto` stands for and set it. Returns {} if the user chose."""
+    """Choose and set the precision if `args.precision` is `auto`. Return the choice; {} if none was made."""
     if args.precision != AUTO:
         return {}
     found = fastest_precision(args.device.type)
@@ -56,11 +57,12 @@ def choose_precision(args: SSLTrainingArguments) -> Choices:
 
 
 def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
-    """Choose what `args.dataloader_num_workers=auto` stands for and set it. Returns {} if the user chose.
+    """Choose and set the number of workers if `args.dataloader_num_workers` is `auto`. Return the choice, or
+    {} if none was made.
 
-    On a CPU, batches of small images are assembled faster in the training process than they travel from a
-    worker, and workers compete with the training step for the cores. Beside an accelerator, two workers are
-    enough for small images.
+    With training on a CPU, small images need no workers: the training process assembles a batch faster than
+    it receives one from a worker. Workers would also compete with the training step for the cores. With
+    training on an accelerator, two workers are enough for small images.
 
     Args:
         args: the training arguments.
@@ -88,16 +90,16 @@ def usable_cores() -> int:
 def choose_batch_size(
     args: SSLTrainingArguments, cost: StepCost, images: int | None, *, free_bytes: float
 ) -> Choices:
-    """Reduce a recipe's batch size to what data, memory and, on a CPU, time allow, and set it.
+    """Reduce a recipe's batch size if the data, the memory or (on a CPU) the time of a step do not allow it.
 
-    The reduced size is the largest power of two for each process and accumulation step. The learning rate
-    follows the recipe's rule. Returns {} if the recipe's batch size fits.
+    The reduced size per process and accumulation step is the largest possible power of two. The learning
+    rate follows the recipe's rule. Return the choice, or {} if the recipe's batch size fits.
 
     Args:
-        args: the training arguments.
-        cost: of one image.
-        images: in the data set; None for a stream of unknown length.
-        free_bytes: of the device.
+        args: the training arguments; their batch size and learning rate are changed.
+        cost: cost of one image.
+        images: number of images in the data set; None for a stream of unknown length.
+        free_bytes: free memory of the device.
     """
     micro_batches = args.gradient_accumulation_steps
     shares = args.world_size * micro_batches
@@ -124,22 +126,24 @@ def choose_batch_size(
 def choose_monitor(
     args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labelled: bool, typed: set[str]
 ) -> Choices:
-    """Reduce the number of images that the monitor measures, so that its first measurement takes at most
-    5 % of the planned run (but 2 seconds in any case) and at most 10 seconds. Returns {} if all of them fit.
+    """Reduce the number of images that the monitor measures, if its first measurement would take too long.
+
+    The limit is 5 % of the planned run, but at least 2 and at most 10 seconds. Return the choices, or {} if
+    nothing is reduced.
 
     Args:
         args: training arguments with the chosen batch size.
-        cost: of one image.
-        images: in the training data; None for a stream of unknown length.
-        labelled: whether there are labelled images for k-NN.
-        typed: keys of the section `training` that the user set; these stay.
+        cost: cost of one image.
+        images: number of training images; None for a stream of unknown length.
+        labelled: whether there are labeled images for k-NN.
+        typed: keys of the section `training` that the user set; their values are not changed.
     """
     least, most = FIRST_MEASUREMENT_SECONDS
     budget = max(least, min(most, FIRST_MEASUREMENT_SHARE * _planned_seconds(args, cost, images)))
     probe = min(PROBE_IMAGES, images or PROBE_IMAGES)
     sizes = {"probe": probe, "bank": args.monitor_bank_images, "queries": args.monitor_query_images}
     seconds = {
-        # All views and one through the encoder; the forward pass is a third of a step.
+        # The monitor embeds all views, and encodes one of them. A forward pass takes a third of a step.
         "probe": probe * (cost.step_seconds / 3 + cost.feature_seconds + cost.load_seconds),
         "knn": (sizes["bank"] + sizes["queries"]) * (cost.feature_seconds + cost.load_seconds),
     }
@@ -165,7 +169,7 @@ def choose_monitor(
 
 
 def apply_choices(args: SSLTrainingArguments, choices: Choices) -> None:
-    """Set what an earlier part of a run chose (by `choices`) in the training arguments."""
+    """Set the choices of an earlier part of the run in the training arguments."""
     for key, choice in choices.items():
         if key == "training.precision":
             args.use_precision(choice["value"])
@@ -178,14 +182,14 @@ def apply_choices(args: SSLTrainingArguments, choices: Choices) -> None:
 def free_memory(device: torch.device) -> float:
     """Return the bytes that this process can still allocate on the device.
 
-    For a CPU these are the machine's available bytes, or what the limit of the control group leaves.
+    For a CPU, this is the available memory of the machine, or less if a control group limits the process.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil
 
     free = psutil.virtual_memory().available
-    try:  # version 2; psutil reads the machine's memory and knows no containers
+    try:  # control groups version 2; psutil ignores the limits of containers
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
@@ -196,7 +200,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | None) -> float:
-    """Estimated seconds of the whole training, all processes at work."""
+    """Return the estimated seconds of the whole training with all processes."""
     if args.max_steps > 0:
         total = args.max_steps * args.batch_size
     elif images is None:
@@ -207,5 +211,5 @@ def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | N
 
 
 def _power_of_two(limit: float) -> int:
-    """Return the largest power of two up to `limit`, at least 1."""
+    """Return the largest power of two that is at most `limit`, but at least 1."""
     return 1 << max(0, int(limit).bit_length() - 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on batches that do not fit into memory, for losses that need all of a batch at once.
+"""Trains on batches that do not fit into memory, for losses that need the whole batch at once.
 
-Loss and gradients are those of the whole batch up to rounding.
+Loss and gradients equal those of the whole batch up to rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -111,7 +111,7 @@ def _accelerator_module() -> Any:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """BatchNorm goes on to normalise with the batch, and does not count it again."""
+    """Keep the running statistics of BatchNorm; it still normalizes with the statistics of the batch."""
     layers = [
         layer
         for layer in model.modules()

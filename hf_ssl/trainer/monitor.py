@@ -74,7 +74,7 @@ class Monitor:
     def measure(
         self, model: SSLPreTrainedModel, prefix: str = "eval", *, quiet: bool = True
     ) -> dict[str, float]:
-        """Measurements by name; shows progress unless `quiet`.
+        """Return the measurements by name, and show the progress unless `quiet`.
 
         `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
         (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost

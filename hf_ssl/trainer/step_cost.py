@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what one image costs a model on a device: seconds and bytes of a training step."""
+"""Measures the cost of one image in a training step on a device: seconds and bytes."""
 
 import copy
 import time
@@ -18,20 +18,20 @@ from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 MEASURED_IMAGES = 32
-"""Images that a step is measured with, at most."""
+"""The largest number of images in a measured step."""
 _ENOUGH_SECONDS, _SLOW_SECONDS = 0.3, 2.0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one image costs this model on this device.
+    """The cost of one image for a model on a device.
 
     Attributes:
-        step_seconds: forward and backward pass of all of its views.
-        feature_seconds: forward pass of the published encoder.
-        load_seconds: reading, decoding and cropping in this process.
-        step_bytes: what the forward pass keeps for the backward pass.
-        fixed_bytes: weights, gradients and optimizer state, for any number of images.
+        step_seconds: time of the forward and backward pass of all views.
+        feature_seconds: time of the forward pass of the published encoder, on one view.
+        load_seconds: time to read, decode and crop the image in this process.
+        step_bytes: memory of the forward pass that the backward pass needs.
+        fixed_bytes: memory of weights, gradients and optimizer state, for any number of images.
     """
 
     step_seconds: float
@@ -44,16 +44,16 @@ class StepCost:
 def measure_step(
     model: SSLPreTrainedModel, batch: LoadedBatch, load_seconds: float, args: SSLTrainingArguments
 ) -> StepCost:
-    """Measure forward and backward passes of a copy of the model; the model itself stays as it is.
+    """Measure forward and backward passes of a copy of the model; the model itself does not change.
 
-    The number of images grows from 2 until a pass takes 0.3 s or the batch is used up. The measured pass
-    is `embed` and its gradient: the objective depends on state that training has not built yet, and it is
-    cheap.
+    The number of images grows from 2 until a pass takes 0.3 s or uses the whole batch. A pass consists of
+    `embed` and its gradient, without the objective. The objective is cheap, and it depends on state that only
+    training builds.
 
     Args:
-        model: the method.
+        model: the model of a method.
         batch: loaded images.
-        load_seconds: how long loading one of them took.
+        load_seconds: seconds that it took to load one of them.
         args: training arguments with the chosen precision.
     """
     device, kept = args.device, []
@@ -67,7 +67,7 @@ def measure_step(
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
                 seconds = min(seconds, _pass(copied, inputs, args)[0])
             kept.append((count, size))
-            # The main process decides how often all of them run: methods may exchange rows in `embed`.
+            # All processes run the same number of passes, because `embed` may gather rows.
             seconds = from_first_process(seconds)
             if seconds >= _ENOUGH_SECONDS or count == len(batch):
                 break
@@ -87,8 +87,9 @@ def measure_step(
 def _pass(
     model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
 ) -> tuple[float, float]:
-    """Seconds of a forward and backward pass, and the bytes that it needs: at its peak on CUDA, elsewhere
-    what the forward pass keeps.
+    """Return the seconds of a forward and backward pass, and the bytes that it needs.
+
+    On CUDA, these are the bytes at the peak. Elsewhere, they are the tensors saved for the backward pass.
     """
     on_cuda, storages, dtype = args.device.type == "cuda", dict[int, int](), DTYPES[args.precision]
     clock, before = _clock(args.device), 0
@@ -120,7 +121,7 @@ def _pass(
 def _feature_seconds(
     model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
 ) -> float:
-    """Seconds of the published encoder's forward pass over one view of each image."""
+    """Return the seconds of the published encoder's forward pass on one view of each image."""
     dtype, images, clock = DTYPES[args.precision], inputs["pixel_values"][:, 0], _clock(args.device)
     model.eval()
     seconds = []
@@ -133,8 +134,10 @@ def _feature_seconds(
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds. On a CPU it counts the time of this process, spread over torch's threads, because
-    other work on the machine at the start says nothing about the hours to come.
+    """Return a clock in seconds.
+
+    On a CPU, the clock counts the CPU time of this process, divided by the number of torch's threads. So
+    other programs that run during the measurement do not change the result.
     """
     if device.type != "cpu":
         return time.perf_counter
@@ -142,7 +145,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 
 def _slope(measured: list[tuple[int, float]]) -> float:
-    """Bytes for each further image, from (images, bytes) of growing numbers of images."""
+    """Return the bytes of each additional image, from pairs (number of images, bytes)."""
     (first, low), (last, high) = measured[0], measured[-1]
     return high / last if first == last else max(0.0, (high - low) / (last - first))
 

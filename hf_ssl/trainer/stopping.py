@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C during training: finish the step, save a checkpoint, stop."""
+"""Stops training on SIGTERM or Ctrl-C, after the current step and with a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -15,20 +15,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """A signal arrived inside `StopOnSignal.interruptible`. Not an `Exception`, so that nothing on the way
-    mistakes it for a fault.
+    """A signal arrived inside `StopOnSignal.interruptible`.
+
+    This class is not an `Exception`, so that no handler of errors catches it.
     """
 
 
 class StopOnSignal(TrainerCallback):
     """Stops training on SIGTERM or SIGINT (Ctrl-C).
 
-    A training step is finished and a checkpoint is saved. A measurement of the monitor is aborted. A second
-    signal stops the process at once. With several processes, all of them agree at the next logging step,
-    because no process may leave the others waiting.
+    It finishes the training step and saves a checkpoint. It aborts a measurement of the monitor. A second
+    signal stops the process at once. Several processes stop together at the next logging step, because they
+    wait for each other in every step.
 
     Attributes:
-        received: the signal that arrived; None as long as none did.
+        received: the signal that arrived; None before the first signal.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def stop_now(self) -> BaseException:
-        """Return the exception that ends the process as the signal would: SystemExit(143) or
+        """Return the exception that ends the process with the status of the signal: SystemExit(143) or
         KeyboardInterrupt.
         """
         if self.received == signal.SIGINT:
@@ -46,7 +47,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise `Interrupted` inside this block as soon as a signal arrives (one process only)."""
+        """Raise `Interrupted` inside this block as soon as a signal arrives, if there is only one process."""
         if self.received is not None and process_count() == 1:
             raise Interrupted
         self._interruptible = process_count() == 1
@@ -70,7 +71,7 @@ class StopOnSignal(TrainerCallback):
             try:
                 self._previous[number] = signal.signal(number, self._receive)
             except ValueError:
-                return  # a notebook may train outside the main thread, where no handler can be set
+                return  # outside the main thread (in some notebooks), Python cannot set handlers
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:
         stop = self.received is not None
@@ -85,11 +86,11 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
     def on_save(self, args, state, control: TrainerControl, **kwargs) -> None:
-        if self.received is not None and args.world_size == 1:  # it arrived while the checkpoint was written
+        if self.received is not None and args.world_size == 1:  # the signal arrived during saving
             control.should_training_stop = True
 
     def restore(self) -> None:
-        """Set the handlers that were there before training."""
+        """Restore the signal handlers from before training."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}

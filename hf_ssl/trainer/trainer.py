@@ -142,8 +142,9 @@ class SSLTrainer(PushingTrainer):
         )
 
     def _batches_before(self, step: int) -> int:
-        """Micro-batches of this process before an optimizer step; the last step of an epoch may have fewer
-        than `gradient_accumulation_steps`.
+        """Return the number of micro-batches of this process before an optimizer step.
+
+        The last step of an epoch may have fewer than `gradient_accumulation_steps` micro-batches.
         """
         rows, accumulated = self.source.num_rows, self.args.gradient_accumulation_steps
         if rows is None:
@@ -230,7 +231,7 @@ class SSLTrainer(PushingTrainer):
             if not math.isfinite(logs["loss"]):
                 raise UserError(
                     f"the loss became {logs['loss']} near step {self.state.global_step}: lower "
-                    "training.learning_rate or lengthen training.warmup_epochs, and start anew"
+                    "training.learning_rate or lengthen training.warmup_epochs, and start the run again"
                 )
             logs |= {f"term_{name}": value for name, value in self._terms.take().items()}
             logs["images_per_second"] = (
@@ -273,10 +274,11 @@ class SSLTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in transformers; measures the untrained model first, unless the run resumes.
+        """Train as in transformers; measure the untrained model first, unless the run resumes.
 
         Raises:
-            SystemExit, KeyboardInterrupt: SIGTERM or Ctrl-C; the step was finished and a checkpoint saved.
+            SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
+                and saved a checkpoint before.
         """
         self._resumed_step = None
         if resume_from_checkpoint:
@@ -287,13 +289,13 @@ class SSLTrainer(PushingTrainer):
         except torch.OutOfMemoryError as error:
             smaller = max(1, self.args.batch_size // 2)
             raise UserError(
-                f"training.batch_size: {self.args.batch_size} images do not fit into the memory of "
-                f"{self.args.device}; use training.batch_size={smaller}"
+                f"training.batch_size: expected a batch that fits into the memory of {self.args.device}, got "
+                f"{self.args.batch_size} images; use training.batch_size={smaller}"
                 + (f" or training.contrastive_chunk_size={smaller}" if self.method.couples_samples else "")
             ) from error
         else:
             if self.stop_signal.received is not None:
-                self._stop(save=False)  # the loop has saved
+                self._stop(save=False)  # the training loop has saved a checkpoint
             return result
         finally:
             self.stop_signal.restore()
@@ -302,11 +304,11 @@ class SSLTrainer(PushingTrainer):
                 self._loader.close()
 
     def _stop(self, save: bool = True) -> NoReturn:
-        """End the process after a signal, with a checkpoint if a step was made."""
+        """End the process after a signal; save a checkpoint if at least one step is complete."""
         step, name = self.state.global_step, cast(signal.Signals, self.stop_signal.received).name
         if save and step > 0:
             self._save_checkpoint(self.model, None)
-        kept = f"after step {step}; the same command resumes" if step > 0 else "before the first step"
+        kept = f"after step {step}; the same command resumes the run" if step > 0 else "before the first step"
         logger.warning("stopped by %s %s", name, kept)
         raise self.stop_signal.stop_now()
 

@@ -43,13 +43,13 @@ class Crops:
 
 
 def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
-    """Stage one: crops every view of every image and resizes it, on uint8.
+    """Crop every view of every image and resize it, on uint8 (stage one).
 
-    Equals torch's own `interpolate(..., antialias=True)` of the uint8 crop to the last bit, and torchvision's
-    `resized_crop` wherever that calls it: always for bicubic crops. Bilinear ones torchvision resizes in
-    float32 on some processors, depending on its version, and differs then by at most one level of 255.
-    Images whose channels lie side by side (`decoded.permute(2, 0, 1)`, as decoders leave them) are cropped
-    fastest.
+    The result equals torch's `interpolate(..., antialias=True)` of the uint8 crop, bit for bit. torchvision's
+    `resized_crop` calls that function for bicubic crops, so it gives the same result. For bilinear crops,
+    torchvision computes in float32 on some processors, depending on its version. It then differs by at most
+    one level of 255. Images with channels last in memory (`decoded.permute(2, 0, 1)`, the output of decoders)
+    are cropped fastest.
 
     Args:
         images: B tensors (C, H, W) uint8 on the CPU, each of its own size.

@@ -21,10 +21,10 @@ PROCESSOR = BitImageProcessor(
 
 
 def as_processor(data):
-    """What a user of the exported encoder feeds it.
+    """Return the pixels that a user gives to the exported encoder.
 
-    transformers 5.20 drops transparency, so that the user lays it over white first, as the card says; later
-    releases do it themselves.
+    transformers 5.20 drops transparency, so the user first lays it over white, as the card states. Later
+    releases do this themselves.
     """
     with PIL.Image.open(data) as image:
         if version("transformers").startswith("5.20.") and image.has_transparency_data:

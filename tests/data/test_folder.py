@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local folders: what is found in them equals what `datasets` finds, and each directory is listed once."""
+"""Local folders: hf_ssl and `datasets` find the same data, and hf_ssl lists each directory once."""
 
 import logging
 import os
@@ -74,7 +74,7 @@ def assert_equal_to_datasets(root):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_folder_of_images_is_what_datasets_sees(layout, tmp_path):
+def test_a_folder_of_images_equals_that_of_datasets(layout, tmp_path):
     root = write(tmp_path / "photos", LAYOUTS[layout])
     assert contents(locate(str(root))).images  # it is not opened by `datasets`
     assert_equal_to_datasets(root)
@@ -116,16 +116,16 @@ def test_a_readme_that_declares_its_files(tmp_path):
     declared = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: left\n    path: one/*\n---\n"
     (root / "README.md").write_text(declared)
     assert open_source(DataConfig(path=str(root)), "left").num_rows == 1
-    with pytest.raises(UserError, match=r"its splits are left; choose one with data\.split=left"):
+    with pytest.raises(UserError, match=r"one of the splits left of .*; use data\.split=left"):
         open_source(DataConfig(path=str(root)))
 
 
-# What differs from `datasets` on purpose.
+# Intended differences from `datasets`.
 
 
-def test_images_count_whatever_else_lies_in_the_folder(tmp_path):
-    """`datasets` chooses the loader of the most frequent ending: text, video or JSON here. It counts the name
-    of a text file as a split, and takes `a.jpg.json` (of a Google Photos export) and `film.mpg` for images.
+def test_images_are_found_among_other_files(tmp_path):
+    """`datasets` chooses the loader of the most frequent ending, here text, video or JSON. It treats the name
+    of a text file as a split, and `a.jpg.json` (from a Google Photos export) and `film.mpg` as images.
     """
     others = [f"notes {number}.txt" for number in range(5)]
     others += ["test.mp4", "a.jpg.json", "b.jpg.json", "film.mpg", "instruction.md", "Thumbs.db", "x.pdf"]
@@ -168,7 +168,7 @@ def test_an_archive_beside_images_is_reported(tmp_path, caplog):
         archive.write(root / "a.jpg", "a.jpg")
     with caplog.at_level(logging.WARNING):
         assert open_source(DataConfig(path=str(root))).num_rows == 3
-    assert f"data.path={root / 'backup.zip'} reads it" in caplog.text
+    assert f"use data.path={root / 'backup.zip'} to read it" in caplog.text
 
 
 def test_files_outside_the_splits_are_reported(tmp_path, caplog):
@@ -185,13 +185,13 @@ def test_files_that_cannot_be_read_are_broken_images(tmp_path):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
     source = open_source(DataConfig(path=str(root)))
     (root / "a.jpg").unlink()
-    (root / "a.jpg").mkdir()  # for root, who may read everything, as good as no permission
+    (root / "a.jpg").mkdir()  # for root, who can read every file, a folder replaces a file without permission
     assert len(fingerprint([str(root / "a.jpg"), str(root / "b.jpg")])) == 16
     _, broken = EncodedRows(source, 3).read(np.array([0, 1]))
     assert list(broken) == [0]
 
 
-def test_a_slice_that_is_no_slice(tmp_path):
+def test_an_invalid_slice_is_an_error(tmp_path):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
     with pytest.raises(UserError, match=r"data\.path='.*photos' to hold .*train\[a:b\]"):
         open_source(DataConfig(path=str(root)), "train[a:b]")
@@ -199,7 +199,7 @@ def test_a_slice_that_is_no_slice(tmp_path):
 
 def test_an_empty_folder(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=r"data\.path='.*photos'.* holds no files"):
+    with pytest.raises(UserError, match=r"data\.path: .*photos', which contains no visible files"):
         open_source(DataConfig(path=str(tmp_path / "photos")))
 
 
@@ -233,7 +233,7 @@ def test_the_table_changes_with_the_files(tmp_path):
     assert opened()[:2] != second[:2] and opened()[1] == 3
 
 
-# Directories are listed once.
+# hf_ssl lists each directory once.
 
 _listed: list[str] | None = None
 
@@ -245,7 +245,7 @@ def _note(event, arguments):
         _listed.append(os.path.abspath(os.fsdecode(arguments[0] or ".")))
 
 
-sys.addaudithook(_note)  # it stays for good, and does nothing while `_listed` is None
+sys.addaudithook(_note)  # Python cannot remove a hook; it does nothing while `_listed` is None
 
 
 @pytest.fixture
@@ -271,11 +271,11 @@ def test_each_directory_is_listed_once(kind, tmp_path, listed, write_parquet, en
             lines = [f"{name}/{n}.jpg,{n % 2}" for name in "xy" for n in range(4)]
             (root / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
     for directory, _, _ in os.walk(root):
-        os.utime(directory, (1e9, 1e9))  # as if nobody had just changed it
+        os.utime(directory, (1e9, 1e9))  # an old time stamp
     listed.clear()
     config = DataConfig(path=str(root), label_column="label")
     open_source(config)
-    for limit in (2, None):  # for the monitor, for the evaluation
+    for limit in (2, None):  # the limits of the monitor and of the evaluation
         for split in ("train", "test"):
             labelled_images(config, split, max_images=limit)
     inside = [path for path in listed if path.startswith(str(root))]
@@ -283,7 +283,7 @@ def test_each_directory_is_listed_once(kind, tmp_path, listed, write_parquet, en
     assert {path: inside.count(path) for path in inside if inside.count(path) > 1} == {}
 
 
-def test_a_listing_knows_when_it_is_out_of_date(tmp_path):
+def test_a_listing_of_a_changed_folder_is_out_of_date(tmp_path):
     root = write(tmp_path / "photos", ["x/a.jpg", "b.jpg"])
     for directory in (root, root / "x"):
         os.utime(directory, (1e9, 1e9))
@@ -291,12 +291,12 @@ def test_a_listing_knows_when_it_is_out_of_date(tmp_path):
     assert listing.is_current()
     (root / "x" / "a.jpg").rename(root / "x" / "c.jpg")
     assert not listing.is_current()
-    assert not list_folder(str(root)).is_current()  # it may change again before the clock ticks
+    assert not list_folder(str(root)).is_current()  # the folder may change again with the same time stamp
     shutil.rmtree(root / "x")
     assert not listing.is_current()
 
 
-# Sizes come from headers.
+# hf_ssl reads sizes from headers.
 
 
 def test_probing_decodes_one_image_of_each_size(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_probing_decodes_one_image_of_each_size(tmp_path, monkeypatch):
     assert len(decoded) == 3
 
 
-def test_probing_applies_the_orientation_and_skips_what_is_broken(tmp_path):
+def test_probing_applies_the_orientation_and_skips_broken_images(tmp_path):
     upright = PIL.Image.new("RGB", (6, 9))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -330,7 +330,7 @@ def test_probing_applies_the_orientation_and_skips_what_is_broken(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(whole[:40])
     (tmp_path / "another.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the images tried in .* can be read; one is .* row 0 "):
+    with pytest.raises(UserError, match=r"none of the tested images in .* can be read; one is .* row 0 "):
         probe(open_source(DataConfig(path=str(tmp_path))), 3)
 
 

@@ -248,8 +248,8 @@ def test_colours_tell_parts_apart() -> None:
 
 
 @pytest.mark.parametrize("larger", [1, 2])
-def test_rounding_does_not_swap_colours(larger: int) -> None:
-    """The second direction is (0, 1, -1): without the rule for ties, rounding decides which end is bright."""
+def test_rounding_does_not_swap_colors(larger: int) -> None:
+    """The second direction is (0, 1, -1). Without the rule for ties, rounding would determine its sign."""
     kinds = torch.eye(3, 16, dtype=torch.float64)[torch.tensor([[[0, 0], [1, 2]], [[2, 1], [0, 0]]])]
     rounded = kinds.clone()
     rounded[..., larger] *= 1 + 1e-7

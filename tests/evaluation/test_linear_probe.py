@@ -51,7 +51,7 @@ def test_heads_equal_those_of_torch_sgd() -> None:
 def test_reaches_what_scikit_learn_reaches() -> None:
     sklearn_linear = pytest.importorskip("sklearn.linear_model")
     features, labels, test, answers = digits()
-    # As arrays: scikit-learn 1.6 and tensors disagree about the name of the device "cpu".
+    # NumPy arrays, because scikit-learn 1.6 does not accept the device of a CPU tensor.
     train, train_labels, held_out, truth = (tensor.numpy() for tensor in (features, labels, test, answers))
     theirs = sklearn_linear.LogisticRegression(C=1e3, max_iter=2000).fit(train, train_labels)
     expected = theirs.score(held_out, truth)

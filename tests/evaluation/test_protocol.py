@@ -67,7 +67,7 @@ def small(**changes) -> EvaluationConfig:
 
 
 @pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
-def test_auto_is_the_fastest_precision_and_the_result_says_which(digits, encoder, monkeypatch, fastest):
+def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, monkeypatch, fastest):
     monkeypatch.setattr(protocol, "fastest_precision", lambda device: Precision(fastest, "measured"))
     seen = []
     hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))

@@ -61,8 +61,8 @@ CONFIGS = {
     "ijepa": (IJepaModel, IJepaConfig(**TOKENS)),
 }
 POOLING = {"ijepa": "mean"}
-# What rounding alone makes, relative to the largest number: a pixel value takes three operations, a feature
-# sums of some thousand numbers.
+# Largest difference by rounding, relative to the largest number. A pixel value takes three operations, and a
+# feature takes sums of some thousand numbers.
 FLOAT32 = 4 * torch.finfo(torch.float32).eps
 FLOAT64 = 2000 * torch.finfo(torch.float64).eps
 
@@ -143,10 +143,10 @@ def processor(side: int = SIDE):
 
 
 def double_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the features (N, D) in float64, in which rounding is far smaller than any other difference.
+    """Return the features (N, D) in float64, where rounding is far smaller than any other difference.
 
-    Equal weights give equal features up to rounding only: the kernel that torch takes depends on the address
-    of a tensor, on the processor and on the number of threads.
+    Equal weights give equal features only up to rounding, because torch's choice of kernels depends on the
+    memory address of a tensor, on the processor and on the number of threads.
     """
     with torch.inference_mode():
         return pool(encoder.eval().double()(pixel_values.double()))

@@ -83,7 +83,7 @@ def test_every_kind_of_photo_becomes_rgb(tmp_path) -> None:
     transparent.putalpha(0)
     both = grey.convert("LA")
     both.putalpha(0)
-    # The card says that transformers lays transparency over white from 5.21 on, and drops it before.
+    # The card states that transformers lays transparency over white from 5.21 on, and that 5.20 drops it.
     drops = version("transformers").startswith("5.20.")
     white = normalized(torch.ones(3, 16, 16))
     for photograph, opaque in ((transparent, color), (both, grey)):

@@ -65,7 +65,7 @@ found |= {"method": type(method).__name__, "method keys": [len(report[key]) for 
 print(json.dumps(found))
 """
 
-# `python -m hf_ssl`, where the libraries are loaded already.
+# `python -m hf_ssl` in a process that has already loaded the libraries.
 COMMAND = "import runpy; runpy.run_module('hf_ssl', run_name='__main__', alter_sys=True)"
 
 
@@ -80,7 +80,7 @@ def process(hub: HubServer, home: Path, *command: str, token: str | None = None,
     )
 
 
-def test_published_and_loaded_by_strangers(
+def test_a_published_encoder_is_loaded_without_hf_ssl(
     forks: Forks, hub: HubServer, finished_run: Path, tmp_path: Path
 ) -> None:
     command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
@@ -94,7 +94,8 @@ def test_published_and_loaded_by_strangers(
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"].startswith("transformers.") and found["stranger"]
-    # The card computes in float32, the rest in float64: what rounding makes of sums of some hundred numbers.
+    # The card's code computes in float32, the others in float64. The tolerance covers rounding in sums of
+    # some hundred numbers.
     assert found["card"] <= 100 * torch.finfo(torch.float32).eps
     assert (found["keys"], found["method keys"], found["method"]) == ([0, 0], [0, 0], "SimCLRForPreTraining")
 

@@ -75,7 +75,7 @@ def test_a_vit_hands_out_its_class_token_after_any_way_of_building_it(tmp_path):
     assert VIT.pooler_act == "tanh"  # the caller's own config is left alone
 
 
-def test_a_vit_hands_out_its_class_token_though_it_starts_from_another_pooler():
+def test_a_vit_returns_its_class_token_even_if_it_starts_from_another_pooler():
     trained = AutoModel.from_config(VIT)  # with a pooler of random weights
     assert not torch.equal(trained.pooler.dense.weight, torch.eye(16))
     model = TaughtModel(SSLConfig(backbone_config=VIT))

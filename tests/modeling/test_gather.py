@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two gloo processes agree on."""
+"""Values that two gloo processes compute together."""
 
 import json
 
@@ -19,14 +19,14 @@ dist.destroy_process_group()
 """
 
 
-def test_both_processes_find_the_same(forks: Forks, tmp_path):
+def test_both_processes_get_the_same_values(forks: Forks, tmp_path):
     done = forks.together("hf_ssl", SCRIPT, [[str(number), str(tmp_path)] for number in range(2)])
     assert [part.returncode for part in done] == [0, 0], done[0].stderr[-3000:]
     for part in done:
         assert json.loads(part.stdout.splitlines()[-1]) == [[True, True, False], 5, 4]
 
 
-def test_one_process_agrees_with_itself():
+def test_one_process_gets_its_own_values():
     cpu = torch.device("cpu")
     assert [any_process(flag, cpu) for flag in (True, False)] == [True, False]
     assert least_over_processes(7, cpu) == 7

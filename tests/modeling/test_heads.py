@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of a head, by default and as its options say."""
+"""The layers of a head, by default and with its options."""
 
 import pytest
 from torch import nn
@@ -16,7 +16,7 @@ def test_by_default_hidden_layers_are_normalized_and_no_layer_has_a_bias():
     assert type(activation) is nn.ReLU
 
 
-def test_a_bias_takes_the_place_of_the_norm():
+def test_a_bias_replaces_the_norm():
     first, activation, last = MLPHead([4, 8, 3], norm=False, last_bias=True, activation=nn.GELU)
     assert first.bias is not None and last.bias is not None and type(activation) is nn.GELU
     first, norm, _, _ = MLPHead([4, 8, 3], bias=True, affine=False)

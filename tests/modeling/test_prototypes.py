@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How evenly images use prototypes, in closed form."""
+"""Entropy and share of the prototypes that images use, in closed form."""
 
 import math
 

@@ -203,7 +203,7 @@ def test_only_such_runs_are_guarded(finished_run, tmp_path):
         ("{init_from: %s/pretraining}", ["backbone.init_from", "pretraining"]),
     ],
 )
-def test_what_cannot_be_is_said(finished_run, backbone, parts):
+def test_impossible_settings_raise_an_error(finished_run, backbone, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         load_recipe("smoke/simclr", ["backbone=" + backbone.replace("%s", str(finished_run))])
 

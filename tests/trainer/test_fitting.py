@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run chooses for its machine: precision, workers, batch size, images of the monitor."""
+"""The choices of a run for its machine: precision, workers, batch size, images of the monitor."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def arguments(**changed) -> SSLTrainingArguments:
 
 
 def fastest(name):
-    return lambda device: Precision(name, "measured by nobody")
+    return lambda device: Precision(name, "a reason")
 
 
 # Precision.
@@ -75,7 +75,7 @@ def test_the_chosen_precision_reaches_the_forward_pass(tmp_path, monkeypatch):
     trainer.method.projector[0].register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     trainer.train()
     assert set(seen) == {torch.bfloat16}
-    assert trainer.choices["training.precision"] == {"value": "bfloat16", "reason": "measured by nobody"}
+    assert trainer.choices["training.precision"] == {"value": "bfloat16", "reason": "a reason"}
 
 
 # Workers.
@@ -104,7 +104,7 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
     assert args.dataloader_num_workers == 1
 
 
-def test_typed_workers_stay():
+def test_a_number_of_workers_set_by_the_user_stays():
     args = arguments(dataloader_num_workers=5)
     assert fitting.choose_workers(args, small=True) == {}
     assert args.dataloader_num_workers == 5
@@ -122,11 +122,11 @@ def test_workers_that_are_no_number_are_a_mistake(workers):
 @pytest.mark.parametrize(
     ("images", "free", "step_seconds", "accumulated", "chosen"),
     [
-        (400, PLENTY, 0.0, 1, 256),  # the data
+        (400, PLENTY, 0.0, 1, 256),  # 400 images
         (1023, PLENTY, 0.0, 1, 512),
         (5000, PLENTY, 0.0, 1, 1024),  # everything fits
         (5000, 1000 + 1.25 * 100 * 300, 0.0, 1, 256),  # memory for 300 images at a time
-        (5000, 1000 + 1.25 * 100 * 300, 0.0, 2, 512),  # which accumulate
+        (5000, 1000 + 1.25 * 100 * 300, 0.0, 2, 512),  # and two accumulation steps
         (5000, PLENTY, 0.54, 1, 32),  # 30 s for 55 images
         (5000, PLENTY, 60.0, 1, 1),
         (None, PLENTY, 0.54, 1, 32),  # a stream of unknown length
@@ -163,7 +163,7 @@ def digits(folder, *overrides):
 
 def test_a_recipe_with_a_large_batch_is_reduced_with_one_warning(tmp_path, caplog):
     recipe = digits(tmp_path, "data.max_images=100")
-    recipe.training["batch_size"] = 1024  # as if the file said so
+    recipe.training["batch_size"] = 1024  # a value of the recipe's file
     with caplog.at_level(logging.WARNING):
         trainer = train(recipe)
     assert trainer.args.batch_size == 64
@@ -173,7 +173,7 @@ def test_a_recipe_with_a_large_batch_is_reduced_with_one_warning(tmp_path, caplo
     assert stored["training.batch_size"]["value"] == 64
 
 
-def test_a_typed_batch_that_is_too_large_names_the_line_to_type(tmp_path):
+def test_the_error_for_a_typed_batch_that_is_too_large_suggests_a_smaller_one(tmp_path):
     recipe = digits(tmp_path, "data.max_images=100", "training.batch_size=1024")
     with pytest.raises(UserError, match=r"training\.batch_size: .*100 .*1024; use training\.batch_size=64$"):
         train(recipe)
@@ -193,14 +193,14 @@ def test_a_resumed_run_reuses_its_choices(tmp_path, monkeypatch):
     assert resumed.args.precision == "bfloat16" and resumed.args.batch_size == 64
 
 
-def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
+def test_the_error_for_too_little_memory_suggests_a_smaller_batch(tmp_path, monkeypatch):
     trainer = build_trainer(recipe := digits(tmp_path), recipe.training_arguments())
 
     def full(*arguments):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(trainer, "training_step", full)
-    with pytest.raises(UserError, match=r"training\.batch_size: 32 .*use training\.batch_size=16"):
+    with pytest.raises(UserError, match=r"training\.batch_size: .* 32 images; use training\.batch_size=16"):
         trainer.train()
 
 
@@ -246,7 +246,7 @@ def test_a_quick_measurement_is_not_reduced():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_measuring_a_step_leaves_the_model_and_the_random_state_alone(tmp_path, method):
+def test_measuring_a_step_does_not_change_the_model_and_the_random_state(tmp_path, method):
     recipe = load_recipe(f"smoke/{method}", [f"training.output_dir={tmp_path}", "training.use_cpu=true"])
     args, source = recipe.training_arguments(), open_source(recipe.data)
     model = build_model(recipe, 0, source)
@@ -260,8 +260,8 @@ def test_measuring_a_step_leaves_the_model_and_the_random_state_alone(tmp_path, 
     assert cost.fixed_bytes >= sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def test_bytes_of_a_step_are_those_that_it_keeps(tmp_path):
-    """Twice the pixels of an image keep about four times the bytes of activations."""
+def test_bytes_of_a_step_grow_with_the_pixels(tmp_path):
+    """An image with twice the side needs about four times the bytes of activations."""
     found = []
     for size in (16, 32):
         overrides = [f"views.enlarge={size}", f"training.output_dir={tmp_path}", "training.use_cpu=true"]

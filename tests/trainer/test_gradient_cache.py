@@ -65,7 +65,7 @@ def cached(model, loaded, size, *, backward=Tensor.backward, precision=nullconte
     return cached_backward(model, chunks, backward=backward, precision=precision)
 
 
-# Every method in chunks of which the last is smaller, and one method in chunks of every kind.
+# Every method with chunks of which the last is smaller, and one method with chunks of every kind.
 SIZES = (1, 5, 6, 12, 40)
 SAMPLED = [*product(METHODS, [5]), *product(["simclr"], (1, 6, 12, 40))]
 

@@ -126,7 +126,7 @@ def allowed(method, data, backbone) -> bool:
 
 
 CASES = [case for case in product(METHODS, ("map", "stream"), ("resnet", "vit")) if allowed(*case)]
-# One way of reading each, with each kind of encoder; a queue and a teacher have to be resumed, a memory too.
+# Each way of reading once, and each kind of encoder. The methods resume a queue, a teacher or a memory.
 SAMPLED = [("moco", "map", "resnet"), ("simclr", "stream", "vit"), ("deepcluster_v2", "map", "resnet")]
 
 
@@ -197,7 +197,7 @@ def after_one_step_of_two_halves(settings):
     return {n: (p - rates[n] * p.grad).detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-# One that couples images and one that does not.
+# One method that couples images, and one that does not.
 @pytest.mark.parametrize("method", in_tiers([(method,) for method in METHODS], [("simclr",), ("byol",)]))
 def test_two_processes_equal_one(run, tmp_path, photos, method):
     """With BatchNorm statistics over both, two gloo processes learn what one process with the whole batch

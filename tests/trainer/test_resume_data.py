@@ -20,7 +20,7 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
 from hf_ssl.trainer import resuming
 
-# 7 batches of 16 in an epoch: 3 accumulated batches make two whole steps and a shorter one.
+# An epoch has 7 batches of 16. With 3 accumulated batches, it has two full steps and a shorter one.
 IMAGES, STEPS, KILLED_AT = 7 * 16 + 5, 8, 5
 COMMON = [
     "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=0",
@@ -31,7 +31,7 @@ COMMON = [
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet with several row groups."""
+    """Return a folder with a Parquet file of several row groups."""
     folder = tmp_path_factory.mktemp("digits")
     rows = open_source(DataConfig(path="digits"), labels=True).dataset.select(range(IMAGES))
     rows.to_parquet(folder / "train-00000-of-00001.parquet", batch_size=16)
@@ -66,7 +66,7 @@ def check_crash(digits: Path, folder: Path, accumulated: int, *more: str) -> Non
         train(recipe, [Crash()])
     resumed = train(recipe)
     assert resumed.resumed == 1
-    assert multiprocessing.active_children() == []  # else the garbage collector waits for them
+    assert multiprocessing.active_children() == []  # otherwise the garbage collector waits for them
     for name, value in whole.method.state_dict().items():
         assert torch.equal(value, resumed.method.state_dict()[name]), name
     assert losses(whole) == losses(resumed)
@@ -87,7 +87,7 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(digits, tmp_path, accumulated, 
 
 
 def test_transformers_skips_batches_by_the_name_that_is_replaced(digits, tmp_path, monkeypatch):
-    """If this test fails, transformers resumes in another way than `hf_ssl.trainer.resuming` says."""
+    """If this test fails, transformers no longer resumes as `hf_ssl.trainer.resuming` describes."""
     calls = []
 
     def counted(loader, num_batches=0):
@@ -112,7 +112,7 @@ GRID = [
 
 @pytest.mark.slow
 def test_every_cache_resumes_after_kill_minus_nine(digits, tmp_path):
-    """Processes of their own, killed one step after a checkpoint, in the middle of an epoch."""
+    """Kills separate processes one step after a checkpoint, in the middle of an epoch."""
     groups, names = [], []
     for cache, workers, accumulated, kind in GRID:
         name = f"{cache}-{workers}-{accumulated}-{kind}"

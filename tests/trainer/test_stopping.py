@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C end each phase of a run, and what was trained is kept."""
+"""SIGTERM and Ctrl-C end each phase of a run, and the run keeps its complete steps."""
 
 import multiprocessing
 import os
@@ -68,7 +68,7 @@ def test_a_second_signal_ends_at_once(tmp_path, number, raised):
 
 
 class Measured:
-    """Stands in for the monitor's measurement: a signal arrives, and without one it would last for ever."""
+    """Replaces the monitor's measurement by one that sends a signal and then never ends."""
 
     def __init__(self, number: int, at: int) -> None:
         self.number, self.at, self.calls = number, at, 0
@@ -158,10 +158,10 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_decoding_is_aborted_in_a_process_of_its_own(tmp_path, number):
-    """Threads that decode end with the chunk at hand: the process does not wait for all images."""
+    """Threads finish only their current chunk of images; the process does not wait for all images."""
     command = [sys.executable, "-c", DECODE, "pretrain", "smoke/simclr", f"training.output_dir={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "decoding\n"
     process.send_signal(number)
-    process.communicate(timeout=120)  # 1,297 images of 0.2 s in 8 threads would be waited for 32 s
+    process.communicate(timeout=120)  # all 1,297 images of 0.2 s would take 8 threads 32 s
     assert process.returncode == (143 if number == signal.SIGTERM else 130)

@@ -13,10 +13,10 @@ from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
 
 
 def torchvision_crop(image, drawn, settings):
-    """(C, H, W) uint8 or float to (C, S, S) of the same type.
+    """Crop and resize an image (C, H, W), uint8 or float, to (C, S, S) of the same type.
 
-    Of uint8 by torch's own resizing. Torchvision calls it too, but not for every kind of processor (see
-    test_cropping).
+    For uint8, this function calls torch's own resizing. torchvision also calls it, but not on every kind of
+    processor (see test_cropping).
     """
     box = [int(drawn[name]) for name in ("top", "left", "height", "width")]
     if image.dtype == torch.uint8:

@@ -33,8 +33,9 @@ def test_worker_crops_equal_torch_to_the_last_bit_and_torchvision_within_a_level
             part = tv.crop(image, *row[:4]).contiguous()[None]
             assert torch.equal(view, interpolate(part, size, mode=interpolation, antialias=True)[0])
             theirs = tv.resized_crop(image, *row[:4], size, InterpolationMode(interpolation), antialias=True)
-            # Torchvision resizes bilinear crops in float32 on some processors (0.21 all but those whose best
-            # is AVX2, 0.29 those without AVX2), and rounds once at the end.
+            # On some processors, torchvision resizes bilinear crops in float32 and rounds once at the end.
+            # Version 0.21 does so on all except those whose newest instruction set is AVX2, version 0.29 on
+            # those without AVX2.
             assert (view.int() - theirs.int()).abs().max() <= (0 if interpolation == "bicubic" else 1)
 
 

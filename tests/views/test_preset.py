@@ -152,7 +152,7 @@ def test_images_without_colour():
         ({"local": ViewOverrides(count=2, scale=(0.4, 0.1))}, 3, ["views.local.scale"]),
     ],
 )
-def test_bad_presets_are_told_in_one_sentence(values, channels, parts):
+def test_bad_presets_raise_an_error_in_one_sentence(values, channels, parts):
     with pytest.raises(UserError, match=mentions(*parts)) as error:
         ViewPreset(**values).check(channels)
     text = str(error.value)

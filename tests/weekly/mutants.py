@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small changes to a source file, one at a time, of the kind that a mistake makes."""
+"""Makes small changes to a source file, one at a time, like those of a programming mistake."""
 
 import ast
 import copy
@@ -34,7 +34,7 @@ class Mutant:
     line: int
     column: int
     change: str  # the smallest part that differs, before and after
-    number: int  # among all of the file
+    number: int  # index among all mutants of the file
 
     @property
     def key(self) -> str:
@@ -42,7 +42,7 @@ class Mutant:
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """Return every mutant of a file. Messages, annotations and docstrings stay as they are."""
+    """Return every mutant of a file. Messages, annotations and docstrings are never changed."""
     return [
         Mutant(file, node.lineno, node.col_offset, f"{_short(node)} -> {_short(changed)}", number)
         for number, ((*_, node), changed) in enumerate(_all_changes(ast.parse(source)))
@@ -64,7 +64,7 @@ def _all_changes(tree: ast.AST) -> Iterator[tuple[Place, ast.AST]]:
 
 
 def _places(node: ast.AST) -> Iterator[Place]:
-    """Yield each expression and statement that may change, with the place where it stands."""
+    """Yield each expression and statement that may be changed, with its place in the tree."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
             continue
@@ -85,7 +85,7 @@ def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def _changes(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
-    """Yield what may stand in the place of a node."""
+    """Yield the possible replacements of a node."""
     match node:
         case ast.Compare(ops=[operator]) if type(operator) in COMPARISONS:
             yield _with(node, lambda new: setattr(new, "ops", [COMPARISONS[type(operator)]()]))
@@ -125,7 +125,7 @@ def _with(node: ast.AST, change: Callable[[ast.AST], None]) -> ast.AST:
 
 
 def _short(node: ast.AST) -> str:
-    """The text of an expression, or the first line of a statement."""
+    """Return the text of an expression, or the first line of a statement."""
     if isinstance(node, ast.If):
         node = ast.If(node.test, [ast.Pass()], [])
     return ast.unparse(ast.fix_missing_locations(node)).splitlines()[0][:100]

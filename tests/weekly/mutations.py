@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what the tests do not notice: `python tests/weekly/mutations.py --mutations 200`.
+"""Finds mutations that the tests do not detect: `python tests/weekly/mutations.py --mutations 200`.
 
-Each mutant of a source file replaces the file in a process of its own, where the tests that concern the file
-run until one fails. Those that survive are holes in the tests, or changes without effect. The log remembers
-what was tried, so the same command continues; mutations.json is its summary.
+Each mutant replaces its source file in a separate process. There, the tests of the file run until one fails.
+If no test fails, the mutant survives: it shows a gap in the tests, or it is a change without effect. The log
+stores the tested mutants, so that the same command continues with others. mutations.json is its summary.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "weekly" / "mutations.json"
 LOG = ROOT / "tests" / "weekly" / "mutations.jsonl"
 
-# The tests that concern the files of a folder; those of a file of the same name run first.
+# The tests of the source files in a folder. The test file with the name of the source file runs first.
 TESTS = {
     "hf_ssl/losses": ["tests/losses"],
     "hf_ssl/views": ["tests/views"],
@@ -34,21 +34,21 @@ TESTS = {
     "hf_ssl/trainer": ["tests/trainer"],
     "hf_ssl/data": ["tests/data"],
 }
-# Of these files tests lie elsewhere too.
+# Source files that have further tests in other folders.
 ALSO = {
     "hf_ssl/modeling/depth.py": ["tests/trainer/test_continued.py"],
     "hf_ssl/modeling/rules.py": ["tests/trainer/test_optimizers.py"],
 }
-# Of these folders only what computes or orders; the rest reads, writes and reports.
+# In these folders, only files that compute or order are mutated. The others read, write and report.
 FILES = {
     "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "first_pass", "guard", "throughput", "terms"),
     "hf_ssl/data": ("ordering", "map_style", "stream", "stream_loader", "batch", "broken", "labelled"),
 }
 
-# Files whose tests need several processes; for others such tests, which start slowly, are left out.
+# Files whose tests need several processes. For other files, such tests do not run, because they start slowly.
 IN_PROCESSES = ("hf_ssl/modeling/batch_norm.py", "hf_ssl/modeling/gather.py")
 
-# Makes the import of one module find another source; JOB is the file that holds it.
+# Replaces the source of one module at its import. JOB is the path of the file that contains the source.
 HOOK = """
 import json, sys
 from importlib.machinery import PathFinder, SourceFileLoader
@@ -71,12 +71,12 @@ assert not any(name.split(".")[0] == "hf_ssl" for name in sys.modules)
 sys.meta_path.insert(0, Finder)
 """
 
-# In a fork that has not loaded hf_ssl.
+# Runs in a fork that has not loaded hf_ssl.
 PROGRAM = """
 import os, resource, sys
 exec(open(sys.argv[1]).read())
 resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"],) * 2)
-os.environ["FORKS_PRELUDE"] = sys.argv[1]  # the processes of the tests find the same source
+os.environ["FORKS_PRELUDE"] = sys.argv[1]  # for processes that the tests start
 
 class Order:
     def pytest_collection_modifyitems(self, items):
@@ -102,7 +102,7 @@ def candidates() -> dict[str, list[Mutant]]:
 
 
 def run_tests(forks: Forks, file: str, source: str, cpu_seconds: int) -> int:
-    """Return the status of the tests that concern a file, with another source in its place."""
+    """Return the status of the tests of a file after its source is replaced."""
     job = {
         "module": file.removesuffix(".py").replace("/", "."), "source": source, "root": str(ROOT),
         "tests": [*ALSO.get(file, []), *TESTS[file.rpartition("/")[0]]], "cpu_seconds": cpu_seconds,
@@ -117,12 +117,12 @@ def run_tests(forks: Forks, file: str, source: str, cpu_seconds: int) -> int:
 
 
 def baseline(forks: Forks, folder: str) -> None:
-    """Check that the tests pass where nothing is changed: else every mutant would seem to be found."""
+    """Check that the tests pass without a mutation. Otherwise every mutant would seem to be detected."""
     file = next(path for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
     name = file.relative_to(ROOT).as_posix()
     status = run_tests(forks, name, file.read_text(encoding="utf-8"), cpu_seconds=900)
     if status:
-        sys.exit(f"the tests of {folder} end with status {status} where nothing is changed")
+        sys.exit(f"the tests of {folder} end with status {status} without a mutation")
 
 
 def tried(log: Path) -> dict[str, dict[str, Any]]:
@@ -131,14 +131,14 @@ def tried(log: Path) -> dict[str, dict[str, Any]]:
 
 
 def sample(seed: int, only: str) -> Iterator[Mutant]:
-    """Yield the mutants in an order that depends on the seed alone."""
+    """Yield the mutants in a random order that depends only on the seed."""
     chosen = [mutant for file, all_of_it in candidates().items() if only in file for mutant in all_of_it]
     random.Random(seed).shuffle(chosen)
     yield from chosen
 
 
 def summary(seed: int, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of each file and the survivors, of mutants that the files have today."""
+    """Return the counts of each file and the surviving mutants, without mutants of older sources."""
     found = candidates()
     known = {mutant.key: mutant for all_of_it in found.values() for mutant in all_of_it}
     counts = {
@@ -158,7 +158,7 @@ def summary(seed: int, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> list[Mutant]:
-    """Try mutants until so many were tried or the time is over; return those that survived this time."""
+    """Test mutants until the number or the time is reached. Return the survivors of this call."""
     entries, survivors = tried(arguments.log), []
     wanted = [m for m in sample(arguments.seed, arguments.only) if m.key not in entries][
         : arguments.mutations
@@ -187,19 +187,19 @@ def run(arguments: argparse.Namespace) -> list[Mutant]:
             done.result()
     record = summary(arguments.seed, tried(arguments.log))
     arguments.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{record['survived']} of {record['tried']} survived, of {record['mutants']} there are")
+    print(f"{record['survived']} of {record['tried']} tested mutants survived; there are {record['mutants']}")
     return survivors
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--mutations", type=int, default=200, help="how many to try")
-    options.add_argument("--minutes", type=float, default=float("inf"), help="begin none after so long")
-    options.add_argument("--seed", type=int, default=0, help="of the order in which they are tried")
-    options.add_argument("--only", default="", help="part of the path of the files, as hf_ssl/losses")
-    options.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
+    options.add_argument("--mutations", type=int, default=200, help="number of mutants to test")
+    options.add_argument("--minutes", type=float, default=float("inf"), help="time limit for new mutants")
+    options.add_argument("--seed", type=int, default=0, help="seed of the order of the mutants")
+    options.add_argument("--only", default="", help="part of the path of the files, such as hf_ssl/losses")
+    options.add_argument("--jobs", type=int, default=1, help="number of processes at the same time")
     options.add_argument("--cpu-seconds", type=int, default=300, help="limit for the tests of one mutant")
-    options.add_argument("--trust", action="store_true", help="do not run the tests without a mutation first")
+    options.add_argument("--trust", action="store_true", help="skip the tests without a mutation")
     options.add_argument("--log", type=Path, default=LOG)
     options.add_argument("--record", type=Path, default=RECORD)
     return options

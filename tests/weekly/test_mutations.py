@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutations of the numerics: the generator by default, many mutants with -m weekly."""
+"""Tests the generator of mutations by default, and many mutants of the numeric code with -m weekly."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_the_record_counts_what_it_lists() -> None:
     ("file", "before", "after"),
     [
         ("hf_ssl/losses/contrastive.py", "temperature <= 0", "temperature < 0"),
-        ("hf_ssl/modeling/batch_norm.py", "x.ndim - 2", "x.ndim + 2"),  # seen by several processes alone
+        ("hf_ssl/modeling/batch_norm.py", "x.ndim - 2", "x.ndim + 2"),  # seen by several processes
     ],
 )
 def test_a_mutant_is_found(file: str, before: str, after: str) -> None:
@@ -89,8 +89,8 @@ def test_the_summary_counts_survivors_of_todays_files() -> None:
 
 
 @pytest.mark.weekly
-def test_no_mutant_survives_that_is_not_recorded(tmp_path: Path) -> None:
-    """HF_SSL_MUTATIONS says how many are tried, HF_SSL_MUTATIONS_SEED in which order."""
+def test_every_surviving_mutant_is_recorded(tmp_path: Path) -> None:
+    """HF_SSL_MUTATIONS sets the number of mutants, HF_SSL_MUTATIONS_SEED sets their order."""
     count = os.environ.get("HF_SSL_MUTATIONS", "2000")
     seed = os.environ.get("HF_SSL_MUTATIONS_SEED", "0")
     files = ["--log", str(tmp_path / "log.jsonl"), "--record", str(tmp_path / "record.json")]

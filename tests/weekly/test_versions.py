@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oldest and the newest versions that pyproject.toml allows, in environments of their own."""
+"""Runs the tests with the oldest and the newest versions that pyproject.toml allows, in new environments."""
 
 import re
 

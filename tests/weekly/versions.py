@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the default tests in fresh environments with the oldest and the newest versions that pyproject.toml
+"""Runs the default tests in new environments, with the oldest and the newest versions that pyproject.toml
 allows: `python tests/weekly/versions.py [oldest] [newest]`.
 """
 
@@ -19,7 +19,7 @@ LISTED = (
 
 
 def oldest() -> list[str]:
-    """Return a constraint NAME==VERSION for each lower bound of what the package needs, with its extras."""
+    """Return a constraint NAME==VERSION for each lower bound of the dependencies and of some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["demo"], *extras["timm"]]
@@ -30,7 +30,7 @@ def oldest() -> list[str]:
 
 
 def install(environment: Path, constraints: list[str]) -> Path:
-    """Make an environment with the package, as the README says; return the folder of its programs."""
+    """Make an environment with the package as in the README; return the folder of its programs."""
     file = environment.parent / "constraints.txt"
     file.write_text("\n".join(constraints), encoding="utf-8")
     python = environment / "bin" / "python"
@@ -43,7 +43,7 @@ def install(environment: Path, constraints: list[str]) -> Path:
 
 
 def run(which: str, arguments: list[str]) -> int:
-    """Return the status of the tests with the oldest or the newest versions, and print which these are."""
+    """Print the oldest or the newest versions, and return the status of the tests with them."""
     with tempfile.TemporaryDirectory() as folder:
         programs = install(Path(folder) / "environment", oldest() if which == "oldest" else [])
         subprocess.run([programs / "python", "-c", LISTED], check=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures hf_ssl against its peers: `python -m training.benchmarks [ROW ...] [--output FOLDER]`.
 
-Needs `pip install -c constraints.txt ".[bench]"`. Both sides of a row run alternately; the table holds the
-median of the ratios of neighbouring runs and their quartiles. Writes NAME.json with machine and versions,
-NAME.png and NAME.md, NAME being cpu or the accelerator's. Rows that are measured alone replace theirs in a
-record that is there already.
+Run `pip install -c constraints.txt ".[bench]"` first. Both sides of a row run alternately. The table holds
+the median and the quartiles of the ratios of neighboring runs. The program writes NAME.json with machine and
+versions, NAME.png and NAME.md, where NAME is cpu or the type of the accelerator. If you measure only some
+rows, these replace the same rows of an existing record.
 """
 
 import argparse

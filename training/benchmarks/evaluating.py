@@ -22,8 +22,10 @@ NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 
 
 def features(device: torch.device) -> Pair:
-    """ResNet-18, 32-pixel images enlarged to 64, in the precision that `evaluation.precision=auto` chooses.
-    The peer gets images that are normalized already.
+    """Compute features of 32-pixel images, enlarged to 64, with a ResNet-18.
+
+    hf_ssl uses the precision that `evaluation.precision=auto` chooses. The peer gets images that are already
+    normalized.
     """
     dtype = DTYPES[fastest_precision(device.type).name]
     encoder = AutoModel.from_config(ResNetConfig(**RESNET18)).to(device).eval()

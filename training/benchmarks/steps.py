@@ -51,7 +51,7 @@ def plain_nt_xent(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
 
 
 def resnet18_step(*, auto: bool, batch: int = 64) -> Any:
-    """A step in float32, or in the precision that `training.precision=auto` chooses on the device."""
+    """Measure a step in float32, or in the precision that `training.precision=auto` chooses on the device."""
 
     def build(device: torch.device) -> Pair:
         torch.manual_seed(0)
