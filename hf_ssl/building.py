@@ -83,7 +83,7 @@ def build_trainer(
         recipe: what to train.
         args: of `recipe.training_arguments()`; what they leave to the machine is chosen and set here.
         callbacks: further transformers callbacks.
-        stored: what an earlier part of the run chose; None chooses now.
+        stored: what an earlier part of the run chose, which may be nothing; None for a run that starts.
 
     Raises:
         UserError: a mistake in the data, or a batch size that the user typed and that the data do not fill.
@@ -92,15 +92,19 @@ def build_trainer(
     with progress(f"opening {recipe.data.path}", quiet=quiet):
         source = open_source(recipe.data)
         small = holds_small_images(source, recipe.data)
-    stored = from_first_process(stored or {})
-    apply_choices(args, stored)
-    choices = stored | choose_precision(args) | choose_workers(args, small=small)
+    stored = from_first_process(stored)
+    if stored is not None:
+        # Only the monitor's values may differ from the earlier part's (hf_ssl.output_folder).
+        free = {key for key in stored if key.startswith("training.monitor_") and recipe.types(key)}
+        stored = {key: choice for key, choice in stored.items() if key not in free}
+        apply_choices(args, stored)
+    choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.types("training.batch_size"):
         _check_enough_images(recipe, args, source)
     with progress("building the model", quiet=quiet):
         model = build_model(recipe, args.seed, source)
     knn = _knn_monitor(recipe, args) if args.monitor_steps else None
-    if not stored and (args.monitor_steps or not recipe.types("training.batch_size")):
+    if stored is None and (args.monitor_steps or not recipe.types("training.batch_size")):
         with progress("measuring a training step", quiet=quiet):
             chosen = _choose_sizes(recipe, args, model, source, labelled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
