@@ -175,9 +175,12 @@ def _choose_sizes(
     recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
 ) -> Choices:
     """Measure a step, then choose the batch size (unless the user typed one) and the monitor's images."""
+    if not source.streaming:
+        load_probe(recipe, source, args, 1)  # fills the cache (`data.cache`), whose time is no image's
     start = time.process_time()
     batch = load_probe(recipe, source, args, MEASURED_IMAGES)
-    cost = measure_step(model, batch, (time.process_time() - start) / len(batch), args)
+    load_seconds = (time.process_time() - start) / len(batch)
+    cost = measure_step(model, batch, load_seconds, args, free_memory(args.device))
     logger.debug("a step costs %s", cost)
     choices: Choices = {}
     if not recipe.types("training.batch_size"):
