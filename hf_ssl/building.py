@@ -87,7 +87,7 @@ def build_trainer(
         args: the result of `recipe.training_arguments()`. This function chooses and sets every value that is
             `auto`, and reduces a batch size or a monitor that does not suit the machine.
         callbacks: further transformers callbacks.
-        stored: the choices of an earlier part of the run; None makes new choices.
+        stored: what an earlier part of the run chose, which may be nothing; None for a run that starts.
 
     Raises:
         UserError: the data are wrong, or hold fewer images than the batch size that the user typed.
@@ -96,15 +96,19 @@ def build_trainer(
     with progress(f"opening {recipe.data.path}", quiet=quiet):
         source = open_source(recipe.data)
         small = holds_small_images(source, recipe.data)
-    stored = from_first_process(stored or {})
-    apply_choices(args, stored)
-    choices = stored | choose_precision(args) | choose_workers(args, small=small)
+    stored = from_first_process(stored)
+    if stored is not None:
+        # Only the monitor's values may differ from the earlier part's (hf_ssl.output_folder).
+        free = {key for key in stored if key.startswith("training.monitor_") and recipe.types(key)}
+        stored = {key: choice for key, choice in stored.items() if key not in free}
+        apply_choices(args, stored)
+    choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.types("training.batch_size"):
         _check_enough_images(recipe, args, source)
     with progress("building the model", quiet=quiet):
         model = build_model(recipe, args.seed, source)
     knn = _knn_monitor(recipe, args) if args.monitor_steps else None
-    if not stored and (args.monitor_steps or not recipe.types("training.batch_size")):
+    if stored is None and (args.monitor_steps or not recipe.types("training.batch_size")):
         with progress("measuring a training step", quiet=quiet):
             chosen = _choose_sizes(recipe, args, model, source, labelled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
@@ -179,10 +183,13 @@ def open_splits(
 def _choose_sizes(
     recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
 ) -> Choices:
-    """Measure a step, then choose the batch size (unless the user set one) and the images of the monitor."""
+    """Measure a step, then choose the batch size (unless the user typed one) and the monitor's images."""
+    if not source.streaming:
+        load_probe(recipe, source, args, 1)  # fills the cache (`data.cache`), whose time is no image's
     start = time.process_time()
     batch = load_probe(recipe, source, args, MEASURED_IMAGES)
-    cost = measure_step(model, batch, (time.process_time() - start) / len(batch), args)
+    load_seconds = (time.process_time() - start) / len(batch)
+    cost = measure_step(model, batch, load_seconds, args, free_memory(args.device))
     logger.debug("a step costs %s", cost)
     choices: Choices = {}
     if not recipe.types("training.batch_size"):

@@ -4,7 +4,7 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 DELAY = 1.5
@@ -21,6 +21,10 @@ def progress(
     tqdm alone shows a delayed bar at the first update after the delay. A single long operation has no
     updates, so a thread redraws the bar: every second in a terminal, every 15 seconds in a file.
 
+    Standard error may be closed, a closed pipe or a full disk. The bar then disappears and the block
+    continues. (tqdm, seen with 4.67, raises, and its `refresh` does not release the lock that all bars
+    share, so that the next update waits for ever.)
+
     Args:
         description: name of the operation, e.g. "opening photos".
         total: number of units; None shows only the elapsed time.
@@ -33,14 +37,25 @@ def progress(
     from tqdm import tqdm
 
     form = None if total is not None else "{desc} ({elapsed})"
+    hidden = quiet or sys.stderr is None
     bar = tqdm(
-        desc=description, total=total, unit=unit, delay=DELAY, leave=False, disable=quiet, bar_format=form
+        desc=description, total=total, unit=unit, delay=DELAY, leave=False, disable=hidden, bar_format=form
     )
+    draw = bar.display
+
+    def draw_if_possible(*arguments: Any, **options: Any) -> None:
+        try:
+            draw(*arguments, **options)
+        except (OSError, ValueError):  # ValueError: the file was closed
+            bar.disable = True
+
+    # Not in a subclass: bars of another class have another lock and other places on the screen.
+    bar.display = draw_if_possible
     finished = threading.Event()
 
     def redraw() -> None:
         pause = DELAY
-        while not finished.wait(pause):
+        while not finished.wait(pause) and not bar.disable:
             bar.delay = 0  # tqdm clears a bar at its end only if the delay is over
             bar.refresh()
             pause = _REFRESH_TERMINAL if sys.stderr.isatty() else _REFRESH_FILE
@@ -55,4 +70,5 @@ def progress(
         finished.set()
         if thread is not None:
             thread.join()
-        bar.close()
+        with suppress(OSError, ValueError):
+            bar.close()

@@ -60,3 +60,47 @@ def test_an_error_ends_the_display(soon, capsys):
     capsys.readouterr()
     time.sleep(0.15)
     assert capsys.readouterr().err == ""
+
+
+class Unwritable:
+    """A standard error that takes nothing."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error):
+        self.error, self.tries = error, 0
+
+    def isatty(self):
+        return False
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        self.tries += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "pipe"), OSError(28, "full"), ValueError("I/O operation on closed file")]
+)
+def test_an_output_that_cannot_be_written_ends_the_bar_and_not_the_run(soon, monkeypatch, error):
+    output = Unwritable(error)
+    monkeypatch.setattr("sys.stderr", output)
+    with progress("opening", 3) as bar:
+        while not output.tries:
+            time.sleep(0.01)
+        # In another thread, because with the lock taken the call would never return.
+        thread = threading.Thread(target=bar.update, args=(1,), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    with progress("again", 3) as bar:
+        bar.update(3)
+
+
+def test_no_output_at_all(soon, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with progress("opening", 3) as bar:
+        bar.update(3)
+        assert bar.disable

@@ -83,4 +83,5 @@ class BrokenCounter:
         return {"read": self.read, "found": list(self._found)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.read, self._found = int(state["read"]), dict.fromkeys(state["found"])
+        """Continues from such counts. (Older ones say how many were broken, not which: they count again.)"""
+        self.read, self._found = int(state["read"]), dict.fromkeys(state.get("found", ()))

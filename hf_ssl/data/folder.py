@@ -23,7 +23,7 @@ from datasets import (
     concatenate_datasets,
 )
 
-from hf_ssl.data.listing import File, Listing, list_folder
+from hf_ssl.data.listing import File, Listing, is_text, list_folder
 from hf_ssl.data.location import IMAGE, ZIP, Location, fingerprint, kind_of, main_kind
 from hf_ssl.data.splits import infer_splits, split_names
 from hf_ssl.errors import UserError
@@ -31,6 +31,7 @@ from hf_ssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_YAML_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
 _DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
 _REMEMBERED = 8  # number of folders, and of splits, in the caches of a process
 
@@ -123,7 +124,11 @@ def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
 
 def _of_files(location: Location) -> Contents:
     if kind_of(location.files[0]) == IMAGE:
-        files = [_examined(file) for file in location.files]
+        files = [_examined(file) for file in location.files if is_text(file)]
+        if len(files) < len(location.files):
+            logger.warning(
+                "%d files are not used: their paths are not valid UTF-8", len(location.files) - len(files)
+            )
         return Contents(images=_image_tables({"train": files}, os.sep))
     return Contents(files={"train": list(location.files)})
 
@@ -156,9 +161,10 @@ def _declares_its_files(root: str) -> bool:
         return True
     try:
         with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
-            return _DECLARATION.search(file.read()) is not None
+            block = _YAML_BLOCK.match(file.read() + "\n")
     except OSError:
         return False
+    return block is not None and _DECLARATION.search(block[1]) is not None
 
 
 def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[str, list[File]]) -> None:

@@ -59,9 +59,11 @@ def list_folder(folder: str) -> Listing:
     underscores. A link to a file counts as a file. Links to directories are not followed.
 
     Raises:
-        UserError: the folder itself cannot be read.
+        UserError: the folder itself cannot be read, or its path is not valid UTF-8.
     """
     root = os.path.realpath(folder)
+    if not is_text(root):
+        raise UserError(f"data.path: expected a folder whose path is valid UTF-8, got {root!r}; rename it")
     listed_ns = time.time_ns()
     files: list[File] = []
     directories: dict[str, int] = {}
@@ -72,7 +74,10 @@ def list_folder(folder: str) -> Listing:
             directories[directory] = os.stat(directory).st_mtime_ns
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    _sort_in(entry, files, waiting)
+                    try:
+                        _sort_in(entry, files, waiting)
+                    except OSError as error:  # it was removed meanwhile, or is a link to itself
+                        logger.warning("%s is not used: %s", entry.path, error.strerror)
         except OSError as error:
             if directory == root:
                 raise UserError(f"data.path: expected a readable folder, got {error}") from error
@@ -84,19 +89,20 @@ def _sort_in(entry: "os.DirEntry[str]", files: list[File], directories: list[str
     """Append the entry to the files or to the directories, unless it is hidden or of another kind."""
     if entry.name.startswith("."):
         return
-    if entry.is_dir(follow_symlinks=False):
-        if not entry.name.startswith("__"):
-            directories.append(entry.path)
+    is_directory = entry.is_dir(follow_symlinks=False)
+    if is_directory and entry.name.startswith("__"):
+        return
+    if not is_text(entry.name):
+        logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
+    elif is_directory:
+        directories.append(entry.path)
     elif entry.is_file():
         status = entry.stat()
-        if _is_text(entry.name):
-            files.append(File(entry.path, status.st_size, status.st_mtime_ns))
-        else:
-            logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
+        files.append(File(entry.path, status.st_size, status.st_mtime_ns))
 
 
-def _is_text(name: str) -> bool:
-    """Return whether a table can store a name. (Names from old archives may have another encoding.)"""
+def is_text(name: str) -> bool:
+    """Whether a name can be stored in a table. (Names from old archives may be in another encoding.)"""
     try:
         name.encode()
     except UnicodeEncodeError:

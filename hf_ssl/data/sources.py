@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+import yaml
 from datasets import (
     ClassLabel,
     Dataset,
@@ -32,7 +33,7 @@ from hf_ssl.data.ordering import permutation
 from hf_ssl.data.splits import split_names
 from hf_ssl.errors import UserError
 
-_OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+_OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError)
 _SHARD_ROWS = 256  # of data that can be read anywhere and are therefore cut as we like
 
 

@@ -149,7 +149,6 @@ class StreamLoader(DataLoader[LoadedBatch]):
             position = {"batches": self._done, "layout": vars(self.layout), "readers": dict(self._readers)}
             yield replace(batch, position=position)
 
-
     def close(self) -> None:
         """Stop the workers."""
         end_workers(self._workers)

@@ -7,6 +7,7 @@ The main process chooses, and all processes use its choice. `_run.json` stores t
 run uses the same one.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +17,7 @@ import torch
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
-from hf_ssl.trainer.step_cost import StepCost
+from hf_ssl.trainer.step_cost import MEMORY_MARGIN, StepCost
 
 STEP_SECONDS = 30.0
 """The longest time of a training step on a CPU; a recipe's batch size that needs more is reduced."""
@@ -27,7 +28,7 @@ seconds in any case, because a run of one minute needs a monitor, too.
 PROBE_IMAGES = 512
 """Number of training images that the monitor embeds if this does not take too long."""
 
-_MEMORY_MARGIN = 1.25
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 _FEWEST = {"probe": 32, "bank": 100, "queries": 50}
 _MOST_WORKERS = 12
 
@@ -70,8 +71,7 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     """
     if args.dataloader_num_workers != AUTO:
         return {}
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    cores = usable_cores() // local
+    cores = usable_cores() // _processes_here()
     on_cpu = args.device.type == "cpu"
     most = (0 if small else 2) if on_cpu else (2 if small else _MOST_WORKERS)
     number = min(most, cores - 1)
@@ -107,7 +107,7 @@ def choose_batch_size(
     if images is not None:
         limits.append((images, f"there are {images:,} images"))
     if args.contrastive_chunk_size is None and cost.step_bytes > 0:
-        fitting = (free_bytes - cost.fixed_bytes) / (_MEMORY_MARGIN * cost.step_bytes)
+        fitting = (free_bytes - cost.fixed_bytes) / (MEMORY_MARGIN * cost.step_bytes)
         gib = free_bytes / 2**30
         limits.append((fitting * shares, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images"))
     if args.device.type == "cpu" and cost.step_seconds > 0:
@@ -182,21 +182,37 @@ def apply_choices(args: SSLTrainingArguments, choices: Choices) -> None:
 def free_memory(device: torch.device) -> float:
     """Return the bytes that this process can still allocate on the device.
 
-    For a CPU, this is the available memory of the machine, or less if a control group limits the process.
+    For a CPU these are the machine's available bytes, or what the limit of the control group leaves, divided
+    among the processes on this machine.
     """
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
     import psutil
 
-    free = psutil.virtual_memory().available
-    try:  # control groups version 2; psutil ignores the limits of containers
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    free = psutil.virtual_memory().available  # of the machine: psutil knows no containers
+    return min(float(free), _left_in_control_group()) / _processes_here()
+
+
+def _left_in_control_group() -> float:
+    """Bytes that the limit of the control group (version 2) leaves; infinity without a limit.
+
+    Files that were read count as used, but the kernel drops them when memory is needed.
+    """
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        parts = {name: int(size) for name, size in map(str.split, lines)}
+        reclaimable = parts.get("inactive_file", 0) + parts.get("active_file", 0)
+        return math.inf if limit == "max" else float(int(limit) - used + reclaimable)
     except (OSError, ValueError):
-        pass
-    return float(free)
+        return math.inf
+
+
+def _processes_here() -> int:
+    """Number of processes of this run on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | None) -> float:

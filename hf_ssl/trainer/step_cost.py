@@ -2,6 +2,7 @@
 """Measures the cost of one image in a training step on a device: seconds and bytes."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 MEASURED_IMAGES = 32
-"""The largest number of images in a measured step."""
+"""Images that a step is measured with, at most."""
+MEMORY_MARGIN = 1.25
+"""For what the measurement does not see: blocks that fit nothing, batches that are loaded ahead."""
 _ENOUGH_SECONDS, _SLOW_SECONDS = 0.3, 2.0
 
 
@@ -42,39 +45,45 @@ class StepCost:
 
 
 def measure_step(
-    model: SSLPreTrainedModel, batch: LoadedBatch, load_seconds: float, args: SSLTrainingArguments
+    model: SSLPreTrainedModel,
+    batch: LoadedBatch,
+    load_seconds: float,
+    args: SSLTrainingArguments,
+    free_bytes: float = math.inf,
 ) -> StepCost:
     """Measure forward and backward passes of a copy of the model; the model itself does not change.
 
-    The number of images grows from 2 until a pass takes 0.3 s or uses the whole batch. A pass consists of
-    `embed` and its gradient, without the objective. The objective is cheap, and it depends on state that only
-    training builds.
+    The number of images grows from 2 until a pass takes 0.3 s, the batch is used up, or more images would
+    not fit into memory. The measured pass is `embed` and its gradient: the objective depends on state that
+    training has not built yet, and it is cheap.
 
     Args:
         model: the model of a method.
         batch: loaded images.
         load_seconds: seconds that it took to load one of them.
         args: training arguments with the chosen precision.
+        free_bytes: of the device.
     """
     device, kept = args.device, []
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with _undisturbed_random_state(device):
         copied: SSLPreTrainedModel = copy.deepcopy(model)
         torch.nn.Module.to(copied, device).train()
         count = min(2, len(batch))
         while True:
             inputs = batch[:count].inputs(device, copied.draw)
-            seconds, size = _pass(copied, inputs, args)
+            # The main process decides how often all of them run: methods may exchange rows in `embed`.
+            seconds, size = from_first_process(_pass(copied, inputs, args))
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
-                seconds = min(seconds, _pass(copied, inputs, args)[0])
+                seconds = from_first_process(min(seconds, _pass(copied, inputs, args)[0]))
             kept.append((count, size))
-            # All processes run the same number of passes, because `embed` may gather rows.
-            seconds = from_first_process(seconds)
-            if seconds >= _ENOUGH_SECONDS or count == len(batch):
+            larger = min(4 * count, len(batch))
+            too_large = weights + trained + MEMORY_MARGIN * size * larger / count > free_bytes
+            if seconds >= _ENOUGH_SECONDS or count == len(batch) or too_large:
                 break
-            count = min(4 * count, len(batch))
+            count = larger
         features = _feature_seconds(copied, inputs, args)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return StepCost(
         step_seconds=seconds / count,
         feature_seconds=features / count,
@@ -118,10 +127,8 @@ def _pass(
     return seconds, float(sum(size for place, size in storages.items() if place not in parameters))
 
 
-def _feature_seconds(
-    model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
-) -> float:
-    """Return the seconds of the published encoder's forward pass on one view of each image."""
+def _feature_seconds(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments) -> float:
+    """Seconds of the published encoder's forward pass over one view of each image."""
     dtype, images, clock = DTYPES[args.precision], inputs["pixel_values"][:, 0], _clock(args.device)
     model.eval()
     seconds = []

@@ -74,6 +74,12 @@ def test_counts_survive_a_restart():
         resumed.add(batch(0, *rows(99)))
 
 
+def test_counts_of_an_older_version_can_be_loaded():
+    counter = BrokenCounter(0.05, num_images=100)
+    counter.load_state_dict({"read": 300, "broken": 4})
+    assert (counter.read, counter.broken) == (300, 0)
+
+
 def test_a_failure_is_raised():
     with pytest.raises(UserError, match=r"^nothing left$"):
         BrokenCounter(0.05).add(Failure("nothing left"))

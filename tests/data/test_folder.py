@@ -162,6 +162,38 @@ def test_names_that_are_not_unicode(tmp_path, caplog):
     assert "not valid UTF-8; rename it" in caplog.text
 
 
+def test_folders_that_are_not_unicode(tmp_path, caplog):
+    root = write(tmp_path / "photos", ["a.jpg"])
+    strange = os.fsencode(root) + b"/b\xe4r"
+    os.mkdir(strange)
+    shutil.copy(root / "a.jpg", strange + b"/b.jpg")
+    for path in (str(root), f"{root}/**/*.jpg"):
+        with caplog.at_level(logging.WARNING):
+            assert open_source(DataConfig(path=path)).num_rows == 1
+        assert "not valid UTF-8" in caplog.text
+        caplog.clear()
+    with pytest.raises(UserError, match=r"data\.path: .*UTF-8.*rename it"):
+        open_source(DataConfig(path=os.fsdecode(strange)))
+
+
+def test_an_entry_that_cannot_be_examined_is_left_out(tmp_path, caplog):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "sub/c.jpg"])
+    (root / "itself.jpg").symlink_to("itself.jpg")
+    (root / "sub" / "itself.jpg").symlink_to("itself.jpg")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(DataConfig(path=str(root))).num_rows == 3
+    assert caplog.text.count("itself.jpg is not used") == 2
+
+
+def test_only_the_metadata_of_a_readme_declare_files(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    (root / "README.md").write_bytes(b"# Notes in Latin-1: B\xe4r\nconfigs:\n")
+    assert open_source(DataConfig(path=str(root))).num_rows == 2
+    (root / "README.md").write_text("---\nconfigs: [\n bad: : yaml\n---\n")
+    with pytest.raises(UserError, match=r"cannot be opened: while parsing"):
+        open_source(DataConfig(path=str(root)))
+
+
 def test_an_archive_beside_images_is_reported(tmp_path, caplog):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c/d.jpg"])
     with zipfile.ZipFile(root / "backup.zip", "w") as archive:

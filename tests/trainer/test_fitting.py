@@ -193,7 +193,25 @@ def test_a_resumed_run_reuses_its_choices(tmp_path, monkeypatch):
     assert resumed.args.precision == "bfloat16" and resumed.args.batch_size == 64
 
 
-def test_the_error_for_too_little_memory_suggests_a_smaller_batch(tmp_path, monkeypatch):
+def test_a_run_that_chose_nothing_resumes_without_a_choice(tmp_path, monkeypatch):
+    recipe = digits(tmp_path, "training.dataloader_num_workers=0")
+    assert train(recipe).choices == {}
+    monkeypatch.setattr("hf_ssl.building.measure_step", lambda *arguments: pytest.fail("measured again"))
+    assert train(recipe).args.batch_size == 32
+
+
+def test_a_resumed_run_takes_the_monitor_that_the_user_typed(tmp_path):
+    stored = {
+        f"training.monitor_{name}_images": {"value": 100, "reason": "slow"} for name in ("bank", "query")
+    }
+    typed = ["training.monitor_steps=4", "training.monitor_bank_images=300"]
+    recipe = digits(tmp_path, *typed)
+    trainer = build_trainer(recipe, recipe.training_arguments(), stored=stored)
+    assert (len(trainer.monitor.knn.bank), len(trainer.monitor.knn.queries)) == (300, 100)
+    assert "training.monitor_bank_images" not in trainer.choices
+
+
+def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
     trainer = build_trainer(recipe := digits(tmp_path), recipe.training_arguments())
 
     def full(*arguments):

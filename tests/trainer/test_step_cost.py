@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs, and how much memory there is."""
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_ssl.building import build_model, build_trainer, load_probe
+from hf_ssl.data import open_source, store
+from hf_ssl.recipe import load_recipe
+from hf_ssl.trainer import fitting, step_cost
+from hf_ssl.trainer.step_cost import StepCost, measure_step
+
+COST = StepCost(
+    step_seconds=0.5, feature_seconds=0.1, load_seconds=0.05, step_bytes=100.0, fixed_bytes=1000.0
+)
+
+
+def digits(folder, *overrides):
+    settings = [f"training.output_dir={folder}", "training.monitor_steps=0", "training.max_steps=2"]
+    return load_recipe("smoke/simclr", [*settings, "training.use_cpu=true", *overrides])
+
+
+def measured_passes(tmp_path, monkeypatch, passes, **options):
+    """How many images each pass of a measurement had, where pass N takes the seconds and bytes passes[N]."""
+    recipe = digits(tmp_path)
+    args, source = recipe.training_arguments(), open_source(recipe.data)
+    counts, answers = [], iter(passes)
+
+    def measured(model, inputs, args):
+        counts.append(len(inputs["pixel_values"]))
+        return next(answers)
+
+    monkeypatch.setattr(step_cost, "_pass", measured)
+    cost = measure_step(
+        build_model(recipe, 0, source), load_probe(recipe, source, args, 32), 0.0, args, **options
+    )
+    return counts, cost
+
+
+def test_the_main_process_decides_how_often_a_step_is_measured(tmp_path, monkeypatch):
+    """It needed 2.5 s for the first pass and makes no second one, so this process makes none either."""
+    monkeypatch.setattr(step_cost, "from_first_process", lambda value: (2.5, 1e6))
+    counts, cost = measured_passes(tmp_path, monkeypatch, [(0.1, 1e3)])
+    assert counts == [2] and cost.step_seconds == 1.25
+
+
+def test_a_step_is_measured_with_no_more_images_than_fit(tmp_path, monkeypatch):
+    passes = [(0.01, 4e9), (0.01, 4e9), (0.01, 10e9), (0.01, 10e9)]  # 2 images, then 8; 32 need 50e9
+    counts, cost = measured_passes(tmp_path, monkeypatch, passes, free_bytes=24e9)
+    assert counts == [2, 2, 8, 8] and cost.step_bytes == 1e9
+
+
+def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
+    seen, fill = [], store._fill
+
+    def slow(*arguments):
+        start = time.process_time()
+        while time.process_time() - start < 2:
+            pass
+        return fill(*arguments)
+
+    monkeypatch.setattr(store, "_fill", slow)
+    monkeypatch.setattr(
+        "hf_ssl.building.measure_step", lambda model, batch, load, *others: seen.append(load) or COST
+    )
+    recipe = digits(tmp_path, "data.cache=memory")
+    build_trainer(recipe, recipe.training_arguments())
+    assert seen[0] < 2 / 32
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "files", "left"),
+    [("max", 900, 0, math.inf), ("1000", 900, 0, 100), ("1000", 1000, 700, 700)],
+)
+def test_files_that_were_read_leave_the_memory_of_a_container_free(
+    tmp_path, monkeypatch, limit, current, files, left
+):
+    for name, text in {
+        "memory.max": f"{limit}\n",
+        "memory.current": f"{current}\n",
+        "memory.stat": f"anon 5\ninactive_file {files - files // 2}\nactive_file {files // 2}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(fitting, "CONTROL_GROUP", tmp_path)
+    available = SimpleNamespace(available=10**6)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    assert fitting.free_memory(torch.device("cpu")) == min(10**6, left)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fitting.free_memory(torch.device("cpu")) == min(10**6, left) / 2
+
+
+def test_memory_that_torch_holds_unused_is_free(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 600)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 50)
+    assert fitting.free_memory(torch.device("cuda")) == 650
