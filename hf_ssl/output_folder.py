@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.checkpoints import remove_unfinished
 from hf_ssl.trainer.fitting import Choices
 
@@ -40,7 +41,8 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     mark = folder / IDENTITY
     try:
         if mark.exists():
-            _compare(json.loads(mark.read_text()), recipe.to_dict(), folder)
+            now = recipe.to_dict()
+            _compare(_in_todays_form(json.loads(mark.read_text()), now), now, folder)
             last = get_last_checkpoint(str(folder))
             return None if last is None else Path(last)
         if folder.exists() and any(folder.iterdir()):
@@ -58,7 +60,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
 def stored_choices(recipe: Recipe) -> Choices:
     """Return the stored choices of the run in the recipe's output folder (see `hf_ssl.trainer.fitting`)."""
     mark = Path(recipe.training["output_dir"]) / IDENTITY
-    return json.loads(mark.read_text()).get(_CHOICES, {})
+    return _in_todays_form(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
 
 
 def claim(recipe: Recipe, choices: Choices) -> None:
@@ -91,6 +93,31 @@ def write_json(path: Path, value: Any) -> None:
     staged = path.with_name(f"_{path.name}.part")
     staged.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(staged, path)
+
+
+def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's identity as this version writes it.
+
+    Older versions chose nothing for the machine. Their recipes gave `bf16` and `dataloader_num_workers`, with
+    float32 and 0 as defaults. Where today's recipe leaves them to the machine, the run keeps what it had.
+    """
+    if _CHOICES in run:
+        return run
+    had, given = dict(run.get("training", {})), now["training"]
+    values = {
+        "precision": "bfloat16" if had.get("bf16") else "float16" if had.get("fp16") else "float32",
+        "dataloader_num_workers": had.get("dataloader_num_workers", 0),
+    }
+    choices: Choices = {}
+    for name, value in values.items():
+        keys = {name, "bf16", "fp16"} if name == "precision" else {name}
+        if given.get(name, AUTO) not in (AUTO, value) or any(map(given.get, keys - {name})):
+            continue
+        had = {key: old for key, old in had.items() if key not in keys}
+        had |= {key: given[key] for key in keys & given.keys()}
+        if given.get(name, AUTO) == AUTO:
+            choices[f"training.{name}"] = {"value": value, "reason": "the run began with it"}
+    return {**run, "training": had, _CHOICES: choices}
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
+from hf_ssl.output_folder import last_checkpoint, stored_choices
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -79,6 +80,58 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         run.train(recipe(tmp_path, "method.temperature=0.1"))
     assert names(tmp_path) == before
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
+
+
+OLDER = {
+    "float32 by default": ({}, "auto", {"precision": "float32", "dataloader_num_workers": 0}),
+    "half precision": ({"bf16": True}, "auto", {"precision": "bfloat16", "dataloader_num_workers": 0}),
+    "workers": (
+        {"bf16": True, "dataloader_num_workers": 1},
+        "auto",
+        {"precision": "bfloat16", "dataloader_num_workers": 1},
+    ),
+    "a recipe that says float32 now": ({}, "float32", {"dataloader_num_workers": 0}),
+}
+
+
+def write_as_an_older_version(folder, settings, had):
+    written = settings.to_dict()
+    del written["training"]["precision"]
+    written["training"] |= had
+    (folder / "_run.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(("had", "precision", "kept"), OLDER.values(), ids=OLDER)
+def test_a_run_of_an_older_version_keeps_what_it_had(tmp_path, had, precision, kept):
+    settings = recipe(tmp_path, f"training.precision={precision}")
+    write_as_an_older_version(tmp_path, settings, had)
+    assert last_checkpoint(settings) is None  # not refused
+    choices = {key: choice["value"] for key, choice in stored_choices(settings).items()}
+    assert choices == {f"training.{name}": value for name, value in kept.items()}
+
+
+def test_a_run_of_an_older_version_with_another_precision_is_refused(tmp_path):
+    settings = recipe(tmp_path, "training.precision=bfloat16")
+    write_as_an_older_version(tmp_path, settings, {})
+    with pytest.raises(UserError, match=mentions("training.precision", "bfloat16")):
+        run.train(settings)
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path):
+    settings = recipe(tmp_path, "training.precision=auto")
+    run.train(settings, [Kill()])
+    write_as_an_older_version(tmp_path, settings, {"bf16": True})
+    state = tmp_path / "checkpoint-2" / "data_state_0.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"broken": {"read": 128, "broken": 0}}))
+    resumed = run.train(settings)
+    assert (resumed.state.global_step, resumed.resumed, resumed.args.precision) == (4, 1, "bfloat16")
+
+
+class Kill(TrainerCallback):
+    """Ends training after the checkpoint of step 2."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
 
 
 class Terminate(TrainerCallback):
