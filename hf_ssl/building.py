@@ -192,9 +192,10 @@ def _choose_sizes(
     cost = measure_step(model, batch, load_seconds, args, free_memory(args.device))
     logger.debug("a step costs %s", cost)
     choices: Choices = {}
+    free = free_memory(args.device)
     if not recipe.types("training.batch_size"):
         wanted = args.batch_size
-        choices |= choose_batch_size(args, cost, source.num_rows, free_bytes=free_memory(args.device))
+        choices |= choose_batch_size(args, cost, source.num_rows, free_bytes=free)
         if "training.batch_size" in choices and args.should_log:
             logger.warning(
                 "training.batch_size: reduced from %d to %d because %s; the learning rate is %.3g "
@@ -206,6 +207,12 @@ def _choose_sizes(
                 args.learning_rate_rule,
                 wanted,
             )
+    elif args.should_log and cost.needed_bytes(args) > free:
+        logger.warning(
+            "training.batch_size: %d images need about %.1f GiB, and %.1f GiB are free; "
+            "training.contrastive_chunk_size=32 or training.gradient_accumulation_steps need less",
+            args.batch_size, cost.needed_bytes(args) / 2**30, free / 2**30,
+        )  # fmt: skip
     if args.monitor_steps:
         typed = {name for name in recipe.training if recipe.types(f"training.{name}")}
         choices |= choose_monitor(args, cost, source.num_rows, labelled=labelled, typed=typed)
@@ -223,7 +230,7 @@ def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | Non
     try:
         bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
     except UserError as error:
-        logger.warning("the monitor runs without k-NN: %s", error)
+        logger.warning("training goes without labels and without k-NN accuracy: %s", error)
         return None
     processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
     return KNNMonitor(bank, queries, processor, args.monitor_neighbours)

@@ -126,11 +126,14 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         if section in _FREE_SECTIONS:
             continue
         earlier = before.get(section, {})
-        for key in sorted(values.keys() | earlier.keys()):
+        for key in sorted(values.keys() | earlier.keys(), key=lambda key: (key != "name", key)):
             if key in _FREE_KEYS.get(section, ()):
                 continue
             if values.get(key) != earlier.get(key):
+                was, is_now = (
+                    "not set" if value is None else value for value in (earlier.get(key), values.get(key))
+                )
                 raise UserError(
                     f"training.output_dir: expected an empty folder or the same run, got {folder}, where "
-                    f"{section}.{key} was {earlier.get(key)} and is now {values.get(key)}; use another folder"
+                    f"{section}.{key} was {was} and is now {is_now}; use another folder"
                 )

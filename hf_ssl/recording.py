@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from hf_ssl import __version__
 from hf_ssl.data import DataConfig, LabelledImages
@@ -66,7 +67,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Fa
             name=recipe.name,
             sections=recipe.to_dict(),
             overrides=list(recipe.overrides),
-            differences=recipe.differences(),
+            differences=recipe.differences() | _chosen_batch_size(trainer),
         ),
         views=recipe.views.to_dict(),
         data=data,
@@ -78,6 +79,12 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Fa
         results=measured.results,
         pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
     )
+
+
+def _chosen_batch_size(trainer: SSLTrainer) -> dict[str, Any]:
+    """Return the batch size that replaced the recipe's on this machine."""
+    key = "training.batch_size"
+    return {key: trainer.choices[key]["value"]} if key in trainer.choices else {}
 
 
 def _method_facts(recipe: Recipe, trainer: SSLTrainer) -> MethodFacts:

@@ -106,7 +106,7 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
         )
     except UserError as error:
-        logger.warning("the encoder is not measured: %s", error)
+        logger.warning("the encoder is not evaluated (hf-ssl evaluate does it later): %s", error)
         return Measured(unmeasured=str(error))
     splits = (train_images, test_images)
     device = trainer.args.device

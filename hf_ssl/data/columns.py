@@ -49,6 +49,12 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
             )
         return requested
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not found:
+        raise UserError(
+            f"{where} has no labels: they come from a column of classes (data.label_column=NAME chooses it), "
+            "or from sub-folders if all images lie at the same depth; the columns are "
+            f"{listing(features)}"
+        )
     return _only(found, features, "classes", "data.label_column", where)
 
 

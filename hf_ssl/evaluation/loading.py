@@ -53,4 +53,6 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {what}: {reason}") from error
+        raise UserError(
+            f"cannot load {what}: expected a folder here or a model on the Hub; {reason}"
+        ) from error

@@ -77,6 +77,7 @@ class SSLTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
     ddp_broadcast_buffers: bool | None = False  # they come from gathered values, or from a process's own
     logging_steps: float = 20
+    logging_first_step: bool = True  # a slow first step is followed by a sign of life
     save_steps: float = 500
     save_total_limit: int | None = 2
     seed: int = 0

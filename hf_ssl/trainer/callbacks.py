@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import Progress
+from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
 from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
@@ -82,6 +83,8 @@ class MethodHooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.step_was_made():
             self.model.after_step(self._progress(state))
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the final loss, also of a run that is shorter than logging_steps
 
 
 class WeightDecaySchedule(TrainerCallback):
@@ -136,7 +139,8 @@ class Drawing(TrainerCallback):
     def _draw(self, args, state) -> None:
         if state.is_world_process_zero and state.global_step > 0:
             start = time.monotonic()
-            self.draw(args, state)
+            with progress("drawing curves and pictures", quiet=bool(args.disable_tqdm)):
+                self.draw(args, state)
             end = time.monotonic()
             self._next = end + 20 * (end - start)
 

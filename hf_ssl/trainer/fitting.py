@@ -112,7 +112,7 @@ def choose_batch_size(
         limits.append((fitting * shares, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images"))
     if args.device.type == "cpu" and cost.step_seconds > 0:
         timely = STEP_SECONDS / cost.step_seconds
-        reason = f"{STEP_SECONDS:.0f} seconds per step are enough for {timely:,.0f} images on this CPU"
+        reason = f"a step of {timely:,.0f} images takes {STEP_SECONDS:.0f} seconds on this CPU"
         limits.append((timely * args.world_size, reason))
     limit, reason = min(limits, default=(float("inf"), ""))
     chosen = args.batch_size if limit >= args.batch_size else shares * _power_of_two(limit / shares)

@@ -22,7 +22,7 @@ MEASURED_IMAGES = 32
 """Images that a step is measured with, at most."""
 MEMORY_MARGIN = 1.25
 """For what the measurement does not see: blocks that fit nothing, batches that are loaded ahead."""
-_ENOUGH_SECONDS, _SLOW_SECONDS = 0.3, 2.0
+_ENOUGH_SECONDS, _SLOW_SECONDS, _FEWEST_IMAGES = 0.3, 2.0, 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class StepCost:
     load_seconds: float
     step_bytes: float
     fixed_bytes: float
+
+    def needed_bytes(self, args: SSLTrainingArguments) -> float:
+        """Return the bytes that a step of `args.batch_size` needs on this device."""
+        images = args.per_device_train_batch_size
+        if args.contrastive_chunk_size is not None:
+            images = min(images, args.contrastive_chunk_size)
+        return self.fixed_bytes + MEMORY_MARGIN * self.step_bytes * images
 
 
 def measure_step(
@@ -76,11 +83,12 @@ def measure_step(
             # The main process decides how often all of them run: methods may exchange rows in `embed`.
             seconds, size = from_first_process(_pass(copied, inputs, args))
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
-                seconds = from_first_process(min(seconds, _pass(copied, inputs, args)[0]))
+                seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
             kept.append((count, size))
             larger = min(4 * count, len(batch))
             too_large = weights + trained + MEMORY_MARGIN * size * larger / count > free_bytes
-            if seconds >= _ENOUGH_SECONDS or count == len(batch) or too_large:
+            slow = seconds >= _SLOW_SECONDS or (seconds >= _ENOUGH_SECONDS and count >= _FEWEST_IMAGES)
+            if slow or count == len(batch) or too_large:
                 break
             count = larger
         features = _feature_seconds(copied, inputs, args)

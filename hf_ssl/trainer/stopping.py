@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops training on SIGTERM or Ctrl-C, after the current step and with a checkpoint."""
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -64,6 +65,8 @@ class StopOnSignal(TrainerCallback):
         if self._interruptible:
             self._interruptible = False
             raise Interrupted
+        with suppress(OSError):  # not print: a handler may interrupt a print
+            os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops at once\n")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.received = None

@@ -29,6 +29,7 @@ from hf_ssl.data import (
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import any_process, average_gradients
+from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
     Curves,
@@ -286,7 +287,9 @@ class SSLTrainer(PushingTrainer):
         try:
             with loader_that_skips_by_itself():
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator raises no class of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             smaller = max(1, self.args.batch_size // 2)
             raise UserError(
                 f"training.batch_size: expected a batch that fits into the memory of {self.args.device}, got "
@@ -319,8 +322,10 @@ class SSLTrainer(PushingTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        saving, quiet = f"saving checkpoint-{self.state.global_step}", bool(self.args.disable_tqdm)
         with self.stopwatch.paused():
-            folder = save_checkpoint(self)
+            with progress(saving, quiet=quiet or not self.args.should_log):
+                folder = save_checkpoint(self)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))
 
