@@ -227,5 +227,5 @@ def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | N
 
 
 def _power_of_two(limit: float) -> int:
-    """Return the largest power of two that is at most `limit`, but at least 1."""
-    return 1 << max(0, int(limit).bit_length() - 1)
+    """Return the largest power of two up to `limit`, at least 2: BatchNorm and negatives need two images."""
+    return 1 << max(1, int(limit).bit_length() - 1)
