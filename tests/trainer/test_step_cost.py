@@ -49,9 +49,9 @@ def test_the_main_process_decides_how_often_a_step_is_measured(tmp_path, monkeyp
 
 
 def test_a_step_is_measured_with_no_more_images_than_fit(tmp_path, monkeypatch):
-    passes = [(0.01, 4e9), (0.01, 4e9), (0.01, 10e9), (0.01, 10e9)]  # 2 images, then 8; 32 need 50e9
+    passes = 3 * [(0.01, 4e9)] + 3 * [(0.01, 10e9)]  # 2 images, then 8; 32 need 50e9
     counts, cost = measured_passes(tmp_path, monkeypatch, passes, free_bytes=24e9)
-    assert counts == [2, 2, 8, 8] and cost.step_bytes == 1e9
+    assert counts == [2, 2, 2, 8, 8, 8] and cost.step_bytes == 1e9
 
 
 def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
