@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hf_ssl.hub.machine import environment
+from hf_ssl.precision import fastest_precision
 from training.benchmarks import evaluating, losses, steps, views
 from training.benchmarks.overhead import trainer_overhead
 from training.benchmarks.pairs import compare
@@ -54,7 +55,11 @@ def main() -> None:
         )
         write_report(arguments.output, device, environment(device), {name: record})
 
+    chosen = fastest_precision(device.type).name
     for name, row in ROWS.items():
+        if row.precision not in (None, chosen):
+            print(f"{name}: not measured, because auto chooses {chosen} on this device", flush=True)
+            continue
         if (not arguments.rows or name in arguments.rows) and (device.type == "cpu" or row.accelerator):
             keep(name, measure(row, device, arguments.repeats))
     if device.type == "cpu" and (not arguments.rows or OVERHEAD in arguments.rows):

@@ -22,6 +22,7 @@ class Row:
         unit: of work, for the seconds in the record.
         repeats: pairs that are measured.
         memory_aim: how many times less memory at the peak it should take, where that is measured too.
+        precision: measured only where `auto` chooses this precision; None: everywhere.
         accelerator: whether the row also runs where an accelerator is found.
     """
 
@@ -35,6 +36,7 @@ class Row:
     repeats: int = 9
     memory_aim: float | None = None
     accelerator: bool = False
+    precision: str | None = None
 
     @property
     def clock(self) -> str:

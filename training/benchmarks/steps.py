@@ -174,5 +174,6 @@ ROWS = [
         vit_tiny_step(),
         "step",
         1,
+        precision="bfloat16",
     ),
 ]
