@@ -67,7 +67,7 @@ FLOAT32 = 4 * torch.finfo(torch.float32).eps
 FLOAT64 = 2000 * torch.finfo(torch.float64).eps
 
 # Runs without hf_ssl, whatever is installed: the first thing on the path of every import refuses it.
-STRANGER = """
+WITHOUT_HF_SSL = """
 import sys
 
 class Refuse:
@@ -162,7 +162,7 @@ def save_photos(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
+def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
     """What one process without hf_ssl finds in the exports of all architectures."""
     folder = tmp_path_factory.mktemp("exports")
     generator = torch.Generator().manual_seed(0)
@@ -183,14 +183,14 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) 
         facts["name"] = name
         facts["backbone"] |= {"class_name": kind.__name__, "pooling": POOLING.get(name, "pooler")}
         write_card(folder / name, facts)
-    finished = forks.run("transformers", STRANGER, str(folder), *CONFIGS)
+    finished = forks.run("transformers", WITHOUT_HF_SSL, str(folder), *CONFIGS)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_stranger_gets_the_very_encoder(stranger: dict, name: str) -> None:
-    report = stranger[name]
+def test_a_user_without_hf_ssl_loads_the_same_encoder(loaded_without_hf_ssl: dict, name: str) -> None:
+    report = loaded_without_hf_ssl[name]
     assert report["class"] == CONFIGS[name][0].__name__
     assert not any(report["keys"].values()), report["keys"]
     assert report["weights"]
@@ -199,11 +199,11 @@ def test_a_stranger_gets_the_very_encoder(stranger: dict, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_photo_and_the_words_of_the_card(stranger: dict, name: str) -> None:
+def test_any_photo_and_the_words_of_the_card(loaded_without_hf_ssl: dict, name: str) -> None:
     width = 16 if name in ("resnet", "convnextv2") else 32
-    assert stranger[name]["card"] == [1, width]
+    assert loaded_without_hf_ssl[name]["card"] == [1, width]
     photos = ["1.png", "L.png", "LA.png", "P.png", "RGBA.png", "photo.jpg"]
-    assert stranger[name]["photos"] == dict.fromkeys(photos, True)
+    assert loaded_without_hf_ssl[name]["photos"] == dict.fromkeys(photos, True)
 
 
 def test_timm(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ found["meta"] = [meta.size, len(meta.etag)]
 api.upload_file(repo_id=repo, path_or_fileobj=b"[1]", path_in_repo="text.md")
 space = api.create_repo("lab/show", repo_type="space", space_sdk="gradio").repo_id
 found["space"] = [space, api.space_info(space).sdk]
-found["foreign"] = status(lambda: api.create_repo("stranger/encoder"))
+found["foreign"] = status(lambda: api.create_repo("other-user/encoder"))
 found["reader"] = [
     status(lambda: api.create_repo("other", token=sys.argv[2])),
     status(commit(one_more, token=sys.argv[2])),

@@ -196,7 +196,7 @@ REFUSALS = {
     "no token": (REPO, {"token": None}, ["token", "hf auth login"]),
     "a token that may read": (REPO, {"token": "read"}, ["token", "someone", "read", REPO]),
     "an unknown token": (REPO, {"token": "hf_unknown"}, ["token", "HF_TOKEN", "hf auth login"]),
-    "a foreign namespace": ("stranger/digits", {}, ["stranger/digits", "someone", "lab", "stranger"]),
+    "a foreign namespace": ("other-user/digits", {}, ["other-user/digits", "someone", "lab", "other-user"]),
     "no name": ("some one/digits", {}, ["some one/digits"]),
     "too many parts": ("a/b/c", {}, ["a/b/c"]),
     "offline": (REPO, {"offline": True}, ["HF_HUB_OFFLINE"]),
@@ -218,10 +218,10 @@ def test_refusals(online: HubServer, finished_run: Path, name: str, monkeypatch:
 
 
 def test_a_token_that_may_write_elsewhere(online: HubServer, finished_run: Path) -> None:
-    online.store.add_repo("models", "stranger/open")
-    assert missing(refused(finished_run, "stranger/open"), "token", "stranger/open") == []
-    online.store.add_repo("models", "stranger/closed", private=True)
-    assert missing(refused(finished_run, "stranger/closed"), "token", "stranger") == []
+    online.store.add_repo("models", "other-user/open")
+    assert missing(refused(finished_run, "other-user/open"), "token", "other-user/open") == []
+    online.store.add_repo("models", "other-user/closed", private=True)
+    assert missing(refused(finished_run, "other-user/closed"), "token", "other-user") == []
 
 
 def test_folders_that_are_no_finished_run(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way in processes of their own: the command publishes, strangers load, data is streamed, training
+"""The whole way in processes of their own: the command publishes, users load, data is streamed, training
 pushes."""
 
 import json
@@ -22,7 +22,7 @@ from hf_ssl.data.digits import digits
 REPO = "someone/digits"
 
 # Runs without hf_ssl, and then with it: the same repo for both.
-STRANGER = """
+WITHOUT_HF_SSL = """
 import sys
 
 class Refuse:
@@ -45,14 +45,14 @@ weights = {name: value.clone() for name, value in encoder.state_dict().items()}
 pixel_values = processor(Image.open(f"{folder}/photo.jpg"), return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     features = encoder.double()(pixel_values.double()).pooler_output
-torch.save({"features": features, "weights": weights, "pixels": pixel_values}, f"{folder}/stranger.pt")
+torch.save({"features": features, "weights": weights, "pixels": pixel_values}, f"{folder}/without_hf_ssl.pt")
 code = re.search(r"```python\\n(.*?)```", open(hf_hub_download(repo, "README.md")).read(), re.S)[1]
 scope = {}
 exec(code.replace('"photo.jpg"', repr(f"{folder}/photo.jpg")), scope)
 found = {
     "class": type(encoder).__module__, "keys": [len(report[key]) for key in wrong],
     "card": (scope["features"] - features.flatten(1)).abs().max().item() / features.abs().max().item(),
-    "stranger": "hf_ssl" not in sys.modules,
+    "without hf_ssl": "hf_ssl" not in sys.modules,
 }
 sys.meta_path.pop(0)
 import hf_ssl
@@ -90,10 +90,10 @@ def test_a_published_encoder_is_loaded_without_hf_ssl(
 
     pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "photo.jpg")
-    done = forks.run("torch", STRANGER, REPO, str(tmp_path), env=hub.environment(tmp_path / "home"))
+    done = forks.run("torch", WITHOUT_HF_SSL, REPO, str(tmp_path), env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["class"].startswith("transformers.") and found["stranger"]
+    assert found["class"].startswith("transformers.") and found["without hf_ssl"]
     # The card's code computes in float32, the others in float64. The tolerance covers rounding in sums of
     # some hundred numbers.
     assert found["card"] <= 100 * torch.finfo(torch.float32).eps
@@ -104,7 +104,7 @@ def test_a_published_encoder_is_loaded_without_hf_ssl(
         AutoImageProcessor.from_pretrained(finished_run),
     )
     pixel_values = processor(Image.open(tmp_path / "photo.jpg"), return_tensors="pt")["pixel_values"]
-    loaded = torch.load(tmp_path / "stranger.pt")
+    loaded = torch.load(tmp_path / "without_hf_ssl.pt")
     torch.testing.assert_close(loaded["pixels"], pixel_values, rtol=0, atol=1e-6)
     assert all(torch.equal(value, loaded["weights"][name]) for name, value in encoder.state_dict().items())
     with torch.inference_mode():

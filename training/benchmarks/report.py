@@ -81,8 +81,10 @@ def draw(record: dict[str, Any], file: Path) -> None:
         axes.text(max(ratio, high, aim) * 1.06, place, f"{number(ratio)}x", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlim(1, 2 * max(row["ratio"] for row in rows))
-    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    least = min(1.0, 0.8 * min(row["ratio_low"] for row in rows))  # a row below 1 is slower than its peer
+    axes.set_xlim(least, 2 * max(row["ratio"] for row in rows))
+    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if tick >= least]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("times faster than the peer; upright mark: what we aim at")
     for side in ("top", "right"):
