@@ -32,6 +32,7 @@ from hf_ssl.trainer.fitting import (
     PROBE_IMAGES,
     Choices,
     apply_choices,
+    check_batch_size,
     choose_batch_size,
     choose_monitor,
     choose_precision,
@@ -92,10 +93,11 @@ def build_trainer(
     Raises:
         UserError: the data are wrong, or hold fewer images than the batch size that the user typed.
     """
-    quiet = bool(args.disable_tqdm)
-    with progress(f"opening {recipe.data.path}", quiet=quiet):
+    with progress(f"opening {recipe.data.path}"):
         source = open_source(recipe.data)
         small = holds_small_images(source, recipe.data)
+    if source.num_rows == 1:
+        raise UserError(f"data.path: expected at least 2 images in {source.description}, got 1")
     stored = from_first_process(stored)
     if stored is not None:
         # Only the monitor's values may differ from the earlier part's (hf_ssl.output_folder).
@@ -104,21 +106,22 @@ def build_trainer(
         apply_choices(args, stored)
     choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.types("training.batch_size"):
-        _check_enough_images(recipe, args, source)
-    with progress("building the model", quiet=quiet):
+        check_batch_size(args, source.num_rows, source.description)
+    with progress("building the model"):
         model = build_model(recipe, args.seed, source)
     knn = _knn_monitor(recipe, args) if args.monitor_steps else None
     if stored is None and (args.monitor_steps or not recipe.types("training.batch_size")):
-        with progress("measuring a training step", quiet=quiet):
+        with progress("measuring a training step"):
             chosen = _choose_sizes(recipe, args, model, source, labelled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
             knn = _knn_monitor(recipe, args)
         choices |= chosen
-    _check_enough_images(recipe, args, source)
+    check_batch_size(args, source.num_rows, source.description)
+    _check_images(recipe, args, source)
     monitor = None
     if args.monitor_steps:
         count = choices.get("monitor.probe_images", {"value": PROBE_IMAGES})["value"]
-        with progress("loading images for the monitor", quiet=quiet):
+        with progress("loading images for the monitor"):
             probe = load_probe(recipe, source, args, count)
         monitor = Monitor(probe, knn, DTYPES[args.precision])
     trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
@@ -219,8 +222,8 @@ def _choose_sizes(
     return choices
 
 
-def _check_enough_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
-    """Make a training loader, which raises UserError for too few images and caches the decoded images."""
+def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
+    """Make a training loader, which raises UserError for images that it cannot use and fills the cache."""
     size, processes = args.per_device_train_batch_size, args.world_size
     train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
 

@@ -5,6 +5,7 @@ once."""
 import argparse
 import errno
 import gc
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
 from hf_ssl.resources import recipe_files
 
+_DATA_PATH = re.compile(r"^data:\n(?:(?: .*)?\n)*?  path: *(\S+)", re.MULTILINE)
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
 
@@ -214,10 +216,10 @@ def quick_imports() -> Iterator[None]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from hf_ssl.recipe import read_sections
-
-    data, evaluation = read_sections(arguments.overrides)
     with progress("loading torch and transformers"), quick_imports():
+        from hf_ssl.recipe import read_sections
+
+        data, evaluation = read_sections(arguments.overrides)
         from hf_ssl import run
 
     run.evaluate(arguments.model, data, evaluation)
@@ -255,10 +257,11 @@ def _space_build(arguments: argparse.Namespace) -> None:
     from hf_ssl.space import check_packages
 
     check_packages()
-    from hf_ssl.recipe import read_sections
+    with progress("loading torch and transformers"), quick_imports():
+        from hf_ssl.recipe import read_sections
 
-    data, _ = read_sections(arguments.overrides)
-    from hf_ssl.space import build_space
+        data, _ = read_sections(arguments.overrides)
+        from hf_ssl.space import build_space
 
     build_space(arguments.model, arguments.folder, data, images=arguments.images, title=arguments.title)
     print(f"the Space is in {arguments.folder}; hf-ssl space run {arguments.folder} serves it")
@@ -277,7 +280,20 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
-    _print_table([(name, recipe_title(path)) for name, path in recipe_files().items()])
+    groups: dict[str, list[tuple[str, str]]] = {"???": [], "digits": []}  # the first two headings
+    for name, path in recipe_files().items():
+        groups.setdefault(recipe_data(path), []).append((f"  {name}", recipe_title(path)))
+    width = max(len(name) for rows in groups.values() for name, _ in rows)
+    headings = {"???": "your own images (data.path=...)", "digits": "handwritten digits, offline"}
+    for data, rows in groups.items():
+        print(f"{headings.get(data, data)}:")
+        _print_table(rows, width)
+
+
+def recipe_data(path: Path) -> str:
+    """Return `data.path` of a recipe; "???" if the user has to give it. YAML is not loaded, to start fast."""
+    found = _DATA_PATH.search(path.read_text(encoding="utf-8"))
+    return found[1] if found is not None else "???"
 
 
 def recipe_title(path: Path) -> str:
@@ -289,7 +305,7 @@ def recipe_title(path: Path) -> str:
     return ""
 
 
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
+def _print_table(rows: list[tuple[str, str]], width: int = 0) -> None:
+    width = max([width, *(len(name) for name, _ in rows)])
     for name, text in rows:
         print(f"{name:{width}}  {text}")

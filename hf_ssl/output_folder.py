@@ -16,7 +16,7 @@ from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.checkpoints import remove_unfinished
 from hf_ssl.trainer.fitting import Choices
 
-_CHOICES = "choices"
+_CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # a leading underscore is never published: it holds the path of the data
 
 # What may differ between the first part of a run and its continuation: nothing here changes a weight.
@@ -29,6 +29,8 @@ _FREE_KEYS = {
         "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
     },
 }  # fmt: skip
+
+_LENGTH_KEYS = ("max_steps", "num_train_epochs")
 
 
 def last_checkpoint(recipe: Recipe) -> Path | None:
@@ -63,12 +65,22 @@ def stored_choices(recipe: Recipe) -> Choices:
     return _in_todays_form(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
 
 
-def claim(recipe: Recipe, choices: Choices) -> None:
+def stored_revision(recipe: Recipe) -> str | None:
+    """Return the revision of the images of the run in the recipe's output folder.
+
+    The result is None for a run of an older version, which did not store it.
+    """
+    run = json.loads((Path(recipe.training["output_dir"]) / IDENTITY).read_text())
+    return run.get(_REVISION)
+
+
+def claim(recipe: Recipe, choices: Choices, revision: str) -> None:
     """Mark the output folder as that of this recipe, and remove incomplete files of a killed process.
 
     Args:
         recipe: the recipe of the run.
         choices: the choices for the machine, which `stored_choices` returns later.
+        revision: the revision of the images, which `stored_revision` returns later.
 
     Raises:
         UserError: the folder cannot be written.
@@ -77,7 +89,7 @@ def claim(recipe: Recipe, choices: Choices) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-        write_json(folder / IDENTITY, {**recipe.to_dict(), _CHOICES: choices})
+        write_json(folder / IDENTITY, {**recipe.to_dict(), _CHOICES: choices, _REVISION: revision})
     except OSError as error:
         raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
 
@@ -133,7 +145,10 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
                 was, is_now = (
                     "not set" if value is None else value for value in (earlier.get(key), values.get(key))
                 )
+                advice = "use another folder"
+                if key in _LENGTH_KEYS:
+                    advice += " (the schedule of the learning rate depends on the length of the run)"
                 raise UserError(
                     f"training.output_dir: expected an empty folder or the same run, got {folder}, where "
-                    f"{section}.{key} was {was} and is now {is_now}; use another folder"
+                    f"{section}.{key} was {was} and is now {is_now}; {advice}"
                 )

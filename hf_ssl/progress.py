@@ -5,31 +5,37 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 DELAY = 1.5
 """Seconds before a bar appears; a quick operation shows none."""
 _REFRESH_TERMINAL, _REFRESH_FILE = 1.0, 15.0
 
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
 
 @contextmanager
-def progress(
-    description: str, total: int | None = None, *, unit: str = "image", quiet: bool = False
-) -> Iterator[Any]:
+def hidden_progress(hidden: bool = True) -> Iterator[None]:
+    """Show no bar inside the block if `hidden`, e.g. for `training.disable_tqdm=true`."""
+    token = _hidden.set(hidden or _hidden.get())
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
+@contextmanager
+def progress(description: str | None, total: int | None = None, *, unit: str = "image") -> Iterator[Any]:
     """Show the progress of the block, from `DELAY` seconds on until it ends.
 
     tqdm alone shows a delayed bar at the first update after the delay. A single long operation has no
-    updates, so a thread redraws the bar: every second in a terminal, every 15 seconds in a file.
-
-    Standard error may be closed, a closed pipe or a full disk. The bar then disappears and the block
-    continues. (tqdm, seen with 4.67, raises, and its `refresh` does not release the lock that all bars
-    share, so that the next update waits for ever.)
+    updates, so a thread redraws the bar (`redrawn`).
 
     Args:
-        description: name of the operation, e.g. "opening photos".
+        description: name of the operation, e.g. "opening photos"; None shows nothing.
         total: number of units; None shows only the elapsed time.
         unit: name of the unit that `update` counts.
-        quiet: whether to show nothing.
 
     Yields:
         The tqdm bar. Call `update(n)` after each `n` units.
@@ -37,10 +43,29 @@ def progress(
     from tqdm import tqdm
 
     form = None if total is not None else "{desc} ({elapsed})"
-    hidden = quiet or sys.stderr is None
+    hidden = description is None or _hidden.get() or sys.stderr is None
     bar = tqdm(
         desc=description, total=total, unit=unit, delay=DELAY, leave=False, disable=hidden, bar_format=form
     )
+    try:
+        with redrawn(bar):
+            yield bar
+    finally:
+        with suppress(OSError, ValueError):
+            bar.close()
+
+
+@contextmanager
+def redrawn(bar: Any) -> Iterator[None]:
+    """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds in a file.
+
+    Standard error may be closed, a closed pipe or a full disk. The bar then disappears and the block
+    continues. (tqdm, seen with 4.67, raises, and its `refresh` does not release the lock that all bars
+    share, so that the next update waits for ever.)
+    """
+    if bar.disable:  # also by the environment variable TQDM_DISABLE
+        yield
+        return
     draw = bar.display
 
     def draw_if_possible(*arguments: Any, **options: Any) -> None:
@@ -60,15 +85,10 @@ def progress(
             bar.refresh()
             pause = _REFRESH_TERMINAL if sys.stderr.isatty() else _REFRESH_FILE
 
-    thread = None
-    if not bar.disable:  # the environment variable TQDM_DISABLE disables every bar
-        thread = threading.Thread(target=redraw, name="hf_ssl progress", daemon=True)
-        thread.start()
+    thread = threading.Thread(target=redraw, name="hf_ssl progress", daemon=True)
+    thread.start()
     try:
-        yield bar
+        yield
     finally:
         finished.set()
-        if thread is not None:
-            thread.join()
-        with suppress(OSError, ValueError):
-            bar.close()
+        thread.join()

@@ -22,10 +22,11 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.hub import append_result, write_card, write_facts
 from hf_ssl.modeling.gather import wait_for_all
-from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices
-from hf_ssl.progress import progress
+from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices, stored_revision
+from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -41,15 +42,23 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     args = recipe.training_arguments()
+    with hidden_progress(args.hides_progress):
+        return _train(recipe, args, callbacks)
+
+
+def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCallback] | None) -> SSLTrainer:
     checkpoint = last_checkpoint(recipe)
     stored = None if checkpoint is None else stored_choices(recipe)
     trainer = build_trainer(recipe, args, callbacks, stored)
+    finished = checkpoint is not None and is_last(checkpoint)
+    if checkpoint is not None and not finished and args.should_log:
+        _report_changed_images(recipe, trainer)
     wait_for_all()  # no process may write before all processes have read the folder
     if args.should_save:
-        claim(recipe, trainer.choices)
-        with progress("drawing views.png", quiet=bool(args.disable_tqdm)):
+        claim(recipe, trainer.choices, trainer.source.revision)
+        with progress("drawing views.png"):
             draw_pictures(recipe, trainer)
-    if checkpoint is not None and is_last(checkpoint):
+    if checkpoint is not None and finished:
         trainer.load_finished(checkpoint)
     else:
         if checkpoint is not None:
@@ -61,6 +70,17 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         if isinstance(guard, FeatureGuard) and guard.message is not None and args.on_worse == "stop":
             raise UserError(f"{guard.message}; the run was stopped (training.on_worse=stop)")
     return trainer
+
+
+def _report_changed_images(recipe: Recipe, trainer: SSLTrainer) -> None:
+    """Log a warning if the images are not those of the run's earlier part."""
+    before, now = stored_revision(recipe), trainer.source.revision
+    if before is not None and before != now:
+        logger.warning(
+            "data.path: the images in %s changed since the last part of the run (revision %s, now %s); "
+            "the run resumes, but not exactly, because their order changed too",
+            trainer.source.description, before, now,
+        )  # fmt: skip
 
 
 def pretrain(recipe: Recipe) -> dict[str, Any]:
@@ -78,6 +98,12 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()  # of loading and saving files; training has its own
     trainer = train(recipe)
+    with hidden_progress(trainer.args.hides_progress):
+        return _finish(recipe, trainer)
+
+
+def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
+    """Export, measure and describe the trained encoder; return the facts."""
     with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
         trainer.save_model()
     # A process may abort if it ends before its process group. Only the main process continues after this.

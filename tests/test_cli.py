@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from forks import Forks
 from messages import missing
+from omegaconf import OmegaConf
 
 from hf_ssl import evaluation, run, space
 from hf_ssl.cli import main
@@ -105,9 +106,23 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipes_are_listed_with_their_titles(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(recipe_files())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in lines) == sorted(recipe_files())
     assert all(len(line.split(maxsplit=1)) == 2 and "SPDX" not in line for line in lines)
+
+
+def test_recipes_are_grouped_by_their_data(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    heading, groups = "", {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  "):
+            groups[line.split()[0]] = heading
+        else:
+            heading = line
+    for name, file in recipe_files().items():
+        path = str(OmegaConf.to_container(OmegaConf.load(file))["data"]["path"])
+        words = {"???": "your own images", "digits": "handwritten digits"}
+        assert words.get(path, path) in groups[name], name
 
 
 def test_what_only_prints_is_quick() -> None:

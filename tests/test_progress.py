@@ -5,9 +5,10 @@ import threading
 import time
 
 import pytest
+from tqdm import tqdm
 
 from hf_ssl import progress as module
-from hf_ssl.progress import progress
+from hf_ssl.progress import hidden_progress, progress, redrawn
 
 
 @pytest.fixture
@@ -43,13 +44,30 @@ def test_a_quick_operation_shows_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_shows_nothing_and_starts_no_thread(soon, capsys):
+@pytest.mark.parametrize("description", ["hidden", None])
+def test_hidden_progress_shows_nothing_and_starts_no_thread(soon, capsys, description):
     before = threading.active_count()
-    with progress("quiet", 3, quiet=True) as bar:
+    with hidden_progress(description is not None), progress(description, 3) as bar:
         assert threading.active_count() == before
         time.sleep(0.2)
         bar.update(3)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_stays_hidden_inside_a_function_that_does_not_hide_it(soon, capsys):
+    with hidden_progress(), hidden_progress(False), progress("hidden") as bar:
+        assert bar.disable
+    with progress("shown"):
+        wait_for("shown", capsys)
+
+
+def test_the_elapsed_time_of_another_bar_moves_between_its_updates(soon, capsys):
+    bar = tqdm(total=10, desc="pretraining")
+    with redrawn(bar):
+        bar.update(1)
+        bar.bar_format = "redrawn {n}"
+        wait_for("redrawn 1", capsys)
+    bar.close()
 
 
 def test_an_error_ends_the_display(soon, capsys):

@@ -82,10 +82,9 @@ def train_loader(
     }
     needed = batch_size * world_size
     if source.num_rows is not None and source.num_rows < needed:
-        fitting = world_size << max(0, (source.num_rows // world_size).bit_length() - 1)
         raise UserError(
-            f"training.batch_size: expected at most {source.num_rows} (the images in {source.description}), "
-            f"got {needed}; use training.batch_size={min(fitting, source.num_rows)}"
+            f"batch_size: expected at most {source.num_rows} (the images in {source.description}), "
+            f"got {needed}"
         )
     if source.streaming:
         return _stream_loader(source, preset, config, share, start_batch, position, options)

@@ -167,8 +167,7 @@ def extract_poolings(
     model.to(device)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
     rows = {pooling: _Rows(total) for pooling in poolings}
-    shown = progress(description or "", total, quiet=description is None)
-    with evaluation_mode(model), torch.inference_mode(), shown as bar:
+    with evaluation_mode(model), torch.inference_mode(), progress(description, total) as bar:
         for images in image_batches:
             if not images:
                 continue
@@ -207,7 +206,7 @@ def raw_pixels(
         UserError: there is no image, or there are more than `total`.
     """
     rows = _Rows(total)
-    with progress(description or "", total, quiet=description is None) as bar:
+    with progress(description, total) as bar:
         for images in image_batches:
             if not images:
                 continue

@@ -217,7 +217,7 @@ def evaluate_features(
 
 def _shown(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
     """Return a progress bar for a part of the evaluation, which shows nothing without a description."""
-    return progress(f"{description}, {part}", total, unit=unit, quiet=description is None)
+    return progress(None if description is None else f"{description}, {part}", total, unit=unit)
 
 
 def _linear(

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from hf_ssl.errors import UserError
 from hf_ssl.hub.export import export_encoder
 from hf_ssl.hub.processor import image_processor
+from hf_ssl.hub.writing import use_normal_permissions
 from hf_ssl.modeling.base import SSLPreTrainedModel
 
 
@@ -33,4 +34,5 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     preset = model.config.views
     export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
     model.save_pretrained(directory / "pretraining")
+    use_normal_permissions(directory / "pretraining")
     print(f"encoder in {directory}, method model in {directory / 'pretraining'}")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, BitImageProcessor, PreTrainedModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.writing import disk_errors
+from hf_ssl.hub.writing import disk_errors, use_normal_permissions
 
 STAGE = "_export-"  # a leading underscore is never published, should a crash leave the folder behind
 CONFIG = "config.json"
@@ -50,6 +50,7 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
         try:
             encoder.save_pretrained(stage)
             processor.save_pretrained(stage)
+            use_normal_permissions(stage)
             check_reloads(encoder, processor, stage)
             _move_up(stage, directory)
         finally:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,16 @@ def disk_errors(what: str) -> Iterator[None]:
         raise UserError(f"cannot write {what}: {error.strerror or error}.") from error
     except SafetensorError as error:  # its writer has an error of its own for a full disk
         raise UserError(f"cannot write {what}: {error}.") from error
+
+
+def use_normal_permissions(folder: Path) -> None:
+    """Give the weight files in a folder the permissions of the configuration file beside them.
+
+    safetensors (seen with 0.8.0) creates files that only their owner can read, whatever the umask says. Other
+    users of the machine and a web server then cannot load the encoder.
+    """
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -33,6 +33,7 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.features import Pooling
 from hf_ssl.hub import last_part, public
+from hf_ssl.hub.writing import use_normal_permissions
 from hf_ssl.progress import progress
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import FACTS, check_packages
@@ -127,6 +128,7 @@ def build_space(
         if facts["model"]["folder"]:
             encoder.save_pretrained(part / ENCODER)
             processor.save_pretrained(part / ENCODER)
+            use_normal_permissions(part / ENCODER)
         gallery.save(part)
         facts["examples"] = _write_examples(pictures, part)
         _write_page(part, facts)

@@ -175,6 +175,11 @@ class SSLTrainingArguments(TrainingArguments):
         }
         self.bf16, self.fp16 = self.precision == "bfloat16", self.precision == "float16"
 
+    @property
+    def hides_progress(self) -> bool:
+        """Whether this process shows no progress: `disable_tqdm`, or not the first process of its machine."""
+        return bool(self.disable_tqdm) or self.local_process_index > 0
+
     def use_precision(self, precision: str) -> None:
         """Set the precision that replaces `auto`.
 

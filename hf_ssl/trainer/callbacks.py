@@ -4,6 +4,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.progress import progress
+from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
 from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
@@ -97,7 +98,7 @@ class WeightDecaySchedule(TrainerCallback):
 class ProgressBar(ProgressCallback):
     """Shows one line with steps, time left, loss, images per second and k-NN accuracy.
 
-    Log records print no further lines.
+    Log records print no further lines. The elapsed time moves during a long step.
     """
 
     _SHOWN = (("loss", "loss", ".4g"), ("images_per_second", "img/s", ".0f"), ("eval_knn", "k-NN", ".3f"))
@@ -105,6 +106,7 @@ class ProgressBar(ProgressCallback):
     def __init__(self) -> None:
         super().__init__()
         self.shown: dict[str, str] = {}
+        self._redrawing = ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -112,6 +114,17 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.initial = self.training_bar.n = state.global_step
             self.training_bar.set_description("pretraining")
+            self._redrawing.enter_context(redrawn(self.training_bar))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the line. The trainer also calls this method when training fails."""
+        self._redrawing.close()
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         for key, label, form in self._SHOWN:
@@ -139,7 +152,7 @@ class Drawing(TrainerCallback):
     def _draw(self, args, state) -> None:
         if state.is_world_process_zero and state.global_step > 0:
             start = time.monotonic()
-            with progress("drawing curves and pictures", quiet=bool(args.disable_tqdm)):
+            with progress("drawing curves and pictures"):
                 self.draw(args, state)
             end = time.monotonic()
             self._next = end + 20 * (end - start)

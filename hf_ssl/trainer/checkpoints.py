@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_ssl.errors import UserError
+from hf_ssl.hub.writing import use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def save_checkpoint(trainer: SSLTrainer) -> Path:
         trainer._save_rng_state(str(staging))
         (staging / _data_state_name(trainer.args.process_index)).write_text(json.dumps(trainer.data_state()))
         if trainer.args.should_save:
+            use_normal_permissions(staging)
             _record_state(trainer, root, step)
             trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         wait_for_all()
@@ -70,6 +72,7 @@ def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     with told_in_a_sentence(final, staging):
         write(staging)
+        use_normal_permissions(staging)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
 

@@ -48,8 +48,7 @@ class FirstPass(TrainerCallback):
             return
         self.model.train()
         loader = self.loader()
-        quiet = args.disable_tqdm or not state.is_local_process_zero
-        with progress("embedding all images once", len(loader), unit="batch", quiet=quiet) as bar:
+        with progress("embedding all images once", len(loader), unit="batch") as bar:
             for batch in loader:
                 with self.precision():
                     remember_all(self.model, batch.inputs(args.device, self.model.draw))

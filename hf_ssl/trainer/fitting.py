@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from hf_ssl.errors import UserError
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
@@ -121,6 +122,30 @@ def choose_batch_size(
         return {}
     args.use_batch_size(chosen)
     return {"training.batch_size": {"value": chosen, "reason": reason}}
+
+
+def check_batch_size(args: SSLTrainingArguments, images: int | None, description: str) -> None:
+    """Check that the data hold one micro-batch for each process.
+
+    Args:
+        args: the training arguments.
+        images: number of images in the data set; None for a stream of unknown length.
+        description: name of the data set, for the message.
+
+    Raises:
+        UserError: there are fewer images. The message gives a batch size that fits.
+    """
+    if images is None or images >= args.per_device_train_batch_size * args.world_size:
+        return
+    shares = args.world_size * args.gradient_accumulation_steps
+    advice = f"training.batch_size={shares * _power_of_two(images / shares)}"
+    if images < 2 * shares:
+        fitting = args.world_size * _power_of_two(images / args.world_size)
+        advice = f"training.batch_size={fitting} training.gradient_accumulation_steps=1"
+    raise UserError(
+        f"training.batch_size: expected at most {images} (the images in {description}), got "
+        f"{args.batch_size}; use {advice}"
+    )
 
 
 def choose_monitor(

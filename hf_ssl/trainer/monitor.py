@@ -37,15 +37,13 @@ class KNNMonitor:
     processor: BaseImageProcessor
     neighbours: int = 20
 
-    def accuracy(
-        self, model: SSLPreTrainedModel, dtype: torch.dtype | None, *, quiet: bool = False
-    ) -> float:
+    def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
         """Share of queries that their nearest images in the bank classify correctly, 0 to 1."""
         encoder = model.exported_encoder
         bank, queries = (
             extract_features(
                 encoder, self.processor, images.iter_batches(_BATCH), dtype=dtype, total=len(images),
-                description=None if quiet else f"monitor: features of the {name}",
+                description=f"monitor: features of the {name}",
             )
             for name, images in (("bank", self.bank), ("queries", self.queries))
         )  # fmt: skip
@@ -71,10 +69,8 @@ class Monitor:
         self.knn = knn
         self.dtype = dtype
 
-    def measure(
-        self, model: SSLPreTrainedModel, prefix: str = "eval", *, quiet: bool = True
-    ) -> dict[str, float]:
-        """Return the measurements by name, and show the progress unless `quiet`.
+    def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
+        """Return the measurements by name.
 
         `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
         (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
@@ -82,15 +78,15 @@ class Monitor:
         accuracy where there are labels. A method adds its own (`measurements`).
         """
         with undisturbed(model):
-            metrics = self._measure_probe(model, quiet)
+            metrics = self._measure_probe(model)
             if self.knn is not None:
-                metrics["knn"] = self.knn.accuracy(model, self.dtype, quiet=quiet)
+                metrics["knn"] = self.knn.accuracy(model, self.dtype)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _measure_probe(self, model: SSLPreTrainedModel, quiet: bool) -> dict[str, float]:
+    def _measure_probe(self, model: SSLPreTrainedModel) -> dict[str, float]:
         features: list[Tensor] = []
         embedded: list[dict[str, Tensor]] = []
-        with progress("monitor: training images", len(self.probe), quiet=quiet) as bar:
+        with progress("monitor: training images", len(self.probe)) as bar:
             for part in self.probe.split(_CHUNK):
                 inputs = part.inputs(model.device, model.draw)
                 with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):

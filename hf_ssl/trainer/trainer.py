@@ -29,7 +29,7 @@ from hf_ssl.data import (
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import any_process, average_gradients
-from hf_ssl.progress import progress
+from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
     Curves,
@@ -40,7 +40,7 @@ from hf_ssl.trainer.callbacks import (
 )
 from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
 from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
-from hf_ssl.trainer.fitting import Choices, choose_precision, choose_workers
+from hf_ssl.trainer.fitting import Choices, check_batch_size, choose_precision, choose_workers
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
 from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
@@ -91,7 +91,7 @@ class SSLTrainer(PushingTrainer):
         self.broken = BrokenCounter(data.max_broken_fraction, train_dataset.num_rows)
         self.collapse_message: str | None = None
         self.resumed = 0
-        self.stop_signal = StopOnSignal()
+        self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
         self._terms = TermMeans()
         self._position: dict[str, Any] | None = None
         self._resumed_step: int | None = None
@@ -108,7 +108,7 @@ class SSLTrainer(PushingTrainer):
         self._check_arguments()
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
-            *([] if args.disable_tqdm else [ProgressBar()]),
+            *([] if args.disable_tqdm else [self.bar]),
             FirstPass(model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast),
             MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
             WeightDecaySchedule(),
@@ -165,6 +165,7 @@ class SSLTrainer(PushingTrainer):
             self._position = batch.position
 
     def _check_arguments(self) -> None:
+        check_batch_size(self.args, self.source.num_rows, self.source.description)
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
             check_chunks_help(self.method)
@@ -249,12 +250,10 @@ class SSLTrainer(PushingTrainer):
         """Measure the model with the monitor; raises the collapse alarm."""
         if self.monitor is None:
             raise UserError("this trainer was made without a monitor, so it has nothing to evaluate with")
-        with self.stopwatch.paused():
+        with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:
                 with self.stop_signal.interruptible():
-                    metrics = self.monitor.measure(
-                        self.method, metric_key_prefix, quiet=bool(self.args.disable_tqdm)
-                    )
+                    metrics = self.monitor.measure(self.method, metric_key_prefix)
             except Interrupted:
                 self._stop()
             message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
@@ -285,7 +284,7 @@ class SSLTrainer(PushingTrainer):
         if resume_from_checkpoint:
             self.args.eval_on_start = False
         try:
-            with loader_that_skips_by_itself():
+            with loader_that_skips_by_itself(), hidden_progress(self.args.hides_progress):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator raises no class of its own
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -301,6 +300,7 @@ class SSLTrainer(PushingTrainer):
                 self._stop(save=False)  # the training loop has saved a checkpoint
             return result
         finally:
+            self.bar.close()
             self.stop_signal.restore()
             self.stopwatch.stop()
             if self._loader is not None:
@@ -322,9 +322,8 @@ class SSLTrainer(PushingTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        saving, quiet = f"saving checkpoint-{self.state.global_step}", bool(self.args.disable_tqdm)
         with self.stopwatch.paused():
-            with progress(saving, quiet=quiet or not self.args.should_log):
+            with progress(f"saving checkpoint-{self.state.global_step}"):
                 folder = save_checkpoint(self)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))

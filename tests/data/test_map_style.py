@@ -161,7 +161,7 @@ def test_only_broken_images_end_the_run_with_one_sentence(num_workers, numbered,
 
 
 def test_unreadable_data_and_too_little_data_are_found_at_once(numbered, make_loader):
-    with pytest.raises(UserError, match=mentions("training.batch_size=32", 40, 48, "numbered")):
+    with pytest.raises(UserError, match=mentions("batch_size", 40, 48, "numbered")):
         make_loader(numbered(40), batch_size=24, world_size=2)
     with pytest.raises(UserError, match=mentions("numbered", "not an image")):
         make_loader(numbered(16, broken=range(16)))

@@ -4,9 +4,12 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import stat
 import time
 
+import PIL.Image
 import pytest
 from messages import mentions
 from transformers import TrainerCallback
@@ -80,6 +83,29 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         run.train(recipe(tmp_path, "method.temperature=0.1"))
     assert names(tmp_path) == before
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_steps", 9), ("num_train_epochs", 9.0)])
+def test_a_longer_run_in_the_same_folder_is_refused_with_the_reason(tmp_path, key, value):
+    run.train(recipe(tmp_path, "training.max_steps=2"))
+    with pytest.raises(UserError, match=mentions(f"training.{key}", value, "schedule")):
+        run.train(recipe(tmp_path, "training.max_steps=2", f"training.{key}={value}"))
+
+
+def test_changed_images_are_reported_when_a_run_resumes(tmp_path, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(40):
+        PIL.Image.new("L", (8, 8), 6 * number).save(photos / f"{number}.png")
+    settings = recipe(tmp_path / "out", f"data.path={photos}", "training.batch_size=8")
+    run.train(settings)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    run.train(settings)
+    assert "resuming" in caplog.text and "the images in" not in caplog.text
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    (photos / "7.png").unlink()
+    assert run.train(settings).state.global_step == 4
+    assert any("the images in" in record.message and "exactly" in record.message for record in caplog.records)
 
 
 OLDER = {
@@ -162,3 +188,12 @@ def test_a_run_that_is_over_is_not_trained_again(tmp_path):
     assert 0 < again.stopwatch.seconds <= spent
     for name, value in first.method.state_dict().items():
         assert value.equal(again.method.state_dict()[name]), name
+
+
+def test_other_users_can_read_the_weights(finished_run):
+    """safetensors creates files that only their owner can read."""
+    files = [path for path in finished_run.rglob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert {path.parent.name for path in weights} >= {"digits", "pretraining", "checkpoint-8"}
+    expected = stat.S_IMODE((finished_run / "config.json").stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {expected}

@@ -181,6 +181,26 @@ def test_the_error_for_a_typed_batch_that_is_too_large_suggests_a_smaller_one(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "suggested"), [(1024, 4, (64, 4)), (1024, 8, (64, 8)), (8192, 64, (64, 1))]
+)
+def test_the_suggested_batch_size_fits_with_gradient_accumulation(
+    tmp_path, batch_size, accumulated, suggested
+):
+    typed = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulated}"]
+    with pytest.raises(UserError, match=r"training\.batch_size: .*100 ") as error:
+        train(digits(tmp_path, "data.max_images=100", *typed))
+    advice = str(error.value).split("; use ")[1].split()
+    run = train(digits(tmp_path, "data.max_images=100", *typed, *advice))
+    assert (run.args.batch_size, run.args.gradient_accumulation_steps) == suggested
+    assert run.state.global_step == 2
+
+
+def test_one_image_is_too_few_to_pretrain(tmp_path):
+    with pytest.raises(UserError, match=r"data\.path: expected at least 2 images .*got 1"):
+        train(digits(tmp_path, "data.max_images=1"))
+
+
 def test_a_resumed_run_reuses_its_choices(tmp_path, monkeypatch):
     overrides = ["training.precision=auto", "training.dataloader_num_workers=auto", "data.max_images=100"]
     monkeypatch.setattr(fitting, "fastest_precision", fastest("bfloat16"))

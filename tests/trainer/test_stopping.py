@@ -73,7 +73,7 @@ class Measured:
     def __init__(self, number: int, at: int) -> None:
         self.number, self.at, self.calls = number, at, 0
 
-    def __call__(self, model, quiet):
+    def __call__(self, model):
         self.calls += 1
         if self.calls <= self.at:
             return {"embedding_std": 1.0, "embedding_rank": 9.0}
