@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the data in a local folder; opens plain images itself and leaves other files to `datasets`."""
 
+import csv
 import hashlib
+import json
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import (
     ClassLabel,
     Dataset,
@@ -31,6 +34,8 @@ from hf_ssl.errors import UserError
 logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_NAME_COLUMNS = ("file_name", "file_names")
+_NAME_ENDINGS = ("_file_name", "_file_names")
 _YAML_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
 _DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
 _REMEMBERED = 8  # number of folders, and of splits, in the caches of a process
@@ -139,11 +144,12 @@ def _of_listing(listing: Listing) -> Contents:
             "data.path: expected a folder of Parquet files, images or WebDataset tars, got "
             f"{listing.root!r}, which contains no visible files"
         )
-    metadata = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
-    kinds = {file: kind_of(file.path) for file in listing.files if file not in metadata}
+    named = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
+    kinds = {file: kind_of(file.path) for file in listing.files if file not in named}
     kind = main_kind(kinds.values())
     if kind is None or _declares_its_files(listing.root):
         return Contents()
+    metadata = [file for file in named if _describes_images(file.path)]
     wanted = (IMAGE, ZIP) if kind == ZIP else (kind,)
     files = [file for file, own in kinds.items() if own in wanted]
     if kind in (IMAGE, ZIP) and metadata:
@@ -153,6 +159,28 @@ def _of_listing(listing: Listing) -> Contents:
     if kind == IMAGE and not metadata:
         return Contents(images=_image_tables(splits, listing.root))
     return Contents(files={name: [file.path for file in files] for name, files in splits.items()})
+
+
+def _describes_images(path: str) -> bool:
+    """Return whether a metadata file has a column of file names; log a warning if not.
+
+    Many data sets contain a `metadata.csv` of their own. `datasets` (seen with 5.2) raises for such a file.
+    """
+    try:
+        if path.endswith(".parquet"):
+            columns = pq.read_schema(path).names
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                line = file.readline()
+            columns = next(csv.reader([line]), []) if path.endswith(".csv") else list(json.loads(line))
+    except (OSError, ValueError, pa.ArrowException):
+        columns = []
+    if any(column in _NAME_COLUMNS or column.endswith(_NAME_ENDINGS) for column in columns):
+        return True
+    logger.warning(
+        "%s is not used: expected a column file_name, got %s", path, ", ".join(map(str, columns)) or "none"
+    )
+    return False
 
 
 def _declares_its_files(root: str) -> bool:

@@ -56,7 +56,14 @@ def locate(path: str) -> Location:
     if os.path.isfile(expanded):
         return _files(path, [expanded])
     if glob.has_magic(expanded):
-        return _files(path, sorted(glob.glob(expanded, recursive=True)))
+        matches = sorted(glob.glob(expanded, recursive=True))
+        files = [match for match in matches if os.path.isfile(match)]
+        if matches and not files:
+            raise UserError(
+                f"data.path: expected a pattern that matches files, got {path!r}, which matches only "
+                f"folders; use '{path.rstrip('/')}/*'"
+            )
+        return _files(path, files)
     if _HUB_ID.fullmatch(path) and not path.endswith(tuple(_LOADERS)):
         return Location("hub", path)
     raise UserError(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens a set of images, wherever it is, as a Hugging Face data set with one column of encoded images."""
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -28,10 +29,12 @@ from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.digits import digits
 from hf_ssl.data.folder import Contents, contents, images_of
-from hf_ssl.data.location import Location, fingerprint, locate
+from hf_ssl.data.location import IMAGE, Location, fingerprint, kind_of, locate
 from hf_ssl.data.ordering import permutation
 from hf_ssl.data.splits import split_names
 from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError)
 _SHARD_ROWS = 256  # of data that can be read anywhere and are therefore cut as we like
@@ -146,6 +149,12 @@ def _built(
     known = builder.config.data_files or builder.info.splits
     _check_split([str(name) for name in known] if known else [], split, streaming, config)
     opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
+    images = sum(kind_of(file) == IMAGE for file in found.files.get(split, ()))
+    if opened.num_rows is not None and opened.num_rows < images:
+        logger.warning(
+            "%d of %d images in %s are not used, because a metadata file in the folder does not name them",
+            images - opened.num_rows, images, config.path,
+        )  # fmt: skip
     return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
 
 

@@ -103,6 +103,54 @@ def test_metadata_files_are_left_to_datasets(ending, tmp_path):
     assert "kind" in open_source(DataConfig(path=str(root))).dataset.features
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", b"image_id,age\n0,5\n"),
+        ("metadata.csv", b"file_name;age\na.jpg;5\n"),
+        ("metadata.csv", b""),
+        ("metadata.jsonl", b'{"image_id": 3}\n'),
+        ("metadata.jsonl", b"no json\n"),
+        ("metadata.parquet", b"no parquet"),
+        ("metadata.csv", "größe\n".encode("latin-1")),
+    ],
+)
+def test_a_metadata_file_of_another_program_is_not_used(name, content, tmp_path, caplog):
+    root = write(tmp_path / "photos", ["cats/a.jpg", "dogs/b.jpg"])
+    (root / name).write_bytes(content)
+    source = open_source(DataConfig(path=str(root)), labels=True)
+    assert source.num_rows == 2 and source.class_names == ["cats", "dogs"]
+    assert [record.getMessage() for record in caplog.records if name in record.getMessage()]
+
+
+def test_metadata_with_a_byte_order_mark_are_used(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
+    (root / "metadata.csv").write_bytes("\ufefffile_name,kind\na.jpg,x\nb.jpg,y\n".encode())
+    assert "kind" in open_source(DataConfig(path=str(root))).dataset.features
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_the_metadata_leave_out_are_reported(tmp_path, caplog, streaming):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c.jpg"])
+    (root / "metadata.csv").write_text("file_name,kind\na.jpg,x\n")
+    assert open_source(DataConfig(path=str(root)), streaming=streaming).num_rows == 1
+    assert "2 of 3 images" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.jpg"])
+def test_a_pattern_leaves_out_folders(pattern, tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "more.jpg/c.jpg"])
+    assert open_source(DataConfig(path=f"{root}/{pattern}")).num_rows == 2
+
+
+def test_a_pattern_that_matches_only_folders_is_an_error(tmp_path):
+    root = write(tmp_path / "photos", ["cats/a.jpg", "dogs/b.jpg"])
+    with pytest.raises(UserError, match="folders") as error:
+        open_source(DataConfig(path=f"{root}/*/"))
+    suggested = str(error.value).split("'")[-2]
+    assert open_source(DataConfig(path=suggested)).num_rows == 2
+
+
 def test_parquet_in_shards(tmp_path, write_parquet, encode, picture):
     root = tmp_path / "numbers"
     for file, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test-00000-of-00001", 1)):
