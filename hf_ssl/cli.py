@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
+        from hf_ssl.files import disk_error
+
         where = f" for {error.filename}" if error.filename else ""
-        return _fail(f"no space left on the disk{where}; what was saved before is whole")
+        return _fail(f"{disk_error(error)}{where}; all files that were saved before are complete")
     except KeyboardInterrupt:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130

@@ -2,7 +2,6 @@
 """The folder of a run: whose it is, whether it can go on, and what a run leaves in it (layer 5)."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import disk_errors, remove_incomplete, write_json
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
-from hf_ssl.trainer.checkpoints import remove_unfinished
 from hf_ssl.trainer.fitting import Choices
 
 _CHOICES, _REVISION = "choices", "data_revision"
@@ -86,25 +85,16 @@ def claim(recipe: Recipe, choices: Choices, revision: str) -> None:
         UserError: the folder cannot be written.
     """
     folder = Path(recipe.training["output_dir"])
-    try:
+    with disk_errors(f"training.output_dir={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
+        remove_incomplete(folder)
         write_json(folder / IDENTITY, {**recipe.to_dict(), _CHOICES: choices, _REVISION: revision})
-    except OSError as error:
-        raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
 
 
 def is_last(checkpoint: Path) -> bool:
     """Whether the run was over when this checkpoint was saved."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one go: it is whole or as it was."""
-    staged = path.with_name(f"_{path.name}.part")
-    staged.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(staged, path)
 
 
 def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hf_ssl.data.batch import SMALL
 from hf_ssl.data.images import EncodedRows, probe
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
+from hf_ssl.files import replaced_file, write_json
 from hf_ssl.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -163,15 +164,11 @@ def _in_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -> Decod
     with FileLock(folder / f"{name}.lock"):  # processes of one run want it at the same time
         if not file.exists():
             _check_space(folder, int(np.prod(shape)))
-            unfinished = file.with_suffix(".unfinished")
-            try:
-                pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
-                notes.write_text(json.dumps(_fill(pixels, rows)))
+            with replaced_file(file) as staging:
+                pixels = np.lib.format.open_memmap(staging, mode="w+", dtype=np.uint8, shape=shape)
+                write_json(notes, _fill(pixels, rows))
                 pixels.flush()
                 del pixels
-                os.replace(unfinished, file)
-            finally:
-                unfinished.unlink(missing_ok=True)
     broken = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
     return DecodedRows(np.load(file, mmap_mode="r"), broken, file, source.description)
 

@@ -9,9 +9,9 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import disk_errors, write_text
 from hf_ssl.hub import wording
 from hf_ssl.hub.facts import Facts, public_facts
-from hf_ssl.hub.writing import disk_errors, replace_text
 from hf_ssl.resources import resource
 
 CARD = "README.md"
@@ -42,7 +42,7 @@ def write_card(directory: str | Path, facts: Facts) -> None:
         with disk_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # of an earlier card
     for name, text in texts.items():
-        replace_text(directory / name, text)
+        write_text(directory / name, text)
 
 
 def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:

@@ -8,9 +8,9 @@ from transformers import AutoModelForPreTraining
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import replaced_folder
 from hf_ssl.hub.export import export_encoder
 from hf_ssl.hub.processor import image_processor
-from hf_ssl.hub.writing import use_normal_permissions
 from hf_ssl.modeling.base import SSLPreTrainedModel
 
 
@@ -33,6 +33,6 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
         raise UserError(f"{checkpoint} holds a {type(model).__name__}, which is no method of hf_ssl")
     preset = model.config.views
     export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
-    model.save_pretrained(directory / "pretraining")
-    use_normal_permissions(directory / "pretraining")
+    with replaced_folder(directory / "pretraining") as folder:
+        model.save_pretrained(folder)
     print(f"encoder in {directory}, method model in {directory / 'pretraining'}")

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModel, BitImageProcessor, PreTrainedModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.writing import disk_errors, use_normal_permissions
+from hf_ssl.files import STAGING_PREFIX, disk_errors, use_normal_permissions
 
-STAGE = "_export-"  # a leading underscore is never published, should a crash leave the folder behind
+STAGE = f"{STAGING_PREFIX}export-"
 CONFIG = "config.json"
 
 

@@ -22,8 +22,8 @@ from typing import (
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.results import EncoderResult
+from hf_ssl.files import read_json, write_json
 from hf_ssl.hub.privacy import public
-from hf_ssl.hub.writing import read_json, replace_json
 
 FILE = "facts.json"
 
@@ -232,7 +232,7 @@ def _public_override(text: str, sections: dict[str, Any]) -> str:
 
 def write_facts(directory: str | Path, facts: Facts) -> None:
     """Write `facts.json`, whole or not at all. Raises UserError as `public_facts`, and for the disk."""
-    replace_json(Path(directory) / FILE, public_facts(facts))
+    write_json(Path(directory) / FILE, public_facts(facts))
 
 
 def read_facts(directory: str | Path) -> Facts:

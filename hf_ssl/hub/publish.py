@@ -12,12 +12,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import RepoCard
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import read_json
 from hf_ssl.hub.facts import read_facts
 from hf_ssl.hub.leaks import check_leaks, secrets_here
 from hf_ssl.hub.refusals import told_in_a_sentence
 from hf_ssl.hub.remote import Published, Remote, check_name, in_words, open_repo, send
 from hf_ssl.hub.run_files import Files, is_owned, run_files
-from hf_ssl.hub.writing import read_json
 
 SPACE_LIST = "space.json"
 SPACE_NEEDS = ("app.py", "README.md", "requirements.txt")

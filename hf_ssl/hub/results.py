@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import read_json, write_json
 from hf_ssl.hub.facts import Facts, public_facts
-from hf_ssl.hub.writing import read_json, replace_json
 
 
 def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Path:
@@ -37,7 +37,7 @@ def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Pa
             raise UserError(
                 f"expected a list of results in {path.name}, got something else: move it away first."
             )
-        replace_json(path, [*entries, entry])
+        write_json(path, [*entries, entry])
     return path
 
 

@@ -9,10 +9,10 @@ from typing import cast
 from huggingface_hub import ModelCard
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import json_text, read_json
 from hf_ssl.hub.card import CARD, EVALUATION_RESULTS, card_texts
 from hf_ssl.hub.facts import FILE as FACTS
 from hf_ssl.hub.facts import Facts, read_facts
-from hf_ssl.hub.writing import json_text, read_json
 
 Files = dict[str, Path | bytes]  # by path in the repo; bytes where the repo has it otherwise than the folder
 

@@ -2,8 +2,6 @@
 """Builds the folder of a Space: encoder, gallery, examples, the page and what it needs, nothing of this
 machine."""
 
-import json
-import os
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,8 +30,8 @@ from hf_ssl.evaluation import (
     thumbnail,
 )
 from hf_ssl.evaluation.features import Pooling
+from hf_ssl.files import replaced_folder, write_json
 from hf_ssl.hub import last_part, public
-from hf_ssl.hub.writing import use_normal_permissions
 from hf_ssl.progress import progress
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import FACTS, check_packages
@@ -121,24 +119,16 @@ def build_space(
         None if labels is None else [labels[number] for number in kept],
     )
     facts = _facts(model, encoder, shown, len(gallery), labels is not None, title, pooling)
-    part = folder.with_name(f"_{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with replaced_folder(folder) as part:
         if facts["model"]["folder"]:
             encoder.save_pretrained(part / ENCODER)
             processor.save_pretrained(part / ENCODER)
-            use_normal_permissions(part / ENCODER)
         gallery.save(part)
         facts["examples"] = _write_examples(pictures, part)
         _write_page(part, facts)
         names = (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
         facts["files"] = sorted(names)  # what a publication uploads
-        (part / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        write_json(part / FACTS, facts)
     return facts
 
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,14 +17,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.writing import use_normal_permissions
+from hf_ssl.files import disk_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 
 if TYPE_CHECKING:
     from hf_ssl.trainer.trainer import SSLTrainer
-
-_DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
-STAGING_PREFIX = "_writing-"  # a leading underscore is never published
 
 
 def save_checkpoint(trainer: SSLTrainer) -> Path:
@@ -38,10 +34,11 @@ def save_checkpoint(trainer: SSLTrainer) -> Path:
     """
     root = Path(str(trainer.args.output_dir))
     step = trainer.state.global_step
-    final, staging = root / f"{PREFIX_CHECKPOINT_DIR}-{step}", root / f"{STAGING_PREFIX}{step}"
+    final = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    staging = staging_path(final)
     if final.exists():
         return final
-    with told_in_a_sentence(final, staging if trainer.args.should_save else None):
+    with _complete_or_removed(final, staging if trainer.args.should_save else None):
         staging.mkdir(parents=True, exist_ok=True)
         trainer.save_model(str(staging), _internal_call=True)
         trainer._save_optimizer_and_scheduler(str(staging))
@@ -62,36 +59,16 @@ def save_checkpoint(trainer: SSLTrainer) -> Path:
     return final
 
 
-def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `final`, then put it in its place.
-
-    Raises:
-        UserError: as `save_checkpoint`.
-    """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    with told_in_a_sentence(final, staging):
-        write(staging)
-        use_normal_permissions(staging)
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-
-
 @contextmanager
-def told_in_a_sentence(final: Path, staging: Path | None) -> Iterator[None]:
-    """Turn what a full or forbidden disk raises into a `UserError`, and remove what was half-written."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        # torch.save and safetensors report a full disk in errors of their own
-        if not isinstance(error, OSError) and not any(text in str(error) for text in _DISK_FULL):
+def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
+    """Remove the incomplete folder if the block raises; errors of the disk become a UserError."""
+    with disk_errors(f"{final.name} to {final.parent}"):
+        try:
+            yield
+        except BaseException:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
             raise
-        reason = "no space left on the disk"
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-            reason = error.strerror or str(error)
-        raise UserError(f"cannot write {final}: {reason}; what was saved before is whole") from error
 
 
 @contextmanager
@@ -124,12 +101,6 @@ def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {checkpoint} cannot be resumed: {path.name} is missing or unreadable"
         ) from error
-
-
-def remove_unfinished(root: Path) -> None:
-    """Delete what a killed process left half-written."""
-    for staging in root.glob(f"{STAGING_PREFIX}*"):
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _record_state(trainer: SSLTrainer, root: Path, step: int) -> None:

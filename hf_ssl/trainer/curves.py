@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_ssl.files import replaced_file
+
 Panel = tuple[str, tuple[str, ...]]
 
 # Each panel: title, and the log keys that share its axis. Keys that a run did not log are left out, and
@@ -84,6 +86,5 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         if len(keys) > 1:
             axes.legend(fontsize=7, frameon=False)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, format="png")
-    staged.replace(path)
+    with replaced_file(path) as staging:
+        figure.savefig(staging, format="png")

@@ -22,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
+from hf_ssl.files import STAGING_PREFIX, replaced_folder, write_text
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.hub.card import CARD, TAGS
 from hf_ssl.hub.leaks import check_leaks, secrets_here
@@ -29,10 +30,8 @@ from hf_ssl.hub.publish import publish
 from hf_ssl.hub.refusals import told_in_a_sentence
 from hf_ssl.hub.remote import Published, Remote, open_repo, send
 from hf_ssl.hub.run_files import FACTS, Files, encoder_files, is_owned
-from hf_ssl.hub.writing import replace_text
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.checkpoints import STAGING_PREFIX, replace_folder
 from hf_ssl.trainer.lean import LeanTrainer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,8 @@ class PushingTrainer(LeanTrainer):
     def _write_repo(self, root: Path) -> None:
         processor = image_processor(self.method.config.views, self.data.channels)
         export_encoder(self.method.exported_encoder, processor, root)
-        replace_folder(root / "pretraining", self.method.save_pretrained)
+        with replaced_folder(root / "pretraining") as folder:
+            self.method.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A few words in `args.output_dir`, where no card is. The card itself is made of facts: see
@@ -95,7 +95,7 @@ class PushingTrainer(LeanTrainer):
         """
         card = Path(str(self.args.output_dir)) / CARD
         if self.is_world_process_zero() and not card.exists():
-            replace_text(card, self._progress())
+            write_text(card, self._progress())
 
     def _progress(self) -> str:
         method = str(self.method.config.model_type).removeprefix("ssl_")

@@ -30,7 +30,7 @@ def test_a_file_is_made_once_and_found_again(numbered, datasets_cache, monkeypat
     config = numbered(30, broken=(4,))
     first = decoded_rows(open_source(config), 3, "memmap")
     assert first.file.parent == datasets_cache / "hf_ssl"
-    assert not list(first.file.parent.glob("*.unfinished"))
+    assert not list(first.file.parent.glob("_writing-*"))
     monkeypatch.setattr(store_module, "_fill", None)
     again = decoded_rows(open_source(config), 3, "memmap")
     assert again.file == first.file and again.broken == first.broken and (again.pixels == first.pixels).all()

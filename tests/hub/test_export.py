@@ -301,7 +301,7 @@ def test_exporting_again_replaces_the_encoder_and_nothing_else(tmp_path: Path) -
         *others,
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
-        "_export-old/config.json",
+        "_writing-export-old/config.json",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes files and folders completely or not at all, and explains errors of the disk (layer 0)."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from hf_ssl.errors import UserError
+
+STAGING_PREFIX = "_writing-"
+"""Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
+# torch.save and safetensors report a full disk in their own errors
+_DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
+
+
+def staging_path(final: Path) -> Path:
+    """Return the path where a file or folder is written before it gets its name."""
+    return final.with_name(f"{STAGING_PREFIX}{final.name}")
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return the reason if the error comes from the file system, else None."""
+    if isinstance(error, OSError):
+        return "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    if isinstance(error, RuntimeError | SafetensorError) and any(text in str(error) for text in _DISK_FULL):
+        return "no space left on the disk"
+    return str(error) if isinstance(error, SafetensorError) else None
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a full disk, a missing permission and other errors of the file system into a UserError.
+
+    Args:
+        what: the object that the block writes, e.g. "checkpoint-100 to runs/photos".
+
+    Raises:
+        UserError: the block raised such an error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {what}: {reason}; all files that were saved before are complete"
+        ) from error
+
+
+@contextmanager
+def replaced_file(final: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file there replaces `final` at the end of the block.
+
+    If the block raises, `final` stays as it was. The folder of `final` is created if it does not exist.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    staging = staging_path(final)
+    with disk_errors(f"{final.name} to {final.parent.name}"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield staging
+            os.replace(staging, final)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to; it replaces the folder `final` at the end of the block.
+
+    If the block raises, `final` stays as it was. Weight files get normal permissions.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    staging = staging_path(final)
+    shutil.rmtree(staging, ignore_errors=True)
+    with disk_errors(f"{final.name} to {final.parent.name}"):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            use_normal_permissions(staging)
+            shutil.rmtree(final, ignore_errors=True)
+            staging.rename(final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_incomplete(root: Path) -> None:
+    """Delete the incomplete files and folders that a killed process left in a folder."""
+    for staging in root.glob(f"{STAGING_PREFIX}*"):
+        if staging.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.unlink(missing_ok=True)
+
+
+def use_normal_permissions(folder: Path) -> None:
+    """Give the weight files in a folder the permissions of the configuration file beside them.
+
+    safetensors (seen with 0.8.0) creates files that only their owner can read, whatever the umask says. Other
+    users of the machine and a web server then cannot load the encoder.
+    """
+    for weights in folder.rglob("*.safetensors"):
+        configuration = weights.with_name("config.json")
+        if configuration.exists():
+            shutil.copymode(configuration, weights)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replaced_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON, completely or not at all; NaN and infinity raise ValueError."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return the text that `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Return the data in a JSON file.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or does not contain JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path.name} in {path.parent.name}: {disk_error(error)}") from error
+    except ValueError as error:
+        raise UserError(f"expected JSON in {path.name} in {path.parent.name}, got: {error}") from error
