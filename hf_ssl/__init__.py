@@ -1,37 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-supervised image pretraining on the Hugging Face stack.
 
-`import hf_ssl` loads neither torch nor transformers; the names below are loaded when they are first used.
-transformers' Auto classes know the methods' model types all the same, whichever of the two is imported first
-(`hf_ssl.registration`).
+`import hf_ssl` loads neither torch nor transformers: the names below are imported when they are first used.
+`import hf_ssl.auto` makes transformers' Auto classes load the models of the methods.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_ssl import registration
+from hf_ssl.lazy import lazy_names
+from hf_ssl.methods import METHODS as METHODS
 
 if TYPE_CHECKING:
-    from hf_ssl import data, evaluation, hub, losses, methods, modeling, recipe, run, trainer, views
-    from hf_ssl.errors import UserError
-    from hf_ssl.methods import METHODS
-    from hf_ssl.recipe import Recipe, load_recipe
-    from hf_ssl.trainer.arguments import SSLTrainingArguments
-    from hf_ssl.trainer.trainer import SSLTrainer
+    from hf_ssl.errors import UserError as UserError
+    from hf_ssl.evaluation import evaluate_encoder as evaluate_encoder
+    from hf_ssl.recipe import Recipe as Recipe
+    from hf_ssl.recipe import load_recipe as load_recipe
+    from hf_ssl.trainer.arguments import SSLTrainingArguments as SSLTrainingArguments
+    from hf_ssl.trainer.trainer import SSLTrainer as SSLTrainer
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "METHODS",
-    "Recipe",
-    "SSLTrainer",
-    "SSLTrainingArguments",
-    "UserError",
-    "__version__",
+_PACKAGES = (
     "data",
     "evaluation",
     "hub",
-    "load_recipe",
     "losses",
     "methods",
     "modeling",
@@ -39,31 +31,19 @@ __all__ = [
     "run",
     "trainer",
     "views",
-]
+)
+_classes = [place.split(":") for method in METHODS.values() for place in (method.config, method.model)]
 
-_HOMES = {
-    "METHODS": "hf_ssl.methods",
-    "Recipe": "hf_ssl.recipe",
-    "SSLTrainer": "hf_ssl.trainer.trainer",
-    "SSLTrainingArguments": "hf_ssl.trainer.arguments",
-    "UserError": "hf_ssl.errors",
-    "load_recipe": "hf_ssl.recipe",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    elif name in __all__:
-        value = import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-registration.install()
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.errors": ["UserError"],
+        "hf_ssl.evaluation": ["evaluate_encoder"],
+        "hf_ssl.methods": ["METHODS"],
+        "hf_ssl.recipe": ["Recipe", "load_recipe"],
+        "hf_ssl.trainer.arguments": ["SSLTrainingArguments"],
+        "hf_ssl.trainer.trainer": ["SSLTrainer"],
+        **{module: [name] for module, name in _classes},
+    },
+    modules=[f"hf_ssl.{name}" for name in _PACKAGES],
+)

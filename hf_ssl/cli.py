@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `hf-ssl` (layer 5). What only prints loads neither torch nor transformers, so it answers at
-once."""
+"""The command `hf-ssl` (layer 5). Commands that only print load neither torch nor transformers."""
 
 import argparse
 import errno
@@ -24,8 +23,7 @@ OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 after a mistake of the user (told in one sentence), 130
-    after Ctrl-C."""
+    """Run a command and return its exit status: 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         with _ends_on_sigterm():
@@ -84,17 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    demo = command(
-        "demo", _demo, "pretrain, measure, describe and show an encoder of handwritten digits, offline"
-    )
-    demo.add_argument(
-        "--no-space", action="store_true", help="end there, without serving the Space that shows it"
-    )
+    demo = command("demo", _demo, "pretrain, evaluate and show an encoder of handwritten digits, offline")
+    demo.add_argument("--no-space", action="store_true", help="do not serve the Space that shows the encoder")
     demo.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
     )
 
-    pretrain = command("pretrain", _pretrain, "pretrain an encoder, export it, measure it and write its card")
+    pretrain = command(
+        "pretrain", _pretrain, "pretrain an encoder, export it, evaluate it and write its card"
+    )
     pretrain.add_argument("recipe", help="a name that `hf-ssl recipes` lists, or a YAML file")
     pretrain.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     pretrain.add_argument(
@@ -103,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="stop if the output folder holds no checkpoint (by default, the run starts from step 0 then)",
     )
 
-    evaluate = command("evaluate", _evaluate, "measure an encoder with k-NN and a linear probe")
+    evaluate = command("evaluate", _evaluate, "evaluate an encoder with k-NN and a linear probe")
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="data.path=... and evaluation.key=value"
@@ -113,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, "write the encoder of a training checkpoint as a plain transformers model"
     )
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
-    export.add_argument("directory", type=Path, help="where the encoder is written; new or empty")
+    export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
 
     publish = command(
         "publish",
@@ -122,32 +118,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("folder", metavar="run", type=Path, help="the output folder of a run")
     publish.add_argument(
-        "repo", nargs="?", help="user/name; made if it is not there; default: publish.repo_id of the recipe"
+        "repo", nargs="?", help="user/name, created if it does not exist; default: publish.repo_id"
     )
-    publish.add_argument("--private", action="store_true", help="make the repo private, if it is new")
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
     publish.add_argument(
-        "--dry-run", action="store_true", help="list what would go; needs neither network nor token"
+        "--dry-run", action="store_true", help="list the files; needs neither network nor token"
     )
     publish.add_argument(
         "--space",
         type=Path,
         metavar="FOLDER",
-        help="what `hf-ssl space build` made: published as a Space too",
+        help="a folder of `hf-ssl space build`, which is published as a Space",
     )
 
-    attention = command("attention", _attention, "draw where a vision transformer looks in your photos")
+    attention = command(
+        "attention", _attention, "draw the attention maps of a vision transformer for your photos"
+    )
     attention.add_argument(
         "model", help="a folder with an exported encoder, or one of the ViT family on the Hub"
     )
     attention.add_argument("images", nargs="+", type=Path, metavar="image", help="photos")
-    attention.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="one folder a photo")
     attention.add_argument(
-        "--layer", type=int, default=-1, help="0 is the first, -1 the last, which is the default"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="output folder, with one folder per photo",
+    )
+    attention.add_argument(
+        "--layer", type=int, default=-1, help="0 is the first layer, -1 the last (default: -1)"
     )
     attention.add_argument(
         "--size",
         type=int,
-        help="shortest edge in pixels, whole photo; default: the square the encoder expects",
+        help="shortest edge of the photo in pixels (default: the center square that the encoder expects)",
     )
     _add_space(command("space", _space_run, "build and serve a page that shows an encoder"))
 
@@ -157,21 +161,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_space(space: argparse.ArgumentParser) -> None:
-    """`hf-ssl space build` and `hf-ssl space run`."""
+    """Add `hf-ssl space build` and `hf-ssl space run`."""
     verbs = space.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    summary = "embed a gallery and write a folder that runs anywhere, on the Hub too"
+    summary = "embed a gallery and write a folder that runs here and on the Hub"
     build = verbs.add_parser("build", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
-    build.add_argument("folder", type=Path, help="new or empty, or an earlier Space, which is replaced")
+    build.add_argument(
+        "folder", type=Path, help="output folder: new, empty, or an earlier Space, which is replaced"
+    )
     build.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.path=... of the gallery")
-    build.add_argument("--images", type=int, default=10_000, help="at most so many (default: 10,000)")
+    build.add_argument(
+        "--images", type=int, default=10_000, help="largest number of images (default: 10,000)"
+    )
     build.add_argument("--title", help="heading of the page")
     build.set_defaults(run=_space_build)
-    summary = "serve such a folder on this machine"
+    summary = "serve a Space on this machine"
     serve = verbs.add_parser("run", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    serve.add_argument("folder", type=Path, help="what `hf-ssl space build` made")
-    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    serve.add_argument("--port", type=int, default=7860, help="or the next free one (default: 7860)")
+    serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
+    serve.add_argument("--port", type=int, default=7860, help="port, or the next free port (default: 7860)")
     serve.set_defaults(run=_space_run)
 
 
@@ -299,7 +307,7 @@ def recipe_data(path: Path) -> str:
 
 
 def recipe_title(path: Path) -> str:
-    """The first line of a recipe's header that says something: not the licence."""
+    """Return the first line of a recipe's header that is not the license."""
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.lstrip("# ").strip()
         if line.startswith("#") and text and not text.startswith("SPDX-"):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that a person may cause: layer 0."""
+"""The exception for mistakes of the user (layer 0)."""
 
 
 class UserError(ValueError):
-    """A mistake in a command, a recipe or a data set, told in one sentence: what was expected, what came,
-    and where.
+    """A mistake in a command, a recipe or a data set.
 
-    The command line prints the sentence and exits with status 2; a script sees an ordinary `ValueError`.
+    The message has the form `section.key: expected X, got Y; do Z`. The command line prints it and exits with
+    status 2. A script can catch it as a `ValueError`.
     """

@@ -20,14 +20,14 @@ FOLDERS = {
 
 
 def resource(folder: str, *parts: str) -> Path:
-    """The path of a file or folder that comes with hf_ssl: `resource("recipes", "smoke", "simclr.yaml")`.
+    """Return the path of a file or folder of hf_ssl, e.g. `resource("recipes", "smoke", "simclr.yaml")`.
 
     Args:
         folder: one of `FOLDERS`.
-        parts: names below it.
+        parts: names of sub-folders and of the file.
 
     Raises:
-        FileNotFoundError: the installation does not have it.
+        FileNotFoundError: the installation does not contain the file.
     """
     root = PACKED / folder if PACKED.is_dir() else SOURCE / FOLDERS[folder]
     path = root.joinpath(*parts)
@@ -39,8 +39,7 @@ def resource(folder: str, *parts: str) -> Path:
 
 
 def recipe_files() -> dict[str, Path]:
-    """Every recipe that comes with hf_ssl: its name (`smoke/simclr`) and its file, sorted, smoke recipes
-    last."""
+    """Return the file of each recipe by its name (`smoke/simclr`), sorted by name, smoke recipes last."""
     root = resource("recipes")
     files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
     return dict(sorted(files.items(), key=lambda item: (item[0].count("/"), item[0])))

@@ -72,7 +72,7 @@ def test_the_readme_shows_the_recorded_table():
     """Numbers are written by the benchmark and never typed."""
     record = json.loads((RESULTS / "cpu.json").read_text())
     assert (RESULTS / "cpu.md").read_text() == report.table(record)
-    assert report.table(record).rstrip() in (ROOT / "README.md").read_text()
+    assert report.table(record).rstrip() in (ROOT / "training/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["cpu.png", "streaming.png"])

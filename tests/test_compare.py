@@ -74,4 +74,4 @@ def test_the_committed_record_is_whole(name):
         seeds[record["method"]["name"]] += 1
     assert set(seeds.values()) == {3}
     assert (results / name).exists()
-    assert (results / "compare.md").read_text().strip() in (ROOT / "README.md").read_text()
+    assert (results / "compare.md").read_text().strip() in (ROOT / "training/README.md").read_text()

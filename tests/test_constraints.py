@@ -23,6 +23,8 @@ REQUIREMENTS = sorted(
 INSTALLS = [
     "README.md",
     "CONTRIBUTING.md",
+    "spaces/README.md",
+    "training/README.md",
     *(name for name in (".ci/run", ".pre-commit-config.yaml") if (ROOT / name).exists()),  # not in an sdist
     "spaces/retrieval/README.md",
     "training/benchmarks/__main__.py",
@@ -74,6 +76,7 @@ def test_every_file_that_names_a_command_to_install_is_checked() -> None:
             ".ci/*",
             "hf_ssl/**/*.py",
             "training/**/*.py",
+            "training/*.md",
             "spaces/**/*",
         )
         for path in ROOT.glob(pattern)

@@ -1,82 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Auto classes know our types, whatever is imported first; each order has a process of its own."""
+"""The Auto classes know the methods after `import hf_ssl.auto`; each case has its own process."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from forks import Forks
-from tiers import in_tiers
 
 import hf_ssl
 from hf_ssl.methods import METHODS
 
-PACKAGE = Path(hf_ssl.__file__).parent
-
 # The first imports, in a process that has loaded torch, but neither transformers nor hf_ssl.
-ORDERS = {
-    "hf_ssl alone": "import hf_ssl; assert not {'transformers', 'datasets.arrow_dataset'} & loaded()",
-    "hf_ssl, then AutoConfig": (
-        "import hf_ssl; from transformers import AutoConfig; "
-        "assert 'transformers.modeling_utils' not in loaded()"
-    ),
-    "hf_ssl, then a model class": "import hf_ssl; from transformers import AutoModelForPreTraining",
-    "hf_ssl, then Trainer": "import hf_ssl; from transformers import Trainer; assert Trainer.train",
-    "hf_ssl, then pipeline": "import hf_ssl; from transformers import pipeline; assert callable(pipeline)",
-    "hf_ssl, then modeling_utils": "import hf_ssl, transformers.modeling_utils",
-    "transformers, then hf_ssl": "from transformers import AutoModelForPreTraining; import hf_ssl",
-    "a concrete model, then hf_ssl": "from transformers import ViTModel; import hf_ssl",
+IMPORTS = {
+    "hf_ssl.auto, then AutoConfig": "import hf_ssl.auto; from transformers import AutoConfig",
+    "hf_ssl.auto, then Trainer": "import hf_ssl.auto; from transformers import Trainer, pipeline",
+    "a model class, then hf_ssl.auto": "from transformers import AutoModelForPreTraining; import hf_ssl.auto",
+    "a concrete model, then hf_ssl.auto": "from transformers import ViTModel; import hf_ssl.auto",
+    "the trainer": "from hf_ssl import SSLTrainer",
+    "the run of the commands": "import hf_ssl.run",
 }
+# The first import of each package and of one method: no import may need another one before it.
+FIRST = [
+    "hf_ssl.data",
+    "hf_ssl.evaluation",
+    "hf_ssl.hub",
+    "hf_ssl.modeling.base",
+    "hf_ssl.recipe.recipe",
+    "hf_ssl.methods.simclr.modeling_simclr",
+]
 
 PROGRAM = """
 import json, sys
 
-loaded = lambda: set(sys.modules)
-assert not {"transformers", "hf_ssl"} & loaded()
-order, methods = sys.argv[1], json.loads(sys.argv[2])
-exec(order)
+assert not {"transformers", "hf_ssl"} & set(sys.modules)
+exec(sys.argv[1])
 
-from transformers import AutoConfig
-configs = {}
-for name in methods:
-    configs[name] = AutoConfig.for_model("ssl_" + name)
-    assert type(configs[name]).__module__.startswith("hf_ssl.")
-from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
-for name, config in configs.items():
+from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, AutoConfig
+for name in json.loads(sys.argv[2]):
+    config = AutoConfig.for_model("ssl_" + name)
+    assert type(config).__module__.startswith("hf_ssl.")
     assert type(config) in MODEL_FOR_PRETRAINING_MAPPING, f"{name} is not known"
     assert type(config) not in MODEL_MAPPING, f"{name}: AutoModel promises an encoder"
-for name, module in list(sys.modules.items()):
-    if name.startswith("hf_ssl") and module.__spec__ is not None:
-        for loader in (type(module.__spec__.loader), type(module.__loader__)):
-            assert not loader.__module__.startswith("hf_ssl"), f"{name} kept {loader}"
 """
 
 
-def own_files() -> list[str]:
-    """The files that the hook may meet half-loaded: bases, and the two of every method."""
-    files = [path for path in (PACKAGE / "modeling").glob("*.py") if "transformers" in path.read_text()]
-    names = ["hf_ssl.modeling." + path.stem for path in files]
-    methods = [
-        place.partition(":")[0] for method in METHODS.values() for place in (method.config, method.model)
-    ]
-    return [*sorted(names), *methods, "hf_ssl.trainer.arguments", "hf_ssl.recipe", "hf_ssl.evaluation"]
+@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
+def test_auto_classes_know_all_methods(forks: Forks, imports: str) -> None:
+    done = forks.run("torch", PROGRAM, imports, json.dumps(list(METHODS)))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-# The sample: one base class, one of the two files of a method, and the package that imports most.
-SAMPLED = ("hf_ssl.modeling.base", "hf_ssl.methods.simclr.modeling_simclr", "hf_ssl.evaluation")
+@pytest.mark.parametrize("module", FIRST)
+def test_any_module_can_be_imported_first(forks: Forks, module: str) -> None:
+    done = forks.run("torch", f"import {module}")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def orders() -> list:
-    files = [(f"import {name}",) for name in own_files()]
-    sampled = [(f"import {name}",) for name in SAMPLED]
-    return [*(pytest.param(code, id=name) for name, code in ORDERS.items()), *in_tiers(files, sampled)]
-
-
-@pytest.mark.parametrize("order", orders())
-def test_auto_classes_know_our_types(forks: Forks, order: str) -> None:
-    done = forks.run("torch", PROGRAM, order, json.dumps(list(METHODS)))
+def test_importing_a_method_registers_it(forks: Forks) -> None:
+    imports = "from hf_ssl import SimCLRConfig, SimCLRForPreTraining"
+    done = forks.run("torch", PROGRAM, imports, json.dumps(["simclr"]))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -94,5 +77,8 @@ def test_importing_hf_ssl_is_cheap() -> None:
 def test_every_public_name_exists() -> None:
     for name in hf_ssl.__all__:
         assert getattr(hf_ssl, name) is not None
+    for method in METHODS.values():
+        for place in (method.config, method.model):
+            assert getattr(hf_ssl, place.rpartition(":")[2]).__name__ == place.rpartition(":")[2]
     with pytest.raises(AttributeError, match="no attribute 'SSLTraner'"):
         _ = hf_ssl.SSLTraner

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForPreTraining
 from transformers.utils import logging as transformers_logging
 
+import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError
 from hf_ssl.files import replaced_folder
 from hf_ssl.hub.export import export_encoder

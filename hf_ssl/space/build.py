@@ -15,6 +15,7 @@ from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl import __version__
 from hf_ssl.data import DataConfig, LabelledImages, labelled_images, open_source
 from hf_ssl.data.images import EncodedRows

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
+import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.data import (
     BrokenCounter,
     DataConfig,

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers the methods with transformers, whose Auto classes then load their models: `import hf_ssl.auto`.
+
+The configuration file and the modeling file of each method end with a line that registers its class. This
+module imports these files. The trainer and the commands import this module.
+"""
+
+from importlib import import_module
+
+from hf_ssl.methods import METHODS
+
+for _method in METHODS.values():
+    for _place in (_method.config, _method.model):
+        import_module(_place.partition(":")[0])

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports the public names of a package at their first use, so that the package loads fast (layer 0)."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def lazy_names(
+    package: str, homes: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` for the `__init__.py` of a package.
+
+    Args:
+        package: `__name__` of the package.
+        homes: module -> public names that it defines.
+        modules: modules of the package that are public names themselves.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+    named = {module.rpartition(".")[2]: module for module in modules}
+    public = sorted({*home, *named})
+
+    def get(name: str) -> Any:
+        if name in home:
+            value = getattr(import_module(home[name]), name)
+        elif name in named:
+            value = import_module(named[name])
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: public, public

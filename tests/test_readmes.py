@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The READMEs: generated parts are up to date, the first one is short, and links lead to files."""
+
+import re
+
+import pytest
+from test_architecture import ROOT
+
+from hf_ssl.methods import METHODS
+from training.update_readmes import PARTS, READMES, updated
+
+ALL = [*READMES, "CONTRIBUTING.md", "spaces/README.md", "model_cards/README.md"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_generated_parts_are_up_to_date(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "<!-- begin " in text
+    assert updated(text) == text, "run python -m training.update_readmes"
+
+
+def test_every_part_and_every_method_is_shown() -> None:
+    text = "".join((ROOT / name).read_text() for name in READMES)
+    assert {part for part in PARTS if f"<!-- begin {part} -->" in text} == set(PARTS)
+    assert all(f"| [{method.title}](" in text for method in METHODS.values())
+
+
+def test_an_outdated_part_is_replaced() -> None:
+    text = "before\n<!-- begin methods -->\nold\n<!-- end methods -->\nafter\n"
+    assert "old" not in updated(text) and "SimCLR" in updated(text)
+    assert updated(text).startswith("before\n") and updated(text).endswith("\nafter\n")
+
+
+def test_the_readme_has_at_most_200_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_links_lead_to_files(name: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
+    missing = [
+        link for link in links if "://" not in link and not (ROOT / name).parent.joinpath(link).exists()
+    ]
+    assert missing == []

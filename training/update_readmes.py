@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the generated parts of the READMEs: `python -m training.update_readmes`.
+
+A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. A test compares the READMEs
+with the output of this program.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_ssl.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "training/README.md")
+
+
+def methods() -> str:
+    """Return a Markdown table of all methods."""
+    lines = ["| method | what it does | paper |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        lines.append(
+            f"| [{method.title}](model_cards/methods/{name}.md) | {method.summary} | {method.paper} |"
+        )
+    return "\n".join(lines)
+
+
+def _result(name: str) -> Callable[[], str]:
+    return lambda: (ROOT / "training" / name).read_text(encoding="utf-8").strip()
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "compare": _result("results/compare.md"),
+    "benchmarks": _result("benchmarks/results/cpu.md"),
+}
+
+
+def updated(text: str) -> str:
+    """Return the text of a README with its generated parts as they should be."""
+
+    def part(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- begin {name} -->\n{PARTS[name]()}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", part, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for readme in READMES:
+        file = ROOT / readme
+        file.write_text(updated(file.read_text(encoding="utf-8")), encoding="utf-8")
