@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_ssl import registration
 
 if TYPE_CHECKING:
-    from hf_ssl import data, evaluation, hub, losses, methods, modeling, recipe, run, trainer, views
+    from hf_ssl import cards, data, evaluation, hub, losses, methods, modeling, recipe, run, trainer, views
     from hf_ssl.errors import UserError
     from hf_ssl.methods import METHODS
     from hf_ssl.recipe import Recipe, load_recipe
@@ -28,6 +28,7 @@ __all__ = [
     "SSLTrainingArguments",
     "UserError",
     "__version__",
+    "cards",
     "data",
     "evaluation",
     "hub",

@@ -35,6 +35,7 @@ LAYERS = {
     "hf_ssl.evaluation": 1,
     "hf_ssl.methods": 2,
     "hf_ssl.registration": 2,
+    "hf_ssl.cards": 3,
     "hf_ssl.hub": 3,
     "hf_ssl.trainer": 4,
     "hf_ssl.recipe": 5,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_facts import new_facts
 from forks import Forks
 from messages import mentions
 from PIL import Image
@@ -30,9 +31,10 @@ from transformers import (
     ViTModel,
 )
 
+from hf_ssl.cards import write_card
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import pool
-from hf_ssl.hub import export_encoder, image_processor, write_card
+from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.hub.export import same_bits
 from hf_ssl.views import ViewPreset
 
@@ -162,7 +164,7 @@ def save_photos(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
+def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> dict:
     """What one process without hf_ssl finds in the exports of all architectures."""
     folder = tmp_path_factory.mktemp("exports")
     generator = torch.Generator().manual_seed(0)

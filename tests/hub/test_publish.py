@@ -11,8 +11,8 @@ from hub_server import HubServer
 from messages import missing
 
 from hf_ssl.errors import UserError
+from hf_ssl.hub.errors import UNCHANGED
 from hf_ssl.hub.publish import publish
-from hf_ssl.hub.refusals import WHOLE
 
 REPO = "someone/digits"
 FILES = {
@@ -68,7 +68,7 @@ def test_again_only_changes_go(online: HubServer, run: Path, capsys: pytest.Capt
 
     done = publish(run, REPO)
     assert (done.uploaded, done.deleted, done.commit) == ((), (), repo.head.oid)
-    assert "nothing has changed" in capsys.readouterr().out
+    assert "no changes" in capsys.readouterr().out
     assert len(repo.commits) == 3 and online.count("PUT /lfs/") == puts
 
     (run / "curves.png").write_bytes(b"\x89PNG another")
@@ -104,7 +104,7 @@ def test_a_dry_run_needs_nothing(
     assert publish(finished_run, "name", private=True, dry_run=True) is None
     *listed, total = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in listed} == FILES and all(line.endswith("B") for line in listed)
-    assert total.startswith("10 files, ") and "to name (private)" in total
+    assert "10 files, " in total and "to name (private)" in total
     assert hub.requests == []
 
 
@@ -149,7 +149,7 @@ def test_what_was_there_stays_whole(online: HubServer, run: Path, name: str) -> 
     stumble = online.fail if "status" in fault else online.cut
     stumble(pattern, **fault, times=LASTING)
     sentence = refused(run)
-    assert WHOLE in sentence and online.endpoint in sentence
+    assert UNCHANGED in sentence and online.endpoint in sentence
     assert repo.head is before and len(repo.commits) == 2
 
     online.heal()
