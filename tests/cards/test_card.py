@@ -230,7 +230,7 @@ def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     assert "7 training images could not be read" in text
 
 
-def test_an_encoder_that_was_not_measured(facts: dict, tmp_path: Path) -> None:
+def test_an_encoder_without_evaluation(facts: dict, tmp_path: Path) -> None:
     facts |= {"evaluation": None, "results": {}, "unmeasured": "the data has no labels"}
     facts["monitor"] = {"history": [], "alarm": None, "test_images": None}
     write_card(tmp_path, facts)

@@ -19,7 +19,7 @@ from hf_ssl.cards.facts import check_facts, public_facts
 from hf_ssl.errors import UserError
 
 
-def test_facts_come_back_as_they_were_made_public(facts: dict, tmp_path: Path) -> None:
+def test_facts_are_read_as_they_were_written(facts: dict, tmp_path: Path) -> None:
     write_facts(tmp_path, facts)
     assert read_facts(tmp_path) == public_facts(facts)
     text = (tmp_path / "facts.json").read_text()

@@ -20,7 +20,7 @@ HOME, USER = "/home/mallory_q", "mallory_q"
 
 
 @pytest.fixture
-def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+def account_with_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """An account with secrets in its environment."""
     for name, value in {"HOME": HOME, "LOGNAME": USER, "USER": USER, "WANDB_API_KEY": KEY}.items():
         monkeypatch.setenv(name, value)
@@ -55,7 +55,7 @@ def test_private_information_is_found(name: str, tmp_path: Path) -> None:
         assert KEY not in message and TOKEN not in message, "a secret is not repeated"
 
 
-def test_the_header_of_weights_is_read(tmp_path: Path) -> None:
+def test_the_header_of_weights_is_checked(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": {"source": f"{HOME}/x"}}).encode()
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 100)
     assert list(leaks("model.safetensors", tmp_path / "x", SECRETS)) == [
@@ -79,7 +79,7 @@ def test_allowed_texts(path: str, text: str) -> None:
     check_leaks({path: text.encode()}, SECRETS)
 
 
-def test_local_secrets(somebody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_secrets(account_with_secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets(tmp_path)
     assert {TOKEN, KEY, f"{HOME}/", str(tmp_path)} <= set(secrets.literal.values())
@@ -88,7 +88,7 @@ def test_local_secrets(somebody: None, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["README.md", "results/smoke/simclr.json", "pretraining/config.json"])
 def test_private_information_prevents_the_publication(
-    online: HubServer, finished_run: Path, tmp_path: Path, name: str, somebody: None
+    online: HubServer, finished_run: Path, tmp_path: Path, name: str, account_with_secrets: None
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "digits"))
     if name.endswith(".json"):
@@ -103,7 +103,7 @@ def test_private_information_prevents_the_publication(
 
 
 def test_the_hub_receives_no_private_information(
-    online: HubServer, finished_run: Path, tmp_path: Path, somebody: None
+    online: HubServer, finished_run: Path, tmp_path: Path, account_with_secrets: None
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "digits"))
     for name in (

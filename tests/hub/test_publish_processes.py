@@ -20,7 +20,7 @@ from hf_ssl.data.digits import digits
 
 REPO = "someone/digits"
 
-# Runs without hf_ssl, and then with it: the same repo for both.
+# This program loads the same repository first without hf_ssl, then with it.
 WITHOUT_HF_SSL = """
 import sys
 
@@ -64,7 +64,7 @@ found |= {"method": type(method).__name__, "method keys": [len(report[key]) for 
 print(json.dumps(found))
 """
 
-# `python -m hf_ssl` in a process that has already loaded the libraries.
+# `python -m hf_ssl` in a process that has already imported the libraries.
 COMMAND = "import runpy; runpy.run_module('hf_ssl', run_name='__main__', alter_sys=True)"
 
 
@@ -111,9 +111,7 @@ def test_a_published_encoder_is_loaded_without_hf_ssl(
     torch.testing.assert_close(loaded["features"], features, rtol=0, atol=1e-13 * float(features.abs().max()))
 
 
-def test_the_command_without_xet_on_the_other_side(
-    hub: HubServer, finished_run: Path, tmp_path: Path
-) -> None:
+def test_the_command_with_a_hub_without_xet(hub: HubServer, finished_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("hf_xet")
     command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
     done = process(hub, tmp_path, *command, token=hub.write_token, HF_HUB_DISABLE_XET="0")

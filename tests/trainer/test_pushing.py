@@ -52,7 +52,9 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
     assert [commit.summary for commit in repo.commits[2:]] == [
         "Training in progress, step 4", "Training in progress, step 8", "End of training",
     ]  # fmt: skip
-    assert set(first.files) == ENCODER | {".gitattributes", "NOTES.md"}, "old results are not of this encoder"
+    assert set(first.files) == ENCODER | {".gitattributes", "NOTES.md"}, (
+        "results of another encoder are deleted"
+    )
     for commit in (first, second, last):
         assert (
             kind(commit.files) == "resnet" and kind(commit.files, "pretraining/config.json") == "ssl_simclr"
@@ -61,9 +63,9 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
     assert b"step 4 of 8" in first.files["README.md"].data
     assert first.files["model.safetensors"].data != second.files["model.safetensors"].data
     assert "model.safetensors" not in last.added and b"model-index" in last.files["README.md"].data
-    assert publish(folder, REPO).uploaded == (), "as hf-ssl publish sends it"
+    assert publish(folder, REPO).uploaded == (), "equal to the upload of hf-ssl publish"
     for name in ("model.safetensors", "pretraining/model.safetensors"):
-        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), "pushing changes no weight"
+        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), "a push changes no weight"
     assert not [name for name in os.listdir(folder) if name.startswith("_writing")]
 
 
@@ -106,7 +108,7 @@ def test_a_push_only_at_the_end_that_fails(online: HubServer, tmp_path: Path) ->
     assert missing(str(caught.value), f"hf-ssl publish {folder} {REPO}") == []
     assert online.count("POST .*/commit/") == 1 and (folder / "README.md").is_file()
     online.heal()
-    pretrain(recipe(folder, "every_save"))  # the same run: how it is pushed changes no weight
+    pretrain(recipe(folder, "every_save"))  # the same run, because the strategy changes no weight
     assert [commit.summary for commit in online.store.model(REPO).commits[1:]] == ["End of training"]
 
 
@@ -137,7 +139,7 @@ def test_both_keys_of_the_repository() -> None:
         load("training.hub_model_id=a/b", "publish.repo_id=c")
 
 
-def test_one_push_at_a_time_unless_asked(online: HubServer, tmp_path: Path) -> None:
+def test_one_push_at_a_time_by_default(online: HubServer, tmp_path: Path) -> None:
     chosen = recipe(tmp_path / "digits", "every_save", "training.hub_always_push=false")
     trainer = build_trainer(chosen, chosen.training_arguments())
     busy: Future = Future()
