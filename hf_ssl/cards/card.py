@@ -36,10 +36,7 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     directory, facts = Path(directory), public_facts(facts)
     for name in facts["pictures"]:
         if not (directory / name).is_file():
-            raise UserError(
-                f"facts.pictures.{name}: expected the picture in {directory.name}, found no such file; draw "
-                "it or remove the fact"
-            )
+            raise UserError(f"facts.pictures.{name}: expected it in {directory.name}, found none; restore it")
     texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
     if EVALUATION_RESULTS not in texts:
         with disk_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
@@ -96,7 +93,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         )
     except TemplateNotFound as error:
         raise UserError(
-            f"facts.method.name: expected a text in model_cards/{error.name}, found no such file; write it"
+            f"facts.method.name: expected model_cards/{error.name}, found none; write it"
         ) from error
     except UndefinedError as error:
         raise UserError(

@@ -35,9 +35,7 @@ def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Pa
     with WeakFileLock(Path(tempfile.gettempdir()) / f"hf_ssl-{name}.lock"):
         entries = read_json(path) if path.exists() else []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(
-                f"{path.name}: expected a list of results, got other data; move the file to another folder"
-            )
+            raise UserError(f"{path.name}: expected a list of results, got other data; move the file away")
         write_json(path, [*entries, entry])
     return path
 

@@ -15,9 +15,7 @@ from huggingface_hub.errors import (
 
 from hf_ssl.errors import UserError
 
-NO_TOKEN = (
-    "expected a token of the Hub, found none; run `hf auth login`, or set HF_TOKEN to one with write access"
-)
+NO_TOKEN = "expected a token of the Hub with write access, found none; run `hf auth login` or set HF_TOKEN"
 # A commit changes the repository in one step, so it is either complete or absent.
 UNCHANGED = "the repository is unchanged; run the same command again"
 TRANSIENT_STATUS = (408, 412, 425, 429, 500, 502, 503, 504)
@@ -75,10 +73,7 @@ def hub_error(error: BaseException, repo_id: str, endpoint: str) -> str | None:
     """Return the message for an error of the Hub, its client or the network, else None."""
     reason = " ".join(str(error).split())
     if isinstance(error, HFValidationError):
-        return (
-            f"repository {repo_id!r}: expected user/name with letters, digits, '-', '_' and '.', got another "
-            "form; choose another name"
-        )
+        return f"{repo_id!r}: expected user/name of letters, digits, '-', '_' and '.'; choose another name"
     if isinstance(error, LocalTokenNotFoundError):
         return NO_TOKEN
     if isinstance(error, OfflineModeIsEnabled):
@@ -112,15 +107,9 @@ def _status_error(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
             "HF_TOKEN to another token"
         )
     if status == 403:
-        return (
-            f"{repo_id}: expected a token with write access, got status 403 ({reason}); use a token with "
-            "write access to this repository"
-        )
+        return f"{repo_id}: expected a token with write access, got status 403 ({reason}); use another one"
     if status == 404:
-        return (
-            f"{repo_id}: expected a repository that the token can read, got status 404 ({reason}); check the "
-            "name and the token"
-        )
+        return f"{repo_id}: expected a repository, got status 404 ({reason}); check the name and the token"
     if status == 412:
         return f"{repo_id}: expected no other commits during the upload, got some ({reason}); {UNCHANGED}"
     if status in TRANSIENT_STATUS:

@@ -89,12 +89,11 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{checkpoint}: expected a checkpoint, got an error ({reason}); use the folder of a checkpoint"
+            f"{checkpoint}: expected a checkpoint, got an error ({reason}); use another one"
         ) from error
     if not isinstance(model, SSLPreTrainedModel):
         raise UserError(
-            f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use the folder of a "
-            "checkpoint"
+            f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use another one"
         )
     export_model(model, directory)
     print(f"encoder: {directory}, method model: {directory / 'pretraining'}")
@@ -128,9 +127,7 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
             )
     filter_name = "bilinear" if preset["enlarge"] is not None else preset["interpolation"]
     if filter_name not in FILTERS:
-        raise UserError(
-            f"views.interpolation: expected one of {', '.join(FILTERS)}, got {filter_name!r}; use one of them"
-        )
+        raise UserError(f"views.interpolation: expected one of {', '.join(FILTERS)}, got {filter_name!r}")
     side = preset["size"] if preset["enlarge"] is None else preset["enlarge"]
     return BitImageProcessor(
         size={"shortest_edge": side},
@@ -146,13 +143,9 @@ def check_exportable(encoder: PreTrainedModel) -> None:
     """Raise UserError for an encoder that `AutoModel` would load without an error, but with other outputs."""
     name, model_type = type(encoder).__name__, encoder.config.model_type
     if not type(encoder).__module__.startswith("transformers."):
-        raise UserError(
-            f"encoder: expected a class of transformers, got {name}; use one that loads without other code"
-        )
+        raise UserError(f"encoder: expected a class of transformers, got {name}; use one of transformers")
     if model_type == "vit_mae":
-        raise UserError(
-            f"encoder: expected an encoder without random masks, got {name}; export its weights as ViTModel"
-        )
+        raise UserError(f"encoder: expected one without random masks, got {name}; export it as ViTModel")
     if model_type in ("vit", "deit"):
         _check_pooler(encoder)
 

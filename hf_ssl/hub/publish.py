@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import RepoCard
+from huggingface_hub.utils import validate_repo_id
 
 from hf_ssl.cards.facts import read_facts
 from hf_ssl.errors import UserError
@@ -20,7 +21,6 @@ from hf_ssl.hub.remote import (
     Files,
     Published,
     Remote,
-    check_name,
     file_size,
     open_repo,
     size_text,
@@ -65,7 +65,7 @@ def publish(
     """
     folder = Path(folder)
     with hub_errors(repo_id, constants.ENDPOINT):
-        check_name(repo_id)
+        validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
         private = private or bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
         check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
@@ -86,10 +86,7 @@ def recorded_repo(folder: str | Path) -> str:
     """
     repo_id = read_facts(folder)["repo_id"]
     if repo_id is None:
-        raise UserError(
-            f"publish.repo_id: expected a repository in the recipe of {folder}, got none; add user/name to "
-            "the command"
-        )
+        raise UserError(f"publish.repo_id: expected one in {folder}, got none; add user/name to the command")
     return repo_id
 
 
@@ -113,7 +110,7 @@ def publish_space(
     """
     folder = Path(folder)
     with hub_errors(repo_id, constants.ENDPOINT):
-        check_name(repo_id)
+        validate_repo_id(repo_id)
         files = space_files(folder)
         check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
         if dry_run:
@@ -131,9 +128,7 @@ def space_files(folder: Path) -> Files:
     """
     space_list = folder / SPACE_LIST
     if not space_list.is_file():
-        raise UserError(
-            f"{folder}: expected a Space with {SPACE_LIST}, found no such file; run `hf-ssl space build`"
-        )
+        raise UserError(f"{folder}: expected a Space with {SPACE_LIST}, found none; run `hf-ssl space build`")
     names = dict.fromkeys([*_listed_names(read_json(space_list), space_list), SPACE_LIST])
     for name in (*SPACE_FILES, *names):
         path = PurePosixPath(name)
@@ -144,8 +139,7 @@ def space_files(folder: Path) -> Files:
     header = RepoCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
     if header.data.get("sdk") != "gradio":
         raise UserError(
-            f"{folder / 'README.md'}: expected metadata of a Space with sdk: gradio, got none; run `hf-ssl "
-            "space build`"
+            f"{folder / 'README.md'}: expected metadata with sdk: gradio; run `hf-ssl space build`"
         )
     return {name: folder / name for name in sorted(names)}
 

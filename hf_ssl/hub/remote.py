@@ -69,11 +69,6 @@ class Remote:
         }
 
 
-def check_name(repo_id: str) -> None:
-    """Raise HFValidationError if `repo_id` is not a valid name of a repository."""
-    validate_repo_id(repo_id)
-
-
 def open_repo(
     repo_id: str,
     *,
@@ -95,7 +90,7 @@ def open_repo(
         UserError: there is no token, it has no write access, the user may not write to the namespace, or the
             repository is public although `private` is true.
     """
-    check_name(repo_id)
+    validate_repo_id(repo_id)
     token = token or get_token()
     if token is None:
         raise UserError(NO_TOKEN)

@@ -115,7 +115,7 @@ def _check_complete(path: Path) -> None:
             ends = [-1]
     if 8 + length + max(ends, default=0) != size:
         raise UserError(
-            f"{path}: expected the length that its header states, got {size} bytes; export the model again"
+            f"{path}: expected the length in its header, got {size} bytes; export the model again"
         )
 
 
@@ -139,6 +139,4 @@ def _check_card(card: Path | bytes) -> None:
         ModelCard(text)
     except Exception as error:  # YAML and huggingface_hub raise many types for a text that a user edited
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{CARD}: expected valid metadata at the beginning, got an error ({reason}); correct it"
-        ) from error
+        raise UserError(f"{CARD}: expected valid metadata, got an error ({reason}); correct it") from error
