@@ -237,7 +237,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     with progress(f"exporting the encoder of {arguments.checkpoint}"):
-        from hf_ssl.hub.checkpoint import export_checkpoint
+        from hf_ssl.hub.export import export_checkpoint
 
         export_checkpoint(arguments.checkpoint, arguments.directory)
 

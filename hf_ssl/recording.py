@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was and what came of it, as facts and as a table for people (layer 5)."""
+"""Collects the facts of a run, and formats its results as a table for the terminal (layer 5)."""
 
 import math
 from collections.abc import Mapping
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl import __version__
-from hf_ssl.data import DataConfig, LabelledImages
-from hf_ssl.data.location import locate
-from hf_ssl.evaluation import EncoderResult
-from hf_ssl.hub import Facts, environment, last_part
-from hf_ssl.hub.facts import (
+from hf_ssl.cards import Facts, environment, last_part
+from hf_ssl.cards.facts import (
     BackboneFacts,
     DataFacts,
     EvaluationFacts,
@@ -22,6 +19,9 @@ from hf_ssl.hub.facts import (
     RecipeFacts,
     TrainingFacts,
 )
+from hf_ssl.data import DataConfig, LabelledImages
+from hf_ssl.data.location import locate
+from hf_ssl.evaluation import EncoderResult
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
@@ -29,16 +29,16 @@ from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
 PICTURES = {
-    "views.png": "Views of training images, as the network sees them: one image a row.",
-    "reconstructions.png": "Images, the patches that the encoder sees, and what the decoder makes of the "
-    "others. Where it predicts normalised pixels, mean and contrast are each patch's own.",
-    "curves.png": "How it learned: what was logged and measured while it trained.",
+    "views.png": "Augmented views of training images, one image per row.",
+    "reconstructions.png": "Images, the visible patches, and the reconstruction of the other patches. If the "
+    "decoder predicts normalized pixels, each patch has the mean and the contrast of the original patch.",
+    "curves.png": "Training curves: logged values and measurements of the monitor.",
 }
 
 
 @dataclass
 class Measured:
-    """Results by encoder, with the images they were measured on; or the reason why there are none."""
+    """The results by encoder with the evaluated images, or the reason why there are none."""
 
     results: dict[str, EncoderResult] = field(default_factory=dict)
     train: LabelledImages | None = None
@@ -47,7 +47,7 @@ class Measured:
 
 
 def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Facts:
-    """Everything that a card, a results file and a reader may want to know of a run."""
+    """Return all facts of a run; this is the only place that fills them."""
     method = METHODS[recipe.method["name"]]
     folder = Path(recipe.training["output_dir"])
     data = _data_facts(recipe, trainer)
@@ -78,6 +78,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Fa
         unmeasured=measured.unmeasured,
         results=measured.results,
         pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
+        notes=[],
     )
 
 
@@ -129,7 +130,7 @@ def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
         images=source.num_rows,
         streaming=source.streaming,
         broken=trainer.broken.broken,
-        license=_license(source.dataset.info.license),
+        license=source.dataset.info.license or None,
     )
 
 
@@ -193,10 +194,6 @@ def _name(data: DataConfig) -> tuple[str, str | None]:
     """Return the public part of the data's path, and the Hub id if the path is one."""
     hub_id = data.path if locate(data.path).kind == "hub" else None
     return hub_id or last_part(data.path), hub_id
-
-
-def _license(text: str | None) -> str | None:
-    return text or None
 
 
 def results_table(results: Mapping[str, EncoderResult]) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, labelled_splits, open_splits
+from hf_ssl.cards import append_result, write_card, write_facts
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -20,7 +21,6 @@ from hf_ssl.evaluation import (
     fastest_device,
     load_encoder,
 )
-from hf_ssl.hub import append_result, write_card, write_facts
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices, stored_revision
 from hf_ssl.progress import hidden_progress, progress
@@ -90,7 +90,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         recipe: from `hf_ssl.recipe.load_recipe`.
 
     Returns:
-        The facts of the run (`hf_ssl.hub.Facts`), also in `facts.json`. Empty on other processes than the
+        The facts of the run (`hf_ssl.cards.Facts`), also in `facts.json`. Empty on other processes than the
         first.
 
     Raises:

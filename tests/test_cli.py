@@ -18,7 +18,7 @@ from hf_ssl.cli import main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
-from hf_ssl.hub import checkpoint
+from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
 from hf_ssl.resources import recipe_files
 
@@ -67,7 +67,7 @@ def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch)
 
 def test_export_hands_over_both_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(checkpoint, "export_checkpoint", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(export, "export_checkpoint", lambda *arguments: calls.append(arguments))
     assert main(["export", "run/checkpoint-5", "encoder"]) == 0
     assert calls == [(Path("run/checkpoint-5"), Path("encoder"))]
 

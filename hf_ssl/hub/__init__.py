@@ -1,49 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model to a repo that anybody can use: export, facts, results file, card.
+"""Export of an encoder, and publication of a finished run on the Hugging Face Hub (layer 3).
 
-Layer 3: needs files and a model, never the trainer. The names below are loaded when first used.
+This package reads files and models; it does not import the trainer. The names below are loaded when they are
+first used. The names of `hf_ssl.cards` are deprecated here.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_ssl import cards
+
 if TYPE_CHECKING:
-    from hf_ssl.hub.card import write_card
-    from hf_ssl.hub.export import export_encoder
-    from hf_ssl.hub.facts import Facts, read_facts, write_facts
-    from hf_ssl.hub.machine import environment
-    from hf_ssl.hub.privacy import last_part, public
-    from hf_ssl.hub.processor import image_processor
-    from hf_ssl.hub.results import append_result
+    from hf_ssl.hub.export import export_checkpoint, export_encoder, image_processor
 
 _HOMES = {
-    "Facts": "facts",
-    "append_result": "results",
-    "environment": "machine",
+    "export_checkpoint": "export",
     "export_encoder": "export",
-    "image_processor": "processor",
-    "last_part": "privacy",
-    "public": "privacy",
-    "read_facts": "facts",
-    "write_card": "card",
-    "write_facts": "facts",
+    "image_processor": "export",
 }
 
 __all__ = [
-    "Facts",
-    "append_result",
-    "environment",
+    "export_checkpoint",
     "export_encoder",
     "image_processor",
-    "last_part",
-    "public",
-    "read_facts",
-    "write_card",
-    "write_facts",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in cards.__all__:
+        warnings.warn(
+            f"hf_ssl.hub.{name} moved to hf_ssl.cards.{name}; this name will be removed in 0.2",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(cards, name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports an encoder in the format of transformers: users without hf_ssl load every weight bit for bit."""
+"""Exports an encoder with its image processor. Users without hf_ssl load every weight bit for bit."""
 
 import os
 import shutil
@@ -8,76 +8,156 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Resampling
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, BitImageProcessor, PreTrainedModel
+from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError
-from hf_ssl.files import STAGING_PREFIX, disk_errors, use_normal_permissions
+from hf_ssl.files import STAGING_PREFIX, disk_errors, replaced_folder, use_normal_permissions
+from hf_ssl.modeling.base import SSLPreTrainedModel
 
-STAGE = f"{STAGING_PREFIX}export-"
 CONFIG = "config.json"
+FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
+_STAGING = f"{STAGING_PREFIX}export-"
 
 
 def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, directory: str | Path) -> None:
-    """Write a native encoder and its image processor to `directory`, after proving that they load.
+    """Write an encoder of transformers and its image processor to `directory`, and check that they load.
 
-    The files are written to a folder inside `directory`, loaded again with `AutoModel` there (no key missing,
-    unexpected or of another shape; every tensor equal bit for bit; one image of the processor's size goes
-    through), and moved up one by one, `config.json` last. Whenever it is interrupted, `directory` holds the
-    encoder that it held before, or none that loads, or the new one. Other files in `directory` stay.
+    The files are first written to a folder inside `directory` and loaded there with `AutoModel`. No key may
+    be missing, unexpected or of another shape, every tensor must be equal bit for bit, and one image of the
+    processor's size must pass through the encoder. Then the files are moved up one by one, `config.json`
+    last. After an interruption, `directory` contains the previous encoder, the new one, or none that loads.
+    Other files in `directory` stay.
 
-    Weights keep the names of old transformers releases (`save_pretrained`'s default), which old and new ones
-    load. The encoder itself is not changed.
+    Weights keep the names of old transformers releases (the default of `save_pretrained`), which old and new
+    releases load. The encoder itself stays unchanged.
 
     Features of the loaded encoder equal those of `encoder` only up to rounding. The reason is that torch's
     choice of kernels depends on the memory address of a tensor, and the loaded weights have other addresses.
 
     Args:
-        encoder: a class of transformers' own, as `AutoModel` makes it from a config.
-        processor: what `image_processor` gives.
-        directory: made where it does not exist.
+        encoder: an instance of a class of transformers, as `AutoModel` creates it from a config.
+        processor: the result of `image_processor`.
+        directory: created if it does not exist.
 
     Raises:
-        UserError: the encoder would not come back as it is, or the disk does not take it.
+        UserError: the loaded encoder would differ, or a file cannot be written.
     """
     check_exportable(encoder)
     directory = Path(directory)
     with disk_errors(f"the encoder to {directory.name}"):
         directory.mkdir(parents=True, exist_ok=True)
-        for abandoned in directory.glob(f"{STAGE}*"):
+        for abandoned in directory.glob(f"{_STAGING}*"):
             shutil.rmtree(abandoned)
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=directory))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
         try:
-            encoder.save_pretrained(stage)
-            processor.save_pretrained(stage)
-            use_normal_permissions(stage)
-            check_reloads(encoder, processor, stage)
-            _move_up(stage, directory)
+            encoder.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            use_normal_permissions(staging)
+            check_reloads(encoder, processor, staging)
+            _move_up(staging, directory)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def export_model(model: SSLPreTrainedModel, directory: str | Path) -> None:
+    """Export the encoder of a method with its image processor, and the method model to `pretraining/`.
+
+    Raises:
+        UserError: the same errors as `export_encoder`.
+    """
+    preset = model.config.views
+    export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
+    with replaced_folder(Path(directory) / "pretraining") as folder:
+        model.save_pretrained(folder)
+
+
+def export_checkpoint(checkpoint: Path, directory: Path) -> None:
+    """Export the model of a training checkpoint, see `export_model`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, is not a method of hf_ssl, or the directory is not empty.
+    """
+    transformers_logging.disable_progress_bar()
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory}: expected a new or empty folder, got one with files; use another one")
+    try:
+        model = AutoModelForPreTraining.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{checkpoint}: expected a checkpoint, got an error ({reason}); use another one"
+        ) from error
+    if not isinstance(model, SSLPreTrainedModel):
+        raise UserError(
+            f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use another one"
+        )
+    export_model(model, directory)
+    print(f"encoder: {directory}, method model: {directory / 'pretraining'}")
+
+
+def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
+    """Return an image processor that resizes the shortest edge, crops the center and normalizes.
+
+    The class is `BitImageProcessor`, because it converts gray, palette and transparent photos to RGB;
+    `ViTImageProcessor` raises an error for them. From transformers 5.21 on, it places transparent photos on a
+    white background; 5.20 drops transparency. The filter that enlarges views (bilinear) also enlarges small
+    images, so that an image with the size of the views is processed as in training. Without `enlarge`, the
+    filter is that of the crops.
+
+    Args:
+        preset: a `ViewPreset` as a dict. The function reads `size`, `enlarge`, `interpolation`, `mean` and
+            `std`.
+        channels: input channels of the encoder. With 3, the processor converts every photo to RGB.
+            transformers has no processor that converts photos to gray or to another number of channels. With
+            1, the user opens them with `image.convert("L")`. With other numbers, the user passes (C, H, W)
+            arrays and `input_data_format="channels_first"`. The encoder raises an error for another number.
+
+    Raises:
+        UserError: mean or std do not match the number of channels, or the filter is unknown.
+    """
+    for name in ("mean", "std"):
+        if len(preset[name]) != channels:
+            raise UserError(
+                f"views.{name}: expected {channels} values, one per channel, got {list(preset[name])}; set "
+                f"data.channels or views.{name}"
+            )
+    filter_name = "bilinear" if preset["enlarge"] is not None else preset["interpolation"]
+    if filter_name not in FILTERS:
+        raise UserError(f"views.interpolation: expected one of {', '.join(FILTERS)}, got {filter_name!r}")
+    side = preset["size"] if preset["enlarge"] is None else preset["enlarge"]
+    return BitImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        resample=FILTERS[filter_name],
+        image_mean=list(preset["mean"]),
+        image_std=list(preset["std"]),
+        do_convert_rgb=channels == 3,
+    )
 
 
 def check_exportable(encoder: PreTrainedModel) -> None:
-    """Raises UserError for encoders that load without complaint and are something else then."""
-    kind, model_type = type(encoder).__name__, encoder.config.model_type
+    """Raise UserError for an encoder that `AutoModel` would load without an error, but with other outputs."""
+    name, model_type = type(encoder).__name__, encoder.config.model_type
     if not type(encoder).__module__.startswith("transformers."):
-        raise UserError(
-            f"expected an encoder of a class that comes with transformers, got {kind}: nobody could load it "
-            "without its source."
-        )
+        raise UserError(f"encoder: expected a class of transformers, got {name}; use one of transformers")
     if model_type == "vit_mae":
-        raise UserError(f"{kind} masks at random whenever it is used: export its weights as ViTModel.")
+        raise UserError(f"encoder: expected one without random masks, got {name}; export it as ViTModel")
     if model_type in ("vit", "deit"):
         _check_pooler(encoder)
 
 
 def _check_pooler(encoder: Any) -> None:
-    """Check that a ViT returns its class token. AutoModel makes a random pooler if none was saved."""
-    kind, pooler = type(encoder).__name__, encoder.pooler
+    """Check that a ViT returns its class token. AutoModel creates a random pooler if none was saved."""
+    name, pooler = type(encoder).__name__, encoder.pooler
     if pooler is None:
         raise UserError(
-            f"{kind} was made without its pooler and would come back with a random one: make it with one "
-            "whose weight is the identity, whose bias is zero, and with pooler_act='linear'."
+            f"{name}: expected a pooler, got none, and AutoModel would add a random one; add a pooler with "
+            "identity weight, zero bias and pooler_act='linear'"
         )
     dense: nn.Linear = pooler.dense
     identity = torch.eye(*dense.weight.shape, dtype=dense.weight.dtype, device=dense.weight.device)
@@ -87,27 +167,28 @@ def _check_pooler(encoder: Any) -> None:
         or bool(dense.bias.count_nonzero())
     ):
         raise UserError(
-            f"{kind}: expected a pooler that hands out the class token (identity weight, zero bias, "
-            f"pooler_act='linear'), got another one with pooler_act={encoder.config.pooler_act!r}: "
-            "pooler_output would not be what was trained."
+            f"{name}: expected a pooler that returns the class token (identity weight, zero bias, "
+            f"pooler_act='linear'), got another one with pooler_act={encoder.config.pooler_act!r}; set these "
+            "values before the export"
         )
 
 
 def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, directory: Path) -> None:
-    """Raises UserError unless `AutoModel` brings the very encoder back and takes the processor's images."""
+    """Raise UserError unless `AutoModel` loads an equal encoder that accepts the processor's images."""
     loaded, report = AutoModel.from_pretrained(directory, output_loading_info=True)
-    kind = type(encoder).__name__
+    name = type(encoder).__name__
     if type(loaded) is not type(encoder):
-        raise UserError(f"{kind}: AutoModel loads it as {type(loaded).__name__}.")
+        raise UserError(f"{name}: expected AutoModel to load the same class, got {type(loaded).__name__}")
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report[problem]:
             raise UserError(
-                f"{kind}: AutoModel finds {problem.replace('_', ' ')}: {sorted(report[problem])[:3]}."
+                f"{name}: expected AutoModel to load every key, got {problem.replace('_', ' ')} "
+                f"{sorted(report[problem])[:3]}"
             )
     before, after = encoder.state_dict(), loaded.state_dict()
-    different = [name for name in before if name not in after or not same_bits(before[name], after[name])]
+    different = [key for key in before if key not in after or not same_bits(before[key], after[key])]
     if different or len(before) != len(after):
-        raise UserError(f"{kind}: these tensors come back changed: {different[:3]}.")
+        raise UserError(f"{name}: expected equal tensors after loading, got other values in {different[:3]}")
     crop, mean = processor.crop_size, processor.image_mean
     image = torch.zeros(1, len(mean), crop["height"], crop["width"], dtype=loaded.dtype)
     try:
@@ -116,12 +197,13 @@ def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, direct
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{kind} does not take the processor's images {tuple(image.shape)}: {reason}"
+            f"{name}: expected an encoder for the processor's images {tuple(image.shape)}, got an error "
+            f"({reason}); set the same size and channels for both"
         ) from error
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equality of type, shape and every bit: NaN equals itself, 0 differs from -0."""
+    """Return whether type, shape and every bit are equal. NaN equals itself, and 0 differs from -0."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     one, other = (
@@ -130,12 +212,12 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(one, other)
 
 
-def _move_up(stage: Path, directory: Path) -> None:
-    """Move the files of `stage` into `directory` so that no mixture of two encoders ever loads."""
-    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == CONFIG, name))
+def _move_up(staging: Path, directory: Path) -> None:
+    """Move the files of `staging` into `directory` so that no mixture of two encoders ever loads."""
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name))
     old = [path for path in directory.glob("model*.safetensors*") if path.name not in names]
-    (directory / CONFIG).unlink(missing_ok=True)  # without it nothing loads
+    (directory / CONFIG).unlink(missing_ok=True)  # without it, no encoder loads
     for path in old:
         path.unlink()
     for name in names:
-        os.replace(stage / name, directory / name)
+        os.replace(staging / name, directory / name)

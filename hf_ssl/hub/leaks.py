@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last look before files leave this machine: tokens, home folders, user names, local paths."""
+"""Checks files before they are published: tokens, secrets, home folders, user names and local paths."""
 
 import getpass
 import json
@@ -12,16 +12,15 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from hf_ssl.cards.privacy import SECRET_KEY, TOKEN, URL
 from hf_ssl.errors import UserError
-from hf_ssl.hub.privacy import SECRET_KEY, TOKEN, URL
 
 TEXT = (".json", ".md", ".yaml", ".yml", ".txt", ".py")
 CODE = ".py"
 WEIGHTS = (".safetensors",)
-UNREAD = (".pt", ".pth")  # what training needs to go on: tensors, and large
-LONGEST_HEADER = 100_000_000  # as safetensors says
-MOST_BYTES = 1 << 20  # read of a file that is neither text nor weights
-SHORTEST_SECRET = 8
+LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
+MOST_BYTES = 1 << 20  # the part that is read of a file that is neither text nor weights
+SHORTEST_SECRET = 8  # characters; shorter values of environment variables are not secrets
 HOMES = re.compile(
     r"(?:file:///[^\s\"']*|(?<![\w.:/~-])(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[^/\\\s\"']+)"
 )
@@ -30,21 +29,24 @@ ABSOLUTE = re.compile(r"(?:/[^/\s]+/|~/|[A-Za-z]:[\\/]|\\\\)\S")
 
 @dataclass(frozen=True)
 class Secrets:
-    """What must not be in a published file.
+    """Texts that a published file must not contain.
 
     Attributes:
-        literal: text to look for, by what to call it in a sentence.
-        user: the name of the account; matters where it stands in a path or before an @, for many names are
-            words as well.
+        literal: the forbidden texts by their description for error messages.
+        user: the name of the account. It is forbidden only in a path or before an @, because many names are
+            also ordinary words.
     """
 
     literal: dict[str, str] = field(default_factory=dict)
     user: str | None = None
 
 
-def secrets_here(*folders: Path, token: str | None = None) -> Secrets:
-    """What is to be kept of this machine: the token, secrets in environment variables, the home folder, the
-    account, and where `folders` lie."""
+def local_secrets(*folders: Path, token: str | None = None) -> Secrets:
+    """Return the secrets of this machine.
+
+    These are the tokens, the secrets in environment variables, the home folder, the account, and the location
+    of `folders`.
+    """
     literal = {}
     for known in (token, get_token()):
         if known:
@@ -60,41 +62,45 @@ def secrets_here(*folders: Path, token: str | None = None) -> Secrets:
             literal[f"the path of {folder.name}"] = str(folder.resolve())
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # no such account, as in some containers
+    except (KeyError, OSError):  # the account does not exist, as in some containers
         user = None
     return Secrets(literal, user)
 
 
 def check_leaks(files: Mapping[str, Path | bytes], secrets: Secrets) -> None:
-    """Refuse to publish files that say more than they should.
+    """Raise an error if a file contains private information.
 
     Args:
-        files: by path in the repo. Of weights the header is read, of other binary files the beginning.
-        secrets: what to look for beside what looks like a token, a home folder or (in JSON) a local path.
+        files: the files by their path in the repository. The function reads the header of weights and the
+            first MiB of other binary files.
+        secrets: the forbidden texts. The function also searches for tokens, home folders, and (in JSON) local
+            paths.
 
     Raises:
-        UserError: names the first such file, and what was found in it; a secret is not repeated.
+        UserError: names the first such file and the kind of information; it does not repeat a secret.
     """
     for name, source in files.items():
         found = next(leaks(name, source, secrets), None)
         if found is not None:
-            raise UserError(f"nothing was published: {name} holds {found}; take it out and publish again")
+            raise UserError(
+                f"{name}: expected no private information, got {found}; remove it and publish again"
+            )
 
 
 def leaks(name: str, source: Path | bytes, secrets: Secrets) -> Iterator[str]:
-    """What a file should not hold, in words."""
+    """Yield a description of each piece of private information in a file."""
     text = _read(name, source)
     for what, value in secrets.literal.items():
         if value in text or json.dumps(value)[1:-1] in text:
             yield what
     if TOKEN.search(text):
-        yield "what looks like a token of the Hub"
-    path = None if name.endswith(CODE) else HOMES.search(text)  # code may speak of paths
+        yield "a text that looks like a token of the Hub"
+    path = None if name.endswith(CODE) else HOMES.search(text)  # code may contain examples of paths
     if path is not None:
         yield f"the path {path[0]!r} of a home folder"
     if not name.endswith(TEXT) or name.endswith(CODE):
         return
-    if secrets.user is not None and _names(secrets.user, URL.sub("", text)):
+    if secrets.user is not None and _contains_account(secrets.user, URL.sub("", text)):
         yield f"the name of your account, {secrets.user!r}, in a path or an address"
     if name.endswith(".json"):
         for value in _strings(name, text):
@@ -103,9 +109,7 @@ def leaks(name: str, source: Path | bytes, secrets: Secrets) -> Iterator[str]:
 
 
 def _read(name: str, source: Path | bytes) -> str:
-    """The part of a file that may hold words."""
-    if name.endswith(UNREAD):
-        return ""
+    """Return the part of a file that can contain text."""
     if isinstance(source, bytes):
         return source.decode("utf-8", errors="replace")
     with source.open("rb") as file:
@@ -116,24 +120,24 @@ def _read(name: str, source: Path | bytes) -> str:
     return content.decode("utf-8", errors="replace")
 
 
-def _names(user: str, text: str) -> bool:
-    """Whether an account's name stands in an absolute path or before an @."""
+def _contains_account(user: str, text: str) -> bool:
+    """Return whether the name of an account occurs in an absolute path or before an @."""
     name = re.escape(user)
     inside = rf"(?<![\w.:/\\~-])(?:[/\\][\w.-]+)*[/\\]{name}(?![\w-])"
     return bool(re.search(rf"(?<![\w.-]){name}@[\w-]|{inside}", text))
 
 
 def _strings(name: str, text: str) -> Iterator[str]:
-    """Every text value of a JSON file, at any depth."""
+    """Yield every text in a JSON file, at any depth."""
     try:
-        left: list[Any] = [json.loads(text)]
+        pending: list[Any] = [json.loads(text)]
     except ValueError as error:
-        raise UserError(f"expected JSON in {name}, got: {error}") from error
-    while left:
-        value = left.pop()
+        raise UserError(f"{name}: expected JSON, got another format ({error}); correct the file") from error
+    while pending:
+        value = pending.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, dict):
-            left += [*value, *value.values()]
+            pending += [*value, *value.values()]
         elif isinstance(value, list):
-            left += value
+            pending += value

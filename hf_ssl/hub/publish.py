@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publishing what a run left, and a Space that shows it, on the Hugging Face Hub or one that speaks like it.
+"""Publishes a finished run, or a Space that shows it, on the Hugging Face Hub or on another hub with its API.
 
-Loads neither torch nor transformers.
+This module imports neither torch nor transformers.
 """
 
 import json
@@ -10,17 +10,26 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import RepoCard
+from huggingface_hub.utils import validate_repo_id
 
+from hf_ssl.cards.facts import read_facts
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json
-from hf_ssl.hub.facts import read_facts
-from hf_ssl.hub.leaks import check_leaks, secrets_here
-from hf_ssl.hub.refusals import told_in_a_sentence
-from hf_ssl.hub.remote import Published, Remote, check_name, in_words, open_repo, send
-from hf_ssl.hub.run_files import Files, is_owned, run_files
+from hf_ssl.hub.errors import hub_errors
+from hf_ssl.hub.leaks import check_leaks, local_secrets
+from hf_ssl.hub.remote import (
+    Files,
+    Published,
+    Remote,
+    file_size,
+    open_repo,
+    size_text,
+    update_repo,
+)
+from hf_ssl.hub.run_files import is_owned, run_files
 
 SPACE_LIST = "space.json"
-SPACE_NEEDS = ("app.py", "README.md", "requirements.txt")
+SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 
 
 def publish(
@@ -35,43 +44,49 @@ def publish(
 ) -> Published | None:
     """Publish a finished run in one commit: encoder, image processor, method model, card, results, pictures.
 
-    Published again, only what changed is sent, and what the run no longer has is removed; files that somebody
-    added to the repo stay. Until the commit is made the repo is as it was.
+    A second publication uploads only the changed files, and deletes the files of the first one that the run
+    no longer has. Files that users added to the repository stay. Until the commit, the repository is
+    unchanged.
 
     Args:
-        folder: `training.output_dir` of the run. Checkpoints and what begins with an underscore stay here.
-        repo_id: "user/name", or "name" in the account of the token; made if it is not there.
-        private: make it private, as the run's recipe may say too (`publish.private`); a repo that is there
-            keeps its visibility.
-        dry_run: print what would go and return None; needs neither network nor token.
-        token: of the Hub; None: what `hf auth login` or HF_TOKEN left.
-        revision: a branch that is there; None: main.
-        message: of the commit.
+        folder: `training.output_dir` of the run. Checkpoints and files with a leading underscore are not
+            uploaded.
+        repo_id: "user/name", or "name" for the account of the token. A missing repository is created.
+        private: create a private repository, as the recipe of the run can request too (`publish.private`). An
+            existing repository keeps its visibility.
+        dry_run: print the list of files and return None. This needs neither network nor token.
+        token: a token of the Hub; None: the token of `hf auth login` or HF_TOKEN.
+        revision: an existing branch; None: main.
+        message: message of the commit.
 
     Raises:
-        UserError: the folder is no finished run or says too much, there is no token that may write, the name
-            is none, or the Hub does not answer.
+        UserError: the folder is not a finished run or contains private information, no token has write
+            access, the name is not valid, or the Hub does not answer.
     """
     folder = Path(folder)
-    with told_in_a_sentence(repo_id, constants.ENDPOINT):
-        check_name(repo_id)
+    with hub_errors(repo_id, constants.ENDPOINT):
+        validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
         private = private or bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
-        check_leaks(files, secrets_here(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
         if dry_run:
-            _list(files, repo_id, private)
+            _print_files(files, repo_id, private)
             return None
         repo = open_repo(repo_id, private=private, token=token, revision=revision)
         if repo.repo_id != repo_id:
             files = run_files(folder, repo.repo_id)
-        return _send(repo, files, message or "Publish with hf_ssl")
+        return _update(repo, files, message or "Publish with hf_ssl")
 
 
 def recorded_repo(folder: str | Path) -> str:
-    """The repo that the recipe of a finished run names. Raises UserError if it names none."""
+    """Return the repository that the recipe of a finished run names.
+
+    Raises:
+        UserError: the recipe names none.
+    """
     repo_id = read_facts(folder)["repo_id"]
     if repo_id is None:
-        raise UserError(f"the recipe of {folder} names no repo: say where to publish, as user/name")
+        raise UserError(f"publish.repo_id: expected one in {folder}, got none; add user/name to the command")
     return repo_id
 
 
@@ -83,53 +98,61 @@ def publish_space(
     dry_run: bool = False,
     token: str | None = None,
 ) -> Published | None:
-    """Publish a Space that `hf-ssl space build` made; otherwise as `publish`.
+    """Publish a Space that `hf-ssl space build` made.
 
-    folder: holds `app.py`, `README.md` with the Space's header, `requirements.txt`, and `space.json`, whose
-    `files` lists all that belongs to it.
+    Args:
+        folder: folder with `app.py`, `README.md` with the metadata of a Space, `requirements.txt`, and
+            `space.json`, whose `files` lists all files of the Space.
+        repo_id, private, dry_run, token: as for `publish`.
+
+    Raises:
+        UserError: the folder is not a Space, or as for `publish`.
     """
     folder = Path(folder)
-    with told_in_a_sentence(repo_id, constants.ENDPOINT):
-        check_name(repo_id)
+    with hub_errors(repo_id, constants.ENDPOINT):
+        validate_repo_id(repo_id)
         files = space_files(folder)
-        check_leaks(files, secrets_here(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
         if dry_run:
-            _list(files, f"Space {repo_id}", private)
+            _print_files(files, f"Space {repo_id}", private)
             return None
         repo = open_repo(repo_id, kind="space", private=private, token=token)
-        return _send(repo, files, "Publish with hf_ssl", _listed(repo))
+        return _update(repo, files, "Publish with hf_ssl", _published_list(repo))
 
 
 def space_files(folder: Path) -> Files:
-    """What belongs to a built Space.
+    """Return the files of a built Space.
 
     Raises:
-        UserError: it is none, or a file that it lists is missing or lies outside.
+        UserError: the folder is not a Space, or a listed file is missing or outside of the folder.
     """
-    if not (folder / SPACE_LIST).is_file():
-        raise UserError(f"{folder} is no Space that `hf-ssl space build` made: {SPACE_LIST} is missing")
-    names = dict.fromkeys([*_names(read_json(folder / SPACE_LIST), folder), SPACE_LIST])
-    for name in (*SPACE_NEEDS, *names):
+    space_list = folder / SPACE_LIST
+    if not space_list.is_file():
+        raise UserError(f"{folder}: expected a Space with {SPACE_LIST}, found none; run `hf-ssl space build`")
+    names = dict.fromkeys([*_listed_names(read_json(space_list), space_list), SPACE_LIST])
+    for name in (*SPACE_FILES, *names):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{folder / SPACE_LIST} lists {name}, which lies outside of the Space")
+            raise UserError(f"{space_list}: expected files inside the Space, got {name}; remove it")
         if name not in names or not (folder / name).is_file():
-            raise UserError(f"{folder} is no Space that can be published: {name} is missing")
+            raise UserError(f"{folder}: expected a Space with {name}, found none; run `hf-ssl space build`")
     header = RepoCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
     if header.data.get("sdk") != "gradio":
-        raise UserError(f"{folder / 'README.md'} has no header of a Space: expected sdk: gradio")
+        raise UserError(
+            f"{folder / 'README.md'}: expected metadata with sdk: gradio; run `hf-ssl space build`"
+        )
     return {name: folder / name for name in sorted(names)}
 
 
-def _names(listed: object, folder: Path) -> list[str]:
+def _listed_names(listed: object, space_list: Path) -> list[str]:
     names = listed.get("files") if isinstance(listed, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder / SPACE_LIST} lists no files: expected a list of names under `files`")
+        raise UserError(f"{space_list}: expected a list of names in `files`, got none; build the Space again")
     return names
 
 
-def _listed(repo: Remote) -> frozenset[str]:
-    """The files of the Space that an earlier publication listed as its own."""
+def _published_list(repo: Remote) -> frozenset[str]:
+    """Return the names in the list of files of the Space that is published now."""
     try:
         path = repo.api.hf_hub_download(repo.repo_id, SPACE_LIST, repo_type=repo.kind)
         return frozenset(json.loads(Path(path).read_text())["files"])
@@ -137,26 +160,30 @@ def _listed(repo: Remote) -> frozenset[str]:
         return frozenset()
 
 
-def _send(repo: Remote, files: Files, message: str, owned: frozenset[str] | None = None) -> Published:
-    done = send(
-        repo, files, is_owned=is_owned if owned is None else owned.__contains__, message=message, say=print
+def _update(repo: Remote, files: Files, message: str, owned: frozenset[str] | None = None) -> Published:
+    """Update the repository and print what changed."""
+    done = update_repo(
+        repo,
+        files,
+        is_owned=is_owned if owned is None else owned.__contains__,
+        message=message,
+        report=print,
     )
-    for word, names in (("uploaded", done.uploaded), ("deleted", done.deleted)):
+    for change, names in (("uploaded", done.uploaded), ("deleted", done.deleted)):
         if names:
-            print(f"{word}: {', '.join(names)}")
-    print(done.url if done.uploaded or done.deleted else f"nothing has changed: {done.url} is up to date")
+            print(f"{change}: {', '.join(names)}")
+    print(done.url if done.uploaded or done.deleted else f"no changes: {done.url} is up to date")
     return done
 
 
-def _list(files: Files, name: str, private: bool) -> None:
-    sizes = {
-        path: len(source) if isinstance(source, bytes) else source.stat().st_size
-        for path, source in files.items()
-    }
+def _print_files(files: Files, name: str, private: bool) -> None:
+    """Print the files that a publication would upload."""
+    sizes = {path: file_size(source) for path, source in files.items()}
     width = max(map(len, sizes))
     for path, size in sizes.items():
-        print(f"{path:{width}}  {in_words(size):>9}")
-    kind = "private" if private else "public, if it is new"
+        print(f"{path:{width}}  {size_text(size):>9}")
+    visibility = "private" if private else "public if it is new"
     print(
-        f"{len(sizes)} files, {in_words(sum(sizes.values()))}, would go to {name} ({kind}); nothing was sent"
+        f"dry run: {len(sizes)} files, {size_text(sum(sizes.values()))}, to {name} ({visibility}); nothing "
+        "was uploaded"
     )

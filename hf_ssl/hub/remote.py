@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repo on a Hub: opened or made, compared with local files, and moved on in one commit."""
+"""Opens or creates a repository on a Hub, compares it with local files, and updates it in one commit."""
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,22 +15,27 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.refusals import NO_TOKEN, is_busy, is_transient, root_of
+from hf_ssl.hub.errors import NO_TOKEN, is_busy, is_transient, root_cause
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Files = dict[str, Path | bytes]
+"""The files of a repository by their path in it: a local file, or the content."""
 
-PAUSES = (1.0, 4.0, 15.0)  # seconds before the next try, after the client's own tries
+RETRY_DELAYS = (1.0, 4.0, 15.0)
+"""Seconds before each retry, which follow the retries of the client itself."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What came of a publication.
+    """The result of a publication.
 
     Attributes:
-        repo_id: "user/name". url: where to look at it. commit: the repo's head now.
-        uploaded, deleted: paths that changed in the repo; both empty if nothing had changed.
+        repo_id: "user/name".
+        url: address of the repository.
+        commit: the newest commit of the repository.
+        uploaded, deleted: paths that changed in the repository; both are empty if nothing changed.
     """
 
     repo_id: str
@@ -42,7 +47,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Remote:
-    """A repo that is there and may, as far as is known, be written. kind: "model" or "space"."""
+    """An existing repository. `kind` is "model" or "space"; `revision` is a branch, None: main."""
 
     api: HfApi
     repo_id: str
@@ -54,7 +59,7 @@ class Remote:
         return f"{self.api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
 
     def head(self) -> tuple[str, dict[str, str]]:
-        """The newest commit, and the hash of each of its files: sha256 for large ones, git's for others."""
+        """Return the newest commit and the hash of each file: sha256 for large files, git's for others."""
         info: Any = self.api.repo_info(
             self.repo_id, repo_type=self.kind, revision=self.revision, files_metadata=True
         )
@@ -62,11 +67,6 @@ class Remote:
             file.rfilename: file.lfs.sha256 if file.lfs is not None else file.blob_id
             for file in info.siblings
         }
-
-
-def check_name(repo_id: str) -> None:
-    """Raises HFValidationError unless `repo_id` could be the name of a repo."""
-    validate_repo_id(repo_id)
 
 
 def open_repo(
@@ -77,23 +77,25 @@ def open_repo(
     token: str | None = None,
     revision: str | None = None,
 ) -> Remote:
-    """The repo to publish to, made if it is not there.
+    """Return the repository to publish to; create it if it does not exist.
 
     Args:
-        repo_id: "user/name", or "name" for the account that the token belongs to.
-        private: of a repo that is made; one that is there keeps its visibility.
-        token: None: the one that `hf auth login` or HF_TOKEN left.
+        repo_id: "user/name", or "name" for the account of the token.
+        kind: "model" or "space".
+        private: visibility of a new repository. An existing one keeps its visibility.
+        token: None: the token of `hf auth login` or HF_TOKEN.
+        revision: a branch; None: main.
 
     Raises:
-        UserError: no token, one that may only read, a namespace that is not the user's, or a public repo
-            where a private one was asked for.
+        UserError: there is no token, it has no write access, the user may not write to the namespace, or the
+            repository is public although `private` is true.
     """
-    check_name(repo_id)
+    validate_repo_id(repo_id)
     token = token or get_token()
     if token is None:
         raise UserError(NO_TOKEN)
     api = HfApi(token=token)
-    return _patiently(repo_id, lambda: _open(api, repo_id, kind, private, revision), is_busy)
+    return _with_retries(repo_id, lambda: _open(api, repo_id, kind, private, revision), is_busy)
 
 
 def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | None) -> Remote:
@@ -101,8 +103,8 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | No
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
-            f"the token of {account['name']} may only read: publishing {repo_id} needs one that may write "
-            "(https://huggingface.co/settings/tokens)"
+            f"{repo_id}: expected a token with write access, got a read token of {account['name']}; create "
+            "one at https://huggingface.co/settings/tokens"
         )
     full = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
     try:
@@ -112,8 +114,8 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | No
         is_private = private
     if private and not is_private:
         raise UserError(
-            f"{full} is there and public, so nothing was sent: make it private in its settings, or choose "
-            "another name"
+            f"{full}: expected a private repository, found a public one; make it private in its settings or "
+            "choose another name"
         )
     return Remote(api, full, kind, revision)
 
@@ -121,51 +123,54 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | No
 def _create(api: HfApi, repo_id: str, kind: str, private: bool, account: dict[str, Any]) -> None:
     sdk = "gradio" if kind == "space" else None
     try:
-        # None: what the namespace has as its default, public for people
+        # private=None selects the default of the namespace, which is public for users
         api.create_repo(repo_id, repo_type=kind, private=private or None, space_sdk=sdk, exist_ok=True)
     except HfHubHTTPError as error:
         if error.response.status_code not in (403, 404):
             raise
         names = [account["name"], *(org["name"] for org in account.get("orgs", []))]
         raise UserError(
-            f"cannot make {repo_id}: the token of {account['name']} may write to {', '.join(names)}, not to "
-            f"{repo_id.split('/')[0]} ({error.server_message or error.response.status_code})"
+            f"{repo_id}: expected a namespace that the token of {account['name']} can write to "
+            f"({', '.join(names)}), got {repo_id.split('/')[0]}; choose one of them "
+            f"({error.server_message or error.response.status_code})"
         ) from error
 
 
-def send(
+def update_repo(
     repo: Remote,
-    files: Mapping[str, Path | bytes],
+    files: Files,
     *,
     is_owned: Callable[[str], bool],
     message: str,
-    say: Callable[[str], object] = logger.info,
+    report: Callable[[str], object] = logger.info,
 ) -> Published:
-    """Make the repo hold `files`, in one commit that holds what differs and nothing else.
+    """Make the repository contain `files`, with one commit of the differences.
 
-    A commit is there whole or not at all. Large files are sent before it, and what has arrived of them is not
-    sent again. What may pass (the network, a busy server, a commit by somebody else) is tried again a few
-    times, each time from what the repo holds by then.
+    A commit is complete or absent. The client uploads large files before the commit, and a retry does not
+    upload them again. After a network error, a server error or a concurrent commit, the function compares
+    again and retries.
 
     Args:
-        files: by path in the repo.
-        is_owned: which files of the repo are deleted if `files` does not hold them; no others are touched.
-        message: of the commit.
-        say: told in words what is being done.
+        repo: the repository.
+        files: the files that it contains afterwards.
+        is_owned: whether a file of the repository is deleted if `files` does not contain it. Others stay.
+        message: message of the commit.
+        report: receives a progress message.
 
     Raises:
-        Exception: whatever the client raises; see `hf_ssl.hub.refusals`.
+        Exception: any error of the client; see `hf_ssl.hub.errors`.
     """
-    planned: list[tuple[tuple[str, ...], tuple[str, ...]]] = [((), ())]
+    attempted: list[tuple[tuple[str, ...], tuple[str, ...]]] = [((), ())]
 
-    def once() -> Published:
+    def attempt() -> Published:
         head, remote = repo.head()
-        changed = tuple(name for name, source in files.items() if not _same(source, remote.get(name)))
+        changed = tuple(name for name, source in files.items() if not _has_hash(source, remote.get(name)))
         gone = tuple(name for name in remote if name not in files and is_owned(name))
-        if not changed and not gone:  # an earlier try may have arrived, and its answer got lost
-            return Published(repo.repo_id, repo.url, head, *planned[-1])
-        planned.append((changed, gone))
-        say(f"uploading {len(changed)} of {len(files)} files ({_size(files, changed)}) to {repo.url}")
+        if not changed and not gone:  # an earlier attempt may have succeeded although its answer was lost
+            return Published(repo.repo_id, repo.url, head, *attempted[-1])
+        attempted.append((changed, gone))
+        size = size_text(sum(file_size(files[name]) for name in changed))
+        report(f"uploading {len(changed)} of {len(files)} files ({size}) to {repo.url}")
         commit = repo.api.create_commit(
             repo.repo_id,
             [
@@ -179,45 +184,46 @@ def send(
         )
         return Published(repo.repo_id, repo.url, commit.oid, changed, gone)
 
-    return _patiently(repo.repo_id, once, is_transient)
+    return _with_retries(repo.repo_id, attempt, is_transient)
 
 
-def _patiently(repo_id: str, call: Callable[[], Result], may_pass: Callable[[BaseException], bool]) -> Result:
-    """The result of `call`, tried again after each of `PAUSES` while what it raises may pass."""
-    for pause in PAUSES:
+def _with_retries(
+    repo_id: str, call: Callable[[], Result], is_retriable: Callable[[BaseException], bool]
+) -> Result:
+    """Return the result of `call`; retry after each of RETRY_DELAYS while its errors are retriable."""
+    for delay in RETRY_DELAYS:
         try:
             return call()
         except Exception as error:
-            if not may_pass(error):
+            if not is_retriable(error):
                 raise
-            reason = " ".join(str(root_of(error)).split())[:100]
-            logger.warning("publishing %s: %s; trying again in %g s", repo_id, reason, pause)
-        time.sleep(pause)
+            reason = " ".join(str(root_cause(error)).split())[:100]
+            logger.warning("%s: the upload failed (%s); retrying in %g s", repo_id, reason, delay)
+        time.sleep(delay)
     return call()
 
 
-def _same(source: Path | bytes, remote: str | None) -> bool:
-    """Whether a file has the hash that the repo states for it."""
-    if remote is None:
+def _has_hash(source: Path | bytes, expected: str | None) -> bool:
+    """Return whether a file has the hash that the repository states, a sha256 or a hash of git."""
+    if expected is None:
         return False
-    is_large = len(remote) == 64
+    is_large = len(expected) == 64
     if isinstance(source, Path) and is_large:
         with source.open("rb") as file:
-            return sha_fileobj(file).hex() == remote
+            return sha_fileobj(file).hex() == expected
     content = source if isinstance(source, bytes) else source.read_bytes()
     if is_large:
-        return hashlib.sha256(content).hexdigest() == remote
-    return git_hash(content) == remote
+        return hashlib.sha256(content).hexdigest() == expected
+    return git_hash(content) == expected
 
 
-def _size(files: Mapping[str, Path | bytes], names: tuple[str, ...]) -> str:
-    """The size of some files together, for people."""
-    sources = [files[name] for name in names]
-    return in_words(sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in sources))
+def file_size(source: Path | bytes) -> int:
+    """Return the size in bytes."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
-def in_words(size: int) -> str:
-    """29000 is "29.0 kB"."""
+def size_text(size: int) -> str:
+    """Return a size as text: "29.0 kB" for 29000 bytes."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":

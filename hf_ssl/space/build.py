@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl import __version__
+from hf_ssl.cards import last_part, public
 from hf_ssl.data import DataConfig, LabelledImages, labelled_images, open_source
 from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.ordering import permutation
@@ -32,7 +33,6 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.features import Pooling
 from hf_ssl.files import replaced_folder, write_json
-from hf_ssl.hub import last_part, public
 from hf_ssl.progress import progress
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import FACTS, check_packages

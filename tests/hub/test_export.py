@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported encoder is the very encoder, for a process that cannot import hf_ssl; others are refused."""
+"""Tests that a process without hf_ssl loads an exported encoder unchanged, and that others are errors."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_facts import new_facts
 from forks import Forks
 from messages import mentions
 from PIL import Image
@@ -30,9 +31,10 @@ from transformers import (
     ViTModel,
 )
 
+from hf_ssl.cards import write_card
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import pool
-from hf_ssl.hub import export_encoder, image_processor, write_card
+from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.hub.export import same_bits
 from hf_ssl.views import ViewPreset
 
@@ -66,7 +68,7 @@ POOLING = {"ijepa": "mean"}
 FLOAT32 = 4 * torch.finfo(torch.float32).eps
 FLOAT64 = 2000 * torch.finfo(torch.float64).eps
 
-# Runs without hf_ssl, whatever is installed: the first thing on the path of every import refuses it.
+# This program cannot import hf_ssl, even if it is installed: the first import finder raises an error for it.
 WITHOUT_HF_SSL = """
 import sys
 
@@ -134,7 +136,7 @@ def make(name: str) -> PreTrainedModel:
             torch.nn.init.zeros_(encoder.pooler.dense.bias)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean)  # buffers must travel as well
+            torch.nn.init.normal_(module.running_mean)  # buffers must be exported too
     return encoder
 
 
@@ -162,8 +164,8 @@ def save_photos(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks, new_facts) -> dict:
-    """What one process without hf_ssl finds in the exports of all architectures."""
+def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> dict:
+    """Return the report of one process without hf_ssl about the exports of all architectures."""
     folder = tmp_path_factory.mktemp("exports")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
@@ -172,7 +174,7 @@ def loaded_without_hf_ssl(tmp_path_factory: pytest.TempPathFactory, forks: Forks
     for name, (kind, _) in CONFIGS.items():
         encoder = make(name).train()
         export_encoder(encoder, processor(), folder / name)
-        assert encoder.training, "the encoder is left as it was"
+        assert encoder.training, "the encoder stays unchanged"
         saved = {
             "weights": {key: value.clone() for key, value in encoder.state_dict().items()},
             "pixel_values": processor()(list(images), return_tensors="pt")["pixel_values"],
@@ -199,7 +201,7 @@ def test_a_user_without_hf_ssl_loads_the_same_encoder(loaded_without_hf_ssl: dic
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_photo_and_the_words_of_the_card(loaded_without_hf_ssl: dict, name: str) -> None:
+def test_any_photo_and_the_code_of_the_card(loaded_without_hf_ssl: dict, name: str) -> None:
     width = 16 if name in ("resnet", "convnextv2") else 32
     assert loaded_without_hf_ssl[name]["card"] == [1, width]
     photos = ["1.png", "L.png", "LA.png", "P.png", "RGBA.png", "photo.jpg"]
@@ -241,7 +243,7 @@ POOLER = ["ViTModel", "class token", "pooler_act='linear'"]
 
 
 class OwnResNet(ResNetModel):
-    """Nobody else has this class."""
+    """A class that transformers does not contain."""
 
 
 @pytest.mark.parametrize(
@@ -259,13 +261,13 @@ class OwnResNet(ResNetModel):
         (lambda: OwnResNet(CONFIGS["resnet"][1]), ["OwnResNet"]),
     ],
 )
-def test_encoders_that_would_be_something_else_are_refused(tmp_path: Path, encoder, parts: list) -> None:
+def test_encoders_with_other_outputs_after_loading_are_errors(tmp_path: Path, encoder, parts: list) -> None:
     with pytest.raises(UserError, match=mentions(*parts)):
         export_encoder(encoder(), processor(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_processor_of_another_size_is_an_error(tmp_path: Path) -> None:
     export_encoder(make("vit"), processor(), tmp_path)
     before = listing(tmp_path)
     with pytest.raises(UserError, match=mentions("ViTModel", "(1, 3, 64, 64)")):
@@ -273,19 +275,19 @@ def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-def test_weights_that_come_back_changed_are_refused(tmp_path: Path) -> None:
+def test_weights_that_differ_after_loading_are_an_error(tmp_path: Path) -> None:
     encoder, other = make("resnet"), make("resnet")
     with torch.no_grad():
         other.embedder.embedder.normalization.running_mean[0] = -0.0
         encoder.embedder.embedder.normalization.running_mean[0] = 0.0
-    encoder.save_pretrained = other.save_pretrained  # writes what differs in the sign of a zero, in a buffer
+    encoder.save_pretrained = other.save_pretrained  # differs in the sign of a zero in a buffer
     changed = mentions("ResNetModel", "embedder.embedder.normalization.running_mean")
     with pytest.raises(UserError, match=changed):
         export_encoder(encoder, processor(), tmp_path)
     assert listing(tmp_path) == {}
 
 
-def test_keys_that_are_missing_are_refused(tmp_path: Path) -> None:
+def test_missing_keys_are_an_error(tmp_path: Path) -> None:
     encoder = make("resnet")
     kept = {name: value for name, value in encoder.state_dict().items() if "running_var" not in name}
     save = encoder.save_pretrained
@@ -294,7 +296,7 @@ def test_keys_that_are_missing_are_refused(tmp_path: Path) -> None:
         export_encoder(encoder, processor(), tmp_path)
 
 
-def test_exporting_again_replaces_the_encoder_and_nothing_else(tmp_path: Path) -> None:
+def test_a_second_export_replaces_only_the_encoder(tmp_path: Path) -> None:
     export_encoder(make("vit"), processor(), tmp_path)
     others = ("README.md", "pretraining/model.safetensors")
     for name in (
@@ -313,7 +315,7 @@ def test_exporting_again_replaces_the_encoder_and_nothing_else(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2])
-def test_interrupted_while_moving_no_mixture_loads(
+def test_an_interrupted_export_leaves_no_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     export_encoder(make("vit"), processor(), tmp_path)
@@ -349,13 +351,13 @@ def test_a_full_disk_leaves_the_old_encoder(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=mentions("out", "Not a directory")):
         export_encoder(make("resnet"), processor(), tmp_path / "file" / "out")
 
 
-def test_no_path_of_this_machine_travels(tmp_path: Path) -> None:
+def test_exported_files_contain_no_local_path(tmp_path: Path) -> None:
     export_encoder(make("vit"), processor(), tmp_path / "first")
     export_encoder(AutoModel.from_pretrained(tmp_path / "first"), processor(), tmp_path / "second")
     for name in ("config.json", "preprocessor_config.json"):

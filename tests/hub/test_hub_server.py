@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test suite's own Hub, as the real clients see it."""
+"""Tests of the Hub of the test suite with the real clients."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-# What one process with the real clients does and finds; each line's first word names it.
+# This program reports what the real clients find, with one key per check.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -101,7 +101,7 @@ SIZES = {"text.md": 300, "small.bin": 2000, "large.safetensors": 2_500_000, "dee
 
 
 def client(hub: HubServer, home: Path, code: str, *arguments: str, token: str | None = None) -> str:
-    """Standard output of a process with the real client."""
+    """Return the standard output of a process with the real client."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=hub.environment(home, token),
@@ -114,7 +114,7 @@ def client(hub: HubServer, home: Path, code: str, *arguments: str, token: str | 
     return done.stdout
 
 
-def test_what_the_real_client_finds(hub: HubServer, tmp_path: Path) -> None:
+def test_the_real_client(hub: HubServer, tmp_path: Path) -> None:
     contents = {}
     for name, size in SIZES.items():
         path = tmp_path / "upload" / name
@@ -149,14 +149,14 @@ def test_what_the_real_client_finds(hub: HubServer, tmp_path: Path) -> None:
     assert (found["public"], found["deleted"]) == (False, 404)
 
 
-def test_parts_and_requests_are_remembered(hub: HubServer, tmp_path: Path) -> None:
+def test_parts_and_requests_are_recorded(hub: HubServer, tmp_path: Path) -> None:
     code = (
         "from huggingface_hub import HfApi; api = HfApi(); api.create_repo('a')\n"
         "for _ in range(2):\n"
         "    api.upload_file(repo_id='someone/a', path_or_fileobj=b'0' * 2_500_000, path_in_repo='x.bin')"
     )
     client(hub, tmp_path, code, token=hub.write_token)
-    assert hub.count(r"PUT /lfs/\w+/\d$") == 3, "in three parts, and once only"
+    assert hub.count(r"PUT /lfs/\w+/\d$") == 3, "three parts, each uploaded once"
     assert hub.store.model("someone/a").head.files["x.bin"].data == b"0" * 2_500_000
     assert [commit.added for commit in hub.store.model("someone/a").commits] == [
         (".gitattributes",),
@@ -187,7 +187,7 @@ except httpx2.HTTPError as error:
         ("POST .*/commit/", {"status": 500}, "500", False),
         ("POST .*/commit/", {"after": 100}, "cut", False),
         ("POST .*/commit/", {"unanswered": True}, "cut", True),
-        ("PUT /lfs/", {"after": 100}, "done", True),  # the client tries again by itself
+        ("PUT /lfs/", {"after": 100}, "done", True),  # the client retries
     ],
 )
 def test_faults(hub: HubServer, tmp_path: Path, pattern: str, fault: dict, outcome: str, there: bool) -> None:
@@ -200,7 +200,7 @@ def test_faults(hub: HubServer, tmp_path: Path, pattern: str, fault: dict, outco
         assert (cut.status, len(cut.body), whole.status, len(whole.body)) == (0, 100, 200, 5000)
 
 
-def test_a_download_that_is_cut(hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_download(hub: HubServer, tmp_path: Path) -> None:
     hub.store.add_repo("models", "someone/a", {"x.bin": b"0123456789" * 1000})
     hub.cut("GET /someone/a/resolve/", after=7000)
     code = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processor shows an encoder what it was trained on, whatever kind of photo comes."""
+"""Tests that the processor prepares every kind of photo as in training."""
 
 from importlib.metadata import version
 
@@ -26,7 +26,7 @@ def photo(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
-def shown(processor: BitImageProcessor, image) -> torch.Tensor:
+def processed(processor: BitImageProcessor, image) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -36,21 +36,25 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
     ]
 
 
-def test_an_image_of_native_size_is_normalised_and_nothing_else() -> None:
+def test_an_image_of_native_size_is_only_normalized() -> None:
     image = photo(48, 48)
     expected = normalized(image / 255)
-    torch.testing.assert_close(shown(image_processor(preset(size=48), 3), image), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        processed(image_processor(preset(size=48), 3), image), expected, atol=1e-5, rtol=0
+    )
 
 
-def test_small_images_are_enlarged_as_views_are() -> None:
+def test_small_images_are_enlarged_like_views() -> None:
     image = photo(32, 32)
     processor = image_processor(preset(size=32, enlarge=64, interpolation="bicubic"), 3)
     enlarged = F.interpolate((image / 255)[None], size=(64, 64), mode="bilinear", align_corners=False)[0]
-    # The processor enlarges in 8 bits, the views do not: they are within one level of 255 of each other.
-    torch.testing.assert_close(shown(processor, image), normalized(enlarged), atol=1.01 / 255 / 0.2, rtol=0)
+    # The processor enlarges in 8 bits, the views in float: they differ by at most one of 255 levels.
+    torch.testing.assert_close(
+        processed(processor, image), normalized(enlarged), atol=1.01 / 255 / 0.2, rtol=0
+    )
 
 
-def test_photos_are_reduced_by_the_filter_of_the_crops_and_cropped_in_the_middle() -> None:
+def test_large_photos_are_resized_with_the_filter_of_the_crops_and_center_cropped() -> None:
     image = photo(60, 90)
     by_filter = {}
     for mode in ("bilinear", "bicubic"):
@@ -59,7 +63,7 @@ def test_photos_are_reduced_by_the_filter_of_the_crops_and_cropped_in_the_middle
             image[None].float(), size=(30, 45), mode=mode, antialias=True, align_corners=False
         )[0]
         expected = normalized(reduced.round().clamp(0, 255)[:, :, 7:37] / 255)
-        by_filter[mode] = shown(processor, image)
+        by_filter[mode] = processed(processor, image)
         torch.testing.assert_close(by_filter[mode], expected, atol=1.5 / 255 / 0.2, rtol=0)
     assert (by_filter["bilinear"] - by_filter["bicubic"]).abs().max() > 3 / 255 / 0.2, (
         "the filters must differ"
@@ -72,42 +76,44 @@ def test_every_kind_of_photo_becomes_rgb(tmp_path) -> None:
     assert type(processor) is BitImageProcessor
     pixels = photo(16, 16).permute(1, 2, 0).numpy()
     color = Image.fromarray(pixels)
-    grey = color.convert("L")
-    same = shown(processor, grey)
+    gray = color.convert("L")
+    same = processed(processor, gray)
     torch.testing.assert_close(
-        same, normalized(torch.tensor(np.array(grey)).expand(3, -1, -1) / 255), atol=1e-5, rtol=0
+        same, normalized(torch.tensor(np.array(gray)).expand(3, -1, -1) / 255), atol=1e-5, rtol=0
     )
-    torch.testing.assert_close(shown(processor, color), normalized(photo(16, 16) / 255), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        processed(processor, color), normalized(photo(16, 16) / 255), atol=1e-5, rtol=0
+    )
 
     transparent = color.convert("RGBA")
     transparent.putalpha(0)
-    both = grey.convert("LA")
+    both = gray.convert("LA")
     both.putalpha(0)
-    # The card states that transformers lays transparency over white from 5.21 on, and that 5.20 drops it.
+    # The card states that transformers places transparent photos on white from 5.21 on, unlike 5.20.
     drops = version("transformers").startswith("5.20.")
     white = normalized(torch.ones(3, 16, 16))
-    for photograph, opaque in ((transparent, color), (both, grey)):
-        expected = shown(processor, opaque) if drops else white
-        torch.testing.assert_close(shown(processor, photograph), expected, atol=1e-5, rtol=0)
+    for photograph, opaque in ((transparent, color), (both, gray)):
+        expected = processed(processor, opaque) if drops else white
+        torch.testing.assert_close(processed(processor, photograph), expected, atol=1e-5, rtol=0)
     palette = color.quantize(8)
     expected = normalized(torch.tensor(np.array(palette.convert("RGB"))).permute(2, 0, 1) / 255)
-    torch.testing.assert_close(shown(processor, palette), expected, atol=1e-5, rtol=0)
-    assert shown(processor, color.convert("CMYK")).shape == (3, 16, 16)
+    torch.testing.assert_close(processed(processor, palette), expected, atol=1e-5, rtol=0)
+    assert processed(processor, color.convert("CMYK")).shape == (3, 16, 16)
 
 
-def test_one_channel_takes_grey_photos_and_refuses_others() -> None:
+def test_one_channel_accepts_gray_photos_only() -> None:
     processor = image_processor(preset(1, size=16), 1)
     encoder = ResNetModel(ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1]))
-    grey = Image.fromarray(photo(16, 16)[0].numpy())
+    gray = Image.fromarray(photo(16, 16)[0].numpy())
     torch.testing.assert_close(
-        shown(processor, grey), (photo(16, 16)[:1] / 255 - 0.5) / 0.25, atol=1e-5, rtol=0
+        processed(processor, gray), (photo(16, 16)[:1] / 255 - 0.5) / 0.25, atol=1e-5, rtol=0
     )
-    encoder(**processor(grey, return_tensors="pt"))
+    encoder(**processor(gray, return_tensors="pt"))
     with pytest.raises(ValueError, match="channel dimension"):
-        encoder(**processor(grey.convert("RGB"), return_tensors="pt"))
+        encoder(**processor(gray.convert("RGB"), return_tensors="pt"))
 
 
-def test_many_channels_are_taken_as_arrays() -> None:
+def test_arrays_with_many_channels() -> None:
     values = preset(size=16) | {"mean": [0.5] * 5, "std": [0.5] * 5}
     array = np.full((5, 20, 20), 255, dtype=np.uint8)
     pixels = image_processor(values, 5)(array, return_tensors="pt", input_data_format="channels_first")[
@@ -117,7 +123,7 @@ def test_many_channels_are_taken_as_arrays() -> None:
     assert torch.all(pixels == 1)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_settings_that_do_not_match_are_errors() -> None:
     with pytest.raises(UserError, match=mentions("views.mean", 1)):
         image_processor(preset(), 1)
     with pytest.raises(UserError, match=mentions("views.interpolation", "nearest", "bilinear", "bicubic")):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way in processes of their own: the command publishes, users load, data is streamed, training
-pushes."""
+"""Tests in separate processes: the command publishes, a user loads, training streams and pushes."""
 
 import json
 import os
@@ -21,7 +20,7 @@ from hf_ssl.data.digits import digits
 
 REPO = "someone/digits"
 
-# Runs without hf_ssl, and then with it: the same repo for both.
+# This program loads the same repository first without hf_ssl, then with it.
 WITHOUT_HF_SSL = """
 import sys
 
@@ -65,7 +64,7 @@ found |= {"method": type(method).__name__, "method keys": [len(report[key]) for 
 print(json.dumps(found))
 """
 
-# `python -m hf_ssl` in a process that has already loaded the libraries.
+# `python -m hf_ssl` in a process that has already imported the libraries.
 COMMAND = "import runpy; runpy.run_module('hf_ssl', run_name='__main__', alter_sys=True)"
 
 
@@ -112,16 +111,14 @@ def test_a_published_encoder_is_loaded_without_hf_ssl(
     torch.testing.assert_close(loaded["features"], features, rtol=0, atol=1e-13 * float(features.abs().max()))
 
 
-def test_the_command_without_xet_on_the_other_side(
-    hub: HubServer, finished_run: Path, tmp_path: Path
-) -> None:
+def test_the_command_with_a_hub_without_xet(hub: HubServer, finished_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("hf_xet")
     command = ("-m", "hf_ssl", "publish", str(finished_run), REPO)
     done = process(hub, tmp_path, *command, token=hub.write_token, HF_HUB_DISABLE_XET="0")
     assert done.returncode == 2
     assert missing(done.stderr.splitlines()[-1], "hf-ssl:", "HF_HUB_DISABLE_XET=1") == []
     assert [commit.summary for commit in hub.store.model(REPO).commits] == ["initial commit"]
-    assert hub.count("xet-write-token") == 1, "what cannot pass is not tried again"
+    assert hub.count("xet-write-token") == 1, "a permanent error is not retried"
 
 
 def test_publishing_loads_no_torch(finished_run: Path) -> None:
@@ -150,7 +147,7 @@ def test_a_missing_and_a_read_only_token(
 
 
 def test_pretraining_streams_from_the_hub_and_pushes(forks: Forks, hub: HubServer, tmp_path: Path) -> None:
-    """The first push fails for good; training goes on, the later ones arrive."""
+    """The first push fails, training continues, and the later pushes succeed."""
     data = tmp_path / "data" / "train-00000-of-00001.parquet"
     data.parent.mkdir()
     digits()["train"].select(range(600)).to_parquet(data)
@@ -160,7 +157,7 @@ def test_pretraining_streams_from_the_hub_and_pushes(forks: Forks, hub: HubServe
     done = forks.run(
         "torch", COMMAND, "pretrain", "smoke/simclr", "data.path=someone/images",
         "data.streaming=true", f"training.output_dir={output}", "training.monitor_steps=0",
-        "training.push_to_hub=true", "training.hub_strategy=checkpoint", "training.hub_always_push=true",
+        "training.push_to_hub=true", "training.hub_strategy=every_save", "training.hub_always_push=true",
         f"training.hub_token={hub.write_token}", "publish.repo_id=streamed", "publish.private=true",
         env=hub.environment(tmp_path / "home", hub.write_token),
     )  # fmt: skip
@@ -173,14 +170,9 @@ def test_pretraining_streams_from_the_hub_and_pushes(forks: Forks, hub: HubServe
     ]  # fmt: skip
     during, after = repo.commits[1].files, repo.head.files
     assert json.loads(during["config.json"].data)["architectures"] == ["ResNetModel"]
-    assert json.loads(during["last-checkpoint/config.json"].data)["model_type"] == "ssl_simclr"
+    assert json.loads(during["pretraining/config.json"].data)["model_type"] == "ssl_simclr"
     assert b"step 8 of 8" in during["README.md"].data and "facts.json" not in during
-    checkpoint = output / "checkpoint-8"
-    sent = {
-        Path(name).name: blob.data for name, blob in during.items() if name.startswith("last-checkpoint/")
-    }
-    assert set(sent) == set(os.listdir(checkpoint))
-    assert sent["optimizer.pt"] == (checkpoint / "optimizer.pt").read_bytes()
+    assert not [name for name in (*during, *after) if "checkpoint" in name or name.endswith((".pt", ".pth"))]
     assert after["model.safetensors"].data == (output / "model.safetensors").read_bytes()
     facts = json.loads(after["facts.json"].data)
     assert (facts["repo_id"], facts["data"]["hub_id"]) == ("someone/streamed", "someone/images")

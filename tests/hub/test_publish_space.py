@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publishing a built Space beside its model."""
+"""Tests of publishing a Space with its model."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def build(folder: Path, files: dict[str, str] = FILES) -> Path:
     return folder
 
 
-def test_a_space_is_published_and_changed(online: HubServer, tmp_path: Path) -> None:
+def test_a_space_is_published_and_updated(online: HubServer, tmp_path: Path) -> None:
     folder = build(tmp_path / "space")
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "app.pyc").write_text("")
@@ -57,7 +57,7 @@ def test_a_space_is_published_and_changed(online: HubServer, tmp_path: Path) -> 
         ({"files": ["README.md", "app.py"]}, ["requirements.txt"]),
     ],
 )
-def test_folders_that_are_no_space(tmp_path: Path, listed: object, parts: list) -> None:
+def test_folders_that_are_not_spaces(tmp_path: Path, listed: object, parts: list) -> None:
     folder = build(tmp_path / "space")
     (folder / "space.json").unlink() if listed is None else (folder / "space.json").write_text(
         json.dumps(listed)
@@ -67,7 +67,7 @@ def test_folders_that_are_no_space(tmp_path: Path, listed: object, parts: list) 
     assert missing(str(caught.value), folder, *parts) == []
 
 
-def test_a_readme_without_header(tmp_path: Path) -> None:
+def test_a_readme_without_metadata(tmp_path: Path) -> None:
     folder = build(tmp_path / "space", FILES | {"README.md": "# Digits\n"})
     with pytest.raises(UserError, match=mentions("README.md", "sdk: gradio")):
         publish_space(folder, "someone/digits", dry_run=True)

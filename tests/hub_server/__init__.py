@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hub on loopback for tests: speaks the protocol that huggingface_hub, transformers and datasets speak.
+"""A Hub on loopback for tests, with the protocol of huggingface_hub, transformers and datasets.
 
-`with HubServer() as hub:` serves `hub.endpoint` from memory; `hub.environment(home, token)` is what the
-process of a client needs. Users, repos and commits lie in `hub.store`; `hub.requests` remembers what came in;
-`hub.fail` and `hub.cut` make it stumble.
+`with HubServer() as hub:` serves `hub.endpoint` from memory. `hub.environment(home, token)` returns the
+environment of a client process. `hub.store` contains users, repositories and commits, and `hub.requests` the
+received requests. `hub.fail` and `hub.cut` simulate failures.
 """
 
 from hub_server.server import HubServer, Request

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTTP request: read whole or cut off, answered by a route, remembered."""
+"""Handles one HTTP request: reads it, answers it by a route or cuts the connection, and records it."""
 
 import json
 import re
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reply:
-    """What is sent where JSON and 200 are not meant."""
+    """An answer that is not JSON with status 200."""
 
     body: bytes = b""
     status: int = 200
@@ -26,11 +26,11 @@ class Reply:
 
 
 class Cut(Exception):
-    """The connection is to be cut without an answer."""
+    """Raised to cut the connection without an answer."""
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One request at a time; `routes` says which method answers it: (verb, pattern of the path, name)."""
+    """Answers one request at a time by the method that `routes` names: (verb, pattern of the path, name)."""
 
     hub: "HubServer"
     routes: list[tuple[str, str, str]]
@@ -59,7 +59,7 @@ class Connection(BaseHTTPRequestHandler):
     def answer(self, method: str, path: str) -> None:
         try:
             if self.fault is not None and self.fault.status is not None:
-                raise Refused(self.fault.status, "", "this server is told to fail")
+                raise Refused(self.fault.status, "", "simulated failure")
             with self.hub.lock:
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
                 open_to_all = path.startswith(("/lfs/", "/api/validate-yaml"))
@@ -80,7 +80,7 @@ class Connection(BaseHTTPRequestHandler):
         raise Refused(404, "", f"no such address: {method} {path}")
 
     def read_body(self) -> bytes:
-        """The body, of known length or in chunks; cut off where a fault says so."""
+        """Return the body, of known length or in chunks; raise Cut where a fault requires it."""
         fault = self.fault
         limit = fault.after if fault and self.command in ("POST", "PUT") and not fault.unanswered else None
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -103,7 +103,7 @@ class Connection(BaseHTTPRequestHandler):
             raise Cut
 
     def close(self) -> None:
-        """Cut: the other side gets a reset, not an end."""
+        """Cut the connection; the client receives a reset instead of a regular end."""
         self.status, self.close_connection = 0, True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()

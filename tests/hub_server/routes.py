@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server answers to which address."""
+"""The answer of the server to each path."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ ROUTES = [
 
 
 class Handler(Connection):
-    """The routes: each gets the matched parts of its address and returns a `Reply` or plain data."""
+    """The routes; each method receives the matched parts of the path and returns a `Reply` or plain data."""
 
     routes = ROUTES
 
@@ -99,7 +99,7 @@ class Handler(Connection):
         return {"transfer": "basic", "objects": [self.action(item) for item in self.json()["objects"]]}
 
     def action(self, item: dict) -> dict:
-        """Where to put a large file; nothing to do for one that is there."""
+        """Return the upload address of a large file; the item alone if the file exists."""
         oid, size, step = item["oid"], item["size"], self.hub.part_size
         if oid in self.hub.store.objects:
             return item
@@ -215,7 +215,7 @@ class Handler(Connection):
 
 
 def size_and_names(blob: Blob, name: str) -> dict[str, Any]:
-    """Size, git's name, and for a large file its sha256."""
+    """Return the size, the hash of git, and the sha256 of a large file."""
     large = {
         "oid": blob.sha256,
         "sha256": blob.sha256,
@@ -226,7 +226,7 @@ def size_and_names(blob: Blob, name: str) -> dict[str, Any]:
 
 
 def tree(files: dict[str, Blob], prefix: str, deep: bool) -> list[dict]:
-    """Files and folders below `prefix`."""
+    """Return the files and folders below `prefix`."""
     entries: dict[str, dict] = {}
     for path, blob in sorted(files.items()):
         if not path.startswith(prefix):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP side: a thread that serves a `Store`, remembers every request, and stumbles when told to."""
+"""An HTTP server in a thread that serves a `Store`, records every request, and simulates failures."""
 
 import os
 import re
@@ -17,7 +17,7 @@ WRITE, READ = "hf_" + "w" * 34, "hf_" + "r" * 34
 
 @dataclass(frozen=True)
 class Request:
-    """What came in. body: as far as it was read; status: 0 where the connection was cut."""
+    """A received request; `body` is the part that was read, `status` is 0 if the connection was cut."""
 
     method: str
     path: str
@@ -28,10 +28,13 @@ class Request:
 
 @dataclass
 class Fault:
-    """Something to go wrong `times` times, for requests whose "METHOD path" matches.
+    """A failure of the next `times` requests whose "METHOD path" matches the pattern.
 
-    status: answer this and do nothing. after: cut the connection once so many bytes of the body came in, or,
-    where the request has none, went out. unanswered: do what is asked, then cut instead of answering.
+    Attributes:
+        status: answer with this status and do nothing else.
+        after: cut the connection after so many bytes of the request body, or of the answer if there is no
+            body.
+        unanswered: do what the request asks, then cut the connection instead of answering.
     """
 
     pattern: str
@@ -42,10 +45,10 @@ class Fault:
 
 
 class HubServer:
-    """A Hub on a port of its own.
+    """A Hub on a free port.
 
-    It begins with a user "someone", member of "lab", with a token to write and one to read. A client with Xet
-    switched on finds no token endpoint, as on other small hubs.
+    It contains a user "someone", a member of "lab", with a write token and a read token. It has no token
+    endpoint for Xet, like other small hubs.
 
     Args:
         part_size: files larger than this are uploaded in parts of so many bytes.
@@ -75,7 +78,7 @@ class HubServer:
         self._server.server_close()
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The environment of a process whose clients talk to this server and to nothing else."""
+        """Return the environment of a process whose clients use only this server."""
         hidden = (
             "HF_",
             "HUGGING",
@@ -93,18 +96,18 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }  # fmt: skip
 
-    # Faults. A pattern is searched in "METHOD path", e.g. r"POST .*/commit/" or "PUT /lfs/".
+    # Failures. A pattern is searched in "METHOD path", e.g. r"POST .*/commit/" or "PUT /lfs/".
 
     def fail(self, pattern: str, status: int = 503, times: int = 1) -> None:
         """Answer the next requests with an error."""
         self.faults.append(Fault(pattern, times, status=status))
 
     def cut(self, pattern: str, after: int = 0, times: int = 1, unanswered: bool = False) -> None:
-        """Cut the connection of the next requests in the middle."""
+        """Cut the connection of the next requests, see `Fault`."""
         self.faults.append(Fault(pattern, times, after=after, unanswered=unanswered))
 
     def heal(self) -> None:
-        """Forget the faults that have not happened."""
+        """Remove the remaining failures."""
         self.faults.clear()
 
     def fault(self, method: str, path: str) -> Fault | None:
@@ -115,14 +118,14 @@ class HubServer:
                     return fault
         return None
 
-    # What happened.
+    # Records.
 
     def count(self, pattern: str) -> int:
-        """Requests whose "METHOD path" matches."""
+        """Return the number of requests whose "METHOD path" matches."""
         return sum(bool(re.search(pattern, f"{request.method} {request.path}")) for request in self.requests)
 
     def received(self) -> bytes:
-        """All that a stranger could read here: addresses and bodies of requests, and decoded files."""
+        """Return everything that the Hub received: paths and bodies of requests, and decoded files."""
         with self.lock:
             parts = [request.path.encode() + b"\n" + request.body for request in self.requests]
             for repo in self.store.repos.values():

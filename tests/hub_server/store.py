@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Users, repos, commits and files of a Hub, in memory; of HTTP it knows the status of a refusal alone."""
+"""Users, repositories, commits and files of a Hub, in memory and without HTTP (except status codes)."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ FIRST_FILES = {".gitattributes": "".join(f"*{ending} filter=lfs\n" for ending in
 
 
 class Refused(Exception):
-    """What the server answers instead: status, the Hub's error code, a message."""
+    """An error answer: HTTP status, error code of the Hub, and message."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message or code)
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Whom a token belongs to. role: "write" or "read"."""
+    """The user of a token; `role` is "write" or "read"."""
 
     name: str
     role: str = "write"
@@ -35,7 +35,7 @@ class User:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file: its bytes, and whether git holds a pointer to it instead of them."""
+    """The content of a file, and whether git stores an LFS pointer instead of it."""
 
     data: bytes
     lfs: bool
@@ -53,14 +53,14 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """git's name of what git holds."""
+        """Return the hash of git for the stored content."""
         content = self.pointer if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A state of a repo: all files, and what this commit added (by path) and deleted."""
+    """A state of a repository: all files, and the paths that this commit added and deleted."""
 
     oid: str
     files: dict[str, Blob]
@@ -71,7 +71,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """kind: "models", "datasets" or "spaces"."""
+    """A repository; `kind` is "models", "datasets" or "spaces"."""
 
     kind: str
     id: str
@@ -86,7 +86,7 @@ class Repo:
         return self.at("main")
 
     def at(self, revision: str) -> Commit:
-        """The commit that a branch, a tag or an oid names."""
+        """Return the commit of a branch, a tag or an oid."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         for commit in self.commits:
             if commit.oid == oid:
@@ -100,7 +100,7 @@ class Repo:
         return files[path]
 
     def commit(self, branch: str, summary: str, add: dict[str, Blob], delete: tuple[str, ...] = ()) -> Commit:
-        """Move `branch` on; all or nothing."""
+        """Add a commit to `branch`, completely or not at all."""
         before = self.at(branch).files if self.commits else {}
         gone = [
             path for path in before if path in delete or path.startswith(tuple(f"{item}/" for item in delete))
@@ -116,18 +116,18 @@ class Repo:
 
 
 class Store:
-    """Everything that a Hub holds."""
+    """The content of a Hub."""
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by token
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}  # large files by sha256
-        self.parts: dict[tuple[str, int], bytes] = {}  # of large files that come in parts
+        self.parts: dict[tuple[str, int], bytes] = {}  # of large files that are uploaded in parts
 
     def add_repo(
         self, kind: str, repo_id: str, files: dict[str, bytes] | Path | None = None, private: bool = False
     ) -> Repo:
-        """A new repo with its first commit; files: by path, or a folder to read."""
+        """Return a new repository with its first commit; `files` are contents by path, or a folder."""
         repo = self.repos[kind, repo_id] = Repo(kind, repo_id, private)
         repo.commit("main", "initial commit", self.blobs(FIRST_FILES))
         if isinstance(files, Path):
@@ -144,7 +144,7 @@ class Store:
         return self.repos["models", repo_id]
 
     def user(self, token: str | None) -> User | None:
-        """None without a token."""
+        """Return the user of a token, or None without a token."""
         if token is None:
             return None
         if token not in self.users:
@@ -152,7 +152,7 @@ class Store:
         return self.users[token]
 
     def readable(self, kind: str, repo_id: str, user: User | None) -> Repo:
-        """A repo that `user` may see; one that may not be seen is not there."""
+        """Return a repository; raise the error of a missing one if `user` may not read it."""
         repo = self.repos.get((kind, repo_id))
         if repo is None or (repo.private and not may_write(user, repo_id, {"read", "write"})):
             raise Refused(404 if user else 401, "RepoNotFound", "Repository not found")
@@ -167,7 +167,7 @@ class Store:
         return repo
 
     def create(self, request: dict, user: User | None) -> tuple[Repo, bool]:
-        """What POST /api/repos/create does: the repo, and whether it is new."""
+        """Return the repository for POST /api/repos/create, and whether it is new."""
         if user is None:
             raise Refused(401, "", "Invalid username or password.")
         namespace = request.get("organization") or user.name
@@ -188,7 +188,7 @@ class Store:
         self.objects[sha256] = data
 
     def apply(self, repo: Repo, branch: str, lines: list[dict]) -> Commit:
-        """What POST .../commit/{branch} does with its lines."""
+        """Apply the lines of POST .../commit/{branch}."""
         header, add, delete = lines[0]["value"], {}, []
         if header.get("parentCommit") not in (None, repo.at(branch).oid):
             raise Refused(412, "", "A commit has happened since. Please refresh and try again.")
@@ -206,19 +206,19 @@ class Store:
 
 
 def decode(value: dict) -> bytes:
-    """The content of a "file" line."""
+    """Return the content of a "file" line."""
     return (
         base64.b64decode(value["content"]) if value.get("encoding") == "base64" else value["content"].encode()
     )
 
 
 def may_write(user: User | None, repo_id: str, roles: set[str] | None = None) -> bool:
-    """Whether the repo's namespace is open to `user`, with a token of one of `roles` (writing alone)."""
+    """Return whether `user` may access the namespace with a token of one of `roles` (default: write)."""
     if user is None or user.role not in (roles or {"write"}):
         return False
     return repo_id.split("/")[0] in (user.name, *user.orgs)
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether git holds a pointer only: known endings, big files, and what is no text."""
+    """Return whether git stores a pointer: known suffixes, large files, and binary files."""
     return bool(size) and (path.endswith(LARGE) or size > LARGEST_REGULAR or b"\0" in sample)

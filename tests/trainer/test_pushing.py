@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`training.push_to_hub`: what is sent when, that the root is always the native encoder, and that training
-does not notice."""
+"""Tests of `training.push_to_hub`: the time and the content of each push, and that weights stay equal."""
 
 import json
 import os
-import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import publish
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer, pretrain, train
-from hf_ssl.trainer.pushing import _linked
 
 REPO = "someone/pushed"
 ENCODER = {
@@ -54,7 +52,9 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
     assert [commit.summary for commit in repo.commits[2:]] == [
         "Training in progress, step 4", "Training in progress, step 8", "End of training",
     ]  # fmt: skip
-    assert set(first.files) == ENCODER | {".gitattributes", "NOTES.md"}, "old results are not of this encoder"
+    assert set(first.files) == ENCODER | {".gitattributes", "NOTES.md"}, (
+        "results of another encoder are deleted"
+    )
     for commit in (first, second, last):
         assert (
             kind(commit.files) == "resnet" and kind(commit.files, "pretraining/config.json") == "ssl_simclr"
@@ -63,23 +63,35 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
     assert b"step 4 of 8" in first.files["README.md"].data
     assert first.files["model.safetensors"].data != second.files["model.safetensors"].data
     assert "model.safetensors" not in last.added and b"model-index" in last.files["README.md"].data
-    assert publish(folder, REPO).uploaded == (), "as hf-ssl publish sends it"
+    assert publish(folder, REPO).uploaded == (), "equal to the upload of hf-ssl publish"
     for name in ("model.safetensors", "pretraining/model.safetensors"):
-        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), "pushing changes no weight"
+        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), "a push changes no weight"
     assert not [name for name in os.listdir(folder) if name.startswith("_writing")]
 
 
-def test_all_checkpoints_and_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_strategies_with_optimizer_state_are_deprecated(
+    online: HubServer, tmp_path: Path, strategy: str
+) -> None:
+    chosen = recipe(tmp_path / "digits", strategy)
+    with pytest.warns(FutureWarning, match=mentions("training.hub_strategy", strategy, "every_save")):
+        trainer = build_trainer(chosen, chosen.training_arguments())
+    trainer._push_from_checkpoint("checkpoint-0")
+    trainer._finish_current_push()
+    assert set(online.store.model(REPO).head.added) == ENCODER
+
+
+def test_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     options = ("training.save_total_limit=1", "training.save_steps=2", "training.hub_private_repo=true")
-    trainer = train(recipe(folder, "all_checkpoints", *options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer = train(recipe(folder, "every_save", *options))
     repo = online.store.model(REPO)
-    sent = {name.split("/")[0] for name in repo.head.files if name.startswith("checkpoint-")}
-    assert sent == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"}, (
-        "rotated away here, whole there"
-    )
-    assert kind(repo.head.files, "checkpoint-2/config.json") == "ssl_simclr" and repo.private
-    assert {"checkpoint-8/optimizer.pt", "checkpoint-8/trainer_state.json"} <= set(repo.head.files)
+    summaries = [commit.summary for commit in repo.commits[1:]]
+    assert summaries == [f"Training in progress, step {step}" for step in (2, 4, 6, 8)]
+    assert set(repo.head.files) == ENCODER | {".gitattributes"}, "no checkpoint and no optimizer state"
+    assert kind(repo.head.files) == "resnet" and repo.private
     assert not (folder / "config.json").exists()
 
     repo.commit("main", "by hand", online.store.blobs({"config.json": b"{}", "NOTES.md": b"mine"}))
@@ -88,7 +100,7 @@ def test_all_checkpoints_and_push_to_hub_itself(online: HubServer, tmp_path: Pat
     assert kind(repo.head.files) == "resnet" and repo.head.files["NOTES.md"].data == b"mine"
 
 
-def test_the_end_alone_and_a_last_push_that_fails(online: HubServer, tmp_path: Path) -> None:
+def test_a_push_only_at_the_end_that_fails(online: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     online.fail("POST .*/commit/", status=400, times=1000)
     with pytest.raises(UserError) as caught:
@@ -96,11 +108,11 @@ def test_the_end_alone_and_a_last_push_that_fails(online: HubServer, tmp_path: P
     assert missing(str(caught.value), f"hf-ssl publish {folder} {REPO}") == []
     assert online.count("POST .*/commit/") == 1 and (folder / "README.md").is_file()
     online.heal()
-    pretrain(recipe(folder, "every_save"))  # the same run: how it is pushed changes no weight
+    pretrain(recipe(folder, "every_save"))  # the same run, because the strategy changes no weight
     assert [commit.summary for commit in online.store.model(REPO).commits[1:]] == ["End of training"]
 
 
-def test_no_token_is_told_before_training(
+def test_a_missing_token_is_an_error_before_training(
     online: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
@@ -109,21 +121,7 @@ def test_no_token_is_told_before_training(
     assert not (tmp_path / "digits").exists()
 
 
-def test_a_checkpoint_that_is_sent_names_no_folder_and_stays(tmp_path: Path) -> None:
-    source, target = tmp_path / "checkpoint-4", tmp_path / "_writing-push-4" / "last-checkpoint"
-    source.mkdir()
-    (source / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(source)}))
-    (source / "optimizer.pt").write_bytes(b"state")
-    files = _linked(source, target, "last-checkpoint")
-    shutil.rmtree(source)
-    assert set(files) == {"last-checkpoint/trainer_state.json", "last-checkpoint/optimizer.pt"}
-    assert json.loads(files["last-checkpoint/trainer_state.json"]) == {
-        "best_model_checkpoint": "checkpoint-4"
-    }
-    assert files["last-checkpoint/optimizer.pt"].read_bytes() == b"state"
-
-
-def test_one_repo_by_either_name() -> None:
+def test_both_keys_of_the_repository() -> None:
     def load(*overrides: str):
         return load_recipe("smoke/simclr", ["training.output_dir=x", *overrides])
 
@@ -141,7 +139,7 @@ def test_one_repo_by_either_name() -> None:
         load("training.hub_model_id=a/b", "publish.repo_id=c")
 
 
-def test_one_push_at_a_time_unless_asked(online: HubServer, tmp_path: Path) -> None:
+def test_one_push_at_a_time_by_default(online: HubServer, tmp_path: Path) -> None:
     chosen = recipe(tmp_path / "digits", "every_save", "training.hub_always_push=false")
     trainer = build_trainer(chosen, chosen.training_arguments())
     busy: Future = Future()

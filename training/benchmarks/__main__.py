@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hf_ssl.hub.machine import environment
+from hf_ssl.cards import environment
 from hf_ssl.precision import fastest_precision
 from training.benchmarks import evaluating, losses, steps, views
 from training.benchmarks.overhead import trainer_overhead

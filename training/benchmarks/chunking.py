@@ -21,8 +21,8 @@ import torch
 from transformers import ResNetConfig
 
 from hf_ssl import views
+from hf_ssl.cards import environment
 from hf_ssl.data import LoadedBatch
-from hf_ssl.hub.machine import environment
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.trainer.gradient_cache import cached_backward

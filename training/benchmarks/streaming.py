@@ -19,8 +19,8 @@ import datasets
 import torch
 from transformers import TrainerCallback
 
+from hf_ssl.cards import environment
 from hf_ssl.data import open_source
-from hf_ssl.hub.machine import environment
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
 from hf_ssl.trainer.trainer import SSLTrainer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The software and hardware of this process, without a name that tells whose they are."""
+"""Records the software and hardware of this process, without host and user names."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_ssl.hub.facts import EnvironmentFacts
+from hf_ssl.cards.facts import EnvironmentFacts
 
 PACKAGES = (
     "hf_ssl",
@@ -26,11 +26,11 @@ PACKAGES = (
 
 
 def environment(device: torch.device | str = "cpu", processes: int = 1) -> EnvironmentFacts:
-    """What the facts of a run say about where it ran.
+    """Return the software and hardware of a run.
 
     Args:
-        device: that the model was trained on.
-        processes: number of them, one a device.
+        device: the device of the model.
+        processes: number of processes, each with its own device.
     """
     device = torch.device(device)
     return EnvironmentFacts(
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """ "AMD EPYC 9654 96-Core Processor", or the architecture where the system does not say more."""
+    """Return a name such as "AMD EPYC 9654 96-Core Processor", or the architecture if the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

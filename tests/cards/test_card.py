@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card holds what was recorded, all of it where a reader or the Hub looks for it, and nothing else."""
+"""Tests that the card contains the recorded facts, and nothing else."""
 
 import copy
 import re
@@ -11,40 +11,40 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from messages import mentions
+from messages import mentions, missing
 
+from hf_ssl.cards import write_card
+from hf_ssl.cards.facts import public_facts
+from hf_ssl.cards.text import command, duration
 from hf_ssl.errors import UserError
-from hf_ssl.hub import card as card_module
-from hf_ssl.hub import write_card
-from hf_ssl.hub.wording import command, duration
 
-# Dicts whose keys differ from run to run: their entries are no facts of their own.
+# Dicts whose keys differ between runs; their entries are not declared facts.
 FREE = {"config", "sections", "differences", "views", "packages", "results", "pictures", "history", "seconds"}
 FREE |= {"protocol", "statistics", "linear", "images", "few_labels", "grid", "overrides"}
 
 
-# Each stands for a fact of the fixture.
-WORDS = (
+# Each text contains a fact of the fixture.
+TEXTS = (
     "`ResNetModel`",
     "11,176,512 parameters",
-    "64 x 64 pixels into 512 numbers",
+    "64 x 64 pixels, it computes a feature vector of 512 numbers",
     "revision | `0123456789abcdef`",
     "400 steps of 256 images, 2.048 epochs, 102,400 images seen",
     "sgd, learning rate 0.12",
     "bfloat16",
     "4.1234",
-    "18 min 20 s, 93 images a second",
+    "18 min 20 s, 93 images per second",
     "1 x AMD EPYC, 2 cores, 31.2 GiB memory",
     "Python 3.11.7, torch 2.15.0",
     "| views.mean | `[0.49, 0.48, 0.45]` |",
     "| projection_size | `128` |",
     "One run with seed 3",
-    "left out: 100-NN: the bank has 80 images",
-    "the collapse alarm was not raised",
+    "not evaluated: 100-NN: the bank has 80 images",
+    "The collapse alarm was not raised",
     "arXiv:2002.05709",
-    "looked at 1,000 labelled images of test",
+    "on 1,000 labeled images of test",
     "hf_ssl 0.1.0",
-    "spread of embeddings (1 isotropic, 0 collapsed) | 0.61 | 0.93",
+    "standard deviation of embeddings (isotropic: 1, collapsed: 0) | 0.61 | 0.93",
 )
 
 
@@ -65,7 +65,7 @@ def readme(folder: Path) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_metadata_is_what_the_hub_reads(facts: dict, tmp_path: Path) -> None:
+def test_metadata(facts: dict, tmp_path: Path) -> None:
     facts["data"]["hub_id"] = "uoft-cs/cifar10"
     facts["backbone"]["base_model"] = "microsoft/resnet-18"
     write_card(tmp_path, facts)
@@ -82,8 +82,8 @@ def test_metadata_is_what_the_hub_reads(facts: dict, tmp_path: Path) -> None:
     assert [(result.metric_name, result.metric_value) for result in data.eval_results] == [
         ("20-NN accuracy", round(trained["knn"]["accuracy"], 4)),
         ("Linear probe accuracy", round(trained["linear"]["accuracy"], 4)),
-        ("1-NN accuracy, 1 labelled image a class", round(trained["few_labels"][0]["mean"], 4)),
-        ("1-NN accuracy, 5 labelled images a class", round(trained["few_labels"][1]["mean"], 4)),
+        ("1-NN accuracy, 1 labeled image per class", round(trained["few_labels"][0]["mean"], 4)),
+        ("1-NN accuracy, 5 labeled images per class", round(trained["few_labels"][1]["mean"], 4)),
     ]
     first = data.eval_results[0]
     assert (first.dataset_type, first.dataset_split, first.dataset_revision) == (
@@ -114,7 +114,7 @@ def test_results_for_leaderboards(facts: dict, tmp_path: Path) -> None:
     assert (entries[0].dataset_id, entries[0].dataset_revision) == ("uoft-cs/cifar10", "0123456789abcdef")
     assert entries[1].notes == trained["protocol"]["linear"]
     assert entries[0].source_url == "https://huggingface.co/jane/my-encoder"
-    # Leaderboards know no local data: an earlier file must not stay with wrong numbers.
+    # Leaderboards do not accept local data. An earlier file with wrong numbers must not stay.
     facts["evaluation"]["hub_id"] = None
     write_card(tmp_path, facts)
     assert not path.exists()
@@ -138,8 +138,8 @@ def test_every_number_is_on_the_card(facts: dict, tmp_path: Path) -> None:
             assert row in text
     for sentence in facts["results"]["trained"]["protocol"].values():
         assert sentence in text
-    for words in WORDS:
-        assert words in text, words
+    for expected in TEXTS:
+        assert expected in text, expected
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert recipe["training"] == {"output_dir": "my-encoder", "seed": 3}
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
@@ -159,23 +159,23 @@ def test_a_missing_fact_is_named_and_no_card_is_written(facts: dict, tmp_path: P
         del holder(without, path)[path[-1]]
         with pytest.raises(UserError) as caught:
             write_card(tmp_path, without)
-        assert f"fact {'.'.join(path)} is missing" in str(caught.value), path
+        assert missing(str(caught.value), f"facts.{'.'.join(path)}") == [], path
         assert readme(tmp_path) == before
 
 
 def test_an_unknown_or_empty_fact_is_named(facts: dict, tmp_path: Path) -> None:
-    for path, value, words in (
-        (("training", "learing_rate"), 1.0, "fact training.learing_rate is unknown"),
-        (("data", "revision"), None, "fact data.revision is None"),
-        (("results",), {}, "fact results.trained is missing"),
-        (("evaluation",), None, "fact evaluation is None"),
-        (("training",), 3, "fact training: expected a dict, got int"),
+    for path, value, parts in (
+        (("training", "learing_rate"), 1.0, ["facts.training.learing_rate", "learning_rate"]),
+        (("data", "revision"), None, ["facts.data.revision", "None"]),
+        (("results",), {}, ["facts.results.trained"]),
+        (("evaluation",), None, ["facts.evaluation", "None"]),
+        (("training",), 3, ["facts.training", "dict", "int"]),
     ):
         changed = copy.deepcopy(facts)
         holder(changed, path)[path[-1]] = value
         with pytest.raises(UserError) as caught:
             write_card(tmp_path, changed)
-        assert words in str(caught.value)
+        assert missing(str(caught.value), *parts) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,10 +194,10 @@ def test_no_path_and_no_token_reaches_the_card(facts: dict, tmp_path: Path) -> N
         assert secret not in text, secret
     assert "see log.txt (removed)" in text
     assert "https://example.org/a/b" in text
-    assert "data.path=cifar10" in command(facts | {"recipe": card_module.public_facts(facts)["recipe"]})
+    assert "data.path=cifar10" in command(public_facts(facts))
 
 
-def test_relative_folder_is_not_taken_for_a_data_set_of_the_hub(facts: dict, tmp_path: Path) -> None:
+def test_a_relative_folder_is_not_a_data_set_on_the_hub(facts: dict, tmp_path: Path) -> None:
     facts["recipe"]["sections"]["data"]["path"] = "secret/cifar10"
     facts["recipe"]["overrides"] = ["data.path=secret/cifar10"]
     write_card(tmp_path, facts)
@@ -208,40 +208,40 @@ def test_relative_folder_is_not_taken_for_a_data_set_of_the_hub(facts: dict, tmp
     assert "path: open/cifar10" in readme(tmp_path)
 
 
-def test_poolings_side_by_side(facts: dict, tmp_path: Path) -> None:
+def test_results_of_both_poolings(facts: dict, tmp_path: Path) -> None:
     facts["results"]["trained"]["poolings"] = {"cls": 0.4, "mean": 0.5}
     write_card(tmp_path, facts)
-    assert "by the class token 40.0 %, by the mean of all tokens 50.0 %." in readme(tmp_path)
+    assert "of the class token: 40.0 %, of the mean of all tokens: 50.0 %." in readme(tmp_path)
 
 
-def test_what_is_not_good_is_said(facts: dict, tmp_path: Path) -> None:
+def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     facts["results"]["untrained"]["knn"]["accuracy"] = facts["results"]["trained"]["knn"]["accuracy"] + 0.02
     facts["monitor"]["alarm"] = "embeddings have collapsed at step 40: embedding_std is 0.01"
     facts["training"] |= {"final_loss": float("nan"), "selection": "eval_knn", "resumed": 2}
     facts["data"]["broken"] = 7
     write_card(tmp_path, facts)
     text = readme(tmp_path)
-    assert "**Not better than the same network untrained, by 20-NN** (-2.0 points)." in text
-    assert "> **Collapsed while training**: embeddings have collapsed at step 40" in text
-    assert "the collapse alarm was not raised" not in text
+    assert "**Not better than the same network untrained, in 20-NN accuracy** (-2.0 points)." in text
+    assert "> **Collapsed during training**: embeddings have collapsed at step 40" in text
+    assert "The collapse alarm was not raised" not in text
     assert "| final loss | not finite |" in text
-    assert "**The checkpoint was chosen by eval_knn**" in text
+    assert "**The checkpoint was selected by eval_knn**" in text
     assert "resumed 2 times" in text
     assert "7 training images could not be read" in text
 
 
-def test_an_encoder_that_was_not_measured(facts: dict, tmp_path: Path) -> None:
+def test_an_encoder_without_evaluation(facts: dict, tmp_path: Path) -> None:
     facts |= {"evaluation": None, "results": {}, "unmeasured": "the data has no labels"}
     facts["monitor"] = {"history": [], "alarm": None, "test_images": None}
     write_card(tmp_path, facts)
     text = readme(tmp_path)
-    assert "Not measured: the data has no labels." in text
-    assert "a collapse would not have been noticed" in text
+    assert "Not evaluated: the data has no labels." in text
+    assert "would not have been detected" in text
     assert "## Results" not in text and "model-index" not in text
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
-def test_pictures_and_the_whole_model_appear_where_they_are(facts: dict, tmp_path: Path) -> None:
+def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
     write_card(tmp_path, facts)
     assert "![" not in readme(tmp_path) and "subfolder" not in readme(tmp_path)
     facts["pictures"] = {
@@ -268,20 +268,31 @@ def test_pictures_and_the_whole_model_appear_where_they_are(facts: dict, tmp_pat
         ("pooler", 3, ["features = outputs.pooler_output.flatten(1)  # (1, 512)"]),
         ("cls", 3, ["features = outputs.last_hidden_state[:, 0]"]),
         ("mean", 3, ["features = outputs.last_hidden_state.mean(dim=1)"]),
-        ("pooler", 1, ['Image.open("photo.jpg")).convert("L")', "takes one channel"]),
-        ("pooler", 5, ["arrays of 5 channels"]),
+        ("pooler", 1, ['Image.open("photo.jpg")).convert("L")', "has one input channel"]),
+        ("pooler", 5, ["arrays with 5 channels"]),
     ],
 )
-def test_loading_is_shown_for_this_encoder(
+def test_the_code_fits_the_encoder(
     facts: dict, tmp_path: Path, pooling: str, channels: int, lines: list[str]
 ) -> None:
     facts["backbone"] |= {"pooling": pooling, "channels": channels}
     write_card(tmp_path, facts)
     assert all(line in readme(tmp_path) for line in lines)
-    assert ("laid transparent photos over white" in readme(tmp_path)) == (channels == 3)
+    assert ("placed transparent images on a white background" in readme(tmp_path)) == (channels == 3)
 
 
-def test_awkward_names_stay_text(facts: dict, tmp_path: Path) -> None:
+def test_initial_weights(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    assert "| initial weights | random |" in readme(tmp_path)
+    facts["backbone"]["config"]["init_from"] = "/home/jane/encoder"
+    write_card(tmp_path, facts)
+    assert "| initial weights | a local encoder |" in readme(tmp_path)
+    facts["backbone"]["base_model"] = "microsoft/resnet-18"
+    write_card(tmp_path, facts)
+    assert "| initial weights | microsoft/resnet-18 |" in readme(tmp_path)
+
+
+def test_special_characters_are_escaped(facts: dict, tmp_path: Path) -> None:
     facts["name"] = 'my "best" encoder'
     facts["recipe"]["differences"] = {"data.image_column": "a|b`c"}
     facts["recipe"]["overrides"] = ["data.image_column=two words"]
@@ -292,14 +303,14 @@ def test_awkward_names_stay_text(facts: dict, tmp_path: Path) -> None:
     assert "'data.image_column=two words'" in text
 
 
-def test_a_method_without_prose_is_refused(facts: dict, tmp_path: Path) -> None:
+def test_a_method_without_a_text_is_an_error(facts: dict, tmp_path: Path) -> None:
     facts["method"]["name"] = "nothing"
     with pytest.raises(UserError, match=mentions("model_cards/methods/nothing.md")):
         write_card(tmp_path, facts)
     assert not (tmp_path / "README.md").exists()
 
 
-def test_every_method_has_its_prose() -> None:
+def test_every_method_has_its_text() -> None:
     from hf_ssl.methods import METHODS
     from hf_ssl.resources import resource
 
@@ -309,7 +320,7 @@ def test_every_method_has_its_prose() -> None:
             assert part in prose, (name, part)
 
 
-def test_what_was_chosen_for_the_machine_is_on_the_card_and_in_its_commands(facts, tmp_path) -> None:
+def test_choices_for_the_machine_are_on_the_card_and_in_its_commands(facts, tmp_path) -> None:
     facts["training"]["choices"] = {
         "training.batch_size": {"value": 32, "reason": "30 seconds per step are enough for 55 images"},
         "training.precision": {"value": "float32", "reason": "bfloat16 is 0.2 times as fast"},

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of a run as `hf_ssl.run` records them, with a real evaluation's results for random features."""
+"""Example facts of a run, with the results of a real evaluation of random features."""
 
 import copy
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-import pytest
 import torch
 
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features
@@ -22,7 +21,8 @@ def measured(seed: int, signal: float) -> EncoderResult:
     return result
 
 
-def recorded_facts() -> dict[str, Any]:
+@cache
+def _facts() -> dict[str, Any]:
     raw = measured(2, 0.5)
     raw["linear"] = None
     del raw["protocol"]["linear"]
@@ -127,13 +127,9 @@ def recorded_facts() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def new_facts() -> Callable[[], dict[str, Any]]:
-    """Makes the facts of a run; each call gives its own."""
-    recorded = recorded_facts()
-    return lambda: copy.deepcopy(recorded)
+def new_facts() -> dict[str, Any]:
+    """Return the facts of a run as `hf_ssl.recording` collects them; each call returns its own copy.
 
-
-@pytest.fixture
-def facts(new_facts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return new_facts()
+    New facts need no entry here, because they have a `Default`.
+    """
+    return copy.deepcopy(_facts())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: README.md with its metadata, and `.eval_results/`, from recorded facts and nothing else."""
+"""Writes the model card (README.md with its metadata) and `.eval_results/` from recorded facts alone."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
 
+from hf_ssl.cards import text
+from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.errors import UserError
 from hf_ssl.files import disk_errors, write_text
-from hf_ssl.hub import wording
-from hf_ssl.hub.facts import Facts, public_facts
 from hf_ssl.resources import resource
 
 CARD = "README.md"
@@ -20,33 +20,38 @@ TAGS = ("self-supervised-learning", "hf_ssl")
 
 
 def write_card(directory: str | Path, facts: Facts) -> None:
-    """Write the card of the encoder in `directory`, and its results for the Hub's leaderboards.
+    """Write the card of the encoder in `directory`, and its results for the leaderboards of the Hub.
 
-    Prose and layout lie in `model_cards/card.md` and `model_cards/methods/<method>.md`; every number and name
-    comes from `facts`, made fit for strangers first.
+    The layout is in `model_cards/card.md`, the text about the method in `model_cards/methods/<method>.md`.
+    All numbers and names come from `facts`, without private information.
 
     Args:
-        directory: the repo: what `export_encoder` wrote, and the pictures that the facts name.
-        facts: see `hf_ssl.hub.facts`.
+        directory: folder with the output of `export_encoder` and the pictures that `facts` names.
+        facts: the facts of the run, see `hf_ssl.cards.facts`.
 
     Raises:
-        UserError: a fact, a picture or the method's prose is missing (named in the message), or the disk does
-            not take the files; an earlier card is left as it is then.
+        UserError: a fact, a picture or the text of the method is missing, or a file cannot be written. An
+            earlier card then stays unchanged.
     """
     directory, facts = Path(directory), public_facts(facts)
     for name in facts["pictures"]:
         if not (directory / name).is_file():
-            raise UserError(f"fact pictures.{name}: expected that file in {directory.name}, it is not there.")
+            raise UserError(f"facts.pictures.{name}: expected it in {directory.name}, found none; restore it")
     texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
     if EVALUATION_RESULTS not in texts:
         with disk_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
-            (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # of an earlier card
-    for name, text in texts.items():
-        write_text(directory / name, text)
+            (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card
+    for name, content in texts.items():
+        write_text(directory / name, content)
 
 
 def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:
-    """What `write_card` writes, by file, for facts that are fit for strangers; the card itself comes last."""
+    """Return the content of each file that `write_card` writes; the card is the last one.
+
+    Args:
+        facts: public facts.
+        has_pretraining: whether the folder contains the method model in `pretraining/`.
+    """
     texts = {}
     entries = evaluation_entries(facts)
     if entries:
@@ -55,7 +60,7 @@ def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:
 
 
 def render_card(facts: Facts, *, has_pretraining: bool) -> str:
-    """The text of README.md. has_pretraining: whether the whole method model lies in `pretraining/`."""
+    """Return the text of README.md; the arguments are those of `card_texts`."""
     templates = Environment(
         loader=FileSystemLoader(resource("model_cards")),
         undefined=StrictUndefined,
@@ -65,35 +70,40 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "percent": wording.percent,
-        "whole": wording.whole,
-        "duration": wording.duration,
-        "code": wording.code,
-        "literal": wording.literal,
+        "percent": text.percent,
+        "whole": text.whole,
+        "duration": text.duration,
+        "code": text.code,
+        "literal": text.literal,
     }
     try:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
-            usage=wording.usage(facts),
-            results=wording.results_table(facts),
-            comparisons=wording.comparisons(facts),
-            choices=wording.choices(facts),
-            monitor=wording.monitor_table(facts),
-            command=wording.command(facts),
-            check_command=wording.check_command(facts),
+            usage=text.usage(facts),
+            results=text.results_table(facts),
+            comparisons=text.comparisons(facts),
+            choices=text.choices(facts),
+            monitor=text.monitor_table(facts),
+            command=text.command(facts),
+            check_command=text.check_command(facts),
             recipe_yaml=yaml_dump(facts["recipe"]["sections"], sort_keys=False).strip(),
-            limitations=wording.limitations(facts),
+            limitations=text.limitations(facts),
             has_pretraining=has_pretraining,
             facts=facts,
         )
     except TemplateNotFound as error:
-        raise UserError(f"expected the card's text in model_cards/{error.name}, it is not there.") from error
+        raise UserError(
+            f"facts.method.name: expected model_cards/{error.name}, found none; write it"
+        ) from error
     except UndefinedError as error:
-        raise UserError(f"a fact that the card needs is missing: {error.message}.") from error
+        raise UserError(
+            f"model_cards/card.md: expected declared facts only, got {error.message}; declare it in "
+            "hf_ssl/cards/facts.py"
+        ) from error
 
 
 def metadata(facts: Facts) -> ModelCardData:
-    """What the Hub reads: library, task, tags, data, base model, and the results as `model-index`."""
+    """Return the metadata for the Hub: library, task, tags, data, base model, and results (`model-index`)."""
     tags = list(dict.fromkeys([*TAGS, facts["method"]["name"], *facts["tags"]]))
     fields: dict[str, Any] = {
         "library_name": "transformers",
@@ -110,14 +120,14 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def model_index(facts: Facts) -> list[EvalResult]:
-    """The trained encoder's results, each with its protocol, in the form that a README carries."""
+    """Return the results of the trained encoder with their protocols, for the metadata of README.md."""
     evaluation = facts["evaluation"]
     if evaluation is None:
         return []
     return [
         EvalResult(
             task_type="image-classification",
-            task_name="Image classification by frozen features",
+            task_name="Image classification with frozen features",
             dataset_type=evaluation["hub_id"] or evaluation["name"],
             dataset_name=evaluation["name"],
             dataset_config=evaluation["config"],
@@ -128,12 +138,15 @@ def model_index(facts: Facts) -> list[EvalResult]:
             metric_value=measurement.value,
             metric_args={"protocol": measurement.protocol},
         )
-        for measurement in wording.measurements(facts["results"]["trained"])
+        for measurement in text.measurements(facts["results"]["trained"])
     ]
 
 
 def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
-    """The same for `.eval_results/`, which knows data sets of the Hub only; in percent, as is usual there."""
+    """Return the same results for `.eval_results/`, in percent.
+
+    Leaderboards accept only data sets on the Hub. The result is [] for other data.
+    """
     evaluation = facts["evaluation"]
     if evaluation is None or evaluation["hub_id"] is None:
         return []
@@ -153,5 +166,5 @@ def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
             notes=measurement.protocol,
             **source,
         )
-        for measurement in wording.measurements(facts["results"]["trained"])
+        for measurement in text.measurements(facts["results"]["trained"])
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever reads a card can measure its numbers again with the line that it gives."""
+"""Tests that the command on a card repeats the evaluation."""
 
 import json
 import re
@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from hf_ssl import run
+from hf_ssl.cards.facts import public_facts
+from hf_ssl.cards.text import check_command
 from hf_ssl.data import DataConfig
 from hf_ssl.evaluation import EvaluationConfig
-from hf_ssl.hub.facts import public_facts
-from hf_ssl.hub.wording import check_command
 from hf_ssl.recipe import read_sections
 
 
 def read(facts: dict[str, Any]) -> tuple[DataConfig, EvaluationConfig]:
-    """What the command of facts, made fit for strangers, asks for."""
+    """Return the settings of the command for public facts."""
     return read_sections(shlex.split(check_command(public_facts(facts)))[3:])
 
 
-def test_the_card_of_a_run_says_how_to_measure_it_again(
+def test_the_command_on_the_card_repeats_the_evaluation(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = (finished_run / "README.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_the_card_of_a_run_says_how_to_measure_it_again(
     assert command is not None
     verb, model, *overrides = shlex.split(command[1])[1:]
     assert verb == "evaluate"
-    monkeypatch.chdir(finished_run.parent)  # where the encoder lies
+    monkeypatch.chdir(finished_run.parent)  # the folder that contains the encoder
     again = run.evaluate(model, *read_sections(overrides))
     facts = json.loads((finished_run / "facts.json").read_text(encoding="utf-8"))
     for name, before in (("encoder", "trained"), ("raw_pixels", "raw_pixels")):
@@ -39,7 +39,7 @@ def test_the_card_of_a_run_says_how_to_measure_it_again(
     assert f"revision of the images: {facts['evaluation']['revision']}\n" in capsys.readouterr().out
 
 
-def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) -> None:
+def test_the_command_contains_settings_that_change_the_results(facts: dict[str, Any]) -> None:
     measured = {
         "data.name": "fine",
         "data.label_column": "fine label",
@@ -53,7 +53,7 @@ def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) 
     others = {"data.cache": "memory", "data.split": "unlabelled", "evaluation.results_dir": "tables"}
     facts["recipe"]["differences"] |= measured | others
     data, evaluation = read(facts)
-    assert data.path == "./cifar10"  # not a data set of this name on the Hub
+    assert data.path == "./cifar10"  # not a data set with this name on the Hub
     sections = {"data": data, "evaluation": evaluation}
     for setting, value in measured.items():
         section, key = setting.split(".")
@@ -65,23 +65,23 @@ def test_settings_that_change_what_is_measured_are_given(facts: dict[str, Any]) 
     "text",
     ["1.10", "2019_2020", "010", "yes", "Null", "a: b", "a:", "x #1", "*.parquet", "été", "'", '"', "[a"],
 )
-def test_text_stays_what_it_is(facts: dict[str, Any], text: str) -> None:
+def test_texts_are_quoted(facts: dict[str, Any], text: str) -> None:
     facts["recipe"]["differences"] |= {"data.name": text, "data.label_column": text}
     facts["evaluation"]["name"] = text
     data, _ = read(facts)
     assert (data.path, data.name, data.label_column) == (f"./{text}", text, text)
 
 
-def test_data_of_the_hub_are_those_of_that_day(facts: dict[str, Any]) -> None:
-    assert "revision" not in check_command(facts)  # a fingerprint of local files is nothing to ask for
+def test_data_of_the_hub_have_the_evaluated_revision(facts: dict[str, Any]) -> None:
+    assert "revision" not in check_command(facts)  # a fingerprint of local files is not a revision to load
     facts["evaluation"] |= {"hub_id": "open/cifar10", "name": "open/cifar10"}
     facts["recipe"]["differences"]["data.revision"] = "main"
     data, _ = read(facts)
     assert (data.path, data.revision) == ("open/cifar10", "0123456789abcdef")
 
 
-def test_images_of_their_own(facts: dict[str, Any]) -> None:
-    """Where they lie on this machine stays here; columns and the rest of the training data are not theirs."""
+def test_separate_evaluation_images(facts: dict[str, Any]) -> None:
+    """The card does not contain their location; the columns of the training data do not apply to them."""
     facts["recipe"]["sections"]["evaluation"]["path"] = "clients/acme/labelled"
     facts["recipe"]["differences"] |= {
         "evaluation.path": "clients/acme/labelled",
@@ -97,5 +97,5 @@ def test_images_of_their_own(facts: dict[str, Any]) -> None:
     assert (data.channels, evaluation.path) == (1, None)
 
 
-def test_without_a_measurement_there_is_nothing_to_repeat(facts: dict[str, Any]) -> None:
+def test_no_command_without_an_evaluation(facts: dict[str, Any]) -> None:
     assert check_command(facts | {"evaluation": None, "results": {}, "unmeasured": "no labels"}) == ""

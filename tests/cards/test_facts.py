@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts on the disk, results files, the machine, and what strangers may see."""
+"""Tests of facts.json, results files, the environment, and the removal of private information."""
 
+import copy
 import json
 import platform
 import threading
@@ -9,20 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_facts import new_facts
 from messages import mentions
 
+from hf_ssl import cards, hub
+from hf_ssl.cards import append_result, environment, last_part, public, read_facts, write_facts
+from hf_ssl.cards.facts import check_facts, public_facts
 from hf_ssl.errors import UserError
-from hf_ssl.hub import append_result, environment, last_part, public, read_facts, write_facts
-from hf_ssl.hub.facts import check_facts, public_facts
 
 
-def test_facts_come_back_as_they_were_made_public(facts: dict, tmp_path: Path) -> None:
+def test_facts_are_read_as_they_were_written(facts: dict, tmp_path: Path) -> None:
     write_facts(tmp_path, facts)
     assert read_facts(tmp_path) == public_facts(facts)
     text = (tmp_path / "facts.json").read_text()
     assert "jane" not in text and "hf_aaa" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
-    # What was read can be written and read again: nothing is lost by doing it twice.
+    # Facts that were read are written without a change.
     write_facts(tmp_path, read_facts(tmp_path))
     assert (tmp_path / "facts.json").read_text() == text
 
@@ -46,7 +49,7 @@ def test_facts_that_cannot_be_read(facts: dict, tmp_path: Path) -> None:
         read_facts(tmp_path)
 
 
-def test_numbers_that_json_does_not_have(facts: dict, tmp_path: Path) -> None:
+def test_numbers_that_json_cannot_store(facts: dict, tmp_path: Path) -> None:
     facts["training"]["final_loss"] = float("inf")
     facts["training"]["images_per_second"] = np.float32(2.5)
     facts["training"]["steps"] = torch.tensor(7)
@@ -60,10 +63,27 @@ def test_numbers_that_json_does_not_have(facts: dict, tmp_path: Path) -> None:
         write_facts(tmp_path, facts)
 
 
-def test_notes_are_the_one_optional_fact(facts: dict) -> None:
-    check_facts(facts)
+def test_facts_of_older_versions_get_the_defaults(facts: dict, tmp_path: Path) -> None:
+    assert "notes" not in facts and "choices" not in facts["training"]
+    before = copy.deepcopy(facts)
+    checked = check_facts(facts)
+    assert (checked["notes"], checked["training"]["choices"]) == ([], {})
+    assert facts == before
+    (tmp_path / "facts.json").write_text(json.dumps(public_facts(facts)))
+    assert read_facts(tmp_path) == public_facts(facts)
+
+
+def test_sections_are_dicts(facts: dict) -> None:
+    for section in ("results", "training"):
+        with pytest.raises(UserError, match=mentions(f"facts.{section}", "dict", "list")):
+            check_facts(facts | {section: []})
+    with pytest.raises(UserError, match=mentions("facts", "dict", "list")):
+        check_facts([])
+
+
+def test_notes_are_texts(facts: dict) -> None:
     check_facts(facts | {"notes": ["a"]})
-    with pytest.raises(UserError, match=mentions("notes[0]", "None")):
+    with pytest.raises(UserError, match=mentions("facts.notes[0]", "None")):
         check_facts(facts | {"notes": [None]})
 
 
@@ -78,12 +98,13 @@ def test_runs_are_appended_to_their_recipe(facts: dict, tmp_path: Path) -> None:
     assert entry["data"]["revision"] == "0123456789abcdef"
     assert entry["environment"]["device"] == "AMD EPYC"
     assert entry["results"]["trained"]["knn"] == json.loads(json.dumps(facts["results"]["trained"]["knn"]))
+    assert list(entry["backbone"]) == ["class_name", "parameters", "feature_size", "image_size"]
     assert entry["overrides"] == ["data.path=cifar10", "training.max_steps=400"]
     assert "jane" not in path.read_text()
     assert [item.name for item in path.parent.iterdir()] == ["simclr.json"]
 
 
-def test_a_results_file_that_is_none_is_left_alone(facts: dict, tmp_path: Path) -> None:
+def test_another_file_in_place_of_results_stays_unchanged(facts: dict, tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     for text, parts in (
         ("[{half", ["JSON", "recipe.json"]),
@@ -95,7 +116,7 @@ def test_a_results_file_that_is_none_is_left_alone(facts: dict, tmp_path: Path) 
         assert path.read_text() == text
 
 
-def test_runs_that_end_together_all_stay(facts: dict, new_facts, tmp_path: Path) -> None:
+def test_runs_that_end_at_the_same_time_are_all_appended(tmp_path: Path) -> None:
     def one(seed: int) -> None:
         mine = new_facts()
         mine["training"]["seed"] = seed
@@ -139,7 +160,7 @@ def test_runs_that_end_together_all_stay(facts: dict, new_facts, tmp_path: Path)
         ({1: np.int64(3), "a": np.float64(0.5)}, {"1": 3, "a": 0.5}),
     ],
 )  # fmt: skip
-def test_what_strangers_see(value, expected) -> None:
+def test_public(value, expected) -> None:
     assert public(value) == expected
     assert public(public(value)) == expected
 
@@ -155,7 +176,7 @@ def test_last_part() -> None:
     ]
 
 
-def test_the_machine_is_described_without_its_name() -> None:
+def test_environment_contains_no_host_name() -> None:
     found = environment()
     assert found["python"] == platform.python_version()
     assert (
@@ -166,3 +187,9 @@ def test_the_machine_is_described_without_its_name() -> None:
     assert found["device"] and found["cores"] >= 1 and found["devices"] == 1
     assert platform.node() not in json.dumps(found)
     assert environment("cpu", processes=4)["devices"] == 4
+
+
+@pytest.mark.parametrize("name", cards.__all__)
+def test_names_that_moved_from_hub_are_deprecated(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=mentions(f"hf_ssl.hub.{name}", f"hf_ssl.cards.{name}")):
+        assert getattr(hub, name) is getattr(cards, name)

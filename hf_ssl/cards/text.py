@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers put into words and tables for the card. Every function here is pure: facts in, text out."""
+"""Formats facts as texts and tables for the card. All functions are pure."""
 
 import json
 import re
 import shlex
 from typing import Any, NamedTuple
 
+from hf_ssl.cards.facts import Facts
 from hf_ssl.evaluation.results import EncoderResult
-from hf_ssl.hub.facts import Facts
 
 ENCODERS = {
     "trained": "**this encoder**",
@@ -18,14 +18,15 @@ ENCODERS = {
 MONITORED = {
     "loss": "loss on fixed images",
     "knn": "k-NN accuracy, part of the test split",
-    "embedding_std": "spread of embeddings (1 isotropic, 0 collapsed)",
-    "embedding_rank": "dimensions in use by embeddings (RankMe, centred)",
-    "feature_std": "spread of features (1 isotropic, 0 collapsed)",
-    "rank_me": "dimensions in use by features (RankMe)",
-    "alignment": "alignment of two views (0 perfect)",
-    "uniformity": "uniformity (lower is more even)",
+    "embedding_std": "standard deviation of embeddings (isotropic: 1, collapsed: 0)",
+    "embedding_rank": "effective rank of embeddings (RankMe, centered)",
+    "feature_std": "standard deviation of features (isotropic: 1, collapsed: 0)",
+    "rank_me": "effective rank of features (RankMe)",
+    "alignment": "alignment of two views (equal embeddings: 0)",
+    "uniformity": "uniformity (lower: more uniform)",
 }
-_PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")  # text that YAML takes for itself, but for these:
+# A text that YAML reads as the same text, except for the words in _NOT_STRINGS.
+_PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")
 _NOT_STRINGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null", "none", "nan", "inf")
 FEATURES = {
     "pooler": "outputs.pooler_output.flatten(1)",
@@ -35,7 +36,7 @@ FEATURES = {
 
 
 class Measurement(NamedTuple):
-    """An accuracy in [0, 1], with a name for people, a key for machines and its protocol."""
+    """An accuracy in [0, 1], with its name for readers, its key for programs and its protocol."""
 
     key: str
     name: str
@@ -44,17 +45,17 @@ class Measurement(NamedTuple):
 
 
 def percent(value: float) -> str:
-    """0.6123 is "61.2 %"."""
+    """Return a fraction as a percentage: "61.2 %" for 0.6123."""
     return f"{100 * value:.1f} %"
 
 
 def whole(value: float) -> str:
-    """50000 is "50,000"."""
+    """Return a number without decimals: "50,000" for 50000."""
     return f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """1100 is "18 min 20 s", 42.31 is "42.3 s"."""
+    """Return a duration as text: "18 min 20 s" for 1100, "42.3 s" for 42.31."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, left = divmod(round(seconds), 60)
@@ -63,18 +64,18 @@ def duration(seconds: float) -> str:
 
 
 def code(value: Any) -> str:
-    """A setting as it would be written in a recipe, safe in a table."""
+    """Return a setting as Markdown code that is valid inside a table."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 
 def literal(text: str) -> str:
-    """A string as Python source."""
+    """Return a string as Python source."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def measurements(result: EncoderResult) -> list[Measurement]:
-    """Headline k-NN, linear probe, few labels: what is worth a place in the metadata."""
+    """Return the accuracies for the metadata: k-NN, linear probe, and k-NN with few labels."""
     knn, protocol = result["knn"], result["protocol"]
     k = knn["neighbours"]
     found = [Measurement(f"knn_{k}", f"{k}-NN accuracy", round(knn["accuracy"], 4), protocol["knn"])]
@@ -83,7 +84,7 @@ def measurements(result: EncoderResult) -> list[Measurement]:
         found.append(Measurement("linear_probe", "Linear probe accuracy", accuracy, protocol["linear"]))
     for draw in result["few_labels"]:
         labels = draw["labels_per_class"]
-        name = f"1-NN accuracy, {labels} labelled image{'s'[: labels != 1]} a class"
+        name = f"1-NN accuracy, {labels} labeled image{'s'[: labels != 1]} per class"
         found.append(
             Measurement(f"few_labels_{labels}", name, round(draw["mean"], 4), protocol["few_labels"])
         )
@@ -113,13 +114,13 @@ def results_table(facts: Facts) -> list[list[str]]:
 
 
 def comparisons(facts: Facts) -> list[str]:
-    """What training brought, in points of the headline accuracy; said as plainly where it brought nothing."""
+    """Return sentences that compare the trained encoder with the baselines, in points of k-NN accuracy."""
     sentences = []
     for key in ("untrained", "start", "raw_pixels"):
         if key in facts["results"]:
             knn = facts["results"]["trained"]["knn"]
             gain = 100 * (knn["accuracy"] - facts["results"][key]["knn"]["accuracy"])
-            than = f"{ENCODERS[key]}, by {knn['neighbours']}-NN"
+            than = f"{ENCODERS[key]}, in {knn['neighbours']}-NN accuracy"
             sentences.append(
                 f"{gain:.1f} points better than {than}."
                 if gain >= 0.05
@@ -129,21 +130,25 @@ def comparisons(facts: Facts) -> list[str]:
     if trained is not None and "poolings" in trained:
         token, mean = (percent(trained["poolings"][name]) for name in ("cls", "mean"))
         sentences.append(
-            f"{trained['knn']['neighbours']}-NN by the class token {token}, by the mean of all tokens {mean}."
+            f"{trained['knn']['neighbours']}-NN accuracy of the class token: {token}, "
+            f"of the mean of all tokens: {mean}."
         )
     return sentences
 
 
 def monitor_table(facts: Facts) -> list[list[str]]:
-    """Rows (what, first, last) of the monitor's measurements; [] where there are fewer than two."""
+    """Return rows (quantity, first value, last value) of the monitor's measurements.
+
+    The first row is the heading. The result is [] for fewer than two measurements.
+    """
     history = facts["monitor"]["history"]
     if len(history) < 2:
         return []
     first, last = history[0], history[-1]
     heading = ["", f"step {whole(first['step'])}", f"step {whole(last['step'])}"]
     return [heading] + [
-        [words, *(_number(record[key]) for record in (first, last))]
-        for key, words in MONITORED.items()
+        [name, *(_number(record[key]) for record in (first, last))]
+        for key, name in MONITORED.items()
         if key in first and key in last
     ]
 
@@ -153,61 +158,62 @@ def _number(value: float | None) -> str:
 
 
 def command(facts: Facts) -> str:
-    """The line that starts such a run."""
+    """Return the command that starts the same run."""
     overrides = facts["recipe"]["overrides"]
-    # Another machine may choose other values, which would lead to other weights.
+    # On another machine, `auto` may select other values, which lead to other weights.
     chosen = [
         f"{key}={_yaml(choice['value'])}"
-        for key, choice in facts["training"].get("choices", {}).items()
+        for key, choice in facts["training"]["choices"].items()
         if key in ("training.precision", "training.batch_size")
     ]
     return shlex.join(["hf-ssl", "pretrain", facts["recipe"]["name"], *overrides, *chosen])
 
 
 def choices(facts: Facts) -> list[str]:
-    """Return the choices of the run for its machine, one line with the reason for each."""
+    """Return the settings chosen for the machine of the run, one text with the reason for each."""
     return [
         code(f"{key}={choice['value']}") + f": {choice['reason']}"
-        for key, choice in facts["training"].get("choices", {}).items()
+        for key, choice in facts["training"]["choices"].items()
         if not key.startswith("monitor.")
     ]
 
 
 def check_command(facts: Facts) -> str:
-    """The line that measures the encoder again, by the same protocol on the same images; "" for one that was
-    not measured.
+    """Return the command that repeats the evaluation with the same protocol on the same images.
+
+    The result is "" for an encoder that was not evaluated.
     """
     images, differences = facts["evaluation"], facts["recipe"]["differences"]
     if images is None:
         return ""
-    if images["hub_id"] is None:  # "./" says that it is no data set on the Hub
-        where = {"data.path": images["name"] if images["name"] == "digits" else f"./{images['name']}"}
-    else:  # as they were that day, whatever the branch holds now
-        where = {"data.path": images["hub_id"], "data.revision": images["revision"]}
-    told = ["data.channels", "data.max_broken_fraction"]
-    if "evaluation.path" not in differences:  # else these say where training found its images
-        told += ["data.name", "data.image_column", "data.label_column"]
-    how = {
+    if images["hub_id"] is None:  # "./" marks a local folder, not a data set on the Hub
+        location = {"data.path": images["name"] if images["name"] == "digits" else f"./{images['name']}"}
+    else:  # the revision that was evaluated, not the current one
+        location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
+    data_keys = ["data.channels", "data.max_broken_fraction"]
+    if "evaluation.path" not in differences:  # else these keys describe the training data only
+        data_keys += ["data.name", "data.image_column", "data.label_column"]
+    settings = {
         key: value
         for key, value in differences.items()
-        if key in told
+        if key in data_keys
         or (key.startswith("evaluation.") and key not in ("evaluation.path", "evaluation.results_dir"))
     }
     precision = facts["results"]["trained"].get("precision")
-    if precision is not None:  # "auto" may choose another precision on another machine
-        how["evaluation.precision"] = precision
-    overrides = [f"{key}={_yaml(value)}" for key, value in (where | how).items()]
+    if precision is not None:  # `auto` may select another precision on another machine
+        settings["evaluation.precision"] = precision
+    overrides = [f"{key}={_yaml(value)}" for key, value in (location | settings).items()]
     return shlex.join(["hf-ssl", "evaluate", facts["name"], *overrides])
 
 
 def _yaml(value: Any) -> str:
-    """A value for the command line, whose values are YAML; JSON is YAML too."""
+    """Return a value for the command line, which parses values as YAML. JSON is valid YAML."""
     plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _NOT_STRINGS
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def usage(facts: Facts) -> str:
-    """Python that turns a photo into features, without hf_ssl."""
+    """Return Python code that computes the features of a photo without hf_ssl."""
     backbone = facts["backbone"]
     opened = 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
     if backbone["channels"] == 1:
@@ -218,10 +224,10 @@ def usage(facts: Facts) -> str:
             "from PIL import Image, ImageOps",
             "from transformers import AutoImageProcessor, AutoModel",
             "",
-            f"repo = {literal(facts['name'])}  # on the Hub, or a folder that holds these files",
+            f"repo = {literal(facts['name'])}  # id on the Hub, or a folder with these files",
             "processor = AutoImageProcessor.from_pretrained(repo)",
             f"encoder = AutoModel.from_pretrained(repo).eval()  # {backbone['class_name']}",
-            f"image = {opened}  # turned as training did",
+            f"image = {opened}  # EXIF rotation, as in training",
             "with torch.inference_mode():",
             '    outputs = encoder(**processor(image, return_tensors="pt"))',
             f"features = {FEATURES[backbone['pooling']]}  # (1, {backbone['feature_size']})",
@@ -230,59 +236,74 @@ def usage(facts: Facts) -> str:
 
 
 def limitations(facts: Facts) -> list[str]:
-    """What the numbers above do not say, each from a fact."""
+    """Return sentences about the limits of the results and of the encoder."""
     data, training, monitor = facts["data"], facts["training"], facts["monitor"]
-    evaluation, channels = facts["evaluation"], facts["backbone"]["channels"]
-    said = []
+    evaluation = facts["evaluation"]
+    sentences = []
     if monitor["alarm"] is not None:
-        said.append(f"**The collapse alarm was raised**: {monitor['alarm']}.")
-    said.append(f"One run with seed {training['seed']}: the spread over seeds is not known.")
+        sentences.append(f"**The collapse alarm was raised**: {monitor['alarm']}.")
+    sentences.append(f"One run with seed {training['seed']}: the variation over seeds is unknown.")
     if evaluation is None:
-        said.append(f"Nothing was measured after training: {facts['unmeasured']}.")
+        sentences.append(f"The encoder was not evaluated after training: {facts['unmeasured']}.")
     else:
-        said.append(f"Measured on {evaluation['name']} alone; on other images it may do better or worse.")
-        said.append(_selection(facts, evaluation["test_split"]))
+        sentences.append(
+            f"The evaluation uses {evaluation['name']} only. Results on other images may be better or worse."
+        )
+        sentences.append(_selection(facts, evaluation["test_split"]))
         if any(result["few_labels"] for result in facts["results"].values()):
-            said.append(
-                "The spread with few labels is over draws of the labelled images, not over trainings."
+            sentences.append(
+                "The standard deviation with few labels is over random choices of the labeled images, not "
+                "over training runs."
             )
-        broken = evaluation["broken"]
-        if broken:
-            said.append(f"{whole(broken)} labelled images could not be read and were left out.")
+        if evaluation["broken"]:
+            sentences.append(
+                f"{whole(evaluation['broken'])} labeled images could not be read and were left out."
+            )
     if data["broken"]:
-        said.append(f"{whole(data['broken'])} training images could not be read and were skipped.")
-    said.append(
-        f"Licence of the training data: {data['license']}."
+        sentences.append(f"{whole(data['broken'])} training images could not be read and were skipped.")
+    sentences.append(
+        f"License of the training data: {data['license']}."
         if data["license"]
-        else f"The licence of {data['name']} is not recorded here: check that it allows your use."
+        else f"The license of {data['name']} was not recorded. Check that it permits your use."
     )
-    if channels == 3:
-        said.append(
-            "Training laid transparent photos over white. The image processor does the same from "
-            "transformers 5.21 on; older releases drop the transparency."
-        )
-    elif channels == 1:
-        said.append('The encoder takes one channel: open photos with `image.convert("L")`, as above.')
-    else:
-        said.append(
-            f'The encoder takes arrays of {channels} channels; pass `input_data_format="channels_first"`.'
-        )
-    said.append(
-        "Images with 16 bits a channel, if there were any, were scaled to 8 bits by the loader; the image "
-        "processor does not do that."
-    )
-    return [*said, *facts.get("notes", [])]
+    return [*sentences, *_input_limitations(facts["backbone"]["channels"]), *facts["notes"]]
 
 
 def _selection(facts: Facts, split: str) -> str:
-    """How much the test split had a say in what is published."""
-    chosen_by, looked_at = facts["training"]["selection"], facts["monitor"]["test_images"]
-    if chosen_by is not None:
-        return f"**The checkpoint was chosen by {chosen_by}**: results on {split} are flattered if it enters."
-    rest = "the weights are the last ones, and the probe's learning rate was chosen on training images."
-    if looked_at:
+    """Return a sentence about how the test split influenced the published weights."""
+    selected_by, test_images = facts["training"]["selection"], facts["monitor"]["test_images"]
+    if selected_by is not None:
         return (
-            f"The monitor looked at {whole(looked_at)} labelled images of {split} while it trained and chose "
-            f"nothing: {rest}"
+            f"**The checkpoint was selected by {selected_by}**. Results on {split} are too optimistic if "
+            f"this metric uses images of {split}."
         )
-    return f"Nothing was chosen on {split}: {rest}"
+    weights = (
+        "The weights are those of the last step. The learning rate of the linear probe was selected on "
+        "training images."
+    )
+    if test_images:
+        return (
+            f"The monitor measured k-NN accuracy on {whole(test_images)} labeled images of {split} during "
+            f"training and selected nothing. {weights}"
+        )
+    return f"Nothing was selected on {split}. {weights}"
+
+
+def _input_limitations(channels: int) -> list[str]:
+    """Return sentences about images that the image processor treats in another way than training did."""
+    if channels == 3:
+        first = (
+            "Training placed transparent images on a white background. The image processor does the same "
+            "with transformers 5.21 or newer. Older versions drop the transparency."
+        )
+    elif channels == 1:
+        first = 'The encoder has one input channel. Open images with `image.convert("L")`, as shown above.'
+    else:
+        first = (
+            f"The encoder expects arrays with {channels} channels. Pass "
+            '`input_data_format="channels_first"` to the image processor.'
+        )
+    return [
+        first,
+        "Training scaled images with 16 bits per channel to 8 bits. The image processor does not do this.",
+    ]
