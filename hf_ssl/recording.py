@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl import __version__
-from hf_ssl.data import DataConfig, LabelledImages
+from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import locate
 from hf_ssl.evaluation import EncoderResult
 from hf_ssl.hub import Facts, environment, last_part
@@ -41,8 +41,8 @@ class Measured:
     """Results by encoder, with the images they were measured on; or the reason why there are none."""
 
     results: dict[str, EncoderResult] = field(default_factory=dict)
-    train: LabelledImages | None = None
-    test: LabelledImages | None = None
+    train: LabeledImages | None = None
+    test: LabeledImages | None = None
     unmeasured: str | None = None
 
 

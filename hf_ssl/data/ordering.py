@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows come when: pure functions of the seed and a count, so that there is no state to save."""
+"""The order of rows in an epoch, as a function of the seed and a count. No state has to be saved."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,57 +23,67 @@ def replacement(size: int, *key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(size))
 
 
-class Share(NamedTuple):
-    """What one process reads of one run."""
+class ProcessShare(NamedTuple):
+    """The part of each batch that one process reads.
+
+    Attributes:
+        seed: seed of the run, below 2**64.
+        batch_size: number of images in a micro-batch of this process.
+        rank: number of this process.
+        world_size: number of processes.
+    """
 
     seed: int
     batch_size: int
-    """images in a micro-batch of this process"""
     rank: int = 0
     world_size: int = 1
 
 
 class RowBatch(NamedTuple):
-    """The rows of one micro-batch of one process."""
+    """The rows of one micro-batch of one process.
 
-    pass_number: int
+    Attributes:
+        epoch: number of the epoch, from 0.
+        rows: (B,) int64 row numbers.
+    """
+
+    epoch: int
     rows: np.ndarray
-    """(B,) int64"""
 
 
 class RowBatches(Sampler[RowBatch]):
-    """Batches of shuffled rows, one pass over the data for each `iter()`, for ever.
+    """A batch sampler of shuffled rows. Each `iter()` yields the batches of the next epoch, without end.
 
-    Batch b of all processes together belongs to pass b // len(self) and is a slice of that pass's
-    permutation; process r takes part r of it, so that two processes with half the batch see exactly the rows
-    of one. What does not fill a batch is left out of the pass.
+    Batch b of all processes together belongs to epoch b // len(self). It is a slice of the permutation of
+    this epoch. Process r takes part r of it, so that two processes with half the batch read the rows of one
+    process. The epoch omits rows that do not fill a batch.
 
     Args:
-        num_rows: size of the data.
-        share: seed, batch size, and this process among all.
-        start: micro-batches done before; the first `iter()` yields only the rest of that pass.
+        num_rows: number of rows of the data.
+        share: the part of this process.
+        start: number of micro-batches before. The first `iter()` yields the rest of the epoch.
     """
 
-    def __init__(self, num_rows: int, share: Share, start: int = 0) -> None:
+    def __init__(self, num_rows: int, share: ProcessShare, start: int = 0) -> None:
         self.num_rows = num_rows
         self.share = share
-        self.next = start
+        self.next_batch = start
 
     def __len__(self) -> int:
         return self.num_rows // (self.share.batch_size * self.share.world_size)
 
     def __iter__(self) -> Iterator[RowBatch]:
-        # It all runs when the first batch is asked for: torch calls `iter` more often than it reads
-        start = self.next
-        pass_number = start // len(self)
-        self.next = (pass_number + 1) * len(self)  # an iteration that is broken off is not continued
+        # This generator starts when its first batch is read. torch calls `iter` more often than it reads.
+        start = self.next_batch
+        epoch = start // len(self)
+        self.next_batch = (epoch + 1) * len(self)  # an interrupted iteration is not continued
         seed, batch_size, rank, world_size = self.share
-        order = permutation(self.num_rows, seed, pass_number)
-        for number in range(start, (pass_number + 1) * len(self)):
+        order = permutation(self.num_rows, seed, epoch)
+        for number in range(start, (epoch + 1) * len(self)):
             first = (number % len(self) * world_size + rank) * batch_size
-            yield RowBatch(pass_number, order[first : first + batch_size])
+            yield RowBatch(epoch, order[first : first + batch_size])
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of that pass, unless it is in it already. (transformers' Trainer calls this.)"""
-        if self.next // len(self) != epoch:
-            self.next = epoch * len(self)
+        """Move to the start of an epoch, unless it has begun. transformers' Trainer calls this method."""
+        if self.next_batch // len(self) != epoch:
+            self.next_batch = epoch * len(self)
