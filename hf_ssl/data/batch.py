@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,22 @@ class LoadedBatch:
             parameters=self.parameters.pin_memory(),
             sample_index=None if index is None else index.pin_memory(),
         )
+
+
+class ProcessShare(NamedTuple):
+    """The part of each batch that one process reads.
+
+    Attributes:
+        seed: seed of the run, below 2**64.
+        batch_size: number of images in a micro-batch of this process.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
 
 def make_batch(

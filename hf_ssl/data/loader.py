@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader of training data, and its batches of map-style data."""
+"""The loader of training data, and the batches of map-style data: the order of rows, and their images."""
 
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_ssl import views
 from hf_ssl.data.batch import (
     DeviceRows,
     LoadedBatch,
+    ProcessShare,
     UnreadableData,
     WorkerFailure,
     batch_or_error,
@@ -22,7 +23,7 @@ from hf_ssl.data.batch import (
 )
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows, is_small
-from hf_ssl.data.ordering import ProcessShare, RowBatch, RowBatches, replacement
+from hf_ssl.data.ordering import permutation, replacement
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.data.stream_loader import first_images_are_small, make_stream_loader, stop_workers
@@ -168,6 +169,56 @@ class MapLoader(DataLoader[LoadedBatch]):
     def set_epoch(self, epoch: int) -> None:
         """Move to the start of an epoch. transformers' Trainer calls this method when it resumes."""
         cast(RowBatches, self.batch_sampler).set_epoch(epoch)
+
+
+class RowBatch(NamedTuple):
+    """The rows of one micro-batch of one process.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        rows: (B,) int64 row numbers.
+    """
+
+    epoch: int
+    rows: np.ndarray
+
+
+class RowBatches(Sampler[RowBatch]):
+    """A batch sampler of shuffled rows. Each `iter()` yields the batches of the next epoch, without end.
+
+    Batch b of all processes together belongs to epoch b // len(self). It is a slice of the permutation of
+    this epoch. Process r takes part r of it, so that two processes with half the batch read the rows of one
+    process. The epoch omits rows that do not fill a batch.
+
+    Args:
+        num_rows: number of rows of the data.
+        share: the part of this process.
+        start: number of micro-batches before. The first `iter()` yields the rest of the epoch.
+    """
+
+    def __init__(self, num_rows: int, share: ProcessShare, start: int = 0) -> None:
+        self.num_rows = num_rows
+        self.share = share
+        self.next_batch = start
+
+    def __len__(self) -> int:
+        return self.num_rows // (self.share.batch_size * self.share.world_size)
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        # This generator starts when its first batch is read. torch calls `iter` more often than it reads.
+        start = self.next_batch
+        epoch = start // len(self)
+        self.next_batch = (epoch + 1) * len(self)  # an interrupted iteration is not continued
+        seed, batch_size, rank, world_size = self.share
+        order = permutation(self.num_rows, seed, epoch)
+        for number in range(start, (epoch + 1) * len(self)):
+            first = (number % len(self) * world_size + rank) * batch_size
+            yield RowBatch(epoch, order[first : first + batch_size])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the start of an epoch, unless it has begun. transformers' Trainer calls this method."""
+        if self.next_batch // len(self) != epoch:
+            self.next_batch = epoch * len(self)
 
 
 class MapBatches(Dataset[LoadedBatch]):

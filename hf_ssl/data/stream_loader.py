@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ssl import views
-from hf_ssl.data.batch import LoadedBatch, UnreadableData, WorkerFailure, batch_or_error, make_batch
+from hf_ssl.data.batch import (
+    LoadedBatch,
+    ProcessShare,
+    UnreadableData,
+    WorkerFailure,
+    batch_or_error,
+    make_batch,
+)
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage, decode
 from hf_ssl.data.images import broken_message, inspect_images, is_small
-from hf_ssl.data.ordering import ProcessShare
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.views import ViewPreset
