@@ -58,7 +58,7 @@ class DataConfig:
         share, limit = self.max_broken_fraction, self.max_images
         for valid, key, expected, got, advice in (
             (path, "path", "a data set on the Hub, a folder, files or digits", path, "data.path=FOLDER"),
-            (self.channels in CHANNELS, "channels", "3 (color) or 1 (gray)", self.channels, "the default"),
+            (self.channels in CHANNELS, "channels", "3 (RGB) or 1 (gray)", self.channels, "data.channels=3"),
             (self.cache in CACHES, "cache", f"one of {', '.join(CACHES)}", self.cache, "data.cache=auto"),
             (self.dtype == "uint8", "dtype", "uint8", self.dtype, "data.dtype=uint8, also for 16-bit images"),
             (0 <= share <= 1, "max_broken_fraction", "a share from 0 to 1", share, "the default"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets on a Hub: the real clients, in a process of their own, against the test suite's own server."""
+"""Data sets on the Hub: a separate process uses the real clients with the server of the test suite."""
 
 import json
 

@@ -12,7 +12,7 @@ from hf_ssl.errors import UserError
 
 @pytest.fixture
 def labeled(tmp_path, write_parquet, encode, picture):
-    """A function that makes images whose number and label are known."""
+    """Return a function that writes images with known numbers and labels, and returns their configuration."""
 
     def make(count=90, broken=(), labels=None, size=(12, 10), **options):
         labels = [number * 3 // count for number in range(count)] if labels is None else labels

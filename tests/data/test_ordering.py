@@ -13,7 +13,7 @@ def test_permutation_depends_on_its_key_alone_and_is_one():
 
 
 def test_permutation_never_changes():
-    # what a run of another version of numpy or of ours would have to give to resume exactly
+    # a run must resume exactly with another version of hf_ssl or numpy
     assert permutation(8, 1, 2).tolist() == [7, 1, 3, 0, 4, 2, 6, 5]
 
 
