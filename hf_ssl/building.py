@@ -11,11 +11,11 @@ from transformers import TrainerCallback, set_seed
 
 from hf_ssl.data import (
     DataConfig,
-    LabelledImages,
+    LabeledImages,
     LoadedBatch,
     Source,
     holds_small_images,
-    labelled_images,
+    labeled_images,
     open_source,
     train_loader,
 )
@@ -150,7 +150,7 @@ def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count
 
 def labelled_splits(
     recipe: Recipe, max_train: int | None = None, max_test: int | None = None
-) -> tuple[LabelledImages, LabelledImages]:
+) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the evaluation, training split and test split.
 
     They come from the training data unless the recipe sets `evaluation.path`.
@@ -163,7 +163,7 @@ def labelled_splits(
 
 def open_splits(
     data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
-) -> tuple[LabelledImages, LabelledImages]:
+) -> tuple[LabeledImages, LabeledImages]:
     """Return the same as `labelled_splits`, from two sections of a recipe."""
     if evaluation.path is not None:
         data = replace(
@@ -178,8 +178,8 @@ def open_splits(
     data = replace(data, label_column=label_column, max_images=None, streaming=False)
     with progress(f"opening {data.path}"):
         return (
-            labelled_images(data, evaluation.train_split, max_images=max_train),
-            labelled_images(data, evaluation.test_split, max_images=max_test),
+            labeled_images(data, evaluation.train_split, max_images=max_train),
+            labeled_images(data, evaluation.test_split, max_images=max_test),
         )
 
 

@@ -19,7 +19,7 @@ from hf_ssl.cards.facts import (
     RecipeFacts,
     TrainingFacts,
 )
-from hf_ssl.data import DataConfig, LabelledImages
+from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import locate
 from hf_ssl.evaluation import EncoderResult
 from hf_ssl.methods import METHODS
@@ -41,8 +41,8 @@ class Measured:
     """The results by encoder with the evaluated images, or the reason why there are none."""
 
     results: dict[str, EncoderResult] = field(default_factory=dict)
-    train: LabelledImages | None = None
-    test: LabelledImages | None = None
+    train: LabeledImages | None = None
+    test: LabeledImages | None = None
     unmeasured: str | None = None
 
 

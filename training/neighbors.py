@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
-from hf_ssl.data import DataConfig, labelled_images
+from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.evaluation import attention_pictures, extract_features, load_encoder
 from hf_ssl.recipe import read_sections
 
@@ -30,8 +30,8 @@ def draw(model: str, data: DataConfig, rows: int = ROWS, neighbors: int = NEIGHB
         neighbors: number of nearest neighbors of each photo.
     """
     encoder, processor = load_encoder(model)
-    gallery = labelled_images(data, "train")
-    queries = labelled_images(data, "test", max_images=rows, seed=SEED)
+    gallery = labeled_images(data, "train")
+    queries = labeled_images(data, "test", max_images=rows, seed=SEED)
     bank, found = (
         normalize(extract_features(encoder, processor, images.iter_batches(64)))
         for images in (gallery, queries)

@@ -1,49 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images from anywhere, shuffled, split over processes, decoded and cropped, with a position that can be
-resumed.
+"""Opens, shuffles and decodes images from any source, divided between processes, with an exact resume.
 
-Layer 1: nothing here knows about methods or the trainer. The names below are loaded when first used, because
-    a recipe
-needs `DataConfig` alone and must not pay for torch and datasets.
+Layer 1: this package knows neither methods nor the trainer. The names below are loaded at first use, because
+a recipe needs only `DataConfig` and must not import torch and datasets.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_ssl.data.batch import LoadedBatch
-    from hf_ssl.data.broken import BrokenCounter
+    from hf_ssl.data.batch import BrokenCounter, LoadedBatch
     from hf_ssl.data.config import DataConfig
-    from hf_ssl.data.labelled import LabelledImages, labelled_images
+    from hf_ssl.data.labeled import LabeledImages, labeled_images
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
 _HOMES = {
-    "BrokenCounter": "broken",
+    "BrokenCounter": "batch",
     "DataConfig": "config",
-    "LabelledImages": "labelled",
+    "LabeledImages": "labeled",
     "LoadedBatch": "batch",
     "Source": "sources",
     "holds_small_images": "loader",
-    "labelled_images": "labelled",
+    "labeled_images": "labeled",
     "open_source": "sources",
     "train_loader": "loader",
 }
+_DEPRECATED = {"LabelledImages": "LabeledImages", "labelled_images": "labeled_images"}  # old name -> new name
 
 __all__ = [
     "BrokenCounter",
     "DataConfig",
-    "LabelledImages",
+    "LabeledImages",
     "LoadedBatch",
     "Source",
     "holds_small_images",
-    "labelled_images",
+    "labeled_images",
     "open_source",
     "train_loader",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DEPRECATED:
+        new = _DEPRECATED[name]
+        warnings.warn(f"{__name__}.{name} is deprecated; use {new}", DeprecationWarning, stacklevel=2)
+        return __getattr__(new)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

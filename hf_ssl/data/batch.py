@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loader hands to the trainer: uint8 pixels and what was drawn for them."""
+"""The batches of a loader: uint8 images with sampled augmentation parameters; and the broken images."""
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ssl.errors import UserError
 from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, apply, crop, draw
 
-Draw = Callable[[np.ndarray], dict[str, Tensor]]
+logger = logging.getLogger(__name__)
+
+SampleInputs = Callable[[np.ndarray], dict[str, Tensor]]
+"""Samples further inputs of a method, such as masks or noise, from the seeds (B,) of a batch."""
 
 SMALL = 96
-"""Images of one size up to this side are cropped on the model's device, larger ones in the loader."""
+"""Largest side of a small image, in pixels. Small images of one size are cropped on the device of the model,
+other images by the workers of the loader."""
+
+_MIN_STREAMED_IMAGES = 100
 
 
 @dataclass(frozen=True)
-class HeldRows:
-    """Images of a data set that lies on the model's device, whose pixels are taken when they are needed.
+class DeviceRows:
+    """Images of a data set that is stored on the device of the model, chosen by their row numbers.
 
     Attributes:
         rows: (B,) int64 row numbers.
         size: height and width of all images.
-        pixels: (N, C, H, W) uint8, all images; None while the batch is on its way from a worker.
+        pixels: (N, C, H, W) uint8, all images of the data set. A batch from a worker has None; the loader
+            sets the pixels in the main process.
     """
 
     rows: Tensor
@@ -34,34 +44,39 @@ class HeldRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, samples: slice) -> "HeldRows":
+    def __getitem__(self, samples: slice) -> "DeviceRows":
         return replace(self, rows=self.rows[samples])
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tensor:
-        """The pixels (B, C, H, W); only row numbers travel to where they lie."""
+        """Return the pixels (B, C, H, W) on a device. Only row numbers are copied to the stored images.
+
+        Raises:
+            RuntimeError: `pixels` is None.
+        """
         if self.pixels is None:
-            raise RuntimeError("these rows came from a loader that does not hold their images")
+            raise RuntimeError("expected images that a loader stores on a device, got rows without pixels")
         found = self.pixels[self.rows.to(self.pixels.device, non_blocking=non_blocking)]
         return found.to(device, non_blocking=non_blocking)
 
-    def pin_memory(self) -> "HeldRows":
+    def pin_memory(self) -> "DeviceRows":
         return replace(self, rows=self.rows.pin_memory())
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A micro-batch of one process. Legend: B batch, C channels, H, W sides.
+    """A micro-batch of one process: B images of C channels, H x W pixels.
 
     Attributes:
-        images: (B, C, H, W) uint8, the crops of stage one, or the rows of images on the device.
-        parameters: what `views.apply` needs to finish the views.
-        seeds: (B,) uint64 on the host, of everything that is drawn for an image.
+        images: (B, C, H, W) uint8, or the crops of all views, or rows of images on the device.
+        parameters: the augmentation parameters of the views, for `views.apply`.
+        seeds: (B,) uint64 on the host, from which all random numbers of an image are computed.
         sample_index: (B,) int64 row numbers; None for a stream.
-        broken: "where: reason" for each image that could not be read and was replaced or skipped.
-        position: after this batch, of a stream of this process, in terms that JSON knows; else None.
+        broken: "where: reason" of each image that could not be read and was replaced or skipped.
+        position: position of the stream of this process after this batch, as JSON data; None for map-style
+            data.
     """
 
-    images: Tensor | Crops | HeldRows
+    images: Tensor | Crops | DeviceRows
     parameters: ViewParameters
     seeds: np.ndarray
     sample_index: Tensor | None = None
@@ -72,11 +87,11 @@ class LoadedBatch:
         return len(self.parameters)
 
     def __getitem__(self, samples: slice) -> "LoadedBatch":
-        """Some of the images, as views of this batch's memory."""
+        """Return some of the images; the tensors share the memory of this batch."""
         images = self.images
         if isinstance(images, Crops):
             local = None if images.local_crops is None else images.local_crops[samples]
-            part: Tensor | Crops | HeldRows = Crops(images.global_crops[samples], local)
+            part: Tensor | Crops | DeviceRows = Crops(images.global_crops[samples], local)
         else:
             part = images[samples]
         index = None if self.sample_index is None else self.sample_index[samples]
@@ -84,21 +99,23 @@ class LoadedBatch:
         return LoadedBatch(part, self.parameters[samples], seeds, index, self.broken, self.position)
 
     def split(self, size: int) -> "list[LoadedBatch]":
-        """Parts of at most `size` images, as views of this batch's memory."""
+        """Return parts of at most `size` images; the tensors share the memory of this batch."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def views(self, device: torch.device | str | int) -> Views:
-        """The views of these images, made on `device`."""
-        # out of pinned memory a copy to a GPU does not wait, and what is queued behind it sees it finished
+        """Return the augmented views of the images, computed on `device`."""
+        # A copy from pinned memory to a GPU does not block. Later operations on the GPU run after it.
         images = self.images.to(device, non_blocking=torch.device(device).type == "cuda")
         return apply(images, self.parameters)
 
-    def inputs(self, device: torch.device | str | int, draw: "Draw | None" = None) -> dict[str, Tensor]:
-        """The model's batch of this one, made on `device`: the arguments of a method's `forward`.
+    def inputs(
+        self, device: torch.device | str | int, sample: "SampleInputs | None" = None
+    ) -> dict[str, Tensor]:
+        """Return the arguments of a method's `forward`, computed on `device`.
 
         Args:
-            device: where the views are made.
-            draw: the method's, for what it draws beside views (`SSLPreTrainedModel.draw`).
+            device: where to compute the views.
+            sample: the method's function that samples its further inputs from the seeds.
         """
         views, index = self.views(device), self.sample_index
         named = {
@@ -106,8 +123,8 @@ class LoadedBatch:
             "local_pixel_values": views.local_pixel_values,
             "sample_index": None if index is None else index.to(device, non_blocking=True),
         }
-        drawn = {} if draw is None else draw(self.seeds)
-        moved = {name: value.to(device, non_blocking=True) for name, value in drawn.items()}
+        sampled = {} if sample is None else sample(self.seeds)
+        moved = {name: value.to(device, non_blocking=True) for name, value in sampled.items()}
         return {name: value for name, value in named.items() if value is not None} | moved
 
     def pin_memory(self) -> "LoadedBatch":
@@ -120,40 +137,141 @@ class LoadedBatch:
         )
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a worker hands on in place of a batch when it cannot go on.
+class ProcessShare(NamedTuple):
+    """The part of each batch that one process reads.
 
-    Were it raised there, it would arrive here wrapped in the text of the worker's traceback.
+    Attributes:
+        seed: seed of the run, below 2**64.
+        batch_size: number of images in a micro-batch of this process.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+
+def make_batch(
+    images: list[Tensor] | Tensor | DeviceRows,
+    seeds: np.ndarray,
+    preset: ViewPreset,
+    *,
+    small: bool,
+    **fields: Any,
+) -> LoadedBatch:
+    """Sample the augmentation parameters of B images, and crop the images if the device does not.
+
+    Args:
+        images: B tensors (C, H, W) uint8, or one tensor (B, C, H, W); or rows of images on the device.
+        seeds: (B,) uint64.
+        preset: the views.
+        small: whether the images of this data set are small and of one size. A batch for which this is false
+            is cropped here nevertheless.
+        fields: further fields of `LoadedBatch`.
+    """
+    if isinstance(images, DeviceRows):
+        sizes = np.tile(images.size, (len(images), 1))
+        return LoadedBatch(images, draw(seeds, preset, sizes), seeds, **fields)
+    sizes = np.array([tuple(image.shape[1:]) for image in images])
+    parameters = draw(seeds, preset, sizes)
+    if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
+        whole = torch.stack(images) if isinstance(images, list) else images
+        return LoadedBatch(whole, parameters, seeds, **fields)
+    return LoadedBatch(crop(list(images), parameters), parameters, seeds, **fields)
+
+
+class UnreadableData(UserError):
+    """Data from which a loader cannot make another batch."""
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """The reason why a worker cannot make another batch. The worker returns it in place of a batch.
+
+    If the worker raised the error, torch would raise it again with the traceback of the worker as its text.
     """
 
     reason: str
 
 
-def assemble(
-    images: list[Tensor] | Tensor | HeldRows,
-    seeds: np.ndarray,
-    preset: ViewPreset,
-    *,
-    small: bool,
-    **rest: Any,
-) -> LoadedBatch:
-    """Draws the parameters of a batch, and crops unless that is left to the device.
+def batch_or_error(batch: LoadedBatch | WorkerFailure) -> LoadedBatch:
+    """Return the batch.
+
+    Raises:
+        UnreadableData: the worker returned a failure.
+    """
+    if isinstance(batch, WorkerFailure):
+        raise UnreadableData(batch.reason)
+    return batch
+
+
+class BrokenCounter:
+    """Counts images that cannot be read. An image counts once, even if several epochs try to read it.
 
     Args:
-        images: B tensors (C, H, W) uint8, or one (B, C, H, W); or rows that lie on the device.
-        seeds: (B,) uint64.
-        preset: the views.
-        small: whether this data set's images are small and of one size. A batch that is not as expected is
-            cropped here all the same.
-        rest: further fields of `LoadedBatch`.
+        max_fraction: largest share of all images that may be broken (`data.max_broken_fraction`).
+        num_images: number of images in the data; None for a stream of unknown length. For such a stream, the
+            share refers to the images read so far. It is checked from 100 images on, with a tolerance of
+            three standard deviations.
     """
-    if isinstance(images, HeldRows):
-        sizes = np.tile(images.size, (len(images), 1))
-        return LoadedBatch(images, draw(seeds, preset, sizes), seeds, **rest)
-    sizes = np.array([tuple(image.shape[1:]) for image in images])
-    parameters = draw(seeds, preset, sizes)
-    if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
-        whole = torch.stack(images) if isinstance(images, list) else images
-        return LoadedBatch(whole, parameters, seeds, **rest)
-    return LoadedBatch(crop(list(images), parameters), parameters, seeds, **rest)
+
+    def __init__(self, max_fraction: float, num_images: int | None = None) -> None:
+        self.max_fraction = max_fraction
+        self.num_images = num_images
+        self.read = 0
+        self._found: dict[str, None] = {}
+
+    @property
+    def broken(self) -> int:
+        """Number of different images that could not be read."""
+        return len(self._found)
+
+    def add(self, batch: LoadedBatch | WorkerFailure) -> None:
+        """Count the images of a batch.
+
+        A failure comes from a loader that wraps the training loader, as accelerate does.
+
+        Raises:
+            UserError: more images are broken than `max_fraction` allows, or `batch` is a failure.
+        """
+        batch = batch_or_error(batch)
+        self.count(len(batch), batch.broken)
+
+    def count(self, good: int, broken: list[str]) -> None:
+        """Count images that were read, and messages about broken images.
+
+        Raises:
+            UserError: more images are broken than `max_fraction` allows.
+        """
+        self.read += good + len(broken)
+        for message in broken:
+            if message not in self._found:
+                self._found[message] = None
+                logger.warning("skipped a broken image: %s", message)
+        if broken and self.broken > self._allowed():
+            total = self.read if self.num_images is None else self.num_images
+            share = min(1.0, math.ceil(100 * self.broken / total) / 100)
+            raise UserError(
+                f"data.max_broken_fraction: expected a share of at most {self.max_fraction:g} broken images, "
+                f"got {self.broken} of {total} images (the last one is {broken[-1]}); to skip them, use "
+                f"data.max_broken_fraction={max(2 * self.max_fraction, share):g}"
+            )
+
+    def _allowed(self) -> float:
+        """Return the number of broken images that are allowed now."""
+        if self.num_images is not None:
+            return max(self.max_fraction * self.num_images, float(self.max_fraction > 0))
+        if self.read < _MIN_STREAMED_IMAGES:
+            return math.inf
+        expected = self.max_fraction * self.read
+        return expected + 3 * math.sqrt(expected)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON data."""
+        return {"read": self.read, "found": list(self._found)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counts. Old states contain no messages, so their broken images are counted again."""
+        self.read, self._found = int(state["read"]), dict.fromkeys(state.get("found", ()))

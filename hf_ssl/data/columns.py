@@ -1,69 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which column holds the images, which the labels, and what is in them."""
+"""Finds the columns of images and labels in a data set, and reads their values."""
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, Value
 
-from hf_ssl.data.decode import Encoded
+from hf_ssl.data.decode import EncodedImage
 from hf_ssl.errors import UserError
 
-_IMAGE_DTYPES = ("binary", "large_binary", "string", "large_string")  # encoded bytes, or names of files
+_IMAGE_DTYPES = frozenset({"binary", "large_binary", "string", "large_string"})  # bytes, or file names
+_LABEL_DTYPES = frozenset(
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split()
+)
+_LISTED_CHARACTERS = 120
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """The requested column, else the only one of the type Image.
+    """Return the requested column, or the only column of the type Image.
+
+    Args:
+        features: the columns with their types.
+        requested: the value of `data.image_column`.
+        where: name of the data set, for messages.
 
     Raises:
-        UserError: there is none, or more than one; `where` names the data set.
+        UserError: no column or several columns are possible, or the requested column has another type.
     """
+    key, content = "data.image_column", "images (Image, encoded bytes or file names)"
     if requested is not None:
-        feature = _requested(features, requested, "data.image_column", where)
-        if not isinstance(feature, Image) and not (
-            isinstance(feature, Value) and feature.dtype in _IMAGE_DTYPES
-        ):
-            raise UserError(
-                f"expected data.image_column to hold images, encoded bytes or file names, got {requested!r} "
-                f"of type "
-                f"{_type_name(feature)} in {where}"
-            )
-        return requested
+        return _check_column(features, requested, where, Image, _IMAGE_DTYPES, key, content)
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    return _only(found, features, "images", "data.image_column", where)
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"{key}: expected one column of the type Image in {where}, got {len(found)} in {_listing(features)}; "
+        f"use {key}={found[0] if found else 'NAME'}"
+    )
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """The requested column, else the only ClassLabel. Raises UserError as `find_image_column` does."""
+    """Return the requested column, or the only column of the type ClassLabel.
+
+    The arguments and errors are those of `find_image_column`.
+    """
+    key, content = "data.label_column", "classes (ClassLabel, integers or strings)"
     if requested is not None:
-        feature = _requested(features, requested, "data.label_column", where)
-        kinds = ("int", "uint", "string", "large_string", "bool")
-        if not isinstance(feature, ClassLabel) and not (
-            isinstance(feature, Value) and feature.dtype.startswith(kinds)
-        ):
-            raise UserError(
-                f"expected data.label_column to hold classes (ClassLabel, integers or strings), got "
-                f"{requested!r} of type {_type_name(feature)} in {where}"
-            )
-        return requested
+        return _check_column(features, requested, where, ClassLabel, _LABEL_DTYPES, key, content)
     found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if not found:
-        raise UserError(
-            f"{where} has no labels: they come from a column of classes (data.label_column=NAME chooses it), "
-            "or from sub-folders if all images lie at the same depth; the columns are "
-            f"{listing(features)}"
-        )
-    return _only(found, features, "classes", "data.label_column", where)
+    if len(found) == 1:
+        return found[0]
+    advice = f"{key}={found[0]}" if found else f"{key}=NAME, or one folder per class, all at the same depth"
+    raise UserError(
+        f"{key}: expected one column of the type ClassLabel in {where}, got {len(found)} in "
+        f"{_listing(features)}; use {advice}"
+    )
+
+
+def _check_column(
+    features: Mapping[str, Any],
+    requested: str,
+    where: str,
+    kind: type,
+    dtypes: frozenset[str],
+    key: str,
+    content: str,
+) -> str:
+    """Return the requested column.
+
+    Raises:
+        UserError: the column is missing, or has neither the type `kind` nor one of the `dtypes`.
+    """
+    feature = features.get(requested)
+    if isinstance(feature, kind) or (isinstance(feature, Value) and feature.dtype in dtypes):
+        return requested
+    found = "is missing" if feature is None else f"has the type {_type_name(feature)}"
+    raise UserError(
+        f"{key}: expected a column of {content} in {where}, got {requested!r}, which {found}; "
+        f"use one of {_listing(features)}"
+    )
 
 
 def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
-    """Labels of all rows.
+    """Return the labels of all rows, and the names of the classes.
 
     Returns:
-        (N,) int64, -1 where there is no label; and the names of the classes. Integers that are no ClassLabel
-        and strings are numbered in sorted order.
+        labels: (N,) int64, -1 for a row without a label.
+        class_names: by label. Strings, and integers that are no ClassLabel, are numbered in sorted order.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]
@@ -77,9 +103,13 @@ def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
     return labels, [str(value) for value in classes]
 
 
-def encoded_images(table: pa.Table) -> list[Encoded]:
-    """The images of a one-column table (Image that is not decoded, bytes, or file names); copies no bytes."""
-    images: list[Encoded] = []
+def encoded_images(table: pa.Table) -> list[EncodedImage]:
+    """Return the images of a table with one column, without copying bytes.
+
+    Args:
+        table: N rows; the column holds structs of `bytes` and `path`, encoded bytes, or file names.
+    """
+    images: list[EncodedImage] = []
     for chunk in table.column(0).chunks:
         if pa.types.is_struct(chunk.type):
             names = [field.name for field in chunk.type]
@@ -89,31 +119,16 @@ def encoded_images(table: pa.Table) -> list[Encoded]:
             contents, paths = pa.nulls(len(chunk), pa.binary()), chunk.to_pylist()
         else:
             contents, paths = chunk, [None] * len(chunk)
-        images += [Encoded(scalar.as_buffer(), path) for scalar, path in zip(contents, paths, strict=True)]
+        images += [
+            EncodedImage(scalar.as_buffer(), path) for scalar, path in zip(contents, paths, strict=True)
+        ]
     return images
 
 
-def listing(features: Mapping[str, Any]) -> str:
-    """The columns with their types, for messages."""
-    return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items()) or "none"
-
-
-def _requested(features: Mapping[str, Any], name: str, key: str, where: str) -> Any:
-    if name not in features:
-        raise UserError(f"{where} has no column {name!r} for {key}; its columns are {listing(features)}")
-    return features[name]
-
-
-def _only(found: list[str], features: Mapping[str, Any], what: str, key: str, where: str) -> str:
-    if len(found) == 1:
-        return found[0]
-    count = f"{len(found)} columns" if found else "no column"
-    example = found[0] if found else "NAME"
-    raise UserError(
-        f"expected one column of {what} in {where}, found {count}: choose one with {key}={example}; the "
-        f"columns are "
-        f"{listing(features)}"
-    )
+def _listing(features: Mapping[str, Any]) -> str:
+    """Return the names and types of the columns, for messages. A long list is cut."""
+    columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    return shorten(columns, _LISTED_CHARACTERS, placeholder=" ...") or "no columns"
 
 
 def _type_name(feature: Any) -> str:

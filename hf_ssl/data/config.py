@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `data` section of a recipe. Imports nothing heavy: the command line needs it at once."""
+"""The `data` section of a recipe. This module imports nothing slow, because the command line needs it at
+once.
+"""
 
 from dataclasses import dataclass
 
@@ -14,27 +16,28 @@ class DataConfig:
     """Which images to read, and how.
 
     Attributes:
-        path: a data set on the Hub ("user/name"), a folder of Parquet files, of images or of WebDataset tars,
-            a single such file or a glob pattern of them, or "digits" (scikit-learn's, built in). hf_ssl
-            does not read other files beside images (text, videos, archives).
+        path: a data set on the Hub ("user/name"), a folder of Parquet files, images or WebDataset tars, one
+            such file, a glob pattern for such files, or "digits" (built in, from scikit-learn). hf_ssl skips
+            other files beside images (text, videos, archives).
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
-        split: the split to train on; a slice such as "train[:10%]" where nothing is streamed.
-        streaming: read from the files as they are, in a shuffled window, without building a local copy first.
-        image_column: needed where there is more than one column of images, or where it is not typed as one.
-        label_column: needed where labels are asked for and there is more than one column of classes.
-        channels: 3 (colour; grey images become three equal channels) or 1 (grey).
-        cache: decoded images in "memory", in a file mapped into memory ("memmap"), on the model's device
-            ("device", where they are cropped too) or not at all ("none").
-            "auto" caches images of one size up to 96 pixels that take up to 4 GiB.
-        max_broken_fraction: the run stops when more than this share of the images cannot be read.
-        shuffle_window: rows of a stream that are shuffled together.
-        open_shards: shards of a stream that are read in turn.
-        max_images: train on so many images only, a fixed random choice.
-        dtype: of the pixels that are handed on; 16-bit images are scaled to 8 bits.
+        split: the training split. A slice such as "train[:10%]" needs `streaming=False`.
+        streaming: whether to read the files directly, shuffled in a window, without a local copy.
+        image_column: the column of images. It is required if the data set has several, or if the column does
+            not have the type Image.
+        label_column: the column of classes. It is required if labels are needed and the data set has several.
+        channels: 3 (color; gray images get three equal channels) or 1 (gray).
+        cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on
+            the device of the model ("device", which also crops them) or nowhere ("none"). "auto" keeps images
+            of one size, of at most 96 pixels per side and 4 GiB in total.
+        max_broken_fraction: the largest share of images that may be unreadable. Above it, the run stops.
+        shuffle_window: number of rows of a stream that are shuffled together.
+        open_shards: number of shards of a stream that are read in turn.
+        max_images: number of images to train on, a fixed random choice; None for all images.
+        dtype: type of the pixels; 16-bit images are scaled to 8 bits.
     """
 
-    path: str = "???"  # OmegaConf's mark for "must be given"
+    path: str = "???"  # OmegaConf's mark for a required value
     name: str | None = None
     revision: str | None = None
     split: str = "train"
@@ -50,24 +53,22 @@ class DataConfig:
     dtype: str = "uint8"
 
     def check(self) -> None:
-        """Raises UserError for a value that cannot be."""
-        if not self.path or self.path == "???":
-            raise UserError("data.path is missing: expected a data set on the Hub, a folder, or digits")
-        if self.channels not in CHANNELS:
-            raise UserError(
-                f"expected data.channels=3 (colour) or 1 (grey), got {self.channels}: images with other "
-                "numbers of channels are not supported"
-            )
-        if self.cache not in CACHES:
-            raise UserError(f"expected data.cache to be one of {', '.join(CACHES)}, got {self.cache!r}")
-        if self.dtype != "uint8":
-            raise UserError(f"expected data.dtype=uint8 (16-bit images are scaled to it), got {self.dtype!r}")
-        if not 0 <= self.max_broken_fraction <= 1:
-            raise UserError(f"expected data.max_broken_fraction from 0 to 1, got {self.max_broken_fraction}")
-        for key in ("shuffle_window", "open_shards"):
-            if getattr(self, key) < 1:
-                raise UserError(f"expected data.{key} of at least 1, got {getattr(self, key)}")
-        if self.max_images is not None and self.max_images < 1:
-            raise UserError(f"expected data.max_images of at least 1, got {self.max_images}")
-        if self.max_images is not None and self.streaming:
-            raise UserError("data.max_images chooses rows at random, so it needs data.streaming=false")
+        """Raise UserError if a value is outside its range."""
+        path = None if self.path == "???" else self.path
+        share, limit = self.max_broken_fraction, self.max_images
+        for valid, key, expected, got, advice in (
+            (path, "path", "a data set on the Hub, a folder, files or digits", path, "data.path=FOLDER"),
+            (self.channels in CHANNELS, "channels", "3 (RGB) or 1 (gray)", self.channels, "data.channels=3"),
+            (self.cache in CACHES, "cache", f"one of {', '.join(CACHES)}", self.cache, "data.cache=auto"),
+            (self.dtype == "uint8", "dtype", "uint8", self.dtype, "data.dtype=uint8, also for 16-bit images"),
+            (0 <= share <= 1, "max_broken_fraction", "a share from 0 to 1", share, "the default"),
+            (self.shuffle_window >= 1, "shuffle_window", "at least 1", self.shuffle_window, "the default"),
+            (self.open_shards >= 1, "open_shards", "at least 1", self.open_shards, "the default"),
+            (limit is None or limit >= 1, "max_images", "at least 1", limit, "data.max_images=null for all"),
+            (
+                limit is None or not self.streaming, "max_images", "null for a stream", limit,
+                "data.streaming=false, because the images are chosen at random",
+            ),
+        ):  # fmt: skip
+            if not valid:
+                raise UserError(f"data.{key}: expected {expected}, got {got!r}; use {advice}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded bytes to uint8 pixels.
+"""Decodes images to uint8 pixels.
 
 Pillow decodes an image, and this module converts it like the image processor of the exported encoder
 (`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later): it lays transparency over
@@ -8,12 +8,13 @@ which takes less than half the time if they are small. The pixels are the same i
 libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow, because torchvision 0.29 gains
 little and crashes the process on a damaged file.)
 
-Supported are results of one channel (grey, ITU-R 601 luma) and of three. 16-bit grey is scaled so that 65535
-becomes 255 (`BitImageProcessor` would cut it off at 255). Floating-point images and files of more than four
-channels are refused.
+The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
+(`BitImageProcessor` would clip it at 255). Floating-point images and files with more than four channels raise
+BrokenImage.
 """
 
 import io
+import struct
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -23,11 +24,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hf_ssl.data.headers import plain_shape
-
 try:
     from torchvision.io import decode_image as torchvision_decode
-except ImportError:  # torchvision says since 0.29 that its decoders will go; then Pillow reads everything
+except ImportError:  # torchvision announces since 0.29 that it will remove its decoders; then Pillow decodes
     torchvision_decode = None
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
@@ -42,32 +41,36 @@ _TRANSPOSES = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-
-
-_TURNED = (5, 6, 7, 8)
+_SWAPS_SIDES = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
 
 class BrokenImage(Exception):
-    """An image that cannot be read; its text is the reason."""
+    """An image that cannot be decoded. The text of the exception is the reason."""
 
 
-class Encoded(NamedTuple):
-    """An image as a data set holds it: its bytes, or the file where they are; or neither."""
+class EncodedImage(NamedTuple):
+    """An image in a data set: its encoded bytes or the path of its file; neither if the row has no image."""
 
     data: EncodedBytes | None
     path: str | None
 
     def read(self) -> EncodedBytes:
-        """The bytes. Raises BrokenImage where there are none."""
+        """Return the encoded bytes.
+
+        Raises:
+            BrokenImage: the row has no image, or the file cannot be read.
+        """
         if self.data is not None:
             return self.data
         if self.path is None:
-            raise BrokenImage("there is no image in this row")
+            raise BrokenImage("the row has no image")
         if "://" not in self.path:
             return self._read_local(self.path)
         try:
-            from datasets.utils.file_utils import xopen  # inside archives and on the Hub
+            # `datasets` reads files in archives and on the Hub. Its import is slow, and callers that decode
+            # local photos do not need it.
+            from datasets.utils.file_utils import xopen
 
             with xopen(self.path, "rb") as file:
                 return file.read()
@@ -84,7 +87,7 @@ class Encoded(NamedTuple):
             raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
 
 
-def size_in_header(image: Encoded) -> tuple[int, int]:
+def size_in_header(image: EncodedImage) -> tuple[int, int]:
     """Return the height and width of the decoded image, from its header alone.
 
     Raises:
@@ -96,38 +99,38 @@ def size_in_header(image: Encoded) -> tuple[int, int]:
             width, height = opened.size
             # For EXIF data after the pixels, Pillow would decode the whole PNG file.
             known = opened.format != "PNG" or "exif" in opened.info
-            turned = known and opened.getexif().get(_ORIENTATION) in _TURNED
+            swapped = known and opened.getexif().get(_ORIENTATION) in _SWAPS_SIDES
     except BrokenImage:
         raise
     except FileNotFoundError:
         raise BrokenImage("the file does not exist") from None
     except Exception as error:  # as in _decode_with_pillow
         raise BrokenImage(_reason(error)) from error
-    return (width, height) if turned else (height, width)
+    return (width, height) if swapped else (height, width)
 
 
 def decode(data: EncodedBytes, channels: int) -> Tensor:
-    """Decodes one image.
+    """Return the pixels of one image.
 
     Args:
         data: the encoded bytes.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for gray, 3 for RGB.
 
     Returns:
-        (channels, H, W) uint8, rotated as its EXIF data demand; any strides.
+        (channels, H, W) uint8, rotated by the EXIF orientation. The strides may be of any kind.
 
     Raises:
-        BrokenImage: truncated, empty, a decompression bomb, or no image.
+        BrokenImage: the bytes are truncated, empty, a decompression bomb, or no image.
     """
     if torchvision_decode is not None:
-        pixels = _decode_plain(data)
+        pixels = _decode_with_torchvision(data)
         if pixels is not None:
             return _with_channels(pixels, channels)
     return _decode_with_pillow(data, channels)
 
 
-def _decode_plain(data: EncodedBytes) -> Tensor | None:
-    """(1 or 3, H, W), or None: Pillow decides, and says what is wrong."""
+def _decode_with_torchvision(data: EncodedBytes) -> Tensor | None:
+    """Return the pixels (1 or 3, H, W) of a plain file, or None if Pillow must decode or report the error."""
     shape = plain_shape(memoryview(data).cast("B"))
     if shape is None or shape.height * shape.width > 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62):
         return None
@@ -151,12 +154,10 @@ def _decode_with_pillow(data: EncodedBytes, channels: int) -> Tensor:
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
             image.load()
-            values = _values(_upright(image), channels)
+            values = _to_array(_apply_orientation(image), channels)
     except BrokenImage:
         raise
-    except (
-        Exception
-    ) as error:  # what Pillow's readers raise on damaged files is anything from OSError to KeyError
+    except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
         raise BrokenImage(_reason(error) if len(memoryview(data)) else "zero bytes") from error
     pixels = torch.from_numpy(values)
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
@@ -168,36 +169,96 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged EXIF data do not make the pixels unreadable
+    except Exception:  # the pixels are readable although the EXIF data are damaged
         return image
     transpose = _TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
     return image if transpose is None else image.transpose(transpose)
 
 
-def _values(image: PIL.Image.Image, channels: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8."""
+def _to_array(image: PIL.Image.Image, channels: int) -> np.ndarray:
+    """Return the pixels (H, W) or (H, W, 3) as uint8."""
     if image.mode.startswith("I"):
         return _from_16_bit(np.asarray(image))
     if image.mode == "F":
         raise BrokenImage(
-            "its pixels are floating-point numbers, which have no range: convert them to 8 or 16 bits"
+            "expected pixels of 8 or 16 bits, got floating-point numbers, whose range is unknown; "
+            "convert the image"
         )
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(white, image).convert("RGB")
     if channels == 1 and image.mode not in ("1", "L"):
-        image = image.convert("RGB")  # so that CMYK, palette, ... give the luma of the colours that they show
+        image = image.convert("RGB")  # gray is the luma of the colors, also for CMYK and palettes
     return np.array(image.convert("L" if channels == 1 else "RGB"))
 
 
 def _from_16_bit(values: np.ndarray) -> np.ndarray:
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise BrokenImage(
-            f"expected at most 16 bits a pixel, got values from {values.min()} to {values.max()}: convert it "
-            "to 8 bits"
+            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}; convert "
+            "the image to 8 bits"
         )
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+class _Shape(NamedTuple):
+    channels: int
+    height: int
+    width: int
+
+
+def plain_shape(data: memoryview) -> _Shape | None:
+    """Return the shape of a file that needs no conversion, from its header.
+
+    Such a file is an 8-bit gray or RGB JPEG or WebP file without transparency and without EXIF or XMP data.
+    The function returns None for all other files, also for damaged ones. Sources: ITU-T T.81 annex B (JPEG);
+    RFC 9649 (WebP).
+    """
+    try:
+        if data[:2] == b"\xff\xd8":
+            return _jpeg_shape(data)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp_shape(data)
+    except (struct.error, IndexError):
+        return None  # the file ends in the middle of its header
+    return None
+
+
+def _jpeg_shape(data: memoryview) -> _Shape | None:
+    shape = None
+    position = 2
+    while True:
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill bytes before a marker
+            position += 1
+            continue
+        if marker == 0xDA:  # start of the scan; the shape and the orientation come before it
+            return shape
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if marker == 0xE1:  # EXIF or XMP data, which may contain the orientation
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            depth, height, width, channels = struct.unpack_from(">BHHB", data, position + 4)
+            if marker not in (0xC0, 0xC1, 0xC2) or depth != 8 or channels not in (1, 3):
+                return None  # lossless, arithmetic, 12-bit, or CMYK
+            shape = _Shape(channels, height, width)
+        position += 2 + length
+
+
+def _webp_shape(data: memoryview) -> _Shape | None:
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return _Shape(3, height & 0x3FFF, width & 0x3FFF)
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        if bits >> 28 & 1:  # the image uses transparency
+            return None
+        return _Shape(3, (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    return None

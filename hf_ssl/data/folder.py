@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the data in a local folder; opens plain images itself and leaves other files to `datasets`."""
+"""Finds the splits of a local folder, and opens plain images as tables; `datasets` opens all other files.
+
+Files belong to splits by the rules of `datasets` 5, applied to a list of files. `datasets` tries these rules
+in order, and uses the first rule that any file matches. It omits files that match no split of that rule:
+
+1. `data/NAME-00000-of-00001.ending` belongs to the split NAME.
+2. A file belongs to the split that a directory above it is named after.
+3. A file belongs to the split that the file is named after.
+4. All files belong to the split "train".
+
+A file or directory is named after a split if its name contains a keyword of the split between delimiters.
+Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
+"""
 
 import csv
 import hashlib
@@ -7,7 +19,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,19 +28,20 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetInfo,
-    Features,
-    Image,
-    ReadInstruction,
-    concatenate_datasets,
-)
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, ReadInstruction, concatenate_datasets
 
-from hf_ssl.data.listing import File, Listing, is_text, list_folder
-from hf_ssl.data.location import IMAGE, ZIP, Location, fingerprint, kind_of, main_kind
-from hf_ssl.data.splits import infer_splits, split_names
+from hf_ssl.data.location import (
+    IMAGE,
+    ZIP,
+    File,
+    Listing,
+    Location,
+    fingerprint,
+    is_text,
+    kind_of,
+    list_folder,
+    main_kind,
+)
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +51,16 @@ _NAME_COLUMNS = ("file_name", "file_names")
 _NAME_ENDINGS = ("_file_name", "_file_names")
 _YAML_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
 _DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
-_REMEMBERED = 8  # number of folders, and of splits, in the caches of a process
+_CACHE_SIZE = 8  # number of folders, and of splits, in the caches of a process
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_ANY_KEYWORD = re.compile("train|valid|dev|val|test|eval")
+_DELIMITER = "[-._ 0-9]"
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\..*", re.DOTALL)
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class ImageSplit:
 
 
 @dataclass(frozen=True)
-class Contents:
+class LocalData:
     """The data in a local folder, in one of three forms.
 
     Attributes:
@@ -78,32 +100,33 @@ class Contents:
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
-_contents: dict[str, tuple[Listing, Contents]] = {}
-_image_splits: dict[str, ImageSplit] = {}
+_folder_cache: dict[str, tuple[Listing, LocalData]] = {}
+_split_cache: dict[str, ImageSplit] = {}
 
 
-def contents(location: Location) -> Contents:
+def find_local_data(location: Location) -> LocalData:
     """Return the data at a local place. A process lists a folder again only if it has changed."""
     if location.files:
-        return _of_files(location)
+        return _data_in_files(location)
     root = os.path.realpath(location.loader)
-    if root in _contents and _contents[root][0].is_current():
-        return _contents[root][1]
+    if root in _folder_cache and _folder_cache[root][0].is_current():
+        return _folder_cache[root][1]
     listing = list_folder(root)
-    found = _of_listing(listing)
+    found = _data_in_listing(listing)
     # The tables hold the files now. A second list of millions of files would waste memory.
-    _remember(_contents, root, (replace(listing, files=[]), found))
+    _store(_folder_cache, root, (replace(listing, files=[]), found))
     return found
 
 
-def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
-    memory.pop(key, None)
-    while len(memory) >= _REMEMBERED:
-        del memory[next(iter(memory))]
-    memory[key] = value
+def _store(cache: dict[str, Any], key: str, value: Any) -> None:
+    """Store a value in a cache, and delete the oldest values from a full cache."""
+    cache.pop(key, None)
+    while len(cache) >= _CACHE_SIZE:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
-def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
+def select_split(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
     """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`), and their revision.
 
     Raises:
@@ -127,38 +150,43 @@ def images_of(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, str]:
     return concatenate_datasets(parts), revision
 
 
-def _of_files(location: Location) -> Contents:
+def split_names(split: str) -> list[str]:
+    """Return the names of the splits in a request: ["train", "test"] for "train[:10%]+test"."""
+    return [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]
+
+
+def _data_in_files(location: Location) -> LocalData:
     if kind_of(location.files[0]) == IMAGE:
         files = [_examined(file) for file in location.files if is_text(file)]
         if len(files) < len(location.files):
             logger.warning(
                 "%d files are not used: their paths are not valid UTF-8", len(location.files) - len(files)
             )
-        return Contents(images=_image_tables({"train": files}, os.sep))
-    return Contents(files={"train": list(location.files)})
+        return LocalData(images=_image_tables({"train": files}, os.sep))
+    return LocalData(files={"train": list(location.files)})
 
 
-def _of_listing(listing: Listing) -> Contents:
+def _data_in_listing(listing: Listing) -> LocalData:
     if not listing.files:
         raise UserError(
             "data.path: expected a folder of Parquet files, images or WebDataset tars, got "
-            f"{listing.root!r}, which contains no visible files"
+            f"{listing.root!r}, which contains no visible files; check the path"
         )
     named = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
     kinds = {file: kind_of(file.path) for file in listing.files if file not in named}
     kind = main_kind(kinds.values())
     if kind is None or _declares_its_files(listing.root):
-        return Contents()
+        return LocalData()
     metadata = [file for file in named if _describes_images(file.path)]
     wanted = (IMAGE, ZIP) if kind == ZIP else (kind,)
     files = [file for file, own in kinds.items() if own in wanted]
     if kind in (IMAGE, ZIP) and metadata:
         files = sorted(files + metadata)
-    splits = infer_splits(files, listing.root)
+    splits = _infer_splits(files, listing.root)
     _report_unused(listing, kind, files, splits)
     if kind == IMAGE and not metadata:
-        return Contents(images=_image_tables(splits, listing.root))
-    return Contents(files={name: [file.path for file in files] for name, files in splits.items()})
+        return LocalData(images=_image_tables(splits, listing.root))
+    return LocalData(files={name: [file.path for file in files] for name, files in splits.items()})
 
 
 def _describes_images(path: str) -> bool:
@@ -223,6 +251,82 @@ def _examined(path: str) -> File:
     return File(path, status.st_size, status.st_mtime_ns)
 
 
+def _infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
+    """Divide files into splits.
+
+    Args:
+        files: the files, sorted by path.
+        root: the folder that contains them. Its own name has no influence.
+
+    Returns:
+        The files of each split that is not empty, in the order of `datasets`. Each file occurs once in a
+        split. (`datasets` repeats a file in a split if several of its patterns match.)
+    """
+    return (
+        _splits_by_shards(files, root)
+        or _splits_by_directories(files, root)
+        or _splits_by_names(files)
+        or {"train": files}
+    )
+
+
+def _splits_by_shards(files: list[File], root: str) -> dict[str, list[File]]:
+    splits: dict[str, list[File]] = {}
+    data = os.path.join(root, "data", "")
+    for file in files:
+        name = file.path.removeprefix(data) if file.path.startswith(data) else os.sep
+        found = None if os.sep in name else _SHARD.fullmatch(name)
+        if found:
+            splits.setdefault(found["split"], []).append(file)
+    if not all(_SPLIT_NAME.fullmatch(name) for name in splits):
+        return {}  # `datasets` raises an error here, but photos may have such names by chance
+    others = sorted(splits.keys() - _KEYWORDS.keys())
+    return {name: splits[name] for name in (*_KEYWORDS, *others) if name in splits}
+
+
+def _splits_by_directories(files: list[File], root: str) -> dict[str, list[File]]:
+    by_directory: dict[str, list[File]] = {}
+    for file in files:
+        by_directory.setdefault(os.path.dirname(file.path), []).append(file)
+    groups = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
+    return _splits_by_keywords(groups, directories=True)
+
+
+def _splits_by_names(files: list[File]) -> dict[str, list[File]]:
+    return _splits_by_keywords([([os.path.basename(file.path)], [file]) for file in files], directories=False)
+
+
+def _splits_by_keywords(
+    groups: list[tuple[list[str], list[File]]], directories: bool
+) -> dict[str, list[File]]:
+    """Divide groups of files into splits by the keywords in their names.
+
+    Args:
+        groups: the names of each group, and its files.
+        directories: whether the names are those of directories.
+    """
+    groups = [(names, files) for names, files in groups if any(map(_ANY_KEYWORD.search, names))]
+    splits = {}
+    for split, keywords in _KEYWORDS.items():
+        chosen: dict[File, None] = {}
+        for pattern in _patterns(keywords, directories):
+            matching = (files for names, files in groups if any(map(pattern.fullmatch, names)))
+            chosen |= dict.fromkeys(sorted(file for files in matching for file in files))
+        if chosen:
+            splits[split] = list(chosen)
+    return splits
+
+
+def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Pattern[str]]:
+    """Yield the patterns of a split, in the order in which `datasets` lists their files."""
+    shapes = ["{0}{1}.*", ".*{1}{0}{1}.*"]
+    if directories:
+        shapes = ["{0}", "{0}{1}.*", ".*{1}{0}", ".*{1}{0}{1}.*"]
+    for keyword in keywords:
+        for shape in shapes:
+            yield re.compile(shape.format(keyword, _DELIMITER), re.DOTALL)
+
+
 def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
     """Return the table of each split, with labels by the rule of `datasets`.
 
@@ -239,8 +343,8 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
         for directory in set(directories):
             classes.add(os.path.basename(directory))
             depths.add(directory.count(os.sep))
-        labelled = len(classes) > 1 and len(depths) == 1
-        names[split] = [os.path.basename(directory) for directory in directories] if labelled else None
+        labeled = len(classes) > 1 and len(depths) == 1
+        names[split] = [os.path.basename(directory) for directory in directories] if labeled else None
     # there is a column of labels if the last split has labels
     label_names = sorted(classes) if names[next(reversed(splits))] is not None else None
     return {
@@ -252,7 +356,7 @@ def _image_split(
     files: list[File], names: list[str] | None, label_names: list[str] | None, root: str, split: str
 ) -> ImageSplit:
     identity = _identity(files, label_names, root, split)
-    known = _image_splits.get(identity)
+    known = _split_cache.get(identity)
     if known is not None:
         return known
     paths = pa.array([file.path for file in files], pa.string())
@@ -271,7 +375,7 @@ def _image_split(
         fingerprint=identity,
     )
     found = ImageSplit(dataset, np.array([file.size for file in files], np.int64))
-    _remember(_image_splits, identity, found)
+    _store(_split_cache, identity, found)
     return found
 
 

@@ -1,38 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of map-style data to pixels, from their encoded bytes or from a store of decoded images."""
+"""Reads the images of map-style data by row number: decodes them each time, or once into memory or a file.
 
+Images of one size that are decoded once are read far faster than images that are decoded each time.
+"""
+
+import json
+import logging
+import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import cast
+from weakref import WeakValueDictionary
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import Tensor
 
-from hf_ssl.data.batch import SMALL
-from hf_ssl.data.broken import UnreadableData
+from hf_ssl.data.batch import SMALL, UnreadableData
 from hf_ssl.data.columns import encoded_images
-from hf_ssl.data.decode import BrokenImage, Encoded, decode, size_in_header
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
 from hf_ssl.data.sources import Source
+from hf_ssl.errors import UserError
+from hf_ssl.files import replaced_file, write_json
+from hf_ssl.progress import progress
 
-_PROBED = 64
+logger = logging.getLogger(__name__)
+
+_INSPECTED_IMAGES = 64
+_FORMAT = 1  # part of the name of cache files; increase it if decoding gives other pixels
+_AUTO_BYTES = 4 << 30
+_CHUNK = 64  # number of images; even large ones are decoded in a few seconds at most
 
 
-def decode_or_reason(image: Encoded, channels: int) -> Tensor | BrokenImage:
-    """(C, H, W) uint8, or why there is none."""
+def try_decode(image: EncodedImage, channels: int) -> Tensor | BrokenImage:
+    """Return the pixels (C, H, W) uint8, or the error if the image is broken."""
     try:
         return decode(image.read(), channels)
     except BrokenImage as error:
         return error
 
 
-def message(place: str, image: Encoded, reason: object) -> str:
-    """What is said about a broken image: where it is, and what is the matter."""
-    return f"{place}{f' ({image.path})' if image.path else ''}: {reason}"
+def broken_message(where: str, image: EncodedImage, reason: object) -> str:
+    """Return the message about a broken image: its data set and row, its file, and the reason."""
+    return f"{where}{f' ({image.path})' if image.path else ''}: {reason}"
 
 
 class EncodedRows:
-    """The images of map-style data, read in batches and decoded each time."""
+    """The images of map-style data, read in batches and decoded each time.
+
+    Raises:
+        TypeError: the source is a stream.
+    """
 
     def __init__(self, source: Source, channels: int) -> None:
         if not isinstance(source.dataset, Dataset):
@@ -40,85 +63,289 @@ class EncodedRows:
         self.table = source.dataset.select_columns([source.image_column]).with_format("arrow")
         self.channels = channels
         self.description = source.description
-        self._numbers = source.numbers
+        self._row_numbers = source.row_numbers
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def place(self, row: int) -> str:
-        """Where a row is, for messages."""
-        return f"{self.description} row {row if self._numbers is None else self._numbers[row]}"
+    def describe(self, row: int) -> str:
+        """Return the data set and the number of a row, for messages."""
+        return f"{self.description} row {row if self._row_numbers is None else self._row_numbers[row]}"
 
-    def encoded(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
+    def encoded(self, rows: Sequence[int] | np.ndarray) -> list[EncodedImage]:
+        """Return the encoded images of rows."""
         return encoded_images(self.table[rows])
 
     def read(self, rows: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
-        """Decodes rows.
+        """Decode the images of rows (B,).
 
         Returns:
-            (C, H, W) uint8 tensors, empty ones (C, 0, 0) where the image is broken; and position in `rows` ->
-            message.
+            images: B tensors (C, H, W) uint8; an empty tensor (C, 0, 0) for a broken image.
+            broken: position in `rows` -> message, for each broken image.
         """
         images: list[Tensor] = []
         broken: dict[int, str] = {}
         for position, image in enumerate(self.encoded(rows)):
-            pixels = decode_or_reason(image, self.channels)
+            pixels = try_decode(image, self.channels)
             if isinstance(pixels, BrokenImage):
-                broken[position] = message(self.place(int(rows[position])), image, pixels)
+                broken[position] = broken_message(self.describe(int(rows[position])), image, pixels)
                 pixels = torch.empty(self.channels, 0, 0, dtype=torch.uint8)
             images.append(pixels)
         return images, broken
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a look at some images shows.
+class DecodedRows:
+    """The images of map-style data, decoded in advance.
 
     Attributes:
-        size: (H, W) if all that could be read have it, else None.
+        pixels: (N, C, H, W) uint8.
+        broken: row -> message, for broken images. Their pixels are zero.
+        file: the file that `pixels` is mapped from; None for an array in memory.
+        description: name of the data set, for messages.
     """
 
-    size: tuple[int, int] | None
+    def __init__(
+        self, pixels: np.ndarray, broken: dict[int, str], file: Path | None, description: str
+    ) -> None:
+        self.pixels = pixels
+        self.broken = broken
+        self.file = file
+        self.description = description
 
-    @property
-    def small(self) -> bool:
-        return self.size is not None and max(self.size) <= SMALL
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Return the images (B, C, H, W) uint8 of rows (B,), and position in `rows` -> message if broken."""
+        return torch.from_numpy(self.pixels[rows]), _broken_positions(self.broken, rows)
+
+    def __getstate__(self) -> dict:
+        """Return the state without mapped pixels; a worker that is not forked opens the file itself."""
+        state = self.__dict__.copy()
+        if self.file is not None:
+            del state["pixels"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self.file is not None:
+            self.pixels = np.load(self.file, mmap_mode="r")
 
 
-def probe(source: Source, channels: int) -> Probe:
-    """Looks at 64 images of map-style data, spread evenly. Raises UserError if none of them can be read."""
-    key = ("probe", channels)
-    if key not in source.stores:
+class RowNumbers:
+    """Replaces decoded images that are stored on a device: `read` returns row numbers instead of pixels.
+
+    A worker gets this object, because its own process cannot read images on a GPU.
+    """
+
+    def __init__(self, decoded: DecodedRows) -> None:
+        self._count = len(decoded)
+        self.broken = decoded.broken
+        self.size: tuple[int, int] = decoded.pixels.shape[2:]
+        self.description = decoded.description
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Return the row numbers (B,) int64, and position in `rows` -> message for broken images."""
+        return torch.from_numpy(rows.copy()), _broken_positions(self.broken, rows)
+
+
+def _broken_positions(broken: dict[int, str], rows: np.ndarray) -> dict[int, str]:
+    """Return position in `rows` -> message for the broken images."""
+    if not broken:
+        return {}
+    return {position: broken[row] for position, row in enumerate(rows.tolist()) if row in broken}
+
+
+def is_small(size: tuple[int, int] | None) -> bool:
+    """Return whether a height and width, if all images have them, are those of small images."""
+    return size is not None and max(size) <= SMALL
+
+
+def common_size(source: Source, channels: int) -> tuple[int, int] | None:
+    """Return the height and width of the images if 64 images, spread evenly, all have them, else None.
+
+    The result is kept for the next call.
+
+    Args:
+        source: map-style data.
+        channels: of the decoded images.
+
+    Raises:
+        UserError: none of these images can be read.
+    """
+    key = ("size", channels)
+    if key not in source.kept:
         rows = EncodedRows(source, channels)
-        chosen = np.unique(np.linspace(0, len(rows) - 1, _PROBED).astype(np.int64))
-        places = [rows.place(row) for row in chosen.tolist()]
-        source.stores[key] = probe_images(rows.encoded(chosen), places, channels, source.description)
-    return source.stores[key]
+        chosen = np.unique(np.linspace(0, len(rows) - 1, _INSPECTED_IMAGES).astype(np.int64))
+        places = [rows.describe(row) for row in chosen.tolist()]
+        source.kept[key] = inspect_images(rows.encoded(chosen), places, channels, source.description)
+    return source.kept[key]
 
 
-def probe_images(images: list[Encoded], places: list[str], channels: int, description: str) -> Probe:
-    """Return the same as `probe`, for given images.
+def inspect_images(
+    images: list[EncodedImage], places: list[str], channels: int, description: str
+) -> tuple[int, int] | None:
+    """Return the height and width of images if all readable ones have them, else None.
 
-    This function reads the sizes from the headers and decodes one image of each size. It stops as soon as
-    two decoded sizes differ.
+    The function reads the sizes from the headers and decodes one image of each size. It stops as soon as two
+    decoded sizes differ.
+
+    Args:
+        images: N encoded images.
+        places: N names of their rows, for messages.
+        channels: of the decoded images.
+        description: name of the data set, for messages.
+
+    Raises:
+        UserError: none of the images can be read.
     """
-    sizes: dict[tuple[int, int], tuple[int, int]] = {}  # in the header -> decoded
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}  # size in the header -> decoded size
     broken: list[str] = []
     for place, image in zip(places, images, strict=True):
         try:
             expected = size_in_header(image)
         except BrokenImage as error:
-            broken.append(message(place, image, error))
+            broken.append(broken_message(place, image, error))
             continue
         if expected in sizes:
             continue
-        pixels = decode_or_reason(image, channels)
+        pixels = try_decode(image, channels)
         if isinstance(pixels, BrokenImage):
-            broken.append(message(place, image, pixels))
+            broken.append(broken_message(place, image, pixels))
             continue
         sizes[expected] = (pixels.shape[1], pixels.shape[2])
         if len(set(sizes.values())) > 1:
-            return Probe(None)
+            return None
     if not sizes:
-        raise UnreadableData(f"none of the tested images in {description} can be read; one is {broken[0]}")
-    return Probe(next(iter(sizes.values())))
+        raise UnreadableData(
+            f"data.path: expected images in {description}, got none that can be read among "
+            f"{len(images)} inspected ones, e.g. {broken[0]}; check the files"
+        )
+    return next(iter(sizes.values()))
+
+
+_in_use: WeakValueDictionary[tuple, DecodedRows] = WeakValueDictionary()
+
+
+class _SizeMismatch(Exception):
+    """An image of another size than the first images. The text names the image and its size."""
+
+
+def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = False) -> DecodedRows | None:
+    """Return the decoded images of a source, or None if they are not cached. They are decoded at first use.
+
+    Args:
+        source: map-style data.
+        channels: of the decoded images.
+        cache: "none", "memory", "device" (decoded in memory first) or "memmap"; "auto" caches images of one
+            size, of at most 96 pixels per side and 4 GiB in total.
+        shared: whether several processes on this machine need them; "auto" then uses a file.
+
+    Raises:
+        UserError: `cache` is not "auto" and the sizes of the images differ, or the disk is full.
+    """
+    key = (cache, channels, shared)
+    if cache == "none":
+        return None
+    if key not in source.kept:
+        # Data that are opened twice, for training and for the monitor, are decoded and stored once.
+        shared_key = (cast(Dataset, source.dataset)._fingerprint, source.image_column, *key)
+        decoded = _in_use.get(shared_key)
+        if decoded is None:
+            decoded = _decode_rows(source, channels, cache, shared)
+            if decoded is not None:
+                _in_use[shared_key] = decoded
+        source.kept[key] = decoded
+    return source.kept[key]
+
+
+def _decode_rows(source: Source, channels: int, cache: str, shared: bool) -> DecodedRows | None:
+    rows = EncodedRows(source, channels)
+    size = common_size(source, channels)
+    if cache == "auto":
+        if size is None or not is_small(size) or len(rows) * channels * size[0] * size[1] > _AUTO_BYTES:
+            return None
+    elif size is None:
+        raise UserError(
+            f"data.cache: expected images of one size for data.cache={cache}, got more than one size in "
+            f"{source.description}; use data.cache=none"
+        )
+    shape = (len(rows), channels, *size)
+    try:
+        if cache == "memmap" or (cache == "auto" and shared):
+            return _decode_to_file(source, rows, shape)
+        pixels = np.zeros(shape, np.uint8)
+        return DecodedRows(pixels, _fill(pixels, rows), None, source.description)
+    except _SizeMismatch as error:
+        if cache != "auto":
+            raise UserError(
+                f"data.cache: expected images of one size for data.cache={cache}, got {error}; use "
+                "data.cache=none"
+            ) from None
+        logger.info("the images are not cached because their sizes differ: %s", error)
+        return None
+
+
+def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -> DecodedRows:
+    """Open the file of decoded images in the cache folder of `datasets`; write it first if it is missing."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{cast(Dataset, source.dataset)._fingerprint}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    file, notes = folder / f"{name}.npy", folder / f"{name}.json"
+    with FileLock(folder / f"{name}.lock"):  # the processes of a run open the file at the same time
+        if not file.exists():
+            _check_space(folder, int(np.prod(shape)))
+            with replaced_file(file) as staging:
+                pixels = np.lib.format.open_memmap(staging, mode="w+", dtype=np.uint8, shape=shape)
+                write_json(notes, _fill(pixels, rows))
+                pixels.flush()
+                del pixels
+    broken = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
+    return DecodedRows(np.load(file, mmap_mode="r"), broken, file, source.description)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"data.cache: expected {needed / 2**30:.1f} GiB of free space in {folder} for data.cache=memmap, "
+            f"got {free / 2**30:.1f} GiB; set HF_DATASETS_CACHE to another disk, or use data.cache=none"
+        )
+
+
+def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
+    """Decode all images into `pixels` (N, C, H, W), and return row -> message for broken images.
+
+    Several threads decode, because decoders release the global interpreter lock. After an interruption, this
+    function ends within the time of one chunk: it waits only for running threads.
+    """
+    broken: dict[int, str] = {}
+    starts = range(0, len(rows), _CHUNK)
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        with progress(f"decoding {rows.description}", len(rows)) as bar:
+            for count, part in threads.map(lambda start: _fill_chunk(pixels, rows, start), starts):
+                broken.update(part)
+                bar.update(count)
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return broken
+
+
+def _fill_chunk(pixels: np.ndarray, rows: EncodedRows, start: int) -> tuple[int, dict[int, str]]:
+    numbers = np.arange(start, min(start + _CHUNK, len(rows)))
+    images, broken = rows.read(numbers)
+    for position, image in enumerate(images):
+        if position in broken:
+            continue
+        if image.shape != pixels.shape[1:]:
+            expected, got = pixels.shape[2:], tuple(image.shape[1:])
+            raise _SizeMismatch(
+                f"{got[0]}x{got[1]} pixels instead of {expected[0]}x{expected[1]} in "
+                f"{rows.describe(int(numbers[position]))}"
+            )
+        pixels[numbers[position]] = image.numpy()
+    return len(numbers), {int(numbers[position]): text for position, text in broken.items()}

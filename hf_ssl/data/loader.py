@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader of training data."""
+"""The loader of training data, and the batches of map-style data: the order of rows, and their images."""
 
-import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch
-from hf_ssl.data.broken import delivered
+from hf_ssl import views
+from hf_ssl.data.batch import (
+    DeviceRows,
+    LoadedBatch,
+    ProcessShare,
+    UnreadableData,
+    WorkerFailure,
+    batch_or_error,
+    make_batch,
+)
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.images import EncodedRows, probe, probe_images
-from hf_ssl.data.map_style import MapBatches, Rows
-from hf_ssl.data.ordering import RowBatches, Share
+from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows, is_small
+from hf_ssl.data.ordering import permutation, replacement
 from hf_ssl.data.sources import Source
-from hf_ssl.data.store import DecodedRows, NumberedRows, decoded_rows
-from hf_ssl.data.stream import ShardedRows
-from hf_ssl.data.stream_loader import Layout, StreamBatches, StreamLoader, end_workers, start_position
+from hf_ssl.data.stream import StreamShards
+from hf_ssl.data.stream_loader import first_images_are_small, make_stream_loader, stop_workers
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewPreset
 
-logger = logging.getLogger(__name__)
+_ATTEMPTS = 100
+Rows: TypeAlias = EncodedRows | DecodedRows | RowNumbers
 
 
 def train_loader(
@@ -42,160 +49,246 @@ def train_loader(
     pin_memory: bool = False,
     device: torch.device | str = "cpu",
 ) -> "DataLoader[LoadedBatch]":
-    """Makes the loader of one process. It shuffles, splits and seeds by itself: do not let accelerate prepare
-    it.
+    """Return the training loader of one process.
 
-    Map-style, each `iter(loader)` is one pass of `len(loader)` batches, the next `iter` the next pass. Batch
-    b of a run is a pure function of the seed and b. To resume after b micro-batches, either start with
-    `start_batch=b` (the first `iter` yields the rest of that pass), or start at 0, call `set_epoch` and skip,
-    as transformers' Trainer does.
+    The loader shuffles, divides the data between processes, and seeds by itself. Do not pass it to
+    `accelerator.prepare`.
 
-    A stream is endless, and each `iter(loader)` continues where the last one stopped. It has a length only if
-    its number of rows is known. Then one `iter` is about one pass. To resume, give the `position` of the last
-    batch that was used.
+    For map-style data, each `iter(loader)` is one epoch of `len(loader)` batches, and the next `iter` is the
+    next epoch. Batch b of a run is a pure function of the seed and b. To resume after b micro-batches, start
+    with `start_batch=b`; the first `iter` then yields the rest of the epoch. Or start at 0, call `set_epoch`
+    and skip batches, as transformers' Trainer does.
+
+    A stream has no end, and each `iter(loader)` continues where the last one stopped. The loader has a length
+    only if the number of rows is known. One `iter` is then about one epoch. To resume, pass the `position` of
+    the last batch that was used.
 
     Args:
-        source: from `open_source`.
-        preset: the views that are to be made.
-        config: how to read (`channels`, `cache`, `shuffle_window`, `open_shards`).
-        seed: of the run.
-        batch_size: images in a micro-batch of this process.
-        rank, world_size: this process and the number of processes.
-        start_batch: micro-batches of this process that were done before (map-style).
-        position: of a stream.
-        num_workers: results do not depend on it (for a stream the order does).
-        pin_memory: for copies to an accelerator that do not wait.
-        device: the model's, where images lie with `data.cache=device`.
+        source: the data, from `open_source`.
+        preset: the views to make.
+        config: how to read the data (`channels`, `cache`, `shuffle_window`, `open_shards`).
+        seed: seed of the run.
+        batch_size: number of images in a micro-batch of this process.
+        rank: number of this process.
+        world_size: number of processes.
+        start_batch: number of earlier micro-batches of this process, for map-style data.
+        position: position in a stream.
+        num_workers: number of worker processes. It has no effect on the batches of map-style data, and
+            changes the order of a stream.
+        pin_memory: whether to pin the memory of batches, so that copies to an accelerator do not block.
+        device: the device of the model, which stores the images for `data.cache=device`.
 
     Raises:
-        UserError: fewer images than a batch, no image that can be read, sizes that differ where a cache needs
-            one.
+        UserError: there are fewer images than a batch, no image can be read, or the sizes of images differ
+            although the cache needs one size.
     """
     preset.check(config.channels)
-    share = Share(seed % 2**64, batch_size, rank, world_size)
+    share = ProcessShare(seed % 2**64, batch_size, rank, world_size)
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "collate_fn": _unchanged,
-        "generator": _own_generator(),
-        "worker_init_fn": _survive_signals,
+        "generator": _separate_generator(),
+        "worker_init_fn": _ignore_signals,
     }
     needed = batch_size * world_size
     if source.num_rows is not None and source.num_rows < needed:
         raise UserError(
-            f"batch_size: expected at most {source.num_rows} (the images in {source.description}), "
-            f"got {needed}"
+            f"batch_size: expected at most {source.num_rows} images in a batch of all processes (the images "
+            f"in {source.description}), got {needed}; use a smaller batch size"
         )
     if source.streaming:
-        return _stream_loader(source, preset, config, share, start_batch, position, options)
+        return make_stream_loader(source, preset, config, share, start_batch, position, options)
     return _map_loader(source, preset, config, share, start_batch, torch.device(device), options)
 
 
 def holds_small_images(source: Source, config: DataConfig) -> bool:
-    """Return whether all tested images (of a stream, the first images) are small and of one size."""
+    """Return whether the inspected images (of a stream, the first images) are small and of one size."""
+    if not source.streaming:
+        return is_small(common_size(source, config.channels))
     key = ("small", config.channels)
-    if key not in source.stores:
-        if source.streaming:
-            first = ShardedRows(source, config.open_shards).first
-            places = [f"{source.description} shard 0 row {row}" for row in range(len(first))]
-            source.stores[key] = probe_images(first, places, config.channels, source.description).small
-        else:
-            source.stores[key] = probe(source, config.channels).small
-    return source.stores[key]
+    if key not in source.kept:
+        shards = StreamShards(source, config.open_shards)
+        source.kept[key] = first_images_are_small(shards, config.channels)
+    return source.kept[key]
 
 
 def _map_loader(
     source: Source,
     preset: ViewPreset,
     config: DataConfig,
-    share: Share,
+    share: ProcessShare,
     start_batch: int,
     device: torch.device,
     options: dict[str, Any],
 ) -> "MapLoader":
-    small = probe(source, config.channels).small
+    small = is_small(common_size(source, config.channels))
     decoded = decoded_rows(source, config.channels, config.cache, shared=share.world_size > 1)
     rows: Rows = EncodedRows(source, config.channels) if decoded is None else decoded
-    held = None
+    device_images = None
     if decoded is not None and config.cache == "device":
-        rows, held = NumberedRows(decoded), _on_device(source, decoded, device)
+        rows, device_images = RowNumbers(decoded), _copy_to_device(source, decoded, device)
     options["batch_sampler"] = RowBatches(len(rows), share, start_batch)
     options["persistent_workers"] = options["num_workers"] > 0
-    return MapLoader(MapBatches(rows, preset, share.seed, small), held, **options)
+    return MapLoader(MapBatches(rows, preset, share.seed, small), device_images, **options)
 
 
-def _on_device(source: Source, decoded: DecodedRows, device: torch.device) -> Tensor:
-    """All images (N, C, H, W) on the device, once for all loaders of a source."""
-    key = ("held", device)
-    if key not in source.stores:
-        source.stores[key] = torch.from_numpy(decoded.pixels).to(device)
-    return source.stores[key]
+def _copy_to_device(source: Source, decoded: DecodedRows, device: torch.device) -> Tensor:
+    """Return all images (N, C, H, W) on the device. All loaders of a source share this tensor."""
+    key = ("device", device)
+    if key not in source.kept:
+        source.kept[key] = torch.from_numpy(decoded.pixels).to(device)
+    return source.kept[key]
 
 
 class MapLoader(DataLoader[LoadedBatch]):
-    """A loader that can be told which pass it is in (transformers' Trainer does, on resuming).
+    """A loader of map-style data.
 
     Args:
-        held: all images, where they lie on the model's device and batches say only which.
+        batches: the data set of batches.
+        device_images: (N, C, H, W) uint8, all images on the device of the model; None if the batches contain
+            the pixels.
+        options: further arguments of torch's DataLoader.
     """
 
-    def __init__(self, batches: MapBatches, held: Tensor | None, **options: Any) -> None:
+    def __init__(self, batches: "MapBatches", device_images: Tensor | None, **options: Any) -> None:
         super().__init__(batches, **options)
-        self.held = held
+        self.device_images = device_images
 
     def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
-        for batch in map(delivered, super().__iter__()):
-            if isinstance(batch.images, HeldRows):
-                batch = replace(batch, images=replace(batch.images, pixels=self.held))
+        for batch in map(batch_or_error, super().__iter__()):
+            if isinstance(batch.images, DeviceRows):
+                batch = replace(batch, images=replace(batch.images, pixels=self.device_images))
             yield batch
 
     def close(self) -> None:
-        """Stop the workers (see `hf_ssl.data.stream_loader.end_workers`)."""
-        end_workers(self._iterator)
+        """Stop the workers (see `hf_ssl.data.stream_loader.stop_workers`)."""
+        stop_workers(self._iterator)
         self._iterator = None
 
     def set_epoch(self, epoch: int) -> None:
+        """Move to the start of an epoch. transformers' Trainer calls this method when it resumes."""
         cast(RowBatches, self.batch_sampler).set_epoch(epoch)
 
 
-def _stream_loader(
-    source: Source,
-    preset: ViewPreset,
-    config: DataConfig,
-    share: Share,
-    start_batch: int,
-    position: dict[str, Any] | None,
-    options: dict[str, Any],
-) -> StreamLoader:
-    rows = ShardedRows(source, config.open_shards)
-    readers = max(1, options["num_workers"])
-    layout = Layout(
-        revision=source.revision,
-        seed=share.seed,
-        rank=share.rank,
-        world_size=share.world_size,
-        workers=readers,
-        shards=rows.count,
-        groups=rows.groups(share.world_size * readers),
-        window=config.shuffle_window,
-        open_shards=config.open_shards,
-    )
-    if position is None and start_batch:
-        logger.warning(
-            "the stream starts at its beginning instead of after %d batches, because no position was saved",
-            start_batch,
+class RowBatch(NamedTuple):
+    """The rows of one micro-batch of one process.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        rows: (B,) int64 row numbers.
+    """
+
+    epoch: int
+    rows: np.ndarray
+
+
+class RowBatches(Sampler[RowBatch]):
+    """A batch sampler of shuffled rows. Each `iter()` yields the batches of the next epoch, without end.
+
+    Batch b of all processes together belongs to epoch b // len(self). It is a slice of the permutation of
+    this epoch. Process r takes part r of it, so that two processes with half the batch read the rows of one
+    process. The epoch omits rows that do not fill a batch.
+
+    Args:
+        num_rows: number of rows of the data.
+        share: the part of this process.
+        start: number of micro-batches before. The first `iter()` yields the rest of the epoch.
+    """
+
+    def __init__(self, num_rows: int, share: ProcessShare, start: int = 0) -> None:
+        self.num_rows = num_rows
+        self.share = share
+        self.next_batch = start
+
+    def __len__(self) -> int:
+        return self.num_rows // (self.share.batch_size * self.share.world_size)
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        # This generator starts when its first batch is read. torch calls `iter` more often than it reads.
+        start = self.next_batch
+        epoch = start // len(self)
+        self.next_batch = (epoch + 1) * len(self)  # an interrupted iteration is not continued
+        seed, batch_size, rank, world_size = self.share
+        order = permutation(self.num_rows, seed, epoch)
+        for number in range(start, (epoch + 1) * len(self)):
+            first = (number % len(self) * world_size + rank) * batch_size
+            yield RowBatch(epoch, order[first : first + batch_size])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the start of an epoch, unless it has begun. transformers' Trainer calls this method."""
+        if self.next_batch // len(self) != epoch:
+            self.next_batch = epoch * len(self)
+
+
+class MapBatches(Dataset[LoadedBatch]):
+    """Reads the batches that `RowBatches` yields. A batch is a pure function of the seed and the rows.
+
+    Args:
+        rows: the images; or their row numbers, for images on the device of the model.
+        preset: the views.
+        seed: seed of the run.
+        small: whether the images are small and of one size, so that they are cropped on the device.
+    """
+
+    def __init__(self, rows: Rows, preset: ViewPreset, seed: int, small: bool) -> None:
+        self.rows = rows
+        self.preset = preset
+        self.seed = seed
+        self.small = small
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, batch: RowBatch) -> LoadedBatch | WorkerFailure:
+        """Return a batch, or the reason why there is none. torch's DataLoader calls this method."""
+        try:
+            return self.read(batch)
+        except UnreadableData as error:
+            return WorkerFailure(str(error))
+
+    def read(self, batch: RowBatch) -> LoadedBatch:
+        """Return the batch, in which a random other image replaces each broken image.
+
+        The views of a replacement are sampled for the broken row. So they differ from the other views of the
+        replacement if the same batch contains it twice. Its `sample_index` is its own row number.
+
+        Raises:
+            UnreadableData: there is no readable replacement.
+        """
+        rows = batch.rows.copy()
+        images, broken = self.rows.read(rows)
+        messages = list(broken.values())
+        for position in broken:
+            rows[position], image = self._replacement(batch, position, messages)
+            images[position] = image
+        given: list[Tensor] | Tensor | DeviceRows = images
+        if isinstance(self.rows, RowNumbers) and isinstance(images, Tensor):
+            given = DeviceRows(images, self.rows.size)
+        seeds = views.seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
+        return make_batch(
+            given, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
         )
-    start = start_position(position, layout)
-    batches = StreamBatches(rows, preset, share, config.channels, config.shuffle_window, start)
-    length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
-    return StreamLoader(batches, layout, length, **options)
+
+    def _replacement(self, batch: RowBatch, position: int, messages: list[str]) -> tuple[int, Tensor]:
+        """Return the row number and the image that replace a broken image; append further messages."""
+        for attempt in range(_ATTEMPTS):
+            row = replacement(len(self.rows), self.seed, batch.epoch, int(batch.rows[position]), attempt)
+            images, broken = self.rows.read(np.array([row]))
+            if not broken:
+                return row, images[0]
+            messages.extend(broken.values())
+        raise UnreadableData(
+            f"data.path: expected readable images in {self.rows.description}, got {_ATTEMPTS} broken ones in "
+            f"succession, the last one in {messages[-1]}; check the files"
+        )
 
 
-def _unchanged(batch: LoadedBatch | Failure) -> LoadedBatch | Failure:
+def _unchanged(batch: LoadedBatch | WorkerFailure) -> LoadedBatch | WorkerFailure:
     return batch
 
 
-def _survive_signals(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Keep a worker alive after a signal that all processes of a job receive.
 
     A terminal sends Ctrl-C to the whole foreground group, and schedulers send SIGTERM to every process. The
@@ -208,6 +301,9 @@ def _survive_signals(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-def _own_generator() -> torch.Generator:
-    """torch draws a seed for its workers, which nothing here uses, from the global generator or this one."""
+def _separate_generator() -> torch.Generator:
+    """Return a generator of its own for the loader, so that torch does not change the global generator.
+
+    torch draws a seed for its workers from the generator of the loader. hf_ssl does not use this seed.
+    """
     return torch.Generator().manual_seed(0)

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `data.path` means: something built in, files, or a data set on the Hub."""
+"""Resolves `data.path`, lists the files of a folder, and computes a fingerprint of files."""
 
 import glob
 import hashlib
+import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder", ".arrow": "arrow"}
@@ -28,6 +32,8 @@ _IMAGE_ENDINGS = frozenset(
 records (.iim)."""
 _HASHED_FILES = 256
 _HASHED_BYTES = 1 << 16
+_CLOCK_TICK_NS = 20_000_000
+"""Two changes of a directory within this time may get the same time stamp from the file system."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,9 @@ class Location:
 
     Attributes:
         kind: "digits" (built in), "local" or "hub".
-        loader: what `datasets.load_dataset_builder` is to be called with: a folder, a Hub id, or the name of
-            a loader.
-        files: for the last of these, the files.
+        loader: the first argument of `datasets.load_dataset_builder`: a folder, a Hub id, or the name of a
+            loader.
+        files: the files, if `loader` is the name of a loader; else empty.
     """
 
     kind: Literal["digits", "local", "hub"]
@@ -46,15 +52,56 @@ class Location:
     files: tuple[str, ...] = ()
 
 
+class File(NamedTuple):
+    """A file with its size in bytes and the time of its last change, both from the time of the listing."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All visible files below a folder.
+
+    Attributes:
+        root: absolute path of the folder, links resolved.
+        files: the files, sorted by path.
+        directories: path of each listed directory -> time of its last change, in nanoseconds.
+        listed_ns: time of the listing, in nanoseconds.
+    """
+
+    root: str
+    files: list[File]
+    directories: dict[str, int]
+    listed_ns: int
+
+    def is_current(self) -> bool:
+        """Return whether no file was added, removed, renamed or replaced since the listing.
+
+        The check reads only the times of the directories, so it misses a file that was rewritten in place.
+        """
+        if max(self.directories.values()) > self.listed_ns - _CLOCK_TICK_NS:
+            return False
+        try:
+            return all(os.stat(path).st_mtime_ns == time for path, time in self.directories.items())
+        except OSError:
+            return False
+
+
 def locate(path: str) -> Location:
-    """Finds out what a path means. Raises UserError if it can be neither files nor the name of a data set."""
+    """Return what a `data.path` means.
+
+    Raises:
+        UserError: the path names neither files nor, by its form, a data set on the Hub.
+    """
     if path == "digits":
         return Location("digits", path)
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         return Location("local", expanded)
     if os.path.isfile(expanded):
-        return _files(path, [expanded])
+        return _locate_files(path, [expanded])
     if glob.has_magic(expanded):
         matches = sorted(glob.glob(expanded, recursive=True))
         files = [match for match in matches if os.path.isfile(match)]
@@ -63,24 +110,27 @@ def locate(path: str) -> Location:
                 f"data.path: expected a pattern that matches files, got {path!r}, which matches only "
                 f"folders; use '{path.rstrip('/')}/*'"
             )
-        return _files(path, files)
+        return _locate_files(path, files)
     if _HUB_ID.fullmatch(path) and not path.endswith(tuple(_LOADERS)):
         return Location("hub", path)
     raise UserError(
-        f"expected data.path to be a folder, files or a data set on the Hub, got {path!r}: it does not exist"
+        f"data.path: expected a folder, files or a data set on the Hub, got {path!r}, which does not exist; "
+        "check the path"
     )
 
 
-def _files(path: str, files: list[str]) -> Location:
+def _locate_files(path: str, files: list[str]) -> Location:
     if not files:
-        raise UserError(f"no files match data.path={path!r}")
+        raise UserError(
+            f"data.path: expected a pattern that matches files, got {path!r}, which matches none; "
+            "check the pattern"
+        )
     kind = main_kind(map(kind_of, files))
     if kind is None or (kind != IMAGE and any(kind_of(file) != kind for file in files)):
-        endings = sorted({Path(file).suffix.lower() for file in files})
+        endings = sorted({Path(file).suffix.lower() or "(none)" for file in files})
         raise UserError(
-            f"expected data.path={path!r} to match Parquet files, WebDataset tars or images only, got files "
-            f"that end in "
-            f"{', '.join(ending or '(nothing)' for ending in endings)}"
+            f"data.path: expected only Parquet files, only WebDataset tars or only images, got {path!r} with "
+            f"the endings {', '.join(endings[:8])}; use a pattern that matches one kind of files"
         )
     chosen = tuple(os.path.abspath(file) for file in files if kind_of(file) == kind)
     return Location("local", "imagefolder" if kind == IMAGE else _LOADERS[kind], chosen)
@@ -100,11 +150,74 @@ def main_kind(kinds: Iterable[str | None]) -> str | None:
     return max(counts, key=lambda kind: (counts[kind], kind == ".parquet", kind), default=None)
 
 
-def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
-    """Tells data apart, wherever they lie and whenever they were copied: 16 hexadecimal digits.
+def list_folder(folder: str) -> Listing:
+    """Return all visible files below a folder; each directory is read once.
 
-    A hash of all names and sizes and of the beginnings and ends of up to 256 files (a Parquet file ends with
-    the index of all that is in it).
+    As in `datasets`, the list omits names that start with a dot and directories whose name starts with two
+    underscores. A link to a file counts as a file. Links to directories are not followed.
+
+    Raises:
+        UserError: the folder itself cannot be read, or its path is not valid UTF-8.
+    """
+    root = os.path.realpath(folder)
+    if not is_text(root):
+        raise UserError(f"data.path: expected a folder whose path is valid UTF-8, got {root!r}; rename it")
+    listed_ns = time.time_ns()
+    files: list[File] = []
+    directories: dict[str, int] = {}
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            directories[directory] = os.stat(directory).st_mtime_ns
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    try:
+                        _add_entry(entry, files, waiting)
+                    except OSError as error:  # the entry was removed meanwhile, or is a link to itself
+                        logger.warning("%s is not used: %s", entry.path, error.strerror)
+        except OSError as error:
+            if directory == root:
+                raise UserError(
+                    f"data.path: expected a readable folder, got {error}; check its permissions"
+                ) from error
+            logger.warning("images below %s are not used: %s", directory, error.strerror)
+    return Listing(root, sorted(files), directories, listed_ns)
+
+
+def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[str]) -> None:
+    """Append the entry to the files or to the directories, unless it is hidden or of another kind."""
+    if entry.name.startswith("."):
+        return
+    is_directory = entry.is_dir(follow_symlinks=False)
+    if is_directory and entry.name.startswith("__"):
+        return
+    if not is_text(entry.name):
+        logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
+    elif is_directory:
+        directories.append(entry.path)
+    elif entry.is_file():
+        status = entry.stat()
+        files.append(File(entry.path, status.st_size, status.st_mtime_ns))
+
+
+def is_text(name: str) -> bool:
+    """Return whether a name is valid UTF-8, so that a table can contain it.
+
+    Names from old archives may have another encoding.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
+    """Return a fingerprint of files (16 hexadecimal digits), independent of their folder and their times.
+
+    It is a hash of all names and sizes, and of the first and last 64 KiB of up to 256 files. (A Parquet file
+    ends with an index of its content.)
 
     Args:
         files: absolute paths.
@@ -118,10 +231,8 @@ def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
     for number, (file, size) in enumerate(sorted(zip(files, sizes, strict=True))):
         digest.update(f"{file.removeprefix(root)} {size}\n".encode())
         if number % step == 0:
-            with (
-                suppress(OSError),
-                open(file, "rb") as opened,
-            ):  # a file that cannot be read counts as a broken image later
+            # A file that cannot be read counts as a broken image later.
+            with suppress(OSError), open(file, "rb") as opened:
                 digest.update(opened.read(_HASHED_BYTES))
                 opened.seek(max(0, size - _HASHED_BYTES))
                 digest.update(opened.read(_HASHED_BYTES))

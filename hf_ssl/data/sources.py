@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a set of images, wherever it is, as a Hugging Face data set with one column of encoded images."""
+"""Opens images from any place as a Hugging Face data set with one column of encoded images."""
 
 import logging
 import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import metadata
+from textwrap import shorten
 from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetBuilder,
-    Image,
-    IterableDataset,
-    load_dataset_builder,
-)
+from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
@@ -27,36 +26,37 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.digits import digits
-from hf_ssl.data.folder import Contents, contents, images_of
+from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, fingerprint, kind_of, locate
 from hf_ssl.data.ordering import permutation
-from hf_ssl.data.splits import split_names
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError)
-_SHARD_ROWS = 256  # of data that can be read anywhere and are therefore cut as we like
+_SHARD_ROWS = 256  # rows of a shard, for data with random access, whose shards may have any size
+_REASON_CHARACTERS = 200
+_DIGITS_SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797)}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images that can be read.
+    """An open set of images.
 
     Attributes:
-        dataset: with all its columns; images are not decoded (`{"bytes", "path"}`). A stream is cut into as
-            many shards as its files allow (Parquet: one for each row group).
-        image_column: where the images are.
-        label_column: where the classes are, if they were asked for.
-        class_names: of a ClassLabel column, if labels were asked for.
+        dataset: all columns; the images are not decoded (`{"bytes", "path"}`). A stream has as many shards as
+            its files allow (one for each row group of a Parquet file).
+        image_column: the column of images.
+        label_column: the column of classes; None if labels were not requested.
+        class_names: the names of a ClassLabel column, if labels were requested.
         streaming: whether `dataset` is an IterableDataset.
-        num_rows: None where a stream does not say.
-        revision: the commit on the Hub, else a fingerprint of the data.
+        num_rows: number of rows; None for a stream of unknown length.
+        revision: the commit on the Hub, or a fingerprint of the local data.
         description: path and split, for messages and cards.
-        whole_shards: reading one row of a shard brings the whole shard into memory anyway, or costs nothing.
-        numbers: of the rows in the data set that some were chosen from.
-        stores: what loaders over this source find out or decode, kept for the next one.
+        whole_shards: whether a reader loads whole shards. It does so if reading one row loads the whole shard
+            anyway, or if the rows are only file names.
+        row_numbers: the numbers of selected rows in the data set; None without a selection.
+        kept: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
 
     dataset: Dataset | IterableDataset
@@ -68,30 +68,30 @@ class Source:
     revision: str
     description: str
     whole_shards: bool = True
-    numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
-    stores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def choose(self, rows: np.ndarray) -> "Source":
-        """Some rows of map-style data, in this order."""
-        numbers = rows if self.numbers is None else self.numbers[rows]
-        chosen = cast(Dataset, self.dataset).select(rows)
-        return replace(self, dataset=chosen, num_rows=len(rows), numbers=numbers, stores={})
+    def select(self, rows: np.ndarray) -> "Source":
+        """Return some rows of map-style data, in the given order."""
+        numbers = rows if self.row_numbers is None else self.row_numbers[rows]
+        selected = cast(Dataset, self.dataset).select(rows)
+        return replace(self, dataset=selected, num_rows=len(rows), row_numbers=numbers, kept={})
 
 
 def open_source(
     config: DataConfig, split: str | None = None, *, streaming: bool | None = None, labels: bool = False
 ) -> Source:
-    """Opens one split.
+    """Open one split.
 
     Args:
-        config: says where the images are.
-        split: None for `config.split`.
-        streaming: None for `config.streaming`.
-        labels: whether a column of classes is needed.
+        config: the images to open.
+        split: name of the split; None for `config.split`.
+        streaming: whether to open a stream; None for `config.streaming`.
+        labels: whether a column of classes is required.
 
     Raises:
-        UserError: no such path, data set, configuration or split; it cannot be reached; no or several columns
-            to choose from; no rows.
+        UserError: the path, data set, configuration or split does not exist or cannot be opened; the column
+            of images or labels is missing or ambiguous; there are no rows.
     """
     config.check()
     split = config.split if split is None else split
@@ -99,31 +99,36 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     if location.kind == "digits":
-        opened, revision = _digits(split, streaming), f"scikit-learn {metadata.version('scikit-learn')}"
+        opened = _open_digits(split, streaming, config)
+        revision = f"scikit-learn {metadata.version('scikit-learn')}"
     else:
-        with _Explained(config.path, location):
-            found = contents(location) if location.kind == "local" else Contents()
+        with _explained_errors(config.path, location):
+            found = find_local_data(location) if location.kind == "local" else LocalData()
             if found.images and config.name is None:
                 _check_split(list(found.images), split, streaming, config)
-                table, revision = images_of(found.images, split)
-                opened = _cut(_shuffled(table)) if streaming else _mapped(table)
+                table, revision = select_split(found.images, split)
+                opened = _stream_of_table(_shuffled(table)) if streaming else _map_style(table)
             else:
-                opened, revision = _built(location, config, found, split, streaming)
+                opened, revision = _open_with_datasets(location, config, found, split, streaming)
     dataset = opened.dataset
     features = dataset.features
     if features is None:
-        raise UserError(f"the columns of {where} are not known before it is read: use data.streaming=false")
+        raise UserError(
+            f"data.streaming: expected a stream with known columns, got {where}, whose columns are not "
+            "declared; use data.streaming=false"
+        )
     image_column = find_image_column(features, config.image_column, where)
     label_column = find_label_column(features, config.label_column, where) if labels else None
+    label = features[label_column] if label_column is not None else None
     if isinstance(features[image_column], Image):
         dataset = dataset.cast_column(image_column, Image(decode=False))
     if opened.num_rows == 0:
-        raise UserError(f"there are no images in {where}")
+        raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     source = Source(
         dataset=dataset,
         image_column=image_column,
         label_column=label_column,
-        class_names=_class_names(features[label_column]) if label_column is not None else None,
+        class_names=label.names if isinstance(label, ClassLabel) else None,
         streaming=streaming,
         num_rows=opened.num_rows,
         revision=revision,
@@ -132,23 +137,25 @@ def open_source(
     )
     if config.max_images is None or opened.num_rows is None or streaming:
         return source
-    return source.choose(np.sort(permutation(opened.num_rows, 0)[: config.max_images]))
+    return source.select(np.sort(permutation(opened.num_rows, 0)[: config.max_images]))
 
 
 class _Opened(NamedTuple):
+    """A data set with its number of rows (if known); see `Source` for `whole_shards`."""
+
     dataset: Dataset | IterableDataset
     num_rows: int | None
     whole_shards: bool
 
 
-def _built(
-    location: Location, config: DataConfig, found: Contents, split: str, streaming: bool
+def _open_with_datasets(
+    location: Location, config: DataConfig, found: LocalData, split: str, streaming: bool
 ) -> tuple[_Opened, str]:
     """Open the data through `datasets`; return them and their revision."""
     builder = _builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
     _check_split([str(name) for name in known] if known else [], split, streaming, config)
-    opened = _stream(builder, split) if streaming else _mapped(_table(builder, split))
+    opened = _open_stream(builder, split) if streaming else _map_style(_open_table(builder, split))
     images = sum(kind_of(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(
@@ -158,11 +165,11 @@ def _built(
     return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
 
 
-_last_builder: dict[tuple, tuple[Contents, DatasetBuilder]] = {}
+_last_builder: dict[tuple, tuple[LocalData, DatasetBuilder]] = {}
 """The builder of the local data that were opened last. The next split of these data reuses it."""
 
 
-def _builder(location: Location, config: DataConfig, found: Contents) -> DatasetBuilder:
+def _builder(location: Location, config: DataConfig, found: LocalData) -> DatasetBuilder:
     if location.kind == "hub":
         return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
     options: dict[str, Any] = {"name": config.name}
@@ -184,44 +191,52 @@ def _builder(location: Location, config: DataConfig, found: Contents) -> Dataset
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
+    """Raise UserError if a split does not exist or, for a stream, is no whole split."""
     unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
-        choice = f"; use data.split={names[0]}" if split == config.split else ""
-        raise UserError(
-            f"expected one of the splits {', '.join(names)} of {config.path}, got {unknown[0]!r}{choice}"
-        )
+        raise _unknown_split(names, unknown[0], split, config)
     if streaming and split_names(split) != [split]:
         raise UserError(
-            f"expected one whole split of {config.path} to stream, got {split!r}; use data.streaming=false"
+            f"data.split: expected one whole split of {config.path} for a stream, got {split!r}; use "
+            "data.streaming=false"
         )
 
 
-def _table(builder: DatasetBuilder, split: str) -> Dataset:
+def _unknown_split(names: list[str], unknown: str, split: str, config: DataConfig) -> UserError:
+    # Another split than that of the configuration comes from a caller, such as the evaluation.
+    key, advice = ("data.split", f"data.split={names[0]}") if split == config.split else ("split", names[0])
+    return UserError(
+        f"{key}: expected one of the splits {', '.join(names)} of {config.path}, got {unknown!r}; "
+        f"use {advice}"
+    )
+
+
+def _open_table(builder: DatasetBuilder, split: str) -> Dataset:
     builder.download_and_prepare()
     return cast(Dataset, builder.as_dataset(split))
 
 
-def _mapped(table: Dataset) -> _Opened:
+def _map_style(table: Dataset) -> _Opened:
     return _Opened(table, len(table), True)
 
 
-def _cut(table: Dataset) -> _Opened:
-    """A stream of data that can be read anywhere, in as many shards as we like."""
+def _stream_of_table(table: Dataset) -> _Opened:
+    """Return a stream of data with random access, in shards of `_SHARD_ROWS` rows."""
     shards = max(1, len(table) // _SHARD_ROWS)
     return _Opened(table.to_iterable_dataset(num_shards=shards), len(table), True)
 
 
-def _stream(builder: DatasetBuilder, split: str) -> _Opened:
+def _open_stream(builder: DatasetBuilder, split: str) -> _Opened:
     if isinstance(builder, FolderBasedBuilder):
-        return _cut(_shuffled(_file_list(builder, split)))
-    if isinstance(builder, Cache):  # the Hub is out of reach, but the data set was downloaded before
-        return _cut(_table(builder, split))
+        return _stream_of_table(_shuffled(_file_list(builder, split)))
+    if isinstance(builder, Cache):  # the Hub cannot be reached, but the data set was downloaded before
+        return _stream_of_table(_open_table(builder, split))
     stream = cast(IterableDataset, builder.as_streaming_dataset(split))
     return _Opened(stream.reshard(), _streamed_rows(builder, split), isinstance(builder, Parquet))
 
 
 def _streamed_rows(builder: DatasetBuilder, split: str) -> int | None:
-    """How many rows a stream has, if its files or the card on the Hub tell."""
+    """Return the number of rows of a stream, if its files or its card on the Hub contain it."""
     files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
     if isinstance(builder, Parquet) and not any("://" in file for file in files):
         return sum(pq.read_metadata(file).num_rows for file in files)
@@ -230,27 +245,20 @@ def _streamed_rows(builder: DatasetBuilder, split: str) -> int | None:
 
 
 def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:
-    """A folder of images as a list of files, each of which is read only when it is needed.
+    """Return a folder of images as a table of files; each file is read only when it is needed.
 
-    `datasets` streams a folder as one shard in the order of the file names, thus class by class, which can be
-    neither mixed nor divided.
+    `datasets` streams a folder as one shard in the order of the file names, so class by class. Such a stream
+    can be neither shuffled nor divided.
     """
     files = [str(file) for file in (builder.config.data_files or {})[split]]
     images = [file for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
     if "://" in files[0] and len(images) == len(files):  # on the Hub, without an archive or other columns
         return Dataset.from_dict({"image": images}).cast_column("image", Image(decode=False))
-    return _table(builder, split)
+    return _open_table(builder, split)
 
 
 def _shuffled(table: Dataset) -> Dataset:
     return Dataset(table.with_format("arrow")[:].take(permutation(len(table), 0)), info=table.info)
-
-
-def _digits(split: str, streaming: bool) -> _Opened:
-    splits = digits()
-    if split not in splits:
-        raise UserError(f"digits has no split {split!r}; its splits are {', '.join(splits)}")
-    return _cut(splits[split]) if streaming else _mapped(splits[split])
 
 
 def _fingerprint(builder: DatasetBuilder, split: str) -> str:
@@ -258,26 +266,82 @@ def _fingerprint(builder: DatasetBuilder, split: str) -> str:
     return fingerprint([str(file) for name in split_names(split) for file in data_files[name]])
 
 
-def _class_names(feature: Any) -> list[str] | None:
-    return feature.names if isinstance(feature, ClassLabel) else None
-
-
-class _Explained:
-    """Turns what `datasets` raises on data that it cannot find, reach or read into one sentence."""
-
-    def __init__(self, path: str, location: Location) -> None:
-        if location.kind == "hub":
-            self.what = f"{path!r} is neither a folder here nor a data set that can be opened on the Hub"
-        else:
-            expected = "Parquet files, images or WebDataset tars"
-            self.what = f"expected data.path={path!r} to hold {expected}, but it cannot be opened"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError) or not isinstance(error, _OPENING_ERRORS):
-            return
+@contextmanager
+def _explained_errors(path: str, location: Location) -> Iterator[None]:
+    """Turn the errors of `datasets` about data that it cannot find, reach or read into a UserError."""
+    try:
+        yield
+    except _OPENING_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = str(cause or error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"{self.what}: {reason}") from error
+        if location.kind == "hub":
+            expected = "a folder or a data set on the Hub"
+        else:
+            expected = "Parquet files, images or WebDataset tars"
+        raise UserError(
+            f"data.path: expected {expected}, got {path!r}, which cannot be opened: "
+            f"{shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}; check the path and the split"
+        ) from error
+
+
+def _open_digits(split: str, streaming: bool, config: DataConfig) -> _Opened:
+    splits = digits()
+    if split not in splits:
+        raise _unknown_split(list(splits), split, split, config)
+    return _stream_of_table(splits[split]) if streaming else _map_style(splits[split])
+
+
+@cache
+def digits() -> dict[str, Dataset]:
+    """Return the built-in data set: the 1797 handwritten digits of scikit-learn, 8 x 8 pixels.
+
+    Both splits are shuffled with a fixed order. They have the columns `image` (PNG, gray, 0 to 16 scaled to 0
+    to 255) and `label`. Nothing is downloaded.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (its test set).
+    """
+    values, labels = _load_digits()
+    pixels = np.rint(values.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+    order = permutation(len(pixels), 1998)
+    label = ClassLabel(names=[str(digit) for digit in range(10)])
+    features = datasets.Features({"image": Image(), "label": label})
+    encoded = [{"bytes": _png(pixels[row]), "path": None} for row in order]
+    return {
+        split: Dataset.from_dict({"image": encoded[rows], "label": labels[order[rows]]}, features=features)
+        for split, rows in _DIGITS_SPLITS.items()
+    }
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as `sklearn.datasets.load_digits(return_X_y=True)`.
+
+    This function reads the file without importing scikit-learn, which would take half a CPU second. If a
+    version later than 1.9 stores the file in another place, scikit-learn loads it.
+    """
+    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    try:
+        table = np.loadtxt(str(file), delimiter=",", dtype=np.int64)
+    except OSError:
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    return table[:, :-1].astype(np.float64), table[:, -1]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Return an uncompressed PNG file of a small gray image (H, W).
+
+    The bytes do not depend on the version of a library. Pillow would need 20 times as long, a tenth of a
+    second for all images. Source: RFC 2083 (PNG).
+    """
+    height, width = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    # Each line begins with the number of its filter; 0 means no filter.
+    lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )

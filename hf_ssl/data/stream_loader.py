@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of a stream, and where to go on after each of them."""
+"""The loader of a stream: its batches, and the position after each batch."""
 
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,22 +12,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ssl import views
-from hf_ssl.data.batch import Failure, LoadedBatch, assemble
-from hf_ssl.data.broken import UnreadableData, delivered
+from hf_ssl.data.batch import (
+    LoadedBatch,
+    ProcessShare,
+    UnreadableData,
+    WorkerFailure,
+    batch_or_error,
+    make_batch,
+)
+from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage, decode
-from hf_ssl.data.images import message, probe_images
-from hf_ssl.data.ordering import Share
-from hf_ssl.data.stream import Place, ShardedRows, Slot
+from hf_ssl.data.images import broken_message, inspect_images, is_small
+from hf_ssl.data.sources import Source
+from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
 
-_MOST_BROKEN = 1000  # for each image that can be read: there will hardly be more of these
+_MAX_BROKEN = 1000  # broken images for each readable image of a batch; more of them end the run
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What has to be as it was for a stream to go on exactly."""
+    """The conditions under which a stream resumes exactly. Checkpoints contain these names.
+
+    `workers` is the number of readers of this process, `groups` the number of groups of readers that share
+    shards, and `window` the value of `data.shuffle_window`.
+    """
 
     revision: str
     seed: int
@@ -40,86 +51,137 @@ class Layout:
     open_shards: int
 
 
-class StreamBatches(IterableDataset[LoadedBatch]):
-    """The batches of each loader worker; in which order they come is the business of `StreamLoader`.
+def make_stream_loader(
+    source: Source,
+    preset: ViewPreset,
+    config: DataConfig,
+    share: ProcessShare,
+    start_batch: int,
+    position: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> "StreamLoader":
+    """Return the loader of a stream; `hf_ssl.data.loader.train_loader` explains the arguments.
 
     Args:
-        rows: the shards.
+        options: further arguments of torch's DataLoader.
+    """
+    shards = StreamShards(source, config.open_shards)
+    readers = max(1, options["num_workers"])
+    layout = Layout(
+        revision=source.revision,
+        seed=share.seed,
+        rank=share.rank,
+        world_size=share.world_size,
+        workers=readers,
+        shards=shards.count,
+        groups=shards.groups(share.world_size * readers),
+        window=config.shuffle_window,
+        open_shards=config.open_shards,
+    )
+    if position is None and start_batch:
+        logger.warning(
+            "the stream starts at its beginning instead of after %d batches, because no position was saved",
+            start_batch,
+        )
+    start = _start_position(position, layout)
+    batches = StreamBatches(shards, preset, share, config.channels, config.shuffle_window, start)
+    length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
+    return StreamLoader(batches, layout, length, **options)
+
+
+def first_images_are_small(shards: StreamShards, channels: int) -> bool:
+    """Return whether the first images of a stream are small and of one size.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    places = [f"{shards.description} shard 0 row {row}" for row in range(len(shards.first_images))]
+    return is_small(inspect_images(shards.first_images, places, channels, shards.description))
+
+
+class StreamBatches(IterableDataset[LoadedBatch]):
+    """The batches of each reader. `StreamLoader` puts the batches of all readers in order.
+
+    Args:
+        shards: the shards.
         preset: the views.
-        share: this process's.
-        channels: of the decoded images.
-        window: rows that are shuffled together.
-        position: see `StreamLoader`.
+        share: the part of this process.
+        channels: number of channels of the decoded images.
+        window: number of rows that are shuffled together.
+        position: {"batches": number of earlier batches of this process, "readers": {number of the reader:
+            state of its `ReaderPosition`}}.
     """
 
     def __init__(
         self,
-        rows: ShardedRows,
+        shards: StreamShards,
         preset: ViewPreset,
-        share: Share,
+        share: ProcessShare,
         channels: int,
         window: int,
         position: dict[str, Any],
     ) -> None:
-        self.rows = rows
+        self.shards = shards
         self.preset = preset
         self.share = share
         self.channels = channels
         self.window = window
         self.position = position
-        places = [f"{rows.description} shard 0 row {row}" for row in range(len(rows.first))]
-        self.small = probe_images(rows.first, places, channels, rows.description).small
+        self.small = first_images_are_small(shards, channels)
 
-    def __iter__(self) -> Iterator[LoadedBatch | Failure]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[LoadedBatch | WorkerFailure]:  # type: ignore[override]
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # torch asks worker 0 first, but the next batch of the run is that of the worker whose turn it was
-        reader = (worker + self.position["batches"]) % workers
-        place = Place(**self.position["readers"].get(str(reader), {}))
-        number, slots = self.share.rank * workers + reader, self.share.world_size * workers
+        # torch reads from worker 0 first, but the next batch of the run may come from another reader
+        local = (worker + self.position["batches"]) % workers
+        start = ReaderPosition.from_state_dict(self.position["readers"].get(str(local), {}))
+        number, readers = self.share.rank * workers + local, self.share.world_size * workers
         try:
-            slot = Slot(self.rows, self.share.seed, number, slots, self.window, self.share.batch_size, place)
+            reader = StreamReader(
+                self.shards, self.share.seed, number, readers, self.window, self.share.batch_size, start
+            )
             while True:
-                yield self._batch(slot, str(reader))
+                yield self._batch(reader, str(local))
         except UnreadableData as error:
-            yield Failure(str(error))
+            yield WorkerFailure(str(error))
 
-    def _batch(self, slot: Slot, reader: str) -> LoadedBatch:
+    def _batch(self, reader: StreamReader, name: str) -> LoadedBatch:
         images: list[Tensor] = []
-        passes: list[int] = []
+        epochs: list[int] = []
         keys: list[int] = []
         broken: list[str] = []
         while len(images) < self.share.batch_size:
-            row = slot.next_row()
+            row = reader.next_row()
             try:
                 data = row.image.read()
                 images.append(decode(data, self.channels))
             except BrokenImage as error:
-                where = f"{self.rows.description} shard {row.shard} row {row.number}"
-                broken.append(message(where, row.image, error))
-                if len(broken) > _MOST_BROKEN * (1 + len(images)):
+                where = f"{self.shards.description} shard {row.shard} row {row.number}"
+                broken.append(broken_message(where, row.image, error))
+                if len(broken) > _MAX_BROKEN * (1 + len(images)):
                     raise UnreadableData(
-                        f"{len(broken)} images cannot be read; the last is {broken[-1]}"
+                        f"data.path: expected readable images, got {len(broken)} broken ones in one batch, "
+                        f"the last one in {broken[-1]}; check the files"
                     ) from error
             else:
-                passes.append(row.pass_number)
+                epochs.append(row.epoch)
                 keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-        seeds = views.seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
-        position = {"reader": reader, "place": asdict(slot.here)}
-        return assemble(images, seeds, self.preset, small=self.small, broken=broken, position=position)
+        seeds = views.seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
+        position = {"reader": name, "place": reader.position.state_dict()}
+        return make_batch(images, seeds, self.preset, small=self.small, broken=broken, position=position)
 
 
 class StreamLoader(DataLoader[LoadedBatch]):
-    """Yields endless batches of a stream, each with the later position of all readers of this process.
+    """Yields batches of a stream without end, each with the new position of all readers of this process.
 
     `iter` continues where the last one stopped. If the number of rows is known, `iter` ends after
     `len(self)` batches.
 
     Args:
-        batches: the readers' batches.
-        layout: of the stream as it is read now.
-        length: batches of this process in a pass, if known.
-        options: for torch's loader.
+        batches: the batches of the readers.
+        layout: the conditions under which the stream is read now.
+        length: number of batches of this process in an epoch, if known.
+        options: further arguments of torch's DataLoader.
     """
 
     def __init__(self, batches: StreamBatches, layout: Layout, length: int | None, **options: Any) -> None:
@@ -139,7 +201,7 @@ class StreamLoader(DataLoader[LoadedBatch]):
     def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
         if self._running is None:
             self._workers = super().__iter__()
-            self._running = map(delivered, self._workers)
+            self._running = map(batch_or_error, self._workers)
         end = None if self.length is None else (self._done // self.length + 1) * self.length
         while self._done != end:
             batch = next(self._running)
@@ -151,11 +213,11 @@ class StreamLoader(DataLoader[LoadedBatch]):
 
     def close(self) -> None:
         """Stop the workers."""
-        end_workers(self._workers)
+        stop_workers(self._workers)
         self._running = self._workers = None
 
 
-def end_workers(iterator: Any) -> None:
+def stop_workers(iterator: Any) -> None:
     """Stop the workers of a DataLoader's iterator at once.
 
     Without this function, Python's garbage collector frees the workers, because a trainer and its loader
@@ -169,11 +231,11 @@ def end_workers(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str, Any]:
-    """Where readers begin: where they were, if the stream is read as it was; else nearby, with a warning.
+def _start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str, Any]:
+    """Return the position where the readers start, in the form that `StreamBatches` takes.
 
-    Returns:
-        {"batches": that this process did before, "readers": {number: state of its `Place`}}.
+    It is the saved position if the layout is the same. Otherwise it is close to the saved position, and a
+    warning names the differences.
     """
     if position is None:
         return {"batches": 0, "readers": {}}
@@ -185,19 +247,20 @@ def start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str,
         if position["layout"].get(name) != value
     ]
     logger.warning(
-        "the stream resumes near its last position, not exactly there, because it is read in another way: %s",
+        "the stream resumes close to its last position, not exactly there, because it is read in another "
+        "way: %s",
         ", ".join(changes),
     )
-    places = [Place(**state) for state in position["readers"].values()]
-    pass_number = min((place.pass_number for place in places), default=0)
-    of_a_slot = position["layout"]["shards"] / position["layout"]["groups"]
-    # of the open shards about a half was read
+    saved = [ReaderPosition.from_state_dict(state) for state in position["readers"].values()]
+    epoch = min((reader.epoch for reader in saved), default=0)
+    shards_of_a_reader = position["layout"]["shards"] / position["layout"]["groups"]
+    # on average, half of each open shard was read
     parts = [
-        (place.next_shard - len(place.open) / 2) / of_a_slot
-        for place in places
-        if place.pass_number == pass_number
+        (reader.next_shard - len(reader.open) / 2) / shards_of_a_reader
+        for reader in saved
+        if reader.epoch == epoch
     ]
-    share = sum(parts) / len(parts) if parts else 0.0
-    place = Place(pass_number, next_shard=int(min(1.0, share) * layout.shards / layout.groups))
-    readers = {str(reader): asdict(place) for reader in range(layout.workers)}
+    fraction = sum(parts) / len(parts) if parts else 0.0
+    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * layout.shards / layout.groups))
+    readers = {str(reader): start.state_dict() for reader in range(layout.workers)}
     return {"batches": position["batches"], "readers": readers}

@@ -31,7 +31,7 @@ STATISTICS_ROWS = 10_000  # uniformity compares every pair: the square of this
 
 
 class LabelledImages(Protocol):
-    """What an evaluation needs of a data set; `hf_ssl.data.labelled_images` gives it.
+    """What an evaluation needs of a data set; `hf_ssl.data.labeled_images` gives it.
 
     Labels are read after the images, because an image that turns out broken takes its label with it.
     """

@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl import __version__
 from hf_ssl.cards import last_part, public
-from hf_ssl.data import DataConfig, LabelledImages, labelled_images, open_source
-from hf_ssl.data.images import EncodedRows
+from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
+from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.data.ordering import permutation
-from hf_ssl.data.store import decoded_rows
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
@@ -138,28 +137,28 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds something else than a Space: give a new or empty folder")
 
 
-def _images(data: DataConfig, split: str, count: int) -> LabelledImages:
+def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Images of a split; without labels (all the same, no class names) where the data have none."""
     data = replace(data, streaming=False)
     source = open_source(data, split)
     columns = source.dataset.features or {}
     classes = [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]
     if data.label_column is not None or len(classes) == 1:
-        return labelled_images(data, split, max_images=count)
+        return labeled_images(data, split, max_images=count)
     if source.num_rows is not None and source.num_rows > count:
-        source = source.choose(np.sort(permutation(source.num_rows, 0)[:count]))
+        source = source.select(np.sort(permutation(source.num_rows, 0)[:count]))
     rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)
-    return LabelledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
+    return LabeledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
 
 
-def _labels(images: LabelledImages) -> list[str] | None:
+def _labels(images: LabeledImages) -> list[str] | None:
     """Names of the classes of images that were all read."""
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]
 
 
-def _examples(images: LabelledImages, labels: list[str] | None, chosen: np.ndarray) -> list[_Example]:
+def _examples(images: LabeledImages, labels: list[str] | None, chosen: np.ndarray) -> list[_Example]:
     return [_Example(images[number], None if labels is None else labels[number]) for number in chosen]
 
 
@@ -181,7 +180,7 @@ def _spread(labels: list[str] | None, total: int, count: int) -> np.ndarray:
 def _facts(
     model: str,
     encoder: PreTrainedModel,
-    images: LabelledImages,
+    images: LabeledImages,
     count: int,
     labelled: bool,
     title: str | None,

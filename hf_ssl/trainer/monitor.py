@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from hf_ssl.data import LabelledImages, LoadedBatch
+from hf_ssl.data import LabeledImages, LoadedBatch
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -32,8 +32,8 @@ class KNNMonitor:
         neighbours: k; votes are weighted with temperature 0.07.
     """
 
-    bank: LabelledImages
-    queries: LabelledImages
+    bank: LabeledImages
+    queries: LabeledImages
     processor: BaseImageProcessor
     neighbours: int = 20
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real files of every kind that the loader reads."""
+"""Small files of every kind that the loader reads."""
 
 import io
 import tarfile
@@ -30,7 +30,7 @@ def encode(image, kind="PNG", **options):
 
 
 def picture(number, size=(12, 10), channels=3):
-    """An image (height, width) of noise that is another for each number."""
+    """Return an image (height, width) of noise, which differs for each number."""
     shape = (*size, 3) if channels == 3 else size
     return PIL.Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8))
 
@@ -47,7 +47,7 @@ def picture_fixture():
 
 @pytest.fixture
 def write_parquet():
-    """Writes encoded images (and labels) as Parquet, as `datasets` does."""
+    """Return a function that writes encoded images, and labels, as Parquet, as `datasets` does."""
 
     def write(path, images, labels=None, row_group=10, names=CLASSES):
         features = {"image": datasets.Image()}
@@ -67,7 +67,7 @@ def write_parquet():
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """train/<class>/<number>.png, 20 a class, sizes that differ; test likewise, 4 a class."""
+    """Write train/CLASS/NUMBER.png, 20 images per class, of several sizes; and test, 4 images per class."""
     root = tmp_path_factory.mktemp("folder")
     for split, count in (("train", 20), ("test", 4)):
         for label, name in enumerate(CLASSES):
@@ -80,7 +80,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory):
-    """train-<n>.tar, three of them with 12 samples each: key.png, key.cls."""
+    """Write three files train-N.tar of 12 samples each (KEY.png, KEY.cls)."""
     root = tmp_path_factory.mktemp("tars")
     for shard in range(3):
         with tarfile.open(root / f"train-{shard}.tar", "w") as tar:
@@ -97,7 +97,7 @@ def tars(tmp_path_factory):
 
 @pytest.fixture
 def numbered(tmp_path, write_parquet):
-    """A function that makes Parquet of `count` different small images and gives its configuration."""
+    """Return a function that writes `count` small images as Parquet and returns their configuration."""
 
     def make(count=60, files=1, row_group=10, size=(12, 10), broken=(), **options):
         per_file = -(-count // files)
@@ -117,7 +117,7 @@ def preset():
 
 @pytest.fixture
 def make_loader(preset):
-    """`train_loader` over a freshly opened source."""
+    """Return a function that opens a source and returns its `train_loader`."""
 
     def make(config, seed=5, batch_size=8, preset=preset, **options):
         source = open_source(config)

@@ -10,10 +10,9 @@ from messages import mentions
 from transformers import BitImageProcessor
 
 from hf_ssl.data import decode as decode_module
-from hf_ssl.data.decode import BrokenImage, Encoded, decode
-from hf_ssl.data.headers import plain_shape
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision about its future, of Pillow about damage
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision and Pillow
 
 PROCESSOR = BitImageProcessor(
     do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False, do_convert_rgb=True
@@ -34,7 +33,7 @@ def as_processor(data):
 
 
 def smooth(mode="RGB"):
-    """A picture that JPEG does not ruin, in some mode; transparent in places where the mode has it."""
+    """Return an image that JPEG changes little, in a mode of Pillow; transparent in places if possible."""
     y, x = np.mgrid[:40, :50]
     pixels = np.stack([5 * x, 6 * y, 2 * x + 3 * y, np.where(x > 25, 255, 90)], -1).astype(np.uint8)
     return PIL.Image.fromarray(pixels).convert(mode)
@@ -47,14 +46,14 @@ FILES = {
     "rgb_progressive_jpeg": ("RGB", "JPEG", {"progressive": True}),
     "rgb_webp": ("RGB", "WEBP", {}),
     "rgb_lossless_webp": ("RGB", "WEBP", {"lossless": True}),
-    "grey_png": ("L", "PNG", {}),
-    "grey_jpeg": ("L", "JPEG", {}),
+    "gray_png": ("L", "PNG", {}),
+    "gray_jpeg": ("L", "JPEG", {}),
     "one_bit_png": ("1", "PNG", {}),
-    "grey_alpha_png": ("LA", "PNG", {}),
+    "gray_alpha_png": ("LA", "PNG", {}),
     "palette_png": ("P", "PNG", {}),
     "palette_gif": ("P", "GIF", {}),
     "transparent_palette_png": ("P", "PNG", {"transparency": 7}),
-    "transparent_colour_png": ("RGB", "PNG", {"transparency": (0, 0, 0)}),
+    "transparent_color_png": ("RGB", "PNG", {"transparency": (0, 0, 0)}),
     "rgba_png": ("RGBA", "PNG", {}),
     "rgba_webp": ("RGBA", "WEBP", {"lossless": True}),
     "cmyk_jpeg": ("CMYK", "JPEG", {}),
@@ -64,7 +63,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_colours_are_those_of_the_image_processor(name, encode, tmp_path):
+def test_colors_equal_those_of_the_image_processor(name, encode, tmp_path):
     mode, kind, options = FILES[name]
     data = encode(smooth(mode), kind, **options)
     (tmp_path / "file").write_bytes(data)
@@ -74,7 +73,7 @@ def test_colours_are_those_of_the_image_processor(name, encode, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_grey_is_the_luma_of_the_colours(name, encode):
+def test_gray_is_the_luma_of_the_colors(name, encode):
     mode, kind, options = FILES[name]
     data = encode(smooth(mode), kind, **options)
     shown = PIL.Image.fromarray(decode(data, 3).permute(1, 2, 0).contiguous().numpy())
@@ -82,7 +81,7 @@ def test_grey_is_the_luma_of_the_colours(name, encode):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_pillow_reads_the_same_pixels_where_torchvision_has_no_decoder(name, encode, monkeypatch):
+def test_pillow_reads_the_same_pixels_as_torchvision(name, encode, monkeypatch):
     mode, kind, options = FILES[name]
     data = encode(smooth(mode), kind, **options)
     pixels = [decode(data, channels) for channels in (1, 3)]
@@ -90,7 +89,7 @@ def test_pillow_reads_the_same_pixels_where_torchvision_has_no_decoder(name, enc
     assert all(torch.equal(decode(data, len(expected)), expected) for expected in pixels)
 
 
-def test_a_transparent_picture_lies_on_white(encode):
+def test_a_transparent_image_is_laid_over_white(encode):
     image = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert decode(encode(image), 3).eq(255).all()
     assert decode(encode(PIL.Image.new("LA", (4, 4), (0, 0))), 1).eq(255).all()
@@ -106,7 +105,7 @@ def test_16_bit_uses_the_whole_range(kind, channels, encode):
     assert all((channel.numpy() == expected).all() for channel in pixels)
 
 
-def test_32_bit_integers_within_16_bits_are_read_and_others_refused(encode):
+def test_32_bit_integers_are_read_if_they_fit_into_16_bits(encode):
     inside = PIL.Image.fromarray(np.array([[0, 65535]], np.int32))
     assert decode(encode(inside, "TIFF"), 1).tolist() == [[[0, 255]]]
     outside = PIL.Image.fromarray(np.array([[0, 65536]], np.int32))
@@ -114,7 +113,7 @@ def test_32_bit_integers_within_16_bits_are_read_and_others_refused(encode):
         decode(encode(outside, "TIFF"), 1)
 
 
-def test_floating_point_images_are_refused(encode):
+def test_floating_point_images_are_broken(encode):
     with pytest.raises(BrokenImage, match="floating-point"):
         decode(encode(PIL.Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 3)
 
@@ -143,23 +142,23 @@ def test_exif_rotation(orientation, kind, encode):
     assert np.abs(pixels.astype(int) - upright).max() <= (12 if kind == "JPEG" else 0)
 
 
-def test_damaged_exif_does_not_cost_the_image(encode):
+def test_an_image_with_damaged_exif_data_is_read(encode):
     data = encode(smooth(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\xff\xff")
     assert decode(data, 3).shape == (3, 40, 50)
 
 
-PLAIN = ("rgb_jpeg", "rgb_coded_jpeg", "rgb_progressive_jpeg", "rgb_webp", "rgb_lossless_webp", "grey_jpeg")
+PLAIN = ("rgb_jpeg", "rgb_coded_jpeg", "rgb_progressive_jpeg", "rgb_webp", "rgb_lossless_webp", "gray_jpeg")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_plain_files_take_the_fast_path_and_no_others(name, encode):
+def test_only_plain_files_are_decoded_by_torchvision(name, encode):
     mode, kind, options = FILES[name]
     shape = plain_shape(memoryview(encode(smooth(mode), kind, **options)))
     assert shape == ((1 if mode == "L" else 3, 40, 50) if name in PLAIN else None)
 
 
 @pytest.mark.parametrize("name", ["rgb_png", "rgb_jpeg", "rgb_webp", "palette_gif", "rgba_png"])
-def test_every_truncation_is_a_broken_image_or_a_whole_one(name, encode):
+def test_a_truncated_file_is_broken_or_gives_all_pixels(name, encode):
     mode, kind, options = FILES[name]
     data = encode(smooth(mode), kind, **options)
     whole = decode(data, 3)
@@ -171,11 +170,11 @@ def test_every_truncation_is_a_broken_image_or_a_whole_one(name, encode):
             broken += 1
             assert str(error)
         else:
-            assert torch.equal(pixels, whole)  # only something after the pixels was lost
+            assert torch.equal(pixels, whole)  # only bytes after the pixels are missing
     assert broken > 50
 
 
-def test_noise_in_the_file_never_raises_anything_else(encode):
+def test_a_damaged_file_raises_no_other_error(encode):
     generator = np.random.default_rng(0)
     for name in ("rgb_png", "rgb_jpeg", "rgb_webp", "palette_gif", "cmyk_tiff"):
         mode, kind, options = FILES[name]
@@ -189,15 +188,15 @@ def test_noise_in_the_file_never_raises_anything_else(encode):
                 pass
 
 
-def test_reasons(encode, monkeypatch):
+def test_the_error_states_the_reason(encode, monkeypatch):
     with pytest.raises(BrokenImage, match="zero bytes"):
         decode(b"", 3)
     with pytest.raises(BrokenImage, match="not an image"):
         decode(b"hello", 3)
     with pytest.raises(BrokenImage, match=mentions("row")):
-        Encoded(None, None).read()
+        EncodedImage(None, None).read()
     with pytest.raises(BrokenImage, match="exist"):
-        Encoded(None, "/nowhere/image.png").read()
+        EncodedImage(None, "/nowhere/image.png").read()
     data = encode(smooth())
     with pytest.raises(BrokenImage, match="truncated"):
         decode(data[: len(data) // 2], 3)

@@ -11,13 +11,12 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from messages import mentions
 
-from hf_ssl.data import DataConfig, labelled_images, open_source, sources
-from hf_ssl.data.folder import contents
-from hf_ssl.data.images import EncodedRows, probe
-from hf_ssl.data.listing import list_folder
-from hf_ssl.data.location import fingerprint, locate
-from hf_ssl.data.store import decoded_rows
+from hf_ssl.data import DataConfig, labeled_images, open_source, sources
+from hf_ssl.data.folder import find_local_data
+from hf_ssl.data.images import EncodedRows, decoded_rows
+from hf_ssl.data.location import fingerprint, list_folder, locate
 from hf_ssl.errors import UserError
 
 LAYOUTS = {
@@ -65,7 +64,7 @@ def rows(dataset):
 
 def assert_equal_to_datasets(root):
     expected = datasets.load_dataset(str(root))
-    found = contents(locate(str(root)))
+    found = find_local_data(locate(str(root)))
     assert list(found.images or found.files) == list(expected)
     for split, dataset in expected.items():
         source = open_source(DataConfig(path=str(root)), split)
@@ -74,9 +73,9 @@ def assert_equal_to_datasets(root):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_folder_of_images_equals_that_of_datasets(layout, tmp_path):
+def test_a_folder_of_images_gives_the_same_rows_as_datasets(layout, tmp_path):
     root = write(tmp_path / "photos", LAYOUTS[layout])
-    assert contents(locate(str(root))).images  # it is not opened by `datasets`
+    assert find_local_data(locate(str(root))).images  # it is not opened by `datasets`
     assert_equal_to_datasets(root)
 
 
@@ -123,14 +122,14 @@ def test_a_metadata_file_of_another_program_is_not_used(name, content, tmp_path,
     assert [record.getMessage() for record in caplog.records if name in record.getMessage()]
 
 
-def test_metadata_with_a_byte_order_mark_are_used(tmp_path):
+def test_a_metadata_file_with_a_byte_order_mark_is_used(tmp_path):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
     (root / "metadata.csv").write_bytes("\ufefffile_name,kind\na.jpg,x\nb.jpg,y\n".encode())
     assert "kind" in open_source(DataConfig(path=str(root))).dataset.features
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_images_that_the_metadata_leave_out_are_reported(tmp_path, caplog, streaming):
+def test_images_that_the_metadata_file_does_not_name_are_reported(tmp_path, caplog, streaming):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c.jpg"])
     (root / "metadata.csv").write_text("file_name,kind\na.jpg,x\n")
     assert open_source(DataConfig(path=str(root)), streaming=streaming).num_rows == 1
@@ -164,7 +163,7 @@ def test_a_readme_that_declares_its_files(tmp_path):
     declared = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: left\n    path: one/*\n---\n"
     (root / "README.md").write_text(declared)
     assert open_source(DataConfig(path=str(root)), "left").num_rows == 1
-    with pytest.raises(UserError, match=r"one of the splits left of .*; use data\.split=left"):
+    with pytest.raises(UserError, match=mentions("data.split=left", root, "train")):
         open_source(DataConfig(path=str(root)))
 
 
@@ -220,7 +219,7 @@ def test_folders_that_are_not_unicode(tmp_path, caplog):
             assert open_source(DataConfig(path=path)).num_rows == 1
         assert "not valid UTF-8" in caplog.text
         caplog.clear()
-    with pytest.raises(UserError, match=r"data\.path: .*UTF-8.*rename it"):
+    with pytest.raises(UserError, match=mentions("data.path", "UTF-8")):
         open_source(DataConfig(path=os.fsdecode(strange)))
 
 
@@ -238,7 +237,7 @@ def test_only_the_metadata_of_a_readme_declare_files(tmp_path):
     (root / "README.md").write_bytes(b"# Notes in Latin-1: B\xe4r\nconfigs:\n")
     assert open_source(DataConfig(path=str(root))).num_rows == 2
     (root / "README.md").write_text("---\nconfigs: [\n bad: : yaml\n---\n")
-    with pytest.raises(UserError, match=r"cannot be opened: while parsing"):
+    with pytest.raises(UserError, match=mentions("data.path", root, "while parsing")):
         open_source(DataConfig(path=str(root)))
 
 
@@ -273,13 +272,13 @@ def test_files_that_cannot_be_read_are_broken_images(tmp_path):
 
 def test_an_invalid_slice_is_an_error(tmp_path):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg"])
-    with pytest.raises(UserError, match=r"data\.path='.*photos' to hold .*train\[a:b\]"):
+    with pytest.raises(UserError, match=mentions("data.path", root, "train[a:b]")):
         open_source(DataConfig(path=str(root)), "train[a:b]")
 
 
 def test_an_empty_folder(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=r"data\.path: .*photos', which contains no visible files"):
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path / "photos")):
         open_source(DataConfig(path=str(tmp_path / "photos")))
 
 
@@ -357,7 +356,7 @@ def test_each_directory_is_listed_once(kind, tmp_path, listed, write_parquet, en
     open_source(config)
     for limit in (2, None):  # the limits of the monitor and of the evaluation
         for split in ("train", "test"):
-            labelled_images(config, split, max_images=limit)
+            labeled_images(config, split, max_images=limit)
     inside = [path for path in listed if path.startswith(str(root))]
     assert str(root) in inside
     assert {path: inside.count(path) for path in inside if inside.count(path) > 1} == {}
@@ -374,44 +373,6 @@ def test_a_listing_of_a_changed_folder_is_out_of_date(tmp_path):
     assert not list_folder(str(root)).is_current()  # the folder may change again with the same time stamp
     shutil.rmtree(root / "x")
     assert not listing.is_current()
-
-
-# hf_ssl reads sizes from headers.
-
-
-def test_probing_decodes_one_image_of_each_size(tmp_path, monkeypatch):
-    names = [f"{number}.png" for number in range(64)]
-    root = write(tmp_path / "photos", names)  # of two sizes
-    decoded = []
-    from hf_ssl.data import images
-
-    monkeypatch.setattr(images, "decode", lambda data, channels, own=images.decode: (
-        decoded.append(1), own(data, channels))[1])  # fmt: skip
-    assert probe(open_source(DataConfig(path=str(root))), 3).size is None
-    assert len(decoded) == 2
-    for name in names[1::2]:
-        (root / name).unlink()
-    assert probe(open_source(DataConfig(path=str(root))), 3).size == (8, 8)
-    assert len(decoded) == 3
-
-
-def test_probing_applies_the_orientation_and_skips_broken_images(tmp_path):
-    upright = PIL.Image.new("RGB", (6, 9))
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    for number, kind in enumerate(("jpg", "png", "webp", "tif")):
-        upright.save(tmp_path / f"{number}.{kind}")
-        upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / f"turned{number}.{kind}", exif=exif)
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    whole = (tmp_path / "0.jpg").read_bytes()
-    PIL.Image.new("RGB", (50, 50)).save(tmp_path / "large.bmp")
-    (tmp_path / "large.bmp").write_bytes((tmp_path / "large.bmp").read_bytes()[:60])  # header only
-    assert probe(open_source(DataConfig(path=str(tmp_path))), 3).size == (9, 6)
-    for path in tmp_path.iterdir():
-        path.write_bytes(whole[:40])
-    (tmp_path / "another.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the tested images in .* can be read; one is .* row 0 "):
-        probe(open_source(DataConfig(path=str(tmp_path))), 3)
 
 
 def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets on a Hub: the real clients, in a process of their own, against the test suite's own server."""
+"""Data sets on the Hub: a separate process uses the real clients with the server of the test suite."""
 
 import json
 
@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 import datasets
 datasets.disable_progress_bars()
-from hf_ssl.data import DataConfig, labelled_images, open_source, train_loader
+from hf_ssl.data import DataConfig, labeled_images, open_source, train_loader
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewPreset
 
@@ -32,7 +32,7 @@ found["unknown"] = look("someone/nothing", False)
 found["revision"] = look("someone/parquet", False, revision="nowhere")
 found["split"] = look("someone/parquet", False, split="validation")
 config = DataConfig(path="someone/parquet", max_broken_fraction=0.1)
-found["labels"] = labelled_images(config, "train").labels.tolist()
+found["labels"] = labeled_images(config, "train").labels.tolist()
 print(json.dumps(found))
 """
 

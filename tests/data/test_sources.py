@@ -11,9 +11,8 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.columns import find_image_column, find_label_column, label_values
-from hf_ssl.data.decode import Encoded
-from hf_ssl.data.images import EncodedRows
-from hf_ssl.data.store import decoded_rows
+from hf_ssl.data.decode import EncodedImage
+from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.errors import UserError
 
 
@@ -50,9 +49,9 @@ def test_tars(tars):
         assert open_source(DataConfig(path=str(path))).num_rows == 36
         stream = open_source(DataConfig(path=str(path), streaming=True))
         assert stream.dataset.num_shards == 3
-        labelled = open_source(DataConfig(path=str(path), label_column="cls"), labels=True)
-        assert labelled.class_names is None
-        labels, names = label_values(labelled.dataset, "cls")
+        labeled = open_source(DataConfig(path=str(path), label_column="cls"), labels=True)
+        assert labeled.class_names is None
+        labels, names = label_values(labeled.dataset, "cls")
         assert names == ["0", "1", "2"] and labels.tolist() == [0, 1, 2] * 12
 
 
@@ -66,7 +65,7 @@ def test_digits():
     assert not contents[0] & contents[1]
 
 
-def test_the_revision_tells_data_apart_but_not_copies(numbered, tmp_path):
+def test_the_revision_differs_for_other_data_but_not_for_copies(numbered, tmp_path):
     config = numbered(30, files=2)
     revision = open_source(config).revision
     shutil.copytree(config.path, tmp_path / "copy")
@@ -86,8 +85,8 @@ def test_a_part_of_the_data(numbered):
     assert names == [row["path"] for row in open_source(config).dataset["image"]]
 
 
-def test_a_broken_image_among_chosen_ones_is_named_by_its_row(numbered):
-    source = open_source(numbered(30, broken=(17,))).choose(np.array([3, 17]))
+def test_the_message_about_a_broken_image_names_its_row_in_the_whole_data_set(numbered):
+    source = open_source(numbered(30, broken=(17,))).select(np.array([3, 17]))
     for rows in (EncodedRows(source, 3), decoded_rows(source, 3, "memory")):
         _, broken = rows.read(np.array([1, 0]))
         assert list(broken) == [0] and "row 17 (17.png)" in broken[0]
@@ -136,7 +135,7 @@ def test_columns_are_found_by_type():
         ({"a": LABEL}, "a", ["data.image_column", "a", "ClassLabel"]),
     ],
 )
-def test_no_or_several_image_columns(features, requested, parts):
+def test_no_or_several_image_columns_are_an_error(features, requested, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         find_image_column(features, requested, "here")
 
@@ -153,7 +152,7 @@ def test_no_or_several_image_columns(features, requested, parts):
         ),
     ],
 )
-def test_no_or_several_label_columns(features, requested, parts):
+def test_no_or_several_label_columns_are_an_error(features, requested, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         find_label_column(features, requested, "here")
 
@@ -174,37 +173,37 @@ def test_labels(values, feature, labels, names):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_cannot_be_opened(streaming, tmp_path, numbered, monkeypatch):
-    def refused(*parts, split="train", **options):
+def test_data_that_cannot_be_opened_are_an_error(streaming, tmp_path, numbered, monkeypatch):
+    def assert_error(*parts, split="train", **options):
         with pytest.raises(UserError, match=mentions(*parts)) as error:
             open_source(DataConfig(streaming=streaming, **options), split)
         assert "\n" not in str(error.value)
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("./nothing/here", path="./nothing/here")
-    refused("/nothing/here", path="/nothing/here")
-    refused(
+    assert_error("./nothing/here", path="./nothing/here")
+    assert_error("/nothing/here", path="/nothing/here")
+    assert_error(
         "somebody/something",
         "Hub",
         path="somebody/something",
     )
-    refused("data.path", tmp_path / "nothing*.tar", path=str(tmp_path / "nothing*.tar"))
+    assert_error("data.path", tmp_path / "nothing*.tar", path=str(tmp_path / "nothing*.tar"))
     (tmp_path / "empty").mkdir()
-    refused(
+    assert_error(
         "data.path",
         tmp_path / "empty",
         path=str(tmp_path / "empty"),
     )
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.md").write_text("hello")
-    refused("data.path", tmp_path / "text", path=str(tmp_path / "text"))
+    assert_error("data.path", tmp_path / "text", path=str(tmp_path / "text"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.parquet").write_text("hello")
-    refused("data.path", tmp_path / "bad", "footer", path=str(tmp_path / "bad"))
+    assert_error("data.path", tmp_path / "bad", "footer", path=str(tmp_path / "bad"))
     config = numbered(20)
-    refused("numbered", "test", "train", path=config.path, split="test")
-    refused("digits", "validation", "train", "test", path="digits", split="validation")
+    assert_error("numbered", "test", "train", path=config.path, split="test")
+    assert_error("digits", "validation", "train", "test", path="digits", split="validation")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_what_cannot_be_opened(streaming, tmp_path, numbered, monkeypatch):
         ({"max_images": 5, "streaming": True}, ["data.max_images", "data.streaming=false"]),
     ],
 )
-def test_values_that_cannot_be(options, parts):
+def test_values_outside_their_range_are_an_error(options, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         open_source(DataConfig(**({"path": "digits"} if options else {}) | options))
 
@@ -232,14 +231,21 @@ def test_files_in_archives_and_elsewhere_are_read(tmp_path, encode, picture):
         file.write(data)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("a/image.png", data)
-    assert Encoded(None, "memory://folder/image.png").read() == data
-    assert Encoded(None, f"zip://a/image.png::{tmp_path / 'images.zip'}").read() == data
+    assert EncodedImage(None, "memory://folder/image.png").read() == data
+    assert EncodedImage(None, f"zip://a/image.png::{tmp_path / 'images.zip'}").read() == data
     for streaming in (False, True):
         source = open_source(DataConfig(path=str(tmp_path / "images.zip"), streaming=streaming))
         assert source.num_rows == 1
 
 
-def test_a_slice_of_a_stream_is_refused(numbered):
+def test_a_slice_of_a_stream_is_an_error(numbered):
     config = numbered(20, streaming=True)
     with pytest.raises(UserError, match=mentions("data.streaming=false", "train[:5]")):
         open_source(config, "train[:5]")
+
+
+def test_a_message_lists_only_the_first_of_many_columns():
+    features = {f"column_{number}": TEXT for number in range(100)}
+    with pytest.raises(UserError, match=mentions("column_0 (string)", "data.image_column=NAME")) as error:
+        find_image_column(features, None, "here")
+    assert len(str(error.value)) < 300

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -11,70 +11,78 @@ from messages import missing
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.decode import decode
-from hf_ssl.data.stream import Place, ShardedRows, Slot
+from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
+from hf_ssl.data.stream_loader import Layout, _start_position
 from hf_ssl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def rows_by_pass(slot, passes):
-    """[(shard, number), ...] of each pass, in the order in which the slot gives them."""
-    found = [[] for _ in range(passes)]
+def rows_by_epoch(reader, epochs):
+    """Return [(shard, number), ...] of each epoch, in the order of the reader."""
+    found = [[] for _ in range(epochs)]
     while True:
-        window = slot.next_window()
-        assert len({row.pass_number for row in window}) == 1
-        if window[0].pass_number == passes:
+        window = reader.next_window()
+        assert len({row.epoch for row in window}) == 1
+        if window[0].epoch == epochs:
             return found
-        found[window[0].pass_number] += [(row.shard, row.number) for row in window]
+        found[window[0].epoch] += [(row.shard, row.number) for row in window]
 
 
 def sharded(config, open_shards=4):
-    return ShardedRows(open_source(config), open_shards)
+    return StreamShards(open_source(config), open_shards)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 6, 8, 11])
-def test_slots_share_each_pass_without_overlap_and_without_loss(slots, numbered):
-    rows = sharded(numbered(100, files=2, row_group=10, streaming=True))
+@pytest.mark.parametrize("readers", [1, 2, 3, 6, 8, 11])
+def test_readers_share_each_epoch_without_overlap_and_without_loss(readers, numbered):
+    shards = sharded(numbered(100, files=2, row_group=10, streaming=True))
     everything = [(shard, number) for shard in range(10) for number in range(10)]
-    assert rows.count == 10
-    parts = [rows_by_pass(Slot(rows, 3, slot, slots, window=16, least=1), 3) for slot in range(slots)]
-    for pass_number in range(3):
-        assert sorted(row for part in parts for row in part[pass_number]) == everything
-    orders = [[row for part in parts for row in part[pass_number]] for pass_number in range(3)]
+    assert shards.count == 10
+    parts = [
+        rows_by_epoch(StreamReader(shards, 3, number, readers, window=16, min_rows=1), 3)
+        for number in range(readers)
+    ]
+    for epoch in range(3):
+        assert sorted(row for part in parts for row in part[epoch]) == everything
+    orders = [[row for part in parts for row in part[epoch]] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_each_pass_begins_with_other_shards(numbered):
-    rows = sharded(numbered(100, files=2, row_group=10, streaming=True), open_shards=2)
-    first = [rows_by_pass(Slot(rows, 3, 0, 1, window=16, least=1), 4)[number][:16] for number in range(4)]
+def test_each_epoch_begins_with_other_shards(numbered):
+    shards = sharded(numbered(100, files=2, row_group=10, streaming=True), open_shards=2)
+    first = [
+        rows_by_epoch(StreamReader(shards, 3, 0, 1, window=16, min_rows=1), 4)[epoch][:16]
+        for epoch in range(4)
+    ]
     assert len({frozenset(shard for shard, _ in window) for window in first}) == 4
 
 
-def test_fewer_shards_are_open_where_one_is_large(numbered, monkeypatch):
+def test_fewer_shards_are_open_if_the_first_is_large(numbered, monkeypatch):
     config = numbered(100, files=2, row_group=10, streaming=True)
     assert sharded(config, open_shards=8).open_shards == 8
     monkeypatch.setattr("hf_ssl.data.stream._OPEN_BYTES", 1)
     assert sharded(config, open_shards=8).open_shards == 2
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4])
-def test_a_slot_goes_on_from_every_place(slots, numbered):
-    rows = sharded(numbered(100, files=2, row_group=25, streaming=True))
-    slot = Slot(rows, 3, slots - 1, slots, window=9, least=1)
+@pytest.mark.parametrize("readers", [1, 3, 4])
+def test_a_reader_resumes_from_every_position(readers, numbered):
+    shards = sharded(numbered(100, files=2, row_group=25, streaming=True))
+    reader = StreamReader(shards, 3, readers - 1, readers, window=9, min_rows=1)
     windows = []
     for _ in range(30):
-        window = slot.next_window()
-        windows.append((json.dumps(asdict(slot.place)), [row[:3] for row in window]))
-    assert windows[-1][1][0][0] > 1  # several passes
+        window = reader.next_window()
+        windows.append((json.dumps(reader.window_start.state_dict()), [row[:3] for row in window]))
+    assert windows[-1][1][0][0] > 1  # several epochs
     for start in range(0, 28):
-        resumed = Slot(rows, 3, slots - 1, slots, 9, 1, Place(**json.loads(windows[start][0])))
+        position = ReaderPosition.from_state_dict(json.loads(windows[start][0]))
+        resumed = StreamReader(shards, 3, readers - 1, readers, 9, 1, position)
         for _, expected in windows[start : start + 3]:
             assert [row[:3] for row in resumed.next_window()] == expected
 
 
 @pytest.fixture
 def numbers(encode, picture):
-    """Recognises the images of `numbered` in a batch."""
+    """Return a function that finds the numbers of the images of `numbered` in a batch."""
     known = {}
 
     def find(batch, count=200):
@@ -105,20 +113,20 @@ def same(first, second):
     return True
 
 
-def test_each_pass_shows_each_image_once_in_other_views(numbered, make_loader, numbers):
+def test_each_epoch_contains_each_image_once_in_other_views(numbered, make_loader, numbers):
     for num_workers in (0, 2):
         loader = make_loader(
             numbered(48, files=2, row_group=12, streaming=True), batch_size=4, num_workers=num_workers
         )
         assert len(loader) == 12
-        passes = [list(loader), list(loader)]
-        seen = [[number for batch in batches for number in numbers(batch)] for batches in passes]
+        epochs = [list(loader), list(loader)]
+        seen = [[number for batch in batches for number in numbers(batch)] for batches in epochs]
         assert sorted(seen[0]) == sorted(seen[1]) == list(range(48)) and seen[0] != seen[1]
-        drawn = [batch.parameters.table for batches in passes for batch in batches]
+        drawn = [batch.parameters.table for batches in epochs for batch in batches]
         assert len(torch.unique(torch.cat(drawn), dim=0)) == 96
 
 
-def test_processes_see_different_images(numbered, make_loader, numbers):
+def test_processes_read_different_images(numbered, make_loader, numbers):
     config = numbered(48, files=2, row_group=12, streaming=True)
     seen = [
         {
@@ -131,7 +139,7 @@ def test_processes_see_different_images(numbered, make_loader, numbers):
     assert len(seen[0]) == len(seen[1]) == 24 and not seen[0] & seen[1]
 
 
-def test_the_views_of_an_image_depend_on_its_content_and_the_pass_alone(numbered, make_loader, numbers):
+def test_the_views_of_an_image_depend_only_on_its_content_and_the_epoch(numbered, make_loader, numbers):
     tables = []
     for options in ({"num_workers": 0, "batch_size": 8}, {"num_workers": 2, "batch_size": 4}):
         loader = make_loader(numbered(48, files=2, row_group=12, streaming=True), **options)
@@ -145,7 +153,7 @@ def test_the_views_of_an_image_depend_on_its_content_and_the_pass_alone(numbered
 @pytest.mark.parametrize(
     ("num_workers", "world_size", "row_group"), [(0, 1, 11), (2, 1, 11), (2, 2, 11), (3, 1, 44), (0, 2, 44)]
 )
-def test_resume_is_exact_over_several_passes(num_workers, world_size, row_group, numbered, make_loader):
+def test_resume_is_exact_over_several_epochs(num_workers, world_size, row_group, numbered, make_loader):
     config = numbered(
         88, files=2, row_group=row_group, broken=(5, 40, 41), streaming=True, shuffle_window=13, open_shards=3
     )
@@ -159,7 +167,7 @@ def test_resume_is_exact_over_several_passes(num_workers, world_size, row_group,
         assert same(everything[start : start + 8], resumed)
 
 
-def test_a_loader_goes_on_where_its_last_iteration_stopped(tars, make_loader):
+def test_a_loader_continues_where_its_last_iteration_stopped(tars, make_loader):
     config = DataConfig(path=str(tars), streaming=True)
     everything = take(make_loader(config, num_workers=2), 12)
     loader = make_loader(config, num_workers=2)
@@ -172,7 +180,9 @@ def test_a_position_is_small(numbered, make_loader):
     assert len(json.dumps(batch.position)) < 1000
 
 
-def test_read_in_another_way_a_stream_goes_on_nearby_and_says_so(numbered, make_loader, numbers, caplog):
+def test_with_other_workers_a_stream_resumes_close_to_its_position_with_a_warning(
+    numbered, make_loader, numbers, caplog
+):
     config = numbered(96, files=2, row_group=4, streaming=True, shuffle_window=8, open_shards=2)
     first = take(make_loader(config, batch_size=4, num_workers=2), 14)
     assert caplog.text == ""
@@ -181,11 +191,11 @@ def test_read_in_another_way_a_stream_goes_on_nearby_and_says_so(numbered, make_
     assert "workers 2 -> 3" in caplog.text
     assert rest[-1].position["batches"] == 23
     seen = {number for batch in first + rest for number in numbers(batch)}
-    assert len(seen) > 66  # of 96: starting anew would show 56
+    assert len(seen) > 66  # of 96; a start from the beginning would give 56
     assert all(place["pass_number"] == 0 for place in rest[0].position["readers"].values())
 
 
-def test_without_a_position_a_stream_says_that_it_starts_anew(numbered, make_loader, caplog):
+def test_without_a_position_a_stream_warns_that_it_starts_again(numbered, make_loader, caplog):
     make_loader(numbered(40, streaming=True), start_batch=3)
     assert missing(caplog.text, 3) == []
 
@@ -195,7 +205,7 @@ def solid(label, shade):
 
 
 def mean_entropy(loader, batches):
-    """Nats of class entropy in a batch, on average; the class is told by the pixels."""
+    """Return the mean entropy (nats) of the classes in a batch. The pixels encode the class."""
     entropies = []
     for batch in take(loader, batches):
         counts = np.array(list(Counter((batch.images[:, 0, 0, 0] // 20).tolist()).values()))
@@ -206,7 +216,7 @@ def mean_entropy(loader, batches):
 
 @pytest.mark.parametrize(("files", "row_group"), [(1, 100), (10, 200), (4, 50), (1, 2000)])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_data_sorted_by_class_are_mixed(
+def test_data_sorted_by_class_are_shuffled(
     files, row_group, num_workers, tmp_path, write_parquet, encode, make_loader
 ):
     labels = np.repeat(np.arange(10), 200)
@@ -223,13 +233,13 @@ def test_data_sorted_by_class_are_mixed(
     assert mean_entropy(make_loader(config, batch_size=64, num_workers=num_workers), 24) > 0.95 * ideal
 
 
-def test_a_folder_of_images_is_mixed_and_divided(image_folder, make_loader):
+def test_a_folder_of_images_is_shuffled_and_divided(image_folder, make_loader):
     config = DataConfig(path=str(image_folder), streaming=True)
-    rows = sharded(config)
-    parts = [rows_by_pass(Slot(rows, 0, slot, 4, 8, 1), 1)[0] for slot in range(4)]
+    shards = sharded(config)
+    parts = [rows_by_epoch(StreamReader(shards, 0, number, 4, 8, 1), 1)[0] for number in range(4)]
     assert Counter(len(part) for part in parts) == {15: 4}
     assert len({row for part in parts for row in part}) == 60
-    classes = [row.image.path.split("/")[-2] for row in Slot(rows, 0, 0, 4, 15, 1).next_window()]
+    classes = [row.image.path.split("/")[-2] for row in StreamReader(shards, 0, 0, 4, 15, 1).next_window()]
     assert len(set(classes)) == 3
     loader = make_loader(config, num_workers=2)
     assert len(loader) == 7 and len(list(loader)) == 7
@@ -237,7 +247,7 @@ def test_a_folder_of_images_is_mixed_and_divided(image_folder, make_loader):
 
 def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
     config = DataConfig(path=str(tars), streaming=True)
-    open_source(config, streaming=False)  # leaves the number of rows in a cache: no run may change by it
+    open_source(config, streaming=False)  # stores the number of rows in a cache, which must not change a run
     source = open_source(config)
     assert source.num_rows is None and source.image_column == "png" and not source.whole_shards
     loader = make_loader(config, batch_size=12)
@@ -258,20 +268,20 @@ def test_digits_are_a_stream_too(make_loader):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_images_are_skipped_and_told(num_workers, numbered, make_loader, numbers):
+def test_broken_images_are_skipped_and_reported(num_workers, numbered, make_loader, numbers):
     config = numbered(48, files=2, row_group=12, broken=(5, 30), streaming=True)
     batches = take(make_loader(config, batch_size=4, num_workers=num_workers), 11)
     assert all(len(batch) == 4 for batch in batches)
-    told = {text for batch in batches for text in batch.broken}
-    assert len(told) == 2
-    assert any("shard 0 row 5 (5.png): not an image" in text for text in told)
-    assert any("shard 2 row 6 (6.png): not an image" in text for text in told)
+    reported = {text for batch in batches for text in batch.broken}
+    assert len(reported) == 2
+    assert any("shard 0 row 5 (5.png): not an image" in text for text in reported)
+    assert any("shard 2 row 6 (6.png): not an image" in text for text in reported)
     shown = {number for batch in batches for number in numbers(batch)}
     assert not shown & {5, 30}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_slot_with_less_than_a_batch_ends_the_run_with_one_sentence(num_workers, numbered, make_loader):
+def test_a_reader_with_less_than_a_batch_ends_the_run_with_one_sentence(num_workers, numbered, make_loader):
     loader = make_loader(
         numbered(30, files=2, streaming=True), batch_size=16, num_workers=num_workers, rank=0
     )
@@ -285,14 +295,14 @@ def test_a_slot_with_less_than_a_batch_ends_the_run_with_one_sentence(num_worker
     assert missing(text, 31) == [] and "Traceback" not in text
 
 
-def test_only_broken_images_end_the_run_with_one_sentence(numbered, make_loader, monkeypatch):
-    monkeypatch.setattr("hf_ssl.data.stream_loader._MOST_BROKEN", 10)
+def test_data_of_broken_images_end_the_run_with_one_sentence(numbered, make_loader, monkeypatch):
+    monkeypatch.setattr("hf_ssl.data.stream_loader._MAX_BROKEN", 10)
     loader = make_loader(numbered(64, files=2, broken=range(1, 64), streaming=True), batch_size=4)
     with pytest.raises(UserError, match=r"\b(11|21)\b.*png"):
         next(iter(loader))
 
 
-def test_other_data_are_not_taken_for_the_same(numbered, make_loader, caplog):
+def test_other_data_give_a_warning(numbered, make_loader, caplog):
     position = take(make_loader(numbered(60, streaming=True)), 3)[-1].position
     take(make_loader(numbered(60, size=(12, 11), streaming=True), position=position), 3)
     assert "revision" in caplog.text
@@ -315,8 +325,39 @@ def test_large_images_are_cropped_by_the_workers(numbered, make_loader):
     assert batch.images.global_crops.shape == (8, 2, 3, 8, 8)
 
 
-def test_the_global_generators_are_left_alone(numbered, make_loader):
+def test_the_global_random_generators_do_not_change(numbered, make_loader):
     config = numbered(40, streaming=True)
     before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
     take(make_loader(config, num_workers=2), 6)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_the_keys_of_a_position_are_those_of_earlier_checkpoints(numbered, make_loader):
+    position = take(make_loader(numbered(40, streaming=True)), 1)[-1].position
+    assert position.keys() == {"batches", "layout", "readers"}
+    assert position["layout"].keys() == {
+        "revision", "seed", "rank", "world_size", "workers", "shards", "groups", "window", "open_shards",
+    }  # fmt: skip
+    (reader,) = position["readers"].values()
+    assert reader.keys() == {"pass_number", "window", "rows", "next_shard", "open", "used"}
+    assert ReaderPosition.from_state_dict(reader).state_dict() == reader
+    assert ReaderPosition.from_state_dict({}) == ReaderPosition()
+
+
+def test_the_order_of_a_stream_never_changes(numbered):
+    # a run must resume exactly with another version of hf_ssl or numpy
+    shards = sharded(numbered(100, files=2, row_group=10, streaming=True))
+    state = {"pass_number": 1, "window": 2, "rows": 32, "next_shard": 5, "open": [[2, 6], [9, 3]], "used": 4}
+    reader = StreamReader(shards, 3, 1, 2, 16, 1, ReaderPosition.from_state_dict(state))
+    assert [reader.next_row()[:3] for _ in range(8)] == [
+        (1, 9, 9), (1, 9, 1), (1, 9, 6), (1, 9, 4), (1, 9, 8), (1, 2, 4), (1, 9, 3), (2, 4, 9),
+    ]  # fmt: skip
+
+
+def test_an_approximate_position_counts_half_of_each_open_shard():
+    layout = Layout("revision", 1, 0, 1, 2, shards=10, groups=1, window=8, open_shards=4)
+    state = {"pass_number": 2, "window": 1, "rows": 8, "next_shard": 6, "open": [[0, 1], [3, 1]], "used": 0}
+    readers = {"0": state, "1": {**state, "pass_number": 3}}
+    position = {"batches": 7, "layout": vars(layout), "readers": readers}
+    start = _start_position(position, replace(layout, workers=1))
+    assert start == {"batches": 7, "readers": {"0": ReaderPosition(2, next_shard=5).state_dict()}}

@@ -16,7 +16,7 @@ from messages import mentions
 from PIL import Image
 
 import hf_ssl
-from hf_ssl.data import DataConfig, labelled_images
+from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import Gallery, load_encoder, read_photo
 from hf_ssl.hub.publish import space_files
@@ -57,7 +57,7 @@ def test_facts(spaces: dict[str, Path], kind: str) -> None:
 def test_gallery_and_examples_are_of_the_data_and_apart(spaces: dict[str, Path]) -> None:
     folder = spaces["vit"]
     gallery = Gallery.load(folder)
-    images = labelled_images(DataConfig(path="digits"), "train")
+    images = labeled_images(DataConfig(path="digits"), "train")
     known = {image.numpy().tobytes() for batch in images.iter_batches(64) for image in batch}
     assert len(gallery) == 40 and sorted(set(gallery.labels or [])) == list("0123456789")
     shown = [read_photo(thumbnail).numpy().tobytes() for thumbnail in gallery.thumbnails]
@@ -143,7 +143,7 @@ def test_examples_of_another_split(spaces: dict[str, Path], tmp_path: Path) -> N
     build_space(
         str(spaces["vit"] / "encoder"), folder, DataConfig(path="digits"), images=30, examples_split="test"
     )
-    test = labelled_images(DataConfig(path="digits"), "test")
+    test = labeled_images(DataConfig(path="digits"), "test")
     known = {image.numpy().tobytes() for batch in test.iter_batches(64) for image in batch}
     assert len(Gallery.load(folder)) == 30
     for example in facts(folder)["examples"]:

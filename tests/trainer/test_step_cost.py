@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_ssl.building import build_model, build_trainer, load_probe
-from hf_ssl.data import open_source, store
+from hf_ssl.data import images, open_source
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import fitting, step_cost
 from hf_ssl.trainer.step_cost import StepCost, measure_step
@@ -55,7 +55,7 @@ def test_a_step_is_measured_with_no_more_images_than_fit(tmp_path, monkeypatch):
 
 
 def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
-    seen, fill = [], store._fill
+    seen, fill = [], images._fill
 
     def slow(*arguments):
         start = time.process_time()
@@ -63,7 +63,7 @@ def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
             pass
         return fill(*arguments)
 
-    monkeypatch.setattr(store, "_fill", slow)
+    monkeypatch.setattr(images, "_fill", slow)
     monkeypatch.setattr(
         "hf_ssl.building.measure_step", lambda model, batch, load, *others: seen.append(load) or COST
     )

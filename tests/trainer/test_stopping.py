@@ -150,7 +150,7 @@ def slow(image, channels):
     raise images.BrokenImage("slow")
 
 import time
-images.decode_or_reason = slow
+images.try_decode = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -42,7 +42,7 @@ ALSO = {
 # In these folders, only files that compute or order are mutated. The others read, write and report.
 FILES = {
     "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "first_pass", "guard", "throughput", "terms"),
-    "hf_ssl/data": ("ordering", "map_style", "stream", "stream_loader", "batch", "broken", "labelled"),
+    "hf_ssl/data": ("ordering", "loader", "stream", "stream_loader", "batch", "labeled"),
 }
 
 # Files whose tests need several processes. For other files, such tests do not run, because they start slowly.

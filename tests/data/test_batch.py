@@ -7,7 +7,7 @@ import torch
 from messages import mentions, missing
 
 from hf_ssl.data import BrokenCounter, LoadedBatch
-from hf_ssl.data.batch import Failure
+from hf_ssl.data.batch import WorkerFailure
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewParameters
 
@@ -21,7 +21,7 @@ def batch(images, *broken):
     )
 
 
-def test_each_is_logged_once_and_all_are_counted(caplog):
+def test_each_broken_image_is_logged_once_and_counted(caplog):
     counter = BrokenCounter(0.5)
     counter.add(batch(8, "row 3: truncated"))
     counter.add(batch(8, "row 3: truncated", "row 9: zero bytes"))
@@ -34,9 +34,9 @@ def rows(*numbers):
     return [f"row {number}: bad" for number in numbers]
 
 
-def test_more_than_the_share_of_a_known_size_end_the_run():
+def test_too_many_broken_images_of_data_of_known_size_are_an_error():
     counter = BrokenCounter(0.02, num_images=200)
-    counter.add(batch(1, *rows(1, 2, 3, 4)))  # 4 of the first 5, but 2 % of all
+    counter.add(batch(1, *rows(1, 2, 3, 4)))  # 4 of the first 5, but 2 % of all images
     for _ in range(20):  # epochs
         counter.add(batch(196, *rows(1, 2, 3, 4)))
     suggested = "data.max_broken_fraction=0.04"
@@ -44,7 +44,7 @@ def test_more_than_the_share_of_a_known_size_end_the_run():
         counter.add(batch(0, "row 7: worse"))
 
 
-def test_one_broken_image_of_a_few_is_allowed_unless_none_is():
+def test_one_broken_image_of_a_few_is_allowed_unless_the_share_is_zero():
     counter = BrokenCounter(0.02, num_images=10)
     counter.add(batch(7, *rows(1)))
     with pytest.raises(UserError, match=mentions(2, 10, "data.max_broken_fraction=0.2")):
@@ -53,9 +53,9 @@ def test_one_broken_image_of_a_few_is_allowed_unless_none_is():
         BrokenCounter(0.0, num_images=10).add(batch(7, *rows(1)))
 
 
-def test_a_stream_is_judged_by_what_was_read_with_an_allowance_for_chance():
+def test_the_share_in_a_stream_refers_to_the_images_read_with_a_tolerance():
     counter = BrokenCounter(0.04)
-    counter.add(batch(1, *rows(*range(10))))  # 10 of 11, too few to judge
+    counter.add(batch(1, *rows(*range(10))))  # 10 of 11; 11 images are too few to decide
     counter.add(batch(89))  # 10 of 100: 4 are expected, 6 are three standard deviations
     with pytest.raises(UserError, match=mentions(11, 101, "data.max_broken_fraction=")):
         counter.add(batch(0, *rows(99)))
@@ -63,7 +63,7 @@ def test_a_stream_is_judged_by_what_was_read_with_an_allowance_for_chance():
         BrokenCounter(0.0).add(batch(100, *rows(1)))
 
 
-def test_counts_survive_a_restart():
+def test_counts_are_saved_and_restored():
     counter = BrokenCounter(0.05, num_images=100)
     counter.add(batch(95, *rows(*range(5))))
     resumed = BrokenCounter(0.05, num_images=100)
@@ -80,6 +80,6 @@ def test_counts_of_an_older_version_can_be_loaded():
     assert (counter.read, counter.broken) == (300, 0)
 
 
-def test_a_failure_is_raised():
+def test_the_failure_of_a_worker_is_raised():
     with pytest.raises(UserError, match=r"^nothing left$"):
-        BrokenCounter(0.05).add(Failure("nothing left"))
+        BrokenCounter(0.05).add(WorkerFailure("nothing left"))

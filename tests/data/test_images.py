@@ -2,20 +2,20 @@
 import pickle
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
-from hf_ssl.data import store as store_module
-from hf_ssl.data.images import EncodedRows
-from hf_ssl.data.store import DecodedRows, decoded_rows
+from hf_ssl.data import images as images_module
+from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows, is_small
 from hf_ssl.errors import UserError
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("cache", ["memory", "memmap", "auto"])
-def test_decoded_images_are_those_that_are_decoded_each_time(cache, channels, numbered):
+def test_images_decoded_in_advance_equal_images_decoded_each_time(cache, channels, numbered):
     source = open_source(numbered(700, row_group=200, broken=(3, 600)))
     stored = decoded_rows(source, channels, cache)
     rows = np.array([699, 3, 0, 600, 512, 3])
@@ -26,12 +26,12 @@ def test_decoded_images_are_those_that_are_decoded_each_time(cache, channels, nu
         assert torch.equal(pixels[position], expected[position])
 
 
-def test_a_file_is_made_once_and_found_again(numbered, datasets_cache, monkeypatch):
+def test_a_cache_file_is_written_once_and_reused(numbered, datasets_cache, monkeypatch):
     config = numbered(30, broken=(4,))
     first = decoded_rows(open_source(config), 3, "memmap")
     assert first.file.parent == datasets_cache / "hf_ssl"
     assert not list(first.file.parent.glob("_writing-*"))
-    monkeypatch.setattr(store_module, "_fill", None)
+    monkeypatch.setattr(images_module, "_fill", None)
     again = decoded_rows(open_source(config), 3, "memmap")
     assert again.file == first.file and again.broken == first.broken and (again.pixels == first.pixels).all()
     copy = pickle.loads(pickle.dumps(again))
@@ -39,18 +39,18 @@ def test_a_file_is_made_once_and_found_again(numbered, datasets_cache, monkeypat
     assert (copy.pixels == first.pixels).all() and copy.read(np.array([4]))[1] == first.read(np.array([4]))[1]
 
 
-def test_an_interrupted_file_is_not_taken_for_a_whole_one(numbered, monkeypatch):
+def test_a_cache_file_whose_writing_was_interrupted_is_not_used(numbered, monkeypatch):
     config = numbered(31)
-    fill = store_module._fill
+    fill = images_module._fill
 
     def interrupted(pixels, rows):
         pixels[:10] = 7
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "_fill", interrupted)
+    monkeypatch.setattr(images_module, "_fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoded_rows(open_source(config), 3, "memmap")
-    monkeypatch.setattr(store_module, "_fill", fill)
+    monkeypatch.setattr(images_module, "_fill", fill)
     source = open_source(config)
     assert torch.equal(
         decoded_rows(source, 3, "memmap").read(np.arange(5))[0][2],
@@ -58,18 +58,18 @@ def test_an_interrupted_file_is_not_taken_for_a_whole_one(numbered, monkeypatch)
     )
 
 
-def test_auto_leaves_out_what_is_large_or_of_different_sizes(numbered, image_folder, monkeypatch):
+def test_auto_does_not_cache_large_data_or_images_of_several_sizes(numbered, image_folder, monkeypatch):
     assert decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, "auto") is None
     source = open_source(numbered(20))
     assert isinstance(decoded_rows(source, 3, "auto"), DecodedRows)
     assert decoded_rows(source, 3, "auto").file is None
     assert decoded_rows(source, 3, "auto", shared=True).file is not None
     assert decoded_rows(source, 3, "none") is None
-    monkeypatch.setattr(store_module, "_AUTO_BYTES", 20 * 3 * 120 - 1)
+    monkeypatch.setattr(images_module, "_AUTO_BYTES", 20 * 3 * 120 - 1)
     assert decoded_rows(open_source(numbered(20)), 3, "auto") is None
 
 
-def test_auto_leaves_out_images_over_96_pixels_which_may_still_be_asked_for(numbered):
+def test_auto_does_not_cache_images_over_96_pixels_but_memory_does(numbered):
     source = open_source(numbered(4, size=(97, 20)))
     assert decoded_rows(source, 3, "auto") is None
     assert decoded_rows(source, 3, "memory").pixels.shape == (4, 3, 97, 20)
@@ -90,17 +90,17 @@ def test_an_image_of_another_size_is_named(cache, tmp_path, write_parquet, encod
 
 
 @pytest.mark.parametrize("cache", ["memory", "memmap"])
-def test_sizes_that_obviously_differ(cache, image_folder):
+def test_images_of_several_sizes_cannot_be_cached(cache, image_folder):
     with pytest.raises(UserError, match=mentions(f"data.cache={cache}", "size")):
         decoded_rows(open_source(DataConfig(path=str(image_folder))), 3, cache)
 
 
-def test_data_opened_twice_are_decoded_once_while_they_are_in_use(numbered, monkeypatch):
+def test_data_that_are_opened_twice_are_decoded_once_while_they_are_in_use(numbered, monkeypatch):
     config = numbered(32)
     first = decoded_rows(open_source(config), 3, "auto")
     assert decoded_rows(open_source(config), 3, "auto") is first
     assert decoded_rows(open_source(config), 1, "auto") is not first
-    some = open_source(config).choose(np.array([4, 2]))
+    some = open_source(config).select(np.array([4, 2]))
     assert torch.equal(decoded_rows(some, 3, "auto").read(np.arange(2))[0], first.read(np.array([4, 2]))[0])
     first, pixels = None, first.pixels
     again = decoded_rows(open_source(config), 3, "auto")
@@ -111,3 +111,41 @@ def test_no_space_on_the_disk(numbered, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match=mentions("data.cache=memmap", "0.0 GiB")):
         decoded_rows(open_source(numbered(33)), 3, "memmap")
+
+
+def test_the_inspection_decodes_one_image_of_each_size(tmp_path, monkeypatch):
+    for number in range(64):
+        PIL.Image.new("RGB", (8 + number % 2, 8)).save(tmp_path / f"{number}.png")
+    decoded = []
+    monkeypatch.setattr(images_module, "decode", lambda data, channels, own=images_module.decode: (
+        decoded.append(1), own(data, channels))[1])  # fmt: skip
+    assert common_size(open_source(DataConfig(path=str(tmp_path))), 3) is None
+    assert len(decoded) == 2
+    for number in range(1, 64, 2):
+        (tmp_path / f"{number}.png").unlink()
+    assert common_size(open_source(DataConfig(path=str(tmp_path))), 3) == (8, 8)
+    assert len(decoded) == 3
+
+
+def test_the_inspection_applies_the_orientation_and_skips_broken_images(tmp_path):
+    upright = PIL.Image.new("RGB", (6, 9))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    for number, kind in enumerate(("jpg", "png", "webp", "tif")):
+        upright.save(tmp_path / f"{number}.{kind}")
+        upright.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / f"turned{number}.{kind}", exif=exif)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    whole = (tmp_path / "0.jpg").read_bytes()
+    PIL.Image.new("RGB", (50, 50)).save(tmp_path / "large.bmp")
+    (tmp_path / "large.bmp").write_bytes((tmp_path / "large.bmp").read_bytes()[:60])  # header only
+    assert common_size(open_source(DataConfig(path=str(tmp_path))), 3) == (9, 6)
+    for path in tmp_path.iterdir():
+        path.write_bytes(whole[:40])
+    (tmp_path / "another.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path, "row 0")):
+        common_size(open_source(DataConfig(path=str(tmp_path))), 3)
+
+
+@pytest.mark.parametrize(("size", "small"), [(None, False), ((96, 96), True), ((8, 97), False)])
+def test_images_of_one_size_up_to_96_pixels_are_small(size, small):
+    assert is_small(size) == small

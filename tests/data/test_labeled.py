@@ -4,21 +4,22 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.data import DataConfig, labelled_images
+from hf_ssl import data
+from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.data.decode import decode
 from hf_ssl.errors import UserError
 
 
 @pytest.fixture
-def labelled(tmp_path, write_parquet, encode, picture):
-    """A function that makes images whose number and label are known."""
+def labeled(tmp_path, write_parquet, encode, picture):
+    """Return a function that writes images with known numbers and labels, and returns their configuration."""
 
     def make(count=90, broken=(), labels=None, size=(12, 10), **options):
         labels = [number * 3 // count for number in range(count)] if labels is None else labels
         images = [
             b"no image" if number in broken else encode(picture(number, size)) for number in range(count)
         ]
-        path = write_parquet(tmp_path / "labelled" / "test.parquet", images, labels)
+        path = write_parquet(tmp_path / "labeled" / "test.parquet", images, labels)
         return DataConfig(path=str(path.parent), **options)
 
     return make
@@ -31,8 +32,8 @@ def all_images(images, batch_size=16):
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
-def test_images_come_in_order_with_their_labels(cache, labelled, encode, picture):
-    images = labelled_images(labelled(cache=cache), "test")
+def test_images_have_the_order_of_their_labels(cache, labeled, encode, picture):
+    images = labeled_images(labeled(cache=cache), "test")
     assert images.class_names == ["ant", "bee", "cat"] and len(images) == 90
     assert images.labels.dtype == torch.int64 and images.labels.tolist() == [0] * 30 + [1] * 30 + [2] * 30
     shown = all_images(images)
@@ -42,23 +43,21 @@ def test_images_come_in_order_with_their_labels(cache, labelled, encode, picture
     assert torch.equal(images[-1], shown[-1]) and images.broken == []
 
 
-def test_a_choice_is_balanced_random_and_the_same_each_time(labelled):
-    config = labelled(labels=[0] * 60 + [1] * 20 + [2] * 10)
-    images = labelled_images(config, "test", max_images=40)
+def test_the_choice_of_images_is_balanced_random_and_reproducible(labeled):
+    config = labeled(labels=[0] * 60 + [1] * 20 + [2] * 10)
+    images = labeled_images(config, "test", max_images=40)
     assert len(images) == 40 and torch.bincount(images.labels).tolist() == [15, 15, 10]
-    same, other = (labelled_images(config, "test", max_images=40, seed=seed) for seed in (0, 1))
+    same, other = (labeled_images(config, "test", max_images=40, seed=seed) for seed in (0, 1))
     assert all(torch.equal(*pair) for pair in zip(all_images(images), all_images(same), strict=True))
     assert not all(torch.equal(*pair) for pair in zip(all_images(images), all_images(other), strict=True))
-    assert len(labelled_images(config, "test", max_images=1000)) == 90
+    assert len(labeled_images(config, "test", max_images=1000)) == 90
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 @pytest.mark.parametrize("labels_first", [False, True])
-def test_broken_images_are_left_out_together_with_their_labels(
-    cache, labels_first, labelled, encode, picture
-):
-    config = labelled(broken=(1, 40), cache=cache, max_broken_fraction=0.1)
-    images = labelled_images(config, "test")
+def test_broken_images_are_omitted_together_with_their_labels(cache, labels_first, labeled, encode, picture):
+    config = labeled(broken=(1, 40), cache=cache, max_broken_fraction=0.1)
+    images = labeled_images(config, "test")
     if labels_first:
         assert len(images.labels) == 88
     shown = all_images(images)
@@ -68,42 +67,48 @@ def test_broken_images_are_left_out_together_with_their_labels(
     for number, image in zip(numbers, shown, strict=True):
         assert torch.equal(image, decode(encode(picture(number)), 3))
     assert len(images.broken) == 2 and "row 1 (1.png): not an image" in images.broken[0]
-    assert (
-        len(all_images(images)) == 88 and len(images.broken) == 2
-    )  # looked at again, they are not counted again
+    assert len(all_images(images)) == 88 and len(images.broken) == 2  # broken images are counted once
 
 
-def test_too_many_broken_images_are_an_error(labelled):
-    images = labelled_images(labelled(broken=range(1, 41, 8)), "test")
+def test_too_many_broken_images_are_an_error(labeled):
+    images = labeled_images(labeled(broken=range(1, 41, 8)), "test")
     with pytest.raises(UserError, match=mentions(5, 90, 0.05, "data.max_broken_fraction=0.1")):
         all_images(images)
 
 
-def test_rows_without_a_label_are_left_out_and_a_split_without_labels_is_refused(labelled):
-    images = labelled_images(labelled(labels=[-1, 0, 1] * 30), "test")
+def test_rows_without_a_label_are_omitted_and_a_split_without_labels_is_an_error(labeled):
+    images = labeled_images(labeled(labels=[-1, 0, 1] * 30), "test")
     assert len(images) == 60 and images.labels.tolist() == [0, 1] * 30
     with pytest.raises(UserError, match=mentions("label")):
-        labelled_images(labelled(labels=[-1] * 90), "test")
+        labeled_images(labeled(labels=[-1] * 90), "test")
 
 
-def test_data_without_classes_are_refused_where_labels_are_needed(numbered):
+def test_data_without_classes_are_an_error_if_labels_are_needed(numbered):
     with pytest.raises(UserError, match=mentions("data.label_column=NAME")):
-        labelled_images(numbered(20), "train")
+        labeled_images(numbered(20), "train")
 
 
-def test_a_choice_of_training_images_does_not_cut_the_evaluation(labelled):
-    assert len(labelled_images(labelled(max_images=5), "test")) == 90
+def test_data_max_images_does_not_limit_the_evaluation(labeled):
+    assert len(labeled_images(labeled(max_images=5), "test")) == 90
 
 
 def test_classes_of_tars(tars):
-    images = labelled_images(DataConfig(path=str(tars), label_column="cls", streaming=True), "train")
+    images = labeled_images(DataConfig(path=str(tars), label_column="cls", streaming=True), "train")
     assert images.class_names == ["0", "1", "2"] and len(all_images(images)) == 36
 
 
-def test_digits_are_labelled():
-    images = labelled_images(DataConfig(path="digits"), "test")
+def test_digits_are_labeled():
+    images = labeled_images(DataConfig(path="digits"), "test")
     pixels = torch.stack(all_images(images, 200)).float().flatten(1)
     means = torch.stack([pixels[:400][images.labels[:400] == digit].mean(0) for digit in range(10)])
     nearest = torch.cdist(pixels[400:], means).argmin(1)
     assert (nearest == images.labels[400:]).float().mean() > 0.8  # labels belong to their images
     assert pixels.max() == 255 and np.isin(np.unique(pixels), np.rint(np.arange(17) * 255 / 16)).all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("labelled_images", "labeled_images"), ("LabelledImages", "LabeledImages")]
+)
+def test_old_names_are_deprecated(old, new):
+    with pytest.warns(DeprecationWarning, match=mentions(old, new)):
+        assert getattr(data, old) is getattr(data, new)

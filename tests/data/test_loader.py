@@ -9,15 +9,16 @@ from messages import mentions, missing
 
 from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
-from hf_ssl.data.batch import HeldRows
+from hf_ssl.data.batch import DeviceRows, ProcessShare
 from hf_ssl.data.decode import decode
+from hf_ssl.data.loader import RowBatches
 from hf_ssl.errors import UserError
 from hf_ssl.views import Crops, ViewPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a small machine
 
 
-def passes(loader, count):
+def epochs(loader, count):
     return [batch for _ in range(count) for batch in loader]
 
 
@@ -38,16 +39,16 @@ def pixels_of(batch):
     return [batch.images]
 
 
-def test_a_batch_is_the_decoded_rows_and_what_was_drawn_for_them(
+def test_a_batch_contains_the_decoded_rows_and_their_augmentation_parameters(
     numbered, make_loader, encode, picture, preset
 ):
     loader = make_loader(numbered(40), seed=9)
-    first, second = passes(loader, 1)[1], passes(loader, 1)[1]  # of the first and of the second pass
-    for pass_number, batch in enumerate((first, second)):
+    first, second = epochs(loader, 1)[1], epochs(loader, 1)[1]  # of the first and of the second epoch
+    for epoch, batch in enumerate((first, second)):
         assert batch.images.shape == (8, 3, 12, 10) and batch.images.dtype == torch.uint8
         for row, pixels in zip(batch.sample_index.tolist(), batch.images, strict=True):
             assert torch.equal(pixels, decode(encode(picture(row)), 3))
-        seeds = views.seeds(9, pass_number, batch.sample_index.numpy().astype(np.uint64))
+        seeds = views.seeds(9, epoch, batch.sample_index.numpy().astype(np.uint64))
         drawn = views.draw(seeds, preset, np.tile([12, 10], (8, 1)))
         assert torch.equal(batch.parameters.table, drawn.table)
         assert batch.position is None and batch.broken == []
@@ -57,7 +58,7 @@ def test_a_batch_is_the_decoded_rows_and_what_was_drawn_for_them(
 
 def test_large_images_are_cropped_by_the_loader(numbered, make_loader, encode, picture):
     preset = ViewPreset(size=16, local=views.ViewOverrides(count=3, size=8))
-    batch = passes(make_loader(numbered(8, size=(100, 97)), preset=preset), 1)[0]
+    batch = epochs(make_loader(numbered(8, size=(100, 97)), preset=preset), 1)[0]
     images = [decode(encode(picture(row, (100, 97))), 3) for row in batch.sample_index.tolist()]
     expected = views.crop(images, batch.parameters)
     assert torch.equal(batch.images.global_crops, expected.global_crops)
@@ -66,28 +67,28 @@ def test_large_images_are_cropped_by_the_loader(numbered, make_loader, encode, p
 
 
 def test_images_of_different_sizes_are_cropped_by_the_loader(image_folder, make_loader):
-    batch = passes(make_loader(DataConfig(path=str(image_folder))), 1)[0]
+    batch = epochs(make_loader(DataConfig(path=str(image_folder))), 1)[0]
     assert isinstance(batch.images, Crops) and batch.images.global_crops.shape == (8, 2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_results_do_not_depend_on_the_number_of_workers(cache, numbered, make_loader):
+def test_batches_do_not_depend_on_the_number_of_workers(cache, numbered, make_loader):
     config = numbered(40, broken=(3, 17, 25), cache=cache)
-    alone = passes(make_loader(config), 2)
+    alone = epochs(make_loader(config), 2)
     assert any(batch.broken for batch in alone)
-    assert same(alone, passes(make_loader(config, num_workers=2), 2))
-    assert same(alone, passes(make_loader(config, num_workers=3), 2))
+    assert same(alone, epochs(make_loader(config, num_workers=2), 2))
+    assert same(alone, epochs(make_loader(config, num_workers=3), 2))
 
 
-def test_results_do_not_depend_on_how_large_images_are_read_either(numbered, make_loader):
+def test_batches_of_large_images_do_not_depend_on_the_number_of_workers(numbered, make_loader):
     config = numbered(24, size=(100, 100))
-    assert same(passes(make_loader(config), 1), passes(make_loader(config, num_workers=2), 1))
+    assert same(epochs(make_loader(config), 1), epochs(make_loader(config, num_workers=2), 1))
 
 
-def test_two_processes_together_read_what_one_reads(numbered, make_loader):
+def test_two_processes_together_read_the_rows_of_one(numbered, make_loader):
     config = numbered(40, broken=(3, 17))
-    alone = passes(make_loader(config, batch_size=8), 2)
-    pair = [passes(make_loader(config, batch_size=4, rank=rank, world_size=2), 2) for rank in range(2)]
+    alone = epochs(make_loader(config, batch_size=8), 2)
+    pair = [epochs(make_loader(config, batch_size=4, rank=rank, world_size=2), 2) for rank in range(2)]
     for batch, left, right in zip(alone, *pair, strict=True):
         assert not set(left.sample_index.tolist()) & set(right.sample_index.tolist()) or batch.broken
         assert torch.equal(batch.sample_index, torch.cat([left.sample_index, right.sample_index]))
@@ -96,9 +97,9 @@ def test_two_processes_together_read_what_one_reads(numbered, make_loader):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_is_exact_over_several_passes(num_workers, numbered, make_loader):
+def test_resume_is_exact_over_several_epochs(num_workers, numbered, make_loader):
     config = numbered(44)
-    everything = passes(make_loader(config), 4)
+    everything = epochs(make_loader(config), 4)
     for start in (0, 1, 5, 9, 14):
         resumed = make_loader(config, start_batch=start, num_workers=num_workers)
         assert same(
@@ -108,9 +109,9 @@ def test_resume_is_exact_over_several_passes(num_workers, numbered, make_loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_as_transformers_does_it(num_workers, numbered, make_loader):
+def test_resume_as_in_the_trainer_of_transformers(num_workers, numbered, make_loader):
     config = numbered(44)
-    everything = passes(make_loader(config), 4)
+    everything = epochs(make_loader(config), 4)
     loader = make_loader(config, num_workers=num_workers)
     skipping = skip_first_batches(loader, 3)  # then `Trainer._run_epoch` calls set_epoch, if it finds it
     skipping.batch_sampler.batch_sampler.set_epoch(2)
@@ -119,22 +120,22 @@ def test_resume_as_transformers_does_it(num_workers, numbered, make_loader):
     assert same(everything[13:], resumed + list(loader))
 
 
-def test_the_global_generators_are_left_alone(numbered, make_loader):
+def test_the_global_random_generators_do_not_change(numbered, make_loader):
     config = numbered(24)
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state().clone(), np.random.get_state()[1].copy()
-    passes(make_loader(config, num_workers=2), 1)
+    epochs(make_loader(config, num_workers=2), 1)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 
 @pytest.mark.parametrize("cache", ["none", "memory", "memmap"])
-def test_a_broken_image_is_replaced_and_told(cache, numbered, make_loader, encode, picture):
+def test_a_broken_image_is_replaced_and_reported(cache, numbered, make_loader, encode, picture):
     broken = (3, 17, 25)
-    batches = passes(make_loader(numbered(40, broken=broken, cache=cache)), 1)
-    told = [text for batch in batches for text in batch.broken]
+    batches = epochs(make_loader(numbered(40, broken=broken, cache=cache)), 1)
+    reported = [text for batch in batches for text in batch.broken]
     for row in broken:
-        assert any(f"row {row} ({row}.png): not an image" in text for text in told)
+        assert any(f"row {row} ({row}.png): not an image" in text for text in reported)
     shown = torch.cat([batch.sample_index for batch in batches]).tolist()
     assert len(shown) == 40 and not set(shown) & set(broken)
     for batch in batches:
@@ -147,11 +148,9 @@ def test_a_broken_image_is_replaced_and_told(cache, numbered, make_loader, encod
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_only_broken_images_end_the_run_with_one_sentence(num_workers, numbered, make_loader, monkeypatch):
-    # the look at the data on opening would already find out
-    monkeypatch.setattr(
-        "hf_ssl.data.loader.probe", lambda source, channels: type("Probe", (), {"small": True})
-    )
+def test_data_of_broken_images_end_the_run_with_one_sentence(num_workers, numbered, make_loader, monkeypatch):
+    # the inspection of the data would find the broken images earlier
+    monkeypatch.setattr("hf_ssl.data.loader.common_size", lambda source, channels: (12, 10))
     loader = make_loader(numbered(16, broken=range(16), cache="none"), num_workers=num_workers)
     try:  # not pytest.raises: it keeps the frames alive, and torch's workers with them
         list(loader)
@@ -160,25 +159,25 @@ def test_only_broken_images_end_the_run_with_one_sentence(num_workers, numbered,
     assert missing(text, 100, "numbered") == [] and "Traceback" not in text and "\n" not in text
 
 
-def test_unreadable_data_and_too_little_data_are_found_at_once(numbered, make_loader):
+def test_unreadable_data_and_too_few_images_are_an_error_at_once(numbered, make_loader):
     with pytest.raises(UserError, match=mentions("batch_size", 40, 48, "numbered")):
         make_loader(numbered(40), batch_size=24, world_size=2)
     with pytest.raises(UserError, match=mentions("numbered", "not an image")):
         make_loader(numbered(16, broken=range(16)))
 
 
-def test_grey(numbered, make_loader):
-    grey = ViewPreset(size=8, jitter=0, gray=0, saturation=0, hue=0, mean=[0.5], std=[0.25])
-    batch = passes(make_loader(numbered(8, channels=1), preset=grey), 1)[0]
+def test_gray(numbered, make_loader):
+    gray = ViewPreset(size=8, jitter=0, gray=0, saturation=0, hue=0, mean=[0.5], std=[0.25])
+    batch = epochs(make_loader(numbered(8, channels=1), preset=gray), 1)[0]
     assert batch.images.shape == (8, 1, 12, 10)
 
 
-def test_length_and_data_set_are_what_transformers_asks_for(numbered, make_loader):
+def test_the_loader_has_the_length_and_data_set_that_transformers_reads(numbered, make_loader):
     loader = make_loader(numbered(44))
     assert len(loader) == 5 and len(loader.dataset) == 44
 
 
-def test_a_second_loader_finds_what_the_first_decoded(numbered, preset, monkeypatch):
+def test_a_second_loader_uses_the_decoded_images_of_the_first(numbered, preset, monkeypatch):
     config = numbered(20)
     source = open_source(config)
     first = train_loader(source, preset, config=config, seed=0, batch_size=4)
@@ -188,8 +187,8 @@ def test_a_second_loader_finds_what_the_first_decoded(numbered, preset, monkeypa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_held_on_the_device_give_the_same_batches(workers):
-    """Only row numbers come from the loader; pixels are taken and cropped where they lie."""
+def test_images_stored_on_the_device_give_the_same_batches(workers):
+    """The loader yields only row numbers; the device selects and crops the pixels."""
     config = {cache: DataConfig(path="digits", cache=cache) for cache in ("memory", "device")}
     preset = ViewPreset(size=8, blur=0.0)
     batches = {
@@ -199,16 +198,16 @@ def test_images_held_on_the_device_give_the_same_batches(workers):
         for cache, c in config.items()
     }
     assert len(batches["memory"]) == len(batches["device"]) > 2
-    for copied, held in zip(batches["memory"], batches["device"], strict=True):
-        assert isinstance(held.images, HeldRows) and len(held) == 50
-        assert held.images.pixels.data_ptr() == batches["device"][0].images.pixels.data_ptr()
-        wanted, got = copied[10:30].inputs("cpu"), held[10:30].inputs("cpu")
+    for copied, stored in zip(batches["memory"], batches["device"], strict=True):
+        assert isinstance(stored.images, DeviceRows) and len(stored) == 50
+        assert stored.images.pixels.data_ptr() == batches["device"][0].images.pixels.data_ptr()
+        wanted, got = copied[10:30].inputs("cpu"), stored[10:30].inputs("cpu")
         assert wanted.keys() == got.keys()
         for name, value in wanted.items():
             assert torch.equal(value, got[name]), name
 
 
-def test_a_broken_image_is_replaced_among_those_on_the_device(tmp_path, write_parquet, encode, picture):
+def test_a_broken_image_on_the_device_is_replaced(tmp_path, write_parquet, encode, picture):
     images = [encode(picture(number)) for number in range(20)]
     images[7] = images[7][:20]
     write_parquet(tmp_path / "train.parquet", images)
@@ -222,6 +221,55 @@ def test_a_broken_image_is_replaced_among_those_on_the_device(tmp_path, write_pa
     assert torch.equal(*(batch.inputs("cpu")["pixel_values"] for batch in shown.values()))
 
 
-def test_rows_without_their_images_say_so():
+def test_device_rows_without_pixels_raise_an_error():
     with pytest.raises(RuntimeError, match="images"):
-        HeldRows(torch.arange(3), (8, 8)).to("cpu")
+        DeviceRows(torch.arange(3), (8, 8)).to("cpu")
+
+
+def rows_of(batches):
+    return [(batch.epoch, *batch.rows.tolist()) for batch in batches]
+
+
+def test_each_iteration_is_one_epoch_of_different_rows():
+    batches = RowBatches(23, ProcessShare(seed=0, batch_size=5))
+    assert len(batches) == 4
+    first, second = rows_of(batches), rows_of(batches)
+    assert [row[0] for row in first + second] == [0] * 4 + [1] * 4
+    for rows in (first, second):
+        seen = [number for row in rows for number in row[1:]]
+        assert len(set(seen)) == 20 and set(seen) <= set(range(23))
+    assert first != [(0, *row[1:]) for row in second]
+
+
+def test_processes_share_the_batches_of_one_process():
+    whole = rows_of(RowBatches(50, ProcessShare(3, 12)))
+    parts = [rows_of(RowBatches(50, ProcessShare(3, 4, rank, 3))) for rank in range(3)]
+    assert [
+        (row[0], *(number for part in parts for number in part[step][1:])) for step, row in enumerate(whole)
+    ] == whole
+
+
+def test_resuming_yields_the_rest_of_the_epoch_and_then_the_next_epoch():
+    share = ProcessShare(3, 4)
+    uninterrupted = RowBatches(22, share)
+    everything = [row for _ in range(4) for row in rows_of(uninterrupted)]
+    for start in range(0, 11):
+        resumed = RowBatches(22, share, start)
+        rest = rows_of(resumed)
+        assert len(rest) == 5 - start % 5
+        assert rest + rows_of(resumed) == everything[start : start + len(rest) + 5]
+
+
+def test_set_epoch_moves_to_an_epoch_but_not_back_to_its_start():
+    share = ProcessShare(3, 4)
+    batches = RowBatches(22, share, start=7)
+    batches.set_epoch(1)
+    assert len(rows_of(batches)) == 3
+    batches.set_epoch(4)
+    assert rows_of(batches) == rows_of(RowBatches(22, share, start=20))
+
+
+def test_an_interrupted_iteration_is_not_continued():
+    batches = RowBatches(22, ProcessShare(3, 4))
+    next(iter(batches))
+    assert {row[0] for row in rows_of(batches)} == {1}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with labels, for evaluation and the monitor."""
+"""Images with labels, for the evaluation and the monitor."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,30 +10,35 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_ssl.data.broken import BrokenCounter
+from hf_ssl.data.batch import BrokenCounter
 from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.ordering import permutation
 from hf_ssl.data.sources import Source, open_source
-from hf_ssl.data.store import DecodedRows, decoded_rows
 from hf_ssl.errors import UserError
 
 _CHUNK = 256
 
 
-class LabelledImages:
-    """Labelled images in a fixed order, decoded when they are asked for.
+class LabeledImages:
+    """Labeled images in a fixed order, decoded when they are requested.
 
-    Images that cannot be read are left out of `iter_batches` and of `labels` alike. Which ones these are is
-    known once all have been decoded, so ask for `labels` after iterating: asked before, it decodes everything
-    once to find out.
+    `iter_batches` and `labels` omit images that cannot be read. They are known only after all images were
+    decoded, so read `labels` after `iter_batches`. If `labels` is read first, it decodes all images once.
+
+    Args:
+        source: N rows of map-style data.
+        rows: reads the N images.
+        labels: (N,) int64.
+        class_names: by label.
+        max_broken_fraction: largest share of images that may be unreadable.
 
     Attributes:
         class_names: by label.
-        revision: the commit on the Hub, else a fingerprint of the data.
+        revision: the commit on the Hub, or a fingerprint of the local data.
         description: path and split.
-        broken: "where: reason" for each image found broken so far.
+        broken: "where: reason" of each broken image that was found so far.
     """
 
     def __init__(
@@ -54,12 +59,12 @@ class LabelledImages:
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
     def __len__(self) -> int:
-        """Images that were not found broken so far."""
+        """Return the number of images without the broken ones that were found so far."""
         return len(self._labels) - len(self._broken)
 
     def __getitem__(self, index: int) -> Tensor:
-        """(C, H, W) uint8: the image that belongs to `labels[index]`."""
-        images, _ = self._rows.read(self._good()[[index]])
+        """Return the image (C, H, W) uint8 that belongs to `labels[index]`."""
+        images, _ = self._rows.read(self._readable()[[index]])
         return images[0]
 
     @property
@@ -68,14 +73,14 @@ class LabelledImages:
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, of the images that can be read."""
-        return torch.from_numpy(self._labels[self._good()])
+        """The labels (N,) int64 of the images that can be read."""
+        return torch.from_numpy(self._labels[self._readable()])
 
     def iter_batches(self, batch_size: int) -> Iterator[list[Tensor]]:
-        """All images, in lists of `batch_size` (C, H, W) uint8 tensors; the last list may be shorter.
+        """Yield all images in lists of `batch_size` (C, H, W) uint8 tensors; the last list may be shorter.
 
         Raises:
-            UserError: too many of them cannot be read.
+            UserError: the share of broken images is too large.
         """
         waiting: list[Tensor] = []
         for start in range(0, len(self._labels), _CHUNK):
@@ -92,48 +97,54 @@ class LabelledImages:
         if waiting:
             yield waiting
 
-    def _good(self) -> np.ndarray:
+    def _readable(self) -> np.ndarray:
+        """Return the positions of the images that can be read."""
         if not self._complete:
             for _ in self.iter_batches(_CHUNK):
                 pass
         return np.setdiff1d(np.arange(len(self._labels)), list(self._broken))
 
 
-def labelled_images(
+def labeled_images(
     config: DataConfig, split: str, *, max_images: int | None = None, seed: int = 0
-) -> LabelledImages:
-    """Opens the images of a split with their labels.
+) -> LabeledImages:
+    """Open the labeled images of a split.
 
     Args:
-        config: says where they are; `cache`, `channels` and `label_column` count too.
-        split: which.
-        max_images: at most so many, chosen at random, equally many of each class as far as there are.
-        seed: of that choice.
+        config: the data, with `cache`, `channels` and `label_column`. Its `max_images` has no effect.
+        split: name of the split.
+        max_images: largest number of images. They are chosen at random, with equal numbers of all classes as
+            far as possible.
+        seed: seed of this choice.
 
     Raises:
-        UserError: as `open_source`; no label column, several, or a split without labels.
+        UserError: the errors of `open_source`; no column or several columns of classes; no row has a label.
     """
     source = open_source(replace(config, max_images=None, streaming=False), split, labels=True)
     labels, class_names = label_values(cast(Dataset, source.dataset), cast(str, source.label_column))
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
         raise UserError(
-            f"column {source.label_column!r} of {source.description} holds no labels: choose another split"
+            f"data.label_column: expected labels in the column {source.label_column!r} of "
+            f"{source.description}, got none; use another split"
         )
     if max_images is not None and max_images < len(chosen):
         chosen = _balanced(labels, chosen, max_images, seed)
     if len(chosen) < len(labels):
-        source = source.choose(chosen)
+        source = source.select(chosen)
     decoded = decoded_rows(source, config.channels, config.cache)
     rows = EncodedRows(source, config.channels) if decoded is None else decoded
-    return LabelledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
+    return LabeledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
 
 
 def _balanced(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` of the rows, in ascending order: one of each class, then a second of each, ..., at random."""
+    """Return `count` of the rows in ascending order, chosen at random with balanced classes.
+
+    The first image of each class is chosen before the second image of any class, and so on.
+    """
     shuffled = rows[permutation(len(rows), seed)]
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sorted_labels = labels[by_class]
     starts = np.searchsorted(sorted_labels, sorted_labels)
-    turn = np.arange(len(by_class)) - starts
-    return np.sort(by_class[np.argsort(turn, kind="stable")[:count]])
+    rank_in_class = np.arange(len(by_class)) - starts
+    return np.sort(by_class[np.argsort(rank_in_class, kind="stable")[:count]])
