@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, apply, crop, draw
+from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, augment, crop, sample_parameters
 
 Draw = Callable[[np.ndarray], dict[str, Tensor]]
 
@@ -54,7 +54,7 @@ class LoadedBatch:
 
     Attributes:
         images: (B, C, H, W) uint8, the crops of stage one, or the rows of images on the device.
-        parameters: what `views.apply` needs to finish the views.
+        parameters: what `views.augment` needs to finish the views.
         seeds: (B,) uint64 on the host, of everything that is drawn for an image.
         sample_index: (B,) int64 row numbers; None for a stream.
         broken: "where: reason" for each image that could not be read and was replaced or skipped.
@@ -91,7 +91,7 @@ class LoadedBatch:
         """The views of these images, made on `device`."""
         # out of pinned memory a copy to a GPU does not wait, and what is queued behind it sees it finished
         images = self.images.to(device, non_blocking=torch.device(device).type == "cuda")
-        return apply(images, self.parameters)
+        return augment(images, self.parameters)
 
     def inputs(self, device: torch.device | str | int, draw: "Draw | None" = None) -> dict[str, Tensor]:
         """The model's batch of this one, made on `device`: the arguments of a method's `forward`.
@@ -150,9 +150,9 @@ def assemble(
     """
     if isinstance(images, HeldRows):
         sizes = np.tile(images.size, (len(images), 1))
-        return LoadedBatch(images, draw(seeds, preset, sizes), seeds, **rest)
+        return LoadedBatch(images, sample_parameters(seeds, preset, sizes), seeds, **rest)
     sizes = np.array([tuple(image.shape[1:]) for image in images])
-    parameters = draw(seeds, preset, sizes)
+    parameters = sample_parameters(seeds, preset, sizes)
     if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
         whole = torch.stack(images) if isinstance(images, list) else images
         return LoadedBatch(whole, parameters, seeds, **rest)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_ssl import views
 from hf_ssl.data.batch import Failure, HeldRows, LoadedBatch, assemble
 from hf_ssl.data.broken import UnreadableData
 from hf_ssl.data.images import EncodedRows
-from hf_ssl.data.ordering import RowBatch, replacement
+from hf_ssl.data.ordering import RowBatch
 from hf_ssl.data.store import DecodedRows, NumberedRows
+from hf_ssl.random import image_seeds, random_index
 from hf_ssl.views import ViewPreset
 
 _ATTEMPTS = 100
@@ -60,14 +60,14 @@ class MapBatches(Dataset[LoadedBatch]):
         given: list[Tensor] | Tensor | HeldRows = images
         if isinstance(self.rows, NumberedRows) and isinstance(images, Tensor):
             given = HeldRows(images, self.rows.size)
-        seeds = views.seeds(self.seed, batch.pass_number, batch.rows.astype(np.uint64))
+        seeds = image_seeds(self.seed, batch.pass_number, batch.rows.astype(np.uint64))
         return assemble(
             given, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
         )
 
     def _another(self, batch: RowBatch, position: int, messages: list[str]) -> tuple[int, Tensor]:
         for attempt in range(_ATTEMPTS):
-            row = replacement(
+            row = random_index(
                 len(self.rows), self.seed, batch.pass_number, int(batch.rows[position]), attempt
             )
             images, broken = self.rows.read(np.array([row]))

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hf_ssl import views
 from hf_ssl.data.batch import Failure, LoadedBatch, assemble
 from hf_ssl.data.broken import UnreadableData, delivered
 from hf_ssl.data.decode import BrokenImage, decode
 from hf_ssl.data.images import message, probe_images
 from hf_ssl.data.ordering import Share
 from hf_ssl.data.stream import Place, ShardedRows, Slot
+from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class StreamBatches(IterableDataset[LoadedBatch]):
             else:
                 passes.append(row.pass_number)
                 keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-        seeds = views.seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
+        seeds = image_seeds(self.share.seed, np.array(passes), np.array(keys, np.uint64))
         position = {"reader": reader, "place": asdict(slot.here)}
         return assemble(images, seeds, self.preset, small=self.small, broken=broken, position=position)
 
