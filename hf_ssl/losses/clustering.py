@@ -19,8 +19,8 @@ def sinkhorn(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
     The algorithm starts from exp(scores / epsilon). In each iteration, it divides each prototype's column and
     then each sample's row by its sum. The first iteration is computed in logarithms. After it, no sum can
-    vanish or overflow: a column with the sum one has an entry of at least 1 / B, and dividing its row makes
-    that entry at most K times smaller. The same holds for rows.
+    vanish or overflow. A column with the sum one has an entry of at least 1 / B. Dividing its row makes that
+    entry at most K times smaller. The same holds for rows.
 
     Args:
         scores_BK: cosines of samples and prototypes. They include the samples of all processes and of the

@@ -56,10 +56,11 @@ def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, *, eps: float = 1e-4) -> tuple[Te
 
 
 class _Covariance(torch.autograd.Function):
-    """Three sums over two views: squared differences, variances and squared covariances.
+    """The squared differences, variances and squared covariances of two views.
 
-    The results are the sum of the squared differences between the views, the variances of the features of
-    each view, and the sum over views and over i and j != i of cov_ij^2. Covariances are divided by batch - 1.
+    The first result is the sum of the squared differences between the views. The second one is the variances
+    of the features of each view. The third one is the sum over views, i and j != i of cov_ij^2. Covariances
+    are divided by batch - 1.
     """
 
     @staticmethod

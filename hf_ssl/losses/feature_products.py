@@ -2,10 +2,10 @@
 """Products of features for Barlow Twins and VICReg, computed in parts to save memory.
 
 Both losses sum the squares of the off-diagonal elements of a D x D matrix C = A^T B of products of features.
-If the batch is smaller than D, that matrix is never computed. The sum of all its squares is the product of
-two B x B Gram matrices, |A^T B|^2 = <A A^T, B B^T>, and the diagonal is subtracted. Embeddings are centered
-and scaled in parts, in the forward and in the backward pass. Apart from the gradients and the smaller
-matrices, this needs little memory.
+If the batch is smaller than D, that matrix is never computed. The sum of all its squares is then the
+product of two B x B Gram matrices, |A^T B|^2 = <A A^T, B B^T>. The squares of the diagonal are subtracted.
+Embeddings are centered and scaled in parts, in the forward and in the backward pass. Apart from the
+gradients and the smaller matrices, this needs little memory.
 
 Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions; N x N the
 smaller matrix.

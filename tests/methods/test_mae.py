@@ -275,7 +275,7 @@ def test_a_run_leaves_reconstructions(tmp_path):
         [f"training.output_dir={tmp_path}", "training.max_steps=2", "training.use_cpu=true"],
     )
     train(recipe)
-    assert Image.open(tmp_path / "reconstructions.png").size == (3 * 18, 8 * 18)
+    assert Image.open(tmp_path / "reconstructions.png").size == (2 + 3 * 18, 2 + 8 * 18)
     assert "reconstructions.png" in PICTURES
 
 

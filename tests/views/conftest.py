@@ -10,8 +10,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from hf_ssl.random import image_seeds
 from hf_ssl.views import sample_parameters
-from hf_ssl.views.operations import JITTER_ORDERS
+from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS
 from hf_ssl.views.parameters import COLUMNS
+
+# The reference of each operation: (pixels (C, S, S), parameter, settings of the view) -> pixels.
+REFERENCES = {
+    "gray": lambda pixels, _, view: tv.rgb_to_grayscale(pixels, 3),
+    "sigma": lambda pixels, sigma, settings: tv.gaussian_blur(
+        pixels, [settings.blur_kernel] * 2, [sigma] * 2
+    ),
+    "solarize": lambda pixels, _, view: tv.solarize(pixels, view.solarize_threshold),
+}
 
 
 def torchvision_crop(image, sampled, settings):
@@ -45,14 +54,13 @@ def torchvision_view(pixels, sampled, settings, preset):
         pixels = tv.horizontal_flip(pixels)
     if sampled["jitter"]:
         pixels = torchvision_jitter(pixels, sampled, settings)
-    if sampled["gray"]:
-        pixels = tv.rgb_to_grayscale(pixels, 3)
-    if sampled["sigma"]:
-        pixels = tv.gaussian_blur(pixels, [settings.blur_kernel] * 2, [sampled["sigma"]] * 2)
     unsure = torch.zeros_like(pixels)
-    if sampled["solarize"]:
-        unsure = ((pixels - settings.solarize_threshold).abs() < 1e-5).float()
-        pixels = tv.solarize(pixels, settings.solarize_threshold)
+    for operation in OPERATIONS:
+        value = sampled[operation.parameter]
+        if value:
+            if operation.parameter == "solarize":
+                unsure = ((pixels - settings.solarize_threshold).abs() < 1e-5).float()
+            pixels = REFERENCES[operation.parameter](pixels, value, settings)
     if preset.enlarge:
         side = settings.size * preset.enlarge // preset.size
         pixels, unsure = (

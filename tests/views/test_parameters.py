@@ -2,6 +2,7 @@
 """The distributions of augmentation parameters equal those of torchvision's own samplers, on fixed seeds."""
 
 import pickle
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import chi2_contingency, kstest
 from torchvision import transforms
 
 from hf_ssl.random import image_seeds
-from hf_ssl.views import ViewOverrides, ViewPreset, sample_parameters
+from hf_ssl.views import ViewOverrides, ViewPreset, ViewSettings, sample_parameters
 from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS
 from hf_ssl.views.parameters import COLUMNS
 
@@ -115,7 +116,10 @@ def test_probabilities(probability):
 
 def test_parameters_are_uncorrelated():
     """This holds for two parameters of a view, two views of an image, two images, and two epochs."""
-    preset = ViewPreset(size=32, solarize=0.5, local=ViewOverrides(count=2, size=16))
+    probabilities = [item.name for item in fields(ViewSettings) if "probability" in item.metadata["expected"]]
+    assert "solarize" in probabilities
+    local = ViewOverrides(count=2, size=16)
+    preset = ViewPreset(size=32, local=local, **dict.fromkeys(probabilities, 0.5))
     keys, sizes = np.arange(20000, dtype=np.uint64), np.full((20000, 2), 1000)
     seeds = [image_seeds(0, epoch, keys) for epoch in (0, 1)]
     epochs = [sample_parameters(of_epoch, preset, sizes).table.flatten(1) for of_epoch in seeds]
@@ -160,9 +164,14 @@ def test_parameters_depend_only_on_seed_and_size():
 
 def test_parameters_never_change():
     """A change would alter the views of every run that resumes or is repeated."""
-    row = sampled(ViewPreset(size=32, solarize=0.5), 300, 400, 2).table[1, 1].tolist()
-    expected = [98.0, 71.0, 182.0, 218.0, 1.0, 1.0, 21.0, 1.45913, 0.85432, 0.688, -0.02322, 0.0, 0.0, 1.0]
-    assert row == pytest.approx(expected, abs=1e-5)
+    parameters = sampled(ViewPreset(size=32, solarize=0.5), 300, 400, 2)
+    expected = {
+        "top": 98, "left": 71, "height": 182, "width": 218, "flip": 1, "jitter": 1, "order": 21,
+        "brightness": 1.45913, "contrast": 0.85432, "saturation": 0.688, "hue": -0.02322,
+        "gray": 0, "sigma": 0, "solarize": 1,
+    }  # fmt: skip
+    got = {name: parameters.column(name)[1, 1].item() for name in expected}
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
 def test_parameters_can_be_pickled_and_stay_on_the_host():

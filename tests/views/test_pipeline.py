@@ -2,6 +2,7 @@
 """Both stages together equal torchvision, independent of batch, chunks and order."""
 
 import pickle
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,9 +10,20 @@ import torch
 from messages import mentions
 from PIL import Image
 
-from hf_ssl.views import Crops, ViewOverrides, ViewPreset, Views, augment, crop, montage, pipeline
+from hf_ssl.views import (
+    Crops,
+    ViewOverrides,
+    ViewPreset,
+    Views,
+    ViewSettings,
+    augment,
+    crop,
+    montage,
+    pipeline,
+)
 
-EVERYTHING = {"jitter": 0.8, "gray": 0.3, "blur": 0.5, "solarize": 0.4}
+PROBABILITIES = [item.name for item in fields(ViewSettings) if "probability" in item.metadata["expected"]]
+EVERYTHING = dict.fromkeys(PROBABILITIES, 0.5) | {"jitter": 0.8, "gray": 0.3, "solarize": 0.4}
 PRESETS = {
     "simclr": ViewPreset(size=32),
     "bicubic": ViewPreset(size=32, interpolation="bicubic", **EVERYTHING),
@@ -44,7 +56,7 @@ def assert_equal(views, expected_views, preset):
         got = [view for tensor in tensors for view in tensor[image]]
         assert [view.shape[-1] for view in got] == expected_sizes
         for number, (view, (expected, unsure)) in enumerate(zip(got, rows, strict=True)):
-            # The tolerance is in units of pixels before they are normalised.
+            # The tolerance is in units of pixels before normalization.
             error = ((view - expected) * torch.tensor(preset.std)[:, None, None]).abs()
             error[unsure] = 0
             assert error.max() < 1e-5, f"image {image}, view {number}: {error.max()}"
