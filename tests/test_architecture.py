@@ -28,6 +28,7 @@ LAYERS = {
     "hf_ssl.resources": 0,
     "hf_ssl.precision": 0,
     "hf_ssl.progress": 0,
+    "hf_ssl.random": 0,
     "hf_ssl.losses": 0,
     "hf_ssl.views": 0,
     "hf_ssl.data": 1,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError
-from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, apply, crop, draw
+from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, augment, crop, sample_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class LoadedBatch:
 
     Attributes:
         images: (B, C, H, W) uint8, or the crops of all views, or rows of images on the device.
-        parameters: the augmentation parameters of the views, for `views.apply`.
+        parameters: the augmentation parameters of the views, for `views.augment`.
         seeds: (B,) uint64 on the host, from which all random numbers of an image are computed.
         sample_index: (B,) int64 row numbers; None for a stream.
         broken: "where: reason" of each image that could not be read and was replaced or skipped.
@@ -106,7 +106,7 @@ class LoadedBatch:
         """Return the augmented views of the images, computed on `device`."""
         # A copy from pinned memory to a GPU does not block. Later operations on the GPU run after it.
         images = self.images.to(device, non_blocking=torch.device(device).type == "cuda")
-        return apply(images, self.parameters)
+        return augment(images, self.parameters)
 
     def inputs(
         self, device: torch.device | str | int, sample: "SampleInputs | None" = None
@@ -173,9 +173,9 @@ def make_batch(
     """
     if isinstance(images, DeviceRows):
         sizes = np.tile(images.size, (len(images), 1))
-        return LoadedBatch(images, draw(seeds, preset, sizes), seeds, **fields)
+        return LoadedBatch(images, sample_parameters(seeds, preset, sizes), seeds, **fields)
     sizes = np.array([tuple(image.shape[1:]) for image in images])
-    parameters = draw(seeds, preset, sizes)
+    parameters = sample_parameters(seeds, preset, sizes)
     if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
         whole = torch.stack(images) if isinstance(images, list) else images
         return LoadedBatch(whole, parameters, seeds, **fields)

@@ -14,9 +14,9 @@ from hf_ssl.data.batch import BrokenCounter
 from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
-from hf_ssl.data.ordering import permutation
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.errors import UserError
+from hf_ssl.random import permutation
 
 _CHUNK = 256
 

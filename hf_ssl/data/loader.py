@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_ssl import views
 from hf_ssl.data.batch import (
     DeviceRows,
     LoadedBatch,
@@ -23,11 +22,11 @@ from hf_ssl.data.batch import (
 )
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows, is_small
-from hf_ssl.data.ordering import permutation, replacement
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.data.stream_loader import first_images_are_small, make_stream_loader, stop_workers
 from hf_ssl.errors import UserError
+from hf_ssl.random import image_seeds, permutation, random_index
 from hf_ssl.views import ViewPreset
 
 _ATTEMPTS = 100
@@ -265,7 +264,7 @@ class MapBatches(Dataset[LoadedBatch]):
         given: list[Tensor] | Tensor | DeviceRows = images
         if isinstance(self.rows, RowNumbers) and isinstance(images, Tensor):
             given = DeviceRows(images, self.rows.size)
-        seeds = views.seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
+        seeds = image_seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
         return make_batch(
             given, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
         )
@@ -273,7 +272,7 @@ class MapBatches(Dataset[LoadedBatch]):
     def _replacement(self, batch: RowBatch, position: int, messages: list[str]) -> tuple[int, Tensor]:
         """Return the row number and the image that replace a broken image; append further messages."""
         for attempt in range(_ATTEMPTS):
-            row = replacement(len(self.rows), self.seed, batch.epoch, int(batch.rows[position]), attempt)
+            row = random_index(len(self.rows), self.seed, batch.epoch, int(batch.rows[position]), attempt)
             images, broken = self.rows.read(np.array([row]))
             if not broken:
                 return row, images[0]

@@ -28,8 +28,8 @@ from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, fingerprint, kind_of, locate
-from hf_ssl.data.ordering import permutation
 from hf_ssl.errors import UserError
+from hf_ssl.random import permutation
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from datasets import IterableDataset
 from hf_ssl.data.batch import UnreadableData
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import EncodedImage
-from hf_ssl.data.ordering import permutation
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
+from hf_ssl.random import permutation
 
 _BLOCK_ROWS = 64  # rows that are read at once from a shard with sequential access
 _WHOLE_SHARD = 1 << 20

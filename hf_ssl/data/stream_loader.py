@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hf_ssl import views
 from hf_ssl.data.batch import (
     LoadedBatch,
     ProcessShare,
@@ -25,6 +24,7 @@ from hf_ssl.data.decode import BrokenImage, decode
 from hf_ssl.data.images import broken_message, inspect_images, is_small
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
+from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class StreamBatches(IterableDataset[LoadedBatch]):
             else:
                 epochs.append(row.epoch)
                 keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-        seeds = views.seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
+        seeds = image_seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
         position = {"reader": name, "place": reader.position.state_dict()}
         return make_batch(images, seeds, self.preset, small=self.small, broken=broken, position=position)
 

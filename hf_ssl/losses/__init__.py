@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses as pure functions of tensors (layer 0, torch only): nothing here holds state or knows a process
-group.
+"""Losses as pure functions of tensors (layer 0, torch only), without state and without process groups.
 
-Legend of the suffixes: V views, A views that have a teacher or assignments, B batch, D dims, K classes,
-prototypes or a queue, N patches or rows, P values in a patch.
+Legend of the suffixes: V views, A views with teacher outputs or assignments, B batch, D dimensions,
+K classes, prototypes or rows of a queue, N patches or rows, P values in a patch.
 """
 
 from hf_ssl.losses.clustering import cluster_cross_entropy, sinkhorn, swapped_prediction

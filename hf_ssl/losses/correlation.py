@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Barlow Twins. Legend: V views, B batch, D dims; in parts, b some images or d some dims."""
+"""The loss of Barlow Twins.
+
+Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions.
+"""
 
 from typing import Any
 
@@ -20,19 +23,19 @@ from hf_ssl.losses.precision import without_autocast
 
 
 def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, *, off_diagonal_weight: float) -> Tensor:
-    """Barlow Twins: the correlations between the features of two views should be the identity matrix.
+    """Return the loss of Barlow Twins, which is 0 if the features of two views correlate as the identity.
 
-    `on_diagonal + off_diagonal_weight * off_diagonal` of `barlow_twins_terms`; see there for more.
+    It is `on_diagonal + off_diagonal_weight * off_diagonal` of `barlow_twins_terms`.
 
     Args:
-        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images; normalised inside.
-        off_diagonal_weight: lambda of the paper; 0.0051 in the authors' code.
+        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images. They are normalized over the batch.
+        off_diagonal_weight: lambda of the paper, 0.0051 in the authors' code.
 
     Returns:
-        Scalar: sums over features and pairs of features, not divided by D.
+        A scalar: sums over features and pairs of features, not divided by D.
 
     Raises:
-        ValueError: as `barlow_twins_terms`.
+        ValueError: the arguments are not two matrices of one shape, or the batch has only one image.
 
     Source: Zbontar et al., arXiv:2103.03230, eq. 1.
     """
@@ -42,23 +45,23 @@ def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, *, off_diagonal_weight: float) ->
 
 @without_autocast
 def barlow_twins_terms(z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sums of Barlow Twins over the correlations between the features of two views.
+    """Return the two sums of Barlow Twins over the correlations between the features of two views.
 
-    Nested-loop meaning, C_ij being the mean over images of normalised feature i of view 1 times normalised
-    feature j of view 2: the sum over i of (C_ii - 1)^2; the sum over i and all j != i of C_ij^2.
+    C_ij is the mean over images of normalized feature i of view 1 times normalized feature j of view 2. The
+    first sum is over i of (C_ii - 1)^2. The second one is over i and all j != i of C_ij^2.
 
     Args:
-        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images; normalised inside over the batch as
-            BatchNorm without gain and offset does (biased variance, eps 1e-5).
+        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images. This function normalizes them over
+            the batch, as BatchNorm without gain and offset does (biased variance, eps 1e-5).
 
     Returns:
         (on_diagonal, off_diagonal), scalars in float32 or better: sums, not divided by D.
 
     Raises:
-        ValueError: not exactly two matrices of one shape, or a batch of one image.
+        ValueError: the arguments are not two matrices of one shape, or the batch has only one image.
 
     Source: Zbontar et al., arXiv:2103.03230, eq. 1. lightly and the authors' code have the same scale (until
-    June 2021 the authors multiplied by 1/32); solo-learn multiplies by 0.1 for CIFAR, else 0.024.
+    June 2021, the authors multiplied by 1/32). solo-learn multiplies by 0.1 for CIFAR and by 0.024 otherwise.
     """
     check_two_views("barlow_twins", z1_BD, z2_BD)
     correlation = _CorrelationByGram if z1_BD.shape[0] < z1_BD.shape[1] else _Correlation
@@ -67,7 +70,7 @@ def barlow_twins_terms(z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Correlation(torch.autograd.Function):
-    """(C_ii, sum over i and j != i of C_ij^2) for the correlations C = A^T B / batch of normalised views."""
+    """(C_ii, sum over i and j != i of C_ij^2) for the correlations C = A^T B / batch of normalized views."""
 
     @staticmethod
     def forward(ctx: Any, z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +92,8 @@ class _Correlation(torch.autograd.Function):
         result1_BD, result2_BD = torch.empty_like(a.z_BD), torch.empty_like(b.z_BD)
         slope_DD = c_DD * (2 * for_off_diagonal)
         slope_DD.diagonal().copy_(for_diagonal_D)
-        # Normalisation lets no gradient through along the feature itself. (Nor along a constant, but the
-        # slope has no such part, since the other view is centred.)
+        # Because of the normalization, the gradient has no component along the feature itself. It has none
+        # along a constant either, but the slope has no such component, because the other view is centered.
         own_D = for_diagonal_D * diagonal_D
         along1_D = c_DD.square().sum(1).mul_(2 * for_off_diagonal).add_(own_D)
         along2_D = c_DD.square().sum(0).mul_(2 * for_off_diagonal).add_(own_D)
@@ -104,7 +107,7 @@ class _Correlation(torch.autograd.Function):
 
 
 class _CorrelationByGram(torch.autograd.Function):
-    """What `_Correlation` gives, through the Gram matrices A A^T and B B^T."""
+    """The result of `_Correlation`, computed from the Gram matrices A A^T and B B^T."""
 
     @staticmethod
     def forward(ctx: Any, z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,6 @@ class _CorrelationByGram(torch.autograd.Function):
             ):
                 slope_Bd = (gram_BB @ x_Bd).mul_(2 * for_off_diagonal / batch**2)
                 slope_Bd.addcmul_(y_Bd, own_D[dims])
-                along_d = (slope_Bd * x_Bd).mean(0)  # see _Correlation
+                along_d = (slope_Bd * x_Bd).mean(0)  # as in _Correlation
                 result_BD[:, dims] = slope_Bd.addcmul_(x_Bd, along_d, value=-1).mul_(scale_D[dims])
         return result1_BD, result2_BD

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VICReg. Legend: V views, B batch, D dims; in parts, b some images or d some dims."""
+"""The loss of VICReg.
+
+Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions.
+"""
 
 from typing import Any
 
@@ -21,27 +24,28 @@ from hf_ssl.losses.precision import raised, without_autocast
 
 @without_autocast
 def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, *, eps: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
-    """The three terms of VICReg: invariance, variance and covariance.
+    """Return the three terms of VICReg: invariance, variance and covariance.
 
-    Nested-loop meaning, cov_v being the covariances (divided by B - 1) of the features of view v: the mean
-    over images and features of the squared difference between the views; the mean over views and features i
-    of max(0, 1 - sqrt(cov_v[i, i] + eps)); the sum over views of 1/D times the sum over i and all j != i of
-    cov_v[i, j]^2.
+    cov_v are the covariances (divided by B - 1) of the features of view v. The terms are:
+
+    - invariance: the mean over images and features of the squared difference between the views;
+    - variance: the mean over views and features i of max(0, 1 - sqrt(cov_v[i, i] + eps));
+    - covariance: the sum over views of 1/D times the sum over i and all j != i of cov_v[i, j]^2.
 
     Args:
         z1_BD, z2_BD: embeddings of two views of the same B >= 2 images, not normalised.
-        eps: added to the variance under the root.
+        eps: added to the variance under the square root.
 
     Returns:
-        (invariance, variance, covariance), scalars in float32 or better, to be weighted by the caller (25,
-        25, 1 in the paper).
+        (invariance, variance, covariance), scalars in float32 or better. The caller weights them (25, 25, 1
+        in the paper).
 
     Raises:
-        ValueError: not exactly two matrices of one shape, or a batch of one image.
+        ValueError: the arguments are not two matrices of one shape, or the batch has only one image.
 
-    Source: Bardes et al., arXiv:2105.04906, eq. 1 to 5, as in the authors' code and in lightly:
-    variance averaged over the two views (summed in the paper's eq. 6 and in solo-learn: twice this one),
-    covariance summed.
+    Source: Bardes et al., arXiv:2105.04906, eq. 1 to 5, with the scale of the authors' code and of lightly.
+    They average the variance over the two views and sum the covariance. The paper's eq. 6 and solo-learn also
+    sum the variance, so their value is twice this one.
     """
     check_two_views("vicreg", z1_BD, z2_BD)
     batch, dims = z1_BD.shape
@@ -52,8 +56,11 @@ def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, *, eps: float = 1e-4) -> tuple[Te
 
 
 class _Covariance(torch.autograd.Function):
-    """The sum of the squared differences between two views; the variances of each one's features; the sum
-    over views and over i and j != i of cov_ij^2 for their covariances, divided by batch - 1.
+    """The squared differences, variances and squared covariances of two views.
+
+    The first result is the sum of the squared differences between the views. The second one is the variances
+    of the features of each view. The third one is the sum over views, i and j != i of cov_ij^2. Covariances
+    are divided by batch - 1.
     """
 
     @staticmethod
@@ -93,7 +100,7 @@ class _Covariance(torch.autograd.Function):
 
 
 class _CovarianceByGram(torch.autograd.Function):
-    """What `_Covariance` gives, through the Gram matrix of each view."""
+    """The results of `_Covariance`, computed from the Gram matrix of each view."""
 
     @staticmethod
     def forward(ctx: Any, *z_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Barlow Twins and VICReg share: views that are centred a part at a time, and products of features.
+"""Products of features for Barlow Twins and VICReg, computed in parts to save memory.
 
-Both sum the squares of what lies off the diagonal of a D x D matrix C = A^T B of products of features. Where
-the batch is smaller than the width, that matrix is never made: the sum of all its squares is the product of
-two B x B Gram matrices, |A^T B|^2 = <A A^T, B B^T>, and the diagonal is taken off. Embeddings are centred
-and scaled in parts, in both passes, so that little is held beside the gradients and the smaller matrices.
+Both losses sum the squares of the off-diagonal elements of a D x D matrix C = A^T B of products of features.
+If the batch is smaller than D, that matrix is never computed. The sum of all its squares is then the
+product of two B x B Gram matrices, |A^T B|^2 = <A A^T, B B^T>. The squares of the diagonal are subtracted.
+Embeddings are centered and scaled in parts, in the forward and in the backward pass. Apart from the
+gradients and the smaller matrices, this needs little memory.
 
-Legend: V views, B batch, D dims; in parts, b some images or d some dims; N x N the smaller matrix.
+Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions; N x N the
+smaller matrix.
 """
 
 from typing import NamedTuple
@@ -18,33 +20,35 @@ from hf_ssl.losses.precision import raised
 
 
 class _Sizes(NamedTuple):
-    """A part of the embeddings has about `numbers` values, but is at least `depth` deep in the direction that
-    products sum over; Gram matrices are made `rows` rows at a time.
-    """
+    """The sizes of the parts."""
 
     depth: int
+    """The smallest length of a part in the direction over which products sum."""
     numbers: int
+    """The approximate number of values of a part."""
     rows: int
+    """The number of rows of a Gram matrix in one product."""
 
 
-# On a CPU large enough for fast products, small enough to stay in its caches.
+# On a CPU, these are large enough for fast products and small enough for the caches.
 _SIZES = {"cpu": _Sizes(1024, 2**20, 512)}
 _SIZES_ELSEWHERE = _Sizes(4096, 2**24, 4096)
 _ALL = slice(None)
 
 
 def check_two_views(name: str, z1_BD: Tensor, z2_BD: Tensor) -> None:
+    """Raise `ValueError` unless these are two matrices of one shape with at least two rows."""
     if z1_BD.ndim != 2 or z1_BD.shape != z2_BD.shape:
         raise ValueError(
-            f"{name} takes exactly two views (batch, dims) of one shape, got {tuple(z1_BD.shape)} and "
+            f"{name}: expected two views of one shape (batch, dimensions), got {tuple(z1_BD.shape)} and "
             f"{tuple(z2_BD.shape)}"
         )
     if len(z1_BD) < 2:
-        raise ValueError(f"{name} needs a batch of at least 2 images for its statistics, got {len(z1_BD)}")
+        raise ValueError(f"{name}: expected at least 2 images for the statistics, got {len(z1_BD)}")
 
 
 class CenteredView(NamedTuple):
-    """Embeddings whose parts come centred and, with a scale, normalised. Only the statistics are held."""
+    """Embeddings with their statistics. Its parts are centered and, if there is a scale, normalized."""
 
     z_BD: Tensor
     mean_D: Tensor
@@ -52,35 +56,38 @@ class CenteredView(NamedTuple):
 
     @classmethod
     def centered(cls, z_BD: Tensor) -> "CenteredView":
+        """Return a view whose parts have mean 0."""
         return cls(z_BD, torch.cat([raised(z_BD[:, dims]).mean(0) for dims in parts(z_BD, 1)]))
 
     @classmethod
     def normalized(cls, z_BD: Tensor) -> "CenteredView":
+        """Return a view whose parts have mean 0 and variance 1 (biased, eps 1e-5)."""
         view = cls.centered(z_BD)
         variance_D = torch.cat([view.part(dims=dims).square_().mean(0) for dims in parts(z_BD, 1)])
         return cls(z_BD, view.mean_D, (variance_D + 1e-5).rsqrt())
 
     def part(self, images: slice = _ALL, dims: slice = _ALL) -> Tensor:
+        """Return some rows and columns, centered and scaled, in new memory."""
         centered = self.z_BD[images, dims] - self.mean_D[dims]
         return centered if self.scale_D is None else centered.mul_(self.scale_D[dims])
 
 
 def parts(z_BD: Tensor, direction: int) -> list[slice]:
-    """Parts of the batch (direction 0) or of the dims (1)."""
+    """Return the slices of the batch (direction 0) or of the dimensions (1)."""
     sizes = _SIZES.get(z_BD.device.type, _SIZES_ELSEWHERE)
     length = max(sizes.depth, sizes.numbers // z_BD.shape[1 - direction])
     return [slice(start, start + length) for start in range(0, z_BD.shape[direction], length)]
 
 
 def add_gram(gram_NN: Tensor, x_NM: Tensor) -> None:
-    """Add x x^T, above and on the diagonal; what falls below it is made good by `mirror`."""
+    """Add x x^T to the blocks of `gram_NN` on and above the diagonal. `mirror` fills the others."""
     rows = _SIZES.get(x_NM.device.type, _SIZES_ELSEWHERE).rows
     for start in range(0, len(x_NM), rows):
         gram_NN[start : start + rows, start:].addmm_(x_NM[start : start + rows], x_NM[start:].T)
 
 
 def mirror(gram_NN: Tensor) -> Tensor:
-    """Fill what `add_gram` left out, in place."""
+    """Copy the blocks above the diagonal to those below it, in place, after `add_gram`."""
     rows = _SIZES.get(gram_NN.device.type, _SIZES_ELSEWHERE).rows
     for end in range(rows, len(gram_NN), rows):
         gram_NN[end:, end - rows : end] = gram_NN[end - rows : end, end:].T
@@ -88,11 +95,11 @@ def mirror(gram_NN: Tensor) -> Tensor:
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of the products of all numbers, exact enough for a large sum to be taken from it."""
+    """Return the sum of the products of all numbers, exact enough for subtracting another large sum."""
     parts = zip(x.flatten().split(2**20), y.flatten().split(2**20), strict=True)
     return torch.stack([(one * other).sum(dtype=widest(x)) for one, other in parts]).sum()
 
 
 def widest(tensor: Tensor) -> torch.dtype:
-    """float64, but on Apple's accelerator, which has none."""
+    """Return float64, except on Apple's accelerator, which does not support it."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses are computed in float32 or better, whatever precision the model runs in."""
+"""Makes losses compute in float32 or better, independent of the precision of the model."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,17 +10,18 @@ from torch import Tensor
 
 
 def raised(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 if it is in half precision; float32 and float64 are left alone (gradcheck needs
-    float64).
+    """Return a tensor in half precision as float32, and any other tensor as it is.
+
+    float64 does not change because gradcheck needs it.
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function of tensors so that autocast does not lower what it computes.
+    """Wrap a function of tensors so that autocast does not lower its precision.
 
-    For losses that raise half precision themselves, a block at a time, and for backward passes, which may be
-    called inside an autocast region.
+    This is for losses that convert half precision themselves, one block at a time. It is also for backward
+    passes, because they may run inside an autocast region.
     """
 
     @wraps(function)
@@ -35,9 +36,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a loss so that its tensor arguments are raised by `raised` and autocast does not lower them
-    again.
-    """
+    """Wrap a loss so that it computes in float32 or better, also for half precision and under autocast."""
     loss = without_autocast(loss)
 
     @wraps(loss)

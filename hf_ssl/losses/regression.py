@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that predict a target: another view's embedding, a patch's pixels or features.
+"""Losses that predict a target: the embedding of another view, or the pixels or features of a patch.
 
-Legend: B batch, D dims, N patches, P values in a patch.
+Legend: B batch, D dimensions, N patches, P values in a patch.
 """
 
 import torch
@@ -13,25 +13,26 @@ from hf_ssl.losses.precision import full_precision
 
 @full_precision
 def cosine_regression(prediction_BD: Tensor, target_BD: Tensor) -> Tensor:
-    """Squared distance between the directions of predictions and targets (BYOL, SimSiam, DirectPred).
+    """Return the squared distance between normalized predictions and targets (BYOL, SimSiam, DirectPred).
 
     Args:
-        prediction_BD, target_BD: embeddings of two views of the same B images; normalised inside. The caller
-            detaches the target.
+        prediction_BD, target_BD: embeddings of two views of the same B images. This function normalizes them.
+            The caller detaches the target.
 
     Returns:
-        Scalar in [0, 4]: mean over images of 2 - 2 cos.
+        A scalar in [0, 4]: the mean over images of 2 - 2 cos.
 
     Raises:
-        ValueError: not two matrices of one shape.
+        ValueError: the arguments are not two matrices of one shape.
 
-    Source: Grill et al., arXiv:2006.07733, eq. 2, which BYOL adds for both directions. The authors' code and
-    solo-learn have the same scale. SimSiam (arXiv:2011.10566, eq. 1 and 2) and lightly take half the sum of
-    -cos over both directions: a quarter of the gradient of BYOL's sum, so an lr for SGD differs by 4.
+    Source: Grill et al., arXiv:2006.07733, eq. 2. BYOL adds this loss for both directions. The authors' code
+    and solo-learn have the same scale. SimSiam (arXiv:2011.10566, eq. 1 and 2) and lightly use half the sum
+    of -cos over both directions. Its gradient is a quarter of that of BYOL's sum, so learning rates for SGD
+    differ by a factor of 4.
     """
     if prediction_BD.ndim != 2 or prediction_BD.shape != target_BD.shape:
         raise ValueError(
-            f"cosine_regression needs predictions and targets (batch, dims) of one shape, got "
+            "cosine_regression: expected predictions and targets of one shape (batch, dimensions), got "
             f"{tuple(prediction_BD.shape)} and {tuple(target_BD.shape)}"
         )
     cosine_B = (normalize(prediction_BD, dim=-1) * normalize(target_BD, dim=-1)).sum(-1)
@@ -42,37 +43,37 @@ def cosine_regression(prediction_BD: Tensor, target_BD: Tensor) -> Tensor:
 def masked_patch_mse(
     prediction_BNP: Tensor, target_BNP: Tensor, mask_BN: Tensor, *, normalize: bool
 ) -> Tensor:
-    """Mean squared error over the values of masked patches (MAE).
+    """Return the mean squared error over the values of masked patches (MAE).
 
     Args:
         prediction_BNP: predicted values of all N patches.
-        target_BNP: the patches themselves; no gradient reaches them.
-        mask_BN: 1 or True where a patch was masked and counts, 0 where the encoder saw it.
-        normalize: compare with patches that have mean 0 and variance 1 each (unbiased variance, eps 1e-6).
+        target_BNP: the patches themselves. They get no gradient.
+        mask_BN: 1 or True for masked patches, which count, and 0 for patches that the encoder saw.
+        normalize: whether to normalize each target patch to mean 0 and variance 1 (unbiased, eps 1e-6).
 
     Returns:
-        Scalar: mean over the values of all masked patches of the batch; NaN if none is masked.
+        A scalar: the mean over the values of all masked patches of the batch. NaN if no patch is masked.
 
     Raises:
-        ValueError: shapes that do not belong together, or patches of one value that are to be normalised.
+        ValueError: the shapes do not match, or patches of one value cannot be normalized.
 
-    Source: He et al., arXiv:2111.06377, section 3; the authors' `forward_loss` and transformers' ViTMAE have
+    Source: He et al., arXiv:2111.06377, section 3. The authors' `forward_loss` and transformers' ViTMAE have
     the same scale.
     """
     if prediction_BNP.ndim != 3 or prediction_BNP.shape != target_BNP.shape:
         raise ValueError(
-            "masked_patch_mse needs predictions and targets (batch, patches, values) of one shape, got "
+            "masked_patch_mse: expected predictions and targets of one shape (batch, patches, values), got "
             f"{tuple(prediction_BNP.shape)} and {tuple(target_BNP.shape)}"
         )
     if mask_BN.shape != target_BNP.shape[:2]:
         raise ValueError(
-            f"masked_patch_mse needs a mask {tuple(target_BNP.shape[:2])} (batch, patches), got "
+            f"masked_patch_mse.mask_BN: expected a mask {tuple(target_BNP.shape[:2])} (batch, patches), got "
             f"{tuple(mask_BN.shape)}"
         )
     target_BNP = target_BNP.detach()
     if normalize:
         if target_BNP.shape[2] < 2:
-            raise ValueError("masked_patch_mse cannot normalise patches of one value")
+            raise ValueError("masked_patch_mse.target_BNP: expected patches of at least 2 values, got 1")
         variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=-1, keepdim=True)
         target_BNP = (target_BNP - mean_BN1) / (variance_BN1 + 1e-6).sqrt()
     error_BN = (prediction_BNP - target_BNP).square().mean(-1)
@@ -81,24 +82,25 @@ def masked_patch_mse(
 
 @full_precision
 def latent_smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Smooth L1 distance between predicted and actual features (I-JEPA).
+    """Return the smooth L1 distance between predicted and target features (I-JEPA).
 
     Args:
-        prediction: predicted features, any shape.
-        target: of the same shape, layer-normalised by the caller already; no gradient reaches it.
+        prediction: predicted features of any shape.
+        target: features of the same shape, to which the caller has applied layer normalization. They get no
+            gradient.
 
     Returns:
-        Scalar: mean over all numbers of d^2 / 2 where |d| < 1 and |d| - 1 / 2 elsewhere (beta 1).
+        A scalar: the mean over all numbers of d^2 / 2 where |d| < 1 and |d| - 1 / 2 elsewhere (beta 1).
 
     Raises:
-        ValueError: different shapes, or nothing in them.
+        ValueError: the shapes differ, or the tensors are empty.
 
-    Source: the authors' `train.py` of I-JEPA (same scale); the paper (Assran et al., arXiv:2301.08243,
-    section 3) writes a squared distance, summed over the features of a patch.
+    Source: the authors' `train.py` of I-JEPA has the same scale. The paper (Assran et al., arXiv:2301.08243,
+    section 3) has a squared distance, summed over the features of a patch.
     """
     if prediction.shape != target.shape or not prediction.numel():
         raise ValueError(
-            f"latent_smooth_l1 needs predictions and targets of one shape that is not empty, got "
+            "latent_smooth_l1: expected predictions and targets of one shape that is not empty, got "
             f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         )
     return smooth_l1_loss(prediction, target.detach())

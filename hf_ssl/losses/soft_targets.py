@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross entropy of every view's prediction against the soft targets of other views, as SwAV and DINO need it.
+"""The cross entropy of every view against the soft targets of the other views, for SwAV and DINO.
 
-Legend: V views, the first A of which have targets; B batch, K classes; in parts, b some images.
+Legend: V views, the first A of which have targets; B batch, K classes; in parts, b some of the images.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from torch.autograd.function import once_differentiable
 
 from hf_ssl.losses.precision import raised, without_autocast
 
-# Logits of all views that are worked on at once. On a CPU they stay in its caches.
+# The number of logits in one part. On a CPU, they fit into the caches.
 _NUMBERS = {"cpu": 2**19}
 _NUMBERS_ELSEWHERE = 2**24
 
-# Makes probabilities of a part (A, b, K) of the targets.
+# Returns the probabilities of a part (A, b, K) of the targets.
 Sharpen = Callable[[Tensor], Tensor]
 
 
 def cross_view_entropy(
     scores_VBK: Tensor, targets_ABK: Tensor, temperature: float, sharpen: Sharpen
 ) -> Tensor:
-    """Mean over images and over pairs (a, v) of different views of the cross entropy of
-    `softmax(scores_v / temperature)` against `sharpen(targets_a)`.
+    """Return the mean cross entropy over images and over pairs (a, v) of different views.
 
-    The entropy is linear in the target, so the targets of all pairs are added first and each view's softmax
-    is made once; a few images at a time, again in the backward pass, so that beside the gradient of the
-    scores nothing of their size is held. No gradient reaches the targets.
+    A pair compares `softmax(scores_v / temperature)` with `sharpen(targets_a)`. The entropy is linear in the
+    target. This function therefore adds the targets of all pairs first, and each view needs only one softmax.
+    It computes a few images at a time, in the forward and again in the backward pass. The only new tensor of
+    the size of the scores is their gradient. The targets get no gradient.
     """
     pairs = len(targets_ABK) * (len(scores_VBK) - 1)
     total = _CrossViewEntropy.apply(scores_VBK, targets_ABK.detach(), temperature, sharpen)
@@ -37,29 +37,31 @@ def cross_view_entropy(
 
 
 def check_views(name: str, scores_VBK: Tensor, targets_ABK: Tensor, targets: str) -> None:
-    """Refuse shapes that `cross_view_entropy` cannot pair."""
+    """Raise `ValueError` for shapes that `cross_view_entropy` cannot pair."""
     if scores_VBK.ndim != 3 or len(scores_VBK) < 2 or 0 in scores_VBK.shape:
-        raise ValueError(f"{name} needs scores (views >= 2, batch, classes), got {tuple(scores_VBK.shape)}")
+        raise ValueError(
+            f"{name}: expected scores (views >= 2, batch, classes), got {tuple(scores_VBK.shape)}"
+        )
     if targets_ABK.ndim != 3 or scores_VBK.shape[1:] != targets_ABK.shape[1:]:
         raise ValueError(
-            f"{name} needs {targets} (views, batch, classes) for the batch and classes of the scores, "
+            f"{name}: expected {targets} (views, batch, classes) with the batch and classes of the scores "
             f"{tuple(scores_VBK.shape)}, got {tuple(targets_ABK.shape)}"
         )
     if not 1 <= len(targets_ABK) <= len(scores_VBK):
         raise ValueError(
-            f"{name} needs {targets} of 1 to {len(scores_VBK)} views, the first of those with scores, got "
+            f"{name}: expected {targets} of 1 to {len(scores_VBK)} views, the first views with scores, got "
             f"{len(targets_ABK)}"
         )
 
 
 def check_temperature(name: str, temperature: float | Tensor) -> None:
-    """Refuse a temperature that is not positive; one in a tensor is not looked at."""
+    """Raise `ValueError` for a temperature that is not positive. A temperature in a tensor is not checked."""
     if not isinstance(temperature, Tensor) and temperature <= 0:
-        raise ValueError(f"{name} needs a temperature above 0, got {temperature}")
+        raise ValueError(f"{name}: expected a temperature above 0, got {temperature}")
 
 
 class _CrossViewEntropy(torch.autograd.Function):
-    """Sum over images, a, and v != a of the cross entropy of v against a."""
+    """The sum over images, a, and v != a of the cross entropy of v against a."""
 
     @staticmethod
     def forward(
@@ -70,7 +72,7 @@ class _CrossViewEntropy(torch.autograd.Function):
         for images in _parts(scores_VBK):
             targets_AbK = sharpen(targets_ABK[:, images])
             log_VbK = (raised(scores_VBK[:, images]) / temperature).log_softmax(-1)
-            total += (log_VbK[:assigned] * targets_AbK).sum()  # a view is no target of its own
+            total += (log_VbK[:assigned] * targets_AbK).sum()  # a view is not its own target
             total -= (log_VbK.sum(0) * targets_AbK.sum(0)).sum()
         ctx.save_for_backward(scores_VBK, targets_ABK)
         ctx.temperature, ctx.sharpen = temperature, sharpen

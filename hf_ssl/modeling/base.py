@@ -134,8 +134,8 @@ class SSLPreTrainedModel(Declared, PreTrainedModel):
         batch first, on the CPU.
 
         A function of the seeds and of what `before_step` wrote, so that it is the same for any number of
-        processes, after a resumption and when it is called again; `hf_ssl.views.uniforms` makes numbers, and
-        those from `hf_ssl.views.FOR_METHODS` on are free.
+        processes, after a resumption and when it is called again; `hf_ssl.random.uniforms` makes numbers, and
+        those from `hf_ssl.random.FIRST_METHOD_NUMBER` on are free.
 
         Args:
             seeds: (B,) uint64, one for each image and pass over the data.

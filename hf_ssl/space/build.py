@@ -20,7 +20,6 @@ from hf_ssl import __version__
 from hf_ssl.cards import last_part, public
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.images import EncodedRows, decoded_rows
-from hf_ssl.data.ordering import permutation
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
@@ -33,6 +32,7 @@ from hf_ssl.evaluation import (
 from hf_ssl.evaluation.features import Pooling
 from hf_ssl.files import replaced_folder, write_json
 from hf_ssl.progress import progress
+from hf_ssl.random import permutation
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import FACTS, check_packages
 

@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from hf_ssl.views.drawing import ViewParameters, send
+from hf_ssl.views.operations import to_device
+from hf_ssl.views.parameters import ViewParameters
 
-_BANK_BYTES = 2**25
+_TABLE_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class Crops:
-    """What stage one leaves: crops of the views' pixel size, neither flipped nor coloured."""
+    """The result of stage one: crops of the views' size in pixels, without flip and color changes."""
 
     global_crops: Tensor
-    """(B, V, C, S, S) uint8; a pixel's channels lie side by side in memory."""
+    """(B, V, C, S, S) uint8; the channels of a pixel are side by side in memory."""
     local_crops: Tensor | None = None
 
     def __len__(self) -> int:
@@ -53,13 +54,13 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
 
     Args:
         images: B tensors (C, H, W) uint8 on the CPU, each of its own size.
-        parameters: drawn for these images.
+        parameters: sampled for these images.
 
     Raises:
-        ValueError: the parameters were not drawn for these images.
+        ValueError: the parameters were sampled for other images.
     """
     if len(images) != len(parameters):
-        raise ValueError(f"expected one image for each of {len(parameters)} draws, got {len(images)} images")
+        raise ValueError(f"images: expected {len(parameters)}, one for each parameter row, got {len(images)}")
     preset, views = parameters.preset, parameters.preset.expand()
     channels = images[0].shape[0] if images else len(preset.mean)
     shapes = ((preset.global_count, preset.size), (preset.local_count, preset.local_size))
@@ -73,14 +74,16 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
 
 
 def _crop_one(image: Tensor, box: list[int], size: int, interpolation: str) -> Tensor:
-    """(C, H, W) to (size, size, C)."""
+    """Return the resized crop (size, size, C) of an image (C, H, W)."""
     top, left, height, width = box
     patch = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
     channels = patch.shape[2]
     if patch.shape != (height, width, channels):
         got = f"{image.shape[1]} x {image.shape[2]}"
-        raise ValueError(f"expected the images that were drawn for, got one of {got} pixels")
-    # With these strides and no others torch takes its fast path for a batch of one.
+        raise ValueError(
+            f"images: expected those for which the parameters were sampled, got an image of {got} pixels"
+        )
+    # torch uses its fast path for a batch of one only with these strides.
     strides = (height * width * channels, 1, width * channels, channels)
     patch = patch.as_strided((1, channels, height, width), strides)
     return interpolate(patch, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
@@ -89,17 +92,19 @@ def _crop_one(image: Tensor, box: list[int], size: int, interpolation: str) -> T
 def crop_batch(
     images: Tensor, boxes: NDArray[np.float32], flip: NDArray[np.float32], size: int, interpolation: str
 ) -> Tensor:
-    """Crops, resizes and flips a batch by two small matrix products a sample: antialiased, on any device.
+    """Crop, resize and flip a batch by two small matrix products per sample, with antialiasing.
+
+    It works on any device.
 
     Args:
         images: (N, C, H, W) uint8.
         boxes: (N, 4) top, left, height, width.
-        flip: (N,) 1.0 for samples to be mirrored.
+        flip: (N,) 1.0 for samples that are flipped.
         size: side of the result.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        (N, C, size, size) float32 in [0, 1] (bicubic overshoots and is clamped, as torchvision clamps uint8).
+        (N, C, size, size) float32 in [0, 1]. Bicubic values outside are clamped, as by torchvision for uint8.
     """
     count, channels, height, width = images.shape
     top, left, box_height, box_width = boxes.T
@@ -114,10 +119,18 @@ def crop_batch(
 def resampling_weights(
     start: Tensor, length: Tensor, flip: Tensor, side: int, size: int, interpolation: str
 ) -> Tensor:
-    """(N, size, side): row i has the share of each input pixel in output pixel i, for boxes from `start`.
+    """Return the weight of each input pixel in each output pixel, for boxes from `start`: (N, size, side).
 
-    Antialiased as in Pillow and torch: the filter is stretched by the factor by which the box shrinks; pixels
-    outside the box have no share, and the shares sum to 1. Where `flip` is 1 the rows are in reverse order.
+    The antialiasing is that of Pillow and torch: the filter is stretched by the factor by which the box
+    shrinks. Pixels outside the box have weight 0, and the weights of an output pixel sum to 1. Where `flip`
+    is 1, the output pixels are in reverse order.
+
+    Args:
+        start, length: (N,) the box along this axis, in pixels.
+        flip: (N,) 0 or 1.
+        side: of the input, in pixels.
+        size: of the output, in pixels.
+        interpolation: "bilinear" or "bicubic".
     """
     scale = (length / size)[:, None, None]
     output = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
@@ -138,23 +151,23 @@ def _weights(
     interpolation: str,
     device: torch.device,
 ) -> Tensor:
-    """`resampling_weights`, looked up where a table of all boxes is small."""
-    if 4 * size * side * side * (side + 1) > _BANK_BYTES:
+    """Return `resampling_weights`, from a table of all boxes if such a table is small."""
+    if 4 * size * side * side * (side + 1) > _TABLE_BYTES:
         start_, length_, flip_ = (
-            send(np.ascontiguousarray(values), device) for values in (start, length, flip)
+            to_device(np.ascontiguousarray(values), device) for values in (start, length, flip)
         )
         return resampling_weights(start_, length_, flip_, side, size, interpolation)
     shorter = (length - 1) * (side + 1 - length / 2)
     index = (2 * (shorter + start) + flip).astype(np.int64)
-    return _bank(side, size, interpolation, device).index_select(0, send(index, device))
+    return _table(side, size, interpolation, device).index_select(0, to_device(index, device))
 
 
 @lru_cache(maxsize=8)
-def _bank(side: int, size: int, interpolation: str, device: torch.device) -> Tensor:
-    """(side * (side + 1), size, side): the weights of all boxes, sorted by length, start and flip."""
+def _table(side: int, size: int, interpolation: str, device: torch.device) -> Tensor:
+    """Return the weights of all boxes, sorted by length, start and flip: (side * (side + 1), size, side)."""
     lengths = range(1, side + 1)
     boxes = [(start, n, flip) for n in lengths for start in range(side - n + 1) for flip in (0, 1)]
-    start, length, flip = send(np.array(boxes, np.float32), device).unbind(1)
+    start, length, flip = to_device(np.array(boxes, np.float32), device).unbind(1)
     return resampling_weights(start, length, flip, side, size, interpolation)
 
 
@@ -163,7 +176,7 @@ def _triangle(distance: Tensor) -> Tensor:
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.5, the one that antialiased bicubic has in Pillow and torch."""
+    """Return Keys' kernel with a = -0.5, as Pillow and torch do for bicubic resizing with antialiasing."""
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
     return torch.where(distance < 1, near, far * (distance < 2))

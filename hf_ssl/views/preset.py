@@ -1,171 +1,294 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A preset: everything that decides how views of an image are made, as plain data. Loads neither torch nor
-numpy.
+"""The settings of the augmentation as plain data, with their limits.
 
-The recipe's `views` section is this dataclass (OmegaConf structures it), and the method's config keeps it as
-a dict, so that a checkpoint alone is enough to repeat its views. Colour strengths are torchvision's:
-`brightness=0.8` draws a factor from [0.2, 1.8], `hue=0.2` a rotation from [-0.2, 0.2] turns.
+`ViewSettings` is the only list of settings: name, type, default, limits and meaning. `ViewOverrides` (the
+same settings, all optional) and `ViewPreset` (the same settings and those of a whole preset) derive from it.
+This module loads neither torch nor numpy.
+
+The recipe's section `views` is a `ViewPreset`. A method's config stores it as a dict, so that a checkpoint is
+enough to repeat the augmentation.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 from hf_ssl.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bilinear", "bicubic")
+COLOR_STRENGTHS = ("brightness", "contrast", "saturation", "hue")
+LARGEST = 1e6
+
+
+def _setting(default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
+    """Return a dataclass field with the limits of its values: a test, and its description for errors."""
+    return field(default=default, metadata={"expected": expected, "holds": holds})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_between(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _whole(default: int) -> Any:
+    return _setting(default, "a whole number of at least 1", _is_whole)
+
+
+def _probability(default: float) -> Any:
+    return _setting(default, "a probability between 0 and 1", lambda value: _is_between(value, 0, 1))
+
+
+def _strength(default: float) -> Any:
+    return _setting(default, "a number of at least 0", lambda value: _is_between(value, 0, LARGEST))
+
+
+def _range(default: tuple[float, float], meaning: str, largest: float = LARGEST) -> Any:
+    def holds(value: Any) -> bool:
+        is_pair = isinstance(value, tuple | list) and len(value) == 2
+        return is_pair and all(_is_between(end, 0, largest) for end in value) and 0 < value[0] <= value[1]
+
+    limit = " <= 1" if largest == 1 else ""
+    return _setting(default, f"{meaning} with 0 < low <= high{limit}", holds)
 
 
 @dataclass
-class ViewOverrides:
-    """What differs from the preset for some of its views; None means: as in the preset."""
-
-    size: int | None = None
-    count: int | None = None
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] | None = None
-    interpolation: str | None = None
-    flip: float | None = None
-    jitter: float | None = None
-    brightness: float | None = None
-    contrast: float | None = None
-    saturation: float | None = None
-    hue: float | None = None
-    gray: float | None = None
-    blur: float | None = None
-    blur_sigma: tuple[float, float] | None = None
-    blur_kernel: int | None = None
-    solarize: float | None = None
-    solarize_threshold: float | None = None
-
-
-@dataclass(frozen=True)
 class ViewSettings:
-    """One view with every override filled in; the fields mean what they mean in `ViewPreset`."""
+    """The settings of one view.
 
-    size: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    interpolation: str
-    flip: float
-    jitter: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    gray: float
-    blur: float
-    blur_sigma: tuple[float, float]
-    blur_kernel: int
-    solarize: float
-    solarize_threshold: float
-
-
-@dataclass
-class ViewPreset:
-    """How views are made. Sizes are pixels of a square's side; `flip`, `jitter`, `gray`, `blur`, `solarize`
-    are probabilities; `scale` is the share of the image's area that a crop keeps, `ratio` its width / height.
-
-    The order of the operations: crop, flip, jitter (its four parts in random order), grey, blur, solarise,
-    enlarge, normalise. The defaults are SimCLR's for ImageNet (arXiv:2002.05709, appendix A) but for bilinear
-    crops and normalised pixels.
+    `jitter`, `gray`, `blur` and the like are probabilities. The strengths of the color jitter are those of
+    torchvision: `brightness=0.8` samples a factor from [0.2, 1.8].
     """
 
-    size: int = 224
-    count: int = 2
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.8
-    contrast: float = 0.8
-    saturation: float = 0.8
-    hue: float = 0.2
-    gray: float = 0.2
-    blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int | None = None
-    """Pixels; None: 2 * (size // 20) + 1, at least 3, as the SimCLR author's code has it."""
-    solarize: float = 0.0
-    solarize_threshold: float = 0.5
+    size: int = _whole(224)
+    """The side of the view in pixels."""
+    count: int = _whole(2)
+    """The number of global views of an image, or of local views."""
+    scale: tuple[float, float] = _range((0.08, 1.0), "fractions of the image's area", 1)
+    """The fraction of the image's area that the crop keeps."""
+    ratio: tuple[float, float] = _range((3 / 4, 4 / 3), "ratios of width to height")
+    """The width of the crop divided by its height."""
+    interpolation: str = _setting(
+        "bilinear", " or ".join(INTERPOLATIONS), lambda value: value in INTERPOLATIONS
+    )
+    flip: float = _probability(0.5)
+    """The probability of a horizontal flip."""
+    jitter: float = _probability(0.8)
+    """The probability of the color jitter."""
+    brightness: float = _strength(0.8)
+    contrast: float = _strength(0.8)
+    saturation: float = _strength(0.8)
+    hue: float = _setting(0.2, "between 0 and 0.5 turns", lambda value: _is_between(value, 0, 0.5))
+    """`hue=0.2` samples a rotation from [-0.2, 0.2] turns."""
+    gray: float = _probability(0.2)
+    """The probability of the conversion to grayscale."""
+    blur: float = _probability(0.5)
+    """The probability of the Gaussian blur."""
+    blur_sigma: tuple[float, float] = _range((0.1, 2.0), "sigmas in pixels")
+    blur_kernel: int | None = _setting(
+        None, "an odd number of pixels of at least 1", lambda value: _is_whole(value) and value % 2 == 1
+    )
+    """Pixels. None stands for 2 * (size // 20) + 1 and at least 3, as in the code of SimCLR's author."""
+    solarize: float = _probability(0.0)
+    """The probability of the solarization."""
+    solarize_threshold: float = _setting(
+        0.5, "a pixel value between 0 and 1", lambda value: _is_between(value, 0, 1)
+    )
+
+    @property
+    def blur_kernel_size(self) -> int:
+        """The side of the blur's kernel in pixels, also where `blur_kernel` is None."""
+        return max(3, 2 * (self.size // 20) + 1) if self.blur_kernel is None else self.blur_kernel
+
+
+# mypy sees `Any`, so that it accepts all settings as arguments. The types of the fields exist at run time.
+_OptionalSettings: Any = make_dataclass(
+    "_OptionalSettings", [(name, hint | None, None) for name, hint in get_type_hints(ViewSettings).items()]
+)
+
+
+class ViewOverrides(_OptionalSettings):
+    """The settings that some of the views have instead of the preset's; None keeps the preset's value.
+
+    The base class is a dataclass. Without a decorator of its own, this class has the constructor of the base.
+    """
+
+
+@dataclass
+class ViewPreset(ViewSettings):
+    """The settings of all views of an image.
+
+    The augmentations run in this order: crop, flip, color jitter (its four parts in random order), the
+    operations in `hf_ssl.views.operations.OPERATIONS`, enlargement, normalization. The defaults are SimCLR's
+    for ImageNet (arXiv:2002.05709, appendix A), except bilinear crops and normalized pixels.
+    """
+
     second: ViewOverrides | None = None
-    """What differs for every second global view (numbers 1, 3, ...): BYOL, Barlow Twins, DINO."""
+    """Other settings for every second global view (numbers 1, 3, ...): BYOL, Barlow Twins, DINO."""
     local: ViewOverrides | None = None
-    """Local views (multi-crop): `count` is required, the rest is inherited."""
+    """Settings of the local views (multi-crop). `count` is required, the others are inherited."""
     enlarge: int | None = None
-    """Side to which global views are enlarged (bilinear) at the end; local views by the same factor."""
+    """The side to which global views are enlarged at the end (bilinear); local views by the same factor."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViewPreset":
-        """The inverse of `to_dict`; absent keys keep their defaults, an unknown one raises `UserError`."""
+        """Return the preset of a dict made by `to_dict`. Absent keys keep their defaults.
+
+        Raises:
+            UserError: a key is unknown.
+        """
         return _read(cls, values, "views")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers, strings and dicts: equal to itself after a round trip through JSON."""
+        """Return plain lists, numbers, strings and dicts, which are equal after a round trip through JSON."""
         return _plain(asdict(self))
 
     def check(self, channels: int) -> None:
-        """Raises `UserError` with one sentence if images of so many channels cannot be viewed like this."""
-        from hf_ssl.views.checks import check_preset
+        """Check all settings for images with this number of channels.
 
-        check_preset(self, channels)
+        Raises:
+            UserError: a setting is outside its limits. The message names the key, for example `views.hue`.
+        """
+        if channels < 1:
+            raise UserError(f"channels: expected at least 1, got {channels}")
+        if not _is_whole(self.count):
+            _fail("views.count", "a whole number of at least 1", self.count)
+        _check_overrides(self)
+        views = self.expand()
+        kinds: list[tuple[ViewSettings, ViewOverrides | None, str]] = [(views[0], None, "views")]
+        if self.second is not None and self.count > 1:
+            kinds.append((views[1], self.second, "views.second"))
+        if self.local is not None:
+            kinds.append((views[-1], self.local, "views.local"))
+        for settings, overrides, section in kinds:
+            _check_settings(settings, overrides, section, channels)
+        _check_output(self, channels)
 
     def expand(self) -> list[ViewSettings]:
-        """The settings of each view of an image: global views first, then local ones."""
-        views = [_fill(self, self.second if number % 2 else None) for number in range(self.count)]
-        return views + [_fill(self, self.local) for _ in range(self.local_count)]
+        """Return the settings of each view of an image: global views first, then local ones."""
+        views = [_filled(self, self.second if number % 2 else None) for number in range(self.count)]
+        return views + [_filled(self, self.local) for _ in range(self.local_count)]
 
     @property
     def global_count(self) -> int:
+        """The number of global views of an image."""
         return self.count
 
     @property
     def local_count(self) -> int:
+        """The number of local views of an image."""
         return 0 if self.local is None else (self.local.count or 0)
 
     @property
     def local_size(self) -> int:
-        """Side of a local view before it is enlarged."""
+        """The side of a local view in pixels before it is enlarged."""
         return self.size if self.local is None or self.local.size is None else self.local.size
 
     @property
     def final_size(self) -> int:
-        """Side of a global view as the model sees it."""
+        """The side of a global view in pixels in the model's input."""
         return self.size if self.enlarge is None else self.enlarge
 
     @property
     def final_local_size(self) -> int:
-        """Side of a local view as the model sees it."""
+        """The side of a local view in pixels in the model's input."""
         return self.local_size * self.final_size // self.size
 
 
-def _fill(preset: ViewPreset, overrides: ViewOverrides | None) -> ViewSettings:
+def _filled(preset: ViewPreset, overrides: ViewOverrides | None) -> ViewSettings:
+    """Return the settings of one view, with `blur_kernel` as a number."""
     values = {}
-    for field in fields(ViewSettings):
-        value = None if overrides is None else getattr(overrides, field.name)
-        values[field.name] = getattr(preset, field.name) if value is None else value
-    if values["blur_kernel"] is None:
-        values["blur_kernel"] = max(3, 2 * (values["size"] // 20) + 1)
-    return ViewSettings(**values)
+    for item in fields(ViewSettings):
+        value = None if overrides is None else getattr(overrides, item.name)
+        values[item.name] = getattr(preset, item.name) if value is None else value
+    settings = ViewSettings(**values)
+    settings.blur_kernel = settings.blur_kernel_size
+    return settings
+
+
+def _check_overrides(preset: ViewPreset) -> None:
+    if preset.second is not None:
+        if preset.second.count is not None:
+            _fail("views.second.count", "null (it is every second global view)", preset.second.count)
+        if preset.second.size not in (None, preset.size):
+            expected = f"views.size, {preset.size}, because global views are one tensor"
+            _fail("views.second.size", expected, preset.second.size)
+        if preset.count < 2:
+            _fail("views.count", "at least 2 because views.second is given", preset.count)
+    if preset.local is not None and not _is_whole(preset.local.count):
+        _fail("views.local.count", "a whole number of at least 1", preset.local.count)
+
+
+def _check_settings(
+    settings: ViewSettings, overrides: ViewOverrides | None, section: str, channels: int
+) -> None:
+    """Check the settings of one kind of view: each against its limits, then those that belong together."""
+
+    def fail(name: str, expected: str) -> NoReturn:
+        # The key names the place of the value: in the overrides, or in the preset that they inherit from.
+        inherited = overrides is None or getattr(overrides, name) is None
+        _fail(f"views.{name}" if inherited else f"{section}.{name}", expected, getattr(settings, name))
+
+    # The size is first, because the default of `blur_kernel` depends on it.
+    for item in fields(ViewSettings):
+        if not item.metadata["holds"](getattr(settings, item.name)):
+            fail(item.name, item.metadata["expected"])
+    if settings.blur and settings.blur_kernel_size // 2 >= settings.size:
+        fail("blur_kernel", f"less than {2 * settings.size} (twice the view), because edges are mirrored")
+    if channels == 3:
+        return
+    strengths = [name for name in COLOR_STRENGTHS if settings.jitter and getattr(settings, name)]
+    if channels == 1:
+        needs_color = [name for name in strengths if name in ("saturation", "hue")]
+    else:
+        needs_color = ["jitter"] if strengths else []
+    for name in needs_color + (["gray"] if settings.gray else []):
+        fail(name, f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color")
+
+
+def _check_output(preset: ViewPreset, channels: int) -> None:
+    for name in ("mean", "std"):
+        values = getattr(preset, name)
+        if not isinstance(values, tuple | list) or len(values) != channels:
+            _fail(f"views.{name}", f"one number for each of {channels} channels", values)
+        if not all(_is_between(value, -LARGEST, LARGEST) for value in values):
+            _fail(f"views.{name}", "finite numbers", values)
+        if name == "std" and min(values) <= 0:
+            _fail("views.std", "numbers above 0", values)
+    if preset.enlarge is None:
+        return
+    if not _is_whole(preset.enlarge):
+        _fail("views.enlarge", "a whole number of at least 1", preset.enlarge)
+    if preset.enlarge < preset.size:
+        _fail("views.enlarge", f"at least views.size, {preset.size}", preset.enlarge)
+    if preset.local_count and preset.local_size * preset.enlarge % preset.size:
+        expected = f"a side that enlarges local views of {preset.local_size} pixels to whole pixels"
+        _fail("views.enlarge", expected, preset.enlarge)
+
+
+def _fail(key: str, expected: str, got: object) -> NoReturn:
+    raise UserError(f"{key}: expected {expected}, got {list(got) if isinstance(got, tuple) else got!r}")
 
 
 def _read(cls: type, values: dict[str, Any], where: str) -> Any:
-    names = [field.name for field in fields(cls)]
+    names = [item.name for item in fields(cls)]
     for name in values:
         if name not in names:
             close = get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}."
-            raise UserError(f"Unknown key {where}.{name}{hint}")
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
+            raise UserError(f"{where}.{name}: expected a key of {where}, got an unknown one; {hint}")
     read = {}
     for name, value in values.items():
         if name in ("second", "local") and value is not None:
             if not isinstance(value, dict):
-                raise UserError(f"{where}.{name}: expected null or keys that differ, got {value!r}.")
+                _fail(f"{where}.{name}", "null or settings that differ", value)
             value = _read(ViewOverrides, value, f"{where}.{name}")
         read[name] = tuple(value) if isinstance(value, list) else value
     return cls(**read)

@@ -13,6 +13,7 @@ from hf_ssl.data.batch import DeviceRows, ProcessShare
 from hf_ssl.data.decode import decode
 from hf_ssl.data.loader import RowBatches
 from hf_ssl.errors import UserError
+from hf_ssl.random import image_seeds
 from hf_ssl.views import Crops, ViewPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a small machine
@@ -48,11 +49,11 @@ def test_a_batch_contains_the_decoded_rows_and_their_augmentation_parameters(
         assert batch.images.shape == (8, 3, 12, 10) and batch.images.dtype == torch.uint8
         for row, pixels in zip(batch.sample_index.tolist(), batch.images, strict=True):
             assert torch.equal(pixels, decode(encode(picture(row)), 3))
-        seeds = views.seeds(9, epoch, batch.sample_index.numpy().astype(np.uint64))
-        drawn = views.draw(seeds, preset, np.tile([12, 10], (8, 1)))
+        seeds = image_seeds(9, epoch, batch.sample_index.numpy().astype(np.uint64))
+        drawn = views.sample_parameters(seeds, preset, np.tile([12, 10], (8, 1)))
         assert torch.equal(batch.parameters.table, drawn.table)
         assert batch.position is None and batch.broken == []
-    shown = views.apply(first.images, first.parameters)
+    shown = views.augment(first.images, first.parameters)
     assert shown.pixel_values.shape == (8, 2, 3, 8, 8)
 
 

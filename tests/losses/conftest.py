@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Made(TorchDispatchMode):
-    """Collects, in its context, how many numbers each tensor has whose memory is new."""
+    """Collects the sizes of all tensors with new memory inside its context."""
 
     def __init__(self):
         super().__init__()

@@ -9,20 +9,20 @@ from torch.nn.functional import normalize
 from hf_ssl.losses import cluster_cross_entropy, sinkhorn, soft_targets, swapped_prediction
 
 
-def draw(*shape, seed=0):
+def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def cosines(batch, prototypes, dims=8):
-    return normalize(draw(batch, dims, seed=1), dim=1) @ normalize(draw(prototypes, dims, seed=2), dim=1).T
+    return normalize(randn(batch, dims, seed=1), dim=1) @ normalize(randn(prototypes, dims, seed=2), dim=1).T
 
 
 def probabilities(*shape, seed=0):
-    return draw(*shape, seed=seed).softmax(-1)
+    return randn(*shape, seed=seed).softmax(-1)
 
 
 def slow_sinkhorn(scores, epsilon, iterations):
-    """One number at a time, on exponentials as they are."""
+    """Return the assignments one number at a time, without logarithms."""
     matrix = [[math.exp(float(score) / epsilon) for score in row] for row in scores]
     samples, prototypes = range(len(matrix)), range(len(matrix[0]))
     for _ in range(iterations):
@@ -49,9 +49,11 @@ def test_sinkhorn_equals_its_definition(shape, epsilon, iterations):
 
 @pytest.mark.parametrize("scale", [1, 100])
 @pytest.mark.parametrize("epsilon", [0.005, 0.03])
-def test_sinkhorn_holds_where_exponentials_overflow_and_vanish(epsilon, scale):
-    """exp(1 / 0.005) is infinite in float32 and the ratio of exp(1 / 0.005) to exp(-1 / 0.005) is even in
-    float64; one sample is far from every prototype, one prototype far from every sample."""
+def test_sinkhorn_works_for_exponentials_that_overflow_and_vanish(epsilon, scale):
+    """exp(1 / 0.005) is infinite in float32. Its ratio to exp(-1 / 0.005) is infinite even in float64.
+
+    One sample is far from every prototype, and one prototype is far from every sample.
+    """
     scores = torch.ones(64, 16)
     scores[:, 3] = -1
     scores[7] = -1
@@ -64,14 +66,14 @@ def test_sinkhorn_holds_where_exponentials_overflow_and_vanish(epsilon, scale):
 
 def test_sinkhorn_spreads_samples_over_prototypes():
     scores = cosines(240, 12)
-    scores[:, 0] += 1  # nearest to everybody: without balancing it would get everything
+    scores[:, 0] += 1  # without balancing, this prototype would get nearly all samples
     assert (scores.argmax(1) == 0).float().mean() > 0.8
     assignments = sinkhorn(scores, epsilon=0.05, iterations=30)
     torch.testing.assert_close(assignments.sum(1), torch.ones(240).double())
     torch.testing.assert_close(assignments.sum(0), torch.full((12,), 20.0).double(), rtol=0.02, atol=0)
 
 
-def test_sinkhorn_of_equal_scores_is_uniform_and_its_order_is_that_of_its_input():
+def test_sinkhorn_of_equal_scores_is_uniform_and_follows_the_order_of_its_input():
     torch.testing.assert_close(
         sinkhorn(torch.full((5, 4), 0.7), epsilon=0.05, iterations=3), torch.full((5, 4), 0.25)
     )
@@ -83,7 +85,7 @@ def test_sinkhorn_of_equal_scores_is_uniform_and_its_order_is_that_of_its_input(
 
 
 def test_sinkhorn_depends_on_the_other_samples_and_has_no_gradient():
-    """Which is why it wants the scores of all processes."""
+    """For this reason, it needs the scores of all processes."""
     scores = cosines(8, 4).requires_grad_()
     whole = sinkhorn(scores, epsilon=0.1, iterations=3)
     assert not whole.requires_grad
@@ -96,10 +98,10 @@ def test_sinkhorn_depends_on_the_other_samples_and_has_no_gradient():
         ((2, 3, 4), 0.05, 3, ["(2, 3, 4)"]),
         ((0, 4), 0.05, 3, ["(0, 4)"]),
         ((3, 4), 0.0, 3, ["epsilon", "0.0"]),
-        ((3, 4), 0.05, 0, ["iteration", 0]),
+        ((3, 4), 0.05, 0, ["iterations", 0]),
     ],
 )
-def test_sinkhorn_refuses_what_has_no_meaning(shape, epsilon, iterations, parts):
+def test_sinkhorn_raises_for_invalid_arguments(shape, epsilon, iterations, parts):
     with pytest.raises(ValueError, match=mentions("sinkhorn", *parts)):
         sinkhorn(torch.ones(shape), epsilon=epsilon, iterations=iterations)
 
@@ -119,8 +121,8 @@ def slow_swapped_prediction(scores, assignments, temperature):
 @pytest.mark.parametrize(("views", "assigned"), [(2, 1), (2, 2), (5, 2), (3, 3)])
 @pytest.mark.parametrize("mass", [1, 0.7])
 def test_swapped_prediction_equals_its_definition(views, assigned, mass):
-    """Also for assignments whose rows do not sum to one."""
-    scores, targets = draw(views, 3, 4).requires_grad_(), mass * probabilities(assigned, 3, 4, seed=1)
+    """This holds also for assignments whose rows do not sum to one."""
+    scores, targets = randn(views, 3, 4).requires_grad_(), mass * probabilities(assigned, 3, 4, seed=1)
     loss = swapped_prediction(scores, targets, temperature=0.3)
     slow = slow_swapped_prediction(scores, targets, 0.3)
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=1e-13)
@@ -130,13 +132,13 @@ def test_swapped_prediction_equals_its_definition(views, assigned, mass):
 def test_swapped_prediction_gradcheck():
     targets = probabilities(2, 3, 4, seed=1)
     assert torch.autograd.gradcheck(
-        lambda scores: swapped_prediction(scores, targets, temperature=0.3), draw(4, 3, 4).requires_grad_()
+        lambda scores: swapped_prediction(scores, targets, temperature=0.3), randn(4, 3, 4).requires_grad_()
     )
 
 
 @pytest.mark.parametrize("numbers", [1, 24, 10**6])
 def test_parts_do_not_change_swapped_prediction(numbers, monkeypatch):
-    scores, targets = draw(3, 5, 4).requires_grad_(), probabilities(2, 5, 4, seed=1)
+    scores, targets = randn(3, 5, 4).requires_grad_(), probabilities(2, 5, 4, seed=1)
     slow = slow_swapped_prediction(scores, targets, 0.1)
     monkeypatch.setitem(soft_targets._NUMBERS, "cpu", numbers)
     loss = swapped_prediction(scores, targets, temperature=0.1)
@@ -145,8 +147,7 @@ def test_parts_do_not_change_swapped_prediction(numbers, monkeypatch):
 
 
 def test_swapped_prediction_has_closed_forms():
-    """Equal scores: log K. A view is never compared with its own assignment: with the right answer in view 0
-    alone, view 1's assignment costs view 0 nothing."""
+    """Equal scores give log K. A view is never compared with its own assignment."""
     loss = swapped_prediction(torch.ones(3, 2, 8), probabilities(2, 2, 8).float(), temperature=0.1)
     assert loss.item() == pytest.approx(math.log(8), abs=1e-6)
     wrong = torch.eye(4)[None, [0]]
@@ -158,9 +159,9 @@ def test_swapped_prediction_has_closed_forms():
     )
 
 
-def test_no_gradient_reaches_the_assignments():
+def test_the_assignments_get_no_gradient():
     targets = probabilities(2, 3, 4).requires_grad_()
-    swapped_prediction(draw(2, 3, 4).requires_grad_(), targets, temperature=0.1).backward()
+    swapped_prediction(randn(2, 3, 4).requires_grad_(), targets, temperature=0.1).backward()
     assert targets.grad is None
 
 
@@ -176,7 +177,7 @@ def test_no_gradient_reaches_the_assignments():
         ((2, 2, 3), (2, 2, 3), 0.0, ["temperature", "0.0"]),
     ],
 )
-def test_swapped_prediction_refuses_what_has_no_meaning(scores, assignments, temperature, parts):
+def test_swapped_prediction_raises_for_invalid_arguments(scores, assignments, temperature, parts):
     with pytest.raises(ValueError, match=mentions("swapped_prediction", *parts)):
         swapped_prediction(torch.ones(scores), torch.ones(assignments), temperature=temperature)
 
@@ -193,7 +194,7 @@ def slow_cluster_cross_entropy(scores, clusters, temperature):
 
 @pytest.mark.parametrize("clusters", [[2, 0, 3], [-100, 1, -100]])
 def test_cluster_cross_entropy_equals_its_definition(clusters):
-    scores, clusters = draw(4, 3, 5).requires_grad_(), torch.tensor(clusters)
+    scores, clusters = randn(4, 3, 5).requires_grad_(), torch.tensor(clusters)
     loss = cluster_cross_entropy(scores, clusters, temperature=0.2)
     slow = slow_cluster_cross_entropy(scores, clusters, 0.2)
     torch.testing.assert_close(loss, slow)
@@ -206,7 +207,7 @@ def test_cluster_cross_entropy_gradcheck():
     clusters = torch.tensor([2, -100, 0])
     assert torch.autograd.gradcheck(
         lambda scores: cluster_cross_entropy(scores, clusters, temperature=0.2),
-        draw(2, 3, 4).requires_grad_(),
+        randn(2, 3, 4).requires_grad_(),
     )
 
 
@@ -229,6 +230,6 @@ def test_cluster_cross_entropy_has_closed_forms():
         ((2, 3, 5), torch.zeros(3, dtype=torch.int64), -1.0, ["temperature", "-1.0"]),
     ],
 )
-def test_cluster_cross_entropy_refuses_what_has_no_meaning(shape, clusters, temperature, parts):
+def test_cluster_cross_entropy_raises_for_invalid_arguments(shape, clusters, temperature, parts):
     with pytest.raises(ValueError, match=mentions("cluster_cross_entropy", *parts)):
         cluster_cross_entropy(torch.ones(shape), clusters, temperature=temperature)

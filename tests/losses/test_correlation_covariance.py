@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Barlow Twins and VICReg, on both sides of batch = width."""
+"""Barlow Twins and VICReg, for batches smaller and larger than the number of dimensions."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ from messages import mentions
 
 from hf_ssl.losses import barlow_twins, barlow_twins_terms, feature_products, vicreg_terms
 
-# batch, dims: through the D x D matrix, at the border, and through Gram matrices
+# batch, dims: computed from the D x D matrix, or from Gram matrices if batch < dims
 SHAPES = [(7, 3), (2, 2), (4, 4), (3, 4), (2, 9)]
 
 
-def draw(*shape, seed=0):
+def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def two_views(batch, dims):
-    return [(draw(batch, dims, seed=seed) + seed).requires_grad_() for seed in (1, 2)]
+    return [(randn(batch, dims, seed=seed) + seed).requires_grad_() for seed in (1, 2)]
 
 
 def slow_barlow_twins_terms(z1, z2):
@@ -89,7 +89,7 @@ def test_parts_do_not_change_the_result(terms, slow_terms, shape, monkeypatch):
         torch.testing.assert_close(everything(), whole, rtol=1e-10, atol=1e-12)
 
 
-def test_barlow_twins_weighs_its_terms():
+def test_barlow_twins_weights_its_terms():
     views = two_views(3, 5)
     on_diagonal, off_diagonal = barlow_twins_terms(*views)
     loss = barlow_twins(*views, off_diagonal_weight=0.1)
@@ -98,7 +98,7 @@ def test_barlow_twins_weighs_its_terms():
 
 @pytest.mark.parametrize("dims", [2, 4, 64])
 def test_equal_features_have_a_closed_form(dims):
-    """All features the same in both views: every correlation is 1; every covariance the variance."""
+    """If all features are equal, every correlation is 1 and every covariance is the variance."""
     column = torch.tensor([1.0, -1.0] * 4)[:, None].double()
     z = column.expand(8, dims)
     scale = 1 / (1 + 1e-5)
@@ -111,8 +111,8 @@ def test_equal_features_have_a_closed_form(dims):
     assert covariance.item() == pytest.approx(2 * (dims - 1) * (2 / 7) ** 2)
 
 
-def test_independent_features_cost_nothing():
-    """Columns of a Hadamard matrix without the constant one."""
+def test_the_loss_of_independent_features_is_zero():
+    """The features are the columns of a Hadamard matrix without the constant column."""
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
     z = torch.kron(torch.kron(two, two), two)[:, 1:]
     on_diagonal, off_diagonal = barlow_twins_terms(z, z)
@@ -120,8 +120,8 @@ def test_independent_features_cost_nothing():
     assert [term.item() for term in vicreg_terms(z, z)] == [0, 0, 0]
 
 
-def test_collapse_shows_in_the_terms():
-    """Constant embeddings: correlations are 0, each feature costs 1; standard deviations are sqrt(eps)."""
+def test_the_terms_of_constant_embeddings():
+    """All correlations are 0, so each feature adds 1. All standard deviations are sqrt(eps)."""
     z = torch.full((8, 16), 3.0)
     on_diagonal, off_diagonal = barlow_twins_terms(z, z)
     assert (on_diagonal.item(), off_diagonal.item()) == (16, 0)
@@ -140,7 +140,7 @@ def test_does_not_depend_on_the_order_of_views_images_or_features(terms, slow_te
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
-def test_shifts_cost_nothing_but_vicregs_invariance_and_barlow_twins_ignores_scale(shape):
+def test_shifts_change_only_the_invariance_of_vicreg_and_scale_does_not_change_barlow_twins(shape):
     z1, z2 = (z.detach() for z in two_views(*shape))
     torch.testing.assert_close(
         barlow_twins_terms(300 * z1 + 5, 200 * z2 - 9),
@@ -153,10 +153,10 @@ def test_shifts_cost_nothing_but_vicregs_invariance_and_barlow_twins_ignores_sca
 
 
 def features(kind, batch, dims):
-    noise = draw(batch, dims, seed=5)
-    if kind == "correlated":  # one direction carries nearly everything
-        return 100 * draw(batch, 1, seed=6) * draw(1, dims, seed=7) + noise
-    if kind == "one large":  # its square is on the diagonal and has to be taken off
+    noise = randn(batch, dims, seed=5)
+    if kind == "correlated":  # one direction has nearly all of the variance
+        return 100 * randn(batch, 1, seed=6) * randn(1, dims, seed=7) + noise
+    if kind == "one large":  # the loss subtracts its square, which is on the diagonal
         noise[:, 0] *= 300
     if kind == "far":
         noise += 100
@@ -168,10 +168,10 @@ def features(kind, batch, dims):
 @EACH
 @pytest.mark.parametrize("kind", ["plain", "correlated", "one large", "far", "tiny"])
 @pytest.mark.parametrize(("batch", "dims"), [(16, 2048), (63, 64), (256, 64)])
-def test_float32_keeps_its_digits(terms, slow_terms, kind, batch, dims):
-    """Values and gradients against float64, where the sum off the diagonal is a difference of large sums."""
+def test_float32_is_exact_enough(terms, slow_terms, kind, batch, dims):
+    """Values and gradients are near those of float64, although the loss is a difference of large sums."""
     z1 = features(kind, batch, dims)
-    z2 = z1 + 0.1 * z1.std() * draw(batch, dims, seed=9)
+    z2 = z1 + 0.1 * z1.std() * randn(batch, dims, seed=9)
     single = [z.float().requires_grad_() for z in (z1, z2)]
     double = [z.detach().double().requires_grad_() for z in single]
     for one, exact in zip(terms(*single), terms(*double), strict=True):
@@ -187,8 +187,8 @@ def test_float32_keeps_its_digits(terms, slow_terms, kind, batch, dims):
 
 @EACH
 @pytest.mark.parametrize(("batch", "dims"), [(4, 512), (512, 4)])
-def test_nothing_larger_than_the_gradient_is_ever_made(terms, slow_terms, batch, dims, made):
-    """Neither D x D where the batch is small nor B x B where it is large."""
+def test_no_tensor_is_larger_than_the_gradient(terms, slow_terms, batch, dims, made):
+    """There is no D x D matrix for a small batch and no B x B matrix for a large one."""
     views = two_views(batch, dims)
     with made:
         sum(terms(*views)).backward()
@@ -205,6 +205,6 @@ def test_nothing_larger_than_the_gradient_is_ever_made(terms, slow_terms, batch,
         (((1, 3), (1, 3)), [2, 1]),
     ],
 )
-def test_refuses_what_has_no_meaning(terms, slow_terms, shapes, parts):
+def test_raises_for_invalid_arguments(terms, slow_terms, shapes, parts):
     with pytest.raises(ValueError, match=mentions(*parts)):
         terms(*(torch.ones(shape) for shape in shapes))

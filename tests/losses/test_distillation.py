@@ -8,7 +8,7 @@ from messages import mentions
 from hf_ssl.losses import dino_center, dino_cross_entropy, soft_targets
 
 
-def draw(*shape, seed=0):
+def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -36,11 +36,12 @@ def slow_dino(student, teacher, center, student_temperature=0.2, teacher_tempera
     return total / terms
 
 
-@pytest.mark.parametrize(("views", "taught"), [(2, 1), (2, 2), (5, 2), (3, 3)])
+@pytest.mark.parametrize(("views", "assigned"), [(2, 1), (2, 2), (5, 2), (3, 3)])
 @pytest.mark.parametrize("numbers", [1, 30, 10**6])
-def test_equals_its_definition_in_value_and_gradient(views, taught, numbers, monkeypatch):
+def test_equals_its_definition_in_value_and_gradient(views, assigned, numbers, monkeypatch):
     monkeypatch.setitem(soft_targets._NUMBERS, "cpu", numbers)
-    student, teacher, center = draw(views, 3, 4).requires_grad_(), draw(taught, 3, 4, seed=1), draw(4, seed=2)
+    student, teacher = randn(views, 3, 4).requires_grad_(), randn(assigned, 3, 4, seed=1)
+    center = randn(4, seed=2)
     loss, slow = loss_of(student, teacher, center), slow_dino(student, teacher, center)
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=1e-13)
     (gradient,) = torch.autograd.grad(3 * loss, student)
@@ -48,16 +49,16 @@ def test_equals_its_definition_in_value_and_gradient(views, taught, numbers, mon
 
 
 def test_gradcheck():
-    teacher, center = draw(2, 3, 4, seed=1), draw(4, seed=2)
+    teacher, center = randn(2, 3, 4, seed=1), randn(4, seed=2)
     assert torch.autograd.gradcheck(
-        lambda student: loss_of(student, teacher, center), draw(4, 3, 4).requires_grad_()
+        lambda student: loss_of(student, teacher, center), randn(4, 3, 4).requires_grad_()
     )
 
 
 def test_has_closed_forms():
-    """A student that says the same of everything pays log K; one that agrees pays the teacher's entropy."""
+    """The loss of a constant student is log K. That of a student equal to the teacher is the entropy."""
     center = torch.zeros(8).double()
-    teacher = draw(2, 3, 8, seed=1)
+    teacher = randn(2, 3, 8, seed=1)
     assert loss_of(torch.ones(4, 3, 8).double(), teacher, center).item() == pytest.approx(math.log(8))
     same = teacher[:1].expand(2, 3, 8)
     target = (same[0] / 0.1).softmax(-1)
@@ -66,26 +67,26 @@ def test_has_closed_forms():
 
 
 def test_a_view_is_not_compared_with_itself():
-    """Student and teacher agree on each view but not across views."""
+    """The outputs of student and teacher are equal for each view but differ between views."""
     outputs = 10 * torch.eye(4)[:2, None]
     center = torch.zeros(4)
     assert loss_of(outputs, outputs, center, 1.0, 0.01).item() == pytest.approx(10, abs=1e-3)
     assert loss_of(outputs, outputs.flip(0), center, 1.0, 0.01).item() == pytest.approx(0, abs=1e-3)
 
 
-def test_the_centre_is_taken_off_the_teacher_alone():
-    student, teacher, center = draw(4, 3, 5), draw(2, 3, 5, seed=1), draw(5, seed=2)
+def test_the_center_is_subtracted_only_from_the_teacher():
+    student, teacher, center = randn(4, 3, 5), randn(2, 3, 5, seed=1), randn(5, seed=2)
     loss = loss_of(student, teacher, center)
     torch.testing.assert_close(loss_of(student, teacher - center, torch.zeros(5).double()), loss)
-    torch.testing.assert_close(loss_of(student + 3, teacher + 7, center - 2), loss)  # constants do nothing
+    torch.testing.assert_close(loss_of(student + 3, teacher + 7, center - 2), loss)  # no effect
     assert not torch.isclose(loss_of(student, teacher, -center), loss)
 
 
-def test_a_centre_written_after_the_loss_does_not_change_the_gradient():
-    """A model moves its centre before the backward pass of the loss that used the old one."""
+def test_a_center_written_after_the_loss_does_not_change_the_gradient():
+    """A model updates its center before the backward pass of the loss that used the old center."""
     gradients = []
     for move in (False, True):
-        student, teacher, center = draw(4, 3, 5).requires_grad_(), draw(2, 3, 5, seed=1), draw(5, seed=2)
+        student, teacher, center = randn(4, 3, 5).requires_grad_(), randn(2, 3, 5, seed=1), randn(5, seed=2)
         temperature = torch.tensor(0.1)
         loss = loss_of(student, teacher, center, teacher_temperature=temperature)
         if move:
@@ -95,18 +96,18 @@ def test_a_centre_written_after_the_loss_does_not_change_the_gradient():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_no_gradient_reaches_teacher_or_centre():
-    teacher, center = draw(2, 3, 5).requires_grad_(), draw(5).requires_grad_()
-    loss_of(draw(4, 3, 5).requires_grad_(), teacher, center).backward()
+def test_teacher_and_center_get_no_gradient():
+    teacher, center = randn(2, 3, 5).requires_grad_(), randn(5).requires_grad_()
+    loss_of(randn(4, 3, 5).requires_grad_(), teacher, center).backward()
     assert teacher.grad is None and center.grad is None
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
-def test_float32_keeps_its_digits_for_extreme_logits(scale):
+def test_float32_is_exact_enough_for_extreme_logits(scale):
     student, teacher, center = (
-        scale * draw(4, 3, 300),
-        scale * draw(2, 3, 300, seed=1),
-        scale * draw(300, seed=2),
+        scale * randn(4, 3, 300),
+        scale * randn(2, 3, 300, seed=1),
+        scale * randn(300, seed=2),
     )
     single = student.float().requires_grad_()
     double = single.detach().double().requires_grad_()
@@ -118,9 +119,9 @@ def test_float32_keeps_its_digits_for_extreme_logits(scale):
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_half_precision_gets_its_gradient_in_half_precision_without_losing_small_targets():
-    """The gradient is a difference of targets; it is rounded once, at the end."""
-    student, teacher = 3 * draw(4, 3, 50), draw(2, 3, 50, seed=1)
+def test_the_gradient_of_half_precision_is_rounded_only_once():
+    """The gradient is a difference of targets, which is rounded at the end, so small targets count."""
+    student, teacher = 3 * randn(4, 3, 50), randn(2, 3, 50, seed=1)
     half = student.bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
     center = torch.zeros(50)
@@ -132,7 +133,7 @@ def test_half_precision_gets_its_gradient_in_half_precision_without_losing_small
 
 def test_only_the_gradient_is_as_large_as_the_students_logits(made, monkeypatch):
     monkeypatch.setitem(soft_targets._NUMBERS, "cpu", 6 * 50)
-    student, teacher = draw(6, 20, 50).requires_grad_(), draw(2, 20, 50, seed=1)
+    student, teacher = randn(6, 20, 50).requires_grad_(), randn(2, 20, 50, seed=1)
     with made:
         loss_of(student, teacher, torch.zeros(50).double()).backward()
     large = [size for size in made.sizes if size > 2 * 6 * 50]
@@ -150,27 +151,27 @@ def test_only_the_gradient_is_as_large_as_the_students_logits(made, monkeypatch)
         ((2, 2, 3), (2, 2, 3), 3, (0.1, -0.04), ["temperature", "-0.04"]),
     ],
 )
-def test_refuses_what_has_no_meaning(student, teacher, center, temperatures, parts):
+def test_raises_for_invalid_arguments(student, teacher, center, temperatures, parts):
     with pytest.raises(ValueError, match=mentions("dino_cross_entropy", *parts)):
         loss_of(torch.ones(student), torch.ones(teacher), torch.ones(center), *temperatures)
 
 
-def test_the_centre_moves_towards_the_mean_of_the_batch():
+def test_the_center_moves_towards_the_mean_of_the_batch():
     center, teacher = torch.tensor([1.0, 0.0]), torch.tensor([[[2.0, 4.0]], [[4.0, 8.0]]])
     torch.testing.assert_close(dino_center(center, teacher, momentum=0.9), torch.tensor([1.2, 0.6]))
-    assert center.tolist() == [1, 0], "the old centre is left alone"
+    assert center.tolist() == [1, 0], "the old center does not change"
     torch.testing.assert_close(dino_center(center, teacher, momentum=1.0), center)
     torch.testing.assert_close(dino_center(center, teacher, momentum=0.0), torch.tensor([3.0, 6.0]))
     assert not dino_center(center, teacher.requires_grad_(), momentum=0.5).requires_grad
 
 
-def test_centres_of_equal_parts_average_to_that_of_the_whole():
-    center, teacher = draw(4), draw(2, 6, 4, seed=1)
+def test_the_mean_of_the_centers_of_equal_parts_is_the_center_of_the_whole():
+    center, teacher = randn(4), randn(2, 6, 4, seed=1)
     parts = [dino_center(center, part, momentum=0.9) for part in teacher.split(3, dim=1)]
     torch.testing.assert_close(sum(parts) / 2, dino_center(center, teacher, momentum=0.9))
 
 
 @pytest.mark.parametrize(("center", "teacher"), [((3,), (2, 5, 4)), ((1, 1, 4), (2, 5, 4)), ((4,), (5, 4))])
-def test_the_centre_refuses_other_shapes(center, teacher):
+def test_the_center_raises_for_other_shapes(center, teacher):
     with pytest.raises(ValueError, match=mentions("dino_center", center, teacher)):
         dino_center(torch.ones(center), torch.ones(teacher), momentum=0.9)

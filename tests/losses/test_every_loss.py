@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for all of hf_ssl.losses: precision, autocast, and that none changes what it is given."""
+"""Tests of all losses: precision, autocast, unchanged arguments."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ from hf_ssl.losses import (
 )
 
 
-def draw(*shape, seed=0):
-    """Sixteenths between -8 and 8, which half precision holds exactly."""
+def randn(*shape, seed=0):
+    """Return multiples of 1/16 between -8 and 8, which are exact in half precision."""
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return (16 * numbers).round().clamp(-128, 128) / 16
 
 
-Z1, Z2, Z3 = (draw(32, 24, seed=seed) for seed in (1, 2, 3))
-VIEWS, TARGETS = draw(4, 8, 16, seed=4), draw(2, 8, 16, seed=5).softmax(-1)
+Z1, Z2, Z3 = (randn(32, 24, seed=seed) for seed in (1, 2, 3))
+VIEWS, TARGETS = randn(4, 8, 16, seed=4), randn(2, 8, 16, seed=5).softmax(-1)
 
 # name -> (function of a first argument, that argument)
 EXAMPLES = {
@@ -41,7 +41,7 @@ EXAMPLES = {
         VIEWS,
     ),
     "cosine_regression": (lambda p: cosine_regression(p, Z2.to(p)), Z1),
-    "dino_center": (lambda c: dino_center(c, VIEWS[:2].to(c), momentum=0.9), draw(16)),
+    "dino_center": (lambda c: dino_center(c, VIEWS[:2].to(c), momentum=0.9), randn(16)),
     "dino_cross_entropy": (
         lambda s: dino_cross_entropy(
             s, VIEWS[:2].to(s), torch.zeros(16), student_temperature=0.1, teacher_temperature=0.04
@@ -60,7 +60,7 @@ EXAMPLES = {
     "triplet": (lambda a: triplet(a, Z2.to(a), Z3.to(a), margin=0.2), Z1),
     "vicreg_terms": (lambda z: vicreg_terms(z, Z2[:16].to(z)), Z1[:16]),
 }
-# Those with a backward pass of their own; what torch derives follows whoever calls `backward` under autocast.
+# Losses with a backward pass of their own. Under autocast, the backward pass of torch depends on the caller.
 OWN_BACKWARD = {
     "barlow_twins",
     "barlow_twins_terms",
@@ -84,8 +84,8 @@ def test_every_loss_has_an_example():
 
 @each
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_is_raised_even_under_autocast(name, half):
-    """The same numbers as from float32, in the forward and in the backward pass."""
+def test_half_precision_becomes_float32_even_under_autocast(name, half):
+    """The numbers equal those of float32, in the forward and in the backward pass."""
     function, example = EXAMPLES[name]
     results = []
     for dtype, autocast in ((torch.float32, False), (half, True)):
@@ -108,13 +108,13 @@ def test_half_precision_is_raised_even_under_autocast(name, half):
 
 
 @each
-def test_float64_stays(name):
+def test_float64_stays_float64(name):
     function, example = EXAMPLES[name]
     assert all(value.dtype == torch.float64 for value in values(function(example.double())))
 
 
 @each
-def test_the_argument_is_left_alone_and_the_backward_pass_can_be_repeated(name):
+def test_the_argument_does_not_change_and_the_backward_pass_can_be_repeated(name):
     function, example = EXAMPLES[name]
     argument = example.clone().requires_grad_()
     result = values(function(argument))
@@ -133,8 +133,8 @@ def test_without_gradients_the_value_is_the_same(name):
 
 
 @each
-def test_strided_inputs_are_as_good_as_contiguous_ones(name):
-    """Methods hold embeddings batch first and hand over views of them."""
+def test_strided_inputs_equal_contiguous_ones(name):
+    """Methods have embeddings batch first and pass transposed tensors."""
     function, example = EXAMPLES[name]
     strided = example.transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
     plain = example.clone().requires_grad_()

@@ -10,7 +10,7 @@ from hf_ssl.losses import contrastive, nt_xent
 
 
 def slow_nt_xent(z_VBD, temperature):
-    """The definition, one anchor and one positive at a time."""
+    """Return the loss by its definition, one anchor and one positive at a time."""
     views, batch, _ = z_VBD.shape
     z = normalize(z_VBD, dim=-1)
     total, pairs = torch.zeros((), dtype=z.dtype), 0
@@ -62,12 +62,12 @@ def test_gradcheck():
     )
 
 
-def test_constant_embeddings_give_log_of_the_others():
+def test_constant_embeddings_give_the_log_of_the_other_rows():
     assert nt_xent(torch.ones(2, 8, 4), temperature=0.5).item() == pytest.approx(math.log(15), abs=1e-5)
 
 
 def test_orthogonal_images_have_a_closed_form():
-    """Both views equal, different images orthogonal: -1/T + log(exp(1/T) + 2(B - 1))."""
+    """If both views are equal and images are orthogonal, the loss is -1/T + log(exp(1/T) + 2(B - 1))."""
     batch, temperature = 4, 0.5
     z = torch.eye(batch).expand(2, batch, batch)
     expected = -1 / temperature + math.log(math.exp(1 / temperature) + 2 * (batch - 1))
@@ -82,7 +82,7 @@ def test_does_not_depend_on_scale_or_on_the_order_of_views_and_images():
     assert not torch.isclose(nt_xent(torch.stack([z[0], z[1].roll(1, 0), z[2]]), temperature=0.2), loss)
 
 
-def test_half_precision_is_raised_even_under_autocast():
+def test_half_precision_becomes_float32_even_under_autocast():
     z = embeddings(2, 64, 32).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nt_xent(z, temperature=0.1)
@@ -98,13 +98,13 @@ def test_half_precision_is_raised_even_under_autocast():
         ((2, 4, 2), 0.001, ["temperature", 0.003, 0.001]),
     ],
 )
-def test_refuses_what_has_no_meaning(shape, temperature, parts):
+def test_raises_for_invalid_arguments(shape, temperature, parts):
     with pytest.raises(ValueError, match=mentions("nt_xent", *parts)):
         nt_xent(torch.ones(shape), temperature=temperature)
 
 
 def test_agrees_with_lightly():
-    """lightly's NTXentLoss has the same scale: factor 1."""
+    """The loss has the scale of lightly's NTXentLoss."""
     loss = pytest.importorskip("lightly.loss")
     z = embeddings(2, 16, 8).float()
     torch.testing.assert_close(nt_xent(z, temperature=0.3), loss.NTXentLoss(temperature=0.3)(z[0], z[1]))

@@ -6,7 +6,7 @@ from messages import mentions
 from hf_ssl.losses import cosine_regression, latent_smooth_l1, masked_patch_mse
 
 
-def draw(*shape, seed=0):
+def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -18,7 +18,7 @@ def slow_cosine_regression(predictions, targets):
 
 
 def test_cosine_regression_equals_its_definition():
-    inputs = [draw(5, 3, seed=seed).requires_grad_() for seed in (1, 2)]
+    inputs = [randn(5, 3, seed=seed).requires_grad_() for seed in (1, 2)]
     loss, slow = cosine_regression(*inputs), slow_cosine_regression(*inputs)
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(slow, inputs))
@@ -26,18 +26,18 @@ def test_cosine_regression_equals_its_definition():
 
 
 def test_cosine_regression_has_closed_forms():
-    """0 for the same direction, 2 for a right angle, 4 for the opposite; length does not matter."""
+    """The loss is 0 for equal directions, 2 for a right angle and 4 for opposite ones, for any length."""
     x, y = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.1]])
     assert cosine_regression(x, 1e-3 * x).item() == pytest.approx(0, abs=1e-6)
     assert cosine_regression(x, y).item() == 2
     assert cosine_regression(x, -x).item() == 4
     assert cosine_regression(torch.cat([x, x]), torch.cat([-x, y])).item() == 3
-    z = draw(6, 4)
+    z = randn(6, 4)
     assert not torch.isclose(cosine_regression(z, z.roll(1, 0)), cosine_regression(z, z))
 
 
 def test_cosine_regression_of_zeros_is_finite():
-    """A projection can die: the loss says so without breaking the run."""
+    """A projection can become 0. The loss then stays finite."""
     zeros = torch.zeros(3, 4, requires_grad=True)
     loss = cosine_regression(zeros, torch.ones(3, 4))
     loss.backward()
@@ -45,7 +45,7 @@ def test_cosine_regression_of_zeros_is_finite():
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (4, 2)), ((4, 3), (3, 3)), ((2, 4, 3), (2, 4, 3))])
-def test_cosine_regression_refuses_other_shapes(shapes):
+def test_cosine_regression_raises_for_other_shapes(shapes):
     with pytest.raises(ValueError, match=mentions("cosine_regression", *shapes)):
         cosine_regression(*(torch.ones(shape) for shape in shapes))
 
@@ -69,10 +69,10 @@ def slow_masked_patch_mse(predictions, targets, mask, normalize):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
 def test_masked_patch_mse_equals_its_definition(normalize, kind):
-    prediction, target = draw(3, 5, 4, seed=1).requires_grad_(), 5 + 2 * draw(3, 5, 4, seed=2)
+    prediction, target = randn(3, 5, 4, seed=1).requires_grad_(), 5 + 2 * randn(3, 5, 4, seed=2)
     mask = torch.tensor(
         [[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
-    )  # not the same number for each image
+    )  # images have different numbers of masked patches
     loss = masked_patch_mse(prediction, target, mask.to(kind), normalize=normalize)
     slow = slow_masked_patch_mse(prediction, target, mask, normalize)
     torch.testing.assert_close(loss, slow)
@@ -83,18 +83,20 @@ def test_masked_patch_mse_equals_its_definition(normalize, kind):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_masked_patch_mse_gradcheck(normalize):
-    target, mask = draw(2, 3, 4, seed=2), torch.tensor([[1, 0, 1], [0, 1, 0]])
+    target, mask = randn(2, 3, 4, seed=2), torch.tensor([[1, 0, 1], [0, 1, 0]])
     assert torch.autograd.gradcheck(
         lambda prediction: masked_patch_mse(prediction, target, mask, normalize=normalize),
-        draw(2, 3, 4, seed=1).requires_grad_(),
+        randn(2, 3, 4, seed=1).requires_grad_(),
     )
 
 
 def test_masked_patch_mse_has_closed_forms():
-    """Predicting 0 for normalised patches of P values costs their biased variance, (P - 1) / P; a flat patch
-    is all zeros after normalisation."""
+    """The loss of the prediction 0 for normalized patches of P values is their biased variance, (P - 1) / P.
+
+    A constant patch is 0 after normalization.
+    """
     mask = torch.ones(2, 3)
-    loss = masked_patch_mse(torch.zeros(2, 3, 16), draw(2, 3, 16).float(), mask, normalize=True)
+    loss = masked_patch_mse(torch.zeros(2, 3, 16), randn(2, 3, 16).float(), mask, normalize=True)
     assert loss.item() == pytest.approx(15 / 16, rel=1e-4)
     flat = torch.full((2, 3, 16), 0.5)
     assert masked_patch_mse(torch.ones(2, 3, 16), flat, mask, normalize=True).item() == 1
@@ -102,10 +104,10 @@ def test_masked_patch_mse_has_closed_forms():
     assert masked_patch_mse(flat, flat, 0 * mask, normalize=False).isnan()
 
 
-def test_no_gradient_reaches_targets():
-    target = draw(2, 3, 4).requires_grad_()
-    masked_patch_mse(draw(2, 3, 4).requires_grad_(), target, torch.ones(2, 3), normalize=True).backward()
-    latent_smooth_l1(draw(2, 3, 4).requires_grad_(), target).backward()
+def test_targets_get_no_gradient():
+    target = randn(2, 3, 4).requires_grad_()
+    masked_patch_mse(randn(2, 3, 4).requires_grad_(), target, torch.ones(2, 3), normalize=True).backward()
+    latent_smooth_l1(randn(2, 3, 4).requires_grad_(), target).backward()
     assert target.grad is None
 
 
@@ -119,7 +121,7 @@ def test_no_gradient_reaches_targets():
         ((2, 3, 1), (2, 3, 1), (2, 3), True, ["patches"]),
     ],
 )
-def test_masked_patch_mse_refuses_what_has_no_meaning(prediction, target, mask, normalize, parts):
+def test_masked_patch_mse_raises_for_invalid_arguments(prediction, target, mask, normalize, parts):
     with pytest.raises(ValueError, match=mentions("masked_patch_mse", *parts)):
         masked_patch_mse(torch.ones(prediction), torch.ones(target), torch.ones(mask), normalize=normalize)
 
@@ -133,7 +135,7 @@ def slow_smooth_l1(prediction, target):
 
 
 def test_latent_smooth_l1_equals_its_definition():
-    prediction, target = draw(2, 3, 4, seed=1).requires_grad_(), 2 * draw(2, 3, 4, seed=2)
+    prediction, target = randn(2, 3, 4, seed=1).requires_grad_(), 2 * randn(2, 3, 4, seed=2)
     loss, slow = latent_smooth_l1(prediction, target), slow_smooth_l1(prediction, target)
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(torch.autograd.grad(loss, prediction), torch.autograd.grad(slow, prediction))
@@ -147,7 +149,7 @@ def test_latent_smooth_l1_has_closed_forms():
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (3,)), ((4, 3), (4, 1)), ((0, 3), (0, 3))])
-def test_latent_smooth_l1_refuses_other_shapes(shapes):
-    """Shapes that would broadcast are a mistake too."""
+def test_latent_smooth_l1_raises_for_other_shapes(shapes):
+    """Shapes that torch would broadcast raise an error, too."""
     with pytest.raises(ValueError, match=mentions("latent_smooth_l1", *shapes)):
         latent_smooth_l1(*(torch.ones(shape) for shape in shapes))

@@ -17,9 +17,9 @@ from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.methods.ijepa.modeling_ijepa import IJEPAForPreTraining
 from hf_ssl.modeling.outputs import Progress
 from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers, special_tokens
+from hf_ssl.random import image_seeds as seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
-from hf_ssl.views import seeds
 
 ENCODER = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 48, "patch_size": 8

@@ -16,10 +16,10 @@ from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.mae.patches import patchify, unpatchify
 from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers, special_tokens
+from hf_ssl.random import image_seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.recording import PICTURES
 from hf_ssl.run import build_trainer, train
-from hf_ssl.views import seeds
 
 DECODER = {
     "decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4,
@@ -216,7 +216,7 @@ def test_weights_start_as_the_authors_do():
 
 
 def test_noise_comes_from_the_seeds_of_images():
-    model, of = build(), seeds(0, 0, np.arange(400, dtype=np.uint64))
+    model, of = build(), image_seeds(0, 0, np.arange(400, dtype=np.uint64))
     noise = model.draw(of)["noise"]
     assert noise.shape == (400, PATCHES) and torch.equal(model.draw(of[100:200])["noise"], noise[100:200])
     kept, _ = model.split(torch.zeros(400, 3, 32, 32), noise)
@@ -275,7 +275,7 @@ def test_a_run_leaves_reconstructions(tmp_path):
         [f"training.output_dir={tmp_path}", "training.max_steps=2", "training.use_cpu=true"],
     )
     train(recipe)
-    assert Image.open(tmp_path / "reconstructions.png").size == (3 * 18, 8 * 18)
+    assert Image.open(tmp_path / "reconstructions.png").size == (2 + 3 * 18, 2 + 8 * 18)
     assert "reconstructions.png" in PICTURES
 
 

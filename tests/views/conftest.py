@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge: torchvision, one view at a time, given what `draw` drew."""
+"""The reference: torchvision, one view at a time, with the same augmentation parameters."""
 
 import numpy as np
 import pytest
@@ -8,17 +8,28 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from hf_ssl.views import draw, seeds
-from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
+from hf_ssl.random import image_seeds
+from hf_ssl.views import sample_parameters
+from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS
+from hf_ssl.views.parameters import COLUMNS
+
+# The reference of each operation: (pixels (C, S, S), parameter, settings of the view) -> pixels.
+REFERENCES = {
+    "gray": lambda pixels, _, view: tv.rgb_to_grayscale(pixels, 3),
+    "sigma": lambda pixels, sigma, settings: tv.gaussian_blur(
+        pixels, [settings.blur_kernel] * 2, [sigma] * 2
+    ),
+    "solarize": lambda pixels, _, view: tv.solarize(pixels, view.solarize_threshold),
+}
 
 
-def torchvision_crop(image, drawn, settings):
+def torchvision_crop(image, sampled, settings):
     """Crop and resize an image (C, H, W), uint8 or float, to (C, S, S) of the same type.
 
     For uint8, this function calls torch's own resizing. torchvision also calls it, but not on every kind of
     processor (see test_cropping).
     """
-    box = [int(drawn[name]) for name in ("top", "left", "height", "width")]
+    box = [int(sampled[name]) for name in ("top", "left", "height", "width")]
     if image.dtype == torch.uint8:
         part, size = tv.crop(image, *box)[None], [settings.size] * 2
         return interpolate(part, size, mode=settings.interpolation, antialias=True)[0]
@@ -26,29 +37,30 @@ def torchvision_crop(image, drawn, settings):
     return tv.resized_crop(image, *box, [settings.size] * 2, mode, antialias=True)
 
 
-def torchvision_jitter(pixels, drawn, settings):
-    for part in JITTER_ORDERS[int(drawn["order"])]:
+def torchvision_jitter(pixels, sampled, settings):
+    for part in JITTER_ORDERS[int(sampled["order"])]:
         name = ("brightness", "contrast", "saturation", "hue")[part]
         if getattr(settings, name):  # torchvision's ColorJitter leaves out a part whose strength is 0
-            pixels = getattr(tv, f"adjust_{name}")(pixels, drawn[name])
+            pixels = getattr(tv, f"adjust_{name}")(pixels, sampled[name])
     return pixels
 
 
-def torchvision_view(pixels, drawn, settings, preset):
-    """float (C, S, S) in [0, 1], cropped, to the finished view, and where it may differ: close to the
-    threshold of the solarisation a rounding error decides."""
-    if drawn["flip"]:
+def torchvision_view(pixels, sampled, settings, preset):
+    """Return the finished view of a crop, float (C, S, S) in [0, 1], and a mask of pixels that may differ.
+
+    Near the threshold of the solarization, the rounding error decides.
+    """
+    if sampled["flip"]:
         pixels = tv.horizontal_flip(pixels)
-    if drawn["jitter"]:
-        pixels = torchvision_jitter(pixels, drawn, settings)
-    if drawn["gray"]:
-        pixels = tv.rgb_to_grayscale(pixels, 3)
-    if drawn["sigma"]:
-        pixels = tv.gaussian_blur(pixels, [settings.blur_kernel] * 2, [drawn["sigma"]] * 2)
+    if sampled["jitter"]:
+        pixels = torchvision_jitter(pixels, sampled, settings)
     unsure = torch.zeros_like(pixels)
-    if drawn["solarize"]:
-        unsure = ((pixels - settings.solarize_threshold).abs() < 1e-5).float()
-        pixels = tv.solarize(pixels, settings.solarize_threshold)
+    for operation in OPERATIONS:
+        value = sampled[operation.parameter]
+        if value:
+            if operation.parameter == "solarize":
+                unsure = ((pixels - settings.solarize_threshold).abs() < 1e-5).float()
+            pixels = REFERENCES[operation.parameter](pixels, value, settings)
     if preset.enlarge:
         side = settings.size * preset.enlarge // preset.size
         pixels, unsure = (
@@ -59,21 +71,21 @@ def torchvision_view(pixels, drawn, settings, preset):
 
 
 @pytest.fixture
-def judge():
-    """views(images, parameters, crops) -> list over images of lists over views of (pixels, unsure)."""
+def reference():
+    """Return a function: images, parameters -> for each image, a list of (pixels, unsure) of its views."""
 
     def views(images, parameters, from_uint8_crops=False):
         preset, result = parameters.preset, []
         for image, rows in zip(images, parameters.table.double().tolist(), strict=True):
             result.append([])
             for row, settings in zip(rows, preset.expand(), strict=True):
-                drawn = dict(zip(COLUMNS, row, strict=True))
+                sampled = dict(zip(COLUMNS, row, strict=True))
                 if from_uint8_crops:
-                    pixels = torchvision_crop(image, drawn, settings).float() / 255
+                    pixels = torchvision_crop(image, sampled, settings).float() / 255
                 else:
-                    # Bicubic overshoots; on uint8 images torchvision clamps it, and so do we.
-                    pixels = torchvision_crop(image.float() / 255, drawn, settings).clamp(0, 1)
-                result[-1].append(torchvision_view(pixels, drawn, settings, preset))
+                    # Like torchvision for uint8 images, hf_ssl clamps bicubic values.
+                    pixels = torchvision_crop(image.float() / 255, sampled, settings).clamp(0, 1)
+                result[-1].append(torchvision_view(pixels, sampled, settings, preset))
         return result
 
     return views
@@ -81,8 +93,10 @@ def judge():
 
 @pytest.fixture
 def make_images():
-    """Images with smooth parts, edges, grey and saturated pixels and noise: (count, channels, height, width)
-    uint8."""
+    """Return a function that makes images (count, channels, height, width) uint8.
+
+    They have smooth parts, edges, gray and saturated pixels, and noise.
+    """
 
     def make(count, channels, height, width, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -97,11 +111,12 @@ def make_images():
 
 
 @pytest.fixture
-def draw_for():
-    """Parameters for images numbered 0, 1, ... of given sizes."""
+def sample_for():
+    """Return a function that samples augmentation parameters for images numbered 0, 1, ..."""
 
     def make(images, preset, run_seed=0):
         keys = np.arange(len(images), dtype=np.uint64)
-        return draw(seeds(run_seed, 0, keys), preset, np.array([image.shape[-2:] for image in images]))
+        sizes = np.array([image.shape[-2:] for image in images])
+        return sample_parameters(image_seeds(run_seed, 0, keys), preset, sizes)
 
     return make

@@ -15,7 +15,7 @@ from hf_ssl.views.cropping import crop_batch
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
 def test_worker_crops_equal_torch_to_the_last_bit_and_torchvision_within_a_level(
-    channels, interleaved, interpolation, make_images, draw_for
+    channels, interleaved, interpolation, make_images, sample_for
 ):
     preset = ViewPreset(
         size=24, interpolation=interpolation, local=ViewOverrides(count=3, size=10, scale=(0.05, 0.3))
@@ -23,7 +23,7 @@ def test_worker_crops_equal_torch_to_the_last_bit_and_torchvision_within_a_level
     images = [make_images(1, channels, 12 + 5 * i, 70 - 3 * i, seed=i)[0] for i in range(15)]
     if interleaved:
         images = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
-    parameters = draw_for(images, preset)
+    parameters = sample_for(images, preset)
     crops = crop(images, parameters)
     assert crops.global_crops.dtype == torch.uint8
     for i, (image, rows) in enumerate(zip(images, parameters.table.long().tolist(), strict=True)):
@@ -39,14 +39,14 @@ def test_worker_crops_equal_torch_to_the_last_bit_and_torchvision_within_a_level
             assert (view.int() - theirs.int()).abs().max() <= (0 if interpolation == "bicubic" else 1)
 
 
-def test_a_crop_of_the_right_size_is_left_alone(make_images, draw_for):
+def test_a_crop_of_the_right_size_does_not_change(make_images, sample_for):
     images = make_images(3, 3, 24, 24)
-    parameters = draw_for(images, ViewPreset(size=24, count=1, scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    parameters = sample_for(images, ViewPreset(size=24, count=1, scale=(1.0, 1.0), ratio=(1.0, 1.0)))
     assert torch.equal(crop(list(images), parameters).global_crops[:, 0], images)
 
 
 def boxes_of(height, width, generator, count=300):
-    """All kinds of boxes, those that touch the border and single pixels among them."""
+    """Return boxes of all kinds, some of which touch the border or contain a single pixel."""
     tall = torch.randint(1, height + 1, (count,), generator=generator)
     wide = torch.randint(1, width + 1, (count,), generator=generator)
     top = (torch.rand(count, generator=generator) * (height - tall + 1)).long()
@@ -62,7 +62,7 @@ def boxes_of(height, width, generator, count=300):
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (28, 37, 20), (40, 33, 9), (16, 16, 96)])
 def test_batched_crops_equal_torchvision(height, width, size, interpolation, table, make_images, monkeypatch):
     if not table:
-        monkeypatch.setattr(cropping, "_BANK_BYTES", 0)
+        monkeypatch.setattr(cropping, "_TABLE_BYTES", 0)
     mode = InterpolationMode(interpolation)
     generator = torch.Generator().manual_seed(0)
     boxes = boxes_of(height, width, generator)
@@ -76,13 +76,13 @@ def test_batched_crops_equal_torchvision(height, width, size, interpolation, tab
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 
-def test_images_that_were_not_drawn_for_are_refused(make_images, draw_for):
+def test_parameters_of_other_images_raise_an_error(make_images, sample_for):
     images = make_images(4, 3, 32, 32)
-    parameters = draw_for(images, ViewPreset(size=8))
+    parameters = sample_for(images, ViewPreset(size=8))
     with pytest.raises(ValueError, match=mentions("10 x 32")):
         crop([image[:, :10] for image in images], parameters)
 
 
-def test_nothing_to_crop(draw_for):
-    parameters = draw_for([torch.zeros(3, 5, 5)], ViewPreset(size=8))[:0]
+def test_a_batch_without_images(sample_for):
+    parameters = sample_for([torch.zeros(3, 5, 5)], ViewPreset(size=8))[:0]
     assert crop([], parameters).global_crops.shape == (0, 2, 3, 8, 8)

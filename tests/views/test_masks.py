@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-block masks against the paper's ranges, over thousands of draws, and against a slow version."""
+"""Multi-block masks stay in the paper's ranges, over thousands of samples, and equal a slow version."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from messages import mentions
 
-from hf_ssl.views import FOR_METHODS, uniforms
+from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 from hf_ssl.views.masks import TRIES, block_size, first_patches, multi_block, size_numbers
 
 GRID = (16, 16)
@@ -16,13 +16,13 @@ CONTEXT = {"scale": (0.85, 1.0), "aspect_ratio": (1.0, 1.0)}
 IMAGES = np.random.default_rng(0).integers(0, 2**63, 2000).astype(np.uint64)
 
 
-def draw(images=IMAGES, *, grid=GRID, target=(6, 7), context=(15, 15), more_than=10, reach_edges=False):
+def sample(images=IMAGES, *, grid=GRID, target=(6, 7), context=(15, 15), more_than=10, reach_edges=False):
     sizes = {"grid": grid, "target": target, "context": context}
     return multi_block(images, **sizes, targets=4, more_than=more_than, reach_edges=reach_edges)
 
 
 def corners(blocks, columns):
-    """Rows and columns of the upper left patch of each block."""
+    """Return the rows and columns of the upper left patch of each block."""
     return np.divmod(blocks[..., 0], columns)
 
 
@@ -34,7 +34,7 @@ def test_sizes_stay_in_the_papers_ranges(grid):
     shares = []
     for target_number, context_number in numbers:
         rows, columns = block_size(target_number, grid=grid, **TARGET)
-        # a side is rounded by up to half a patch, and the area down to whole patches before that
+        # rounding changes a side by at most half a patch, after the area was rounded down to whole patches
         least, most = (0.15 * patches - 1) * 0.75, 0.2 * patches * 1.5
         assert math.sqrt(least) - 0.5 <= rows <= math.sqrt(most) + 0.5
         least, most = (0.2 * patches - 1) / 1.5, 0.15 * patches / 0.75
@@ -64,7 +64,7 @@ def test_blocks_are_rectangles_and_contexts_avoid_them():
         target_number, context_number = size_numbers(step)
         target = block_size(target_number, grid=GRID, **TARGET)
         context = block_size(context_number, grid=GRID, **CONTEXT)
-        contexts, blocks = draw(target=target, context=context)
+        contexts, blocks = sample(target=target, context=context)
         assert contexts.shape == (2000, 256) and blocks.shape == (2000, 4, target[0] * target[1])
         assert (np.diff(blocks, axis=-1) > 0).all()
         top, left = corners(blocks, 16)
@@ -74,7 +74,7 @@ def test_blocks_are_rectangles_and_contexts_avoid_them():
         covered = np.zeros((2000, 256), bool)
         np.put_along_axis(covered, blocks.reshape(2000, -1), True, axis=1)
         assert not (contexts & covered).any()
-        # what the context block covers and no target does is all kept
+        # the context keeps all patches of its block that no target covers
         inside = np.zeros((16, 16), bool)
         inside[: context[0], : context[1]] = True
         assert (contexts == (inside.flatten() & ~covered)).all()
@@ -84,7 +84,7 @@ def test_blocks_are_rectangles_and_contexts_avoid_them():
 @pytest.mark.parametrize("reach_edges", [False, True])
 def test_places_are_uniform(reach_edges):
     images = np.arange(12_000, dtype=np.uint64) * np.uint64(7919)
-    _, blocks = draw(images, reach_edges=reach_edges)
+    _, blocks = sample(images, reach_edges=reach_edges)
     top, left = corners(blocks, 16)
     places = (10 + reach_edges, 9 + reach_edges)
     counts = np.zeros(places)
@@ -92,12 +92,12 @@ def test_places_are_uniform(reach_edges):
     expected = 48_000 / counts.size
     assert ((counts - expected) ** 2 / expected).sum() < counts.size + 5 * math.sqrt(2 * counts.size)
     pairs = np.corrcoef(np.concatenate([top, left], axis=1).T) - np.eye(8)
-    assert abs(pairs).max() < 0.05  # blocks of an image, rows and columns: independent
+    assert abs(pairs).max() < 0.05  # rows, columns and blocks of an image are independent
 
 
 @pytest.mark.parametrize("reach_edges", [False, True])
-def test_the_last_row_and_column_are_used_only_if_asked(reach_edges):
-    contexts, blocks = draw(
+def test_only_reach_edges_uses_the_last_row_and_column(reach_edges):
+    contexts, blocks = sample(
         context=block_size(0.99, grid=GRID, reach_edges=reach_edges, **CONTEXT), reach_edges=reach_edges
     )
     shown = contexts.reshape(-1, 16, 16).any(0)
@@ -108,8 +108,8 @@ def test_the_last_row_and_column_are_used_only_if_asked(reach_edges):
 
 
 def slow_masks(seed, grid, target, context, targets, more_than):
-    """One image, with sets."""
-    numbers = iter(uniforms(np.array([seed], np.uint64), FOR_METHODS, 4000)[0])
+    """Return the masks of one image, computed with sets."""
+    numbers = iter(uniforms(np.array([seed], np.uint64), FIRST_METHOD_NUMBER, 4000)[0])
 
     def block(size):
         top, left = (int(next(numbers) * (grid[axis] - size[axis])) for axis in (0, 1))
@@ -131,21 +131,21 @@ def slow_masks(seed, grid, target, context, targets, more_than):
 
 
 def test_equals_a_slow_version_where_places_are_scarce():
-    """On a small grid contexts are tried again, and in the end overlap."""
+    """On a small grid, contexts are tried several times and finally overlap."""
     setting = {"grid": (6, 7), "target": (3, 3), "context": (4, 4), "more_than": 9}
-    contexts, blocks = draw(IMAGES[:300], **setting)
+    contexts, blocks = sample(IMAGES[:300], **setting)
     most = 0
     for seed, context, targets in zip(IMAGES[:300], contexts, blocks, strict=True):
         slow_context, slow_targets, failures = slow_masks(seed, targets=4, **setting)
         assert set(np.flatnonzero(context)) == slow_context
         assert [set(block) for block in targets] == slow_targets
         most = max(most, failures)
-    assert most > 2 * TRIES  # the hardest image had to give up two blocks
+    assert most > 2 * TRIES  # two blocks of the hardest image overlap
 
 
-def test_an_image_s_masks_do_not_depend_on_its_companions():
-    contexts, blocks = draw()
-    some_contexts, some_blocks = draw(IMAGES[500:900])
+def test_the_masks_of_an_image_do_not_depend_on_its_batch():
+    contexts, blocks = sample()
+    some_contexts, some_blocks = sample(IMAGES[500:900])
     assert (contexts[500:900] == some_contexts).all() and (blocks[500:900] == some_blocks).all()
 
 
@@ -156,11 +156,11 @@ def test_truncation_keeps_the_first_patches():
 
 
 def test_truncated_to_the_shortest_of_128_a_context_is_a_quarter_of_the_image():
-    """ViT-B/16, as in the paper's study of masks."""
+    """The setting is ViT-B/16, as in the paper's study of masks."""
     shares = []
     for step in range(15):
         target_number, context_number = size_numbers(step)
-        contexts, _ = draw(
+        contexts, _ = sample(
             IMAGES[128 * step : 128 * (step + 1)],
             grid=(14, 14),
             target=block_size(target_number, grid=(14, 14), **TARGET),
@@ -170,6 +170,6 @@ def test_truncated_to_the_shortest_of_128_a_context_is_a_quarter_of_the_image():
     assert 0.23 < np.mean(shares) < 0.28
 
 
-def test_a_context_that_can_never_be_large_enough_is_an_error():
+def test_a_context_that_is_always_too_small_raises_an_error():
     with pytest.raises(ValueError, match=mentions(9, "3 x 3")):
-        draw(context=(3, 3), more_than=9)
+        sample(context=(3, 3), more_than=9)

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both stages together against torchvision, and what must not matter: batch, chunks, order."""
+"""Both stages together equal torchvision, independent of batch, chunks and order."""
 
 import pickle
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from messages import mentions
+from PIL import Image
 
-from hf_ssl.views import Crops, ViewOverrides, ViewPreset, apply, crop, pipeline
+from hf_ssl.views import (
+    Crops,
+    ViewOverrides,
+    ViewPreset,
+    Views,
+    ViewSettings,
+    augment,
+    crop,
+    montage,
+    pipeline,
+)
 
-EVERYTHING = {"jitter": 0.8, "gray": 0.3, "blur": 0.5, "solarize": 0.4}
+PROBABILITIES = [item.name for item in fields(ViewSettings) if "probability" in item.metadata["expected"]]
+EVERYTHING = dict.fromkeys(PROBABILITIES, 0.5) | {"jitter": 0.8, "gray": 0.3, "solarize": 0.4}
 PRESETS = {
     "simclr": ViewPreset(size=32),
     "bicubic": ViewPreset(size=32, interpolation="bicubic", **EVERYTHING),
@@ -33,16 +47,16 @@ PRESETS = {
 }  # fmt: skip
 
 
-def assert_judged(views, judged, preset):
+def assert_equal(views, expected_views, preset):
     tensors = [views.pixel_values] + ([] if views.local_pixel_values is None else [views.local_pixel_values])
     expected_sizes = [preset.final_size] * preset.global_count
     expected_sizes += [preset.final_local_size] * preset.local_count
     unsure_share = []
-    for image, rows in enumerate(judged):
+    for image, rows in enumerate(expected_views):
         got = [view for tensor in tensors for view in tensor[image]]
         assert [view.shape[-1] for view in got] == expected_sizes
         for number, (view, (expected, unsure)) in enumerate(zip(got, rows, strict=True)):
-            # The tolerance is in units of pixels before they are normalised.
+            # The tolerance is in units of pixels before normalization.
             error = ((view - expected) * torch.tensor(preset.std)[:, None, None]).abs()
             error[unsure] = 0
             assert error.max() < 1e-5, f"image {image}, view {number}: {error.max()}"
@@ -51,48 +65,49 @@ def assert_judged(views, judged, preset):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_batched_crops_and_all_the_rest_equal_torchvision(name, make_images, draw_for, judge):
+def test_batched_crops_and_all_operations_equal_torchvision(name, make_images, sample_for, reference):
     images = make_images(40, 3, 26, 31)
-    parameters = draw_for(images, PRESETS[name])
-    assert_judged(apply(images, parameters), judge(images, parameters), PRESETS[name])
+    parameters = sample_for(images, PRESETS[name])
+    assert_equal(augment(images, parameters), reference(images, parameters), PRESETS[name])
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_worker_crops_and_all_the_rest_equal_torchvision(name, make_images, draw_for, judge):
+def test_worker_crops_and_all_operations_equal_torchvision(name, make_images, sample_for, reference):
     images = [make_images(1, 3, 20 + 3 * i, 50 - 2 * i, seed=i)[0] for i in range(16)]
-    parameters = draw_for(images, PRESETS[name])
+    parameters = sample_for(images, PRESETS[name])
     crops = crop(images, parameters)
-    assert_judged(apply(crops, parameters), judge(images, parameters, from_uint8_crops=True), PRESETS[name])
+    expected = reference(images, parameters, from_uint8_crops=True)
+    assert_equal(augment(crops, parameters), expected, PRESETS[name])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_other_numbers_of_channels(channels, make_images, draw_for, judge):
+def test_other_numbers_of_channels(channels, make_images, sample_for, reference):
     preset = ViewPreset(size=20, saturation=0, hue=0, gray=0, solarize=0.5)
     preset.mean, preset.std = (0.4,) * channels, (0.2,) * channels
     if channels > 1:
         preset.jitter = 0.0
     preset.check(channels)
     images = make_images(20, channels, 25, 25)
-    parameters = draw_for(images, preset)
-    assert_judged(apply(images, parameters), judge(images, parameters), preset)
+    parameters = sample_for(images, preset)
+    assert_equal(augment(images, parameters), reference(images, parameters), preset)
     crops = crop(list(images), parameters)
     assert crops.global_crops.shape == (20, 2, channels, 20, 20)
-    assert_judged(apply(crops, parameters), judge(images, parameters, from_uint8_crops=True), preset)
+    assert_equal(augment(crops, parameters), reference(images, parameters, from_uint8_crops=True), preset)
 
 
 @pytest.mark.parametrize("in_worker", [False, True])
 @pytest.mark.parametrize("name", ["simclr", "enlarged", "two kinds of global view"])
 def test_a_view_does_not_depend_on_its_batch_or_on_chunks(
-    name, in_worker, make_images, draw_for, monkeypatch
+    name, in_worker, make_images, sample_for, monkeypatch
 ):
     images, preset = make_images(30, 3, 28, 28), PRESETS[name]
-    parameters = draw_for(images, preset)
+    parameters = sample_for(images, preset)
 
     def views(indices):
         source = images[indices]
         if in_worker:
             source = crop(list(source), parameters[indices])
-        made = apply(source, parameters[indices])
+        made = augment(source, parameters[indices])
         return [made.pixel_values] + ([made.local_pixel_values] if preset.local else [])
 
     whole = views(torch.arange(30))
@@ -106,13 +121,13 @@ def test_a_view_does_not_depend_on_its_batch_or_on_chunks(
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
 
-def test_input_is_left_alone_and_the_same_twice(make_images, draw_for):
+def test_the_input_does_not_change_and_the_result_is_repeatable(make_images, sample_for):
     images = make_images(12, 3, 32, 32)
-    parameters = draw_for(images, PRESETS["enlarged"])
+    parameters = sample_for(images, PRESETS["enlarged"])
     crops = crop(list(images), parameters)
     kept = images.clone(), crops.global_crops.clone(), crops.local_crops.clone(), parameters.table.clone()
     for source in (images, crops):
-        one, two = apply(source, parameters), apply(source, parameters)
+        one, two = augment(source, parameters), augment(source, parameters)
         assert torch.equal(one.pixel_values, two.pixel_values)
         assert torch.equal(one.local_pixel_values, two.local_pixel_values)
     for now, before in zip(
@@ -121,51 +136,86 @@ def test_input_is_left_alone_and_the_same_twice(make_images, draw_for):
         assert torch.equal(now, before)
 
 
-def test_views_are_dense_float32_and_survive_a_worker(make_images, draw_for):
+def test_views_are_contiguous_float32_also_from_a_worker(make_images, sample_for):
     images = make_images(6, 3, 32, 32)
-    parameters = draw_for(images, PRESETS["local"])
+    parameters = sample_for(images, PRESETS["local"])
     crops, parameters = pickle.loads(pickle.dumps((crop(list(images), parameters), parameters)))
-    views = apply(crops, parameters)
+    views = augment(crops, parameters)
     for tensor in (views.pixel_values, views.local_pixel_values):
         assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("in_worker", [False, True])
-def test_the_device_is_never_asked_for_a_value(name, in_worker, make_images, draw_for):
-    """Tensors on the meta device have no values: whatever would wait for an accelerator raises here."""
+def test_the_host_never_waits_for_the_device(name, in_worker, make_images, sample_for):
+    """Tensors on the meta device have no values: an operation that waits for an accelerator raises here."""
     images = make_images(12, 3, 32, 32)
-    parameters = draw_for(images, PRESETS[name])
+    parameters = sample_for(images, PRESETS[name])
     source = (crop(list(images), parameters) if in_worker else images).to("meta")
-    views = apply(source, parameters.to("meta"))
+    views = augment(source, parameters.to("meta"))
     assert views.pixel_values.device.type == "meta"
-    assert views.pixel_values.shape == apply(images, parameters).pixel_values.shape
+    assert views.pixel_values.shape == augment(images, parameters).pixel_values.shape
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PRESETS)
-def test_an_accelerator_agrees_with_the_host(name, make_images, draw_for):
+def test_an_accelerator_equals_the_host(name, make_images, sample_for):
     images = make_images(64, 3, 32, 32)
-    parameters = draw_for(images, PRESETS[name])
-    parameters.table[:, :, -1] = 0  # near the threshold of a solarisation rounding decides
-    host = apply(images, parameters)
+    parameters = sample_for(images, PRESETS[name])
+    parameters.column("solarize")[:] = 0  # near the threshold of the solarization, rounding decides
+    host = augment(images, parameters)
     images = images.to("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        device = apply(images, parameters)
+        device = augment(images, parameters)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(device.pixel_values.cpu(), host.pixel_values, rtol=0, atol=1e-4)
 
 
-def test_mismatched_batches_are_refused(make_images, draw_for):
+def test_mismatched_batches_raise_an_error(make_images, sample_for):
     images = make_images(4, 3, 32, 32)
-    parameters = draw_for(images, PRESETS["local"])
+    parameters = sample_for(images, PRESETS["local"])
     with pytest.raises(ValueError, match=mentions(4, 3)):
-        apply(images[:3], parameters)
+        augment(images[:3], parameters)
     with pytest.raises(ValueError, match=mentions(4, 3)):
         crop(list(images[:3]), parameters)
     with pytest.raises(ValueError, match="local"):
-        apply(Crops(crop(list(images), parameters).global_crops), parameters)
+        augment(Crops(crop(list(images), parameters).global_crops), parameters)
     with pytest.raises(ValueError, match=mentions("20 x 20")):
-        apply(images[:, :, :20, :20], parameters)
+        augment(images[:, :, :20, :20], parameters)
+
+
+def test_montage_has_a_row_of_views_for_each_image_in_the_colors_before_normalization(
+    tmp_path, make_images, sample_for
+):
+    preset = ViewPreset(
+        size=20, flip=0, jitter=0, gray=0, blur=0, scale=(1.0, 1.0), ratio=(1.0, 1.0),
+        local=ViewOverrides(count=3, size=10),
+    )  # fmt: skip
+    images = make_images(5, 3, 20, 20)
+    montage(augment(images, sample_for(images, preset)), preset, tmp_path / "views.png", max_images=4)
+    picture = np.asarray(Image.open(tmp_path / "views.png"))
+    assert picture.shape == (2 + 4 * 22, 2 + 5 * 22, 3)
+    for row in range(4):
+        top = 2 + row * 22
+        for left in (2, 24):
+            tile = picture[top : top + 20, left : left + 20]
+            assert (tile == images[row].permute(1, 2, 0).numpy()).all()
+        for left in (46, 68, 90):
+            assert (picture[top : top + 10, left : left + 10] != 255).any()
+            assert (picture[top + 10 : top + 20, left : left + 20] == 255).all()
+            assert (picture[top : top + 20, left + 10 : left + 20] == 255).all()
+    assert (picture[22:24] == 255).all() and (picture[:, 22:24] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_montage_of_other_numbers_of_channels(channels, tmp_path):
+    preset = ViewPreset(mean=(0.5,) * channels, std=(0.25,) * channels)
+    for count, images in ((3, 2), (1, 1)):
+        views = Views(torch.full((images, count, channels, 8, 8), 1.0))
+        montage(views, preset, tmp_path / "views.png")
+        picture = np.asarray(Image.open(tmp_path / "views.png"))
+        border = 0 if images * count == 1 else 2
+        assert picture.shape == (images * (8 + border) + border, count * (8 + border) + border, 3)
+        assert (picture[border : border + 8, border : border + 8] == 191).all()

@@ -7,6 +7,7 @@ import pytest
 from messages import mentions
 from omegaconf import OmegaConf
 
+import hf_ssl.random
 import hf_ssl.views
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewOverrides, ViewPreset
@@ -69,7 +70,7 @@ def test_sizes():
         ({"second": 5}, ["views.second", 5]),
     ],
 )
-def test_keys_that_mean_nothing(values, parts):
+def test_unknown_keys_raise_an_error(values, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         ViewPreset.from_dict(values)
 
@@ -86,7 +87,7 @@ GRAY = {"mean": (0.5,), "std": (0.25,)}
 FIVE = {"mean": (0.5,) * 5, "std": (0.25,) * 5}
 
 
-def test_images_without_colour():
+def test_presets_for_images_without_color():
     ViewPreset(saturation=0, hue=0, gray=0, solarize=0.2, **GRAY).check(1)
     ViewPreset(jitter=0, gray=0, **GRAY).check(1)
     ViewPreset(jitter=0, gray=0, solarize=0.2, **FIVE).check(5)
@@ -170,7 +171,21 @@ def test_a_preset_is_read_without_torch():
 
 def test_every_public_name_is_found():
     for name in hf_ssl.views.__all__:
-        found = getattr(hf_ssl.views, name)
-        assert isinstance(found, int) if name.isupper() else found.__name__ == name
+        assert getattr(hf_ssl.views, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):
         hf_ssl.views.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("old", "home", "new"),
+    [
+        ("FOR_METHODS", hf_ssl.random, "FIRST_METHOD_NUMBER"),
+        ("apply", hf_ssl.views, "augment"),
+        ("draw", hf_ssl.views, "sample_parameters"),
+        ("seeds", hf_ssl.random, "image_seeds"),
+        ("uniforms", hf_ssl.random, "uniforms"),
+    ],
+)
+def test_deprecated_names_warn_and_name_the_new_one(old, home, new):
+    with pytest.warns(DeprecationWarning, match=mentions(f"hf_ssl.views.{old}", f"{home.__name__}.{new}")):
+        assert getattr(hf_ssl.views, old) is getattr(home, new)

@@ -29,6 +29,7 @@ LOG = ROOT / "tests" / "weekly" / "mutations.jsonl"
 # The tests of the source files in a folder. The test file with the name of the source file runs first.
 TESTS = {
     "hf_ssl/losses": ["tests/losses"],
+    "hf_ssl": ["tests/test_random.py"],
     "hf_ssl/views": ["tests/views"],
     "hf_ssl/modeling": ["tests/modeling", "tests/methods", "tests/test_methods.py"],
     "hf_ssl/trainer": ["tests/trainer"],
@@ -41,6 +42,7 @@ ALSO = {
 }
 # In these folders, only files that compute or order are mutated. The others read, write and report.
 FILES = {
+    "hf_ssl": ("random",),
     "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "first_pass", "guard", "throughput", "terms"),
     "hf_ssl/data": ("ordering", "loader", "stream", "stream_loader", "batch", "labeled"),
 }

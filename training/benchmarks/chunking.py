@@ -25,6 +25,7 @@ from hf_ssl.cards import environment
 from hf_ssl.data import LoadedBatch
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.random import image_seeds
 from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.views import ViewPreset
 from training.benchmarks.images import as_tensor, small_images
@@ -41,8 +42,8 @@ def step(batch_size: int, chunk: int | None) -> dict[str, Any]:
     preset = ViewPreset(size=32, enlarge=64)
     images = torch.stack([as_tensor(image) for image in small_images(64)]).repeat(batch_size // 64, 1, 1, 1)
     keys = np.arange(batch_size, dtype=np.uint64)
-    seeds = views.seeds(0, 0, keys)
-    batch = LoadedBatch(images, views.draw(seeds, preset, np.full((batch_size, 2), 32)), seeds)
+    seeds = image_seeds(0, 0, keys)
+    batch = LoadedBatch(images, views.sample_parameters(seeds, preset, np.full((batch_size, 2), 32)), seeds)
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**RESNET18)))
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     for parameter in model.parameters():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.data.decode import decode
+from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewOverrides, ViewPreset
 from training.benchmarks.images import as_tensor, parquet_of_small_images, photo_files, small_images
 from training.benchmarks.pairs import Pair
@@ -43,7 +44,7 @@ class _Drawer:
     def __call__(self) -> views.ViewParameters:
         self.calls += 1
         keys = np.arange(len(self.sizes), dtype=np.uint64)
-        return views.draw(views.seeds(0, self.calls, keys), self.preset, self.sizes)
+        return views.sample_parameters(image_seeds(0, self.calls, keys), self.preset, self.sizes)
 
 
 def small(preset: ViewPreset, side: int = 32) -> Any:
@@ -56,7 +57,7 @@ def small(preset: ViewPreset, side: int = 32) -> Any:
         batch = torch.stack([as_tensor(image) for image in images]).contiguous().to(device)
         drawn, transform = _Drawer(preset, np.full((512, 2), side)), SimCLRTransform(input_size=preset.size)
         return Pair(
-            lambda: views.apply(batch, drawn()),
+            lambda: views.augment(batch, drawn()),
             lambda: [transform(image) for image in images[:128]],
             ours_units=512,
             peer_units=128,
@@ -79,7 +80,7 @@ def photos(preset: ViewPreset, *, multi_crop: bool, crops_only: bool) -> Any:
             parameters = drawn()
             crops = views.crop([decode(file, 3) for file in files], parameters)
             if not crops_only:
-                views.apply(crops, parameters)
+                views.augment(crops, parameters)
 
         def peer() -> None:
             for file in files[:8]:

@@ -20,7 +20,7 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.positions import fix_positions, patch_grid
 from hf_ssl.modeling.tokens import TOKEN_TYPES, encode_tokens, select, special_tokens
-from hf_ssl.views import FOR_METHODS, uniforms
+from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 
 
 class MAEForPreTraining(SSLPreTrainedModel):
@@ -69,7 +69,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def draw(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """The noise (B, P) that decides which patches are visible."""
-        return {"noise": torch.from_numpy(uniforms(seeds, FOR_METHODS, self.patches)).float()}
+        return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.patches)).float()}
 
     def embed(
         self,

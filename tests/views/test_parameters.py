@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions of what is drawn against torchvision's own samplers, on fixed seeds."""
+"""The distributions of augmentation parameters equal those of torchvision's own samplers, on fixed seeds."""
 
 import pickle
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ from messages import mentions
 from scipy.stats import chi2_contingency, kstest
 from torchvision import transforms
 
-from hf_ssl.views import ViewOverrides, ViewPreset, draw, seeds
-from hf_ssl.views.drawing import COLUMNS, JITTER_ORDERS
+from hf_ssl.random import image_seeds
+from hf_ssl.views import ViewOverrides, ViewPreset, ViewSettings, sample_parameters
+from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS
+from hf_ssl.views.parameters import COLUMNS
 
-DRAWS = 6000
+COUNT = 6000
 
 
-def drawn(preset, height=50, width=60, count=DRAWS):
+def sampled(preset, height=50, width=60, count=COUNT):
     keys = np.arange(count, dtype=np.uint64)
-    return draw(seeds(0, 0, keys), preset, np.tile([height, width], (count, 1)))
+    return sample_parameters(image_seeds(0, 0, keys), preset, np.tile([height, width], (count, 1)))
 
 
 def assert_same_distribution(got, expected):
@@ -37,19 +40,19 @@ def assert_same_frequencies(got, expected):
         (32, 32, (0.08, 1.0), (3 / 4, 4 / 3)),
         (375, 500, (0.2, 1.0), (3 / 4, 4 / 3)),
         (375, 500, (0.05, 0.4), (0.5, 3.0)),
-        (40, 100, (0.3, 1.0), (3 / 4, 4 / 3)),  # several tries are needed, and sometimes ten do not do
+        (40, 100, (0.3, 1.0), (3 / 4, 4 / 3)),  # needs several tries, and sometimes more than ten
         (100, 30, (0.25, 1.0), (0.6, 4 / 3)),
     ],
 )
 def test_boxes(height, width, scale, ratio):
     preset = ViewPreset(count=1, scale=scale, ratio=ratio)
-    got = drawn(preset, height, width).table[:, 0, :4].double().numpy()
+    got = sampled(preset, height, width).table[:, 0, :4].double().numpy()
     image = torch.zeros(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         crop = transforms.RandomResizedCrop
         expected = np.array(
-            [crop.get_params(image, list(scale), list(ratio)) for _ in range(DRAWS)], np.float64
+            [crop.get_params(image, list(scale), list(ratio)) for _ in range(COUNT)], np.float64
         )
     top, left, box_height, box_width = got.T
     assert (got[:, :2] >= 0).all() and (got[:, 2:] >= 1).all() and (got == np.rint(got)).all()
@@ -62,8 +65,8 @@ def test_boxes(height, width, scale, ratio):
 
 
 def test_some_of_these_boxes_need_the_central_one():
-    """So that the comparison above covers it."""
-    got = drawn(ViewPreset(count=1, scale=(0.3, 1.0)), 40, 100).table[:, 0, :4].numpy()
+    """The comparison above covers the central box only if this holds."""
+    got = sampled(ViewPreset(count=1, scale=(0.3, 1.0)), 40, 100).table[:, 0, :4].numpy()
     central = (got == [0, 23, 40, 53]).all(axis=1)
     assert 0.02 < central.mean() < 0.5
 
@@ -73,18 +76,18 @@ def test_the_central_box_of_long_images(height, width):
     preset = ViewPreset(count=1, scale=(0.9, 1.0))
     image = torch.zeros(1, height, width)
     expected = transforms.RandomResizedCrop.get_params(image, list(preset.scale), list(preset.ratio))
-    assert drawn(preset, height, width, 5).table[:, 0, :4].tolist() == [list(map(float, expected))] * 5
+    assert sampled(preset, height, width, 5).table[:, 0, :4].tolist() == [list(map(float, expected))] * 5
 
 
 @pytest.mark.parametrize("strengths", [(0.8, 0.8, 0.8, 0.2), (0.4, 1.5, 0.2, 0.5)])
 def test_jitter(strengths):
     names = ("brightness", "contrast", "saturation", "hue")
-    parameters = drawn(ViewPreset(count=1, **dict(zip(names, strengths, strict=True))))
+    parameters = sampled(ViewPreset(count=1, **dict(zip(names, strengths, strict=True))))
     jitter = transforms.ColorJitter(*strengths)
     ranges = [getattr(jitter, name) for name in names]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        expected = [transforms.ColorJitter.get_params(*ranges) for _ in range(DRAWS)]
+        expected = [transforms.ColorJitter.get_params(*ranges) for _ in range(COUNT)]
     for place, name in enumerate(names):
         assert_same_distribution(parameters.column(name)[:, 0], [row[1 + place] for row in expected])
     orders = JITTER_ORDERS[parameters.column("order")[:, 0].long().numpy()] @ [1000, 100, 10, 1]
@@ -93,17 +96,17 @@ def test_jitter(strengths):
 
 
 def test_sigma():
-    sigma = drawn(ViewPreset(count=1, blur=0.5, blur_sigma=(0.1, 2.0))).column("sigma")[:, 0]
+    sigma = sampled(ViewPreset(count=1, blur=0.5, blur_sigma=(0.1, 2.0))).column("sigma")[:, 0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        expected = [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(DRAWS)]
+        expected = [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(COUNT)]
     assert_same_distribution(sigma[sigma > 0], expected)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.2, 0.8, 1.0])
 def test_probabilities(probability):
     names = ("flip", "jitter", "gray", "blur", "solarize")
-    parameters = drawn(ViewPreset(**dict.fromkeys(names, probability)), count=20000)
+    parameters = sampled(ViewPreset(**dict.fromkeys(names, probability)), count=20000)
     for name in ("flip", "jitter", "gray", "sigma", "solarize"):
         share = (parameters.column(name) > 0).double().mean(0)
         assert (
@@ -111,28 +114,32 @@ def test_probabilities(probability):
         ).all(), name
 
 
-def test_nothing_is_correlated():
-    """Neither two decisions about a view, nor two views of an image, nor two images, nor two passes."""
-    preset = ViewPreset(size=32, solarize=0.5, local=ViewOverrides(count=2, size=16))
+def test_parameters_are_uncorrelated():
+    """This holds for two parameters of a view, two views of an image, two images, and two epochs."""
+    probabilities = [item.name for item in fields(ViewSettings) if "probability" in item.metadata["expected"]]
+    assert "solarize" in probabilities
+    local = ViewOverrides(count=2, size=16)
+    preset = ViewPreset(size=32, local=local, **dict.fromkeys(probabilities, 0.5))
     keys, sizes = np.arange(20000, dtype=np.uint64), np.full((20000, 2), 1000)
-    passes = [draw(seeds(0, number, keys), preset, sizes).table.flatten(1) for number in (0, 1)]
-    table = torch.cat([*passes, passes[0].roll(1, 0)], dim=1).numpy()
+    seeds = [image_seeds(0, epoch, keys) for epoch in (0, 1)]
+    epochs = [sample_parameters(of_epoch, preset, sizes).table.flatten(1) for of_epoch in seeds]
+    table = torch.cat([*epochs, epochs[0].roll(1, 0)], dim=1).numpy()
     columns = table.shape[1]
     correlation = np.corrcoef(table.T) - np.eye(columns)
-    for view in range(columns // len(COLUMNS)):  # the box's sides and place are, of course
+    for view in range(columns // len(COLUMNS)):  # the four columns of a box are correlated
         box = slice(view * len(COLUMNS), view * len(COLUMNS) + 4)
         correlation[box, box] = 0
     assert np.isfinite(correlation).all()
     assert np.abs(correlation).max() < 5 / 20000**0.5
 
 
-def test_the_settings_of_each_view_are_its_own():
+def test_each_view_has_its_own_settings():
     preset = ViewPreset(
         count=3,
         second=ViewOverrides(blur=0.0, solarize=1.0, hue=0.0, scale=(0.9, 1.0)),
         local=ViewOverrides(count=2, size=96, scale=(0.05, 0.1), flip=1.0),
     )
-    parameters = drawn(preset, 400, 400, 500)
+    parameters = sampled(preset, 400, 400, 500)
     area = (parameters.column("height") * parameters.column("width") / 400**2).numpy()
     assert area[:, [1]].min() > 0.85 and area[:, 3:].max() < 0.11 and area[:, [0, 2]].min() < 0.2
     assert (parameters.column("solarize") == torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])).all()
@@ -142,27 +149,33 @@ def test_the_settings_of_each_view_are_its_own():
     assert not torch.equal(parameters.table[:, 3], parameters.table[:, 4])
 
 
-def test_a_draw_depends_on_nothing_but_seed_and_size():
+def test_parameters_depend_only_on_seed_and_size():
     preset = ViewPreset(size=32, local=ViewOverrides(count=2, size=16))
     keys, sizes = np.arange(50, dtype=np.uint64), np.stack([np.arange(50) + 10, 90 - np.arange(50)], axis=1)
-    whole = draw(seeds(1, 2, keys), preset, sizes)
+    whole = sample_parameters(image_seeds(1, 2, keys), preset, sizes)
     some = [40, 3, 17]
-    assert torch.equal(draw(seeds(1, 2, keys[some]), preset, sizes[some]).table, whole.table[some])
+    part = sample_parameters(image_seeds(1, 2, keys[some]), preset, sizes[some])
+    assert torch.equal(part.table, whole.table[some])
     assert torch.equal(whole[some].table, whole.table[some])
     assert torch.equal(whole[torch.tensor(some)].table, whole[[40, 3, 17]].table)
     assert torch.equal(whole[10:20].table, whole.table[10:20])
-    assert not torch.equal(draw(seeds(1, 3, keys), preset, sizes).table, whole.table)
+    assert not torch.equal(sample_parameters(image_seeds(1, 3, keys), preset, sizes).table, whole.table)
 
 
-def test_draws_never_change():
-    """Whoever changes these changes the views of every run that is to be resumed or repeated."""
-    row = drawn(ViewPreset(size=32, solarize=0.5), 300, 400, 2).table[1, 1].tolist()
-    expected = [98.0, 71.0, 182.0, 218.0, 1.0, 1.0, 21.0, 1.45913, 0.85432, 0.688, -0.02322, 0.0, 0.0, 1.0]
-    assert row == pytest.approx(expected, abs=1e-5)
+def test_parameters_never_change():
+    """A change would alter the views of every run that resumes or is repeated."""
+    parameters = sampled(ViewPreset(size=32, solarize=0.5), 300, 400, 2)
+    expected = {
+        "top": 98, "left": 71, "height": 182, "width": 218, "flip": 1, "jitter": 1, "order": 21,
+        "brightness": 1.45913, "contrast": 0.85432, "saturation": 0.688, "hue": -0.02322,
+        "gray": 0, "sigma": 0, "solarize": 1,
+    }  # fmt: skip
+    got = {name: parameters.column(name)[1, 1].item() for name in expected}
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
-def test_parameters_travel():
-    parameters = drawn(ViewPreset(size=32), count=64)
+def test_parameters_can_be_pickled_and_stay_on_the_host():
+    parameters = sampled(ViewPreset(size=32), count=64)
     copy = pickle.loads(pickle.dumps(parameters))
     assert copy.preset == parameters.preset and torch.equal(copy.table, parameters.table)
     assert len(parameters) == 64 and parameters.table.dtype == torch.float32
@@ -170,10 +183,17 @@ def test_parameters_travel():
     assert len(pickle.dumps(parameters)) < 64 * 2 * len(COLUMNS) * 4 + 4096
 
 
-def test_wrong_use_is_refused():
+def test_wrong_arguments_raise_an_error():
     with pytest.raises(ValueError, match=mentions("(3, 2)", "(2, 2)")):
-        draw(np.zeros(3, np.uint64), ViewPreset(), np.ones((2, 2)))
+        sample_parameters(np.zeros(3, np.uint64), ViewPreset(), np.ones((2, 2)))
     with pytest.raises(ValueError, match=mentions("1 x 1")):
-        draw(np.zeros(1, np.uint64), ViewPreset(), np.array([[0, 5]]))
+        sample_parameters(np.zeros(1, np.uint64), ViewPreset(), np.array([[0, 5]]))
     with pytest.raises(TypeError, match=mentions("slice", 1)):
-        drawn(ViewPreset(), count=3)[1]
+        sampled(ViewPreset(), count=3)[1]
+
+
+def test_each_operation_has_its_own_random_numbers():
+    """Two operations with the same number would be correlated; numbers of other views begin at 64."""
+    used = [number for operation in OPERATIONS for number in operation.numbers]
+    assert len(set(used)) == len(used) and min(used) >= 7 and max(used) < 64 - 22
+    assert len({operation.parameter for operation in OPERATIONS}) == len(OPERATIONS)

@@ -4,12 +4,21 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from hf_ssl.views.color import gray_, hue_, jitter_, jitter_groups, mix_, solarize_
-from hf_ssl.views.drawing import JITTER_ORDERS
+from hf_ssl.views.operations import (
+    JITTER_ORDERS,
+    blur_,
+    gaussian_weights,
+    gray_,
+    hue_,
+    jitter_,
+    jitter_groups,
+    mix_,
+    solarize_,
+)
 
 
 def pixels(count, channels=3, side=16):
-    """Noise, and rows of black, white, grey, pure and nearly grey colours, where the hue is delicate."""
+    """Return noise with rows of black, white, gray, pure and nearly gray colors, whose hue is sensitive."""
     images = torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(0))
     images[:, :, 0] = 0.0
     images[:, :, 1] = 1.0
@@ -38,7 +47,7 @@ def test_each_sample_has_its_own_hue():
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.7, 3.0])
-def test_the_parts_of_the_mix(factor, channels):
+def test_brightness_contrast_and_saturation(factor, channels):
     images = pixels(4, channels)
     share, rest = torch.full((4, 1), factor), torch.full((4, 1), 1 - factor)
     for name, of_mean, of_gray in (
@@ -52,8 +61,8 @@ def test_the_parts_of_the_mix(factor, channels):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_all_orders_and_some_left_alone():
-    """Every order of the four parts, three samples each: jittered, jittered without hue, not jittered."""
+def test_color_jitter_in_all_orders():
+    """Every order has three samples: with color jitter, with jitter except hue, without color jitter."""
     order = np.repeat(np.arange(24), 3)
     generator = np.random.default_rng(0)
     factors = generator.uniform([0, 0, 0, -0.5], [2, 2, 2, 0.5], (72, 4)).astype(np.float32)
@@ -74,7 +83,7 @@ def test_all_orders_and_some_left_alone():
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 
-def test_nobody_is_jittered():
+def test_a_batch_without_color_jitter_does_not_change():
     images = pixels(3)
     got = images.clone()
     groups = jitter_groups(np.zeros(3, bool), np.zeros(3, np.int64), np.ones(3, np.float32))
@@ -97,3 +106,25 @@ def test_solarize(threshold, channels):
     got = images.clone()
     solarize_(got, threshold)
     assert torch.equal(got, tv.solarize(images, threshold))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("side", "kernel"), [(5, 9), (16, 1), (32, 3), (32, 23), (33, 9), (64, 5), (96, 9), (100, 41)]
+)
+def test_blur_equals_torchvision(side, kernel, channels):
+    """There are one or several tiles, some of them narrow, and kernels across tiles and across the image."""
+    images = torch.rand(6, channels, side, side, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 0.3, 0.7, 1.1, 2.0, 6.0])
+    got = images.clone()
+    blur_(got, sigma, kernel)
+    for view, image, one in zip(got, images, sigma.tolist(), strict=True):
+        expected = tv.gaussian_blur(image, [kernel, kernel], [one, one])
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+
+
+def test_weights_of_the_blur_sum_to_one_and_are_never_denormal():
+    weights = gaussian_weights(torch.linspace(0.1, 3, 500), 11)
+    torch.testing.assert_close(2 * weights.sum(1) - weights[:, 0], torch.ones(500))
+    assert weights[weights > 0].min() > 1e-21
+    assert (weights.diff(dim=1) <= 0).all()

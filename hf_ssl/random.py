@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counter-based random numbers (layer 0): each number is a pure function of a seed and a position.
+
+There is no state to save or to synchronize. The numbers are the same on every machine, in every worker and in
+every order. They must never change, because interrupted runs resume with them. There are two generators:
+
+- SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) makes the numbers of an image (augmentation parameters, masks,
+  noise), for a whole batch at once. Number i of the stream with seed s is finalize(s + (i + 1) * golden),
+  modulo 2**64.
+- Philox makes the orders of the rows of a data set.
+
+Legend: B batch, n numbers.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.uint64]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MASK = 0xFFFFFFFFFFFFFFFF
+FIRST_METHOD_NUMBER = 1 << 20
+"""The position of the first number of an image's stream for methods (masks, noise). The augmentation uses the
+numbers before it."""
+
+
+def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: Keys) -> Keys:
+    """Return one seed (B,) for each image: hash(run seed, epoch, key).
+
+    Args:
+        run_seed: any integer, used modulo 2**64.
+        epoch: the epoch in which the image is read, one number or (B,).
+        keys: (B,) uint64, the row numbers or hashes of the encoded images. Two different keys never give the
+            same seed.
+    """
+    epochs = np.atleast_1d(np.asarray(epoch)).astype(np.uint64)
+    state = _absorb(np.zeros(1, np.uint64), np.array([run_seed & MASK], np.uint64))
+    return _absorb(_absorb(state, epochs), np.asarray(keys, np.uint64))
+
+
+def uniforms(seeds: Keys, first: int, count: int) -> NDArray[np.float64]:
+    """Return numbers `first` to `first + count - 1` of each seed's stream: (B, count), uniform in [0, 1)."""
+    counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
+    bits = _finalize(seeds[:, None] + counters)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """Return a random order of 0 ... size - 1 that depends only on the key: (size,) int64.
+
+    The order follows from the raw output of Philox. NumPy guarantees that this output never changes (NEP 19).
+    The result of `Generator.permutation` may change with the version of NumPy.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+def random_index(size: int, *key: int) -> int:
+    """Return a random number from 0 to size - 1 that depends only on the key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(size))
+
+
+def _absorb(state: Keys, value: Keys) -> Keys:
+    return _finalize(state ^ _finalize(value + GOLDEN))
+
+
+def _finalize(bits: Keys) -> Keys:
+    """Return a bijection of 64-bit numbers: each input bit flips about half of the output bits."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
