@@ -2,13 +2,18 @@
 """Imports the public names of a package at their first use, so that the package loads fast (layer 0)."""
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 
 def lazy_names(
-    package: str, homes: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
+    package: str,
+    homes: Mapping[str, Sequence[str]],
+    *,
+    modules: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` for the `__init__.py` of a package.
 
@@ -16,12 +21,19 @@ def lazy_names(
         package: `__name__` of the package.
         homes: module -> public names that it defines.
         modules: modules of the package that are public names themselves.
+        renamed: deprecated name -> its replacement, e.g. "hf_ssl.views.augment". The old name works for one
+            more release, with a DeprecationWarning.
     """
     home = {name: module for module, names in homes.items() for name in names}
     named = {module.rpartition(".")[2]: module for module in modules}
     public = sorted({*home, *named})
 
     def get(name: str) -> Any:
+        if renamed is not None and name in renamed:
+            module, _, new = renamed[name].rpartition(".")
+            message = f"{package}.{name} is deprecated; use {module}.{new}"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(import_module(module), new)
         if name in home:
             value = getattr(import_module(home[name]), name)
         elif name in named:

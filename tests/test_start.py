@@ -19,7 +19,7 @@ import torch  # noqa: F401  (loads it in this process)
 from hf_ssl.cli import quick_imports
 
 RUN = """
-import json, os, sys
+import importlib.machinery, json, os, sys
 
 listed = []
 def note(event, arguments):
@@ -39,10 +39,9 @@ class Finder:  # wraps the trainer's step when its module is imported; it import
     @staticmethod
     def find_spec(name, path, target=None):
         global step
-        from importlib.machinery import PathFinder
         if name != "hf_ssl.trainer.trainer":
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         execute = spec.loader.exec_module
         def exec_module(module):
             global step

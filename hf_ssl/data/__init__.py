@@ -5,9 +5,9 @@ Layer 1: this package knows neither methods nor the trainer. The names below are
 a recipe needs only `DataConfig` and must not import torch and datasets.
 """
 
-import warnings
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.data.batch import BrokenCounter, LoadedBatch
@@ -16,43 +16,17 @@ if TYPE_CHECKING:
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
-_HOMES = {
-    "BrokenCounter": "batch",
-    "DataConfig": "config",
-    "LabeledImages": "labeled",
-    "LoadedBatch": "batch",
-    "Source": "sources",
-    "holds_small_images": "loader",
-    "labeled_images": "labeled",
-    "open_source": "sources",
-    "train_loader": "loader",
-}
-_DEPRECATED = {"LabelledImages": "LabeledImages", "labelled_images": "labeled_images"}  # old name -> new name
-
-__all__ = [
-    "BrokenCounter",
-    "DataConfig",
-    "LabeledImages",
-    "LoadedBatch",
-    "Source",
-    "holds_small_images",
-    "labeled_images",
-    "open_source",
-    "train_loader",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _DEPRECATED:
-        new = _DEPRECATED[name]
-        warnings.warn(f"{__name__}.{name} is deprecated; use {new}", DeprecationWarning, stacklevel=2)
-        return __getattr__(new)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.data.batch": ["BrokenCounter", "LoadedBatch"],
+        "hf_ssl.data.config": ["DataConfig"],
+        "hf_ssl.data.labeled": ["LabeledImages", "labeled_images"],
+        "hf_ssl.data.loader": ["holds_small_images", "train_loader"],
+        "hf_ssl.data.sources": ["Source", "open_source"],
+    },
+    renamed={
+        "LabelledImages": "hf_ssl.data.LabeledImages",
+        "labelled_images": "hf_ssl.data.labeled_images",
+    },
+)

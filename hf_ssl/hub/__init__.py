@@ -5,42 +5,26 @@ This package reads files and models; it does not import the trainer. The names b
 first used. The names of `hf_ssl.cards` are deprecated here.
 """
 
-import warnings
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_ssl import cards
+from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.hub.export import export_checkpoint, export_encoder, image_processor
 
-_HOMES = {
-    "export_checkpoint": "export",
-    "export_encoder": "export",
-    "image_processor": "export",
-}
-
-__all__ = [
-    "export_checkpoint",
-    "export_encoder",
-    "image_processor",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in cards.__all__:
-        warnings.warn(
-            f"hf_ssl.hub.{name} moved to hf_ssl.cards.{name}; this name will be removed in 0.2",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(cards, name)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.hub.export": ["export_checkpoint", "export_encoder", "image_processor"],
+    },
+    renamed={
+        "Facts": "hf_ssl.cards.Facts",
+        "append_result": "hf_ssl.cards.append_result",
+        "environment": "hf_ssl.cards.environment",
+        "last_part": "hf_ssl.cards.last_part",
+        "public": "hf_ssl.cards.public",
+        "read_facts": "hf_ssl.cards.read_facts",
+        "write_card": "hf_ssl.cards.write_card",
+        "write_facts": "hf_ssl.cards.write_facts",
+    },
+)

@@ -12,9 +12,9 @@ The names below are loaded at their first use, because recipes and configs need 
 wait for torch. For the same reason, no module has the name of a function.
 """
 
-import warnings
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.views.cropping import Crops, crop
@@ -22,54 +22,19 @@ if TYPE_CHECKING:
     from hf_ssl.views.pipeline import Views, augment, montage
     from hf_ssl.views.preset import ViewOverrides, ViewPreset, ViewSettings
 
-_HOMES = {
-    "Crops": "cropping",
-    "ViewOverrides": "preset",
-    "ViewParameters": "parameters",
-    "ViewPreset": "preset",
-    "ViewSettings": "preset",
-    "Views": "pipeline",
-    "augment": "pipeline",
-    "crop": "cropping",
-    "montage": "pipeline",
-    "sample_parameters": "parameters",
-}
-
-# Deprecated names, which work for one more release.
-_RENAMED = {
-    "FOR_METHODS": "hf_ssl.random.FIRST_METHOD_NUMBER",
-    "apply": "hf_ssl.views.augment",
-    "draw": "hf_ssl.views.sample_parameters",
-    "seeds": "hf_ssl.random.image_seeds",
-    "uniforms": "hf_ssl.random.uniforms",
-}
-
-__all__ = [
-    "Crops",
-    "ViewOverrides",
-    "ViewParameters",
-    "ViewPreset",
-    "ViewSettings",
-    "Views",
-    "augment",
-    "crop",
-    "montage",
-    "sample_parameters",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        new = _RENAMED[name]
-        warnings.warn(f"hf_ssl.views.{name} is deprecated; use {new}", DeprecationWarning, stacklevel=2)
-        module, _, attribute = new.rpartition(".")
-        return getattr(import_module(module), attribute)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.views.cropping": ["Crops", "crop"],
+        "hf_ssl.views.parameters": ["ViewParameters", "sample_parameters"],
+        "hf_ssl.views.pipeline": ["Views", "augment", "montage"],
+        "hf_ssl.views.preset": ["ViewOverrides", "ViewPreset", "ViewSettings"],
+    },
+    renamed={
+        "FOR_METHODS": "hf_ssl.random.FIRST_METHOD_NUMBER",
+        "apply": "hf_ssl.views.augment",
+        "draw": "hf_ssl.views.sample_parameters",
+        "seeds": "hf_ssl.random.image_seeds",
+        "uniforms": "hf_ssl.random.uniforms",
+    },
+)

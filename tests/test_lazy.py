@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public names are imported at their first use; the lists for programs and for type checkers agree."""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import hf_ssl
+
+ROOT = Path(hf_ssl.__file__).parent
+LAZY = sorted(
+    path.parent.relative_to(ROOT.parent).as_posix().replace("/", ".")
+    for path in ROOT.rglob("__init__.py")
+    if "lazy_names(" in path.read_text()
+)
+
+
+def for_type_checkers(package: str) -> set[str]:
+    """Return the names that `if TYPE_CHECKING` imports in the package."""
+    tree = ast.parse(Path(import_module(package).__file__).read_text())
+    blocks = [
+        node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    statements = [part for block in blocks for part in block.body if isinstance(part, ast.ImportFrom)]
+    return {alias.asname or alias.name for statement in statements for alias in statement.names}
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_every_name_exists_and_type_checkers_know_it(package: str) -> None:
+    module = import_module(package)
+    assert module.__all__ and set(dir(module)) >= set(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name in vars(module)  # the second use costs nothing
+    if package != "hf_ssl":  # the methods' classes come from the table
+        assert for_type_checkers(package) == set(module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        module.unknown  # noqa: B018
