@@ -57,15 +57,21 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "
 
 @dataclass(frozen=True)
 class Import:
-    """`target` is the dotted name of what is imported, as deep as the statement says; `deferred`: inside a
-    function."""
+    """An import statement.
+
+    Attributes:
+        target: the dotted name of the imported object, as deep as the statement says.
+        deferred: whether the import is inside a function.
+        for_types: whether it is inside `if TYPE_CHECKING`.
+    """
 
     target: str
     deferred: bool
+    for_types: bool = False
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Dotted name and file of every module of the package."""
+    """Return the file of every module of the package by its dotted name."""
     found = {}
     for path in sorted((root / "hf_ssl").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -74,28 +80,43 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(source: str) -> Iterator[Import]:
-    """Every absolute import, those for type checkers left out: they are never executed."""
+    """Yield every import of a module, also those inside functions and inside `if TYPE_CHECKING`."""
 
-    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, deferred: bool, for_types: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                for other in child.orelse:
-                    yield from visit(other, deferred)
+                for part in child.body:
+                    yield from visit(ast.Module([part], []), deferred, True)
+                for part in child.orelse:
+                    yield from visit(ast.Module([part], []), deferred, for_types)
             elif isinstance(child, ast.Import):
                 for alias in child.names:
-                    yield Import(alias.name, deferred)
+                    yield Import(alias.name, deferred, for_types)
             elif isinstance(child, ast.ImportFrom):
                 for alias in child.names:
-                    yield Import(f"{'.' * child.level}{child.module or ''}.{alias.name}", deferred)
+                    yield Import(f"{'.' * child.level}{child.module or ''}.{alias.name}", deferred, for_types)
             else:
                 inside = deferred or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                yield from visit(child, inside)
+                yield from visit(child, inside, for_types)
 
-    return visit(ast.parse(source), False)
+    return visit(ast.parse(source), False, False)
 
 
-def resolve(target: str, known: dict[str, str]) -> str | None:
-    """The module of ours that an import names, or None for somebody else's."""
+def lazy_homes(sources: dict[str, str]) -> dict[str, str]:
+    """Return the module of each lazy name of a package: hf_ssl.views.crop -> hf_ssl.views.cropping."""
+    homes = {}
+    for package, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
+                for key, names in zip(node.args[1].keys, node.args[1].values, strict=True):
+                    if isinstance(key, ast.Constant):
+                        homes |= {f"{package}.{name}": key.value for name in ast.literal_eval(names)}
+    return homes
+
+
+def resolve(target: str, known: dict[str, str], homes: dict[str, str] | None = None) -> str | None:
+    """Return the module of hf_ssl that an import names; None for other packages."""
+    target = (homes or {}).get(target, target)
     while target:
         if target in known:
             return target
@@ -123,16 +144,20 @@ def wrong_directions(sources: dict[str, str]) -> list[str]:
 
 
 def circle(sources: dict[str, str]) -> list[str]:
-    """Modules that import each other while they load, or rooms that import each other at any time."""
+    """Return modules or packages that import each other, at any time and also only for type checkers.
+
+    Lazy names count as the modules that define them. The imports of a package's `__init__` for type checkers
+    do not count, because they repeat the lazy names.
+    """
+    homes = lazy_homes(sources)
     by_module: dict[str, set[str]] = {}
     by_room: dict[str, set[str]] = {}
     for module, source in sources.items():
         for item in imports(source):
-            target = resolve(item.target, sources)
-            if target is None or target in (module, "hf_ssl"):
+            target = resolve(item.target, sources, homes)
+            if target is None or target in (module, "hf_ssl") or (item.for_types and "lazy_names(" in source):
                 continue
-            if not item.deferred:
-                by_module.setdefault(module, set()).add(target)
+            by_module.setdefault(module, set()).add(target)
             if room(target) != room(module):
                 by_room.setdefault(room(module), set()).add(room(target))
     for graph in (by_module, by_room):
@@ -268,12 +293,15 @@ BAD = {
     "hf_ssl.losses.triplet": "def f():\n    from hf_ssl.trainer import x\n",
     "hf_ssl.trainer": "import torch\n",
     "hf_ssl.data": "from hf_ssl import views\n",
-    "hf_ssl.views": "if TYPE_CHECKING:\n    from hf_ssl.trainer import x\n",
+    "hf_ssl.views": "if TYPE_CHECKING:\n    from hf_ssl.trainer import x\n",  # only for type checkers
 }
 
 
 def test_upward_imports_are_seen() -> None:
-    assert wrong_directions(BAD) == ["hf_ssl.losses.triplet imports hf_ssl.trainer.x, which is above it"]
+    assert wrong_directions(BAD) == [
+        "hf_ssl.losses.triplet imports hf_ssl.trainer.x, which is above it",
+        "hf_ssl.views imports hf_ssl.trainer.x, which is above it",
+    ]
     assert wrong_directions({"hf_ssl.attic": ""}) == ["hf_ssl.attic has no layer"]
     assert wrong_directions({"hf_ssl.views": "from . import preset"}) == [
         "hf_ssl.views imports ..preset relatively"
@@ -286,8 +314,13 @@ def test_upward_imports_are_seen() -> None:
 
 def test_circles_are_seen() -> None:
     assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": "from hf_ssl.data.a import x"})
-    deferred = "def f():\n    import hf_ssl."
-    assert not circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{deferred}data.a"})
+    deferred, for_types = "def f():\n    import hf_ssl.", "if TYPE_CHECKING:\n    import hf_ssl."
+    assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{deferred}data.a"})
+    assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{for_types}data.a"})
+    lazy = 'lazy_names(__name__, {"hf_ssl.data.a": ["x"]})'
+    assert circle(
+        {"hf_ssl.data": lazy, "hf_ssl.data.a": "import hf_ssl.b", "hf_ssl.b": "from hf_ssl.data import x"}
+    )
     assert circle({"hf_ssl.data.a": "import hf_ssl.modeling.b", "hf_ssl.modeling.b": f"{deferred}data.a"})
     assert not circle(BAD | {"hf_ssl.losses.triplet": ""})
 

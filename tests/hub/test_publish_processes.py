@@ -54,7 +54,7 @@ found = {
     "without hf_ssl": "hf_ssl" not in sys.modules,
 }
 sys.meta_path.pop(0)
-import hf_ssl
+import hf_ssl.auto
 from transformers import AutoModelForPreTraining
 method, report = AutoModelForPreTraining.from_pretrained(
     repo, subfolder="pretraining", output_loading_info=True

@@ -44,7 +44,7 @@ ALSO = {
 FILES = {
     "hf_ssl": ("random",),
     "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "first_pass", "guard", "throughput", "terms"),
-    "hf_ssl/data": ("ordering", "loader", "stream", "stream_loader", "batch", "labeled"),
+    "hf_ssl/data": ("loader", "stream", "stream_loader", "batch", "labeled"),
 }
 
 # Files whose tests need several processes. For other files, such tests do not run, because they start slowly.
