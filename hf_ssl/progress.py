@@ -68,11 +68,12 @@ def redrawn(bar: Any) -> Iterator[None]:
         return
     draw = bar.display
 
-    def draw_if_possible(*arguments: Any, **options: Any) -> None:
+    def draw_if_possible(*arguments: Any, **options: Any) -> bool:
         try:
-            draw(*arguments, **options)
+            return bool(draw(*arguments, **options))
         except (OSError, ValueError):  # ValueError: the file was closed
             bar.disable = True
+            return False
 
     # Not in a subclass: bars of another class have another lock and other places on the screen.
     bar.display = draw_if_possible

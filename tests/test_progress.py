@@ -70,6 +70,13 @@ def test_the_elapsed_time_of_another_bar_moves_between_its_updates(soon, capsys)
     bar.close()
 
 
+def test_the_next_output_starts_at_the_beginning_of_the_line(soon, capsys):
+    with progress("opening photos"):
+        seen = wait_for("opening photos", capsys)
+    seen += capsys.readouterr().err
+    assert seen.endswith("\r") and seen.rstrip("\r").endswith(" ")
+
+
 def test_an_error_ends_the_display(soon, capsys):
     with pytest.raises(RuntimeError, match="inside"), progress("failing"):
         wait_for("failing", capsys)

@@ -15,6 +15,7 @@ rank, folder, cpu = int(sys.argv[1]), sys.argv[2], torch.device("cpu")
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 flags = [any_process(flag, cpu) for flag in (rank == 0, rank == 1, False)]
 print(json.dumps([flags, least_over_processes(5 + rank, cpu), least_over_processes(5 - rank, cpu)]))
+dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
 dist.destroy_process_group()
 """
 
