@@ -21,7 +21,7 @@ from hf_ssl.evaluation import (
     fastest_device,
     load_encoder,
 )
-from hf_ssl.modeling.gather import wait_for_all
+from hf_ssl.modeling.gather import finish_communication, wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices, stored_revision
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
@@ -107,6 +107,7 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
     with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
         trainer.save_model()
     # A process may abort if it ends before its process group. Only the main process continues after this.
+    finish_communication()
     trainer.accelerator.end_training()
     if not trainer.args.should_save:
         return {}

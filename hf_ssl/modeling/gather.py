@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that knows of other processes: gathering with gradient, and sums over processes."""
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_SECONDS_TO_FREE = 0.5
 
 
 def process_count() -> int:
@@ -100,6 +103,18 @@ def wait_for_all() -> None:
     """Return when every process has come here; at once in a single process."""
     if process_count() > 1:
         dist.barrier()
+
+
+def finish_communication() -> None:
+    """Wait for all processes, and for their threads, before the process group is destroyed.
+
+    Otherwise gloo can hang (torch 2.6, on a busy machine): the destruction of the group waits for a thread,
+    while this thread waits for the lock of the interpreter, to free a tensor of the last operation.
+    """
+    if process_count() > 1:
+        dist.barrier()
+        if dist.get_backend() == "gloo":
+            time.sleep(_SECONDS_TO_FREE)
 
 
 def least_over_processes(number: int, device: torch.device) -> int:

@@ -40,7 +40,8 @@ rows = torch.arange(8.0)[:, None].chunk(2)[rank]
 dealt, restore = in_another_order(rows, seed=3)
 results.append((dealt, restore(dealt * 10)))
 torch.save(results, f"{folder}/{rank}.pt")
-dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
+from hf_ssl.modeling.gather import finish_communication
+finish_communication()
 dist.destroy_process_group()
 """
 

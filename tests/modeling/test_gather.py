@@ -10,12 +10,12 @@ from hf_ssl.modeling.gather import any_process, least_over_processes
 
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
-from hf_ssl.modeling.gather import any_process, least_over_processes
+from hf_ssl.modeling.gather import any_process, finish_communication, least_over_processes
 rank, folder, cpu = int(sys.argv[1]), sys.argv[2], torch.device("cpu")
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 flags = [any_process(flag, cpu) for flag in (rank == 0, rank == 1, False)]
 print(json.dumps([flags, least_over_processes(5 + rank, cpu), least_over_processes(5 - rank, cpu)]))
-dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
+finish_communication()
 dist.destroy_process_group()
 """
 

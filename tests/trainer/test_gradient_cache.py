@@ -196,7 +196,8 @@ model = build("simclr", VIT % 0.0)
 loss = cached(model, half, 4).loss
 average_gradients(model.parameters())
 torch.save((loss, gradients(model)), f"{folder}/{rank}.pt")
-dist.barrier()  # torch 2.6 may hang if a thread still holds a gathered tensor when the group is destroyed
+from hf_ssl.modeling.gather import finish_communication
+finish_communication()
 dist.destroy_process_group()
 """
 
