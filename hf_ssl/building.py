@@ -39,9 +39,7 @@ from hf_ssl.trainer.fitting import (
     choose_workers,
     free_memory,
 )
-from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.monitor import KNNMonitor, Monitor
-from hf_ssl.trainer.pictures import MethodPictures
 from hf_ssl.trainer.step_cost import MEASURED_IMAGES, measure_step
 from hf_ssl.trainer.trainer import SSLTrainer
 from hf_ssl.views import montage
@@ -124,10 +122,9 @@ def build_trainer(
         with progress("loading images for the monitor"):
             probe = load_probe(recipe, source, args, count)
         monitor = Monitor(probe, knn, DTYPES[args.precision])
-    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks)
+    continued = recipe.init_from is not None
+    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks, continued)
     trainer.choices = choices
-    if recipe.init_from is not None and knn is not None:
-        trainer.add_callback(FeatureGuard(len(knn.queries)))
     return trainer
 
 
@@ -138,7 +135,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     """
     first = load_probe(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
     montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
-    trainer.add_callback(MethodPictures(trainer.method, first, recipe.views))
+    trainer.draw_method_pictures(first)
 
 
 def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int) -> LoadedBatch:

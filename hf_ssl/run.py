@@ -27,7 +27,6 @@ from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import Measured, collect_facts, results_table
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.guard import FeatureGuard
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,8 @@ def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCa
         if checkpoint is not None:
             logger.warning("resuming from %s", checkpoint)
         trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.collapse_message is not None and args.on_collapse == "stop":
-        raise UserError(f"{trainer.collapse_message}; the run was stopped (training.on_collapse=stop)")
-    for guard in trainer.callback_handler.callbacks:
-        if isinstance(guard, FeatureGuard) and guard.message is not None and args.on_worse == "stop":
-            raise UserError(f"{guard.message}; the run was stopped (training.on_worse=stop)")
+    if trainer.stop_reason is not None:
+        raise UserError(trainer.stop_reason)
     return trainer
 
 

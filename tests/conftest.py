@@ -93,9 +93,9 @@ def forks() -> Iterator[Forks]:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches off the curves for runs in this process; in a small run, they take most of the time."""
-    from hf_ssl.trainer.callbacks import Curves
+    from hf_ssl.trainer.callbacks import CurvesCallback
 
-    monkeypatch.setattr(Curves, "draw", lambda self, args, state: None)
+    monkeypatch.setattr(CurvesCallback, "draw", lambda self, args, state: None)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
-from hf_ssl.trainer.callbacks import Curves
+from hf_ssl.trainer.callbacks import CurvesCallback
 
 
 class KillAt(TrainerCallback):
@@ -41,7 +41,7 @@ def run(job: dict, rank: int, world_size: int, port: int) -> None:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
     if not job.get("curves", False):
-        Curves.draw = lambda self, args, state: None  # the process is the job's own
+        CurvesCallback.draw = lambda self, args, state: None  # the process is the job's own
     callbacks = [] if job["kill_at"] is None else [KillAt(job["kill_at"])]
     trainer = train(load_recipe(job["recipe"], job["overrides"]), callbacks)
     losses = {record["step"]: record["loss"] for record in trainer.state.log_history if "loss" in record}

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.trainer.first_pass import remember_all
+from hf_ssl.trainer.callbacks import store_embeddings
 
 
 def prime(model: SSLPreTrainedModel, *batches: dict[str, Tensor]) -> None:
     """Show the batches to a method that begins with a pass over the data; leave others alone."""
     if model.begins_with_a_pass:
         for batch in batches:
-            remember_all(model.train(), batch)
+            store_embeddings(model.train(), batch)
         model.before_epoch(Progress(step=0, total_steps=10, steps_per_epoch=5))

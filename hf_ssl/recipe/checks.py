@@ -1,61 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sections of a recipe must agree on: the encoder, the views and the method's needs, before any image is
-read."""
+"""Checks that the sections of a recipe fit together, before any image is read."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
-from hf_ssl.methods import METHODS
-from hf_ssl.recipe.sections import config_fields, one_line, suggestion
+from hf_ssl.recipe.sections import one_line
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from hf_ssl.recipe.recipe import Recipe
-
-
-def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
-    """The config class of a transformers encoder; raises `UserError` with the nearest name if there is
-    none."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    known = [name for name in CONFIG_MAPPING if not name.startswith("ssl_")]
-    if model_type not in known:
-        raise UserError(f"unknown backbone.model_type {model_type}: {suggestion(str(model_type), known)}")
-    return CONFIG_MAPPING[model_type]
-
-
-def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPreset) -> dict[str, Any]:
-    """`backbone` with the number of channels and the image size that follow from the other sections.
-
-    Raises:
-        UserError: the section says something else.
-    """
-    if backbone["model_type"] == "timm_wrapper":
-        arguments = {"in_chans": data.channels, **(backbone.get("model_args") or {})}
-        _agree("backbone.model_args.in_chans", arguments["in_chans"], "data.channels", data.channels)
-        return {**backbone, "model_args": arguments} if data.channels != 3 else backbone
-    fields = config_fields(backbone_class(backbone["model_type"]))
-    fitted = dict(backbone)
-    for key, value, source in (
-        ("num_channels", data.channels, "data.channels"),
-        ("image_size", views.final_size, "the size of the views"),
-    ):
-        if key in fields:
-            _agree(f"backbone.{key}", fitted.setdefault(key, value), source, value)
-    return fitted
-
-
-def _agree(key: str, got: Any, source: str, expected: int) -> None:
-    if got != expected:
-        raise UserError(f"{key}: expected {expected}, which is {source}, got {got}; it can be left out")
+    from hf_ssl.modeling.base import SSLPreTrainedModel
 
 
 def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
-    """Build the encoder without memory and run it on shapes alone; raises `UserError` if it cannot see these
-    views."""
+    """Build the encoder without memory, and run it on the shapes of the views.
+
+    Raises:
+        UserError: the encoder cannot be built or cannot encode these views.
+    """
     import torch
     from transformers import AutoModel
 
@@ -73,16 +37,14 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
                 )
             for size in sizes:
                 encode(encoder, torch.empty(2, data.channels, size, size))
-    except (
-        UserError,
-        NotImplementedError,
-    ) as error:  # the latter: an operation that cannot run on shapes alone
-        if isinstance(error, UserError):
-            raise
-    except Exception as error:  # whatever a third party's constructor makes of a person's values
+    except UserError:
+        raise
+    except NotImplementedError:
+        pass  # the encoder has an operation that cannot run on shapes alone
+    except Exception as error:  # the constructor of another library may raise anything for wrong values
         problem = f"{type(error).__name__} {one_line(error)}"
         raise UserError(
-            f"backbone: {config.model_type} cannot encode views of {sizes} pixels: {problem}"
+            f"backbone: expected an encoder for views of {sizes} pixels, got {config.model_type}: {problem}"
         ) from error
 
 
@@ -90,21 +52,42 @@ def _check_patches(config: "PreTrainedConfig", size: int) -> None:
     patch = config.to_dict().get("patch_size")
     if isinstance(patch, int) and size % patch:
         raise UserError(
-            f"views of {size} pixels cannot be divided into patches of backbone.patch_size={patch} pixels"
+            f"views.size: expected a multiple of backbone.patch_size={patch}, got {size}; use "
+            f"{max(1, size // patch) * patch}"
         )
 
 
-def check_method(recipe: "Recipe", batch_size: int) -> None:
-    """Raise `UserError` if the method needs another encoder, more views of an image, images with a number, or
-    more images at a time."""
-    title, model = METHODS[recipe.method["name"]].title, recipe.model_class
-    known, got = model.backbone_types, recipe.backbone["model_type"]
-    if known is not None and got not in known:
-        raise UserError(f"backbone.model_type: {title} trains {', '.join(known)}, got {got}")
-    model.check_views(recipe.views.global_count, recipe.views.local_count)
-    model.check_streaming(recipe.data.streaming)
+def check_method(
+    title: str,
+    model: type["SSLPreTrainedModel"],
+    *,
+    backbone_type: str,
+    views: ViewPreset,
+    streaming: bool,
+    batch_size: int,
+) -> None:
+    """Check that a method can be trained with these settings.
+
+    Args:
+        title: name of the method, for messages.
+        model: model class of the method.
+        backbone_type: model type of the encoder.
+        views: the augmentation settings.
+        streaming: whether the data are a stream.
+        batch_size: images in an optimizer step.
+
+    Raises:
+        UserError: the method needs another encoder, another number of views, map-style data, or more images.
+    """
+    known = model.backbone_types
+    if known is not None and backbone_type not in known:
+        raise UserError(
+            f"backbone.model_type: expected one of {', '.join(known)} for {title}, got {backbone_type}"
+        )
+    model.check_views(views.global_count, views.local_count)
+    model.check_streaming(streaming)
     if model.couples_samples and batch_size < 2:
         raise UserError(
-            f"training.batch_size: {title} compares images with each other and needs at least 2 at a time, "
-            f"got {batch_size}"
+            f"training.batch_size: expected at least 2, because {title} compares images with each other, got "
+            f"{batch_size}"
         )

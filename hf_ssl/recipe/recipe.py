@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe is, and how one is loaded.
+"""Loads and checks a recipe.
 
-The sections `data`, `views`, `evaluation`, `publish` are dataclasses; `training` holds arguments of
-`SSLTrainingArguments`; `method` and `backbone` are fields of transformers configs, chosen by `method.name`
-and `backbone.model_type`.
+The sections `data`, `views`, `evaluation` and `publish` are dataclasses. `training` contains arguments of
+`SSLTrainingArguments`. `method` and `backbone` contain fields of the transformers configs that `method.name`
+and `backbone.model_type` select.
 """
 
 import dataclasses
@@ -18,10 +18,15 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
-from hf_ssl.recipe.checks import backbone_class, check_encoder, check_method, fitted_backbone
+from hf_ssl.recipe.backbone import (
+    backbone_class,
+    fitted_backbone,
+    pretrained_backbone,
+    pretrained_config,
+)
+from hf_ssl.recipe.checks import check_encoder, check_method
 from hf_ssl.recipe.sections import checked, one_line, structured, suggestion, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
-from hf_ssl.recipe.started import started_backbone, started_config
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
@@ -39,17 +44,17 @@ SAME = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 
 @dataclass
 class PublishConfig:
-    """The recipe's section `publish`: where the encoder is published, and what is said about it there.
+    """The section `publish` of a recipe.
 
-    `training.push_to_hub=true` publishes while and after training, `hf-ssl publish` whenever it is asked to.
+    `training.push_to_hub=true` publishes during and after training, `hf-ssl publish` a finished run.
 
     Attributes:
-        repo_id: "user/name" on the Hub; `training.hub_model_id` is another word for it.
-        private: whether the repo is made private; `training.hub_private_repo` is another word for it.
-        license: of the weights, as the Hub names it ("apache-2.0"); what the data allow is for the publisher
-            to know.
-        title: of the card; None makes one of method, backbone and data.
-        tags: added to the card's own.
+        repo_id: "user/name" on the Hub, the same as `training.hub_model_id`.
+        private: whether a new repository is private, the same as `training.hub_private_repo`.
+        license: license of the weights, with the name that the Hub uses ("apache-2.0"). The publisher must
+            know what the license of the data allows.
+        title: title of the card; None derives it from method, backbone and data.
+        tags: further tags of the card.
     """
 
     repo_id: str | None = None
@@ -87,17 +92,17 @@ class Recipe:
 
     @cached_property
     def config_class(self) -> type["SSLConfig"]:
-        """The config class of the method."""
+        """Config class of the method."""
         return _load(METHODS[self.method["name"]].config)
 
     @cached_property
     def model_class(self) -> type["SSLPreTrainedModel"]:
-        """The model class of the method."""
+        """Model class of the method."""
         return _load(METHODS[self.method["name"]].model)
 
     @property
     def init_from(self) -> str | None:
-        """The encoder that training begins with, a folder or a Hub id; None for random weights."""
+        """Folder or Hub id of the encoder that training starts from; None for random weights."""
         return self.backbone.get("init_from")
 
     def types(self, key: str) -> bool:
@@ -106,22 +111,32 @@ class Recipe:
         return name in apply_overrides({}, self.overrides)[section]
 
     def backbone_config(self) -> "PreTrainedConfig":
-        """The encoder's config. Raises `UserError` for what the recipe's section has wrong."""
+        """Return the config of the encoder.
+
+        Raises:
+            UserError: the section `backbone` contains a mistake.
+        """
         if self.init_from is not None:
-            return started_config(self.init_from)
+            return pretrained_config(self.init_from)
         values = {key: value for key, value in self.backbone.items() if key != "model_type"}
         return transformers_config(backbone_class(self.backbone["model_type"]), values, "backbone")
 
     def config(self) -> "SSLConfig":
-        """The method's config with the encoder's and the views in it. Raises `UserError` as `backbone_config`
-        does."""
+        """Return the config of the method, which contains the config of the encoder and the views.
+
+        Raises:
+            UserError: the section `method` or `backbone` contains a mistake.
+        """
         values = {key: value for key, value in self.method.items() if key != "name"}
         parts = {"backbone_config": self.backbone_config(), "views": self.views.to_dict()}
         return transformers_config(self.config_class, values, "method", **parts)
 
     def training_arguments(self) -> "SSLTrainingArguments":
-        """The training arguments, made for the process it is called in. Raises `UserError` for values that do
-        not go together."""
+        """Return the training arguments for the current process.
+
+        Raises:
+            UserError: values contradict each other.
+        """
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
         try:
@@ -189,12 +204,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     plain = apply_overrides(read_yaml(path), overrides)
     for section, choice in (("method", "name"), ("backbone", "model_type")):
         if choice not in plain[section] and "init_from" not in plain[section]:
-            raise UserError(f"{section}.{choice} is missing in {path}")
+            raise UserError(f"{section}.{choice}: expected a name in {path}, got nothing")
     if plain["method"]["name"] not in METHODS:
         method = str(plain["method"]["name"])
-        raise UserError(f"unknown method {method}: {suggestion(method, METHODS)}")
+        raise UserError(f"method.name: expected a known method, got {method}; {suggestion(method, METHODS)}")
     for key in plain["training"].keys() & REPLACED.keys():
-        raise UserError(f"training.{key} is not used here: set training.{REPLACED[key]}")
+        raise UserError(
+            f"training.{key}: expected no value, because hf_ssl does not use it; set training.{REPLACED[key]}"
+        )
     merge_repo(plain["training"], plain["publish"])
     data = structured(DataConfig, plain["data"], "data")
     views = structured(ViewPreset, plain["views"], "views")
@@ -202,7 +219,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     views.check(data.channels)
     backbone = plain["backbone"]
     if "init_from" in backbone:
-        backbone = started_backbone(backbone, data)
+        backbone = pretrained_backbone(backbone, data)
     else:
         backbone = fitted_backbone(backbone, data, views)
     recipe = Recipe(
@@ -222,7 +239,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     )
     recipe.evaluation.check()
     batch_size = recipe.training.get("batch_size", SSLTrainingArguments.batch_size)
-    check_method(recipe, batch_size)
+    check_method(
+        METHODS[recipe.method["name"]].title,
+        recipe.model_class,
+        backbone_type=backbone["model_type"],
+        views=views,
+        streaming=data.streaming,
+        batch_size=batch_size,
+    )
     check_encoder(recipe.backbone_config(), data, views)
     recipe.config()
     recipe.training_arguments()
@@ -230,20 +254,27 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:
-    """Move what `training` says about the repo to `publish`. Raises `UserError` if they differ."""
+    """Move the keys about the repository from `training` to `publish`.
+
+    Raises:
+        UserError: both sections set a value, and the values differ.
+    """
     for argument, key in SAME.items():
         if training.get(argument) is not None:
             value = training.pop(argument)
             if publish.setdefault(key, value) != value:
                 raise UserError(
-                    f"publish.{key} is {publish[key]} and training.{argument} is {value}, but these are two "
-                    "words for one thing: give one of them"
+                    f"publish.{key}: expected the same value as training.{argument}={value}, got "
+                    f"{publish[key]}; set only one of them"
                 )
 
 
 def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfig]:
-    """The sections `data` and `evaluation` from a command line alone; raises `UserError` as `load_recipe`
-    does."""
+    """Return the sections `data` and `evaluation` from overrides alone.
+
+    Raises:
+        UserError: a key is unknown or a value is wrong.
+    """
     plain = apply_overrides({}, overrides, ("data", "evaluation"))
     data = structured(DataConfig, plain["data"], "data")
     evaluation = structured(EvaluationConfig, plain["evaluation"], "evaluation")
@@ -253,14 +284,14 @@ def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfi
 
 
 def plain_data(value: Any) -> Any:
-    """Tuples become lists at any depth, so that what was written as JSON or YAML and read again is equal."""
+    """Return the value with lists instead of tuples at any depth, as JSON and YAML return it."""
     if isinstance(value, dict):
         return {key: plain_data(item) for key, item in value.items()}
     return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _default_values(cls: Any) -> dict[str, Any]:
-    """The defaults of a dataclass as plain data, fields without one left out."""
+    """Return the defaults of a dataclass as plain data, without the fields that have no default."""
     defaults = {}
     for item in dataclasses.fields(cls):
         if item.default is not dataclasses.MISSING:
@@ -271,6 +302,6 @@ def _default_values(cls: Any) -> dict[str, Any]:
 
 
 def _load(place: str) -> Any:
-    """The class at "module:name"."""
+    """Return the class at "module:name"."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks of the Trainer: the hooks of a method, the progress bar, and the curves."""
+"""Callbacks of the Trainer: the hooks of a method, the progress bar, and pictures."""
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,20 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
+from hf_ssl.data import LoadedBatch
+from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.outputs import Progress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
+from hf_ssl.trainer.monitor import undisturbed
 from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
+from hf_ssl.views import ViewPreset, Views, montage
+
+SEED_OFFSET = 2**33
+"""Added to the seed of the run for `MemoryWarmup`, so that the first epoch of training has other views."""
 
 
 def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
@@ -134,9 +142,50 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(self.shown)
 
 
-class Drawing(TrainerCallback):
-    """Draws at the end, and before that whenever the monitor has measured, unless drawing would take more
-    than a twentieth of the time.
+class MemoryWarmup(TrainerCallback):
+    """Embeds all images once before the first step, for a method that starts with a memory of all images.
+
+    A resumed run does not repeat this. The network is in training mode, as in the authors' code of
+    DeepCluster v2.
+
+    Args:
+        model: the model; nothing happens for a method without `begins_with_a_pass`.
+        loader: returns the loader of one epoch.
+        precision: returns the context of a forward pass (autocast).
+    """
+
+    def __init__(
+        self,
+        model: SSLPreTrainedModel,
+        loader: Callable[[], Any],
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.loader, self.precision = model, loader, precision
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not self.model.begins_with_a_pass or state.global_step > 0:
+            return
+        self.model.train()
+        loader = self.loader()
+        with progress("embedding all images once", len(loader), unit="batch") as bar:
+            for batch in loader:
+                with self.precision():
+                    store_embeddings(self.model, batch.inputs(args.device, self.model.draw))
+                bar.update(1)
+        loader.close()
+
+
+@torch.no_grad()
+def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Store the embeddings of a batch in the memory of a method, as a training step does."""
+    embeddings = model.embed(**inputs)
+    model.remember({name: gather(embeddings[name]) for name in model.remembered})
+
+
+class PictureCallback(TrainerCallback):
+    """Draws a picture after measurements of the monitor and at the end.
+
+    After a measurement it draws only if drawing takes at most a twentieth of the time.
     """
 
     def __init__(self) -> None:
@@ -158,12 +207,34 @@ class Drawing(TrainerCallback):
             self._next = end + 20 * (end - start)
 
     def draw(self, args, state) -> None:
-        """Write the picture into the output folder."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it draws")
+        """Write the picture to the output folder."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw")
 
 
-class Curves(Drawing):
-    """Draws `curves.png`."""
+class CurvesCallback(PictureCallback):
+    """Draws the training curves, `curves.png`."""
 
     def draw(self, args, state) -> None:
         draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+
+
+class MethodPicturesCallback(PictureCallback):
+    """Draws the pictures of a method (`SSLPreTrainedModel.pictures`) as `NAME.png`.
+
+    Args:
+        model: the model; most methods have no pictures.
+        images: the images to show, always with the same augmentation and the same noise.
+        preset: the augmentation settings, to turn normalized pixels back into colors.
+    """
+
+    def __init__(self, model: SSLPreTrainedModel, images: LoadedBatch, preset: ViewPreset) -> None:
+        super().__init__()
+        self.model, self.images, self.preset = model, images, preset
+
+    def draw(self, args, state) -> None:
+        inputs = self.images.inputs(self.model.device, self.model.draw)
+        with undisturbed(self.model):
+            pictures = self.model.pictures(inputs)
+        for name, tiles in pictures.items():
+            with replaced_file(Path(args.output_dir) / f"{name}.png") as staging:
+                montage(Views(tiles), self.preset, staging)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there: written beside their place, then renamed."""
-
-from __future__ import annotations
+"""Saves complete checkpoints and resumes from them, also in the middle of an epoch."""
 
 import json
 import shutil
@@ -9,54 +7,179 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import transformers.trainer
 from safetensors import SafetensorError
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hf_ssl.data import BrokenCounter
 from hf_ssl.errors import UserError
 from hf_ssl.files import disk_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
+from hf_ssl.progress import progress
+from hf_ssl.trainer.logs import Stopwatch
 
-if TYPE_CHECKING:
-    from hf_ssl.trainer.trainer import SSLTrainer
+
+class CheckpointTrainer(Trainer):
+    """The part of `SSLTrainer` that saves and loads checkpoints.
+
+    A checkpoint is written to a folder beside its final place, which is then renamed. So a killed process
+    leaves complete checkpoints only.
+
+    Attributes:
+        stopwatch: the time of training.
+        broken: the images that could not be read.
+        resumed: how many times the run was resumed.
+    """
+
+    stopwatch: Stopwatch
+    broken: BrokenCounter
+    resumed: int
+    _position: dict[str, Any] | None  # of a stream
+    _resumed_step: int | None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.stopwatch.paused():
+            with progress(f"saving checkpoint-{self.state.global_step}"):
+                folder = self._write_checkpoint()
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
+
+    def _write_checkpoint(self) -> Path:
+        """Write `checkpoint-<step>`: model, optimizer, schedule, random states and position in the data.
+
+        Returns:
+            The folder. Nothing happens if it exists already.
+
+        Raises:
+            UserError: the disk is full or not writable. Earlier checkpoints stay complete.
+        """
+        root, step, writes = Path(str(self.args.output_dir)), self.state.global_step, self.args.should_save
+        final = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        staging = staging_path(final)
+        if final.exists():
+            return final
+        with _complete_or_removed(final, staging if writes else None):
+            staging.mkdir(parents=True, exist_ok=True)
+            self.save_model(str(staging), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            (staging / _data_state_name(self.args.process_index)).write_text(json.dumps(self.data_state()))
+            if writes:
+                use_normal_permissions(staging)
+                self._record_state(root)
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            wait_for_all()
+            if writes:
+                staging.rename(final)
+        if writes:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(root), self.args.save_total_limit, best, use_mtime=False)
+        return final
+
+    def _record_state(self, root: Path) -> None:
+        """Store the best checkpoint and the state of the callbacks in `self.state`."""
+        state = self.state
+        if state.best_global_step:
+            best = root / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if best.exists() or state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(best)
+        by_name: dict[str, list[dict]] = {}
+        for part in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(part, ExportableState):
+                by_name.setdefault(type(part).__name__, []).append(part.state())
+        exported: Any = {name: states if len(states) > 1 else states[0] for name, states in by_name.items()}
+        state.stateful_callbacks = exported
+
+    def data_state(self) -> dict[str, Any]:
+        """Return the state of this process besides the model, as JSON data.
+
+        It contains the position of a stream, the broken images found so far, the seconds of training, and
+        how many times the run was resumed.
+        """
+        return {
+            "position": self._position,
+            "broken": self.broken.state_dict(),
+            "seconds": self.stopwatch.seconds,
+            "resumed": self.resumed,
+        }
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Load the weights and the state of a finished run."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.resumed -= 1  # nothing is trained
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
+        self.broken.load_state_dict(state["broken"])
+        self._position = state["position"]
+        state_file = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+        self.stopwatch.restore(state["seconds"])
+        self.resumed = state["resumed"] + 1
+        with _readable(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _readable(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise UserError(
+                f"checkpoint: expected the weights of this model, got missing keys "
+                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
+            )
 
 
-def save_checkpoint(trainer: SSLTrainer) -> Path:
-    """Write `checkpoint-<step>` with all that resuming needs: model, optimiser, schedule, random states,
-    data position. Returns the folder, which may have been there before.
+def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
+    """Return the `data_state()` of this process in a checkpoint.
 
     Raises:
-        UserError: the disk is full or may not be written; nothing half-written is left, earlier checkpoints
-        stay.
+        UserError: the file is missing or does not contain JSON.
     """
-    root = Path(str(trainer.args.output_dir))
-    step = trainer.state.global_step
-    final = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    staging = staging_path(final)
-    if final.exists():
-        return final
-    with _complete_or_removed(final, staging if trainer.args.should_save else None):
-        staging.mkdir(parents=True, exist_ok=True)
-        trainer.save_model(str(staging), _internal_call=True)
-        trainer._save_optimizer_and_scheduler(str(staging))
-        trainer._save_scaler(str(staging))
-        trainer._save_rng_state(str(staging))
-        (staging / _data_state_name(trainer.args.process_index)).write_text(json.dumps(trainer.data_state()))
-        if trainer.args.should_save:
-            use_normal_permissions(staging)
-            _record_state(trainer, root, step)
-            trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        wait_for_all()
-        if trainer.args.should_save:
-            staging.rename(final)
-    if trainer.args.should_save:
-        rotate_checkpoints(
-            str(root), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False
-        )
-    return final
+    path = checkpoint / _data_state_name(process_index)
+    if not path.exists():  # the run had fewer processes; the state of the first one is the nearest
+        path = checkpoint / _data_state_name(0)
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: expected a readable file {path.name}, got none; remove the "
+            "checkpoint, and the run resumes from the one before it"
+        ) from error
+
+
+@contextmanager
+def loader_that_skips_by_itself() -> Iterator[None]:
+    """Make transformers' Trainer count the batches before the checkpoint without reading them.
+
+    To resume, the Trainer (5.20 to 5.24) calls accelerate's `skip_first_batches`. That function builds a
+    plain DataLoader from the data set and the batch sampler of our loader. The plain DataLoader does not hold
+    the images of `data.cache=device`, and it reads a stream from the beginning. Our loaders already have a
+    start position, so the replaced function returns the loader unchanged.
+
+    `ignore_data_skip=True` would also avoid the call. But then the Trainer counts batches from the start of
+    the epoch, and does not find the shorter accumulation at its end.
+    """
+    original = transformers.trainer.skip_first_batches
+    transformers.trainer.skip_first_batches = _already_there
+    try:
+        yield
+    finally:
+        transformers.trainer.skip_first_batches = original
+
+
+def _already_there(loader: Any, num_batches: int = 0) -> Any:
+    """Return the loader unchanged; it starts after the batches of the earlier part of the run."""
+    return loader
 
 
 @contextmanager
@@ -72,8 +195,8 @@ def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def readable(checkpoint: Path) -> Iterator[None]:
-    """Turn what a damaged or foreign file raises into a `UserError` that names the checkpoint."""
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Turn the errors of a damaged or foreign file into a `UserError` that names the checkpoint."""
     try:
         yield
     except UserError:
@@ -81,40 +204,9 @@ def readable(checkpoint: Path) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint {checkpoint} cannot be read ({reason}): remove it, and the run goes on from the one "
-            "before it"
+            f"checkpoint {checkpoint}: expected readable files, got {reason}; remove the checkpoint, and the "
+            "run resumes from the one before it"
         ) from error
-
-
-def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
-    """What `trainer.data_state()` was on this process when the checkpoint was written.
-
-    Raises:
-        UserError: the file is missing or no JSON.
-    """
-    path = checkpoint / _data_state_name(process_index)
-    if not path.exists():  # another number of processes: any rank's state is the nearest there is
-        path = checkpoint / _data_state_name(0)
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint} cannot be resumed: {path.name} is missing or unreadable"
-        ) from error
-
-
-def _record_state(trainer: SSLTrainer, root: Path, step: int) -> None:
-    state = trainer.state
-    if state.best_global_step:
-        best = root / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if best.exists() or state.best_global_step == step:
-            state.best_model_checkpoint = str(best)
-    by_name: dict[str, list[dict]] = {}
-    for part in [*trainer.callback_handler.callbacks, trainer.control]:
-        if isinstance(part, ExportableState):
-            by_name.setdefault(type(part).__name__, []).append(part.state())
-    exported: Any = {name: states if len(states) > 1 else states[0] for name, states in by_name.items()}
-    state.stateful_callbacks = exported
 
 
 def _data_state_name(process_index: int) -> str:

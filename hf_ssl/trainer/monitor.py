@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured while a model trains, on images that stay the same, and the alarm when it collapses."""
+"""Measures a model during training on fixed images, and detects collapsed or worse features."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, TrainerCallback
 
 from hf_ssl.data import LabeledImages, LoadedBatch
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
@@ -17,6 +18,9 @@ from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.progress import progress
 
+logger = logging.getLogger(__name__)
+
+_KNN = "eval_knn"
 _CHUNK = 64  # probe images that are turned into views and embedded at once
 _BATCH = 256  # labelled images that are encoded at once
 
@@ -140,6 +144,47 @@ class CollapseAlarm:
             if step > 0:
                 self.previous[name] = value
         return message
+
+
+class FeatureGuard(TrainerCallback):
+    """Compares the k-NN accuracy of a continued run with the accuracy before the first step.
+
+    New heads disturb the features at first, so one low measurement has little meaning. The guard fires when
+    two consecutive measurements are more than two standard errors below the initial one, and the second is
+    not better than the first.
+
+    Args:
+        queries: number of images that the accuracy is measured on.
+
+    Attributes:
+        message: the message about the last measurement; None if the features are not worse.
+    """
+
+    def __init__(self, queries: int) -> None:
+        self.queries = queries
+        self.message: str | None = None
+
+    def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
+        measured = [(record["step"], record[_KNN]) for record in state.log_history if _KNN in record]
+        self.message = self._judge(measured)
+        if self.message is None:
+            return
+        logger.warning("%s", self.message)
+        if args.on_worse == "stop":
+            control.should_save = control.should_training_stop = True
+
+    def _judge(self, measured: list[tuple[int, float]]) -> str | None:
+        if len(measured) < 3:
+            return None
+        (_, start), (_, before), (step, now) = measured[0], *measured[-2:]
+        error = math.sqrt((start * (1 - start) + now * (1 - now)) / self.queries)
+        if max(before, now) >= start - 2 * error or now > before:
+            return None
+        return (
+            f"the features are worse than before the first step: k-NN accuracy is {now:.3f} at step {step}, "
+            f"and was {start:.3f}; lower training.learning_rate, or set training.head_warmup_epochs or "
+            "training.layer_decay"
+        )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from hf_ssl.hub.remote import Files, Published, Remote, open_repo, update_repo
 from hf_ssl.hub.run_files import encoder_files, is_owned
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.lean import LeanTrainer
+from hf_ssl.trainer.checkpoints import CheckpointTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ This image encoder is in training with hf_ssl: step {step:,} of {steps:,}. The c
 """
 
 
-class PushingTrainer(LeanTrainer):
+class PushingTrainer(CheckpointTrainer):
     """The part of `SSLTrainer` that writes and publishes the encoder.
 
     With `args.push_to_hub`, the trainer opens the repository `args.hub_model_id` before training, so that a

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one Trainer: transformers' loop, with views made on the device, a monitor, and checkpoints that
-resume exactly on the same machine with the same versions.
+"""The Trainer of all methods: transformers' training loop with augmentation on the device, a monitor, and
+checkpoints that resume exactly on the same machine with the same versions.
 """
 
 import logging
 import math
 import signal
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
@@ -28,29 +26,30 @@ from hf_ssl.data import (
     train_loader,
 )
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.attention import choose_attention
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import any_process, average_gradients
-from hf_ssl.progress import hidden_progress, progress
+from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
-    Curves,
+    SEED_OFFSET,
+    CurvesCallback,
+    MemoryWarmup,
     MethodHooks,
+    MethodPicturesCallback,
     ProgressBar,
     WeightDecaySchedule,
     steps_per_epoch,
 )
-from hf_ssl.trainer.checkpoints import load_data_state, readable, save_checkpoint
-from hf_ssl.trainer.first_pass import SEED_OFFSET, FirstPass
+from hf_ssl.trainer.checkpoints import loader_that_skips_by_itself
 from hf_ssl.trainer.fitting import Choices, check_batch_size, choose_precision, choose_workers
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
-from hf_ssl.trainer.monitor import CollapseAlarm, Monitor
+from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
+from hf_ssl.trainer.monitor import CollapseAlarm, FeatureGuard, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
-from hf_ssl.trainer.preparation import prepare
 from hf_ssl.trainer.pushing import PushingTrainer
-from hf_ssl.trainer.resuming import loader_that_skips_by_itself
 from hf_ssl.trainer.stopping import Interrupted, StopOnSignal
-from hf_ssl.trainer.terms import TermMeans
-from hf_ssl.trainer.throughput import Stopwatch, peak_memory_gib
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -59,17 +58,23 @@ logger = logging.getLogger(__name__)
 class SSLTrainer(PushingTrainer):
     """Trains any method of hf_ssl on a source of images.
 
-    Args:
-        model: a method; `model.config.views` holds the preset of the views that it is shown.
-        args: training arguments.
-        train_dataset: where the images come from (`hf_ssl.data.open_source`).
-        data: how they are read (`cache`, `channels`, `max_broken_fraction`, ...).
-        monitor: what is measured every `args.monitor_steps`; None trains without.
-        callbacks: further transformers callbacks.
+    `evaluate()` measures the model with the monitor. `save_model()` without a folder writes the files to
+    publish: the native encoder and its image processor to `args.output_dir`, and the whole method model to
+    `pretraining/` in it.
 
-    `evaluate()` is the monitor. `save_model()` without a folder writes what is published: the native
-    encoder and its image processor at the root of `args.output_dir`, the whole method model under
-    `pretraining/`.
+    Args:
+        model: the model of a method; `model.config.views` contains its augmentation settings.
+        args: training arguments.
+        train_dataset: the images (`hf_ssl.data.open_source`).
+        data: how the images are read (`cache`, `channels`, `max_broken_fraction`, ...).
+        monitor: measures the model every `args.monitor_steps` steps; None trains without measurements.
+        callbacks: further transformers callbacks.
+        continued: whether the training continues from a trained encoder. Then a guard compares the k-NN
+            accuracy of the monitor with the initial one.
+
+    Attributes:
+        collapse_message: the last message of the collapse alarm; None if there was none.
+        guard: the guard of a continued run with a k-NN monitor, else None.
     """
 
     args: SSLTrainingArguments
@@ -82,6 +87,7 @@ class SSLTrainer(PushingTrainer):
         data: DataConfig,
         monitor: Monitor | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        continued: bool = False,
     ) -> None:
         self.method = model
         self.preset = ViewPreset.from_dict(model.config.views)
@@ -101,7 +107,9 @@ class SSLTrainer(PushingTrainer):
         self.choices: Choices = choose_precision(args) | choose_workers(
             args, small=holds_small_images(train_dataset, data)
         )
-        prepare(model, args)
+        prepare_model(model, args)
+        knn = monitor.knn if monitor is not None else None
+        self.guard = FeatureGuard(len(knn.queries)) if continued and knn is not None else None
         if monitor is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         super().__init__(model=model, args=args, eval_dataset=monitor, callbacks=callbacks)
@@ -110,19 +118,36 @@ class SSLTrainer(PushingTrainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
             *([] if args.disable_tqdm else [self.bar]),
-            FirstPass(model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast),
+            MemoryWarmup(
+                model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast
+            ),
             MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
             WeightDecaySchedule(),
             self.stop_signal,
-            Curves(),
+            CurvesCallback(),
+            *([] if self.guard is None else [self.guard]),
         ):
             self.add_callback(callback)
 
-    # Data: the loader's batch becomes the model's batch on the device.
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the collapse alarm or the guard stopped the run, as a sentence; None if they did not."""
+        if self.collapse_message is not None and self.args.on_collapse == "stop":
+            return f"{self.collapse_message}; the run was stopped (training.on_collapse=stop)"
+        if self.guard is not None and self.guard.message is not None and self.args.on_worse == "stop":
+            return f"{self.guard.message}; the run was stopped (training.on_worse=stop)"
+        return None
+
+    def draw_method_pictures(self, images: LoadedBatch) -> None:
+        """Draw the method's own pictures of these images during training, e.g. reconstructions."""
+        self.add_callback(MethodPicturesCallback(self.method, images, self.preset))
+
+    # Data: the batch of the loader becomes the batch of the model, on the device.
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of this process's share of each batch. It is not prepared by accelerate: it splits and
-        seeds by itself.
+        """Return the loader of this process's share of each batch.
+
+        accelerate does not prepare it, because the loader divides the data and sets seeds itself.
         """
         self._loader = self._make_loader(self.args.seed, resumes=self._resumed_step is not None)
         return self._loader
@@ -160,7 +185,7 @@ class SSLTrainer(PushingTrainer):
         return batch.inputs(self.args.device, self.method.draw)
 
     def _note(self, batch: LoadedBatch) -> None:
-        """Count broken images and remember where a stream is."""
+        """Count broken images, and store the position of a stream."""
         self.broken.add(batch)
         if batch.position is not None:
             self._position = batch.position
@@ -171,18 +196,20 @@ class SSLTrainer(PushingTrainer):
         if self.args.contrastive_chunk_size is not None:
             check_chunks_help(self.method)
         if self.source.num_rows is None and self.args.max_steps <= 0:
-            raise UserError("a stream of unknown length needs training.max_steps > 0, got -1")
+            raise UserError(
+                "training.max_steps: expected a positive number for a stream of unknown length, got -1"
+            )
 
-    # Optimisation.
+    # Optimization.
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimiser of `args.optimizer` with a group for each treatment of parameters."""
+        """Return the optimizer `args.optimizer` with its parameter groups."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.method, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up, then transformers' schedule, for each optimiser step."""
+        """Return the learning rate schedule: warm-up, then the schedule of transformers."""
         if self.lr_scheduler is None:
             per_epoch = steps_per_epoch(self.args, self._loader, num_training_steps)
             optimizer = optimizer if optimizer is not None else self.create_optimizer()
@@ -198,14 +225,14 @@ class SSLTrainer(PushingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's loss; its terms are added up on the device until the next log record."""
+        """Return the loss of the model. Its terms are summed until the next log record."""
         output = model(**inputs)
         self._terms.add(output)
         return (output.loss, output) if return_outputs else output.loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Gradient and loss of a micro-batch, in chunks with `args.contrastive_chunk_size`."""
-        if not self.method.training:  # asked first: setting it walks through all modules, which costs 1 ms
+        """Compute loss and gradient of a micro-batch, in chunks if `args.contrastive_chunk_size` is set."""
+        if not self.method.training:  # `train()` visits all modules, which takes 1 ms
             self.method.train()
         share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
         if size is None:
@@ -219,22 +246,43 @@ class SSLTrainer(PushingTrainer):
             self.method,
             [partial(part.inputs, self.args.device, self.method.draw) for part in inputs.split(size)],
             backward=lambda loss: self.accelerator.backward(loss / share),
-            precision=self.accelerator.autocast,  # accelerate puts it around `model.forward` alone
+            precision=self.accelerator.autocast,  # accelerate applies it only to `model.forward`
         )
         if self.accelerator.sync_gradients:
             average_gradients(self.method.parameters())
         self._terms.add(output)
         return output.loss / share
 
+    # Work of transformers' Trainer that only language models need.
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None  # losses are means over images, so there is nothing to count
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. The estimate of transformers is one for language models."""
+        return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm only if it is logged or known from clipping: it takes 1 ms for 200 tensors."""
+        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step > 0
+        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        if grad_norm is None and by_steps and not logged and not self.args.fp16:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
     # Logging and the monitor.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add terms, images per second and memory to a record of the loss, which must be a number."""
+        """Add the terms of the loss, images per second and memory to a log record.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise UserError(
-                    f"the loss became {logs['loss']} near step {self.state.global_step}: lower "
-                    "training.learning_rate or lengthen training.warmup_epochs, and start the run again"
+                    f"loss: expected a finite number near step {self.state.global_step}, got {logs['loss']}; "
+                    "lower training.learning_rate or raise training.warmup_epochs, and start the run again"
                 )
             logs |= {f"term_{name}": value for name, value in self._terms.take().items()}
             logs["images_per_second"] = (
@@ -248,9 +296,13 @@ class SSLTrainer(PushingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the model with the monitor; raises the collapse alarm."""
+        """Measure the model with the monitor, and check whether the embeddings have collapsed.
+
+        Returns:
+            The measurements by name, with the prefix.
+        """
         if self.monitor is None:
-            raise UserError("this trainer was made without a monitor, so it has nothing to evaluate with")
+            raise UserError("monitor: expected a Monitor to evaluate the model, got None")
         with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:
                 with self.stop_signal.interruptible():
@@ -267,7 +319,7 @@ class SSLTrainer(PushingTrainer):
                 self.control.should_save = self.control.should_training_stop = True
         return metrics
 
-    # Checkpoints.
+    # Training.
 
     def train(
         self,
@@ -275,7 +327,7 @@ class SSLTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train as in transformers; measure the untrained model first, unless the run resumes.
+        """Train as transformers does. Measure the initial model first, unless the run resumes.
 
         Raises:
             SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
@@ -287,7 +339,7 @@ class SSLTrainer(PushingTrainer):
         try:
             with loader_that_skips_by_itself(), hidden_progress(self.args.hides_progress):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except RuntimeError as error:  # OutOfMemoryError is one; a CPU's allocator raises no class of its own
+        except RuntimeError as error:  # OutOfMemoryError is a RuntimeError; on a CPU there is no other class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             smaller = max(1, self.args.batch_size // 2)
@@ -316,49 +368,15 @@ class SSLTrainer(PushingTrainer):
         logger.warning("stopped by %s %s", name, kept)
         raise self.stop_signal.stop_now()
 
-    def load_finished(self, checkpoint: Path) -> None:
-        """Take over the weights and the state of a run that is over."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.resumed -= 1  # nothing is trained any more
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.stopwatch.paused():
-            with progress(f"saving checkpoint-{self.state.global_step}"):
-                folder = save_checkpoint(self)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(folder))
+def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
+    """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
 
-    def data_state(self) -> dict[str, Any]:
-        """What this process knows beside the model, as JSON: a stream's position, broken images met so far,
-        seconds of training, and how many times the run was taken up again.
-        """
-        return {
-            "position": self._position,
-            "broken": self.broken.state_dict(),
-            "seconds": self.stopwatch.seconds,
-            "resumed": self.resumed,
-        }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
-        self.broken.load_state_dict(state["broken"])
-        self._position = state["position"]
-        state_file = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-        self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
-        self.stopwatch.restore(state["seconds"])
-        self.resumed = state["resumed"] + 1
-        with readable(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with readable(Path(checkpoint)):
-                super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise UserError(
-                f"the checkpoint is not one of this model: missing {load_result.missing_keys[:3]}, "
-                f"unexpected {load_result.unexpected_keys[:3]}"
-            )
+    The result of the model does not change.
+    """
+    if args.sync_batch_norm and args.world_size > 1:
+        synchronize_batch_norm(model)
+    if args.channels_last:
+        torch.nn.Module.to(model, memory_format=torch.channels_last)
+    if args.device.type == "cpu":
+        choose_attention(model)

@@ -12,7 +12,7 @@ from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.modeling import attention
 from hf_ssl.modeling.attention import choose_attention
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.preparation import prepare
+from hf_ssl.trainer.trainer import prepare_model
 
 SMALL = {
     "image_size": 16,
@@ -113,7 +113,7 @@ def test_the_trainer_prepares_every_part_of_a_method(tmp_path, calls):
         decoder_intermediate_size=16,
     )
     model = MAEForPreTraining(config).train()
-    prepare(model, SSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    prepare_model(model, SSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with torch.autocast("cpu", torch.bfloat16):
         model(IMAGES[:, None])
     assert calls == {"eager": 3, "sdpa": 0}

@@ -21,7 +21,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.modeling.depth import depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer, pretrain, train
-from hf_ssl.trainer.guard import FeatureGuard
+from hf_ssl.trainer.monitor import FeatureGuard
 from hf_ssl.trainer.optimizers import build_optimizer, planned
 
 SMALL = {
@@ -182,13 +182,15 @@ def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path, no_cur
 
 
 def test_only_such_runs_are_guarded(finished_run, tmp_path):
-    def guards(recipe):
+    def guard(recipe):
         trainer = build_trainer(recipe, recipe.training_arguments())
-        return [c for c in trainer.callback_handler.callbacks if isinstance(c, FeatureGuard)]
+        assert (trainer.guard in trainer.callback_handler.callbacks) == (trainer.guard is not None)
+        assert trainer.stop_reason is None
+        return trainer.guard
 
     output = f"training.output_dir={tmp_path}"
-    assert len(guards(continued(finished_run, output))) == 1
-    assert not guards(load_recipe("smoke/simclr", [output]))
+    assert guard(continued(finished_run, output)) is not None
+    assert guard(load_recipe("smoke/simclr", [output])) is None
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.modeling.rules import treatments
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
-from hf_ssl.trainer.first_pass import SEED_OFFSET
+from hf_ssl.trainer.callbacks import SEED_OFFSET
 
 # Passes of 4 steps and checkpoints at every second: the kill comes in the second pass, a step after one.
 STEPS, KILLED_AT = 9, 7

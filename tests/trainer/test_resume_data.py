@@ -18,7 +18,7 @@ from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.config import CACHES
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
-from hf_ssl.trainer import resuming
+from hf_ssl.trainer import checkpoints
 
 # An epoch has 7 batches of 16. With 3 accumulated batches, it has two full steps and a shorter one.
 IMAGES, STEPS, KILLED_AT = 7 * 16 + 5, 8, 5
@@ -87,14 +87,14 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(digits, tmp_path, accumulated, 
 
 
 def test_transformers_skips_batches_by_the_name_that_is_replaced(digits, tmp_path, monkeypatch):
-    """If this test fails, transformers no longer resumes as `hf_ssl.trainer.resuming` describes."""
+    """If this test fails, transformers no longer resumes as `loader_that_skips_by_itself` describes."""
     calls = []
 
     def counted(loader, num_batches=0):
         calls.append(num_batches)
         return loader
 
-    monkeypatch.setattr(resuming, "already_there", counted)
+    monkeypatch.setattr(checkpoints, "_already_there", counted)
     original = transformers.trainer.skip_first_batches
     recipe = load_recipe("smoke/simclr", overrides(digits, tmp_path, 1, "data.cache=device"))
     with pytest.raises(RuntimeError, match="crashed"):

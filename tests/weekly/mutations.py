@@ -43,7 +43,7 @@ ALSO = {
 # In these folders, only files that compute or order are mutated. The others read, write and report.
 FILES = {
     "hf_ssl": ("random",),
-    "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "first_pass", "guard", "throughput", "terms"),
+    "hf_ssl/trainer": ("gradient_cache", "lars", "optimizers", "logs"),
     "hf_ssl/data": ("loader", "stream", "stream_loader", "batch", "labeled"),
 }
 

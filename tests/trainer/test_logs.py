@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from hf_ssl.trainer import throughput
-from hf_ssl.trainer.throughput import Stopwatch
+from hf_ssl.trainer import logs
+from hf_ssl.trainer.logs import Stopwatch
 
 
 def test_only_training_counts(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now)
     watch = Stopwatch()
     watch.restore(5.0)
     now = 200.0

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section `backbone` of a recipe: a config of transformers, or a trained encoder (`init_from`)."""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_ssl.data.config import DataConfig
+from hf_ssl.errors import UserError
+from hf_ssl.recipe.sections import config_fields, suggestion
+from hf_ssl.views.preset import ViewPreset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MISSING = "???"  # OmegaConf's mark for a value that the user must give
+
+
+def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
+    """Return the config class of an encoder of transformers.
+
+    Raises:
+        UserError: the model type is unknown. The message gives the nearest name.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = [name for name in CONFIG_MAPPING if not name.startswith("ssl_")]
+    if model_type not in known:
+        raise UserError(
+            f"backbone.model_type: expected a model type of transformers, got {model_type}; "
+            f"{suggestion(str(model_type), known)}"
+        )
+    return CONFIG_MAPPING[model_type]
+
+
+def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPreset) -> dict[str, Any]:
+    """Return the section with the number of channels and the image size of the other sections.
+
+    Raises:
+        UserError: the section contains other values.
+    """
+    if backbone["model_type"] == "timm_wrapper":
+        arguments = {"in_chans": data.channels, **(backbone.get("model_args") or {})}
+        _check_equal("backbone.model_args.in_chans", arguments["in_chans"], "data.channels", data.channels)
+        return {**backbone, "model_args": arguments} if data.channels != 3 else backbone
+    fields = config_fields(backbone_class(backbone["model_type"]))
+    fitted = dict(backbone)
+    for key, value, source in (
+        ("num_channels", data.channels, "data.channels"),
+        ("image_size", views.final_size, "the size of the views"),
+    ):
+        if key in fields:
+            _check_equal(f"backbone.{key}", fitted.setdefault(key, value), source, value)
+    return fitted
+
+
+def _check_equal(key: str, got: Any, source: str, expected: int) -> None:
+    if got != expected:
+        raise UserError(f"{key}: expected {expected}, which is {source}, got {got}; leave it out")
+
+
+def pretrained_config(init_from: str) -> "PreTrainedConfig":
+    """Return the config of the encoder `backbone.init_from`.
+
+    Raises:
+        UserError: there is no encoder.
+    """
+    from hf_ssl.evaluation.loading import load_config
+
+    config = load_config(init_from)
+    if config.model_type.startswith("ssl_"):
+        raise UserError(
+            f"backbone.init_from: expected an encoder, got the method model {init_from}; use the folder "
+            "above pretraining/, or export the checkpoint"
+        )
+    return config
+
+
+def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str, Any]:
+    """Return the section of a trained encoder with its `model_type`.
+
+    Raises:
+        UserError: the section contains other keys than `init_from` and a correct `model_type`, or the encoder
+            takes another number of channels than the data have.
+    """
+    init_from = backbone["init_from"]
+    if init_from == MISSING:
+        raise UserError(
+            "backbone.init_from: expected a folder or the Hub id of an encoder, got nothing; set "
+            "backbone.init_from=..."
+        )
+    config: Any = pretrained_config(init_from)
+    further = sorted(backbone.keys() - {"init_from", "model_type"})
+    if further:
+        raise UserError(
+            f"backbone.{further[0]}: expected no value, because backbone.init_from={init_from} sets it, got "
+            f"{backbone[further[0]]}; leave it out"
+        )
+    if backbone.get("model_type", config.model_type) != config.model_type:
+        raise UserError(
+            f"backbone.model_type: expected {config.model_type}, the type of backbone.init_from={init_from}, "
+            f"got {backbone['model_type']}; leave it out"
+        )
+    channels = config.to_dict().get("num_channels", data.channels)
+    if channels != data.channels:
+        raise UserError(
+            f"data.channels: expected {channels}, the channels of backbone.init_from={init_from}, got "
+            f"{data.channels}; use data.channels={channels}"
+        )
+    return {"model_type": config.model_type, "init_from": init_from}
