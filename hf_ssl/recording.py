@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_ssl import __version__
 from hf_ssl.cards import Facts, environment, last_part
 from hf_ssl.cards.facts import (
@@ -25,6 +27,8 @@ from hf_ssl.evaluation import EncoderResult
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -102,9 +106,13 @@ def _method_facts(recipe: Recipe, trainer: SSLTrainer) -> MethodFacts:
 
 def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> BackboneFacts:
     encoder = trainer.method.exported_encoder
-    pooling = "mean" if encoder.config.model_type == "ijepa" else "pooler"
     if measured.results:
         pooling = measured.results["trained"]["pooling"]
+    else:
+        side = recipe.views.final_size
+        image = torch.zeros(1, recipe.data.channels, side, side, device=trainer.args.device)
+        with evaluation_mode(encoder):
+            pooling = pooling_rule(encoder, encoder(pixel_values=image))
     return BackboneFacts(
         class_name=type(encoder).__name__,
         model_type=encoder.config.model_type,

@@ -7,8 +7,9 @@ Hub. The names below are loaded when first used: a recipe needs `EvaluationConfi
 torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         pca_colours,
     )
     from hf_ssl.evaluation.config import EvaluationConfig
-    from hf_ssl.evaluation.features import extract_features, pool, pooling_rule, raw_pixels
+    from hf_ssl.evaluation.features import extract_features, raw_pixels
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
     from hf_ssl.evaluation.loading import fastest_device, load_config, load_encoder, load_weights
@@ -47,101 +48,47 @@ if TYPE_CHECKING:
         thumbnail,
     )
     from hf_ssl.evaluation.statistics import alignment, embedding_std, rank_me, uniformity
+    from hf_ssl.modeling.pooling import pool, pooling_rule
 
-_HOMES = {
-    "AttentionMaps": "attention",
-    "EncoderResult": "protocol",
-    "EvaluationConfig": "config",
-    "FewLabel": "knn",
-    "Gallery": "retrieval",
-    "LabelledImages": "protocol",
-    "LinearProbe": "linear",
-    "Neighbour": "retrieval",
-    "Retriever": "retrieval",
-    "alignment": "statistics",
-    "attention_maps": "attention",
-    "attention_mask_of": "attention",
-    "attention_pictures": "overlays",
-    "attention_rollout": "attention",
-    "build_gallery": "retrieval",
-    "embed_gallery": "retrieval",
-    "embedding_std": "statistics",
-    "evaluate_encoder": "protocol",
-    "evaluate_features": "protocol",
-    "evaluate_pixels": "protocol",
-    "extract_features": "features",
-    "fastest_device": "loading",
-    "few_label_knn": "knn",
-    "has_attention": "attention",
-    "knn_accuracy": "knn",
-    "linear_probe": "linear",
-    "load_config": "loading",
-    "load_encoder": "loading",
-    "load_weights": "loading",
-    "overlay": "overlays",
-    "pca_colours": "attention",
-    "pool": "features",
-    "pooling_rule": "features",
-    "rank_me": "statistics",
-    "raw_pixels": "features",
-    "read_photo": "photo",
-    "spotlight": "overlays",
-    "thumbnail": "retrieval",
-    "uniformity": "statistics",
-    "write_attention_pictures": "overlays",
-}
-
-__all__ = [
-    "AttentionMaps",
-    "EncoderResult",
-    "EvaluationConfig",
-    "FewLabel",
-    "Gallery",
-    "LabelledImages",
-    "LinearProbe",
-    "Neighbour",
-    "Retriever",
-    "alignment",
-    "attention_maps",
-    "attention_mask_of",
-    "attention_pictures",
-    "attention_rollout",
-    "build_gallery",
-    "embed_gallery",
-    "embedding_std",
-    "evaluate_encoder",
-    "evaluate_features",
-    "evaluate_pixels",
-    "extract_features",
-    "fastest_device",
-    "few_label_knn",
-    "has_attention",
-    "knn_accuracy",
-    "linear_probe",
-    "load_config",
-    "load_encoder",
-    "load_weights",
-    "overlay",
-    "pca_colours",
-    "pool",
-    "pooling_rule",
-    "rank_me",
-    "raw_pixels",
-    "read_photo",
-    "spotlight",
-    "thumbnail",
-    "uniformity",
-    "write_attention_pictures",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.evaluation.attention": [
+            "AttentionMaps",
+            "attention_maps",
+            "attention_mask_of",
+            "attention_rollout",
+            "has_attention",
+            "pca_colours",
+        ],
+        "hf_ssl.evaluation.config": ["EvaluationConfig"],
+        "hf_ssl.evaluation.features": ["extract_features", "raw_pixels"],
+        "hf_ssl.evaluation.knn": ["FewLabel", "few_label_knn", "knn_accuracy"],
+        "hf_ssl.evaluation.linear": ["LinearProbe", "linear_probe"],
+        "hf_ssl.evaluation.loading": ["fastest_device", "load_config", "load_encoder", "load_weights"],
+        "hf_ssl.evaluation.overlays": [
+            "attention_pictures",
+            "overlay",
+            "spotlight",
+            "write_attention_pictures",
+        ],
+        "hf_ssl.evaluation.photo": ["read_photo"],
+        "hf_ssl.evaluation.protocol": [
+            "EncoderResult",
+            "LabelledImages",
+            "evaluate_encoder",
+            "evaluate_features",
+            "evaluate_pixels",
+        ],
+        "hf_ssl.evaluation.retrieval": [
+            "Gallery",
+            "Neighbour",
+            "Retriever",
+            "build_gallery",
+            "embed_gallery",
+            "thumbnail",
+        ],
+        "hf_ssl.evaluation.statistics": ["alignment", "embedding_std", "rank_me", "uniformity"],
+        "hf_ssl.modeling.pooling": ["pool", "pooling_rule"],
+    },
+)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.features import evaluation_mode
+from hf_ssl.modeling.eval_mode import evaluation_mode
 
 _MASKING = "vit_mae"  # the one encoder class that hides most patches whenever it is used
 
@@ -84,7 +84,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Atte
         raise UserError(f"expected layer from {-layers} to {layers - 1}, got {layer}: there are {layers}.")
     parameter = next(encoder.parameters())
     images = images.to(parameter.device, parameter.dtype)
-    with evaluation_mode(encoder), eager_attention(encoder), torch.inference_mode():
+    with evaluation_mode(encoder), eager_attention(encoder):
         outputs = encoder(images, output_attentions=True, **_arguments(encoder, len(images), grid))
     # Plain tensors on the CPU: a caller may do arithmetic with gradient on them.
     attentions = [weights.float().cpu().clone() for weights in outputs.attentions]

@@ -5,9 +5,8 @@ Legend: B images in a batch, N images in all, C channels, H height, W width, T t
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,75 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.pooling import Pooling, pool
 from hf_ssl.progress import progress
-
-Pooling = Literal["auto", "pooler", "cls", "mean"]
-
-
-def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
-    """The pooling that "auto" stands for, from an encoder and one of its outputs.
-
-    "pooler" where the class fills `pooler_output` (ResNet, ConvNeXt V2, Swin, ViT, DINOv2, timm), else "cls"
-    where it has a class token, else "mean" (I-JEPA has neither a pooler nor a class token).
-    """
-    if outputs.get("pooler_output") is not None:
-        return "pooler"
-    has_class_token = any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
-    return "cls" if has_class_token else "mean"
-
-
-def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto") -> Tensor:
-    """One feature vector an image from an encoder's output.
-
-    Args:
-        outputs: what a transformers vision encoder returns.
-        pooling: "pooler": `pooler_output`, flattened because ResNet's is (B, D, 1, 1); "cls": the first
-            token; "mean": the mean of all tokens (B, T, D), or over all places of a feature map (B, D, H, W);
-            "auto": the pooler's where there is one, else the mean. For an encoder with a class token and
-            without a pooler, ask `pooling_rule` first.
-
-    Returns:
-        (B, D), in the encoder's own precision.
-
-    Raises:
-        UserError: the output does not hold what `pooling` asks for.
-    """
-    if pooling == "auto":
-        pooling = "pooler" if outputs.get("pooler_output") is not None else "mean"
-    source = "pooler_output" if pooling == "pooler" else "last_hidden_state"
-    values = outputs.get(source)
-    if values is None:
-        raise UserError(
-            f"pooling {pooling!r} needs the encoder's {source}, which this encoder does not return."
-        )
-    if pooling == "pooler":
-        return values.flatten(1)
-    if pooling == "mean":
-        return values.mean(dim=1) if values.ndim == 3 else values.flatten(2).mean(dim=2)
-    if pooling == "cls":
-        if values.ndim != 3:
-            raise UserError(
-                f"pooling 'cls' needs tokens (B, T, D), this encoder returns {tuple(values.shape)}."
-            )
-        return values[:, 0]
-    raise UserError(f"pooling must be 'auto', 'pooler', 'cls' or 'mean', got {pooling!r}.")
 
 
 def is_convolutional(model: nn.Module) -> bool:
     """Whether images in `channels_last` order pay: a transformer's one convolution is its patch embedding."""
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` that puts each module back as it was: a frozen part may be in eval mode among others."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> Tensor:
@@ -167,7 +105,7 @@ def extract_poolings(
     model.to(device)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
     rows = {pooling: _Rows(total) for pooling in poolings}
-    with evaluation_mode(model), torch.inference_mode(), progress(description, total) as bar:
+    with evaluation_mode(model), progress(description, total) as bar:
         for images in image_batches:
             if not images:
                 continue
@@ -175,7 +113,7 @@ def extract_poolings(
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 outputs = model(pixel_values=pixels)
             for pooling, found in rows.items():
-                found.append(pool(outputs, pooling_rule(model, outputs) if pooling == "auto" else pooling))
+                found.append(pool(outputs, pooling, model))
             bar.update(len(images))
     return {pooling: found.tensor() for pooling, found in rows.items()}
 

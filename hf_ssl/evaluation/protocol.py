@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import (
-    Pooling,
-    evaluation_mode,
     extract_poolings,
     pixel_values,
-    pooling_rule,
     raw_pixels,
 )
 from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.results import EncoderResult, KnnResult
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
+from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.pooling import Pooling, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
@@ -305,7 +304,7 @@ def _seen(
     a class token and others.
     """
     batch = next(iter(images.iter_batches(1)))
-    with evaluation_mode(model.to(device)), torch.inference_mode():
+    with evaluation_mode(model.to(device)):
         pixels = pixel_values(processor, batch[:1], device)
         outputs = model(pixel_values=pixels)
     tokens = outputs.get("last_hidden_state")

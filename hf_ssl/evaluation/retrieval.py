@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.features import Pooling, extract_features
+from hf_ssl.evaluation.features import extract_features
+from hf_ssl.modeling.pooling import Pooling
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
 THUMBNAIL_SIDE = 192

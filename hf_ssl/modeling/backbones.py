@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from hf_ssl.evaluation.features import pool
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
+from hf_ssl.modeling.pooling import pool
 
 
 def build_backbone(config: Any) -> PreTrainedModel:
@@ -43,7 +43,8 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
         size = backbone.config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         arguments["interpolate_pos_encoding"] = tuple(images.shape[-2:]) != (height, width)
-    return pool(backbone(pixel_values=images.contiguous(memory_format=torch.channels_last), **arguments))
+    outputs = backbone(pixel_values=images.contiguous(memory_format=torch.channels_last), **arguments)
+    return pool(outputs, model=backbone)
 
 
 @torch.no_grad()

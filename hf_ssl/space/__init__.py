@@ -4,31 +4,20 @@
 The names below are loaded when first used: serving needs no torch in this process.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.space.build import build_space
     from hf_ssl.space.demo import serve_digits
     from hf_ssl.space.serve import check_packages, run_space
 
-_HOMES = {
-    "build_space": "build",
-    "check_packages": "serve",
-    "run_space": "serve",
-    "serve_digits": "demo",
-}
-
-__all__ = ["build_space", "check_packages", "run_space", "serve_digits"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "hf_ssl.space.build": ["build_space"],
+        "hf_ssl.space.demo": ["serve_digits"],
+        "hf_ssl.space.serve": ["check_packages", "run_space"],
+    },
+)

@@ -29,8 +29,8 @@ from hf_ssl.evaluation import (
     load_encoder,
     thumbnail,
 )
-from hf_ssl.evaluation.features import Pooling
 from hf_ssl.files import replaced_folder, write_json
+from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
 from hf_ssl.random import permutation
 from hf_ssl.resources import resource

@@ -18,12 +18,12 @@ from transformers.trainer_utils import has_length
 from hf_ssl.data import LoadedBatch
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.outputs import Progress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
-from hf_ssl.trainer.monitor import undisturbed
 from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
@@ -233,7 +233,7 @@ class MethodPicturesCallback(PictureCallback):
 
     def draw(self, args, state) -> None:
         inputs = self.images.inputs(self.model.device, self.model.draw)
-        with undisturbed(self.model):
+        with evaluation_mode(self.model):
             pictures = self.model.pictures(inputs)
         for name, tiles in pictures.items():
             with replaced_file(Path(args.output_dir) / f"{name}.png") as staging:

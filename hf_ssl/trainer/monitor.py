@@ -3,8 +3,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from hf_ssl.data import LabeledImages, LoadedBatch
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Monitor:
         dimension), `alignment` (where there are two views) and `uniformity` of what the loss compares; `knn`
         accuracy where there are labels. A method adds its own (`measurements`).
         """
-        with undisturbed(model):
+        with evaluation_mode(model):
             metrics = self._measure_probe(model)
             if self.knn is not None:
                 metrics["knn"] = self.knn.accuracy(model, self.dtype)
@@ -185,19 +185,3 @@ class FeatureGuard(TrainerCallback):
             f"and was {start:.3f}; lower training.learning_rate, or set training.head_warmup_epochs or "
             "training.layer_decay"
         )
-
-
-@contextmanager
-def undisturbed(model: SSLPreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradient; afterwards the mode and all random states are as before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
-def _cuda_devices(model: SSLPreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []

@@ -4,8 +4,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from hf_ssl.data import LoadedBatch
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -74,7 +74,7 @@ def measure_step(
     device, kept = args.device, []
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    with _undisturbed_random_state(device):
+    with unchanged_random_state(device):
         copied: SSLPreTrainedModel = copy.deepcopy(model)
         torch.nn.Module.to(copied, device).train()
         count = min(2, len(batch))
@@ -163,10 +163,3 @@ def _slope(measured: list[tuple[int, float]]) -> float:
     """Return the bytes of each additional image, from pairs (number of images, bytes)."""
     (first, low), (last, high) = measured[0], measured[-1]
     return high / last if first == last else max(0.0, (high - low) / (last - first))
-
-
-@contextmanager
-def _undisturbed_random_state(device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -125,7 +125,7 @@ def test_class_token_without_a_pooler() -> None:
 
 def test_pool_by_hand() -> None:
     tokens = torch.arange(12.0).view(1, 3, 4)
-    assert pool({"last_hidden_state": tokens}).tolist() == [[4.0, 5.0, 6.0, 7.0]]
+    assert pool({"last_hidden_state": tokens}, "mean").tolist() == [[4.0, 5.0, 6.0, 7.0]]
     assert pool({"last_hidden_state": tokens}, "cls").tolist() == [[0.0, 1.0, 2.0, 3.0]]
     places = torch.arange(8.0).view(1, 2, 2, 2)
     assert pool({"last_hidden_state": places, "pooler_output": None}, "mean").tolist() == [[1.5, 5.5]]

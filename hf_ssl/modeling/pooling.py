@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pooling (layer 1): turns the output of an encoder into one feature vector per image.
+
+Training, monitor, evaluation, cards and Spaces use the same rule, `pooling_rule`, so that all of them measure
+and describe the same feature.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from hf_ssl.errors import UserError
+
+Pooling = Literal["auto", "pooler", "cls", "mean"]
+
+
+def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
+    """Return the pooling that "auto" means for an encoder.
+
+    It is "pooler" if the encoder returns `pooler_output` (ResNet, ConvNeXt V2, Swin, ViT, DINOv2, timm). Else
+    it is "cls" if the encoder has a class token (MSN), else "mean" (I-JEPA).
+
+    Args:
+        model: the encoder.
+        outputs: an output of the encoder.
+    """
+    if outputs.get("pooler_output") is not None:
+        return "pooler"
+    has_class_token = any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
+    return "cls" if has_class_token else "mean"
+
+
+def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: nn.Module | None = None) -> Tensor:
+    """Return one feature vector per image from the output of an encoder.
+
+    Args:
+        outputs: the output of a transformers vision encoder.
+        pooling: "pooler": `pooler_output`, flattened because that of a ResNet is (B, D, 1, 1); "cls": the
+            first token; "mean": the mean of all tokens (B, T, D), or of all places of a feature map
+            (B, D, H, W); "auto": see `pooling_rule`.
+        model: the encoder, which "auto" needs if `outputs` contains no `pooler_output`.
+
+    Returns:
+        Features (B, D) in the precision of the output.
+
+    Raises:
+        UserError: `outputs` does not contain what `pooling` needs.
+    """
+    if pooling == "auto":
+        if model is None and outputs.get("pooler_output") is None:
+            raise UserError(
+                "pooling: expected 'cls' or 'mean' for an output without pooler_output, got 'auto'"
+            )
+        pooling = "pooler" if model is None else pooling_rule(model, outputs)
+    source = "pooler_output" if pooling == "pooler" else "last_hidden_state"
+    values = outputs.get(source)
+    if values is None:
+        raise UserError(f"pooling: expected an encoder that returns {source} for {pooling!r}, got none")
+    if pooling == "pooler":
+        return values.flatten(1)
+    if pooling == "mean":
+        return values.mean(dim=1) if values.ndim == 3 else values.flatten(2).mean(dim=2)
+    if pooling == "cls":
+        if values.ndim != 3:
+            raise UserError(f"pooling: expected tokens (B, T, D) for 'cls', got {tuple(values.shape)}")
+        return values[:, 0]
+    raise UserError(f"pooling: expected 'auto', 'pooler', 'cls' or 'mean', got {pooling!r}")

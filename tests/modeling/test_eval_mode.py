@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model is the same after the block: modes of its modules, random states, weights and statistics."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
+
+
+def model() -> nn.Module:
+    """Return a model in training mode with a frozen BatchNorm in eval mode."""
+    parts = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4), nn.Dropout())
+    )
+    parts.train()
+    parts[1].eval()
+    return parts
+
+
+def test_every_module_gets_its_mode_back():
+    parts = model()
+    modes = [module.training for module in parts.modules()]
+    assert len(set(modes)) == 2
+    with evaluation_mode(parts):
+        assert not any(module.training for module in parts.modules())
+    assert [module.training for module in parts.modules()] == modes
+
+
+def test_modes_come_back_after_an_error():
+    parts = model()
+    modes = [module.training for module in parts.modules()]
+    with pytest.raises(KeyError), evaluation_mode(parts):
+        raise KeyError
+    assert [module.training for module in parts.modules()] == modes
+
+
+def test_statistics_and_random_states_do_not_change_and_there_is_no_gradient():
+    parts, images = model(), torch.randn(2, 3, 8, 8)
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
+    state = torch.get_rng_state()
+    with evaluation_mode(parts):
+        output = parts(images) + torch.rand(1)
+    assert not output.requires_grad and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in parts.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_the_random_state_of_the_device_is_kept_too(monkeypatch, device):
+    kept = []
+
+    class Fork:
+        def __init__(self, devices, **options):
+            kept.append((devices, options))
+
+    monkeypatch.setattr(torch.random, "fork_rng", Fork)
+    unchanged_random_state(torch.device(device))
+    expected = ([torch.device("cuda")], {"device_type": "cuda"}) if device == "cuda" else ([], {})
+    assert kept == [expected]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, evaluation and cards use the same feature of an encoder, also without a pooler."""
+
+import pytest
+import torch
+from messages import mentions
+from transformers import (
+    IJepaConfig,
+    IJepaModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import extract_features
+from hf_ssl.hub import image_processor
+from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.pooling import pool, pooling_rule
+from hf_ssl.views import ViewPreset
+
+TOKENS = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+ENCODERS = {
+    "resnet": (
+        lambda: ResNetModel(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        ),
+        "pooler",
+    ),
+    "vit": (lambda: ViTModel(ViTConfig(**TOKENS)), "pooler"),
+    "msn": (lambda: ViTMSNModel(ViTMSNConfig(**TOKENS)), "cls"),
+    "ijepa": (lambda: IJepaModel(IJepaConfig(**TOKENS)), "mean"),
+}
+
+
+@pytest.mark.parametrize(("build", "rule"), ENCODERS.values(), ids=ENCODERS)
+def test_training_and_evaluation_use_the_same_feature(build, rule):
+    torch.manual_seed(0)
+    encoder = build().eval()
+    processor = image_processor(ViewPreset(size=32).to_dict(), 3)
+    images = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8) for _ in range(2)]
+    pixels = processor(images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    with torch.no_grad():
+        outputs = encoder(pixel_values=pixels)
+        assert pooling_rule(encoder, outputs) == rule
+        trained = encode(encoder, pixels)
+    torch.testing.assert_close(trained, pool(outputs, rule))
+    torch.testing.assert_close(extract_features(encoder, processor, [images]), trained)
+
+
+def test_a_class_token_without_a_pooler_is_used_only_if_the_encoder_is_known():
+    outputs = {"last_hidden_state": torch.randn(2, 5, 8)}
+    with pytest.raises(UserError, match=mentions("pooling", "cls", "mean", "auto")):
+        pool(outputs)
+    torch.testing.assert_close(pool(outputs, "cls"), outputs["last_hidden_state"][:, 0])
+    torch.testing.assert_close(pool(outputs, "mean"), outputs["last_hidden_state"].mean(1))
