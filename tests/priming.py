@@ -10,7 +10,7 @@ from hf_ssl.trainer.callbacks import store_embeddings
 
 def prime(model: SSLPreTrainedModel, *batches: dict[str, Tensor]) -> None:
     """Show the batches to a method that begins with a pass over the data; leave others alone."""
-    if model.begins_with_a_pass:
+    if model.needs_memory_warmup:
         for batch in batches:
             store_embeddings(model.train(), batch)
         model.before_epoch(Progress(step=0, total_steps=10, steps_per_epoch=5))

@@ -61,7 +61,7 @@ def made(method, backbone):
     recipe = load_recipe(f"smoke/{method}", overrides) if overrides else chosen
     model = build_model(recipe, seed=0)
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=8)
-    return recipe, model, next(iter(loader)).inputs("cpu", model.draw)
+    return recipe, model, next(iter(loader)).inputs("cpu", model.sample_masks)
 
 
 @pytest.fixture(params=PAIRS)
@@ -123,7 +123,7 @@ def test_objective_is_pure_and_forward_is_embed_then_objective(model, batch):
     model.eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        embeddings = model.embed(**batch)
+        embeddings = model.embed(batch)
         assert all(len(value) == len(batch["pixel_values"]) for value in embeddings.values())
         once, again, whole = (
             model.objective(embeddings).loss,

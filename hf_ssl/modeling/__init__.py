@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every method is made of (layer 1): base config, model and output, backbones, heads, gathering."""
+"""The parts of methods (layer 1): base class, backbones, heads, memory banks, EMA updates, gathering."""

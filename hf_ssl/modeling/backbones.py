@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders: built from any transformers vision config, run on images of any size, asked for one vector an
-image.
-"""
+"""Backbones: build any transformers vision encoder, return one feature vector for each image."""
 
 import inspect
 import re
@@ -16,12 +14,12 @@ from hf_ssl.modeling.pooling import pool
 
 
 def build_backbone(config: Any) -> PreTrainedModel:
-    """A new encoder with random weights; they are initialised by `post_init` of the model that holds it."""
+    """Return a new encoder with random weights. `post_init` of the method initializes them."""
     return AutoModel.from_config(config)
 
 
 def feature_size(backbone: Any) -> int:
-    """Dimensions of one image's pooled features."""
+    """Return the number of dimensions of the pooled features."""
     config = backbone.config
     if config.model_type == "timm_wrapper":
         return int(backbone.timm_model.num_features)
@@ -32,11 +30,11 @@ def feature_size(backbone: Any) -> int:
 
 
 def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
-    """Pooled features (N, D) of images (N, C, H, W); position tables are interpolated where the size is not
-    the encoder's own.
+    """Return the pooled features (N, D) of images (N, C, H, W).
 
-    Images are handed over channels-last, which is what convolutions are fastest with (1.3 times on a CPU)
-    and others do not mind.
+    Position tables are interpolated if the images do not have the encoder's own size. Images are passed in
+    channels-last format. Convolutions are fastest with it (1.3 times on a CPU), other layers are not
+    affected.
     """
     arguments: dict[str, object] = {}
     if "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
@@ -48,10 +46,10 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hand_out_cls_token(backbone: Any) -> None:
-    """Make a ViT's pooler the identity on the CLS token.
+def set_identity_pooler(backbone: Any) -> None:
+    """Make a ViT's pooler the identity, so that `pooler_output` is the class token.
 
-    `AutoModel` always builds the pooler: an encoder saved without one reloads with a random
+    `AutoModel` always builds the pooler. An encoder saved without one would load with a random
     `pooler_output`, a different one each time.
     """
     if backbone.config.model_type in CLS_POOLER_TYPES and backbone.pooler is not None:
@@ -60,8 +58,10 @@ def hand_out_cls_token(backbone: Any) -> None:
 
 
 def freeze_unused(backbone: PreTrainedModel) -> None:
-    """Freeze what pretraining never reaches: the pooler of `hand_out_cls_token`, and a mask token that
-    hides no patch (DINOv2, DINOv3).
+    """Freeze the parameters that no loss depends on.
+
+    These are the pooler of `set_identity_pooler`, and the mask token of DINOv2 and DINOv3, which hides no
+    patch here.
     """
     if backbone.config.model_type in CLS_POOLER_TYPES and backbone.pooler is not None:
         backbone.pooler.requires_grad_(False)
@@ -71,11 +71,11 @@ def freeze_unused(backbone: PreTrainedModel) -> None:
 
 
 def initialize_as_timm(backbone: Any) -> None:
-    """Give a new timm encoder timm's own initialisation.
+    """Initialize a new timm encoder as timm does.
 
-    transformers' wrapper draws every weight from N(0, 0.02): convolutions start at a third of their scale
-    and residual branches at full strength. A deep copy of the architecture is built by timm and its weights
-    are taken.
+    transformers' wrapper samples every weight from N(0, 0.02). Convolutions then start at a third of their
+    scale and residual branches at full strength. So timm builds the architecture again, and this function
+    copies its weights.
     """
     if backbone.config.model_type == "timm_wrapper" and not next(backbone.parameters()).is_meta:
         import timm
@@ -90,8 +90,9 @@ def initialize_as_timm(backbone: Any) -> None:
 
 
 def freeze_patch_embedding(backbone: PreTrainedModel) -> None:
-    """Keep a vision transformer's patch embedding as it was drawn (MoCo v3, section 4.2); others are left
-    alone.
+    """Freeze a vision transformer's patch embedding at its random initialization (MoCo v3, section 4.2).
+
+    Other encoders are not changed.
     """
     attention = any("attn" in name or "attention" in name for name, _ in backbone.named_modules())
     for name, parameter in backbone.named_parameters():

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of every method: what is gathered, what is frozen, what is copied, and what happens around a
-step.
-"""
+"""The base class of all methods."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -16,27 +14,79 @@ from hf_ssl.modeling.backbones import (
     build_backbone,
     encode,
     freeze_unused,
-    hand_out_cls_token,
     initialize_as_timm,
+    set_identity_pooler,
 )
 from hf_ssl.modeling.configuration import SSLConfig
-from hf_ssl.modeling.declared import Declared
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import Memory
 from hf_ssl.modeling.outputs import Progress, SSLOutput
-from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
-class SSLPreTrainedModel(Declared, PreTrainedModel):
-    """A method of self-supervised learning: a backbone, heads, and two halves of a forward pass.
+class SSLPreTrainedModel(PreTrainedModel):
+    """A method of self-supervised learning.
 
-    A subclass builds its heads in `__init__` (ending with `self.post_init()`) and defines `embed` and
-    `objective`. It declares what `Declared` lists.
+    The forward pass is `embed` (backbone, heads, teacher), then gathering over processes, then `objective`.
+    A method defines:
+
+        __init__                build the heads and end with `self.post_init()`
+        embed(inputs)           inputs of `forward` -> named embeddings, batch first
+        objective(embeddings)   embeddings -> `SSLOutput` with the loss; changes no state
+
+    A method may also define:
+
+        sample_masks(seeds)         sample masks or noise of images, a function of their seeds
+        parameter_rules             other learning rates or weight decay for some parameters
+        update_memory(embeddings)   write embeddings to a queue, memory bank or center, after the loss
+        before_epoch, before_step, after_backward, after_step
+                                    schedules and EMA updates, called by the trainer
+        measurements(embeddings)    more numbers for the monitor
+        pictures(inputs)            images that a run saves
+
+    It sets the class attributes below where the defaults do not fit. `MomentumModel` is the base class of
+    methods with a momentum encoder.
+
+    Attributes:
+        couples_samples: whether the loss compares images with each other. Embeddings are then gathered from
+            all processes with gradient. A loss that is a mean over images needs no gathering, because DDP's
+            average is exact.
+        minimum_views, maximum_views: how many views of an image the loss needs and accepts.
+        takes_local_views: whether the method uses small views in addition to the global ones (multi-crop).
+        joint_batch_norm: whether BatchNorm normalizes all views of one size together. If False, each view
+            passes separately through layers with BatchNorm.
+        backbone_types: model types of the backbones that the method can train; None for any.
+        student_teacher: pairs of attribute names. A teacher starts as a copy of its student and is frozen;
+            the method updates it.
+        exported: name of the published encoder: the backbone or its teacher.
+        mask_inputs: names of the inputs that `sample_masks` returns.
+        memory_inputs: names of the embeddings that `update_memory` needs.
+        needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
+            memory bank.
+        needs_sample_index: whether the method has an entry for each image. Images then need row numbers,
+            which a stream does not have, and the config has `num_samples`, the number of images.
+        collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
+            collapsed.
     """
 
+    couples_samples: ClassVar[bool] = False
+    minimum_views: ClassVar[int] = 2
+    maximum_views: ClassVar[int | None] = None
+    takes_local_views: ClassVar[bool] = False
+    joint_batch_norm: ClassVar[bool] = True
+    backbone_types: ClassVar[tuple[str, ...] | None] = None
+    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
+    exported: ClassVar[str] = "backbone"
+    mask_inputs: ClassVar[tuple[str, ...]] = ()
+    memory_inputs: ClassVar[tuple[str, ...]] = ()
+    needs_memory_warmup: ClassVar[bool] = False
+    needs_sample_index: ClassVar[bool] = False
+    collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, "embedding_rank": 2.0}
+
+    # Attributes of transformers.
     config_class = SSLConfig
-    # Not "encoder": keys of native encoders begin with "encoder." and would be mistaken for the prefix.
+    # The prefix is not "encoder", because keys of native encoders begin with "encoder.".
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ["image"]  # noqa: RUF012  (transformers' own form)
@@ -49,31 +99,236 @@ class SSLPreTrainedModel(Declared, PreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
 
+    # What a method defines.
+
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that the objective needs, each batch first (B, ...).
+
+        Args:
+            inputs: the arguments of `forward` that were given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no embed")
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Return the loss of embeddings. This function changes no state.
+
+        Args:
+            embeddings: as `embed` returns them; of all processes if `couples_samples`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no objective")
+
+    def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
+        """Return masks or noise for images: the arguments of `forward` that `mask_inputs` names.
+
+        The tensors are batch first and on the CPU. They depend only on the seeds and on values that
+        `before_step` wrote. So they do not depend on the number of processes, and a resumed run samples the
+        same. `hf_ssl.random.uniforms` makes random numbers. Methods use those from
+        `hf_ssl.random.FIRST_METHOD_NUMBER` on.
+
+        Args:
+            seeds: (B,) uint64, one for each image and epoch.
+        """
+        return {}
+
+    @property
+    def parameter_rules(self) -> tuple[ParameterRule, ...]:
+        """Return the rules for parameters that do not use the trainer's defaults."""
+        return ()
+
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
+        """Update queues, memory banks and centers: once for each batch in training, after the loss.
+
+        Args:
+            embeddings: those that `memory_inputs` names, of all processes, without gradient.
+        """
+
+    def synchronize_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs whose shapes agree on all processes; `forward` calls it in training."""
+        return inputs
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """Return numbers that the monitor records for this method, in addition to those for all methods.
+
+        Args:
+            embeddings: of the monitor's images, in eval mode, as `embed` returns them.
+        """
+        return {}
+
+    def pictures(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return pictures by file name: (B, V, C, H, W) each, V tiles in a row, normalized like the views.
+
+        The trainer calls it in eval mode and saves the pictures.
+
+        Args:
+            inputs: arguments of `forward`.
+        """
+        return {}
+
+    # Hooks, called by SSLTrainer only.
+
+    def before_epoch(self, progress: Progress) -> None:
+        """Run before the first batch of an epoch, but not when a run resumes within the epoch."""
+
+    def before_step(self, progress: Progress) -> None:
+        """Run before an optimizer step: write scheduled values."""
+
+    def after_backward(self, progress: Progress) -> None:
+        """Run between the backward pass, with gradient clipping, and the optimizer."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Run after each optimizer step that was made: update teachers."""
+
+    # The forward pass.
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        local_pixel_values: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        noise: Tensor | None = None,
+        context_patches: Tensor | None = None,
+        target_patches: Tensor | None = None,
+    ) -> SSLOutput:
+        """Return the loss of a batch.
+
+        The last three inputs are for methods that name them in `mask_inputs`. A method that needs a new kind
+        of input adds it here.
+
+        Args:
+            pixel_values: (B, V, C, H, W) global views, normalized.
+            local_pixel_values: (B, L, C, h, w) local views, normalized.
+            sample_index: (B,) int64 row numbers in the data set.
+            noise: (B, P), one number for each patch, row by row.
+            context_patches: (B, K) int64 numbers, row by row, of the patches that the encoder receives.
+            target_patches: (B, M, T) int64 numbers of the patches of each block that is predicted.
+
+        Raises:
+            UserError: the method does not take so many views, or one of the last three inputs.
+        """
+        masks = {"noise": noise, "context_patches": context_patches, "target_patches": target_patches}
+        given = {
+            "pixel_values": pixel_values,
+            "local_pixel_values": local_pixel_values,
+            "sample_index": sample_index,
+            **masks,
+        }
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        unknown = [name for name in masks if name in inputs and name not in self.mask_inputs]
+        if unknown:
+            raise UserError(f"{unknown[0]}: expected no such input of {self._method_name()}, got one")
+        self.check_views(
+            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
+        )
+        if self.training:
+            inputs = self.synchronize_inputs(inputs)
+        return self.loss_from_embeddings(self.embed(inputs))
+
+    def loss_from_embeddings(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Return the loss of this process's embeddings; in training, then update the memory.
+
+        This is separate from `embed` because embeddings can be made in chunks
+        (`training.contrastive_chunk_size`), while the loss needs the whole batch.
+        """
+        if self.couples_samples:
+            embeddings = {name: gather(tensor) for name, tensor in embeddings.items()}
+        output = self.objective(embeddings)
+        if self.training and self.memory_inputs:
+            new = {name: embeddings[name].detach() for name in self.memory_inputs}
+            if not self.couples_samples:
+                new = {name: gather(tensor) for name, tensor in new.items()}
+            self.update_memory(new)
+        return output
+
+    def encode_views(self, images_BVCHW: Tensor) -> Tensor:
+        """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
+        return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)
+
+    def apply_to_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
+        """Apply a function of (N, ...) to (B, V, ...).
+
+        The function receives all views in one batch. It receives each view separately if BatchNorm must not
+        normalize them together (`joint_batch_norm`).
+        """
+        if self.joint_batch_norm or not self._uses_batch_statistics():
+            return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
+        return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
+
+    def _uses_batch_statistics(self) -> bool:
+        return self.training and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()
+        )
+
+    # Checks of a recipe.
+
+    @classmethod
+    def _method_name(cls) -> str:
+        return cls.__name__.removesuffix("ForPreTraining")
+
+    @classmethod
+    def check_views(cls, global_views: int, local_views: int) -> None:
+        """Raise `UserError` if the method does not support this number of views."""
+        count, most = global_views + local_views, cls.maximum_views
+        if local_views and not cls.takes_local_views:
+            raise UserError(
+                f"views.local: expected no local views for {cls._method_name()}, got {local_views}"
+            )
+        if count < cls.minimum_views or (most is not None and count > most):
+            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
+            raise UserError(
+                f"views.count: expected {wanted} views of an image for {cls._method_name()}, got {count}"
+            )
+
+    @classmethod
+    def check_streaming(cls, streaming: bool) -> None:
+        """Raise `UserError` if the data is a stream and the method needs row numbers."""
+        if cls.needs_sample_index and streaming:
+            raise UserError(
+                f"data.streaming: expected images with row numbers for {cls._method_name()}, got a stream; "
+                "use data.streaming=false or a method with a queue (MoCo, SwAV)"
+            )
+
+    def check_source(self, streaming: bool, num_rows: int | None) -> None:
+        """Raise `UserError` if this model cannot be trained on a stream or on this number of images."""
+        self.check_streaming(streaming)
+        if self.needs_sample_index and self.config.num_samples != num_rows:
+            raise UserError(
+                f"config.num_samples: expected {num_rows}, the number of images, got "
+                f"{self.config.num_samples}"
+            )
+
+    # Weights: initialization, loading, teachers, export.
+
     def post_init(self) -> None:
-        """Initialise all weights, then copy teachers: a teacher copied earlier would be drawn anew and
-        differ from its student.
+        """Initialize all weights, then copy them to the teachers.
+
+        Initialization would also change a teacher that was copied before, and it would differ from its
+        student.
         """
         super().post_init()
         initialize_as_timm(self.backbone)
-        hand_out_cls_token(self.backbone)
+        set_identity_pooler(self.backbone)
         self.copy_teachers()
         self.freeze()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; then freezes what is never trained (loading makes every parameter trainable)
-        and, where the checkpoint holds no teacher (an encoder published by itself), copies the student."""
+        """Load a model as in transformers, then freeze the parameters that are never trained.
+
+        Loading makes every parameter trainable. A published encoder has no teacher; the student is then
+        copied.
+        """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if any(key.startswith("backbone.pooler.") for key in info["missing_keys"]):
-            hand_out_cls_token(model.backbone)
+            set_identity_pooler(model.backbone)
         model.copy_teachers(missing=info["missing_keys"])
         model.freeze()
         return (model, info) if output_loading_info else model
 
     def initialize_weights(self) -> None:
-        """As in transformers; then `_init_weights` is asked about the whole model, which transformers passes
-        over where all parameters belong to parts of it.
+        """Initialize as in transformers, then call `_init_weights` for the whole model.
+
+        transformers omits a module if all its parameters belong to submodules.
         """
         super().initialize_weights()
         self._init_weights(self)
@@ -86,8 +341,10 @@ class SSLPreTrainedModel(Declared, PreTrainedModel):
 
     @torch.no_grad()
     def copy_teachers(self, missing: set[str] | None = None) -> None:
-        """Make every teacher equal its student; with `missing`, only the teachers that keys of a checkpoint
-        were missing for.
+        """Copy the weights of each student to its teacher.
+
+        Args:
+            missing: keys that a checkpoint did not have; only their teachers are copied. None copies all.
         """
         for student, teacher in self.student_teacher:
             if missing is None or any(key.startswith(f"{teacher}.") for key in missing):
@@ -95,156 +352,30 @@ class SSLPreTrainedModel(Declared, PreTrainedModel):
 
     @torch.no_grad()
     def start_from(self, encoder: PreTrainedModel) -> None:
-        """Take over the weights of a trained encoder, for the teachers too; heads stay new.
+        """Copy the weights of a trained encoder to the backbone and the teachers. Heads keep theirs.
 
         Raises:
-            UserError: the encoder is another one than the backbone.
+            UserError: the encoder has other parameters or shapes than the backbone.
         """
         wanted, given = self.backbone.state_dict(), encoder.state_dict()
         other = sorted(wanted.keys() ^ given.keys())
         other += [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
         if other:
-            raise UserError(f"backbone.init_from: the encoder does not fit the backbone at {other[0]}")
+            raise UserError(
+                "backbone.init_from: expected an encoder with the parameters of the backbone, got another "
+                f"{other[0]}"
+            )
         self.backbone.load_state_dict(given)
-        hand_out_cls_token(self.backbone)
+        set_identity_pooler(self.backbone)
         self.copy_teachers()
 
     def freeze(self) -> None:
-        """Stop gradients to whatever is never trained: teachers, and parts of the backbone that nothing
-        reaches.
-        """
+        """Freeze the teachers and the parameters of the backbone that no loss depends on."""
         freeze_unused(self.backbone)
         for _, teacher in self.student_teacher:
             self.get_submodule(teacher).requires_grad_(False)
 
     @property
-    def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """How parameters are optimised where that differs from the trainer's defaults."""
-        return ()
-
-    @property
     def exported_encoder(self) -> PreTrainedModel:
-        """The encoder that is published."""
+        """Return the encoder that is published."""
         return cast(PreTrainedModel, self.get_submodule(self.exported))
-
-    # The two halves of a forward pass, and what is drawn for it.
-
-    def draw(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """What the method draws for images beside their views (masks, noise): further arguments of `forward`,
-        batch first, on the CPU.
-
-        A function of the seeds and of what `before_step` wrote, so that it is the same for any number of
-        processes, after a resumption and when it is called again; `hf_ssl.random.uniforms` makes numbers, and
-        those from `hf_ssl.random.FIRST_METHOD_NUMBER` on are free.
-
-        Args:
-            seeds: (B,) uint64, one for each image and pass over the data.
-        """
-        return {}
-
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Whatever the objective needs of these images, each tensor batch first (B, ...)."""
-        raise NotImplementedError(f"{type(self).__name__} defines no embed")
-
-    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """The loss of embeddings, gathered over all processes if the method couples samples; pure: no state
-        is changed.
-        """
-        raise NotImplementedError(f"{type(self).__name__} defines no objective")
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> SSLOutput:
-        """Loss of a batch.
-
-        Args:
-            pixel_values: (B, V, C, H, W) global views, normalised.
-            local_pixel_values: (B, L, C, h, w) local views.
-            sample_index: (B,) row numbers in the data set.
-        """
-        self.check_views(
-            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
-        )
-        return self.conclude(self.embed(pixel_values, local_pixel_values, sample_index))
-
-    def conclude(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """The loss of this process's embeddings; in training, queues, banks and centres move afterwards.
-
-        Apart from `embed` so that embeddings may be made in chunks and this is done once
-        (`training.contrastive_chunk_size`).
-        """
-        if self.couples_samples:
-            embeddings = {name: gather(tensor) for name, tensor in embeddings.items()}
-        output = self.objective(embeddings)
-        if self.training and self.remembered:
-            kept = {name: embeddings[name].detach() for name in self.remembered}
-            if not self.couples_samples:
-                kept = {name: gather(tensor) for name, tensor in kept.items()}
-            self.remember(kept)
-        return output
-
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
-        """Called once for each batch in training, after the loss: the place where queues, banks and centres
-        move.
-
-        Args:
-            embeddings: those that `remembered` names, of all processes, without gradient.
-        """
-
-    # What embed is made of.
-
-    def encode_views(self, images_BVCHW: Tensor) -> Tensor:
-        """Features (B, V, D) of images (B, V, C, H, W) by the backbone."""
-        return self.over_views(lambda images: encode(self.backbone, images), images_BVCHW)
-
-    def over_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
-        """Apply a function of (N, ...) to (B, V, ...): all views in one batch, or each by itself where
-        BatchNorm must not see them together.
-        """
-        if self.views_share_statistics or not self._normalizes_batches():
-            return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
-        return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
-
-    def _normalizes_batches(self) -> bool:
-        return self.training and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()
-        )
-
-    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """What the monitor records of this method beside what it measures of all: named numbers.
-
-        Args:
-            embeddings: of the probe, in eval mode, as `embed` makes them.
-        """
-        return {}
-
-    def pictures(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pictures that a run leaves of what the method does with some images, by the name of their file:
-        each (B, V, C, H, W) with V tiles in a row, normalised like the views. Called in eval mode.
-
-        Args:
-            inputs: arguments of `forward`.
-        """
-        return {}
-
-    # Hooks around a step, called by SSLTrainer alone.
-
-    def before_epoch(self, progress: Progress) -> None:
-        """Called before the first batch of a pass; never again when a run resumes in the middle of one."""
-
-    def before_step(self, progress: Progress) -> None:
-        """Called before an optimiser step; the place where scheduled values are written to their buffers."""
-
-    def after_backward(self, progress: Progress) -> None:
-        """Called between the (clipped) gradients of a step and the optimiser."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Called once for each optimiser step that was made, after it; the place where teachers move."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spherical k-means, shared among processes."""
+"""Spherical k-means, distributed over processes."""
 
 import torch
 from torch import Tensor
@@ -7,45 +7,44 @@ from torch.nn.functional import normalize, one_hot
 
 from hf_ssl.modeling.gather import own_share, sum_over_processes
 
-# Scores of so many rows exist at once: 16,384 x 3000 floats are 188 MiB.
 _ROWS = 16384
+"""Rows that are compared with the centroids at a time: 16,384 x 3000 float32 scores are 188 MiB."""
 
 
 @torch.no_grad()
 def spherical_kmeans(
     rows_ND: Tensor, clusters: int, iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Cluster unit vectors by cosine.
+    """Cluster unit vectors by cosine and return the centroids and the cluster of each row.
 
-    Centroids start as rows drawn without replacement. A cluster that no row is assigned to takes over the row
-    that is farthest from its own centroid; of several empty ones each takes another row. Every process is
-    given all rows and the same generator, compares its share of the rows with the centroids, and gets the
-    same result.
+    The first centroids are rows sampled without replacement. An empty cluster moves to the row that is
+    farthest from its own centroid; several empty clusters move to different rows. Every process has all rows
+    and the same generator. It compares its share of the rows with the centroids and gets the same result.
 
     Args:
         rows_ND: unit vectors, N >= `clusters`.
-        clusters: how many.
-        iterations: of assigning and averaging; rows are assigned once more at the end.
-        generator: on the CPU, of the initial draw.
+        clusters: number of clusters K.
+        iterations: assignment and averaging steps. Rows are assigned once more at the end.
+        generator: on the CPU, for the first centroids.
 
     Returns:
-        Unit centroids (clusters, D), and the cluster (N,) of each row.
+        Unit centroids (K, D) and the cluster (N,) of each row.
 
     Raises:
-        ValueError: fewer rows than clusters.
+        ValueError: there are fewer rows than clusters.
 
-    Source: facebookresearch/swav, main_deepclusterv2.py (`cluster_memory`), which leaves an empty cluster
-    where it was.
+    Source: facebookresearch/swav, main_deepclusterv2.py (`cluster_memory`). There an empty cluster does not
+    move.
     """
     if len(rows_ND) < clusters:
-        raise ValueError(f"{clusters} clusters need at least as many rows, got {len(rows_ND)}")
+        raise ValueError(f"expected at least {clusters} rows, one for each cluster, got {len(rows_ND)}")
     first = torch.randperm(len(rows_ND), generator=generator)[:clusters].to(rows_ND.device)
     centroids_KD = rows_ND[first].clone()
     for _ in range(iterations):
         cosine_N, cluster_N = _nearest(rows_ND, centroids_KD)
         sums_KD, counts_K = _sums(rows_ND, cluster_N, clusters)
         empty_K = counts_K == 0
-        # as many candidates as there are clusters, so that their number need not be known to the host
+        # There are as many candidates as clusters, so that the host need not know the number of empty ones.
         farthest_K = cosine_N.topk(clusters, largest=False).indices
         rank_K = (empty_K.cumsum(0) - 1).clamp_min(0)
         sums_KD = torch.where(empty_K[:, None], rows_ND[farthest_K[rank_K]], sums_KD)
@@ -54,7 +53,7 @@ def spherical_kmeans(
 
 
 def _nearest(rows_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine with the nearest centroid and its number, (N,) each."""
+    """Return the cosine with the nearest centroid and its number, (N,) each."""
     share = own_share(len(rows_ND))
     found = [(part @ centroids_KD.T).max(dim=1) for part in rows_ND[share].split(_ROWS)]
     cosine_N = rows_ND.new_zeros(len(rows_ND))
@@ -65,9 +64,9 @@ def _nearest(rows_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(rows_ND: Tensor, cluster_N: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Sum (clusters, D) and number (clusters,) of each cluster's rows.
+    """Return the sum (clusters, D) and the number (clusters,) of the rows of each cluster.
 
-    By a product, because adding rows by number is in no fixed order on a GPU.
+    The sum is a matrix product, because `index_add_` has no fixed order on a GPU.
     """
     share = own_share(len(rows_ND))
     sums_KD = rows_ND.new_zeros(clusters, rows_ND.shape[1])

@@ -117,7 +117,7 @@ def finish_communication() -> None:
             time.sleep(_SECONDS_TO_FREE)
 
 
-def least_over_processes(number: int, device: torch.device) -> int:
+def min_over_processes(number: int, device: torch.device) -> int:
     """The smallest of the processes' numbers, the same on each; waits for the device where there are
     several.
     """

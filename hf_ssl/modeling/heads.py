@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that methods put on an encoder."""
+"""Heads on an encoder: projectors and predictors, the last layer of DINO, prototypes."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,20 +15,20 @@ LAST_NORMS = ("none", "batch", "batch_without_affine", "batch_without_offset")
 
 
 class MLPHead(nn.Sequential):
-    """Linear layers with BatchNorm (unless switched off) and an activation between them: maps (N, sizes[0])
-    to (N, sizes[-1]).
+    """A multi-layer perceptron: maps (N, sizes[0]) to (N, sizes[-1]).
 
-    BatchNorm's decay 0.9, as TensorFlow and JAX name it, is torch's momentum 0.1, the default.
+    BatchNorm, unless it is switched off, and an activation follow each Linear layer except the last.
+    BatchNorm's decay 0.9 in TensorFlow and JAX is torch's momentum 0.1, the default.
 
     Args:
-        sizes: widths from input to output; two of them make one Linear layer.
-        norm: whether BatchNorm stands between layers.
+        sizes: widths from input to output; two widths make one Linear layer.
+        norm: whether BatchNorm follows each layer except the last.
         affine: whether these BatchNorms have a gain and an offset.
-        bias: of the layers but the last; None: only where no BatchNorm follows.
-        last_bias: of the last layer.
-        activation: what follows each layer but the last.
-        last_norm: what follows the last layer: "none", "batch", "batch_without_affine" (neither gain nor
-            offset), or "batch_without_offset" (a gain alone, `center=False` in TensorFlow).
+        bias: whether layers except the last have a bias; None: only if no BatchNorm follows.
+        last_bias: whether the last layer has a bias.
+        activation: class of the activation.
+        last_norm: normalization after the last layer: "none", "batch", "batch_without_affine" (no gain and no
+            offset), or "batch_without_offset" (a gain only, `center=False` in TensorFlow).
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class MLPHead(nn.Sequential):
 
 
 class WeightNormLinear(nn.Linear):
-    """A linear layer without bias whose rows have a length of their own: maps (..., D) to (..., K).
+    """A weight-normalized linear layer without bias: maps (..., D) to (..., K).
 
     Args:
         dims, outputs: D and K.
-        fixed_norm: whether lengths stay 1, so that the outputs of unit vectors are cosines.
+        fixed_norm: whether the rows keep length 1, so that the outputs of unit vectors are cosines. If False,
+            the lengths are learned.
     """
 
     def __init__(self, dims: int, outputs: int, *, fixed_norm: bool) -> None:
@@ -67,20 +68,41 @@ class WeightNormLinear(nn.Linear):
         self.gain = None if fixed_norm else nn.Parameter(torch.ones(outputs, 1))
 
     def initialize(self) -> None:
-        """Length 1; the direction is drawn as that of any weight."""
+        """Set the lengths to 1. The directions are initialized like any weight."""
         if self.gain is not None:
             init.ones_(self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Outputs are divided by a small temperature afterwards: bfloat16 has two digits of them.
+        # A small temperature divides the outputs, and bfloat16 has only two digits.
         with torch.autocast(x.device.type, enabled=False):
             weight = F.normalize(self.weight, dim=1)
             weight = weight if self.gain is None else weight * self.gain
             return F.linear(x.to(weight.dtype), weight)
 
 
+class Prototypes(nn.Linear):
+    """K prototypes, unit vectors: maps unit embeddings (..., D) to cosines (..., K).
+
+    Only `normalize` makes them unit vectors. An optimizer step changes their length, as in the authors' code
+    of SwAV.
+    """
+
+    def __init__(self, count: int, dims: int) -> None:
+        super().__init__(dims, count, bias=False)
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Normalize the prototypes to length 1."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        # A small temperature divides the cosines, and bfloat16 has only two digits.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(embeddings.to(self.weight.dtype), self.weight)
+
+
 def projector_sizes(features: int, hidden: int | None, projection: int, layers: int) -> list[int]:
-    """Widths of a projector of `layers` Linear layers; hidden width None takes that of the features."""
+    """Return the widths of a projector of `layers` Linear layers. A hidden width of None means `features`."""
     return [features, *[hidden or features] * (layers - 1), projection]
 
 
@@ -88,5 +110,5 @@ def _norm(name: str, size: int) -> nn.Module:
     if name == "batch_without_offset":
         return BatchNorm1dWithoutOffset(size)
     if name not in LAST_NORMS:
-        raise ValueError(f"expected a last norm of {', '.join(LAST_NORMS)}, got {name!r}")
+        raise ValueError(f"last_norm: expected one of {', '.join(LAST_NORMS)}, got {name!r}")
     return nn.BatchNorm1d(size, affine=name == "batch")

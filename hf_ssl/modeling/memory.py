@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method remembers of earlier batches."""
+"""State that a method keeps between batches: counter, queue, center, memory bank."""
 
 from typing import Any
 
@@ -9,58 +9,95 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 
-class Memory(nn.Module):
-    """Persistent buffers that a method's steps move and no gradient does.
+class HostNumber:
+    """A number that is stored twice: as a persistent buffer and as a Python number.
 
-    transformers builds models without memory and fills in what a checkpoint holds; `initialize` writes what
-    it does not hold, with the functions of `transformers.initialization`, which leave loaded tensors alone.
+    The buffer is for checkpoints. Computations use the Python number, because reading the buffer would wait
+    for the device.
+
+    Args:
+        module: owner of the buffer.
+        name: of the buffer.
+        value: at the start.
+    """
+
+    def __init__(self, module: nn.Module, name: str, value: float) -> None:
+        module.register_buffer(name, torch.tensor(value))
+        self._module, self._name = module, name
+        self._value: float | None = value
+
+    @property
+    def value(self) -> float:
+        """Return the number; after `invalidate`, read the buffer once."""
+        if self._value is None:
+            self._value = self._module.get_buffer(self._name).item()
+        return self._value
+
+    @torch.no_grad()
+    def write(self, value: float) -> None:
+        """Write a new value to both copies."""
+        self._value = value
+        self._module.get_buffer(self._name).fill_(value)
+
+    def initialize(self, value: float) -> None:
+        """Write the first value to the buffer, unless a checkpoint has filled it."""
+        init.constant_(self._module.get_buffer(self._name), value)
+
+    def invalidate(self) -> None:
+        """Read the buffer at the next access, for example after loading."""
+        self._value = None
+
+
+class Memory(nn.Module):
+    """Base class of persistent buffers that training steps update without gradient.
+
+    transformers creates models without memory and fills in the tensors of a checkpoint. `initialize` writes
+    the others. It uses `transformers.initialization`, which does not change loaded tensors.
     """
 
     def initialize(self) -> None:
         """Write the state before the first step."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it begins")
+        raise NotImplementedError(f"{type(self).__name__} defines no initialize")
 
 
 class Counter(Memory):
-    """A number that only grows, kept on the host and in a checkpoint."""
+    """A count that only grows, known on the host and stored in checkpoints."""
 
     count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self._count: int | None = None
+        self._number = HostNumber(self, "count", 0)
+        self._number.invalidate()  # `from_pretrained` may replace the buffer
 
     def initialize(self) -> None:
-        """Nothing counted."""
-        init.zeros_(self.count)
+        """Write zero."""
+        self._number.initialize(0)
 
     @property
     def total(self) -> int:
-        """`count` as a number; waits for the device at most once, after loading."""
-        if self._count is None:
-            self._count = int(self.count)
-        return self._count
+        """Return the count; wait for the device at most once, after loading."""
+        return int(self._number.value)
 
-    @torch.no_grad()
     def increase(self, by: int = 1) -> None:
-        """Count on."""
-        self._count = self.total + by
-        self.count.fill_(self._count)
+        """Add `by` to the count."""
+        self._number.write(self.total + by)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._count = None
+        self._number.invalidate()
 
 
 class Queue(Counter):
-    """The last `size` rows that were put in, unit vectors at random before that.
+    """A queue of the last `size` rows. It starts with random unit vectors.
 
-    Processes agree on it because gathered rows are put in. The host counts along, so that no step waits for
-    the device.
+    Gathered rows are enqueued, so all processes hold the same queue. The host also counts the rows, so that
+    no step waits for the device.
 
     Attributes:
-        rows: (size, D). The counter says how many rows were ever put in; the next one goes to `count % size`.
+        rows: (size, D). The counter is the number of rows that were ever enqueued; the next row goes to
+            position `count % size`.
+        latest: number of rows in the last call of `enqueue`.
     """
 
     rows: Tensor
@@ -70,22 +107,21 @@ class Queue(Counter):
         self.size = size
         self.register_buffer("rows", torch.empty(size, dims))
         self.latest = 0
-        """Rows that were put in at once the last time."""
         self.initialize()
 
     def initialize(self) -> None:
-        """Random unit rows, and none of them counted."""
+        """Write random unit rows and a count of zero."""
         init.copy_(self.rows, normalize(torch.randn(self.rows.shape, device=self.rows.device), dim=1))
         super().initialize()
 
     @property
     def is_full(self) -> bool:
-        """Whether every row has been put in, so that none is random any more."""
+        """Return whether no random row is left."""
         return self.total >= self.size
 
     @torch.no_grad()
     def enqueue(self, rows_ND: Tensor) -> None:
-        """Put rows (N, D) in the place of the oldest; of more than `size` rows the last ones."""
+        """Overwrite the oldest rows with `rows_ND` (N, D). If N exceeds `size`, keep the last `size` rows."""
         self.latest = len(rows_ND)
         position = (self.total + max(0, self.latest - self.size)) % self.size
         kept = rows_ND[-self.size :].to(self.rows.dtype)
@@ -96,7 +132,7 @@ class Queue(Counter):
 
 
 class Center(Memory):
-    """A mean of outputs that moves with the batches.
+    """A moving average of outputs, for centering.
 
     Attributes:
         mean: (K,).
@@ -109,18 +145,18 @@ class Center(Memory):
         self.register_buffer("mean", torch.zeros(size))
 
     def initialize(self) -> None:
-        """Zero."""
+        """Write zeros."""
         init.zeros_(self.mean)
 
 
-class Bank(Memory):
-    """A place for each image of the training data.
+class MemoryBank(Memory):
+    """A memory bank with one entry for each image of the training data.
 
     Attributes:
         rows: (V, N, D), the last embedding of each of V views.
-        seen: (N,), whether the image was ever put in.
-        labels: (H, N) int64, what each of H heads says of the image; -100, which losses ignore, where nothing
-            is known.
+        seen: (N,) bool, whether the image was ever stored.
+        labels: (H, N) int64, the pseudo-label of the image for each of H heads; -100, which losses ignore, if
+            there is none.
     """
 
     rows: Tensor
@@ -135,13 +171,13 @@ class Bank(Memory):
         self.initialize()
 
     def initialize(self) -> None:
-        """Nothing seen, nothing known."""
+        """Write an empty memory bank without labels."""
         init.zeros_(self.rows)
         init.zeros_(self.seen)
         init.constant_(self.labels, -100)
 
     @torch.no_grad()
     def store(self, index_B: Tensor, rows_BVD: Tensor) -> None:
-        """Put the embeddings of images (B,) into their places."""
+        """Store the embeddings of images with row numbers (B,)."""
         self.rows[:, index_B] = rows_BVD.transpose(0, 1).to(self.rows.dtype)
         self.seen[index_B] = True

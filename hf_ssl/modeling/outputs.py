@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method's forward returns, and what its hooks are told."""
+"""The output of a method's forward pass, and the argument of its hooks."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class SSLOutput(ModelOutput):
-    """Result of a method's forward.
+    """Output of a method's forward pass.
 
     Attributes:
-        loss: scalar; what is minimised.
-        terms: the named parts of the loss, detached scalars, logged and plotted one by one.
-        embeddings: (B, V, D) what the loss compares, for the monitor; gathered over all processes if the
+        loss: scalar.
+        terms: the named parts of the loss, detached scalars. The trainer logs and plots them separately.
+        embeddings: (B, V, D) the vectors that the loss compares, for the monitor; of all processes if the
             method gathers.
     """
 
@@ -25,13 +25,12 @@ class SSLOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands when a hook is called; the only clock that a method ever sees.
+    """Progress of a run when a hook is called. A method knows no other clock.
 
     Attributes:
-        step: optimiser steps done so far (in `after_step` the step just done is counted).
-        total_steps: optimiser steps of the whole run.
-        steps_per_epoch: optimiser steps in one pass over the data; for a stream of unknown length,
-            `total_steps`.
+        step: completed optimizer steps (in `after_step` including the last one).
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of an epoch; `total_steps` for a stream of unknown length.
     """
 
     step: int
@@ -40,10 +39,10 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Share of the run that is done, 0 to 1."""
+        """Return the completed share of the run, 0 to 1."""
         return self.step / self.total_steps
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Return the completed epochs."""
         return self.step / self.steps_per_epoch

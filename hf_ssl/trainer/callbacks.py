@@ -149,7 +149,7 @@ class MemoryWarmup(TrainerCallback):
     DeepCluster v2.
 
     Args:
-        model: the model; nothing happens for a method without `begins_with_a_pass`.
+        model: the model; nothing happens for a method without `needs_memory_warmup`.
         loader: returns the loader of one epoch.
         precision: returns the context of a forward pass (autocast).
     """
@@ -163,14 +163,14 @@ class MemoryWarmup(TrainerCallback):
         self.model, self.loader, self.precision = model, loader, precision
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if not self.model.begins_with_a_pass or state.global_step > 0:
+        if not self.model.needs_memory_warmup or state.global_step > 0:
             return
         self.model.train()
         loader = self.loader()
         with progress("embedding all images once", len(loader), unit="batch") as bar:
             for batch in loader:
                 with self.precision():
-                    store_embeddings(self.model, batch.inputs(args.device, self.model.draw))
+                    store_embeddings(self.model, batch.inputs(args.device, self.model.sample_masks))
                 bar.update(1)
         loader.close()
 
@@ -178,8 +178,8 @@ class MemoryWarmup(TrainerCallback):
 @torch.no_grad()
 def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> None:
     """Store the embeddings of a batch in the memory of a method, as a training step does."""
-    embeddings = model.embed(**inputs)
-    model.remember({name: gather(embeddings[name]) for name in model.remembered})
+    embeddings = model.embed(inputs)
+    model.update_memory({name: gather(embeddings[name]) for name in model.memory_inputs})
 
 
 class PictureCallback(TrainerCallback):
@@ -232,7 +232,7 @@ class MethodPicturesCallback(PictureCallback):
         self.model, self.images, self.preset = model, images, preset
 
     def draw(self, args, state) -> None:
-        inputs = self.images.inputs(self.model.device, self.model.draw)
+        inputs = self.images.inputs(self.model.device, self.model.sample_masks)
         with evaluation_mode(self.model):
             pictures = self.model.pictures(inputs)
         for name, tiles in pictures.items():

@@ -50,12 +50,12 @@ def cached_backward(
     for inputs in chunks:
         states.append(_RandomState.now())
         with torch.no_grad(), precision():
-            parts.append(model.embed(**inputs()))
+            parts.append(model.embed(inputs()))
     sizes = [len(next(iter(part.values()))) for part in parts]
     leaves = {name: _leaf(torch.cat([part[name] for part in parts])) for name in parts[0]}
     del parts
     with precision():
-        output = model.conclude(leaves)
+        output = model.loss_from_embeddings(leaves)
     loss = cast(Tensor, output.loss)
     backward(loss)
     shares = {name: leaf.grad.split(sizes) for name, leaf in leaves.items() if leaf.grad is not None}
@@ -63,7 +63,7 @@ def cached_backward(
     for number, (inputs, state) in enumerate(zip(chunks, states, strict=True)):
         state.restore()
         with running_statistics_kept(model), precision():
-            embeddings = model.embed(**inputs())
+            embeddings = model.embed(inputs())
         wanted = {name: share[number] for name, share in shares.items() if embeddings[name].requires_grad}
         torch.autograd.backward([embeddings[name] for name in wanted], list(wanted.values()))
     after.restore()

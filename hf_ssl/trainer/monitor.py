@@ -92,9 +92,9 @@ class Monitor:
         embedded: list[dict[str, Tensor]] = []
         with progress("monitor: training images", len(self.probe)) as bar:
             for part in self.probe.split(_CHUNK):
-                inputs = part.inputs(model.device, model.draw)
+                inputs = part.inputs(model.device, model.sample_masks)
                 with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                    embedded.append(model.embed(**inputs))
+                    embedded.append(model.embed(inputs))
                     features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
                 bar.update(len(part))
         together = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}

@@ -12,31 +12,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.depth import depths
-from hf_ssl.modeling.rules import Treatment, treatments
-from hf_ssl.modeling.schedules import scheduled
+from hf_ssl.modeling.configuration import scheduled
+from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
 
 
 def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Optimizer:
-    """The optimiser named by `args.optimizer`, one group of parameters for each treatment that the method's
+    """The optimiser named by `args.optimizer`, one group of parameters for each group that the method's
     rules lead to.
     """
-    by_treatment: dict[Treatment, list[torch.nn.Parameter]] = defaultdict(list)
+    by_settings: dict[ParameterGroup, list[torch.nn.Parameter]] = defaultdict(list)
     parameters = dict(model.named_parameters())
-    for name, treatment in planned(model, args).items():
-        by_treatment[treatment].append(parameters[name])
+    for name, group in planned(model, args).items():
+        by_settings[group].append(parameters[name])
     groups: list[dict[str, Any]] = [
         {
             "params": members,
-            "lr": args.learning_rate * treatment.learning_rate_scale,
-            "weight_decay": args.weight_decay if treatment.decay else 0.0,
-            "decay": treatment.decay,
-            "adapt": treatment.adapt or args.lars_adapt_all_parameters,
-            "fixed_learning_rate": treatment.fixed_learning_rate,
+            "lr": args.learning_rate * group.learning_rate_scale,
+            "weight_decay": args.weight_decay if group.decay else 0.0,
+            "decay": group.decay,
+            "adapt": group.adapt or args.lars_adapt_all_parameters,
+            "fixed_learning_rate": group.fixed_learning_rate,
         }
-        for treatment, members in by_treatment.items()
+        for group, members in by_settings.items()
     ]
     if args.optimizer == "lars":
         return LARS(
@@ -54,17 +53,17 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
     return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
-def planned(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, Treatment]:
-    """The treatment of each trainable parameter by the method's rules and the run's arguments."""
-    found = treatments(model, model.parameter_rules, decay_all=args.decay_all_parameters)
+def planned(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, ParameterGroup]:
+    """The group of each trainable parameter by the method's rules and the run's arguments."""
+    found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
-    depth = depths([name for name, _ in model.backbone.named_parameters()])
+    depth = layer_depths([name for name, _ in model.backbone.named_parameters()])
     for name, own in inside.items():
-        treatment, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
+        group, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
         found[name] = replace(
-            treatment,
-            learning_rate_scale=treatment.learning_rate_scale * scale,
-            frozen_epochs=max(treatment.frozen_epochs, args.head_warmup_epochs),
+            group,
+            learning_rate_scale=group.learning_rate_scale * scale,
+            frozen_epochs=max(group.frozen_epochs, args.head_warmup_epochs),
         )
     return found
 

@@ -79,7 +79,7 @@ def measure_step(
         torch.nn.Module.to(copied, device).train()
         count = min(2, len(batch))
         while True:
-            inputs = batch[:count].inputs(device, copied.draw)
+            inputs = batch[:count].inputs(device, copied.sample_masks)
             # The main process decides how often all of them run: methods may exchange rows in `embed`.
             seconds, size = from_first_process(_pass(copied, inputs, args))
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
@@ -122,7 +122,7 @@ def _pass(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast(args.device.type, dtype=dtype, enabled=dtype is not None):
-            made = model.embed(**inputs)
+            made = model.embed(inputs)
     loss = sum(tensor.float().mean() for tensor in made.values() if tensor.requires_grad)
     if isinstance(loss, torch.Tensor):
         loss.backward()

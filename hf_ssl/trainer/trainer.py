@@ -182,7 +182,7 @@ class SSLTrainer(PushingTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         self._note(batch := inputs)
-        return batch.inputs(self.args.device, self.method.draw)
+        return batch.inputs(self.args.device, self.method.sample_masks)
 
     def _note(self, batch: LoadedBatch) -> None:
         """Count broken images, and store the position of a stream."""
@@ -244,7 +244,7 @@ class SSLTrainer(PushingTrainer):
         self._note(inputs)
         output = cached_backward(
             self.method,
-            [partial(part.inputs, self.args.device, self.method.draw) for part in inputs.split(size)],
+            [partial(part.inputs, self.args.device, self.method.sample_masks) for part in inputs.split(size)],
             backward=lambda loss: self.accelerator.backward(loss / share),
             precision=self.accelerator.autocast,  # accelerate applies it only to `model.forward`
         )

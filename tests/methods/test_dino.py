@@ -12,10 +12,10 @@ from transformers import AutoModel, Dinov2Config, Dinov2WithRegistersConfig, Res
 
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.methods.dino.modeling_dino import DINOForPreTraining
-from hf_ssl.modeling.drop_path import add_drop_path
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.modeling.rules import treatments
+from hf_ssl.modeling.parameter_groups import assign_parameter_groups
+from hf_ssl.modeling.vit.drop_path import add_drop_path
 from hf_ssl.trainer.callbacks import clip_each
 
 STEPS, BATCH, RATE = 6, 3, 0.1
@@ -124,7 +124,7 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
 
 def test_the_last_layer_waits_a_pass():
     model = build(freeze_last_layer_epochs=1.5, norm_last_layer=False)
-    found = treatments(model, model.parameter_rules)
+    found = assign_parameter_groups(model, model.parameter_rules)
     waiting = {name: how.frozen_epochs for name, how in found.items() if how.frozen_epochs}
     assert waiting == {"last_layer.weight": 1.5, "last_layer.gain": 1.5}
 

@@ -16,7 +16,7 @@ from hf_ssl.methods.ijepa import modeling_ijepa
 from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.methods.ijepa.modeling_ijepa import IJEPAForPreTraining
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers, special_tokens
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, encoder_layers, special_tokens
 from hf_ssl.random import image_seeds as seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
@@ -136,7 +136,7 @@ def test_steps_equal_the_slow_version(batches):
     lengths = set()
     for step, images in enumerate(batches):
         model.before_step(Progress(step, TOTAL, TOTAL))
-        masks = model.draw(image_seeds(step))
+        masks = model.sample_masks(image_seeds(step))
         lengths.add(masks["target_patches"].shape[2])
         loss = model(pixel_values=images, **masks).loss
         loss.backward()
@@ -159,11 +159,11 @@ def test_steps_equal_the_slow_version(batches):
     assert not torch.equal(teacher.layers[0].mlp.fc1.weight, student.layers[0].mlp.fc1.weight)
 
 
-@pytest.mark.parametrize("kind", TOKEN_TYPES)
+@pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_the_encoder_computes_the_context_alone_and_the_predictor_one_block_at_a_time(kind, batches):
     model = build(kind).double().train()
     model.before_step(Progress(3, 10, 5))
-    masks, lengths = model.draw(image_seeds()), []
+    masks, lengths = model.sample_masks(image_seeds()), []
     for layer in [
         *encoder_layers(model.backbone),
         *model.predictor.layers,
@@ -188,11 +188,13 @@ def test_the_encoder_computes_the_context_alone_and_the_predictor_one_block_at_a
 def test_predictions_see_nothing_of_the_patches_that_are_hidden(batches):
     """Other pixels there change the targets and no prediction."""
     model = build().double().eval()
-    masks = model.draw(image_seeds())
+    masks = model.sample_masks(image_seeds())
     hidden = torch.ones(COUNT, 36, dtype=torch.bool).scatter(1, masks["context_patches"], False)
     mask = hidden.view(COUNT, 1, 1, 6, 6).repeat_interleave(8, -1).repeat_interleave(8, -2)
     with torch.no_grad():
-        first, other = (model.embed(images, **masks) for images in (batches[0], batches[0] + 3 * mask))
+        first, other = (
+            model.embed({"pixel_values": images} | masks) for images in (batches[0], batches[0] + 3 * mask)
+        )
     torch.testing.assert_close(other["predictions"], first["predictions"], rtol=0, atol=1e-12)
     assert not torch.allclose(first["targets"], other["targets"])
 
@@ -205,18 +207,19 @@ def test_masks_follow_from_step_and_seeds():
     drawn = []
     for each in (model, again):
         each.before_step(Progress(5, 10, 5))
-        drawn.append(each.draw(image_seeds(count=64)))
+        drawn.append(each.sample_masks(image_seeds(count=64)))
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     sizes = set()
     for step in range(20):
         model.before_step(Progress(step, 100, 5))
-        sizes.add(model.draw(image_seeds(count=2))["target_patches"].shape[2])
+        sizes.add(model.sample_masks(image_seeds(count=2))["target_patches"].shape[2])
     assert len(sizes) > 1
     model.eval()  # measurements of a run can be compared
-    measured = model.draw(image_seeds(count=64))
+    measured = model.sample_masks(image_seeds(count=64))
     model.before_step(Progress(77, 100, 5))
     assert all(
-        torch.equal(value, measured[name]) for name, value in model.draw(image_seeds(count=64)).items()
+        torch.equal(value, measured[name])
+        for name, value in model.sample_masks(image_seeds(count=64)).items()
     )
 
 
@@ -227,8 +230,8 @@ def test_processes_that_train_use_the_shortest_context_of_all(batches, monkeypat
         asked.append(number)
         return 6
 
-    monkeypatch.setattr(modeling_ijepa, "least_over_processes", least)
-    masks = model.draw(image_seeds())
+    monkeypatch.setattr(modeling_ijepa, "min_over_processes", least)
+    masks = model.sample_masks(image_seeds())
     assert asked == []  # whoever draws may be alone
     shorter = {**masks, "context_patches": masks["context_patches"][:, :6]}
     loss = model(pixel_values=batches[0], **masks).loss
@@ -239,7 +242,7 @@ def test_processes_that_train_use_the_shortest_context_of_all(batches, monkeypat
 
 
 def test_masks_are_needed(batches):
-    with pytest.raises(UserError, match=mentions("context_patches", "target_patches", "draw")):
+    with pytest.raises(UserError, match=mentions("context_patches", "target_patches", "sample_masks")):
         build().double()(pixel_values=batches[0])
 
 
@@ -254,7 +257,7 @@ def assert_fixed_table(encoder, special):
     assert not table.requires_grad
 
 
-@pytest.mark.parametrize("kind", TOKEN_TYPES)
+@pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_tables_are_there_however_a_model_is_made(kind, tmp_path):
     model = build(kind)
     model.save_pretrained(tmp_path)
@@ -299,9 +302,9 @@ def test_a_published_encoder_gives_its_own_features_and_goes_on_learning(batches
         assert not encoder.embeddings.position_embeddings.requires_grad
         mine = encoder.eval()(batches[0][:, 0]).last_hidden_state
         torch.testing.assert_close(mine, features, rtol=0, atol=1e-13)
-        kept = modeling_ijepa.encode_tokens(encoder, batches[0][:, 0], whole)
+        kept = modeling_ijepa.encode_patches(encoder, batches[0][:, 0], whole)
         torch.testing.assert_close(kept, features, rtol=0, atol=1e-13)
-    model.train()(pixel_values=batches[0], **model.draw(image_seeds())).loss.backward()
+    model.train()(pixel_values=batches[0], **model.sample_masks(image_seeds())).loss.backward()
     assert model.momentum.item() == pytest.approx(0.996)
 
 
@@ -354,7 +357,7 @@ def test_measurements_and_embeddings():
     assert explained[:2] == pytest.approx([1, 0], abs=1e-5) and explained[2] < -2
     images = torch.randn(3, 1, 3, 48, 48)
     with torch.no_grad():
-        made = model.embed(images, **model.draw(image_seeds(count=3)))
+        made = model.embed({"pixel_values": images} | model.sample_masks(image_seeds(count=3)))
         whole = model.teacher_backbone(images[:, 0]).last_hidden_state
     expected = torch.nn.functional.layer_norm(whole, (24,)).mean(1)
     torch.testing.assert_close(model.objective(made).embeddings[:, 0], expected)
@@ -374,7 +377,7 @@ def test_the_alarm(whole, tmp_path, monkeypatch, no_curves):
     model = trainer.method
 
     def teach_oneself(images):
-        patches = modeling_ijepa.encode_tokens(model.backbone, images)
+        patches = modeling_ijepa.encode_patches(model.backbone, images)
         return torch.nn.functional.layer_norm(patches, patches.shape[-1:])
 
     if not whole:

@@ -14,8 +14,13 @@ from transformers import AutoConfig, AutoModel, ViTMAEConfig, ViTMAEForPreTraini
 from hf_ssl.errors import UserError
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
-from hf_ssl.methods.mae.patches import patchify, unpatchify
-from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers, special_tokens
+from hf_ssl.modeling.vit.patches import (
+    PATCH_SELECTION_TYPES,
+    encoder_layers,
+    patchify,
+    special_tokens,
+    unpatchify,
+)
 from hf_ssl.random import image_seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.recording import PICTURES
@@ -102,7 +107,7 @@ def test_a_published_vitmae_becomes_a_vit_with_the_same_features(images, tmp_pat
     assert torch.equal(mine.pooler_output, mine.last_hidden_state[:, 0])
 
 
-@pytest.mark.parametrize("kind", TOKEN_TYPES)
+@pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_only_visible_patches_go_through_the_encoder(kind, images, noise):
     model, lengths = build(kind).double().train(), []
     for layer in [*encoder_layers(model.backbone), *model.decoder.layers]:
@@ -124,17 +129,17 @@ def test_patches_with_the_smallest_noise_are_visible(images):
 
 def test_predictions_know_nothing_of_what_is_masked(images, noise):
     model = build().double().eval()
-    before = model.embed(images, noise=noise)
+    before = model.embed({"pixel_values": images, "noise": noise})
     other = patchify(images[:, 0], (8, 8))
     other.scatter_(1, before["masked"].unsqueeze(-1).expand(-1, -1, 192), 7.0)
-    after = model.embed(unpatchify(other, (8, 8), (4, 4))[:, None], noise=noise)
+    after = model.embed({"pixel_values": unpatchify(other, (8, 8), (4, 4))[:, None], "noise": noise})
     torch.testing.assert_close(after["predictions"], before["predictions"], rtol=0, atol=1e-12)
     assert not torch.equal(before["targets"], after["targets"])
 
 
 def test_a_masked_patch_is_predicted_for_its_own_place(images, noise):
     """Masked tokens differ in their position alone; all-zero tables made every prediction the same."""
-    predictions = build().double().eval().embed(images, noise=noise)["predictions"]
+    predictions = build().double().eval().embed({"pixel_values": images, "noise": noise})["predictions"]
     distances = torch.cdist(predictions, predictions) + torch.eye(PATCHES - VISIBLE)
     assert distances.min() > 1e-3
 
@@ -164,7 +169,7 @@ def assert_fixed_positions(model):
     assert "decoder.positions.table" in model.state_dict()
 
 
-@pytest.mark.parametrize("kind", TOKEN_TYPES)
+@pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_positions_are_there_however_the_model_was_made(kind, tmp_path):
     model = build(kind)
     assert_fixed_positions(model)
@@ -217,8 +222,9 @@ def test_weights_start_as_the_authors_do():
 
 def test_noise_comes_from_the_seeds_of_images():
     model, of = build(), image_seeds(0, 0, np.arange(400, dtype=np.uint64))
-    noise = model.draw(of)["noise"]
-    assert noise.shape == (400, PATCHES) and torch.equal(model.draw(of[100:200])["noise"], noise[100:200])
+    noise = model.sample_masks(of)["noise"]
+    assert noise.shape == (400, PATCHES)
+    assert torch.equal(model.sample_masks(of[100:200])["noise"], noise[100:200])
     kept, _ = model.split(torch.zeros(400, 3, 32, 32), noise)
     seen = kept.flatten().bincount(minlength=PATCHES) / 400
     assert (seen - VISIBLE / PATCHES).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 400)
@@ -257,10 +263,10 @@ def test_patches_hold_their_pixels_and_come_back():
 def test_a_perfect_prediction_shows_the_image(norm_pix_loss, images, noise, monkeypatch):
     model = build(norm_pix_loss=norm_pix_loss).eval()
     images = images.float()
-    made = model.embed(images, noise=noise)
+    made = model.embed({"pixel_values": images, "noise": noise})
     variance, mean = torch.var_mean(made["targets"], dim=-1, keepdim=True)
     perfect = (made["targets"] - mean) / (variance + 1e-6).sqrt() if norm_pix_loss else made["targets"]
-    monkeypatch.setattr(model, "embed", lambda **inputs: made | {"predictions": perfect})
+    monkeypatch.setattr(model, "embed", lambda inputs: made | {"predictions": perfect})
     tiles = model.pictures({"pixel_values": images, "noise": noise})["reconstructions"]
     assert tiles.shape == (COUNT, 3, 3, 32, 32)
     assert torch.equal(tiles[:, 0], images[:, 0])

@@ -11,7 +11,7 @@ from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.backbones import encode, feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import SSLConfig
-from hf_ssl.modeling.rules import ParameterRule, treatments
+from hf_ssl.modeling.parameter_groups import ParameterRule, assign_parameter_groups
 
 RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 VIT = ViTConfig(
@@ -133,13 +133,13 @@ def test_timm_encoder_starts_with_timm_s_own_weights(tmp_path):
 
 def test_default_treatment_spares_norms_biases_tokens_and_tables():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VIT))
-    found = treatments(model, [])
+    found = assign_parameter_groups(model, [])
     decayed = {name for name, treatment in found.items() if treatment.decay}
     assert "backbone.layers.0.attention.q_proj.weight" in decayed
     assert "projector.0.weight" in decayed
     assert not any("bias" in n or "norm" in n or "cls_token" in n or "position" in n for n in decayed)
     assert {name for name, t in found.items() if t.adapt} == decayed
-    assert all(t.decay for t in treatments(model, [], decay_all=True).values())
+    assert all(t.decay for t in assign_parameter_groups(model, [], decay_all=True).values())
     assert "backbone.pooler.dense.weight" not in found  # frozen
 
 
@@ -149,9 +149,9 @@ def test_rules_apply_in_order_and_a_rule_for_nothing_is_an_error():
         ParameterRule("projector", learning_rate_scale=10.0, frozen_until=3),
         ParameterRule(r"projector\.0", learning_rate_scale=1.0),
     ]
-    found = treatments(model, rules)
+    found = assign_parameter_groups(model, rules)
     assert found["projector.3.weight"].learning_rate_scale == 10
     assert found["projector.0.weight"].learning_rate_scale == 1
     assert found["projector.0.weight"].frozen_until == 3
     with pytest.raises(ValueError, match="prjector"):
-        treatments(model, [ParameterRule("prjector", decay=False)])
+        assign_parameter_groups(model, [ParameterRule("prjector", decay=False)])

@@ -6,15 +6,15 @@ import json
 import torch
 from forks import Forks
 
-from hf_ssl.modeling.gather import any_process, least_over_processes
+from hf_ssl.modeling.gather import any_process, min_over_processes
 
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
-from hf_ssl.modeling.gather import any_process, finish_communication, least_over_processes
+from hf_ssl.modeling.gather import any_process, finish_communication, min_over_processes
 rank, folder, cpu = int(sys.argv[1]), sys.argv[2], torch.device("cpu")
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 flags = [any_process(flag, cpu) for flag in (rank == 0, rank == 1, False)]
-print(json.dumps([flags, least_over_processes(5 + rank, cpu), least_over_processes(5 - rank, cpu)]))
+print(json.dumps([flags, min_over_processes(5 + rank, cpu), min_over_processes(5 - rank, cpu)]))
 finish_communication()
 dist.destroy_process_group()
 """
@@ -30,4 +30,4 @@ def test_both_processes_get_the_same_values(forks: Forks, tmp_path):
 def test_one_process_gets_its_own_values():
     cpu = torch.device("cpu")
     assert [any_process(flag, cpu) for flag in (True, False)] == [True, False]
-    assert least_over_processes(7, cpu) == 7
+    assert min_over_processes(7, cpu) == 7

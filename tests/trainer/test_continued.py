@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.depth import depths
+from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer, pretrain, train
 from hf_ssl.trainer.monitor import FeatureGuard
@@ -69,7 +69,7 @@ def continued(finished_run: Path, *overrides: str, method: str = "simclr"):
 )
 def test_depth_of_parameters(config, first, middle, last, blocks):
     with torch.device("meta"):
-        found = depths([name for name, _ in AutoModel.from_config(config).named_parameters()])
+        found = layer_depths([name for name, _ in AutoModel.from_config(config).named_parameters()])
     assert set(found.values()) == set(range(blocks + (2 if last else 1)))
     assert (found[first], found[middle]) == (0, 2)
     assert last is None or found[last] == blocks + 1

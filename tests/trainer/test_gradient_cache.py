@@ -106,7 +106,7 @@ def test_random_draws_and_statistics_are_those_of_the_chunks(backbone, loaded):
     for model in (whole, chunked):  # a loss that draws, after the embeddings
         model.objective = partial(drawing, model.objective)
     torch.manual_seed(1)
-    parts = [whole.embed(**in_double(part)) for part in loaded.split(4)]
+    parts = [whole.embed(in_double(part)) for part in loaded.split(4)]
     expected = whole.objective({name: torch.cat([part[name] for part in parts]) for name in parts[0]}).loss
     expected.backward()
     after = torch.rand(3)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
-from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments

@@ -16,7 +16,7 @@ from tiers import in_tiers
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.outputs import Progress
-from hf_ssl.modeling.rules import treatments
+from hf_ssl.modeling.parameter_groups import assign_parameter_groups
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
 from hf_ssl.trainer.callbacks import SEED_OFFSET
@@ -174,16 +174,16 @@ def after_one_step_of_two_halves(settings):
     """Parameters after a step of plain SGD whose halves of the batch go through the network one by one."""
     recipe = load_recipe(settings["recipe"], settings["overrides"])
     model = build_model(recipe, seed=0).train()
-    if model.begins_with_a_pass:
+    if model.needs_memory_warmup:
         for batch in batches_of(recipe, seed=SEED_OFFSET):
-            halves = [model.embed(**part.inputs("cpu", model.draw)) for part in batch.split(16)]
-            model.remember({name: torch.cat([half[name] for half in halves]) for name in halves[0]})
+            halves = [model.embed(part.inputs("cpu", model.sample_masks)) for part in batch.split(16)]
+            model.update_memory({name: torch.cat([half[name] for half in halves]) for name in halves[0]})
         model.before_epoch(Progress(step=0, total_steps=1, steps_per_epoch=4))
     model.before_step(Progress(step=0, total_steps=1, steps_per_epoch=4))
     # drawn for the whole batch, because processes agree on what I-JEPA's images have in common
-    batch = next(iter(batches_of(recipe, seed=0))).inputs("cpu", model.draw)
+    batch = next(iter(batches_of(recipe, seed=0))).inputs("cpu", model.sample_masks)
     parts = ({name: value[start : start + 16] for name, value in batch.items()} for start in (0, 16))
-    halves = [model.embed(**part) for part in parts]
+    halves = [model.embed(part) for part in parts]
     if model.couples_samples:
         model.objective(
             {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
@@ -192,7 +192,7 @@ def after_one_step_of_two_halves(settings):
         (sum(model.objective(half).loss for half in halves) / 2).backward()
     rates = {
         name: 0.0 if how.frozen_until else 0.01 * how.learning_rate_scale
-        for name, how in treatments(model, model.parameter_rules).items()
+        for name, how in assign_parameter_groups(model, model.parameter_rules).items()
     }
     return {n: (p - rates[n] * p.grad).detach() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -37,8 +37,10 @@ TESTS = {
 }
 # Source files that have further tests in other folders.
 ALSO = {
-    "hf_ssl/modeling/depth.py": ["tests/trainer/test_continued.py"],
-    "hf_ssl/modeling/rules.py": ["tests/trainer/test_optimizers.py"],
+    "hf_ssl/modeling/parameter_groups.py": [
+        "tests/trainer/test_continued.py",
+        "tests/trainer/test_optimizers.py",
+    ],
 }
 # In these folders, only files that compute or order are mutated. The others read, write and report.
 FILES = {

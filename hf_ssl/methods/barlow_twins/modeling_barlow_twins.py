@@ -9,9 +9,9 @@ from hf_ssl.methods.barlow_twins.configuration_barlow_twins import BarlowTwinsCo
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.measurements import off_diagonal_correlation
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.redundancy import off_diagonal_correlation
-from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class BarlowTwinsForPreTraining(SSLPreTrainedModel):
@@ -24,7 +24,7 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
     config_class = BarlowTwinsConfig
     couples_samples = True
     maximum_views = 2
-    views_share_statistics = False
+    joint_batch_norm = False
 
     def __init__(self, config: BarlowTwinsConfig) -> None:
         super().__init__(config)
@@ -38,14 +38,10 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
         scale = self.config.vector_learning_rate_scale
         return (ParameterRule(r".", learning_rate_scale=scale, vectors_only=True),)
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections (B, 2, P)."""
-        return {"projections": self.over_views(self.projector, self.encode_views(pixel_values))}
+        pixel_values = inputs["pixel_values"]
+        return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Sum over the diagonal of (1 - c)^2 plus the weighted sum of squares beside it."""

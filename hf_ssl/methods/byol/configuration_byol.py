@@ -4,8 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
-from hf_ssl.modeling.schedules import check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_momentum
 
 
 @strict

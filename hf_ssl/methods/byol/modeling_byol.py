@@ -22,7 +22,7 @@ class BYOLForPreTraining(MomentumModel):
 
     config_class = BYOLConfig
     maximum_views = 2
-    views_share_statistics = False
+    joint_batch_norm = False
 
     def __init__(self, config: BYOLConfig) -> None:
         super().__init__(config)
@@ -33,19 +33,15 @@ class BYOLForPreTraining(MomentumModel):
         self.predictor = MLPHead([size, hidden, size], bias=True)
         self.post_init()
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections and predictions (B, 2, P) of the online network, targets (B, 2, P) of the target
         network."""
-        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        pixel_values = inputs["pixel_values"]
+        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {
             "projections": projections,
-            "predictions": self.over_views(self.predictor, projections),
-            "targets": self.teach(pixel_values),
+            "predictions": self.apply_to_views(self.predictor, projections),
+            "targets": self.teacher_projections(pixel_values),
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:

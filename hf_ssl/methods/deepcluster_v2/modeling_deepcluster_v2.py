@@ -15,10 +15,10 @@ from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClust
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.clustering import spherical_kmeans
-from hf_ssl.modeling.heads import MLPHead
-from hf_ssl.modeling.memory import Bank
+from hf_ssl.modeling.heads import MLPHead, Prototypes
+from hf_ssl.modeling.measurements import prototype_usage
+from hf_ssl.modeling.memory import MemoryBank
 from hf_ssl.modeling.outputs import Progress, SSLOutput
-from hf_ssl.modeling.prototypes import Prototypes, usage
 
 
 class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
@@ -38,8 +38,8 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
     # the direction that all embeddings share is no harm to who compares them with prototypes
     collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     needs_sample_index = True
-    begins_with_a_pass = True
-    remembered = ("projections", "sample_index")
+    needs_memory_warmup = True
+    memory_inputs = ("projections", "sample_index")
 
     def __init__(self, config: DeepClusterV2Config) -> None:
         super().__init__(config)
@@ -47,7 +47,9 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         self.projector = MLPHead(sizes, bias=True, last_bias=True)
         self.heads = nn.ModuleList(Prototypes(count, config.projection_size) for count in config.prototypes)
         views = int((config.views or {}).get("count", 2))
-        self.bank = Bank(config.num_samples, views, config.projection_size, labels=len(config.prototypes))
+        self.bank = MemoryBank(
+            config.num_samples, views, config.projection_size, labels=len(config.prototypes)
+        )
         self.post_init()
 
     def freeze(self) -> None:
@@ -73,19 +75,17 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
             head.weight.copy_(centroids)
             self.bank.labels[number, seen] = found
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit projections (B, V, P) of the global views, (B, L, P) of the local ones if there are any, and
         the row numbers (B,)."""
+        pixel_values = inputs["pixel_values"]
+        local_pixel_values = inputs.get("local_pixel_values")
+        sample_index = inputs.get("sample_index")
         if sample_index is None:
             raise ValueError("DeepCluster v2 needs sample_index, the row numbers of the images")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {"sample_index": sample_index} | {
-            name: normalize(raised(self.over_views(self.projector, self.encode_views(images))), dim=-1)
+            name: normalize(raised(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
             for name, images in shown.items()
             if images is not None
         }
@@ -105,7 +105,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         terms = {"cluster_cross_entropy": loss.detach()}
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Put the global views' projections into their images' places."""
         self.bank.store(embeddings["sample_index"], embeddings["projections"])
 
@@ -113,8 +113,8 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         """`prototype_entropy` of the first head's nearest prototypes, 1 where they are used alike, and
         `prototypes_used`, the share that is nearest to any image."""
         first = cast(Prototypes, self.heads[0])
-        entropy, used = usage(first(embeddings["projections"][:, 0]).argmax(dim=-1), first.out_features)
-        return {"prototype_entropy": entropy, "prototypes_used": used}
+        nearest = first(embeddings["projections"][:, 0]).argmax(dim=-1)
+        return prototype_usage(nearest, first.out_features)
 
 
 AutoModelForPreTraining.register(DeepClusterV2Config, DeepClusterV2ForPreTraining)

@@ -12,14 +12,14 @@ from hf_ssl.losses import dino_center, dino_cross_entropy
 from hf_ssl.losses.precision import raised
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.modeling.backbones import build_backbone, feature_size
-from hf_ssl.modeling.drop_path import add_drop_path, without_drop_path
+from hf_ssl.modeling.configuration import scheduled
 from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
-from hf_ssl.modeling.memory import Center
+from hf_ssl.modeling.measurements import prototype_usage
+from hf_ssl.modeling.memory import Center, HostNumber
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import Progress, SSLOutput
-from hf_ssl.modeling.prototypes import usage
-from hf_ssl.modeling.rules import ParameterRule
-from hf_ssl.modeling.schedules import scheduled
+from hf_ssl.modeling.parameter_groups import ParameterRule
+from hf_ssl.modeling.vit.drop_path import add_drop_path, without_drop_path
 
 
 class DINOForPreTraining(MomentumModel):
@@ -41,7 +41,7 @@ class DINOForPreTraining(MomentumModel):
         ("last_layer", "teacher_last_layer"),
     )
     exported = "teacher_backbone"
-    remembered = ("teacher",)
+    memory_inputs = ("teacher",)
 
     teacher_temperature: Tensor
 
@@ -51,17 +51,15 @@ class DINOForPreTraining(MomentumModel):
         add_drop_path(self.backbone, config.drop_path_rate)
         hidden = [config.projection_hidden_size] * (config.projection_layers - 1)
         sizes = [feature_size(self.backbone), *hidden, config.bottleneck_size]
-        self.projector, self.teacher_projector = (
-            MLPHead(sizes, norm=config.projection_batch_norm, activation=nn.GELU, last_bias=True)
-            for _ in "st"
-        )
-        self.last_layer, self.teacher_last_layer = (
-            WeightNormLinear(config.bottleneck_size, config.output_size, fixed_norm=config.norm_last_layer)
-            for _ in "st"
-        )
+        norm, bottleneck = config.projection_batch_norm, config.bottleneck_size
+        self.projector = MLPHead(sizes, norm=norm, activation=nn.GELU, last_bias=True)
+        self.teacher_projector = MLPHead(sizes, norm=norm, activation=nn.GELU, last_bias=True)
+        fixed_norm = config.norm_last_layer
+        self.last_layer = WeightNormLinear(bottleneck, config.output_size, fixed_norm=fixed_norm)
+        self.teacher_last_layer = WeightNormLinear(bottleneck, config.output_size, fixed_norm=fixed_norm)
         self.center = Center(config.output_size)
-        self._teacher_temperature = self._scheduled_temperature(0.0)
-        self.register_buffer("teacher_temperature", torch.tensor(self._teacher_temperature))
+        start = self._scheduled_temperature(0.0)
+        self._teacher_temperature = HostNumber(self, "teacher_temperature", start)
         self.post_init()
 
     @property
@@ -78,26 +76,22 @@ class DINOForPreTraining(MomentumModel):
     def before_step(self, progress: Progress) -> None:
         """Write the scheduled temperature of the teacher."""
         super().before_step(progress)
-        self._teacher_temperature = self._scheduled_temperature(progress.epoch)
-        self.teacher_temperature.fill_(self._teacher_temperature)
+        self._teacher_temperature.write(self._scheduled_temperature(progress.epoch))
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit vectors before the last layer: the student's (B, V, P) of the global views and, if there are
         any, (B, L, P) of the local ones, and the teacher's (B, V, P)."""
+        pixel_values = inputs["pixel_values"]
+        local_pixel_values = inputs.get("local_pixel_values")
         shown = {"student": pixel_values, "local_student": local_pixel_values}
         student = {
-            name: self.over_views(self.projector, self.encode_views(images))
+            name: self.apply_to_views(self.projector, self.encode_views(images))
             for name, images in shown.items()
             if images is not None
         }
         return {
             name: normalize(raised(made), dim=-1)
-            for name, made in (student | {"teacher": self.teach(pixel_values)}).items()
+            for name, made in (student | {"teacher": self.teacher_projections(pixel_values)}).items()
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
@@ -111,13 +105,13 @@ class DINOForPreTraining(MomentumModel):
             teacher_ABK,
             self.center.mean,
             student_temperature=self.config.student_temperature,
-            teacher_temperature=self._teacher_temperature,
+            teacher_temperature=self._teacher_temperature.value,
         )
         terms = {"distillation": loss.detach()}
         return SSLOutput(loss=loss, terms=terms, embeddings=student)
 
     @torch.no_grad()
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Move the centre. The last layer is linear: the mean of its outputs is its output of the mean."""
         mean_P = embeddings["teacher"].mean((0, 1))
         outputs_K = self.teacher_last_layer(mean_P)
@@ -128,8 +122,7 @@ class DINOForPreTraining(MomentumModel):
         """`prototype_entropy` of the teacher's largest centred outputs, 1 where they are used alike, and
         `prototypes_used`, the share that is largest for any image."""
         outputs = self.teacher_last_layer(embeddings["teacher"][:, 0]) - self.center.mean
-        entropy, used = usage(outputs.argmax(dim=-1), self.config.output_size)
-        return {"prototype_entropy": entropy, "prototypes_used": used}
+        return prototype_usage(outputs.argmax(dim=-1), self.config.output_size)
 
 
 AutoModelForPreTraining.register(DINOConfig, DINOForPreTraining)

@@ -27,8 +27,8 @@ class DirectPredForPreTraining(MomentumModel):
 
     config_class = DirectPredConfig
     maximum_views = 2
-    remembered = ("projections",)
-    views_share_statistics = False
+    memory_inputs = ("projections",)
+    joint_batch_norm = False
 
     def __init__(self, config: DirectPredConfig) -> None:
         super().__init__(config)
@@ -44,15 +44,11 @@ class DirectPredForPreTraining(MomentumModel):
         if progress.step and (progress.step - 1) % self.config.update_frequency == 0:
             self.predictor.set(self.config.exponent, self.config.epsilon)
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections (B, 2, P) of the online network, targets (B, 2, P) of the target network."""
-        projections = self.over_views(self.projector, self.encode_views(pixel_values))
-        return {"projections": projections, "targets": self.teach(pixel_values)}
+        pixel_values = inputs["pixel_values"]
+        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        return {"projections": projections, "targets": self.teacher_projections(pixel_values)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Sum over both views of the mean of 2 - 2 cos(predicted projection, the other view's target)."""
@@ -63,7 +59,7 @@ class DirectPredForPreTraining(MomentumModel):
         terms = {"first_view": first.detach(), "second_view": second.detach()}
         return SSLOutput(loss=first + second, terms=terms, embeddings=projections)
 
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Take the correlation of this batch's projections into account."""
         self.predictor.observe(embeddings["projections"].flatten(0, 1), self.config.correlation_momentum)
 

@@ -7,8 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
-from hf_ssl.modeling.schedules import check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_momentum
 from hf_ssl.views.masks import Size, block_size
 
 

@@ -12,13 +12,12 @@ class MAEConfig(SSLConfig):
     """Masked autoencoder (He et al., arXiv:2111.06377).
 
     Attributes:
-        mask_ratio: share of an image's patches that the encoder does not see (figure 5).
-        norm_pix_loss: whether patches are predicted with mean 0 and variance 1 each (table 1d; the released
-            models have it, PRETRAIN.md of facebookresearch/mae).
+        mask_ratio: share of an image's patches that are masked (figure 5).
+        norm_pix_loss: whether the targets are normalized within each patch to mean 0 and variance 1 (table
+            1d). The released models use it (PRETRAIN.md of facebookresearch/mae).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
-            decoder_intermediate_size: of the decoder, the same for every encoder (models_mae.py). In all else
-            (`layer_norm_eps`, activation, dropout) its blocks are as the encoder's, as in transformers'
-            ViTMAE.
+            decoder_intermediate_size: of the decoder, the same for every encoder (models_mae.py). Its other
+            settings (`layer_norm_eps`, activation, dropout) are the encoder's, as in transformers' ViTMAE.
     """
 
     model_type = "ssl_mae"
@@ -31,20 +30,20 @@ class MAEConfig(SSLConfig):
     decoder_intermediate_size: int = 2048
 
     def validate_mask_ratio(self) -> None:
-        """Some patches must be seen and some predicted."""
+        """Some patches must be visible and some masked."""
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"method.mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+            raise ValueError(f"method.mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}")
 
     def validate_decoder(self) -> None:
-        """There is a block, heads divide the decoder, and its positions have four parts."""
+        """The decoder needs a layer; heads must divide its width, and positions need a multiple of 4."""
         if self.decoder_num_hidden_layers < 1:
             raise ValueError(
-                f"method.decoder_num_hidden_layers must be at least 1, got {self.decoder_num_hidden_layers}"
+                f"method.decoder_num_hidden_layers: expected at least 1, got {self.decoder_num_hidden_layers}"
             )
         size, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
         if size % 4 or size % heads:
             raise ValueError(
-                "method.decoder_hidden_size must be a multiple of 4 and of decoder_num_attention_heads = "
+                "method.decoder_hidden_size: expected a multiple of 4 and of decoder_num_attention_heads = "
                 f"{heads}, got {size}"
             )
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MAE: masked autoencoder (arXiv:2111.06377)."""
+"""MAE: masked autoencoder (arXiv:2111.06377).
+
+Legend: B images, P patches of an image, K visible and M masked patches, X values of a patch, D dims.
+"""
 
 import math
 from typing import Any
@@ -9,33 +12,40 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+from transformers.models.vit.configuration_vit import ViTConfig
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import masked_patch_mse
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
-from hf_ssl.methods.mae.decoder import MAEDecoder
-from hf_ssl.methods.mae.patches import patchify, unpatchify
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.positions import fix_positions, patch_grid
-from hf_ssl.modeling.tokens import TOKEN_TYPES, encode_tokens, select, special_tokens
+from hf_ssl.modeling.vit.patches import (
+    PATCH_SELECTION_TYPES,
+    encode_patches,
+    patchify,
+    select_patches,
+    special_tokens,
+    unpatchify,
+)
+from hf_ssl.modeling.vit.positions import fix_positions, patch_grid
+from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 
 
 class MAEForPreTraining(SSLPreTrainedModel):
-    """A vision transformer sees a quarter of an image's patches; a small decoder predicts the pixels of the
-    others.
+    """An encoder receives a quarter of an image's patches. A small decoder predicts the pixels of the others.
 
-    Patches that are masked never enter a block of the encoder. Positions are fixed sine-cosine tables, the
-    encoder's too. Unlike in the authors' code, weight decay spares the class and mask tokens, which it hits
-    there because they have three dimensions.
+    Masked patches pass through no block of the encoder. Positions are fixed sine-cosine tables, also in the
+    encoder. Weight decay does not apply to the class and mask tokens. In the authors' code it does, because
+    they have three dimensions.
     """
 
     config_class = MAEConfig
-    backbone_types = TOKEN_TYPES
+    backbone_types = PATCH_SELECTION_TYPES
     minimum_views = 1
     maximum_views = 1
+    mask_inputs = ("noise",)
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
@@ -44,12 +54,12 @@ class MAEForPreTraining(SSLPreTrainedModel):
         embedding: Any = self.backbone.get_submodule("embeddings.patch_embeddings")
         self.patch_size: tuple[int, int] = tuple(embedding.patch_size)
         self.patches = math.prod(self.grid)
-        # the authors' rounding: what is left after masking, rounded down
+        # The number of visible patches is rounded down, as in the authors' code.
         self.visible = int(self.patches * (1 - config.mask_ratio))
         if not 0 < self.visible < self.patches:
             raise UserError(
-                f"method.mask_ratio: {config.mask_ratio} leaves {self.visible} of {self.patches} patches "
-                "visible; at least one must be and one must not"
+                "method.mask_ratio: expected at least one visible and one masked patch, got "
+                f"{config.mask_ratio}, which makes {self.visible} of {self.patches} patches visible"
             )
         values = math.prod(self.patch_size) * embedding.num_channels
         self.decoder = MAEDecoder(config, feature_size(self.backbone), self.special, self.grid, values)
@@ -58,48 +68,46 @@ class MAEForPreTraining(SSLPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if module is self:  # comes last, after the encoder has initialised itself
+        if module is self:  # this call is the last one, after the encoder's initialization
             initialize_as_authors(self)
             fix_positions(self.backbone)
 
     def freeze(self) -> None:
-        """Also the encoder's position table."""
+        """Also freeze the encoder's position table."""
         super().freeze()
         self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
-    def draw(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """The noise (B, P) that decides which patches are visible."""
+    def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
+        """Return the noise (B, P) that decides which patches are visible."""
         return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.patches)).float()}
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Predicted and true pixels (B, M, X) of the M masked patches, their numbers `masked` (B, M), and
-        `features` (B, 1, D), the mean of the visible patches' tokens.
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return predicted and true pixels (B, M, X) of masked patches, their numbers `masked` (B, M), and
+        `features` (B, 1, D), the mean token of visible patches.
+
+        Without `noise`, uniform noise is sampled from torch's global generator.
         """
-        images = pixel_values[:, 0]
-        kept, masked = self.split(images, noise)
-        latents = encode_tokens(self.backbone, images, kept)
+        images = inputs["pixel_values"][:, 0]
+        kept, masked = self.split(images, inputs.get("noise"))
+        latents = encode_patches(self.backbone, images, kept)
         return {
             "predictions": self.decoder(latents, kept, masked),
-            "targets": select(patchify(images, self.patch_size), masked),
+            "targets": select_patches(patchify(images, self.patch_size), masked),
             "masked": masked,
             "features": latents[:, self.special :].detach().mean(1, keepdim=True),
         }
 
     def split(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Numbers of visible (B, K) and masked (B, M) patches: those with the smallest noise are visible."""
+        """Return the numbers of visible (B, K) and masked (B, M) patches. Those with the least noise are
+        visible.
+        """
         height, width = (
             side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)
         )
         if (height, width) != self.grid:
             raise UserError(
-                f"pixel_values: expected images of {self.grid} patches, which the decoder has positions for, "
-                f"got {(height, width)}"
+                f"pixel_values: expected images of {self.grid} patches, the positions of the decoder, got "
+                f"{(height, width)}"
             )
         if noise is None:
             noise = torch.rand(len(images), self.patches, device=images.device)
@@ -107,7 +115,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         return order[:, : self.visible], order[:, self.visible :]
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean squared error over the values of masked patches."""
+        """Return the mean squared error over the values of masked patches."""
         predictions, masked = embeddings["predictions"], embeddings["masked"]
         loss = masked_patch_mse(
             predictions, embeddings["targets"], torch.ones_like(masked), normalize=self.config.norm_pix_loss
@@ -115,60 +123,82 @@ class MAEForPreTraining(SSLPreTrainedModel):
         terms = {"reconstruction": loss.detach()}
         return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["features"])
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> SSLOutput:
-        """Loss of a batch.
-
-        Args:
-            pixel_values: (B, 1, C, H, W) images, normalised.
-            local_pixel_values: none are taken.
-            sample_index: not used.
-            noise: (B, P) numbers, one for each patch, row by row; those with the smallest are visible. None
-                draws uniform ones from torch's global generator.
-        """
-        self.check_views(
-            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
-        )
-        return self.conclude(self.embed(pixel_values, local_pixel_values, sample_index, noise))
-
     def pictures(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`reconstructions`: of each image itself, what the encoder sees of it, and that completed by what
-        the decoder predicts.
+        """Return `reconstructions`: the image, its visible patches, and the visible patches with the
+        predictions of the others.
         """
-        images, made = inputs["pixel_values"][:, 0].float(), self.embed(**inputs)
+        images, made = inputs["pixel_values"][:, 0].float(), self.embed(inputs)
         patches, prediction = patchify(images, self.patch_size), made["predictions"].float()
-        if self.config.norm_pix_loss:  # back to the brightness and contrast of the patch itself
+        if self.config.norm_pix_loss:  # restore the mean and variance of the patch
             variance, mean = torch.var_mean(made["targets"].float(), dim=-1, keepdim=True)
             prediction = prediction * (variance + 1e-6).sqrt() + mean
         index = made["masked"].unsqueeze(-1).expand_as(prediction)
-        shown = [patches.scatter(1, index, filled) for filled in (torch.zeros_like(prediction), prediction)]
-        tiles = [images, *(unpatchify(each, self.patch_size, self.grid) for each in shown)]
+        visible = patches.scatter(1, index, torch.zeros_like(prediction))
+        completed = patches.scatter(1, index, prediction)
+        tiles = [images, *(unpatchify(each, self.patch_size, self.grid) for each in (visible, completed))]
         return {"reconstructions": torch.stack(tiles, dim=1)}
 
     @classmethod
     def from_vitmae(cls, source: Any, views: dict | None = None) -> "MAEForPreTraining":
-        """Encoder and decoder of a ViTMAE of transformers, as one of these.
+        """Return a model with the encoder and decoder of a ViTMAE of transformers.
 
         Args:
             source: a `ViTMAEForPreTraining`, or the folder or Hub id of a published one.
-            views: the preset to train on with (`hf_ssl.views.ViewPreset`, as plain data).
+            views: the augmentation preset for training (`hf_ssl.views.ViewPreset`, as plain data).
         """
-        from hf_ssl.methods.mae.vitmae import convert  # loads another model class
+        from hf_ssl.methods.mae.convert_vitmae import convert  # imports another model class of transformers
 
         return convert(cls, source, views)
 
 
+class MAEDecoder(PatchPredictor):
+    """MAE's decoder: predicts the pixels of masked patches from the tokens of visible ones.
+
+    Args:
+        config: of the method.
+        encoder_size: D.
+        special: number of special tokens.
+        grid: rows and columns of patches in an image.
+        values: X.
+    """
+
+    def __init__(
+        self, config: MAEConfig, encoder_size: int, special: int, grid: tuple[int, int], values: int
+    ) -> None:
+        encoder: Any = config.backbone_config
+        layer = ViTConfig(
+            hidden_size=config.decoder_hidden_size,
+            num_attention_heads=config.decoder_num_attention_heads,
+            intermediate_size=config.decoder_intermediate_size,
+            hidden_act=encoder.hidden_act,
+            qkv_bias=encoder.qkv_bias,
+            layer_norm_eps=encoder.layer_norm_eps,
+            hidden_dropout_prob=encoder.hidden_dropout_prob,
+            attention_probs_dropout_prob=encoder.attention_probs_dropout_prob,
+        )
+        layer._attn_implementation = config._attn_implementation
+        super().__init__(layer, config.decoder_num_hidden_layers, encoder_size, special, grid)
+        self.pixels = nn.Linear(config.decoder_hidden_size, values)
+
+    def forward(self, latents: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        """Return the predicted values (B, M, X) of masked patches.
+
+        Args:
+            latents: the encoder's last hidden state: special tokens, then K visible patches.
+            kept: (B, K) int64 numbers of visible patches.
+            masked: (B, M) int64 numbers of masked patches.
+        """
+        return self.pixels(self.hidden_states(latents, kept, masked[:, None]))
+
+
 @torch.no_grad()
 def initialize_as_authors(model: MAEForPreTraining) -> None:
-    """Draw what no checkpoint has filled as the authors do: Xavier for linear layers and the patch
-    projection, which transformers draws from N(0, 0.02) (models_mae.py, `initialize_weights`).
+    """Initialize weights as the authors do, unless a checkpoint has filled them.
 
-    There queries, keys and values are one layer of three times the width, whose Xavier bound is smaller.
+    Linear layers and the patch projection start with Xavier; transformers uses N(0, 0.02). The authors have
+    one layer of three times the width for queries, keys and values, so its Xavier bound is smaller.
+
+    Source: facebookresearch/mae, models_mae.py, `initialize_weights`.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

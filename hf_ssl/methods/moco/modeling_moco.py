@@ -28,9 +28,9 @@ class MoCoForPreTraining(MomentumModel):
 
     config_class = MoCoConfig
     maximum_views = 2
-    remembered = ("keys",)
-    teacher_moves = "before_step"
-    views_share_statistics = False
+    memory_inputs = ("keys",)
+    ema_update = "before_step"
+    joint_batch_norm = False
 
     def __init__(self, config: MoCoConfig) -> None:
         super().__init__(config)
@@ -47,26 +47,22 @@ class MoCoForPreTraining(MomentumModel):
         if config.batch_norm_splits > 1:
             split_batch_norm(self, config.batch_norm_splits)
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Queries and keys (B, A, P), A = 2 if symmetric, else 1; the query's partner stands in its place."""
+        pixel_values = inputs["pixel_values"]
         symmetric = self.config.symmetric
         asked = pixel_values if symmetric else pixel_values[:, :1]
         shown = pixel_values.flip(1) if symmetric else pixel_values[:, 1:]
-        queries = self.over_views(self.projector, self.encode_views(asked))
+        queries = self.apply_to_views(self.projector, self.encode_views(asked))
         return {"queries": queries, "keys": normalize(self._keys(shown), dim=-1)}
 
     def _keys(self, images_BACHW: Tensor) -> Tensor:
         mixed = self.training and self.config.shuffle_batch_norm
         if not mixed or statistics_span_everything(self.teacher_backbone):
-            return self.teach(images_BACHW)
+            return self.teacher_projections(images_BACHW)
         # the number of rows so far: another order for each batch, the same on all processes
         images_BACHW, restore = in_another_order(images_BACHW, seed=self.queue.total)
-        return restore(self.teach(images_BACHW))
+        return restore(self.teacher_projections(images_BACHW))
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """InfoNCE of queries (B, A, P) against keys (B, A, P) and the queue; the mean over A."""
@@ -79,7 +75,7 @@ class MoCoForPreTraining(MomentumModel):
         compared = torch.stack([queries[:, 0], keys[:, 0].to(queries.dtype)], dim=1)
         return SSLOutput(loss=loss, terms={"info_nce": loss.detach()}, embeddings=compared)
 
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Put this batch's keys (B, A, P) into the queue, one view after the other."""
         self.queue.enqueue(embeddings["keys"].transpose(0, 1).flatten(0, 1))
 

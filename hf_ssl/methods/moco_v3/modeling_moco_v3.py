@@ -24,8 +24,8 @@ class MoCoV3ForPreTraining(MomentumModel):
     config_class = MoCoV3Config
     couples_samples = True
     maximum_views = 2
-    teacher_moves = "before_step"
-    views_share_statistics = False
+    ema_update = "before_step"
+    joint_batch_norm = False
 
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)
@@ -43,16 +43,12 @@ class MoCoV3ForPreTraining(MomentumModel):
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(self.backbone)
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Queries (B, 2, P) of both views by the student, keys (B, 2, P) by the teacher."""
-        projections = self.over_views(self.projector, self.encode_views(pixel_values))
-        queries = self.over_views(self.predictor, projections)
-        return {"queries": queries, "keys": self.teach(pixel_values)}
+        pixel_values = inputs["pixel_values"]
+        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        queries = self.apply_to_views(self.predictor, projections)
+        return {"queries": queries, "keys": self.teacher_projections(pixel_values)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Sum of the InfoNCE of each view's queries with the other view's keys, times twice the

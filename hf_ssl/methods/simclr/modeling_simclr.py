@@ -37,17 +37,14 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
         self.projector = MLPHead(sizes, last_norm="batch_without_offset")
         self.post_init()
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections (B, V + L, D) of V global and L local views."""
+        pixel_values = inputs["pixel_values"]
+        local_pixel_values = inputs.get("local_pixel_values")
         features = self.encode_views(pixel_values)
         if local_pixel_values is not None:
             features = torch.cat([features, self.encode_views(local_pixel_values)], dim=1)
-        return {"projections": self.over_views(self.projector, features)}
+        return {"projections": self.apply_to_views(self.projector, features)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """NT-Xent of projections (B, V, D)."""

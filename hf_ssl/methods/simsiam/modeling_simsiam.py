@@ -10,7 +10,7 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class SimSiamForPreTraining(SSLPreTrainedModel):
@@ -22,7 +22,7 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
 
     config_class = SimSiamConfig
     maximum_views = 2
-    views_share_statistics = False
+    joint_batch_norm = False
 
     def __init__(self, config: SimSiamConfig) -> None:
         super().__init__(config)
@@ -38,15 +38,11 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
         fixed = self.config.fixed_predictor_learning_rate
         return (ParameterRule(r"^predictor\.", fixed_learning_rate=fixed),)
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections (B, 2, P) and predictions (B, 2, P) of both views."""
-        projections = self.over_views(self.projector, self.encode_views(pixel_values))
-        return {"projections": projections, "predictions": self.over_views(self.predictor, projections)}
+        pixel_values = inputs["pixel_values"]
+        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        return {"projections": projections, "predictions": self.apply_to_views(self.predictor, projections)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Mean over both views of -cos(prediction, the other view's projection)."""

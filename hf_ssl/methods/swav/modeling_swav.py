@@ -13,11 +13,11 @@ from hf_ssl.losses.precision import raised
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.heads import MLPHead, Prototypes
+from hf_ssl.modeling.measurements import prototype_usage
 from hf_ssl.modeling.memory import Queue
 from hf_ssl.modeling.outputs import Progress, SSLOutput
-from hf_ssl.modeling.prototypes import Prototypes, usage
-from hf_ssl.modeling.rules import ParameterRule
+from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class SwAVForPreTraining(SSLPreTrainedModel):
@@ -34,7 +34,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
     takes_local_views = True
     # the direction that all embeddings share is no harm to who compares them with prototypes
     collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
-    remembered = ("projections",)
+    memory_inputs = ("projections",)
 
     def __init__(self, config: SwAVConfig) -> None:
         super().__init__(config)
@@ -58,18 +58,15 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         self.prototypes.normalize()
         self._queue_is_open = progress.epoch >= self.config.queue_start_epoch
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit projections (B, V, P) of the global views and, if there are any, (B, L, P) of the local
         ones.
         """
+        pixel_values = inputs["pixel_values"]
+        local_pixel_values = inputs.get("local_pixel_values")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {
-            name: normalize(raised(self.over_views(self.projector, self.encode_views(images))), dim=-1)
+            name: normalize(raised(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
             for name, images in shown.items()
             if images is not None
         }
@@ -96,7 +93,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
             assigned.append(soft[:batch])
         return torch.stack(assigned)
 
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Put the global views' projections into their queues."""
         queues = cast("list[Queue]", list(self.queues))
         for queue, view in zip(queues, embeddings["projections"].unbind(1), strict=bool(queues)):
@@ -106,8 +103,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         """`prototype_entropy` of the nearest prototypes, 1 where they are used alike, and
         `prototypes_used`, the share that is nearest to any image."""
         nearest = self.prototypes(embeddings["projections"][:, 0]).argmax(dim=-1)
-        entropy, used = usage(nearest, self.config.prototypes)
-        return {"prototype_entropy": entropy, "prototypes_used": used}
+        return prototype_usage(nearest, self.config.prototypes)
 
 
 AutoModelForPreTraining.register(SwAVConfig, SwAVForPreTraining)

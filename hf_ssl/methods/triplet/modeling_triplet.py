@@ -26,7 +26,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
     config_class = TripletConfig
     couples_samples = True
     maximum_views = 2
-    remembered = ("projections",)
+    memory_inputs = ("projections",)
 
     def __init__(self, config: TripletConfig) -> None:
         super().__init__(config)
@@ -40,14 +40,10 @@ class TripletForPreTraining(SSLPreTrainedModel):
         self.batches = Counter()
         self.post_init()
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unit projections (B, 2, P)."""
-        projections = self.over_views(self.projector, self.encode_views(pixel_values))
+        pixel_values = inputs["pixel_values"]
+        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {"projections": normalize(raised(projections), dim=-1)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
@@ -79,7 +75,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
         farthest = distance_BB.masked_fill(~others, -torch.inf).argmax(1)
         return torch.where(farther.any(1), nearest, farthest)
 
-    def remember(self, embeddings: dict[str, Tensor]) -> None:
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Count the batch, so that the next one draws other negatives."""
         self.batches.increase()
 

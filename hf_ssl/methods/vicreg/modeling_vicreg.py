@@ -10,8 +10,8 @@ from hf_ssl.methods.vicreg.configuration_vicreg import VICRegConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.measurements import off_diagonal_correlation
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.redundancy import off_diagonal_correlation
 
 
 class VICRegForPreTraining(SSLPreTrainedModel):
@@ -26,7 +26,7 @@ class VICRegForPreTraining(SSLPreTrainedModel):
     couples_samples = True
     collapsed_below = {"dimension_std": 0.03, "embedding_rank": 2.0}  # noqa: RUF012  (a declaration)
     maximum_views = 2
-    views_share_statistics = False
+    joint_batch_norm = False
 
     def __init__(self, config: VICRegConfig) -> None:
         super().__init__(config)
@@ -34,14 +34,10 @@ class VICRegForPreTraining(SSLPreTrainedModel):
         self.projector = MLPHead(sizes, bias=True)
         self.post_init()
 
-    def embed(
-        self,
-        pixel_values: Tensor,
-        local_pixel_values: Tensor | None = None,
-        sample_index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Projections (B, 2, P)."""
-        return {"projections": self.over_views(self.projector, self.encode_views(pixel_values))}
+        pixel_values = inputs["pixel_values"]
+        return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """The weighted sum of invariance, variance and covariance."""

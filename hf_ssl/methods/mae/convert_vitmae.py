@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published ViTMAE checkpoints of transformers, taken over into an encoder and a decoder of ours."""
+"""Conversion of published ViTMAE checkpoints of transformers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import nn
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
 
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 
-if TYPE_CHECKING:
-    from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
+Model = TypeVar("Model", bound=nn.Module)
 
-# Fields that both encoders have and that change what they compute. Each is passed on: the defaults of the two
+# Fields that both encoders have and that affect the result. Each is passed, because the defaults of the two
 # families (layer_norm_eps among them) are not the same in every version of transformers.
 _ENCODER_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -29,13 +28,11 @@ _DECODER_NAMES = {
 }  # fmt: skip
 
 
-def convert(
-    model_class: "type[MAEForPreTraining]", source: Any, views: dict | None = None
-) -> "MAEForPreTraining":
-    """A model with the weights, position tables and settings of a ViTMAE.
+def convert(model_class: type[Model], source: Any, views: dict | None = None) -> Model:
+    """Return a model with the weights, position tables and settings of a ViTMAE.
 
     Args:
-        model_class: what to build.
+        model_class: `MAEForPreTraining`.
         source: a `ViTMAEForPreTraining`, or the folder or Hub id of one.
         views: for the config of the new model.
 
@@ -53,18 +50,12 @@ def convert(
     model = model_class(config).to(source.dtype)
     weights = {f"backbone.{name}": value for name, value in source.vit.state_dict().items()}
     weights |= {f"decoder.{_renamed(name)}": value for name, value in source.decoder.state_dict().items()}
-    _load(model, weights)
+    # A ViTMAE has no pooler. The new model keeps its own, which returns the class token.
+    pooler = {key: value for key, value in model.state_dict().items() if key.startswith("backbone.pooler.")}
+    model.load_state_dict(weights | pooler)
     return model
 
 
 def _renamed(name: str) -> str:
     first, dot, rest = name.partition(".")
     return f"{_DECODER_NAMES[first]}{dot}{rest}"
-
-
-def _load(model: "MAEForPreTraining", weights: dict[str, Tensor]) -> None:
-    """Everything but the pooler, which hands out the CLS token and which a ViTMAE does not have."""
-    pooler = {
-        name: value for name, value in model.state_dict().items() if name.startswith("backbone.pooler.")
-    }
-    model.load_state_dict(weights | pooler)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stochastic depth for stock vision transformers, most of which have none of their own."""
+"""Stochastic depth (drop path) for stock vision transformers, most of which do not have it."""
 
 import copy
 from typing import Any
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ssl.modeling.tokens import TOKEN_TYPES, encoder_layers
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, encoder_layers
 
 
 def add_drop_path(backbone: Any, rate: float) -> None:
-    """Let a transformer's residual branches drop out in training, each for each image by itself.
+    """Add stochastic depth to the residual branches of a vision transformer, separately for each image.
 
-    The rate rises along the blocks from 0 to `rate`, and what is kept is scaled up. Both branches of a block
-    end in one module of no weights (a dropout, or DINOv2's own place for it), whose output is replaced, so
-    that names of weights and the encoder's code stay as they are. Encoders of other kinds are left alone:
-    ConvNeXt V2 has `backbone.drop_path_rate`.
+    The rate increases over the blocks from 0 to `rate`, and the remaining branches are scaled up. Both
+    branches of a block end in a module without weights (a dropout, or DINOv2's own drop path). A hook
+    replaces the output of that module, so the names of weights and the encoder's code do not change. Other
+    encoders are not changed: ConvNeXt V2 has `backbone.drop_path_rate`.
 
     Source: Huang et al., arXiv:1603.09382; the schedule is that of facebookresearch/dino.
     """
-    if rate == 0 or backbone.config.model_type not in TOKEN_TYPES:
+    if rate == 0 or backbone.config.model_type not in PATCH_SELECTION_TYPES:
         return
     layers = encoder_layers(backbone)
     for number, layer in enumerate(layers):
@@ -30,7 +30,7 @@ def add_drop_path(backbone: Any, rate: float) -> None:
 
 
 def without_drop_path(config: Any) -> Any:
-    """The encoder's config without stochastic depth, for a teacher."""
+    """Return a copy of the encoder's config without stochastic depth, for a teacher."""
     config = copy.deepcopy(config)
     if "drop_path_rate" in config.to_dict():
         config.drop_path_rate = 0.0
@@ -38,7 +38,7 @@ def without_drop_path(config: Any) -> Any:
 
 
 class _DropPath:
-    """A forward hook."""
+    """A forward hook that drops the output of a module for some images."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_ssl.modeling.prototypes import usage
+from hf_ssl.modeling.measurements import prototype_usage
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,5 @@ from hf_ssl.modeling.prototypes import usage
     ],
 )
 def test_entropy_and_share(nearest, count, entropy, used):
-    assert usage(torch.tensor(nearest), count) == pytest.approx((entropy, used), abs=1e-6)
+    found = prototype_usage(torch.tensor(nearest), count)
+    assert found == pytest.approx({"prototype_entropy": entropy, "prototypes_used": used}, abs=1e-6)

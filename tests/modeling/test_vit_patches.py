@@ -8,7 +8,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.tokens import TOKEN_TYPES, encode_tokens, encoder_layers, select, special_tokens
+from hf_ssl.modeling.vit.patches import (
+    PATCH_SELECTION_TYPES,
+    encode_patches,
+    encoder_layers,
+    select_patches,
+    special_tokens,
+)
 
 SIZES = {
     "hidden_size": 24,
@@ -26,7 +32,7 @@ OF_TYPE = {
 }
 
 
-@pytest.fixture(params=TOKEN_TYPES)
+@pytest.fixture(params=PATCH_SELECTION_TYPES)
 def backbone(request):
     """An encoder in which no weight is zero or one by construction."""
     torch.manual_seed(0)
@@ -56,7 +62,7 @@ def own_forward(backbone, pixels, size=32):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_with_all_patches_it_is_the_encoders_own_forward(backbone, size):
-    tokens = encode_tokens(backbone, images(size))
+    tokens = encode_patches(backbone, images(size))
     assert tokens.shape[1] == special_tokens(backbone) + (size // 8) ** 2
     torch.testing.assert_close(tokens, own_forward(backbone, images(size), size), rtol=0, atol=1e-12)
 
@@ -70,11 +76,13 @@ def test_patches_that_are_left_out_are_as_if_attention_never_reached_them(backbo
     seen = torch.cat([torch.ones(3, special, dtype=torch.bool), seen], dim=1)
     arguments = {} if "dinov2" in backbone.config.model_type else {"interpolate_pos_encoding": True}
     whole = backbone(pixel_values=images(size), attention_mask=seen, **arguments).last_hidden_state
-    tokens = encode_tokens(backbone, images(size), kept)
+    tokens = encode_patches(backbone, images(size), kept)
     torch.testing.assert_close(tokens[:, :special], whole[:, :special], rtol=0, atol=1e-12)
-    torch.testing.assert_close(tokens[:, special:], select(whole[:, special:], kept), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        tokens[:, special:], select_patches(whole[:, special:], kept), rtol=0, atol=1e-12
+    )
     assert not torch.allclose(
-        tokens[:, special:], select(own_forward(backbone, images(size), size)[:, special:], kept)
+        tokens[:, special:], select_patches(own_forward(backbone, images(size), size)[:, special:], kept)
     )
 
 
@@ -82,13 +90,13 @@ def test_only_kept_patches_go_through_the_blocks(backbone):
     lengths = []
     for layer in encoder_layers(backbone):
         layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    encode_tokens(backbone, images(), kept_patches(16, 4))
+    encode_patches(backbone, images(), kept_patches(16, 4))
     assert lengths == [special_tokens(backbone) + 4] * 3
 
 
 def test_pixels_of_patches_that_are_left_out_mean_nothing(backbone):
     pixels, kept = images(count=1).requires_grad_(), torch.tensor([[0, 5]])
-    encode_tokens(backbone, pixels, kept).square().sum().backward()
+    encode_patches(backbone, pixels, kept).square().sum().backward()
     reached = pixels.grad.abs().sum(1).unfold(1, 8, 8).unfold(2, 8, 8).sum((-1, -2)).flatten().nonzero()
     assert reached.flatten().tolist() == [0, 5]
 
@@ -101,7 +109,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
         backbone.zero_grad()
         backbone.train()
         torch.manual_seed(3)  # drop path
-        encode_tokens(backbone, images(), kept).square().sum().backward()
+        encode_patches(backbone, images(), kept).square().sum().backward()
         gradients.append([p.grad for p in backbone.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 20
     for plain, recomputed in zip(*gradients, strict=True):
@@ -113,15 +121,15 @@ def test_checkpointing_recomputes_blocks(backbone):
     attention = next(m for m in encoder_layers(backbone)[0].modules() if isinstance(m, nn.LayerNorm))
     attention.register_forward_hook(lambda *_: calls.append(1))
     backbone.train().gradient_checkpointing_enable({"use_reentrant": False})
-    encode_tokens(backbone, images(), kept_patches(16, 4)).sum().backward()
+    encode_patches(backbone, images(), kept_patches(16, 4)).sum().backward()
     assert len(calls) == 2
 
 
 def test_half_precision_weights_take_float_images(backbone):
-    assert encode_tokens(backbone.bfloat16(), images().float()).dtype == torch.bfloat16
+    assert encode_patches(backbone.bfloat16(), images().float()).dtype == torch.bfloat16
 
 
 def test_other_encoders_are_refused():
     config = AutoConfig.for_model("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
     with pytest.raises(UserError, match=mentions("backbone.model_type", "vit", "convnextv2")):
-        encode_tokens(AutoModel.from_config(config), images())
+        encode_patches(AutoModel.from_config(config), images())

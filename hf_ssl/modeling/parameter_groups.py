@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups: learning rate, weight decay and freezing of each parameter, and its depth."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from torch import nn
+
+# Tables of embeddings: parameters that are no weights of a layer (ViT, DINOv2, MAE, Swin ...).
+_TABLE_NAMES = (
+    "cls_token", "mask_token", "register_tokens", "distillation_token", "position_embeddings", "pos_embed",
+    "relative_position_bias_table",
+)  # fmt: skip
+
+# The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",
+# "encoder.layer.3.", "encoder.stages.1.layers.0.", "encoder.layers.1.blocks.0.", "timm_model.layer1.0.".
+_BLOCK = re.compile(r"(?:^|\.)(?:stages|layers|layer|blocks)\.?(\d+)\.(?:(?:(?:layers|blocks)\.)?(\d+)\.)?")
+_FIRST = re.compile(r"(^|\.)(embed\w*|patch_embed\w*|cls_token|pos_embed|reg_token|stem\w*|conv1|bn1)(\.|$)")
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """Settings for the parameters whose full name contains a match of `pattern` (a regular expression).
+
+    None keeps the setting of the rules before.
+
+    Attributes:
+        learning_rate_scale: factor on the learning rate.
+        fixed_learning_rate: whether the schedule does not apply (SimSiam's predictor).
+        decay: whether weight decay applies.
+        adapt: whether LARS adapts the learning rate.
+        frozen_until: optimizer steps for which the parameter is frozen. Its gradient is dropped until then.
+        frozen_epochs: the same in epochs. The later of the two applies.
+        vectors_only: whether the rule applies only to parameters with at most one dimension: biases and the
+            gains of normalization layers.
+    """
+
+    pattern: str
+    learning_rate_scale: float | None = None
+    fixed_learning_rate: bool | None = None
+    decay: bool | None = None
+    adapt: bool | None = None
+    frozen_until: int | None = None
+    frozen_epochs: float | None = None
+    vectors_only: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """The settings of a parameter after all rules. Parameters with equal settings form a parameter group."""
+
+    learning_rate_scale: float = 1.0
+    fixed_learning_rate: bool = False
+    decay: bool = True
+    adapt: bool = True
+    frozen_until: int = 0
+    frozen_epochs: float = 0.0
+
+
+def assign_parameter_groups(
+    model: nn.Module, rules: Iterable[ParameterRule], *, decay_all: bool = False
+) -> dict[str, ParameterGroup]:
+    """Return the parameter group of each trainable parameter, by name. Later rules win.
+
+    Weight decay and LARS adaptation do not apply to parameters with at most one dimension (biases, gains of
+    normalization layers), class and mask tokens, and position tables, unless a rule or `decay_all` says so.
+    transformers' own default decays BatchNorm gains, `cls_token` and `position_embeddings`.
+
+    Args:
+        model: the method.
+        rules: in order.
+        decay_all: whether weight decay applies to all parameters without a rule.
+
+    Raises:
+        ValueError: a rule matches no trainable parameter. Its pattern is then probably misspelled.
+    """
+    rules = list(rules)
+    unused = {rule.pattern for rule in rules}
+    result = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_weight = parameter.ndim > 1 and name.rpartition(".")[2] not in _TABLE_NAMES
+        group = ParameterGroup(decay=is_weight or decay_all, adapt=is_weight)
+        for rule in rules:
+            if re.search(rule.pattern, name) and not (rule.vectors_only and parameter.ndim > 1):
+                unused.discard(rule.pattern)
+                given = {f.name: getattr(rule, f.name) for f in fields(ParameterGroup)}
+                group = replace(group, **{key: value for key, value in given.items() if value is not None})
+        result[name] = group
+    if unused:
+        raise ValueError(
+            f"parameter_rules: expected patterns that match a trainable parameter of {type(model).__name__}, "
+            f"got {sorted(unused)}"
+        )
+    return result
+
+
+def layer_depths(names: Iterable[str]) -> dict[str, int]:
+    """Return the depth of each parameter of an encoder, for layer-wise learning rate decay.
+
+    Embeddings and stem have depth 0, the first block 1. Parameters after the last block are one deeper than
+    it.
+
+    Args:
+        names: of all parameters of the encoder.
+    """
+    blocks = {name: _block(name) for name in names}
+    found = sorted({block for block in blocks.values() if block is not None})
+    order = {block: number for number, block in enumerate(found, start=1)}
+    last = len(order) + 1
+    return {
+        name: order[block] if block is not None else (0 if _FIRST.search(name) else last)
+        for name, block in blocks.items()
+    }
+
+
+def _block(name: str) -> tuple[int, int] | None:
+    found = _BLOCK.search(name)
+    return None if found is None else (int(found[1]), int(found[2] or 0))

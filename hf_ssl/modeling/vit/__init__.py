@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts for methods on vision transformers: encoding some patches, fixed positions, stochastic depth."""

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of images: encode only some of them with a stock vision transformer; convert images to patches.
+
+Legend: N images, C channels, H, W sides, S special tokens, P patches of an image (row by row), K selected
+patches, X values of a patch, D dims.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ssl.errors import UserError
+
+PATCH_SELECTION_TYPES = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers")
+"""Model types of the encoders that can encode some patches only.
+
+Each adds positions before the first block, so a token has its position whichever others are left out.
+DINOv3's blocks compute rotary positions instead.
+"""
+
+_SPECIAL_TOKENS = {"vit": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1}
+_WITH_INNER_ENCODER = ("dinov2", "dinov2_with_registers")
+
+
+def special_tokens(backbone: PreTrainedModel) -> int:
+    """Return the number of tokens before those of patches: class token, registers, distillation token.
+
+    Raises:
+        UserError: the model type is not in `PATCH_SELECTION_TYPES`.
+    """
+    config: Any = backbone.config
+    if config.model_type not in PATCH_SELECTION_TYPES:
+        raise UserError(
+            f"backbone.model_type: expected one of {', '.join(PATCH_SELECTION_TYPES)}, which can encode some "
+            f"patches only, got {config.model_type}"
+        )
+    registers = config.num_register_tokens if config.model_type == "dinov2_with_registers" else 0
+    return _SPECIAL_TOKENS[config.model_type] + registers
+
+
+def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tensor | None = None) -> Tensor:
+    """Return the last hidden state (N, S + K, D) of an encoder that receives some patches of each image.
+
+    The encoder's own modules compute it. So attention implementation, gradient checkpointing, drop path and
+    dtype are those of its own forward pass. Tokens of other patches pass through no block.
+
+    Args:
+        backbone: an encoder of `PATCH_SELECTION_TYPES`.
+        images_NCHW: normalized. Positions are interpolated if the size is not the encoder's own.
+        kept_NK: int64 patch numbers, row by row. Tokens are returned in this order. None keeps all patches,
+            as the encoder's own forward pass.
+
+    Returns:
+        Special tokens first, then patches, after the final layer norm.
+
+    Raises:
+        UserError: the model type is not in `PATCH_SELECTION_TYPES`.
+    """
+    special = special_tokens(backbone)
+    tokens = embed_patches(backbone, images_NCHW)
+    if kept_NK is not None:
+        patches = select_patches(tokens[:, special:], kept_NK)
+        tokens = torch.cat([tokens[:, :special], patches], dim=1)
+    for layer in encoder_layers(backbone):
+        tokens = layer(tokens)
+    module: Any = backbone
+    return module.layernorm(tokens)
+
+
+def select_patches(tokens_NPD: Tensor, index_NK: Tensor) -> Tensor:
+    """Return the tokens (N, K, D) with the numbers (N, K) of each image."""
+    return tokens_NPD.gather(1, index_NK.unsqueeze(-1).expand(-1, -1, tokens_NPD.shape[-1]))
+
+
+def embed_patches(backbone: Any, images_NCHW: Tensor) -> Tensor:
+    """Return all tokens (N, S + P, D) before the first block: projected, with positions."""
+    projection = backbone.embeddings.patch_embeddings.projection
+    images_NCHW = images_NCHW.to(projection.weight.dtype)
+    if backbone.config.model_type in _WITH_INNER_ENCODER:
+        return backbone.embeddings(images_NCHW)  # this always interpolates if needed
+    own = tuple(images_NCHW.shape[-2:]) == tuple(backbone.embeddings.image_size)
+    return backbone.embeddings(images_NCHW, interpolate_pos_encoding=not own)
+
+
+def encoder_layers(backbone: Any) -> Any:
+    """Return the encoder's blocks, first to last."""
+    return backbone.encoder.layer if backbone.config.model_type in _WITH_INNER_ENCODER else backbone.layers
+
+
+def patchify(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the patches (N, P, X) of images: pixels row by row, channels last, as in ViTMAE.
+
+    Args:
+        images_NCHW: sides are multiples of the patch's.
+        size: rows and columns of pixels in a patch.
+    """
+    rows, columns = size
+    blocks = images_NCHW.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches_NPX: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Return the images (N, C, H, W) of patches. This is the inverse of `patchify`.
+
+    Args:
+        patches_NPX: all patches of each image.
+        size: rows and columns of pixels in a patch.
+        grid: rows and columns of patches in an image.
+    """
+    blocks = patches_NPX.unflatten(2, (*size, -1)).unflatten(1, grid)
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

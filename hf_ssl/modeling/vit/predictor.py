@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A narrow vision transformer that predicts patches from the tokens of other patches (MAE, I-JEPA).
+
+Legend: B images, S special tokens, P patches of an image, K patches with tokens, M blocks of patches that are
+predicted, T patches of a block, D dims of the encoder, E dims of the predictor.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.vit.configuration_vit import ViTConfig
+
+from hf_ssl.modeling.last_layer import vit_layers
+from hf_ssl.modeling.vit.positions import PositionTable
+
+
+class PatchPredictor(nn.Module):
+    """Stock ViT layers on the encoder's tokens and one mask token for each patch that is predicted.
+
+    Each block of patches is predicted separately. Attention does not depend on the order of tokens, and every
+    token has its position added. So mask tokens are simply at the end, and the last layer computes only them.
+
+    Args:
+        config: of the layers.
+        depth: number of layers.
+        encoder_size: D.
+        special: S.
+        grid: rows and columns of patches in an image.
+    """
+
+    def __init__(
+        self, config: ViTConfig, depth: int, encoder_size: int, special: int, grid: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.special = special
+        self.embed = nn.Linear(encoder_size, size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.positions = PositionTable(special, *grid, size)
+        self.layers = vit_layers(config, depth)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def hidden_states(self, tokens: Tensor, patches: Tensor, targets: Tensor) -> Tensor:
+        """Return the normalized last hidden states (B * M, T, E) of the predicted patches.
+
+        Args:
+            tokens: (B, S + K, D), the encoder's last hidden state.
+            patches: (B, K) int64 numbers of its patches.
+            targets: (B, M, T) int64 numbers of the patches to predict.
+        """
+        blocks, length = targets.shape[1:]
+        seen = self.embed(tokens)
+        table = self.positions.table[0].to(seen.dtype)
+        special_places, places = table[: self.special], table[self.special :]
+        seen = seen + torch.cat([special_places.expand(len(seen), -1, -1), places[patches]], dim=1)
+        asked = self.mask_token + places[targets.flatten(0, 1)]
+        if blocks > 1:
+            seen = seen.repeat_interleave(blocks, dim=0)
+        hidden = torch.cat([seen, asked], dim=1)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden = layer(hidden)
+        return self.norm(last(hidden, length))
