@@ -151,7 +151,7 @@ def double_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     memory address of a tensor, on the processor and on the number of threads.
     """
     with torch.inference_mode():
-        return pool(encoder.eval().double()(pixel_values.double()))
+        return pool(encoder.eval().double()(pixel_values.double()), model=encoder)
 
 
 def save_photos(folder: Path) -> None:
