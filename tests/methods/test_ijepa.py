@@ -381,7 +381,7 @@ def test_the_alarm(whole, tmp_path, monkeypatch, no_curves):
         return torch.nn.functional.layer_norm(patches, patches.shape[-1:])
 
     if not whole:
-        monkeypatch.setattr(model, "teach", teach_oneself)
+        monkeypatch.setattr(model, "teacher_features", teach_oneself)
         monkeypatch.setattr(modeling_ijepa, "latent_smooth_l1", torch.nn.functional.smooth_l1_loss)
     trainer.train()
     assert (trainer.collapse_message is None) == whole, trainer.collapse_message
