@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the model and the trainer of a recipe, with settings that suit this machine (layer 5)."""
+"""Builds the model and the trainer of a recipe, and chooses settings for this machine (layer 5)."""
 
 import logging
 import time
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _MONTAGE_IMAGES = 8
 _PROBE_SEED = 2**32
-"""Added to the run's seed, so that the monitor's views differ from those of training."""
+"""Offset of the seed for the monitor. It makes the views differ from those of training."""
 
 
 def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
@@ -60,8 +60,8 @@ def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLP
     Args:
         recipe: the recipe of the model.
         seed: seed of the random weights.
-        source: the training data, for a method that stores a state of each image; None opens the recipe's
-            data.
+        source: the training data, for a method that stores a state of each image. None opens the data of the
+            recipe.
     """
     config: Any = recipe.config()
     if recipe.model_class.needs_sample_index:
@@ -83,13 +83,13 @@ def build_trainer(
 
     Args:
         recipe: the recipe of the run.
-        args: the result of `recipe.training_arguments()`. This function chooses and sets every value that is
-            `auto`, and reduces a batch size or a monitor that does not suit the machine.
+        args: the result of `recipe.training_arguments()`. This function sets every value that is `auto`. It
+            also reduces a batch size or a monitor that is too large for the machine.
         callbacks: further transformers callbacks.
-        stored: what an earlier part of the run chose, which may be nothing; None for a run that starts.
+        stored: the choices of the earlier part of the run, possibly {}; None for a new run.
 
     Raises:
-        UserError: the data are wrong, or hold fewer images than the batch size that the user typed.
+        UserError: the data contain a mistake, or contain fewer images than the batch size that the user set.
     """
     with progress(f"opening {recipe.data.path}"):
         source = open_source(recipe.data)
@@ -98,7 +98,7 @@ def build_trainer(
         raise UserError(f"data.path: expected at least 2 images in {source.description}, got 1")
     stored = from_first_process(stored)
     if stored is not None:
-        # Only the monitor's values may differ from the earlier part's (hf_ssl.output_folder).
+        # Only the settings of the monitor may differ from the earlier part of the run (hf_ssl.output_folder).
         free = {key for key in stored if key.startswith("training.monitor_") and recipe.types(key)}
         stored = {key: choice for key, choice in stored.items() if key not in free}
         apply_choices(args, stored)
@@ -129,9 +129,9 @@ def build_trainer(
 
 
 def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
-    """Write `views.png` with augmented views of training images into the output folder.
+    """Write `views.png` with augmented views of training images to the output folder.
 
-    The trainer writes the method's own pictures of the same images during training.
+    During training, the trainer writes the pictures of the method for the same images.
     """
     first = load_probe(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
     montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
@@ -139,7 +139,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
 
 def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int) -> LoadedBatch:
-    """Return `count` training images with fixed views; all images if the data hold fewer."""
+    """Return `count` training images with fixed views, or all images if there are fewer."""
     size = min(count, source.num_rows or count)
     seed = args.seed + _PROBE_SEED
     return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
@@ -148,7 +148,7 @@ def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count
 def labelled_splits(
     recipe: Recipe, max_train: int | None = None, max_test: int | None = None
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Return the labeled images of the evaluation, training split and test split.
+    """Return the labeled images of the training split and the test split for the evaluation.
 
     They come from the training data unless the recipe sets `evaluation.path`.
 
@@ -183,9 +183,12 @@ def open_splits(
 def _choose_sizes(
     recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
 ) -> Choices:
-    """Measure a step, then choose the batch size (unless the user typed one) and the monitor's images."""
+    """Measure a step, choose the size of the batch and of the monitor, and return the choices.
+
+    A batch size that the user set on the command line does not change.
+    """
     if not source.streaming:
-        load_probe(recipe, source, args, 1)  # fills the cache (`data.cache`), whose time is no image's
+        load_probe(recipe, source, args, 1)  # fills the cache (`data.cache`) before the time is measured
     start = time.process_time()
     batch = load_probe(recipe, source, args, MEASURED_IMAGES)
     load_seconds = (time.process_time() - start) / len(batch)
@@ -220,17 +223,17 @@ def _choose_sizes(
 
 
 def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
-    """Make a training loader, which raises UserError for images that it cannot use and fills the cache."""
+    """Build a training loader. It fills the cache, and raises `UserError` for images that it cannot use."""
     size, processes = args.per_device_train_batch_size, args.world_size
     train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
 
 
 def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
-    """Return a k-NN classifier if the evaluation splits have labels; else log a warning and return None."""
+    """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
     try:
         bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
     except UserError as error:
-        logger.warning("training goes without labels and without k-NN accuracy: %s", error)
+        logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None
     processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
     return KNNMonitor(bank, queries, processor, args.monitor_neighbours)

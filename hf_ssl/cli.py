@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `hf-ssl` (layer 5). Commands that only print load neither torch nor transformers."""
+"""Implements the command `hf-ssl` (layer 5). Commands that only print do not import torch or transformers."""
 
 import argparse
 import errno
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("--private", action="store_true", help="make a new repository private")
     publish.add_argument(
-        "--dry-run", action="store_true", help="list the files; needs neither network nor token"
+        "--dry-run", action="store_true", help="list the files; this needs neither network nor token"
     )
     publish.add_argument(
         "--space",
@@ -207,12 +207,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Pause the garbage collector during the import of torch and transformers, and exclude their objects from
-    later collections.
+    """Pause the garbage collector during the import of torch and transformers.
 
-    Otherwise the collector searches these 800,000 objects again and again, which takes two CPU seconds. This
-    function does nothing in a process that has imported torch before, because garbage that exists there
-    would never be collected.
+    Later collections ignore the imported objects. Otherwise the collector searches these 800,000 objects
+    repeatedly, which takes two CPU seconds. This function does nothing in a process that has already imported
+    torch, because existing garbage would never be collected.
     """
     if "torch" in sys.modules:
         yield
@@ -260,7 +259,7 @@ def _attention(arguments: argparse.Namespace) -> None:
             arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
         )
     print("\n".join(f"pictures in {folder}" for folder in folders))
-    print(f"all of them in {arguments.output / 'overview.png'}")
+    print(f"overview in {arguments.output / 'overview.png'}")
 
 
 def _space_build(arguments: argparse.Namespace) -> None:
@@ -301,7 +300,10 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def recipe_data(path: Path) -> str:
-    """Return `data.path` of a recipe; "???" if the user has to give it. YAML is not loaded, to start fast."""
+    """Return `data.path` of a recipe, or "???" if the user must set it.
+
+    This function does not import a YAML parser, to keep the start fast.
+    """
     found = _DATA_PATH.search(path.read_text(encoding="utf-8"))
     return found[1] if found is not None else "???"
 

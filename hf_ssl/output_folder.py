@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: whose it is, whether it can go on, and what a run leaves in it (layer 5)."""
+"""Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.fitting import Choices
 
 _CHOICES, _REVISION = "choices", "data_revision"
-IDENTITY = "_run.json"  # a leading underscore is never published: it holds the path of the data
+IDENTITY = "_run.json"  # is never published, because it contains the path of the data
 
-# What may differ between the first part of a run and its continuation: nothing here changes a weight.
+# Sections and keys that may differ when a run resumes, because they do not affect the weights.
 _FREE_SECTIONS = ("evaluation", "publish", "name")
 _FREE_KEYS = {
     "data": {"cache", "max_broken_fraction"},
@@ -33,10 +33,12 @@ _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 
 
 def last_checkpoint(recipe: Recipe) -> Path | None:
-    """Where the run in the recipe's output folder can go on; None for a fresh run. Writes nothing.
+    """Return the last checkpoint in the recipe's output folder; None for a new run.
+
+    This function writes no files.
 
     Raises:
-        UserError: the folder holds a different run, or files that are no run of hf_ssl, or cannot be read.
+        UserError: the folder contains another run, contains other files, or cannot be read.
     """
     folder = Path(recipe.training["output_dir"])
     mark = folder / IDENTITY
@@ -48,13 +50,15 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
             return None if last is None else Path(last)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
-                f"training.output_dir={folder} already holds files that are not a run of hf_ssl, "
-                f"such as {next(folder.iterdir()).name}: give another folder"
+                f"training.output_dir: expected an empty folder or a run of hf_ssl, got {folder}, which "
+                f"contains {next(folder.iterdir()).name}; use another folder"
             )
     except OSError as error:
-        raise UserError(f"training.output_dir={folder} cannot be used: {error.strerror}") from error
+        raise UserError(
+            f"training.output_dir: expected a readable folder, got {folder}: {error.strerror}"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{mark} cannot be read: {error}") from error
+        raise UserError(f"{mark}: expected valid JSON, got an error: {error}; use another folder") from error
     return None
 
 
@@ -92,16 +96,16 @@ def claim(recipe: Recipe, choices: Choices, revision: str) -> None:
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether the run was over when this checkpoint was saved."""
+    """Return whether the run was finished when this checkpoint was saved."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
 
 
 def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's identity as this version writes it.
+    """Return the content of `_run.json` in the form of this version.
 
-    Older versions chose nothing for the machine. Their recipes gave `bf16` and `dataloader_num_workers`, with
-    float32 and 0 as defaults. Where today's recipe leaves them to the machine, the run keeps what it had.
+    Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The
+    defaults were float32 and 0. If the current recipe has `auto`, the run keeps its earlier values.
     """
     if _CHOICES in run:
         return run
@@ -118,12 +122,12 @@ def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         had = {key: old for key, old in had.items() if key not in keys}
         had |= {key: given[key] for key in keys & given.keys()}
         if given.get(name, AUTO) == AUTO:
-            choices[f"training.{name}"] = {"value": value, "reason": "the run began with it"}
+            choices[f"training.{name}"] = {"value": value, "reason": "the run started with it"}
     return {**run, "training": had, _CHOICES: choices}
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise `UserError` if a value that shapes the weights differs."""
+    """Raise `UserError` if a value that affects the weights differs."""
     for section, values in now.items():
         if section in _FREE_SECTIONS:
             continue

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job, one way for the command line, scripts and notebooks: train, export, evaluate, describe
-(layer 5).
+"""Trains, exports, evaluates and documents an encoder (layer 5).
+
+The command line, scripts and notebooks all use these functions.
 """
 
 import logging
@@ -33,12 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSLTrainer:
-    """Train from the start, or go on from the last checkpoint in the output folder; nothing is exported.
+    """Train a recipe, and return the trainer. Nothing is exported.
+
+    The run resumes from the last checkpoint in the output folder, if there is one.
+
+    Args:
+        recipe: the result of `hf_ssl.recipe.load_recipe`.
+        callbacks: further transformers callbacks.
 
     Raises:
-        UserError: a mistake in the recipe or the data, a folder that holds another run, a diverged or (with
-            `training.on_collapse=stop`) collapsed run.
-        SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C; a checkpoint was saved.
+        UserError: the recipe or the data contain a mistake, or the folder contains another run. Or the run
+            diverged, or it collapsed with `training.on_collapse=stop`.
+        SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C, and a checkpoint was saved.
     """
     args = recipe.training_arguments()
     with hidden_progress(args.hides_progress):
@@ -69,7 +76,7 @@ def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCa
 
 
 def _report_changed_images(recipe: Recipe, trainer: SSLTrainer) -> None:
-    """Log a warning if the images are not those of the run's earlier part."""
+    """Log a warning if the images changed since the earlier part of the run."""
     before, now = stored_revision(recipe), trainer.source.revision
     if before is not None and before != now:
         logger.warning(
@@ -80,29 +87,29 @@ def _report_changed_images(recipe: Recipe, trainer: SSLTrainer) -> None:
 
 
 def pretrain(recipe: Recipe) -> dict[str, Any]:
-    """The main job: train, export, evaluate the exported encoder, write facts, results and card.
+    """Train, export and evaluate an encoder, and write its facts, results and card.
 
     Args:
-        recipe: from `hf_ssl.recipe.load_recipe`.
+        recipe: the result of `hf_ssl.recipe.load_recipe`.
 
     Returns:
-        The facts of the run (`hf_ssl.cards.Facts`), also in `facts.json`. Empty on other processes than the
-        first.
+        The facts of the run (`hf_ssl.cards.Facts`), which `facts.json` also contains. The result is empty in
+        all processes but the main one.
 
     Raises:
-        UserError: as `train`; no space on the disk.
+        UserError: see `train`. The error is also raised if the disk is full.
     """
-    transformers_logging.disable_progress_bar()  # of loading and saving files; training has its own
+    transformers_logging.disable_progress_bar()  # hides the bars of loading and saving files
     trainer = train(recipe)
     with hidden_progress(trainer.args.hides_progress):
         return _finish(recipe, trainer)
 
 
 def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
-    """Export, measure and describe the trained encoder; return the facts."""
+    """Export, evaluate and document the trained encoder, and return the facts."""
     with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
         trainer.save_model()
-    # A process may abort if it ends before its process group. Only the main process continues after this.
+    # A process may abort if it ends before its process group. Only the main process continues from here.
     finish_communication()
     trainer.accelerator.end_training()
     if not trainer.args.should_save:
@@ -123,13 +130,16 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
-    """Evaluate the encoder loaded from `folder`, the encoder from before training, and raw pixels."""
+    """Evaluate the exported encoder in `folder`, the encoder before training, and raw pixels.
+
+    Without labeled images, log a warning and return the reason.
+    """
     try:
         train_images, test_images = labelled_splits(
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
         )
     except UserError as error:
-        logger.warning("the encoder is not evaluated (hf-ssl evaluate does it later): %s", error)
+        logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
         return Measured(unmeasured=str(error))
     splits = (train_images, test_images)
     device = trainer.args.device
@@ -150,13 +160,14 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
 
 
 def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Measure any vision encoder of transformers on labelled images, on the accelerator if there is one;
-    print a table and return the result.
+    """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
+
+    The evaluation uses the accelerator if there is one.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
-        data: where the images are, unless `evaluation.path` says otherwise.
-        evaluation: the protocol.
+        data: the images, unless `evaluation.path` is set.
+        evaluation: the evaluation protocol.
 
     Raises:
         UserError: the encoder cannot be loaded, or the data have no labels.
@@ -177,14 +188,20 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
 
 
 def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
-    """`hf-ssl demo`: the main job on scikit-learn's handwritten digits, offline, in minutes; with `space`, a
-    page that shows the encoder is served at the end, until Ctrl-C."""
+    """Run `hf-ssl demo`: pretrain on the handwritten digits of scikit-learn, and return the facts.
+
+    The demo needs no network and takes some minutes.
+
+    Args:
+        overrides: `section.key=value` for the recipe `demo`.
+        space: whether to serve a page that shows the encoder at the end, until Ctrl-C.
+    """
     recipe = load_recipe("demo", overrides)
     print("pretraining on 8 x 8 pixel handwritten digits that come with scikit-learn; no labels are used")
     facts = pretrain(recipe)
     print(
-        "With all labels even raw pixels of such small digits reach about 0.98, so there is little to gain; "
-        "what pretraining brings shows where labels are few."
+        "With all labels, raw pixels of such small digits also reach an accuracy of about 0.98. "
+        "The benefit of pretraining appears with few labels."
     )
     if space:
         from hf_ssl.space import serve_digits

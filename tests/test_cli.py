@@ -85,7 +85,7 @@ def test_attention_hands_over_photos(
     calls = record(monkeypatch, "write_attention_pictures", lambda *a, **o: [Path("out/a")], evaluation)
     assert main(["attention", "folder", "a.jpg", "b.png", "--output", "out", "--size", "480"]) == 0
     assert calls == [("folder", [Path("a.jpg"), Path("b.png")], Path("out"), {"layer": -1, "size": 480})]
-    assert capsys.readouterr().out == "pictures in out/a\nall of them in out/overview.png\n"
+    assert capsys.readouterr().out == "pictures in out/a\noverview in out/overview.png\n"
 
 
 def test_space_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All methods with one small budget: `python -m training.compare data.path=FOLDER [section.key=value ...]`.
+"""Compares all methods with one small budget: `python -m training.compare data.path=FOLDER [KEY=VALUE ...]`.
 
-Trains every method of compare.yaml with several seeds, each run in a process of its own; evaluates each
-exported encoder as `hf-ssl pretrain` does; and writes NAME.json (what the runs recorded), NAME.md (the table)
-and NAME.png (k-NN accuracy while training). Runs that are finished are not made again.
+The program trains every method of compare.yaml with several seeds. Each run has its own process. The program
+evaluates each exported encoder as `hf-ssl pretrain` does. It writes NAME.json with the records of the runs,
+NAME.md with the table, and NAME.png with the k-NN accuracy during training. Finished runs are not repeated.
 """
 
 import argparse
@@ -28,9 +28,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--methods", nargs="+", default=list(PLAN["methods"]), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="number of parallel runs, which share the cores"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "compare", help="without an ending")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE / "results" / "compare",
+        help="path of the results without an extension",
+    )
     arguments = parser.parse_intermixed_args()
     write = partial(write_results, arguments.output, arguments.runs, arguments.methods, arguments.seeds)
     jobs = [
@@ -39,7 +46,7 @@ def main() -> None:
         for method in arguments.methods
     ]
     jobs = [job for job in jobs if not (job[1] / "facts.json").exists()]
-    # A fresh process for each run, so that its memory is its own; the server has imported everything once.
+    # Each run has a new process, so that its memory can be measured. The fork server imports everything once.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["hf_ssl.run", "hf_ssl.recipe"])
     threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
@@ -61,7 +68,7 @@ def main() -> None:
 
 
 def train(method: str, folder: Path, threads: int, overrides: list[str]) -> None:
-    """One run, from a recipe file that is left beside its output."""
+    """Make one run from a recipe file, which is written to the folder of the runs."""
     import torch
 
     from hf_ssl.recipe import load_recipe
@@ -75,14 +82,14 @@ def train(method: str, folder: Path, threads: int, overrides: list[str]) -> None
 
 
 def sections(method: str) -> dict[str, dict[str, Any]]:
-    """The recipe of a method: what all have in common, and what compare.yaml says of it."""
+    """Return the recipe of a method: the common values and the values of the method in compare.yaml."""
     own = PLAN["methods"].get(method) or {}
     common = {section: {**values, **own.get(section, {})} for section, values in PLAN["common"].items()}
     return {"method": {"name": method, **own.get("method", {})}, **common}
 
 
 def write_results(output: Path, runs: Path, methods: list[str], seeds: int) -> None:
-    """Record, table and picture of the runs that are finished."""
+    """Write the record, the table and the picture of the finished runs."""
     found = {
         method: [record for seed in range(seeds) if (record := read(runs / f"{method}-{seed}")) is not None]
         for method in methods
@@ -95,7 +102,7 @@ def write_results(output: Path, runs: Path, methods: list[str], seeds: int) -> N
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a finished run recorded, without what all runs have in common; None if it is not finished."""
+    """Return the record of a run without the values that all runs share; None if the run is not finished."""
     if not (folder / "facts.json").exists():
         return None
     facts = json.loads((folder / "facts.json").read_text())
@@ -121,13 +128,13 @@ _PATHS = ("data.path=", "training.output_dir=", "evaluation.path=")
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """ "0.512 ± 0.004", the second the standard deviation over seeds."""
+    """Return the mean and the standard deviation over seeds, for example "0.512 ± 0.004"."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a line for each method, and for the encoder untrained and raw pixels."""
+    """Return a Markdown table with a row for each method, for the untrained encoder and for raw pixels."""
     lines = [
         "| method | 20-NN | linear probe | seconds | peak memory, GiB | seeds |",
         "|---|---|---|---|---|---|",
@@ -148,7 +155,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def scores(records: list[dict[str, Any]], name: str) -> str:
-    """The two columns of accuracies."""
+    """Return the cells of the two accuracies, of k-NN and of the linear probe."""
     columns = []
     for measure in ("knn", "linear"):
         values = [record["results"][name][measure] for record in records]
@@ -157,7 +164,7 @@ def scores(records: list[dict[str, Any]], name: str) -> str:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """k-NN accuracy of the monitor while training: a panel for each method, a line for each seed."""
+    """Draw the k-NN accuracy of the monitor, with a panel for each method and a line for each seed."""
     from matplotlib.figure import Figure
 
     shown = {method: records for method, records in found.items() if records}
@@ -183,7 +190,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
     figure.suptitle(
-        "20-NN accuracy while training (stars: the exported encoder, all images; dotted: raw pixels)",
+        "20-NN accuracy during training (stars: exported encoder, all images; dotted: raw pixels)",
         fontsize=9,
     )
     figure.supxlabel("step", fontsize=8)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-ssl pretrain` as a script, for launchers: torchrun --nproc_per_node 8 training/pretrain.py RECIPE
-section.key=value ...
+"""Runs `hf-ssl pretrain` as a script for launchers.
 
-`accelerate launch training/pretrain.py RECIPE ...` works alike.
+Examples are `torchrun --nproc_per_node 8 training/pretrain.py RECIPE section.key=value ...` and
+`accelerate launch training/pretrain.py RECIPE ...`.
 """
 
 import sys

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes (layer 5): a YAML file and overrides become checked, typed sections, or one sentence about what is
-wrong."""
+"""Loads recipes (layer 5): converts a YAML file and overrides to checked, typed sections."""
 
 from hf_ssl.recipe.recipe import PublishConfig, Recipe, load_recipe, read_sections
 

@@ -18,7 +18,7 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
     """Return the config class of an encoder of transformers.
 
     Raises:
-        UserError: the model type is unknown. The message gives the nearest name.
+        UserError: the model type is unknown. The message gives the most similar name.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from hf_ssl.modeling.configuration import SSLConfig
     from hf_ssl.trainer.arguments import SSLTrainingArguments
 
-# transformers has these arguments too and ours take their place.
+# Arguments of transformers that an argument of hf_ssl replaces.
 REPLACED = {"per_device_train_batch_size": "batch_size", "optim": "optimizer"}
-# transformers has these arguments and the section `publish` has them too: there they are kept.
+# Arguments of transformers with the same meaning as keys of the section `publish`, which stores the values.
 SAME = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 
 
@@ -46,14 +46,15 @@ SAME = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 class PublishConfig:
     """The section `publish` of a recipe.
 
-    `training.push_to_hub=true` publishes during and after training, `hf-ssl publish` a finished run.
+    `training.push_to_hub=true` publishes during and after training. `hf-ssl publish` publishes a finished
+    run.
 
     Attributes:
-        repo_id: "user/name" on the Hub, the same as `training.hub_model_id`.
-        private: whether a new repository is private, the same as `training.hub_private_repo`.
-        license: license of the weights, with the name that the Hub uses ("apache-2.0"). The publisher must
-            know what the license of the data allows.
-        title: title of the card; None derives it from method, backbone and data.
+        repo_id: "user/name" on the Hub. `training.hub_model_id` has the same meaning.
+        private: whether a new repository is private. `training.hub_private_repo` has the same meaning.
+        license: license of the weights, with its name on the Hub ("apache-2.0"). The publisher must check
+            that the license of the data allows it.
+        title: title of the card. None composes it from method, backbone and data.
         tags: further tags of the card.
     """
 
@@ -66,17 +67,19 @@ class PublishConfig:
 
 @dataclass
 class Recipe:
-    """A checked recipe. `method`, `backbone` and `training` hold what was set, the other sections all of
-    their fields.
+    """A checked recipe.
+
+    `method`, `backbone` and `training` contain only the values that were set. The other sections contain all
+    fields.
 
     Attributes:
-        name: "smoke/simclr" for a recipe that comes with hf_ssl, else the file's name without its ending.
-        path: the file it was read from.
-        method: `name` and fields of that method's config.
-        backbone: `model_type` and fields of that transformers config (`num_channels` and `image_size`, where
-            it has them, follow from `data.channels` and the views); or `init_from`, a trained encoder.
-        training: arguments of `SSLTrainingArguments`; `output_dir` is always among them.
-        overrides: the `section.key=value` that were given beside the file.
+        name: name of a recipe of hf_ssl ("smoke/simclr"), or the file name without its extension.
+        path: path of the file.
+        method: `name` and fields of the config of that method.
+        backbone: `model_type` and fields of that transformers config, or `init_from`, a trained encoder. If
+            the config has `num_channels` and `image_size`, they follow from `data.channels` and the views.
+        training: arguments of `SSLTrainingArguments`, which always include `output_dir`.
+        overrides: the overrides `section.key=value` of the file.
     """
 
     name: str
@@ -148,7 +151,7 @@ class Recipe:
             raise UserError(f"training: {one_line(error)}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and sections as plain data that JSON and YAML can hold; without the token of a Hub."""
+        """Return name and sections as plain data for JSON and YAML, without the Hub token."""
         plain: dict[str, Any] = {"name": self.name}
         for section in SECTIONS:
             value: Any = getattr(self, section)
@@ -159,8 +162,8 @@ class Recipe:
     def differences(self) -> dict[str, Any]:
         """Return `{"section.key": value}` for the values that differ from their defaults.
 
-        The result omits keys without a default: the names of the method and the encoder, the path of the
-        data, the output folder.
+        The result omits keys without a default: the name of the method, the model type of the encoder, the
+        path of the data and the output folder.
         """
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
@@ -187,16 +190,15 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
+    """Return a checked recipe from a file and overrides.
 
     Args:
-        name_or_path: the name of a recipe that comes with hf_ssl, or the path of a YAML file (ending in .yaml
-        or .yml). overrides: `section.key=value`, the value in YAML; `section={key: value}` replaces a whole
-        section.
+        name_or_path: the name of a recipe of hf_ssl, or the path of a YAML file (.yaml or .yml).
+        overrides: `section.key=value` with a value in YAML. `section={key: value}` replaces a whole section.
 
     Raises:
-        UserError: the recipe cannot be found or read, or something in it is unknown, missing, of a wrong type
-            or does not fit the rest.
+        UserError: the recipe cannot be found or read. Or a key is unknown or missing, a value has a wrong
+            type, or values contradict each other.
     """
     from hf_ssl.trainer.arguments import SSLTrainingArguments
 
@@ -284,7 +286,7 @@ def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfi
 
 
 def plain_data(value: Any) -> Any:
-    """Return the value with lists instead of tuples at any depth, as JSON and YAML return it."""
+    """Return the value with lists instead of tuples at any depth, as JSON and YAML do."""
     if isinstance(value, dict):
         return {key: plain_data(item) for key, item in value.items()}
     return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value

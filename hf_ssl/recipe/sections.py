@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns plain values into typed sections, with one sentence for whatever is wrong.
+"""Converts plain values to typed sections, and raises an error with one sentence for a mistake.
 
-OmegaConf structures our dataclasses and transformers' `@strict` checks its configs; neither alone names the
-key, what was expected and what came, so both are asked about one key at a time.
+OmegaConf checks our dataclasses, and `@strict` of transformers checks its configs. Their messages do not
+contain the key, the expected type and the given value. So this module checks one key at a time and writes the
+message itself.
 """
 
 import dataclasses
@@ -30,21 +31,34 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or all of them where none is near
-    and they are few."""
+    """Return the end of a message about an unknown name.
+
+    It contains the most similar known name. If no name is similar, it contains all names, unless there are
+    more than 40.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        prefix: text before the similar name, for example the section.
+    """
     names = list(known)
     close = get_close_matches(name, names, 1, cutoff=0.5)
     if close:
         return f"did you mean {prefix}{close[0]}?"
     return (
-        f"expected one of {', '.join(names)}"
+        f"use one of {', '.join(names)}"
         if len(names) <= 40
-        else f"none of the {len(names)} known ones is near"
+        else f"none of the {len(names)} known names is similar"
     )
 
 
 def structured(cls: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of the dataclass `cls` with `values`; `where` is the section's name.
+    """Return an instance of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        values: values of its fields.
+        where: name of the section.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type.
@@ -52,21 +66,24 @@ def structured(cls: type, values: dict[str, Any], where: str) -> Any:
     config = _merged(cls, values, where)
     for key in OmegaConf.missing_keys(config):
         raise UserError(
-            f"{where}.{key} is missing: add {where}.{key}=VALUE to the command, or the key to the recipe"
+            f"{where}.{key}: expected a value, got none; add {where}.{key}=VALUE to the command, or the key "
+            "to the recipe"
         )
     return OmegaConf.to_object(config)
 
 
 def checked(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """As `structured` without making the instance: `values` as their fields' types (an int given for a float
-    becomes one)."""
+    """Return `values`, converted to the types of their fields. An int becomes a float for a float field.
+
+    Arguments and errors are those of `structured`, but no instance is created.
+    """
     config = _merged(cls, values, where)
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(values)))
     return plain
 
 
 def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
-    """OmegaConf's structured config of `cls` with `values` merged in, leaf by leaf."""
+    """Return the OmegaConf config of a dataclass, after each value was merged into it separately."""
     config = OmegaConf.structured(cls)
     for path, value, annotation in _leaves(cls, values, where):
         nested = value
@@ -80,12 +97,19 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """(path, value, annotation) of every value; raises `UserError` for a key that `cls` does not have."""
+    """Yield the path, the value and the annotation of every value.
+
+    Raises:
+        UserError: `cls` does not have a key.
+    """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")]
     for name, value in values.items():
         if name not in names:
-            raise UserError(f"unknown key {where}.{name}: {suggestion(str(name), names, f'{where}.')}")
+            raise UserError(
+                f"{where}.{name}: expected a known key, got {name}; "
+                f"{suggestion(str(name), names, f'{where}.')}"
+            )
         inner = _dataclass_of(hints[name])
         if inner is not None and isinstance(value, dict):
             for path, leaf, annotation in _leaves(inner, value, f"{where}.{name}"):
@@ -95,7 +119,7 @@ def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tup
 
 
 def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass in an annotation such as `ViewOverrides | None`."""
+    """Return the dataclass in an annotation such as `ViewOverrides | None`, or None."""
     for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             return option
@@ -103,21 +127,29 @@ def _dataclass_of(annotation: Any) -> type | None:
 
 
 def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: Any) -> Any:
-    """An instance of the transformers config `cls` with `values` from a recipe and `parts` from its other
-    sections.
+    """Return an instance of a transformers config.
 
-    A whole number is accepted where a field is a float, which `@strict` alone refuses; a key that the class
-    does not have is refused, which `PreTrainedConfig` alone accepts in silence.
+    A float field accepts a whole number, for which `@strict` alone would raise an error. An unknown key
+    raises an error, although `PreTrainedConfig` accepts it without a message.
+
+    Args:
+        cls: the config class.
+        values: values of a section of the recipe.
+        where: name of the section.
+        **parts: further values, from other sections of the recipe.
 
     Raises:
-        UserError: a key is unknown, a value has the wrong type, or a validator of the class refuses it.
+        UserError: a key is unknown, a value has the wrong type, or a validator of the class rejects it.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     annotations = config_fields(cls, without=parts)
     for key in values:
         if key not in annotations:
-            raise UserError(f"unknown key {where}.{key}: {suggestion(str(key), annotations, f'{where}.')}")
+            raise UserError(
+                f"{where}.{key}: expected a known key, got {key}; "
+                f"{suggestion(str(key), annotations, f'{where}.')}"
+            )
     widened = {key: _widen(value, annotations[key]) for key, value in values.items()}
     try:
         return cls(**widened, **parts)
@@ -132,8 +164,10 @@ def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: 
 
 
 def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Names and annotations of what a recipe may set in a transformers config: its own fields, not those of
-    every config."""
+    """Return the names and annotations of the fields of a transformers config that a recipe may set.
+
+    The fields of every config (`PreTrainedConfig`) are not among them.
+    """
     from transformers import PreTrainedConfig
 
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)} | set(without)
@@ -145,7 +179,10 @@ def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _widen(value: Any, annotation: Any) -> Any:
-    """`value` with ints made floats where `annotation` (a type or its source) has floats and no ints."""
+    """Return `value` with floats instead of ints if `annotation` contains float and not int.
+
+    The annotation is a type or its source text.
+    """
     words = set(re.findall(r"\w+", str(annotation)))
     if "float" not in words or "int" in words or isinstance(value, bool):
         return value
@@ -155,23 +192,23 @@ def _widen(value: Any, annotation: Any) -> Any:
 
 
 def _prefixed(where: str, error: BaseException) -> str:
-    """A validator's sentence, with the section in front unless it names its key already."""
+    """Return the message of a validator. The section comes first, unless the message contains its key."""
     sentence = one_line(error)
     return sentence if sentence.startswith((f"{where}.", f"{where}:")) else f"{where}: {sentence}"
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
+    """Return the message of an error without line breaks."""
     return " ".join(str(error).split())
 
 
 def wrong_type(key: str, annotation: Any, value: Any) -> str:
-    """The sentence about a value that does not fit its field."""
+    """Return the message about a value with the wrong type."""
     return f"{key}: expected {describe(annotation)}, got {value!r}"
 
 
 def describe(annotation: Any) -> str:
-    """A type in a person's words: "2 numbers" for `tuple[float, float]`."""
+    """Return a type in plain English, for example "2 numbers" for `tuple[float, float]`."""
     if annotation in _WORDS:
         return _WORDS[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe's name, its file and the command line to plain nested values; nothing is typed or checked
-here but sections."""
+"""Reads a recipe file and overrides as plain nested values. It checks only the names of the sections."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,11 @@ ENDINGS = (".yaml", ".yml")
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
-    """Name and file of a recipe; raises `UserError` with the nearest name if there is none."""
+    """Return the name and the file of a recipe.
+
+    Raises:
+        UserError: there is no such recipe. The message gives the most similar name.
+    """
     known = recipe_files()
     if name_or_path in known:
         return name_or_path, known[name_or_path]
@@ -27,20 +30,26 @@ def find_recipe(name_or_path: str) -> tuple[str, Path]:
     if path.suffix in ENDINGS and path.is_file():
         return path.stem, path
     name = name_or_path.removesuffix(path.suffix) if path.suffix in ENDINGS else name_or_path
-    what = "no such recipe file" if path.suffix in ENDINGS else "unknown recipe"
+    what = "an existing YAML file" if path.suffix in ENDINGS else "the name of a recipe"
     hint = suggestion(name, known)
     hint += "" if hint.endswith("?") else "; hf-ssl recipes lists them"
-    raise UserError(f"{what} {name_or_path}: {hint}")
+    raise UserError(f"recipe: expected {what}, got {name_or_path}; {hint}")
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe file; those that it does not have are empty."""
+    """Return the sections of a recipe file. Missing sections are empty.
+
+    Raises:
+        UserError: the file cannot be read, is not valid YAML, or contains something other than sections.
+    """
     try:
         tree = OmegaConf.create(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}{_line(error)} is not valid YAML: {_problem(error)}") from error
+        raise UserError(
+            f"{path}{_line(error)}: expected valid YAML, got an error: {_problem(error)}"
+        ) from error
     except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+        raise UserError(f"{path}: expected a readable recipe, got an error: {error.strerror}") from error
     plain = OmegaConf.to_container(tree)
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(plain).__name__}")
@@ -50,7 +59,16 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 def apply_overrides(
     plain: dict[str, dict[str, Any]], overrides: Sequence[str], sections: Sequence[str] = SECTIONS
 ) -> dict[str, dict[str, Any]]:
-    """`plain` with every `section.key=value` written into it; `section={...}` replaces the section."""
+    """Return `plain` with all overrides.
+
+    Args:
+        plain: the sections.
+        overrides: `section.key=value`; `section={...}` replaces the section.
+        sections: names of the allowed sections.
+
+    Raises:
+        UserError: an override has a wrong form or an unknown section.
+    """
     tree = OmegaConf.create(plain)
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -60,7 +78,9 @@ def apply_overrides(
                 f"expected section.key=value with a section of {', '.join(sections)}, got {override!r}"
             )
         if section not in sections:
-            raise UserError(f"unknown section {section} in {override!r}: {suggestion(section, sections)}")
+            raise UserError(
+                f"{section}: expected a known section, got {override!r}; {suggestion(section, sections)}"
+            )
         _refuse_interpolation(override, key)
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
@@ -70,25 +90,37 @@ def apply_overrides(
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"cannot read {override!r}: {_problem(error)}") from error
+            raise UserError(
+                f"{key}: expected a value in YAML, got {override!r}: {_problem(error)}"
+            ) from error
     changed: Any = OmegaConf.to_container(tree)
     return _sections(changed, sections, "the command")
 
 
 def _sections(plain: dict[Any, Any], sections: Sequence[str], where: str) -> dict[str, dict[str, Any]]:
-    """Every section as a dict; raises `UserError` for one that is unknown or holds something else."""
+    """Return every section as a dict.
+
+    Raises:
+        UserError: a section is unknown or contains something other than keys and values.
+    """
     for section, values in plain.items():
         if section not in sections:
-            raise UserError(f"unknown section {section} in {where}: {suggestion(str(section), sections)}")
+            raise UserError(
+                f"{section}: expected a known section in {where}, got {section}; "
+                f"{suggestion(str(section), sections)}"
+            )
         if not isinstance(values, dict | None):
-            raise UserError(f"{section} in {where}: expected keys and values, got {values!r}")
+            raise UserError(f"{section}: expected keys and values in {where}, got {values!r}")
         _refuse_interpolation(values or {}, str(section))
     return {section: plain.get(section) or {} for section in sections}
 
 
 def _refuse_interpolation(value: Any, key: str) -> None:
-    """OmegaConf would fill in `${oc.env:HF_TOKEN}`; a stranger's recipe must not put our secrets on a
-    card."""
+    """Raise `UserError` for a value with an interpolation, at any depth.
+
+    OmegaConf would replace `${oc.env:HF_TOKEN}` by the token. A recipe from another author could then publish
+    the user's secrets on a card.
+    """
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_interpolation(item, f"{key}.{name}")
@@ -96,15 +128,17 @@ def _refuse_interpolation(value: Any, key: str) -> None:
         for item in value:
             _refuse_interpolation(item, key)
     elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{key}: recipes have no interpolation, got {value!r}")
+        raise UserError(
+            f"{key}: expected a value without interpolation, got {value!r}; write the value itself"
+        )
 
 
 def _line(error: Exception) -> str:
-    """ ", line 3" where a YAML error knows its place."""
+    """Return the line of a YAML error, for example ", line 3", or "" if the line is unknown."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-    return "" if mark is None else f", line {mark.line + 1},"
+    return "" if mark is None else f", line {mark.line + 1}"
 
 
 def _problem(error: Exception) -> str:
-    """What a YAML error complains about, without the excerpt that it adds."""
+    """Return the problem of a YAML error without the excerpt of the file."""
     return str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else one_line(error)

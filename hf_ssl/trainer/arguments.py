@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training arguments: transformers' own with the defaults that self-supervised learning needs, and ours
-beside them.
-"""
+"""Training arguments: the arguments of transformers with other defaults, and further arguments of hf_ssl."""
 
 import math
 from dataclasses import dataclass, field
@@ -21,8 +19,7 @@ RULES = ("none", "linear", "square_root")
 
 @dataclass
 class SSLTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` for pretraining; all of its fields work, these are new or have
-    another default.
+    """Arguments for pretraining. All fields of `transformers.TrainingArguments` also work.
 
     Attributes:
         batch_size: images in one optimizer step, over all processes and accumulation steps.
@@ -31,53 +28,55 @@ class SSLTrainingArguments(TrainingArguments):
             `fp16=False` exclude that precision from the choice.
         dataloader_num_workers: a number, or `auto`, which selects a number by cores, device and image size
             (`hf_ssl.trainer.fitting`).
-        optimizer: `sgd`, `adamw` or `lars`; transformers' own `optim` is not used.
-        base_learning_rate: if set, `learning_rate` follows from it by `learning_rate_rule`.
+        optimizer: `sgd`, `adamw` or `lars`. The field `optim` of transformers is not used.
+        base_learning_rate: if set, `learning_rate_rule` computes `learning_rate` from this value.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
-        momentum, nesterov: of SGD and LARS.
-        weight_decay_end: if set, weight decay moves from `weight_decay` to this along half a cosine over the
-            whole run (DINO, I-JEPA). Parameters without weight decay keep none.
-        decay_all_parameters: weight decay on biases, norms and tokens too, as authors who use plain SGD do.
-        clip_each_tensor: the largest norm of each parameter's gradient by itself (DINO); 0 clips nothing.
+        momentum, nesterov: settings of SGD; LARS uses only `momentum`.
+        weight_decay_end: if set, weight decay changes from `weight_decay` to this value along half a cosine
+            over the whole run (DINO, I-JEPA). Parameters without weight decay do not change.
+        decay_all_parameters: whether weight decay also applies to biases, normalization layers and tokens.
+            Authors who use plain SGD do this.
+        clip_each_tensor: the largest norm of the gradient of each parameter (DINO); 0 disables clipping.
         lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
-        lars_adapt_all_parameters: LARS adapts the rate of biases, norms and tokens too, as SwAV's authors do.
-        warmup_epochs: passes over the data with a linear warm-up; takes precedence over `warmup_steps`.
-        minimum_learning_rate_ratio: final value of the cosine, as a share of the learning rate.
-        learning_rate_drops: passes over the data after each of which the learning rate is a tenth of what
-            `lr_scheduler_type` says (MoCo v1: [120, 160] with `constant`).
-        contrastive_chunk_size: images of a process that are encoded at once, for batches that do not fit into
-            memory; loss and gradient are those of the whole batch, BatchNorm statistics those of a chunk
-            (`hf_ssl.trainer.gradient_cache`). None encodes them all at once.
-        sync_batch_norm: with several processes, BatchNorm statistics span all of them.
-        channels_last: memory layout of convolutions, 1.3 times faster on CPUs.
-        monitor_steps: optimizer steps between two measurements of the monitor; 0 switches it off.
-        monitor_bank_images, monitor_query_images: labelled images of its k-NN classifier.
-        monitor_neighbours: k of that classifier.
-        layer_decay: if set, each block of the backbone learns at this share of the rate of the block after it
-            (BEiT's layer-wise decay); for backbones that are trained already.
-        head_warmup_epochs: passes over the data in which the backbone stays as it is and heads alone learn;
-            its BatchNorm statistics move all the same.
-        on_worse: `warn` or `stop` when a run that began with a trained backbone has made it worse.
-        on_collapse: `warn` or `stop` when the monitor finds that embeddings have collapsed.
+        lars_adapt_all_parameters: whether LARS also adapts the learning rate of biases, normalization layers
+            and tokens, as in the code of SwAV.
+        warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
+        minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
+        learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
+            schedule `lr_scheduler_type` (MoCo v1: [120, 160] with `constant`).
+        contrastive_chunk_size: images that a process encodes at once, for batches that do not fit into
+            memory. Loss and gradient equal those of the whole batch. BatchNorm uses the statistics of a
+            chunk (`hf_ssl.trainer.gradient_cache`). None encodes all images at once.
+        sync_batch_norm: whether BatchNorm statistics include the images of all processes.
+        channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
+        monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it.
+        monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
+        monitor_neighbours: k of the k-NN classifier.
+        layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
+            the next block (layer-wise decay of BEiT). It is meant for trained backbones.
+        head_warmup_epochs: epochs in which the backbone is frozen and only the heads are trained. The
+            BatchNorm statistics of the backbone still change.
+        on_worse: `warn` or `stop`, if a run that started from a trained backbone has worse features.
+        on_collapse: `warn` or `stop`, if the monitor finds that the embeddings have collapsed.
     """
 
-    # What transformers has otherwise, and why it would be wrong here.
-    remove_unused_columns: bool = False  # would drop the image column
-    logging_nan_inf_filter: bool = (
-        False  # would log a NaN loss as an average, and waits for the device in each step
-    )
-    max_grad_norm: float = 0.0  # no author of a contrastive method clips
+    # These defaults differ from those of transformers. The comments give the reasons.
+    remove_unused_columns: bool = False  # True removes the image column
+    # True logs an average instead of a NaN loss, and waits for the device in each step.
+    logging_nan_inf_filter: bool = False
+    max_grad_norm: float = 0.0  # the authors of contrastive methods do not clip gradients
     weight_decay: float = 1e-4
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     dataloader_num_workers: int | str = AUTO  # type: ignore[assignment]
-    bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` determines it
+    bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` sets it
     fp16: bool | None = None  # type: ignore[assignment]
     ddp_find_unused_parameters: bool | None = False
-    ddp_broadcast_buffers: bool | None = False  # they come from gathered values, or from a process's own
+    # Buffers need no broadcast: they come from gathered values, or differ between processes on purpose.
+    ddp_broadcast_buffers: bool | None = False
     logging_steps: float = 20
-    logging_first_step: bool = True  # a slow first step is followed by a sign of life
+    logging_first_step: bool = True  # shows early that a slow run makes progress
     save_steps: float = 500
     save_total_limit: int | None = 2
     seed: int = 0
@@ -119,43 +118,45 @@ class SSLTrainingArguments(TrainingArguments):
         _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
         _check_choice("on_worse", self.on_worse, ("warn", "stop"))
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise UserError(f"training.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+            raise UserError(
+                f"training.layer_decay: expected a number above 0 and at most 1, got {self.layer_decay}"
+            )
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise UserError(
-                f"training.contrastive_chunk_size must be at least 1 image, got {self.contrastive_chunk_size}"
+                f"training.contrastive_chunk_size: expected at least 1, got {self.contrastive_chunk_size}"
             )
         if self.learning_rate_drops and min(self.learning_rate_drops) <= 0:
             raise UserError(
-                f"training.learning_rate_drops must be positive epochs, got {self.learning_rate_drops}"
+                f"training.learning_rate_drops: expected positive epochs, got {self.learning_rate_drops}"
             )
         workers = self.dataloader_num_workers
         if workers != AUTO and (not isinstance(workers, int) or workers < 0):
             raise UserError(
-                f"training.dataloader_num_workers: expected auto or an integer from 0 on, got {workers!r}"
+                f"training.dataloader_num_workers: expected auto or an integer of at least 0, got {workers!r}"
             )
         self._read_precision()
         if self.clip_each_tensor < 0 or (self.clip_each_tensor and self.fp16):
             raise UserError(
-                "training.clip_each_tensor must be at least 0, and 0 with fp16, which scales gradients, got "
-                f"{self.clip_each_tensor}"
+                "training.clip_each_tensor: expected at least 0, and 0 with fp16, because fp16 scales "
+                f"gradients, got {self.clip_each_tensor}"
             )
         if self.weight_decay_end is not None and self.weight_decay_end < 0:
-            raise UserError(f"training.weight_decay_end must be at least 0, got {self.weight_decay_end}")
+            raise UserError(f"training.weight_decay_end: expected at least 0, got {self.weight_decay_end}")
         self._follow_batch_size()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
         if self.monitor_steps:
             self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers must be told, or it refuses bf16 on a CPU
-        if workers == AUTO:  # transformers expects a number, and more than 0 if there is a prefetch factor
+            self.use_cpu = True  # otherwise transformers raises an error for bf16 on a CPU
+        if workers == AUTO:  # transformers needs a number, and at least 1 with a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
         self.dataloader_num_workers = workers
         if self.n_gpu > 1:
             raise UserError(
-                f"{self.n_gpu} GPUs are visible to one process: start one for each with torchrun "
-                f"--nproc_per_node {self.n_gpu} training/pretrain.py ..., or choose one with "
+                f"training: expected one GPU per process, got {self.n_gpu}; start one process per GPU with "
+                f"torchrun --nproc_per_node {self.n_gpu} training/pretrain.py ..., or set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.per_device_train_batch_size = self._batch_per_process()
@@ -177,7 +178,10 @@ class SSLTrainingArguments(TrainingArguments):
 
     @property
     def hides_progress(self) -> bool:
-        """Whether this process shows no progress: `disable_tqdm`, or not the first process of its machine."""
+        """Whether this process shows no progress.
+
+        This is the case with `disable_tqdm`, and in all processes but the first one of a machine.
+        """
         return bool(self.disable_tqdm) or self.local_process_index > 0
 
     def use_precision(self, precision: str) -> None:
@@ -192,7 +196,7 @@ class SSLTrainingArguments(TrainingArguments):
         self.mixed_precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
 
     def use_batch_size(self, batch_size: int) -> None:
-        """Set another batch size; the learning rate follows `learning_rate_rule`.
+        """Set another batch size, and the learning rate by `learning_rate_rule`.
 
         Args:
             batch_size: images in one optimizer step, over all processes and accumulation steps.
@@ -214,7 +218,7 @@ class SSLTrainingArguments(TrainingArguments):
         shares = self.world_size * self.gradient_accumulation_steps
         if self.batch_size < shares or self.batch_size % shares:
             raise UserError(
-                "training.batch_size must be a multiple of processes x gradient_accumulation_steps = "
+                "training.batch_size: expected a multiple of processes x gradient_accumulation_steps = "
                 f"{self.world_size} x {self.gradient_accumulation_steps}, got {self.batch_size}"
             )
         return self.batch_size // shares
@@ -222,4 +226,4 @@ class SSLTrainingArguments(TrainingArguments):
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"training.{key} must be one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"training.{key}: expected one of {', '.join(choices)}, got {value!r}")

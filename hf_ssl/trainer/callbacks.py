@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks of the Trainer: the hooks of a method, the progress bar, and pictures."""
+"""Callbacks of the trainer for method hooks, weight decay, the progress bar, the memory bank and pictures."""
 
 import math
 import time
@@ -28,20 +28,23 @@ from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
 SEED_OFFSET = 2**33
-"""Added to the seed of the run for `MemoryWarmup`, so that the first epoch of training has other views."""
+"""Offset of the seed for `MemoryWarmup`. It makes the views differ from those of the first epoch."""
 
 
 def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
-    """Return the optimizer steps of an epoch; for a loader of unknown length, those of the whole run."""
+    """Return the number of optimizer steps per epoch.
+
+    For a loader of unknown length, the result is the number of steps of the whole run.
+    """
     if not has_length(train_dataloader):
         return total_steps
     return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
 
 
 def clip_each(gradients: list[Tensor], maximum: float) -> None:
-    """Shorten every tensor that is longer than `maximum` to that norm; nothing waits for the device.
+    """Scale each gradient down to the norm `maximum` if its norm is larger. Do not wait for the device.
 
-    Source: facebookresearch/dino, where each parameter's gradient is clipped by itself.
+    Source: facebookresearch/dino, which clips the gradient of each parameter separately.
     """
     norms = torch._foreach_norm(gradients)
     factors = torch._foreach_add(norms, 1e-6)
@@ -52,8 +55,14 @@ def clip_each(gradients: list[Tensor], maximum: float) -> None:
 
 
 class MethodHooks(TrainerCallback):
-    """Calls a method's hooks with the progress of the run, clips each gradient (`args.clip_each_tensor`), and
-    keeps parameters still that a rule has frozen until a step.
+    """Calls the hooks of a method with the progress of the run.
+
+    It also clips each gradient (`args.clip_each_tensor`) and freezes parameters until the step that their
+    parameter group gives.
+
+    Args:
+        model: the model of the method.
+        step_was_made: returns whether the optimizer made the last step. With float16 it can skip a step.
     """
 
     def __init__(self, model: SSLPreTrainedModel, step_was_made: Callable[[], bool]) -> None:
@@ -93,7 +102,7 @@ class MethodHooks(TrainerCallback):
         if self.step_was_made():
             self.model.after_step(self._progress(state))
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the final loss, also of a run that is shorter than logging_steps
+            control.should_log = True  # logs the final loss, even of a run shorter than logging_steps
 
 
 class WeightDecaySchedule(TrainerCallback):
@@ -106,7 +115,7 @@ class WeightDecaySchedule(TrainerCallback):
 class ProgressBar(ProgressCallback):
     """Shows one line with steps, time left, loss, images per second and k-NN accuracy.
 
-    Log records print no further lines. The elapsed time moves during a long step.
+    Log records print no further lines. The elapsed time is also updated during a long step.
     """
 
     _SHOWN = (("loss", "loss", ".4g"), ("images_per_second", "img/s", ".0f"), ("eval_knn", "k-NN", ".3f"))
@@ -143,13 +152,12 @@ class ProgressBar(ProgressCallback):
 
 
 class MemoryWarmup(TrainerCallback):
-    """Embeds all images once before the first step, for a method that starts with a memory of all images.
+    """Embeds all images once before the first step, for a method that needs a full memory bank at the start.
 
-    A resumed run does not repeat this. The network is in training mode, as in the authors' code of
-    DeepCluster v2.
+    A resumed run does not repeat this. The network is in training mode, as in the code of DeepCluster v2.
 
     Args:
-        model: the model; nothing happens for a method without `needs_memory_warmup`.
+        model: the model. The callback does nothing for a method without `needs_memory_warmup`.
         loader: returns the loader of one epoch.
         precision: returns the context of a forward pass (autocast).
     """
@@ -177,15 +185,15 @@ class MemoryWarmup(TrainerCallback):
 
 @torch.no_grad()
 def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """Store the embeddings of a batch in the memory of a method, as a training step does."""
+    """Store the embeddings of a batch in the memory bank of a method, as a training step does."""
     embeddings = model.embed(inputs)
     model.update_memory({name: gather(embeddings[name]) for name in model.memory_inputs})
 
 
 class PictureCallback(TrainerCallback):
-    """Draws a picture after measurements of the monitor and at the end.
+    """Draws a picture after measurements of the monitor and at the end of training.
 
-    After a measurement it draws only if drawing takes at most a twentieth of the time.
+    After a measurement, it draws only if drawing takes at most 1/20 of the training time.
     """
 
     def __init__(self) -> None:
@@ -223,8 +231,8 @@ class MethodPicturesCallback(PictureCallback):
 
     Args:
         model: the model; most methods have no pictures.
-        images: the images to show, always with the same augmentation and the same noise.
-        preset: the augmentation settings, to turn normalized pixels back into colors.
+        images: the images in the pictures. Their augmentation and noise are always the same.
+        preset: the augmentation settings, which are needed to convert normalized pixels to colors.
     """
 
     def __init__(self, model: SSLPreTrainedModel, images: LoadedBatch, preset: ViewPreset) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of how a run learned, from the Trainer's log."""
+"""Draws the training curves of a run from the log of the trainer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from hf_ssl.files import replaced_file
 
 Panel = tuple[str, tuple[str, ...]]
 
-# Each panel: title, and the log keys that share its axis. Keys that a run did not log are left out, and
-# empty panels too. What a method measures and no panel here knows gets one of its own.
+# Each panel has a title and the log keys that share its axis. Keys that the run did not log and empty panels
+# are not drawn. Each further measurement of a method gets its own panel.
 PANELS: tuple[Panel, ...] = (
     ("training loss", ("loss",)),
     ("k-NN accuracy while training", ("eval_knn",)),
@@ -21,21 +21,23 @@ PANELS: tuple[Panel, ...] = (
     ("learning rate", ("learning_rate",)),
     ("weight decay", ("weight_decay",)),
     ("images per second", ("images_per_second",)),
-    ("prototypes (entropy 1: used alike)", ("eval_prototype_entropy", "eval_prototypes_used")),
+    ("prototypes (entropy 1: used equally)", ("eval_prototype_entropy", "eval_prototypes_used")),
     ("correlation of different dimensions (0 at best)", ("eval_off_diagonal_correlation",)),
     ("steps that a key stays in the queue", ("eval_queue_age",)),
     ("share of the queue that holds keys", ("eval_queue_filled",)),
 )
-# The probe's loss: of another number of images than a batch's, so it is not to be held against that.
+# The loss of the monitor is not comparable with the training loss, because the number of images differs.
 _NOT_DRAWN = {"eval_loss"}
 
 
 def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The panels that have something to show: `PANELS`, one for each other measurement (`eval_<name>`), and
-    the terms of the loss where there are several.
+    """Return the panels that have logged values.
+
+    The panels are `PANELS`, one panel for each further measurement (`eval_<name>`), and one panel for the
+    terms of the loss if there are several.
 
     Args:
-        log_history: as `draw_curves` takes it.
+        log_history: see `draw_curves`.
     """
     logged = {key for record in log_history for key in record if _is_number(record[key])}
     known = {key for _, keys in PANELS for key in keys}
@@ -59,17 +61,17 @@ def _label(key: str) -> str:
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the run's curves to `path` as a PNG.
+    """Write the training curves to `path` as a PNG file.
 
     Args:
         log_history: `trainer.state.log_history`, one dict with a `step` for each record.
-        path: the picture's file; it is replaced in one go, and not written while nothing was recorded.
+        path: path of the file. It is replaced atomically. Without a logged value, no file is written.
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    from matplotlib.figure import Figure  # pyplot would need global state
 
     panels = select_panels(log_history)
     if not panels:
-        return  # a run shorter than its first record
+        return  # the run ended before its first record
     columns = 4
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained", dpi=110)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapts a run to its machine: precision, loader workers, batch size, and the size of the monitor.
+"""Chooses precision, loader workers, batch size and monitor size for the machine of a run.
 
 A recipe states the settings of its paper, for the paper's machines. This module chooses the values that the
 user did not set. It uses the number of images, the device, its free memory and the measured time of a step.
-The main process chooses, and all processes use its choice. `_run.json` stores the choice, so that a resumed
-run uses the same one.
+The main process chooses, and all processes use its choice. `_run.json` stores the choice. A resumed run uses
+the same one.
 """
 
 import math
@@ -21,13 +21,13 @@ from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
 from hf_ssl.trainer.step_cost import MEMORY_MARGIN, StepCost
 
 STEP_SECONDS = 30.0
-"""The longest time of a training step on a CPU; a recipe's batch size that needs more is reduced."""
+"""Longest time of a training step on a CPU, in seconds. A batch size that needs more time is reduced."""
 FIRST_MEASUREMENT_SHARE, FIRST_MEASUREMENT_SECONDS = 0.05, (2.0, 10.0)
-"""The monitor's first measurement may take this share of the planned run. The limit lies between 2 and 10
-seconds in any case, because a run of one minute needs a monitor, too.
+"""Longest time of the monitor's first measurement, as a fraction of the planned run. The limit is always
+between 2 and 10 seconds, because a run of one minute also needs a monitor.
 """
 PROBE_IMAGES = 512
-"""Number of training images that the monitor embeds if this does not take too long."""
+"""Number of training images that the monitor embeds, unless this takes too long."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 _FEWEST = {"probe": 32, "bank": 100, "queries": 50}
@@ -42,11 +42,11 @@ class Choice(TypedDict):
 
 
 Choices = dict[str, Choice]
-"""Recipe key, e.g. "training.precision" -> choice."""
+"""Maps a recipe key, e.g. "training.precision", to the choice."""
 
 
 def choose_precision(args: SSLTrainingArguments) -> Choices:
-    """Choose and set the precision if `args.precision` is `auto`. Return the choice; {} if none was made."""
+    """Choose and set the precision if `args.precision` is `auto`. Return the choice, or {} otherwise."""
     if args.precision != AUTO:
         return {}
     found = fastest_precision(args.device.type)
@@ -59,12 +59,11 @@ def choose_precision(args: SSLTrainingArguments) -> Choices:
 
 
 def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
-    """Choose and set the number of workers if `args.dataloader_num_workers` is `auto`. Return the choice, or
-    {} if none was made.
+    """Choose and set the number of workers if `args.dataloader_num_workers` is `auto`.
 
-    With training on a CPU, small images need no workers: the training process assembles a batch faster than
-    it receives one from a worker. Workers would also compete with the training step for the cores. With
-    training on an accelerator, two workers are enough for small images.
+    Return the choice, or {} otherwise. With training on a CPU, small images need no workers. The training
+    process assembles a batch faster than it receives one from a worker. Workers would also compete with the
+    training step for the cores. With training on an accelerator, two workers are enough for small images.
 
     Args:
         args: the training arguments.
@@ -207,22 +206,22 @@ def apply_choices(args: SSLTrainingArguments, choices: Choices) -> None:
 def free_memory(device: torch.device) -> float:
     """Return the bytes that this process can still allocate on the device.
 
-    For a CPU these are the machine's available bytes, or what the limit of the control group leaves, divided
-    among the processes on this machine.
+    For a CPU, this is the smaller of the machine's available memory and the free memory of the control
+    group. The result is divided by the number of processes on this machine.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
     import psutil
 
-    free = psutil.virtual_memory().available  # of the machine: psutil knows no containers
+    free = psutil.virtual_memory().available  # psutil ignores the limits of containers
     return min(float(free), _left_in_control_group()) / _processes_here()
 
 
 def _left_in_control_group() -> float:
-    """Bytes that the limit of the control group (version 2) leaves; infinity without a limit.
+    """Return the free bytes within the limit of the control group (version 2); infinity without a limit.
 
-    Files that were read count as used, but the kernel drops them when memory is needed.
+    The control group counts cached files as used, but the kernel frees them when memory is needed.
     """
     try:
         limit = (CONTROL_GROUP / "memory.max").read_text().strip()
@@ -236,7 +235,7 @@ def _left_in_control_group() -> float:
 
 
 def _processes_here() -> int:
-    """Number of processes of this run on this machine."""
+    """Return the number of processes of this run on this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -252,5 +251,8 @@ def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | N
 
 
 def _power_of_two(limit: float) -> int:
-    """Return the largest power of two up to `limit`, at least 2: BatchNorm and negatives need two images."""
+    """Return the largest power of two up to `limit`, but at least 2.
+
+    BatchNorm and negatives need two images.
+    """
     return 1 << max(1, int(limit).bit_length() - 1)

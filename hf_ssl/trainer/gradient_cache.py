@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains on batches that do not fit into memory, for losses that need the whole batch at once.
+"""Computes gradients of batches that do not fit into memory, for losses that need the whole batch at once.
 
 Loss and gradients equal those of the whole batch up to rounding.
 """
@@ -25,24 +25,25 @@ def cached_backward(
     backward: Callable[[Tensor], None],
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> SSLOutput:
-    """Loss of a whole batch and its gradient, while the activations of one chunk exist at a time.
+    """Return the loss of a whole batch, and add its gradient to `.grad`.
 
-    1. Embed each chunk without a graph and keep the embeddings alone. 2. Compute the loss of all of them
-    together, and its gradient with respect to each. 3. Embed each chunk again with the same random draws,
-    now with a graph, and send its share of that gradient through it. Each image is encoded twice forward
-    and once backward: about a third more arithmetic, for memory that grows with the chunk.
+    Only the activations of one chunk are in memory at a time. There are three steps. First, each chunk is
+    embedded without a graph. Second, the loss of all embeddings and its gradient with respect to each
+    embedding are computed. Third, each chunk is embedded again with a graph and the same random state, and
+    its part of the gradient is propagated back. Each image needs two forward passes and one backward pass,
+    which is about a third more computation. Memory grows with the chunk, not with the batch.
 
-    Equal to one forward and backward pass of the whole batch wherever images do not see each other inside
-    `embed`. BatchNorm does see them: its statistics are those of a chunk (over all processes, if
-    synchronised), the same in both passes, and its running statistics move once for each chunk. Queues and
-    centres move once for the batch. Gradients are added to `.grad` and are not averaged over processes.
+    The result equals that of one forward and backward pass if `embed` treats images independently. BatchNorm
+    does not: it uses the statistics of a chunk (over all processes, if synchronized) in both forward passes.
+    Its running statistics are updated once per chunk. Queues and centers are updated once per batch.
+    Gradients are not averaged over processes.
 
     Args:
-        model: the method itself, not wrapped for several processes.
-        chunks: each makes the model's inputs of some images, the same ones whenever it is called.
-        backward: how a loss is sent backwards, `Tensor.backward` or one that scales it.
-        precision: makes the context of a forward pass (autocast); a new one for each, since autocast keeps
-            the weights that it has cast, without a graph if it met them in the first pass.
+        model: the model of the method, without a wrapper for several processes.
+        chunks: each function returns the model inputs of one chunk. Every call returns the same inputs.
+        backward: runs the backward pass of a loss: `Tensor.backward`, or a function that scales the loss.
+        precision: returns a new context for each forward pass (autocast). Autocast caches the weights that it
+            casts. A cache from the first forward pass would have no graph.
 
     Source: Gao et al., arXiv:2101.06983, section 3.2.
     """
@@ -71,21 +72,24 @@ def cached_backward(
 
 
 def check_chunks_help(model: SSLPreTrainedModel) -> None:
-    """Raise `UserError` for a loss that is a mean over images: accumulation does the same for less."""
+    """Raise `UserError` for a loss that is a mean over images.
+
+    For such a loss, gradient accumulation gives the same result with less memory and time.
+    """
     if not model.couples_samples:
         raise UserError(
-            f"training.contrastive_chunk_size: the loss of {type(model).__name__} compares no images with "
-            "each other, and training.gradient_accumulation_steps takes less memory and time"
+            f"training.contrastive_chunk_size: expected no value, because the loss of {type(model).__name__} "
+            "compares no images with each other, got a number; use training.gradient_accumulation_steps"
         )
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """Where the graph of the loss begins."""
+    """Return a leaf tensor, at which the graph of the loss begins."""
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 class _RandomState:
-    """The state of the generators that layers such as dropout draw from: the CPU's and the accelerator's."""
+    """Stores the states of the random generators of the CPU and the accelerator, which dropout uses."""
 
     def __init__(self, cpu: Tensor, accelerator: Tensor | None) -> None:
         self.cpu, self.accelerator = cpu, accelerator
@@ -103,7 +107,7 @@ class _RandomState:
 
 
 def _accelerator_module() -> Any:
-    """`torch.cuda`, `torch.xpu` or `torch.mps`; None without an accelerator."""
+    """Return `torch.cuda`, `torch.xpu` or `torch.mps`; None without an accelerator."""
     if not torch.accelerator.is_available():
         return None
     return torch.get_device_module(torch.accelerator.current_accelerator())
@@ -111,7 +115,10 @@ def _accelerator_module() -> Any:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of BatchNorm; it still normalizes with the statistics of the batch."""
+    """Do not update the running statistics of BatchNorm in this block.
+
+    BatchNorm still normalizes with the statistics of the batch.
+    """
     layers = [
         layer
         for layer in model.modules()

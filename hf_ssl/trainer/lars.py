@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LARS, in the three forms that published results of self-supervised learning used."""
+"""Implements LARS in the three variants that published results of self-supervised learning use."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# How each source computes its step from gradient g, weight w, weight decay d, trust coefficient c, momentum
-# m, rate lr:   barlowtwins  u = g + d w;  v = m v + c |w|/|u| u;               w -= lr v    (also BYOL,
-# VICReg, MoCo v3)   simclr       u = g + d w;  v = m v + lr c |w|/|u| u;            w -= v       (a change
-# of lr acts on new gradients only)   larc         u = g + d w;  v = m v + c |w|/(|g| + d |w|) u;     w -=
-# lr v    (lightly, solo-learn, apex)
+# The variants compute the step from gradient g, weight w, weight decay d, trust coefficient c, momentum m and
+# learning rate lr:
+#   barlowtwins  u = g + d w;  v = m v + c |w|/|u| u;            w -= lr v
+#   simclr       u = g + d w;  v = m v + lr c |w|/|u| u;         w -= v
+#   larc         u = g + d w;  v = m v + c |w|/(|g| + d |w|) u;  w -= lr v
+# BYOL, VICReg and MoCo v3 also use `barlowtwins`. lightly, solo-learn and apex use `larc`. With `simclr`, a
+# change of lr affects new gradients only.
 VARIANTS = ("barlowtwins", "simclr", "larc")
 
 
@@ -20,15 +22,20 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888).
 
     Args:
-        params: parameters or groups; a group's `adapt=False` leaves out the scaling (biases, norms), as all
-            authors do.
+        params: parameters or parameter groups. `adapt=False` disables the scaling for a group. All authors
+            do this for biases and normalization layers.
         lr: learning rate.
         momentum: decay of the momentum buffer.
-        weight_decay: added to the gradient before the norms are taken.
-        trust_coefficient: the scale c of the adaptation (0.001 in the authors' code; 0.02 in solo-learn's
-            CIFAR recipes).
-        variant: one of `VARIANTS`, named after the source it follows.
-        clip: bound the effective rate by lr, min(adaptation / lr, 1): solo-learn's `clip_lr`.
+        weight_decay: factor of the weights. The product is added to the gradient before the norms are
+            computed.
+        trust_coefficient: the scale c of the adaptation (0.001 in the authors' code, 0.02 in the CIFAR
+            recipes of solo-learn).
+        variant: one of `VARIANTS`. Each is named after its source.
+        clip: whether the effective learning rate is at most lr: min(adaptation / lr, 1). This is `clip_lr`
+            of solo-learn.
+
+    Raises:
+        ValueError: the variant is unknown.
     """
 
     def __init__(
@@ -42,7 +49,7 @@ class LARS(Optimizer):
         clip: bool = False,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"LARS variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -56,7 +63,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one step; a parameter without a gradient stays as it is."""
+        """Make one step. Parameters without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a model during training on fixed images, and detects collapsed or worse features."""
+"""Measures a model on fixed images during training, and detects collapsed or worse features."""
 
 import logging
 import math
@@ -21,19 +21,19 @@ from hf_ssl.progress import progress
 logger = logging.getLogger(__name__)
 
 _KNN = "eval_knn"
-_CHUNK = 64  # probe images that are turned into views and embedded at once
-_BATCH = 256  # labelled images that are encoded at once
+_CHUNK = 64  # number of probe images that are augmented and embedded at once
+_BATCH = 256  # number of labeled images that are encoded at once
 
 
 @dataclass
 class KNNMonitor:
-    """Labelled images for a k-NN classifier on frozen features.
+    """A k-NN classifier on frozen features of labeled images.
 
     Attributes:
-        bank: images whose labels vote.
+        bank: images of the memory bank, whose labels predict the class of a query.
         queries: images that are classified.
-        processor: what a user of the exported encoder would prepare images with.
-        neighbours: k; votes are weighted with temperature 0.07.
+        processor: image processor of the exported encoder.
+        neighbours: k. The neighbors are weighted with temperature 0.07.
     """
 
     bank: LabeledImages
@@ -42,7 +42,7 @@ class KNNMonitor:
     neighbours: int = 20
 
     def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
-        """Share of queries that their nearest images in the bank classify correctly, 0 to 1."""
+        """Return the accuracy on the queries, from 0 to 1."""
         encoder = model.exported_encoder
         bank, queries = (
             extract_features(
@@ -58,12 +58,14 @@ class KNNMonitor:
 
 
 class Monitor:
-    """Measures a model in eval mode; touches neither its weights and buffers nor any global random state.
+    """Measures a model in evaluation mode.
+
+    A measurement changes neither weights and buffers nor the global random state.
 
     Args:
-        probe: some training images and the parameters of their views, the same in every measurement.
-        knn: labelled images, if there are any.
-        dtype: precision of the encoder while it is measured; None for its own.
+        probe: training images with fixed augmentation parameters.
+        knn: the k-NN classifier; None without labeled images.
+        dtype: autocast precision of the measurement; None disables autocast.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class Monitor:
     def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
         """Return the measurements by name.
 
-        `loss` of the probe; `rank_me` and `feature_std` of the exported encoder's features; `embedding_std`
-        (1 isotropic, 0 collapsed), `embedding_rank` (RankMe of the centred embeddings: a mean hides a lost
-        dimension), `alignment` (where there are two views) and `uniformity` of what the loss compares; `knn`
-        accuracy where there are labels. A method adds its own (`measurements`).
+        `loss` is the loss of the probe. `rank_me` and `feature_std` measure the features of the exported
+        encoder. `embedding_std` (1 isotropic, 0 collapsed), `embedding_rank`, `alignment` (with two or more
+        views) and `uniformity` measure the embeddings that the loss compares. `embedding_rank` is RankMe of
+        the centered embeddings, because a large mean hides a lost dimension. `knn` is the accuracy with
+        labeled images. A method adds further values (`measurements`).
         """
         with evaluation_mode(model):
             metrics = self._measure_probe(model)
@@ -115,14 +118,14 @@ class Monitor:
 
 
 class CollapseAlarm:
-    """Tells when embeddings have collapsed: to one point (no spread), to one line (no dimensions), or in a
-    way of the method's own.
+    """Detects collapsed embeddings: a low standard deviation, a low rank, or a measurement of the method.
 
-    A network may start nearly collapsed and leave that state as it learns, so the alarm is raised only when
-    two measurements in a row after the start are low and the second is not recovering.
+    The embeddings of a new network may be nearly collapsed and recover during training. The alarm is raised
+    when two consecutive measurements after the start are low and the second is at most 1.2 times the first.
+    A NaN raises the alarm immediately.
 
     Args:
-        minimum: the value below which each measurement is low (`SSLPreTrainedModel.collapsed_below`).
+        minimum: the value below which a measurement is low, by name (`SSLPreTrainedModel.collapsed_below`).
     """
 
     def __init__(self, minimum: Mapping[str, float]) -> None:
@@ -130,7 +133,7 @@ class CollapseAlarm:
         self.previous: dict[str, float] = {}
 
     def check(self, metrics: dict[str, float], step: int, prefix: str = "eval") -> str | None:
-        """One sentence if the embeddings have collapsed, else None."""
+        """Return a message if the embeddings have collapsed, else None."""
         message = None
         for name, minimum in self.minimum.items():
             value, before = metrics[f"{prefix}_{name}"], self.previous.get(name)
@@ -139,7 +142,7 @@ class CollapseAlarm:
             if low and (stays_low or math.isnan(value)):
                 message = (
                     f"embeddings have collapsed at step {step}: {name} is {value:.3g}, "
-                    f"healthy is above {minimum:g}"
+                    f"expected at least {minimum:g}"
                 )
             if step > 0:
                 self.previous[name] = value
@@ -149,12 +152,12 @@ class CollapseAlarm:
 class FeatureGuard(TrainerCallback):
     """Compares the k-NN accuracy of a continued run with the accuracy before the first step.
 
-    New heads disturb the features at first, so one low measurement has little meaning. The guard fires when
-    two consecutive measurements are more than two standard errors below the initial one, and the second is
-    not better than the first.
+    New heads make the features worse at first, so one low measurement is no evidence. The guard fires when
+    two consecutive measurements are more than two standard errors below the initial one. The second must also
+    not be better than the first.
 
     Args:
-        queries: number of images that the accuracy is measured on.
+        queries: number of images on which the accuracy is measured.
 
     Attributes:
         message: the message about the last measurement; None if the features are not worse.

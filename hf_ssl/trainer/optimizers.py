@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From training arguments and a method's parameter rules to an optimiser and its schedule."""
+"""Builds the optimizer and its schedules from training arguments and the parameter rules of a method."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,9 +19,7 @@ from hf_ssl.trainer.lars import LARS
 
 
 def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Optimizer:
-    """The optimiser named by `args.optimizer`, one group of parameters for each group that the method's
-    rules lead to.
-    """
+    """Return the optimizer `args.optimizer` with the parameter groups that the rules of the method define."""
     by_settings: dict[ParameterGroup, list[torch.nn.Parameter]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, group in planned(model, args).items():
@@ -46,7 +44,7 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
             variant=args.lars_variant,
             clip=args.lars_clip,
         )
-    # fused: 2 to 8 times faster than the default, on CPUs too (foreach AdamW can be 4 times slower there)
+    # fused is 2 to 8 times faster than the default, also on CPUs, where foreach AdamW can be 4 times slower.
     if args.optimizer == "sgd":
         return SGD(groups, lr=args.learning_rate, momentum=args.momentum, nesterov=args.nesterov, fused=True)
     betas = (args.adam_beta1, args.adam_beta2)
@@ -54,7 +52,10 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
 
 
 def planned(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, ParameterGroup]:
-    """The group of each trainable parameter by the method's rules and the run's arguments."""
+    """Return the parameter group of each trainable parameter, by name.
+
+    The groups follow from the rules of the method and from the training arguments.
+    """
     found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
     depth = layer_depths([name for name, _ in model.backbone.named_parameters()])
@@ -71,8 +72,15 @@ def planned(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, 
 def build_scheduler(
     optimizer: Optimizer, args: SSLTrainingArguments, total_steps: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """transformers' schedule `args.lr_scheduler_type` with the drops of `args.learning_rate_drops`, held
-    constant for groups with a fixed learning rate.
+    """Return the learning rate schedule `args.lr_scheduler_type` of transformers.
+
+    `args.learning_rate_drops` modifies it. Parameter groups with a fixed learning rate keep it constant.
+
+    Args:
+        optimizer: the result of `build_optimizer`.
+        args: the training arguments.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of an epoch.
     """
     warmup = (
         round(args.warmup_epochs * steps_per_epoch)
@@ -100,17 +108,20 @@ def build_scheduler(
 
 
 def _dropped(schedule: Callable[[int], float], drops: list[int]) -> Callable[[int], float]:
-    """The schedule times 0.1 for each of the steps `drops` that are behind."""
+    """Return the schedule times 0.1 for each step in `drops` that has been reached."""
     return lambda step: schedule(step) * 0.1 ** sum(step >= drop for drop in drops)
 
 
 def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: float) -> None:
-    """Write the weight decay of the step that follows to the groups that are decayed, if it has a schedule.
+    """Set the weight decay of the next step in the parameter groups with weight decay.
+
+    This function does nothing without `args.weight_decay_end`.
 
     Args:
-        optimizer: of `build_optimizer`, wrapped or not.
-        args: `weight_decay` and `weight_decay_end`.
-        fraction: share of the run that is done. Nothing else decides, so a resumed run goes on exactly.
+        optimizer: the result of `build_optimizer`, with or without a wrapper.
+        args: the training arguments. `weight_decay` and `weight_decay_end` are used.
+        fraction: completed fraction of the run. The weight decay depends only on it, so a resumed run uses
+            the same values.
     """
     if args.weight_decay_end is None:
         return
@@ -121,5 +132,5 @@ def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: 
 
 
 def largest_weight_decay(optimizer: Optimizer) -> float:
-    """The weight decay of what is decayed."""
+    """Return the largest weight decay of all parameter groups."""
     return max(group["weight_decay"] for group in optimizer.param_groups)

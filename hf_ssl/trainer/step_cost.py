@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the cost of one image in a training step on a device: seconds and bytes."""
+"""Measures the time and memory of one image in a training step on a device."""
 
 import copy
 import math
@@ -19,9 +19,9 @@ from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 MEASURED_IMAGES = 32
-"""Images that a step is measured with, at most."""
+"""Largest number of images in a measured step."""
 MEMORY_MARGIN = 1.25
-"""For what the measurement does not see: blocks that fit nothing, batches that are loaded ahead."""
+"""Factor for memory that the measurement does not include: fragmentation, and batches loaded in advance."""
 _ENOUGH_SECONDS, _SLOW_SECONDS, _FEWEST_IMAGES = 0.3, 2.0, 8
 
 
@@ -31,7 +31,7 @@ class StepCost:
 
     Attributes:
         step_seconds: time of the forward and backward pass of all views.
-        feature_seconds: time of the forward pass of the published encoder, on one view.
+        feature_seconds: time of the forward pass of the exported encoder, on one view.
         load_seconds: time to read, decode and crop the image in this process.
         step_bytes: memory of the forward pass that the backward pass needs.
         fixed_bytes: memory of weights, gradients and optimizer state, for any number of images.
@@ -58,18 +58,18 @@ def measure_step(
     args: SSLTrainingArguments,
     free_bytes: float = math.inf,
 ) -> StepCost:
-    """Measure forward and backward passes of a copy of the model; the model itself does not change.
+    """Measure forward and backward passes of a copy of the model. The model itself does not change.
 
-    The number of images grows from 2 until a pass takes 0.3 s, the batch is used up, or more images would
-    not fit into memory. The measured pass is `embed` and its gradient: the objective depends on state that
-    training has not built yet, and it is cheap.
+    The number of images increases from 2. It stops when a pass takes 0.3 s, the whole batch is used, or more
+    images would not fit into memory. The measured pass is `embed` and its gradient. It excludes the
+    objective, which is cheap and depends on a state that training has not built yet.
 
     Args:
         model: the model of a method.
         batch: loaded images.
-        load_seconds: seconds that it took to load one of them.
+        load_seconds: seconds that the loading of one image took.
         args: training arguments with the chosen precision.
-        free_bytes: of the device.
+        free_bytes: free memory of the device.
     """
     device, kept = args.device, []
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -80,7 +80,8 @@ def measure_step(
         count = min(2, len(batch))
         while True:
             inputs = batch[:count].inputs(device, copied.sample_masks)
-            # The main process decides how often all of them run: methods may exchange rows in `embed`.
+            # Methods may exchange rows in `embed`, so all processes need the same number of passes. The main
+            # process decides it.
             seconds, size = from_first_process(_pass(copied, inputs, args))
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
                 seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
@@ -136,7 +137,7 @@ def _pass(
 
 
 def _feature_seconds(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments) -> float:
-    """Seconds of the published encoder's forward pass over one view of each image."""
+    """Return the seconds of the exported encoder's forward pass on one view of each image."""
     dtype, images, clock = DTYPES[args.precision], inputs["pixel_values"][:, 0], _clock(args.device)
     model.eval()
     seconds = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops training on SIGTERM or Ctrl-C, after the current step and with a checkpoint."""
+"""Stops training on SIGTERM or Ctrl-C after the current step, and saves a checkpoint."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ class StopOnSignal(TrainerCallback):
     """Stops training on SIGTERM or SIGINT (Ctrl-C).
 
     It finishes the training step and saves a checkpoint. It aborts a measurement of the monitor. A second
-    signal stops the process at once. Several processes stop together at the next logging step, because they
-    wait for each other in every step.
+    signal stops the process immediately. Several processes stop together at the next logging step, because
+    they wait for each other in every step.
 
     Attributes:
         received: the signal that arrived; None before the first signal.
@@ -39,9 +39,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def stop_now(self) -> BaseException:
-        """Return the exception that ends the process with the status of the signal: SystemExit(143) or
-        KeyboardInterrupt.
-        """
+        """Return the exception of the signal: SystemExit(143) or KeyboardInterrupt."""
         if self.received == signal.SIGINT:
             return KeyboardInterrupt()
         return SystemExit(128 + signal.SIGTERM)
@@ -66,7 +64,7 @@ class StopOnSignal(TrainerCallback):
             self._interruptible = False
             raise Interrupted
         with suppress(OSError):  # not print: a handler may interrupt a print
-            os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops at once\n")
+            os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops immediately\n")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.received = None

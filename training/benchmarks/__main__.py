@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures hf_ssl against its peers: `python -m training.benchmarks [ROW ...] [--output FOLDER]`.
+"""Compares hf_ssl with other libraries: `python -m training.benchmarks [ROW ...] [--output FOLDER]`.
 
-Run `pip install -c constraints.txt ".[bench]"` first. Both sides of a row run alternately. The table holds
+Run `pip install -c constraints.txt ".[bench]"` first. Both sides of a row run alternately. The table contains
 the median and the quartiles of the ratios of neighboring runs. The program writes NAME.json with machine and
-versions, NAME.png and NAME.md, where NAME is cpu or the type of the accelerator. If you measure only some
-rows, these replace the same rows of an existing record.
+versions, NAME.png and NAME.md. NAME is cpu or the type of the accelerator. If you measure only some rows,
+they replace the same rows of an existing record.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     unknown = set(arguments.rows) - {*ROWS, OVERHEAD}
     if unknown:
         raise SystemExit(
-            f"unknown rows {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, OVERHEAD])}"
+            f"ROW: expected some of {', '.join([*ROWS, OVERHEAD])}, got {', '.join(sorted(unknown))}"
         )
     device = torch.device(arguments.device)
 
@@ -67,9 +67,14 @@ def main() -> None:
 
 
 def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, Any]:
-    """The record of one row: times in this process, memory in one for each side."""
+    """Return the record of one row.
+
+    Times are measured in this process. Memory is measured in a new process for each side.
+    """
     threads = torch.get_num_threads()
-    clock = row.clock if device.type == "cpu" else "wall"  # an accelerator works outside the process's time
+    clock = (
+        row.clock if device.type == "cpu" else "wall"
+    )  # the CPU time of a process excludes the accelerator
     torch.set_num_threads(row.threads or threads)
     try:
         timing = compare(row.build(device), repeats or row.repeats, clock, device)
@@ -96,7 +101,7 @@ def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, An
 
 
 def _peak_elsewhere(row: Row, side: str, device: torch.device) -> float:
-    """Memory at the peak of one side, in a process that has done nothing else."""
+    """Return the peak memory of one side in MiB, measured in a new process."""
     command = [sys.executable, "-m", "training.benchmarks", "--device", str(device), "--peak", row.name, side]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -107,11 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.benchmarks", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join([*ROWS, OVERHEAD])}; all without"
+        "rows", nargs="*", metavar="ROW", help=f"one of {', '.join([*ROWS, OVERHEAD])}; default: all"
     )
-    parser.add_argument("--device", default=str(found or "cpu"), help="cpu, cuda, ...; %(default)s here")
-    parser.add_argument("--repeats", type=int, help="pairs of each row instead of the row's own number")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--device", default=str(found or "cpu"), help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="number of pairs; default: the number of each row")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder of the record")
     parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     return parser
 

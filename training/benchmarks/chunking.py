@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a contrastive step in chunks: `python -m training.benchmarks.chunking`.
+"""Measures the memory of a contrastive step in chunks: `python -m training.benchmarks.chunking`.
 
-A SimCLR step of ResNet-18 at 64 pixels (`training.contrastive_chunk_size`), a fresh process for each batch
-and chunk. Memory at the peak is to grow with the chunk, and with the batch only by its images and embeddings.
-Writes chunking.json.
+The program runs a SimCLR step of ResNet-18 at 64 pixels (`training.contrastive_chunk_size`). Each combination
+of batch and chunk runs in a new process. The peak memory should grow with the chunk. It should grow with the
+batch only by the images and embeddings. The program writes chunking.json.
 """
 
 import argparse
@@ -37,7 +37,12 @@ BATCHES, CHUNKS = (128, 512), (32, 128, None)
 
 
 def step(batch_size: int, chunk: int | None) -> dict[str, Any]:
-    """Memory at the peak, in MiB, and seconds of a step; `chunk` None takes the whole batch at once."""
+    """Return the peak memory of a step in MiB and its seconds.
+
+    Args:
+        batch_size: images in the step.
+        chunk: images in a chunk; None encodes the whole batch at once.
+    """
     torch.manual_seed(0)
     preset = ViewPreset(size=32, enlarge=64)
     images = torch.stack([as_tensor(image) for image in small_images(64)]).repeat(batch_size // 64, 1, 1, 1)

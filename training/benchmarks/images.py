@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to measure with, made here, so that the benchmarks run anywhere: their pixels do not matter, their
-sizes and the bytes of their files do.
+"""Generates images for the benchmarks, so that they need no data set.
+
+The benchmarks depend on the sizes of the images and of their files, not on the values of the pixels.
 """
 
 import io
@@ -14,24 +15,24 @@ from torch import Tensor
 
 
 def small_images(count: int, size: int = 32) -> list[Image.Image]:
-    """Smooth colours with some noise, RGB, as CIFAR-10's."""
+    """Return square RGB images of smooth colors with noise, by default with the size of CIFAR-10 images."""
     random = np.random.default_rng(0)
     return [_picture(random, size, size, coarse=4) for _ in range(count)]
 
 
 def photo_files(count: int) -> list[bytes]:
-    """JPEG files of 500 x 375 pixels and about 85 KB, the size of ImageNet's median photo."""
+    """Return JPEG files of 500 x 375 pixels and about 85 KB, the median size of ImageNet photos."""
     random = np.random.default_rng(0)
     return [_encoded(_picture(random, 500, 375, coarse=24), "JPEG", quality=90) for _ in range(count)]
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
+    """Return the image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def parquet_of_small_images(folder: Path, count: int, rows_in_group: int = 1000) -> Path:
-    """A data set of PNG files as the Hub's CIFAR-10: one Parquet file in `folder`."""
+    """Write one Parquet file with PNG images, like CIFAR-10 on the Hub, to `folder`, and return `folder`."""
     files = [_encoded(image, "PNG") for image in small_images(min(count, 1000))]
     rows = {"image": [{"bytes": files[i % len(files)], "path": None} for i in range(count)]}
     rows["label"] = [i % 10 for i in range(count)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about losses: forward and backward pass, and memory at the peak."""
+"""Defines the rows about losses: the time of forward and backward pass, and the peak memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,14 @@ from training.benchmarks.row import Row
 def two_views(
     ours: Callable[[Tensor, Tensor], Tensor], peer: Callable[[], Any], batch: int, dims: int
 ) -> Any:
-    """A loss of two views (B, D): ours a function, the peer's a module that is made when it is measured."""
+    """Return a builder of both programs for a loss of two views (B, D).
+
+    Args:
+        ours: loss function of hf_ssl.
+        peer: returns the loss module of the other library.
+        batch: B.
+        dims: D.
+    """
 
     def build(device: torch.device) -> Pair:
         generator = torch.Generator().manual_seed(0)
@@ -66,7 +73,13 @@ def _vicreg(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def dino(views: int, batch: int, outputs: int) -> Any:
-    """DINO's loss and centre for two views of the teacher and more of the student."""
+    """Return a builder for the loss and the center update of DINO, with two views of the teacher.
+
+    Args:
+        views: number of views of the student.
+        batch: images in the batch.
+        outputs: number of prototypes.
+    """
 
     def build(device: torch.device) -> Pair:
         from lightly.loss import DINOLoss
@@ -95,7 +108,7 @@ def dino(views: int, batch: int, outputs: int) -> Any:
 
 
 def _wide(name: str, title: str, batch: int, aim: float, memory_aim: float, repeats: int) -> Row:
-    """A row about features of width 8192."""
+    """Return a row about embeddings with 8192 dimensions."""
     ours, peer = {
         "barlow_twins": (_barlow_twins, lightly_barlow_twins),
         "vicreg": (_vicreg, lightly_vicreg),

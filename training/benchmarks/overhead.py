@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer adds to a step: a difference of milliseconds rather than a ratio."""
+"""Measures the time that the trainer adds to a step, in milliseconds."""
 
 import itertools
 import statistics
@@ -19,19 +19,20 @@ from training.benchmarks.pairs import quartiles
 
 SHORT, LONG = 100, 500
 AIM_MILLISECONDS = 1.0  # 2 % of a step of 50 ms
-DEEP = (  # about 200 tensors of little work, so that what is measured is not lost in the work
+DEEP = (  # about 200 small tensors, so that the overhead is large compared with the computation
     "backbone={model_type: resnet, layer_type: basic, embedding_size: 8, "
     "depths: [8, 8], hidden_sizes: [8, 16]}"
 )
 
 
 def trainer_overhead(repeats: int = 5) -> dict[str, Any]:
-    """Milliseconds that SSLTrainer (hooks, a log record every tenth step, clock) adds to a step.
+    """Return the milliseconds that SSLTrainer (hooks, a log record every tenth step, clock) adds to a step.
 
-    The bare loop has the same loader, views, model and optimiser; the difference of a long and a short run
-    leaves out what happens once. Beside it, the monitor's share of a training at its default interval.
+    The bare loop has the same loader, views, model and optimizer. The difference between a long and a short
+    run excludes the time of the start. The result also contains the monitor's fraction of the training time
+    at the default interval.
     """
-    # One thread: waiting threads spin, and what they spin away would count as work.
+    # With several threads, the CPU time would include the busy waiting of idle threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     extra = []
@@ -97,8 +98,10 @@ def _bare(steps: int) -> float:
 
 
 def _monitor_share() -> float:
-    """Time of one measurement over that of the steps between two, at the defaults, for the demo's
-    network."""
+    """Return the time of one measurement, divided by the time of the steps between two measurements.
+
+    Network and settings are those of the demo.
+    """
     with tempfile.TemporaryDirectory() as folder:
         steps = 20
         overrides = [

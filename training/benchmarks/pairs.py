@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times two programs alternately: what a machine does beside them then falls on both."""
+"""Measures the time of two programs alternately, so that other load on the machine affects both equally."""
 
 import statistics
 import time
@@ -15,8 +15,13 @@ CLOCKS: dict[str, Clock] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 @dataclass(frozen=True)
 class Pair:
-    """Two programs that do the same work. `ours` handles `ours_units` of it in a call, `peer`
-    `peer_units`.
+    """Two programs that do the same work.
+
+    Attributes:
+        ours: program of hf_ssl.
+        peer: program of the other library.
+        ours_units: units of work in a call of `ours`.
+        peer_units: units of work in a call of `peer`.
     """
 
     ours: Callable[[], Any]
@@ -27,7 +32,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for a unit of work on each side, and the peer's over ours, pair by pair."""
+    """Seconds per unit of work on each side. `ratios` contains the peer's time divided by ours per pair."""
 
     ours: list[float]
     peer: list[float]
@@ -49,7 +54,7 @@ class Timing:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile; of one value, itself three times."""
+    """Return the lower quartile, the median and the upper quartile. For one value, all are equal to it."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -57,7 +62,16 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def compare(pair: Pair, repeats: int, clock: str, device: torch.device) -> Timing:
-    """Run both sides once unmeasured, then `repeats` times, each first in every other pair."""
+    """Return the times of both sides.
+
+    Each side runs once without measurement, then `repeats` times. The first side alternates between pairs.
+
+    Args:
+        pair: both programs.
+        repeats: number of pairs.
+        clock: a key of `CLOCKS`.
+        device: the device of the programs.
+    """
     now = CLOCKS[clock]
 
     def seconds(program: Callable[[], Any], units: int) -> float:
@@ -77,6 +91,6 @@ def compare(pair: Pair, repeats: int, clock: str, device: torch.device) -> Timin
 
 
 def finish(device: torch.device) -> None:
-    """Wait for an accelerator, which works behind the program's back."""
+    """Wait for an accelerator, which computes asynchronously."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

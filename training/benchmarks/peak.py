@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory at the peak of a program, beyond what was there before."""
+"""Measures the peak memory of a program, minus the memory before it started."""
 
 import ctypes
 import os
@@ -13,17 +13,17 @@ from training.benchmarks.row import Row
 
 
 def peak_mib(row: Row, side: str, device: torch.device) -> float:
-    """MiB that one side ("ours" or "peer") of a row takes at its peak, its inputs left out."""
+    """Return the peak memory of one side ("ours" or "peer") of a row in MiB, without its inputs."""
     pair = row.build(device)
     program = pair.ours if side == "ours" else pair.peer
     return measured_peak_mib(program) if device.type == "cpu" else _accelerator_peak(program, device)
 
 
 def measured_peak_mib(program: Callable[[], Any]) -> float:
-    """Growth of the resident set, in MiB, whose high-water mark Linux lets us reset.
+    """Return the growth of the resident memory in MiB. Linux can reset the recorded peak.
 
-    A small product and its gradient go first and bring in libraries and threads; what the allocator keeps of
-    them is handed back.
+    A small product and its gradient run first, so that libraries and threads already exist. Then the
+    allocator returns free memory to the system.
     """
     weights = torch.randn(512, 512, requires_grad=True)
     (weights @ weights).exp().sum().backward()
@@ -35,11 +35,11 @@ def measured_peak_mib(program: Callable[[], Any]) -> float:
 
 
 def _status(field: str) -> int:
-    """KiB, of /proc/self/status."""
+    """Return a field of /proc/self/status in KiB."""
     for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
-    raise SystemExit("memory at the peak is measured on Linux alone")
+    raise SystemExit("--peak: expected Linux, got a system without /proc/self/status fields")
 
 
 def _accelerator_peak(program: Callable[[], Any], device: torch.device) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a benchmark: JSON, a table in Markdown, and a picture."""
+"""Writes the record of a benchmark as JSON, as a Markdown table and as a picture."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,10 @@ REACHED, MISSED, AIM = "#2a7f62", "#c9822b", "#444444"
 def write_report(
     folder: Path, device: torch.device, machine: Mapping[str, Any], rows: dict[str, Any]
 ) -> None:
-    """Write `cpu.json`, `.md`, `.png` (or `cuda...`); rows of an earlier record that were not measured now
-    stay."""
+    """Write `cpu.json`, `cpu.md` and `cpu.png`, or the same files for another device type.
+
+    Rows of an earlier record that were not measured again do not change.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{device.type}.json"
     record = json.loads(file.read_text()) if file.exists() else {"rows": {}}
@@ -36,7 +38,7 @@ def _peers() -> dict[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows as Markdown: ratio with its quartiles, and the aim."""
+    """Return the rows as a Markdown table: the ratio with its quartiles, and the aim."""
     lines = ["| what | against | times faster (quartiles) | aim |", "|---|---|---|---|"]
     for name, row in record["rows"].items():
         if name == "trainer":
@@ -62,12 +64,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits: 11.8, 4.93, 168."""
+    """Return the value with three digits, for example 11.8, 4.93 or 168."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
-    """One bar a row on a logarithmic axis, a mark where its aim is."""
+    """Draw one bar per row on a logarithmic axis, with a mark at its aim."""
     from matplotlib.figure import Figure
 
     rows = [row for row in reversed(list(record["rows"].values())) if "ratio" in row]
@@ -81,12 +83,14 @@ def draw(record: dict[str, Any], file: Path) -> None:
         axes.text(max(ratio, high, aim) * 1.06, place, f"{number(ratio)}x", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=9)
     axes.set_xscale("log")
-    least = min(1.0, 0.8 * min(row["ratio_low"] for row in rows))  # a row below 1 is slower than its peer
+    least = min(
+        1.0, 0.8 * min(row["ratio_low"] for row in rows)
+    )  # a row below 1 is slower than the other library
     axes.set_xlim(least, 2 * max(row["ratio"] for row in rows))
     ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if tick >= least]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("times faster than the peer; upright mark: what we aim at")
+    axes.set_xlabel("times faster than the other library; vertical mark: aim")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(file, dpi=110)

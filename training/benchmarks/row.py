@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of the benchmark is."""
+"""Defines a row of the benchmark."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +11,22 @@ from training.benchmarks.pairs import Pair
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison.
+    """A comparison of hf_ssl with another library.
 
     Attributes:
-        name: for the command line. title, peer: for the table: what is done, and by whom else.
-        aim: how many times faster than the peer this should be.
-        build: makes both programs for a device.
-        threads: None uses all cores and wall time; 1 measures one core by its own time, which what else runs
-            on the machine disturbs less.
-        unit: of work, for the seconds in the record.
-        repeats: pairs that are measured.
-        memory_aim: how many times less memory at the peak it should take, where that is measured too.
-        precision: measured only where `auto` chooses this precision; None: everywhere.
-        accelerator: whether the row also runs where an accelerator is found.
+        name: name on the command line.
+        title: description of the work in the table.
+        peer: name of the other library in the table.
+        aim: smallest wanted ratio of the other library's time to ours.
+        build: returns both programs for a device.
+        unit: unit of work of the seconds in the record.
+        threads: number of threads; None uses all cores. With 1, the clock counts the CPU time of the process,
+            which other load on the machine affects less. Otherwise it is wall time.
+        repeats: number of measured pairs.
+        memory_aim: smallest wanted ratio of the other library's peak memory to ours; None if memory is not
+            measured.
+        accelerator: whether the row also runs on an accelerator.
+        precision: the row is measured only if `auto` chooses this precision; None measures it always.
     """
 
     name: str

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about a training step, against the loop that tutorials show (two forward passes, plain torch) and
-against transformers' own model where it has the method.
+"""Defines the rows about a training step.
+
+The other side is the plain torch loop of tutorials with two forward passes, or the model of transformers if
+it has the method.
 """
 
 from copy import deepcopy
@@ -22,14 +24,14 @@ from hf_ssl.trainer.optimizers import build_optimizer
 from training.benchmarks.pairs import Pair
 from training.benchmarks.row import Row
 
-# The same network on both sides: a ResNet-18 whose 128-pixel input has the feature maps of a CIFAR stem at
-# 32.
+# Both sides use the same ResNet-18. With 128-pixel images, its feature maps have the sizes of a ResNet-18
+# with a CIFAR stem and 32-pixel images.
 RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
 SIDE = 128
 
 
 class PlainSimCLR(nn.Module):
-    """SimCLR with torchvision's ResNet-18 as a tutorial writes it."""
+    """SimCLR with the ResNet-18 of torchvision, as in tutorials."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +87,10 @@ def resnet18_step(*, auto: bool, batch: int = 64) -> Any:
 
 
 def mae_step(*, batch: int = 4) -> Any:
-    """ViT-B/16 at 224 pixels with the paper's decoder, both sides with AdamW and torch's fused attention."""
+    """Measure a step of MAE with ViT-B/16 at 224 pixels and the decoder of the paper.
+
+    Both sides use AdamW and the fused attention of torch.
+    """
 
     def build(device: torch.device) -> Pair:
         torch.manual_seed(0)
@@ -110,7 +115,7 @@ def mae_step(*, batch: int = 4) -> Any:
 
 
 def vit_tiny_step(*, batch: int = 32) -> Any:
-    """Views of 64 pixels in patches of 8 through all of ViT-Tiny and back."""
+    """Measure forward and backward pass of ViT-Tiny, with views of 64 pixels and patches of 8 pixels."""
 
     def build(device: torch.device) -> Pair:
         images = torch.randn(batch, 3, 64, 64, device=device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and time of a streamed run: `python -m training.benchmarks.streaming [--images 1000 10000 100000]`.
+"""Measures memory and time of a streamed run: `python -m training.benchmarks.streaming [--images 10000]`.
 
-Trains one pass over Parquet files of each size with a tiny network, so that what is measured is the way
-from the file to the step. Memory that stays level and time for an image that does not depend on the size
-are the aim. Writes streaming.json and streaming.png.
+The program trains a tiny network for one epoch on Parquet files of each size. So the loading of images
+dominates the measurement. The memory should stay constant, and the time per image should not depend on the
+size. The program writes streaming.json and streaming.png.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from hf_ssl.trainer.trainer import SSLTrainer
 from training.benchmarks.images import parquet_of_small_images
 
 BATCH = 100
-POINTS = 50  # of the curve
+POINTS = 50  # number of points of the curve
 RESULTS = Path(__file__).parent / "results"
 
 
 class Memory(TrainerCallback):
-    """Resident memory and time after every so many steps."""
+    """Records resident memory and CPU time after every `every` steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -48,17 +48,17 @@ class Memory(TrainerCallback):
 
 
 def resident_mib() -> float:
-    """Resident memory of this process, without files that are merely mapped (Linux)."""
+    """Return the resident memory of this process in MiB, without mapped files (Linux)."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) / 1024
 
 
 def streamed_pass(data: Path, images: int) -> dict[str, Any]:
-    """The record of one pass over `images` images."""
+    """Return the record of one epoch of `images` images."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         memory = _trained(data, Path(folder), images)
-    start = len(memory.mib) // 5  # the window of rows that are mixed is filled by then
+    start = len(memory.mib) // 5  # the shuffle buffer is full at this point
     seconds = memory.seconds[-1] - memory.seconds[start]
     return {
         "images": images,
@@ -95,7 +95,7 @@ def _trained(data: Path, folder: Path, images: int) -> Memory:
 
 
 def draw(records: list[dict[str, Any]], file: Path) -> None:
-    """Memory over the images that were read, one line a size."""
+    """Draw the memory over the number of images, with one line per size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -117,7 +117,7 @@ def main() -> None:
     records = []
     datasets.disable_progress_bars()
     for images in arguments.images:
-        # A fresh process for each: what making the data set takes would be counted too.
+        # Each size has a new process, so that the memory excludes the creation of the data set.
         fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with tempfile.TemporaryDirectory() as folder, fresh as process:
             data = parquet_of_small_images(Path(folder) / str(images), images)

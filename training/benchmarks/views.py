@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about making views, against lightly's transforms, which work on one Pillow image at a time."""
+"""Defines the rows about augmentation. The transforms of lightly process one Pillow image at a time."""
 
 import io
 import tempfile
@@ -36,7 +36,7 @@ MULTI_CROP = {
 
 
 class _Drawer:
-    """New parameters at each call, as each step of a training has them."""
+    """Samples new augmentation parameters at each call, as each training step does."""
 
     def __init__(self, preset: ViewPreset, sizes: np.ndarray) -> None:
         self.preset, self.sizes, self.calls = preset, sizes, 0
@@ -48,7 +48,7 @@ class _Drawer:
 
 
 def small(preset: ViewPreset, side: int = 32) -> Any:
-    """Batches of decoded images of one size, all on the device."""
+    """Measure the augmentation of a batch of decoded images of one size on the device."""
 
     def build(device: torch.device) -> Pair:
         from lightly.transforms import SimCLRTransform
@@ -67,7 +67,14 @@ def small(preset: ViewPreset, side: int = 32) -> Any:
 
 
 def photos(preset: ViewPreset, *, multi_crop: bool, crops_only: bool) -> Any:
-    """From JPEG files; `crops_only` is what a loader's worker does when an accelerator finishes the views."""
+    """Measure decoding and augmentation of JPEG files.
+
+    Args:
+        preset: the augmentation settings.
+        multi_crop: whether the transform of lightly is DINO's instead of SimCLR's.
+        crops_only: whether to measure only the work of a loader's worker. The device of the model does the
+            remaining augmentation.
+    """
 
     def build(device: torch.device) -> Pair:
         from lightly.transforms import DINOTransform, SimCLRTransform
@@ -92,7 +99,7 @@ def photos(preset: ViewPreset, *, multi_crop: bool, crops_only: bool) -> Any:
 
 
 def loader(device: torch.device) -> Pair:
-    """A pass over CIFAR-10-like Parquet, from files to batches of views."""
+    """Measure an epoch of the loader, from a Parquet file like CIFAR-10 to batches of views."""
     from lightly.transforms import SimCLRTransform
 
     folder = parquet_of_small_images(Path(tempfile.mkdtemp()) / "small", 4096)
@@ -100,7 +107,7 @@ def loader(device: torch.device) -> Pair:
     config = DataConfig(path=str(folder))
     source = open_source(config)
     transform = SimCLRTransform(input_size=32)
-    rows = datasets.load_dataset(str(folder), split="train[:512]")  # as a user opens it: decoded item by item
+    rows = datasets.load_dataset(str(folder), split="train[:512]")  # decodes item by item
 
     class PerItem(torch.utils.data.Dataset):
         def __len__(self) -> int:
