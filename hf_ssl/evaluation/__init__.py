@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring a frozen encoder: features, k-NN, few labels, linear probe, and statistics that need no labels;
-and looking at one: nearest neighbours in a gallery, attention maps.
+"""Evaluation and inspection of a frozen encoder (layer 1).
 
-Layer 1: an encoder and arrays come in, plain numbers go out; nothing here knows methods, the trainer or the
-Hub. The names below are loaded when first used: a recipe needs `EvaluationConfig` alone and must not pay for
-torch.
+The measurements are k-NN, k-NN with few labels, a linear probe, and feature statistics that need no labels.
+The inspection tools are attention maps and nearest neighbors in a gallery.
+
+The functions take an encoder and arrays, and return plain numbers. This package does not import methods, the
+trainer or the Hub. The names below load at their first use, because a recipe needs only `EvaluationConfig`
+and must not import torch.
 """
 
 from typing import TYPE_CHECKING

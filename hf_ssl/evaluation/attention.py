@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a vision transformer looks: attention maps, rollout, thresholded masks, and patches as colours.
+"""Attention maps of vision transformers, attention rollout, thresholded masks, and patch features as colors.
 
-Legend: B images, C channels, H, W pixels, h, w patches down and across, A heads, S special tokens (class
+Legend: B images, C channels, H, W pixels, h, w rows and columns of patches, A heads, S special tokens (class
 token, distillation token, registers), T = S + h * w tokens, Q queries, D features.
 """
 
@@ -18,19 +18,19 @@ from transformers import PreTrainedModel
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.eval_mode import evaluation_mode
 
-_MASKING = "vit_mae"  # the one encoder class that hides most patches whenever it is used
+_MASKING = "vit_mae"  # model type of the only encoder class that masks patches at inference
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What one layer looks at, from the class token, or from the mean of the patches where there is none.
+    """Attention of one layer; its query is the class token or, without one, the mean of the patches.
 
     Attributes:
-        heads: (B, A, h, w) float32 on the CPU: the weight of each patch. Together with `special` each head
-            sums to 1.
-        special: (B, A, S): the weight of the tokens that are no patches, which maps leave out.
-        rollout: (B, h, w): all layers followed back to the input, see `attention_rollout`.
-        patches: (B, h, w, D): the encoder's last features of the patches, see `pca_colours`.
+        heads: (B, A, h, w) float32 on the CPU, the weight of each patch. The weights of a head in `heads` and
+            `special` sum to 1.
+        special: (B, A, S), the weights of the special tokens, which the maps do not show.
+        rollout: (B, h, w), the attention through all layers; see `attention_rollout`.
+        patches: (B, h, w, D), the patch features of the last layer; see `pca_colours`.
         query: "class token" or "mean of the patches".
     """
 
@@ -42,16 +42,17 @@ class AttentionMaps:
 
     @property
     def mean(self) -> Tensor:
-        """(B, h, w): the mean over heads."""
+        """Return the mean over the heads (B, h, w)."""
         return self.heads.mean(dim=1)
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether `attention_maps` can be had: every layer attends from all tokens to all of one patch grid.
+    """Return whether `attention_maps` supports an encoder.
 
-    True for ViT, DeiT, DINOv2 (registers too), DINOv3, I-JEPA, MAE, MSN and BEiT of transformers; False for
-    convolutional networks, for windows (Swin), and for timm's models, which keep their attention to
-    themselves.
+    In a supported encoder, each token attends to all tokens of one patch grid in every layer. These are ViT,
+    DeiT, DINOv2 (also with registers), DINOv3, I-JEPA, MAE, MSN and BEiT of transformers. Convolutional
+    networks and models with window attention (Swin) are not supported. Models of timm are not supported,
+    because they do not return attention weights.
     """
     if not isinstance(model, PreTrainedModel):
         return False
@@ -62,50 +63,50 @@ def has_attention(model: nn.Module) -> bool:
 
 
 def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> AttentionMaps:
-    """Attention of one layer over the patches of images, in eval mode and without gradient.
+    """Return the attention maps of one layer, computed in evaluation mode and without gradient.
 
-    The encoder's attention implementation (SDPA keeps its weights to itself, so the maps need "eager"),
-    training flags and weights are the same afterwards. All layers' weights are held for the rollout: 4 * A *
-    T * T bytes a layer and image.
+    The maps need the attention implementation "eager", because SDPA returns no attention weights. The call
+    does not change the encoder's attention implementation, training flags or weights. The rollout needs the
+    attention weights of all layers, which take 4 * A * T * T bytes per layer and image.
 
     Args:
-        model: an encoder that `has_attention`.
-        images: (B, C, H, W) float, normalised as the encoder's processor does; of any size of at least one
-            patch, square or not (position embeddings are interpolated).
-        layer: which, from 0; negative ones count from the last.
+        model: an encoder that `has_attention` supports.
+        images: (B, C, H, W) float, normalized as by the encoder's processor. H and W can have any size of at
+            least one patch, because the position embeddings are interpolated.
+        layer: number of the layer, from 0. Negative numbers count from the last layer.
 
     Raises:
-        UserError: an encoder without attention maps, no such layer, or images that it cannot take.
+        UserError: the encoder has no attention maps or no such layer, or the images have a wrong shape.
     """
     encoder = _with_attention(model)
     grid = _patch_grid(encoder, images)
     layers: int = encoder.config.num_hidden_layers
     if not -layers <= layer < layers:
-        raise UserError(f"expected layer from {-layers} to {layers - 1}, got {layer}: there are {layers}.")
+        raise UserError(f"layer: expected a number from {-layers} to {layers - 1}, got {layer}")
     parameter = next(encoder.parameters())
     images = images.to(parameter.device, parameter.dtype)
     with evaluation_mode(encoder), eager_attention(encoder):
         outputs = encoder(images, output_attentions=True, **_arguments(encoder, len(images), grid))
-    # Plain tensors on the CPU: a caller may do arithmetic with gradient on them.
+    # The clones are normal tensors on the CPU, so that a caller can compute gradients with them.
     attentions = [weights.float().cpu().clone() for weights in outputs.attentions]
     features = outputs.last_hidden_state.float().cpu().clone()
     return _maps(attentions, features, layer, grid, has_class_token(encoder))
 
 
 def attention_rollout(attentions: Sequence[Tensor], query_BQT: Tensor | None = None) -> Tensor:
-    """How much of each input token reaches each query of the last layer, if attention were all that mixes.
+    """Return the attention rollout, the share of each input token in each query of the last layer.
 
-    A layer passes on half of what it reads and half of its own token, which stands for the residual
-    connection: M_l = 0.5 * A_l + 0.5 * I with A_l the mean over heads, rows sum to 1. The rollout is
-    M_L ... M_2 M_1.
+    The rollout assumes that only attention mixes tokens. Layer l is M_l = 0.5 * A_l + 0.5 * I, where A_l is
+    the mean over heads and I represents the residual connection. Its rows sum to 1.
+    The rollout is M_L ... M_2 M_1.
 
     Args:
-        attentions: of each layer, first layer first, (B, A, T, T).
-        query_BQT: weights over the output tokens, to follow some of them alone (far cheaper than the whole
-            matrix); None: every token.
+        attentions: attention weights of each layer (B, A, T, T), first layer first.
+        query_BQT: weights over the output tokens. Few queries need much less computation than the complete
+            matrix. None: each token is a query.
 
     Returns:
-        (B, Q, T) or (B, T, T); rows sum to what the queries sum to.
+        (B, Q, T) or (B, T, T). Each row has the same sum as its query.
 
     Source: Abnar and Zuidema 2020, arXiv:2005.00928, section 3.
     """
@@ -118,38 +119,39 @@ def attention_rollout(attentions: Sequence[Tensor], query_BQT: Tensor | None = N
 
 
 def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
-    """The fewest patches that hold a given share of the attention on patches.
+    """Return the mask of the smallest set of patches that contains a given share of the attention.
 
     Args:
         maps: (..., h, w), not negative.
-        mass: in (0, 1]; 0.6 in the DINO paper's pictures.
+        mass: share in (0, 1]. The pictures of the DINO paper use 0.6.
 
     Returns:
         bool (..., h, w).
 
     Raises:
-        UserError: `mass` outside (0, 1].
+        UserError: `mass` is outside (0, 1].
 
-    Source: Caron et al. 2021, arXiv:2104.14294, figure 4 and the author's visualize_attention.py.
+    Source: Caron et al. 2021, arXiv:2104.14294, figure 4 and visualize_attention.py of the authors.
     """
     if not 0 < mass <= 1:
-        raise UserError(f"expected a mass of attention above 0 and up to 1, got {mass}.")
+        raise UserError(f"mass: expected a share of the attention above 0 and at most 1, got {mass}")
     flat = maps.flatten(-2).double()
     values, order = flat.sort(dim=-1, descending=True)
-    before = values.cumsum(dim=-1) - values  # what the patches ahead of each one hold
-    kept = before < mass * flat.sum(dim=-1, keepdim=True) * (1 - 1e-6)  # an exact share needs no patch more
+    before = values.cumsum(dim=-1) - values  # sum over the patches with larger weights
+    kept = before < mass * flat.sum(dim=-1, keepdim=True) * (1 - 1e-6)  # tolerance for an exact share
     return torch.zeros_like(kept).scatter(-1, order, kept).reshape(maps.shape)
 
 
 def pca_colours(patches_BhwD: Tensor) -> Tensor:
-    """The three main directions of patch features as red, green and blue: alike patches have alike colours.
+    """Return the first three principal components of patch features as red, green and blue.
 
-    All images share the directions. Each channel runs from its 2nd to its 98th percentile. Equal features
-    give equal colors, up to rounding, if the three largest variances are distinct. Directions of equal
-    variance are not unique: they depend on the version of torch and on the processor.
+    Patches with similar features have similar colors. All images share the components. Each channel runs from
+    its 2nd to its 98th percentile. Equal features give equal colors, up to rounding, if the three largest
+    variances are distinct. Directions of equal variance are not unique: they depend on the version of torch
+    and on the processor.
 
     Args:
-        patches_BhwD: `AttentionMaps.patches`, or any features on a grid with D of 3 or more.
+        patches_BhwD: `AttentionMaps.patches`, or other features on a grid with D >= 3.
 
     Returns:
         (B, h, w, 3) float32 in [0, 1].
@@ -170,14 +172,17 @@ def pca_colours(patches_BhwD: Tensor) -> Tensor:
     values = nn.functional.pad(values, (0, 3 - values.shape[1]))
     low, high = torch.quantile(values, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     spread = high - low
-    spread = spread.clamp(min=1e-6 * float(spread.max()) + 1e-30)  # rounding errors are no direction
+    spread = spread.clamp(min=1e-6 * float(spread.max()) + 1e-30)  # ignores rounding errors
     colours = ((values - low) / spread).clamp(0, 1)
     return colours.float().reshape(*patches_BhwD.shape[:3], 3)
 
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention that shows its weights, and for MAE's encoder no masking; afterwards all is as it was."""
+    """Switch to eager attention, which returns its weights, and turn off the masking of an MAE encoder.
+
+    The context restores both settings at its end.
+    """
     config = model.config
     implementation: str = config._attn_implementation
     mask_ratio = config.mask_ratio if config.model_type == _MASKING else None
@@ -193,20 +198,24 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def has_class_token(model: nn.Module) -> bool:
-    """Whether the first token of an encoder's output is one of its own, and no patch."""
+    """Return whether the first token of an encoder's output is a class token."""
     return any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
 
 
 def patch_size(model: nn.Module) -> int:
-    """Side of a patch in pixels. Raises UserError for an encoder without attention maps."""
+    """Return the side of a patch in pixels.
+
+    Raises:
+        UserError: the encoder has no attention maps.
+    """
     return _with_attention(model).config.patch_size
 
 
 def _with_attention(model: nn.Module) -> PreTrainedModel:
     if not has_attention(model):
         raise UserError(
-            f"{type(model).__name__} has no attention maps: expected a vision transformer of transformers "
-            "such as ViTModel, Dinov2Model, DINOv3ViTModel or IJepaModel."
+            "model: expected a vision transformer of transformers such as ViTModel, Dinov2Model, "
+            f"DINOv3ViTModel or IJepaModel, got {type(model).__name__}, which has no attention maps"
         )
     return cast(PreTrainedModel, model)
 
@@ -215,19 +224,19 @@ def _patch_grid(model: PreTrainedModel, images: Tensor) -> tuple[int, int]:
     channels, side = model.config.num_channels, model.config.patch_size
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < side:
         raise UserError(
-            f"expected images (B, {channels}, H, W) of at least {side} x {side} pixels, one patch, got "
-            f"{tuple(images.shape)}."
+            f"images: expected (B, {channels}, H, W) with at least {side} x {side} pixels (one patch), got "
+            f"{tuple(images.shape)}"
         )
     return images.shape[2] // side, images.shape[3] // side
 
 
 def _arguments(model: PreTrainedModel, batch: int, grid: tuple[int, int]) -> dict[str, Any]:
-    """What a class needs to take any size and to leave all patches where they are."""
+    """Return the arguments that allow any image size and keep the order of the patches."""
     known = signature(type(model).forward).parameters
     arguments: dict[str, Any] = {}
     if "interpolate_pos_encoding" in known:
         arguments["interpolate_pos_encoding"] = True
-    if model.config.model_type == _MASKING:  # it shuffles by the order of this noise
+    if model.config.model_type == _MASKING:  # the encoder orders the patches by this noise
         arguments["noise"] = torch.arange(grid[0] * grid[1], device=model.device).expand(batch, -1)
     return arguments
 
@@ -238,7 +247,7 @@ def _maps(
     batch, _, tokens, _ = attentions[0].shape
     special = tokens - grid[0] * grid[1]
     if special < 0 or features.shape[1] != tokens:
-        raise UserError(f"expected {grid[0]} x {grid[1]} patches among the tokens, got {tokens} tokens.")
+        raise UserError(f"model: expected {grid[0]} x {grid[1]} patches in its output, got {tokens} tokens")
     query = torch.zeros(batch, 1, tokens)
     if class_token:
         query[..., 0] = 1

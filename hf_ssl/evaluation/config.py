@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe's section `evaluation`. Loads no torch: reading a recipe must not wait for it."""
+"""The section `evaluation` of a recipe. This module does not import torch, so that recipes load fast."""
 
 from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError
 
-# Half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo), and features differ as much in
-# size.
+# The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
+# features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = ("auto", "pooler", "cls", "mean")
@@ -14,7 +14,10 @@ POOLINGS = ("auto", "pooler", "cls", "mean")
 
 @dataclass
 class EvaluationConfig:
-    """How an encoder is measured. Whoever opens the data applies path, splits, column and image numbers."""
+    """Settings of an evaluation.
+
+    The code that opens the data applies the path, the splits, the label column and the numbers of images.
+    """
 
     path: str | None = None  # None: data.path
     train_split: str = "train"
@@ -22,38 +25,38 @@ class EvaluationConfig:
     label_column: str | None = None  # None: found by its feature type
     max_train_images: int | None = None
     max_test_images: int | None = None
-    batch_size: int = 256  # images in one forward
-    # Of the features: float32, bfloat16, float16 (autocast), or auto, the fastest of them on the device.
+    batch_size: int = 256  # images in one forward pass
+    # Precision of the features: float32, bfloat16 or float16 (autocast). auto: the fastest one on the device.
     precision: str = "auto"
-    pooling: str = "auto"  # or pooler, cls, mean
-    compare_poolings: bool = False  # k-NN by the class token and by the mean of all tokens, both
+    pooling: str = "auto"  # see POOLINGS
+    compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
     neighbours: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
     temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
-    few_labels: list[int] = field(default_factory=list)  # labels a class
+    few_labels: list[int] = field(default_factory=list)  # labels per class
     draws: int = 20
     linear: bool = True
     linear_epochs: int = 100
     linear_batch_size: int = 256
     linear_standardize: bool = False  # see linear_probe
     learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
-    baselines: bool = True  # the untrained encoder and raw pixels, by the same protocol
+    baselines: bool = True  # also evaluate the untrained encoder and raw pixels
     raw_pixel_size: int = 32
     seed: int = 0
-    results_dir: str | None = None  # where <recipe>.json is kept; None: results/ in the output folder
+    results_dir: str | None = None  # folder of <recipe>.json; None: results/ in the output folder
 
     def check(self) -> None:
-        """Raises UserError for a value that cannot be right, before any image is read."""
+        """Raise UserError for an invalid value, before any image is read."""
         if self.train_split == self.test_split:
             raise UserError(
-                f"evaluation: expected two splits, got train_split = test_split = {self.test_split!r}: "
-                "each test image would be its own nearest neighbour."
+                f"evaluation.test_split: expected a split other than train_split, got {self.test_split!r}; "
+                "use two splits, otherwise each test image is its own nearest neighbor"
             )
         for key, value, allowed in (
             ("precision", self.precision, PRECISIONS),
             ("pooling", self.pooling, POOLINGS),
         ):
             if value not in allowed:
-                raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}.")
+                raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}")
         lists: dict[str, list[float]] = {
             "neighbours": [*self.neighbours],
             "temperatures": self.temperatures,
@@ -62,10 +65,10 @@ class EvaluationConfig:
         for key, values in lists.items():
             if not values or min(values) <= 0:
                 raise UserError(
-                    f"evaluation.{key}: expected one positive number or more, got {list(values)}."
+                    f"evaluation.{key}: expected one or more positive numbers, got {list(values)}"
                 )
         if self.few_labels and min(self.few_labels) <= 0:
-            raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}.")
+            raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}")
         numbers = {
             "batch_size": self.batch_size,
             "draws": self.draws,
@@ -75,4 +78,4 @@ class EvaluationConfig:
         }
         for key, number in numbers.items():
             if number <= 0:
-                raise UserError(f"evaluation.{key}: expected a positive number, got {number}.")
+                raise UserError(f"evaluation.{key}: expected a positive number, got {number}")

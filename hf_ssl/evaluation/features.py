@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From images to features: one row of numbers an image, taken from a frozen encoder.
+"""Extraction of features from images: a frozen encoder gives one feature vector per image.
 
-Legend: B images in a batch, N images in all, C channels, H height, W width, T tokens, D features.
+Legend: B images in a batch, N images in total, C channels, H height, W width, T tokens, D features.
 """
 
 import sys
@@ -20,20 +20,24 @@ from hf_ssl.progress import progress
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether images in `channels_last` order pay: a transformer's one convolution is its patch embedding."""
+    """Return whether the encoder has more than one convolution.
+
+    Such an encoder computes faster in `channels_last` order. The single convolution of a transformer is its
+    patch embedding.
+    """
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
 def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> Tensor:
-    """The processor's float32 (B, C, H, W) of uint8 (C, H, W) images, on `device`.
+    """Return the processor's output, float32 (B, C, H, W), for uint8 images (C, H, W), on `device`.
 
-    Images of one size move in one copy, and are enlarged there. The layout is said aloud, because a guess
-    takes an image three pixels high for one with its channels last.
+    If all images have one size, one copy moves them, and the processor resizes them on the device. The call
+    names the layout, because the processor would infer channels-last for an image that is 3 pixels high.
     """
     # This check does not import the class, because the import loads timm.
     timm_wrapper = sys.modules.get("transformers.models.timm_wrapper.image_processing_timm_wrapper")
     if timm_wrapper is not None and isinstance(processor, timm_wrapper.TimmWrapperImageProcessor):
-        # timm's transforms accept only PIL images and one option
+        # The transforms of timm accept only PIL images and one option.
         photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         return processor(photos, return_tensors="pt")["pixel_values"].to(device)
     if len({image.shape for image in images}) == 1:
@@ -53,22 +57,20 @@ def extract_features(
     total: int | None = None,
     description: str | None = None,
 ) -> Tensor:
-    """Features of images by a frozen encoder, in eval mode and without gradient.
+    """Return the features (N, D) that a frozen encoder computes in evaluation mode and without gradient.
 
-    The encoder's weights, its modules' training flags and the global random state are the same afterwards;
-    with `device` given, the encoder stays on it.
+    The call does not change the encoder's weights, the training flags of its modules or the global random
+    state. If `device` is given, the encoder stays on it.
 
     Args:
-        model: a transformers vision encoder (or anything that takes `pixel_values` and returns such an
-            output).
+        model: a transformers vision encoder, or a module with the same input `pixel_values` and output.
         processor: the encoder's image processor.
         image_batches: lists of uint8 tensors (C, H, W), of any size.
         pooling: see `pool`; "auto" follows `pooling_rule`.
-        device: where to compute; None: where the encoder is.
-        dtype: torch.bfloat16 or torch.float16 computes under autocast (about twice as fast, features rounded
-            to about three digits); None: in the encoder's own precision.
-        total: number of images, where it is known: for the progress bar, and to hold the features once in
-            memory.
+        device: device of the computation; None: the device of the encoder.
+        dtype: torch.bfloat16 or torch.float16 computes under autocast. That is about twice as fast and rounds
+            the features to about three digits. None: the precision of the encoder.
+        total: number of images, if known. The progress bar shows it, and memory holds the features only once.
         description: text of the progress bar, which appears after two seconds; None: no bar.
 
     Returns:
@@ -100,7 +102,7 @@ def extract_poolings(
     total: int | None = None,
     description: str | None = None,
 ) -> dict[Pooling, Tensor]:
-    """As `extract_features`, for several poolings in one pass: float32 (N, D) for each."""
+    """Return float32 features (N, D) for each pooling from one pass; see `extract_features` for arguments."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
@@ -125,15 +127,15 @@ def raw_pixels(
     total: int | None = None,
     description: str | None = None,
 ) -> Tensor:
-    """The baseline that every encoder must beat: the pixels themselves as features.
+    """Return the pixels of each image as features, a baseline for every encoder.
 
-    Shortest edge to `size` (bilinear, antialiased), centre crop, [0, 1], flattened, and each image's own mean
-    removed: without that, the cosine compares little but brightness. Of the raw, dataset-centred and
-    image-centred forms the last was the strongest on the whole over five data sets (CIFAR-10, 10,000 images,
-    20-NN: 0.31, 0.38, 0.40).
+    The shortest edge is resized to `size` (bilinear, antialiased). The center crop is scaled to [0, 1] and
+    flattened, and the mean of each image is subtracted. Without this subtraction, the cosine mainly compares
+    brightness. Raw, dataset-centered and image-centered pixels were compared on five data sets. The
+    image-centered form had the best overall accuracy (CIFAR-10, 10,000 images, 20-NN: 0.31, 0.38, 0.40).
 
     Args:
-        image_batches: lists of uint8 tensors (C, H, W), of any size and of one number of channels.
+        image_batches: lists of uint8 tensors (C, H, W), of any size and all with the same number of channels.
         size: side in pixels.
         total, description: as for `extract_features`.
 
@@ -155,21 +157,21 @@ def raw_pixels(
 
 
 def _square(image: Tensor, size: int) -> Tensor:
-    """float32 (C, size, size), in 0 to 255: the middle of one uint8 image."""
+    """Return the resized center crop of one uint8 image, float32 (C, size, size) from 0 to 255."""
     height, width = image.shape[-2:]
     edge = min(height, width)
     top, left = (height - edge) // 2, (width - edge) // 2
     middle = image[:, top : top + edge, left : left + edge].float()
     if edge == size:
         return middle
-    # Cropping first gives the same picture for less work.
+    # Cropping before resizing gives the same image with less computation.
     return F.interpolate(
         middle[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
     )[0]
 
 
 class _Rows:
-    """Collects batches of rows; where their number is known, without holding them twice."""
+    """Collects batches of rows. If their number is known, memory holds them only once."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total
@@ -184,13 +186,13 @@ class _Rows:
             self.parts.append(batch)
             return
         if self.count > self.total:
-            raise UserError(f"expected {self.total} images, got at least {self.count}.")
+            raise UserError(f"images: expected {self.total}, got at least {self.count}")
         if self.store is None:
-            with torch.inference_mode(False):  # an ordinary tensor: a caller may train a head on it
+            with torch.inference_mode(False):  # A caller can train a head on a normal tensor.
                 self.store = torch.empty(self.total, batch.shape[1])
         self.store[first : self.count] = batch
 
     def tensor(self) -> Tensor:
         if self.count == 0:
-            raise UserError("there is no image to take features from.")
+            raise UserError("images: expected at least one, got no image")
         return torch.cat(self.parts) if self.store is None else self.store[: self.count]

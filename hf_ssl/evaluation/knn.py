@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest-neighbour classification of features: nothing is trained, so the features alone are judged.
+"""Classification by nearest neighbors. It trains nothing, so its accuracy depends only on the features.
 
-Legend: M bank images, N queries, B queries in a chunk, D features, C classes, K neighbours.
+Legend: M bank images, N queries, B queries in a chunk, D features, C classes, K neighbors.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ QUERY_CHUNK, BANK_CHUNK = 1024, 65536
 
 
 class FewLabel(NamedTuple):
-    """Accuracy with few labels: mean and standard deviation (n - 1) over `draws` random labelled subsets."""
+    """Accuracy with few labels: mean and standard deviation (n - 1) over `draws` random labeled subsets."""
 
     labels_per_class: int
     mean: float
@@ -27,32 +27,28 @@ class FewLabel(NamedTuple):
 
 
 def as_labels(labels: Any, images: int, where: str) -> Tensor:
-    """int64 (N,) from an array, list or tensor of class numbers.
+    """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
     Raises:
-        UserError: their number differs from the number of images, or one is negative (no label).
+        UserError: the number of labels differs from the number of images, or a label is negative (no label).
     """
     tensor = torch.as_tensor(labels).long()
     if tensor.shape != (images,):
-        raise UserError(
-            f"{where}: expected one label for each of {images} images, got {tuple(tensor.shape)}."
-        )
+        raise UserError(f"{where}: expected one label for each of {images} images, got {tuple(tensor.shape)}")
     if images and int(tensor.min()) < 0:
-        raise UserError(
-            f"{where}: expected class numbers from 0, got {int(tensor.min())}: are all images labelled?"
-        )
+        raise UserError(f"{where}: expected class numbers from 0, got {int(tensor.min())}; label all images")
     return tensor
 
 
 def check_features(features: Tensor, where: str) -> None:
-    """Raises UserError for features that are not (N, D) with N > 0, or not finite (a run that diverged)."""
+    """Raise UserError unless features have shape (N, D) with N > 0 and are finite."""
     if features.ndim != 2 or len(features) == 0:
-        raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}.")
-    # A NaN or an infinity makes the sum of its row one: a pass less than asking every number.
+        raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}")
+    # A NaN or an infinity makes the sum of its row NaN or infinite. Testing the sums saves one pass.
     broken = int((~torch.isfinite(features.sum(dim=1, dtype=torch.float32))).sum())
     if broken:
         raise UserError(
-            f"{where}: {broken} of {len(features)} images have features that are NaN or infinite."
+            f"{where}: expected finite features, got NaN or infinite in {broken} of {len(features)} images"
         )
 
 
@@ -64,9 +60,13 @@ def nearest(
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The `neighbours` bank rows of largest cosine for each query, best first: cosines and rows, both (N, K).
+    """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, K), best first.
 
-    bank (M, D) and queries (N, D) must be L2-normalised float32; M >= neighbours.
+    Args:
+        bank: (M, D) float32, L2-normalized, with M >= neighbours.
+        queries: (N, D) float32, L2-normalized.
+        neighbours: K.
+        query_chunk, bank_chunk: largest numbers of rows in one matrix product.
     """
     cosines = queries.new_empty(len(queries), neighbours)
     rows = torch.empty(len(queries), neighbours, dtype=torch.long, device=queries.device)
@@ -76,7 +76,7 @@ def nearest(
         best, best_rows = [], []
         for first in range(0, len(bank), bank_chunk):
             part = bank[first : first + bank_chunk]
-            # One buffer for all chunks: fresh pages for each product cost a fifth of its time.
+            # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
             out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
             torch.mm(chunk, part.T, out=out)
             values, index = out.topk(min(neighbours, len(part)), dim=1)
@@ -98,37 +98,38 @@ def knn_accuracy(
     temperatures: Sequence[float] = (0.07, 0.1),
     device: torch.device | str | None = None,
 ) -> dict[tuple[int, float], float]:
-    """Accuracy of weighted k-nearest-neighbour votes, for every k and temperature, from one search.
+    """Return the accuracy of weighted k-NN classification for every k and temperature, from one search.
 
-    Each of the k bank images of largest cosine votes for its class with exp(cosine / temperature); a tie goes
-    to the lower class number. Computed in float32.
+    Each of the k bank images with the largest cosine votes for its class with exp(cosine / temperature). In a
+    tie, the prediction is the lower class number. The computation is in float32.
 
     Args:
         train_features, train_labels: the bank, (M, D) and (M,).
         test_features, test_labels: the queries, (N, D) and (N,).
         neighbours: values of k, each at most M.
-        temperatures: positive.
-        device: where to compute; None: where the features are.
+        temperatures: positive numbers.
+        device: device of the computation; None: the device of the test features.
 
     Returns:
         {(k, temperature): accuracy in [0, 1]}.
 
     Raises:
-        UserError: k or a temperature out of range, labels that do not fit, features that are not finite.
+        UserError: k or a temperature is out of range, the number of labels is wrong, or features are not
+            finite.
 
-    Source: Wu et al. 2018 (1805.01978), section 3.4; k and T of DINO's eval_knn.py (k 20, T 0.07
-    recommended). Deviation: the largest cosine is taken off before exp, which changes no vote and cannot
-    overflow.
+    Source: Wu et al. 2018 (1805.01978), section 3.4; k and T are those of DINO's eval_knn.py, which
+    recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
+    overflow and does not change the predicted class.
     """
     check_features(train_features, "k-NN bank")
     check_features(test_features, "k-NN queries")
     counts = sorted(set(neighbours))
     if not counts or counts[0] < 1 or counts[-1] > len(train_features):
         raise UserError(
-            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbours)}."
+            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbours)}"
         )
     if not temperatures or min(temperatures) <= 0:
-        raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}.")
+        raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}")
     device = torch.device(device) if device is not None else test_features.device
     bank_labels = as_labels(train_labels, len(train_features), "k-NN bank").to(device)
     query_labels = as_labels(test_labels, len(test_features), "k-NN queries").to(device)
@@ -147,7 +148,10 @@ def knn_accuracy(
 def _votes(
     cosines: Tensor, voters: Tensor, labels: Tensor, classes: int, counts: list[int], temperature: float
 ) -> dict[int, float]:
-    """{k: accuracy}: sorted neighbours make the scores for k those for the k before it and a few more."""
+    """Return {k: accuracy}.
+
+    Because the neighbors are sorted, the scores for k are those for the previous k plus the additional votes.
+    """
     right = dict.fromkeys(counts, 0)
     for start in range(0, len(labels), QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
@@ -172,28 +176,28 @@ def few_label_knn(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> FewLabel:
-    """Accuracy of the nearest of a few labelled images, over random balanced subsets.
+    """Return the 1-NN accuracy with few labeled images, over random balanced subsets.
 
-    The subsets depend on the labels, `labels_per_class`, `draws` and `seed` alone, so two encoders meet the
-    same ones.
+    The subsets depend only on the labels, `labels_per_class`, `draws` and `seed`. All encoders therefore use
+    the same subsets.
 
     Args:
-        train_features, train_labels: (M, D) and (M,), from which the labelled images are drawn without
+        train_features, train_labels: (M, D) and (M,). The labeled images are drawn from them without
             replacement.
         test_features, test_labels: (N, D) and (N,).
         labels_per_class: images in each class of a subset.
         draws: number of subsets.
-        seed: of a generator of its own: the global one is not touched.
-        device: where to compute; None: where the features are.
+        seed: seed of a separate generator. The global random state does not change.
+        device: device of the computation; None: the device of the test features.
 
     Raises:
-        UserError: a class has fewer images than `labels_per_class`, or as for `knn_accuracy`.
+        UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
     """
     check_features(train_features, "few-label bank")
     check_features(test_features, "few-label queries")
     if labels_per_class < 1 or draws < 1:
         raise UserError(
-            f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}."
+            f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}"
         )
     device = torch.device(device) if device is not None else test_features.device
     bank_labels = as_labels(train_labels, len(train_features), "few-label bank")
@@ -205,7 +209,7 @@ def few_label_knn(
     smallest = min(len(rows) for rows in members)
     if smallest < labels_per_class:
         raise UserError(
-            f"few labels: expected {labels_per_class} images in each class, the smallest has {smallest}."
+            f"few labels: expected {labels_per_class} images in each class, got {smallest} in one class"
         )
     accuracies = []
     for _ in range(draws):

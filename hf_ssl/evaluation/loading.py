@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens an encoder as a stranger does: with the Auto classes, from a folder or the Hub."""
+"""Loading of encoders with the Auto classes of transformers, from a folder or from the Hub."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,37 +12,37 @@ from hf_ssl.errors import UserError
 
 
 def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """An encoder in eval mode and its image processor.
+    """Return an encoder in evaluation mode and its image processor.
 
     Args:
-        model: a folder, or a Hub id.
+        model: a folder or a Hub id.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: there is none, or it cannot be loaded.
+        UserError: the encoder does not exist or cannot be loaded.
     """
     options = {} if revision is None else {"revision": revision}
-    with _explained(f"an encoder and its image processor from {model}"):
+    with _explained(f"an encoder with its image processor, got {model}"):
         encoder = AutoModel.from_pretrained(model, **options)
         return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
 def load_weights(model: str) -> PreTrainedModel:
-    """An encoder alone, from a folder or the Hub. Raises `UserError` as `load_encoder` does."""
-    with _explained(f"an encoder from {model}"):
+    """Return an encoder from a folder or the Hub, without its processor. Errors: see `load_encoder`."""
+    with _explained(f"an encoder, got {model}"):
         encoder: PreTrainedModel = AutoModel.from_pretrained(model)
         return encoder
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """The configuration of an encoder. Raises `UserError` as `load_encoder` does."""
-    with _explained(f"the configuration of an encoder from {model}"):
+    """Return the configuration of an encoder. Errors: see `load_encoder`."""
+    with _explained(f"an encoder with its configuration, got {model}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
         return config
 
 
 def fastest_device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
+    """Return the accelerator if the machine has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
@@ -53,6 +53,4 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load {what}: expected a folder here or a model on the Hub; {reason}"
-        ) from error
+        raise UserError(f"model: expected a local folder or a Hub id of {what}; {reason}") from error

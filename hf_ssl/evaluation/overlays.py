@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as pictures: maps and masks laid over the photo that the encoder saw, and patches as colours."""
+"""Pictures of attention: maps and masks over the input image, and patch features as colors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.loading import load_encoder
 from hf_ssl.evaluation.photo import read_photo
 
-SHOWN_SIDE = 320  # pictures of smaller inputs are enlarged to at least this
+SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
 OVERVIEW_HEIGHT = 128
 COLOURS = "inferno"
 OPACITY = 0.65
@@ -33,23 +33,23 @@ def attention_pictures(
     mass: float = 0.6,
     shown_side: int = SHOWN_SIDE,
 ) -> dict[str, Image.Image]:
-    """Everything there is to see of one photo.
+    """Return all attention pictures of one photo.
 
     Args:
-        model, processor: an encoder that `has_attention`, and its image processor.
-        photo: (C, H, W) uint8.
-        layer: as for `attention_maps`.
-        size: shortest edge in pixels, the whole photo, cut to whole patches; None: the square that the
-            processor makes.
-        mass: share of attention in the mask.
-        shown_side: the pictures' shorter edge has at least so many pixels.
+        model, processor: an encoder that `has_attention` supports, and its image processor.
+        photo: uint8 (C, H, W).
+        layer: see `attention_maps`.
+        size: shortest edge of the input in pixels. The photo is not cropped, and both edges are rounded down
+            to whole patches. None: the square image that the processor returns.
+        mass: share of the attention in the mask.
+        shown_side: smallest length of the shorter edge of the pictures in pixels.
 
     Returns:
-        RGB pictures of one size: "image" (what the encoder saw), "mean", "rollout", "mask", "colours"
+        RGB pictures of one size: "image" (the input of the encoder), "mean", "rollout", "mask", "colours"
         (`pca_colours`), "head 1", "head 2", ...
 
     Raises:
-        UserError: as `attention_maps`.
+        UserError: `size` is smaller than one patch, or `attention_maps` raises.
     """
     device = next(model.parameters()).device
     if size is None:
@@ -79,19 +79,19 @@ def overlay(
     opacity: float = OPACITY,
     smooth: bool = True,
 ) -> Image.Image:
-    """A map laid over a photo, from its smallest value (dark) to its largest (bright).
+    """Return a photo with a map over it, whose smallest value is dark and whose largest value is bright.
 
     Args:
-        photo: RGB.
-        values_hw: (h, w) of any range; a map of one value is shown as zeros.
-        colours: a colormap of matplotlib.
-        opacity: of the colours, from 0 to 1.
-        smooth: interpolate between patches; False shows them as squares.
+        photo: RGB picture.
+        values_hw: map (h, w) with any range. A constant map is shown as zeros.
+        colours: name of a colormap of matplotlib.
+        opacity: opacity of the map, from 0 to 1.
+        smooth: whether to interpolate between patches. False shows them as squares.
 
     Returns:
-        RGB of the photo's size.
+        RGB picture of the photo's size.
     """
-    import matplotlib  # deferred: slow to import
+    import matplotlib  # imported here because it loads slowly
 
     low, high = values_hw.min(), values_hw.max()
     scaled = (values_hw.float() - low) / (high - low).clamp(min=1e-12)
@@ -103,7 +103,7 @@ def overlay(
 
 
 def spotlight(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) -> Image.Image:
-    """A photo that is dark where the mask (h, w) is False; patches are squares."""
+    """Return a photo that is darkened where the mask (h, w) is False. Patches are shown as squares."""
     light = _resized(mask_hw.float()[None], photo.size, smooth=False)[0]
     factor = 1 - darkness * (1 - light.numpy()[..., None])
     return Image.fromarray((np.asarray(photo.convert("RGB")) * factor).round().astype(np.uint8))
@@ -112,22 +112,23 @@ def spotlight(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) ->
 def write_attention_pictures(
     model: str, photos: Sequence[Path], folder: Path, *, layer: int = -1, size: int | None = None
 ) -> list[Path]:
-    """Write each photo's pictures as PNG files into a folder of its own below `folder`, and there
-    `overview.png`, all of them side by side.
+    """Write the pictures of each photo as PNG files into one subfolder of `folder` per photo.
+
+    The file `overview.png` in `folder` shows all pictures side by side.
 
     Args:
-        model: a folder, or a Hub id.
-        photos: files; two of the same name get numbers.
-        layer, size: as for `attention_pictures`.
+        model: a folder or a Hub id.
+        photos: picture files. If two files have the same name, their folders get numbers.
+        layer, size: see `attention_pictures`.
 
     Returns:
-        The photos' folders.
+        The folders of the photos.
 
     Raises:
-        UserError: no such encoder, one without attention maps, or a file that is no picture.
+        UserError: the encoder does not exist or has no attention maps, or a file is not a picture.
     """
     encoder, processor = load_encoder(model)
-    patch_size(encoder)  # says so before a photo is read, if there is no attention
+    patch_size(encoder)  # raises for an unsupported encoder before it reads photos
     written: list[Path] = []
     rows: list[dict[str, Image.Image]] = []
     for photo in photos:
@@ -147,11 +148,12 @@ def write_attention_pictures(
 
 
 def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_HEIGHT) -> Image.Image:
-    """One picture: a row for each photo, its pictures (`attention_pictures`) side by side under their names.
+    """Return one picture with a row per photo, whose pictures are side by side under their names.
 
     Args:
-        rows: of at least one photo, each with the same names; pictures of one row are of one size.
-        height: of each picture in pixels.
+        rows: output of `attention_pictures` for at least one photo. All rows have the same names, and all
+            pictures of a row have the same size.
+        height: height of each picture in pixels.
     """
     heading, gap = 14, 3
     widths = [
@@ -170,16 +172,18 @@ def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_H
 
 
 def _free(folder: Path, stem: str, taken: list[Path]) -> Path:
-    """A folder for a photo of this name that no other photo of this call has."""
+    """Return a folder for a photo with this name that is not in `taken`."""
     names = [stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 2))]
     return next(folder / name for name in names if folder / name not in taken)
 
 
 def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
-    """(1, C, H, W) normalised: shortest edge `size`, both edges cut down to whole patches, nothing cropped
-    away."""
+    """Return the resized and normalized photo (1, C, H, W) without cropping.
+
+    The shortest edge has `size` pixels, and both edges are rounded down to whole patches.
+    """
     if size < patch:
-        raise UserError(f"expected a size of at least {patch} pixels, one patch, got {size}.")
+        raise UserError(f"size: expected at least {patch} pixels (one patch), got {size}")
     short = min(photo.shape[1:])
     height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
     resized = F.interpolate(
@@ -190,14 +194,14 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
 
 
 def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
-    """The RGB photo that normalised (C, H, W) pixels were."""
+    """Return the RGB picture of normalized pixels (C, H, W)."""
     mean, std = _normalisation(processor, pixels.shape[0])
     shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def _normalisation(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C, 1, 1) by which the processor normalises values in [0, 1]."""
+    """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
     if not processor.do_normalize:
         return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
@@ -205,7 +209,7 @@ def _normalisation(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _shown(photo: Image.Image, side: int) -> Image.Image:
-    """A small photo enlarged by a whole number, its pixels still squares."""
+    """Return the photo, enlarged by an integer factor if its shorter edge is below `side` pixels."""
     factor = -(-side // min(photo.size))
     if factor <= 1:
         return photo
@@ -218,7 +222,7 @@ def _enlarged(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Ima
 
 
 def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
-    """(C, H, W) for a picture of `size` (width, height)."""
+    """Return values (C, H, W) for a picture of `size` (width, height)."""
     options: dict[str, Any] = (
         {"mode": "bicubic", "align_corners": False} if smooth else {"mode": "nearest-exact"}
     )

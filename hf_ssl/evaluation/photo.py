@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture from a stranger: looked at before it is decoded, and refused in a sentence that anybody
-understands."""
+"""Decoding of pictures from untrusted sources.
+
+File size, format and picture size are checked before decoding. The error messages are complete sentences,
+because the page of a Space shows them to its visitors.
+"""
 
 import io
 import warnings
@@ -13,8 +16,8 @@ from hf_ssl.data.decode import BrokenImage, decode
 from hf_ssl.errors import UserError
 
 MAX_BYTES = 20 * 2**20
-MAX_PIXELS = 50_000_000  # what the largest common phone cameras make: 8160 x 6120
-MAX_RATIO = 20  # encoders enlarge the short side: a line of 1 x 60,000 pixels would become gigabytes
+MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
+MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
 
@@ -22,22 +25,22 @@ _KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
 def read_photo(
     source: bytes | Path, *, channels: int = 3, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
-    """Decode one picture of unknown origin; the first frame of an animation.
+    """Return the decoded pixels of one untrusted picture, or of the first frame of an animation.
 
-    The size of the file is looked at before it is read, its kind and the size of the picture before it is
-    decoded.
+    The size of the file is checked before it is read. The format and the size of the picture are checked
+    before it is decoded.
 
     Args:
         source: the encoded bytes, or a file.
-        channels: 3, or 1 for an encoder of grey images.
-        max_bytes, max_pixels: what is larger is refused.
+        channels: 3, or 1 for an encoder of gray images.
+        max_bytes, max_pixels: largest accepted sizes of the file and of the picture.
 
     Returns:
-        (channels, H, W) uint8, upright as its EXIF data demand; transparency laid over white.
+        uint8 (channels, H, W), rotated as the EXIF data state, with transparent pixels blended over white.
 
     Raises:
-        UserError: too large, too narrow, damaged, or no picture; its sentence can be shown to anybody, and
-            names no file.
+        UserError: the picture is too large, too narrow or damaged, or the file is not a picture. The message
+            is a sentence for the visitors of a page and names no file.
     """
     size = source.stat().st_size if isinstance(source, Path) else len(source)
     if size == 0:
@@ -62,16 +65,16 @@ def read_photo(
     try:
         return decode(data, channels)
     except BrokenImage as error:
-        if "bits" in str(error):  # a picture in order, of a kind that nobody could show either
+        if "bits" in str(error):  # a valid file whose pixel format is not supported
             raise UserError(f"This picture cannot be shown: {error}.") from error
         raise UserError("This picture is damaged or incomplete. Please choose another file.") from error
 
 
 def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height from the header alone."""
+    """Return width and height, read from the header only."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own word about large pictures: ours follows
+            warnings.simplefilter("ignore")  # Pillow warns about large pictures; the caller raises an error
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as header:
                 return header.size
     except PIL.Image.DecompressionBombError as error:
@@ -79,5 +82,5 @@ def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
             f"This picture has too many pixels. Please choose one of at most {max_pixels / 1e6:,.0f} million "
             "pixels."
         ) from error
-    except Exception as error:  # Pillow's readers raise anything on damaged headers
+    except Exception as error:  # the readers of Pillow raise many types for damaged headers
         raise UserError(f"This file is not a picture that can be read. Please choose {_KINDS}.") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One protocol for every encoder: measurements, their data, and their descriptions for the card."""
+"""The evaluation protocol, which is the same for all encoders, and its descriptions for the model card."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,24 +25,24 @@ from hf_ssl.modeling.pooling import Pooling, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
-HEADLINE = (20, 0.07)  # the k and T that DINO recommends; the number that a card shows first
-STATISTICS_ROWS = 10_000  # uniformity compares every pair: the square of this
+HEADLINE = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
+STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
 class LabelledImages(Protocol):
-    """What an evaluation needs of a data set; `hf_ssl.data.labeled_images` gives it.
+    """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
 
-    Labels are read after the images, because an image that turns out broken takes its label with it.
+    The evaluation reads the labels after the images, because a broken image also removes its label.
     """
 
     @property
     def labels(self) -> Any:
-        """Class numbers, int64 (N,)."""
+        """Return the class numbers, int64 (N,)."""
 
     def __len__(self) -> int: ...
 
     def iter_batches(self, batch_size: int) -> Iterable[list[Tensor]]:
-        """Lists of uint8 tensors (C, H, W)."""
+        """Return batches, which are lists of uint8 tensors (C, H, W)."""
 
 
 def evaluate_encoder(
@@ -55,21 +55,21 @@ def evaluate_encoder(
     device: torch.device | str | None = None,
     description: str | None = None,
 ) -> EncoderResult:
-    """Measure a frozen encoder: weighted k-NN, few labels, linear probe, and how much of its space it uses.
+    """Return the result of a frozen encoder: weighted k-NN, few labels, linear probe and feature statistics.
 
     Args:
         model, processor: an encoder and its image processor, as `AutoModel` and `AutoImageProcessor` load
             them.
-        config: checked here.
-        train, test: labelled images; the labels of `test` choose nothing.
-        device: where to compute; None: where the encoder is.
-        description: what the progress bars say; None: no bars.
+        config: settings of the evaluation. The function checks them.
+        train, test: labeled images. The labels of `test` select no setting.
+        device: device of the computation; None: the device of the encoder.
+        description: text of the progress bars; None: no bars.
 
     Returns:
-        An `EncoderResult`, plain data fit for JSON.
+        An `EncoderResult`, which JSON can store.
 
     Raises:
-        UserError: a setting, labels or features that cannot be used.
+        UserError: a setting, the labels or the features are invalid.
     """
     config.check()
     device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -78,7 +78,7 @@ def evaluate_encoder(
         precision = fastest_precision(device.type).name
     seconds: dict[str, float] = {}
     rule, size, tokens = _seen(model, processor, test, device)
-    # The config's value is checked above; OmegaConf knows no Literal.
+    # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
     compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
     with _timed(seconds, "features"):
@@ -128,7 +128,7 @@ def evaluate_encoder(
 
 
 def evaluate_pixels(config: EvaluationConfig, train: LabelledImages, test: LabelledImages) -> EncoderResult:
-    """The same protocol for raw pixels (`raw_pixels`), without the linear probe."""
+    """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe."""
     config.check()
     seconds: dict[str, float] = {}
     with _timed(seconds, "features"):
@@ -161,16 +161,27 @@ def evaluate_features(
     linear: bool = True,
     description: str | None = None,
 ) -> EncoderResult:
-    """The protocol from features on: (M, D) and (N, D) float32, with labels (M,) and (N,).
+    """Return the result of the protocol for given features.
 
-    The progress bars show `description` first; None shows no bars. The results omit values of k above M, and
-    numbers of labels above the size of the smallest class, and list them in `skipped`.
+    The result omits values of k above M, and numbers of labels above the size of the smallest class. It lists
+    them in `skipped`.
+
+    Args:
+        config: settings of the evaluation, already checked.
+        train_features, train_labels: (M, D) float32 and (M,).
+        test_features, test_labels: (N, D) float32 and (N,).
+        device: device of the computation; None: the device of the features.
+        linear: whether to train the linear probe if `config.linear` is set.
+        description: first text of the progress bars; None: no bars.
+
+    Raises:
+        UserError: a split has fewer than 2 images, or the labels or the features are invalid.
     """
     bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
     query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
     bank, queries = len(train_features), len(test_features)
     if min(bank, queries) < 2:
-        raise UserError(f"evaluation: expected 2 images or more in each split, got {bank} and {queries}.")
+        raise UserError(f"evaluation: expected at least 2 images in each split, got {bank} and {queries}")
     data = (train_features, bank_labels, test_features, query_labels)
     smallest = int(bank_labels.bincount()[bank_labels.unique()].min())
     counts = [k for k in config.neighbours if k <= bank] or [1]
@@ -235,12 +246,12 @@ def _linear(
         device=device,
         advance=advance,
     )
-    # JSON has no number for a key.
+    # Keys in JSON must be strings.
     return probe._asdict() | {"validation": {str(rate): value for rate, value in probe.validation.items()}}
 
 
 def feature_statistics(features: Tensor) -> dict[str, float]:
-    """embedding_std, rank_me, uniformity of (N, D) features: of 10,000 evenly spaced rows at most."""
+    """Return the statistics of features (N, D), computed on at most 10,000 evenly spaced rows."""
     rows = min(len(features), STATISTICS_ROWS)
     index = torch.arange(rows) * len(features) // rows
     sample = features[index]
@@ -253,7 +264,10 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
 
 
 def _headline(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
-    """k 20 and T 0.07 where they were measured, else the largest k below 20 (or the smallest), first T."""
+    """Return the k and T of the headline: k 20 and T 0.07 if they were measured.
+
+    Otherwise k is the largest one below 20, or the smallest one if none is below 20, and T is the first one.
+    """
     counts = sorted({k for k, _ in grid})
     temperatures = [temperature for _, temperature in grid]
     below = [k for k in counts if k <= HEADLINE[0]]
@@ -271,7 +285,7 @@ def _words(
     bank: int,
     queries: int,
 ) -> dict[str, str]:
-    """Each measurement in one sentence, for people and for the metadata of the card."""
+    """Return a description of each measurement for the text and the metadata of the card."""
     train = f"{bank:,} images of split {config.train_split}"
     test = f"{queries:,} images of split {config.test_split}"
     k, temperature = headline
@@ -281,12 +295,12 @@ def _words(
     }
     if few:
         words["few_labels"] = (
-            f"1-NN by cosine similarity among n labelled images a class, drawn at random from the {train}: "
+            f"1-NN by cosine similarity among n labeled images a class, drawn at random from the {train}: "
             f"mean and standard deviation of {config.draws} draws (seed {config.seed}), tested on {test}"
         )
     if probe is not None:
         rates = sorted(config.learning_rates)
-        state = "standardised" if config.linear_standardize else "not standardised"
+        state = "standardized" if config.linear_standardize else "not standardized"
         edge = ", which is the edge of the sweep" if probe["at_edge"] else ""
         words["linear"] = (
             f"softmax regression on frozen features, {state}, without augmentation: SGD, momentum 0.9, "
@@ -300,8 +314,10 @@ def _words(
 def _seen(
     model: nn.Module, processor: Any, images: LabelledImages, device: torch.device
 ) -> tuple[Pooling, int, bool]:
-    """What "auto" pooling means for this encoder, the side of the images that it is shown, and whether it has
-    a class token and others.
+    """Return three properties of an encoder, measured with one image.
+
+    They are the meaning of pooling "auto", the width of the processed images in pixels, and whether the
+    output has a class token and other tokens.
     """
     batch = next(iter(images.iter_batches(1)))
     with evaluation_mode(model.to(device)):

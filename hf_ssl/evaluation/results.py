@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation reports, as plain data. Loads no torch: cards are written and published without it."""
+"""Types of the results of an evaluation. This module imports no torch, because writing cards needs none."""
 
 from typing import Any, NotRequired, TypedDict
 
 
 class KnnResult(TypedDict):
-    """Headline accuracy, and a list of {neighbours, temperature, accuracy}, the whole grid."""
+    """k-NN result: the headline accuracy, and {neighbours, temperature, accuracy} for the complete grid."""
 
     neighbours: int
     temperature: float
@@ -14,7 +14,7 @@ class KnnResult(TypedDict):
 
 
 class EncoderResult(TypedDict):
-    """What one encoder reached. Accuracies in [0, 1]. `protocol` says how, in words and numbers."""
+    """Result of one encoder. Accuracies are in [0, 1]. `protocol` describes each measurement in words."""
 
     protocol: dict[str, str]
     images: dict[str, int]  # train, test
@@ -23,10 +23,10 @@ class EncoderResult(TypedDict):
     knn: KnnResult
     linear: dict[str, Any] | None  # the fields of LinearProbe
     few_labels: list[dict[str, float]]  # labels_per_class, mean, std, draws
-    skipped: list[str]  # what the data was too small for
+    skipped: list[str]  # measurements for which there were too few images
     statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
     seconds: dict[str, float]
     precision: NotRequired[str]  # precision of the features: "float32", "bfloat16" or "float16"
     pooling: NotRequired[str]
-    poolings: NotRequired[dict[str, float]]  # headline k-NN by "cls" and by "mean", where both were compared
+    poolings: NotRequired[dict[str, float]]  # headline k-NN accuracy by "cls" and by "mean", if compared
     image_size: NotRequired[int]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gallery of images that can be asked for the nearest neighbours of a photo.
+"""Gallery of images and search for the nearest neighbors of a photo.
 
-A saved gallery is two files and nothing pickled: `index.faiss` (faiss's own format: unit vectors, compared
-by inner product, which is the cosine) and `gallery.parquet` (thumbnail and label of each image). faiss comes
-with the extra `demo`; without it there is no gallery, and a sentence says so.
+A saved gallery consists of two files and contains no pickled objects. `index.faiss` has the format of faiss
+and holds unit vectors; their inner product is the cosine. `gallery.parquet` holds the thumbnail and the label
+of each image. The extra `demo` installs faiss. Without faiss, the functions for galleries raise `UserError`.
 """
 
 import io
@@ -25,12 +25,12 @@ from hf_ssl.modeling.pooling import Pooling
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
 THUMBNAIL_SIDE = 192
-LOSSLESS_SIDE = 96  # images up to this are kept as they are
+LOSSLESS_SIDE = 96  # images with edges up to this many pixels are stored as PNG
 _JPEG_QUALITY = 88
 
 
 class Neighbour(NamedTuple):
-    """Number in the gallery, cosine similarity in [-1, 1], and the label where there is one."""
+    """Number of an image in the gallery, its cosine similarity in [-1, 1], and its label or None."""
 
     number: int
     similarity: float
@@ -41,16 +41,16 @@ class Gallery:
     """Images with their features.
 
     Args:
-        index: a faiss index of unit vectors, one an image.
+        index: faiss index with one unit vector per image.
         thumbnails: encoded pictures, PNG or JPEG.
-        labels: one an image; None: there are none.
+        labels: one label per image; None: no labels.
     """
 
     def __init__(self, index: Any, thumbnails: Sequence[bytes], labels: Sequence[str] | None) -> None:
         if not index.ntotal == len(thumbnails) == len(labels or thumbnails):
             raise UserError(
-                f"expected as many thumbnails and labels as vectors, got {len(thumbnails)}, "
-                f"{'none' if labels is None else len(labels)} and {index.ntotal}."
+                f"gallery: expected as many thumbnails and labels as vectors, got {len(thumbnails)}, "
+                f"{'none' if labels is None else len(labels)} and {index.ntotal}"
             )
         self.index = index
         self.thumbnails = list(thumbnails)
@@ -60,17 +60,19 @@ class Gallery:
         return len(self.thumbnails)
 
     def nearest(self, features_ND: Tensor, k: int) -> list[list[Neighbour]]:
-        """The k nearest images of each row of features, nearest first; all images where there are fewer.
+        """Return the k nearest images for each row of features (N, D), nearest first.
+
+        If the gallery has fewer than k images, the function returns all of them.
 
         Raises:
-            UserError: k below 1, features of another size or that are not finite.
+            UserError: k is below 1, or the features have another size D or are not finite.
         """
         if k < 1:
-            raise UserError(f"expected 1 neighbour or more, got {k}.")
+            raise UserError(f"gallery.k: expected at least 1 neighbor, got {k}")
         vectors = _unit_rows(features_ND)
         if vectors.shape[1] != self.index.d:
             raise UserError(
-                f"expected features of {self.index.d} numbers, as the gallery has, got {vectors.shape[1]}."
+                f"gallery: expected feature size {self.index.d}, got {vectors.shape[1]}; use the same encoder"
             )
         similarities, numbers = self.index.search(vectors, min(k, len(self)))
         return [
@@ -86,17 +88,21 @@ class Gallery:
         _faiss().write_index(self.index, str(folder / INDEX))
         labels = pa.nulls(len(self), pa.string()) if self.labels is None else pa.array(self.labels)
         table = pa.table({"thumbnail": pa.array(self.thumbnails, pa.binary()), "label": labels})
-        pq.write_table(table, folder / IMAGES, compression="none")  # the pictures are compressed already
+        pq.write_table(table, folder / IMAGES, compression="none")  # the pictures are already compressed
 
     @classmethod
     def load(cls, folder: Path) -> "Gallery":
-        """What `save` wrote. Raises UserError if it is not there or cannot be read."""
+        """Return the gallery that `save` wrote.
+
+        Raises:
+            UserError: a file does not exist or cannot be read.
+        """
         faiss = _faiss()
         try:
             table = pq.read_table(folder / IMAGES)
             index = faiss.read_index(str(folder / INDEX))
         except (OSError, RuntimeError, pa.ArrowInvalid) as error:
-            raise UserError(f"cannot read the gallery in {folder}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: expected a gallery, got {str(error).splitlines()[0]}") from error
         labels = table.column("label")
         return cls(
             index,
@@ -108,10 +114,15 @@ class Gallery:
 def build_gallery(
     features_ND: Tensor, thumbnails: Sequence[bytes], labels: Sequence[str] | None = None
 ) -> Gallery:
-    """A gallery from features, as `embed_gallery` makes them; rows are made unit vectors.
+    """Return a gallery of features, thumbnails and labels.
+
+    Args:
+        features_ND: features (N, D) from `embed_gallery`. The function normalizes each row.
+        thumbnails: N encoded pictures.
+        labels: N labels; None: no labels.
 
     Raises:
-        UserError: faiss is not installed; numbers that do not fit; features that are not finite.
+        UserError: faiss is not installed, the numbers of rows differ, or the features are not finite.
     """
     index = _faiss().IndexFlatIP(features_ND.shape[1])
     index.add(_unit_rows(features_ND))
@@ -128,14 +139,14 @@ def embed_gallery(
     total: int | None = None,
     description: str | None = None,
 ) -> tuple[Tensor, list[bytes]]:
-    """Features (N, D) and thumbnails of images, in one pass over them.
+    """Return features (N, D) and thumbnails of images from one pass.
 
     Args:
-        model, processor, image_batches, pooling, total, description: as for `extract_features`.
-        thumbnail_side: longest edge in pixels.
+        model, processor, image_batches, pooling, total, description: see `extract_features`.
+        thumbnail_side: longest edge of the thumbnails in pixels.
 
     Raises:
-        UserError: as `extract_features`; faiss is not installed, told before the work.
+        UserError: faiss is not installed (checked first), or `extract_features` raises.
     """
     _faiss()
     thumbnails: list[bytes] = []
@@ -152,8 +163,11 @@ def embed_gallery(
 
 
 def thumbnail(image: Tensor, side: int = THUMBNAIL_SIDE) -> bytes:
-    """A small picture of a uint8 (1 or 3, H, W) image: PNG of its very pixels up to 96 of them a side, else a
-    JPEG whose longest edge is `side` or less."""
+    """Return an encoded small picture of a uint8 image (1 or 3, H, W).
+
+    If both edges have at most 96 pixels (and at most `side`), it is a PNG of the unchanged pixels. Otherwise
+    it is a JPEG whose longest edge has at most `side` pixels.
+    """
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     file = io.BytesIO()
@@ -167,7 +181,7 @@ def thumbnail(image: Tensor, side: int = THUMBNAIL_SIDE) -> bytes:
 
 @dataclass(frozen=True)
 class Retriever:
-    """An encoder with its processor and a gallery that it embedded."""
+    """An encoder, its processor and a gallery of features from this encoder."""
 
     model: nn.Module
     processor: Any
@@ -175,7 +189,7 @@ class Retriever:
     pooling: Pooling = "auto"
 
     def neighbours(self, photo: Tensor, k: int = 10) -> list[Neighbour]:
-        """The k images of the gallery that are most alike to a uint8 (C, H, W) photo, nearest first."""
+        """Return the k nearest images of the gallery for a uint8 photo (C, H, W), nearest first."""
         features = extract_features(self.model, self.processor, [[photo]], pooling=self.pooling)
         (found,) = self.gallery.nearest(features, k)
         return found
@@ -183,15 +197,15 @@ class Retriever:
 
 def _unit_rows(features_ND: Tensor) -> np.ndarray:
     if not bool(features_ND.isfinite().all()):
-        raise UserError("the encoder's features are not finite: it cannot compare images.")
+        raise UserError("features: expected finite numbers, got NaN or infinity; use another encoder")
     return F.normalize(features_ND.float(), dim=1).contiguous().numpy()
 
 
 def _faiss() -> Any:
     try:
-        import faiss  # an extra
+        import faiss  # optional extra
     except ImportError as error:
         raise UserError(
-            'a gallery needs faiss, which is not installed: pip install "hf_ssl[demo]"'
+            'gallery: expected faiss, got no such package; run pip install "hf_ssl[demo]"'
         ) from error
     return faiss

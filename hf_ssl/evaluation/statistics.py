@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that need no labels: is the space of features used, or has it collapsed?
+"""Statistics of features that need no labels and indicate collapse.
 
-Pure functions of tensors. Half precision is raised to float32, float64 is left alone.
+All functions are pure functions of tensors. They convert half precision to float32 and keep float64.
 Legend: N images, D features.
 """
 
@@ -13,26 +13,32 @@ ROW_CHUNK = 1024
 
 
 def embedding_std(features: Tensor) -> float:
-    """Spread of the directions: 1 for features that point everywhere alike, 0 where all images look the same.
+    """Return the spread of the feature directions, from 0 (all equal) to about 1 (uniform on the sphere).
 
-    features: (N, D). Each row is L2-normalised; the standard deviation (over N, not N - 1) of each of the D
-    columns is averaged and multiplied by sqrt(D).
+    The rows are L2-normalized. The standard deviations (over N, not N - 1) of the D columns are averaged, and
+    the mean is multiplied by sqrt(D).
 
-    Source: SimSiam (2011.10566), section 4.1, where it is shown without the factor sqrt(D).
+    Args:
+        features: (N, D).
+
+    Source: SimSiam (2011.10566), section 4.1, which reports it without the factor sqrt(D).
     """
     unit = _unit(features)
     return float(unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5)
 
 
 def rank_me(features: Tensor, eps: float = 1e-7) -> float:
-    """Effective number of dimensions in use, from 1 (collapsed) to about min(N, D).
+    """Return the effective number of dimensions, from 1 (collapsed) to about min(N, D).
 
-    features: (N, D), taken as they are, neither centred nor normalised.
-    p_k = sigma_k / sum(sigma) + eps for the singular values sigma; the result is exp(-sum p_k log p_k).
+    The result is exp(-sum p_k log p_k) with p_k = sigma_k / sum(sigma) + eps for the singular values sigma.
+    They are computed from the smaller Gram matrix in float64. This is faster than an SVD and agrees with
+    an SVD in float64 to seven digits. Features that are all zero give 1.
 
-    Source: RankMe (2210.02885), equation 1. The singular values come from the smaller Gram matrix in float64,
-    which is faster than an SVD, and agrees with one in float64 to seven digits. Features that are all zero
-    give 1.
+    Args:
+        features: (N, D), neither centered nor normalized.
+        eps: small constant of the definition.
+
+    Source: RankMe (2210.02885), equation 1.
     """
     rows = features.double()
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
@@ -45,9 +51,13 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
 
 
 def alignment(first: Tensor, second: Tensor, alpha: float = 2.0) -> float:
-    """Mean distance, to the power alpha, between two views of an image: 0 is perfect, 2 is chance at alpha 2.
+    """Return the mean of distance ** alpha between two views of each image.
 
-    first, second: (N, D), row i of both from image i; L2-normalised inside.
+    The value is 0 for identical views. With alpha 2, it is 2 on average for unrelated directions.
+
+    Args:
+        first, second: (N, D), row i of both from image i. The function L2-normalizes the rows.
+        alpha: exponent of the distance.
 
     Source: Wang & Isola (2005.10242), section 4.1.
     """
@@ -55,21 +65,27 @@ def alignment(first: Tensor, second: Tensor, alpha: float = 2.0) -> float:
 
 
 def uniformity(features: Tensor, t: float = 2.0) -> float:
-    """Log of the mean of exp(-t d^2) over pairs of different images: 0 is collapse, about -2 t (-4) is even.
+    """Return the log of the mean of exp(-t d^2) over pairs of different images.
 
-    features: (N, D) with N >= 2; L2-normalised inside; d is the distance of two rows.
+    The value is 0 for collapsed features and about -2 t (-4) for features that are uniform on the sphere.
 
-    Raises ValueError for fewer than two rows.
+    Args:
+        features: (N, D) with N >= 2. The function L2-normalizes the rows; d is the distance of two rows.
+        t: factor of the squared distance.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+
     Source: Wang & Isola (2005.10242), section 4.1.
     """
     unit = _unit(features)
     images = len(unit)
     if images < 2:
-        raise ValueError(f"uniformity: expected at least 2 rows, got {images}.")
+        raise ValueError(f"uniformity: expected at least 2 rows, got {images}")
     total = torch.zeros((), dtype=torch.float64, device=unit.device)
     for start in range(0, images, ROW_CHUNK):
         chunk = unit[start : start + ROW_CHUNK]
-        # |a - b|^2 = 2 - 2 cos; rounding may leave a cosine just above 1.
+        # |a - b|^2 = 2 - 2 cos. Rounding can make a cosine slightly larger than 1.
         squared = (2 - 2 * (chunk @ unit.T)).clamp_min(0)
         potential = torch.exp(-t * squared)
         own = torch.arange(len(chunk), device=unit.device)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Space that shows an encoder: built as a folder that runs anywhere, and served on this machine (layer 5).
+"""Building and serving of a Space that demonstrates an encoder (layer 5).
 
-The names below are loaded when first used: serving needs no torch in this process.
+A Space is a folder that can run on any machine. The names below load at their first use, because serving
+needs no torch in this process.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the folder of a Space: encoder, gallery, examples, the page and what it needs, nothing of this
-machine."""
+"""Building of the folder of a Space.
+
+The folder contains the encoder, the gallery, the examples, and the page with the files that it needs. It does
+not depend on the machine that built it.
+"""
 
 import shutil
 from dataclasses import replace
@@ -15,7 +18,7 @@ from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import hf_ssl.auto  # noqa: F401  registers the methods with transformers
+import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
 from hf_ssl.cards import last_part, public
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
@@ -62,32 +65,29 @@ def build_space(
     pooling: Pooling = "auto",
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Embed a gallery and write a folder that `run_space`, or a Space on the Hub, serves as it is.
+    """Write a folder that `run_space` or the Hub can serve, and return the content of its `space.json`.
 
-    A local encoder is copied; of one on the Hub the id and the commit are kept. The folder appears when it is
-    whole.
+    The folder contains a copy of a local encoder. For an encoder on the Hub, it records the id and the
+    commit. The folder appears only when it is complete.
 
     Args:
-        model: a folder or the Hub id of an encoder with its image processor.
-        folder: new or empty, or an earlier Space, which is replaced.
-        data: the gallery's images, `data.split` of them; labels are shown where there are some.
-        images: at most so many, equally many of each class as far as there are.
-        examples: pictures to choose from, held out of the gallery.
-        examples_split: take the examples from this split instead.
+        model: the folder or the Hub id of an encoder with its image processor.
+        folder: a new or empty folder, or an existing Space, which is replaced.
+        data: data set of the gallery; its split is `data.split`. The page shows labels if the data have them.
+        images: largest number of images in the gallery, with equal numbers per class where possible.
+        examples: number of pictures that the page offers. They are not part of the gallery.
+        examples_split: split for the examples; None: the split of the gallery.
         title: heading of the page.
-        pooling: as for `extract_features`.
+        pooling: see `extract_features`.
         revision: branch, tag or commit of the model on the Hub.
 
-    Returns:
-        What `space.json` holds.
-
     Raises:
-        UserError: an encoder or data that cannot be used, a missing package, a folder with something else.
+        UserError: the encoder or the data are invalid, a package is missing, or the folder has other files.
     """
     check_packages()
     _check_folder(folder)
     if images < 1 or examples < 0:
-        raise UserError(f"expected images >= 1 and examples >= 0, got {images} and {examples}")
+        raise UserError(f"space: expected images >= 1 and examples >= 0, got {images} and {examples}")
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model, revision)
     torch.nn.Module.to(encoder, fastest_device())
@@ -127,18 +127,18 @@ def build_space(
         facts["examples"] = _write_examples(pictures, part)
         _write_page(part, facts)
         names = (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
-        facts["files"] = sorted(names)  # what a publication uploads
+        facts["files"] = sorted(names)  # publishing uploads these files
         write_json(part / FACTS, facts)
     return facts
 
 
 def _check_folder(folder: Path) -> None:
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file()):
-        raise UserError(f"{folder} holds something else than a Space: give a new or empty folder")
+        raise UserError(f"{folder}: expected an empty folder or a Space, got other files; use a new folder")
 
 
 def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
-    """Images of a split; without labels (all the same, no class names) where the data have none."""
+    """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
     data = replace(data, streaming=False)
     source = open_source(data, split)
     columns = source.dataset.features or {}
@@ -152,7 +152,7 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
 
 
 def _labels(images: LabeledImages) -> list[str] | None:
-    """Names of the classes of images that were all read."""
+    """Return the class name of each image after all images were read, or None without class names."""
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]
@@ -163,7 +163,10 @@ def _examples(images: LabeledImages, labels: list[str] | None, chosen: np.ndarra
 
 
 def _spread(labels: list[str] | None, total: int, count: int) -> np.ndarray:
-    """`count` of `total` numbers at random, one of each class first, then a second, ...; sorted by class."""
+    """Return `count` random numbers below `total`, balanced over the classes and sorted by class.
+
+    The selection takes one number of each class first, then a second one of each class, and so on.
+    """
     order = permutation(total, 1)
     if labels is None:
         return np.sort(order[:count])
@@ -189,7 +192,7 @@ def _facts(
     local = Path(model).is_dir()
     name = last_part(str(Path(model).resolve())) if local else model
     facts = {
-        "title": title or f"Nearest neighbours by {name}",
+        "title": title or f"Nearest neighbors by {name}",
         "model": {
             "name": name,
             "class": type(encoder).__name__,
@@ -210,7 +213,7 @@ def _facts(
 
 
 def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, str | None]]:
-    """PNG of small images, else JPEG, and a thumbnail of each."""
+    """Write each example (PNG if it is small, else JPEG) with a thumbnail, and return names and labels."""
     (folder / "examples").mkdir()
     written: list[dict[str, str | None]] = []
     for number, (image, label) in enumerate(pictures):
@@ -225,7 +228,10 @@ def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, st
 
 
 def _write_page(folder: Path, facts: dict[str, Any]) -> None:
-    """The page, the README with its header for the Hub, and hf_ssl's own source files: it is on no index."""
+    """Write the page, the README with its header for the Hub, and the source files of hf_ssl.
+
+    The source files are necessary because no package index has hf_ssl.
+    """
     page = resource("spaces", "retrieval")
     for name in _PAGE:
         shutil.copyfile(page / name, folder / name)

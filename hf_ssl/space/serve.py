@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves the folder of a Space on this machine, in a process of its own, as the Hub does."""
+"""Serving of a Space on this machine in a separate process, as on the Hub."""
 
 import os
 import signal
@@ -19,64 +19,69 @@ _SECONDS_TO_END = 10
 
 
 def check_packages() -> None:
-    """Raises UserError that names what a Space needs and this installation lacks."""
+    """Raise UserError with the names of missing packages if this installation cannot serve a Space."""
     missing = [name for name in ("gradio", "faiss") if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f'a Space needs {" and ".join(missing)}, which {verb} not installed: pip install "hf_ssl[demo]"'
+            f'space: expected {" and ".join(missing)}, which {verb} missing; run pip install "hf_ssl[demo]"'
         )
 
 
 def run_space(folder: Path, host: str = "127.0.0.1", port: int = PORT) -> None:
-    """Serve until Ctrl-C or SIGTERM; the server's process ends with this call.
+    """Serve a Space until Ctrl-C or SIGTERM. The server process ends before this function returns.
 
-    Runs the folder's own `app.py`: do not serve a folder that you would not run.
+    The function runs the file `app.py` of the folder. Serve only folders whose code you trust.
 
     Args:
-        folder: from `build_space`.
-        host: "0.0.0.0" lets other machines in.
-        port: or the next free one.
+        folder: a folder from `build_space`.
+        host: address of the server; "0.0.0.0" accepts connections from other machines.
+        port: the server uses this port, or the next free one.
 
     Raises:
-        UserError: no Space there, a package is missing, no free port, or the server failed.
+        UserError: the folder is not a Space, a package is missing, no port is free, or the server failed.
     """
     folder = folder.resolve()
     if not (folder / "app.py").is_file() or not (folder / FACTS).is_file():
-        raise UserError(f"expected a Space with app.py and {FACTS} in {folder}: hf-ssl space build makes one")
+        raise UserError(f"{folder}: expected app.py and {FACTS}, got no Space; run hf-ssl space build")
     check_packages()
     free = free_port(host, port)
     environment = {**os.environ, "GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(free)}
-    print(f"starting {folder.name}; Ctrl-C ends it", flush=True)
+    print(f"starting the Space {folder.name}; press Ctrl-C to stop it", flush=True)
     process = subprocess.Popen([sys.executable, str(folder / "app.py")], cwd=folder, env=environment)
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if in_main_thread else None
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # the usual end; the server has got it too
+    except KeyboardInterrupt:  # the server receives the same signal
         return
     finally:
         _end(process)
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
     if status not in (0, -signal.SIGTERM, -signal.SIGINT):
-        raise UserError(f"the server of {folder} ended with status {status}; what it said stands above")
+        raise UserError(f"{folder}: expected status 0 of the server, got {status}; see its output above")
 
 
 def free_port(host: str, first: int) -> int:
-    """The first port from `first` on that nobody listens on. Raises UserError after a hundred, or for a host
-    that is not this machine."""
+    """Return the first free port, starting at `first`.
+
+    Raises:
+        UserError: none of 100 ports is free, or this machine cannot use the address.
+    """
     for port in range(first, min(first + _PORTS_TRIED, 65536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
             except (socket.gaierror, PermissionError) as error:
-                raise UserError(f"cannot serve on {host}:{port}: {error.strerror}") from error
+                raise UserError(
+                    f"space: expected a valid address, got {host}:{port}; {error.strerror}"
+                ) from error
             except OSError:
                 continue
             return port
-    raise UserError(f"no free port on {host} from {first} on; expected an address of this machine")
+    raise UserError(f"space: expected a local address with a free port, got {host} from port {first}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402 - the libraries read the environment when they are imported
-"""The page: choose an example or upload a photo, see its nearest neighbours and where the encoder looks.
+# ruff: noqa: E402 - some libraries read the environment during their import
+"""Page of a Space: it shows the nearest neighbors and the attention maps of an example or an uploaded photo.
 
-Only what is shown is decided here; everything else is `hf_ssl.evaluation`. `hf-ssl space build` puts this
-file beside an encoder, a gallery and `space.json`, and `python app.py` serves them. Pictures travel inside
-the page: nothing that was uploaded, or made of it, stays on the disk.
+This file contains only the presentation. `hf_ssl.evaluation` contains the computation. `hf-ssl space build`
+copies this file into a folder with an encoder, a gallery and `space.json`; `python app.py` serves the folder.
+The page embeds its pictures, so that no uploaded picture and no result stays on the disk.
 """
 
 import atexit
@@ -27,7 +27,7 @@ FACTS = json.loads((FOLDER / "space.json").read_text(encoding="utf-8"))
 UPLOADS = Path(tempfile.mkdtemp(prefix="space-")).resolve()
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
-# Before the libraries are imported: they read these once.
+# The libraries read these variables once, during their import.
 os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -52,18 +52,18 @@ from hf_ssl.evaluation import (
 from hf_ssl.evaluation.photo import MAX_BYTES
 
 QUERY_SIDE = 560
-NEIGHBOURS = 12  # fills rows of 4 and of 3
+NEIGHBOURS = 12  # fills complete rows of 4 and of 3 images
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 NAMES = {
     "mean": "All heads",
     "rollout": "Through all layers",
     "mask": "60 % of the attention",
-    "colours": "Alike parts, alike colours",
+    "colours": "Alike parts, alike colors",
 }
 
 
 def open_retriever() -> Retriever:
-    """The encoder and the gallery that this Space was built of."""
+    """Return the encoder and the gallery of this Space."""
     model = FACTS["model"]
     name = str(FOLDER / model["folder"]) if model["folder"] else model["name"]
     encoder, processor = load_encoder(name, model["revision"])
@@ -71,7 +71,7 @@ def open_retriever() -> Retriever:
 
 
 def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
-    """The page's lower part for one picture, or one sentence where it cannot be read."""
+    """Return the HTML of the results for one picture, or a message if the picture cannot be read."""
     try:
         photo = read_photo(data, channels=retriever.model.config.num_channels)
         found = retriever.neighbours(photo, NEIGHBOURS)
@@ -80,12 +80,12 @@ def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
     except UserError as error:
         return sentence(str(error))
     except Exception:
-        logging.exception("a picture could not be answered")
+        logging.exception("the page could not process a picture")
         return sentence("Something went wrong with this picture. Please try another one.")
 
 
 def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
-    """The answer to an uploaded file, which is deleted before the answer is returned."""
+    """Return the answer to an uploaded file. The function deletes the file before it returns."""
     if file is None:
         return sentence("No file arrived. Please try again.")
     path = Path(file["path"]).resolve()
@@ -99,7 +99,7 @@ def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
 
 def query(photo: Tensor, caption: str) -> str:
     shown = figure(
-        thumbnail(photo, QUERY_SIDE), escape(caption), f"The picture that was asked about: {caption}"
+        thumbnail(photo, QUERY_SIDE), escape(caption), f"The chosen picture: {caption}"
     )
     return f'<section class="query" aria-label="The picture">{shown}</section>'
 
@@ -109,14 +109,14 @@ def neighbours(gallery: Gallery, found: list[Neighbour]) -> str:
     for rank, (number, similarity, label) in enumerate(found, start=1):
         value = f"{similarity:.2f}"
         caption = value if label is None else f"<span>{escape(label)}</span> · {value}"
-        alt = f"Neighbour {rank}, similarity {value}" + ("" if label is None else f", {label}")
+        alt = f"Neighbor {rank}, similarity {value}" + ("" if label is None else f", {label}")
         items.append(f"<li>{figure(gallery.thumbnails[number], caption, alt)}</li>")
     grid = f'<ol class="grid">{"".join(items)}</ol>'
     return f'<section class="neighbours"><h2>Most alike in the gallery</h2>{grid}</section>'
 
 
 def attention(retriever: Retriever, photo: Tensor) -> str:
-    """Maps of the last layer, or a sentence for an encoder that has none."""
+    """Return the attention maps of the last layer, or a message if the encoder has no attention maps."""
     title = "<h2>Where the encoder looks</h2>"
     if not has_attention(retriever.model):
         kind = escape(FACTS["model"]["class"].removesuffix("Model"))
@@ -139,7 +139,7 @@ def attention(retriever: Retriever, photo: Tensor) -> str:
 
 
 def figure(encoded: bytes, caption: str, alt: str) -> str:
-    """A picture inside the page with its caption, which is HTML."""
+    """Return the HTML of an embedded picture. The caption is HTML."""
     return (
         f'<figure><img src="{data_uri(encoded)}" alt="{escape(alt, quote=True)}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -181,7 +181,7 @@ def closing() -> str:
 
 
 def example_style() -> str:
-    """Each example's button shows its picture."""
+    """Return the CSS that shows the picture of each example on its button."""
     rules = []
     for number, example in enumerate(FACTS["examples"]):
         picture = data_uri((FOLDER / example["thumbnail"]).read_bytes())
@@ -190,7 +190,10 @@ def example_style() -> str:
 
 
 def page(retriever: Retriever) -> gr.Blocks:
-    """The page, with the first example answered: that also warms the encoder up before anybody waits."""
+    """Return the page with the results of the first example.
+
+    The first example also runs the encoder once, so that later requests are fast.
+    """
     examples = [
         (FOLDER / example["file"], example["label"] or f"{number}")
         for number, example in enumerate(FACTS["examples"], start=1)
@@ -204,7 +207,7 @@ def page(retriever: Retriever) -> gr.Blocks:
         "api_visibility": "private",
         "show_progress": "minimal",
     }
-    # Uploads that nobody asks about are deleted after a minute.
+    # Gradio deletes uploads without a request after one minute.
     with gr.Blocks(title=FACTS["title"], delete_cache=(60, 60)) as blocks:
         gr.HTML(introduction())
         with gr.Row(elem_id="choices"):
@@ -224,7 +227,7 @@ def page(retriever: Retriever) -> gr.Blocks:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what stands in atexit is done then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # runs the functions of atexit
     blocks = page(open_retriever())
     _, address, _ = blocks.launch(
         prevent_thread_lock=True,

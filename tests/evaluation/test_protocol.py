@@ -104,7 +104,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert result["linear"]["accuracy"] > 0.5
     assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
     assert "3 epochs, batch 256" in result["protocol"]["linear"]
-    assert "features, standardised, without augmentation" in result["protocol"]["linear"]
+    assert "features, standardized, without augmentation" in result["protocol"]["linear"]
     assert "held out, which is the edge of the sweep; then trained" in result["protocol"]["linear"]
     assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
     assert result["precision"] == "float32"

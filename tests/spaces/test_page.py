@@ -89,7 +89,7 @@ def test_first_sight(opened: Callable[..., Any]) -> None:
     assert len(found) == 12 and all(re.fullmatch(r"\d · \d\.\d\d", caption) for caption in found)
     similarities = [caption.split()[-1] for caption in found]
     assert similarities == sorted(similarities, reverse=True)
-    names = ["All heads", "Through all layers", "60 % of the attention", "Alike parts, alike colours"]
+    names = ["All heads", "Through all layers", "60 % of the attention", "Alike parts, alike colors"]
     assert captions(page, ".attention") == [*names, "Head 1", "Head 2", "Head 3"]
     images = page.locator(".answer img")
     widths = images.evaluate_all("images => images.map(image => image.naturalWidth)")
