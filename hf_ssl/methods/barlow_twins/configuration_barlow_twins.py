@@ -12,12 +12,12 @@ class BarlowTwinsConfig(SSLConfig):
     """Barlow Twins (Zbontar et al., arXiv:2103.03230).
 
     Attributes:
-        off_diagonal_weight: of what different dimensions have in common, lambda; 0.0051 (section 3.1).
-        loss_scale: factor on the whole loss. 1 as in the authors' code since June 2021; solo-learn has 0.1 on
-            CIFAR.
-        projection_size, projection_layers: of the projector, whose layers are all as wide (8192 x 3).
-        vector_learning_rate_scale: learning rate of biases and norms relative to that of weights: 0.0048 /
-            0.2 in the authors' code.
+        off_diagonal_weight: weight of the off-diagonal term, lambda in the paper (0.0051, section 3.1).
+        loss_scale: factor on the whole loss. The authors' code has used 1 since June 2021, and solo-learn
+            uses 0.1 on CIFAR.
+        projection_size, projection_layers: width and number of the projector's layers (8192 and 3).
+        vector_learning_rate_scale: learning rate of biases and norms divided by that of weights. The authors'
+            code uses 0.0048 / 0.2.
     """
 
     model_type = "ssl_barlow_twins"

@@ -15,10 +15,10 @@ from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class BarlowTwinsForPreTraining(SSLPreTrainedModel):
-    """Makes the correlation matrix between two views' embeddings the identity.
+    """The correlation matrix between the embeddings of two views approaches the identity.
 
-    Exactly two views. Each goes through the network by itself. Correlations are taken over the images of all
-    processes, as in the authors' code, which also synchronises BatchNorm.
+    The method needs exactly two views and encodes each separately. Correlations are computed over the images
+    of all processes, as in the authors' code. The authors' code also synchronizes BatchNorm.
     """
 
     config_class = BarlowTwinsConfig
@@ -34,17 +34,17 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
 
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """Biases and norms have a learning rate of their own."""
+        """Return the rule for the learning rate of biases and norms."""
         scale = self.config.vector_learning_rate_scale
         return (ParameterRule(r".", learning_rate_scale=scale, vectors_only=True),)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections (B, 2, P)."""
+        """Return the projections (B, 2, P)."""
         pixel_values = inputs["pixel_values"]
         return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Sum over the diagonal of (1 - c)^2 plus the weighted sum of squares beside it."""
+        """Return the sum of (1 - c)^2 on the diagonal plus the weighted sum of c^2 elsewhere."""
         projections = embeddings["projections"]
         on, off = barlow_twins_terms(projections[:, 0], projections[:, 1])
         loss = self.config.loss_scale * (on + self.config.off_diagonal_weight * off)
@@ -52,7 +52,7 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`off_diagonal_correlation` of the first view's projections, root mean square."""
+        """Return `off_diagonal_correlation`, the root mean square for the first view's projections."""
         return {"off_diagonal_correlation": off_diagonal_correlation(embeddings["projections"][:, 0])}
 
 

@@ -12,10 +12,11 @@ class BYOLConfig(SSLConfig):
     """BYOL (Grill et al., arXiv:2006.07733).
 
     Attributes:
-        momentum, momentum_end, momentum_schedule: of the target network, called tau there; 0.996 (1000
-            epochs), 0.99 (100 and 300), 0.97 (40), to 1 along a cosine (deepmind-research/byol).
-        projection_size, projection_hidden_size: of projector and predictor, which are built alike: Linear,
-            BatchNorm, ReLU, Linear without bias.
+        momentum, momentum_end, momentum_schedule: momentum of the target network, tau in the paper. The
+            authors start at 0.996 (1000 epochs), 0.99 (100 and 300 epochs) or 0.97 (40 epochs). A cosine
+            schedule ends at 1 (deepmind-research/byol).
+        projection_size, projection_hidden_size: output and hidden width of the projector and the predictor.
+            Both are Linear, BatchNorm, ReLU, Linear without bias.
     """
 
     model_type = "ssl_byol"
@@ -27,7 +28,7 @@ class BYOLConfig(SSLConfig):
     projection_hidden_size: int = 4096
 
     def validate_momentum(self) -> None:
-        """The schedule must be known, its ends between 0 and 1."""
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
         check_momentum(self)
 
 

@@ -13,11 +13,11 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class BYOLForPreTraining(MomentumModel):
-    """An online network predicts what a target network, its slow follower, makes of the other view.
+    """An online network predicts the projection that a target network computes from the other view.
 
-    There are no negatives. Each view goes through the network by itself. The target moves after the
-    optimiser's step, with the momentum of that step, as in deepmind-research/byol. The loss is the sum of
-    both views' 2 - 2 cos; lightly takes half the sum of -cos, a quarter of this gradient.
+    There are no negatives. Each view is encoded separately. The EMA update of the target network comes after
+    the optimizer's step, with the momentum of that step, as in deepmind-research/byol. The loss is the sum of
+    2 - 2 cos over both views. Lightly uses half the sum of -cos, which has a quarter of this gradient.
     """
 
     config_class = BYOLConfig
@@ -34,8 +34,9 @@ class BYOLForPreTraining(MomentumModel):
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections and predictions (B, 2, P) of the online network, targets (B, 2, P) of the target
-        network."""
+        """Return projections and predictions (B, 2, P) of the online network, and targets (B, 2, P) of the
+        target network.
+        """
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {
@@ -45,7 +46,7 @@ class BYOLForPreTraining(MomentumModel):
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
+        """Return the sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
         predictions, targets = embeddings["predictions"], embeddings["targets"]
         first = cosine_regression(predictions[:, 0], targets[:, 1])
         second = cosine_regression(predictions[:, 1], targets[:, 0])

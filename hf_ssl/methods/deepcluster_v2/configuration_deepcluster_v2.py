@@ -9,15 +9,19 @@ from hf_ssl.modeling.configuration import SSLConfig
 
 @strict
 class DeepClusterV2Config(SSLConfig):
-    """DeepCluster v2 (Caron et al., arXiv:2006.09882, appendix). Defaults as in facebookresearch/swav.
+    """DeepCluster v2 (Caron et al., arXiv:2006.09882, appendix).
+
+    The defaults are those of facebookresearch/swav.
 
     Attributes:
-        temperature: of the softmax over prototypes (0.1).
-        prototypes: clusters of each head; heads take the global views in turn ([3000, 3000, 3000]).
-        kmeans_iterations: at the beginning of each pass over the data (10).
-        projection_size, projection_hidden_size: of the projector: Linear, BatchNorm, ReLU, Linear.
-        num_samples: images of the training data, each of which has a place in memory; `hf_ssl.run` fills it
-            in.
+        temperature: temperature of the softmax over prototypes (0.1).
+        prototypes: number of clusters of each head ([3000, 3000, 3000]). Head i clusters global view i
+            modulo the number of global views.
+        kmeans_iterations: number of k-means iterations at the beginning of each epoch (10).
+        projection_size, projection_hidden_size: output and hidden width of the projector, which is Linear,
+            BatchNorm, ReLU, Linear.
+        num_samples: number of training images. The memory bank has one entry for each. `hf_ssl.run` sets
+            this number.
     """
 
     model_type = "ssl_deepcluster_v2"
@@ -30,15 +34,15 @@ class DeepClusterV2Config(SSLConfig):
     num_samples: int = 0
 
     def validate_temperature(self) -> None:
-        """Logits are bounded by 1 / temperature."""
+        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
         if self.temperature < 0.003:
-            raise ValueError(f"method.temperature must be at least 0.003, got {self.temperature}")
+            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
 
     def validate_clusters(self) -> None:
-        """Images are divided among clusters."""
+        """Raise `ValueError` without heads, for fewer than 2 clusters, or without k-means iterations."""
         if not self.prototypes or min(self.prototypes) < 2 or self.kmeans_iterations < 1:
             raise ValueError(
-                "method.prototypes must hold numbers of at least 2 and method.kmeans_iterations must be at "
+                "method.prototypes, method.kmeans_iterations: expected numbers of at least 2, and at "
                 f"least 1, got {list(self.prototypes)} and {self.kmeans_iterations}"
             )
 

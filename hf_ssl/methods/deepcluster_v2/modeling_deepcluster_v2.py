@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepCluster v2: prediction of clusters that k-means finds once in a pass (arXiv:2006.09882, appendix)."""
+"""DeepCluster v2: prediction of k-means clusters (arXiv:2006.09882, appendix)."""
 
 from typing import cast
 
@@ -22,20 +22,22 @@ from hf_ssl.modeling.outputs import Progress, SSLOutput
 
 
 class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
-    """All views of an image predict its cluster, by cosine with the centroids.
+    """All views of an image predict its cluster. The scores are cosines with the centroids.
 
-    The last embedding of each image's global views is remembered. At the beginning of a pass spherical
-    k-means clusters them, once for each head: head i those of global view i, i + 1, ... in turn. Its
-    centroids are that head's prototypes, which no gradient moves, until the next pass. Before the first step
-    all images are embedded once. An image that was in no batch has no cluster and is left out of the loss,
-    which is why the mean over images is taken over all processes together.
+    The memory bank holds the last embedding of each image's global views. At the beginning of an epoch,
+    spherical k-means clusters these embeddings, once for each head. Head i uses those of global view i modulo
+    the number of global views. The centroids are the head's prototypes until the next epoch. They receive no
+    gradient.
+
+    Before the first step all images are embedded once. An image that was in no batch has no cluster, and the
+    loss ignores it. Therefore the mean over images is computed over all processes together.
     """
 
     config_class = DeepClusterV2Config
     couples_samples = True
     minimum_views = 1
     takes_local_views = True
-    # the direction that all embeddings share is no harm to who compares them with prototypes
+    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
     collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     needs_sample_index = True
     needs_memory_warmup = True
@@ -53,18 +55,23 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         self.post_init()
 
     def freeze(self) -> None:
-        """Centroids are set, not trained."""
+        """Also freeze the prototypes, because k-means sets them."""
         super().freeze()
         self.heads.requires_grad_(False)
 
     @torch.no_grad()
     def before_epoch(self, progress: Progress) -> None:
-        """Cluster what is remembered."""
+        """Cluster the embeddings in the memory bank.
+
+        Raises:
+            UserError: the memory bank holds fewer images than a head has clusters.
+        """
         super().before_epoch(progress)
         seen, clusters = self.bank.seen, max(self.config.prototypes)
         if seen.sum() < clusters:
             raise UserError(
-                f"method.prototypes: {clusters} clusters need at least as many images, got {int(seen.sum())}"
+                f"method.prototypes: expected at least {clusters} images for {clusters} clusters, "
+                f"got {int(seen.sum())}; use fewer prototypes or more images"
             )
         for number, head in enumerate(cast("list[Prototypes]", list(self.heads))):
             rows = self.bank.rows[number % len(self.bank.rows)][seen]
@@ -76,13 +83,17 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
             self.bank.labels[number, seen] = found
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit projections (B, V, P) of the global views, (B, L, P) of the local ones if there are any, and
-        the row numbers (B,)."""
+        """Return unit projections (B, V, P) of global views and (B, L, P) of local views, and the row numbers
+        (B,). The result has local projections only if there are local views.
+
+        Raises:
+            ValueError: the inputs have no `sample_index`.
+        """
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
         sample_index = inputs.get("sample_index")
         if sample_index is None:
-            raise ValueError("DeepCluster v2 needs sample_index, the row numbers of the images")
+            raise ValueError("sample_index: expected the row numbers of the images, got none; pass them")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {"sample_index": sample_index} | {
             name: normalize(raised(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
@@ -91,7 +102,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean over heads of the cross entropy of all views' scores with the image's cluster."""
+        """Return the mean cross entropy, over heads, between all views' scores and the image's cluster."""
         projections = embeddings["projections"]
         local = [embeddings["local_projections"]] if "local_projections" in embeddings else []
         views_VBP = torch.cat([projections, *local], dim=1).transpose(0, 1)
@@ -106,12 +117,15 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Put the global views' projections into their images' places."""
+        """Store the projections of global views in the memory bank."""
         self.bank.store(embeddings["sample_index"], embeddings["projections"])
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`prototype_entropy` of the first head's nearest prototypes, 1 where they are used alike, and
-        `prototypes_used`, the share that is nearest to any image."""
+        """Return `prototype_entropy` and `prototypes_used` of the first head (see `prototype_usage`).
+
+        `prototype_entropy` is the normalized entropy of the nearest prototypes. It is 1 if all are used
+        equally often. `prototypes_used` is the share of prototypes that are the nearest to any image.
+        """
         first = cast(Prototypes, self.heads[0])
         nearest = first(embeddings["projections"][:, 0]).argmax(dim=-1)
         return prototype_usage(nearest, first.out_features)

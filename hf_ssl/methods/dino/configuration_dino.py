@@ -9,22 +9,28 @@ from hf_ssl.modeling.configuration import SSLConfig, check_momentum
 
 @strict
 class DINOConfig(SSLConfig):
-    """DINO (Caron et al., arXiv:2104.14294). Defaults as in facebookresearch/dino for ViT-S/16.
+    """DINO (Caron et al., arXiv:2104.14294).
+
+    The defaults are those of facebookresearch/dino for ViT-S/16.
 
     Attributes:
-        output_size: "prototypes", over which both networks give a distribution (65536).
-        student_temperature: 0.1.
-        teacher_temperature: 0.04 (0.07 in the authors' longer runs).
-        teacher_temperature_start, teacher_temperature_warmup_epochs: where the teacher's temperature begins,
-            and how many passes over the data it takes to rise to `teacher_temperature` (0.04 and 0; 30).
-        center_momentum: share of the old centre in the new (0.9).
-        momentum, momentum_end, momentum_schedule: of the teacher (0.996 to 1 along a cosine).
-        freeze_last_layer_epochs: passes over the data in which the last layer stays as it was drawn (1).
-        norm_last_layer: whether the last layer's rows keep length 1; else their lengths are learned.
-        projection_hidden_size, bottleneck_size, projection_layers: of the head's perceptron (2048, 256, 3).
-        projection_batch_norm: BatchNorm between its layers (no).
-        drop_path_rate: share of residual branches that the student drops in its last block, rising from 0 in
-            the first; of vision transformers (0.1). The teacher drops none.
+        output_size: number of outputs (prototypes), over which both networks have a distribution (65536).
+        student_temperature: temperature of the student's softmax (0.1).
+        teacher_temperature: temperature of the teacher's softmax after its warmup (0.04; 0.07 in the authors'
+            longer runs).
+        teacher_temperature_start, teacher_temperature_warmup_epochs: first temperature of the teacher, and
+            number of epochs of its linear warmup to `teacher_temperature` (0.04 and 0; 30 epochs in the
+            authors' longer runs).
+        center_momentum: momentum of the center's EMA update (0.9).
+        momentum, momentum_end, momentum_schedule: momentum of the teacher (0.996 to 1, cosine schedule).
+        freeze_last_layer_epochs: number of first epochs in which the last layer is frozen (1).
+        norm_last_layer: whether the rows of the last layer keep length 1. If False, their lengths are
+            learned.
+        projection_hidden_size, bottleneck_size, projection_layers: hidden width, output width and number of
+            layers of the projector (2048, 256, 3).
+        projection_batch_norm: whether BatchNorm follows the projector's layers except the last (False).
+        drop_path_rate: share of residual branches that the student drops in its last block (0.1). The share
+            rises linearly from 0 in the first block. It needs a vision transformer. The teacher drops none.
     """
 
     model_type = "ssl_dino"
@@ -47,25 +53,25 @@ class DINOConfig(SSLConfig):
     drop_path_rate: float = 0.1
 
     def validate_temperatures(self) -> None:
-        """Outputs are divided by them."""
+        """Raise `ValueError` for a temperature below 0.003, because outputs are divided by it."""
         for key in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
             if (value := self.to_dict()[key]) < 0.003:
-                raise ValueError(f"method.{key} must be at least 0.003, got {value}")
+                raise ValueError(f"method.{key}: expected at least 0.003, got {value}")
 
     def validate_head(self) -> None:
-        """A distribution needs two outputs, a perceptron a layer."""
+        """Raise `ValueError` for fewer than 2 outputs or a projector without layers."""
         if self.output_size < 2 or self.projection_layers < 1:
             raise ValueError(
-                "method.output_size must be at least 2 and method.projection_layers at least 1, got "
+                "method.output_size, method.projection_layers: expected at least 2 and at least 1, got "
                 f"{self.output_size} and {self.projection_layers}"
             )
 
     def validate_shares(self) -> None:
-        """Shares are between 0 and 1."""
+        """Raise `ValueError` for a momentum or a share outside of 0 to 1."""
         check_momentum(self)
         if not 0 <= self.center_momentum <= 1 or not 0 <= self.drop_path_rate < 1:
             raise ValueError(
-                "method.center_momentum must be from 0 to 1 and method.drop_path_rate from 0 to below 1, got "
+                "method.center_momentum, method.drop_path_rate: expected 0 to 1, and 0 to less than 1, got "
                 f"{self.center_momentum} and {self.drop_path_rate}"
             )
 

@@ -23,17 +23,17 @@ from hf_ssl.modeling.vit.drop_path import add_drop_path, without_drop_path
 
 
 class DINOForPreTraining(MomentumModel):
-    """A student gives all views of an image the distribution that its slow follower, the teacher, gives
-    another view; the teacher sees the global views alone.
+    """A student predicts, from each view, the distribution that a momentum teacher outputs for another view.
 
-    The teacher's outputs are centred, with the mean of earlier batches, and sharpened, by a low temperature;
-    together they prevent collapse. The teacher's backbone is what is published. All views of one size go
-    through the network together, as in the authors' code.
+    The student receives all views, and the teacher receives only the global views. The teacher's outputs are
+    centered with a moving average over earlier batches and sharpened by a low temperature. Centering and
+    sharpening together prevent collapse. The teacher's backbone is published. All views of one size are
+    encoded together, as in the authors' code.
     """
 
     config_class = DINOConfig
     takes_local_views = True
-    # the direction that all embeddings share is no harm to who compares them with prototypes
+    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
     collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (
         ("backbone", "teacher_backbone"),
@@ -64,7 +64,7 @@ class DINOForPreTraining(MomentumModel):
 
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """The last layer waits until features mean something."""
+        """Return the rule that freezes the last layer in the first epochs."""
         return (ParameterRule(r"^last_layer\.", frozen_epochs=self.config.freeze_last_layer_epochs),)
 
     def _scheduled_temperature(self, epoch: float) -> float:
@@ -74,13 +74,16 @@ class DINOForPreTraining(MomentumModel):
         return scheduled(config.teacher_temperature_start, config.teacher_temperature, "linear", fraction)
 
     def before_step(self, progress: Progress) -> None:
-        """Write the scheduled temperature of the teacher."""
+        """Also write the scheduled temperature of the teacher."""
         super().before_step(progress)
         self._teacher_temperature.write(self._scheduled_temperature(progress.epoch))
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit vectors before the last layer: the student's (B, V, P) of the global views and, if there are
-        any, (B, L, P) of the local ones, and the teacher's (B, V, P)."""
+        """Return the unit vectors before the last layer.
+
+        They are (B, V, P) of the student and the teacher for global views. If there are local views, the
+        result also has the student's (B, L, P).
+        """
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
         shown = {"student": pixel_values, "local_student": local_pixel_values}
@@ -95,7 +98,7 @@ class DINOForPreTraining(MomentumModel):
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean cross entropy of the student's views with the teacher's other views."""
+        """Return the mean cross entropy between the student's views and the teacher's other views."""
         student = embeddings["student"]
         local = [embeddings["local_student"]] if "local_student" in embeddings else []
         with torch.no_grad():
@@ -112,15 +115,22 @@ class DINOForPreTraining(MomentumModel):
 
     @torch.no_grad()
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Move the centre. The last layer is linear: the mean of its outputs is its output of the mean."""
+        """Update the center by EMA.
+
+        The last layer is linear, so its output for the mean equals the mean of its outputs.
+        """
         mean_P = embeddings["teacher"].mean((0, 1))
         outputs_K = self.teacher_last_layer(mean_P)
         moved = dino_center(self.center.mean, outputs_K[None, None], momentum=self.config.center_momentum)
         self.center.mean.copy_(moved)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`prototype_entropy` of the teacher's largest centred outputs, 1 where they are used alike, and
-        `prototypes_used`, the share that is largest for any image."""
+        """Return `prototype_entropy` and `prototypes_used` of the teacher's outputs (see `prototype_usage`).
+
+        The outputs are centered. `prototype_entropy` is the normalized entropy of the largest output's
+        index. It is 1 if all are used equally often. `prototypes_used` is the share of outputs that are the
+        largest for any image.
+        """
         outputs = self.teacher_last_layer(embeddings["teacher"][:, 0]) - self.center.mean
         return prototype_usage(outputs.argmax(dim=-1), self.config.output_size)
 

@@ -12,14 +12,15 @@ class DirectPredConfig(SSLConfig):
     """DirectPred (Tian, Chen and Ganguli, arXiv:2102.06810) and DirectCopy (Wang et al., arXiv:2110.04947).
 
     Attributes:
-        exponent: of the correlation matrix's eigenvalues in the predictor: 0.5 is DirectPred, 1 DirectCopy.
-        epsilon: added to every eigenvalue of the predictor, whose largest is 1 before it
-            (facebookresearch/luckmatters: 0.01; the paper: 0.1).
-        correlation_momentum: share of the old correlation matrix that is kept with each batch, rho (0.3).
-        update_frequency: optimiser steps between two settings of the predictor (1).
-        momentum, momentum_end, momentum_schedule: of the target network; 0.996 throughout.
-        projection_size, projection_hidden_size: of the projector: Linear, BatchNorm without gain and offset,
-            ReLU, Linear.
+        exponent: exponent of the correlation matrix's eigenvalues in the predictor. DirectPred uses 0.5, and
+            DirectCopy uses 1.
+        epsilon: number added to each eigenvalue of the predictor. The largest eigenvalue is 1 before the
+            addition (facebookresearch/luckmatters: 0.01; the paper: 0.1).
+        correlation_momentum: momentum of the correlation matrix's EMA update, rho in the paper (0.3).
+        update_frequency: number of optimizer steps between two updates of the predictor (1).
+        momentum, momentum_end, momentum_schedule: momentum of the target network (constant, 0.996).
+        projection_size, projection_hidden_size: output and hidden width of the projector, which is Linear,
+            BatchNorm without gain and offset, ReLU, Linear.
     """
 
     model_type = "ssl_directpred"
@@ -35,15 +36,15 @@ class DirectPredConfig(SSLConfig):
     projection_hidden_size: int = 512
 
     def validate_momentum(self) -> None:
-        """The schedule must be known, its ends between 0 and 1."""
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
         check_momentum(self)
 
     def validate_predictor(self) -> None:
-        """The predictor's settings lie where they mean something."""
+        """Raise `ValueError` for settings of the predictor outside of their ranges."""
         if self.exponent <= 0 or self.epsilon < 0 or self.update_frequency < 1:
             raise ValueError(
-                "method.exponent must be positive, method.epsilon at least 0 and method.update_frequency at "
-                f"least 1, got {self.exponent}, {self.epsilon} and {self.update_frequency}"
+                "method.exponent, method.epsilon, method.update_frequency: expected above 0, at "
+                f"least 0, and at least 1, got {self.exponent}, {self.epsilon} and {self.update_frequency}"
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DirectPred: a predictor that is set and not learned (arXiv:2102.06810)."""
+"""DirectPred: a predictor that is computed without gradient (arXiv:2102.06810)."""
 
 import torch
 import transformers.initialization as init
@@ -16,13 +16,14 @@ from hf_ssl.modeling.outputs import Progress, SSLOutput
 
 
 class DirectPredForPreTraining(MomentumModel):
-    """BYOL with a linear predictor, without bias, made of the eigenvectors of the projections' correlation
-    matrix.
+    """BYOL with a linear predictor that is computed from the projections' correlation matrix.
 
-    After each batch the matrix takes over a share of the mean of f f^T over the images of all processes, f
-    being the online projections of both views. Before a step the predictor is set from it: the same
-    eigenvectors, and (s_j / s_max)^exponent + epsilon for eigenvalue s_j. It is the identity until the
-    first batch was seen. Each view goes through the network by itself.
+    The correlation matrix is a moving average of the mean of f f^T over the images of all processes. Here f
+    are the online projections of both views. The EMA update of the matrix comes after each batch.
+
+    The predictor has no bias. It is computed before a step. Its eigenvectors are those of the correlation
+    matrix, and eigenvalue s_j becomes (s_j / s_max)^exponent + epsilon. The predictor is the identity until
+    the first batch. Each view is encoded separately.
     """
 
     config_class = DirectPredConfig
@@ -39,19 +40,19 @@ class DirectPredForPreTraining(MomentumModel):
         self.post_init()
 
     def before_step(self, progress: Progress) -> None:
-        """Set the predictor, at the steps when it is due."""
+        """Also compute the predictor, once in `update_frequency` steps and never before the first batch."""
         super().before_step(progress)
         if progress.step and (progress.step - 1) % self.config.update_frequency == 0:
             self.predictor.set(self.config.exponent, self.config.epsilon)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections (B, 2, P) of the online network, targets (B, 2, P) of the target network."""
+        """Return projections (B, 2, P) of the online and targets (B, 2, P) of the target network."""
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {"projections": projections, "targets": self.teacher_projections(pixel_values)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Sum over both views of the mean of 2 - 2 cos(predicted projection, the other view's target)."""
+        """Return the sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
         projections, targets = embeddings["projections"], embeddings["targets"]
         predictions = self.predictor(projections)
         first = cosine_regression(predictions[:, 0], targets[:, 1])
@@ -60,22 +61,22 @@ class DirectPredForPreTraining(MomentumModel):
         return SSLOutput(loss=first + second, terms=terms, embeddings=projections)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Take the correlation of this batch's projections into account."""
+        """Update the correlation matrix with this batch's projections."""
         self.predictor.observe(embeddings["projections"].flatten(0, 1), self.config.correlation_momentum)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`predictor_rank`: exponential of the entropy of the predictor's singular values."""
+        """Return `predictor_rank`, the exponential of the entropy of the predictor's singular values."""
         values = torch.linalg.svdvals(self.predictor.weight.float())
         shares = values / values.sum()
         return {"predictor_rank": (-(shares * (shares + 1e-7).log()).sum()).exp().item()}
 
 
 class Predictor(Memory):
-    """A symmetric matrix that maps projections (..., P) and gets no gradient.
+    """A linear map of projections (..., P) with a symmetric matrix that receives no gradient.
 
     Attributes:
-        correlation: (P, P), the moving average.
-        weight: (P, P), what is applied.
+        correlation: (P, P), the moving average of the correlation matrix.
+        weight: (P, P), the matrix of the map.
     """
 
     correlation: Tensor
@@ -87,7 +88,7 @@ class Predictor(Memory):
         self.register_buffer("weight", torch.eye(size))
 
     def initialize(self) -> None:
-        """Nothing seen, and the identity."""
+        """Write zeros to the correlation matrix and the identity to the weight."""
         init.zeros_(self.correlation)
         init.copy_(self.weight, torch.eye(len(self.weight), device=self.weight.device))
 
@@ -96,17 +97,17 @@ class Predictor(Memory):
 
     @torch.no_grad()
     def observe(self, projections_NP: Tensor, momentum: float) -> None:
-        """Move the correlation matrix towards that of N projections."""
+        """Update the correlation matrix by EMA with that of projections (N, P)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             rows = projections_NP.to(self.correlation.dtype)
             self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum)
 
     @torch.no_grad()
     def set(self, exponent: float, epsilon: float) -> None:
-        """Make the predictor of the correlation matrix's eigenvectors."""
+        """Compute the predictor from the correlation matrix's eigenvectors."""
         with torch.autocast(self.weight.device.type, enabled=False):
             values, vectors = torch.linalg.eigh(self.correlation)
-            # what rounding makes negative is none; the largest is kept from zero
+            # Rounding can make eigenvalues negative. The largest one is a divisor and must not be zero.
             shares = (values.clamp_min(0) / values[-1].clamp_min(1e-12)) ** exponent + epsilon
             self.weight.copy_((vectors * shares) @ vectors.T)
 

@@ -13,23 +13,26 @@ from hf_ssl.views.masks import Size, block_size
 
 @strict
 class IJEPAConfig(SSLConfig):
-    """I-JEPA (Assran et al., arXiv:2301.08243). Defaults as in facebookresearch/ijepa,
-    `configs/in1k_vith14_ep300.yaml`.
+    """I-JEPA (Assran et al., arXiv:2301.08243).
+
+    The defaults are those of facebookresearch/ijepa, `configs/in1k_vith14_ep300.yaml`.
 
     Attributes:
-        target_blocks: blocks of an image that are predicted, each by itself (4).
-        target_scale: least and largest share of the image's patches in such a block.
-        target_aspect_ratio: least and largest rows / columns of it.
-        context_scale: least and largest share of the image's patches in the (square) context block, before
-            the target blocks are taken out of it.
-        context_more_than: a context keeps more patches than this (the authors' `min_keep`).
-        blocks_reach_edges: whether blocks may lie at the lower and right edges. The authors' code never puts
-            one there: the last row and column of patches are neither shown to the context encoder nor
-            predicted, which is 12 % of a grid of 16 x 16 and more of a smaller one.
-        predictor_depth, predictor_hidden_size: blocks and width of the predictor.
-        predictor_attention_heads: None: as many as the encoder has.
-        initializer_range: standard deviation of the predictor's first weights (the encoder has its own).
-        momentum, momentum_end, momentum_schedule: of the teacher; 0.996 to 1 along a straight line.
+        target_blocks: number of target blocks of an image, each predicted separately (4).
+        target_scale: smallest and largest share of the image's patches in a target block.
+        target_aspect_ratio: smallest and largest ratio of rows to columns of a target block.
+        context_scale: smallest and largest share of the image's patches in the square context block, before
+            the target blocks are removed from it.
+        context_more_than: lower limit of the number of patches in a context, which must exceed it (the
+            authors' `min_keep`).
+        blocks_reach_edges: whether blocks may include the last row and column of patches. In the authors'
+            code they never do, so these patches are neither context nor targets. They are 12 % of a grid of
+            16 x 16, and more of a smaller grid.
+        predictor_depth, predictor_hidden_size: number of layers and width of the predictor.
+        predictor_attention_heads: number of the predictor's attention heads. None means that of the encoder.
+        initializer_range: standard deviation of the predictor's initial weights. The encoder's configuration
+            has its own value.
+        momentum, momentum_end, momentum_schedule: momentum of the teacher (0.996 to 1, linear schedule).
     """
 
     model_type = "ssl_ijepa"
@@ -53,18 +56,18 @@ class IJEPAConfig(SSLConfig):
 
     @property
     def grid(self) -> Size:
-        """Rows and columns of patches in an image."""
+        """Return the numbers of rows and columns of patches in an image."""
         backbone: Any = self.backbone_config
         height, width = _pair(backbone.image_size)
         patch_height, patch_width = _pair(backbone.patch_size)
         return height // patch_height, width // patch_width
 
     def target_size(self, number: float) -> Size:
-        """Rows and columns of the target blocks that a number in [0, 1) chooses."""
+        """Return the rows and columns of target blocks. A number in [0, 1) selects the size."""
         return self._size(number, self.target_scale, self.target_aspect_ratio)
 
     def context_size(self, number: float) -> Size:
-        """Rows and columns of the context blocks that a number in [0, 1) chooses."""
+        """Return the rows and columns of context blocks. A number in [0, 1) selects the size."""
         return self._size(number, self.context_scale, (1.0, 1.0))
 
     def _size(self, number: float, scale: Any, aspect_ratio: Any) -> Size:
@@ -77,11 +80,11 @@ class IJEPAConfig(SSLConfig):
         )
 
     def validate_momentum(self) -> None:
-        """The schedule must be known, its ends between 0 and 1."""
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
         check_momentum(self)
 
     def validate_ranges(self) -> None:
-        """Shares of an image lie between 0 and 1, and ranges run upwards."""
+        """Raise `ValueError` for a decreasing range, or for shares of an image outside of 0 to 1."""
         for key in ("target_scale", "target_aspect_ratio", "context_scale"):
             values = list(self.to_dict()[key])
             most = float("inf") if key == "target_aspect_ratio" else 1.0
@@ -90,40 +93,45 @@ class IJEPAConfig(SSLConfig):
                 raise ValueError(f"method.{key}: expected two rising numbers above 0{limit}, got {values}")
 
     def validate_predictor(self) -> None:
-        """Heads share the predictor's width, and positions need a multiple of 4."""
+        """Raise `ValueError` for a predictor without layers or with a wrong width.
+
+        Heads must divide the width, and the position table needs a multiple of 4.
+        """
         backbone: Any = self.backbone_config
         width = self.predictor_hidden_size
         heads = self.predictor_attention_heads or backbone.to_dict().get("num_attention_heads", 1)
         if self.predictor_depth < 1 or width % 4 or width % heads or width < 1:
             raise ValueError(
-                "method.predictor_hidden_size must be a multiple of 4 and of "
-                "method.predictor_attention_heads, method.predictor_depth at least 1, "
-                f"got {width}, {heads} and {self.predictor_depth}"
+                "method.predictor_hidden_size, method.predictor_depth: expected a multiple of 4 and of "
+                f"predictor_attention_heads = {heads}, and at least 1, got {width} and {self.predictor_depth}"
             )
 
     def validate_blocks(self) -> None:
-        """The smallest context block of this image must leave enough to see."""
+        """Raise `ValueError` if the smallest context block of the image does not exceed `context_more_than`.
+
+        Also check the number of blocks and the size of the image.
+        """
         backbone: Any = self.backbone_config
         if not {"image_size", "patch_size"} <= backbone.to_dict().keys():
-            return  # no vision transformer: the model refuses it in a sentence of its own
+            return  # The encoder is no vision transformer. The model raises the error.
         if self.target_blocks < 1 or self.context_more_than < 0:
             raise ValueError(
-                "method.target_blocks must be at least 1 and method.context_more_than at least 0, "
+                "method.target_blocks, method.context_more_than: expected at least 1 and at least 0, "
                 f"got {self.target_blocks} and {self.context_more_than}"
             )
         if min(self.grid) < 2:
-            needed = "I-JEPA needs at least 2 x 2 patches in an image"
+            needed = "expected at least 2 x 2 patches in an image"
             raise ValueError(f"backbone.patch_size: {needed}, got {self.grid[0]} x {self.grid[1]}")
         rows, columns = self.context_size(0.0)
         if rows * columns <= self.context_more_than:
             raise ValueError(
-                f"method.context_more_than: expected less than {rows * columns}, the smallest context block "
-                f"in an image of {self.grid[0]} x {self.grid[1]} patches, got {self.context_more_than}"
+                f"method.context_more_than: expected less than {rows * columns}, the size of the smallest "
+                f"context block in {self.grid[0]} x {self.grid[1]} patches, got {self.context_more_than}"
             )
 
 
 def _pair(size: Any) -> Size:
-    """(rows, columns) of a size that may be one number."""
+    """Return (rows, columns) of a size. One number means a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -32,7 +32,7 @@ from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.views.masks import first_patches, multi_block, size_numbers
 
 _EVAL_SIZE_NUMBERS = (0.5, 0.5)
-"""Numbers that choose medium block sizes in eval mode, so that measurements of a run can be compared."""
+"""Numbers that select medium block sizes in eval mode. They make the measurements of a run comparable."""
 
 
 class IJEPAForPreTraining(TeacherModel):
@@ -45,7 +45,7 @@ class IJEPAForPreTraining(TeacherModel):
 
     Every step has one size of target blocks and one of context blocks. Contexts are truncated to the shortest
     of the batch of all processes, so the number of processes does not change the result. In the authors'
-    code each process truncates its own batch, so contexts are some patches longer with many processes.
+    code each process truncates its own batch, so contexts are a few patches longer with many processes.
     Weight decay does not apply to the mask token; in the authors' code it does.
 
     Encoders with special tokens (class token, registers) are supported. The predictor receives these tokens,
@@ -83,16 +83,16 @@ class IJEPAForPreTraining(TeacherModel):
         backbone.embeddings.position_embeddings.requires_grad_(False)
 
     def before_step(self, progress: Progress) -> None:
-        """Choose the sizes of this step's blocks, and write the momentum."""
+        """Also select the sizes of this step's blocks."""
         super().before_step(progress)
         self._size_numbers = size_numbers(progress.step)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return `context_patches` (B, K) and `target_patches` (B, M, T), numbers of patches.
 
-        The sizes of blocks are those of the step, or medium ones in eval mode. Their places depend on the
-        seeds. Contexts are truncated to the shortest of these images, and by `forward` to that of all
-        processes.
+        The step determines the sizes of blocks, which are medium in eval mode. The seeds determine their
+        positions. Contexts are truncated to the shortest of these images. Then `forward` truncates them to
+        the shortest of all processes.
         """
         target, context = self._size_numbers if self.training else _EVAL_SIZE_NUMBERS
         contexts, targets = multi_block(
@@ -111,8 +111,9 @@ class IJEPAForPreTraining(TeacherModel):
         }
 
     def synchronize_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Truncate contexts to the shortest one of all processes. With several, the host waits for the
-        device.
+        """Truncate contexts to the shortest one of all processes.
+
+        With several processes, the host waits for the device.
         """
         if "context_patches" not in inputs:
             return inputs
@@ -121,8 +122,12 @@ class IJEPAForPreTraining(TeacherModel):
         return inputs | {"context_patches": context[:, :shortest]}
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return predicted and true features (B, M, T, D) of the target blocks, and `features` (B, 1, D), the
-        mean of the teacher's normalized features over the whole image.
+        """Return predicted and true features (B, M, T, D) of the target blocks, and `features` (B, 1, D).
+
+        `features` is the mean of the teacher's normalized features over the whole image.
+
+        Raises:
+            UserError: the inputs have no masks.
         """
         missing = [name for name in self.mask_inputs if name not in inputs]
         if missing:
@@ -165,9 +170,9 @@ class IJEPAPredictor(PatchPredictor):
     """I-JEPA's predictor: predicts features of target blocks from the tokens of context patches.
 
     Args:
-        config: of the method.
+        config: configuration of the method.
         encoder_size: D.
-        heads: of attention.
+        heads: number of attention heads.
         special: number of special tokens.
         grid: rows and columns of patches in an image.
     """

@@ -16,8 +16,9 @@ class MAEConfig(SSLConfig):
         norm_pix_loss: whether the targets are normalized within each patch to mean 0 and variance 1 (table
             1d). The released models use it (PRETRAIN.md of facebookresearch/mae).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
-            decoder_intermediate_size: of the decoder, the same for every encoder (models_mae.py). Its other
-            settings (`layer_norm_eps`, activation, dropout) are the encoder's, as in transformers' ViTMAE.
+            decoder_intermediate_size: sizes of the decoder, which are the same for every encoder
+            (models_mae.py). Its other settings (`layer_norm_eps`, activation, dropout) are those of the
+            encoder, as in transformers' ViTMAE.
     """
 
     model_type = "ssl_mae"
@@ -30,12 +31,15 @@ class MAEConfig(SSLConfig):
     decoder_intermediate_size: int = 2048
 
     def validate_mask_ratio(self) -> None:
-        """Some patches must be visible and some masked."""
+        """Raise `ValueError` unless the ratio is between 0 and 1, both excluded."""
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"method.mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}")
 
     def validate_decoder(self) -> None:
-        """The decoder needs a layer; heads must divide its width, and positions need a multiple of 4."""
+        """Raise `ValueError` for a decoder without layers or with a wrong width.
+
+        Heads must divide the width, and the position table needs a multiple of 4.
+        """
         if self.decoder_num_hidden_layers < 1:
             raise ValueError(
                 f"method.decoder_num_hidden_layers: expected at least 1, got {self.decoder_num_hidden_layers}"

@@ -34,10 +34,10 @@ def convert(model_class: type[Model], source: Any, views: dict | None = None) ->
     Args:
         model_class: `MAEForPreTraining`.
         source: a `ViTMAEForPreTraining`, or the folder or Hub id of one.
-        views: for the config of the new model.
+        views: the augmentation preset for the configuration of the new model.
 
     Raises:
-        OSError, ValueError: as `from_pretrained`.
+        OSError, ValueError: `from_pretrained` raises them.
     """
     if not isinstance(source, ViTMAEForPreTraining):
         source = ViTMAEForPreTraining.from_pretrained(source)

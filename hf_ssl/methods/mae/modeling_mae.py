@@ -82,10 +82,10 @@ class MAEForPreTraining(SSLPreTrainedModel):
         return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.patches)).float()}
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return predicted and true pixels (B, M, X) of masked patches, their numbers `masked` (B, M), and
-        `features` (B, 1, D), the mean token of visible patches.
+        """Return predicted and true pixels (B, M, X) of masked patches, `masked` (B, M), and `features`.
 
-        Without `noise`, uniform noise is sampled from torch's global generator.
+        `masked` holds the numbers of masked patches. `features` (B, 1, D) is the mean token of visible
+        patches. Without `noise`, uniform noise is sampled from torch's global generator.
         """
         images = inputs["pixel_values"][:, 0]
         kept, masked = self.split(images, inputs.get("noise"))
@@ -98,8 +98,12 @@ class MAEForPreTraining(SSLPreTrainedModel):
         }
 
     def split(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the numbers of visible (B, K) and masked (B, M) patches. Those with the least noise are
-        visible.
+        """Return the numbers of visible (B, K) and masked (B, M) patches.
+
+        The patches with the least noise are visible.
+
+        Raises:
+            UserError: the size of the images does not match the decoder's positions.
         """
         height, width = (
             side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)
@@ -155,7 +159,7 @@ class MAEDecoder(PatchPredictor):
     """MAE's decoder: predicts the pixels of masked patches from the tokens of visible ones.
 
     Args:
-        config: of the method.
+        config: configuration of the method.
         encoder_size: D.
         special: number of special tokens.
         grid: rows and columns of patches in an image.

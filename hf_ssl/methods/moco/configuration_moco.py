@@ -11,21 +11,23 @@ from hf_ssl.modeling.configuration import SSLConfig, check_momentum
 class MoCoConfig(SSLConfig):
     """MoCo (He et al., arXiv:1911.05722) and MoCo v2 (Chen et al., arXiv:2003.04297).
 
-    The defaults are MoCo v2's; v1 has temperature 0.07 and one projection layer.
+    The defaults are those of MoCo v2. MoCo v1 has temperature 0.07 and one projection layer.
 
     Attributes:
-        temperature: of the softmax over similarities (facebookresearch/moco: 0.07, v2 0.2).
-        queue_size: keys of earlier batches that serve as negatives (65536; CIFAR-10: 4096 to 32768).
-        momentum, momentum_end, momentum_schedule: of the key encoder; 0.999 throughout.
-        projection_size, projection_hidden_size, projection_layers: of the projector, without BatchNorm.
-            Layers: 1 in v1, 2 in v2; hidden width None takes that of the features.
+        temperature: temperature of the softmax over similarities (facebookresearch/moco: 0.07, v2 0.2).
+        queue_size: number of keys of earlier batches in the queue, which are the negatives (65536; 4096 to
+            32768 on CIFAR-10).
+        momentum, momentum_end, momentum_schedule: momentum of the key encoder (constant, 0.999).
+        projection_size, projection_hidden_size, projection_layers: output width, hidden width and number of
+            layers of the projector, which has no BatchNorm. MoCo v1 has 1 layer, and v2 has 2. A hidden width
+            of None means the width of the features.
         symmetric: whether both views are queries and both are keys, as in lightly's and solo-learn's CIFAR
-            settings; the authors use the first as query and the second as key.
-        batch_norm_splits: parts of a process's batch that BatchNorm normalises by themselves, which plays the
-            role of so many devices (lightly's CIFAR-10 setting: 8). 1: the whole batch.
-        shuffle_batch_norm: whether keys are made in another order and so with other companions than queries,
-            where BatchNorm does not span all of the batch: the statistics would give away which key belongs
-            to a query.
+            settings. The authors use the first view as query and the second as key.
+        batch_norm_splits: number of parts of a process's batch that BatchNorm normalizes separately, as if
+            each part were on its own device (1; lightly's CIFAR-10 setting: 8).
+        shuffle_batch_norm: whether the key encoder receives the batch in another order than the query
+            encoder. The order differs only if BatchNorm's statistics cover a part of the batch. In the
+            same order, a query and its key would share statistics, which would reveal the positive key.
     """
 
     model_type = "ssl_moco"
@@ -43,19 +45,19 @@ class MoCoConfig(SSLConfig):
     shuffle_batch_norm: bool = True
 
     def validate_temperature(self) -> None:
-        """Logits are bounded by 1 / temperature."""
+        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
         if self.temperature < 0.003:
-            raise ValueError(f"method.temperature must be at least 0.003, got {self.temperature}")
+            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
 
     def validate_momentum(self) -> None:
-        """The schedule must be known, its ends between 0 and 1."""
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
         check_momentum(self)
 
     def validate_queue(self) -> None:
-        """A queue holds something, and a batch has at least one part."""
+        """Raise `ValueError` for a queue without rows or a batch without parts."""
         if self.queue_size < 1 or self.batch_norm_splits < 1:
             raise ValueError(
-                "method.queue_size and method.batch_norm_splits must be at least 1, "
+                "method.queue_size, method.batch_norm_splits: expected at least 1 each, "
                 f"got {self.queue_size} and {self.batch_norm_splits}"
             )
 

@@ -18,12 +18,13 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class MoCoForPreTraining(MomentumModel):
-    """A query encoder, a key encoder that follows it slowly, and a queue of keys as negatives.
+    """A query encoder learns by contrast with the keys of a momentum encoder. A queue holds the negatives.
 
-    Within a step, as in the authors' code: the key encoder moves, queries and keys are made, scores are taken
-    against the queue as earlier batches left it, and only then the new keys take the place of the oldest.
-    Each view goes through the network by itself. The key encoder runs in training mode and keeps running
-    statistics of its own.
+    The order within a step is that of the authors' code. First comes the EMA update of the key encoder. Then
+    queries and keys are computed. The loss compares queries with keys and with the queue of earlier batches.
+    At the end the new keys overwrite the oldest ones.
+
+    Each view is encoded separately. The key encoder runs in training mode and has its own running statistics.
     """
 
     config_class = MoCoConfig
@@ -48,7 +49,10 @@ class MoCoForPreTraining(MomentumModel):
             split_batch_norm(self, config.batch_norm_splits)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Queries and keys (B, A, P), A = 2 if symmetric, else 1; the query's partner stands in its place."""
+        """Return queries and keys (B, A, P). A is 2 if the loss is symmetric, else 1.
+
+        Queries and keys at the same position belong to different views of the same image.
+        """
         pixel_values = inputs["pixel_values"]
         symmetric = self.config.symmetric
         asked = pixel_values if symmetric else pixel_values[:, :1]
@@ -60,12 +64,12 @@ class MoCoForPreTraining(MomentumModel):
         mixed = self.training and self.config.shuffle_batch_norm
         if not mixed or statistics_span_everything(self.teacher_backbone):
             return self.teacher_projections(images_BACHW)
-        # the number of rows so far: another order for each batch, the same on all processes
+        # The number of enqueued rows gives each batch another order, and all processes the same order.
         images_BACHW, restore = in_another_order(images_BACHW, seed=self.queue.total)
         return restore(self.teacher_projections(images_BACHW))
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """InfoNCE of queries (B, A, P) against keys (B, A, P) and the queue; the mean over A."""
+        """Return the mean over A of InfoNCE of queries (B, A, P) with keys (B, A, P) and the queue."""
         queries, keys = embeddings["queries"], embeddings["keys"]
         losses = [
             info_nce(query, key, self.queue.rows, temperature=self.config.temperature)
@@ -76,11 +80,15 @@ class MoCoForPreTraining(MomentumModel):
         return SSLOutput(loss=loss, terms={"info_nce": loss.detach()}, embeddings=compared)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Put this batch's keys (B, A, P) into the queue, one view after the other."""
+        """Enqueue this batch's keys (B, A, P), one view after the other."""
         self.queue.enqueue(embeddings["keys"].transpose(0, 1).flatten(0, 1))
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`queue_age`: steps until a key is overwritten; `queue_filled`: share of rows that are keys."""
+        """Return `queue_age` and `queue_filled`.
+
+        `queue_age` is the number of steps until a key is overwritten. `queue_filled` is the share of rows
+        that are keys.
+        """
         latest = self.queue.latest
         return {
             "queue_age": self.queue.size / latest if latest else 0.0,

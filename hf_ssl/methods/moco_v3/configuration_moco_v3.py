@@ -11,17 +11,19 @@ from hf_ssl.modeling.configuration import SSLConfig, check_momentum
 class MoCoV3Config(SSLConfig):
     """MoCo v3 (Chen et al., arXiv:2104.02057).
 
-    The defaults are those of ResNet-50; the authors' ViTs have temperature 0.2, `projection_layers` 3 and
-    `predictor_last_norm` true (facebookresearch/moco-v3).
+    The defaults are those of the authors' ResNet-50. Their ViTs have temperature 0.2, `projection_layers` 3
+    and `predictor_last_norm` True (facebookresearch/moco-v3).
 
     Attributes:
-        temperature: of the softmax over similarities; the loss is multiplied by twice the temperature.
-        momentum, momentum_end, momentum_schedule: of the teacher; 0.99 (300 epochs and less) or 0.996, to 1
-            along a cosine.
-        projection_size, projection_hidden_size, projection_layers: of the projector.
-        predictor_last_norm: whether the predictor ends in a BatchNorm without gain and offset.
-        freeze_patch_embedding: whether a vision transformer's patch embedding stays as it was drawn, which
-            keeps its training from breaking down (section 4.2 of the paper). Other encoders are not touched.
+        temperature: temperature of the softmax over similarities. The loss is multiplied by twice the
+            temperature.
+        momentum, momentum_end, momentum_schedule: momentum of the teacher. It starts at 0.99 (up to 300
+            epochs) or 0.996, and a cosine schedule ends at 1.
+        projection_size, projection_hidden_size, projection_layers: output width, hidden width and number of
+            layers of the projector. The predictor has the same widths.
+        predictor_last_norm: whether a BatchNorm without gain and offset follows the predictor.
+        freeze_patch_embedding: whether a vision transformer's patch embedding keeps its random initial
+            weights. This makes training stable (section 4.2 of the paper). It does not affect other encoders.
     """
 
     model_type = "ssl_moco_v3"
@@ -37,12 +39,12 @@ class MoCoV3Config(SSLConfig):
     freeze_patch_embedding: bool = True
 
     def validate_temperature(self) -> None:
-        """Logits are bounded by 1 / temperature."""
+        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
         if self.temperature < 0.003:
-            raise ValueError(f"method.temperature must be at least 0.003, got {self.temperature}")
+            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
 
     def validate_momentum(self) -> None:
-        """The schedule must be known, its ends between 0 and 1."""
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
         check_momentum(self)
 
 

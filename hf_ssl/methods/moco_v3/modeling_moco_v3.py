@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoCo v3: contrast without a queue, for vision transformers too (arXiv:2104.02057)."""
+"""MoCo v3: momentum contrast without a queue, also for vision transformers (arXiv:2104.02057)."""
 
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
@@ -13,12 +13,12 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class MoCoV3ForPreTraining(MomentumModel):
-    """Student with a predictor, teacher without, and the batch's other keys as negatives.
+    """A student with a predictor computes queries, and a teacher without a predictor computes keys.
 
-    Both views are queries and both are keys; keys of all processes are negatives. Each view goes through the
-    network by itself. The teacher moves at the beginning of a step, with the momentum of that step, as in the
-    authors' code. The position table of a vision transformer is transformers' learned one, where the authors
-    have a fixed sine-cosine table.
+    Both views are queries and both are keys. The negatives are the other keys of the batch, from all
+    processes. Each view is encoded separately. The EMA update of the teacher comes at the beginning of a
+    step, with the momentum of that step, as in the authors' code. A vision transformer has the learned
+    position table of transformers. The authors use a fixed sine-cosine table.
     """
 
     config_class = MoCoV3Config
@@ -38,20 +38,20 @@ class MoCoV3ForPreTraining(MomentumModel):
         self.post_init()
 
     def freeze(self) -> None:
-        """Also the patch embedding of a vision transformer, if the config says so."""
+        """Also freeze the patch embedding of a vision transformer if `freeze_patch_embedding` is True."""
         super().freeze()
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(self.backbone)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Queries (B, 2, P) of both views by the student, keys (B, 2, P) by the teacher."""
+        """Return queries (B, 2, P) of the student and keys (B, 2, P) of the teacher."""
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         queries = self.apply_to_views(self.predictor, projections)
         return {"queries": queries, "keys": self.teacher_projections(pixel_values)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Sum of the InfoNCE of each view's queries with the other view's keys, times twice the
+        """Return the sum over both views of InfoNCE with the other view's keys, times twice the
         temperature.
         """
         queries, keys = embeddings["queries"], embeddings["keys"]

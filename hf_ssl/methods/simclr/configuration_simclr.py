@@ -12,12 +12,13 @@ class SimCLRConfig(SSLConfig):
     """SimCLR (Chen et al., arXiv:2002.05709).
 
     Attributes:
-        temperature: of the softmax over similarities; 0.1 on ImageNet, 0.5 on CIFAR-10
+        temperature: temperature of the softmax over similarities. It is 0.1 on ImageNet and 0.5 on CIFAR-10
             (google-research/simclr, README).
-        projection_size: dimensions in which views are compared.
-        projection_hidden_size: width of the projector's hidden layers; None takes the width of the
-            features, as the authors do.
-        projection_layers: 2 in the paper, 3 in the authors' code (`num_proj_layers`).
+        projection_size: output width of the projector.
+        projection_hidden_size: width of the projector's hidden layers. None means the width of the features,
+            as in the authors' code.
+        projection_layers: number of the projector's layers. The paper has 2, and the authors' code has 3
+            (`num_proj_layers`).
     """
 
     model_type = "ssl_simclr"
@@ -28,9 +29,9 @@ class SimCLRConfig(SSLConfig):
     projection_layers: int = 3
 
     def validate_temperature(self) -> None:
-        """The loss bounds logits by 1 / temperature."""
+        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
         if self.temperature < 0.003:
-            raise ValueError(f"method.temperature must be at least 0.003, got {self.temperature}")
+            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
 
 
 AutoConfig.register(SimCLRConfig.model_type, SimCLRConfig)

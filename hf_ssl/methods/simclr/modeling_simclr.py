@@ -14,11 +14,12 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class SimCLRForPreTraining(SSLPreTrainedModel):
-    """Encoder, projector and NT-Xent over all views, global and local, of all processes' images.
+    """The loss is NT-Xent over all global and local views of the images of all processes.
 
-    All views of one size go through the encoder together and share BatchNorm statistics, as in the authors'
-    code, which concatenates the views. The loss is the mean over ordered positive pairs; the authors add
-    the two anchors' means, so their loss and, with it, a weight decay under LARS count twice as much.
+    All views of one size are encoded together and share BatchNorm statistics. This is as in the authors'
+    code, which concatenates the views. The loss is the mean over ordered positive pairs. The authors add the
+    means of the two anchors, so their loss is twice as large. Under LARS, the same weight decay therefore has
+    twice the weight here, relative to the gradient.
     """
 
     config_class = SimCLRConfig
@@ -27,7 +28,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
-        # google-research/simclr, tf2/model.py: BatchNorm after every layer, without offset after the last
+        # BatchNorm follows each layer, and the last one has no offset (google-research/simclr, tf2/model.py).
         sizes = projector_sizes(
             feature_size(self.backbone),
             config.projection_hidden_size,
@@ -38,7 +39,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections (B, V + L, D) of V global and L local views."""
+        """Return the projections (B, V + L, D) of V global and L local views."""
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
         features = self.encode_views(pixel_values)
@@ -47,7 +48,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
         return {"projections": self.apply_to_views(self.projector, features)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """NT-Xent of projections (B, V, D)."""
+        """Return NT-Xent of projections (B, V, D)."""
         projections = embeddings["projections"]
         loss = nt_xent(projections.transpose(0, 1), temperature=self.config.temperature)
         return SSLOutput(loss=loss, terms={"nt_xent": loss.detach()}, embeddings=projections)

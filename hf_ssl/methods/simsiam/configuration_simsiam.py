@@ -12,11 +12,11 @@ class SimSiamConfig(SSLConfig):
     """SimSiam (Chen and He, arXiv:2011.10566).
 
     Attributes:
-        projection_size: width of the projector's layers and of its result (facebookresearch/simsiam: 2048).
-        projection_layers: 3; 2 on CIFAR-10 (appendix D of the paper).
-        predictor_hidden_size: the bottleneck of the predictor, a quarter of the projection.
-        fixed_predictor_learning_rate: whether the predictor keeps its learning rate while the schedule lowers
-            the others'.
+        projection_size: hidden and output width of the projector (facebookresearch/simsiam: 2048).
+        projection_layers: number of the projector's layers (3; 2 on CIFAR-10, appendix D of the paper).
+        predictor_hidden_size: hidden width of the predictor, a quarter of `projection_size`.
+        fixed_predictor_learning_rate: whether the predictor's learning rate is constant. The schedule lowers
+            only the other learning rates.
     """
 
     model_type = "ssl_simsiam"

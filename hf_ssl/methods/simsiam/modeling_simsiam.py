@@ -14,10 +14,10 @@ from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class SimSiamForPreTraining(SSLPreTrainedModel):
-    """Each view's projection is predicted from the other's, and no gradient goes through what is predicted.
+    """A predictor predicts each view's projection from the other view. The target receives no gradient.
 
-    Neither negatives nor a teacher; the stop of the gradient keeps it from collapsing. Each view goes
-    through the network by itself. The loss is the mean of -cos over both views, -1 at best.
+    There are neither negatives nor a teacher. The stop-gradient prevents collapse. Each view is encoded
+    separately. The loss is the mean of -cos over both views, and its minimum is -1.
     """
 
     config_class = SimSiamConfig
@@ -34,20 +34,20 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
 
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """The predictor's learning rate stays where it is, if the config says so."""
+        """Return the rule that keeps the predictor's learning rate constant if the config requests it."""
         fixed = self.config.fixed_predictor_learning_rate
         return (ParameterRule(r"^predictor\.", fixed_learning_rate=fixed),)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections (B, 2, P) and predictions (B, 2, P) of both views."""
+        """Return projections (B, 2, P) and predictions (B, 2, P) of both views."""
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {"projections": projections, "predictions": self.apply_to_views(self.predictor, projections)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean over both views of -cos(prediction, the other view's projection)."""
+        """Return the mean over both views of -cos(prediction, the other view's projection)."""
         predictions, targets = embeddings["predictions"], embeddings["projections"].detach()
-        # 2 - 2 cos, so a half of it is 1 - cos
+        # `cosine_regression` returns 2 - 2 cos, and half of it is 1 - cos.
         first = cosine_regression(predictions[:, 0], targets[:, 1]) / 2 - 1
         second = cosine_regression(predictions[:, 1], targets[:, 0]) / 2 - 1
         terms = {"first_view": first.detach(), "second_view": second.detach()}

@@ -9,20 +9,23 @@ from hf_ssl.modeling.configuration import SSLConfig
 
 @strict
 class SwAVConfig(SSLConfig):
-    """SwAV (Caron et al., arXiv:2006.09882). Defaults as in facebookresearch/swav with batches of 4096.
+    """SwAV (Caron et al., arXiv:2006.09882).
+
+    The defaults are those of facebookresearch/swav for batches of 4096.
 
     Attributes:
-        temperature: of the softmax over prototypes (0.1).
-        epsilon: entropy of the assignments (0.05; 0.03 in some settings).
-        sinkhorn_iterations: 3.
-        prototypes: how many (3000).
-        prototype_freeze_steps: optimiser steps at the start in which prototypes stay as they were drawn (313;
-            5005 with batches of 256).
-        queue_size: embeddings of earlier batches, for each global view, that are assigned along with the
-            batch; 0 switches it off (3840 with batches of 256).
-        queue_start_epoch: passes over the data before the queue is used (15). It is not used before it is
-            full.
-        projection_size, projection_hidden_size: of the projector: Linear, BatchNorm, ReLU, Linear.
+        temperature: temperature of the softmax over prototypes (0.1).
+        epsilon: weight of the entropy of the assignments in Sinkhorn-Knopp (0.05; 0.03 in some settings).
+        sinkhorn_iterations: number of Sinkhorn-Knopp iterations (3).
+        prototypes: number of prototypes (3000).
+        prototype_freeze_steps: number of first optimizer steps in which the prototypes are frozen (313; 5005
+            with batches of 256).
+        queue_size: number of embeddings of earlier batches in the queue of each global view. They are
+            assigned together with the batch. 0 means no queue (3840 with batches of 256).
+        queue_start_epoch: number of epochs before the queue is used (15). A queue that is not full is not
+            used.
+        projection_size, projection_hidden_size: output and hidden width of the projector, which is Linear,
+            BatchNorm, ReLU, Linear.
     """
 
     model_type = "ssl_swav"
@@ -38,16 +41,16 @@ class SwAVConfig(SSLConfig):
     projection_hidden_size: int = 2048
 
     def validate_temperature(self) -> None:
-        """Logits are bounded by 1 / temperature."""
+        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
         if self.temperature < 0.003:
-            raise ValueError(f"method.temperature must be at least 0.003, got {self.temperature}")
+            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
 
     def validate_assignment(self) -> None:
-        """Prototypes share the images among them."""
+        """Raise `ValueError` for settings of the assignment outside of their ranges."""
         if self.epsilon <= 0 or self.sinkhorn_iterations < 1 or self.prototypes < 2 or self.queue_size < 0:
             raise ValueError(
-                "method.epsilon must be positive, method.sinkhorn_iterations at least 1, method.prototypes "
-                f"at least 2 and method.queue_size at least 0, got {self.epsilon}, "
+                "method.epsilon, method.sinkhorn_iterations, method.prototypes, method.queue_size: expected "
+                f"above 0, at least 1, at least 2, and at least 0, got {self.epsilon}, "
                 f"{self.sinkhorn_iterations}, {self.prototypes} and {self.queue_size}"
             )
 

@@ -21,18 +21,18 @@ from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class SwAVForPreTraining(SSLPreTrainedModel):
-    """Every view predicts to which prototypes another view of its image was assigned.
+    """Each view predicts the prototype assignments of another view of its image.
 
-    Assignments are made of the global views of all processes' images by Sinkhorn-Knopp, so that prototypes
-    share the images evenly; local views (multi-crop) only predict. Prototypes are unit vectors again before
-    each step. With a queue, its embeddings are assigned along with the batch and then left out. All views
-    of one size go through the network together, as in the authors' code.
+    Sinkhorn-Knopp assigns the global views of all processes' images. Each prototype has the same total
+    weight. Local views (multi-crop) only predict assignments of global views. Prototypes are normalized
+    to length 1 before each step. The queue's embeddings are assigned together with the batch, but the loss
+    ignores their assignments. All views of one size are encoded together, as in the authors' code.
     """
 
     config_class = SwAVConfig
     couples_samples = True
     takes_local_views = True
-    # the direction that all embeddings share is no harm to who compares them with prototypes
+    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
     collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
     memory_inputs = ("projections",)
 
@@ -41,7 +41,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         sizes = [feature_size(self.backbone), config.projection_hidden_size, config.projection_size]
         self.projector = MLPHead(sizes, bias=True, last_bias=True)
         self.prototypes = Prototypes(config.prototypes, config.projection_size)
-        # as many as there are assigned views; a view's embeddings are assigned with those of the same view
+        # Each global view has a queue. Its embeddings are assigned together with those of the same view.
         views = int((config.views or {}).get("count", 2)) if config.queue_size else 0
         self.queues = nn.ModuleList(Queue(config.queue_size, config.projection_size) for _ in range(views))
         self._queue_is_open = False
@@ -49,19 +49,17 @@ class SwAVForPreTraining(SSLPreTrainedModel):
 
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """Prototypes wait until features mean something."""
+        """Return the rule that freezes the prototypes in the first steps."""
         return (ParameterRule(r"^prototypes\.", frozen_until=self.config.prototype_freeze_steps),)
 
     def before_step(self, progress: Progress) -> None:
-        """Prototypes become unit vectors; the queue opens when its epoch has come."""
+        """Also normalize the prototypes, and use the queue from `queue_start_epoch` on."""
         super().before_step(progress)
         self.prototypes.normalize()
         self._queue_is_open = progress.epoch >= self.config.queue_start_epoch
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit projections (B, V, P) of the global views and, if there are any, (B, L, P) of the local
-        ones.
-        """
+        """Return unit projections (B, V, P) of global views and, with local views, (B, L, P) of these."""
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
@@ -72,7 +70,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         }
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean cross entropy of each view's scores with the assignments of the other views."""
+        """Return the mean cross entropy between each view's scores and the other views' assignments."""
         projections = embeddings["projections"]
         local = [embeddings["local_projections"]] if "local_projections" in embeddings else []
         scores_VBK = self.prototypes(torch.cat([projections, *local], dim=1).transpose(0, 1))
@@ -83,7 +81,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
 
     @torch.no_grad()
     def _assign(self, scores_ABK: Tensor) -> Tensor:
-        """Soft assignments (A, B, K) of the global views, each with its queue where that is in use."""
+        """Return the soft assignments (A, B, K) of global views, with their queues if these are in use."""
         assigned, queues = [], cast("list[Queue]", list(self.queues))
         for view, scores in enumerate(scores_ABK):
             batch = len(scores)
@@ -94,14 +92,17 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         return torch.stack(assigned)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Put the global views' projections into their queues."""
+        """Enqueue the projections of global views."""
         queues = cast("list[Queue]", list(self.queues))
         for queue, view in zip(queues, embeddings["projections"].unbind(1), strict=bool(queues)):
             queue.enqueue(view)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """`prototype_entropy` of the nearest prototypes, 1 where they are used alike, and
-        `prototypes_used`, the share that is nearest to any image."""
+        """Return `prototype_entropy` and `prototypes_used` (see `prototype_usage`).
+
+        `prototype_entropy` is the normalized entropy of the nearest prototypes. It is 1 if all are used
+        equally often. `prototypes_used` is the share of prototypes that are the nearest to any image.
+        """
         nearest = self.prototypes(embeddings["projections"][:, 0]).argmax(dim=-1)
         return prototype_usage(nearest, self.config.prototypes)
 

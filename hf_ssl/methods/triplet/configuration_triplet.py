@@ -9,14 +9,17 @@ from hf_ssl.modeling.configuration import SSLConfig
 
 @strict
 class TripletConfig(SSLConfig):
-    """Triplets of an image's two views and another image (Schroff, Kalenichenko and Philbin,
-    arXiv:1503.03832).
+    """Triplet loss (Schroff, Kalenichenko and Philbin, arXiv:1503.03832).
+
+    A triplet consists of two views of an image and a view of another image.
 
     Attributes:
-        margin: by which the squared distance of unit vectors to the other image must be larger (0.2).
-        negatives: which other image of the batch: "semi_hard", the nearest that is farther away than the
-            other view, or the farthest where none is; or "random".
-        projection_size, projection_hidden_size, projection_layers: of the projector, as SimCLR's.
+        margin: required difference between the squared distances to the negative and to the positive (0.2).
+            The distances are those of unit vectors.
+        negatives: choice of the negative in the batch, "semi_hard" or "random". A semi-hard negative is the
+            nearest of those farther away than the positive. If none is farther away, it is the farthest.
+        projection_size, projection_hidden_size, projection_layers: output width, hidden width and number of
+            layers of the projector, as in SimCLR. A hidden width of None means the width of the features.
     """
 
     model_type = "ssl_triplet"
@@ -28,11 +31,11 @@ class TripletConfig(SSLConfig):
     projection_layers: int = 2
 
     def validate_negatives(self) -> None:
-        """The choice must be known, the margin positive."""
+        """Raise `ValueError` for an unknown choice of negatives or a margin that is not positive."""
         if self.negatives not in ("semi_hard", "random"):
-            raise ValueError(f"method.negatives must be semi_hard or random, got {self.negatives!r}")
+            raise ValueError(f"method.negatives: expected semi_hard or random, got {self.negatives!r}")
         if self.margin <= 0:
-            raise ValueError(f"method.margin must be positive, got {self.margin}")
+            raise ValueError(f"method.margin: expected a number above 0, got {self.margin}")
 
 
 AutoConfig.register(TripletConfig.model_type, TripletConfig)

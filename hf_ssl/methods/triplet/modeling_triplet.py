@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triplets of two views and another image (arXiv:1503.03832)."""
+"""Triplet loss on two views of an image and a view of another image (arXiv:1503.03832)."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class TripletForPreTraining(SSLPreTrainedModel):
-    """Two views of an image are nearer to each other than to a view of another image, by a margin.
+    """Two views of an image become closer to each other than to a view of another image, by a margin.
 
-    Both views are anchors; the other images are those of all processes' batches. All views go through the
-    network together. Distances are squared, between unit vectors, as in the paper.
+    Both views are anchors. The negatives come from the batches of all processes. All views are encoded
+    together. Distances are squared distances between unit vectors, as in the paper.
     """
 
     config_class = TripletConfig
@@ -41,13 +41,13 @@ class TripletForPreTraining(SSLPreTrainedModel):
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unit projections (B, 2, P)."""
+        """Return the unit projections (B, 2, P)."""
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
         return {"projections": normalize(raised(projections), dim=-1)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Mean over both views as anchors of the triplet loss with the chosen negatives."""
+        """Return the mean triplet loss over both views as anchors."""
         first, second = embeddings["projections"].unbind(1)
         losses = [
             triplet(anchor, positive, positive[self._negatives(anchor, positive)], margin=self.config.margin)
@@ -59,14 +59,14 @@ class TripletForPreTraining(SSLPreTrainedModel):
 
     @torch.no_grad()
     def _negatives(self, anchor_BD: Tensor, positive_BD: Tensor) -> Tensor:
-        """Rows (B,) of the other images whose other view each anchor is compared with."""
+        """Return the row numbers (B,) of the anchors' negatives in the batch of positives."""
         batch = len(anchor_BD)
         if self.config.negatives == "random":
-            # the same for the same batch, whenever and wherever it is asked for
+            # The seed depends only on the number of batches, so repeated calls and all processes agree.
             generator = torch.Generator().manual_seed(self.batches.total)
             step = torch.randint(1, batch, (batch,), generator=generator)
             return ((torch.arange(batch) + step) % batch).to(anchor_BD.device)
-        with torch.autocast(anchor_BD.device.type, enabled=False):  # bfloat16 would make near ones equal
+        with torch.autocast(anchor_BD.device.type, enabled=False):  # bfloat16 rounds close distances
             distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
         own = distance_BB.diagonal()[:, None]
         others = ~torch.eye(batch, dtype=torch.bool, device=distance_BB.device)
@@ -76,7 +76,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
         return torch.where(farther.any(1), nearest, farthest)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
-        """Count the batch, so that the next one draws other negatives."""
+        """Count the batch, so that the next batch samples other negatives."""
         self.batches.increase()
 
 

@@ -12,8 +12,9 @@ class VICRegConfig(SSLConfig):
     """VICReg (Bardes, Ponce and LeCun, arXiv:2105.04906).
 
     Attributes:
-        invariance_weight, variance_weight, covariance_weight: of the three terms: 25, 25, 1 (section 4.2).
-        projection_size, projection_layers: of the expander, whose layers are all as wide (8192 x 3).
+        invariance_weight, variance_weight, covariance_weight: weights of the three terms of the loss (25, 25
+            and 1, section 4.2).
+        projection_size, projection_layers: width and number of the expander's layers (8192 and 3).
     """
 
     model_type = "ssl_vicreg"

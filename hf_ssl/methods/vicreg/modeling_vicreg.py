@@ -15,16 +15,17 @@ from hf_ssl.modeling.outputs import SSLOutput
 
 
 class VICRegForPreTraining(SSLPreTrainedModel):
-    """Views of an image agree; each dimension keeps its spread, and no two tell the same.
+    """Views of an image become similar, each dimension keeps its variance, and covariances approach zero.
 
-    Exactly two views. Each goes through the network by itself. Variances and covariances are taken over the
-    images of all processes, as in the authors' code, which also synchronises BatchNorm. The variance is
-    averaged over both views and the covariance summed, as there; solo-learn sums both.
+    The method needs exactly two views and encodes each separately. Variances and covariances are computed
+    over the images of all processes, as in the authors' code. The authors' code also synchronizes BatchNorm.
+    The variance term is the mean over both views, and the covariance term is the sum, as in the authors'
+    code. Solo-learn sums both terms.
     """
 
     config_class = VICRegConfig
     couples_samples = True
-    collapsed_below = {"dimension_std": 0.03, "embedding_rank": 2.0}  # noqa: RUF012  (a declaration)
+    collapsed_below = {"dimension_std": 0.03, "embedding_rank": 2.0}  # noqa: RUF012
     maximum_views = 2
     joint_batch_norm = False
 
@@ -35,12 +36,12 @@ class VICRegForPreTraining(SSLPreTrainedModel):
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Projections (B, 2, P)."""
+        """Return the projections (B, 2, P)."""
         pixel_values = inputs["pixel_values"]
         return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """The weighted sum of invariance, variance and covariance."""
+        """Return the weighted sum of the invariance, variance and covariance terms."""
         projections, config = embeddings["projections"], self.config
         invariance, variance, covariance = vicreg_terms(projections[:, 0], projections[:, 1])
         loss = (
@@ -53,9 +54,12 @@ class VICRegForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """Of the first view's projections `off_diagonal_correlation`, root mean square, and `dimension_std`,
-        the mean standard deviation of a dimension, which the variance term wants to be 1. Everything may
-        shrink to one point here, which measures of directions do not see."""
+        """Return `off_diagonal_correlation` and `dimension_std` of the first view's projections.
+
+        `off_diagonal_correlation` is a root mean square. `dimension_std` is the mean standard deviation of
+        the dimensions. The variance term's target for it is 1. It detects projections that shrink to one
+        point, which measurements of directions do not detect.
+        """
         first = raised(embeddings["projections"][:, 0])
         return {
             "off_diagonal_correlation": off_diagonal_correlation(first),
