@@ -26,8 +26,8 @@ def test_every_part_and_every_method_is_shown() -> None:
 
 
 def test_an_outdated_part_is_replaced() -> None:
-    text = "before\n<!-- begin methods -->\nold\n<!-- end methods -->\nafter\n"
-    assert "old" not in updated(text) and "SimCLR" in updated(text)
+    text = "before\n<!-- begin methods -->\noutdated\n<!-- end methods -->\nafter\n"
+    assert "outdated" not in updated(text) and "SimCLR" in updated(text)
     assert updated(text).startswith("before\n") and updated(text).endswith("\nafter\n")
 
 
