@@ -98,9 +98,7 @@ def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
 
 
 def query(photo: Tensor, caption: str) -> str:
-    shown = figure(
-        thumbnail(photo, QUERY_SIDE), escape(caption), f"The chosen picture: {caption}"
-    )
+    shown = figure(thumbnail(photo, QUERY_SIDE), escape(caption), f"The chosen picture: {caption}")
     return f'<section class="query" aria-label="The picture">{shown}</section>'
 
 
