@@ -42,6 +42,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         update_memory(embeddings)   write embeddings to a queue, memory bank or center, after the loss
         before_epoch, before_step, after_backward, after_step
                                     schedules and EMA updates, called by the trainer
+        synchronize_inputs(inputs)  make the shapes of inputs agree on all processes
         measurements(embeddings)    more numbers for the monitor
         pictures(inputs)            images that a run saves
 
