@@ -2,6 +2,7 @@
 """Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_ssl.files import disk_errors, remove_incomplete, write_json
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.fitting import Choices
+from hf_ssl.trainer.lars import LARSConfig
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -107,9 +109,10 @@ def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The
     defaults were float32 and 0. If the current recipe has `auto`, the run keeps its earlier values.
     """
+    run = {**run, "training": _with_lars_group(run.get("training", {}))}
     if _CHOICES in run:
         return run
-    had, given = dict(run.get("training", {})), now["training"]
+    had, given = dict(run["training"]), now["training"]
     values = {
         "precision": "bfloat16" if had.get("bf16") else "float16" if had.get("fp16") else "float32",
         "dataloader_num_workers": had.get("dataloader_num_workers", 0),
@@ -126,12 +129,21 @@ def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**run, "training": had, _CHOICES: choices}
 
 
+def _with_lars_group(training: dict[str, Any]) -> dict[str, Any]:
+    """Return training arguments of an older version, which had `lars_variant`, with the group `lars`."""
+    old = {key for key in training if key.startswith("lars_")}
+    if not old:
+        return training
+    group = LARSConfig(**{key.removeprefix("lars_"): training[key] for key in old})
+    return {key: value for key, value in training.items() if key not in old} | {"lars": asdict(group)}
+
+
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` if a value that affects the weights differs."""
     for section, values in now.items():
         if section in _FREE_SECTIONS:
             continue
-        earlier = before.get(section, {})
+        values, earlier = _flat(values), _flat(before.get(section, {}))
         for key in sorted(values.keys() | earlier.keys(), key=lambda key: (key != "name", key)):
             if key in _FREE_KEYS.get(section, ()):
                 continue
@@ -146,3 +158,15 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
                     f"training.output_dir: expected an empty folder or the same run, got {folder}, where "
                     f"{section}.{key} was {was} and is now {is_now}; {advice}"
                 )
+
+
+def _flat(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a section with one key for each value of a group, e.g. "lars.variant"."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= (
+            {f"{key}.{name}": item for name, item in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    return flat

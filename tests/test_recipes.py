@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def test_recipe_builds_what_it_describes(name: str) -> None:
     assert ViewPreset.from_dict(config.views) == recipe.views
     arguments = recipe.training_arguments()
     for key, value in recipe.training.items():
-        assert getattr(arguments, key) == value or key == "report_to", key
+        found = asdict(arguments.lars) if key == "lars" else getattr(arguments, key)
+        assert found == value or key == "report_to", key
     assert isinstance(recipe.data, DataConfig) and isinstance(recipe.evaluation, EvaluationConfig)
 
 
@@ -141,6 +143,44 @@ def test_differences_are_what_the_defaults_are_not() -> None:
     assert not {"method.name", "backbone.model_type", "data.path", "training.output_dir"} & found.keys()
 
 
+def test_a_group_of_training_differs_by_its_own_keys() -> None:
+    found = load(SMOKE, "training.lars.variant=larc", "training.lars.clip=false").differences()
+    assert {key: value for key, value in found.items() if "lars" in key} == {"training.lars.variant": "larc"}
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        ["training.lars_trust_coefficient=0.01", "training.lars_variant=larc"],
+        [
+            "training.lars.trust_coefficient=0.3",
+            "training.lars_trust_coefficient=0.01",
+            "training.lars_variant=larc",
+        ],
+        [
+            "training={lars_trust_coefficient: 0.3, lars_variant: larc}",
+            "training.lars.trust_coefficient=0.01",
+        ],
+    ],
+)
+def test_renamed_keys_of_the_command_line_work_in_order(old: list[str]) -> None:
+    with pytest.warns(FutureWarning, match=mentions("training.lars_variant", "training.lars.variant")):
+        recipe = load(SMOKE, *old)
+    new = load(SMOKE, "training.lars={trust_coefficient: 0.01, variant: larc}")
+    assert recipe.training["lars"] == new.training["lars"]
+    assert recipe.training_arguments().lars == new.training_arguments().lars
+    assert not [key for key in recipe.training if key.startswith("lars_")]
+
+
+def test_renamed_keys_of_a_file_work_and_the_command_line_overrides_them(tmp_path: Path) -> None:
+    sections = yaml.safe_load(recipe_files()[SMOKE].read_text())
+    sections["training"] |= {"lars_variant": "larc", "lars_clip": True}
+    path = write(tmp_path, yaml.safe_dump(sections))
+    with pytest.warns(FutureWarning, match=mentions("training.lars_clip", "training.lars.clip")):
+        group = load_recipe(path, ["training.lars.variant=simclr"]).training_arguments().lars
+    assert (group.variant, group.clip) == ("simclr", True)
+
+
 def test_output_folder_has_a_default() -> None:
     assert load(SMOKE).training["output_dir"] == "runs/smoke/simclr"
     assert load(SMOKE, "training.output_dir=x").training["output_dir"] == "x"
@@ -170,6 +210,10 @@ MISTAKES = {
     "training.learning_rate=abc": ["training.learning_rate", "number", "abc"],
     "training.bf16=maybe": ["training.bf16", "true", "false", "maybe"],
     "training.optimizer=sgdd": ["training.optimizer", "sgd", "adamw", "lars", "sgdd"],
+    "training.lars.variant=lamb": ["training.lars.variant", "barlowtwins", "simclr", "larc", "lamb"],
+    "training.lars.cliip=true": ["training.lars.cliip", "training.lars.clip"],
+    "training.lars.clip=maybe": ["training.lars.clip", "true", "false", "maybe"],
+    "training.lars=larc": ["training.lars", "larc"],
     "training.lr_scheduler_type=foo": ["training", "foo"],
     "training.per_device_train_batch_size=3": ["training.per_device_train_batch_size", "training.batch_size"],
     "training.batch_size=1": ["training.batch_size", "SimCLR", 2, 1],

@@ -181,12 +181,10 @@ class Recipe:
         }
         identity = {"method.name", "backbone.model_type", "data.path", "training.output_dir"}
         plain = self.to_dict()
-        return {
-            f"{section}.{key}": value
-            for section, default in defaults.items()
-            for key, value in plain[section].items()
-            if f"{section}.{key}" not in identity and default[key] != value
-        }
+        found: dict[str, Any] = {}
+        for section, default in defaults.items():
+            found |= _differing(plain[section], default, section)
+        return {key: value for key, value in found.items() if key not in identity}
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -286,7 +284,9 @@ def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfi
 
 
 def plain_data(value: Any) -> Any:
-    """Return the value with lists instead of tuples at any depth, as JSON and YAML do."""
+    """Return the value with lists instead of tuples and dicts instead of dataclasses, at any depth."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: plain_data(item) for key, item in value.items()}
     return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value
@@ -301,6 +301,18 @@ def _default_values(cls: Any) -> dict[str, Any]:
         elif item.default_factory is not dataclasses.MISSING:
             defaults[item.name] = item.default_factory()
     return plain_data(defaults)
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `{"where.key": value}` for the values that differ from `defaults`, also inside groups."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(default, dict) and isinstance(value, dict) and value.keys() <= default.keys():
+            found |= _differing(value, default, f"{where}.{key}")
+        elif key not in defaults or value != default:
+            found[f"{where}.{key}"] = value
+    return found
 
 
 def _load(place: str) -> Any:

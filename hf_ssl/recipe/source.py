@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a recipe file and overrides as plain nested values. It checks only the names of the sections."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError
@@ -15,6 +16,13 @@ from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
 ENDINGS = (".yaml", ".yml")
+RENAMED = {
+    "training.lars_trust_coefficient": "training.lars.trust_coefficient",
+    "training.lars_variant": "training.lars.variant",
+    "training.lars_clip": "training.lars.clip",
+    "training.lars_adapt_all_parameters": "training.lars.adapt_all_parameters",
+}
+"""Deprecated key -> its replacement. The old key works for one more release, with a FutureWarning."""
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
@@ -59,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 def apply_overrides(
     plain: dict[str, dict[str, Any]], overrides: Sequence[str], sections: Sequence[str] = SECTIONS
 ) -> dict[str, dict[str, Any]]:
-    """Return `plain` with all overrides.
+    """Return `plain` with all overrides, and with the current names of renamed keys.
 
     Args:
         plain: the sections.
@@ -70,6 +78,7 @@ def apply_overrides(
         UserError: an override has a wrong form or an unknown section.
     """
     tree = OmegaConf.create(plain)
+    _replace_renamed(tree)
     for override in overrides:
         key, equals, _ = override.partition("=")
         section, dot, rest = key.partition(".")
@@ -87,6 +96,7 @@ def apply_overrides(
             if not (rest if dot else OmegaConf.is_dict(value)):
                 raise UserError(f"expected {section}.key=value or {section}={{key: value}}, got {override!r}")
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
+            _replace_renamed(tree)
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -95,6 +105,16 @@ def apply_overrides(
             ) from error
     changed: Any = OmegaConf.to_container(tree)
     return _sections(changed, sections, "the command")
+
+
+def _replace_renamed(tree: DictConfig) -> None:
+    """Move the values of deprecated keys to their replacements, with a FutureWarning for each."""
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        values = tree.get(section)
+        if OmegaConf.is_dict(values) and key in values:
+            warnings.warn(f"{old} is deprecated; use {new}", FutureWarning, stacklevel=4)
+            OmegaConf.update(tree, new, values.pop(key), merge=False, force_add=True)
 
 
 def _sections(plain: dict[Any, Any], sections: Sequence[str], where: str) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,16 @@
 """Training arguments: the arguments of transformers with other defaults, and further arguments of hf_ssl."""
 
 import math
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from hf_ssl.errors import UserError
 from hf_ssl.precision import DTYPES
-from hf_ssl.trainer.lars import VARIANTS
+from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 
 AUTO = "auto"
 
@@ -32,15 +34,15 @@ class SSLTrainingArguments(TrainingArguments):
         base_learning_rate: if set, `learning_rate_rule` computes `learning_rate` from this value.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
-        momentum, nesterov: settings of SGD; LARS uses only `momentum`.
+        momentum: momentum of SGD and LARS.
+        nesterov: deprecated, without a replacement. True selects Nesterov momentum for SGD.
         weight_decay_end: if set, weight decay changes from `weight_decay` to this value along half a cosine
             over the whole run (DINO, I-JEPA). Parameters without weight decay do not change.
         decay_all_parameters: whether weight decay also applies to biases, normalization layers and tokens.
             Authors who use plain SGD do this.
         clip_each_tensor: the largest norm of the gradient of each parameter (DINO); 0 disables clipping.
-        lars_trust_coefficient, lars_variant, lars_clip: see `hf_ssl.trainer.lars.LARS`.
-        lars_adapt_all_parameters: whether LARS also adapts the learning rate of biases, normalization layers
-            and tokens, as in the code of SwAV.
+        lars: settings of LARS, as a `hf_ssl.trainer.lars.LARSConfig` or a dict of its fields.
+        lars_trust_coefficient, lars_variant, lars_clip, lars_adapt_all_parameters: deprecated; use `lars`.
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
         learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
@@ -91,10 +93,7 @@ class SSLTrainingArguments(TrainingArguments):
     weight_decay_end: float | None = None
     decay_all_parameters: bool = False
     clip_each_tensor: float = 0.0
-    lars_trust_coefficient: float = 0.001
-    lars_variant: str = "barlowtwins"
-    lars_clip: bool = False
-    lars_adapt_all_parameters: bool = False
+    lars: LARSConfig = field(default_factory=LARSConfig)
     warmup_epochs: float = 0.0
     minimum_learning_rate_ratio: float = 0.0
     learning_rate_drops: list[float] = field(default_factory=list)
@@ -110,11 +109,19 @@ class SSLTrainingArguments(TrainingArguments):
     on_worse: str = "warn"
     on_collapse: str = "warn"
 
+    # These arguments are deprecated. `__post_init__` moves their values to `lars`.
+    lars_trust_coefficient: float | None = None
+    lars_variant: str | None = None
+    lars_clip: bool | None = None
+    lars_adapt_all_parameters: bool | None = None
+
     def __post_init__(self) -> None:
+        self._read_lars()
+        if self.nesterov:
+            warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=3)
         _check_choice("precision", self.precision, (AUTO, *DTYPES))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
-        _check_choice("lars_variant", self.lars_variant, VARIANTS)
         _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
         _check_choice("on_worse", self.on_worse, ("warn", "stop"))
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -160,6 +167,27 @@ class SSLTrainingArguments(TrainingArguments):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.per_device_train_batch_size = self._batch_per_process()
+
+    def _read_lars(self) -> None:
+        """Make `lars` a `LARSConfig`, and move the values of the deprecated arguments to it."""
+        given: Any = self.lars
+        values = dict(given) if isinstance(given, dict) else asdict(given)
+        known = tuple(item.name for item in fields(LARSConfig))
+        for name in known:
+            value = getattr(self, f"lars_{name}")
+            if value is not None:
+                message = f"training.lars_{name} is deprecated; use training.lars.{name}"
+                warnings.warn(message, FutureWarning, stacklevel=4)
+                values[name] = value
+                setattr(self, f"lars_{name}", None)
+        for name in values:
+            _check_choice("lars", name, known)
+        self.lars = LARSConfig(**values)
+        _check_choice("lars.variant", self.lars.variant, VARIANTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as plain data for JSON."""
+        return {**super().to_dict(), "lars": asdict(self.lars)}
 
     def _read_precision(self) -> None:
         """Make `precision`, `bf16` and `fp16` consistent."""

@@ -2,6 +2,7 @@
 """Implements LARS in the three variants that published results of self-supervised learning use."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,22 @@ from torch.optim import Optimizer
 # BYOL, VICReg and MoCo v3 also use `barlowtwins`. lightly, solo-learn and apex use `larc`. With `simclr`, a
 # change of lr affects new gradients only.
 VARIANTS = ("barlowtwins", "simclr", "larc")
+
+
+@dataclass
+class LARSConfig:
+    """Settings of LARS, the group `training.lars` of a recipe.
+
+    Attributes:
+        trust_coefficient, variant, clip: see `LARS`.
+        adapt_all_parameters: whether LARS also adapts the learning rate of biases, normalization layers and
+            tokens, as in the code of SwAV.
+    """
+
+    trust_coefficient: float = 0.001
+    variant: str = "barlowtwins"
+    clip: bool = False
+    adapt_all_parameters: bool = False
 
 
 class LARS(Optimizer):

@@ -30,7 +30,7 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
             "lr": args.learning_rate * group.learning_rate_scale,
             "weight_decay": args.weight_decay if group.decay else 0.0,
             "decay": group.decay,
-            "adapt": group.adapt or args.lars_adapt_all_parameters,
+            "adapt": group.adapt or args.lars.adapt_all_parameters,
             "fixed_learning_rate": group.fixed_learning_rate,
         }
         for group, members in by_settings.items()
@@ -40,9 +40,9 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
             groups,
             lr=args.learning_rate,
             momentum=args.momentum,
-            trust_coefficient=args.lars_trust_coefficient,
-            variant=args.lars_variant,
-            clip=args.lars_clip,
+            trust_coefficient=args.lars.trust_coefficient,
+            variant=args.lars.variant,
+            clip=args.lars.clip,
         )
     # fused is 2 to 8 times faster than the default, also on CPUs, where foreach AdamW can be 4 times slower.
     if args.optimizer == "sgd":

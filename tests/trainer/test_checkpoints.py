@@ -143,6 +143,20 @@ def test_a_run_of_an_older_version_with_another_precision_is_refused(tmp_path):
         run.train(settings)
 
 
+def test_a_run_of_an_older_version_with_the_old_keys_of_lars_is_the_same_run(tmp_path):
+    group = ["training.optimizer=lars", "training.lars.variant=larc", "training.lars.trust_coefficient=0.02"]
+    settings = recipe(tmp_path, *group)
+    run.train(settings, [Kill()])
+    stored = json.loads((tmp_path / "_run.json").read_text())
+    del stored["training"]["lars"]
+    stored["training"] |= {"lars_variant": "larc", "lars_trust_coefficient": 0.02}
+    (tmp_path / "_run.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=mentions("training.lars.trust_coefficient", 0.02, 0.03)):
+        run.train(recipe(tmp_path, *group, "training.lars.trust_coefficient=0.03"))
+    resumed = run.train(settings)
+    assert (resumed.state.global_step, resumed.resumed) == (4, 1)
+
+
 def test_a_run_of_an_older_version_resumes(tmp_path):
     settings = recipe(tmp_path, "training.precision=auto")
     run.train(settings, [Kill()])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.lars import LARS
+from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.optimizers import (
     build_optimizer,
     build_scheduler,
@@ -232,13 +234,47 @@ class NoGradient(TrainerCallback):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_lars_adapts_vectors_only_if_told(tmp_path, everything):
-    args = arguments(tmp_path, optimizer="lars", lars_adapt_all_parameters=everything)
+    args = arguments(tmp_path, optimizer="lars", lars={"adapt_all_parameters": everything})
     ruled = model()
     optimizer = build_optimizer(ruled, args)
     embedder = ruled.backbone.embedder.embedder
     assert group_of(optimizer, embedder.convolution.weight)["adapt"]
     assert group_of(optimizer, embedder.normalization.weight)["adapt"] == everything
     assert group_of(optimizer, embedder.normalization.weight)["weight_decay"] == 0.0
+
+
+OLD_LARS = {
+    "lars_trust_coefficient": 0.02,
+    "lars_variant": "larc",
+    "lars_clip": True,
+    "lars_adapt_all_parameters": True,
+}
+
+
+@pytest.mark.parametrize("name", OLD_LARS)
+def test_old_arguments_of_lars_work_and_name_the_new_ones(tmp_path, name):
+    field = name.removeprefix("lars_")
+    with pytest.warns(FutureWarning, match=mentions(f"training.{name}", f"training.lars.{field}")):
+        old = arguments(tmp_path, **{name: OLD_LARS[name]})
+    assert old.lars == LARSConfig(**{field: OLD_LARS[name]})
+    assert replace(old, seed=3).lars == old.lars
+
+
+def test_the_settings_of_lars_reach_the_optimizer_and_json(tmp_path):
+    group = {name.removeprefix("lars_"): value for name, value in OLD_LARS.items()}
+    for given in (group, LARSConfig(**group)):
+        args = arguments(tmp_path, optimizer="lars", lars=given)
+        assert json.loads(args.to_json_string())["lars"] == group
+        optimizer = build_optimizer(model(), args)
+        for name in ("trust_coefficient", "variant", "clip"):
+            assert {each[name] for each in optimizer.param_groups} == {group[name]}
+        assert all(each["adapt"] for each in optimizer.param_groups)
+
+
+def test_nesterov_is_deprecated_and_works(tmp_path):
+    with pytest.warns(FutureWarning, match=mentions("training.nesterov")):
+        args = arguments(tmp_path, optimizer="sgd", nesterov=True)
+    assert all(group["nesterov"] for group in build_optimizer(model(), args).param_groups)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +293,8 @@ def test_learning_rate_rules(tmp_path, rule, rate):
             {"learning_rate_rule": "sqrt"},
             ["training.learning_rate_rule", "none", "linear", "square_root", "sqrt"],
         ),
+        ({"lars": {"variant": "lamb"}}, ["training.lars.variant", "barlowtwins", "simclr", "larc", "lamb"]),
+        ({"lars": {"eta": 1}}, ["training.lars", "trust_coefficient", "eta"]),
         ({"learning_rate_drops": [120, 0]}, ["training.learning_rate_drops", "[120, 0]"]),
         ({"weight_decay_end": -0.1}, ["training.weight_decay_end", 0, "-0.1"]),
         ({"on_collapse": "ignore"}, ["training.on_collapse", "warn", "stop", "ignore"]),
