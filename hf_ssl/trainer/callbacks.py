@@ -24,7 +24,7 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.curves import draw_curves
-from hf_ssl.trainer.optimizers import planned, schedule_weight_decay
+from hf_ssl.trainer.optimizers import run_parameter_groups, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
 SEED_OFFSET = 2**33
@@ -77,7 +77,7 @@ class MethodHooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
         parameters = dict(self.model.named_parameters())
-        found = planned(self.model, args)
+        found = run_parameter_groups(self.model, args)
         until = {
             name: max(t.frozen_until, round(t.frozen_epochs * self.steps_per_epoch))
             for name, t in found.items()
