@@ -37,6 +37,7 @@ TESTS = {
 }
 # Source files that have further tests in other folders.
 ALSO = {
+    "hf_ssl/modeling/gather.py": ["tests/trainer/test_gradient_cache.py"],
     "hf_ssl/modeling/parameter_groups.py": [
         "tests/trainer/test_continued.py",
         "tests/trainer/test_optimizers.py",
