@@ -127,7 +127,8 @@ def test_workers_that_are_no_number_are_a_mistake(workers):
         (5000, PLENTY, 0.0, 1, 1024),  # everything fits
         (5000, 1000 + 1.25 * 100 * 300, 0.0, 1, 256),  # memory for 300 images at a time
         (5000, 1000 + 1.25 * 100 * 300, 0.0, 2, 512),  # and two accumulation steps
-        (5000, PLENTY, 0.54, 1, 32),  # 30 s for 55 images
+        (5000, PLENTY, 0.5, 1, 32),  # 30 s for 40 images
+        (5000, PLENTY, 0.2, 1, 64),  # 30 s for 100 images, loading and optimizer included
         (5000, PLENTY, 60.0, 1, 2),  # a method may need two images
         (3, PLENTY, 0.0, 2, 4),
         (None, PLENTY, 0.54, 1, 32),  # a stream of unknown length
