@@ -20,7 +20,7 @@ from hf_ssl.modeling.backbones import (
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
-from hf_ssl.modeling.memory import Memory
+from hf_ssl.modeling.memory import HostNumber, Memory
 from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
@@ -339,6 +339,10 @@ class SSLPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Memory | WeightNormLinear):
             module.initialize()
+        if module is self:  # the checkpoint of an encoder holds no scheduled values
+            for number in vars(self).values():
+                if isinstance(number, HostNumber):
+                    number.initialize(number.value)
 
     @torch.no_grad()
     def copy_teachers(self, missing: set[str] | None = None) -> None:

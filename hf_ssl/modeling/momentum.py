@@ -39,12 +39,6 @@ class TeacherModel(SSLPreTrainedModel):
         settings: Any = config
         self._momentum = HostNumber(self, "momentum", float(settings.momentum))
 
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if module is self:  # the checkpoint of an encoder holds no momentum
-            self._momentum.initialize(self._momentum.value)
-
     def before_step(self, progress: Progress) -> None:
         """Write the scheduled momentum, and update teachers if the method updates them first."""
         super().before_step(progress)

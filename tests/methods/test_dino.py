@@ -153,6 +153,14 @@ def test_drop_path_drops_whole_branches_of_some_images_of_the_student(config):
     torch.testing.assert_close(rows, model.teacher_backbone(images).last_hidden_state[:, 0])
 
 
+def test_scheduled_values_start_as_configured_if_the_checkpoint_holds_only_an_encoder(tmp_path):
+    model = build()
+    model.backbone.save_pretrained(tmp_path)
+    loaded = DINOForPreTraining.from_pretrained(tmp_path, config=model.config)
+    assert loaded.teacher_temperature.item() == pytest.approx(0.04)
+    assert loaded.momentum.item() == pytest.approx(0.7)
+
+
 def test_drop_path_keeps_the_mean():
     backbone = AutoModel.from_config(VIT).train()
     layer = backbone.layers[-1]

@@ -115,6 +115,12 @@ def test_too_few_views():
         model(torch.randn(4, 1, 3, 16, 16))
 
 
+def test_an_input_of_another_method_is_an_error():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
+    with pytest.raises(UserError, match=mentions("noise", "SimCLR")):
+        model(torch.randn(4, 2, 3, 16, 16), noise=torch.rand(4, 4))
+
+
 def test_timm_encoder_starts_with_timm_s_own_weights(tmp_path):
     timm = pytest.importorskip("timm")
     backbone = AutoConfig.for_model("timm_wrapper", architecture="resnet10t", model_args={"in_chans": 3})

@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from hf_ssl.modeling.memory import Queue
+from hf_ssl.modeling.memory import HostNumber, Queue
+
+
+def test_a_number_and_its_buffer_agree_until_something_else_writes_the_buffer():
+    module = nn.Module()
+    number = HostNumber(module, "temperature", 0.1)
+    number.write(0.3)
+    assert number.value == 0.3  # the exact number, not the one rounded to float32
+    assert module.temperature.item() == pytest.approx(0.3) and list(module.state_dict()) == ["temperature"]
+    module.load_state_dict({"temperature": torch.tensor(0.5)})
+    assert number.value == 0.3
+    number.invalidate()
+    assert number.value == 0.5
+    copied = copy.deepcopy({"module": module, "number": number})
+    copied["number"].write(0.25)
+    assert copied["module"].temperature.item() == 0.25 and module.temperature.item() == 0.5
 
 
 def rows(start, count):
