@@ -207,7 +207,7 @@ def test_its_exported_encoder_is_native(model):
     assert type(model.exported_encoder).__module__.startswith("transformers.models.")
 
 
-def test_a_memory_of_all_images_refuses_a_stream(method):
+def test_a_memory_bank_needs_row_numbers(method):
     """Rows of a stream have no number."""
     if not load_recipe(f"smoke/{method}").model_class.needs_sample_index:
         assert load_recipe(f"smoke/{method}", ["data.streaming=true"]).data.streaming

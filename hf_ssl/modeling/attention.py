@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of transformers' layers where torch's fused kernel is the slower one: bfloat16 on a CPU.
+"""Faster attention for bfloat16 on a CPU, where torch's fused kernel is slower than matrix products.
 
-Forward and backward of 16 to 128 images of 17 to 101 tokens take a seventh to a quarter of the kernel's time
-as plain matrix products, those of 197 tokens three quarters (torch 2.15; `python -m training.benchmarks
-attention`).
+The matrix products take a seventh to a quarter of the kernel's time for forward and backward of 16 to 128
+images of 17 to 101 tokens. For 197 tokens they take three quarters (torch 2.15; `python -m
+training.benchmarks attention`).
 """
 
 from typing import Any
@@ -16,22 +16,22 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 
 NAME = "sdpa_or_products"
 LONGEST = 256
-"""Tokens; the scores of longer sequences would take much memory, and the kernel catches up."""
+"""Longest sequence in tokens. Scores of longer sequences need much memory, and the kernel is not slower."""
 
 
 def sdpa_or_products(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' eager attention for short sequences in bfloat16 on a CPU, else its "sdpa".
+    """Call transformers' eager attention for short sequences in bfloat16 on a CPU, otherwise its "sdpa".
 
     Args:
-        module: of transformers, an attention.
+        module: an attention module of transformers.
         query, key, value: (B, heads, tokens, dims).
         attention_mask: added to the scores, or None.
-        kwargs: `scaling`, `dropout` and what else transformers hands on.
+        kwargs: `scaling`, `dropout` and other arguments of transformers.
 
     Returns:
-        (B, tokens, heads, dims); and the weights, if they were computed.
+        The output (B, tokens, heads, dims), and the attention weights if they were computed.
     """
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
     attend = eager_attention_forward if slow else sdpa_attention_forward
@@ -42,7 +42,7 @@ AttentionInterface.register(NAME, sdpa_or_products)
 
 
 def choose_attention(model: nn.Module) -> None:
-    """Modules that would call "sdpa" call `sdpa_or_products`; one that was told otherwise does as told."""
+    """Make modules with the implementation "sdpa" use `sdpa_or_products`. Other modules do not change."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":

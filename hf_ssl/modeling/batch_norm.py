@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm whose statistics span all processes, or parts of a batch; BatchNorm without an offset."""
+"""BatchNorm with statistics of all processes, of parts of a batch, and without an offset."""
 
 from typing import TypeVar
 
@@ -15,8 +15,9 @@ Layer = TypeVar("Layer", bound=nn.modules.batchnorm._BatchNorm)
 
 
 class BatchNorm1dWithoutOffset(nn.BatchNorm1d):
-    """BatchNorm with a gain and no offset (`center=False` in TensorFlow), as SimCLR ends its projector.
-    Input (N, D).
+    """BatchNorm with a gain and no offset (`center=False` in TensorFlow), for inputs (N, D).
+
+    SimCLR's projector ends with it.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -25,16 +26,15 @@ class BatchNorm1dWithoutOffset(nn.BatchNorm1d):
 
 
 class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all processes; input (N, C, ...).
+    """BatchNorm with statistics of the batch of all processes, for inputs (N, C, ...).
 
-    torch's own SyncBatchNorm refuses the CPU. Statistics come from sums that are reduced with gradient, so
-    that two processes compute what one process with both halves of the batch computes; running statistics
-    therefore agree on all processes.
+    torch's own SyncBatchNorm does not support the CPU. Sums over processes have a gradient. So two processes
+    compute the same as one process with both halves of the batch, and their running statistics agree.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"expected at least 2 dimensions (N, C, ...), got {input.ndim}")
+            raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or process_count() == 1:
@@ -48,10 +48,10 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         total = sum_over_processes(torch.cat([x.sum(dims), count]))
         count, mean = total[-1], total[:-1] / total[-1]
         shape = (1, -1, *[1] * (x.ndim - 2))
-        # Two passes: the sum of squared deviations keeps its digits where a difference of large sums would
-        # lose them.
-        centred = x - mean.view(shape)
-        variance = sum_over_processes(centred.square().sum(dims)) / count
+        # The sum of squared deviations needs a second reduction. A difference of two large sums would lose
+        # precision.
+        centered = x - mean.view(shape)
+        variance = sum_over_processes(centered.square().sum(dims)) / count
         if (
             self.track_running_stats
             and self.running_mean is not None
@@ -65,32 +65,32 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 )
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
-        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        result = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             result = result * self.weight.view(shape)
         return result if self.bias is None else result + self.bias.view(shape)
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm that normalises `splits` parts of a batch by themselves in training; input (N, C, ...).
+    """BatchNorm that normalizes `splits` parts of a batch separately in training, for inputs (N, C, ...).
 
-    On one device it plays the role of BatchNorm without synchronisation on so many: sample i belongs to part
-    i modulo `splits`. Running statistics are the mean of the parts'.
+    On one device, it computes the same as unsynchronized BatchNorm on `splits` devices. Sample i belongs to
+    part i modulo `splits`. Running statistics are the mean over the parts.
     """
 
     splits = 1
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"expected at least 2 dimensions (N, C, ...), got {input.ndim}")
+            raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
             return super().forward(input)
         if len(input) % self.splits:
             raise UserError(
-                f"training.batch_size: {len(input)} images of a process cannot be divided into "
-                f"method.batch_norm_splits={self.splits} parts"
+                "training.batch_size: expected a multiple of "
+                f"method.batch_norm_splits={self.splits} images for each process, got {len(input)}"
             )
         return (
             self._normalized(input.unflatten(0, (-1, self.splits)).flatten(1, 2))
@@ -99,7 +99,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """Every part's channels as channels of their own: x (N / splits, splits * C, ...)."""
+        """Normalize x (N / splits, splits * C, ...), in which each part has its own channels."""
         weight, bias = (None if p is None else p.repeat(self.splits) for p in (self.weight, self.bias))
         mean, variance = self.running_mean, self.running_var
         if not self.track_running_stats or mean is None or variance is None:
@@ -114,7 +114,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:
-    """Make every BatchNorm below `module` normalise `splits` parts of a batch by themselves."""
+    """Replace every BatchNorm in `module` by one that normalizes `splits` parts of a batch separately."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             _check_plain(child, "method.batch_norm_splits=1")
@@ -126,7 +126,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
 
 
 def statistics_span_everything(module: nn.Module) -> bool:
-    """Whether every BatchNorm below `module` sees the whole batch of all processes."""
+    """Return whether every BatchNorm in `module` uses the whole batch of all processes."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(isinstance(layer, SplitBatchNorm) for layer in layers):
         return False
@@ -134,8 +134,9 @@ def statistics_span_everything(module: nn.Module) -> bool:
 
 
 def synchronize_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm below `module` by one that spans all processes; parameters, buffers and their
-    names stay.
+    """Replace every BatchNorm in `module` by one with statistics of all processes.
+
+    Parameters, buffers and their names do not change.
     """
     for name, child in module.named_children():
         if isinstance(child, SynchronizedBatchNorm | SplitBatchNorm):
@@ -148,16 +149,16 @@ def synchronize_batch_norm(module: nn.Module) -> None:
 
 
 def _check_plain(layer: nn.Module, remedy: str) -> None:
-    """Raise `UserError` for a kind of BatchNorm that does more, as timm's with an activation inside."""
+    """Raise `UserError` for a BatchNorm that computes more, such as timm's with an activation."""
     if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1dWithoutOffset):
         raise UserError(
-            f"backbone: {type(layer).__name__} does more than BatchNorm and cannot take statistics of "
-            f"another batch; {remedy} leaves it as it is"
+            f"backbone: expected plain BatchNorm layers, got {type(layer).__name__}, which computes more; "
+            f"use {remedy}"
         )
 
 
 def _replacement(kind: type[Layer], layer: nn.modules.batchnorm._BatchNorm) -> Layer:
-    """A BatchNorm of another kind with the parameters and buffers of `layer`."""
+    """Return a BatchNorm of class `kind` with the parameters and buffers of `layer`."""
     replacement = kind(layer.num_features, layer.eps, layer.momentum, affine=False)
     replacement.weight, replacement.bias = layer.weight, layer.bias
     for buffer in ("running_mean", "running_var", "num_batches_tracked"):

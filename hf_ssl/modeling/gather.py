@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows of other processes: gathering with gradient, and sums over processes."""
+"""Communication between processes: gathering with gradient, sums, barriers.
+
+No other file uses process groups.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -13,66 +16,60 @@ _SECONDS_TO_FREE = 0.5
 
 
 def process_count() -> int:
-    """Processes that train together; 1 without a process group."""
+    """Return the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate the processes' tensors along the first dimension, in the order of their ranks, with
-    gradient.
+    """Return the tensors of all W processes, concatenated in the order of ranks (W * B, ...), with gradient.
 
-    The gradient of a row is the sum of what all processes want of it. Under DDP, which averages over W
-    processes, a loss that every process computes from all rows therefore has exactly the gradient of one
-    process that holds the whole batch.
+    The gradient of a row is the sum of its gradients on all processes. DDP averages over processes. So a loss
+    that every process computes from all rows has exactly the gradient of one process with the whole batch.
 
     Args:
-        tensor: (B, ...), of one shape on all processes.
-
-    Returns:
-        (W * B, ...); the tensor itself in a single process.
+        tensor: (B, ...), with one shape on all processes. A single process gets the tensor itself.
     """
     return _Gather.apply(tensor) if process_count() > 1 else tensor
 
 
-def in_another_order(tensor: Tensor, *, seed: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Deal the processes' rows out anew, without gradient.
+def shuffle_over_processes(tensor: Tensor, *, seed: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Shuffle rows over all processes, without gradient.
 
     Args:
-        tensor: (B, ...), of one shape on all processes.
+        tensor: (B, ...), with one shape on all processes.
         seed: of the order, the same on all processes.
 
     Returns:
-        This process's rows of the new order, (B, ...), and a function that brings what was made of them, (B,
-        ...), back to where the rows came from.
+        This process's rows (B, ...) after shuffling, and a function that restores the order: it maps results
+        (B, ...) of the shuffled rows to results of the original rows.
     """
     count, rank = process_count(), dist.get_rank() if process_count() > 1 else 0
     total = len(tensor) * count
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(tensor.device)
 
-    def mine(rows: Tensor, wanted: Tensor) -> Tensor:
-        return gather(rows.detach())[wanted.chunk(count)[rank]]
+    def select(rows: Tensor, index: Tensor) -> Tensor:
+        return gather(rows.detach())[index.chunk(count)[rank]]
 
-    return mine(tensor, order), lambda made: mine(made, order.argsort())
+    return select(tensor, order), lambda results: select(results, order.argsort())
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Sum of the processes' tensors, the same on each, with gradient; the tensor itself in a single
-    process.
+    """Return the sum of the tensors of all processes, with gradient.
+
+    A single process gets the tensor itself.
     """
     return _Sum.apply(tensor) if process_count() > 1 else tensor
 
 
 def own_share(count: int) -> slice:
-    """Which of `count` rows that all processes hold are this one's to work on; everything in a single
-    process.
-    """
+    """Return the slice of `count` rows that this process computes, if all processes hold all rows."""
     rank = dist.get_rank() if process_count() > 1 else 0
     size = -(-count // process_count())
     return slice(min(count, rank * size), min(count, (rank + 1) * size))
 
 
 def mean_over_processes(scalars: list[Tensor]) -> list[float]:
-    """Mean of each scalar over the processes, in one exchange; waits for the device."""
+    """Return the mean of each scalar over the processes, in one operation. The host waits for the device."""
     if not scalars:
         return []
     stacked = torch.stack([scalar.float() for scalar in scalars])
@@ -83,15 +80,15 @@ def mean_over_processes(scalars: list[Tensor]) -> list[float]:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Make every gradient the mean over the processes, as DDP does after a backward pass of its own."""
+    """Replace every gradient by its mean over the processes, as DDP does after its own backward pass."""
     if process_count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for alike in _by_dtype(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in alike])
+    for group in _by_dtype(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in group])
         dist.all_reduce(flat)
         flat /= process_count()
-        for gradient, part in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+        for gradient, part in zip(group, flat.split([g.numel() for g in group]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
@@ -100,7 +97,7 @@ def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here; at once in a single process."""
+    """Wait until every process calls this function. A single process does not wait."""
     if process_count() > 1:
         dist.barrier()
 
@@ -118,14 +115,12 @@ def finish_communication() -> None:
 
 
 def min_over_processes(number: int, device: torch.device) -> int:
-    """The smallest of the processes' numbers, the same on each; waits for the device where there are
-    several.
-    """
+    """Return the smallest number of all processes. With several, the host waits for the device."""
     if process_count() == 1:
         return number
-    least = torch.tensor(number, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
+    smallest = torch.tensor(number, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest.item())
 
 
 def from_first_process(value: Any) -> Any:
@@ -138,7 +133,7 @@ def from_first_process(value: Any) -> Any:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process."""
+    """Return whether the flag is set on any process."""
     if process_count() == 1:
         return flag
     count = torch.tensor(int(flag), device=device)

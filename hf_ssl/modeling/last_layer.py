@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a transformer of which some tokens are read: the last one computes nothing for the others."""
+"""ViT layers whose last one computes only the tokens that are used."""
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -8,35 +8,34 @@ from transformers.models.vit.modeling_vit import ViTLayer, eager_attention_forwa
 
 
 def vit_layers(config: ViTConfig, depth: int) -> nn.ModuleList:
-    """`depth` stock blocks, at least one; the last of them is a `LastViTLayer`."""
+    """Return `depth` stock layers, at least one. The last one is a `LastViTLayer`."""
     return nn.ModuleList([*(ViTLayer(config) for _ in range(depth - 1)), LastViTLayer(config)])
 
 
 class LastViTLayer(ViTLayer):
-    """The last block, with the weights of a stock one: of the tokens at the end, which are read, it gives the
-    same.
+    """A last layer with the weights of a stock one. Its output is the same, but only for the last tokens.
 
-    All tokens become keys and values. Queries, the projection after attention and the MLP, which are most of
-    a block, leave out what is not read. The attention's own forward is not called, so hooks on it see
-    nothing.
+    All tokens become keys and values. Queries, the projection after attention and the MLP are computed only
+    for tokens that are used; they are most of a layer. The attention's own forward is not called, so hooks on
+    it are not called either.
     """
 
     def forward(self, hidden_states: Tensor, wanted: int) -> Tensor:  # type: ignore[override]
-        """What `ViTLayer` makes of the tokens at the end: (N, wanted, D).
+        """Return the output of `ViTLayer` for the last `wanted` tokens, (N, wanted, D).
 
         Args:
             hidden_states: (N, L, D), all tokens.
-            wanted: how many of them are read, 1 to L.
+            wanted: number of tokens that are used, 1 to L.
         """
-        attention, unread = self.attention, hidden_states.shape[1] - wanted
-        residual = hidden_states[:, unread:]
-        normalised = self.layernorm_before(hidden_states)
+        attention, unused = self.attention, hidden_states.shape[1] - wanted
+        residual = hidden_states[:, unused:]
+        normalized = self.layernorm_before(hidden_states)
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for projection, inputs in (
-                (attention.q_proj, normalised[:, unread:]),
-                (attention.k_proj, normalised),
-                (attention.v_proj, normalised),
+                (attention.q_proj, normalized[:, unused:]),
+                (attention.k_proj, normalized),
+                (attention.v_proj, normalized),
             )
         )
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -65,7 +65,7 @@ class Slow(nn.Module):
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_steps_equal_a_slow_loop(norm_last_layer):
-    """Loss with the old centre, then the centre, then the teacher; schedules of momentum and temperature; the
+    """Loss with the old center, then the center, then the teacher; schedules of momentum and temperature; the
     last layer still in the first pass of two steps."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(STEPS, BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64)

@@ -63,7 +63,7 @@ def slow_layer(layer, tokens, heads, eps):
     q, k, v = (part(x).chunk(heads, dim=1) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
     mixed = [
         (q[h] @ k[h].T / math.sqrt(q[h].shape[1])).exp().T for h in range(heads)
-    ]  # keys by queries, not normalised
+    ]  # keys by queries, not normalized
     mixed = [(weights / weights.sum(0)).T @ v[h] for h, weights in enumerate(mixed)]
     tokens = tokens + attention.o_proj(torch.cat(mixed, dim=1))
     x = layer.mlp.fc1(norm(layer.layernorm_after, tokens))
@@ -232,7 +232,7 @@ def test_processes_that_train_use_the_shortest_context_of_all(batches, monkeypat
 
     monkeypatch.setattr(modeling_ijepa, "min_over_processes", least)
     masks = model.sample_masks(image_seeds())
-    assert asked == []  # whoever draws may be alone
+    assert asked == []  # sampling does not communicate
     shorter = {**masks, "context_patches": masks["context_patches"][:, :6]}
     loss = model(pixel_values=batches[0], **masks).loss
     assert asked == [masks["context_patches"].shape[1]] != [6]

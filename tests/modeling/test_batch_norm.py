@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synchronised BatchNorm in two real gloo processes against torch's own in one."""
+"""Synchronized BatchNorm in two gloo processes equals torch's own in one process."""
 
 import copy
 
@@ -18,13 +18,13 @@ from hf_ssl.modeling.batch_norm import (
     statistics_span_everything,
     synchronize_batch_norm,
 )
-from hf_ssl.modeling.gather import in_another_order
+from hf_ssl.modeling.gather import shuffle_over_processes
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.gather import gather, in_another_order, sum_over_processes
+from hf_ssl.modeling.gather import gather, shuffle_over_processes, sum_over_processes
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 given = torch.load(f"{folder}/given.pt", weights_only=False)
@@ -37,7 +37,7 @@ for layer, x, weight in given:
     (everything * weight).sum().backward()  # each process computes the whole loss: gradients are doubled
     results.append((y.detach(), x.grad / 2, everything.detach(), holder.state_dict()))
 rows = torch.arange(8.0)[:, None].chunk(2)[rank]
-dealt, restore = in_another_order(rows, seed=3)
+dealt, restore = shuffle_over_processes(rows, seed=3)
 results.append((dealt, restore(dealt * 10)))
 torch.save(results, f"{folder}/{rank}.pt")
 from hf_ssl.modeling.gather import finish_communication
@@ -102,7 +102,7 @@ def test_without_offset_there_is_none():
 
 
 @pytest.mark.parametrize("shape", [(12, 3), (12, 3, 4, 5)])
-def test_parts_of_a_batch_are_normalised_by_themselves(shape):
+def test_parts_of_a_batch_are_normalized_separately(shape):
     """Sample i belongs to part i modulo 4; running statistics are the mean of what the parts alone leave."""
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64) * 2 + 1
@@ -126,16 +126,16 @@ def test_parts_of_a_batch_are_normalised_by_themselves(shape):
         holder.train()(x[:10])
 
 
-def test_another_order_and_back():
+def test_shuffling_can_be_restored():
     rows = torch.randn(9, 2)
-    dealt, restore = in_another_order(rows, seed=1)
+    dealt, restore = shuffle_over_processes(rows, seed=1)
     assert not torch.equal(dealt, rows) and torch.equal(restore(dealt), rows)
-    assert torch.equal(in_another_order(rows, seed=1)[0], dealt)
-    assert not torch.equal(in_another_order(rows, seed=2)[0], dealt)
+    assert torch.equal(shuffle_over_processes(rows, seed=1)[0], dealt)
+    assert not torch.equal(shuffle_over_processes(rows, seed=2)[0], dealt)
 
 
 @pytest.mark.parametrize("replace", [synchronize_batch_norm, lambda module: split_batch_norm(module, 2)])
-def test_a_batch_norm_that_does_more_is_refused(replace):
+def test_a_batch_norm_that_computes_more_is_an_error(replace):
     """timm's holds its activation: without it another network would be trained than is published."""
     holder = nn.Sequential(BatchNormAct2d(4))
     with pytest.raises(UserError, match=mentions("BatchNormAct2d")):

@@ -63,6 +63,6 @@ def test_an_empty_cluster_takes_over_the_farthest_row():
         torch.testing.assert_close(centroids.norm(dim=1), torch.ones(3))
 
 
-def test_fewer_rows_than_clusters_are_refused():
+def test_fewer_rows_than_clusters_are_an_error():
     with pytest.raises(ValueError, match=mentions(9, 5)):
         spherical_kmeans(torch.eye(5), 9, 1, seeded())

@@ -129,7 +129,7 @@ def test_half_precision_weights_take_float_images(backbone):
     assert encode_patches(backbone.bfloat16(), images().float()).dtype == torch.bfloat16
 
 
-def test_other_encoders_are_refused():
+def test_other_encoders_are_an_error():
     config = AutoConfig.for_model("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
     with pytest.raises(UserError, match=mentions("backbone.model_type", "vit", "convnextv2")):
         encode_patches(AutoModel.from_config(config), images())

@@ -10,7 +10,7 @@ from hf_ssl.losses import info_nce
 from hf_ssl.methods.moco.configuration_moco import MoCoConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.batch_norm import split_batch_norm, statistics_span_everything
-from hf_ssl.modeling.gather import in_another_order
+from hf_ssl.modeling.gather import shuffle_over_processes
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory import Queue
 from hf_ssl.modeling.momentum import MomentumModel
@@ -65,7 +65,7 @@ class MoCoForPreTraining(MomentumModel):
         if not mixed or statistics_span_everything(self.teacher_backbone):
             return self.teacher_projections(images_BACHW)
         # The number of enqueued rows gives each batch another order, and all processes the same order.
-        images_BACHW, restore = in_another_order(images_BACHW, seed=self.queue.total)
+        images_BACHW, restore = shuffle_over_processes(images_BACHW, seed=self.queue.total)
         return restore(self.teacher_projections(images_BACHW))
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
