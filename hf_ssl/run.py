@@ -204,7 +204,25 @@ def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
         "The benefit of pretraining appears with few labels."
     )
     if space:
-        from hf_ssl.space import serve_digits
-
         serve_digits(Path(recipe.training["output_dir"]), recipe.data, recipe.evaluation.test_split)
     return facts
+
+
+def serve_digits(output: Path, data: DataConfig, examples_split: str) -> None:
+    """Build the Space of the demo's encoder in its output folder and serve it until Ctrl-C.
+
+    If packages for the Space are missing, the function only prints a message, because the training is
+    complete.
+    """
+    from hf_ssl.space.serve import check_packages, run_space
+
+    try:
+        check_packages()
+    except UserError as error:
+        print(f"the page is not shown: {error}")
+        return
+    from hf_ssl.space.build import build_space  # imported here because it loads faiss
+
+    space = output / "_space"  # publishing a run omits names with a leading underscore
+    build_space(str(output), space, data, examples_split=examples_split, title="Handwritten digits")
+    run_space(space)

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removes private information from plain data: tokens, passwords and the locations of folders."""
+"""Private information: tokens, passwords, user names and the locations of folders.
 
+`public` removes it from the facts of a run. `check_leaks` searches for it in files before they are published.
+"""
+
+import getpass
+import json
 import math
+import os
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
+from huggingface_hub import get_token
+
+from hf_ssl.errors import UserError
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
@@ -86,3 +98,131 @@ def _public_url(url: str) -> str:
     if parts.scheme == "file":
         return last_part(parts.path)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+TEXT = (".json", ".md", ".yaml", ".yml", ".txt", ".py")
+CODE = ".py"
+WEIGHTS = (".safetensors",)
+LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
+MOST_BYTES = 1 << 20  # the part that is read of a file that is neither text nor weights
+SHORTEST_SECRET = 8  # characters; shorter values of environment variables are not secrets
+HOMES = re.compile(
+    r"(?:file:///[^\s\"']*|(?<![\w.:/~-])(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[^/\\\s\"']+)"
+)
+ABSOLUTE = re.compile(r"(?:/[^/\s]+/|~/|[A-Za-z]:[\\/]|\\\\)\S")
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Texts that a published file must not contain.
+
+    Attributes:
+        literal: the forbidden texts by their description for error messages.
+        user: the name of the account. It is forbidden only in a path or before an @, because many names are
+            also ordinary words.
+    """
+
+    literal: dict[str, str] = field(default_factory=dict)
+    user: str | None = None
+
+
+def local_secrets(*folders: Path, token: str | None = None) -> Secrets:
+    """Return the secrets of this machine.
+
+    These are the tokens, the secrets in environment variables, the home folder, the account, and the location
+    of `folders`.
+    """
+    literal = {}
+    for known in (token, get_token()):
+        if known:
+            literal["a token of the Hub"] = known
+    for name, value in os.environ.items():
+        if SECRET_KEY.search(name.lower()) and len(value) >= SHORTEST_SECRET:
+            literal[f"the value of the environment variable {name}"] = value
+    home = Path.home()
+    if len(home.parts) > 1:
+        literal["the path of a home folder"] = f"{home}{os.sep}"
+    for folder in folders:
+        if len(folder.resolve().parts) > 2:
+            literal[f"the path of {folder.name}"] = str(folder.resolve())
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # the account does not exist, as in some containers
+        user = None
+    return Secrets(literal, user)
+
+
+def check_leaks(files: Mapping[str, Path | bytes], secrets: Secrets) -> None:
+    """Raise an error if a file contains private information.
+
+    Args:
+        files: the files by their path in the repository. The function reads the header of weights and the
+            first MiB of other binary files.
+        secrets: the forbidden texts. The function also searches for tokens, home folders, and (in JSON) local
+            paths.
+
+    Raises:
+        UserError: names the first such file and the kind of information; it does not repeat a secret.
+    """
+    for name, source in files.items():
+        found = next(leaks(name, source, secrets), None)
+        if found is not None:
+            raise UserError(
+                f"{name}: expected no private information, got {found}; remove it and publish again"
+            )
+
+
+def leaks(name: str, source: Path | bytes, secrets: Secrets) -> Iterator[str]:
+    """Yield a description of each piece of private information in a file."""
+    text = _read(name, source)
+    for what, value in secrets.literal.items():
+        if value in text or json.dumps(value)[1:-1] in text:
+            yield what
+    if TOKEN.search(text):
+        yield "a text that looks like a token of the Hub"
+    path = None if name.endswith(CODE) else HOMES.search(text)  # code may contain examples of paths
+    if path is not None:
+        yield f"the path {path[0]!r} of a home folder"
+    if not name.endswith(TEXT) or name.endswith(CODE):
+        return
+    if secrets.user is not None and _contains_account(secrets.user, URL.sub("", text)):
+        yield f"the name of your account, {secrets.user!r}, in a path or an address"
+    if name.endswith(".json"):
+        for value in _strings(name, text):
+            if ABSOLUTE.match(value):
+                yield f"the path {value!r} of this machine"
+
+
+def _read(name: str, source: Path | bytes) -> str:
+    """Return the part of a file that can contain text."""
+    if isinstance(source, bytes):
+        return source.decode("utf-8", errors="replace")
+    with source.open("rb") as file:
+        if name.endswith(WEIGHTS):
+            content = file.read(min(int.from_bytes(file.read(8), "little"), LONGEST_HEADER))
+        else:
+            content = file.read() if name.endswith(TEXT) else file.read(MOST_BYTES)
+    return content.decode("utf-8", errors="replace")
+
+
+def _contains_account(user: str, text: str) -> bool:
+    """Return whether the name of an account occurs in an absolute path or before an @."""
+    name = re.escape(user)
+    inside = rf"(?<![\w.:/\\~-])(?:[/\\][\w.-]+)*[/\\]{name}(?![\w-])"
+    return bool(re.search(rf"(?<![\w.-]){name}@[\w-]|{inside}", text))
+
+
+def _strings(name: str, text: str) -> Iterator[str]:
+    """Yield every text in a JSON file, at any depth."""
+    try:
+        pending: list[Any] = [json.loads(text)]
+    except ValueError as error:
+        raise UserError(f"{name}: expected JSON, got another format ({error}); correct the file") from error
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value

@@ -7,7 +7,7 @@ import shlex
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts
-from hf_ssl.evaluation.results import EncoderResult
+from hf_ssl.evaluation.config import EncoderResult
 
 ENCODERS = {
     "trained": "**this encoder**",

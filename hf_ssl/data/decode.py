@@ -11,10 +11,13 @@ little and crashes the process on a damaged file.)
 The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
 (`BitImageProcessor` would clip it at 255). Floating-point images and files with more than four channels raise
 BrokenImage.
+
+`read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
 
 import io
 import struct
+import warnings
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -24,12 +27,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hf_ssl.errors import UserError
+
 try:
     from torchvision.io import decode_image as torchvision_decode
 except ImportError:  # torchvision announces since 0.29 that it will remove its decoders; then Pillow decodes
     torchvision_decode = None
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
+
+# Limits of pictures from untrusted sources.
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
+MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
 
 _ORIENTATION = 0x0112
 _TRANSPOSES = {
@@ -262,3 +274,67 @@ def _webp_shape(data: memoryview) -> _Shape | None:
             return None
         return _Shape(3, (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
     return None
+
+
+def read_photo(
+    source: bytes | Path, *, channels: int = 3, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """Return the decoded pixels of one untrusted picture, or of the first frame of an animation.
+
+    The size of the file is checked before it is read. The format and the size of the picture are checked
+    before it is decoded.
+
+    Args:
+        source: the encoded bytes, or a file.
+        channels: 3, or 1 for an encoder of gray images.
+        max_bytes, max_pixels: largest accepted sizes of the file and of the picture.
+
+    Returns:
+        uint8 (channels, H, W), rotated as the EXIF data state, with transparent pixels blended over white.
+
+    Raises:
+        UserError: the picture is too large, too narrow or damaged, or the file is not a picture. The message
+            is a sentence for the visitors of a page and names no file.
+    """
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
+    if size == 0:
+        raise UserError(f"This file is empty. Please choose {_KINDS}.")
+    if size > max_bytes:
+        raise UserError(
+            f"This file has {size / 2**20:,.0f} MB. Please choose a picture of at most "
+            f"{max_bytes / 2**20:,.0f} MB."
+        )
+    data = source.read_bytes() if isinstance(source, Path) else source
+    width, height = _size(data, max_pixels)
+    if width * height > max_pixels:
+        raise UserError(
+            f"This picture has {width:,} x {height:,} pixels. Please choose one of at most "
+            f"{max_pixels / 1e6:,.0f} million pixels."
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UserError(
+            f"This picture has {width:,} x {height:,} pixels. Please choose one that is at most {MAX_RATIO} "
+            "times as long as wide."
+        )
+    try:
+        return decode(data, channels)
+    except BrokenImage as error:
+        if "bits" in str(error):  # a valid file whose pixel format is not supported
+            raise UserError(f"This picture cannot be shown: {error}.") from error
+        raise UserError("This picture is damaged or incomplete. Please choose another file.") from error
+
+
+def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return width and height, read from the header only."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about large pictures; the caller raises an error
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as header:
+                return header.size
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(
+            f"This picture has too many pixels. Please choose one of at most {max_pixels / 1e6:,.0f} million "
+            "pixels."
+        ) from error
+    except Exception as error:  # the readers of Pillow raise many types for damaged headers
+        raise UserError(f"This file is not a picture that can be read. Please choose {_KINDS}.") from error

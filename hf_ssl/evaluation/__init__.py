@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hf_ssl.data.decode import read_photo
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
         has_attention,
         pca_colours,
     )
-    from hf_ssl.evaluation.config import EvaluationConfig
-    from hf_ssl.evaluation.features import extract_features, raw_pixels
+    from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
+    from hf_ssl.evaluation.features import (
+        extract_features,
+        fastest_device,
+        load_config,
+        load_encoder,
+        load_weights,
+        raw_pixels,
+    )
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.loading import fastest_device, load_config, load_encoder, load_weights
     from hf_ssl.evaluation.overlays import (
         attention_pictures,
         overlay,
         spotlight,
         write_attention_pictures,
     )
-    from hf_ssl.evaluation.photo import read_photo
     from hf_ssl.evaluation.protocol import (
-        EncoderResult,
         LabelledImages,
         evaluate_encoder,
         evaluate_features,
@@ -63,20 +68,25 @@ __getattr__, __dir__, __all__ = lazy_names(
             "has_attention",
             "pca_colours",
         ],
-        "hf_ssl.evaluation.config": ["EvaluationConfig"],
-        "hf_ssl.evaluation.features": ["extract_features", "raw_pixels"],
+        "hf_ssl.evaluation.config": ["EncoderResult", "EvaluationConfig"],
+        "hf_ssl.evaluation.features": [
+            "extract_features",
+            "fastest_device",
+            "load_config",
+            "load_encoder",
+            "load_weights",
+            "raw_pixels",
+        ],
         "hf_ssl.evaluation.knn": ["FewLabel", "few_label_knn", "knn_accuracy"],
         "hf_ssl.evaluation.linear": ["LinearProbe", "linear_probe"],
-        "hf_ssl.evaluation.loading": ["fastest_device", "load_config", "load_encoder", "load_weights"],
         "hf_ssl.evaluation.overlays": [
             "attention_pictures",
             "overlay",
             "spotlight",
             "write_attention_pictures",
         ],
-        "hf_ssl.evaluation.photo": ["read_photo"],
+        "hf_ssl.data.decode": ["read_photo"],
         "hf_ssl.evaluation.protocol": [
-            "EncoderResult",
             "LabelledImages",
             "evaluate_encoder",
             "evaluate_features",

@@ -11,11 +11,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ssl.data.decode import read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colours
-from hf_ssl.evaluation.features import pixel_values
-from hf_ssl.evaluation.loading import load_encoder
-from hf_ssl.evaluation.photo import read_photo
+from hf_ssl.evaluation.features import load_encoder, pixel_values
 
 SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
 OVERVIEW_HEIGHT = 128

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import EvaluationConfig
+from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
 from hf_ssl.evaluation.features import (
     extract_poolings,
     pixel_values,
@@ -18,7 +18,6 @@ from hf_ssl.evaluation.features import (
 )
 from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
-from hf_ssl.evaluation.results import EncoderResult, KnnResult
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pooling_rule

@@ -63,7 +63,7 @@ def pretrained_config(init_from: str) -> "PreTrainedConfig":
     Raises:
         UserError: there is no encoder.
     """
-    from hf_ssl.evaluation.loading import load_config
+    from hf_ssl.evaluation.features import load_config
 
     config = load_config(init_from)
     if config.model_type.startswith("ssl_"):

@@ -11,14 +11,12 @@ from hf_ssl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.space.build import build_space
-    from hf_ssl.space.demo import serve_digits
     from hf_ssl.space.serve import check_packages, run_space
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "hf_ssl.space.build": ["build_space"],
-        "hf_ssl.space.demo": ["serve_digits"],
         "hf_ssl.space.serve": ["check_packages", "run_space"],
     },
 )

@@ -23,7 +23,7 @@ from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.outputs import Progress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.curves import draw_curves
+from hf_ssl.trainer.logs import draw_curves
 from hf_ssl.trainer.optimizers import run_parameter_groups, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 

@@ -20,14 +20,12 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_ssl.cards.card import CARD, TAGS
 from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.privacy import check_leaks, local_secrets
 from hf_ssl.errors import UserError
 from hf_ssl.files import STAGING_PREFIX, write_text
-from hf_ssl.hub.errors import hub_errors
 from hf_ssl.hub.export import export_model
-from hf_ssl.hub.leaks import check_leaks, local_secrets
-from hf_ssl.hub.publish import publish
-from hf_ssl.hub.remote import Files, Published, Remote, open_repo, update_repo
-from hf_ssl.hub.run_files import encoder_files, is_owned
+from hf_ssl.hub.publish import encoder_files, is_owned, publish
+from hf_ssl.hub.remote import Files, Published, Remote, hub_errors, open_repo, update_repo
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.checkpoints import CheckpointTrainer

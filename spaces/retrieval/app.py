@@ -38,6 +38,7 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
+from hf_ssl.data.decode import MAX_BYTES
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     Gallery,
@@ -49,7 +50,6 @@ from hf_ssl.evaluation import (
     read_photo,
     thumbnail,
 )
-from hf_ssl.evaluation.photo import MAX_BYTES
 
 QUERY_SIDE = 560
 NEIGHBOURS = 12  # fills complete rows of 4 and of 3 images

@@ -11,8 +11,8 @@ from hub_server import HubServer
 from messages import missing
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.errors import UNCHANGED
 from hf_ssl.hub.publish import publish
+from hf_ssl.hub.remote import UNCHANGED
 
 REPO = "someone/digits"
 FILES = {

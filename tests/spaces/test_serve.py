@@ -14,7 +14,8 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
-from hf_ssl.space import build, check_packages, demo, run_space, serve, serve_digits
+from hf_ssl.run import serve_digits
+from hf_ssl.space import build, check_packages, run_space, serve
 from hf_ssl.space.serve import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def test_the_demo_ends_well_without_the_packages(
 def test_the_demo_serves_what_it_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list = []
     monkeypatch.setattr(build, "build_space", lambda *args, **options: calls.append((args, options)))
-    monkeypatch.setattr(demo, "run_space", lambda *args: calls.append(args))
+    monkeypatch.setattr(serve, "run_space", lambda *args: calls.append(args))
     data = DataConfig(path="digits")
     serve_digits(tmp_path, data, "test")
     (built, options), (served,) = calls

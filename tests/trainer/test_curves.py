@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from hf_ssl.trainer.curves import draw_curves, select_panels
+from hf_ssl.trainer.logs import draw_curves, select_panels
 
 MONITORED = {
     f"eval_{name}": 0.5

@@ -9,8 +9,7 @@ from hf_ssl.methods.barlow_twins.configuration_barlow_twins import BarlowTwinsCo
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
-from hf_ssl.modeling.measurements import off_diagonal_correlation
-from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.outputs import SSLOutput, off_diagonal_correlation
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
 

@@ -16,9 +16,8 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.clustering import spherical_kmeans
 from hf_ssl.modeling.heads import MLPHead, Prototypes
-from hf_ssl.modeling.measurements import prototype_usage
 from hf_ssl.modeling.memory import MemoryBank
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
 
 
 class DeepClusterV2ForPreTraining(SSLPreTrainedModel):

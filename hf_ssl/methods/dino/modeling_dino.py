@@ -14,10 +14,9 @@ from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.modeling.backbones import build_backbone, feature_size
 from hf_ssl.modeling.configuration import scheduled
 from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
-from hf_ssl.modeling.measurements import prototype_usage
 from hf_ssl.modeling.memory import Center, HostNumber
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.vit.drop_path import add_drop_path, without_drop_path
 

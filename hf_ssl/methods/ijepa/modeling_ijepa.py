@@ -24,10 +24,11 @@ from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
+    fix_positions,
+    patch_grid,
     select_patches,
     special_tokens,
 )
-from hf_ssl.modeling.vit.positions import fix_positions, patch_grid
 from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.views.masks import first_patches, multi_block, size_numbers
 

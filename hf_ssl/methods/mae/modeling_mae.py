@@ -13,6 +13,7 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from transformers.models.vit.configuration_vit import ViTConfig
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import masked_patch_mse
@@ -23,14 +24,31 @@ from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
+    fix_positions,
+    patch_grid,
     patchify,
     select_patches,
     special_tokens,
     unpatchify,
 )
-from hf_ssl.modeling.vit.positions import fix_positions, patch_grid
 from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
+
+# Fields that both encoders have and that affect the result. Each is passed, because the defaults of the two
+# families (layer_norm_eps among them) are not the same in every version of transformers.
+_ENCODER_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
+    "image_size", "patch_size", "num_channels", "qkv_bias",
+)  # fmt: skip
+_METHOD_FIELDS = (
+    "mask_ratio", "norm_pix_loss", "decoder_hidden_size", "decoder_num_hidden_layers",
+    "decoder_num_attention_heads", "decoder_intermediate_size",
+)  # fmt: skip
+_DECODER_NAMES = {
+    "decoder_embed": "embed", "decoder_pos_embed": "positions.table", "decoder_layers": "layers",
+    "decoder_norm": "norm", "decoder_pred": "pixels", "mask_token": "mask_token",
+}  # fmt: skip
 
 
 class MAEForPreTraining(SSLPreTrainedModel):
@@ -149,10 +167,27 @@ class MAEForPreTraining(SSLPreTrainedModel):
         Args:
             source: a `ViTMAEForPreTraining`, or the folder or Hub id of a published one.
             views: the augmentation preset for training (`hf_ssl.views.ViewPreset`, as plain data).
-        """
-        from hf_ssl.methods.mae.convert_vitmae import convert  # imports another model class of transformers
 
-        return convert(cls, source, views)
+        Raises:
+            OSError, ValueError: `from_pretrained` raises them.
+        """
+        if not isinstance(source, ViTMAEForPreTraining):
+            source = ViTMAEForPreTraining.from_pretrained(source)
+        given = source.config
+        config = MAEConfig(
+            backbone_config=ViTConfig(**{name: getattr(given, name) for name in _ENCODER_FIELDS}),
+            views=views,
+            **{name: getattr(given, name) for name in _METHOD_FIELDS},
+        )
+        model = cls(config).to(source.dtype)
+        weights = {f"backbone.{name}": value for name, value in source.vit.state_dict().items()}
+        weights |= {f"decoder.{_renamed(name)}": value for name, value in source.decoder.state_dict().items()}
+        # A ViTMAE has no pooler. The new model keeps its own, which returns the class token.
+        pooler = {
+            key: value for key, value in model.state_dict().items() if key.startswith("backbone.pooler.")
+        }
+        model.load_state_dict(weights | pooler)
+        return model
 
 
 class MAEDecoder(PatchPredictor):
@@ -216,6 +251,11 @@ def initialize_as_authors(model: MAEForPreTraining) -> None:
 def _xavier(weight: Tensor, inputs: int, outputs: int) -> None:
     bound = math.sqrt(6 / (inputs + outputs))
     init.uniform_(weight, -bound, bound)
+
+
+def _renamed(name: str) -> str:
+    first, dot, rest = name.partition(".")
+    return f"{_DECODER_NAMES[first]}{dot}{rest}"
 
 
 AutoModelForPreTraining.register(MAEConfig, MAEForPreTraining)

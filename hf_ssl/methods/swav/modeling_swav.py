@@ -14,9 +14,8 @@ from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
-from hf_ssl.modeling.measurements import prototype_usage
 from hf_ssl.modeling.memory import Queue
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
 

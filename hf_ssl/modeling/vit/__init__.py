@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts for methods on vision transformers: encoding some patches, fixed positions, stochastic depth."""
+"""Parts for methods on vision transformers: patches and their positions, a predictor, stochastic depth."""

@@ -10,8 +10,8 @@ import pytest
 from hub_server import HubServer
 from messages import mentions
 
+from hf_ssl.cards.privacy import Secrets, check_leaks, leaks, local_secrets
 from hf_ssl.errors import UserError
-from hf_ssl.hub.leaks import Secrets, check_leaks, leaks, local_secrets
 from hf_ssl.hub.publish import publish
 
 TOKEN = "hf_" + "Zz9" * 10

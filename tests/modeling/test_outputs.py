@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_ssl.modeling.measurements import prototype_usage
+from hf_ssl.modeling.outputs import prototype_usage
 
 
 @pytest.mark.parametrize(

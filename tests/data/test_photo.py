@@ -12,9 +12,9 @@ import torch
 from messages import mentions
 from PIL import Image
 
+from hf_ssl.data import decode as decode_module
+from hf_ssl.data.decode import read_photo
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import photo as photo_module
-from hf_ssl.evaluation import read_photo
 
 ORIENTATION = 0x0112
 
@@ -124,7 +124,7 @@ def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: py
     def fail(*arguments: object) -> None:
         raise AssertionError("went on")
 
-    monkeypatch.setattr(photo_module, "decode", fail)
+    monkeypatch.setattr(decode_module, "decode", fail)
     with pytest.raises(UserError, match=mentions("40 x 30")):
         read_photo(GOOD["png"][0], max_pixels=1199)
     path = tmp_path / "large"
