@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collects the facts of a run, and formats its results as a table for the terminal (layer 5)."""
+"""Collects the facts of a run (layer 5)."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,30 +201,3 @@ def _name(data: DataConfig) -> tuple[str, str | None]:
     """Return the public part of the data's path, and the Hub id if the path is one."""
     hub_id = data.path if locate(data.path).kind == "hub" else None
     return hub_id or last_part(data.path), hub_id
-
-
-def results_table(results: Mapping[str, EncoderResult]) -> str:
-    """The results as text: one encoder a row, accuracies on the test images."""
-    first = next(iter(results.values()))
-    header = ["accuracy", f"{first['knn']['neighbours']}-NN", "linear probe"]
-    header += [_few_header(draw["labels_per_class"]) for draw in first["few_labels"]]
-    rows = [header]
-    for name, result in results.items():
-        linear = result["linear"]
-        row = [name.replace("_", " "), f"{result['knn']['accuracy']:.3f}"]
-        row.append("-" if linear is None else f"{linear['accuracy']:.3f}")
-        row += [f"{draw['mean']:.3f} ± {draw['std']:.3f}" for draw in result["few_labels"]]
-        rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(f"({first['protocol']['knn']})")
-    for name, result in results.items():
-        if "poolings" in result:
-            token, mean = result["poolings"]["cls"], result["poolings"]["mean"]
-            lines.append(f"({name}: {token:.3f} by the class token, {mean:.3f} by the mean of all tokens)")
-    return "\n".join(lines)
-
-
-def _few_header(count: float) -> str:
-    return f"{count:g} label{'' if count == 1 else 's'} a class"

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, labelled_splits, open_splits
 from hf_ssl.cards import append_result, write_card, write_facts
+from hf_ssl.cards.text import terminal_text
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -26,7 +27,7 @@ from hf_ssl.modeling.gather import finish_communication, wait_for_all
 from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices, stored_revision
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
-from hf_ssl.recording import Measured, collect_facts, results_table
+from hf_ssl.recording import Measured, collect_facts
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -122,7 +123,7 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
         append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
         write_card(folder, facts)
     if measured.results:
-        print(results_table(measured.results))
+        print(terminal_text(measured.results))
     print(f"encoder, card and pictures are in {folder}")
     if trainer.args.push_to_hub:
         trainer.publish_output()
@@ -182,7 +183,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     results = {"encoder": measured}
     if evaluation.baselines:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
-    print(results_table(results))
+    print(terminal_text(results))
     print(f"revision of the images: {splits[1].revision}")
     return dict(results)
 

@@ -80,7 +80,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
             usage=text.usage(facts),
-            results=text.results_table(facts),
+            results=text.results_table(facts["results"]),
             comparisons=text.comparisons(facts),
             choices=text.choices(facts),
             monitor=text.monitor_table(facts),

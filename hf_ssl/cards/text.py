@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats facts as texts and tables for the card. All functions are pure."""
+"""Formats facts as texts and tables for the card and the terminal. All functions are pure."""
 
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts
 from hf_ssl.evaluation.config import EncoderResult
 
 ENCODERS = {
-    "trained": "**this encoder**",
+    "trained": "this encoder",
     "untrained": "the same network untrained",
     "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
@@ -91,26 +92,48 @@ def measurements(result: EncoderResult) -> list[Measurement]:
     return found
 
 
-def results_table(facts: Facts) -> list[list[str]]:
-    """Rows of cells, the first row being the heading; [] where nothing was measured."""
-    results = facts["results"]
+def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
+    """Return the results as rows of cells, one row per encoder.
+
+    The first row is the heading. The first encoder determines the columns. The list is empty without results.
+    """
     if not results:
         return []
-    best = results["trained"]
-    labels = [draw["labels_per_class"] for draw in best["few_labels"]]
-    table = [["", f"{best['knn']['neighbours']}-NN, all labels", *(f"1-NN, {n} a class" for n in labels)]]
-    if best["linear"] is not None:
-        table[0].append("linear probe")
-    table[0].append("RankMe")
+    first = next(iter(results.values()))
+    labels = [draw["labels_per_class"] for draw in first["few_labels"]]
+    heading = ["", f"{first['knn']['neighbours']}-NN, all labels"]
+    heading += [f"1-NN, {n} label{'s'[: n != 1]} per class" for n in labels]
+    if first["linear"] is not None:
+        heading.append("linear probe")
+    table = [[*heading, "RankMe"]]
     for key, result in results.items():
         row = [ENCODERS.get(key, key), percent(result["knn"]["accuracy"])]
         few = {draw["labels_per_class"]: draw for draw in result["few_labels"]}
         row += [f"{percent(few[n]['mean'])} ± {100 * few[n]['std']:.1f}" if n in few else "-" for n in labels]
-        if best["linear"] is not None:
+        if first["linear"] is not None:
             row.append("-" if result["linear"] is None else percent(result["linear"]["accuracy"]))
         size = whole(result["feature_size"])
         table.append([*row, f"{result['statistics']['rank_me']:.1f} of {size}"])
     return table
+
+
+def terminal_text(results: Mapping[str, EncoderResult]) -> str:
+    """Return the rows of `results_table` for a terminal, with the k-NN protocol and compared poolings."""
+    rows = results_table(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.append(f"({next(iter(results.values()))['protocol']['knn']})")
+    for key, result in results.items():
+        if "poolings" in result:
+            lines.append(f"({ENCODERS.get(key, key)}: {_poolings(result)})")
+    return "\n".join(lines)
+
+
+def _poolings(result: EncoderResult) -> str:
+    token, mean = (percent(result["poolings"][name]) for name in ("cls", "mean"))
+    k = result["knn"]["neighbours"]
+    return f"{k}-NN accuracy of the class token: {token}, of the mean of all tokens: {mean}"
 
 
 def comparisons(facts: Facts) -> list[str]:
@@ -128,11 +151,7 @@ def comparisons(facts: Facts) -> list[str]:
             )
     trained = facts["results"].get("trained")
     if trained is not None and "poolings" in trained:
-        token, mean = (percent(trained["poolings"][name]) for name in ("cls", "mean"))
-        sentences.append(
-            f"{trained['knn']['neighbours']}-NN accuracy of the class token: {token}, "
-            f"of the mean of all tokens: {mean}."
-        )
+        sentences.append(f"{_poolings(trained)}.")
     return sentences
 
 

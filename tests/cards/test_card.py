@@ -15,7 +15,7 @@ from messages import mentions, missing
 
 from hf_ssl.cards import write_card
 from hf_ssl.cards.facts import public_facts
-from hf_ssl.cards.text import command, duration
+from hf_ssl.cards.text import command, duration, results_table, terminal_text
 from hf_ssl.errors import UserError
 
 # Dicts whose keys differ between runs; their entries are not declared facts.
@@ -358,3 +358,18 @@ def test_durations() -> None:
     assert [duration(seconds) for seconds in (0.5, 42.31, 59.4, 1100.4, 7260)] == [
         "0.5 s", "42.3 s", "59.4 s", "18 min 20 s", "2 h 1 min",
     ]  # fmt: skip
+
+
+def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) -> None:
+    facts["results"]["trained"]["poolings"] = {"cls": 0.4, "mean": 0.5}
+    write_card(tmp_path, facts)
+    card, terminal = readme(tmp_path), terminal_text(facts["results"])
+    rows = results_table(facts["results"])
+    assert [row[0] for row in rows[:3]] == ["", "this encoder", "the same network untrained"]
+    lines = terminal.splitlines()
+    assert len(lines) == len(rows) + 3  # a rule, the protocol, the poolings
+    for row, line in zip(rows, [lines[0], *lines[2:]], strict=False):
+        assert re.split(r"\s{2,}", line.strip()) == [cell for cell in row if cell]
+        assert " | ".join(row[1:]) in card
+    assert facts["results"]["trained"]["protocol"]["knn"] in lines[-2]
+    assert "this encoder" in lines[-1] and "class token: 40.0 %" in lines[-1]

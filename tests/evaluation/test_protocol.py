@@ -18,7 +18,6 @@ from hf_ssl.evaluation import (
     protocol,
 )
 from hf_ssl.precision import Precision
-from hf_ssl.recording import results_table
 
 
 class Images:
@@ -188,11 +187,6 @@ def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
     assert both["knn"]["accuracy"] == alone["cls"]
     assert measured(vit, compare_poolings=True, pooling="mean")["knn"]["accuracy"] == alone["mean"]
     assert "poolings" not in measured(encoder[0], compare_poolings=True)
-    text = results_table({"trained": both})
-    assert (
-        f"(trained: {alone['cls']:.3f} by the class token, {alone['mean']:.3f} by the mean of all tokens)"
-        in text
-    )
 
 
 def test_diverged_encoder_is_told_apart(digits, encoder) -> None:
