@@ -110,7 +110,7 @@ def build_trainer(
     knn = _knn_monitor(recipe, args) if args.monitor_steps else None
     if stored is None and (args.monitor_steps or not recipe.types("training.batch_size")):
         with progress("measuring a training step"):
-            chosen = _choose_sizes(recipe, args, model, source, labelled=knn is not None)
+            chosen = _choose_sizes(recipe, args, model, source, labeled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
             knn = _knn_monitor(recipe, args)
         choices |= chosen
@@ -145,7 +145,7 @@ def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count
     return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
 
 
-def labelled_splits(
+def labeled_splits(
     recipe: Recipe, max_train: int | None = None, max_test: int | None = None
 ) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the training split and the test split for the evaluation.
@@ -161,7 +161,7 @@ def labelled_splits(
 def open_splits(
     data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Return the same as `labelled_splits`, from two sections of a recipe."""
+    """Return the same as `labeled_splits`, from two sections of a recipe."""
     if evaluation.path is not None:
         data = replace(
             data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
@@ -181,7 +181,7 @@ def open_splits(
 
 
 def _choose_sizes(
-    recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labelled: bool
+    recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labeled: bool
 ) -> Choices:
     """Measure a step, choose the size of the batch and of the monitor, and return the choices.
 
@@ -218,7 +218,7 @@ def _choose_sizes(
         )  # fmt: skip
     if args.monitor_steps:
         typed = {name for name in recipe.training if recipe.types(f"training.{name}")}
-        choices |= choose_monitor(args, cost, source.num_rows, labelled=labelled, typed=typed)
+        choices |= choose_monitor(args, cost, source.num_rows, labeled=labeled, typed=typed)
     return choices
 
 
@@ -231,9 +231,9 @@ def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) ->
 def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
     try:
-        bank, queries = labelled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
+        bank, queries = labeled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None
     processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
-    return KNNMonitor(bank, queries, processor, args.monitor_neighbours)
+    return KNNMonitor(bank, queries, processor, args.monitor_neighbors)

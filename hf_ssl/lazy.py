@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports the public names of a package at their first use, so that the package loads fast (layer 0)."""
+"""Imports the public names of a package at their first use, and keeps deprecated names (layer 0)."""
 
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+
+Anything = TypeVar("Anything", bound=Callable[..., Any])
 
 
 def lazy_names(
@@ -44,3 +47,31 @@ def lazy_names(
         return value
 
     return get, lambda: public, public
+
+
+def renamed_arguments(**renamed: str) -> Callable[[Anything], Anything]:
+    """Return a decorator for a function or a dataclass whose arguments have new names.
+
+    A deprecated name still works as a keyword for one more release, with a FutureWarning.
+
+    Args:
+        renamed: deprecated name -> its replacement.
+    """
+
+    def decorate(function: Any) -> Any:
+        original: Any = vars(function)["__init__"] if isinstance(function, type) else function
+
+        @wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            for old in renamed.keys() & kwargs.keys():
+                message = f"{function.__name__}: the argument {old} is deprecated; use {renamed[old]}"
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[renamed[old]] = kwargs.pop(old)
+            return original(*args, **kwargs)
+
+        if not isinstance(function, type):
+            return wrapped
+        setattr(function, "__init__", wrapped)  # noqa: B010  mypy rejects the assignment
+        return function
+
+    return decorate

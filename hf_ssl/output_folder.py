@@ -26,7 +26,7 @@ _FREE_KEYS = {
     "data": {"cache", "max_broken_fraction"},
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
-        "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbours", "on_collapse",
+        "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
         "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
     },
 }  # fmt: skip
@@ -109,7 +109,7 @@ def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The
     defaults were float32 and 0. If the current recipe has `auto`, the run keeps its earlier values.
     """
-    run = {**run, "training": _with_lars_group(run.get("training", {}))}
+    run = {**run, "training": _with_current_names(run.get("training", {}))}
     if _CHOICES in run:
         return run
     had, given = dict(run["training"]), now["training"]
@@ -129,8 +129,9 @@ def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**run, "training": had, _CHOICES: choices}
 
 
-def _with_lars_group(training: dict[str, Any]) -> dict[str, Any]:
-    """Return training arguments of an older version, which had `lars_variant`, with the group `lars`."""
+def _with_current_names(training: dict[str, Any]) -> dict[str, Any]:
+    """Return training arguments of an older version with the current names and the group `lars`."""
+    training = {key.replace("neighbours", "neighbors"): value for key, value in training.items()}
     old = {key for key in training if key.startswith("lars_")}
     if not old:
         return training

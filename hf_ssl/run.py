@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.building import build_model, build_trainer, draw_pictures, labelled_splits, open_splits
+from hf_ssl.building import build_model, build_trainer, draw_pictures, labeled_splits, open_splits
 from hf_ssl.cards import append_result, write_card, write_facts
 from hf_ssl.cards.text import terminal_text
 from hf_ssl.data import DataConfig
@@ -136,7 +136,7 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
     Without labeled images, log a warning and return the reason.
     """
     try:
-        train_images, test_images = labelled_splits(
+        train_images, test_images = labeled_splits(
             recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
         )
     except UserError as error:

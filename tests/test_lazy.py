@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_ssl
+from hf_ssl.lazy import renamed_arguments
 
 ROOT = Path(hf_ssl.__file__).parent
 LAZY = sorted(
@@ -38,3 +39,43 @@ def test_every_name_exists_and_type_checkers_know_it(package: str) -> None:
         assert for_type_checkers(package) == set(module.__all__)
     with pytest.raises(AttributeError, match="no attribute 'unknown'"):
         module.unknown  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("called", "given"),
+    [
+        ("hf_ssl.evaluation.EvaluationConfig", {"neighbours": [3]}),
+        ("hf_ssl.SSLTrainingArguments", {"monitor_neighbours": 3}),
+    ],
+)
+def test_renamed_arguments_of_settings(called: str, given: dict, recwarn: pytest.WarningsRecorder) -> None:
+    package, _, name = called.rpartition(".")
+    settings = getattr(import_module(package), name)
+    ((old, value),) = given.items()
+    new = old.replace("neighbours", "neighbors")
+    with pytest.warns(FutureWarning, match=f"{name}: the argument {old} is deprecated; use {new}"):
+        assert getattr(settings(**given), new) == value
+    recwarn.clear()
+    assert getattr(settings(**{new: value}), new) == value
+    assert not [item for item in recwarn if item.category is FutureWarning]
+
+
+def test_renamed_arguments_of_functions() -> None:
+    @renamed_arguments(colour="color")
+    def paint(color: str = "red", *, coats: int = 1) -> tuple[str, int]:
+        """Return both."""
+        return color, coats
+
+    assert paint("blue", coats=2) == ("blue", 2) and paint.__doc__ == "Return both."
+    with pytest.warns(FutureWarning, match="paint: the argument colour is deprecated; use color"):
+        assert paint(colour="blue") == ("blue", 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("LabelledImages", "LabeledData"), ("Neighbour", "Neighbor"), ("pca_colours", "pca_colors")],
+)
+def test_names_in_british_spelling_work(old: str, new: str) -> None:
+    evaluation = import_module("hf_ssl.evaluation")
+    with pytest.warns(DeprecationWarning, match=new):
+        assert getattr(evaluation, old) is getattr(evaluation, new)

@@ -181,6 +181,19 @@ def test_renamed_keys_of_a_file_work_and_the_command_line_overrides_them(tmp_pat
     assert (group.variant, group.clip) == ("simclr", True)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("evaluation.neighbours=[3]", "evaluation.neighbors=[3]"),
+        ("training.monitor_neighbours=3", "training.monitor_neighbors=3"),
+    ],
+)
+def test_keys_in_british_spelling_work(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=mentions(old.partition("=")[0], new.partition("=")[0])):
+        recipe = load(SMOKE, old)
+    assert recipe.to_dict() == load(SMOKE, new).to_dict()
+
+
 def test_output_folder_has_a_default() -> None:
     assert load(SMOKE).training["output_dir"] == "runs/smoke/simclr"
     assert load(SMOKE, "training.output_dir=x").training["output_dir"] == "x"
@@ -222,7 +235,7 @@ MISTAKES = {
     "views.scale=[a, b]": ["views.scale", 2, "a", "b"],
     "views.local=3": ["views.local", 3],
     "views.count=1": ["views.count", "SimCLR", 2, 1],
-    "evaluation.neighbours=[a]": ["evaluation.neighbours", "whole numbers", "a"],
+    "evaluation.neighbors=[a]": ["evaluation.neighbors", "whole numbers", "a"],
     "evaluation.test_split=train": ["evaluation", "test_split", "train_split", "train"],
     "method.temperature=abc": ["method.temperature", "number", "abc"],
     "method.temperature=0.0001": ["method.temperature", 0.003, 0.0001],

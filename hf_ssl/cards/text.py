@@ -78,7 +78,7 @@ def literal(text: str) -> str:
 def measurements(result: EncoderResult) -> list[Measurement]:
     """Return the accuracies for the metadata: k-NN, linear probe, and k-NN with few labels."""
     knn, protocol = result["knn"], result["protocol"]
-    k = knn["neighbours"]
+    k = knn["neighbors"]
     found = [Measurement(f"knn_{k}", f"{k}-NN accuracy", round(knn["accuracy"], 4), protocol["knn"])]
     if result["linear"] is not None:
         accuracy = round(result["linear"]["accuracy"], 4)
@@ -101,7 +101,7 @@ def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
         return []
     first = next(iter(results.values()))
     labels = [draw["labels_per_class"] for draw in first["few_labels"]]
-    heading = ["", f"{first['knn']['neighbours']}-NN, all labels"]
+    heading = ["", f"{first['knn']['neighbors']}-NN, all labels"]
     heading += [f"1-NN, {n} label{'s'[: n != 1]} per class" for n in labels]
     if first["linear"] is not None:
         heading.append("linear probe")
@@ -132,7 +132,7 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
 
 def _poolings(result: EncoderResult) -> str:
     token, mean = (percent(result["poolings"][name]) for name in ("cls", "mean"))
-    k = result["knn"]["neighbours"]
+    k = result["knn"]["neighbors"]
     return f"{k}-NN accuracy of the class token: {token}, of the mean of all tokens: {mean}"
 
 
@@ -143,7 +143,7 @@ def comparisons(facts: Facts) -> list[str]:
         if key in facts["results"]:
             knn = facts["results"]["trained"]["knn"]
             gain = 100 * (knn["accuracy"] - facts["results"][key]["knn"]["accuracy"])
-            than = f"{ENCODERS[key]}, in {knn['neighbours']}-NN accuracy"
+            than = f"{ENCODERS[key]}, in {knn['neighbors']}-NN accuracy"
             sentences.append(
                 f"{gain:.1f} points better than {than}."
                 if gain >= 0.05

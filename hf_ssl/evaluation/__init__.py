@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         attention_mask_of,
         attention_rollout,
         has_attention,
-        pca_colours,
+        pca_colors,
     )
     from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
     from hf_ssl.evaluation.features import (
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
         write_attention_pictures,
     )
     from hf_ssl.evaluation.protocol import (
-        LabelledImages,
+        LabeledData,
         evaluate_encoder,
         evaluate_features,
         evaluate_pixels,
     )
     from hf_ssl.evaluation.retrieval import (
         Gallery,
-        Neighbour,
+        Neighbor,
         Retriever,
         build_gallery,
         embed_gallery,
@@ -66,7 +66,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "attention_mask_of",
             "attention_rollout",
             "has_attention",
-            "pca_colours",
+            "pca_colors",
         ],
         "hf_ssl.evaluation.config": ["EncoderResult", "EvaluationConfig"],
         "hf_ssl.evaluation.features": [
@@ -87,14 +87,14 @@ __getattr__, __dir__, __all__ = lazy_names(
         ],
         "hf_ssl.data.decode": ["read_photo"],
         "hf_ssl.evaluation.protocol": [
-            "LabelledImages",
+            "LabeledData",
             "evaluate_encoder",
             "evaluate_features",
             "evaluate_pixels",
         ],
         "hf_ssl.evaluation.retrieval": [
             "Gallery",
-            "Neighbour",
+            "Neighbor",
             "Retriever",
             "build_gallery",
             "embed_gallery",
@@ -102,5 +102,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         ],
         "hf_ssl.evaluation.statistics": ["alignment", "embedding_std", "rank_me", "uniformity"],
         "hf_ssl.modeling.pooling": ["pool", "pooling_rule"],
+    },
+    renamed={
+        "LabelledImages": "hf_ssl.evaluation.LabeledData",
+        "Neighbour": "hf_ssl.evaluation.Neighbor",
+        "pca_colours": "hf_ssl.evaluation.pca_colors",
     },
 )

@@ -30,7 +30,7 @@ class AttentionMaps:
             `special` sum to 1.
         special: (B, A, S), the weights of the special tokens, which the maps do not show.
         rollout: (B, h, w), the attention through all layers; see `attention_rollout`.
-        patches: (B, h, w, D), the patch features of the last layer; see `pca_colours`.
+        patches: (B, h, w, D), the patch features of the last layer; see `pca_colors`.
         query: "class token" or "mean of the patches".
     """
 
@@ -142,7 +142,7 @@ def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept).reshape(maps.shape)
 
 
-def pca_colours(patches_BhwD: Tensor) -> Tensor:
+def pca_colors(patches_BhwD: Tensor) -> Tensor:
     """Return the first three principal components of patch features as red, green and blue.
 
     Patches with similar features have similar colors. All images share the components. Each channel runs from
@@ -173,8 +173,8 @@ def pca_colours(patches_BhwD: Tensor) -> Tensor:
     low, high = torch.quantile(values, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     spread = high - low
     spread = spread.clamp(min=1e-6 * float(spread.max()) + 1e-30)  # ignores rounding errors
-    colours = ((values - low) / spread).clamp(0, 1)
-    return colours.float().reshape(*patches_BhwD.shape[:3], 3)
+    colors = ((values - low) / spread).clamp(0, 1)
+    return colors.float().reshape(*patches_BhwD.shape[:3], 3)
 
 
 @contextmanager

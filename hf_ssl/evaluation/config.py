@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from hf_ssl.errors import UserError
+from hf_ssl.lazy import renamed_arguments
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
@@ -16,6 +17,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = ("auto", "pooler", "cls", "mean")
 
 
+@renamed_arguments(neighbours="neighbors")
 @dataclass
 class EvaluationConfig:
     """Settings of an evaluation.
@@ -34,7 +36,7 @@ class EvaluationConfig:
     precision: str = "auto"
     pooling: str = "auto"  # see POOLINGS
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
-    neighbours: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
+    neighbors: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
     temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
     few_labels: list[int] = field(default_factory=list)  # labels per class
     draws: int = 20
@@ -62,7 +64,7 @@ class EvaluationConfig:
             if value not in allowed:
                 raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}")
         lists: dict[str, list[float]] = {
-            "neighbours": [*self.neighbours],
+            "neighbors": [*self.neighbors],
             "temperatures": self.temperatures,
             "learning_rates": self.learning_rates,
         }
@@ -86,9 +88,9 @@ class EvaluationConfig:
 
 
 class KnnResult(TypedDict):
-    """k-NN result: the headline accuracy, and {neighbours, temperature, accuracy} for the complete grid."""
+    """k-NN result: the headline accuracy, and {neighbors, temperature, accuracy} for the complete grid."""
 
-    neighbours: int
+    neighbors: int
     temperature: float
     accuracy: float
     grid: list[dict[str, float]]

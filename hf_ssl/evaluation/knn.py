@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
+from hf_ssl.lazy import renamed_arguments
 
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
@@ -55,7 +56,7 @@ def check_features(features: Tensor, where: str) -> None:
 def nearest(
     bank: Tensor,
     queries: Tensor,
-    neighbours: int,
+    neighbors: int,
     *,
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
@@ -63,13 +64,13 @@ def nearest(
     """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, K), best first.
 
     Args:
-        bank: (M, D) float32, L2-normalized, with M >= neighbours.
+        bank: (M, D) float32, L2-normalized, with M >= neighbors.
         queries: (N, D) float32, L2-normalized.
-        neighbours: K.
+        neighbors: K.
         query_chunk, bank_chunk: largest numbers of rows in one matrix product.
     """
-    cosines = queries.new_empty(len(queries), neighbours)
-    rows = torch.empty(len(queries), neighbours, dtype=torch.long, device=queries.device)
+    cosines = queries.new_empty(len(queries), neighbors)
+    rows = torch.empty(len(queries), neighbors, dtype=torch.long, device=queries.device)
     buffer = queries.new_empty(min(query_chunk, len(queries)) * min(bank_chunk, len(bank)))
     for start in range(0, len(queries), query_chunk):
         chunk = queries[start : start + query_chunk]
@@ -79,22 +80,23 @@ def nearest(
             # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
             out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
             torch.mm(chunk, part.T, out=out)
-            values, index = out.topk(min(neighbours, len(part)), dim=1)
+            values, index = out.topk(min(neighbors, len(part)), dim=1)
             best.append(values)
             best_rows.append(index + first)
-        values, rank = torch.cat(best, dim=1).topk(neighbours, dim=1)
+        values, rank = torch.cat(best, dim=1).topk(neighbors, dim=1)
         cosines[start : start + len(chunk)] = values
         rows[start : start + len(chunk)] = torch.cat(best_rows, dim=1).gather(1, rank)
     return cosines, rows
 
 
+@renamed_arguments(neighbours="neighbors")
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Any,
     test_features: Tensor,
     test_labels: Any,
     *,
-    neighbours: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
+    neighbors: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: Sequence[float] = (0.07, 0.1),
     device: torch.device | str | None = None,
 ) -> dict[tuple[int, float], float]:
@@ -106,7 +108,7 @@ def knn_accuracy(
     Args:
         train_features, train_labels: the bank, (M, D) and (M,).
         test_features, test_labels: the queries, (N, D) and (N,).
-        neighbours: values of k, each at most M.
+        neighbors: values of k, each at most M.
         temperatures: positive numbers.
         device: device of the computation; None: the device of the test features.
 
@@ -123,10 +125,10 @@ def knn_accuracy(
     """
     check_features(train_features, "k-NN bank")
     check_features(test_features, "k-NN queries")
-    counts = sorted(set(neighbours))
+    counts = sorted(set(neighbors))
     if not counts or counts[0] < 1 or counts[-1] > len(train_features):
         raise UserError(
-            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbours)}"
+            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbors)}"
         )
     if not temperatures or min(temperatures) <= 0:
         raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}")

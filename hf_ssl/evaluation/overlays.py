@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from hf_ssl.data.decode import read_photo
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colours
+from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colors
 from hf_ssl.evaluation.features import load_encoder, pixel_values
+from hf_ssl.lazy import renamed_arguments
 
 SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
 OVERVIEW_HEIGHT = 128
-COLOURS = "inferno"
+COLORS = "inferno"
 OPACITY = 0.65
 
 
@@ -44,8 +45,8 @@ def attention_pictures(
         shown_side: smallest length of the shorter edge of the pictures in pixels.
 
     Returns:
-        RGB pictures of one size: "image" (the input of the encoder), "mean", "rollout", "mask", "colours"
-        (`pca_colours`), "head 1", "head 2", ...
+        RGB pictures of one size: "image" (the input of the encoder), "mean", "rollout", "mask", "colors"
+        (`pca_colors`), "head 1", "head 2", ...
 
     Raises:
         UserError: `size` is smaller than one patch, or `attention_maps` raises.
@@ -64,17 +65,18 @@ def attention_pictures(
         "mean": overlay(seen, mean),
         "rollout": overlay(seen, maps.rollout[0]),
         "mask": spotlight(seen, attention_mask_of(mean, mass)),
-        "colours": _enlarged(pca_colours(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+        "colors": _enlarged(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
     }
     heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
     return pictures | heads
 
 
+@renamed_arguments(colours="colors")
 def overlay(
     photo: Image.Image,
     values_hw: Tensor,
     *,
-    colours: str = COLOURS,
+    colors: str = COLORS,
     opacity: float = OPACITY,
     smooth: bool = True,
 ) -> Image.Image:
@@ -83,7 +85,7 @@ def overlay(
     Args:
         photo: RGB picture.
         values_hw: map (h, w) with any range. A constant map is shown as zeros.
-        colours: name of a colormap of matplotlib.
+        colors: name of a colormap of matplotlib.
         opacity: opacity of the map, from 0 to 1.
         smooth: whether to interpolate between patches. False shows them as squares.
 
@@ -95,9 +97,9 @@ def overlay(
     low, high = values_hw.min(), values_hw.max()
     scaled = (values_hw.float() - low) / (high - low).clamp(min=1e-12)
     large = _resized(scaled[None], photo.size, smooth)[0].clamp(0, 1)
-    coloured = matplotlib.colormaps[colours](large.numpy(), bytes=True)
-    coloured[..., 3] = round(255 * opacity)
-    layers = (photo.convert("RGBA"), Image.fromarray(coloured))
+    colored = matplotlib.colormaps[colors](large.numpy(), bytes=True)
+    colored[..., 3] = round(255 * opacity)
+    layers = (photo.convert("RGBA"), Image.fromarray(colored))
     return Image.alpha_composite(*layers).convert("RGB")
 
 

@@ -28,7 +28,7 @@ HEADLINE = (20, 0.07)  # k and T that DINO recommends; a card shows this accurac
 STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
-class LabelledImages(Protocol):
+class LabeledData(Protocol):
     """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
 
     The evaluation reads the labels after the images, because a broken image also removes its label.
@@ -48,8 +48,8 @@ def evaluate_encoder(
     model: nn.Module,
     processor: Any,
     config: EvaluationConfig,
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledData,
+    test: LabeledData,
     *,
     device: torch.device | str | None = None,
     description: str | None = None,
@@ -106,14 +106,14 @@ def evaluate_encoder(
     result["seconds"] = seconds | result["seconds"]
     result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
     if compared:
-        k, temperature = result["knn"]["neighbours"], result["knn"]["temperature"]
+        k, temperature = result["knn"]["neighbors"], result["knn"]["temperature"]
         result["poolings"] = {
             name: knn_accuracy(
                 bank[name],
                 as_labels(train.labels, len(bank[name]), config.train_split),
                 queries[name],
                 as_labels(test.labels, len(queries[name]), config.test_split),
-                neighbours=[k],
+                neighbors=[k],
                 temperatures=[temperature],
                 device=device,
             )[k, temperature]
@@ -126,7 +126,7 @@ def evaluate_encoder(
     return result
 
 
-def evaluate_pixels(config: EvaluationConfig, train: LabelledImages, test: LabelledImages) -> EncoderResult:
+def evaluate_pixels(config: EvaluationConfig, train: LabeledData, test: LabeledData) -> EncoderResult:
     """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe."""
     config.check()
     seconds: dict[str, float] = {}
@@ -183,16 +183,16 @@ def evaluate_features(
         raise UserError(f"evaluation: expected at least 2 images in each split, got {bank} and {queries}")
     data = (train_features, bank_labels, test_features, query_labels)
     smallest = int(bank_labels.bincount()[bank_labels.unique()].min())
-    counts = [k for k in config.neighbours if k <= bank] or [1]
+    counts = [k for k in config.neighbors if k <= bank] or [1]
     few = [n for n in config.few_labels if n <= smallest]
-    skipped = [f"{k}-NN: the bank has {bank} images" for k in config.neighbours if k > bank]
+    skipped = [f"{k}-NN: the bank has {bank} images" for k in config.neighbors if k > bank]
     skipped += [
         f"{n} labels a class: the smallest class has {smallest}" for n in config.few_labels if n > smallest
     ]
 
     seconds: dict[str, float] = {}
     with _timed(seconds, "knn"), _shown(description, "k-NN"):
-        grid = knn_accuracy(*data, neighbours=counts, temperatures=config.temperatures, device=device)
+        grid = knn_accuracy(*data, neighbors=counts, temperatures=config.temperatures, device=device)
     with _timed(seconds, "few_labels"), _shown(description, "few labels"):
         draws = [
             few_label_knn(*data, labels_per_class=n, draws=config.draws, seed=config.seed, device=device)
@@ -211,10 +211,10 @@ def evaluate_features(
         classes=int(torch.cat([bank_labels, query_labels]).unique().numel()),
         feature_size=train_features.shape[1],
         knn=KnnResult(
-            neighbours=k,
+            neighbors=k,
             temperature=temperature,
             accuracy=grid[headline],
-            grid=[{"neighbours": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()],
+            grid=[{"neighbors": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()],
         ),
         linear=probe,
         few_labels=[dict(draw._asdict()) for draw in draws],
@@ -311,7 +311,7 @@ def _words(
 
 
 def _seen(
-    model: nn.Module, processor: Any, images: LabelledImages, device: torch.device
+    model: nn.Module, processor: Any, images: LabeledData, device: torch.device
 ) -> tuple[Pooling, int, bool]:
     """Return three properties of an encoder, measured with one image.
 

@@ -7,6 +7,7 @@ of each image. The extra `demo` installs faiss. Without faiss, the functions for
 """
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ LOSSLESS_SIDE = 96  # images with edges up to this many pixels are stored as PNG
 _JPEG_QUALITY = 88
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """Number of an image in the gallery, its cosine similarity in [-1, 1], and its label or None."""
 
     number: int
@@ -59,7 +60,7 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.thumbnails)
 
-    def nearest(self, features_ND: Tensor, k: int) -> list[list[Neighbour]]:
+    def nearest(self, features_ND: Tensor, k: int) -> list[list[Neighbor]]:
         """Return the k nearest images for each row of features (N, D), nearest first.
 
         If the gallery has fewer than k images, the function returns all of them.
@@ -77,7 +78,7 @@ class Gallery:
         similarities, numbers = self.index.search(vectors, min(k, len(self)))
         return [
             [
-                Neighbour(int(number), float(value), None if self.labels is None else self.labels[number])
+                Neighbor(int(number), float(value), None if self.labels is None else self.labels[number])
                 for number, value in zip(row, values, strict=True)
             ]
             for row, values in zip(numbers, similarities, strict=True)
@@ -188,11 +189,16 @@ class Retriever:
     gallery: Gallery
     pooling: Pooling = "auto"
 
-    def neighbours(self, photo: Tensor, k: int = 10) -> list[Neighbour]:
+    def neighbors(self, photo: Tensor, k: int = 10) -> list[Neighbor]:
         """Return the k nearest images of the gallery for a uint8 photo (C, H, W), nearest first."""
         features = extract_features(self.model, self.processor, [[photo]], pooling=self.pooling)
         (found,) = self.gallery.nearest(features, k)
         return found
+
+    def neighbours(self, photo: Tensor, k: int = 10) -> list[Neighbor]:
+        """Return the same as `neighbors`, which replaces this deprecated name."""
+        warnings.warn("Retriever.neighbours is deprecated; use neighbors", FutureWarning, stacklevel=2)
+        return self.neighbors(photo, k)
 
 
 def _unit_rows(features_ND: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from hf_ssl.losses.feature_products import (
     parts,
     widest,
 )
-from hf_ssl.losses.precision import raised, without_autocast
+from hf_ssl.losses.precision import upcast, without_autocast
 
 
 @without_autocast
@@ -69,7 +69,7 @@ class _Covariance(torch.autograd.Function):
         cov_VDD = views[0].mean_D.new_zeros(2, *2 * views[0].mean_D.shape)
         difference = cov_VDD.new_zeros(())
         for images in parts(z_BD[0], 0):
-            difference += (raised(z_BD[0][images]) - z_BD[1][images]).square_().sum()
+            difference += (upcast(z_BD[0][images]) - z_BD[1][images]).square_().sum()
             for cov_DD, view in zip(cov_VDD, views, strict=True):
                 add_gram(cov_DD, view.part(images).T)
         for cov_DD in cov_VDD:
@@ -92,7 +92,7 @@ class _Covariance(torch.autograd.Function):
         slope_VDD = cov_VDD * (4 * for_off_diagonal / freedom)
         slope_VDD.diagonal(dim1=1, dim2=2).copy_(2 * for_variance_VD / freedom)
         for images in parts(saved[0], 0):
-            difference_bD = (raised(views[0].z_BD[images]) - views[1].z_BD[images]).mul_(2 * for_difference)
+            difference_bD = (upcast(views[0].z_BD[images]) - views[1].z_BD[images]).mul_(2 * for_difference)
             for v, sign in enumerate((1, -1)):
                 slope_bD = views[v].part(images) @ slope_VDD[v]
                 results[v][images] = slope_bD.add_(difference_bD, alpha=sign)
@@ -110,7 +110,7 @@ class _CovarianceByGram(torch.autograd.Function):
         gram_VBB = views[0].mean_D.new_zeros(2, batch, batch)
         difference = gram_VBB.new_zeros(())
         for dims in parts(z_BD[0], 1):
-            difference += (raised(z_BD[0][:, dims]) - z_BD[1][:, dims]).square_().sum()
+            difference += (upcast(z_BD[0][:, dims]) - z_BD[1][:, dims]).square_().sum()
             variances.append([])
             for gram_BB, view in zip(gram_VBB, views, strict=True):
                 x_Bd = view.part(dims=dims)
@@ -137,7 +137,7 @@ class _CovarianceByGram(torch.autograd.Function):
         results = tuple(torch.empty_like(view.z_BD) for view in views)
         own_VD = (2 * for_variance_VD - 4 * for_off_diagonal * variance_VD) / freedom
         for dims in parts(saved[0], 1):
-            difference_Bd = (raised(views[0].z_BD[:, dims]) - views[1].z_BD[:, dims]).mul_(2 * for_difference)
+            difference_Bd = (upcast(views[0].z_BD[:, dims]) - views[1].z_BD[:, dims]).mul_(2 * for_difference)
             for v, sign in enumerate((1, -1)):
                 x_Bd = views[v].part(dims=dims)
                 slope_Bd = (gram_VBB[v] @ x_Bd).mul_(4 * for_off_diagonal / freedom**2)

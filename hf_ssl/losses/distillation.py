@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from hf_ssl.losses.precision import full_precision, raised, without_autocast
+from hf_ssl.losses.precision import full_precision, upcast, without_autocast
 from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_entropy
 
 
@@ -54,7 +54,7 @@ def dino_cross_entropy(
     check_temperature("dino_cross_entropy", student_temperature)
     check_temperature("dino_cross_entropy", teacher_temperature)
     # These are copies, because a model may write the new center into its buffer before the backward pass.
-    center_K, sharpness = raised(center_K.detach()).clone(), 1 / teacher_temperature
+    center_K, sharpness = upcast(center_K.detach()).clone(), 1 / teacher_temperature
 
     def sharpen(teacher_AbK: Tensor) -> Tensor:
         logits_AbK = (teacher_AbK - center_K).mul_(sharpness)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 
 
 class _Sizes(NamedTuple):
@@ -57,7 +57,7 @@ class CenteredView(NamedTuple):
     @classmethod
     def centered(cls, z_BD: Tensor) -> "CenteredView":
         """Return a view whose parts have mean 0."""
-        return cls(z_BD, torch.cat([raised(z_BD[:, dims]).mean(0) for dims in parts(z_BD, 1)]))
+        return cls(z_BD, torch.cat([upcast(z_BD[:, dims]).mean(0) for dims in parts(z_BD, 1)]))
 
     @classmethod
     def normalized(cls, z_BD: Tensor) -> "CenteredView":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def raised(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """Return a tensor in half precision as float32, and any other tensor as it is.
 
     float64 does not change because gradcheck needs it.
@@ -41,8 +41,8 @@ def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(loss)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(raised(value) if isinstance(value, Tensor) else value for value in args)
-        kwargs = {key: raised(value) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        args = tuple(upcast(value) if isinstance(value, Tensor) else value for value in args)
+        kwargs = {key: upcast(value) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
         return loss(*args, **kwargs)
 
     return wrapped

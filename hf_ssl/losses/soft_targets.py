@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_ssl.losses.precision import raised, without_autocast
+from hf_ssl.losses.precision import upcast, without_autocast
 
 # The number of logits in one part. On a CPU, they fit into the caches.
 _NUMBERS = {"cpu": 2**19}
@@ -68,10 +68,10 @@ class _CrossViewEntropy(torch.autograd.Function):
         ctx: Any, scores_VBK: Tensor, targets_ABK: Tensor, temperature: float, sharpen: Sharpen
     ) -> Tensor:
         assigned = len(targets_ABK)
-        total = raised(scores_VBK[0, 0, :1]).new_zeros(())
+        total = upcast(scores_VBK[0, 0, :1]).new_zeros(())
         for images in _parts(scores_VBK):
             targets_AbK = sharpen(targets_ABK[:, images])
-            log_VbK = (raised(scores_VBK[:, images]) / temperature).log_softmax(-1)
+            log_VbK = (upcast(scores_VBK[:, images]) / temperature).log_softmax(-1)
             total += (log_VbK[:assigned] * targets_AbK).sum()  # a view is not its own target
             total -= (log_VbK.sum(0) * targets_AbK.sum(0)).sum()
         ctx.save_for_backward(scores_VBK, targets_ABK)
@@ -89,7 +89,7 @@ class _CrossViewEntropy(torch.autograd.Function):
             targets_AbK = ctx.sharpen(targets_ABK[:, images]) * factor
             all_bK = targets_AbK.sum(0)
             mass_Ab1, all_b1 = targets_AbK.sum(-1, keepdim=True), all_bK.sum(-1, keepdim=True)
-            softmax_VbK = (raised(scores_VBK[:, images]) / ctx.temperature).softmax(-1)
+            softmax_VbK = (upcast(scores_VBK[:, images]) / ctx.temperature).softmax(-1)
             own, rest = softmax_VbK[:assigned], softmax_VbK[assigned:]
             torch.addcmul(targets_AbK - all_bK, own, all_b1 - mass_Ab1, out=result_VBK[:assigned, images])
             torch.addcmul(-all_bK, rest, all_b1, out=result_VBK[assigned:, images])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from hf_ssl.errors import UserError
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 from hf_ssl.modeling.gather import process_count, sum_over_processes
 
 Layer = TypeVar("Layer", bound=nn.modules.batchnorm._BatchNorm)
@@ -40,7 +40,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or process_count() == 1:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            return self._synchronized(raised(input)).to(input.dtype)
+            return self._synchronized(upcast(input)).to(input.dtype)
 
     def _synchronized(self, x: Tensor) -> Tensor:
         dims = [0, *range(2, x.ndim)]

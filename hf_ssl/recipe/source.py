@@ -17,6 +17,8 @@ from hf_ssl.resources import recipe_files
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
 ENDINGS = (".yaml", ".yml")
 RENAMED = {
+    "evaluation.neighbours": "evaluation.neighbors",
+    "training.monitor_neighbours": "training.monitor_neighbors",
     "training.lars_trust_coefficient": "training.lars.trust_coefficient",
     "training.lars_variant": "training.lars.variant",
     "training.lars_clip": "training.lars.clip",
@@ -90,7 +92,7 @@ def apply_overrides(
             raise UserError(
                 f"{section}: expected a known section, got {override!r}; {suggestion(section, sections)}"
             )
-        _refuse_interpolation(override, key)
+        _reject_interpolation(override, key)
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             if not (rest if dot else OmegaConf.is_dict(value)):
@@ -131,11 +133,11 @@ def _sections(plain: dict[Any, Any], sections: Sequence[str], where: str) -> dic
             )
         if not isinstance(values, dict | None):
             raise UserError(f"{section}: expected keys and values in {where}, got {values!r}")
-        _refuse_interpolation(values or {}, str(section))
+        _reject_interpolation(values or {}, str(section))
     return {section: plain.get(section) or {} for section in sections}
 
 
-def _refuse_interpolation(value: Any, key: str) -> None:
+def _reject_interpolation(value: Any, key: str) -> None:
     """Raise `UserError` for a value with an interpolation, at any depth.
 
     OmegaConf would replace `${oc.env:HF_TOKEN}` by the token. A recipe from another author could then publish
@@ -143,10 +145,10 @@ def _refuse_interpolation(value: Any, key: str) -> None:
     """
     if isinstance(value, dict):
         for name, item in value.items():
-            _refuse_interpolation(item, f"{key}.{name}")
+            _reject_interpolation(item, f"{key}.{name}")
     elif isinstance(value, list):
         for item in value:
-            _refuse_interpolation(item, key)
+            _reject_interpolation(item, key)
     elif isinstance(value, str) and "${" in value:
         raise UserError(
             f"{key}: expected a value without interpolation, got {value!r}; write the value itself"

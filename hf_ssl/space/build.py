@@ -185,7 +185,7 @@ def _facts(
     encoder: PreTrainedModel,
     images: LabeledImages,
     count: int,
-    labelled: bool,
+    labeled: bool,
     title: str | None,
     pooling: Pooling,
 ) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _facts(
             "data": images.description,
             "revision": images.revision,
             "images": count,
-            "labelled": labelled,
+            "labeled": labeled,
         },
         "pooling": pooling,
         "versions": {"hf_ssl": __version__} | {package: version(package) for package in _PACKAGES},

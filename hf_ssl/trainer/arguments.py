@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ssl.errors import UserError
+from hf_ssl.lazy import renamed_arguments
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 
@@ -19,6 +20,7 @@ OPTIMIZERS = ("sgd", "adamw", "lars")
 RULES = ("none", "linear", "square_root")
 
 
+@renamed_arguments(monitor_neighbours="monitor_neighbors")
 @dataclass
 class SSLTrainingArguments(TrainingArguments):
     """Arguments for pretraining. All fields of `transformers.TrainingArguments` also work.
@@ -54,7 +56,7 @@ class SSLTrainingArguments(TrainingArguments):
         channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
         monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
-        monitor_neighbours: k of the k-NN classifier.
+        monitor_neighbors: k of the k-NN classifier.
         layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
             the next block (layer-wise decay of BEiT). It is meant for trained backbones.
         head_warmup_epochs: epochs in which the backbone is frozen and only the heads are trained. The
@@ -103,7 +105,7 @@ class SSLTrainingArguments(TrainingArguments):
     monitor_steps: int = 200
     monitor_bank_images: int = 2000
     monitor_query_images: int = 1000
-    monitor_neighbours: int = 20
+    monitor_neighbors: int = 20
     layer_decay: float | None = None
     head_warmup_epochs: float = 0.0
     on_worse: str = "warn"

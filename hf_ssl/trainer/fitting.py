@@ -150,7 +150,7 @@ def check_batch_size(args: SSLTrainingArguments, images: int | None, description
 
 
 def choose_monitor(
-    args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labelled: bool, typed: set[str]
+    args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labeled: bool, typed: set[str]
 ) -> Choices:
     """Reduce the number of images that the monitor measures, if its first measurement would take too long.
 
@@ -161,7 +161,7 @@ def choose_monitor(
         args: training arguments with the chosen batch size.
         cost: cost of one image.
         images: number of training images; None for a stream of unknown length.
-        labelled: whether there are labeled images for k-NN.
+        labeled: whether there are labeled images for k-NN.
         typed: keys of the section `training` that the user set; their values are not changed.
     """
     least, most = FIRST_MEASUREMENT_SECONDS
@@ -173,7 +173,7 @@ def choose_monitor(
         "probe": probe * (cost.step_seconds / 3 + cost.feature_seconds + cost.load_seconds),
         "knn": (sizes["bank"] + sizes["queries"]) * (cost.feature_seconds + cost.load_seconds),
     }
-    if not labelled:
+    if not labeled:
         seconds["knn"] = 0.0
     share = min(1.0, budget / max(sum(seconds.values()), 1e-9))
     share, budget = from_first_process((share, budget))
@@ -186,7 +186,7 @@ def choose_monitor(
     }
     reason = f"the first measurement may take {budget:.1f} seconds"
     choices: Choices = {"monitor.probe_images": {"value": reduced["probe"], "reason": reason}}
-    if labelled:
+    if labeled:
         args.monitor_bank_images, args.monitor_query_images = reduced["bank"], reduced["queries"]
         for key, name in (("monitor_bank_images", "bank"), ("monitor_query_images", "queries")):
             if not fixed[name]:

@@ -33,13 +33,13 @@ class KNNMonitor:
         bank: images of the memory bank, whose labels predict the class of a query.
         queries: images that are classified.
         processor: image processor of the exported encoder.
-        neighbours: k. The neighbors are weighted with temperature 0.07.
+        neighbors: k. The neighbors are weighted with temperature 0.07.
     """
 
     bank: LabeledImages
     queries: LabeledImages
     processor: BaseImageProcessor
-    neighbours: int = 20
+    neighbors: int = 20
 
     def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
         """Return the accuracy on the queries, from 0 to 1."""
@@ -51,9 +51,9 @@ class KNNMonitor:
             )
             for name, images in (("bank", self.bank), ("queries", self.queries))
         )  # fmt: skip
-        k = min(self.neighbours, len(bank))
+        k = min(self.neighbors, len(bank))
         return knn_accuracy(
-            bank, self.bank.labels, queries, self.queries.labels, neighbours=(k,), temperatures=(0.07,)
+            bank, self.bank.labels, queries, self.queries.labels, neighbors=(k,), temperatures=(0.07,)
         )[k, 0.07]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from hf_ssl.data.decode import MAX_BYTES
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     Gallery,
-    Neighbour,
+    Neighbor,
     Retriever,
     attention_pictures,
     has_attention,
@@ -52,13 +52,13 @@ from hf_ssl.evaluation import (
 )
 
 QUERY_SIDE = 560
-NEIGHBOURS = 12  # fills complete rows of 4 and of 3 images
+NEIGHBORS = 12  # fills complete rows of 4 and of 3 images
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 NAMES = {
     "mean": "All heads",
     "rollout": "Through all layers",
     "mask": "60 % of the attention",
-    "colours": "Alike parts, alike colors",
+    "colors": "Alike parts, alike colors",
 }
 
 
@@ -74,8 +74,8 @@ def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
     """Return the HTML of the results for one picture, or a message if the picture cannot be read."""
     try:
         photo = read_photo(data, channels=retriever.model.config.num_channels)
-        found = retriever.neighbours(photo, NEIGHBOURS)
-        parts = [query(photo, caption), neighbours(retriever.gallery, found), attention(retriever, photo)]
+        found = retriever.neighbors(photo, NEIGHBORS)
+        parts = [query(photo, caption), neighbors(retriever.gallery, found), attention(retriever, photo)]
         return f'<div class="answer">{"".join(parts)}</div>'
     except UserError as error:
         return sentence(str(error))
@@ -102,7 +102,7 @@ def query(photo: Tensor, caption: str) -> str:
     return f'<section class="query" aria-label="The picture">{shown}</section>'
 
 
-def neighbours(gallery: Gallery, found: list[Neighbour]) -> str:
+def neighbors(gallery: Gallery, found: list[Neighbor]) -> str:
     items = []
     for rank, (number, similarity, label) in enumerate(found, start=1):
         value = f"{similarity:.2f}"
@@ -110,7 +110,7 @@ def neighbours(gallery: Gallery, found: list[Neighbour]) -> str:
         alt = f"Neighbor {rank}, similarity {value}" + ("" if label is None else f", {label}")
         items.append(f"<li>{figure(gallery.thumbnails[number], caption, alt)}</li>")
     grid = f'<ol class="grid">{"".join(items)}</ol>'
-    return f'<section class="neighbours"><h2>Most alike in the gallery</h2>{grid}</section>'
+    return f'<section class="neighbors"><h2>Most alike in the gallery</h2>{grid}</section>'
 
 
 def attention(retriever: Retriever, photo: Tensor) -> str:
@@ -170,7 +170,7 @@ def introduction() -> str:
 
 def closing() -> str:
     gallery = FACTS["gallery"]
-    words = "label and similarity" if gallery["labelled"] else "similarity"
+    words = "label and similarity" if gallery["labeled"] else "similarity"
     return (
         f'<footer class="closing">Below each image: {words} (cosine; 1 is the same). Gallery: '
         f"{gallery['images']:,} images of {escape(gallery['data'])}. An uploaded picture is deleted as soon "
@@ -196,8 +196,8 @@ def page(retriever: Retriever) -> gr.Blocks:
         (FOLDER / example["file"], example["label"] or f"{number}")
         for number, example in enumerate(FACTS["examples"], start=1)
     ]
-    labelled = FACTS["gallery"]["labelled"]
-    captions = [f"Example: {label}" if labelled else f"Example {label}" for _, label in examples]
+    labeled = FACTS["gallery"]["labeled"]
+    captions = [f"Example: {label}" if labeled else f"Example {label}" for _, label in examples]
     first = answer(retriever, examples[0][0], captions[0]) if examples else ""
     one_at_a_time: dict[str, Any] = {
         "concurrency_id": "encoder",

@@ -130,7 +130,7 @@ def test_every_number_is_on_the_card(facts: dict, tmp_path: Path) -> None:
         for cell in result["knn"]["grid"]:
             cells = (
                 name.replace("_", " "),
-                cell["neighbours"],
+                cell["neighbors"],
                 cell["temperature"],
                 f"{100 * cell['accuracy']:.1f} %",
             )

@@ -50,7 +50,7 @@ def test_the_command_contains_settings_that_change_the_results(facts: dict[str, 
         "evaluation.linear_standardize": True,
         "evaluation.max_test_images": 100,
     }
-    others = {"data.cache": "memory", "data.split": "unlabelled", "evaluation.results_dir": "tables"}
+    others = {"data.cache": "memory", "data.split": "unlabeled", "evaluation.results_dir": "tables"}
     facts["recipe"]["differences"] |= measured | others
     data, evaluation = read(facts)
     assert data.path == "./cifar10"  # not a data set with this name on the Hub
@@ -82,18 +82,18 @@ def test_data_of_the_hub_have_the_evaluated_revision(facts: dict[str, Any]) -> N
 
 def test_separate_evaluation_images(facts: dict[str, Any]) -> None:
     """The card does not contain their location; the columns of the training data do not apply to them."""
-    facts["recipe"]["sections"]["evaluation"]["path"] = "clients/acme/labelled"
+    facts["recipe"]["sections"]["evaluation"]["path"] = "clients/acme/labeled"
     facts["recipe"]["differences"] |= {
-        "evaluation.path": "clients/acme/labelled",
+        "evaluation.path": "clients/acme/labeled",
         "data.name": "fine",
         "data.label_column": "fine",
         "data.channels": 1,
     }
-    facts["evaluation"] |= {"name": "labelled"}
+    facts["evaluation"] |= {"name": "labeled"}
     public = public_facts(facts)
     assert "acme" not in json.dumps(public) and "acme" not in check_command(public)
     data, evaluation = read(facts)
-    assert (data.path, data.name, data.label_column) == ("./labelled", None, None)
+    assert (data.path, data.name, data.label_column) == ("./labeled", None, None)
     assert (data.channels, evaluation.path) == (1, None)
 
 

@@ -73,6 +73,13 @@ def test_facts_of_older_versions_get_the_defaults(facts: dict, tmp_path: Path) -
     assert read_facts(tmp_path) == public_facts(facts)
 
 
+def test_facts_with_old_names_get_the_current_ones(facts: dict, tmp_path: Path) -> None:
+    text = json.dumps(public_facts(facts))
+    assert text.count("neighbors") > 2
+    (tmp_path / "facts.json").write_text(text.replace("neighbors", "neighbours"))
+    assert read_facts(tmp_path) == public_facts(facts)
+
+
 def test_sections_are_dicts(facts: dict) -> None:
     for section in ("results", "training"):
         with pytest.raises(UserError, match=mentions(f"facts.{section}", "dict", "list")):

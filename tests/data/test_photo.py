@@ -42,7 +42,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def animation() -> bytes:
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 

@@ -41,7 +41,7 @@ from hf_ssl.evaluation import (
     attention_mask_of,
     attention_rollout,
     has_attention,
-    pca_colours,
+    pca_colors,
 )
 
 SMALL = {
@@ -235,16 +235,16 @@ def test_mask_holds_its_mass() -> None:
         assert (share >= mass - 1e-6).all() and (share - smallest < mass).all()
 
 
-def test_colours_tell_parts_apart() -> None:
-    """Three kinds of patches in two images: one colour each, the same in both, at any scale."""
+def test_colors_tell_parts_apart() -> None:
+    """Three kinds of patches in two images: one color each, the same in both, at any scale."""
     kinds = torch.eye(3, 16)[torch.tensor([[[0, 0], [1, 2]], [[2, 1], [0, 0]]])]
-    colours = pca_colours(5 * kinds)
-    assert colours.shape == (2, 2, 2, 3) and colours.min() >= 0 and colours.max() <= 1
-    torch.testing.assert_close(colours[0, 0, 0], colours[1, 1, 1])
-    torch.testing.assert_close(colours[0, 1, 0], colours[1, 0, 1])
-    assert (colours[0, 0, 0] - colours[0, 1, 0]).abs().max() > 0.3
-    torch.testing.assert_close(pca_colours(kinds), colours)
-    assert pca_colours(torch.ones(1, 2, 2, 2)).shape == (1, 2, 2, 3)
+    colors = pca_colors(5 * kinds)
+    assert colors.shape == (2, 2, 2, 3) and colors.min() >= 0 and colors.max() <= 1
+    torch.testing.assert_close(colors[0, 0, 0], colors[1, 1, 1])
+    torch.testing.assert_close(colors[0, 1, 0], colors[1, 0, 1])
+    assert (colors[0, 0, 0] - colors[0, 1, 0]).abs().max() > 0.3
+    torch.testing.assert_close(pca_colors(kinds), colors)
+    assert pca_colors(torch.ones(1, 2, 2, 2)).shape == (1, 2, 2, 3)
 
 
 @pytest.mark.parametrize("larger", [1, 2])
@@ -253,4 +253,4 @@ def test_rounding_does_not_swap_colors(larger: int) -> None:
     kinds = torch.eye(3, 16, dtype=torch.float64)[torch.tensor([[[0, 0], [1, 2]], [[2, 1], [0, 0]]])]
     rounded = kinds.clone()
     rounded[..., larger] *= 1 + 1e-7
-    torch.testing.assert_close(pca_colours(rounded), pca_colours(kinds), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pca_colors(rounded), pca_colors(kinds), rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ def test_closed_form_of_k_and_temperature() -> None:
     bank = torch.tensor([at_cosine(0.9), at_cosine(0.8), at_cosine(0.8)] + [at_cosine(-0.5)] * 3)
     labels = torch.tensor([0, 1, 1, 0, 0, 0])
     query, answer = torch.tensor([[3.0, 0.0]]), torch.tensor([1])
-    result = knn_accuracy(bank, labels, query, answer, neighbours=[1, 3, 6], temperatures=[0.01, 1.0, 100.0])
+    result = knn_accuracy(bank, labels, query, answer, neighbors=[1, 3, 6], temperatures=[0.01, 1.0, 100.0])
     assert result[1, 1.0] == 0.0
     # At T 1: exp(0.9) = 2.46 against 2 exp(0.8) = 4.45.
     assert result[3, 1.0] == 1.0
@@ -44,7 +44,7 @@ def test_closed_form_of_k_and_temperature() -> None:
 
 
 def loop_accuracy(bank, labels, queries, answers, k, temperature) -> float:
-    """The definition, one query, one neighbour at a time, in float64."""
+    """The definition, one query, one neighbor at a time, in float64."""
     right = 0
     for query, answer in zip(queries, answers, strict=True):
         cosines = [float(np.dot(query, row) / np.linalg.norm(query) / np.linalg.norm(row)) for row in bank]
@@ -59,7 +59,7 @@ def test_equals_the_loop_version() -> None:
     bank, labels = clustered(150, seed=0)
     queries, answers = clustered(60, seed=1)
     counts, temperatures = (1, 2, 7, 20, 150), (0.07, 0.1, 0.5)
-    result = knn_accuracy(bank, labels, queries, answers, neighbours=counts, temperatures=temperatures)
+    result = knn_accuracy(bank, labels, queries, answers, neighbors=counts, temperatures=temperatures)
     assert set(result) == {(k, t) for k in counts for t in temperatures}
     assert len(set(result.values())) > 3, "the example must tell the settings apart"
     for (k, temperature), accuracy in result.items():
@@ -73,7 +73,7 @@ def test_agrees_with_lightly() -> None:
     knn = pytest.importorskip("lightly.utils.benchmarking.knn")
     bank, labels = clustered(400, seed=2)
     queries, answers = clustered(300, seed=3)
-    result = knn_accuracy(bank, labels, queries, answers, neighbours=[5, 20, 200], temperatures=[0.07, 0.1])
+    result = knn_accuracy(bank, labels, queries, answers, neighbors=[5, 20, 200], temperatures=[0.07, 0.1])
     for (k, temperature), accuracy in result.items():
         predicted = knn.knn_predict(
             F.normalize(queries, dim=1), F.normalize(bank, dim=1).T, labels, 5, knn_k=k, knn_t=temperature
@@ -95,22 +95,22 @@ def test_chunks_change_nothing(query_chunk: int, bank_chunk: int) -> None:
 
 def test_small_temperature_does_not_overflow() -> None:
     bank, labels = clustered(50, seed=6)
-    result = knn_accuracy(bank, labels, bank, labels, neighbours=[1, 20], temperatures=[0.001])
+    result = knn_accuracy(bank, labels, bank, labels, neighbors=[1, 20], temperatures=[0.001])
     assert result[1, 0.001] == 1.0
     assert result[20, 0.001] == 1.0, "an image's own vote outweighs all others at a small temperature"
 
 
 def test_half_precision_and_arrays_are_taken() -> None:
     bank, labels = clustered(60, seed=7)
-    as_float = knn_accuracy(bank.bfloat16().float(), labels, bank, labels, neighbours=[5])
-    assert knn_accuracy(bank.bfloat16(), labels.numpy(), bank, labels.tolist(), neighbours=[5]) == as_float
+    as_float = knn_accuracy(bank.bfloat16().float(), labels, bank, labels, neighbors=[5])
+    assert knn_accuracy(bank.bfloat16(), labels.numpy(), bank, labels.tolist(), neighbors=[5]) == as_float
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"neighbours": [61]}, [60, 61]),
-        ({"neighbours": [0]}, [1, 0]),
+        ({"neighbors": [61]}, [60, 61]),
+        ({"neighbors": [0]}, [1, 0]),
         ({"temperatures": [0.0]}, ["temperatures", "0.0"]),
         ({"train_labels": torch.zeros(59)}, [60, "(59,)"]),
         ({"test_labels": -torch.ones(60)}, [0, "-1"]),
@@ -122,7 +122,7 @@ def test_bad_input_is_refused_in_words(change: dict, parts: list) -> None:
     features, labels = clustered(60, seed=8)
     arguments = {
         "train_features": features, "train_labels": labels, "test_features": features, "test_labels": labels,
-        "neighbours": [5], "temperatures": [0.1],
+        "neighbors": [5], "temperatures": [0.1],
     } | change  # fmt: skip
     with pytest.raises(UserError, match=mentions(*parts)):
         knn_accuracy(**arguments)

@@ -15,7 +15,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import attention_maps, attention_pictures, overlay, spotlight, write_attention_pictures
 from hf_ssl.evaluation.overlays import overview
 
-KEYS = ["image", "mean", "rollout", "mask", "colours", "head 1", "head 2"]
+KEYS = ["image", "mean", "rollout", "mask", "colors", "head 1", "head 2"]
 
 
 def vit() -> ViTModel:
@@ -65,10 +65,10 @@ def test_a_size_keeps_the_whole_photo() -> None:
         attention_pictures(vit(), processor(), photo(40, 100), size=7)
 
 
-def test_overlays_are_blended_colours() -> None:
+def test_overlays_are_blended_colors() -> None:
     grey = Image.new("RGB", (8, 4), (100, 100, 100))
     values = torch.tensor([[2.0, 3.0]])
-    shown = np.asarray(overlay(grey, values, opacity=0.5, smooth=False, colours="viridis")).astype(float)
+    shown = np.asarray(overlay(grey, values, opacity=0.5, smooth=False, colors="viridis")).astype(float)
     low, high = (np.array(matplotlib.colormaps["viridis"](value)[:3]) * 255 for value in (0.0, 1.0))
     assert np.abs(shown[:, :4] - (low + 100) / 2).max() <= 1.5
     assert np.abs(shown[:, 4:] - (high + 100) / 2).max() <= 1.5
@@ -119,8 +119,8 @@ def test_the_overview_has_a_row_for_each_photo_and_a_column_for_each_picture() -
     ]
     sheet = overview(rows, height=10)
     assert sheet.size == (2 * 23 - 3, 14 + 2 * 13 - 3)
-    colours = [[sheet.getpixel((x, y)) for x in (5, 28)] for y in (19, 32)]
-    assert colours == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (0, 0, 0)]]
+    colors = [[sheet.getpixel((x, y)) for x in (5, 28)] for y in (19, 32)]
+    assert colors == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (0, 0, 0)]]
     assert sheet.getpixel((15, 32)) == (255, 255, 255)  # narrower than the others
     heading = np.asarray(sheet)[:14]
     assert (heading[:, :20] < 128).any() and (heading[:, 23:] < 128).any()

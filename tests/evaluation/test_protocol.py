@@ -58,7 +58,7 @@ def encoder():
 def small(**changes) -> EvaluationConfig:
     settings = {
         "few_labels": [1, 5, 500], "linear_epochs": 3, "learning_rates": [0.1, 1.0],
-        "neighbours": [1, 20, 5000],
+        "neighbors": [1, 20, 5000],
         "draws": 4, "linear_standardize": True,
         "batch_size": 100, "raw_pixel_size": 8,
     }  # fmt: skip
@@ -72,7 +72,7 @@ def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, 
     hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
     images, labels = digits
     split = Images(images[:20], labels[:20])
-    config = EvaluationConfig(linear=False, neighbours=[1], temperatures=[0.07])
+    config = EvaluationConfig(linear=False, neighbors=[1], temperatures=[0.07])
     result = evaluate_encoder(*encoder, config, split, split)
     hook.remove()
     assert result["precision"] == fastest and fastest in result["protocol"]["features"]
@@ -89,7 +89,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert (result["classes"], result["feature_size"]) == (10, 32)
     assert (result["pooling"], result["image_size"]) == ("pooler", 32)
     assert result["knn"]["accuracy"] > 0.5, "an untrained network tells digits apart"
-    assert (result["knn"]["neighbours"], result["knn"]["temperature"]) == (20, 0.07)
+    assert (result["knn"]["neighbors"], result["knn"]["temperature"]) == (20, 0.07)
     assert len(result["knn"]["grid"]) == 2 * 2
     assert result["protocol"]["knn"] == (
         "20-NN by cosine similarity, votes weighted by exp(cosine / 0.07), bank: 998 images of split train, "
@@ -125,16 +125,16 @@ def test_headline_follows_the_settings(digits) -> None:
     _, labels = digits
     features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     data = (features[:60], labels[:60], features[60:], labels[60:100])
-    for neighbours, temperatures, headline in (
+    for neighbors, temperatures, headline in (
         ([1, 5, 20, 50], [0.1, 0.07], (20, 0.07)),
         ([50, 10, 1], [0.1], (10, 0.1)),
         ([50, 30], [0.2, 0.1], (30, 0.2)),
         ([500], [0.1], (1, 0.1)),
     ):
-        config = EvaluationConfig(neighbours=neighbours, temperatures=temperatures, linear=False)
+        config = EvaluationConfig(neighbors=neighbors, temperatures=temperatures, linear=False)
         knn = evaluate_features(config, *data)["knn"]
-        assert (knn["neighbours"], knn["temperature"]) == headline
-        expected = knn_accuracy(*data, neighbours=[headline[0]], temperatures=[headline[1]])
+        assert (knn["neighbors"], knn["temperature"]) == headline
+        expected = knn_accuracy(*data, neighbors=[headline[0]], temperatures=[headline[1]])
         assert knn["accuracy"] == expected[headline]
 
 
@@ -144,7 +144,7 @@ def test_headline_follows_the_settings(digits) -> None:
         ({"test_split": "train"}, ["test_split", "train"]),
         ({"precision": "float8"}, ["evaluation.precision", "float32", "bfloat16", "float16", "float8"]),
         ({"pooling": "max"}, ["evaluation.pooling", "max"]),
-        ({"neighbours": []}, ["evaluation.neighbours", "[]"]),
+        ({"neighbors": []}, ["evaluation.neighbors", "[]"]),
         ({"temperatures": [-0.1]}, ["evaluation.temperatures", "-0.1"]),
         ({"few_labels": [0]}, ["evaluation.few_labels", 0]),
         ({"draws": 0}, ["evaluation.draws", 0]),

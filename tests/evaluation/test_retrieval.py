@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Galleries: neighbours as a sorted list of cosines says, thumbnails, and what is saved."""
+"""Galleries: neighbors as a sorted list of cosines says, thumbnails, and what is saved."""
 
 import io
 import math
@@ -45,20 +45,20 @@ def gallery(count: int = 20) -> Gallery:
     )
 
 
-def test_neighbours_are_sorted_cosines() -> None:
+def test_neighbors_are_sorted_cosines() -> None:
     bank, queries = features(20), features(5, seed=1)
     found = gallery().nearest(queries, 7)
     for query, row in zip(queries, found, strict=True):
         cosines = F.cosine_similarity(query[None], bank)
         order = cosines.argsort(descending=True)[:7].tolist()
-        assert [neighbour.number for neighbour in row] == order
-        assert [neighbour.label for neighbour in row] == [f"c{number % 3}" for number in order]
+        assert [neighbor.number for neighbor in row] == order
+        assert [neighbor.label for neighbor in row] == [f"c{number % 3}" for number in order]
         torch.testing.assert_close(torch.tensor([n.similarity for n in row]), cosines[order])
 
 
-def test_fewer_images_than_neighbours() -> None:
+def test_fewer_images_than_neighbors() -> None:
     (row,) = gallery(3).nearest(features(1, seed=1), 10)
-    assert len(row) == 3 and len({neighbour.number for neighbour in row}) == 3
+    assert len(row) == 3 and len({neighbor.number for neighbor in row}) == 3
 
 
 def test_unfit_questions_are_refused() -> None:
@@ -140,7 +140,7 @@ def test_a_picture_of_the_gallery_finds_itself() -> None:
     rows, thumbnails = embed_gallery(model, processor, [images[:5], images[5:]])
     torch.testing.assert_close(rows, extract_features(model, processor, [images]), atol=1e-5, rtol=1e-4)
     retriever = Retriever(model, processor, build_gallery(rows, thumbnails))
-    nearest, second, *_ = retriever.neighbours(images[7], 3)
+    nearest, second, *_ = retriever.neighbors(images[7], 3)
     assert nearest.number == 7 and nearest.label is None
     assert nearest.similarity == pytest.approx(1, abs=1e-5) and second.similarity < nearest.similarity
     assert thumbnails == [thumbnail(image) for image in images]

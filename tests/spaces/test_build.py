@@ -46,7 +46,7 @@ def test_facts(spaces: dict[str, Path], kind: str) -> None:
         "revision": None,
         "attention": kind == "vit",
     }
-    assert known["gallery"]["images"] == 40 and known["gallery"]["labelled"]
+    assert known["gallery"]["images"] == 40 and known["gallery"]["labeled"]
     assert known["gallery"]["data"] == "digits (train)"
     assert [example["label"] for example in known["examples"]] == list("0123456789")
     assert known["versions"]["hf_ssl"] == hf_ssl.__version__
@@ -132,7 +132,7 @@ def test_data_without_labels(spaces: dict[str, Path], tmp_path: Path) -> None:
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
     data = DataConfig(path=str(tmp_path / "photos.parquet"), max_broken_fraction=0.5)
     known = build_space(str(spaces["vit"] / "encoder"), tmp_path / "space", data, examples=3)
-    assert known["gallery"]["labelled"] is False and known["gallery"]["images"] == 5
+    assert known["gallery"]["labeled"] is False and known["gallery"]["images"] == 5
     assert known["gallery"]["data"] == "photos.parquet (train)"
     assert [example["label"] for example in known["examples"]] == [None] * 3
     assert Gallery.load(tmp_path / "space").labels is None

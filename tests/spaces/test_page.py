@@ -38,7 +38,7 @@ def opened(browser: Any, served: dict[str, Any]) -> Iterator[Callable[..., Any]]
         # opens right after it (a key pressed at once) would be missed.
         page.on("filechooser", lambda chooser: None)
         page.goto(address)
-        page.wait_for_selector(".answer .neighbours li")
+        page.wait_for_selector(".answer .neighbors li")
         page.get_by_role("button", name="Upload a photo").wait_for()  # the controls appear one by one
         page.locator("#example-9").wait_for()
         return page
@@ -85,7 +85,7 @@ def test_first_sight(opened: Callable[..., Any]) -> None:
     page = opened("vit")
     assert page.title() == page.get_by_role("heading", level=1).inner_text() == "Digits by a vit"
     assert captions(page, ".query") == ["Example: 0"]
-    found = captions(page, ".neighbours")
+    found = captions(page, ".neighbors")
     assert len(found) == 12 and all(re.fullmatch(r"\d · \d\.\d\d", caption) for caption in found)
     similarities = [caption.split()[-1] for caption in found]
     assert similarities == sorted(similarities, reverse=True)
@@ -113,7 +113,7 @@ def test_examples_by_keyboard(opened: Callable[..., Any]) -> None:
         assert page.evaluate(outline) == "solid"
     page.keyboard.press("Enter")
     wait_for_query(page, "Example: 2")
-    assert len(captions(page, ".neighbours")) == 12
+    assert len(captions(page, ".neighbors")) == 12
 
 
 def test_an_uploaded_photo_is_answered_and_deleted(
@@ -124,7 +124,7 @@ def test_an_uploaded_photo_is_answered_and_deleted(
     for kind in ("PNG", "JPEG"):
         upload(page, written(tmp_path, f"holiday.{kind.lower()}", picture(kind)))
         wait_for_query(page, "Your picture")
-        assert len(captions(page, ".neighbours")) == 12 and len(captions(page, ".attention")) == 7
+        assert len(captions(page, ".neighbors")) == 12 and len(captions(page, ".attention")) == 7
         assert set(files_below(scratch)) == before, "an upload, or something made of it, stayed"
         page.locator("#example-1").click()
         wait_for_query(page, "Example: 1")
@@ -171,7 +171,7 @@ def test_an_encoder_without_attention_says_so(opened: Callable[..., Any]) -> Non
     page = opened("resnet")
     page.locator("#example-5").click()
     wait_for_query(page, "Example: 5")
-    assert len(captions(page, ".neighbours")) == 12 and captions(page, ".attention") == []
+    assert len(captions(page, ".neighbors")) == 12 and captions(page, ".attention") == []
     assert "This encoder is a ResNet, which has no attention." in page.inner_text(".attention")
 
 

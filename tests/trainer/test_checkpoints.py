@@ -149,7 +149,7 @@ def test_a_run_of_an_older_version_with_the_old_keys_of_lars_is_the_same_run(tmp
     run.train(settings, [Kill()])
     stored = json.loads((tmp_path / "_run.json").read_text())
     del stored["training"]["lars"]
-    stored["training"] |= {"lars_variant": "larc", "lars_trust_coefficient": 0.02}
+    stored["training"] |= {"lars_variant": "larc", "lars_trust_coefficient": 0.02, "monitor_neighbours": 5}
     (tmp_path / "_run.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=mentions("training.lars.trust_coefficient", 0.02, 0.03)):
         run.train(recipe(tmp_path, *group, "training.lars.trust_coefficient=0.03"))

@@ -250,7 +250,7 @@ def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
 def test_the_first_measurement_takes_a_twentieth_of_the_run():
     # 512 x (0.5 / 3 + 0.1 + 0.05) + 3000 x 0.15 = 612 s would be measured
     args = arguments(batch_size=32, max_steps=10)  # 160 s are planned, 5 % are 8 s
-    choices = fitting.choose_monitor(args, COST, 5000, labelled=True, typed=set())
+    choices = fitting.choose_monitor(args, COST, 5000, labeled=True, typed=set())
     assert choices["training.monitor_bank_images"]["value"] == args.monitor_bank_images == 100  # the fewest
     assert choices["training.monitor_query_images"]["value"] == args.monitor_query_images == 50
     assert choices["monitor.probe_images"]["value"] == 32
@@ -260,18 +260,18 @@ def test_the_first_measurement_takes_a_twentieth_of_the_run():
 def test_images_are_reduced_in_proportion():
     cost = StepCost(0.03, 0.01, 0.0, 0.0, 0.0)  # 512 x 0.02 + 3000 x 0.01 = 40 s; 10 s are allowed
     args = arguments(batch_size=32, max_steps=10**6)
-    choices = fitting.choose_monitor(args, cost, 5000, labelled=True, typed=set())
+    choices = fitting.choose_monitor(args, cost, 5000, labeled=True, typed=set())
     assert (args.monitor_bank_images, args.monitor_query_images) == (497, 248)
     assert choices["monitor.probe_images"]["value"] == 127
     typed = arguments(batch_size=32, max_steps=10**6)
-    choices = fitting.choose_monitor(typed, cost, 5000, labelled=True, typed={"monitor_bank_images"})
+    choices = fitting.choose_monitor(typed, cost, 5000, labeled=True, typed={"monitor_bank_images"})
     assert (typed.monitor_bank_images, typed.monitor_query_images) == (2000, 248)
     assert set(choices) == {"monitor.probe_images", "training.monitor_query_images"}
 
 
 def test_without_labels_only_the_probe_is_reduced():
     args = arguments(batch_size=32, max_steps=20)
-    choices = fitting.choose_monitor(args, COST, 5000, labelled=False, typed=set())
+    choices = fitting.choose_monitor(args, COST, 5000, labeled=False, typed=set())
     assert set(choices) == {"monitor.probe_images"}
     assert (args.monitor_bank_images, args.monitor_query_images) == (2000, 1000)
 
@@ -279,7 +279,7 @@ def test_without_labels_only_the_probe_is_reduced():
 def test_a_quick_measurement_is_not_reduced():
     cost = StepCost(1e-3, 1e-4, 0.0, 0.0, 0.0)  # 0.5 s, more than 5 % of 8 steps
     args = arguments(batch_size=32, max_steps=8)
-    assert fitting.choose_monitor(args, cost, 5000, labelled=True, typed=set()) == {}
+    assert fitting.choose_monitor(args, cost, 5000, labeled=True, typed=set()) == {}
 
 
 # The measurement of a step.

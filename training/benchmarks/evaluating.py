@@ -18,7 +18,7 @@ from training.benchmarks.pairs import Pair
 from training.benchmarks.row import Row
 from training.benchmarks.steps import RESNET18
 
-NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
 
 
 def features(device: torch.device) -> Pair:
@@ -46,7 +46,7 @@ def features(device: torch.device) -> Pair:
     return Pair(ours, peer, 512, 512)
 
 
-def nearest_neighbours(device: torch.device) -> Pair:
+def nearest_neighbors(device: torch.device) -> Pair:
     """Compute the k-NN accuracy for seven values of k.
 
     Raises:
@@ -66,14 +66,14 @@ def nearest_neighbours(device: torch.device) -> Pair:
     queries, labels = rows(10_000)
 
     def ours() -> dict[int, float]:
-        found = knn_accuracy(bank, bank_labels, queries, labels, neighbours=NEIGHBOURS, temperatures=(0.1,))
+        found = knn_accuracy(bank, bank_labels, queries, labels, neighbors=NEIGHBORS, temperatures=(0.1,))
         return {k: accuracy for (k, _), accuracy in found.items()}
 
     def peer() -> dict[int, float]:
-        return {k: _accuracy(knn_predict, bank, bank_labels, queries, labels, k) for k in NEIGHBOURS}
+        return {k: _accuracy(knn_predict, bank, bank_labels, queries, labels, k) for k in NEIGHBORS}
 
     mine, theirs = ours(), peer()
-    for k in NEIGHBOURS:
+    for k in NEIGHBORS:
         if abs(mine[k] - theirs[k]) > 1.5e-4:  # allows one query in which two classes tie
             raise SystemExit(f"k-NN: expected lightly's accuracy {theirs[k]} at k = {k}, got {mine[k]}")
     return Pair(ours, peer)
@@ -111,7 +111,7 @@ ROWS = [
         "k-NN, seven k, 50,000 x 10,000 x 512",
         "lightly, seven calls",
         10,
-        nearest_neighbours,
+        nearest_neighbors,
         "search",
         None,
         3,

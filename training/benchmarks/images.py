@@ -44,8 +44,8 @@ def parquet_of_small_images(folder: Path, count: int, rows_in_group: int = 1000)
 
 
 def _picture(random: np.random.Generator, width: int, height: int, coarse: int) -> Image.Image:
-    colours = random.integers(0, 256, (coarse, coarse, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC), float)
+    colors = random.integers(0, 256, (coarse, coarse, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC), float)
     noisy = smooth + random.normal(0, 9, smooth.shape)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 

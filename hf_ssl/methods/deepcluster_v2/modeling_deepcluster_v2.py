@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import cluster_cross_entropy
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -95,7 +95,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
             raise ValueError("sample_index: expected the row numbers of the images, got none; pass them")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {"sample_index": sample_index} | {
-            name: normalize(raised(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
+            name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
             for name, images in shown.items()
             if images is not None
         }

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import sinkhorn, swapped_prediction
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -63,7 +63,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         local_pixel_values = inputs.get("local_pixel_values")
         shown = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {
-            name: normalize(raised(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
+            name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
             for name, images in shown.items()
             if images is not None
         }

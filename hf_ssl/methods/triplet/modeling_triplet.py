@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import triplet
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 from hf_ssl.methods.triplet.configuration_triplet import TripletConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -44,7 +44,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
         """Return the unit projections (B, 2, P)."""
         pixel_values = inputs["pixel_values"]
         projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
-        return {"projections": normalize(raised(projections), dim=-1)}
+        return {"projections": normalize(upcast(projections), dim=-1)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean triplet loss over both views as anchors."""

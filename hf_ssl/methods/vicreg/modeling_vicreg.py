@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import vicreg_terms
-from hf_ssl.losses.precision import raised
+from hf_ssl.losses.precision import upcast
 from hf_ssl.methods.vicreg.configuration_vicreg import VICRegConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -59,7 +59,7 @@ class VICRegForPreTraining(SSLPreTrainedModel):
         the dimensions. The variance term's target for it is 1. It detects projections that shrink to one
         point, which measurements of directions do not detect.
         """
-        first = raised(embeddings["projections"][:, 0])
+        first = upcast(embeddings["projections"][:, 0])
         return {
             "off_diagonal_correlation": off_diagonal_correlation(first),
             "dimension_std": first.std(dim=0).mean().item(),
