@@ -207,6 +207,11 @@ def test_its_exported_encoder_is_native(model):
     assert type(model.exported_encoder).__module__.startswith("transformers.models.")
 
 
+def test_its_exported_encoder_stores_the_published_feature(model):
+    stored = model.exported_encoder.config.to_dict().get("published_feature", "auto")
+    assert stored == model.published_feature
+
+
 def test_a_memory_bank_needs_row_numbers(method):
     """Rows of a stream have no number."""
     if not load_recipe(f"smoke/{method}").model_class.needs_sample_index:

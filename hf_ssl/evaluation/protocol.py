@@ -20,7 +20,7 @@ from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 from hf_ssl.modeling.eval_mode import evaluation_mode
-from hf_ssl.modeling.pooling import Pooling, pooling_rule
+from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
@@ -323,8 +323,8 @@ def _seen(
         pixels = pixel_values(processor, batch[:1], device)
         outputs = model(pixel_values=pixels)
     tokens = outputs.get("last_hidden_state")
-    has_class_token = pooling_rule(model, {}) == "cls" and tokens is not None and tokens.ndim == 3
-    return pooling_rule(model, outputs), pixels.shape[-1], has_class_token
+    both = has_class_token(model) and tokens is not None and tokens.ndim == 3
+    return pooling_rule(model, outputs), pixels.shape[-1], both
 
 
 @contextmanager

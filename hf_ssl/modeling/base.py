@@ -23,6 +23,7 @@ from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import HostNumber, Memory
 from hf_ssl.modeling.outputs import Progress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
+from hf_ssl.modeling.pooling import Pooling, declare_feature
 
 
 class SSLPreTrainedModel(PreTrainedModel):
@@ -61,6 +62,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         student_teacher: pairs of attribute names. A teacher starts as a copy of its student and is frozen;
             the method updates it.
         exported: name of the published encoder: the backbone or its teacher.
+        published_feature: the output of the published encoder that is its feature, see
+            `hf_ssl.modeling.pooling.pool`. "auto" is the pooler if the encoder has one. The config of the
+            encoder stores other values, and monitor, evaluation, card and Space use them.
         mask_inputs: names of the inputs that `sample_masks` returns.
         memory_inputs: names of the embeddings that `update_memory` needs.
         needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
@@ -79,6 +83,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     backbone_types: ClassVar[tuple[str, ...] | None] = None
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
+    published_feature: ClassVar[Pooling] = "auto"
     mask_inputs: ClassVar[tuple[str, ...]] = ()
     memory_inputs: ClassVar[tuple[str, ...]] = ()
     needs_memory_warmup: ClassVar[bool] = False
@@ -310,6 +315,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         set_identity_pooler(self.backbone)
         self.copy_teachers()
         self.freeze()
+        declare_feature(self.exported_encoder, self.published_feature)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

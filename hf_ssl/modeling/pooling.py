@@ -9,26 +9,46 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
 
 Pooling = Literal["auto", "pooler", "cls", "mean"]
 
 
+def declare_feature(encoder: PreTrainedModel, pooling: Pooling) -> None:
+    """Write the feature that a method publishes to the encoder's config, and so to its `config.json`.
+
+    Args:
+        encoder: its config gets the attribute `published_feature`, unless `pooling` is "auto".
+        pooling: see `pool`.
+    """
+    if pooling != "auto":
+        encoder.config.published_feature = pooling
+
+
 def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
     """Return the pooling that "auto" means for an encoder.
 
-    It is "pooler" if the encoder returns `pooler_output` (ResNet, ConvNeXt V2, Swin, ViT, DINOv2, timm). Else
-    it is "cls" if the encoder has a class token (MSN), else "mean" (I-JEPA).
+    It is the feature that the method of the encoder declares (`declare_feature`): "mean" for MAE and I-JEPA.
+    Without a declaration, it is "pooler" if the encoder returns `pooler_output` (ResNet, ConvNeXt V2, Swin,
+    ViT, DINOv2, timm). Else it is "cls" if the encoder has a class token (MSN), else "mean".
 
     Args:
         model: the encoder.
         outputs: an output of the encoder.
     """
+    declared = getattr(getattr(model, "config", None), "published_feature", None)
+    if declared in ("pooler", "cls", "mean"):
+        return declared
     if outputs.get("pooler_output") is not None:
         return "pooler"
-    has_class_token = any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
-    return "cls" if has_class_token else "mean"
+    return "cls" if has_class_token(model) else "mean"
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Return whether an encoder has a parameter for the class token."""
+    return any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
 
 
 def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: nn.Module | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from messages import mentions
 from transformers import (
+    AutoModel,
     IJepaConfig,
     IJepaModel,
     ResNetConfig,
@@ -19,7 +20,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.backbones import encode
-from hf_ssl.modeling.pooling import pool, pooling_rule
+from hf_ssl.modeling.pooling import declare_feature, pool, pooling_rule
 from hf_ssl.views import ViewPreset
 
 TOKENS = {
@@ -60,3 +61,20 @@ def test_a_class_token_without_a_pooler_is_used_only_if_the_encoder_is_known():
         pool(outputs)
     torch.testing.assert_close(pool(outputs, "cls"), outputs["last_hidden_state"][:, 0])
     torch.testing.assert_close(pool(outputs, "mean"), outputs["last_hidden_state"].mean(1))
+
+
+def test_the_declared_feature_is_stored_with_the_encoder(tmp_path):
+    """It decides over the pooler after loading too, and leaves encoders without a declaration alone."""
+    encoder = ViTModel(ViTConfig(**TOKENS))
+    outputs = {"pooler_output": torch.ones(1, 32), "last_hidden_state": torch.zeros(1, 17, 32)}
+    declare_feature(encoder, "auto")
+    assert "published_feature" not in encoder.config.to_dict()
+    assert pooling_rule(encoder, outputs) == "pooler"
+    declare_feature(encoder, "mean")
+    encoder.save_pretrained(tmp_path)
+    loaded, problems = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert pooling_rule(loaded, outputs) == "mean"
+    torch.testing.assert_close(pool(outputs, model=loaded), torch.zeros(1, 32))
+    loaded.config.published_feature = "unknown"  # of another program
+    assert pooling_rule(loaded, outputs) == "pooler"

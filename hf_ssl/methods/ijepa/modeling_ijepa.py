@@ -58,6 +58,7 @@ class IJEPAForPreTraining(TeacherModel):
     minimum_views = 1
     maximum_views = 1
     exported = "teacher_backbone"
+    published_feature = "mean"  # there is no class token
     mask_inputs = ("context_patches", "target_patches")
 
     def __init__(self, config: IJEPAConfig) -> None:

@@ -64,6 +64,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
     minimum_views = 1
     maximum_views = 1
     mask_inputs = ("noise",)
+    published_feature = "mean"  # no loss trains the class token
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
