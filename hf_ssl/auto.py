@@ -5,10 +5,7 @@ The configuration file and the modeling file of each method end with a line that
 module imports these files. The trainer and the commands import this module.
 """
 
-from importlib import import_module
-
 from hf_ssl.methods import METHODS
 
 for _method in METHODS.values():
-    for _place in (_method.config, _method.model):
-        import_module(_place.partition(":")[0])
+    _method.config_class(), _method.model_class()

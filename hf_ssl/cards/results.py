@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes `training/results/<recipe>.json`, the list of the results of a recipe's runs."""
+"""Appends the results of a run to `<results_dir>/<recipe>.json`, the list of results of a recipe."""
 
 import hashlib
 import tempfile

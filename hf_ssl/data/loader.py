@@ -4,7 +4,7 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ def train_loader(
 
     For map-style data, each `iter(loader)` is one epoch of `len(loader)` batches, and the next `iter` is the
     next epoch. Batch b of a run is a pure function of the seed and b. To resume after b micro-batches, start
-    with `start_batch=b`; the first `iter` then yields the rest of the epoch. Or start at 0, call `set_epoch`
-    and skip batches, as transformers' Trainer does.
+    with `start_batch=b`; the first `iter` then yields the rest of the epoch.
 
     A stream has no end, and each `iter(loader)` continues where the last one stopped. The loader has a length
     only if the number of rows is known. One `iter` is then about one epoch. To resume, pass the `position` of
@@ -165,10 +164,6 @@ class MapLoader(DataLoader[LoadedBatch]):
         stop_workers(self._iterator)
         self._iterator = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Move to the start of an epoch. transformers' Trainer calls this method when it resumes."""
-        cast(RowBatches, self.batch_sampler).set_epoch(epoch)
-
 
 class RowBatch(NamedTuple):
     """The rows of one micro-batch of one process.
@@ -213,11 +208,6 @@ class RowBatches(Sampler[RowBatch]):
         for number in range(start, (epoch + 1) * len(self)):
             first = (number % len(self) * world_size + rank) * batch_size
             yield RowBatch(epoch, order[first : first + batch_size])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Move to the start of an epoch, unless it has begun. transformers' Trainer calls this method."""
-        if self.next_batch // len(self) != epoch:
-            self.next_batch = epoch * len(self)
 
 
 class MapBatches(Dataset[LoadedBatch]):

@@ -48,7 +48,6 @@ class Source:
             its files allow (one for each row group of a Parquet file).
         image_column: the column of images.
         label_column: the column of classes; None if labels were not requested.
-        class_names: the names of a ClassLabel column, if labels were requested.
         streaming: whether `dataset` is an IterableDataset.
         num_rows: number of rows; None for a stream of unknown length.
         revision: the commit on the Hub, or a fingerprint of the local data.
@@ -62,7 +61,6 @@ class Source:
     dataset: Dataset | IterableDataset
     image_column: str
     label_column: str | None
-    class_names: list[str] | None
     streaming: bool
     num_rows: int | None
     revision: str
@@ -119,7 +117,6 @@ def open_source(
         )
     image_column = find_image_column(features, config.image_column, where)
     label_column = find_label_column(features, config.label_column, where) if labels else None
-    label = features[label_column] if label_column is not None else None
     if isinstance(features[image_column], Image):
         dataset = dataset.cast_column(image_column, Image(decode=False))
     if opened.num_rows == 0:
@@ -128,7 +125,6 @@ def open_source(
         dataset=dataset,
         image_column=image_column,
         label_column=label_column,
-        class_names=label.names if isinstance(label, ClassLabel) else None,
         streaming=streaming,
         num_rows=opened.num_rows,
         revision=revision,

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.lazy import renamed_arguments
 
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
@@ -135,7 +135,8 @@ def knn_accuracy(
     device = torch.device(device) if device is not None else test_features.device
     bank_labels = as_labels(train_labels, len(train_features), "k-NN bank").to(device)
     query_labels = as_labels(test_labels, len(test_features), "k-NN queries").to(device)
-    bank, queries = _unit(train_features, device), _unit(test_features, device)
+    bank = unit_rows(train_features.to(device, torch.float32))
+    queries = unit_rows(test_features.to(device, torch.float32))
 
     cosines, rows = nearest(bank, queries, counts[-1])
     voters = bank_labels[rows]
@@ -204,7 +205,8 @@ def few_label_knn(
     device = torch.device(device) if device is not None else test_features.device
     bank_labels = as_labels(train_labels, len(train_features), "few-label bank")
     query_labels = as_labels(test_labels, len(test_features), "few-label queries").to(device)
-    bank, queries = _unit(train_features, device), _unit(test_features, device)
+    bank = unit_rows(train_features.to(device, torch.float32))
+    queries = unit_rows(test_features.to(device, torch.float32))
 
     generator = torch.Generator().manual_seed(seed)
     members = [torch.nonzero(bank_labels == number)[:, 0] for number in bank_labels.unique().tolist()]
@@ -222,7 +224,3 @@ def few_label_knn(
         accuracies.append(int((predicted == query_labels).sum()) / len(queries))
     values = torch.tensor(accuracies, dtype=torch.float64)
     return FewLabel(labels_per_class, float(values.mean()), float(values.std()) if draws > 1 else 0.0, draws)
-
-
-def _unit(features: Tensor, device: torch.device) -> Tensor:
-    return F.normalize(features.to(device=device, dtype=torch.float32), dim=1)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import extract_features
+from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
@@ -204,7 +204,7 @@ class Retriever:
 def _unit_rows(features_ND: Tensor) -> np.ndarray:
     if not bool(features_ND.isfinite().all()):
         raise UserError("features: expected finite numbers, got NaN or infinity; use another encoder")
-    return F.normalize(features_ND.float(), dim=1).contiguous().numpy()
+    return unit_rows(features_ND.float()).contiguous().numpy()
 
 
 def _faiss() -> Any:

@@ -23,7 +23,7 @@ def embedding_std(features: Tensor) -> float:
 
     Source: SimSiam (2011.10566), section 4.1, which reports it without the factor sqrt(D).
     """
-    unit = _unit(features)
+    unit = unit_rows(features)
     return float(unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5)
 
 
@@ -61,7 +61,7 @@ def alignment(first: Tensor, second: Tensor, alpha: float = 2.0) -> float:
 
     Source: Wang & Isola (2005.10242), section 4.1.
     """
-    return float((_unit(first) - _unit(second)).norm(dim=1).pow(alpha).mean())
+    return float((unit_rows(first) - unit_rows(second)).norm(dim=1).pow(alpha).mean())
 
 
 def uniformity(features: Tensor, t: float = 2.0) -> float:
@@ -78,7 +78,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
     Source: Wang & Isola (2005.10242), section 4.1.
     """
-    unit = _unit(features)
+    unit = unit_rows(features)
     images = len(unit)
     if images < 2:
         raise ValueError(f"uniformity: expected at least 2 rows, got {images}")
@@ -94,6 +94,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     return float(torch.log(total / (images * (images - 1))))
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_rows(features: Tensor) -> Tensor:
+    """Return L2-normalized rows (N, D), in float64 if the features are float64, else in float32."""
     rows = features if features.dtype == torch.float64 else features.float()
     return F.normalize(rows, dim=1)

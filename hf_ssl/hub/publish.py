@@ -31,7 +31,7 @@ from hf_ssl.hub.remote import (
     update_repo,
 )
 
-SPACE_LIST = "space.json"
+SPACE_FACTS = "space.json"
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 
 
@@ -129,10 +129,12 @@ def space_files(folder: Path) -> Files:
     Raises:
         UserError: the folder is not a Space, or a listed file is missing or outside of the folder.
     """
-    space_list = folder / SPACE_LIST
+    space_list = folder / SPACE_FACTS
     if not space_list.is_file():
-        raise UserError(f"{folder}: expected a Space with {SPACE_LIST}, found none; run `hf-ssl space build`")
-    names = dict.fromkeys([*_listed_names(read_json(space_list), space_list), SPACE_LIST])
+        raise UserError(
+            f"{folder}: expected a Space with {SPACE_FACTS}, found none; run `hf-ssl space build`"
+        )
+    names = dict.fromkeys([*_listed_names(read_json(space_list), space_list), SPACE_FACTS])
     for name in (*SPACE_FILES, *names):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -157,7 +159,7 @@ def _listed_names(listed: object, space_list: Path) -> list[str]:
 def _published_list(repo: Remote) -> frozenset[str]:
     """Return the names in the list of files of the Space that is published now."""
     try:
-        path = repo.api.hf_hub_download(repo.repo_id, SPACE_LIST, repo_type=repo.kind)
+        path = repo.api.hf_hub_download(repo.repo_id, SPACE_FACTS, repo_type=repo.kind)
         return frozenset(json.loads(Path(path).read_text())["files"])
     except (EntryNotFoundError, ValueError, KeyError, TypeError):
         return frozenset()

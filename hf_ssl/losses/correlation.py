@@ -19,7 +19,7 @@ from hf_ssl.losses.feature_products import (
     parts,
     widest,
 )
-from hf_ssl.losses.precision import without_autocast
+from hf_ssl.losses.upcasting import without_autocast
 
 
 def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, *, off_diagonal_weight: float) -> Tensor:

@@ -19,7 +19,7 @@ from hf_ssl.losses.feature_products import (
     parts,
     widest,
 )
-from hf_ssl.losses.precision import upcast, without_autocast
+from hf_ssl.losses.upcasting import upcast, without_autocast
 
 
 @without_autocast

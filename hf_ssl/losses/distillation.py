@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from hf_ssl.losses.precision import full_precision, upcast, without_autocast
 from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_entropy
+from hf_ssl.losses.upcasting import full_precision, upcast, without_autocast
 
 
 @without_autocast

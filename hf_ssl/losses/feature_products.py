@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 
 
 class _Sizes(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, smooth_l1_loss
 
-from hf_ssl.losses.precision import full_precision
+from hf_ssl.losses.upcasting import full_precision
 
 
 @full_precision

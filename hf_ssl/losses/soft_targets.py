@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_ssl.losses.precision import upcast, without_autocast
+from hf_ssl.losses.upcasting import upcast, without_autocast
 
 # The number of logits in one part. On a CPU, they fit into the caches.
 _NUMBERS = {"cpu": 2**19}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of methods. It contains only strings, so importing this module loads no method."""
 
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
@@ -20,6 +21,19 @@ class Method(NamedTuple):
     model: str
     paper: str
     summary: str
+
+    def config_class(self) -> Any:
+        """Return the class of its configuration. The first import registers it with transformers."""
+        return _load(self.config)
+
+    def model_class(self) -> Any:
+        """Return the class of its model. The first import registers it with transformers."""
+        return _load(self.model)
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 METHODS: dict[str, Method] = {

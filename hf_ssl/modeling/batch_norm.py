@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from hf_ssl.errors import UserError
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.gather import process_count, sum_over_processes
 
 Layer = TypeVar("Layer", bound=nn.modules.batchnorm._BatchNorm)

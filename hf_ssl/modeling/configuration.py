@@ -66,3 +66,14 @@ def check_momentum(config: Any) -> None:
             f"method.momentum_schedule: expected one of {', '.join(SCHEDULES)}, "
             f"got {config.momentum_schedule!r}"
         )
+
+
+def check_temperature(config: Any, *keys: str) -> None:
+    """Raise `ValueError` for a temperature below 0.003.
+
+    Logits lie between -1 / temperature and 1 / temperature. In float16, the exponential of a larger range
+    has only the values 0 and 1.
+    """
+    for key in keys or ("temperature",):
+        if (value := config.to_dict()[key]) < 0.003:
+            raise ValueError(f"method.{key}: expected at least 0.003, got {value}")

@@ -7,7 +7,6 @@ and `backbone.model_type` select.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,12 +95,12 @@ class Recipe:
     @cached_property
     def config_class(self) -> type["SSLConfig"]:
         """Config class of the method."""
-        return _load(METHODS[self.method["name"]].config)
+        return METHODS[self.method["name"]].config_class()
 
     @cached_property
     def model_class(self) -> type["SSLPreTrainedModel"]:
         """Model class of the method."""
-        return _load(METHODS[self.method["name"]].model)
+        return METHODS[self.method["name"]].model_class()
 
     @property
     def init_from(self) -> str | None:
@@ -313,9 +312,3 @@ def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> 
         elif key not in defaults or value != default:
             found[f"{where}.{key}"] = value
     return found
-
-
-def _load(place: str) -> Any:
-    """Return the class at "module:name"."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -33,11 +33,12 @@ from hf_ssl.evaluation import (
     thumbnail,
 )
 from hf_ssl.files import replaced_folder, write_json
+from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
 from hf_ssl.random import permutation
 from hf_ssl.resources import resource
-from hf_ssl.space.serve import FACTS, check_packages
+from hf_ssl.space.serve import check_packages
 
 MAX_IMAGES = 10_000
 EXAMPLES = 10
@@ -128,12 +129,13 @@ def build_space(
         _write_page(part, facts)
         names = (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
         facts["files"] = sorted(names)  # publishing uploads these files
-        write_json(part / FACTS, facts)
+        write_json(part / SPACE_FACTS, facts)
     return facts
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file()):
+    other_files = folder.exists() and any(folder.iterdir()) and not (folder / SPACE_FACTS).is_file()
+    if folder.is_file() or other_files:
         raise UserError(f"{folder}: expected an empty folder or a Space, got other files; use a new folder")
 
 

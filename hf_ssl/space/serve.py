@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hf_ssl.errors import UserError
+from hf_ssl.hub.publish import SPACE_FACTS
 
 PORT = 7860
-FACTS = "space.json"
 _PORTS_TRIED = 100
 _SECONDS_TO_END = 10
 
@@ -42,8 +42,8 @@ def run_space(folder: Path, host: str = "127.0.0.1", port: int = PORT) -> None:
         UserError: the folder is not a Space, a package is missing, no port is free, or the server failed.
     """
     folder = folder.resolve()
-    if not (folder / "app.py").is_file() or not (folder / FACTS).is_file():
-        raise UserError(f"{folder}: expected app.py and {FACTS}, got no Space; run hf-ssl space build")
+    if not (folder / "app.py").is_file() or not (folder / SPACE_FACTS).is_file():
+        raise UserError(f"{folder}: expected app.py and {SPACE_FACTS}, got no Space; run hf-ssl space build")
     check_packages()
     free = free_port(host, port)
     environment = {**os.environ, "GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(free)}

@@ -4,7 +4,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
 from messages import mentions, missing
 
 from hf_ssl import views
@@ -107,18 +106,6 @@ def test_resume_is_exact_over_several_epochs(num_workers, numbered, make_loader)
             everything[start:15],
             list(itertools.islice(itertools.chain(resumed, resumed, resumed, resumed), 15 - start)),
         )
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_as_in_the_trainer_of_transformers(num_workers, numbered, make_loader):
-    config = numbered(44)
-    everything = epochs(make_loader(config), 4)
-    loader = make_loader(config, num_workers=num_workers)
-    skipping = skip_first_batches(loader, 3)  # then `Trainer._run_epoch` calls set_epoch, if it finds it
-    skipping.batch_sampler.batch_sampler.set_epoch(2)
-    resumed = list(skipping)
-    loader.set_epoch(3)
-    assert same(everything[13:], resumed + list(loader))
 
 
 def test_the_global_random_generators_do_not_change(numbered, make_loader):
@@ -259,15 +246,6 @@ def test_resuming_yields_the_rest_of_the_epoch_and_then_the_next_epoch():
         rest = rows_of(resumed)
         assert len(rest) == 5 - start % 5
         assert rest + rows_of(resumed) == everything[start : start + len(rest) + 5]
-
-
-def test_set_epoch_moves_to_an_epoch_but_not_back_to_its_start():
-    share = ProcessShare(3, 4)
-    batches = RowBatches(22, share, start=7)
-    batches.set_epoch(1)
-    assert len(rows_of(batches)) == 3
-    batches.set_epoch(4)
-    assert rows_of(batches) == rows_of(RowBatches(22, share, start=20))
 
 
 def test_an_interrupted_iteration_is_not_continued():

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, check_temperature
 
 
 @strict
@@ -20,8 +20,8 @@ class DeepClusterV2Config(SSLConfig):
         kmeans_iterations: number of k-means iterations at the beginning of each epoch (10).
         projection_size, projection_hidden_size: output and hidden width of the projector, which is Linear,
             BatchNorm, ReLU, Linear.
-        num_samples: number of training images. The memory bank has one entry for each. `hf_ssl.run` sets
-            this number.
+        num_samples: number of training images. The memory bank has one entry for each.
+            `hf_ssl.building.build_model` sets this number.
     """
 
     model_type = "ssl_deepcluster_v2"
@@ -34,9 +34,8 @@ class DeepClusterV2Config(SSLConfig):
     num_samples: int = 0
 
     def validate_temperature(self) -> None:
-        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
-        if self.temperature < 0.003:
-            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
+        """Raise `ValueError` for a temperature below 0.003."""
+        check_temperature(self)
 
     def validate_clusters(self) -> None:
         """Raise `ValueError` without heads, for fewer than 2 clusters, or without k-means iterations."""

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import cluster_cross_entropy
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel

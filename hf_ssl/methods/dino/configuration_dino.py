@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_momentum, check_temperature
 
 
 @strict
@@ -53,10 +53,8 @@ class DINOConfig(SSLConfig):
     drop_path_rate: float = 0.1
 
     def validate_temperatures(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003, because outputs are divided by it."""
-        for key in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-            if (value := self.to_dict()[key]) < 0.003:
-                raise ValueError(f"method.{key}: expected at least 0.003, got {value}")
+        """Raise `ValueError` for a temperature below 0.003."""
+        check_temperature(self, "student_temperature", "teacher_temperature", "teacher_temperature_start")
 
     def validate_head(self) -> None:
         """Raise `ValueError` for fewer than 2 outputs or a projector without layers."""

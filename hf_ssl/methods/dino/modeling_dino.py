@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import dino_center, dino_cross_entropy
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.modeling.backbones import build_backbone, feature_size
 from hf_ssl.modeling.configuration import scheduled

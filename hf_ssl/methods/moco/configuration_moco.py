@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_momentum, check_temperature
 
 
 @strict
@@ -45,9 +45,8 @@ class MoCoConfig(SSLConfig):
     shuffle_batch_norm: bool = True
 
     def validate_temperature(self) -> None:
-        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
-        if self.temperature < 0.003:
-            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
+        """Raise `ValueError` for a temperature below 0.003."""
+        check_temperature(self)
 
     def validate_momentum(self) -> None:
         """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""

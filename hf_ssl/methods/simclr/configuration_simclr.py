@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, check_temperature
 
 
 @strict
@@ -29,9 +29,8 @@ class SimCLRConfig(SSLConfig):
     projection_layers: int = 3
 
     def validate_temperature(self) -> None:
-        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
-        if self.temperature < 0.003:
-            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
+        """Raise `ValueError` for a temperature below 0.003."""
+        check_temperature(self)
 
 
 AutoConfig.register(SimCLRConfig.model_type, SimCLRConfig)

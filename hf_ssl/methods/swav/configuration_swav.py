@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, check_temperature
 
 
 @strict
@@ -41,9 +41,8 @@ class SwAVConfig(SSLConfig):
     projection_hidden_size: int = 2048
 
     def validate_temperature(self) -> None:
-        """Raise `ValueError` below 0.003, because logits are bounded by 1 / temperature."""
-        if self.temperature < 0.003:
-            raise ValueError(f"method.temperature: expected at least 0.003, got {self.temperature}")
+        """Raise `ValueError` for a temperature below 0.003."""
+        check_temperature(self)
 
     def validate_assignment(self) -> None:
         """Raise `ValueError` for settings of the assignment outside of their ranges."""

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import sinkhorn, swapped_prediction
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import triplet
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.triplet.configuration_triplet import TripletConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel

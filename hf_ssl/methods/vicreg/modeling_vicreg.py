@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import vicreg_terms
-from hf_ssl.losses.precision import upcast
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.vicreg.configuration_vicreg import VICRegConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
