@@ -33,7 +33,9 @@ _PACKAGES = (
     "trainer",
     "views",
 )
-_classes = [place.split(":") for method in METHODS.values() for place in (method.config, method.model)]
+_modules_and_classes = [
+    import_path.split(":") for method in METHODS.values() for import_path in (method.config, method.model)
+]
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -44,7 +46,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hf_ssl.recipe": ["Recipe", "load_recipe"],
         "hf_ssl.trainer.arguments": ["SSLTrainingArguments"],
         "hf_ssl.trainer.trainer": ["SSLTrainer"],
-        **{module: [name] for module, name in _classes},
+        **{module: [name] for module, name in _modules_and_classes},
     },
     modules=[f"hf_ssl.{name}" for name in _PACKAGES],
 )

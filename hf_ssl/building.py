@@ -28,8 +28,8 @@ from hf_ssl.precision import DTYPES
 from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.fitting import (
-    PROBE_IMAGES,
+from hf_ssl.trainer.machine_settings import (
+    MONITOR_IMAGES,
     Choices,
     apply_choices,
     check_batch_size,
@@ -39,7 +39,7 @@ from hf_ssl.trainer.fitting import (
     choose_workers,
     free_memory,
 )
-from hf_ssl.trainer.monitor import KNNMonitor, Monitor
+from hf_ssl.trainer.monitor import KNNClassifier, Monitor
 from hf_ssl.trainer.step_cost import MEASURED_IMAGES, measure_step
 from hf_ssl.trainer.trainer import SSLTrainer
 from hf_ssl.views import montage
@@ -47,7 +47,7 @@ from hf_ssl.views import montage
 logger = logging.getLogger(__name__)
 
 _MONTAGE_IMAGES = 8
-_PROBE_SEED = 2**32
+_MONITOR_SEED_OFFSET = 2**32
 """Offset of the seed for the monitor. It makes the views differ from those of training."""
 
 
@@ -99,29 +99,31 @@ def build_trainer(
     stored = from_first_process(stored)
     if stored is not None:
         # Only the settings of the monitor may differ from the earlier part of the run (hf_ssl.output_folder).
-        free = {key for key in stored if key.startswith("training.monitor_") and recipe.types(key)}
-        stored = {key: choice for key, choice in stored.items() if key not in free}
+        overridden = {
+            key for key in stored if key.startswith("training.monitor_") and recipe.is_overridden(key)
+        }
+        stored = {key: choice for key, choice in stored.items() if key not in overridden}
         apply_choices(args, stored)
     choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
-    if recipe.types("training.batch_size"):
+    if recipe.is_overridden("training.batch_size"):
         check_batch_size(args, source.num_rows, source.description)
     with progress("building the model"):
         model = build_model(recipe, args.seed, source)
-    knn = _knn_monitor(recipe, args) if args.monitor_steps else None
-    if stored is None and (args.monitor_steps or not recipe.types("training.batch_size")):
+    knn = _knn_classifier(recipe, args) if args.monitor_steps else None
+    if stored is None and (args.monitor_steps or not recipe.is_overridden("training.batch_size")):
         with progress("measuring a training step"):
             chosen = _choose_sizes(recipe, args, model, source, labeled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
-            knn = _knn_monitor(recipe, args)
+            knn = _knn_classifier(recipe, args)
         choices |= chosen
     check_batch_size(args, source.num_rows, source.description)
     _check_images(recipe, args, source)
     monitor = None
     if args.monitor_steps:
-        count = choices.get("monitor.probe_images", {"value": PROBE_IMAGES})["value"]
+        count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
         with progress("loading images for the monitor"):
-            probe = load_probe(recipe, source, args, count)
-        monitor = Monitor(probe, knn, DTYPES[args.precision])
+            images = load_monitor_images(recipe, source, args, count)
+        monitor = Monitor(images, knn, DTYPES[args.precision])
     continued = recipe.init_from is not None
     trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks, continued)
     trainer.choices = choices
@@ -133,15 +135,17 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
     During training, the trainer writes the pictures of the method for the same images.
     """
-    first = load_probe(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
+    first = load_monitor_images(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
     montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
     trainer.draw_method_pictures(first)
 
 
-def load_probe(recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int) -> LoadedBatch:
+def load_monitor_images(
+    recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int
+) -> LoadedBatch:
     """Return `count` training images with fixed views, or all images if there are fewer."""
     size = min(count, source.num_rows or count)
-    seed = args.seed + _PROBE_SEED
+    seed = args.seed + _MONITOR_SEED_OFFSET
     return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
 
 
@@ -188,15 +192,16 @@ def _choose_sizes(
     A batch size that the user set on the command line does not change.
     """
     if not source.streaming:
-        load_probe(recipe, source, args, 1)  # fills the cache (`data.cache`) before the time is measured
+        # The first call fills the cache (`data.cache`) before the time is measured.
+        load_monitor_images(recipe, source, args, 1)
     start = time.process_time()
-    batch = load_probe(recipe, source, args, MEASURED_IMAGES)
+    batch = load_monitor_images(recipe, source, args, MEASURED_IMAGES)
     load_seconds = (time.process_time() - start) / len(batch)
     cost = measure_step(model, batch, load_seconds, args, free_memory(args.device))
     logger.debug("a step costs %s", cost)
     choices: Choices = {}
     free = free_memory(args.device)
-    if not recipe.types("training.batch_size"):
+    if not recipe.is_overridden("training.batch_size"):
         wanted = args.batch_size
         choices |= choose_batch_size(args, cost, source.num_rows, free_bytes=free)
         if "training.batch_size" in choices and args.should_log:
@@ -217,8 +222,8 @@ def _choose_sizes(
             args.batch_size, cost.needed_bytes(args) / 2**30, free / 2**30,
         )  # fmt: skip
     if args.monitor_steps:
-        typed = {name for name in recipe.training if recipe.types(f"training.{name}")}
-        choices |= choose_monitor(args, cost, source.num_rows, labeled=labeled, typed=typed)
+        overridden = {name for name in recipe.training if recipe.is_overridden(f"training.{name}")}
+        choices |= choose_monitor(args, cost, source.num_rows, labeled=labeled, overridden=overridden)
     return choices
 
 
@@ -228,7 +233,7 @@ def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) ->
     train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
 
 
-def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | None:
+def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier | None:
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
     try:
         bank, queries = labeled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
@@ -236,4 +241,4 @@ def _knn_monitor(recipe: Recipe, args: SSLTrainingArguments) -> KNNMonitor | Non
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None
     processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
-    return KNNMonitor(bank, queries, processor, args.monitor_neighbors)
+    return KNNClassifier(bank, queries, processor, args.monitor_neighbors)

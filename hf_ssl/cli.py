@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        from hf_ssl.files import disk_error
+        from hf_ssl.files import disk_error_reason
 
         where = f" for {error.filename}" if error.filename else ""
-        return _fail(f"{disk_error(error)}{where}; all files that were saved before are complete")
+        return _fail(f"{disk_error_reason(error)}{where}; all files that were saved before are complete")
     except KeyboardInterrupt:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130
@@ -245,10 +245,10 @@ def _publish(arguments: argparse.Namespace) -> None:
     from hf_ssl.hub.publish import publish, publish_space, recorded_repo
 
     repo = arguments.repo or recorded_repo(arguments.folder)
-    how = {"private": arguments.private, "dry_run": arguments.dry_run}
-    publish(arguments.folder, repo, **how)
+    options = {"private": arguments.private, "dry_run": arguments.dry_run}
+    publish(arguments.folder, repo, **options)
     if arguments.space is not None:
-        publish_space(arguments.space, repo, **how)
+        publish_space(arguments.space, repo, **options)
 
 
 def _attention(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def staging_path(final: Path) -> Path:
     return final.with_name(f"{STAGING_PREFIX}{final.name}")
 
 
-def disk_error(error: BaseException) -> str | None:
+def disk_error_reason(error: BaseException) -> str | None:
     """Return the reason if the error comes from the file system, else None."""
     if isinstance(error, OSError):
         return "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
@@ -35,7 +35,7 @@ def disk_error(error: BaseException) -> str | None:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
+def disk_errors_as_user_errors(what: str) -> Iterator[None]:
     """Turn a full disk, a missing permission and other errors of the file system into a UserError.
 
     Args:
@@ -47,7 +47,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = disk_error(error)
+        reason = disk_error_reason(error)
         if reason is None:
             raise
         raise UserError(
@@ -65,7 +65,7 @@ def replaced_file(final: Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     staging = staging_path(final)
-    with disk_errors(f"{final.name} to {final.parent.name}"):
+    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name}"):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield staging
@@ -85,7 +85,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     """
     staging = staging_path(final)
     shutil.rmtree(staging, ignore_errors=True)
-    with disk_errors(f"{final.name} to {final.parent.name}"):
+    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name}"):
         try:
             staging.mkdir(parents=True)
             yield staging
@@ -146,6 +146,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path.name} in {path.parent.name}: {disk_error(error)}") from error
+        raise UserError(
+            f"cannot read {path.name} in {path.parent.name}: {disk_error_reason(error)}"
+        ) from error
     except ValueError as error:
         raise UserError(f"expected JSON in {path.name} in {path.parent.name}, got: {error}") from error

@@ -13,7 +13,7 @@ Anything = TypeVar("Anything", bound=Callable[..., Any])
 
 def lazy_names(
     package: str,
-    homes: Mapping[str, Sequence[str]],
+    modules_to_names: Mapping[str, Sequence[str]],
     *,
     modules: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
@@ -22,14 +22,14 @@ def lazy_names(
 
     Args:
         package: `__name__` of the package.
-        homes: module -> public names that it defines.
+        modules_to_names: module -> public names that it defines.
         modules: modules of the package that are public names themselves.
         renamed: deprecated name -> its replacement, e.g. "hf_ssl.views.augment". The old name works for one
             more release, with a DeprecationWarning.
     """
-    home = {name: module for module, names in homes.items() for name in names}
-    named = {module.rpartition(".")[2]: module for module in modules}
-    public = sorted({*home, *named})
+    module_of = {name: module for module, names in modules_to_names.items() for name in names}
+    submodules = {module.rpartition(".")[2]: module for module in modules}
+    public = sorted({*module_of, *submodules})
 
     def get(name: str) -> Any:
         if renamed is not None and name in renamed:
@@ -37,10 +37,10 @@ def lazy_names(
             message = f"{package}.{name} is deprecated; use {module}.{new}"
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return getattr(import_module(module), new)
-        if name in home:
-            value = getattr(import_module(home[name]), name)
-        elif name in named:
-            value = import_module(named[name])
+        if name in module_of:
+            value = getattr(import_module(module_of[name]), name)
+        elif name in submodules:
+            value = import_module(submodules[name])
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)

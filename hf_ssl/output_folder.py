@@ -11,11 +11,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors, remove_incomplete, write_json
+from hf_ssl.files import disk_errors_as_user_errors, remove_incomplete, write_json
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
-from hf_ssl.trainer.fitting import Choices
 from hf_ssl.trainer.lars import LARSConfig
+from hf_ssl.trainer.machine_settings import Choices
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -47,7 +47,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     try:
         if mark.exists():
             now = recipe.to_dict()
-            _compare(_in_todays_form(json.loads(mark.read_text()), now), now, folder)
+            _compare(_in_current_format(json.loads(mark.read_text()), now), now, folder)
             last = get_last_checkpoint(str(folder))
             return None if last is None else Path(last)
         if folder.exists() and any(folder.iterdir()):
@@ -65,9 +65,9 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def stored_choices(recipe: Recipe) -> Choices:
-    """Return the stored choices of the run in the recipe's output folder (see `hf_ssl.trainer.fitting`)."""
+    """Return the choices for the machine of the run in the recipe's output folder."""
     mark = Path(recipe.training["output_dir"]) / IDENTITY
-    return _in_todays_form(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
+    return _in_current_format(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
 
 
 def stored_revision(recipe: Recipe) -> str | None:
@@ -79,7 +79,7 @@ def stored_revision(recipe: Recipe) -> str | None:
     return run.get(_REVISION)
 
 
-def claim(recipe: Recipe, choices: Choices, revision: str) -> None:
+def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:
     """Mark the output folder as that of this recipe, and remove incomplete files of a killed process.
 
     Args:
@@ -91,19 +91,19 @@ def claim(recipe: Recipe, choices: Choices, revision: str) -> None:
         UserError: the folder cannot be written.
     """
     folder = Path(recipe.training["output_dir"])
-    with disk_errors(f"training.output_dir={folder}"):
+    with disk_errors_as_user_errors(f"training.output_dir={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         remove_incomplete(folder)
         write_json(folder / IDENTITY, {**recipe.to_dict(), _CHOICES: choices, _REVISION: revision})
 
 
-def is_last(checkpoint: Path) -> bool:
+def is_finished(checkpoint: Path) -> bool:
     """Return whether the run was finished when this checkpoint was saved."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
 
 
-def _in_todays_form(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the content of `_run.json` in the form of this version.
 
     Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The

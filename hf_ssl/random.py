@@ -15,7 +15,7 @@ Legend: B batch, n numbers.
 import numpy as np
 from numpy.typing import NDArray
 
-Keys = NDArray[np.uint64]
+UInt64Array = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MASK = 0xFFFFFFFFFFFFFFFF
 FIRST_METHOD_NUMBER = 1 << 20
@@ -23,7 +23,7 @@ FIRST_METHOD_NUMBER = 1 << 20
 numbers before it."""
 
 
-def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: Keys) -> Keys:
+def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: UInt64Array) -> UInt64Array:
     """Return one seed (B,) for each image: hash(run seed, epoch, key).
 
     Args:
@@ -37,7 +37,7 @@ def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: Keys) -> 
     return _absorb(_absorb(state, epochs), np.asarray(keys, np.uint64))
 
 
-def uniforms(seeds: Keys, first: int, count: int) -> NDArray[np.float64]:
+def uniforms(seeds: UInt64Array, first: int, count: int) -> NDArray[np.float64]:
     """Return numbers `first` to `first + count - 1` of each seed's stream: (B, count), uniform in [0, 1)."""
     counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * GOLDEN
     bits = _finalize(seeds[:, None] + counters)
@@ -59,11 +59,11 @@ def random_index(size: int, *key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(size))
 
 
-def _absorb(state: Keys, value: Keys) -> Keys:
+def _absorb(state: UInt64Array, value: UInt64Array) -> UInt64Array:
     return _finalize(state ^ _finalize(value + GOLDEN))
 
 
-def _finalize(bits: Keys) -> Keys:
+def _finalize(bits: UInt64Array) -> UInt64Array:
     """Return a bijection of 64-bit numbers: each input bit flips about half of the output bits."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -40,16 +40,16 @@ PICTURES = {
 
 
 @dataclass
-class Measured:
+class EvaluationOutcome:
     """The results by encoder with the evaluated images, or the reason why there are none."""
 
     results: dict[str, EncoderResult] = field(default_factory=dict)
     train: LabeledImages | None = None
     test: LabeledImages | None = None
-    unmeasured: str | None = None
+    skip_reason: str | None = None
 
 
-def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Facts:
+def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutcome) -> Facts:
     """Return all facts of a run; this is the only place that fills them."""
     method = METHODS[recipe.method["name"]]
     folder = Path(recipe.training["output_dir"])
@@ -78,7 +78,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> Fa
         monitor=_monitor_facts(trainer),
         environment=environment(trainer.args.device, trainer.args.world_size),
         evaluation=_evaluation_facts(recipe, measured),
-        unmeasured=measured.unmeasured,
+        unmeasured=measured.skip_reason,
         results=measured.results,
         pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
         notes=[],
@@ -103,7 +103,7 @@ def _method_facts(recipe: Recipe, trainer: SSLTrainer) -> MethodFacts:
     )
 
 
-def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: Measured) -> BackboneFacts:
+def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutcome) -> BackboneFacts:
     encoder = trainer.method.exported_encoder
     if measured.results:
         pooling = measured.results["trained"]["pooling"]
@@ -181,7 +181,7 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     )
 
 
-def _evaluation_facts(recipe: Recipe, measured: Measured) -> EvaluationFacts | None:
+def _evaluation_facts(recipe: Recipe, measured: EvaluationOutcome) -> EvaluationFacts | None:
     if measured.train is None or measured.test is None:
         return None
     other = recipe.evaluation.path

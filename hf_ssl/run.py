@@ -24,10 +24,16 @@ from hf_ssl.evaluation import (
     load_encoder,
 )
 from hf_ssl.modeling.gather import finish_communication, wait_for_all
-from hf_ssl.output_folder import claim, is_last, last_checkpoint, stored_choices, stored_revision
+from hf_ssl.output_folder import (
+    is_finished,
+    last_checkpoint,
+    mark_output_folder,
+    stored_choices,
+    stored_revision,
+)
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
-from hf_ssl.recording import Measured, collect_facts
+from hf_ssl.recording import EvaluationOutcome, collect_facts
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -57,12 +63,12 @@ def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCa
     checkpoint = last_checkpoint(recipe)
     stored = None if checkpoint is None else stored_choices(recipe)
     trainer = build_trainer(recipe, args, callbacks, stored)
-    finished = checkpoint is not None and is_last(checkpoint)
+    finished = checkpoint is not None and is_finished(checkpoint)
     if checkpoint is not None and not finished and args.should_log:
         _report_changed_images(recipe, trainer)
     wait_for_all()  # no process may write before all processes have read the folder
     if args.should_save:
-        claim(recipe, trainer.choices, trainer.source.revision)
+        mark_output_folder(recipe, trainer.choices, trainer.source.revision)
         with progress("drawing views.png"):
             draw_pictures(recipe, trainer)
     if checkpoint is not None and finished:
@@ -130,7 +136,7 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
     return dict(facts)
 
 
-def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
+def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
     """Evaluate the exported encoder in `folder`, the encoder before training, and raw pixels.
 
     Without labeled images, log a warning and return the reason.
@@ -141,7 +147,7 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
         )
     except UserError as error:
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
-        return Measured(unmeasured=str(error))
+        return EvaluationOutcome(skip_reason=str(error))
     splits = (train_images, test_images)
     device = trainer.args.device
     encoder, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
@@ -151,13 +157,18 @@ def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Measured:
         )
     }
     if recipe.evaluation.baselines:
-        began = build_model(recipe, trainer.args.seed, trainer.source).exported_encoder
+        initial_encoder = build_model(recipe, trainer.args.seed, trainer.source).exported_encoder
         key = "untrained" if recipe.init_from is None else "start"
         results[key] = evaluate_encoder(
-            began, processor, recipe.evaluation, *splits, device=device, description="encoder before training"
+            initial_encoder,
+            processor,
+            recipe.evaluation,
+            *splits,
+            device=device,
+            description="encoder before training",
         )
         results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
-    return Measured(results=results, train=train_images, test=test_images)
+    return EvaluationOutcome(results=results, train=train_images, test=test_images)
 
 
 def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:

@@ -102,21 +102,21 @@ def imports(source: str) -> Iterator[Import]:
     return visit(ast.parse(source), False, False)
 
 
-def lazy_homes(sources: dict[str, str]) -> dict[str, str]:
+def lazy_modules(sources: dict[str, str]) -> dict[str, str]:
     """Return the module of each lazy name of a package: hf_ssl.views.crop -> hf_ssl.views.cropping."""
-    homes = {}
+    module_of = {}
     for package, source in sources.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
                 for key, names in zip(node.args[1].keys, node.args[1].values, strict=True):
                     if isinstance(key, ast.Constant):
-                        homes |= {f"{package}.{name}": key.value for name in ast.literal_eval(names)}
-    return homes
+                        module_of |= {f"{package}.{name}": key.value for name in ast.literal_eval(names)}
+    return module_of
 
 
-def resolve(target: str, known: dict[str, str], homes: dict[str, str] | None = None) -> str | None:
+def resolve(target: str, known: dict[str, str], module_of: dict[str, str] | None = None) -> str | None:
     """Return the module of hf_ssl that an import names; None for other packages."""
-    target = (homes or {}).get(target, target)
+    target = (module_of or {}).get(target, target)
     while target:
         if target in known:
             return target
@@ -149,12 +149,12 @@ def circle(sources: dict[str, str]) -> list[str]:
     Lazy names count as the modules that define them. The imports of a package's `__init__` for type checkers
     do not count, because they repeat the lazy names.
     """
-    homes = lazy_homes(sources)
+    module_of = lazy_modules(sources)
     by_module: dict[str, set[str]] = {}
     by_room: dict[str, set[str]] = {}
     for module, source in sources.items():
         for item in imports(source):
-            target = resolve(item.target, sources, homes)
+            target = resolve(item.target, sources, module_of)
             if target is None or target in (module, "hf_ssl") or (item.for_types and "lazy_names(" in source):
                 continue
             by_module.setdefault(module, set()).add(target)

@@ -78,7 +78,7 @@ def test_every_public_name_exists() -> None:
     for name in hf_ssl.__all__:
         assert getattr(hf_ssl, name) is not None
     for method in METHODS.values():
-        for place in (method.config, method.model):
-            assert getattr(hf_ssl, place.rpartition(":")[2]).__name__ == place.rpartition(":")[2]
+        for import_path in (method.config, method.model):
+            assert getattr(hf_ssl, import_path.rpartition(":")[2]).__name__ == import_path.rpartition(":")[2]
     with pytest.raises(AttributeError, match="no attribute 'SSLTraner'"):
         _ = hf_ssl.SSLTraner

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from hf_ssl.cards import text
 from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors, write_text
+from hf_ssl.files import disk_errors_as_user_errors, write_text
 from hf_ssl.resources import resource
 
 CARD = "README.md"
@@ -39,7 +39,7 @@ def write_card(directory: str | Path, facts: Facts) -> None:
             raise UserError(f"facts.pictures.{name}: expected it in {directory.name}, found none; restore it")
     texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
     if EVALUATION_RESULTS not in texts:
-        with disk_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
+        with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card
     for name, content in texts.items():
         write_text(directory / name, content)

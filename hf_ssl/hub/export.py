@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError
-from hf_ssl.files import STAGING_PREFIX, disk_errors, replaced_folder, use_normal_permissions
+from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
 from hf_ssl.modeling.base import SSLPreTrainedModel
 
 CONFIG = "config.json"
@@ -49,7 +49,7 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     """
     check_exportable(encoder)
     directory = Path(directory)
-    with disk_errors(f"the encoder to {directory.name}"):
+    with disk_errors_as_user_errors(f"the encoder to {directory.name}"):
         directory.mkdir(parents=True, exist_ok=True)
         for abandoned in directory.glob(f"{_STAGING}*"):
             shutil.rmtree(abandoned)

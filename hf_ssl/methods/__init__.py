@@ -31,8 +31,8 @@ class Method(NamedTuple):
         return _load(self.model)
 
 
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
+def _load(import_path: str) -> Any:
+    module, _, name = import_path.partition(":")
     return getattr(import_module(module), name)
 
 

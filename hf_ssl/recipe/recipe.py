@@ -24,7 +24,7 @@ from hf_ssl.recipe.backbone import (
     pretrained_config,
 )
 from hf_ssl.recipe.checks import check_encoder, check_method
-from hf_ssl.recipe.sections import checked, one_line, structured, suggestion, transformers_config
+from hf_ssl.recipe.sections import convert_values, one_line, suggestion, to_dataclass, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
 from hf_ssl.views.preset import ViewPreset
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Arguments of transformers that an argument of hf_ssl replaces.
 REPLACED = {"per_device_train_batch_size": "batch_size", "optim": "optimizer"}
 # Arguments of transformers with the same meaning as keys of the section `publish`, which stores the values.
-SAME = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
+PUBLISH_KEYS = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Recipe:
         """Folder or Hub id of the encoder that training starts from; None for random weights."""
         return self.backbone.get("init_from")
 
-    def types(self, key: str) -> bool:
+    def is_overridden(self, key: str) -> bool:
         """Return whether the user set `section.key` on the command line, not in the recipe's file."""
         section, _, name = key.partition(".")
         return name in apply_overrides({}, self.overrides)[section]
@@ -142,7 +142,7 @@ class Recipe:
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
         try:
-            named = {argument: getattr(self.publish, key) for argument, key in SAME.items()}
+            named = {argument: getattr(self.publish, key) for argument, key in PUBLISH_KEYS.items()}
             return SSLTrainingArguments(**self.training, **named)
         except UserError:
             raise
@@ -212,8 +212,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             f"training.{key}: expected no value, because hf_ssl does not use it; set training.{REPLACED[key]}"
         )
     merge_repo(plain["training"], plain["publish"])
-    data = structured(DataConfig, plain["data"], "data")
-    views = structured(ViewPreset, plain["views"], "views")
+    data = to_dataclass(DataConfig, plain["data"], "data")
+    views = to_dataclass(ViewPreset, plain["views"], "views")
     data.check()
     views.check(data.channels)
     backbone = plain["backbone"]
@@ -230,10 +230,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         views=views,
         training={
             "output_dir": f"runs/{name}",
-            **checked(SSLTrainingArguments, plain["training"], "training"),
+            **convert_values(SSLTrainingArguments, plain["training"], "training"),
         },
-        evaluation=structured(EvaluationConfig, plain["evaluation"], "evaluation"),
-        publish=structured(PublishConfig, plain["publish"], "publish"),
+        evaluation=to_dataclass(EvaluationConfig, plain["evaluation"], "evaluation"),
+        publish=to_dataclass(PublishConfig, plain["publish"], "publish"),
         overrides=list(overrides),
     )
     recipe.evaluation.check()
@@ -258,7 +258,7 @@ def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:
     Raises:
         UserError: both sections set a value, and the values differ.
     """
-    for argument, key in SAME.items():
+    for argument, key in PUBLISH_KEYS.items():
         if training.get(argument) is not None:
             value = training.pop(argument)
             if publish.setdefault(key, value) != value:
@@ -275,8 +275,8 @@ def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfi
         UserError: a key is unknown or a value is wrong.
     """
     plain = apply_overrides({}, overrides, ("data", "evaluation"))
-    data = structured(DataConfig, plain["data"], "data")
-    evaluation = structured(EvaluationConfig, plain["evaluation"], "evaluation")
+    data = to_dataclass(DataConfig, plain["data"], "data")
+    evaluation = to_dataclass(EvaluationConfig, plain["evaluation"], "evaluation")
     data.check()
     evaluation.check()
     return data, evaluation

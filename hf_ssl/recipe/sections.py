@@ -52,7 +52,7 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     )
 
 
-def structured(cls: type, values: dict[str, Any], where: str) -> Any:
+def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
     """Return an instance of a dataclass.
 
     Args:
@@ -72,10 +72,10 @@ def structured(cls: type, values: dict[str, Any], where: str) -> Any:
     return OmegaConf.to_object(config)
 
 
-def checked(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+def convert_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `values`, converted to the types of their fields. An int becomes a float for a float field.
 
-    Arguments and errors are those of `structured`, but no instance is created.
+    Arguments and errors are those of `to_dataclass`, but no instance is created.
     """
     config = _merged(cls, values, where)
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(values)))

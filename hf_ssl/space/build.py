@@ -105,13 +105,13 @@ def build_space(
     )
     labels = _labels(shown)
     if examples_split is None:
-        chosen = _spread(labels, len(thumbnails), min(examples, len(thumbnails) // 2))
+        chosen = _balanced_sample(labels, len(thumbnails), min(examples, len(thumbnails) // 2))
         kept = np.setdiff1d(np.arange(len(thumbnails)), chosen)
         pictures = _examples(shown, labels, chosen)
     else:
         others = _images(data, examples_split, 20 * examples)
         other_labels = _labels(others)
-        chosen = _spread(other_labels, len(others), min(examples, len(others)))
+        chosen = _balanced_sample(other_labels, len(others), min(examples, len(others)))
         kept = np.arange(len(thumbnails))
         pictures = _examples(others, other_labels, chosen)
     gallery = build_gallery(
@@ -164,7 +164,7 @@ def _examples(images: LabeledImages, labels: list[str] | None, chosen: np.ndarra
     return [_Example(images[number], None if labels is None else labels[number]) for number in chosen]
 
 
-def _spread(labels: list[str] | None, total: int, count: int) -> np.ndarray:
+def _balanced_sample(labels: list[str] | None, total: int, count: int) -> np.ndarray:
     """Return `count` random numbers below `total`, balanced over the classes and sorted by class.
 
     The selection takes one number of each class first, then a second one of each class, and so on.

@@ -31,7 +31,7 @@ class SSLTrainingArguments(TrainingArguments):
             the run (`hf_ssl.precision`). `bf16=True` and `fp16=True` have precedence. `bf16=False` and
             `fp16=False` exclude that precision from the choice.
         dataloader_num_workers: a number, or `auto`, which selects a number by cores, device and image size
-            (`hf_ssl.trainer.fitting`).
+            (`hf_ssl.trainer.machine_settings`).
         optimizer: `sgd`, `adamw` or `lars`. The field `optim` of transformers is not used.
         base_learning_rate: if set, `learning_rate_rule` computes `learning_rate` from this value.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
@@ -151,7 +151,7 @@ class SSLTrainingArguments(TrainingArguments):
             )
         if self.weight_decay_end is not None and self.weight_decay_end < 0:
             raise UserError(f"training.weight_decay_end: expected at least 0, got {self.weight_decay_end}")
-        self._follow_batch_size()
+        self._update_learning_rate()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
         if self.monitor_steps:
@@ -232,10 +232,10 @@ class SSLTrainingArguments(TrainingArguments):
             batch_size: images in one optimizer step, over all processes and accumulation steps.
         """
         self.batch_size = batch_size
-        self._follow_batch_size()
+        self._update_learning_rate()
         self.per_device_train_batch_size = self._batch_per_process()
 
-    def _follow_batch_size(self) -> None:
+    def _update_learning_rate(self) -> None:
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self._learning_rate_factor()
 
@@ -245,13 +245,13 @@ class SSLTrainingArguments(TrainingArguments):
         return math.sqrt(self.batch_size) if self.learning_rate_rule == "square_root" else 1.0
 
     def _batch_per_process(self) -> int:
-        shares = self.world_size * self.gradient_accumulation_steps
-        if self.batch_size < shares or self.batch_size % shares:
+        micro_batches = self.world_size * self.gradient_accumulation_steps
+        if self.batch_size < micro_batches or self.batch_size % micro_batches:
             raise UserError(
                 "training.batch_size: expected a multiple of processes x gradient_accumulation_steps = "
                 f"{self.world_size} x {self.gradient_accumulation_steps}, got {self.batch_size}"
             )
-        return self.batch_size // shares
+        return self.batch_size // micro_batches
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from hf_ssl.modeling.outputs import Progress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.logs import draw_curves
-from hf_ssl.trainer.optimizers import run_parameter_groups, schedule_weight_decay
+from hf_ssl.trainer.optimizers import parameter_groups_by_name, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
 SEED_OFFSET = 2**33
@@ -77,10 +77,10 @@ class MethodHooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
         parameters = dict(self.model.named_parameters())
-        found = run_parameter_groups(self.model, args)
+        found = parameter_groups_by_name(self.model, args)
         until = {
-            name: max(t.frozen_until, round(t.frozen_epochs * self.steps_per_epoch))
-            for name, t in found.items()
+            name: max(group.frozen_until, round(group.frozen_epochs * self.steps_per_epoch))
+            for name, group in found.items()
         }
         self.frozen_until = [(step, parameters[name]) for name, step in until.items() if step]
 
@@ -92,7 +92,10 @@ class MethodHooks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         if args.clip_each_tensor:
-            clip_each([p.grad for p in self.model.parameters() if p.grad is not None], args.clip_each_tensor)
+            clip_each(
+                [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None],
+                args.clip_each_tensor,
+            )
         for until, parameter in self.frozen_until:
             if state.global_step < until:
                 parameter.grad = None

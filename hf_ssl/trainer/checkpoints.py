@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_ssl.data import BrokenCounter
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors, staging_path, use_normal_permissions
+from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
@@ -158,7 +158,7 @@ def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
 
 
 @contextmanager
-def loader_that_skips_by_itself() -> Iterator[None]:
+def keep_loader_position() -> Iterator[None]:
     """Make transformers' Trainer count the batches before the checkpoint without reading them.
 
     To resume, the Trainer (5.20 to 5.24) calls accelerate's `skip_first_batches`. That function builds a
@@ -170,14 +170,14 @@ def loader_that_skips_by_itself() -> Iterator[None]:
     the epoch, and does not find the shorter accumulation at its end.
     """
     original = transformers.trainer.skip_first_batches
-    transformers.trainer.skip_first_batches = _already_there
+    transformers.trainer.skip_first_batches = _return_unchanged
     try:
         yield
     finally:
         transformers.trainer.skip_first_batches = original
 
 
-def _already_there(loader: Any, num_batches: int = 0) -> Any:
+def _return_unchanged(loader: Any, num_batches: int = 0) -> Any:
     """Return the loader unchanged; it starts after the batches of the earlier part of the run."""
     return loader
 
@@ -185,7 +185,7 @@ def _already_there(loader: Any, num_batches: int = 0) -> Any:
 @contextmanager
 def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
     """Remove the incomplete folder if the block raises; errors of the disk become a UserError."""
-    with disk_errors(f"{final.name} to {final.parent}"):
+    with disk_errors_as_user_errors(f"{final.name} to {final.parent}"):
         try:
             yield
         except BaseException:

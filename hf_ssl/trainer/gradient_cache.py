@@ -63,7 +63,7 @@ def cached_backward(
     after = _RandomState.now()
     for number, (inputs, state) in enumerate(zip(chunks, states, strict=True)):
         state.restore()
-        with running_statistics_kept(model), precision():
+        with frozen_running_statistics(model), precision():
             embeddings = model.embed(inputs())
         wanted = {name: share[number] for name, share in shares.items() if embeddings[name].requires_grad}
         torch.autograd.backward([embeddings[name] for name in wanted], list(wanted.values()))
@@ -71,7 +71,7 @@ def cached_backward(
     return SSLOutput(loss=loss.detach(), terms=output.terms)
 
 
-def check_chunks_help(model: SSLPreTrainedModel) -> None:
+def check_chunking(model: SSLPreTrainedModel) -> None:
     """Raise `UserError` for a loss that is a mean over images.
 
     For such a loss, gradient accumulation gives the same result with less memory and time.
@@ -114,7 +114,7 @@ def _accelerator_module() -> Any:
 
 
 @contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     """Do not update the running statistics of BatchNorm in this block.
 
     BatchNorm still normalizes with the statistics of the batch.

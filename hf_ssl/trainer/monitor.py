@@ -21,12 +21,12 @@ from hf_ssl.progress import progress
 logger = logging.getLogger(__name__)
 
 _KNN = "eval_knn"
-_CHUNK = 64  # number of probe images that are augmented and embedded at once
+_CHUNK = 64  # number of training images that are augmented and embedded at once
 _BATCH = 256  # number of labeled images that are encoded at once
 
 
 @dataclass
-class KNNMonitor:
+class KNNClassifier:
     """A k-NN classifier on frozen features of labeled images.
 
     Attributes:
@@ -63,38 +63,38 @@ class Monitor:
     A measurement changes neither weights and buffers nor the global random state.
 
     Args:
-        probe: training images with fixed augmentation parameters.
+        images: training images with fixed augmentation parameters.
         knn: the k-NN classifier; None without labeled images.
         dtype: autocast precision of the measurement; None disables autocast.
     """
 
     def __init__(
-        self, probe: LoadedBatch, knn: KNNMonitor | None = None, dtype: torch.dtype | None = None
+        self, images: LoadedBatch, knn: KNNClassifier | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self.probe = probe
+        self.images = images
         self.knn = knn
         self.dtype = dtype
 
     def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
         """Return the measurements by name.
 
-        `loss` is the loss of the probe. `rank_me` and `feature_std` measure the features of the exported
+        `loss` is the loss of `images`. `rank_me` and `feature_std` measure the features of the exported
         encoder. `embedding_std` (1 isotropic, 0 collapsed), `embedding_rank`, `alignment` (with two or more
         views) and `uniformity` measure the embeddings that the loss compares. `embedding_rank` is RankMe of
         the centered embeddings, because a large mean hides a lost dimension. `knn` is the accuracy with
         labeled images. A method adds further values (`measurements`).
         """
         with evaluation_mode(model):
-            metrics = self._measure_probe(model)
+            metrics = self._measure_images(model)
             if self.knn is not None:
                 metrics["knn"] = self.knn.accuracy(model, self.dtype)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _measure_probe(self, model: SSLPreTrainedModel) -> dict[str, float]:
+    def _measure_images(self, model: SSLPreTrainedModel) -> dict[str, float]:
         features: list[Tensor] = []
         embedded: list[dict[str, Tensor]] = []
-        with progress("monitor: training images", len(self.probe)) as bar:
-            for part in self.probe.split(_CHUNK):
+        with progress("monitor: training images", len(self.images)) as bar:
+            for part in self.images.split(_CHUNK):
                 inputs = part.inputs(model.device, model.sample_masks)
                 with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                     embedded.append(model.embed(inputs))

@@ -22,7 +22,7 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
     """Return the optimizer `args.optimizer` with the parameter groups that the rules of the method define."""
     by_settings: dict[ParameterGroup, list[torch.nn.Parameter]] = defaultdict(list)
     parameters = dict(model.named_parameters())
-    for name, group in run_parameter_groups(model, args).items():
+    for name, group in parameter_groups_by_name(model, args).items():
         by_settings[group].append(parameters[name])
     groups: list[dict[str, Any]] = [
         {
@@ -51,7 +51,9 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
     return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
-def run_parameter_groups(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> dict[str, ParameterGroup]:
+def parameter_groups_by_name(
+    model: SSLPreTrainedModel, args: SSLTrainingArguments
+) -> dict[str, ParameterGroup]:
     """Return the parameter group of each trainable parameter, by name.
 
     The groups follow from the rules of the method and from the training arguments.

@@ -72,8 +72,12 @@ def measure_step(
         free_bytes: free memory of the device.
     """
     device, kept = args.device, []
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )
     with unchanged_random_state(device):
         copied: SSLPreTrainedModel = copy.deepcopy(model)
         torch.nn.Module.to(copied, device).train()
@@ -132,7 +136,7 @@ def _pass(
     model.zero_grad()
     if on_cuda:
         return seconds, float(torch.cuda.max_memory_allocated(args.device) - before)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return seconds, float(sum(size for place, size in storages.items() if place not in parameters))
 
 

@@ -38,7 +38,7 @@ class StopOnSignal(TrainerCallback):
         self._interruptible = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def stop_now(self) -> BaseException:
+    def exit_exception(self) -> BaseException:
         """Return the exception of the signal: SystemExit(143) or KeyboardInterrupt."""
         if self.received == signal.SIGINT:
             return KeyboardInterrupt()
@@ -58,7 +58,7 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             self.received = signal.Signals(number)
-            raise self.stop_now()
+            raise self.exit_exception()
         self.received = signal.Signals(number)
         if self._interruptible:
             self._interruptible = False

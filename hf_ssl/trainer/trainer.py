@@ -42,10 +42,10 @@ from hf_ssl.trainer.callbacks import (
     WeightDecaySchedule,
     steps_per_epoch,
 )
-from hf_ssl.trainer.checkpoints import loader_that_skips_by_itself
-from hf_ssl.trainer.fitting import Choices, check_batch_size, choose_precision, choose_workers
-from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
+from hf_ssl.trainer.checkpoints import keep_loader_position
+from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
+from hf_ssl.trainer.machine_settings import Choices, check_batch_size, choose_precision, choose_workers
 from hf_ssl.trainer.monitor import CollapseAlarm, FeatureGuard, Monitor
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
 from hf_ssl.trainer.pushing import PushingTrainer
@@ -194,7 +194,7 @@ class SSLTrainer(PushingTrainer):
         check_batch_size(self.args, self.source.num_rows, self.source.description)
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
-            check_chunks_help(self.method)
+            check_chunking(self.method)
         if self.source.num_rows is None and self.args.max_steps <= 0:
             raise UserError(
                 "training.max_steps: expected a positive number for a stream of unknown length, got -1"
@@ -337,7 +337,7 @@ class SSLTrainer(PushingTrainer):
         if resume_from_checkpoint:
             self.args.eval_on_start = False
         try:
-            with loader_that_skips_by_itself(), hidden_progress(self.args.hides_progress):
+            with keep_loader_position(), hidden_progress(self.args.hides_progress):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:  # OutOfMemoryError is a RuntimeError; on a CPU there is no other class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -366,7 +366,7 @@ class SSLTrainer(PushingTrainer):
             self._save_checkpoint(self.model, None)
         kept = f"after step {step}; the same command resumes the run" if step > 0 else "before the first step"
         logger.warning("stopped by %s %s", name, kept)
-        raise self.stop_signal.stop_now()
+        raise self.stop_signal.exit_exception()
 
 
 def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:

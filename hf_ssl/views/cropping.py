@@ -64,7 +64,9 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     preset, views = parameters.preset, parameters.preset.expand()
     channels = images[0].shape[0] if images else len(preset.mean)
     shapes = ((preset.global_count, preset.size), (preset.local_count, preset.local_size))
-    buffers = [torch.empty(len(images), n, size, size, channels, dtype=torch.uint8) for n, size in shapes]
+    buffers = [
+        torch.empty(len(images), count, size, size, channels, dtype=torch.uint8) for count, size in shapes
+    ]
     boxes = parameters.table[:, :, :4].to(torch.int64).tolist()
     for image, rows, global_out, local_out in zip(images, boxes, *buffers, strict=True):
         for box, settings, out in zip(rows, views, [*global_out, *local_out], strict=True):
@@ -166,7 +168,9 @@ def _weights(
 def _table(side: int, size: int, interpolation: str, device: torch.device) -> Tensor:
     """Return the weights of all boxes, sorted by length, start and flip: (side * (side + 1), size, side)."""
     lengths = range(1, side + 1)
-    boxes = [(start, n, flip) for n in lengths for start in range(side - n + 1) for flip in (0, 1)]
+    boxes = [
+        (start, length, flip) for length in lengths for start in range(side - length + 1) for flip in (0, 1)
+    ]
     start, length, flip = to_device(np.array(boxes, np.float32), device).unbind(1)
     return resampling_weights(start, length, flip, side, size, interpolation)
 
@@ -176,7 +180,10 @@ def _triangle(distance: Tensor) -> Tensor:
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Return Keys' kernel with a = -0.5, as Pillow and torch do for bicubic resizing with antialiasing."""
+    """Return the cubic kernel of Keys (1981) with a = -0.5.
+
+    Pillow and torch use this kernel for bicubic resizing with antialiasing.
+    """
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
     return torch.where(distance < 1, near, far * (distance < 2))

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ssl.random import FIRST_METHOD_NUMBER, Keys, image_seeds, uniforms
+from hf_ssl.random import FIRST_METHOD_NUMBER, UInt64Array, image_seeds, uniforms
 
 Size = tuple[int, int]
 Range = tuple[float, float]
@@ -22,7 +22,7 @@ TRIES = 20
 _SIZES = 0x4D61736B73  # the run seed of block sizes, which separates their numbers from those of images
 
 
-def size_numbers(step: int) -> tuple[float, float]:
+def block_size_numbers(step: int) -> tuple[float, float]:
     """Return two numbers in [0, 1) that determine the sizes of a step's target blocks and context blocks.
 
     They depend only on the step. All images of a batch, all processes and a resumed run get the same numbers.
@@ -53,14 +53,14 @@ def block_size(
     return rows, columns
 
 
-def multi_block(
-    images: Keys,
+def sample_multi_block_masks(
+    images: UInt64Array,
     *,
     grid: Size,
     target: Size,
     context: Size,
     targets: int,
-    more_than: int,
+    minimum_patches: int,
     reach_edges: bool = False,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Return the contexts and target blocks of a batch. Each image has its own places.
@@ -76,7 +76,7 @@ def multi_block(
         grid: of an image.
         target, context: the size of all target blocks and of all context blocks.
         targets: M.
-        more_than: the number of patches that every context must exceed.
+        minimum_patches: smallest number of patches in a context.
         reach_edges: whether blocks may touch the lower and right edges.
 
     Returns:
@@ -86,9 +86,10 @@ def multi_block(
     Raises:
         ValueError: a context block has too few patches even without target blocks.
     """
-    if context[0] * context[1] <= more_than:
+    if context[0] * context[1] < minimum_patches:
         raise ValueError(
-            f"context: expected a block of more than {more_than} patches, got {context[0]} x {context[1]}"
+            f"context: expected a block of at least {minimum_patches} patches, got {context[0]} x "
+            f"{context[1]}"
         )
     numbers = uniforms(images, FIRST_METHOD_NUMBER, 2 * targets).reshape(-1, targets, 2)
     inside_BMP = _inside(_places(numbers, target, grid, reach_edges), target, grid)
@@ -99,7 +100,7 @@ def multi_block(
         tried = _inside(_places(numbers, context, grid, reach_edges), context, grid)
         avoided = max(targets - attempt // TRIES, 0)
         tried &= ~inside_BMP[pending, :avoided].any(axis=1)
-        enough = tried.sum(axis=1) > more_than
+        enough = tried.sum(axis=1) >= minimum_patches
         context_BP[pending[enough]] = tried[enough]
         pending, attempt = pending[~enough], attempt + 1
     return context_BP, np.nonzero(inside_BMP)[2].reshape(len(images), targets, -1)

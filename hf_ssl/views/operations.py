@@ -221,7 +221,10 @@ def _tiles(side: int, radius: int, device: torch.device) -> list[tuple[slice, sl
     starts = range(0, side, _TILE)
     rows = [slice(start, min(start + _TILE, side)) for start in starts]
     inputs = [slice(max(0, row.start - radius), min(row.stop + radius, side)) for row in rows]
-    return [(r, i, counts[:, r, i].flatten(1).to(device)) for r, i in zip(rows, inputs, strict=True)]
+    return [
+        (row, column, counts[:, row, column].flatten(1).to(device))
+        for row, column in zip(rows, inputs, strict=True)
+    ]
 
 
 # The table of operations

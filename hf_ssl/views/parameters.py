@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_ssl.random import Keys, uniforms
+from hf_ssl.random import UInt64Array, uniforms
 from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS, between
 from hf_ssl.views.preset import ViewPreset, ViewSettings
 
@@ -68,7 +68,7 @@ class ViewParameters:
         return ViewParameters(self.preset, self.table.pin_memory())
 
 
-def sample_parameters(seeds: Keys, preset: ViewPreset, sizes: NDArray[np.integer]) -> ViewParameters:
+def sample_parameters(seeds: UInt64Array, preset: ViewPreset, sizes: NDArray[np.integer]) -> ViewParameters:
     """Sample the augmentation parameters of every view of every image.
 
     The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter (in
@@ -98,7 +98,7 @@ def sample_parameters(seeds: Keys, preset: ViewPreset, sizes: NDArray[np.integer
 
 
 def sample_boxes(
-    seeds: Keys, first: int, settings: ViewSettings, sizes: NDArray[np.integer]
+    seeds: UInt64Array, first: int, settings: ViewSettings, sizes: NDArray[np.integer]
 ) -> NDArray[np.float64]:
     """Sample boxes (B, 4) top, left, height, width, as torchvision's RandomResizedCrop.get_params does.
 

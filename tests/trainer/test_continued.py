@@ -22,7 +22,7 @@ from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer, pretrain, train
 from hf_ssl.trainer.monitor import FeatureGuard
-from hf_ssl.trainer.optimizers import build_optimizer, run_parameter_groups
+from hf_ssl.trainer.optimizers import build_optimizer, parameter_groups_by_name
 
 SMALL = {
     "hidden_size": 12,
@@ -86,7 +86,7 @@ def test_layers_learn_at_falling_rates_and_heads_alone_at_first(tmp_path):
     )
     args = recipe.training_arguments()
     model = build_model(recipe, seed=0)
-    found = run_parameter_groups(model, args)
+    found = parameter_groups_by_name(model, args)
     rates = {
         "backbone.embeddings.patch_embeddings.projection.weight": 0.125,
         "backbone.layers.0.mlp.fc1.weight": 0.25,

@@ -18,7 +18,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer
-from hf_ssl.trainer.gradient_cache import cached_backward, check_chunks_help
+from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking
 
 BATCH = 12
 VIT = (
@@ -76,7 +76,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(method, size, loaded):
     if not whole.couples_samples:
         named = mentions("training.contrastive_chunk_size", type(whole).__name__)
         with pytest.raises(UserError, match=named):
-            check_chunks_help(whole)
+            check_chunking(whole)
         return
     for model in (whole, chunked):
         prime(model, in_double(loaded))

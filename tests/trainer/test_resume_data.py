@@ -87,14 +87,14 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(digits, tmp_path, accumulated, 
 
 
 def test_transformers_skips_batches_by_the_name_that_is_replaced(digits, tmp_path, monkeypatch):
-    """If this test fails, transformers no longer resumes as `loader_that_skips_by_itself` describes."""
+    """If this test fails, transformers no longer resumes as `keep_loader_position` describes."""
     calls = []
 
     def counted(loader, num_batches=0):
         calls.append(num_batches)
         return loader
 
-    monkeypatch.setattr(checkpoints, "_already_there", counted)
+    monkeypatch.setattr(checkpoints, "_return_unchanged", counted)
     original = transformers.trainer.skip_first_batches
     recipe = load_recipe("smoke/simclr", overrides(digits, tmp_path, 1, "data.cache=device"))
     with pytest.raises(RuntimeError, match="crashed"):

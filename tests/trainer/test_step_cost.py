@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_ssl.building import build_model, build_trainer, load_probe
+from hf_ssl.building import build_model, build_trainer, load_monitor_images
 from hf_ssl.data import images, open_source
 from hf_ssl.recipe import load_recipe
-from hf_ssl.trainer import fitting, step_cost
+from hf_ssl.trainer import machine_settings, step_cost
 from hf_ssl.trainer.step_cost import StepCost, measure_step
 
 COST = StepCost(
@@ -36,7 +36,7 @@ def measured_passes(tmp_path, monkeypatch, passes, **options):
 
     monkeypatch.setattr(step_cost, "_pass", measured)
     cost = measure_step(
-        build_model(recipe, 0, source), load_probe(recipe, source, args, 32), 0.0, args, **options
+        build_model(recipe, 0, source), load_monitor_images(recipe, source, args, 32), 0.0, args, **options
     )
     return counts, cost
 
@@ -85,16 +85,16 @@ def test_files_that_were_read_leave_the_memory_of_a_container_free(
         "memory.stat": f"anon 5\ninactive_file {files - files // 2}\nactive_file {files // 2}\n",
     }.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(fitting, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine_settings, "CONTROL_GROUP", tmp_path)
     available = SimpleNamespace(available=10**6)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
-    assert fitting.free_memory(torch.device("cpu")) == min(10**6, left)
+    assert machine_settings.free_memory(torch.device("cpu")) == min(10**6, left)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert fitting.free_memory(torch.device("cpu")) == min(10**6, left) / 2
+    assert machine_settings.free_memory(torch.device("cpu")) == min(10**6, left) / 2
 
 
 def test_memory_that_torch_holds_unused_is_free(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 600)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 50)
-    assert fitting.free_memory(torch.device("cuda")) == 650
+    assert machine_settings.free_memory(torch.device("cuda")) == 650

@@ -86,7 +86,7 @@ class Measured:
 @pytest.mark.parametrize(("measurement", "saved"), [(0, []), (1, ["checkpoint-2"])])
 def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measurement, saved):
     settings = recipe(tmp_path, "training.monitor_steps=2")
-    monkeypatch.setattr(Monitor, "_measure_probe", Measured(number, measurement))
+    monkeypatch.setattr(Monitor, "_measure_images", Measured(number, measurement))
     with pytest.raises(raised):
         train(settings)
     assert checkpoints(tmp_path) == saved

@@ -8,7 +8,7 @@ import pytest
 from messages import mentions
 
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
-from hf_ssl.views.masks import TRIES, block_size, first_patches, multi_block, size_numbers
+from hf_ssl.views.masks import TRIES, block_size, block_size_numbers, first_patches, sample_multi_block_masks
 
 GRID = (16, 16)
 TARGET = {"scale": (0.15, 0.2), "aspect_ratio": (0.75, 1.5)}
@@ -16,9 +16,13 @@ CONTEXT = {"scale": (0.85, 1.0), "aspect_ratio": (1.0, 1.0)}
 IMAGES = np.random.default_rng(0).integers(0, 2**63, 2000).astype(np.uint64)
 
 
-def sample(images=IMAGES, *, grid=GRID, target=(6, 7), context=(15, 15), more_than=10, reach_edges=False):
+def sample(
+    images=IMAGES, *, grid=GRID, target=(6, 7), context=(15, 15), minimum_patches=11, reach_edges=False
+):
     sizes = {"grid": grid, "target": target, "context": context}
-    return multi_block(images, **sizes, targets=4, more_than=more_than, reach_edges=reach_edges)
+    return sample_multi_block_masks(
+        images, **sizes, targets=4, minimum_patches=minimum_patches, reach_edges=reach_edges
+    )
 
 
 def corners(blocks, columns):
@@ -29,7 +33,7 @@ def corners(blocks, columns):
 @pytest.mark.parametrize("grid", [(14, 14), (16, 16), (28, 28)])
 def test_sizes_stay_in_the_papers_ranges(grid):
     patches = grid[0] * grid[1]
-    numbers = np.array([size_numbers(step) for step in range(4000)])
+    numbers = np.array([block_size_numbers(step) for step in range(4000)])
     assert abs(numbers.mean(0) - 0.5).max() < 0.02 and abs(np.corrcoef(numbers.T)[0, 1]) < 0.05
     shares = []
     for target_number, context_number in numbers:
@@ -56,12 +60,12 @@ def test_one_number_chooses_scale_and_aspect_ratio():
 
 
 def test_sizes_are_a_function_of_the_step():
-    assert size_numbers(7) == size_numbers(7) != size_numbers(8)
+    assert block_size_numbers(7) == block_size_numbers(7) != block_size_numbers(8)
 
 
 def test_blocks_are_rectangles_and_contexts_avoid_them():
     for step in range(20):
-        target_number, context_number = size_numbers(step)
+        target_number, context_number = block_size_numbers(step)
         target = block_size(target_number, grid=GRID, **TARGET)
         context = block_size(context_number, grid=GRID, **CONTEXT)
         contexts, blocks = sample(target=target, context=context)
@@ -107,7 +111,7 @@ def test_only_reach_edges_uses_the_last_row_and_column(reach_edges):
     assert shown[:-1, :-1].all()
 
 
-def slow_masks(seed, grid, target, context, targets, more_than):
+def slow_masks(seed, grid, target, context, targets, minimum_patches):
     """Return the masks of one image, computed with sets."""
     numbers = iter(uniforms(np.array([seed], np.uint64), FIRST_METHOD_NUMBER, 4000)[0])
 
@@ -125,14 +129,14 @@ def slow_masks(seed, grid, target, context, targets, more_than):
         left_over = block(context)
         for forbidden in blocks[: max(targets - failures // TRIES, 0)]:
             left_over -= forbidden
-        if len(left_over) > more_than:
+        if len(left_over) >= minimum_patches:
             return left_over, blocks, failures
         failures += 1
 
 
 def test_equals_a_slow_version_where_places_are_scarce():
     """On a small grid, contexts are tried several times and finally overlap."""
-    setting = {"grid": (6, 7), "target": (3, 3), "context": (4, 4), "more_than": 9}
+    setting = {"grid": (6, 7), "target": (3, 3), "context": (4, 4), "minimum_patches": 10}
     contexts, blocks = sample(IMAGES[:300], **setting)
     most = 0
     for seed, context, targets in zip(IMAGES[:300], contexts, blocks, strict=True):
@@ -159,7 +163,7 @@ def test_truncated_to_the_shortest_of_128_a_context_is_a_quarter_of_the_image():
     """The setting is ViT-B/16, as in the paper's study of masks."""
     shares = []
     for step in range(15):
-        target_number, context_number = size_numbers(step)
+        target_number, context_number = block_size_numbers(step)
         contexts, _ = sample(
             IMAGES[128 * step : 128 * (step + 1)],
             grid=(14, 14),
@@ -171,5 +175,5 @@ def test_truncated_to_the_shortest_of_128_a_context_is_a_quarter_of_the_image():
 
 
 def test_a_context_that_is_always_too_small_raises_an_error():
-    with pytest.raises(ValueError, match=mentions(9, "3 x 3")):
-        sample(context=(3, 3), more_than=9)
+    with pytest.raises(ValueError, match=mentions(10, "3 x 3")):
+        sample(context=(3, 3), minimum_patches=10)

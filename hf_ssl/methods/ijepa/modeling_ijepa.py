@@ -30,9 +30,9 @@ from hf_ssl.modeling.vit.patches import (
     special_tokens,
 )
 from hf_ssl.modeling.vit.predictor import PatchPredictor
-from hf_ssl.views.masks import first_patches, multi_block, size_numbers
+from hf_ssl.views.masks import block_size_numbers, first_patches, sample_multi_block_masks
 
-_EVAL_SIZE_NUMBERS = (0.5, 0.5)
+_EVAL_BLOCK_SIZE_NUMBERS = (0.5, 0.5)
 """Numbers that select medium block sizes in eval mode. They make the measurements of a run comparable."""
 
 
@@ -67,7 +67,7 @@ class IJEPAForPreTraining(TeacherModel):
         self.grid = patch_grid(self.backbone)
         heads = config.predictor_attention_heads or int(self.backbone.config.num_attention_heads)
         self.predictor = IJEPAPredictor(config, feature_size(self.backbone), heads, self.special, self.grid)
-        self._size_numbers = _EVAL_SIZE_NUMBERS
+        self._block_size_numbers = _EVAL_BLOCK_SIZE_NUMBERS
         self.post_init()
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class IJEPAForPreTraining(TeacherModel):
     def before_step(self, progress: Progress) -> None:
         """Also select the sizes of this step's blocks."""
         super().before_step(progress)
-        self._size_numbers = size_numbers(progress.step)
+        self._block_size_numbers = block_size_numbers(progress.step)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return `context_patches` (B, K) and `target_patches` (B, M, T), numbers of patches.
@@ -96,14 +96,14 @@ class IJEPAForPreTraining(TeacherModel):
         positions. Contexts are truncated to the shortest of these images. Then `forward` truncates them to
         the shortest of all processes.
         """
-        target, context = self._size_numbers if self.training else _EVAL_SIZE_NUMBERS
-        contexts, targets = multi_block(
+        target, context = self._block_size_numbers if self.training else _EVAL_BLOCK_SIZE_NUMBERS
+        contexts, targets = sample_multi_block_masks(
             seeds,
             grid=self.grid,
             target=self.config.target_size(target),
             context=self.config.context_size(context),
             targets=self.config.target_blocks,
-            more_than=self.config.context_more_than,
+            minimum_patches=self.config.context_more_than + 1,
             reach_edges=self.config.blocks_reach_edges,
         )
         shortest = int(contexts.sum(axis=1).min())

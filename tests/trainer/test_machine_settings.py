@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_ssl.building import build_model, build_trainer, load_probe
+from hf_ssl.building import build_model, build_trainer, load_monitor_images
 from hf_ssl.data import open_source
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.precision import Precision
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
-from hf_ssl.trainer import fitting
+from hf_ssl.trainer import machine_settings
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost, measure_step
 
@@ -51,9 +51,9 @@ def fastest(name):
     ],
 )
 def test_precision_follows_the_machine_unless_the_user_set_it(monkeypatch, given, measured, chosen):
-    monkeypatch.setattr(fitting, "fastest_precision", fastest(measured))
+    monkeypatch.setattr(machine_settings, "fastest_precision", fastest(measured))
     args = arguments(**given)
-    choices = fitting.choose_precision(args)
+    choices = machine_settings.choose_precision(args)
     assert args.precision == chosen
     assert (args.bf16, args.fp16) == (chosen == "bfloat16", chosen == "float16")
     assert args.mixed_precision == {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[chosen]
@@ -67,7 +67,7 @@ def test_both_half_precisions_are_a_mistake():
 
 
 def test_the_chosen_precision_reaches_the_forward_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "fastest_precision", fastest("bfloat16"))
+    monkeypatch.setattr(machine_settings, "fastest_precision", fastest("bfloat16"))
     overrides = ["training.precision=auto", "training.monitor_steps=0", f"training.output_dir={tmp_path}"]
     recipe = load_recipe("smoke/simclr", [*overrides, "training.batch_size=32", "training.max_steps=1"])
     trainer = build_trainer(recipe, recipe.training_arguments())
@@ -89,24 +89,24 @@ def test_the_chosen_precision_reaches_the_forward_pass(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_workers_follow_cores_device_and_image_size(monkeypatch, cores, device, small, workers):
-    monkeypatch.setattr(fitting, "usable_cores", lambda: cores)
+    monkeypatch.setattr(machine_settings, "usable_cores", lambda: cores)
     monkeypatch.setattr(SSLTrainingArguments, "device", torch.device(device))
     args = SSLTrainingArguments(output_dir="unused")
-    fitting.choose_workers(args, small=small)
+    machine_settings.choose_workers(args, small=small)
     assert args.dataloader_num_workers == workers
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(fitting, "usable_cores", lambda: 16)
+    monkeypatch.setattr(machine_settings, "usable_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     args = arguments()
-    fitting.choose_workers(args, small=False)
+    machine_settings.choose_workers(args, small=False)
     assert args.dataloader_num_workers == 1
 
 
 def test_a_number_of_workers_set_by_the_user_stays():
     args = arguments(dataloader_num_workers=5)
-    assert fitting.choose_workers(args, small=True) == {}
+    assert machine_settings.choose_workers(args, small=True) == {}
     assert args.dataloader_num_workers == 5
 
 
@@ -138,7 +138,7 @@ def test_workers_that_are_no_number_are_a_mistake(workers):
 def test_the_batch_is_the_largest_power_of_two_that_fits(images, free, step_seconds, accumulated, chosen):
     args = arguments(batch_size=1024, gradient_accumulation_steps=accumulated)
     cost = replace(COST, step_seconds=step_seconds)
-    choices = fitting.choose_batch_size(args, cost, images, free_bytes=free)
+    choices = machine_settings.choose_batch_size(args, cost, images, free_bytes=free)
     assert args.batch_size == chosen
     assert args.per_device_train_batch_size * accumulated == chosen
     assert ("training.batch_size" in choices) is (chosen < 1024)
@@ -148,14 +148,16 @@ def test_the_batch_is_the_largest_power_of_two_that_fits(images, free, step_seco
 def test_the_learning_rate_follows_the_rule(rule, factor):
     args = arguments(batch_size=1024, base_learning_rate=0.1, learning_rate_rule=rule)
     before = args.learning_rate
-    fitting.choose_batch_size(args, replace(COST, step_seconds=0.0), 400, free_bytes=PLENTY)
+    machine_settings.choose_batch_size(args, replace(COST, step_seconds=0.0), 400, free_bytes=PLENTY)
     assert args.batch_size == 256
     assert args.learning_rate == pytest.approx(before * factor)
 
 
 def test_chunks_bound_the_memory_of_a_batch():
     args = arguments(batch_size=1024, contrastive_chunk_size=32)
-    assert fitting.choose_batch_size(args, replace(COST, step_seconds=0), 5000, free_bytes=2000) == {}
+    assert (
+        machine_settings.choose_batch_size(args, replace(COST, step_seconds=0), 5000, free_bytes=2000) == {}
+    )
 
 
 def digits(folder, *overrides):
@@ -188,11 +190,11 @@ def test_the_error_for_a_typed_batch_that_is_too_large_suggests_a_smaller_one(tm
 def test_the_suggested_batch_size_fits_with_gradient_accumulation(
     tmp_path, batch_size, accumulated, suggested
 ):
-    typed = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulated}"]
+    overrides = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulated}"]
     with pytest.raises(UserError, match=r"training\.batch_size: .*100 ") as error:
-        train(digits(tmp_path, "data.max_images=100", *typed))
+        train(digits(tmp_path, "data.max_images=100", *overrides))
     advice = str(error.value).split("; use ")[1].split()
-    run = train(digits(tmp_path, "data.max_images=100", *typed, *advice))
+    run = train(digits(tmp_path, "data.max_images=100", *overrides, *advice))
     assert (run.args.batch_size, run.args.gradient_accumulation_steps) == suggested
     assert run.state.global_step == 2
 
@@ -204,11 +206,11 @@ def test_one_image_is_too_few_to_pretrain(tmp_path):
 
 def test_a_resumed_run_reuses_its_choices(tmp_path, monkeypatch):
     overrides = ["training.precision=auto", "training.dataloader_num_workers=auto", "data.max_images=100"]
-    monkeypatch.setattr(fitting, "fastest_precision", fastest("bfloat16"))
+    monkeypatch.setattr(machine_settings, "fastest_precision", fastest("bfloat16"))
     recipe = digits(tmp_path, *overrides)
     recipe.training["batch_size"] = 1024
     first = train(recipe)
-    monkeypatch.setattr(fitting, "fastest_precision", fastest("float32"))
+    monkeypatch.setattr(machine_settings, "fastest_precision", fastest("float32"))
     monkeypatch.setattr("hf_ssl.building.measure_step", lambda *arguments: pytest.fail("measured again"))
     resumed = train(recipe)
     assert resumed.choices == first.choices
@@ -226,8 +228,8 @@ def test_a_resumed_run_takes_the_monitor_that_the_user_typed(tmp_path):
     stored = {
         f"training.monitor_{name}_images": {"value": 100, "reason": "slow"} for name in ("bank", "query")
     }
-    typed = ["training.monitor_steps=4", "training.monitor_bank_images=300"]
-    recipe = digits(tmp_path, *typed)
+    overrides = ["training.monitor_steps=4", "training.monitor_bank_images=300"]
+    recipe = digits(tmp_path, *overrides)
     trainer = build_trainer(recipe, recipe.training_arguments(), stored=stored)
     assert (len(trainer.monitor.knn.bank), len(trainer.monitor.knn.queries)) == (300, 100)
     assert "training.monitor_bank_images" not in trainer.choices
@@ -250,7 +252,7 @@ def test_memory_that_is_used_up_names_the_line_to_type(tmp_path, monkeypatch):
 def test_the_first_measurement_takes_a_twentieth_of_the_run():
     # 512 x (0.5 / 3 + 0.1 + 0.05) + 3000 x 0.15 = 612 s would be measured
     args = arguments(batch_size=32, max_steps=10)  # 160 s are planned, 5 % are 8 s
-    choices = fitting.choose_monitor(args, COST, 5000, labeled=True, typed=set())
+    choices = machine_settings.choose_monitor(args, COST, 5000, labeled=True, overridden=set())
     assert choices["training.monitor_bank_images"]["value"] == args.monitor_bank_images == 100  # the fewest
     assert choices["training.monitor_query_images"]["value"] == args.monitor_query_images == 50
     assert choices["monitor.probe_images"]["value"] == 32
@@ -260,18 +262,20 @@ def test_the_first_measurement_takes_a_twentieth_of_the_run():
 def test_images_are_reduced_in_proportion():
     cost = StepCost(0.03, 0.01, 0.0, 0.0, 0.0)  # 512 x 0.02 + 3000 x 0.01 = 40 s; 10 s are allowed
     args = arguments(batch_size=32, max_steps=10**6)
-    choices = fitting.choose_monitor(args, cost, 5000, labeled=True, typed=set())
+    choices = machine_settings.choose_monitor(args, cost, 5000, labeled=True, overridden=set())
     assert (args.monitor_bank_images, args.monitor_query_images) == (497, 248)
     assert choices["monitor.probe_images"]["value"] == 127
-    typed = arguments(batch_size=32, max_steps=10**6)
-    choices = fitting.choose_monitor(typed, cost, 5000, labeled=True, typed={"monitor_bank_images"})
-    assert (typed.monitor_bank_images, typed.monitor_query_images) == (2000, 248)
+    args = arguments(batch_size=32, max_steps=10**6)
+    choices = machine_settings.choose_monitor(
+        args, cost, 5000, labeled=True, overridden={"monitor_bank_images"}
+    )
+    assert (args.monitor_bank_images, args.monitor_query_images) == (2000, 248)
     assert set(choices) == {"monitor.probe_images", "training.monitor_query_images"}
 
 
-def test_without_labels_only_the_probe_is_reduced():
+def test_without_labels_only_the_training_images_are_reduced():
     args = arguments(batch_size=32, max_steps=20)
-    choices = fitting.choose_monitor(args, COST, 5000, labeled=False, typed=set())
+    choices = machine_settings.choose_monitor(args, COST, 5000, labeled=False, overridden=set())
     assert set(choices) == {"monitor.probe_images"}
     assert (args.monitor_bank_images, args.monitor_query_images) == (2000, 1000)
 
@@ -279,7 +283,7 @@ def test_without_labels_only_the_probe_is_reduced():
 def test_a_quick_measurement_is_not_reduced():
     cost = StepCost(1e-3, 1e-4, 0.0, 0.0, 0.0)  # 0.5 s, more than 5 % of 8 steps
     args = arguments(batch_size=32, max_steps=8)
-    assert fitting.choose_monitor(args, cost, 5000, labeled=True, typed=set()) == {}
+    assert machine_settings.choose_monitor(args, cost, 5000, labeled=True, overridden=set()) == {}
 
 
 # The measurement of a step.
@@ -292,7 +296,7 @@ def test_measuring_a_step_does_not_change_the_model_and_the_random_state(tmp_pat
     model = build_model(recipe, 0, source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    cost = measure_step(model, load_probe(recipe, source, args, 8), 0.001, args)
+    cost = measure_step(model, load_monitor_images(recipe, source, args, 8), 0.001, args)
     # A process with a limit of its CPU time has a coarse clock, which may show 0 for such small steps.
     assert cost.step_seconds >= 0 and cost.feature_seconds >= 0 and cost.step_bytes > 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -308,6 +312,6 @@ def test_bytes_of_a_step_grow_with_the_pixels(tmp_path):
         overrides = [f"views.enlarge={size}", f"training.output_dir={tmp_path}", "training.use_cpu=true"]
         recipe = load_recipe("smoke/simclr", overrides)
         args, source = recipe.training_arguments(), open_source(recipe.data)
-        probe = load_probe(recipe, source, args, 8)
-        found.append(measure_step(build_model(recipe, 0, source), probe, 0.0, args).step_bytes)
+        images = load_monitor_images(recipe, source, args, 8)
+        found.append(measure_step(build_model(recipe, 0, source), images, 0.0, args).step_bytes)
     assert 3.2 < found[1] / found[0] < 4.5

@@ -26,13 +26,13 @@ FIRST_MEASUREMENT_SHARE, FIRST_MEASUREMENT_SECONDS = 0.05, (2.0, 10.0)
 """Longest time of the monitor's first measurement, as a fraction of the planned run. The limit is always
 between 2 and 10 seconds, because a run of one minute also needs a monitor.
 """
-PROBE_IMAGES = 512
+MONITOR_IMAGES = 512
 """Number of training images that the monitor embeds, unless this takes too long."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 _STEP_MARGIN = 1.5
 """For the parts of a step that the measurement does not contain: loading, objective and optimizer."""
-_FEWEST = {"probe": 32, "bank": 100, "queries": 50}
+_FEWEST = {"images": 32, "bank": 100, "queries": 50}
 _MOST_WORKERS = 12
 
 
@@ -103,21 +103,24 @@ def choose_batch_size(
         images: number of images in the data set; None for a stream of unknown length.
         free_bytes: free memory of the device.
     """
-    micro_batches = args.gradient_accumulation_steps
-    shares = args.world_size * micro_batches
+    micro_batches = args.world_size * args.gradient_accumulation_steps
     limits: list[tuple[float, str]] = []
     if images is not None:
         limits.append((images, f"there are {images:,} images"))
     if args.contrastive_chunk_size is None and cost.step_bytes > 0:
         fitting = (free_bytes - cost.fixed_bytes) / (MEMORY_MARGIN * cost.step_bytes)
         gib = free_bytes / 2**30
-        limits.append((fitting * shares, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images"))
+        limits.append(
+            (fitting * micro_batches, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images")
+        )
     if args.device.type == "cpu" and cost.step_seconds > 0:
         timely = STEP_SECONDS / (_STEP_MARGIN * cost.step_seconds)
         reason = f"a step of {timely:,.0f} images takes {STEP_SECONDS:.0f} seconds on this CPU"
         limits.append((timely * args.world_size, reason))
     limit, reason = min(limits, default=(float("inf"), ""))
-    chosen = args.batch_size if limit >= args.batch_size else shares * _power_of_two(limit / shares)
+    chosen = (
+        args.batch_size if limit >= args.batch_size else micro_batches * _power_of_two(limit / micro_batches)
+    )
     chosen, reason = from_first_process((chosen, reason))
     if chosen >= args.batch_size:
         return {}
@@ -138,9 +141,9 @@ def check_batch_size(args: SSLTrainingArguments, images: int | None, description
     """
     if images is None or images >= args.per_device_train_batch_size * args.world_size:
         return
-    shares = args.world_size * args.gradient_accumulation_steps
-    advice = f"training.batch_size={shares * _power_of_two(images / shares)}"
-    if images < 2 * shares:
+    micro_batches = args.world_size * args.gradient_accumulation_steps
+    advice = f"training.batch_size={micro_batches * _power_of_two(images / micro_batches)}"
+    if images < 2 * micro_batches:
         fitting = args.world_size * _power_of_two(images / args.world_size)
         advice = f"training.batch_size={fitting} training.gradient_accumulation_steps=1"
     raise UserError(
@@ -150,7 +153,7 @@ def check_batch_size(args: SSLTrainingArguments, images: int | None, description
 
 
 def choose_monitor(
-    args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labeled: bool, typed: set[str]
+    args: SSLTrainingArguments, cost: StepCost, images: int | None, *, labeled: bool, overridden: set[str]
 ) -> Choices:
     """Reduce the number of images that the monitor measures, if its first measurement would take too long.
 
@@ -162,15 +165,15 @@ def choose_monitor(
         cost: cost of one image.
         images: number of training images; None for a stream of unknown length.
         labeled: whether there are labeled images for k-NN.
-        typed: keys of the section `training` that the user set; their values are not changed.
+        overridden: keys of the section `training` that the user set; their values are not changed.
     """
     least, most = FIRST_MEASUREMENT_SECONDS
     budget = max(least, min(most, FIRST_MEASUREMENT_SHARE * _planned_seconds(args, cost, images)))
-    probe = min(PROBE_IMAGES, images or PROBE_IMAGES)
-    sizes = {"probe": probe, "bank": args.monitor_bank_images, "queries": args.monitor_query_images}
+    count = min(MONITOR_IMAGES, images or MONITOR_IMAGES)
+    sizes = {"images": count, "bank": args.monitor_bank_images, "queries": args.monitor_query_images}
     seconds = {
         # The monitor embeds all views, and encodes one of them. A forward pass takes a third of a step.
-        "probe": probe * (cost.step_seconds / 3 + cost.feature_seconds + cost.load_seconds),
+        "images": count * (cost.step_seconds / 3 + cost.feature_seconds + cost.load_seconds),
         "knn": (sizes["bank"] + sizes["queries"]) * (cost.feature_seconds + cost.load_seconds),
     }
     if not labeled:
@@ -179,13 +182,13 @@ def choose_monitor(
     share, budget = from_first_process((share, budget))
     if share == 1.0:
         return {}
-    fixed = {"bank": "monitor_bank_images" in typed, "queries": "monitor_query_images" in typed}
+    fixed = {"bank": "monitor_bank_images" in overridden, "queries": "monitor_query_images" in overridden}
     reduced = {
         name: size if fixed.get(name) else max(min(size, _FEWEST[name]), int(size * share))
         for name, size in sizes.items()
     }
     reason = f"the first measurement may take {budget:.1f} seconds"
-    choices: Choices = {"monitor.probe_images": {"value": reduced["probe"], "reason": reason}}
+    choices: Choices = {"monitor.probe_images": {"value": reduced["images"], "reason": reason}}
     if labeled:
         args.monitor_bank_images, args.monitor_query_images = reduced["bank"], reduced["queries"]
         for key, name in (("monitor_bank_images", "bank"), ("monitor_query_images", "queries")):
