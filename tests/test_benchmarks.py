@@ -64,7 +64,7 @@ def test_rows_that_are_measured_alone_replace_theirs_and_leave_the_others(tmp_pa
     assert list(record["rows"]) == ["one", "two"] and record["rows"]["two"]["ratio"] == 2.0
     text = (tmp_path / "cpu.md").read_text()
     assert "| a thing | a peer | 4 (3.5 to 168) | 3 |" in text
-    assert "| its memory at the peak | a peer | 1/20.8 (52 against 1080 MiB) | 1/15 |" in text
+    assert "| peak memory of the row above | a peer | 1/20.8 (52 against 1080 MiB) | 1/15 |" in text
     assert (tmp_path / "cpu.png").stat().st_size > 1000
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         if (not arguments.rows or name in arguments.rows) and (device.type == "cpu" or row.accelerator):
             keep(name, measure(row, device, arguments.repeats))
     if device.type == "cpu" and (not arguments.rows or OVERHEAD in arguments.rows):
-        keep(OVERHEAD, {"title": "what SSLTrainer adds to a step", **trainer_overhead()})
+        keep(OVERHEAD, {"title": "overhead of SSLTrainer per step", **trainer_overhead()})
 
 
 def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, Any]:

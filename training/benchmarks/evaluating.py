@@ -97,8 +97,8 @@ def start_up(device: torch.device) -> Pair:
 ROWS = [
     Row(
         "features",
-        "features by ResNet-18, 64 px",
-        "float32 loop, images prepared",
+        "feature extraction, ResNet-18, 64 px",
+        "float32 loop over preprocessed images",
         2,
         features,
         "image",
@@ -108,8 +108,8 @@ ROWS = [
     ),
     Row(
         "knn",
-        "k-NN, seven k, 50,000 x 10,000 x 512",
-        "lightly, seven calls",
+        "k-NN accuracy for seven k, 50,000 training and 10,000 test features of size 512",
+        "lightly, one call per k",
         10,
         nearest_neighbors,
         "search",

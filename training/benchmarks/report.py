@@ -38,15 +38,15 @@ def _peers() -> dict[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return the rows as a Markdown table: the ratio with its quartiles, and the aim."""
-    lines = ["| what | against | times faster (quartiles) | aim |", "|---|---|---|---|"]
+    """Return the rows as a Markdown table: the ratio with its quartiles, and the target."""
+    lines = ["| task | compared with | speedup (quartiles), or memory ratio | target |", "|---|---|---|---|"]
     for name, row in record["rows"].items():
         if name == "trainer":
             lines.append(
-                f"| {row['title']} | bare loop | {row['extra_milliseconds']:.2f} ms "
+                f"| {row['title']} | plain training loop | {row['extra_milliseconds']:.2f} ms "
                 f"({row['extra_low']:.2f} to {row['extra_high']:.2f}); "
-                f"the monitor {100 * row['monitor_share']:.1f} % | "
-                f"{row['aim_milliseconds']:g} ms, 2 % of 50 ms |"
+                f"monitor: {100 * row['monitor_share']:.1f} % of the training time | "
+                f"{row['aim_milliseconds']:g} ms, which is 2 % of a 50 ms step |"
             )
             continue
         lines.append(
@@ -55,7 +55,7 @@ def table(record: dict[str, Any]) -> str:
         )
         if "memory_ratio" in row:
             lines.append(
-                f"| its memory at the peak | {row['peer']} | 1/{number(row['memory_ratio'])} "
+                f"| peak memory of the row above | {row['peer']} | 1/{number(row['memory_ratio'])} "
                 f"({row['ours_mib']:.0f} against {row['peer_mib']:.0f} MiB) | 1/{row['memory_aim']:g} |"
             )
     machine = record["machine"]
@@ -69,11 +69,11 @@ def number(value: float) -> str:
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
-    """Draw one bar per row on a logarithmic axis, with a mark at its aim."""
+    """Draw one bar per row on a logarithmic axis, with a mark at its target."""
     from matplotlib.figure import Figure
 
     rows = [row for row in reversed(list(record["rows"].values())) if "ratio" in row]
-    figure = Figure(figsize=(9, 0.34 * len(rows) + 1.1), layout="constrained")
+    figure = Figure(figsize=(10.5, 0.34 * len(rows) + 1.1), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         ratio, low, high, aim = row["ratio"], row["ratio_low"], row["ratio_high"], row["aim"]
@@ -90,7 +90,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
     ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if tick >= least]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("times faster than the other library; vertical mark: aim")
+    axes.set_xlabel("speed relative to the other library; vertical mark: target")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(file, dpi=110)

@@ -132,7 +132,7 @@ _MULTI = ViewPreset(interpolation="bicubic", **MULTI_CROP)
 ROWS = [
     Row(
         "views_32",
-        "SimCLR views, 32 px, exact, bilinear, a core",
+        "SimCLR views, 32 px, bilinear, one core",
         "lightly",
         7,
         small(_SINGLE),
@@ -142,7 +142,7 @@ ROWS = [
     ),
     Row(
         "views_32_bicubic",
-        "the same, bicubic",
+        "SimCLR views, 32 px, bicubic, one core",
         "lightly",
         5,
         small(ViewPreset(size=32, interpolation="bicubic")),
@@ -152,7 +152,7 @@ ROWS = [
     ),
     Row(
         "views_64_to_32",
-        "the same from 64 px, which shrinks",
+        "SimCLR views, 64 px images resized to 32 px, one core",
         "lightly",
         5,
         small(_SINGLE, side=64),
@@ -162,7 +162,7 @@ ROWS = [
     ),
     Row(
         "views_224",
-        "SimCLR views, 224 px, from JPEG, all on a core",
+        "SimCLR views, 224 px, decoding and augmentation on one core",
         "lightly",
         2,
         photos(SIMCLR, multi_crop=False, crops_only=False),
@@ -171,7 +171,7 @@ ROWS = [
     ),
     Row(
         "crops_224",
-        "SimCLR views, 224 px, from JPEG, uint8 crops alone",
+        "SimCLR views, 224 px, decoding and uint8 crops only",
         "lightly",
         5,
         photos(SIMCLR, multi_crop=False, crops_only=True),
@@ -180,7 +180,7 @@ ROWS = [
     ),
     Row(
         "views_multi_crop",
-        "2 x 224 + 8 x 96 px from JPEG, all on a core",
+        "multi-crop, 2 x 224 + 8 x 96 px, decoding and augmentation on one core",
         "lightly",
         2.5,
         photos(_MULTI, multi_crop=True, crops_only=False),
@@ -189,7 +189,7 @@ ROWS = [
     ),
     Row(
         "crops_multi_crop",
-        "2 x 224 + 8 x 96 px from JPEG, uint8 crops alone",
+        "multi-crop, 2 x 224 + 8 x 96 px, decoding and uint8 crops only",
         "lightly",
         8,
         photos(_MULTI, multi_crop=True, crops_only=True),
@@ -198,8 +198,8 @@ ROWS = [
     ),
     Row(
         "loader",
-        "CIFAR-10-like Parquet to batches of views, a core",
-        "per item with lightly's transform",
+        "loader: CIFAR-10-sized images in Parquet to batches of views, one core",
+        "loader that applies lightly's transform to each image",
         7,
         loader,
         "image",
