@@ -117,11 +117,11 @@ def test_a_whole_section_can_be_replaced() -> None:
 
 def test_the_encoder_follows_data_and_views() -> None:
     backbone = "backbone={model_type: vit, patch_size: 4, hidden_size: 24, num_hidden_layers: 1}"
-    grey = ("data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
-    config = load(SMOKE, backbone, *grey).backbone_config()
+    gray = ("data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
+    config = load(SMOKE, backbone, *gray).backbone_config()
     assert (config.num_channels, config.image_size) == (1, 16)
     timm = pytest.importorskip("timm") and "backbone={model_type: timm_wrapper, architecture: resnet10t}"
-    assert load(SMOKE, timm, *grey).backbone["model_args"] == {"in_chans": 1}
+    assert load(SMOKE, timm, *gray).backbone["model_args"] == {"in_chans": 1}
     assert "model_args" not in load(SMOKE, timm).backbone
 
 
@@ -146,6 +146,11 @@ def test_differences_are_what_the_defaults_are_not() -> None:
 def test_a_group_of_training_differs_by_its_own_keys() -> None:
     found = load(SMOKE, "training.lars.variant=larc", "training.lars.clip=false").differences()
     assert {key: value for key, value in found.items() if "lars" in key} == {"training.lars.variant": "larc"}
+
+
+def test_a_difference_in_some_views_contains_only_the_keys_that_are_set() -> None:
+    found = load(SMOKE, "views.second={solarize: 0.2}").differences()
+    assert found["views.second"] == {"solarize": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,9 @@ def limitations(facts: Facts) -> list[str]:
     sentences = []
     if monitor["alarm"] is not None:
         sentences.append(f"**The collapse alarm was raised**: {monitor['alarm']}.")
-    sentences.append(f"One run with seed {training['seed']}: the variation over seeds is unknown.")
+    sentences.append(
+        f"The results come from one run with seed {training['seed']}. The variance over seeds is unknown."
+    )
     if evaluation is None:
         sentences.append(f"The encoder was not evaluated after training: {facts['unmeasured']}.")
     else:

@@ -145,7 +145,7 @@ def evaluate_pixels(config: EvaluationConfig, train: LabeledData, test: LabeledD
     )
     result["seconds"] = seconds | result["seconds"]
     side = config.raw_pixel_size
-    result["protocol"]["features"] = f"pixels at {side} x {side}, each image's own mean removed"
+    result["protocol"]["features"] = f"images resized to {side} x {side} pixels, minus the mean of each image"
     return result
 
 

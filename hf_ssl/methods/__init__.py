@@ -91,21 +91,21 @@ METHODS: dict[str, Method] = {
         config="hf_ssl.methods.vicreg.configuration_vicreg:VICRegConfig",
         model="hf_ssl.methods.vicreg.modeling_vicreg:VICRegForPreTraining",
         paper="Bardes et al., 2021, arXiv:2105.04906",
-        summary="Views become similar, each dimension keeps its variance, and covariances approach zero.",
+        summary="Views become similar, each dimension keeps a minimum variance, covariances approach zero.",
     ),
     "swav": Method(
         title="SwAV",
         config="hf_ssl.methods.swav.configuration_swav:SwAVConfig",
         model="hf_ssl.methods.swav.modeling_swav:SwAVForPreTraining",
         paper="Caron et al., 2020, arXiv:2006.09882",
-        summary="Each view predicts the prototype assignments of another view; supports multi-crop.",
+        summary="Each view predicts the prototype assignments of another view; multi-crop is supported.",
     ),
     "dino": Method(
         title="DINO",
         config="hf_ssl.methods.dino.configuration_dino:DINOConfig",
         model="hf_ssl.methods.dino.modeling_dino:DINOForPreTraining",
         paper="Caron et al., 2021, arXiv:2104.14294",
-        summary="Each view predicts a momentum teacher's outputs for another view; supports multi-crop.",
+        summary="Each view predicts a momentum teacher's outputs for another view; multi-crop is supported.",
     ),
     "deepcluster_v2": Method(
         title="DeepCluster v2",
@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
         config="hf_ssl.methods.ijepa.configuration_ijepa:IJEPAConfig",
         model="hf_ssl.methods.ijepa.modeling_ijepa:IJEPAForPreTraining",
         paper="Assran et al., 2023, arXiv:2301.08243",
-        summary="A predictor predicts a teacher's features of target blocks from the other patches.",
+        summary="A predictor predicts a teacher's features of hidden blocks from the visible patches.",
     ),
     "triplet": Method(
         title="Triplet",

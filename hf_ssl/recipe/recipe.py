@@ -78,7 +78,7 @@ class Recipe:
         backbone: `model_type` and fields of that transformers config, or `init_from`, a trained encoder. If
             the config has `num_channels` and `image_size`, they follow from `data.channels` and the views.
         training: arguments of `SSLTrainingArguments`, which always include `output_dir`.
-        overrides: the overrides `section.key=value` of the file.
+        overrides: the overrides `section.key=value` from the command line.
     """
 
     name: str
@@ -194,8 +194,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides: `section.key=value` with a value in YAML. `section={key: value}` replaces a whole section.
 
     Raises:
-        UserError: the recipe cannot be found or read. Or a key is unknown or missing, a value has a wrong
-            type, or values contradict each other.
+        UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
+            or values contradict each other.
     """
     from hf_ssl.trainer.arguments import SSLTrainingArguments
 
@@ -310,5 +310,10 @@ def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> 
         if isinstance(default, dict) and isinstance(value, dict) and value.keys() <= default.keys():
             found |= _differing(value, default, f"{where}.{key}")
         elif key not in defaults or value != default:
-            found[f"{where}.{key}"] = value
+            set_values = isinstance(value, dict) and default is None
+            found[f"{where}.{key}"] = _without_none(value) if set_values else value
     return found
+
+
+def _without_none(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if value is not None}

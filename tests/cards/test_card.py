@@ -38,7 +38,7 @@ TEXTS = (
     "Python 3.11.7, torch 2.15.0",
     "| views.mean | `[0.49, 0.48, 0.45]` |",
     "| projection_size | `128` |",
-    "One run with seed 3",
+    "one run with seed 3",
     "not evaluated: 100-NN: the bank has 80 images",
     "The collapse alarm was not raised",
     "arXiv:2002.05709",

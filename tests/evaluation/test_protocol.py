@@ -118,7 +118,7 @@ def test_raw_digits_are_a_strong_baseline(digits) -> None:
     )
     assert result["knn"]["accuracy"] > 0.95
     assert result["linear"] is None and "linear" not in result["protocol"]
-    assert result["protocol"]["features"] == "pixels at 8 x 8, each image's own mean removed"
+    assert result["protocol"]["features"] == "images resized to 8 x 8 pixels, minus the mean of each image"
 
 
 def test_headline_follows_the_settings(digits) -> None:
