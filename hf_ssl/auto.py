@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers the methods with transformers, whose Auto classes then load their models: `import hf_ssl.auto`.
+"""Registers the models of all methods with the Auto classes of transformers when it is imported.
 
 The configuration file and the modeling file of each method end with a line that registers its class. This
 module imports these files. The trainer and the commands import this module.

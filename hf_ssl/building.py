@@ -84,7 +84,8 @@ def build_trainer(
     Args:
         recipe: the recipe of the run.
         args: the result of `recipe.training_arguments()`. This function sets every value that is `auto`. It
-            also reduces a batch size or a monitor that is too large for the machine.
+            also reduces the batch size and the number of monitor images if they are too large for the
+            machine.
         callbacks: further transformers callbacks.
         stored: the choices of the earlier part of the run, possibly {}; None for a new run.
 
@@ -98,7 +99,7 @@ def build_trainer(
         raise UserError(f"data.path: expected at least 2 images in {source.description}, got 1")
     stored = from_first_process(stored)
     if stored is not None:
-        # Only the settings of the monitor may differ from the earlier part of the run (hf_ssl.output_folder).
+        # The user may change the settings of the monitor. All other stored choices stay the same.
         overridden = {
             key for key in stored if key.startswith("training.monitor_") and recipe.is_overridden(key)
         }
@@ -165,7 +166,7 @@ def labeled_splits(
 def open_splits(
     data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Return the same as `labeled_splits`, from two sections of a recipe."""
+    """Return the labeled images of the training split and the test split, from two sections of a recipe."""
     if evaluation.path is not None:
         data = replace(
             data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
@@ -187,7 +188,7 @@ def open_splits(
 def _choose_sizes(
     recipe: Recipe, args: SSLTrainingArguments, model: SSLPreTrainedModel, source: Source, *, labeled: bool
 ) -> Choices:
-    """Measure a step, choose the size of the batch and of the monitor, and return the choices.
+    """Measure a step, choose the batch size and the number of monitor images, and return the choices.
 
     A batch size that the user set on the command line does not change.
     """
@@ -218,7 +219,7 @@ def _choose_sizes(
     elif args.should_log and cost.needed_bytes(args) > free:
         logger.warning(
             "training.batch_size: %d images need about %.1f GiB, and %.1f GiB are free; "
-            "training.contrastive_chunk_size=32 or training.gradient_accumulation_steps need less",
+            "for less memory, set training.contrastive_chunk_size=32 or training.gradient_accumulation_steps",
             args.batch_size, cost.needed_bytes(args) / 2**30, free / 2**30,
         )  # fmt: skip
     if args.monitor_steps:

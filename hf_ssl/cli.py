@@ -82,8 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    demo = command("demo", _demo, "pretrain, evaluate and show an encoder of handwritten digits, offline")
-    demo.add_argument("--no-space", action="store_true", help="do not serve the Space that shows the encoder")
+    demo = command(
+        "demo", _demo, "pretrain, evaluate and demonstrate an encoder of handwritten digits, offline"
+    )
+    demo.add_argument(
+        "--no-space", action="store_true", help="do not serve the Space that demonstrates the encoder"
+    )
     demo.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
     )
@@ -96,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--resume",
         action="store_true",
-        help="stop if the output folder holds no checkpoint (by default, the run starts from step 0 then)",
+        help="report an error if the output folder contains no checkpoint (default: start at step 0 in this "
+        "case)",
     )
 
     evaluate = command("evaluate", _evaluate, "evaluate an encoder with k-NN and a linear probe")
@@ -151,9 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "--size",
         type=int,
-        help="shortest edge of the photo in pixels (default: the center square that the encoder expects)",
+        help="resize the shortest edge of the photo to this many pixels, without a crop (default: resize and "
+        "center crop as the image processor of the encoder does)",
     )
-    _add_space(command("space", _space_run, "build and serve a page that shows an encoder"))
+    _add_space(command("space", _space_run, "build and serve a page that demonstrates an encoder"))
 
     command("methods", _methods, "list the methods")
     command("recipes", _recipes, "list the recipes that come with hf_ssl")
@@ -163,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_space(space: argparse.ArgumentParser) -> None:
     """Add `hf-ssl space build` and `hf-ssl space run`."""
     verbs = space.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    summary = "embed a gallery and write a folder that runs here and on the Hub"
+    summary = "embed a gallery and write a Space that can be served on this machine and on the Hub"
     build = verbs.add_parser("build", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     build.add_argument(

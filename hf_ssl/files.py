@@ -108,7 +108,7 @@ def remove_incomplete(root: Path) -> None:
 def use_normal_permissions(folder: Path) -> None:
     """Give the weight files in a folder the permissions of the configuration file beside them.
 
-    safetensors (seen with 0.8.0) creates files that only their owner can read, whatever the umask says. Other
+    safetensors (seen with 0.8.0) creates files that only their owner can read, regardless of the umask. Other
     users of the machine and a web server then cannot load the encoder.
     """
     for weights in folder.rglob("*.safetensors"):

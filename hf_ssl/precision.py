@@ -35,8 +35,9 @@ def fastest_precision(device_type: str) -> Precision:
     """Return the fastest precision of the current device of this type.
 
     On CUDA, the compute capability determines the precision: bfloat16 from 8.0 on (Ampere), float16 from 7.0
-    on (Volta and Turing have no fast bfloat16), and float32 below. On other devices, this function measures
-    the forward and backward pass of a convolution and two linear layers, which takes a few milliseconds.
+    on, and float32 below. Volta and Turing (7.0 and 7.5) have no fast bfloat16. On other devices, this
+    function measures the forward and backward pass of a convolution and two linear layers, which takes a few
+    milliseconds.
     bfloat16 must be more than 1.2 times as fast as float32. A CPU without AVX512-BF16 or AMX needs 2 to 6
     times longer in bfloat16.
 

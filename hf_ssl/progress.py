@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows the progress of every operation that takes longer than two seconds, on standard error (layer 0)."""
+"""Shows the progress of operations that take longer than `DELAY` seconds, on standard error (layer 0)."""
 
 import sys
 import threading
@@ -59,9 +59,9 @@ def progress(description: str | None, total: int | None = None, *, unit: str = "
 def redrawn(bar: Any) -> Iterator[None]:
     """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds in a file.
 
-    Standard error may be closed, a closed pipe or a full disk. The bar then disappears and the block
-    continues. (tqdm, seen with 4.67, raises, and its `refresh` does not release the lock that all bars
-    share, so that the next update waits for ever.)
+    Writing to standard error fails if it is closed, if its pipe is closed, or if the disk is full. The bar
+    then disappears and the block continues. tqdm itself (seen with 4.67) would raise the error. Its `refresh`
+    would not release the lock that all bars share, so the next update would wait forever.
     """
     if bar.disable:  # also by the environment variable TQDM_DISABLE
         yield
@@ -75,7 +75,7 @@ def redrawn(bar: Any) -> Iterator[None]:
             bar.disable = True
             return False
 
-    # Not in a subclass: bars of another class have another lock and other places on the screen.
+    # This replaces a method instead of deriving a class: bars of a subclass have another lock and position.
     bar.display = draw_if_possible
     finished = threading.Event()
 

@@ -19,8 +19,8 @@ UInt64Array = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MASK = 0xFFFFFFFFFFFFFFFF
 FIRST_METHOD_NUMBER = 1 << 20
-"""The position of the first number of an image's stream for methods (masks, noise). The augmentation uses the
-numbers before it."""
+"""Position of the first random number that methods use (masks, noise) in the stream of an image. The
+augmentation uses the numbers before it."""
 
 
 def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: UInt64Array) -> UInt64Array:
@@ -64,7 +64,7 @@ def _absorb(state: UInt64Array, value: UInt64Array) -> UInt64Array:
 
 
 def _finalize(bits: UInt64Array) -> UInt64Array:
-    """Return a bijection of 64-bit numbers: each input bit flips about half of the output bits."""
+    """Return 64-bit hashes of the numbers (bijective): each input bit flips about half of the output bits."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))

@@ -41,7 +41,7 @@ PICTURES = {
 
 @dataclass
 class EvaluationOutcome:
-    """The results by encoder with the evaluated images, or the reason why there are none."""
+    """The evaluation results of each encoder and the evaluated images, or the reason for no evaluation."""
 
     results: dict[str, EncoderResult] = field(default_factory=dict)
     train: LabeledImages | None = None
@@ -86,7 +86,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
 
 
 def _chosen_batch_size(trainer: SSLTrainer) -> dict[str, Any]:
-    """Return the batch size that replaced the recipe's on this machine."""
+    """Return {"training.batch_size": size} if hf_ssl reduced the batch size on this machine, else {}."""
     key = "training.batch_size"
     return {key: trainer.choices[key]["value"]} if key in trainer.choices else {}
 

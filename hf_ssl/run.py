@@ -50,8 +50,9 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         callbacks: further transformers callbacks.
 
     Raises:
-        UserError: the recipe or the data contain a mistake, or the folder contains another run. Or the run
-            diverged, or it collapsed with `training.on_collapse=stop`.
+        UserError: the recipe or the data contain a mistake, or the folder contains another run. This error
+            is also raised for a loss that is not finite, and if `training.on_collapse=stop` or
+            `training.on_worse=stop` stopped the run.
         SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C, and a checkpoint was saved.
     """
     args = recipe.training_arguments()
@@ -206,7 +207,7 @@ def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
 
     Args:
         overrides: `section.key=value` for the recipe `demo`.
-        space: whether to serve a page that shows the encoder at the end, until Ctrl-C.
+        space: whether to serve a page that demonstrates the encoder at the end, until Ctrl-C.
     """
     recipe = load_recipe("demo", overrides)
     print("pretraining on 8 x 8 pixel handwritten digits that come with scikit-learn; no labels are used")

@@ -106,7 +106,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def online(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    """Lets this process talk to the test suite's Hub, as somebody who may write there, and never waits."""
+    """Connect this process to the local Hub server with a write token, and disable `time.sleep`."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

@@ -5,7 +5,7 @@ Importing torch and transformers takes seconds, so this process imports once and
 holds a list of groups; the runs of a group are the ranks of one process group and go at the same time,
 groups go one after another. A run is {"recipe": name, "overrides": [...], "kill_at": step or null,
 "weights": path or null}; with "curves": true it draws its curves, which takes longer than the rest of such a
-small run. A killed run gets SIGKILL, as by `kill -9`, right after an optimiser step; the others write their
+small run. A killed run gets SIGKILL, as by `kill -9`, right after an optimizer step; the others write their
 final weights and the history of their losses.
 """
 

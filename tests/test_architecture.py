@@ -267,7 +267,7 @@ def test_files_fit_in_a_head() -> None:
     assert long == {}
 
 
-def test_every_file_has_its_licence() -> None:
+def test_every_file_has_its_license() -> None:
     recipes = (ROOT / "training" / "recipes").rglob("*.yaml")
     files = [*python_files(), *recipes]
     assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n", 1)[0] != SPDX] == []

@@ -190,18 +190,18 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
     resized = F.interpolate(
         photo[None].float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
     )
-    mean, std = _normalisation(processor, photo.shape[0])
+    mean, std = _normalization(processor, photo.shape[0])
     return (resized.clamp(0, 255) / 255 - mean) / std
 
 
 def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
     """Return the RGB picture of normalized pixels (C, H, W)."""
-    mean, std = _normalisation(processor, pixels.shape[0])
+    mean, std = _normalization(processor, pixels.shape[0])
     shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def _normalisation(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
+def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
     if not processor.do_normalize:
         return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)

@@ -212,6 +212,7 @@ def _faiss() -> Any:
         import faiss  # optional extra
     except ImportError as error:
         raise UserError(
-            'gallery: expected faiss, got no such package; run pip install "hf_ssl[demo]"'
+            "gallery: expected faiss, got no such package; run "
+            'pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
         ) from error
     return faiss

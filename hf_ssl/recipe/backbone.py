@@ -32,10 +32,10 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
 
 
 def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPreset) -> dict[str, Any]:
-    """Return the section with the number of channels and the image size of the other sections.
+    """Return the section `backbone`, completed with channels and image size from `data` and `views`.
 
     Raises:
-        UserError: the section contains other values.
+        UserError: the section sets a different number of channels or image size.
     """
     if backbone["model_type"] == "timm_wrapper":
         arguments = {"in_chans": data.channels, **(backbone.get("model_args") or {})}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
-    """Build the encoder without memory, and run it on the shapes of the views.
+    """Check that the encoder can encode the views, by a forward pass on torch's meta device.
 
     Raises:
         UserError: the encoder cannot be built or cannot encode these views.

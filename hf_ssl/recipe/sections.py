@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts plain values to typed sections, and raises an error with one sentence for a mistake.
 
-OmegaConf checks our dataclasses, and `@strict` of transformers checks its configs. Their messages do not
-contain the key, the expected type and the given value. So this module checks one key at a time and writes the
-message itself.
+OmegaConf checks our dataclasses, and `@strict` of huggingface_hub checks the configs of transformers. Their
+messages do not contain the key, the expected type and the given value. So this module checks one key at a
+time and writes the message itself.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Yield the path, the value and the annotation of every value.
+    """Yield the path, the value and the type annotation of every field in `values`, also in nested ones.
 
     Raises:
         UserError: `cls` does not have a key.
@@ -166,7 +166,7 @@ def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: 
 def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
     """Return the names and annotations of the fields of a transformers config that a recipe may set.
 
-    The fields of every config (`PreTrainedConfig`) are not among them.
+    The result omits the fields that every config inherits from `PreTrainedConfig`.
     """
     from transformers import PreTrainedConfig
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building and serving of a Space that demonstrates an encoder (layer 5).
+"""Builds and serves a Space that demonstrates an encoder (layer 5).
 
 A Space is a folder that can run on any machine. The names below load at their first use, because serving
 needs no torch in this process.

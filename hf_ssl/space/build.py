@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building of the folder of a Space.
+"""Builds the folder of a Space.
 
 The folder contains the encoder, the gallery, the examples, and the page with the files that it needs. It does
 not depend on the machine that built it.
@@ -154,7 +154,10 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
 
 
 def _labels(images: LabeledImages) -> list[str] | None:
-    """Return the class name of each image after all images were read, or None without class names."""
+    """Return the class name of each readable image, or None without class names.
+
+    This decodes all images, unless they were read before.
+    """
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving of a Space on this machine in a separate process, as on the Hub."""
+"""Serves a Space on this machine, in a separate process that runs the same `app.py` as the Hub."""
 
 import os
 import signal
@@ -24,7 +24,8 @@ def check_packages() -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f'space: expected {" and ".join(missing)}, which {verb} missing; run pip install "hf_ssl[demo]"'
+            f"space: expected {' and '.join(missing)}, which {verb} missing; "
+            'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
         )
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training (layer 4): arguments, the Trainer, its monitor, optimisers."""
+"""Trains a method (layer 4): arguments, trainer, monitor, optimizers, checkpoints."""

@@ -39,7 +39,7 @@ class SSLTrainingArguments(TrainingArguments):
         momentum: momentum of SGD and LARS.
         nesterov: deprecated, without a replacement. True selects Nesterov momentum for SGD.
         weight_decay_end: if set, weight decay changes from `weight_decay` to this value along half a cosine
-            over the whole run (DINO, I-JEPA). Parameters without weight decay do not change.
+            over the whole run (DINO, I-JEPA). The weight decay of parameters without weight decay stays 0.
         decay_all_parameters: whether weight decay also applies to biases, normalization layers and tokens.
             Authors who use plain SGD do this.
         clip_each_tensor: the largest norm of the gradient of each parameter (DINO); 0 disables clipping.
@@ -61,8 +61,9 @@ class SSLTrainingArguments(TrainingArguments):
             the next block (layer-wise decay of BEiT). It is meant for trained backbones.
         head_warmup_epochs: epochs in which the backbone is frozen and only the heads are trained. The
             BatchNorm statistics of the backbone still change.
-        on_worse: `warn` or `stop`, if a run that started from a trained backbone has worse features.
-        on_collapse: `warn` or `stop`, if the monitor finds that the embeddings have collapsed.
+        on_worse: what happens if the features of a run from a trained backbone become worse than at its
+            start: `warn` or `stop`.
+        on_collapse: what happens if the monitor finds that the embeddings have collapsed: `warn` or `stop`.
     """
 
     # These defaults differ from those of transformers. The comments give the reasons.

@@ -42,7 +42,9 @@ def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_ste
 
 
 def clip_each(gradients: list[Tensor], maximum: float) -> None:
-    """Scale each gradient down to the norm `maximum` if its norm is larger. Do not wait for the device.
+    """Scale each gradient down to the norm `maximum` if its norm is larger.
+
+    This function does not synchronize with the device.
 
     Source: facebookresearch/dino, which clips the gradient of each parameter separately.
     """
@@ -85,7 +87,7 @@ class MethodHooks(TrainerCallback):
         self.frozen_until = [(step, parameters[name]) for name, step in until.items() if step]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        # Not on_epoch_begin, which transformers also calls when a run resumes in the middle of an epoch.
+        # on_epoch_begin is unsuitable: transformers also calls it if a run resumes in the middle of an epoch.
         if state.global_step % self.steps_per_epoch == 0:
             self.model.before_epoch(self._progress(state))
         self.model.before_step(self._progress(state))

@@ -27,8 +27,8 @@ from hf_ssl.trainer.logs import Stopwatch
 class CheckpointTrainer(Trainer):
     """The part of `SSLTrainer` that saves and loads checkpoints.
 
-    A checkpoint is written to a folder beside its final place, which is then renamed. So a killed process
-    leaves complete checkpoints only.
+    The trainer writes a checkpoint to a temporary folder and renames this folder at the end. So a killed
+    process leaves only complete checkpoints.
 
     Attributes:
         stopwatch: the time of training.
@@ -112,7 +112,7 @@ class CheckpointTrainer(Trainer):
     def load_finished(self, checkpoint: Path) -> None:
         """Load the weights and the state of a finished run."""
         self._load_from_checkpoint(str(checkpoint))
-        self.resumed -= 1  # nothing is trained
+        self.resumed -= 1  # loading counted a resumed run, but no training follows
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -152,8 +152,8 @@ def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: expected a readable file {path.name}, got none; remove the "
-            "checkpoint, and the run resumes from the one before it"
+            f"checkpoint {checkpoint}: expected a file {path.name} with JSON, got {type(error).__name__}; "
+            "remove the checkpoint, and the run resumes from the one before it"
         ) from error
 
 
@@ -166,8 +166,9 @@ def keep_loader_position() -> Iterator[None]:
     the images of `data.cache=device`, and it reads a stream from the beginning. Our loaders already have a
     start position, so the replaced function returns the loader unchanged.
 
-    `ignore_data_skip=True` would also avoid the call. But then the Trainer counts batches from the start of
-    the epoch, and does not find the shorter accumulation at its end.
+    `ignore_data_skip=True` would also avoid the call. But then the Trainer counts the first batch after the
+    checkpoint as the first batch of the epoch. So it would miss the shorter accumulation at the end of the
+    epoch.
     """
     original = transformers.trainer.skip_first_batches
     transformers.trainer.skip_first_batches = _return_unchanged

@@ -115,7 +115,7 @@ def _accelerator_module() -> Any:
 
 @contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Do not update the running statistics of BatchNorm in this block.
+    """Freeze the running statistics of BatchNorm inside the block.
 
     BatchNorm still normalizes with the statistics of the batch.
     """

@@ -86,7 +86,7 @@ class Stopwatch:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this process in GiB, on the accelerator if it trains there."""
+    """Return the peak memory of this process in GiB: GPU memory on CUDA, main memory otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
@@ -100,8 +100,8 @@ Panel = tuple[str, tuple[str, ...]]
 PANELS: tuple[Panel, ...] = (
     ("training loss", ("loss",)),
     ("k-NN accuracy while training", ("eval_knn",)),
-    ("dimensions in use", ("eval_rank_me", "eval_embedding_rank", "eval_predictor_rank")),
-    ("spread (1 isotropic, 0 collapsed)", ("eval_feature_std", "eval_embedding_std")),
+    ("effective rank", ("eval_rank_me", "eval_embedding_rank", "eval_predictor_rank")),
+    ("standard deviation (1 isotropic, 0 collapsed)", ("eval_feature_std", "eval_embedding_std")),
     ("alignment (0 perfect)", ("eval_alignment",)),
     ("uniformity (lower is more even)", ("eval_uniformity",)),
     ("learning rate", ("learning_rate",)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses precision, loader workers, batch size and monitor size for the machine of a run.
+"""Chooses precision, loader workers, batch size and monitor images for the machine of a run.
 
 A recipe states the settings of its paper, for the paper's machines. This module chooses the values that the
 user did not set. It uses the number of images, the device, its free memory and the measured time of a step.
@@ -31,7 +31,7 @@ MONITOR_IMAGES = 512
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 _STEP_MARGIN = 1.5
-"""For the parts of a step that the measurement does not contain: loading, objective and optimizer."""
+"""Factor for the parts of a step that the measurement does not contain: loading, objective and optimizer."""
 _FEWEST = {"images": 32, "bank": 100, "queries": 50}
 _MOST_WORKERS = 12
 
@@ -44,7 +44,10 @@ class Choice(TypedDict):
 
 
 Choices = dict[str, Choice]
-"""Maps a recipe key, e.g. "training.precision", to the choice."""
+"""Maps a recipe key, e.g. "training.precision", or "monitor.probe_images" to the choice.
+
+The second key means the training images of the monitor. It has an old name, because `_run.json` stores it.
+"""
 
 
 def choose_precision(args: SSLTrainingArguments) -> Choices:
@@ -77,7 +80,8 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     on_cpu = args.device.type == "cpu"
     most = (0 if small else 2) if on_cpu else (2 if small else _MOST_WORKERS)
     number = min(most, cores - 1)
-    reason = f"{'small' if small else 'large'} images, {cores} cores{', which also train' if on_cpu else ''}"
+    use = ", which training also uses" if on_cpu else ""
+    reason = f"{'small' if small else 'large'} images, {cores} cores{use}"
     choice = from_first_process(Choice(value=max(0, number), reason=reason))
     args.dataloader_num_workers = choice["value"]
     return {"training.dataloader_num_workers": choice}

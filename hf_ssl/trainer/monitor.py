@@ -30,7 +30,7 @@ class KNNClassifier:
     """A k-NN classifier on frozen features of labeled images.
 
     Attributes:
-        bank: images of the memory bank, whose labels predict the class of a query.
+        bank: labeled training images of the classifier. Their labels predict the class of a query.
         queries: images that are classified.
         processor: image processor of the exported encoder.
         neighbors: k. The neighbors are weighted with temperature 0.07.
@@ -60,7 +60,7 @@ class KNNClassifier:
 class Monitor:
     """Measures a model in evaluation mode.
 
-    A measurement changes neither weights and buffers nor the global random state.
+    A measurement does not change the weights, the buffers or the global random state.
 
     Args:
         images: training images with fixed augmentation parameters.
@@ -118,7 +118,7 @@ class Monitor:
 
 
 class CollapseAlarm:
-    """Detects collapsed embeddings: a low standard deviation, a low rank, or a measurement of the method.
+    """Detects collapsed embeddings by a low standard deviation, rank or measurement of the method.
 
     The embeddings of a new network may be nearly collapsed and recover during training. The alarm is raised
     when two consecutive measurements after the start are low and the second is at most 1.2 times the first.

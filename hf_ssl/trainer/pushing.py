@@ -40,7 +40,8 @@ tags:
 
 # {name}
 
-This image encoder is in training with hf_ssl: step {step:,} of {steps:,}. The card follows at the end.
+This image encoder is in training with hf_ssl: step {step:,} of {steps:,}.
+A complete card replaces this text after training.
 """
 
 
@@ -51,8 +52,8 @@ class PushingTrainer(CheckpointTrainer):
     missing token is reported at once. `args.hub_strategy` selects when it publishes:
 
     - `end`: after training, by `push_to_hub` or `publish_output`.
-    - `every_save`: also at every checkpoint, in the background: the encoder, its image processor and the
-      method model.
+    - `every_save`: also at every checkpoint, in the background. These pushes contain the encoder, its image
+      processor, the method model and a short card.
 
     If an earlier push is still running, the next one is skipped, or queued with `args.hub_always_push`. A
     failed push is logged and does not stop the training. The strategies `checkpoint` and `all_checkpoints` of
@@ -166,7 +167,8 @@ class PushingTrainer(CheckpointTrainer):
     ) -> Published:
         """Publish `args.output_dir` as it is, after the running pushes.
 
-        A folder with `facts.json` is published as by `hf-ssl publish`, another one without the full card.
+        If the folder contains `facts.json`, this method publishes the same files as `hf-ssl publish`.
+        Otherwise, it publishes the encoder with a short card.
 
         Raises:
             UserError: the same errors as `publish`. The files of the run stay in their folder.
@@ -223,7 +225,7 @@ def _background(call: Callable[..., Any], *arguments: Any) -> Future:
 
 
 def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
-    """Update the repository, log an error, and delete the copies."""
+    """Update the repository and delete the copied files. An error is only logged."""
     disable_progress_bars()  # training shows its own
     try:
         with hub_errors(repo.repo_id, constants.ENDPOINT):

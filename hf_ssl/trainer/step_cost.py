@@ -60,9 +60,10 @@ def measure_step(
 ) -> StepCost:
     """Measure forward and backward passes of a copy of the model. The model itself does not change.
 
-    The number of images increases from 2. It stops when a pass takes 0.3 s, the whole batch is used, or more
-    images would not fit into memory. The measured pass is `embed` and its gradient. It excludes the
-    objective, which is cheap and depends on a state that training has not built yet.
+    The first measurement has 2 images, each further one up to four times as many. The loop ends in one of
+    three cases: a pass takes 0.3 s with at least 8 images (or 2 s), it has the whole batch, or more images
+    would not fit into memory. The measured pass is `embed` and its gradient. It excludes the objective, which
+    is cheap and depends on a state that training has not built yet.
 
     Args:
         model: the model of a method.

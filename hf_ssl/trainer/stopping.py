@@ -63,7 +63,7 @@ class StopOnSignal(TrainerCallback):
         if self._interruptible:
             self._interruptible = False
             raise Interrupted
-        with suppress(OSError):  # not print: a handler may interrupt a print
+        with suppress(OSError):  # os.write instead of print, because the signal may interrupt a print
             os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops immediately\n")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

@@ -372,7 +372,7 @@ class SSLTrainer(PushingTrainer):
 def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
     """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
 
-    The result of the model does not change.
+    The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
     """
     if args.sync_batch_norm and args.world_size > 1:
         synchronize_batch_norm(model)

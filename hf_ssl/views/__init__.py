@@ -9,7 +9,8 @@ stages are pure functions of the pixels and the parameters. Nothing here depends
 `ViewPreset` contains the settings. A new augmentation goes into `hf_ssl/views/operations.py`.
 
 The names below are loaded at their first use, because recipes and configs need only `ViewPreset` and must not
-wait for torch. For the same reason, no module has the name of a function.
+wait for torch. No module has the same name as one of these functions, because the imported module would
+replace the function.
 """
 
 from typing import TYPE_CHECKING

@@ -26,7 +26,7 @@ class Crops:
     """The result of stage one: crops of the views' size in pixels, without flip and color changes."""
 
     global_crops: Tensor
-    """(B, V, C, S, S) uint8; the channels of a pixel are side by side in memory."""
+    """(B, V, C, S, S) uint8, channels last in memory."""
     local_crops: Tensor | None = None
 
     def __len__(self) -> int:
@@ -106,7 +106,8 @@ def crop_batch(
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        (N, C, size, size) float32 in [0, 1]. Bicubic values outside are clamped, as by torchvision for uint8.
+        (N, C, size, size) float32 in [0, 1]. Bicubic values outside this range are clamped, as torchvision
+        does for uint8.
     """
     count, channels, height, width = images.shape
     top, left, box_height, box_width = boxes.T
@@ -121,7 +122,7 @@ def crop_batch(
 def resampling_weights(
     start: Tensor, length: Tensor, flip: Tensor, side: int, size: int, interpolation: str
 ) -> Tensor:
-    """Return the weight of each input pixel in each output pixel, for boxes from `start`: (N, size, side).
+    """Return the weights of the input pixels in each output pixel along one axis: (N, size, side).
 
     The antialiasing is that of Pillow and torch: the filter is stretched by the factor by which the box
     shrinks. Pixels outside the box have weight 0, and the weights of an output pixel sum to 1. Where `flip`
@@ -130,8 +131,8 @@ def resampling_weights(
     Args:
         start, length: (N,) the box along this axis, in pixels.
         flip: (N,) 0 or 1.
-        side: of the input, in pixels.
-        size: of the output, in pixels.
+        side: side of the input in pixels.
+        size: side of the output in pixels.
         interpolation: "bilinear" or "bicubic".
     """
     scale = (length / size)[:, None, None]

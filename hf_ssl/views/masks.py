@@ -41,7 +41,7 @@ def block_size(
             number for both, the largest blocks are the tallest (authors' code).
         scale: smallest and largest fraction of the grid's patches.
         aspect_ratio: smallest and largest ratio of rows to columns.
-        grid: of the image.
+        grid: rows and columns of the image in patches.
         reach_edges: whether a block may be as tall or wide as the grid. Otherwise it is smaller.
     """
     patches = int(grid[0] * grid[1] * (scale[0] + number * (scale[1] - scale[0])))
@@ -73,9 +73,9 @@ def sample_multi_block_masks(
 
     Args:
         images: (B,) uint64, a seed for each image.
-        grid: of an image.
+        grid: rows and columns of the image in patches.
         target, context: the size of all target blocks and of all context blocks.
-        targets: M.
+        targets: number M of target blocks per image.
         minimum_patches: smallest number of patches in a context.
         reach_edges: whether blocks may touch the lower and right edges.
 

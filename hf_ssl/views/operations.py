@@ -9,7 +9,7 @@ A new augmentation needs three things:
 1. its settings in `ViewSettings` (`hf_ssl/views/preset.py`), with limits and with defaults that disable it;
 2. its function in this file, and an entry in `OPERATIONS`;
 3. its reference, such as torchvision's function, in `REFERENCES` (`tests/views/conftest.py`). The tests in
-   `tests/views/test_pipeline.py` set every probability, so they compare the function with its reference.
+   `tests/views/test_pipeline.py` set every probability above 0. So they also compare the new function.
 
 Legend: N views, C channels, H, W sides, S side of a square view, P = H * W pixels, R radius of the blur's
 kernel (its size is 2 R + 1).
@@ -76,7 +76,8 @@ def jitter_(
     jittered = starts[_NO_JITTER]
     if not jittered:
         return
-    # Each part except the hue mixes a pixel with black, the image's mean gray or its own gray. (4, N).
+    # Each part except the hue mixes a pixel with black, the image's mean gray or the pixel's own gray.
+    # The arrays below have shape (4, N).
     parts = JITTER_ORDERS[order[:jittered]].T
     factor = factors[np.arange(jittered), parts]
     of_pixel = np.where(parts == HUE, np.float32(1), factor)
@@ -207,11 +208,12 @@ def blur_(pixels: Tensor, sigma: Tensor, kernel_size: int) -> None:
 
 @lru_cache(maxsize=8)
 def _tiles(side: int, radius: int, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
-    """Return the bands of the (S, S) matrix that mirrors and sums a line, without its zeros.
+    """Return the nonzero tiles of the band matrix (S, S) that blurs a line with mirrored edges.
 
     Each tile consists of its output pixels, the input pixels that they depend on, and a count
-    (R + 1, outputs * inputs). The count says how often an output meets an input at distance 0 to R. The
-    weight of an input in an output is the sum over distances of that count times the weight of the distance.
+    (R + 1, outputs * inputs). The count is the number of times that an input pixel contributes to an output
+    pixel at distance 0 to R. The weight of an input in an output is the sum over distances of that count
+    times the weight of the distance.
     """
     counts = torch.zeros(radius + 1, side, side)
     output = torch.arange(side)
@@ -272,4 +274,4 @@ OPERATIONS = (
         ("solarize_threshold",),
     ),
 )
-"""In the order in which they run."""
+"""The operations after the color jitter, in the order in which `augment` applies them."""

@@ -39,8 +39,8 @@ _NUMBERS = max(operation.numbers.stop for operation in OPERATIONS)  # after thos
 class ViewParameters:
     """The augmentation parameters of a batch: one small table, which stays on the host.
 
-    `augment` reads on the host which samples an operation changes. Nothing has to wait for the device. The
-    few numbers that the device needs are copied together with the work.
+    `augment` reads on the host which samples an operation changes. The host does not wait for the device. The
+    few numbers that the device needs are copied with `non_blocking=True`.
     """
 
     preset: ViewPreset

@@ -137,7 +137,7 @@ def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: View
         source: (N / V, C, H, W) images, each for V rows of the table, or (N, C, S, S) crops.
         crop_here: whether `source` contains images.
         table: the augmentation parameters (N, columns).
-        settings: of one of the views; those of all views are equal in `_batch_settings`.
+        settings: the settings of one of the views. `_batch_settings` is equal for all of them.
     """
     sampled = dict(zip(COLUMNS, table.T, strict=True))
     order = sampled["order"].astype(np.int64)
@@ -164,8 +164,9 @@ def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: View
 def _sort_for_operations(sampled: dict[str, NDArray[np.float32]]) -> NDArray[np.int64]:
     """Return row numbers in an order in which the samples of each operation form few contiguous runs.
 
-    The samples of the second operation come first. Among them, those of the first operation come last, next
-    to those of the first operation alone. Within these groups, the other operations decide.
+    There are four groups, in this order: samples of the second operation only, of both operations, of the
+    first operation only, and of neither. Within a group, the parameters of the other operations determine the
+    order.
     """
     first, second, *others = (sampled[operation.parameter] > 0 for operation in OPERATIONS)
     return np.lexsort((*reversed(others), np.where(second, first, 3 - first)))
@@ -174,7 +175,7 @@ def _sort_for_operations(sampled: dict[str, NDArray[np.float32]]) -> NDArray[np.
 def _planes(crops: Tensor, flip: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
     """Return crops as float32 planes in [0, 1] (N, C, S, S), in the order `rows`, flipped where `flip` is 1.
 
-    The crops are uint8 (N, C, S, S) with the channels of a pixel side by side in memory.
+    The crops are uint8 (N, C, S, S), channels last in memory.
     """
     flipped_first = np.argsort(flip == 0, kind="stable")
     interleaved = crops.permute(0, 2, 3, 1).index_select(0, to_device(flipped_first, crops.device))

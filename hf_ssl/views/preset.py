@@ -61,8 +61,8 @@ def _range(default: tuple[float, float], meaning: str, largest: float = LARGEST)
 class ViewSettings:
     """The settings of one view.
 
-    `jitter`, `gray`, `blur` and the like are probabilities. The strengths of the color jitter are those of
-    torchvision: `brightness=0.8` samples a factor from [0.2, 1.8].
+    `flip`, `jitter`, `gray`, `blur` and `solarize` are probabilities. The strengths of the color jitter are
+    those of torchvision: `brightness=0.8` samples a factor from [0.2, 1.8].
     """
 
     size: int = _whole(224)
@@ -93,7 +93,7 @@ class ViewSettings:
     blur_kernel: int | None = _setting(
         None, "an odd number of pixels of at least 1", lambda value: _is_whole(value) and value % 2 == 1
     )
-    """Pixels. None stands for 2 * (size // 20) + 1 and at least 3, as in the code of SimCLR's author."""
+    """Side of the kernel in pixels. None selects max(3, 2 * (size // 20) + 1), as in the code of SimCLR."""
     solarize: float = _probability(0.0)
     """The probability of the solarization."""
     solarize_threshold: float = _setting(
@@ -133,7 +133,7 @@ class ViewPreset(ViewSettings):
     local: ViewOverrides | None = None
     """Settings of the local views (multi-crop). `count` is required, the others are inherited."""
     enlarge: int | None = None
-    """The side to which global views are enlarged at the end (bilinear); local views by the same factor."""
+    """Side to which global views are enlarged at the end (bilinear). Local views have the same factor."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -216,7 +216,7 @@ def _filled(preset: ViewPreset, overrides: ViewOverrides | None) -> ViewSettings
 def _check_overrides(preset: ViewPreset) -> None:
     if preset.second is not None:
         if preset.second.count is not None:
-            _fail("views.second.count", "null (it is every second global view)", preset.second.count)
+            _fail("views.second.count", "null, as it is for every second global view", preset.second.count)
         if preset.second.size not in (None, preset.size):
             expected = f"views.size, {preset.size}, because global views are one tensor"
             _fail("views.second.size", expected, preset.second.size)
@@ -241,7 +241,7 @@ def _check_settings(
         if not item.metadata["holds"](getattr(settings, item.name)):
             fail(item.name, item.metadata["expected"])
     if settings.blur and settings.blur_kernel_size // 2 >= settings.size:
-        fail("blur_kernel", f"less than {2 * settings.size} (twice the view), because edges are mirrored")
+        fail("blur_kernel", f"less than {2 * settings.size}, twice the view size, because edges are mirrored")
     if channels == 3:
         return
     strengths = [name for name in COLOR_STRENGTHS if settings.jitter and getattr(settings, name)]

@@ -59,7 +59,7 @@ GOOD = {
     "webp": (encoded(noise(), "WEBP"), (30, 40)),
     "bmp": (encoded(noise(), "BMP"), (30, 40)),
     "tiff": (encoded(noise(), "TIFF"), (30, 40)),
-    "grey": (encoded(noise("L"), "PNG"), (30, 40)),
+    "gray": (encoded(noise("L"), "PNG"), (30, 40)),
     "palette": (encoded(noise("P"), "PNG"), (30, 40)),
     "cmyk": (encoded(noise("CMYK"), "JPEG"), (30, 40)),
     "transparent": (encoded(noise("RGBA"), "PNG"), (30, 40)),

@@ -122,7 +122,7 @@ def test_planted_attention_is_found() -> None:
     )  # fmt: skip
     model = ViTModel(config)
     wanted = torch.softmax(torch.randn(tokens, generator=torch.Generator().manual_seed(3)), dim=0)
-    spread = 1 / math.sqrt((1 - 1 / tokens) / tokens + config.layer_norm_eps)  # of a one-hot row, normalised
+    spread = 1 / math.sqrt((1 - 1 / tokens) / tokens + config.layer_norm_eps)  # of a one-hot row, normalized
     attention = model.layers[0].attention
     with torch.no_grad():
         model.embeddings.cls_token.zero_()

@@ -16,9 +16,9 @@ from hf_ssl.evaluation.knn import nearest
 
 def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (images,), generator=generator)
-    return centres[labels] + 1.5 * torch.randn(images, width, generator=generator), labels
+    return centers[labels] + 1.5 * torch.randn(images, width, generator=generator), labels
 
 
 def at_cosine(cosine: float) -> list[float]:

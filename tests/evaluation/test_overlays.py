@@ -66,15 +66,15 @@ def test_a_size_keeps_the_whole_photo() -> None:
 
 
 def test_overlays_are_blended_colors() -> None:
-    grey = Image.new("RGB", (8, 4), (100, 100, 100))
+    gray = Image.new("RGB", (8, 4), (100, 100, 100))
     values = torch.tensor([[2.0, 3.0]])
-    shown = np.asarray(overlay(grey, values, opacity=0.5, smooth=False, colors="viridis")).astype(float)
+    shown = np.asarray(overlay(gray, values, opacity=0.5, smooth=False, colors="viridis")).astype(float)
     low, high = (np.array(matplotlib.colormaps["viridis"](value)[:3]) * 255 for value in (0.0, 1.0))
     assert np.abs(shown[:, :4] - (low + 100) / 2).max() <= 1.5
     assert np.abs(shown[:, 4:] - (high + 100) / 2).max() <= 1.5
-    smooth = np.asarray(overlay(grey, values, opacity=1.0)).astype(float).sum(axis=2)
+    smooth = np.asarray(overlay(gray, values, opacity=1.0)).astype(float).sum(axis=2)
     assert (np.diff(smooth[0]) >= -2).all() and len(np.unique(smooth[0])) > 3
-    assert np.isfinite(np.asarray(overlay(grey, torch.ones(2, 2)))).all()  # a map of one value
+    assert np.isfinite(np.asarray(overlay(gray, torch.ones(2, 2)))).all()  # a map of one value
 
 
 def test_spotlight_darkens_the_rest() -> None:

@@ -97,7 +97,7 @@ def test_a_damaged_gallery_is_named(tmp_path: Path) -> None:
 
 def test_without_faiss_a_sentence_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    sentence = mentions("faiss", 'pip install "hf_ssl[demo]"')
+    sentence = mentions("faiss", 'pip install -c constraints.txt ".[demo]"')
     with pytest.raises(UserError, match=sentence):
         build_gallery(features(2), [b"", b""])
     with pytest.raises(UserError, match=sentence):

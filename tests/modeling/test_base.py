@@ -39,7 +39,7 @@ class TaughtModel(SSLPreTrainedModel):
 
 
 @pytest.mark.parametrize("backbone", [RESNET, VIT])
-def test_teachers_are_copied_after_initialisation_and_frozen_again_after_loading(backbone, tmp_path):
+def test_teachers_are_copied_after_initialization_and_frozen_again_after_loading(backbone, tmp_path):
     model = TaughtModel(SSLConfig(backbone_config=backbone))
     assert all(map(torch.equal, model.teacher.state_dict().values(), model.backbone.state_dict().values()))
     with torch.no_grad():

@@ -35,7 +35,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_packages()
     without(monkeypatch, "gradio")
-    with pytest.raises(UserError, match=mentions("gradio", 'pip install "hf_ssl[demo]"')):
+    with pytest.raises(UserError, match=mentions("gradio", 'pip install -c constraints.txt ".[demo]"')):
         run_space(fake_space(tmp_path / "space", ""))
     without(monkeypatch, "gradio", "faiss")
     with pytest.raises(UserError, match=mentions("gradio", "faiss")):
@@ -109,7 +109,7 @@ def test_the_demo_ends_well_without_the_packages(
 ) -> None:
     without(monkeypatch, "gradio")
     serve_digits(tmp_path, DataConfig(path="digits"), "test")
-    assert 'pip install "hf_ssl[demo]"' in capsys.readouterr().out
+    assert 'pip install -c constraints.txt ".[demo]"' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -100,7 +100,7 @@ def drawing(objective, embeddings):
 
 @pytest.mark.parametrize("backbone", [VIT % 0.3, None], ids=["dropout", "batch-norm"])
 def test_random_draws_and_statistics_are_those_of_the_chunks(backbone, loaded):
-    """Dropout is drawn once and replayed; BatchNorm normalises a chunk with its own statistics, in both
+    """Dropout is drawn once and replayed; BatchNorm normalizes a chunk with its own statistics, in both
     passes, and counts it once."""
     whole, chunked = (build("simclr", backbone, batch_norm=True) for _ in range(2))
     for model in (whole, chunked):  # a loss that draws, after the embeddings
