@@ -7,8 +7,8 @@
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
 from hf_ssl.methods import METHODS as METHODS
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.errors import UserError as UserError

@@ -117,7 +117,6 @@ def build_trainer(
         if "training.monitor_bank_images" in chosen and knn is not None:
             knn = _knn_classifier(recipe, args)
         choices |= chosen
-    check_batch_size(args, source.num_rows, source.description)
     _check_images(recipe, args, source)
     monitor = None
     if args.monitor_steps:
@@ -150,23 +149,21 @@ def load_monitor_images(
     return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
 
 
-def labeled_splits(
-    recipe: Recipe, max_train: int | None = None, max_test: int | None = None
+def open_labeled_splits(
+    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the training split and the test split for the evaluation.
 
-    They come from the training data unless the recipe sets `evaluation.path`.
+    They come from the training data unless `evaluation.path` is set.
+
+    Args:
+        data: the section `data` of a recipe.
+        evaluation: the section `evaluation`.
+        max_train, max_test: largest numbers of images; None for all images.
 
     Raises:
         UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
     """
-    return open_splits(recipe.data, recipe.evaluation, max_train, max_test)
-
-
-def open_splits(
-    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
-) -> tuple[LabeledImages, LabeledImages]:
-    """Return the labeled images of the training split and the test split, from two sections of a recipe."""
     if evaluation.path is not None:
         data = replace(
             data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
@@ -237,7 +234,9 @@ def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) ->
 def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier | None:
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
     try:
-        bank, queries = labeled_splits(recipe, args.monitor_bank_images, args.monitor_query_images)
+        bank, queries = open_labeled_splits(
+            recipe.data, recipe.evaluation, args.monitor_bank_images, args.monitor_query_images
+        )
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None

@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
 from hf_ssl.files import disk_errors_as_user_errors, remove_incomplete, write_json
+from hf_ssl.names import with_current_keys
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.lars import LARSConfig
@@ -109,7 +110,7 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The
     defaults were float32 and 0. If the current recipe has `auto`, the run keeps its earlier values.
     """
-    run = {**run, "training": _with_current_names(run.get("training", {}))}
+    run = {**run, "training": _with_lars_group(with_current_keys(run.get("training", {})))}
     if _CHOICES in run:
         return run
     had, given = dict(run["training"]), now["training"]
@@ -129,9 +130,8 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     return {**run, "training": had, _CHOICES: choices}
 
 
-def _with_current_names(training: dict[str, Any]) -> dict[str, Any]:
-    """Return training arguments of an older version with the current names and the group `lars`."""
-    training = {key.replace("neighbours", "neighbors"): value for key, value in training.items()}
+def _with_lars_group(training: dict[str, Any]) -> dict[str, Any]:
+    """Return training arguments of an older version, which had `lars_variant`, with the group `lars`."""
     old = {key for key in training if key.startswith("lars_")}
     if not old:
         return training

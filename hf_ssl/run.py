@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.building import build_model, build_trainer, draw_pictures, labeled_splits, open_splits
+from hf_ssl.building import build_model, build_trainer, draw_pictures, open_labeled_splits
 from hf_ssl.cards import append_result, write_card, write_facts
 from hf_ssl.cards.text import terminal_text
 from hf_ssl.data import DataConfig
@@ -123,7 +123,7 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
     if not trainer.args.should_save:
         return {}
     folder = Path(recipe.training["output_dir"])
-    measured = measure(recipe, trainer, folder)
+    measured = evaluate_run(recipe, trainer, folder)
     with progress("writing the card"):
         facts = collect_facts(recipe, trainer, measured)
         write_facts(folder, facts)
@@ -137,14 +137,17 @@ def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
     return dict(facts)
 
 
-def measure(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
+def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
     """Evaluate the exported encoder in `folder`, the encoder before training, and raw pixels.
 
     Without labeled images, log a warning and return the reason.
     """
     try:
-        train_images, test_images = labeled_splits(
-            recipe, recipe.evaluation.max_train_images, recipe.evaluation.max_test_images
+        train_images, test_images = open_labeled_splits(
+            recipe.data,
+            recipe.evaluation,
+            recipe.evaluation.max_train_images,
+            recipe.evaluation.max_test_images,
         )
     except UserError as error:
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
@@ -188,7 +191,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     transformers_logging.disable_progress_bar()
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
-    splits = open_splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
+    splits = open_labeled_splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
     measured = evaluate_encoder(
         encoder, processor, evaluation, *splits, device=fastest_device(), description=model
     )

@@ -36,7 +36,7 @@ LAYERS = {
     "hf_ssl.evaluation": 1,
     "hf_ssl.methods": 2,
     "hf_ssl.auto": 2,
-    "hf_ssl.lazy": 0,
+    "hf_ssl.names": 0,
     "hf_ssl.cards": 3,
     "hf_ssl.hub": 3,
     "hf_ssl.trainer": 4,

@@ -6,7 +6,7 @@ The names below are loaded when they are first used.
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.cards.card import write_card

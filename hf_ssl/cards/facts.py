@@ -31,6 +31,7 @@ from hf_ssl.cards.privacy import public
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult
 from hf_ssl.files import read_json, write_json
+from hf_ssl.names import with_current_keys
 
 FILE = "facts.json"
 
@@ -273,22 +274,7 @@ def read_facts(directory: str | Path) -> Facts:
     Raises:
         UserError: the file is missing, is not JSON, or lacks a fact.
     """
-    return check_facts(with_current_names(read_json(Path(directory) / FILE)))
-
-
-_RENAMED = {
-    "neighbours": "neighbors",
-    "evaluation.neighbours": "evaluation.neighbors",
-    "monitor_neighbours": "monitor_neighbors",
-    "training.monitor_neighbours": "training.monitor_neighbors",
-}
-
-
-def with_current_names(value: Any) -> Any:
-    """Return facts of an older version, or a part of them, with the current names of results and keys."""
-    if isinstance(value, dict):
-        return {_RENAMED.get(key, key): with_current_names(item) for key, item in value.items()}
-    return [with_current_names(item) for item in value] if isinstance(value, list) else value
+    return check_facts(with_current_keys(read_json(Path(directory) / FILE)))
 
 
 PACKAGES = (

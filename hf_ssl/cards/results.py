@@ -8,9 +8,10 @@ from typing import Any
 
 from huggingface_hub.utils import WeakFileLock
 
-from hf_ssl.cards.facts import Facts, public_facts, with_current_names
+from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, write_json
+from hf_ssl.names import with_current_keys
 
 _BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model")
 
@@ -33,7 +34,7 @@ def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Pa
     # The lock file is in the temporary folder, so that the results folder contains only results.
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with WeakFileLock(Path(tempfile.gettempdir()) / f"hf_ssl-{name}.lock"):
-        entries = with_current_names(read_json(path)) if path.exists() else []
+        entries = with_current_keys(read_json(path)) if path.exists() else []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path.name}: expected a list of results, got other data; move the file away")
         write_json(path, [*entries, entry])

@@ -7,7 +7,7 @@ a recipe needs only `DataConfig` and must not import torch and datasets.
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.data.batch import BrokenCounter, LoadedBatch

@@ -11,7 +11,7 @@ and must not import torch.
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.data.decode import read_photo

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from hf_ssl.errors import UserError
-from hf_ssl.lazy import renamed_arguments
+from hf_ssl.names import renamed_arguments
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.

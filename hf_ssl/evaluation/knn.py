@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.statistics import unit_rows
-from hf_ssl.lazy import renamed_arguments
+from hf_ssl.names import renamed_arguments
 
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536

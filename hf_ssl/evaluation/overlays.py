@@ -15,7 +15,7 @@ from hf_ssl.data.decode import read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colors
 from hf_ssl.evaluation.features import load_encoder, pixel_values
-from hf_ssl.lazy import renamed_arguments
+from hf_ssl.names import renamed_arguments
 
 SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
 OVERVIEW_HEIGHT = 128

@@ -7,7 +7,7 @@ first used. The names of `hf_ssl.cards` are deprecated here.
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.hub.export import export_checkpoint, export_encoder, image_processor

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.recipe.sections import one_line
+from hf_ssl.resources import resource
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _check_patches(config: "PreTrainedConfig", size: int) -> None:
 
 
 def check_method(
+    name: str,
     title: str,
     model: type["SSLPreTrainedModel"],
     *,
@@ -69,6 +71,7 @@ def check_method(
     """Check that a method can be trained with these settings.
 
     Args:
+        name: key of the method in `METHODS`.
         title: name of the method, for messages.
         model: model class of the method.
         backbone_type: model type of the encoder.
@@ -77,8 +80,16 @@ def check_method(
         batch_size: images in an optimizer step.
 
     Raises:
-        UserError: the method needs another encoder, another number of views, map-style data, or more images.
+        UserError: the method needs another encoder, another number of views, map-style data, or more images;
+            or it has no text for the card.
     """
+    try:
+        resource("model_cards", "methods", f"{name}.md")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"method.name: expected model_cards/methods/{name}.md for the card, found none; write it as "
+            "CONTRIBUTING.md explains"
+        ) from error
     known = model.backbone_types
     if known is not None and backbone_type not in known:
         raise UserError(

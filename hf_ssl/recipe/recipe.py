@@ -239,6 +239,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     recipe.evaluation.check()
     batch_size = recipe.training.get("batch_size", SSLTrainingArguments.batch_size)
     check_method(
+        recipe.method["name"],
         METHODS[recipe.method["name"]].title,
         recipe.model_class,
         backbone_type=backbone["model_type"],

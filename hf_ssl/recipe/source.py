@@ -11,20 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError
+from hf_ssl.names import RENAMED_KEYS
 from hf_ssl.recipe.sections import one_line, suggestion
 from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
 ENDINGS = (".yaml", ".yml")
-RENAMED = {
-    "evaluation.neighbours": "evaluation.neighbors",
-    "training.monitor_neighbours": "training.monitor_neighbors",
-    "training.lars_trust_coefficient": "training.lars.trust_coefficient",
-    "training.lars_variant": "training.lars.variant",
-    "training.lars_clip": "training.lars.clip",
-    "training.lars_adapt_all_parameters": "training.lars.adapt_all_parameters",
-}
-"""Deprecated key -> its replacement. The old key works for one more release, with a FutureWarning."""
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
@@ -111,7 +103,7 @@ def apply_overrides(
 
 def _replace_renamed(tree: DictConfig) -> None:
     """Move the values of deprecated keys to their replacements, with a FutureWarning for each."""
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_KEYS.items():
         section, _, key = old.partition(".")
         values = tree.get(section)
         if OmegaConf.is_dict(values) and key in values:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ssl.errors import UserError
-from hf_ssl.lazy import renamed_arguments
+from hf_ssl.names import renamed_arguments
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 

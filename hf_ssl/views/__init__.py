@@ -15,7 +15,7 @@ replace the function.
 
 from typing import TYPE_CHECKING
 
-from hf_ssl.lazy import lazy_names
+from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.views.cropping import Crops, crop

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports the public names of a package at their first use, and keeps deprecated names (layer 0)."""
+"""Public names: their import at the first use, and the deprecated names of this release (layer 0)."""
 
 import sys
 import warnings
@@ -9,6 +9,19 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 Anything = TypeVar("Anything", bound=Callable[..., Any])
+
+RENAMED_KEYS = {
+    "evaluation.neighbours": "evaluation.neighbors",
+    "training.monitor_neighbours": "training.monitor_neighbors",
+    "training.lars_trust_coefficient": "training.lars.trust_coefficient",
+    "training.lars_variant": "training.lars.variant",
+    "training.lars_clip": "training.lars.clip",
+    "training.lars_adapt_all_parameters": "training.lars.adapt_all_parameters",
+}
+"""Deprecated key of a recipe -> its replacement. The old key works for one more release."""
+
+_RENAMED_RECORDS = {"neighbours": "neighbors", "monitor_neighbours": "monitor_neighbors"}
+"""Keys in the files of runs: of results, and of recipes without their section."""
 
 
 def lazy_names(
@@ -75,3 +88,17 @@ def renamed_arguments(**renamed: str) -> Callable[[Anything], Anything]:
         return function
 
     return decorate
+
+
+def with_current_keys(record: Any) -> Any:
+    """Return data that a run of an older version stored, with the current names of keys at any depth.
+
+    Args:
+        record: plain data: facts, results, or arguments of a recipe.
+    """
+    if isinstance(record, dict):
+        return {
+            _RENAMED_RECORDS.get(key, RENAMED_KEYS.get(key, key)): with_current_keys(value)
+            for key, value in record.items()
+        }
+    return [with_current_keys(value) for value in record] if isinstance(record, list) else record

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_ssl
-from hf_ssl.lazy import renamed_arguments
+from hf_ssl.names import renamed_arguments
 
 ROOT = Path(hf_ssl.__file__).parent
 LAZY = sorted(
