@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.trainer.callbacks import store_embeddings
 
 
@@ -13,4 +13,4 @@ def prime(model: SSLPreTrainedModel, *batches: dict[str, Tensor]) -> None:
     if model.needs_memory_warmup:
         for batch in batches:
             store_embeddings(model.train(), batch)
-        model.before_epoch(Progress(step=0, total_steps=10, steps_per_epoch=5))
+        model.before_epoch(RunProgress(step=0, total_steps=10, steps_per_epoch=5))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForPreTraining
 from hf_ssl.data import open_source, train_loader
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import resource
 from hf_ssl.run import build_model
@@ -185,13 +185,13 @@ def test_bfloat16_autocast(model, batch):
 
 
 def test_hooks_run_without_touching_the_gradient(model, batch):
-    progress = Progress(step=0, total_steps=10, steps_per_epoch=5)
+    progress = RunProgress(step=0, total_steps=10, steps_per_epoch=5)
     model.train()
     model.before_epoch(progress)
     model.before_step(progress)
     model(**batch).loss.backward()
     model.after_backward(progress)
-    model.after_step(Progress(step=1, total_steps=10, steps_per_epoch=5))
+    model.after_step(RunProgress(step=1, total_steps=10, steps_per_epoch=5))
     assert any(p.grad is not None for p in model.parameters())
 
 
@@ -228,3 +228,35 @@ def test_a_memory_of_all_images_has_a_place_for_each(method):
         assert model.config.num_samples == open_source(recipe.data).num_rows
         with pytest.raises(UserError, match=mentions("num_samples", 5, model.config.num_samples)):
             model.check_source(streaming=False, num_rows=5)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "valid"),
+    [
+        ("swav", "epsilon=0.0", "above 0"),
+        ("swav", "sinkhorn_iterations=0", "at least 1"),
+        ("swav", "prototypes=1", "at least 2"),
+        ("swav", "queue_size=-1", "at least 0"),
+        ("dino", "output_size=1", "at least 2"),
+        ("dino", "projection_layers=0", "at least 1"),
+        ("dino", "center_momentum=1.5", "from 0 to 1"),
+        ("dino", "drop_path_rate=1.0", "less than 1"),
+        ("ijepa", "predictor_hidden_size=15", "a multiple of 4"),
+        ("ijepa", "predictor_depth=0", "at least 1"),
+        ("ijepa", "target_blocks=0", "at least 1"),
+        ("ijepa", "context_more_than=-1", "at least 0"),
+        ("deepcluster_v2", "prototypes=[8, 1]", "at least 2"),
+        ("deepcluster_v2", "prototypes=[]", "at least 2"),
+        ("deepcluster_v2", "kmeans_iterations=0", "at least 1"),
+        ("directpred", "exponent=0.0", "above 0"),
+        ("directpred", "epsilon=-0.1", "at least 0"),
+        ("directpred", "update_frequency=0", "at least 1"),
+        ("moco", "queue_size=0", "at least 1"),
+        ("moco", "batch_norm_splits=0", "at least 1"),
+    ],
+)
+def test_the_message_about_a_wrong_setting_names_one_key(method: str, override: str, valid: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=mentions(f"method.{key}", valid, value)) as error:
+        load_recipe(f"smoke/{method}", [f"method.{override}"])
+    assert str(error.value).count("method.") == 1

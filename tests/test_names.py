@@ -73,9 +73,15 @@ def test_renamed_arguments_of_functions() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("LabelledImages", "LabeledData"), ("Neighbour", "Neighbor"), ("pca_colours", "pca_colors")],
+    [
+        ("LabelledImages", "LabeledData"),
+        ("Neighbour", "Neighbor"),
+        ("attention_mask_of", "threshold_attention"),
+        ("pca_colours", "pca_colors"),
+        ("spotlight", "darken_outside_mask"),
+    ],
 )
-def test_names_in_british_spelling_work(old: str, new: str) -> None:
+def test_old_names_of_the_evaluation_work(old: str, new: str) -> None:
     evaluation = import_module("hf_ssl.evaluation")
     with pytest.warns(DeprecationWarning, match=new):
         assert getattr(evaluation, old) is getattr(evaluation, new)

@@ -340,7 +340,11 @@ def test_defaults_of_training_are_transformers_but_for_ours() -> None:
     assert load(SMOKE, "training={}").training_arguments().batch_size == SSLTrainingArguments.batch_size
 
 
-def test_a_method_without_a_text_for_its_card_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_without_a_text_for_its_card_is_reported_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(METHODS, "new", METHODS["simclr"]._replace(title="New"))
-    with pytest.raises(UserError, match=mentions("method.name", "model_cards/methods/new.md", "CONTRIBUTING")):
+    with pytest.raises(
+        UserError, match=mentions("method.name", "model_cards/methods/new.md")
+    ):
         load(SMOKE, "method.name=new")

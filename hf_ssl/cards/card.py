@@ -36,7 +36,9 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     directory, facts = Path(directory), public_facts(facts)
     for name in facts["pictures"]:
         if not (directory / name).is_file():
-            raise UserError(f"facts.pictures.{name}: expected it in {directory.name}, found none; restore it")
+            raise UserError(
+                f"facts.pictures.{name}: expected this picture in {directory.name}, found none; restore it"
+            )
     texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
     if EVALUATION_RESULTS not in texts:
         with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
@@ -143,7 +145,7 @@ def model_index(facts: Facts) -> list[EvalResult]:
 
 
 def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
-    """Return the same results for `.eval_results/`, in percent.
+    """Return the results of the trained encoder for `.eval_results/`, with accuracies in percent.
 
     Leaderboards accept only data sets on the Hub. The result is [] for other data.
     """

@@ -27,7 +27,7 @@ from typing import (
     is_typeddict,
 )
 
-from hf_ssl.cards.privacy import public
+from hf_ssl.cards.privacy import remove_private
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult
 from hf_ssl.files import read_json, write_json
@@ -238,7 +238,7 @@ def public_facts(facts: Any) -> Facts:
     Raises:
         UserError: the same errors as `check_facts`.
     """
-    facts = public(check_facts(facts))
+    facts = remove_private(check_facts(facts))
     sections, differences = facts["recipe"]["sections"], facts["recipe"]["differences"]
     for section, source in (("data", facts["data"]), ("evaluation", facts["evaluation"])):
         # "photos/dogs" may be a Hub id or a folder. Only hub_id distinguishes them.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private information: tokens, passwords, user names and the locations of folders.
 
-`public` removes it from the facts of a run. `check_leaks` searches for it in files before they are published.
+`remove_private` removes it from the facts of a run. `check_leaks` searches for it in files before they are
+published.
 """
 
 import getpass
@@ -31,7 +32,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 REMOVED = "(removed)"
 
 
-def public(value: Any) -> Any:
+def remove_private(value: Any) -> Any:
     """Return a copy of plain data without private information, at any depth.
 
     Paths are replaced by their last part. Values of keys that name a secret (`hub_token`) and texts that look
@@ -43,11 +44,11 @@ def public(value: Any) -> Any:
         TypeError: a value is not plain data.
     """
     if isinstance(value, dict):
-        return {str(key): public(item) for key, item in value.items() if not _is_secret(key, item)}
+        return {str(key): remove_private(item) for key, item in value.items() if not _is_secret(key, item)}
     if isinstance(value, list | tuple):
-        return [public(item) for item in value]
+        return [remove_private(item) for item in value]
     if isinstance(value, str):
-        return public_text(value)
+        return remove_private_text(value)
     if isinstance(value, np.generic) or _is_tensor(value):
         value = value.item()
     if isinstance(value, float):
@@ -57,8 +58,8 @@ def public(value: Any) -> Any:
     raise TypeError(f"facts: expected plain data, got {type(value).__name__}")
 
 
-def public_text(text: str) -> str:
-    """Return a text without private information, see `public`."""
+def remove_private_text(text: str) -> str:
+    """Return a text without private information, see `remove_private`."""
     text = TOKEN.sub(REMOVED, text)
     key, equals, rest = text.partition("=")
     if equals and re.fullmatch(r"[\w.]+", key):  # section.key=value: the value may be a path with spaces
@@ -86,7 +87,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _public_value(key: str, text: str) -> str:
-    return REMOVED if _is_secret(key.rpartition(".")[2], text) else public_text(text)
+    return REMOVED if _is_secret(key.rpartition(".")[2], text) else remove_private_text(text)
 
 
 def _is_secret(key: Any, value: Any) -> bool:

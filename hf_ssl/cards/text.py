@@ -12,7 +12,7 @@ from hf_ssl.evaluation.config import EncoderResult
 
 ENCODERS = {
     "trained": "this encoder",
-    "untrained": "the same network untrained",
+    "untrained": "the same network without training",
     "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
 }
@@ -143,11 +143,11 @@ def comparisons(facts: Facts) -> list[str]:
         if key in facts["results"]:
             knn = facts["results"]["trained"]["knn"]
             gain = 100 * (knn["accuracy"] - facts["results"][key]["knn"]["accuracy"])
-            than = f"{ENCODERS[key]}, in {knn['neighbors']}-NN accuracy"
+            than = f"{ENCODERS[key]} in {knn['neighbors']}-NN accuracy"
             sentences.append(
-                f"{gain:.1f} points better than {than}."
+                f"This encoder is {gain:.1f} points better than {than}."
                 if gain >= 0.05
-                else f"**Not better than {than}** ({gain:+.1f} points)."
+                else f"**This encoder is not better than {than}** ({gain:+.1f} points)."
             )
     trained = facts["results"].get("trained")
     if trained is not None and "poolings" in trained:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens, shuffles and decodes images from any source, divided between processes, with an exact resume.
 
-Layer 1: this package knows neither methods nor the trainer. The names below are loaded at first use, because
-a recipe needs only `DataConfig` and must not import torch and datasets.
+Layer 1: this package imports neither methods nor the trainer. The names below are loaded at first use,
+because a recipe needs only `DataConfig` and must not import torch and datasets.
 """
 
 from typing import TYPE_CHECKING

@@ -16,10 +16,10 @@ from hf_ssl.views import Crops, ViewParameters, ViewPreset, Views, augment, crop
 
 logger = logging.getLogger(__name__)
 
-SampleInputs = Callable[[np.ndarray], dict[str, Tensor]]
-"""Samples further inputs of a method, such as masks or noise, from the seeds (B,) of a batch."""
+SampleMasks = Callable[[np.ndarray], dict[str, Tensor]]
+"""Samples masks or noise, further inputs of a method, from the seeds (B,) of a batch."""
 
-SMALL = 96
+MAX_SMALL_SIDE = 96
 """Largest side of a small image, in pixels. Small images of one size are cropped on the device of the model,
 other images by the workers of the loader."""
 
@@ -48,7 +48,7 @@ class DeviceRows:
         return replace(self, rows=self.rows[samples])
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tensor:
-        """Return the pixels (B, C, H, W) on a device. Only row numbers are copied to the stored images.
+        """Return the pixels (B, C, H, W) on a device. Only row numbers are copied to the device of `pixels`.
 
         Raises:
             RuntimeError: `pixels` is None.
@@ -109,13 +109,13 @@ class LoadedBatch:
         return augment(images, self.parameters)
 
     def inputs(
-        self, device: torch.device | str | int, sample: "SampleInputs | None" = None
+        self, device: torch.device | str | int, sample_masks: "SampleMasks | None" = None
     ) -> dict[str, Tensor]:
         """Return the arguments of a method's `forward`, computed on `device`.
 
         Args:
             device: where to compute the views.
-            sample: the method's function that samples its further inputs from the seeds.
+            sample_masks: the method's function that samples masks or noise from the seeds.
         """
         views, index = self.views(device), self.sample_index
         named = {
@@ -123,8 +123,8 @@ class LoadedBatch:
             "local_pixel_values": views.local_pixel_values,
             "sample_index": None if index is None else index.to(device, non_blocking=True),
         }
-        sampled = {} if sample is None else sample(self.seeds)
-        moved = {name: value.to(device, non_blocking=True) for name, value in sampled.items()}
+        masks = {} if sample_masks is None else sample_masks(self.seeds)
+        moved = {name: value.to(device, non_blocking=True) for name, value in masks.items()}
         return {name: value for name, value in named.items() if value is not None} | moved
 
     def pin_memory(self) -> "LoadedBatch":
@@ -167,8 +167,8 @@ def make_batch(
         images: B tensors (C, H, W) uint8, or one tensor (B, C, H, W); or rows of images on the device.
         seeds: (B,) uint64.
         preset: the views.
-        small: whether the images of this data set are small and of one size. A batch for which this is false
-            is cropped here nevertheless.
+        small: whether the inspected images of this data set are small and of one size. If a batch contains
+            other images, this function crops it even if `small` is True.
         fields: further fields of `LoadedBatch`.
     """
     if isinstance(images, DeviceRows):
@@ -176,7 +176,7 @@ def make_batch(
         return LoadedBatch(images, sample_parameters(seeds, preset, sizes), seeds, **fields)
     sizes = np.array([tuple(image.shape[1:]) for image in images])
     parameters = sample_parameters(seeds, preset, sizes)
-    if small and (sizes == sizes[0]).all() and sizes.max() <= SMALL:
+    if small and (sizes == sizes[0]).all() and sizes.max() <= MAX_SMALL_SIDE:
         whole = torch.stack(images) if isinstance(images, list) else images
         return LoadedBatch(whole, parameters, seeds, **fields)
     return LoadedBatch(crop(list(images), parameters), parameters, seeds, **fields)
@@ -231,7 +231,7 @@ class BrokenCounter:
     def add(self, batch: LoadedBatch | WorkerFailure) -> None:
         """Count the images of a batch.
 
-        A failure comes from a loader that wraps the training loader, as accelerate does.
+        `batch` can be a failure only if another loader wraps the training loader, as that of accelerate does.
 
         Raises:
             UserError: more images are broken than `max_fraction` allows, or `batch` is a failure.

@@ -89,7 +89,8 @@ def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
 
     Returns:
         labels: (N,) int64, -1 for a row without a label.
-        class_names: by label. Strings, and integers that are no ClassLabel, are numbered in sorted order.
+        class_names: names of the classes; label i has the name at index i. Strings, and integers
+            that are no ClassLabel, are numbered in sorted order.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]

@@ -16,9 +16,10 @@ class DataConfig:
     """Which images to read, and how.
 
     Attributes:
-        path: a data set on the Hub ("user/name"), a folder of Parquet files, images or WebDataset tars, one
-            such file, a glob pattern for such files, or "digits" (built in, from scikit-learn). hf_ssl skips
-            other files beside images (text, videos, archives).
+        path: one of: a data set on the Hub ("user/name"); a folder, a file or a glob pattern of Parquet
+            files, images or WebDataset tars; "digits" (built in, from scikit-learn). In a folder of images,
+            hf_ssl ignores all other files (text, videos, archives), except a metadata file that names the
+            images.
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
         split: the training split. A slice such as "train[:10%]" needs `streaming=False`.

@@ -2,11 +2,11 @@
 """Decodes images to uint8 pixels.
 
 Pillow decodes an image, and this module converts it like the image processor of the exported encoder
-(`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later): it lays transparency over
-white, then converts to RGB. For plain JPEG and WebP files, this module uses torchvision instead of Pillow,
-which takes less than half the time if they are small. The pixels are the same if both libraries use
-libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow, because torchvision 0.29 gains
-little and crashes the process on a damaged file.)
+(`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later): it blends transparent pixels
+with a white background, then converts to RGB. For plain JPEG and WebP files, this module uses torchvision
+instead. If the files are small, torchvision takes less than half the time of Pillow. The pixels are the same
+if both libraries use libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow, because
+torchvision 0.29 gains little and crashes the process on a damaged file.)
 
 The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
 (`BitImageProcessor` would clip it at 255). Floating-point images and files with more than four channels raise
@@ -31,7 +31,7 @@ from hf_ssl.errors import UserError
 
 try:
     from torchvision.io import decode_image as torchvision_decode
-except ImportError:  # torchvision announces since 0.29 that it will remove its decoders; then Pillow decodes
+except ImportError:  # torchvision 0.29 deprecates its decoders; later versions may lack them
     torchvision_decode = None
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
@@ -109,7 +109,7 @@ def size_in_header(image: EncodedImage) -> tuple[int, int]:
         on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
-            # For EXIF data after the pixels, Pillow would decode the whole PNG file.
+            # To read EXIF data that come after the pixels, Pillow would decode the whole PNG file.
             known = opened.format != "PNG" or "exif" in opened.info
             swapped = known and opened.getexif().get(_ORIENTATION) in _SWAPS_SIDES
     except BrokenImage:

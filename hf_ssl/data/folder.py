@@ -36,11 +36,11 @@ from hf_ssl.data.location import (
     File,
     Listing,
     Location,
+    file_kind,
     fingerprint,
-    is_text,
-    kind_of,
+    is_utf8,
     list_folder,
-    main_kind,
+    most_common_kind,
 )
 from hf_ssl.errors import UserError
 
@@ -156,8 +156,8 @@ def split_names(split: str) -> list[str]:
 
 
 def _data_in_files(location: Location) -> LocalData:
-    if kind_of(location.files[0]) == IMAGE:
-        files = [_examined(file) for file in location.files if is_text(file)]
+    if file_kind(location.files[0]) == IMAGE:
+        files = [_file_with_status(file) for file in location.files if is_utf8(file)]
         if len(files) < len(location.files):
             logger.warning(
                 "%d files are not used: their paths are not valid UTF-8", len(location.files) - len(files)
@@ -173,8 +173,8 @@ def _data_in_listing(listing: Listing) -> LocalData:
             f"{listing.root!r}, which contains no visible files; check the path"
         )
     named = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
-    kinds = {file: kind_of(file.path) for file in listing.files if file not in named}
-    kind = main_kind(kinds.values())
+    kinds = {file: file_kind(file.path) for file in listing.files if file not in named}
+    kind = most_common_kind(kinds.values())
     if kind is None or _declares_its_files(listing.root):
         return LocalData()
     metadata = [file for file in named if _describes_images(file.path)]
@@ -246,7 +246,7 @@ def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[
         )
 
 
-def _examined(path: str) -> File:
+def _file_with_status(path: str) -> File:
     status = os.stat(path)
     return File(path, status.st_size, status.st_mtime_ns)
 
@@ -330,10 +330,10 @@ def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Patte
 def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
     """Return the table of each split, with labels by the rule of `datasets`.
 
-    The directories that contain images are classes if there are at least two names, all at the same depth.
-    `datasets` applies this rule split by split, to the directories of this split and of the splits before.
-    So the rows of the first split may have no label although later rows have one. (This occurs if `train`
-    and `test` contain images and no directories.)
+    The directories that contain images are classes if they all have the same depth and at least two different
+    names. `datasets` applies this rule split by split, to the directories of this split and of the splits
+    before. So the rows of the first split may have no label although later rows have one. (This occurs if
+    `train` and `test` contain images and no directories.)
     """
     classes: set[str] = set()
     depths: set[int] = set()

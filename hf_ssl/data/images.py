@@ -21,7 +21,7 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 
-from hf_ssl.data.batch import SMALL, UnreadableData
+from hf_ssl.data.batch import MAX_SMALL_SIDE, UnreadableData
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
 from hf_ssl.data.sources import Source
@@ -116,7 +116,7 @@ class DecodedRows:
         return len(self.pixels)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
-        """Return the images (B, C, H, W) uint8 of rows (B,), and position in `rows` -> message if broken."""
+        """Return images (B, C, H, W) of rows (B,), and {position in `rows`: message} of broken images."""
         return torch.from_numpy(self.pixels[rows]), _broken_positions(self.broken, rows)
 
     def __getstate__(self) -> dict:
@@ -148,47 +148,47 @@ class RowNumbers:
         return self._count
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
-        """Return the row numbers (B,) int64, and position in `rows` -> message for broken images."""
+        """Return the row numbers (B,) int64, and {position in `rows`: message} of the broken images."""
         return torch.from_numpy(rows.copy()), _broken_positions(self.broken, rows)
 
 
 def _broken_positions(broken: dict[int, str], rows: np.ndarray) -> dict[int, str]:
-    """Return position in `rows` -> message for the broken images."""
+    """Return {position in `rows`: message} of the broken images."""
     if not broken:
         return {}
     return {position: broken[row] for position, row in enumerate(rows.tolist()) if row in broken}
 
 
 def is_small(size: tuple[int, int] | None) -> bool:
-    """Return whether a height and width, if all images have them, are those of small images."""
-    return size is not None and max(size) <= SMALL
+    """Return whether `size` (height, width) is that of small images; False for None (different sizes)."""
+    return size is not None and max(size) <= MAX_SMALL_SIDE
 
 
 def common_size(source: Source, channels: int) -> tuple[int, int] | None:
-    """Return the height and width of the images if 64 images, spread evenly, all have them, else None.
+    """Return the common height and width of 64 evenly spaced images, or None if their sizes differ.
 
     The result is kept for the next call.
 
     Args:
         source: map-style data.
-        channels: of the decoded images.
+        channels: number of channels of the decoded images.
 
     Raises:
         UserError: none of these images can be read.
     """
     key = ("size", channels)
-    if key not in source.kept:
+    if key not in source.cache:
         rows = EncodedRows(source, channels)
         chosen = np.unique(np.linspace(0, len(rows) - 1, _INSPECTED_IMAGES).astype(np.int64))
         places = [rows.describe(row) for row in chosen.tolist()]
-        source.kept[key] = inspect_images(rows.encoded(chosen), places, channels, source.description)
-    return source.kept[key]
+        source.cache[key] = inspect_images(rows.encoded(chosen), places, channels, source.description)
+    return source.cache[key]
 
 
 def inspect_images(
     images: list[EncodedImage], places: list[str], channels: int, description: str
 ) -> tuple[int, int] | None:
-    """Return the height and width of images if all readable ones have them, else None.
+    """Return the common height and width of the readable images, or None if their sizes differ.
 
     The function reads the sizes from the headers and decodes one image of each size. It stops as soon as two
     decoded sizes differ.
@@ -196,7 +196,7 @@ def inspect_images(
     Args:
         images: N encoded images.
         places: N names of their rows, for messages.
-        channels: of the decoded images.
+        channels: number of channels of the decoded images.
         description: name of the data set, for messages.
 
     Raises:
@@ -239,7 +239,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
 
     Args:
         source: map-style data.
-        channels: of the decoded images.
+        channels: number of channels of the decoded images.
         cache: "none", "memory", "device" (decoded in memory first) or "memmap"; "auto" caches images of one
             size, of at most 96 pixels per side and 4 GiB in total.
         shared: whether several processes on this machine need them; "auto" then uses a file.
@@ -250,7 +250,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
     key = (cache, channels, shared)
     if cache == "none":
         return None
-    if key not in source.kept:
+    if key not in source.cache:
         # Data that are opened twice, for training and for the monitor, are decoded and stored once.
         shared_key = (cast(Dataset, source.dataset)._fingerprint, source.image_column, *key)
         decoded = _in_use.get(shared_key)
@@ -258,8 +258,8 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
             decoded = _decode_rows(source, channels, cache, shared)
             if decoded is not None:
                 _in_use[shared_key] = decoded
-        source.kept[key] = decoded
-    return source.kept[key]
+        source.cache[key] = decoded
+    return source.cache[key]
 
 
 def _decode_rows(source: Source, channels: int, cache: str, shared: bool) -> DecodedRows | None:
@@ -317,7 +317,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
-    """Decode all images into `pixels` (N, C, H, W), and return row -> message for broken images.
+    """Decode all images into `pixels` (N, C, H, W), and return {row: message} of the broken images.
 
     Several threads decode, because decoders release the global interpreter lock. After an interruption, this
     function ends within the time of one chunk: it waits only for running threads.

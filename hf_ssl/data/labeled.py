@@ -24,18 +24,18 @@ _CHUNK = 256
 class LabeledImages:
     """Labeled images in a fixed order, decoded when they are requested.
 
-    `iter_batches` and `labels` omit images that cannot be read. They are known only after all images were
+    `iter_batches` and `labels` omit broken images. Broken images are known only after all images were
     decoded, so read `labels` after `iter_batches`. If `labels` is read first, it decodes all images once.
 
     Args:
         source: N rows of map-style data.
         rows: reads the N images.
         labels: (N,) int64.
-        class_names: by label.
+        class_names: names of the classes; label i has the name at index i.
         max_broken_fraction: largest share of images that may be unreadable.
 
     Attributes:
-        class_names: by label.
+        class_names: names of the classes; label i has the name at index i.
         revision: the commit on the Hub, or a fingerprint of the local data.
         description: path and split.
         broken: "where: reason" of each broken image that was found so far.

@@ -105,10 +105,10 @@ def holds_small_images(source: Source, config: DataConfig) -> bool:
     if not source.streaming:
         return is_small(common_size(source, config.channels))
     key = ("small", config.channels)
-    if key not in source.kept:
+    if key not in source.cache:
         shards = StreamShards(source, config.open_shards)
-        source.kept[key] = first_images_are_small(shards, config.channels)
-    return source.kept[key]
+        source.cache[key] = first_images_are_small(shards, config.channels)
+    return source.cache[key]
 
 
 def _map_loader(
@@ -126,17 +126,17 @@ def _map_loader(
     device_images = None
     if decoded is not None and config.cache == "device":
         rows, device_images = RowNumbers(decoded), _copy_to_device(source, decoded, device)
-    options["batch_sampler"] = RowBatches(len(rows), share, start_batch)
+    options["batch_sampler"] = RowBatchSampler(len(rows), share, start_batch)
     options["persistent_workers"] = options["num_workers"] > 0
-    return MapLoader(MapBatches(rows, preset, share.seed, small), device_images, **options)
+    return MapLoader(MapBatchDataset(rows, preset, share.seed, small), device_images, **options)
 
 
 def _copy_to_device(source: Source, decoded: DecodedRows, device: torch.device) -> Tensor:
     """Return all images (N, C, H, W) on the device. All loaders of a source share this tensor."""
     key = ("device", device)
-    if key not in source.kept:
-        source.kept[key] = torch.from_numpy(decoded.pixels).to(device)
-    return source.kept[key]
+    if key not in source.cache:
+        source.cache[key] = torch.from_numpy(decoded.pixels).to(device)
+    return source.cache[key]
 
 
 class MapLoader(DataLoader[LoadedBatch]):
@@ -149,7 +149,7 @@ class MapLoader(DataLoader[LoadedBatch]):
         options: further arguments of torch's DataLoader.
     """
 
-    def __init__(self, batches: "MapBatches", device_images: Tensor | None, **options: Any) -> None:
+    def __init__(self, batches: "MapBatchDataset", device_images: Tensor | None, **options: Any) -> None:
         super().__init__(batches, **options)
         self.device_images = device_images
 
@@ -177,8 +177,8 @@ class RowBatch(NamedTuple):
     rows: np.ndarray
 
 
-class RowBatches(Sampler[RowBatch]):
-    """A batch sampler of shuffled rows. Each `iter()` yields the batches of the next epoch, without end.
+class RowBatchSampler(Sampler[RowBatch]):
+    """A batch sampler of shuffled rows. Each `iter()` yields the batches of the next epoch.
 
     Batch b of all processes together belongs to epoch b // len(self). It is a slice of the permutation of
     this epoch. Process r takes part r of it, so that two processes with half the batch read the rows of one
@@ -187,7 +187,7 @@ class RowBatches(Sampler[RowBatch]):
     Args:
         num_rows: number of rows of the data.
         share: the part of this process.
-        start: number of micro-batches before. The first `iter()` yields the rest of the epoch.
+        start: number of earlier micro-batches. The first `iter()` yields the rest of the epoch.
     """
 
     def __init__(self, num_rows: int, share: ProcessShare, start: int = 0) -> None:
@@ -210,8 +210,8 @@ class RowBatches(Sampler[RowBatch]):
             yield RowBatch(epoch, order[first : first + batch_size])
 
 
-class MapBatches(Dataset[LoadedBatch]):
-    """Reads the batches that `RowBatches` yields. A batch is a pure function of the seed and the rows.
+class MapBatchDataset(Dataset[LoadedBatch]):
+    """Reads the batches that `RowBatchSampler` yields. A batch is a pure function of the seed and the rows.
 
     Args:
         rows: the images; or their row numbers, for images on the device of the model.
@@ -239,8 +239,8 @@ class MapBatches(Dataset[LoadedBatch]):
     def read(self, batch: RowBatch) -> LoadedBatch:
         """Return the batch, in which a random other image replaces each broken image.
 
-        The views of a replacement are sampled for the broken row. So they differ from the other views of the
-        replacement if the same batch contains it twice. Its `sample_index` is its own row number.
+        The views of a replacement are sampled with the seed of the broken row. If a batch contains an image
+        twice, the views of both copies therefore differ. `sample_index` is the row number of the replacement.
 
         Raises:
             UnreadableData: there is no readable replacement.

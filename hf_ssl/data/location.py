@@ -90,7 +90,7 @@ class Listing:
 
 
 def locate(path: str) -> Location:
-    """Return what a `data.path` means.
+    """Return the location of the images that `data.path` names.
 
     Raises:
         UserError: the path names neither files nor, by its form, a data set on the Hub.
@@ -125,18 +125,18 @@ def _locate_files(path: str, files: list[str]) -> Location:
             f"data.path: expected a pattern that matches files, got {path!r}, which matches none; "
             "check the pattern"
         )
-    kind = main_kind(map(kind_of, files))
-    if kind is None or (kind != IMAGE and any(kind_of(file) != kind for file in files)):
+    kind = most_common_kind(map(file_kind, files))
+    if kind is None or (kind != IMAGE and any(file_kind(file) != kind for file in files)):
         endings = sorted({Path(file).suffix.lower() or "(none)" for file in files})
         raise UserError(
             f"data.path: expected only Parquet files, only WebDataset tars or only images, got {path!r} with "
             f"the endings {', '.join(endings[:8])}; use a pattern that matches one kind of files"
         )
-    chosen = tuple(os.path.abspath(file) for file in files if kind_of(file) == kind)
+    chosen = tuple(os.path.abspath(file) for file in files if file_kind(file) == kind)
     return Location("local", "imagefolder" if kind == IMAGE else _LOADERS[kind], chosen)
 
 
-def kind_of(file: str) -> str | None:
+def file_kind(file: str) -> str | None:
     """Return IMAGE for an image, the ending in lower case for a file that may contain images, else None."""
     ending = os.path.splitext(file)[1].lower()
     if ending in _IMAGE_ENDINGS:
@@ -144,7 +144,7 @@ def kind_of(file: str) -> str | None:
     return ending if ending in _LOADERS else None
 
 
-def main_kind(kinds: Iterable[str | None]) -> str | None:
+def most_common_kind(kinds: Iterable[str | None]) -> str | None:
     """Return the most frequent kind of files (Parquet in case of a tie); None if no file has a kind."""
     counts = Counter(kind for kind in kinds if kind is not None)
     return max(counts, key=lambda kind: (counts[kind], kind == ".parquet", kind), default=None)
@@ -160,7 +160,7 @@ def list_folder(folder: str) -> Listing:
         UserError: the folder itself cannot be read, or its path is not valid UTF-8.
     """
     root = os.path.realpath(folder)
-    if not is_text(root):
+    if not is_utf8(root):
         raise UserError(f"data.path: expected a folder whose path is valid UTF-8, got {root!r}; rename it")
     listed_ns = time.time_ns()
     files: list[File] = []
@@ -192,7 +192,7 @@ def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[s
     is_directory = entry.is_dir(follow_symlinks=False)
     if is_directory and entry.name.startswith("__"):
         return
-    if not is_text(entry.name):
+    if not is_utf8(entry.name):
         logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
     elif is_directory:
         directories.append(entry.path)
@@ -201,7 +201,7 @@ def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[s
         files.append(File(entry.path, status.st_size, status.st_mtime_ns))
 
 
-def is_text(name: str) -> bool:
+def is_utf8(name: str) -> bool:
     """Return whether a name is valid UTF-8, so that a table can contain it.
 
     Names from old archives may have another encoding.

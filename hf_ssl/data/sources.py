@@ -27,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from hf_ssl.data.columns import find_image_column, find_label_column
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
-from hf_ssl.data.location import IMAGE, Location, fingerprint, kind_of, locate
+from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
 from hf_ssl.errors import UserError
 from hf_ssl.random import permutation
 
@@ -55,7 +55,7 @@ class Source:
         whole_shards: whether a reader loads whole shards. It does so if reading one row loads the whole shard
             anyway, or if the rows are only file names.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
-        kept: results of loaders that the next loader of this source uses again, e.g. decoded images.
+        cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
 
     dataset: Dataset | IterableDataset
@@ -67,13 +67,13 @@ class Source:
     description: str
     whole_shards: bool = True
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
         numbers = rows if self.row_numbers is None else self.row_numbers[rows]
         selected = cast(Dataset, self.dataset).select(rows)
-        return replace(self, dataset=selected, num_rows=len(rows), row_numbers=numbers, kept={})
+        return replace(self, dataset=selected, num_rows=len(rows), row_numbers=numbers, cache={})
 
 
 def open_source(
@@ -100,7 +100,7 @@ def open_source(
         opened = _open_digits(split, streaming, config)
         revision = f"scikit-learn {metadata.version('scikit-learn')}"
     else:
-        with _explained_errors(config.path, location):
+        with _as_user_errors(config.path, location):
             found = find_local_data(location) if location.kind == "local" else LocalData()
             if found.images and config.name is None:
                 _check_split(list(found.images), split, streaming, config)
@@ -152,7 +152,7 @@ def _open_with_datasets(
     known = builder.config.data_files or builder.info.splits
     _check_split([str(name) for name in known] if known else [], split, streaming, config)
     opened = _open_stream(builder, split) if streaming else _map_style(_open_table(builder, split))
-    images = sum(kind_of(file) == IMAGE for file in found.files.get(split, ()))
+    images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(
             "%d of %d images in %s are not used, because a metadata file in the folder does not name them",
@@ -199,7 +199,7 @@ def _check_split(names: list[str], split: str, streaming: bool, config: DataConf
 
 
 def _unknown_split(names: list[str], unknown: str, split: str, config: DataConfig) -> UserError:
-    # Another split than that of the configuration comes from a caller, such as the evaluation.
+    # If `split` differs from `config.split`, a caller such as the evaluation chose it, not the user.
     key, advice = ("data.split", f"data.split={names[0]}") if split == config.split else ("split", names[0])
     return UserError(
         f"{key}: expected one of the splits {', '.join(names)} of {config.path}, got {unknown!r}; "
@@ -263,7 +263,7 @@ def _fingerprint(builder: DatasetBuilder, split: str) -> str:
 
 
 @contextmanager
-def _explained_errors(path: str, location: Location) -> Iterator[None]:
+def _as_user_errors(path: str, location: Location) -> Iterator[None]:
     """Turn the errors of `datasets` about data that it cannot find, reach or read into a UserError."""
     try:
         yield
@@ -329,7 +329,7 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 def _png(pixels: np.ndarray) -> bytes:
     """Return an uncompressed PNG file of a small gray image (H, W).
 
-    The bytes do not depend on the version of a library. Pillow would need 20 times as long, a tenth of a
+    The bytes do not depend on the version of a library. Pillow would take 20 times as long: a tenth of a
     second for all images. Source: RFC 2083 (PNG).
     """
     height, width = pixels.shape

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of rows in a stream: readers fill a window from several shards in turn, and shuffle the window.
 
-Each loader worker of each process is a *reader*. The shards of an epoch are put in random order and dealt out
-to the readers. A reader takes rows from some open shards in turn until its window is full, shuffles the
+Each loader worker of each process is a *reader*. In each epoch, the shards are shuffled and distributed among
+the readers. A reader takes rows from some open shards in turn until its window is full, shuffles the
 window, and starts the next window. A window never contains rows of two epochs.
 
-All random numbers are a function of the seed and the position of the reader. So a position consists of the
-epoch, the number of the window, the open shards with the number of rows that earlier windows took from them,
-and the number of rows of this window that were used. To resume, the reader reads the window again.
+All random numbers are a function of the seed and the position of the reader. The position (`ReaderPosition`)
+describes the start of the current window and counts the used rows of this window. To resume, the reader reads
+the window again.
 """
 
 import tarfile
@@ -129,7 +129,9 @@ class StreamShards:
         return self._parts[part].shard(self._parts[part].num_shards, shard - self._starts[part])
 
     def groups(self, readers: int) -> int:
-        """Return the number of groups that share shards, so that each group has enough shards to shuffle.
+        """Return the number of groups of readers. The readers of one group read the same shards.
+
+        It is the largest divisor of `readers` for which each group has enough shards to shuffle, at least 1.
 
         Args:
             readers: number of readers. All groups have the same number of readers.
@@ -310,7 +312,7 @@ class StreamReader:
 
     def _open_shard(self, shard: int, epoch: int, taken: int = 0) -> OpenShard:
         members = self._readers // self._groups
-        offset = self._number // self._groups + shard + epoch  # no member always gets the first row
+        offset = self._number // self._groups + shard + epoch  # a shard's first row changes readers
         return OpenShard(self._shards, shard, epoch, self._seed, members, offset, taken)
 
     def _shard_order(self, epoch: int) -> list[int]:

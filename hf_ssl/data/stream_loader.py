@@ -33,7 +33,7 @@ _MAX_BROKEN = 1000  # broken images for each readable image of a batch; more of 
 
 
 @dataclass(frozen=True)
-class Layout:
+class ResumeConditions:
     """The conditions under which a stream resumes exactly. Checkpoints contain these names.
 
     `workers` is the number of readers of this process, `groups` the number of groups of readers that share
@@ -67,7 +67,7 @@ def make_stream_loader(
     """
     shards = StreamShards(source, config.open_shards)
     readers = max(1, options["num_workers"])
-    layout = Layout(
+    conditions = ResumeConditions(
         revision=source.revision,
         seed=share.seed,
         rank=share.rank,
@@ -83,10 +83,10 @@ def make_stream_loader(
             "the stream starts at its beginning instead of after %d batches, because no position was saved",
             start_batch,
         )
-    start = _start_position(position, layout)
-    batches = StreamBatches(shards, preset, share, config.channels, config.shuffle_window, start)
+    start = _start_position(position, conditions)
+    batches = StreamBatchDataset(shards, preset, share, config.channels, config.shuffle_window, start)
     length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
-    return StreamLoader(batches, layout, length, **options)
+    return StreamLoader(batches, conditions, length, **options)
 
 
 def first_images_are_small(shards: StreamShards, channels: int) -> bool:
@@ -99,7 +99,7 @@ def first_images_are_small(shards: StreamShards, channels: int) -> bool:
     return is_small(inspect_images(shards.first_images, places, channels, shards.description))
 
 
-class StreamBatches(IterableDataset[LoadedBatch]):
+class StreamBatchDataset(IterableDataset[LoadedBatch]):
     """The batches of each reader. `StreamLoader` puts the batches of all readers in order.
 
     Args:
@@ -172,21 +172,27 @@ class StreamBatches(IterableDataset[LoadedBatch]):
 
 
 class StreamLoader(DataLoader[LoadedBatch]):
-    """Yields batches of a stream without end, each with the new position of all readers of this process.
+    """Yields batches of a stream, each with the new position of all readers of this process.
 
-    `iter` continues where the last one stopped. If the number of rows is known, `iter` ends after
-    `len(self)` batches.
+    `iter` continues where the last one stopped. If the number of rows is known, `iter` ends at the end of the
+    epoch: after the batch whose number is the next multiple of `len(self)`. Otherwise it never ends.
 
     Args:
         batches: the batches of the readers.
-        layout: the conditions under which the stream is read now.
+        conditions: the conditions under which the stream is read now.
         length: number of batches of this process in an epoch, if known.
         options: further arguments of torch's DataLoader.
     """
 
-    def __init__(self, batches: StreamBatches, layout: Layout, length: int | None, **options: Any) -> None:
+    def __init__(
+        self,
+        batches: StreamBatchDataset,
+        conditions: ResumeConditions,
+        length: int | None,
+        **options: Any,
+    ) -> None:
         super().__init__(batches, batch_size=None, **options)
-        self.layout = layout
+        self.conditions = conditions
         self.length = length
         self._done: int = batches.position["batches"]
         self._readers: dict[str, Any] = dict(batches.position["readers"])
@@ -208,7 +214,8 @@ class StreamLoader(DataLoader[LoadedBatch]):
             part = cast(dict[str, Any], batch.position)
             self._done += 1
             self._readers[part["reader"]] = part["place"]
-            position = {"batches": self._done, "layout": vars(self.layout), "readers": dict(self._readers)}
+            layout = vars(self.conditions)
+            position = {"batches": self._done, "layout": layout, "readers": dict(self._readers)}
             yield replace(batch, position=position)
 
     def close(self) -> None:
@@ -231,19 +238,19 @@ def stop_workers(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def _start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str, Any]:
-    """Return the position where the readers start, in the form that `StreamBatches` takes.
+def _start_position(position: dict[str, Any] | None, conditions: ResumeConditions) -> dict[str, Any]:
+    """Return the position where the readers start, in the form that `StreamBatchDataset` takes.
 
-    It is the saved position if the layout is the same. Otherwise it is close to the saved position, and a
-    warning names the differences.
+    It is the saved position if the conditions are the same. Otherwise it is close to the saved position, and
+    a warning names the differences.
     """
     if position is None:
         return {"batches": 0, "readers": {}}
-    if position["layout"] == vars(layout):
+    if position["layout"] == vars(conditions):
         return position
     changes = [
         f"{name} {position['layout'].get(name)} -> {value}"
-        for name, value in vars(layout).items()
+        for name, value in vars(conditions).items()
         if position["layout"].get(name) != value
     ]
     logger.warning(
@@ -261,6 +268,6 @@ def _start_position(position: dict[str, Any] | None, layout: Layout) -> dict[str
         if reader.epoch == epoch
     ]
     fraction = sum(parts) / len(parts) if parts else 0.0
-    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * layout.shards / layout.groups))
-    readers = {str(reader): start.state_dict() for reader in range(layout.workers)}
+    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * conditions.shards / conditions.groups))
+    readers = {str(reader): start.state_dict() for reader in range(conditions.workers)}
     return {"batches": position["batches"], "readers": readers}

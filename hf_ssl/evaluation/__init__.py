@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
-        attention_mask_of,
         attention_rollout,
         has_attention,
         pca_colors,
+        threshold_attention,
     )
     from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
     from hf_ssl.evaluation.features import (
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
     from hf_ssl.evaluation.overlays import (
         attention_pictures,
+        darken_outside_mask,
         overlay,
-        spotlight,
         write_attention_pictures,
     )
     from hf_ssl.evaluation.protocol import (
@@ -63,7 +63,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hf_ssl.evaluation.attention": [
             "AttentionMaps",
             "attention_maps",
-            "attention_mask_of",
+            "threshold_attention",
             "attention_rollout",
             "has_attention",
             "pca_colors",
@@ -82,7 +82,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hf_ssl.evaluation.overlays": [
             "attention_pictures",
             "overlay",
-            "spotlight",
+            "darken_outside_mask",
             "write_attention_pictures",
         ],
         "hf_ssl.data.decode": ["read_photo"],
@@ -106,6 +106,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     renamed={
         "LabelledImages": "hf_ssl.evaluation.LabeledData",
         "Neighbour": "hf_ssl.evaluation.Neighbor",
+        "attention_mask_of": "hf_ssl.evaluation.threshold_attention",
         "pca_colours": "hf_ssl.evaluation.pca_colors",
+        "spotlight": "hf_ssl.evaluation.darken_outside_mask",
     },
 )

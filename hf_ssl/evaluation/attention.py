@@ -118,7 +118,7 @@ def attention_rollout(attentions: Sequence[Tensor], query_BQT: Tensor | None = N
     return rows
 
 
-def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
+def threshold_attention(maps: Tensor, mass: float = 0.6) -> Tensor:
     """Return the mask of the smallest set of patches that contains a given share of the attention.
 
     Args:
@@ -145,10 +145,10 @@ def attention_mask_of(maps: Tensor, mass: float = 0.6) -> Tensor:
 def pca_colors(patches_BhwD: Tensor) -> Tensor:
     """Return the first three principal components of patch features as red, green and blue.
 
-    Patches with similar features have similar colors. All images share the components. Each channel runs from
-    its 2nd to its 98th percentile. Equal features give equal colors, up to rounding, if the three largest
-    variances are distinct. Directions of equal variance are not unique: they depend on the version of torch
-    and on the processor.
+    Patches with similar features have similar colors. All images share the components. Each channel is scaled
+    so that its 2nd percentile is 0 and its 98th percentile is 1. Equal features give equal colors, up to
+    rounding, if the three largest variances are distinct. Directions of equal variance are not unique: they
+    depend on the version of torch and on the processor.
 
     Args:
         patches_BhwD: `AttentionMaps.patches`, or other features on a grid with D >= 3.

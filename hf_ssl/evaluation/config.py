@@ -88,7 +88,7 @@ class EvaluationConfig:
 
 
 class KnnResult(TypedDict):
-    """k-NN result: the headline accuracy, and {neighbors, temperature, accuracy} for the complete grid."""
+    """k-NN result: the main accuracy, and {neighbors, temperature, accuracy} for the complete grid."""
 
     neighbors: int
     temperature: float
@@ -111,5 +111,5 @@ class EncoderResult(TypedDict):
     seconds: dict[str, float]
     precision: NotRequired[str]  # precision of the features: "float32", "bfloat16" or "float16"
     pooling: NotRequired[str]
-    poolings: NotRequired[dict[str, float]]  # headline k-NN accuracy by "cls" and by "mean", if compared
+    poolings: NotRequired[dict[str, float]]  # main k-NN accuracy by "cls" and by "mean", if compared
     image_size: NotRequired[int]

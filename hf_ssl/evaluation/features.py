@@ -32,21 +32,21 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
         UserError: the encoder does not exist or cannot be loaded.
     """
     options = {} if revision is None else {"revision": revision}
-    with _explained(f"an encoder with its image processor, got {model}"):
+    with _as_user_errors(f"an encoder with its image processor, got {model}"):
         encoder = AutoModel.from_pretrained(model, **options)
         return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
 def load_weights(model: str) -> PreTrainedModel:
     """Return an encoder from a folder or the Hub, without its processor. Errors: see `load_encoder`."""
-    with _explained(f"an encoder, got {model}"):
+    with _as_user_errors(f"an encoder, got {model}"):
         encoder: PreTrainedModel = AutoModel.from_pretrained(model)
         return encoder
 
 
 def load_config(model: str) -> PreTrainedConfig:
     """Return the configuration of an encoder. Errors: see `load_encoder`."""
-    with _explained(f"an encoder with its configuration, got {model}"):
+    with _as_user_errors(f"an encoder with its configuration, got {model}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
         return config
 
@@ -58,7 +58,7 @@ def fastest_device() -> torch.device:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _as_user_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -115,9 +115,10 @@ def extract_features(
         image_batches: lists of uint8 tensors (C, H, W), of any size.
         pooling: see `pool`; "auto" follows `pooling_rule`.
         device: device of the computation; None: the device of the encoder.
-        dtype: torch.bfloat16 or torch.float16 computes under autocast. That is about twice as fast and rounds
-            the features to about three digits. None: the precision of the encoder.
-        total: number of images, if known. The progress bar shows it, and memory holds the features only once.
+        dtype: torch.bfloat16 or torch.float16 for autocast, which is about twice as fast and rounds the
+            features to about three digits. None: the precision of the encoder.
+        total: number of images, if known, for the progress bar. If it is None, the features need twice the
+            memory while they are concatenated.
         description: text of the progress bar, which appears after two seconds; None: no bar.
 
     Returns:

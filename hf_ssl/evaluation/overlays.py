@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hf_ssl.data.decode import read_photo
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.attention import attention_maps, attention_mask_of, patch_size, pca_colors
+from hf_ssl.evaluation.attention import attention_maps, patch_size, pca_colors, threshold_attention
 from hf_ssl.evaluation.features import load_encoder, pixel_values
 from hf_ssl.names import renamed_arguments
 
@@ -58,14 +58,14 @@ def attention_pictures(
         pixels = _at_size(processor, photo, size, patch_size(model))
     maps = attention_maps(model, pixels, layer=layer)
     height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
-    seen = _shown(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
+    seen = _enlarge(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
     mean = maps.mean[0]
     pictures = {
         "image": seen,
         "mean": overlay(seen, mean),
         "rollout": overlay(seen, maps.rollout[0]),
-        "mask": spotlight(seen, attention_mask_of(mean, mass)),
-        "colors": _enlarged(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+        "mask": darken_outside_mask(seen, threshold_attention(mean, mass)),
+        "colors": _as_picture(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
     }
     heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
     return pictures | heads
@@ -103,7 +103,7 @@ def overlay(
     return Image.alpha_composite(*layers).convert("RGB")
 
 
-def spotlight(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) -> Image.Image:
+def darken_outside_mask(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) -> Image.Image:
     """Return a photo that is darkened where the mask (h, w) is False. Patches are shown as squares."""
     light = _resized(mask_hw.float()[None], photo.size, smooth=False)[0]
     factor = 1 - darkness * (1 - light.numpy()[..., None])
@@ -119,7 +119,7 @@ def write_attention_pictures(
 
     Args:
         model: a folder or a Hub id.
-        photos: picture files. If two files have the same name, their folders get numbers.
+        photos: picture files. If several files have the same name, the folders after the first get a number.
         layer, size: see `attention_pictures`.
 
     Returns:
@@ -129,7 +129,7 @@ def write_attention_pictures(
         UserError: the encoder does not exist or has no attention maps, or a file is not a picture.
     """
     encoder, processor = load_encoder(model)
-    patch_size(encoder)  # raises for an unsupported encoder before it reads photos
+    patch_size(encoder)  # raises for an unsupported encoder before any photo is read
     written: list[Path] = []
     rows: list[dict[str, Image.Image]] = []
     for photo in photos:
@@ -138,7 +138,7 @@ def write_attention_pictures(
         except (UserError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{photo}: {reason}") from error
-        target = _free(folder, photo.stem, written)
+        target = _unused_folder(folder, photo.stem, written)
         target.mkdir(parents=True, exist_ok=True)
         rows.append(attention_pictures(encoder, processor, pixels, layer=layer, size=size))
         for name, picture in rows[-1].items():
@@ -172,7 +172,7 @@ def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_H
     return sheet
 
 
-def _free(folder: Path, stem: str, taken: list[Path]) -> Path:
+def _unused_folder(folder: Path, stem: str, taken: list[Path]) -> Path:
     """Return a folder for a photo with this name that is not in `taken`."""
     names = [stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 2))]
     return next(folder / name for name in names if folder / name not in taken)
@@ -209,7 +209,7 @@ def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
     return mean[:, None, None], std[:, None, None]
 
 
-def _shown(photo: Image.Image, side: int) -> Image.Image:
+def _enlarge(photo: Image.Image, side: int) -> Image.Image:
     """Return the photo, enlarged by an integer factor if its shorter edge is below `side` pixels."""
     factor = -(-side // min(photo.size))
     if factor <= 1:
@@ -217,7 +217,7 @@ def _shown(photo: Image.Image, side: int) -> Image.Image:
     return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
 
 
-def _enlarged(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
+def _as_picture(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
     large = _resized(values_3hw, size, smooth).mul(255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
 

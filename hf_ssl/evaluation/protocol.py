@@ -24,7 +24,7 @@ from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
-HEADLINE = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
+MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
 STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
@@ -76,7 +76,7 @@ def evaluate_encoder(
     if precision == "auto":
         precision = fastest_precision(device.type).name
     seconds: dict[str, float] = {}
-    rule, size, tokens = _seen(model, processor, test, device)
+    rule, size, tokens = _inspect_encoder(model, processor, test, device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
     compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
@@ -191,29 +191,29 @@ def evaluate_features(
     ]
 
     seconds: dict[str, float] = {}
-    with _timed(seconds, "knn"), _shown(description, "k-NN"):
+    with _timed(seconds, "knn"), _progress_bar(description, "k-NN"):
         grid = knn_accuracy(*data, neighbors=counts, temperatures=config.temperatures, device=device)
-    with _timed(seconds, "few_labels"), _shown(description, "few labels"):
+    with _timed(seconds, "few_labels"), _progress_bar(description, "few labels"):
         draws = [
             few_label_knn(*data, labels_per_class=n, draws=config.draws, seed=config.seed, device=device)
             for n in few
         ]
     probe = None
     epochs = 2 * config.linear_epochs  # first with all learning rates, then with the best one
-    with _timed(seconds, "linear"), _shown(description, "linear probe", epochs, "epoch") as bar:
+    with _timed(seconds, "linear"), _progress_bar(description, "linear probe", epochs, "epoch") as bar:
         if config.linear and linear:
             probe = _linear(config, *data, device=device, advance=bar.update)
-    headline = _headline(grid)
-    k, temperature = headline
+    main = _main_setting(grid)
+    k, temperature = main
     return EncoderResult(
-        protocol=_words(config, headline, probe, few, bank, queries),
+        protocol=_describe(config, main, probe, few, bank, queries),
         images={"train": bank, "test": queries},
         classes=int(torch.cat([bank_labels, query_labels]).unique().numel()),
         feature_size=train_features.shape[1],
         knn=KnnResult(
             neighbors=k,
             temperature=temperature,
-            accuracy=grid[headline],
+            accuracy=grid[main],
             grid=[{"neighbors": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()],
         ),
         linear=probe,
@@ -224,7 +224,7 @@ def evaluate_features(
     )
 
 
-def _shown(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
+def _progress_bar(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
     """Return a progress bar for a part of the evaluation, which shows nothing without a description."""
     return progress(None if description is None else f"{description}, {part}", total, unit=unit)
 
@@ -262,23 +262,24 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
     }
 
 
-def _headline(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
-    """Return the k and T of the headline: k 20 and T 0.07 if they were measured.
+def _main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
+    """Return the main k and T, which are chosen independently.
 
-    Otherwise k is the largest one below 20, or the smallest one if none is below 20, and T is the first one.
+    k is the largest measured one up to 20, or the smallest one if all are above 20. T is 0.07 if it was
+    measured, otherwise the first one.
     """
     counts = sorted({k for k, _ in grid})
     temperatures = [temperature for _, temperature in grid]
-    below = [k for k in counts if k <= HEADLINE[0]]
+    below = [k for k in counts if k <= MAIN_KNN[0]]
     return (
         below[-1] if below else counts[0],
-        HEADLINE[1] if HEADLINE[1] in temperatures else temperatures[0],
+        MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0],
     )
 
 
-def _words(
+def _describe(
     config: EvaluationConfig,
-    headline: tuple[int, float],
+    main: tuple[int, float],
     probe: dict[str, Any] | None,
     few: list[int],
     bank: int,
@@ -287,7 +288,7 @@ def _words(
     """Return a description of each measurement for the text and the metadata of the card."""
     train = f"{bank:,} images of split {config.train_split}"
     test = f"{queries:,} images of split {config.test_split}"
-    k, temperature = headline
+    k, temperature = main
     words = {
         "knn": f"{k}-NN by cosine similarity, votes weighted by exp(cosine / {temperature:g}), "
         f"bank: {train}, tested on {test}"
@@ -300,23 +301,23 @@ def _words(
     if probe is not None:
         rates = sorted(config.learning_rates)
         state = "standardized" if config.linear_standardize else "not standardized"
-        edge = ", which is the edge of the sweep" if probe["at_edge"] else ""
+        edge = " (at the edge of the sweep)" if probe["at_edge"] else ""
         words["linear"] = (
             f"softmax regression on frozen features, {state}, without augmentation: SGD, momentum 0.9, "
             f"no weight decay, {probe['epochs']} epochs, batch {probe['batch_size']}, cosine; learning rate "
-            f"{probe['learning_rate']:g}, the best of {len(rates)} from {rates[0]:g} to {rates[-1]:g} on "
-            f"10 % of the training images held out{edge}; then trained on all {train}, tested on {test}"
+            f"{probe['learning_rate']:g}{edge}, the best of {len(rates)} from {rates[0]:g} to {rates[-1]:g} "
+            f"on a held-out 10 % of the training images; then trained on all {train}, tested on {test}"
         )
     return words
 
 
-def _seen(
+def _inspect_encoder(
     model: nn.Module, processor: Any, images: LabeledData, device: torch.device
 ) -> tuple[Pooling, int, bool]:
     """Return three properties of an encoder, measured with one image.
 
-    They are the meaning of pooling "auto", the width of the processed images in pixels, and whether the
-    output has a class token and other tokens.
+    They are the pooling that "auto" selects, the width of the processed images in pixels, and a flag. The
+    flag is True if the output has a class token and other tokens.
     """
     batch = next(iter(images.iter_batches(1)))
     with evaluation_mode(model.to(device)):

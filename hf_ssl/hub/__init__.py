@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "append_result": "hf_ssl.cards.append_result",
         "environment": "hf_ssl.cards.environment",
         "last_part": "hf_ssl.cards.last_part",
-        "public": "hf_ssl.cards.public",
+        "public": "hf_ssl.cards.remove_private",
         "read_facts": "hf_ssl.cards.read_facts",
         "write_card": "hf_ssl.cards.write_card",
         "write_facts": "hf_ssl.cards.write_facts",

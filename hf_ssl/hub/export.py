@@ -28,10 +28,10 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     """Write an encoder of transformers and its image processor to `directory`, and check that they load.
 
     The files are first written to a folder inside `directory` and loaded there with `AutoModel`. No key may
-    be missing, unexpected or of another shape, every tensor must be equal bit for bit, and one image of the
-    processor's size must pass through the encoder. Then the files are moved up one by one, `config.json`
-    last. After an interruption, `directory` contains the previous encoder, the new one, or none that loads.
-    Other files in `directory` stay.
+    be missing, unexpected or of another shape. Every tensor must be equal bit for bit. The encoder must
+    accept one image of the processor's size. Then the files are moved up one by one, `config.json` last.
+    After an interruption, `directory` contains the previous encoder, the new one, or none that loads. Other
+    files in `directory` stay.
 
     Weights keep the names of old transformers releases (the default of `save_pretrained`), which old and new
     releases load. The encoder itself stays unchanged.
@@ -105,9 +105,9 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
 
     The class is `BitImageProcessor`, because it converts gray, palette and transparent photos to RGB;
     `ViTImageProcessor` raises an error for them. From transformers 5.21 on, it places transparent photos on a
-    white background; 5.20 drops transparency. The filter that enlarges views (bilinear) also enlarges small
-    images, so that an image with the size of the views is processed as in training. Without `enlarge`, the
-    filter is that of the crops.
+    white background; 5.20 drops transparency. If the preset sets `enlarge`, the processor uses the bilinear
+    filter that enlarges the views. An image of the size of the views is then processed as in training.
+    Otherwise the processor uses the filter of the crops.
 
     Args:
         preset: a `ViewPreset` as a dict. The function reads `size`, `enlarge`, `interpolation`, `mean` and
@@ -115,7 +115,8 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
         channels: input channels of the encoder. With 3, the processor converts every photo to RGB.
             transformers has no processor that converts photos to gray or to another number of channels. With
             1, the user opens them with `image.convert("L")`. With other numbers, the user passes (C, H, W)
-            arrays and `input_data_format="channels_first"`. The encoder raises an error for another number.
+            arrays and `input_data_format="channels_first"`. The encoder raises an error if the number of
+            channels of an image differs from its own.
 
     Raises:
         UserError: mean or std do not match the number of channels, or the filter is unknown.

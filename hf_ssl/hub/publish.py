@@ -47,16 +47,16 @@ def publish(
 ) -> Published | None:
     """Publish a finished run in one commit: encoder, image processor, method model, card, results, pictures.
 
-    A second publication uploads only the changed files, and deletes the files of the first one that the run
-    no longer has. Files that users added to the repository stay. Until the commit, the repository is
-    unchanged.
+    A later publication uploads only the changed files. It deletes files of the model, the card and the facts
+    that the run no longer has, but not pictures or `results/`. Files that users added to the repository stay.
+    Until the commit, the repository is unchanged.
 
     Args:
         folder: `training.output_dir` of the run. Checkpoints and files with a leading underscore are not
             uploaded.
         repo_id: "user/name", or "name" for the account of the token. A missing repository is created.
-        private: create a private repository, as the recipe of the run can request too (`publish.private`). An
-            existing repository keeps its visibility.
+        private: whether to create a private repository. The recipe can also request it (`publish.private`).
+            An existing private repository stays private. For an existing public one, `private` is an error.
         dry_run: print the list of files and return None. This needs neither network nor token.
         token: a token of the Hub; None: the token of `hf auth login` or HF_TOKEN.
         revision: an existing branch; None: main.
@@ -198,7 +198,8 @@ CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.s
 INDEX = f"{WEIGHTS}.index.json"
 PICTURES = (".png", ".jpg", ".webp", ".svg")
 _WEIGHT_FILES = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-# The files of the repository that a publication replaces, or deletes if the run no longer has them.
+# The files of the repository that a publication may delete if the run no longer has them. Pictures and
+# the files in `results/` are not among them.
 _OWNED = re.compile(
     "|".join(
         (
@@ -258,7 +259,7 @@ def encoder_files(folder: Path) -> Files:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a model's weight files, after a check that each has the length that it states."""
+    """Return the names of a model's weight files, and check the length of each against its header."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))

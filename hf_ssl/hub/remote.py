@@ -35,7 +35,7 @@ Files = dict[str, Path | bytes]
 """The files of a repository by their path in it: a local file, or the content."""
 
 RETRY_DELAYS = (1.0, 4.0, 15.0)
-"""Seconds before each retry, which follow the retries of the client itself."""
+"""Seconds before each retry. The client has then made its own retries already."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def open_repo(
     Args:
         repo_id: "user/name", or "name" for the account of the token.
         kind: "model" or "space".
-        private: visibility of a new repository. An existing one keeps its visibility.
+        private: whether to create a private repository. An existing private repository stays private.
         token: None: the token of `hf auth login` or HF_TOKEN.
         revision: a branch; None: main.
 
@@ -209,7 +209,7 @@ def _with_retries(
             if not is_retriable(error):
                 raise
             reason = " ".join(str(root_cause(error)).split())[:100]
-            logger.warning("%s: the upload failed (%s); retrying in %g s", repo_id, reason, delay)
+            logger.warning("%s: the request failed (%s); retrying in %g s", repo_id, reason, delay)
         time.sleep(delay)
     return call()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_entropy
+from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_cross_entropy
 from hf_ssl.losses.upcasting import full_precision, without_autocast
 
 
@@ -19,8 +19,8 @@ def sinkhorn(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
     The algorithm starts from exp(scores / epsilon). In each iteration, it divides each prototype's column and
     then each sample's row by its sum. The first iteration is computed in logarithms. After it, no sum can
-    vanish or overflow. A column with the sum one has an entry of at least 1 / B. Dividing its row makes that
-    entry at most K times smaller. The same holds for rows.
+    vanish or overflow. If a column sums to 1, its largest entry is at least 1 / B. The division of the rows
+    makes this entry at most K times smaller. The same argument holds for rows.
 
     Args:
         scores_BK: cosines of samples and prototypes. They include the samples of all processes and of the
@@ -56,7 +56,7 @@ def sinkhorn(scores_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 def swapped_prediction(scores_VBK: Tensor, assignments_ABK: Tensor, *, temperature: float) -> Tensor:
     """Return the cross entropy of each view's scores against the assignments of the other views, in nats.
 
-    Written as loops, the loss is the mean over samples b, views a with assignments and views v != a of
+    The loss is the mean over samples b, views a with assignments and views v != a of
     `-sum over k of assignments[a, b, k] * log_softmax(scores[v, b] / temperature)[k]`.
 
     Args:
@@ -76,7 +76,7 @@ def swapped_prediction(scores_VBK: Tensor, assignments_ABK: Tensor, *, temperatu
     """
     check_views("swapped_prediction", scores_VBK, assignments_ABK, "assignments")
     check_temperature("swapped_prediction", temperature)
-    return cross_view_entropy(scores_VBK, assignments_ABK, temperature, _unchanged)
+    return cross_view_cross_entropy(scores_VBK, assignments_ABK, temperature, _unchanged)
 
 
 @full_precision

@@ -15,18 +15,18 @@ from hf_ssl.losses.upcasting import full_precision, without_autocast
 
 # The side of the blocks in which the similarity matrix is computed. A block of 1024 x 1024 floats (4 MiB)
 # fits into the cache of a CPU core. An accelerator is faster with larger products.
-_BLOCK = {"cpu": 1024}
-_BLOCK_ELSEWHERE = 8192
+_BLOCK_SIZE = {"cpu": 1024}
+_BLOCK_SIZE_OTHER_DEVICES = 8192
 
 
 @full_precision
 def nt_xent(z_VBD: Tensor, *, temperature: float) -> Tensor:
     """Return the normalized temperature-scaled cross entropy of each view against all others, in nats.
 
-    With s(i, j) = cos(z_i, z_j) / temperature and written as loops, the loss is the mean over anchors (v, b)
-    and positives (w, b), w != v, of `-s(vb, wb) + log(sum of exp(s(vb, k)) over all k != vb)`. The sum has
-    all N - 1 other rows, including the other positives (SupCon's "out" form with instances as classes). The
-    N x N matrix is never in memory: its blocks are computed in the forward and again in the backward pass.
+    With s(i, j) = cos(z_i, z_j) / temperature, the loss is the mean over anchors (v, b) and positives (w, b),
+    w != v, of `-s(vb, wb) + log(sum of exp(s(vb, k)) over all k != vb)`. The sum has all N - 1 other rows,
+    including the other positives (SupCon's "out" form with instances as classes). The N x N matrix is never
+    in memory: its blocks are computed in the forward and again in the backward pass.
 
     Args:
         z_VBD: embeddings of V >= 2 views of the same B >= 2 images. This function normalizes them.
@@ -71,7 +71,7 @@ def info_nce(
 ) -> Tensor:
     """Return the cross entropy of each query's own key against negatives, in nats.
 
-    With s(q, k) = cos(q, k) / temperature and written as loops, the loss is the mean over queries i of
+    With s(q, k) = cos(q, k) / temperature, the loss is the mean over queries i of
     `-s(q_i, k_i) + log(sum of exp(s(q_i, k)) over k_i and the negatives)`. With a queue, only its rows
     are negatives. Without a queue, the other keys of the batch are.
 
@@ -124,7 +124,7 @@ def info_nce(
 def triplet(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor, *, margin: float) -> Tensor:
     """Return the triplet loss: a positive must be nearer than a negative by a margin in squared distance.
 
-    Written as loops, the loss is the mean over images of
+    The loss is the mean over images of
     `max(0, |anchor - positive|^2 - |anchor - negative|^2 + margin)`. Triplets that satisfy the margin count
     as 0.
 
@@ -191,7 +191,7 @@ class _OtherRowsLogSumExp(torch.autograd.Function):
 
 
 def _upper_blocks(z_ND: Tensor) -> list[tuple[slice, slice]]:
-    size = _BLOCK.get(z_ND.device.type, _BLOCK_ELSEWHERE)
+    size = _BLOCK_SIZE.get(z_ND.device.type, _BLOCK_SIZE_OTHER_DEVICES)
     starts = range(0, len(z_ND), size)
     return [(slice(i, i + size), slice(j, j + size)) for i in starts for j in starts if j >= i]
 

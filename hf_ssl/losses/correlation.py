@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of Barlow Twins.
 
-Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions.
+Legend: V views, B batch, D dimensions. In a part of the data, b is a subset of the images and d a subset of
+the dimensions.
 """
 
 from typing import Any
@@ -12,20 +13,20 @@ from torch.autograd.function import once_differentiable
 
 from hf_ssl.losses.feature_products import (
     CenteredView,
+    accumulation_dtype,
     add_gram,
     check_two_views,
+    copy_upper_to_lower,
     inner,
-    mirror,
     parts,
-    widest,
 )
 from hf_ssl.losses.upcasting import without_autocast
 
 
 def barlow_twins(z1_BD: Tensor, z2_BD: Tensor, *, off_diagonal_weight: float) -> Tensor:
-    """Return the loss of Barlow Twins, which is 0 if the features of two views correlate as the identity.
+    """Return the loss of Barlow Twins. It is 0 if the correlation matrix of the two views is the identity.
 
-    It is `on_diagonal + off_diagonal_weight * off_diagonal` of `barlow_twins_terms`.
+    The loss is `on_diagonal + off_diagonal_weight * off_diagonal` of `barlow_twins_terms`.
 
     Args:
         z1_BD, z2_BD: embeddings of two views of the same B >= 2 images. They are normalized over the batch.
@@ -70,7 +71,10 @@ def barlow_twins_terms(z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Correlation(torch.autograd.Function):
-    """(C_ii, sum over i and j != i of C_ij^2) for the correlations C = A^T B / batch of normalized views."""
+    """The diagonal C_ii, and the sum over i and j != i of C_ij^2.
+
+    C = X^T Y / B is the correlation matrix of the normalized views X and Y (B, D).
+    """
 
     @staticmethod
     def forward(ctx: Any, z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,29 +89,30 @@ class _Correlation(torch.autograd.Function):
     @staticmethod
     @without_autocast
     @once_differentiable
-    def backward(ctx: Any, for_diagonal_D: Tensor, for_off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_diagonal_D: Tensor, grad_off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
         *views, diagonal_D, c_DD = ctx.saved_tensors
         a, b = CenteredView(*views[:3]), CenteredView(*views[3:])
         scale1_D, scale2_D = views[2], views[5]
         result1_BD, result2_BD = torch.empty_like(a.z_BD), torch.empty_like(b.z_BD)
-        slope_DD = c_DD * (2 * for_off_diagonal)
-        slope_DD.diagonal().copy_(for_diagonal_D)
-        # Because of the normalization, the gradient has no component along the feature itself. It has none
-        # along a constant either, but the slope has no such component, because the other view is centered.
-        own_D = for_diagonal_D * diagonal_D
-        along1_D = c_DD.square().sum(1).mul_(2 * for_off_diagonal).add_(own_D)
-        along2_D = c_DD.square().sum(0).mul_(2 * for_off_diagonal).add_(own_D)
+        grad_DD = c_DD * (2 * grad_off_diagonal)
+        grad_DD.diagonal().copy_(grad_diagonal_D)
+        # Normalization removes the components of the gradient along the feature and along a constant. Only
+        # the first must be subtracted here: the other view is centered, so its products with `grad_DD` have
+        # no component along a constant.
+        own_D = grad_diagonal_D * diagonal_D
+        projection1_D = c_DD.square().sum(1).mul_(2 * grad_off_diagonal).add_(own_D)
+        projection2_D = c_DD.square().sum(0).mul_(2 * grad_off_diagonal).add_(own_D)
         for images in parts(a.z_BD, 0):
             a_bD, b_bD = a.part(images), b.part(images)
-            slope_bD = (b_bD @ slope_DD.T).addcmul_(a_bD, along1_D, value=-1)
-            result1_BD[images] = slope_bD.mul_(scale1_D / len(a.z_BD))
-            slope_bD = (a_bD @ slope_DD).addcmul_(b_bD, along2_D, value=-1)
-            result2_BD[images] = slope_bD.mul_(scale2_D / len(a.z_BD))
+            grad_bD = (b_bD @ grad_DD.T).addcmul_(a_bD, projection1_D, value=-1)
+            result1_BD[images] = grad_bD.mul_(scale1_D / len(a.z_BD))
+            grad_bD = (a_bD @ grad_DD).addcmul_(b_bD, projection2_D, value=-1)
+            result2_BD[images] = grad_bD.mul_(scale2_D / len(a.z_BD))
         return result1_BD, result2_BD
 
 
 class _CorrelationByGram(torch.autograd.Function):
-    """The result of `_Correlation`, computed from the Gram matrices A A^T and B B^T."""
+    """The result of `_Correlation`, computed from the Gram matrices X X^T and Y Y^T."""
 
     @staticmethod
     def forward(ctx: Any, z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +123,9 @@ class _CorrelationByGram(torch.autograd.Function):
             a_Bd, b_Bd = a.part(dims=dims), b.part(dims=dims)
             add_gram(gram_VBB[0], a_Bd)
             add_gram(gram_VBB[1], b_Bd)
-            diagonal.append(a_Bd.mul_(b_Bd).sum(0, dtype=widest(a_Bd)) / batch)
+            diagonal.append(a_Bd.mul_(b_Bd).sum(0, dtype=accumulation_dtype(a_Bd)) / batch)
         diagonal_D = torch.cat(diagonal)
-        off_diagonal = inner(mirror(gram_VBB[0]), mirror(gram_VBB[1])) / batch**2
+        off_diagonal = inner(copy_upper_to_lower(gram_VBB[0]), copy_upper_to_lower(gram_VBB[1])) / batch**2
         off_diagonal = (off_diagonal - diagonal_D.square().sum()).to(gram_VBB.dtype)
         diagonal_D = diagonal_D.to(gram_VBB.dtype)
         ctx.save_for_backward(*a, *b, diagonal_D, gram_VBB)
@@ -129,21 +134,21 @@ class _CorrelationByGram(torch.autograd.Function):
     @staticmethod
     @without_autocast
     @once_differentiable
-    def backward(ctx: Any, for_diagonal_D: Tensor, for_off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_diagonal_D: Tensor, grad_off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
         *views, diagonal_D, gram_VBB = ctx.saved_tensors
         a, b = CenteredView(*views[:3]), CenteredView(*views[3:])
         scale1_D, scale2_D = views[2], views[5]
         batch = len(a.z_BD)
         result1_BD, result2_BD = torch.empty_like(a.z_BD), torch.empty_like(b.z_BD)
-        own_D = (for_diagonal_D - 2 * for_off_diagonal * diagonal_D) / batch
+        own_D = (grad_diagonal_D - 2 * grad_off_diagonal * diagonal_D) / batch
         for dims in parts(a.z_BD, 1):
             a_Bd, b_Bd = a.part(dims=dims), b.part(dims=dims)
             for x_Bd, y_Bd, gram_BB, scale_D, result_BD in (
                 (a_Bd, b_Bd, gram_VBB[1], scale1_D, result1_BD),
                 (b_Bd, a_Bd, gram_VBB[0], scale2_D, result2_BD),
             ):
-                slope_Bd = (gram_BB @ x_Bd).mul_(2 * for_off_diagonal / batch**2)
-                slope_Bd.addcmul_(y_Bd, own_D[dims])
-                along_d = (slope_Bd * x_Bd).mean(0)  # as in _Correlation
-                result_BD[:, dims] = slope_Bd.addcmul_(x_Bd, along_d, value=-1).mul_(scale_D[dims])
+                grad_Bd = (gram_BB @ x_Bd).mul_(2 * grad_off_diagonal / batch**2)
+                grad_Bd.addcmul_(y_Bd, own_D[dims])
+                projection_d = (grad_Bd * x_Bd).mean(0)  # as in _Correlation
+                result_BD[:, dims] = grad_Bd.addcmul_(x_Bd, projection_d, value=-1).mul_(scale_D[dims])
         return result1_BD, result2_BD

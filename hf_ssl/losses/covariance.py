@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of VICReg.
 
-Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions.
+Legend: V views, B batch, D dimensions. In a part of the data, b is a subset of the images and d a subset of
+the dimensions.
 """
 
 from typing import Any
@@ -12,12 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from hf_ssl.losses.feature_products import (
     CenteredView,
+    accumulation_dtype,
     add_gram,
     check_two_views,
+    copy_upper_to_lower,
     inner,
-    mirror,
     parts,
-    widest,
 )
 from hf_ssl.losses.upcasting import upcast, without_autocast
 
@@ -33,7 +34,7 @@ def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, *, eps: float = 1e-4) -> tuple[Te
     - covariance: the sum over views of 1/D times the sum over i and all j != i of cov_v[i, j]^2.
 
     Args:
-        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images, not normalised.
+        z1_BD, z2_BD: embeddings of two views of the same B >= 2 images, not normalized.
         eps: added to the variance under the square root.
 
     Returns:
@@ -73,7 +74,7 @@ class _Covariance(torch.autograd.Function):
             for cov_DD, view in zip(cov_VDD, views, strict=True):
                 add_gram(cov_DD, view.part(images).T)
         for cov_DD in cov_VDD:
-            mirror(cov_DD).div_(len(z_BD[0]) - 1)
+            copy_upper_to_lower(cov_DD).div_(len(z_BD[0]) - 1)
         variance_VD = cov_VDD.diagonal(dim1=1, dim2=2).clone()
         cov_VDD.diagonal(dim1=1, dim2=2).zero_()
         ctx.save_for_backward(*views[0][:2], *views[1][:2], cov_VDD)
@@ -83,19 +84,19 @@ class _Covariance(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(
-        ctx: Any, for_difference: Tensor, for_variance_VD: Tensor, for_off_diagonal: Tensor
+        ctx: Any, grad_difference: Tensor, grad_variance_VD: Tensor, grad_off_diagonal: Tensor
     ) -> tuple[Tensor, ...]:
         *saved, cov_VDD = ctx.saved_tensors
         views = [CenteredView(*saved[:2]), CenteredView(*saved[2:])]
         freedom = len(saved[0]) - 1
         results = tuple(torch.empty_like(view.z_BD) for view in views)
-        slope_VDD = cov_VDD * (4 * for_off_diagonal / freedom)
-        slope_VDD.diagonal(dim1=1, dim2=2).copy_(2 * for_variance_VD / freedom)
+        grad_VDD = cov_VDD * (4 * grad_off_diagonal / freedom)
+        grad_VDD.diagonal(dim1=1, dim2=2).copy_(2 * grad_variance_VD / freedom)
         for images in parts(saved[0], 0):
-            difference_bD = (upcast(views[0].z_BD[images]) - views[1].z_BD[images]).mul_(2 * for_difference)
+            difference_bD = (upcast(views[0].z_BD[images]) - views[1].z_BD[images]).mul_(2 * grad_difference)
             for v, sign in enumerate((1, -1)):
-                slope_bD = views[v].part(images) @ slope_VDD[v]
-                results[v][images] = slope_bD.add_(difference_bD, alpha=sign)
+                grad_bD = views[v].part(images) @ grad_VDD[v]
+                results[v][images] = grad_bD.add_(difference_bD, alpha=sign)
         return results
 
 
@@ -115,10 +116,10 @@ class _CovarianceByGram(torch.autograd.Function):
             for gram_BB, view in zip(gram_VBB, views, strict=True):
                 x_Bd = view.part(dims=dims)
                 add_gram(gram_BB, x_Bd)
-                variances[-1].append(x_Bd.square_().sum(0, dtype=widest(x_Bd)) / (batch - 1))
+                variances[-1].append(x_Bd.square_().sum(0, dtype=accumulation_dtype(x_Bd)) / (batch - 1))
         variance_VD = torch.cat([torch.stack(pair) for pair in variances], 1)
         for gram_BB in gram_VBB:
-            mirror(gram_BB)
+            copy_upper_to_lower(gram_BB)
         off_diagonal = inner(gram_VBB, gram_VBB) / (batch - 1) ** 2
         off_diagonal = (off_diagonal - variance_VD.square().sum()).to(gram_VBB.dtype)
         variance_VD = variance_VD.to(gram_VBB.dtype)
@@ -129,18 +130,20 @@ class _CovarianceByGram(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(
-        ctx: Any, for_difference: Tensor, for_variance_VD: Tensor, for_off_diagonal: Tensor
+        ctx: Any, grad_difference: Tensor, grad_variance_VD: Tensor, grad_off_diagonal: Tensor
     ) -> tuple[Tensor, ...]:
         *saved, variance_VD, gram_VBB = ctx.saved_tensors
         views = [CenteredView(*saved[:2]), CenteredView(*saved[2:])]
         freedom = len(saved[0]) - 1
         results = tuple(torch.empty_like(view.z_BD) for view in views)
-        own_VD = (2 * for_variance_VD - 4 * for_off_diagonal * variance_VD) / freedom
+        own_VD = (2 * grad_variance_VD - 4 * grad_off_diagonal * variance_VD) / freedom
         for dims in parts(saved[0], 1):
-            difference_Bd = (upcast(views[0].z_BD[:, dims]) - views[1].z_BD[:, dims]).mul_(2 * for_difference)
+            difference_Bd = (upcast(views[0].z_BD[:, dims]) - views[1].z_BD[:, dims]).mul_(
+                2 * grad_difference
+            )
             for v, sign in enumerate((1, -1)):
                 x_Bd = views[v].part(dims=dims)
-                slope_Bd = (gram_VBB[v] @ x_Bd).mul_(4 * for_off_diagonal / freedom**2)
-                slope_Bd.addcmul_(x_Bd, own_VD[v, dims])
-                results[v][:, dims] = slope_Bd.add_(difference_Bd, alpha=sign)
+                grad_Bd = (gram_VBB[v] @ x_Bd).mul_(4 * grad_off_diagonal / freedom**2)
+                grad_Bd.addcmul_(x_Bd, own_VD[v, dims])
+                results[v][:, dims] = grad_Bd.add_(difference_Bd, alpha=sign)
         return results

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_entropy
+from hf_ssl.losses.soft_targets import check_temperature, check_views, cross_view_cross_entropy
 from hf_ssl.losses.upcasting import full_precision, upcast, without_autocast
 
 
@@ -23,9 +23,9 @@ def dino_cross_entropy(
 ) -> Tensor:
     """Return the cross entropy of the student's outputs against the teacher's, in nats.
 
-    The teacher's outputs are centered and sharpened. Written as loops, the loss is the mean over images b,
-    teacher views a and student views v != a of `-sum over k of softmax((teacher[a, b] - center) /
-    teacher_temperature)[k] * log_softmax(student[v, b] / student_temperature)[k]`.
+    The teacher's outputs are centered and sharpened. The loss is the mean over images b, teacher views a and
+    student views v != a of `-sum over k of softmax((teacher[a, b] - center) / teacher_temperature)[k] *
+    log_softmax(student[v, b] / student_temperature)[k]`.
 
     Args:
         student_VBK: logits of V >= 2 views of the same B images, from crops of any size.
@@ -59,21 +59,21 @@ def dino_cross_entropy(
     def sharpen(teacher_AbK: Tensor) -> Tensor:
         logits_AbK = (teacher_AbK - center_K).mul_(sharpness)
         logits_AbK -= logits_AbK.amax(-1, keepdim=True)
-        # exp(-70) is invisible beside the largest number, and denormal numbers make a CPU slow.
+        # exp(-70) is below the rounding error of the sum, and denormal numbers make a CPU slow.
         return threshold(logits_AbK, -70.0, -torch.inf).softmax(-1)
 
-    return cross_view_entropy(student_VBK, teacher_ABK, student_temperature, sharpen)
+    return cross_view_cross_entropy(student_VBK, teacher_ABK, student_temperature, sharpen)
 
 
 @torch.no_grad()
 @full_precision
 def dino_center(center_K: Tensor, teacher_ABK: Tensor, *, momentum: float) -> Tensor:
-    """Return the EMA update of the center of the teacher's outputs.
+    """Return the center of the teacher's outputs after an EMA update with this batch.
 
     Args:
         center_K: the center before this batch, which the loss of this batch uses.
-        teacher_ABK: the teacher's logits for this batch. If several processes have equal batches, the mean of
-            their new centers is the new center of the whole batch.
+        teacher_ABK: the teacher's logits for this batch. If all processes have the same batch size, the mean
+            of their new centers is the new center of the whole batch.
         momentum: the weight of the old center in the new one, 0.9 in the paper.
 
     Returns:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of features for Barlow Twins and VICReg, computed in parts to save memory.
 
-Both losses sum the squares of the off-diagonal elements of a D x D matrix C = A^T B of products of features.
-If the batch is smaller than D, that matrix is never computed. The sum of all its squares is then the
-product of two B x B Gram matrices, |A^T B|^2 = <A A^T, B B^T>. The squares of the diagonal are subtracted.
+Both losses sum the squares of the off-diagonal elements of a D x D matrix C = X^T Y. X and Y are features
+(B, D). If B is smaller than D, C is never computed. The sum of all squares is then the inner product of two
+B x B Gram matrices, |X^T Y|^2 = <X X^T, Y Y^T>. The squares of the diagonal are subtracted.
 Embeddings are centered and scaled in parts, in the forward and in the backward pass. Apart from the
 gradients and the smaller matrices, this needs little memory.
 
-Legend: V views, B batch, D dimensions; in parts, b some of the images or d some of the dimensions; N x N the
-smaller matrix.
+Legend: V views, B batch, D dimensions. In a part of the data, b is a subset of the images and d a subset of
+the dimensions. N x N is the smaller matrix.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class _Sizes(NamedTuple):
     """The sizes of the parts."""
 
     depth: int
-    """The smallest length of a part in the direction over which products sum."""
+    """The smallest length of a part along the axis over which the matrix product sums."""
     numbers: int
     """The approximate number of values of a part."""
     rows: int
@@ -32,7 +32,7 @@ class _Sizes(NamedTuple):
 
 # On a CPU, these are large enough for fast products and small enough for the caches.
 _SIZES = {"cpu": _Sizes(1024, 2**20, 512)}
-_SIZES_ELSEWHERE = _Sizes(4096, 2**24, 4096)
+_SIZES_OTHER_DEVICES = _Sizes(4096, 2**24, 4096)
 _ALL = slice(None)
 
 
@@ -72,23 +72,23 @@ class CenteredView(NamedTuple):
         return centered if self.scale_D is None else centered.mul_(self.scale_D[dims])
 
 
-def parts(z_BD: Tensor, direction: int) -> list[slice]:
-    """Return the slices of the batch (direction 0) or of the dimensions (1)."""
-    sizes = _SIZES.get(z_BD.device.type, _SIZES_ELSEWHERE)
-    length = max(sizes.depth, sizes.numbers // z_BD.shape[1 - direction])
-    return [slice(start, start + length) for start in range(0, z_BD.shape[direction], length)]
+def parts(z_BD: Tensor, dim: int) -> list[slice]:
+    """Return the slices of the batch (dim 0) or of the dimensions (1)."""
+    sizes = _SIZES.get(z_BD.device.type, _SIZES_OTHER_DEVICES)
+    length = max(sizes.depth, sizes.numbers // z_BD.shape[1 - dim])
+    return [slice(start, start + length) for start in range(0, z_BD.shape[dim], length)]
 
 
 def add_gram(gram_NN: Tensor, x_NM: Tensor) -> None:
-    """Add x x^T to the blocks of `gram_NN` on and above the diagonal. `mirror` fills the others."""
-    rows = _SIZES.get(x_NM.device.type, _SIZES_ELSEWHERE).rows
+    """Add x x^T to the blocks of `gram_NN` on and above the diagonal, not to those below it."""
+    rows = _SIZES.get(x_NM.device.type, _SIZES_OTHER_DEVICES).rows
     for start in range(0, len(x_NM), rows):
         gram_NN[start : start + rows, start:].addmm_(x_NM[start : start + rows], x_NM[start:].T)
 
 
-def mirror(gram_NN: Tensor) -> Tensor:
+def copy_upper_to_lower(gram_NN: Tensor) -> Tensor:
     """Copy the blocks above the diagonal to those below it, in place, after `add_gram`."""
-    rows = _SIZES.get(gram_NN.device.type, _SIZES_ELSEWHERE).rows
+    rows = _SIZES.get(gram_NN.device.type, _SIZES_OTHER_DEVICES).rows
     for end in range(rows, len(gram_NN), rows):
         gram_NN[end:, end - rows : end] = gram_NN[end - rows : end, end:].T
     return gram_NN
@@ -97,9 +97,9 @@ def mirror(gram_NN: Tensor) -> Tensor:
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """Return the sum of the products of all numbers, exact enough for subtracting another large sum."""
     parts = zip(x.flatten().split(2**20), y.flatten().split(2**20), strict=True)
-    return torch.stack([(one * other).sum(dtype=widest(x)) for one, other in parts]).sum()
+    return torch.stack([(one * other).sum(dtype=accumulation_dtype(x)) for one, other in parts]).sum()
 
 
-def widest(tensor: Tensor) -> torch.dtype:
-    """Return float64, except on Apple's accelerator, which does not support it."""
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64, or the dtype of `tensor` on Apple's accelerator, which does not support float64."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64

@@ -48,7 +48,7 @@ def masked_patch_mse(
     Args:
         prediction_BNP: predicted values of all N patches.
         target_BNP: the patches themselves. They get no gradient.
-        mask_BN: 1 or True for masked patches, which count, and 0 for patches that the encoder saw.
+        mask_BN: 1 or True for masked patches, which enter the mean; 0 or False for the other patches.
         normalize: whether to normalize each target patch to mean 0 and variance 1 (unbiased, eps 1e-6).
 
     Returns:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cross entropy of every view against the soft targets of the other views, for SwAV and DINO.
 
-Legend: V views, the first A of which have targets; B batch, K classes; in parts, b some of the images.
+Legend: V views, the first A of which have targets; B batch, K classes. In a part of the data, b is a subset
+of the images.
 """
 
 from collections.abc import Callable
@@ -14,30 +15,30 @@ from torch.autograd.function import once_differentiable
 from hf_ssl.losses.upcasting import upcast, without_autocast
 
 # The number of logits in one part. On a CPU, they fit into the caches.
-_NUMBERS = {"cpu": 2**19}
-_NUMBERS_ELSEWHERE = 2**24
+_LOGITS_PER_PART = {"cpu": 2**19}
+_LOGITS_PER_PART_OTHER_DEVICES = 2**24
 
 # Returns the probabilities of a part (A, b, K) of the targets.
 Sharpen = Callable[[Tensor], Tensor]
 
 
-def cross_view_entropy(
+def cross_view_cross_entropy(
     scores_VBK: Tensor, targets_ABK: Tensor, temperature: float, sharpen: Sharpen
 ) -> Tensor:
     """Return the mean cross entropy over images and over pairs (a, v) of different views.
 
-    A pair compares `softmax(scores_v / temperature)` with `sharpen(targets_a)`. The entropy is linear in the
-    target. This function therefore adds the targets of all pairs first, and each view needs only one softmax.
-    It computes a few images at a time, in the forward and again in the backward pass. The only new tensor of
-    the size of the scores is their gradient. The targets get no gradient.
+    A pair compares `softmax(scores_v / temperature)` with `sharpen(targets_a)`. The cross entropy is linear
+    in the target. This function therefore adds the targets of all pairs first, and each view needs only one
+    softmax. It computes a few images at a time, in the forward and again in the backward pass. The only new
+    tensor of the size of the scores is their gradient. The targets get no gradient.
     """
     pairs = len(targets_ABK) * (len(scores_VBK) - 1)
-    total = _CrossViewEntropy.apply(scores_VBK, targets_ABK.detach(), temperature, sharpen)
+    total = _CrossViewCrossEntropy.apply(scores_VBK, targets_ABK.detach(), temperature, sharpen)
     return total / (pairs * scores_VBK.shape[1])
 
 
 def check_views(name: str, scores_VBK: Tensor, targets_ABK: Tensor, targets: str) -> None:
-    """Raise `ValueError` for shapes that `cross_view_entropy` cannot pair."""
+    """Raise `ValueError` for shapes that `cross_view_cross_entropy` cannot pair."""
     if scores_VBK.ndim != 3 or len(scores_VBK) < 2 or 0 in scores_VBK.shape:
         raise ValueError(
             f"{name}: expected scores (views >= 2, batch, classes), got {tuple(scores_VBK.shape)}"
@@ -60,7 +61,7 @@ def check_temperature(name: str, temperature: float | Tensor) -> None:
         raise ValueError(f"{name}: expected a temperature above 0, got {temperature}")
 
 
-class _CrossViewEntropy(torch.autograd.Function):
+class _CrossViewCrossEntropy(torch.autograd.Function):
     """The sum over images, a, and v != a of the cross entropy of v against a."""
 
     @staticmethod
@@ -98,5 +99,7 @@ class _CrossViewEntropy(torch.autograd.Function):
 
 def _parts(scores_VBK: Tensor) -> list[slice]:
     views, batch, classes = scores_VBK.shape
-    length = max(1, _NUMBERS.get(scores_VBK.device.type, _NUMBERS_ELSEWHERE) // (views * classes))
+    length = max(
+        1, _LOGITS_PER_PART.get(scores_VBK.device.type, _LOGITS_PER_PART_OTHER_DEVICES) // (views * classes)
+    )
     return [slice(start, start + length) for start in range(0, batch, length)]

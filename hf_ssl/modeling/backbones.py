@@ -73,8 +73,9 @@ def freeze_unused(backbone: PreTrainedModel) -> None:
 def initialize_as_timm(backbone: Any) -> None:
     """Initialize a new timm encoder as timm does.
 
-    transformers' wrapper samples every weight from N(0, 0.02). Convolutions then start at a third of their
-    scale and residual branches at full strength. So timm builds the architecture again, and this function
+    transformers' wrapper samples the weights of every layer from N(0, 0.02). In a ResNet, timm's standard
+    deviation of a convolution is up to nine times as large. timm also starts the last BatchNorm gain of a
+    residual branch at zero, and the wrapper at one. So timm builds the architecture again, and this function
     copies its weights.
     """
     if backbone.config.model_type == "timm_wrapper" and not next(backbone.parameters()).is_meta:

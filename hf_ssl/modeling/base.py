@@ -20,8 +20,8 @@ from hf_ssl.modeling.backbones import (
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
-from hf_ssl.modeling.memory import HostNumber, Memory
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.memory import HostNumber, PersistentBuffers
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature
 
@@ -47,8 +47,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         measurements(embeddings)    more numbers for the monitor
         pictures(inputs)            images that a run saves
 
-    It sets the class attributes below where the defaults do not fit. `MomentumModel` is the base class of
-    methods with a momentum encoder.
+    It sets the class attributes below where the defaults do not fit. `TeacherModel` is the base class of
+    methods with a momentum encoder, and `MomentumModel` that of methods whose projector also has a teacher.
 
     Attributes:
         couples_samples: whether the loss compares images with each other. Embeddings are then gathered from
@@ -62,9 +62,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         student_teacher: pairs of attribute names. A teacher starts as a copy of its student and is frozen;
             the method updates it.
         exported: name of the published encoder: the backbone or its teacher.
-        published_feature: the output of the published encoder that is its feature, see
-            `hf_ssl.modeling.pooling.pool`. "auto" is the pooler if the encoder has one. The config of the
-            encoder stores other values, and monitor, evaluation, card and Space use them.
+        published_feature: which output of the published encoder is its feature, see
+            `hf_ssl.modeling.pooling.pool`. "auto" is the pooler if the encoder has one. Any value except
+            "auto" is stored in the encoder's config. The monitor, evaluation, card and Space use it.
         mask_inputs: names of the inputs that `sample_masks` returns.
         memory_inputs: names of the embeddings that `update_memory` needs.
         needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
@@ -92,7 +92,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     # Attributes of transformers.
     config_class = SSLConfig
-    # The prefix is not "encoder", because keys of native encoders begin with "encoder.".
+    # The prefix is not "encoder", because keys of transformers' own encoders begin with "encoder.".
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ["image"]  # noqa: RUF012  (transformers' own form)
@@ -128,7 +128,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
         The tensors are batch first and on the CPU. They depend only on the seeds and on values that
         `before_step` wrote. So they do not depend on the number of processes, and a resumed run samples the
-        same. `hf_ssl.random.uniforms` makes random numbers. Methods use those from
+        same masks. `hf_ssl.random.uniforms` makes random numbers. Methods use the numbers from position
         `hf_ssl.random.FIRST_METHOD_NUMBER` on.
 
         Args:
@@ -172,17 +172,17 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     # Hooks, called by SSLTrainer only.
 
-    def before_epoch(self, progress: Progress) -> None:
+    def before_epoch(self, progress: RunProgress) -> None:
         """Run before the first batch of an epoch, but not when a run resumes within the epoch."""
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Run before an optimizer step: write scheduled values."""
 
-    def after_backward(self, progress: Progress) -> None:
-        """Run between the backward pass, with gradient clipping, and the optimizer."""
+    def after_backward(self, progress: RunProgress) -> None:
+        """Run after the backward pass and gradient clipping, before the optimizer step."""
 
-    def after_step(self, progress: Progress) -> None:
-        """Run after each optimizer step that was made: update teachers."""
+    def after_step(self, progress: RunProgress) -> None:
+        """Run after each optimizer step that was not skipped: update teachers."""
 
     # The forward pass.
 
@@ -205,11 +205,11 @@ class SSLPreTrainedModel(PreTrainedModel):
             local_pixel_values: (B, L, C, h, w) local views, normalized.
             sample_index: (B,) int64 row numbers in the data set.
             noise: (B, P), one number for each patch, row by row.
-            context_patches: (B, K) int64 numbers, row by row, of the patches that the encoder receives.
-            target_patches: (B, M, T) int64 numbers of the patches of each block that is predicted.
+            context_patches: (B, K) int64 indices, row by row, of the patches that the encoder receives.
+            target_patches: (B, M, T) int64 indices of the patches of each target block.
 
         Raises:
-            UserError: the method does not take so many views, or one of the last three inputs.
+            UserError: the method does not accept this number of views, or one of the last three inputs.
         """
         masks = {"noise": noise, "context_patches": context_patches, "target_patches": target_patches}
         given = {
@@ -221,7 +221,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         unknown = [name for name in masks if name in inputs and name not in self.mask_inputs]
         if unknown:
-            raise UserError(f"{unknown[0]}: expected no such input of {self._method_name()}, got one")
+            raise UserError(
+                f"{unknown[0]}: expected None, because {self._method_name()} has no such input, got a tensor"
+            )
         self.check_views(
             pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
         )
@@ -250,7 +252,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)
 
     def apply_to_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
-        """Apply a function of (N, ...) to (B, V, ...).
+        """Apply a function of a batch (N, ...) to views (B, V, ...) and return its results (B, V, ...).
 
         The function receives all views in one batch. It receives each view separately if BatchNorm must not
         normalize them together (`joint_batch_norm`).
@@ -307,8 +309,8 @@ class SSLPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Initialize all weights, then copy them to the teachers.
 
-        Initialization would also change a teacher that was copied before, and it would differ from its
-        student.
+        If teachers were copied first, initialization would change them, and they would differ from their
+        students.
         """
         super().post_init()
         initialize_as_timm(self.backbone)
@@ -343,7 +345,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if isinstance(module, Memory | WeightNormLinear):
+        if isinstance(module, PersistentBuffers | WeightNormLinear):
             module.initialize()
         if module is self:  # the checkpoint of an encoder holds no scheduled values
             for number in vars(self).values():
@@ -355,7 +357,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Copy the weights of each student to its teacher.
 
         Args:
-            missing: keys that a checkpoint did not have; only their teachers are copied. None copies all.
+            missing: keys that the checkpoint lacks. Only teachers with such keys are copied. None copies all.
         """
         for student, teacher in self.student_teacher:
             if missing is None or any(key.startswith(f"{teacher}.") for key in missing):
@@ -363,7 +365,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def start_from(self, encoder: PreTrainedModel) -> None:
-        """Copy the weights of a trained encoder to the backbone and the teachers. Heads keep theirs.
+        """Copy the weights of a trained encoder to the backbone and the teachers. Heads do not change.
 
         Raises:
             UserError: the encoder has other parameters or shapes than the backbone.
@@ -373,8 +375,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         other += [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
         if other:
             raise UserError(
-                "backbone.init_from: expected an encoder with the parameters of the backbone, got another "
-                f"{other[0]}"
+                "backbone.init_from: expected an encoder with the parameters of the backbone, got a "
+                f"difference in {other[0]}"
             )
         self.backbone.load_state_dict(given)
         set_identity_pooler(self.backbone)

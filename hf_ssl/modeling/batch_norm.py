@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm with statistics of all processes, of parts of a batch, and without an offset."""
+"""Three variants of BatchNorm: statistics of all processes, statistics of parts of a batch, no offset."""
 
 from typing import TypeVar
 
@@ -125,7 +125,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
             split_batch_norm(child, splits)
 
 
-def statistics_span_everything(module: nn.Module) -> bool:
+def uses_global_batch_statistics(module: nn.Module) -> bool:
     """Return whether every BatchNorm in `module` uses the whole batch of all processes."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(isinstance(layer, SplitBatchNorm) for layer in layers):

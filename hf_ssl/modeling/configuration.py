@@ -43,7 +43,7 @@ class SSLConfig(PreTrainedConfig):
             backbone.pooler_output_size = backbone.hidden_size
 
 
-def scheduled(start: float, end: float, schedule: str, fraction: float) -> float:
+def scheduled_value(start: float, end: float, schedule: str, fraction: float) -> float:
     """Return a value between `start` (at `fraction` 0) and `end` (at `fraction` 1).
 
     Args:
@@ -54,6 +54,17 @@ def scheduled(start: float, end: float, schedule: str, fraction: float) -> float
         return start
     weight = fraction if schedule == "linear" else (1 - math.cos(math.pi * fraction)) / 2
     return start + (end - start) * weight
+
+
+def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
+    """Raise `ValueError` for the first field with a value outside of its range.
+
+    Args:
+        fields: (name of the field, its value, whether the value is valid, the expected values in words).
+    """
+    for key, value, valid, expected in fields:
+        if not valid:
+            raise ValueError(f"method.{key}: expected {expected}, got {value}")
 
 
 def check_momentum(config: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block with the model in eval mode, in inference mode, and with its own random states.
+    """Run the block in eval mode and inference mode, and restore modes and random states afterwards.
 
     After the block, each module is in its earlier mode. (A frozen BatchNorm stays in eval mode inside a model
     in training mode.) The random states of the CPU and of the model's device are as before.

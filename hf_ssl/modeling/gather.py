@@ -37,7 +37,7 @@ def shuffle_over_processes(tensor: Tensor, *, seed: int) -> tuple[Tensor, Callab
 
     Args:
         tensor: (B, ...), with one shape on all processes.
-        seed: of the order, the same on all processes.
+        seed: seed of the order, the same on all processes.
 
     Returns:
         This process's rows (B, ...) after shuffling, and a function that restores the order: it maps results
@@ -105,8 +105,8 @@ def wait_for_all() -> None:
 def finish_communication() -> None:
     """Wait for all processes, and for their threads, before the process group is destroyed.
 
-    Otherwise gloo can hang (torch 2.6, on a busy machine): the destruction of the group waits for a thread,
-    while this thread waits for the lock of the interpreter, to free a tensor of the last operation.
+    Otherwise gloo can hang (torch 2.6, on a busy machine). The destruction of the group waits for a thread of
+    gloo. That thread waits for the interpreter lock, because it frees a tensor of the last operation.
     """
     if process_count() > 1:
         dist.barrier()

@@ -17,8 +17,8 @@ class HostNumber:
 
     Args:
         module: owner of the buffer.
-        name: of the buffer.
-        value: at the start.
+        name: name of the buffer.
+        value: value at the start.
     """
 
     def __init__(self, module: nn.Module, name: str, value: float) -> None:
@@ -44,15 +44,16 @@ class HostNumber:
         init.constant_(self._module.get_buffer(self._name), value)
 
     def invalidate(self) -> None:
-        """Read the buffer at the next access, for example after loading."""
+        """Mark the Python number as outdated, for example after loading. The next access reads the buffer."""
         self._value = None
 
 
-class Memory(nn.Module):
+class PersistentBuffers(nn.Module):
     """Base class of persistent buffers that training steps update without gradient.
 
-    transformers creates models without memory and fills in the tensors of a checkpoint. `initialize` writes
-    the others. It uses `transformers.initialization`, which does not change loaded tensors.
+    transformers creates models on the meta device and loads the tensors of a checkpoint. `initialize` writes
+    the tensors that the checkpoint lacks. It uses `transformers.initialization`, which does not change loaded
+    tensors.
     """
 
     def initialize(self) -> None:
@@ -60,7 +61,7 @@ class Memory(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no initialize")
 
 
-class Counter(Memory):
+class Counter(PersistentBuffers):
     """A count that only grows, known on the host and stored in checkpoints."""
 
     count: Tensor
@@ -131,7 +132,7 @@ class Queue(Counter):
         self.increase(self.latest)
 
 
-class Center(Memory):
+class Center(PersistentBuffers):
     """A moving average of outputs, for centering.
 
     Attributes:
@@ -149,7 +150,7 @@ class Center(Memory):
         init.zeros_(self.mean)
 
 
-class MemoryBank(Memory):
+class MemoryBank(PersistentBuffers):
     """A memory bank with one entry for each image of the training data.
 
     Attributes:

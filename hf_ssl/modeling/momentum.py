@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base classes of methods with a momentum encoder: a teacher that an EMA update moves after its student."""
+"""Base classes of methods with a momentum encoder: a teacher whose weights are an EMA of its student's."""
 
 from typing import Any, ClassVar
 
@@ -8,24 +8,25 @@ from torch import Tensor, nn
 
 from hf_ssl.modeling.backbones import build_backbone, encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import SSLConfig, scheduled
+from hf_ssl.modeling.configuration import SSLConfig, scheduled_value
 from hf_ssl.modeling.memory import HostNumber
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 
 
 class TeacherModel(SSLPreTrainedModel):
     """A method with a backbone and a momentum encoder.
 
-    The config has the fields `momentum`, `momentum_end` and `momentum_schedule` (see `scheduled`). A subclass
-    with a head also builds the head's teacher and names both in `student_teacher`.
+    The config has the fields `momentum`, `momentum_end` and `momentum_schedule` (see `scheduled_value`). A
+    subclass with a head also builds the head's teacher and names both in `student_teacher`.
 
     The EMA update of each teacher is `momentum * teacher + (1 - momentum) * student`, once for each optimizer
     step, for parameters only. Buffers (BatchNorm's running statistics) are the teacher's own. They come from
     its forward passes in training mode, as in the authors' code of MoCo and BYOL.
 
     Attributes:
-        ema_update: "after_step"; or "before_step", where the authors update at the beginning of the next
-            forward pass (MoCo). The weights are the same, but the momentum is that of the next step.
+        ema_update: when the EMA update runs. The default is "after_step". "before_step" is for methods whose
+            authors update at the beginning of the next forward pass (MoCo). Both average the same student
+            weights, but "before_step" uses the momentum of the next step.
     """
 
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (("backbone", "teacher_backbone"),)
@@ -39,23 +40,25 @@ class TeacherModel(SSLPreTrainedModel):
         settings: Any = config
         self._momentum = HostNumber(self, "momentum", float(settings.momentum))
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Write the scheduled momentum, and update teachers if the method updates them first."""
         super().before_step(progress)
         self._momentum.write(self.scheduled_momentum(progress))
         if self.ema_update == "before_step":
             self.update_teachers()
 
-    def after_step(self, progress: Progress) -> None:
+    def after_step(self, progress: RunProgress) -> None:
         """Update teachers, unless they were updated before the step."""
         super().after_step(progress)
         if self.ema_update == "after_step":
             self.update_teachers()
 
-    def scheduled_momentum(self, progress: Progress) -> float:
+    def scheduled_momentum(self, progress: RunProgress) -> float:
         """Return the momentum of the next step."""
         config: Any = self.config
-        return scheduled(config.momentum, config.momentum_end, config.momentum_schedule, progress.fraction)
+        return scheduled_value(
+            config.momentum, config.momentum_end, config.momentum_schedule, progress.fraction
+        )
 
     @torch.no_grad()
     def update_teachers(self) -> None:

@@ -25,8 +25,8 @@ class SSLOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Progress of a run when a hook is called. A method knows no other clock.
+class RunProgress:
+    """Progress of a run when a hook is called. Hooks receive no other measure of time.
 
     Attributes:
         step: completed optimizer steps (in `after_step` including the last one).
@@ -53,13 +53,13 @@ def prototype_usage(nearest_N: Tensor, count: int) -> dict[str, float]:
     """Return how evenly N images use `count` prototypes.
 
     Args:
-        nearest_N: number of the nearest prototype of each image.
+        nearest_N: index of the nearest prototype of each image.
         count: how many prototypes there are.
 
     Returns:
-        `prototype_entropy`, the entropy of the shares divided by its maximum, 1 for equal shares; and
-        `prototypes_used`, the share of prototypes that have an image, of the min(N, count) that could. Both
-        are between 0 and 1; they are 0 and 1 / min(N, count) if one prototype has all images.
+        `prototype_entropy` is the entropy of the prototypes' shares divided by its maximum. It is 1 for equal
+        shares and 0 if one prototype has all images. `prototypes_used` is the number of prototypes with an
+        image divided by its maximum, min(N, count).
     """
     shares = torch.bincount(nearest_N.flatten(), minlength=count).double() / nearest_N.numel()
     most = min(count, nearest_N.numel())
@@ -72,8 +72,8 @@ def prototype_usage(nearest_N: Tensor, count: int) -> dict[str, float]:
 def off_diagonal_correlation(z_BD: Tensor) -> float:
     """Return the root mean square correlation between different dimensions over B images, 0 to 1.
 
-    The smaller of the two products is computed: the squares of all correlations sum to those of the B x B
-    Gram matrix, and those on the diagonal are known.
+    The function computes the smaller one of the D x D correlation matrix and the B x B Gram matrix. Both have
+    the same sum of squared elements. The diagonal of the correlation matrix is known and subtracted.
     """
     z_BD = z_BD.double()
     z_BD = z_BD - z_BD.mean(0)

@@ -23,7 +23,7 @@ _FIRST = re.compile(r"(^|\.)(embed\w*|patch_embed\w*|cls_token|pos_embed|reg_tok
 class ParameterRule:
     """Settings for the parameters whose full name contains a match of `pattern` (a regular expression).
 
-    None keeps the setting of the rules before.
+    None keeps the setting of earlier rules.
 
     Attributes:
         learning_rate_scale: factor on the learning rate.
@@ -61,11 +61,12 @@ class ParameterGroup:
 def assign_parameter_groups(
     model: nn.Module, rules: Iterable[ParameterRule], *, decay_all: bool = False
 ) -> dict[str, ParameterGroup]:
-    """Return the parameter group of each trainable parameter, by name. Later rules win.
+    """Return the parameter group of each trainable parameter, by name. Later rules override earlier ones.
 
-    Weight decay and LARS adaptation do not apply to parameters with at most one dimension (biases, gains of
-    normalization layers), class and mask tokens, and position tables, unless a rule or `decay_all` says so.
-    transformers' own default decays BatchNorm gains, `cls_token` and `position_embeddings`.
+    By default, weight decay and LARS adaptation do not apply to parameters with at most one dimension
+    (biases, gains of normalization layers), tokens and position tables. A rule can change both, and
+    `decay_all` changes weight decay. transformers' own default decays BatchNorm gains, `cls_token` and
+    `position_embeddings`.
 
     Args:
         model: the method.
@@ -104,7 +105,7 @@ def layer_depths(names: Iterable[str]) -> dict[str, int]:
     it.
 
     Args:
-        names: of all parameters of the encoder.
+        names: names of all parameters of the encoder.
     """
     blocks = {name: _block(name) for name in names}
     found = sorted({block for block in blocks.values() if block is not None})

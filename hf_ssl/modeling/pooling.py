@@ -17,7 +17,7 @@ Pooling = Literal["auto", "pooler", "cls", "mean"]
 
 
 def declare_feature(encoder: PreTrainedModel, pooling: Pooling) -> None:
-    """Write the feature that a method publishes to the encoder's config, and so to its `config.json`.
+    """Record in an encoder's config, and so in `config.json`, which output the method publishes as feature.
 
     Args:
         encoder: its config gets the attribute `published_feature`, unless `pooling` is "auto".
@@ -57,7 +57,7 @@ def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: nn.Module
     Args:
         outputs: the output of a transformers vision encoder.
         pooling: "pooler": `pooler_output`, flattened because that of a ResNet is (B, D, 1, 1); "cls": the
-            first token; "mean": the mean of all tokens (B, T, D), or of all places of a feature map
+            first token; "mean": the mean of all tokens (B, T, D), or of all positions of a feature map
             (B, D, H, W); "auto": see `pooling_rule`.
         model: the encoder, which "auto" needs if `outputs` contains no `pooler_output`.
 

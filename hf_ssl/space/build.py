@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
-from hf_ssl.cards import last_part, public
+from hf_ssl.cards import last_part, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.errors import UserError
@@ -214,7 +214,7 @@ def _facts(
         "pooling": pooling,
         "versions": {"hf_ssl": __version__} | {package: version(package) for package in _PACKAGES},
     }
-    return cast(dict[str, Any], public(facts))
+    return cast(dict[str, Any], remove_private(facts))
 
 
 def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, str | None]]:

@@ -20,7 +20,7 @@ from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.logs import draw_curves
@@ -73,8 +73,8 @@ class MethodHooks(TrainerCallback):
         self.frozen_until: list[tuple[int, Parameter]] = []
         self.steps_per_epoch = 1
 
-    def _progress(self, state: TrainerState) -> Progress:
-        return Progress(state.global_step, state.max_steps, self.steps_per_epoch)
+    def _progress(self, state: TrainerState) -> RunProgress:
+        return RunProgress(state.global_step, state.max_steps, self.steps_per_epoch)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)

@@ -72,7 +72,7 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
 
     Args:
         args: the training arguments.
-        small: whether all images are small and of one size (`hf_ssl.data.batch.SMALL`).
+        small: whether all images are small and of one size (`hf_ssl.data.batch.MAX_SMALL_SIDE`).
     """
     if args.dataloader_num_workers != AUTO:
         return {}

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import scheduled
+from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
@@ -127,7 +127,7 @@ def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: 
     """
     if args.weight_decay_end is None:
         return
-    value = scheduled(args.weight_decay, args.weight_decay_end, "cosine", fraction)
+    value = scheduled_value(args.weight_decay, args.weight_decay_end, "cosine", fraction)
     for group in optimizer.param_groups:
         if group["decay"]:
             group["weight_decay"] = value

@@ -26,9 +26,9 @@ from hf_ssl.data import (
     train_loader,
 )
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.attention import choose_attention
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.cpu_attention import choose_attention
 from hf_ssl.modeling.gather import any_process, average_gradients
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments

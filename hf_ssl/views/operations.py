@@ -236,7 +236,7 @@ class Operation(NamedTuple):
     """An augmentation that changes only some of the samples of a batch, after the color jitter."""
 
     parameter: str
-    """The name of its augmentation parameter, which is 0 for samples that do not change."""
+    """The name of its augmentation parameter. It is not negative, and 0 for samples that do not change."""
     numbers: range
     """The positions of its random numbers among those of a view. A new operation takes the next free ones, so
     that the numbers of the others do not change."""

@@ -221,7 +221,8 @@ def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     facts["data"]["broken"] = 7
     write_card(tmp_path, facts)
     text = readme(tmp_path)
-    assert "**Not better than the same network untrained, in 20-NN accuracy** (-2.0 points)." in text
+    worse = "This encoder is not better than the same network without training in 20-NN accuracy"
+    assert f"**{worse}** (-2.0 points)." in text
     assert "> **Collapsed during training**: embeddings have collapsed at step 40" in text
     assert "The collapse alarm was not raised" not in text
     assert "| final loss | not finite |" in text
@@ -365,7 +366,7 @@ def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) ->
     write_card(tmp_path, facts)
     card, terminal = readme(tmp_path), terminal_text(facts["results"])
     rows = results_table(facts["results"])
-    assert [row[0] for row in rows[:3]] == ["", "this encoder", "the same network untrained"]
+    assert [row[0] for row in rows[:3]] == ["", "this encoder", "the same network without training"]
     lines = terminal.splitlines()
     assert len(lines) == len(rows) + 3  # a rule, the protocol, the poolings
     for row, line in zip(rows, [lines[0], *lines[2:]], strict=False):

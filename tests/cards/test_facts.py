@@ -14,7 +14,7 @@ from example_facts import new_facts
 from messages import mentions
 
 from hf_ssl import cards, hub
-from hf_ssl.cards import append_result, environment, last_part, public, read_facts, write_facts
+from hf_ssl.cards import append_result, environment, last_part, read_facts, remove_private, write_facts
 from hf_ssl.cards.facts import check_facts, public_facts
 from hf_ssl.errors import UserError
 
@@ -167,9 +167,9 @@ def test_runs_that_end_at_the_same_time_are_all_appended(tmp_path: Path) -> None
         ({1: np.int64(3), "a": np.float64(0.5)}, {"1": 3, "a": 0.5}),
     ],
 )  # fmt: skip
-def test_public(value, expected) -> None:
-    assert public(value) == expected
-    assert public(public(value)) == expected
+def test_private_information_is_removed(value, expected) -> None:
+    assert remove_private(value) == expected
+    assert remove_private(remove_private(value)) == expected
 
 
 def test_last_part() -> None:
@@ -198,5 +198,13 @@ def test_environment_contains_no_host_name() -> None:
 
 @pytest.mark.parametrize("name", cards.__all__)
 def test_names_that_moved_from_hub_are_deprecated(name: str) -> None:
-    with pytest.warns(DeprecationWarning, match=mentions(f"hf_ssl.hub.{name}", f"hf_ssl.cards.{name}")):
-        assert getattr(hub, name) is getattr(cards, name)
+    old = {"remove_private": "public"}.get(name, name)
+    with pytest.warns(DeprecationWarning, match=mentions(f"hf_ssl.hub.{old}", f"hf_ssl.cards.{name}")):
+        assert getattr(hub, old) is getattr(cards, name)
+
+
+def test_the_old_name_of_remove_private_is_deprecated() -> None:
+    with pytest.warns(
+        DeprecationWarning, match=mentions("hf_ssl.cards.public", "hf_ssl.cards.remove_private")
+    ):
+        assert cards.public is remove_private

@@ -10,7 +10,7 @@ from hf_ssl import views
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.data.batch import DeviceRows, ProcessShare
 from hf_ssl.data.decode import decode
-from hf_ssl.data.loader import RowBatches
+from hf_ssl.data.loader import RowBatchSampler
 from hf_ssl.errors import UserError
 from hf_ssl.random import image_seeds
 from hf_ssl.views import Crops, ViewPreset
@@ -219,7 +219,7 @@ def rows_of(batches):
 
 
 def test_each_iteration_is_one_epoch_of_different_rows():
-    batches = RowBatches(23, ProcessShare(seed=0, batch_size=5))
+    batches = RowBatchSampler(23, ProcessShare(seed=0, batch_size=5))
     assert len(batches) == 4
     first, second = rows_of(batches), rows_of(batches)
     assert [row[0] for row in first + second] == [0] * 4 + [1] * 4
@@ -230,8 +230,8 @@ def test_each_iteration_is_one_epoch_of_different_rows():
 
 
 def test_processes_share_the_batches_of_one_process():
-    whole = rows_of(RowBatches(50, ProcessShare(3, 12)))
-    parts = [rows_of(RowBatches(50, ProcessShare(3, 4, rank, 3))) for rank in range(3)]
+    whole = rows_of(RowBatchSampler(50, ProcessShare(3, 12)))
+    parts = [rows_of(RowBatchSampler(50, ProcessShare(3, 4, rank, 3))) for rank in range(3)]
     assert [
         (row[0], *(number for part in parts for number in part[step][1:])) for step, row in enumerate(whole)
     ] == whole
@@ -239,16 +239,16 @@ def test_processes_share_the_batches_of_one_process():
 
 def test_resuming_yields_the_rest_of_the_epoch_and_then_the_next_epoch():
     share = ProcessShare(3, 4)
-    uninterrupted = RowBatches(22, share)
+    uninterrupted = RowBatchSampler(22, share)
     everything = [row for _ in range(4) for row in rows_of(uninterrupted)]
     for start in range(0, 11):
-        resumed = RowBatches(22, share, start)
+        resumed = RowBatchSampler(22, share, start)
         rest = rows_of(resumed)
         assert len(rest) == 5 - start % 5
         assert rest + rows_of(resumed) == everything[start : start + len(rest) + 5]
 
 
 def test_an_interrupted_iteration_is_not_continued():
-    batches = RowBatches(22, ProcessShare(3, 4))
+    batches = RowBatchSampler(22, ProcessShare(3, 4))
     next(iter(batches))
     assert {row[0] for row in rows_of(batches)} == {1}

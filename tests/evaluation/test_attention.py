@@ -38,10 +38,10 @@ from transformers import (
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     attention_maps,
-    attention_mask_of,
     attention_rollout,
     has_attention,
     pca_colors,
+    threshold_attention,
 )
 
 SMALL = {
@@ -217,19 +217,19 @@ def test_rollout_of_some_queries_is_that_of_all() -> None:
 
 def test_mask_keeps_the_fewest_patches() -> None:
     maps = torch.tensor([[[0.4, 0.1], [0.2, 0.3]]])
-    assert attention_mask_of(maps, 0.6).tolist() == [[[True, False], [False, True]]]
-    assert attention_mask_of(maps, 0.4).tolist() == [[[True, False], [False, False]]]
-    assert attention_mask_of(maps, 0.05).sum() == 1
-    assert attention_mask_of(3 * maps, 1.0).all()
+    assert threshold_attention(maps, 0.6).tolist() == [[[True, False], [False, True]]]
+    assert threshold_attention(maps, 0.4).tolist() == [[[True, False], [False, False]]]
+    assert threshold_attention(maps, 0.05).sum() == 1
+    assert threshold_attention(3 * maps, 1.0).all()
     for mass in (0.0, 1.5):
         with pytest.raises(UserError, match=mentions("mass", mass)):
-            attention_mask_of(maps, mass)
+            threshold_attention(maps, mass)
 
 
 def test_mask_holds_its_mass() -> None:
     maps = torch.rand(7, 9, 11, generator=torch.Generator().manual_seed(0))
     for mass in (0.1, 0.6, 0.95):
-        mask = attention_mask_of(maps, mass)
+        mask = threshold_attention(maps, mass)
         share = (maps * mask).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
         smallest = maps.masked_fill(~mask, torch.inf).amin(dim=(1, 2)) / maps.sum(dim=(1, 2))
         assert (share >= mass - 1e-6).all() and (share - smallest < mass).all()

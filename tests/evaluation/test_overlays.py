@@ -12,7 +12,13 @@ from PIL import Image
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import attention_maps, attention_pictures, overlay, spotlight, write_attention_pictures
+from hf_ssl.evaluation import (
+    attention_maps,
+    attention_pictures,
+    darken_outside_mask,
+    overlay,
+    write_attention_pictures,
+)
 from hf_ssl.evaluation.overlays import overview
 
 KEYS = ["image", "mean", "rollout", "mask", "colors", "head 1", "head 2"]
@@ -77,9 +83,9 @@ def test_overlays_are_blended_colors() -> None:
     assert np.isfinite(np.asarray(overlay(gray, torch.ones(2, 2)))).all()  # a map of one value
 
 
-def test_spotlight_darkens_the_rest() -> None:
+def test_the_photo_is_darkened_outside_the_mask() -> None:
     mask = torch.tensor([[True, False], [False, True]])
-    shown = np.asarray(spotlight(Image.new("RGB", (4, 4), (200, 100, 40)), mask, darkness=0.5))
+    shown = np.asarray(darken_outside_mask(Image.new("RGB", (4, 4), (200, 100, 40)), mask, darkness=0.5))
     assert (shown[:2, :2] == [200, 100, 40]).all() and (shown[:2, 2:] == [100, 50, 20]).all()
     assert (shown[2:, 2:] == [200, 100, 40]).all()
 

@@ -104,7 +104,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
     assert "3 epochs, batch 256" in result["protocol"]["linear"]
     assert "features, standardized, without augmentation" in result["protocol"]["linear"]
-    assert "held out, which is the edge of the sweep; then trained" in result["protocol"]["linear"]
+    assert "(at the edge of the sweep), the best of" in result["protocol"]["linear"]
     assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
     assert result["precision"] == "float32"
     assert 0 < result["statistics"]["embedding_std"] < 1 and result["statistics"]["images"] == 400
@@ -121,11 +121,11 @@ def test_raw_digits_are_a_strong_baseline(digits) -> None:
     assert result["protocol"]["features"] == "images resized to 8 x 8 pixels, minus the mean of each image"
 
 
-def test_headline_follows_the_settings(digits) -> None:
+def test_the_main_setting_follows_the_settings(digits) -> None:
     _, labels = digits
     features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     data = (features[:60], labels[:60], features[60:], labels[60:100])
-    for neighbors, temperatures, headline in (
+    for neighbors, temperatures, main in (
         ([1, 5, 20, 50], [0.1, 0.07], (20, 0.07)),
         ([50, 10, 1], [0.1], (10, 0.1)),
         ([50, 30], [0.2, 0.1], (30, 0.2)),
@@ -133,9 +133,9 @@ def test_headline_follows_the_settings(digits) -> None:
     ):
         config = EvaluationConfig(neighbors=neighbors, temperatures=temperatures, linear=False)
         knn = evaluate_features(config, *data)["knn"]
-        assert (knn["neighbors"], knn["temperature"]) == headline
-        expected = knn_accuracy(*data, neighbors=[headline[0]], temperatures=[headline[1]])
-        assert knn["accuracy"] == expected[headline]
+        assert (knn["neighbors"], knn["temperature"]) == main
+        expected = knn_accuracy(*data, neighbors=[main[0]], temperatures=[main[1]])
+        assert knn["accuracy"] == expected[main]
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_swapped_prediction_gradcheck():
 def test_parts_do_not_change_swapped_prediction(numbers, monkeypatch):
     scores, targets = randn(3, 5, 4).requires_grad_(), probabilities(2, 5, 4, seed=1)
     slow = slow_swapped_prediction(scores, targets, 0.1)
-    monkeypatch.setitem(soft_targets._NUMBERS, "cpu", numbers)
+    monkeypatch.setitem(soft_targets._LOGITS_PER_PART, "cpu", numbers)
     loss = swapped_prediction(scores, targets, temperature=0.1)
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(torch.autograd.grad(loss, scores), torch.autograd.grad(slow, scores))

@@ -39,7 +39,7 @@ def slow_dino(student, teacher, center, student_temperature=0.2, teacher_tempera
 @pytest.mark.parametrize(("views", "assigned"), [(2, 1), (2, 2), (5, 2), (3, 3)])
 @pytest.mark.parametrize("numbers", [1, 30, 10**6])
 def test_equals_its_definition_in_value_and_gradient(views, assigned, numbers, monkeypatch):
-    monkeypatch.setitem(soft_targets._NUMBERS, "cpu", numbers)
+    monkeypatch.setitem(soft_targets._LOGITS_PER_PART, "cpu", numbers)
     student, teacher = randn(views, 3, 4).requires_grad_(), randn(assigned, 3, 4, seed=1)
     center = randn(4, seed=2)
     loss, slow = loss_of(student, teacher, center), slow_dino(student, teacher, center)
@@ -132,7 +132,7 @@ def test_the_gradient_of_half_precision_is_rounded_only_once():
 
 
 def test_only_the_gradient_is_as_large_as_the_students_logits(made, monkeypatch):
-    monkeypatch.setitem(soft_targets._NUMBERS, "cpu", 6 * 50)
+    monkeypatch.setitem(soft_targets._LOGITS_PER_PART, "cpu", 6 * 50)
     student, teacher = randn(6, 20, 50).requires_grad_(), randn(2, 20, 50, seed=1)
     with made:
         loss_of(student, teacher, torch.zeros(50).double()).backward()

@@ -50,7 +50,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, block):
     z = embeddings(3, 4, 5).requires_grad_()
     whole = nt_xent(z, temperature=0.2)
     (whole_gradient,) = torch.autograd.grad(whole, z)
-    monkeypatch.setitem(contrastive._BLOCK, "cpu", block)
+    monkeypatch.setitem(contrastive._BLOCK_SIZE, "cpu", block)
     blocked = nt_xent(z, temperature=0.2)
     torch.testing.assert_close(blocked, whole, rtol=1e-13, atol=0)
     torch.testing.assert_close(torch.autograd.grad(blocked, z)[0], whole_gradient, rtol=1e-11, atol=1e-14)

@@ -13,7 +13,7 @@ from transformers import AutoModel, Dinov2Config, Dinov2WithRegistersConfig, Res
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.methods.dino.modeling_dino import DINOForPreTraining
 from hf_ssl.modeling.heads import WeightNormLinear
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.modeling.parameter_groups import assign_parameter_groups
 from hf_ssl.modeling.vit.drop_path import add_drop_path
 from hf_ssl.trainer.callbacks import clip_each
@@ -75,7 +75,7 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
     center = torch.zeros(7, dtype=torch.float64)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
     for step in range(STEPS):
-        progress = Progress(step, STEPS, steps_per_epoch=2)
+        progress = RunProgress(step, STEPS, steps_per_epoch=2)
         model.before_step(progress)
         got = model(pixel_values=images[step], local_pixel_values=local[step]).loss
         got.backward()
@@ -84,7 +84,7 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
                 parameter.grad = None
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(Progress(step + 1, STEPS, steps_per_epoch=2))
+        model.after_step(RunProgress(step + 1, STEPS, steps_per_epoch=2))
 
         temperature = 0.04 + (0.07 - 0.04) * min(1.0, step / 4)
         assert model.teacher_temperature.item() == pytest.approx(temperature)

@@ -15,7 +15,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods.ijepa import modeling_ijepa
 from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.methods.ijepa.modeling_ijepa import IJEPAForPreTraining
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, encoder_layers, special_tokens
 from hf_ssl.random import image_seeds as seeds
 from hf_ssl.recipe import load_recipe
@@ -135,14 +135,14 @@ def test_steps_equal_the_slow_version(batches):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
     lengths = set()
     for step, images in enumerate(batches):
-        model.before_step(Progress(step, TOTAL, TOTAL))
+        model.before_step(RunProgress(step, TOTAL, TOTAL))
         masks = model.sample_masks(image_seeds(step))
         lengths.add(masks["target_patches"].shape[2])
         loss = model(pixel_values=images, **masks).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(Progress(step + 1, TOTAL, TOTAL))
+        model.after_step(RunProgress(step + 1, TOTAL, TOTAL))
 
         slow = slow_loss(student, predictor, teacher, images, masks)
         assert loss.item() == pytest.approx(slow.item(), rel=1e-11)
@@ -162,7 +162,7 @@ def test_steps_equal_the_slow_version(batches):
 @pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_the_encoder_computes_the_context_alone_and_the_predictor_one_block_at_a_time(kind, batches):
     model = build(kind).double().train()
-    model.before_step(Progress(3, 10, 5))
+    model.before_step(RunProgress(3, 10, 5))
     masks, lengths = model.sample_masks(image_seeds()), []
     for layer in [
         *encoder_layers(model.backbone),
@@ -206,17 +206,17 @@ def test_masks_follow_from_step_and_seeds():
     model, again = build().train(), build().train()
     drawn = []
     for each in (model, again):
-        each.before_step(Progress(5, 10, 5))
+        each.before_step(RunProgress(5, 10, 5))
         drawn.append(each.sample_masks(image_seeds(count=64)))
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     sizes = set()
     for step in range(20):
-        model.before_step(Progress(step, 100, 5))
+        model.before_step(RunProgress(step, 100, 5))
         sizes.add(model.sample_masks(image_seeds(count=2))["target_patches"].shape[2])
     assert len(sizes) > 1
     model.eval()  # measurements of a run can be compared
     measured = model.sample_masks(image_seeds(count=64))
-    model.before_step(Progress(77, 100, 5))
+    model.before_step(RunProgress(77, 100, 5))
     assert all(
         torch.equal(value, measured[name])
         for name, value in model.sample_masks(image_seeds(count=64)).items()
@@ -269,12 +269,12 @@ def test_tables_are_there_however_a_model_is_made(kind, tmp_path):
     resumed.load_state_dict(model.state_dict())
     for each in (model, AutoModelForPreTraining.from_pretrained(tmp_path), empty, resumed):
         for encoder in (each.backbone, each.teacher_backbone):
-            assert_fixed_table(encoder, each.special)
+            assert_fixed_table(encoder, each.num_special_tokens)
         expected = torch.stack([slow_position(patch, 16) for patch in range(36)])
         torch.testing.assert_close(
-            each.predictor.positions.table[0, each.special :].double(), expected, rtol=0, atol=1e-7
+            each.predictor.positions.table[0, each.num_special_tokens :].double(), expected, rtol=0, atol=1e-7
         )
-        assert not each.predictor.positions.table[0, : each.special].any()
+        assert not each.predictor.positions.table[0, : each.num_special_tokens].any()
         assert "predictor.positions.table" in each.state_dict()
 
 

@@ -19,7 +19,7 @@ from hf_ssl.methods.moco.configuration_moco import MoCoConfig
 from hf_ssl.methods.moco.modeling_moco import MoCoForPreTraining
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.methods.swav.modeling_swav import SwAVForPreTraining
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.trainer.callbacks import store_embeddings
 
 RESNET = {
@@ -43,13 +43,13 @@ def train(model, batches):
     """What SSLTrainer does around a step, with plain SGD. Returns the losses."""
     optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE), []
     for step, batch in enumerate(batches):
-        model.before_step(Progress(step, STEPS, steps_per_epoch=STEPS))
+        model.before_step(RunProgress(step, STEPS, steps_per_epoch=STEPS))
         loss = model(pixel_values=batch).loss
         loss.backward()
-        model.after_backward(Progress(step, STEPS, steps_per_epoch=STEPS))
+        model.after_backward(RunProgress(step, STEPS, steps_per_epoch=STEPS))
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(Progress(step + 1, STEPS, steps_per_epoch=STEPS))
+        model.after_step(RunProgress(step + 1, STEPS, steps_per_epoch=STEPS))
         losses.append(loss.item())
     return losses
 
@@ -271,7 +271,7 @@ def test_deepcluster_v2():
             centroids, found = slow_kmeans(rows, count, 3, seed=step * 3 + number)
             heads.append((centroids, dict(zip(known, found, strict=True))))
         for index in map(list, batches):
-            progress = Progress(step, 4, steps_per_epoch=2)
+            progress = RunProgress(step, 4, steps_per_epoch=2)
             if step % 2 == 0:
                 model.before_epoch(progress)
             model.before_step(progress)

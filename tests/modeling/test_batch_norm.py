@@ -15,8 +15,8 @@ from hf_ssl.modeling.batch_norm import (
     BatchNorm1dWithoutOffset,
     SynchronizedBatchNorm,
     split_batch_norm,
-    statistics_span_everything,
     synchronize_batch_norm,
+    uses_global_batch_statistics,
 )
 from hf_ssl.modeling.gather import shuffle_over_processes
 
@@ -118,7 +118,7 @@ def test_parts_of_a_batch_are_normalized_separately(shape):
     for name in ("running_mean", "running_var"):
         mean = torch.stack([getattr(layer, name) for layer in alone]).mean(0)
         torch.testing.assert_close(getattr(holder[0], name), mean)
-    assert not statistics_span_everything(holder) and statistics_span_everything(whole)
+    assert not uses_global_batch_statistics(holder) and uses_global_batch_statistics(whole)
     synchronize_batch_norm(holder)  # leaves it alone
     torch.testing.assert_close(holder.eval()(x), holder[0].eval()(x))
     assert holder.state_dict().keys() == nn.Sequential(whole).state_dict().keys()

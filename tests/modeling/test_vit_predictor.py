@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from hf_ssl.modeling.attention import NAME
+from hf_ssl.modeling.cpu_attention import ATTENTION_NAME
 from hf_ssl.modeling.vit.predictor import LastViTLayer, vit_layers
 
 TOKENS = 7
@@ -46,8 +46,8 @@ def run(layer: torch.nn.Module, tokens: torch.Tensor, *wanted: int) -> list[torc
     [
         ("eager", torch.float64, 1e-12),
         ("sdpa", torch.float64, 1e-12),
-        (NAME, torch.float64, 1e-12),
-        (NAME, torch.bfloat16, 0.1),  # by matrix products
+        (ATTENTION_NAME, torch.float64, 1e-12),
+        (ATTENTION_NAME, torch.bfloat16, 0.1),  # by matrix products
     ],
 )
 def test_equals_a_stock_block(attention: str, dtype: torch.dtype, tolerance: float) -> None:

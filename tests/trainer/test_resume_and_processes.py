@@ -15,7 +15,7 @@ from tiers import in_tiers
 
 from hf_ssl.data import DataConfig, open_source, train_loader
 from hf_ssl.methods import METHODS
-from hf_ssl.modeling.outputs import Progress
+from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.modeling.parameter_groups import assign_parameter_groups
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
@@ -178,8 +178,8 @@ def after_one_step_of_two_halves(settings):
         for batch in batches_of(recipe, seed=SEED_OFFSET):
             halves = [model.embed(part.inputs("cpu", model.sample_masks)) for part in batch.split(16)]
             model.update_memory({name: torch.cat([half[name] for half in halves]) for name in halves[0]})
-        model.before_epoch(Progress(step=0, total_steps=1, steps_per_epoch=4))
-    model.before_step(Progress(step=0, total_steps=1, steps_per_epoch=4))
+        model.before_epoch(RunProgress(step=0, total_steps=1, steps_per_epoch=4))
+    model.before_step(RunProgress(step=0, total_steps=1, steps_per_epoch=4))
     # drawn for the whole batch, because processes agree on what I-JEPA's images have in common
     batch = next(iter(batches_of(recipe, seed=0))).inputs("cpu", model.sample_masks)
     parts = ({name: value[start : start + 16] for name, value in batch.items()} for start in (0, 16))

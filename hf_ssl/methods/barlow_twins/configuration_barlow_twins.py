@@ -16,8 +16,8 @@ class BarlowTwinsConfig(SSLConfig):
         loss_scale: factor on the whole loss. The authors' code has used 1 since June 2021, and solo-learn
             uses 0.1 on CIFAR.
         projection_size, projection_layers: width and number of the projector's layers (8192 and 3).
-        vector_learning_rate_scale: learning rate of biases and norms divided by that of weights. The authors'
-            code uses 0.0048 / 0.2.
+        vector_learning_rate_scale: learning rate of biases and normalization layers divided by that of
+            weights. The authors' code uses 0.0048 / 0.2.
     """
 
     model_type = "ssl_barlow_twins"

@@ -33,7 +33,7 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
 
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
-        """Return the rule for the learning rate of biases and norms."""
+        """Return the rule for the learning rate of biases and normalization layers."""
         scale = self.config.vector_learning_rate_scale
         return (ParameterRule(r".", learning_rate_scale=scale, vectors_only=True),)
 
@@ -43,7 +43,10 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
         return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Return the sum of (1 - c)^2 on the diagonal plus the weighted sum of c^2 elsewhere."""
+        """Return the scaled loss: the sum of (1 - C_ii)^2 plus the weighted sum of C_ij^2 with i != j.
+
+        C is the correlation matrix between the projections of the two views.
+        """
         projections = embeddings["projections"]
         on, off = barlow_twins_terms(projections[:, 0], projections[:, 1])
         loss = self.config.loss_scale * (on + self.config.off_diagonal_weight * off)
@@ -51,7 +54,7 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """Return `off_diagonal_correlation`, the root mean square for the first view's projections."""
+        """Return the root mean square correlation between dimensions of the first view's projections."""
         return {"off_diagonal_correlation": off_diagonal_correlation(embeddings["projections"][:, 0])}
 
 

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_temperature
 
 
 @strict
@@ -39,11 +39,11 @@ class DeepClusterV2Config(SSLConfig):
 
     def validate_clusters(self) -> None:
         """Raise `ValueError` without heads, for fewer than 2 clusters, or without k-means iterations."""
-        if not self.prototypes or min(self.prototypes) < 2 or self.kmeans_iterations < 1:
-            raise ValueError(
-                "method.prototypes, method.kmeans_iterations: expected numbers of at least 2, and at "
-                f"least 1, got {list(self.prototypes)} and {self.kmeans_iterations}"
-            )
+        counts, iterations = list(self.prototypes), self.kmeans_iterations
+        check_fields(
+            ("prototypes", counts, min(counts, default=0) >= 2, "one or more numbers of at least 2"),
+            ("kmeans_iterations", iterations, iterations >= 1, "at least 1"),
+        )
 
 
 AutoConfig.register(DeepClusterV2Config.model_type, DeepClusterV2Config)

@@ -14,10 +14,10 @@ from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.clustering import spherical_kmeans
 from hf_ssl.modeling.heads import MLPHead, Prototypes
+from hf_ssl.modeling.kmeans import spherical_kmeans
 from hf_ssl.modeling.memory import MemoryBank
-from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
 
 
 class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
@@ -59,7 +59,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         self.heads.requires_grad_(False)
 
     @torch.no_grad()
-    def before_epoch(self, progress: Progress) -> None:
+    def before_epoch(self, progress: RunProgress) -> None:
         """Cluster the embeddings in the memory bank.
 
         Raises:
@@ -93,10 +93,10 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         sample_index = inputs.get("sample_index")
         if sample_index is None:
             raise ValueError("sample_index: expected the row numbers of the images, got none; pass them")
-        shown = {"projections": pixel_values, "local_projections": local_pixel_values}
+        views_by_name = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {"sample_index": sample_index} | {
             name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
-            for name, images in shown.items()
+            for name, images in views_by_name.items()
             if images is not None
         }
 

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum, check_temperature
 
 
 @strict
@@ -58,20 +58,19 @@ class DINOConfig(SSLConfig):
 
     def validate_head(self) -> None:
         """Raise `ValueError` for fewer than 2 outputs or a projector without layers."""
-        if self.output_size < 2 or self.projection_layers < 1:
-            raise ValueError(
-                "method.output_size, method.projection_layers: expected at least 2 and at least 1, got "
-                f"{self.output_size} and {self.projection_layers}"
-            )
+        check_fields(
+            ("output_size", self.output_size, self.output_size >= 2, "at least 2"),
+            ("projection_layers", self.projection_layers, self.projection_layers >= 1, "at least 1"),
+        )
 
     def validate_shares(self) -> None:
         """Raise `ValueError` for a momentum or a share outside of 0 to 1."""
         check_momentum(self)
-        if not 0 <= self.center_momentum <= 1 or not 0 <= self.drop_path_rate < 1:
-            raise ValueError(
-                "method.center_momentum, method.drop_path_rate: expected 0 to 1, and 0 to less than 1, got "
-                f"{self.center_momentum} and {self.drop_path_rate}"
-            )
+        center, drop = self.center_momentum, self.drop_path_rate
+        check_fields(
+            ("center_momentum", center, 0 <= center <= 1, "a number from 0 to 1"),
+            ("drop_path_rate", drop, 0 <= drop < 1, "a number from 0 to less than 1"),
+        )
 
 
 AutoConfig.register(DINOConfig.model_type, DINOConfig)

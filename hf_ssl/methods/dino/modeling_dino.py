@@ -12,11 +12,11 @@ from hf_ssl.losses import dino_center, dino_cross_entropy
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
 from hf_ssl.modeling.backbones import build_backbone, feature_size
-from hf_ssl.modeling.configuration import scheduled
+from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
 from hf_ssl.modeling.memory import Center, HostNumber
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.vit.drop_path import add_drop_path, without_drop_path
 
@@ -70,9 +70,11 @@ class DINOForPreTraining(MomentumModel):
         config = self.config
         warmup = config.teacher_temperature_warmup_epochs
         fraction = min(1.0, epoch / warmup) if warmup else 1.0
-        return scheduled(config.teacher_temperature_start, config.teacher_temperature, "linear", fraction)
+        return scheduled_value(
+            config.teacher_temperature_start, config.teacher_temperature, "linear", fraction
+        )
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Also write the scheduled temperature of the teacher."""
         super().before_step(progress)
         self._teacher_temperature.write(self._scheduled_temperature(progress.epoch))
@@ -85,10 +87,10 @@ class DINOForPreTraining(MomentumModel):
         """
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
-        shown = {"student": pixel_values, "local_student": local_pixel_values}
+        views_by_name = {"student": pixel_values, "local_student": local_pixel_values}
         student = {
             name: self.apply_to_views(self.projector, self.encode_views(images))
-            for name, images in shown.items()
+            for name, images in views_by_name.items()
             if images is not None
         }
         return {

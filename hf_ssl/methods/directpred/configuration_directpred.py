@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum
 
 
 @strict
@@ -41,11 +41,11 @@ class DirectPredConfig(SSLConfig):
 
     def validate_predictor(self) -> None:
         """Raise `ValueError` for settings of the predictor outside of their ranges."""
-        if self.exponent <= 0 or self.epsilon < 0 or self.update_frequency < 1:
-            raise ValueError(
-                "method.exponent, method.epsilon, method.update_frequency: expected above 0, at "
-                f"least 0, and at least 1, got {self.exponent}, {self.epsilon} and {self.update_frequency}"
-            )
+        check_fields(
+            ("exponent", self.exponent, self.exponent > 0, "a number above 0"),
+            ("epsilon", self.epsilon, self.epsilon >= 0, "a number of at least 0"),
+            ("update_frequency", self.update_frequency, self.update_frequency >= 1, "at least 1"),
+        )
 
 
 AutoConfig.register(DirectPredConfig.model_type, DirectPredConfig)

@@ -10,9 +10,9 @@ from hf_ssl.losses import cosine_regression
 from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.heads import MLPHead
-from hf_ssl.modeling.memory import Memory
+from hf_ssl.modeling.memory import PersistentBuffers
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 
 
 class DirectPredForPreTraining(MomentumModel):
@@ -39,11 +39,11 @@ class DirectPredForPreTraining(MomentumModel):
         self.predictor = Predictor(config.projection_size)
         self.post_init()
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Also compute the predictor, once in `update_frequency` steps and never before the first batch."""
         super().before_step(progress)
         if progress.step and (progress.step - 1) % self.config.update_frequency == 0:
-            self.predictor.set(self.config.exponent, self.config.epsilon)
+            self.predictor.update_weight(self.config.exponent, self.config.epsilon)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return projections (B, 2, P) of the online and targets (B, 2, P) of the target network."""
@@ -62,7 +62,9 @@ class DirectPredForPreTraining(MomentumModel):
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Update the correlation matrix with this batch's projections."""
-        self.predictor.observe(embeddings["projections"].flatten(0, 1), self.config.correlation_momentum)
+        self.predictor.update_correlation(
+            embeddings["projections"].flatten(0, 1), self.config.correlation_momentum
+        )
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `predictor_rank`, the exponential of the entropy of the predictor's singular values."""
@@ -71,7 +73,7 @@ class DirectPredForPreTraining(MomentumModel):
         return {"predictor_rank": (-(shares * (shares + 1e-7).log()).sum()).exp().item()}
 
 
-class Predictor(Memory):
+class Predictor(PersistentBuffers):
     """A linear map of projections (..., P) with a symmetric matrix that receives no gradient.
 
     Attributes:
@@ -96,14 +98,14 @@ class Predictor(Memory):
         return projections @ self.weight.to(projections.dtype)
 
     @torch.no_grad()
-    def observe(self, projections_NP: Tensor, momentum: float) -> None:
+    def update_correlation(self, projections_NP: Tensor, momentum: float) -> None:
         """Update the correlation matrix by EMA with that of projections (N, P)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             rows = projections_NP.to(self.correlation.dtype)
             self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum)
 
     @torch.no_grad()
-    def set(self, exponent: float, epsilon: float) -> None:
+    def update_weight(self, exponent: float, epsilon: float) -> None:
         """Compute the predictor from the correlation matrix's eigenvectors."""
         with torch.autocast(self.weight.device.type, enabled=False):
             values, vectors = torch.linalg.eigh(self.correlation)

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum
 from hf_ssl.views.masks import Size, block_size
 
 
@@ -23,8 +23,7 @@ class IJEPAConfig(SSLConfig):
         target_aspect_ratio: smallest and largest ratio of rows to columns of a target block.
         context_scale: smallest and largest share of the image's patches in the square context block, before
             the target blocks are removed from it.
-        context_more_than: lower limit of the number of patches in a context, which must exceed it (the
-            authors' `min_keep`).
+        context_more_than: a context must have more patches than this number (the authors' `min_keep`).
         blocks_reach_edges: whether blocks may include the last row and column of patches. In the authors'
             code they never do, so these patches are neither context nor targets. They are 12 % of a grid of
             16 x 16, and more of a smaller grid.
@@ -90,21 +89,24 @@ class IJEPAConfig(SSLConfig):
             most = float("inf") if key == "target_aspect_ratio" else 1.0
             if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
                 limit = "" if most > 1 else " and at most 1"
-                raise ValueError(f"method.{key}: expected two rising numbers above 0{limit}, got {values}")
+                raise ValueError(
+                    f"method.{key}: expected two numbers above 0{limit} in ascending order, got {values}"
+                )
 
     def validate_predictor(self) -> None:
         """Raise `ValueError` for a predictor without layers or with a wrong width.
 
-        Heads must divide the width, and the position table needs a multiple of 4.
+        The width must be a multiple of the number of heads, and of 4 for the position table.
         """
         backbone: Any = self.backbone_config
         width = self.predictor_hidden_size
         heads = self.predictor_attention_heads or backbone.to_dict().get("num_attention_heads", 1)
-        if self.predictor_depth < 1 or width % 4 or width % heads or width < 1:
-            raise ValueError(
-                "method.predictor_hidden_size, method.predictor_depth: expected a multiple of 4 and of "
-                f"predictor_attention_heads = {heads}, and at least 1, got {width} and {self.predictor_depth}"
-            )
+        fits = width > 0 and width % 4 == 0 and width % heads == 0
+        expected = f"a multiple of 4 and of predictor_attention_heads = {heads}"
+        check_fields(
+            ("predictor_hidden_size", width, fits, expected),
+            ("predictor_depth", self.predictor_depth, self.predictor_depth >= 1, "at least 1"),
+        )
 
     def validate_blocks(self) -> None:
         """Raise `ValueError` if the smallest context block of the image does not exceed `context_more_than`.
@@ -114,11 +116,10 @@ class IJEPAConfig(SSLConfig):
         backbone: Any = self.backbone_config
         if not {"image_size", "patch_size"} <= backbone.to_dict().keys():
             return  # The encoder is no vision transformer. The model raises the error.
-        if self.target_blocks < 1 or self.context_more_than < 0:
-            raise ValueError(
-                "method.target_blocks, method.context_more_than: expected at least 1 and at least 0, "
-                f"got {self.target_blocks} and {self.context_more_than}"
-            )
+        check_fields(
+            ("target_blocks", self.target_blocks, self.target_blocks >= 1, "at least 1"),
+            ("context_more_than", self.context_more_than, self.context_more_than >= 0, "at least 0"),
+        )
         if min(self.grid) < 2:
             needed = "expected at least 2 x 2 patches in an image"
             raise ValueError(f"backbone.patch_size: {needed}, got {self.grid[0]} x {self.grid[1]}")

@@ -20,11 +20,11 @@ from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.gather import min_over_processes
 from hf_ssl.modeling.momentum import TeacherModel
-from hf_ssl.modeling.outputs import Progress, SSLOutput
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
-    fix_positions,
+    fill_encoder_positions,
     patch_grid,
     select_patches,
     special_tokens,
@@ -58,15 +58,17 @@ class IJEPAForPreTraining(TeacherModel):
     minimum_views = 1
     maximum_views = 1
     exported = "teacher_backbone"
-    published_feature = "mean"  # there is no class token
+    published_feature = "mean"  # the targets are patch features, and I-JEPA's own encoder has no class token
     mask_inputs = ("context_patches", "target_patches")
 
     def __init__(self, config: IJEPAConfig) -> None:
         super().__init__(config)
-        self.special = special_tokens(self.backbone)
+        self.num_special_tokens = special_tokens(self.backbone)
         self.grid = patch_grid(self.backbone)
         heads = config.predictor_attention_heads or int(self.backbone.config.num_attention_heads)
-        self.predictor = IJEPAPredictor(config, feature_size(self.backbone), heads, self.special, self.grid)
+        self.predictor = IJEPAPredictor(
+            config, feature_size(self.backbone), heads, self.num_special_tokens, self.grid
+        )
         self._block_size_numbers = _EVAL_BLOCK_SIZE_NUMBERS
         self.post_init()
 
@@ -76,7 +78,7 @@ class IJEPAForPreTraining(TeacherModel):
         if isinstance(module, IJEPAPredictor):
             init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
         if module is self:  # this call is the last one, after the encoder's; its teacher is copied later
-            fix_positions(self.backbone)
+            fill_encoder_positions(self.backbone)
 
     def freeze(self) -> None:
         """Also freeze the encoder's position table."""
@@ -84,13 +86,13 @@ class IJEPAForPreTraining(TeacherModel):
         backbone: Any = self.backbone
         backbone.embeddings.position_embeddings.requires_grad_(False)
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Also select the sizes of this step's blocks."""
         super().before_step(progress)
         self._block_size_numbers = block_size_numbers(progress.step)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Return `context_patches` (B, K) and `target_patches` (B, M, T), numbers of patches.
+        """Return patch indices: `context_patches` (B, K) and `target_patches` (B, M, T).
 
         The step determines the sizes of blocks, which are medium in eval mode. The seeds determine their
         positions. Contexts are truncated to the shortest of these images. Then `forward` truncates them to
@@ -134,7 +136,7 @@ class IJEPAForPreTraining(TeacherModel):
         missing = [name for name in self.mask_inputs if name not in inputs]
         if missing:
             raise UserError(
-                f"{', '.join(missing)}: expected numbers of patches, got none; pass **sample_masks(seeds)"
+                f"{', '.join(missing)}: expected patch indices, got none; pass **sample_masks(seeds)"
             )
         images, targets = inputs["pixel_values"][:, 0], inputs["target_patches"]
         context = encode_patches(self.backbone, images, inputs["context_patches"])
@@ -148,7 +150,7 @@ class IJEPAForPreTraining(TeacherModel):
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> Tensor:
         """Return the teacher's features (B, P, D) of images (B, C, H, W), normalized within each patch."""
-        patches = encode_patches(self.teacher_backbone, images)[:, self.special :]
+        patches = encode_patches(self.teacher_backbone, images)[:, self.num_special_tokens :]
         return layer_norm(patches, patches.shape[-1:])
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
@@ -175,12 +177,17 @@ class IJEPAPredictor(PatchPredictor):
         config: configuration of the method.
         encoder_size: D.
         heads: number of attention heads.
-        special: number of special tokens.
+        num_special_tokens: number of special tokens.
         grid: rows and columns of patches in an image.
     """
 
     def __init__(
-        self, config: IJEPAConfig, encoder_size: int, heads: int, special: int, grid: tuple[int, int]
+        self,
+        config: IJEPAConfig,
+        encoder_size: int,
+        heads: int,
+        num_special_tokens: int,
+        grid: tuple[int, int],
     ) -> None:
         size = config.predictor_hidden_size
         layer = ViTConfig(
@@ -190,7 +197,7 @@ class IJEPAPredictor(PatchPredictor):
             layer_norm_eps=1e-6,  # the authors' `vit_predictor`
         )
         layer._attn_implementation = config._attn_implementation
-        super().__init__(layer, config.predictor_depth, encoder_size, special, grid)
+        super().__init__(layer, config.predictor_depth, encoder_size, num_special_tokens, grid)
         self.features = nn.Linear(size, encoder_size)
 
     def forward(self, context: Tensor, context_patches: Tensor, target_patches: Tensor) -> Tensor:
@@ -198,8 +205,8 @@ class IJEPAPredictor(PatchPredictor):
 
         Args:
             context: the encoder's last hidden state: special tokens, then K context patches.
-            context_patches: (B, K) int64 numbers of context patches.
-            target_patches: (B, M, T) int64 numbers of the patches of target blocks.
+            context_patches: (B, K) int64 indices of context patches.
+            target_patches: (B, M, T) int64 indices of the patches of target blocks.
         """
         hidden = self.features(self.hidden_states(context, context_patches, target_patches))
         return hidden.unflatten(0, target_patches.shape[:2])

@@ -38,7 +38,7 @@ class MAEConfig(SSLConfig):
     def validate_decoder(self) -> None:
         """Raise `ValueError` for a decoder without layers or with a wrong width.
 
-        Heads must divide the width, and the position table needs a multiple of 4.
+        The width must be a multiple of the number of heads, and of 4 for the position table.
         """
         if self.decoder_num_hidden_layers < 1:
             raise ValueError(

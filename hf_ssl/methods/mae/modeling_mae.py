@@ -24,7 +24,7 @@ from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
-    fix_positions,
+    fill_encoder_positions,
     patch_grid,
     patchify,
     select_patches,
@@ -34,8 +34,8 @@ from hf_ssl.modeling.vit.patches import (
 from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 
-# Fields that both encoders have and that affect the result. Each is passed, because the defaults of the two
-# families (layer_norm_eps among them) are not the same in every version of transformers.
+# Fields that the configs of ViT and ViTMAE both have and that affect the result. Each is passed, because the
+# defaults of the two configs (layer_norm_eps among them) are not the same in every version of transformers.
 _ENCODER_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
@@ -56,7 +56,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     Masked patches pass through no block of the encoder. Positions are fixed sine-cosine tables, also in the
     encoder. Weight decay does not apply to the class and mask tokens. In the authors' code it does, because
-    they have three dimensions.
+    these tokens are tensors with three dimensions.
     """
 
     config_class = MAEConfig
@@ -68,20 +68,22 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
-        self.special = special_tokens(self.backbone)
+        self.num_special_tokens = special_tokens(self.backbone)
         self.grid = patch_grid(self.backbone)
         embedding: Any = self.backbone.get_submodule("embeddings.patch_embeddings")
         self.patch_size: tuple[int, int] = tuple(embedding.patch_size)
-        self.patches = math.prod(self.grid)
+        self.num_patches = math.prod(self.grid)
         # The number of visible patches is rounded down, as in the authors' code.
-        self.visible = int(self.patches * (1 - config.mask_ratio))
-        if not 0 < self.visible < self.patches:
+        self.num_visible = int(self.num_patches * (1 - config.mask_ratio))
+        if not 0 < self.num_visible < self.num_patches:
             raise UserError(
                 "method.mask_ratio: expected at least one visible and one masked patch, got "
-                f"{config.mask_ratio}, which makes {self.visible} of {self.patches} patches visible"
+                f"{config.mask_ratio}, which makes {self.num_visible} of {self.num_patches} patches visible"
             )
         values = math.prod(self.patch_size) * embedding.num_channels
-        self.decoder = MAEDecoder(config, feature_size(self.backbone), self.special, self.grid, values)
+        self.decoder = MAEDecoder(
+            config, feature_size(self.backbone), self.num_special_tokens, self.grid, values
+        )
         self.post_init()
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         super()._init_weights(module)
         if module is self:  # this call is the last one, after the encoder's initialization
             initialize_as_authors(self)
-            fix_positions(self.backbone)
+            fill_encoder_positions(self.backbone)
 
     def freeze(self) -> None:
         """Also freeze the encoder's position table."""
@@ -98,12 +100,12 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return the noise (B, P) that decides which patches are visible."""
-        return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.patches)).float()}
+        return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.num_patches)).float()}
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return predicted and true pixels (B, M, X) of masked patches, `masked` (B, M), and `features`.
 
-        `masked` holds the numbers of masked patches. `features` (B, 1, D) is the mean token of visible
+        `masked` holds the indices of masked patches. `features` (B, 1, D) is the mean token of visible
         patches. Without `noise`, uniform noise is sampled from torch's global generator.
         """
         images = inputs["pixel_values"][:, 0]
@@ -113,11 +115,11 @@ class MAEForPreTraining(SSLPreTrainedModel):
             "predictions": self.decoder(latents, kept, masked),
             "targets": select_patches(patchify(images, self.patch_size), masked),
             "masked": masked,
-            "features": latents[:, self.special :].detach().mean(1, keepdim=True),
+            "features": latents[:, self.num_special_tokens :].detach().mean(1, keepdim=True),
         }
 
     def split(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the numbers of visible (B, K) and masked (B, M) patches.
+        """Return the indices of visible (B, K) and masked (B, M) patches.
 
         The patches with the least noise are visible.
 
@@ -133,9 +135,9 @@ class MAEForPreTraining(SSLPreTrainedModel):
                 f"{(height, width)}"
             )
         if noise is None:
-            noise = torch.rand(len(images), self.patches, device=images.device)
+            noise = torch.rand(len(images), self.num_patches, device=images.device)
         order = noise.argsort(dim=1)
-        return order[:, : self.visible], order[:, self.visible :]
+        return order[:, : self.num_visible], order[:, self.num_visible :]
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean squared error over the values of masked patches."""
@@ -197,13 +199,18 @@ class MAEDecoder(PatchPredictor):
     Args:
         config: configuration of the method.
         encoder_size: D.
-        special: number of special tokens.
+        num_special_tokens: number of special tokens.
         grid: rows and columns of patches in an image.
         values: X.
     """
 
     def __init__(
-        self, config: MAEConfig, encoder_size: int, special: int, grid: tuple[int, int], values: int
+        self,
+        config: MAEConfig,
+        encoder_size: int,
+        num_special_tokens: int,
+        grid: tuple[int, int],
+        values: int,
     ) -> None:
         encoder: Any = config.backbone_config
         layer = ViTConfig(
@@ -217,7 +224,7 @@ class MAEDecoder(PatchPredictor):
             attention_probs_dropout_prob=encoder.attention_probs_dropout_prob,
         )
         layer._attn_implementation = config._attn_implementation
-        super().__init__(layer, config.decoder_num_hidden_layers, encoder_size, special, grid)
+        super().__init__(layer, config.decoder_num_hidden_layers, encoder_size, num_special_tokens, grid)
         self.pixels = nn.Linear(config.decoder_hidden_size, values)
 
     def forward(self, latents: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
@@ -225,8 +232,8 @@ class MAEDecoder(PatchPredictor):
 
         Args:
             latents: the encoder's last hidden state: special tokens, then K visible patches.
-            kept: (B, K) int64 numbers of visible patches.
-            masked: (B, M) int64 numbers of masked patches.
+            kept: (B, K) int64 indices of visible patches.
+            masked: (B, M) int64 indices of masked patches.
         """
         return self.pixels(self.hidden_states(latents, kept, masked[:, None]))
 

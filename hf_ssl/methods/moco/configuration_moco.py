@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum, check_temperature
 
 
 @strict
@@ -54,11 +54,10 @@ class MoCoConfig(SSLConfig):
 
     def validate_queue(self) -> None:
         """Raise `ValueError` for a queue without rows or a batch without parts."""
-        if self.queue_size < 1 or self.batch_norm_splits < 1:
-            raise ValueError(
-                "method.queue_size, method.batch_norm_splits: expected at least 1 each, "
-                f"got {self.queue_size} and {self.batch_norm_splits}"
-            )
+        check_fields(
+            ("queue_size", self.queue_size, self.queue_size >= 1, "at least 1"),
+            ("batch_norm_splits", self.batch_norm_splits, self.batch_norm_splits >= 1, "at least 1"),
+        )
 
 
 AutoConfig.register(MoCoConfig.model_type, MoCoConfig)

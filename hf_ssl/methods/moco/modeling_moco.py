@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from hf_ssl.losses import info_nce
 from hf_ssl.methods.moco.configuration_moco import MoCoConfig
 from hf_ssl.modeling.backbones import feature_size
-from hf_ssl.modeling.batch_norm import split_batch_norm, statistics_span_everything
+from hf_ssl.modeling.batch_norm import split_batch_norm, uses_global_batch_statistics
 from hf_ssl.modeling.gather import shuffle_over_processes
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory import Queue
@@ -55,14 +55,14 @@ class MoCoForPreTraining(MomentumModel):
         """
         pixel_values = inputs["pixel_values"]
         symmetric = self.config.symmetric
-        asked = pixel_values if symmetric else pixel_values[:, :1]
-        shown = pixel_values.flip(1) if symmetric else pixel_values[:, 1:]
-        queries = self.apply_to_views(self.projector, self.encode_views(asked))
-        return {"queries": queries, "keys": normalize(self._keys(shown), dim=-1)}
+        query_images = pixel_values if symmetric else pixel_values[:, :1]
+        key_images = pixel_values.flip(1) if symmetric else pixel_values[:, 1:]
+        queries = self.apply_to_views(self.projector, self.encode_views(query_images))
+        return {"queries": queries, "keys": normalize(self._keys(key_images), dim=-1)}
 
     def _keys(self, images_BACHW: Tensor) -> Tensor:
         mixed = self.training and self.config.shuffle_batch_norm
-        if not mixed or statistics_span_everything(self.teacher_backbone):
+        if not mixed or uses_global_batch_statistics(self.teacher_backbone):
             return self.teacher_projections(images_BACHW)
         # The number of enqueued rows gives each batch another order, and all processes the same order.
         images_BACHW, restore = shuffle_over_processes(images_BACHW, seed=self.queue.total)

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_temperature
 
 
 @strict
@@ -46,12 +46,12 @@ class SwAVConfig(SSLConfig):
 
     def validate_assignment(self) -> None:
         """Raise `ValueError` for settings of the assignment outside of their ranges."""
-        if self.epsilon <= 0 or self.sinkhorn_iterations < 1 or self.prototypes < 2 or self.queue_size < 0:
-            raise ValueError(
-                "method.epsilon, method.sinkhorn_iterations, method.prototypes, method.queue_size: expected "
-                f"above 0, at least 1, at least 2, and at least 0, got {self.epsilon}, "
-                f"{self.sinkhorn_iterations}, {self.prototypes} and {self.queue_size}"
-            )
+        check_fields(
+            ("epsilon", self.epsilon, self.epsilon > 0, "a number above 0"),
+            ("sinkhorn_iterations", self.sinkhorn_iterations, self.sinkhorn_iterations >= 1, "at least 1"),
+            ("prototypes", self.prototypes, self.prototypes >= 2, "at least 2"),
+            ("queue_size", self.queue_size, self.queue_size >= 0, "at least 0"),
+        )
 
 
 AutoConfig.register(SwAVConfig.model_type, SwAVConfig)

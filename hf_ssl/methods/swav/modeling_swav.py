@@ -15,14 +15,14 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
 from hf_ssl.modeling.memory import Queue
-from hf_ssl.modeling.outputs import Progress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
 class SwAVForPreTraining(SSLPreTrainedModel):
     """Each view predicts the prototype assignments of another view of its image.
 
-    Sinkhorn-Knopp assigns the global views of all processes' images. Each prototype has the same total
+    Sinkhorn-Knopp assigns the global views of all processes to prototypes. Each prototype gets the same total
     weight. Local views (multi-crop) only predict assignments of global views. Prototypes are normalized
     to length 1 before each step. The queue's embeddings are assigned together with the batch, but the loss
     ignores their assignments. All views of one size are encoded together, as in the authors' code.
@@ -43,7 +43,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         # Each global view has a queue. Its embeddings are assigned together with those of the same view.
         views = int((config.views or {}).get("count", 2)) if config.queue_size else 0
         self.queues = nn.ModuleList(Queue(config.queue_size, config.projection_size) for _ in range(views))
-        self._queue_is_open = False
+        self._use_queue = False
         self.post_init()
 
     @property
@@ -51,20 +51,20 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         """Return the rule that freezes the prototypes in the first steps."""
         return (ParameterRule(r"^prototypes\.", frozen_until=self.config.prototype_freeze_steps),)
 
-    def before_step(self, progress: Progress) -> None:
+    def before_step(self, progress: RunProgress) -> None:
         """Also normalize the prototypes, and use the queue from `queue_start_epoch` on."""
         super().before_step(progress)
         self.prototypes.normalize()
-        self._queue_is_open = progress.epoch >= self.config.queue_start_epoch
+        self._use_queue = progress.epoch >= self.config.queue_start_epoch
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return unit projections (B, V, P) of global views and, with local views, (B, L, P) of these."""
+        """Return unit projections (B, V, P) of global views, and (B, L, P) of local views, if any."""
         pixel_values = inputs["pixel_values"]
         local_pixel_values = inputs.get("local_pixel_values")
-        shown = {"projections": pixel_values, "local_projections": local_pixel_values}
+        views_by_name = {"projections": pixel_values, "local_projections": local_pixel_values}
         return {
             name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
-            for name, images in shown.items()
+            for name, images in views_by_name.items()
             if images is not None
         }
 
@@ -84,7 +84,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         assigned, queues = [], cast("list[Queue]", list(self.queues))
         for view, scores in enumerate(scores_ABK):
             batch = len(scores)
-            if self._queue_is_open and view < len(queues) and queues[view].is_full:
+            if self._use_queue and view < len(queues) and queues[view].is_full:
                 scores = torch.cat([scores, self.prototypes(queues[view].rows)])
             soft = sinkhorn(scores, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations)
             assigned.append(soft[:batch])

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.memory import Memory
+from hf_ssl.modeling.memory import PersistentBuffers
 
 PATCH_SELECTION_TYPES = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers")
 """Model types of the encoders that can encode some patches only.
 
-Each adds positions before the first block, so a token has its position whichever others are left out.
+Each adds positions before the first block, so the position of a token does not depend on the omitted tokens.
 DINOv3's blocks compute rotary positions instead.
 """
 
@@ -52,8 +52,8 @@ def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tens
     Args:
         backbone: an encoder of `PATCH_SELECTION_TYPES`.
         images_NCHW: normalized. Positions are interpolated if the size is not the encoder's own.
-        kept_NK: int64 patch numbers, row by row. Tokens are returned in this order. None keeps all patches,
-            as the encoder's own forward pass.
+        kept_NK: int64 indices of patches, row by row. Tokens are returned in this order. None keeps all
+            patches, as the encoder's own forward pass does.
 
     Returns:
         Special tokens first, then patches, after the final layer norm.
@@ -61,11 +61,11 @@ def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tens
     Raises:
         UserError: the model type is not in `PATCH_SELECTION_TYPES`.
     """
-    special = special_tokens(backbone)
+    num_special_tokens = special_tokens(backbone)
     tokens = embed_patches(backbone, images_NCHW)
     if kept_NK is not None:
-        patches = select_patches(tokens[:, special:], kept_NK)
-        tokens = torch.cat([tokens[:, :special], patches], dim=1)
+        patches = select_patches(tokens[:, num_special_tokens:], kept_NK)
+        tokens = torch.cat([tokens[:, :num_special_tokens], patches], dim=1)
     for layer in encoder_layers(backbone):
         tokens = layer(tokens)
     module: Any = backbone
@@ -73,7 +73,7 @@ def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tens
 
 
 def select_patches(tokens_NPD: Tensor, index_NK: Tensor) -> Tensor:
-    """Return the tokens (N, K, D) with the numbers (N, K) of each image."""
+    """Return the tokens (N, K, D) with the indices `index_NK` of each image."""
     return tokens_NPD.gather(1, index_NK.unsqueeze(-1).expand(-1, -1, tokens_NPD.shape[-1]))
 
 
@@ -96,7 +96,7 @@ def patchify(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the patches (N, P, X) of images: pixels row by row, channels last, as in ViTMAE.
 
     Args:
-        images_NCHW: sides are multiples of the patch's.
+        images_NCHW: images whose height and width are multiples of those of a patch.
         size: rows and columns of pixels in a patch.
     """
     rows, columns = size
@@ -123,14 +123,15 @@ def sine_cosine_2d(height: int, width: int, dims: int) -> Tensor:
     frequencies from 1 to about 1 / 10,000, then cosines.
 
     Args:
-        height, width: of the grid, in patches.
+        height, width: size of the grid in patches.
         dims: D, a multiple of 4.
 
     Raises:
         UserError: dims is not a multiple of 4.
 
     Source: the authors' code of MAE (facebookresearch/mae, util/pos_embed.py), which I-JEPA and MoCo v3
-    share. Its names have the row first, but its values and published weights have the column first.
+    share. Its variable names suggest that the row comes first, but the column comes first in its values and
+    in the published weights.
     """
     if dims % 4:
         raise UserError(f"hidden_size: expected a multiple of 4 for sine-cosine positions, got {dims}")
@@ -159,21 +160,21 @@ def fill_positions(table: Tensor, grid: tuple[int, int]) -> None:
     init.copy_(table, torch.cat([special, patches])[None].to(table))
 
 
-def fix_positions(backbone: Any) -> None:
+def fill_encoder_positions(backbone: Any) -> None:
     """Write sine-cosine positions to a vision transformer's own table, unless a checkpoint has filled it.
 
-    A method's `_init_weights(self)` calls it, because that comes after the encoder's initialization. It does
-    not freeze the table.
+    Call this function in `_init_weights(self)` of a method, which runs after the encoder is initialized. This
+    function does not freeze the table.
     """
     fill_positions(backbone.embeddings.position_embeddings, patch_grid(backbone))
 
 
-class PositionTable(Memory):
-    """Fixed sine-cosine positions as a buffer: checkpoints contain it, optimizers do not see it.
+class PositionTable(PersistentBuffers):
+    """Fixed sine-cosine positions as a buffer: checkpoints contain it, optimizers do not update it.
 
     Args:
-        special: S.
-        height, width: of the grid, in patches.
+        num_special_tokens: S.
+        height, width: size of the grid in patches.
         dims: D.
 
     Attributes:
@@ -182,10 +183,10 @@ class PositionTable(Memory):
 
     table: Tensor
 
-    def __init__(self, special: int, height: int, width: int, dims: int) -> None:
+    def __init__(self, num_special_tokens: int, height: int, width: int, dims: int) -> None:
         super().__init__()
         self.grid = (height, width)
-        self.register_buffer("table", torch.empty(1, special + height * width, dims))
+        self.register_buffer("table", torch.empty(1, num_special_tokens + height * width, dims))
         self.initialize()
 
     def initialize(self) -> None:

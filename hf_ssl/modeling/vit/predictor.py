@@ -21,22 +21,22 @@ class PatchPredictor(nn.Module):
     token has its position added. So mask tokens are simply at the end, and the last layer computes only them.
 
     Args:
-        config: of the layers.
+        config: configuration of the layers.
         depth: number of layers.
         encoder_size: D.
-        special: S.
+        num_special_tokens: S.
         grid: rows and columns of patches in an image.
     """
 
     def __init__(
-        self, config: ViTConfig, depth: int, encoder_size: int, special: int, grid: tuple[int, int]
+        self, config: ViTConfig, depth: int, encoder_size: int, num_special_tokens: int, grid: tuple[int, int]
     ) -> None:
         super().__init__()
         size = config.hidden_size
-        self.special = special
+        self.num_special_tokens = num_special_tokens
         self.embed = nn.Linear(encoder_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.positions = PositionTable(special, *grid, size)
+        self.positions = PositionTable(num_special_tokens, *grid, size)
         self.layers = vit_layers(config, depth)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
@@ -45,18 +45,21 @@ class PatchPredictor(nn.Module):
 
         Args:
             tokens: (B, S + K, D), the encoder's last hidden state.
-            patches: (B, K) int64 numbers of its patches.
-            targets: (B, M, T) int64 numbers of the patches to predict.
+            patches: (B, K) int64 indices of the patches of these tokens.
+            targets: (B, M, T) int64 indices of the patches to predict.
         """
         blocks, length = targets.shape[1:]
-        seen = self.embed(tokens)
-        table = self.positions.table[0].to(seen.dtype)
-        special_places, places = table[: self.special], table[self.special :]
-        seen = seen + torch.cat([special_places.expand(len(seen), -1, -1), places[patches]], dim=1)
-        asked = self.mask_token + places[targets.flatten(0, 1)]
+        context_tokens = self.embed(tokens)
+        table = self.positions.table[0].to(context_tokens.dtype)
+        special_positions = table[: self.num_special_tokens]
+        patch_positions = table[self.num_special_tokens :]
+        context_tokens = context_tokens + torch.cat(
+            [special_positions.expand(len(context_tokens), -1, -1), patch_positions[patches]], dim=1
+        )
+        mask_tokens = self.mask_token + patch_positions[targets.flatten(0, 1)]
         if blocks > 1:
-            seen = seen.repeat_interleave(blocks, dim=0)
-        hidden = torch.cat([seen, asked], dim=1)
+            context_tokens = context_tokens.repeat_interleave(blocks, dim=0)
+        hidden = torch.cat([context_tokens, mask_tokens], dim=1)
         *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden)
@@ -72,18 +75,18 @@ class LastViTLayer(ViTLayer):
     """A last layer with the weights of a stock one. Its output is the same, but only for the last tokens.
 
     All tokens become keys and values. Queries, the projection after attention and the MLP are computed only
-    for tokens that are used; they are most of a layer. The attention's own forward is not called, so hooks on
-    it are not called either.
+    for tokens that are used. These three are most of the computation of a layer. The attention's own forward
+    is not called, so hooks on it are not called either.
     """
 
-    def forward(self, hidden_states: Tensor, wanted: int) -> Tensor:  # type: ignore[override]
-        """Return the output of `ViTLayer` for the last `wanted` tokens, (N, wanted, D).
+    def forward(self, hidden_states: Tensor, num_outputs: int) -> Tensor:  # type: ignore[override]
+        """Return the output of `ViTLayer` for the last `num_outputs` tokens, (N, num_outputs, D).
 
         Args:
             hidden_states: (N, L, D), all tokens.
-            wanted: number of tokens that are used, 1 to L.
+            num_outputs: number of tokens that are used, 1 to L.
         """
-        attention, unused = self.attention, hidden_states.shape[1] - wanted
+        attention, unused = self.attention, hidden_states.shape[1] - num_outputs
         residual = hidden_states[:, unused:]
         normalized = self.layernorm_before(hidden_states)
         query, key, value = (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster attention for bfloat16 on a CPU, where torch's fused kernel is slower than matrix products.
 
-The matrix products take a seventh to a quarter of the kernel's time for forward and backward of 16 to 128
-images of 17 to 101 tokens. For 197 tokens they take three quarters (torch 2.15; `python -m
-training.benchmarks attention`).
+For 16 to 128 images of 17 to 101 tokens, the matrix products take a seventh to a quarter of the kernel's time
+(forward and backward). For 197 tokens, they take three quarters (torch 2.15; `python -m training.benchmarks
+attention`).
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-NAME = "sdpa_or_products"
-LONGEST = 256
+ATTENTION_NAME = "sdpa_or_products"
+MAX_SEQUENCE_LENGTH = 256
 """Longest sequence in tokens. Scores of longer sequences need much memory, and the kernel is not slower."""
 
 
@@ -33,12 +33,14 @@ def sdpa_or_products(
     Returns:
         The output (B, tokens, heads, dims), and the attention weights if they were computed.
     """
-    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
+    slow = (
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= MAX_SEQUENCE_LENGTH
+    )
     attend = eager_attention_forward if slow else sdpa_attention_forward
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, sdpa_or_products)
+AttentionInterface.register(ATTENTION_NAME, sdpa_or_products)
 
 
 def choose_attention(model: nn.Module) -> None:
@@ -46,4 +48,4 @@ def choose_attention(model: nn.Module) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = NAME
+            config._attn_implementation = ATTENTION_NAME

@@ -19,7 +19,8 @@ def spherical_kmeans(
 
     The first centroids are rows sampled without replacement. An empty cluster moves to the row that is
     farthest from its own centroid; several empty clusters move to different rows. Every process has all rows
-    and the same generator. It compares its share of the rows with the centroids and gets the same result.
+    and the same generator. Each process compares its share of the rows with the centroids. All processes then
+    combine their results.
 
     Args:
         rows_ND: unit vectors, N >= `clusters`.
@@ -37,7 +38,10 @@ def spherical_kmeans(
     move.
     """
     if len(rows_ND) < clusters:
-        raise ValueError(f"expected at least {clusters} rows, one for each cluster, got {len(rows_ND)}")
+        raise ValueError(
+            f"spherical_kmeans.rows_ND: expected at least {clusters} rows, one per cluster, "
+            f"got {len(rows_ND)}"
+        )
     first = torch.randperm(len(rows_ND), generator=generator)[:clusters].to(rows_ND.device)
     centroids_KD = rows_ND[first].clone()
     for _ in range(iterations):
@@ -53,7 +57,7 @@ def spherical_kmeans(
 
 
 def _nearest(rows_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosine with the nearest centroid and its number, (N,) each."""
+    """Return the cosine with the nearest centroid and the index of this centroid, (N,) each."""
     share = own_share(len(rows_ND))
     found = [(part @ centroids_KD.T).max(dim=1) for part in rows_ND[share].split(_ROWS)]
     cosine_N = rows_ND.new_zeros(len(rows_ND))
