@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from messages import mentions
 from priming import prime
 from tiers import in_tiers
@@ -199,8 +200,16 @@ def test_it_is_in_the_table_with_a_card_section_and_a_smoke_recipe(method):
     row = METHODS[method]
     assert "arXiv:" in row.paper
     section = resource("model_cards", "methods", f"{method}.md").read_text()
-    assert len(section) > 200
+    for label in ("**What it is.**", "**When to choose it.**", "**What it costs.**", "**Citation.**"):
+        assert label in section, label
     assert resource("recipes", "smoke", f"{method}.yaml").exists()
+
+
+def test_its_config_checks_types(method):
+    """`@strict` rejects a value of a wrong type; without it, the value would be used."""
+    config = METHODS[method].config_class()
+    with pytest.raises(StrictDataclassFieldValidationError):
+        config(views="none")
 
 
 def test_its_exported_encoder_is_native(model):

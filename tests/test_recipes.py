@@ -344,7 +344,5 @@ def test_a_method_without_a_text_for_its_card_is_reported_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(METHODS, "new", METHODS["simclr"]._replace(title="New"))
-    with pytest.raises(
-        UserError, match=mentions("method.name", "model_cards/methods/new.md")
-    ):
+    with pytest.raises(UserError, match=mentions("method.name", "model_cards/methods/new.md")):
         load(SMOKE, "method.name=new")

@@ -56,7 +56,7 @@ def main() -> None:
                 *arguments.overrides,
                 f"training.output_dir={folder}",
                 f"training.seed={seed}",
-                f"evaluation.baselines={str(method == arguments.methods[0]).lower()}",
+                f"evaluation.baselines={str(method == next(iter(PLAN['methods']))).lower()}",
                 "training.disable_tqdm=true",
             ])
             for method, folder, seed in jobs
@@ -89,14 +89,20 @@ def sections(method: str) -> dict[str, dict[str, Any]]:
 
 
 def write_results(output: Path, runs: Path, methods: list[str], seeds: int) -> None:
-    """Write the record, the table and the picture of the finished runs."""
+    """Write the records, the table and the picture of the finished runs. Records of other methods stay."""
     found = {
         method: [record for seed in range(seeds) if (record := read(runs / f"{method}-{seed}")) is not None]
         for method in methods
     }
     output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_suffix(".json")
+    for record in json.loads(file.read_text()) if file.exists() else []:
+        if record["method"]["name"] not in methods:
+            found.setdefault(record["method"]["name"], []).append(record)
+    order = [*PLAN["methods"], *found]
+    found = {method: found[method] for method in sorted(found, key=order.index)}
     records = [record for each in found.values() for record in each]
-    output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    file.write_text(json.dumps(records, indent=1) + "\n")
     output.with_suffix(".md").write_text(table(found))
     draw(found, output.with_suffix(".png"))
 

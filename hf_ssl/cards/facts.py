@@ -224,7 +224,10 @@ def _checked_section(value: dict[str, Any], section: Any, path: str) -> dict[str
             (item for item in getattr(declared[key], "__metadata__", ()) if isinstance(item, Default)), None
         )
         if default is None:
-            raise UserError(f"{path}.{key}: expected a recorded fact, got none; run the training again")
+            raise UserError(
+                f"{path}.{key}: expected a recorded fact, got none; run the training again, or declare the "
+                "fact with a Default"
+            )
         checked[key] = copy.deepcopy(default.value)
     return checked
 

@@ -4,12 +4,7 @@
 All of them work in place on batches of float32 pixels in [0, 1], each sample with its own augmentation
 parameters. Each one equals torchvision's operation of the same name to 1e-5, also in its clamping.
 
-A new augmentation needs three things:
-
-1. its settings in `ViewSettings` (`hf_ssl/views/preset.py`), with limits and with defaults that disable it;
-2. its function in this file, and an entry in `OPERATIONS`;
-3. its reference, such as torchvision's function, in `REFERENCES` (`tests/views/conftest.py`). The tests in
-   `tests/views/test_pipeline.py` set every probability above 0. So they also compare the new function.
+CONTRIBUTING.md ("Add an augmentation") explains how to add one.
 
 Legend: N views, C channels, H, W sides, S side of a square view, P = H * W pixels, R radius of the blur's
 kernel (its size is 2 R + 1).

@@ -79,7 +79,7 @@ def values(result):
 
 
 def test_every_loss_has_an_example():
-    assert sorted(losses.__all__) == sorted(EXAMPLES)
+    assert sorted(losses.__all__) == sorted(EXAMPLES), "add an example of each loss to EXAMPLES"
 
 
 @each

@@ -21,6 +21,8 @@ REFERENCES = {
     ),
     "solarize": lambda pixels, _, view: tv.solarize(pixels, view.solarize_threshold),
 }
+_MISSING = {operation.parameter for operation in OPERATIONS} - REFERENCES.keys()
+assert not _MISSING, f"add a reference to REFERENCES (tests/views/conftest.py): {_MISSING}"
 
 
 def torchvision_crop(image, sampled, settings):
