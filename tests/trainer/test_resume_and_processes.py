@@ -152,7 +152,7 @@ PER_PROCESS = [
 ]  # fmt: skip
 # Settings against statistics of half a batch. One process that computes both halves does not use them.
 WITHOUT_EXCHANGE = {"moco": ["method.shuffle_batch_norm=false"]}
-# Instead of the rate of the smoke recipe. A larger one makes differences visible if the loss hardly depends on
+# They replace that of the smoke recipe. A larger one makes differences visible if the loss hardly depends on
 # them yet (I-JEPA's contexts). A smaller one is for a loss that amplifies rounding with each step.
 LEARNING_RATES = {"ijepa": ["training.learning_rate=3.0"]}
 # BatchNorm uses the statistics of a chunk. So runs are equal only if a chunk holds the whole batch.
