@@ -66,7 +66,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def stored_choices(recipe: Recipe) -> Choices:
-    """Return the choices for the machine of the run in the recipe's output folder."""
+    """Return the settings that the run in the recipe's output folder chose for its machine."""
     mark = Path(recipe.training["output_dir"]) / IDENTITY
     return _in_current_format(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
 

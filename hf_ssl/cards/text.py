@@ -18,7 +18,7 @@ ENCODERS = {
 }
 MONITORED = {
     "loss": "loss on fixed images",
-    "knn": "k-NN accuracy, part of the test split",
+    "knn": "k-NN accuracy on images of the test split",
     "embedding_std": "standard deviation of embeddings (isotropic: 1, collapsed: 0)",
     "embedding_rank": "effective rank of embeddings (RankMe, centered)",
     "feature_std": "standard deviation of features (isotropic: 1, collapsed: 0)",
@@ -305,7 +305,7 @@ def _selection(facts: Facts, split: str) -> str:
     if test_images:
         return (
             f"The monitor measured k-NN accuracy on {whole(test_images)} labeled images of {split} during "
-            f"training and selected nothing. {weights}"
+            f"training. The run did not use it to select a checkpoint or a setting. {weights}"
         )
     return f"Nothing was selected on {split}. {weights}"
 

@@ -216,8 +216,9 @@ def is_utf8(name: str) -> bool:
 def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
     """Return a fingerprint of files (16 hexadecimal digits), independent of their folder and their times.
 
-    It is a hash of all names and sizes, and of the first and last 64 KiB of up to 256 files. (A Parquet file
-    ends with an index of its content.)
+    It is a hash of all names and sizes, and of the first and last 64 KiB of some files. These are all files
+    if there are fewer than 512, otherwise 256 to 384 evenly spaced files. (A Parquet file ends with an index
+    of its content.)
 
     Args:
         files: absolute paths.

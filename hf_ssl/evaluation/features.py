@@ -115,11 +115,11 @@ def extract_features(
         image_batches: lists of uint8 tensors (C, H, W), of any size.
         pooling: see `pool`; "auto" follows `pooling_rule`.
         device: device of the computation; None: the device of the encoder.
-        dtype: torch.bfloat16 or torch.float16 for autocast, which is about twice as fast and rounds the
-            features to about three digits. None: the precision of the encoder.
+        dtype: torch.bfloat16 or torch.float16 for autocast, which rounds the features to about three digits
+            and is faster on suitable hardware only (`hf_ssl.precision`). None: the precision of the encoder.
         total: number of images, if known, for the progress bar. If it is None, the features need twice the
             memory while they are concatenated.
-        description: text of the progress bar, which appears after two seconds; None: no bar.
+        description: text of the progress bar, which appears after 1.5 seconds; None: no bar.
 
     Returns:
         float32 (N, D), on the CPU.

@@ -80,9 +80,9 @@ def linear_probe(
     Raises:
         UserError: the number of labels is wrong, features are not finite, or a setting is out of range.
 
-    Source: the MoCo, SwAV and DINO protocols (SGD 0.9, 100 epochs, batch 256 where it is not scaled); DINOv2
-    (2304.07193) for training the heads of the sweep together. Difference: published sweeps choose the
-    learning rate on the split that they report.
+    Source: the MoCo, SwAV and DINO protocols (SGD with momentum 0.9, 100 epochs, learning rates for batch
+    size 256); DINOv2 (2304.07193) for training the heads of the sweep together. Difference: published sweeps
+    choose the learning rate on the split that they report.
     """
     check_features(train_features, "linear probe, training")
     check_features(test_features, "linear probe, test")

@@ -149,7 +149,7 @@ def write_attention_pictures(
 
 
 def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_HEIGHT) -> Image.Image:
-    """Return one picture with a row per photo, whose pictures are side by side under their names.
+    """Return one picture with a row per photo and a column per kind of picture, under its name.
 
     Args:
         rows: output of `attention_pictures` for at least one photo. All rows have the same names, and all

@@ -303,10 +303,11 @@ def _describe(
         state = "standardized" if config.linear_standardize else "not standardized"
         edge = " (at the edge of the sweep)" if probe["at_edge"] else ""
         words["linear"] = (
-            f"softmax regression on frozen features, {state}, without augmentation: SGD, momentum 0.9, "
-            f"no weight decay, {probe['epochs']} epochs, batch {probe['batch_size']}, cosine; learning rate "
-            f"{probe['learning_rate']:g}{edge}, the best of {len(rates)} from {rates[0]:g} to {rates[-1]:g} "
-            f"on a held-out 10 % of the training images; then trained on all {train}, tested on {test}"
+            f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, momentum "
+            f"0.9, no weight decay, {probe['epochs']} epochs, batch size {probe['batch_size']}, cosine "
+            f"schedule. The learning rate {probe['learning_rate']:g}{edge} had the highest accuracy on a "
+            f"held-out 10 % of the training images ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g}). The "
+            f"final classifier was trained on all {train} and tested on {test}"
         )
     return words
 

@@ -69,8 +69,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         memory_inputs: names of the embeddings that `update_memory` needs.
         needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
             memory bank.
-        needs_sample_index: whether the method has an entry for each image. Images then need row numbers,
-            which a stream does not have, and the config has `num_samples`, the number of images.
+        needs_sample_index: whether the method stores a state of each image, such as an entry in a memory
+            bank. Images then need row numbers, which a stream does not have, and the config has
+            `num_samples`, the number of images.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
     """

@@ -82,8 +82,7 @@ def check_momentum(config: Any) -> None:
 def check_temperature(config: Any, *keys: str) -> None:
     """Raise `ValueError` for a temperature below 0.003.
 
-    Logits lie between -1 / temperature and 1 / temperature. In float16, the exponential of a larger range
-    has only the values 0 and 1.
+    `nt_xent` has the same limit. With a smaller temperature, its exponentials would underflow in float64.
     """
     for key in keys or ("temperature",):
         if (value := config.to_dict()[key]) < 0.003:

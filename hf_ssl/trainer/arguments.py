@@ -50,8 +50,9 @@ class SSLTrainingArguments(TrainingArguments):
         learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
             schedule `lr_scheduler_type` (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images that a process encodes at once, for batches that do not fit into
-            memory. Loss and gradient equal those of the whole batch. BatchNorm uses the statistics of a
-            chunk (`hf_ssl.trainer.gradient_cache`). None encodes all images at once.
+            memory. Without BatchNorm, loss and gradient equal those of the whole batch up to rounding.
+            BatchNorm uses the statistics of a chunk (`hf_ssl.trainer.gradient_cache`). None encodes all
+            images at once.
         sync_batch_norm: whether BatchNorm statistics include the images of all processes.
         channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
         monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it.

@@ -167,8 +167,8 @@ def keep_loader_position() -> Iterator[None]:
     start position, so the replaced function returns the loader unchanged.
 
     `ignore_data_skip=True` would also avoid the call. But then the Trainer counts the first batch after the
-    checkpoint as the first batch of the epoch. So it would miss the shorter accumulation at the end of the
-    epoch.
+    checkpoint as the first batch of the epoch. So it would not recognize the end of an epoch whose last
+    step has fewer micro-batches.
     """
     original = transformers.trainer.skip_first_batches
     transformers.trainer.skip_first_batches = _return_unchanged

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes gradients of batches that do not fit into memory, for losses that need the whole batch at once.
 
-Loss and gradients equal those of the whole batch up to rounding.
+Without BatchNorm, loss and gradients equal those of the whole batch up to rounding.
 """
 
 from collections.abc import Callable, Iterator

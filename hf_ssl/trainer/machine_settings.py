@@ -44,9 +44,10 @@ class Choice(TypedDict):
 
 
 Choices = dict[str, Choice]
-"""Maps a recipe key, e.g. "training.precision", or "monitor.probe_images" to the choice.
+"""Maps a recipe key, e.g. "training.precision", to the choice.
 
-The second key means the training images of the monitor. It has an old name, because `_run.json` stores it.
+One further key is in no recipe: "monitor.probe_images", the number of training images of the monitor. It has an
+old name, because `_run.json` stores it.
 """
 
 
@@ -98,8 +99,9 @@ def choose_batch_size(
 ) -> Choices:
     """Reduce a recipe's batch size if the data, the memory or (on a CPU) the time of a step do not allow it.
 
-    The reduced size per process and accumulation step is the largest possible power of two. The learning
-    rate follows the recipe's rule. Return the choice, or {} if the recipe's batch size fits.
+    The reduced size per process and accumulation step is the largest possible power of two. If
+    `args.base_learning_rate` is set, `args.learning_rate_rule` computes the learning rate for it. Return the
+    choice, or {} if the recipe's batch size fits.
 
     Args:
         args: the training arguments; their batch size and learning rate are changed.

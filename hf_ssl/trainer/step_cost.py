@@ -60,8 +60,8 @@ def measure_step(
 ) -> StepCost:
     """Measure forward and backward passes of a copy of the model. The model itself does not change.
 
-    The first measurement has 2 images, each further one up to four times as many. The loop ends in one of
-    three cases: a pass takes 0.3 s with at least 8 images (or 2 s), it has the whole batch, or more images
+    The first measurement has 2 images, each further one up to four times as many. The loop ends if a pass
+    takes 2 s, or 0.3 s with at least 8 images. It also ends if a pass has the whole batch, or if more images
     would not fit into memory. The measured pass is `embed` and its gradient. It excludes the objective, which
     is cheap and depends on a state that training has not built yet.
 

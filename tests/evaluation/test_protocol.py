@@ -104,7 +104,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
     assert "3 epochs, batch 256" in result["protocol"]["linear"]
     assert "features, standardized, without augmentation" in result["protocol"]["linear"]
-    assert "(at the edge of the sweep), the best of" in result["protocol"]["linear"]
+    assert "(at the edge of the sweep) had the highest accuracy" in result["protocol"]["linear"]
     assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
     assert result["precision"] == "float32"
     assert 0 < result["statistics"]["embedding_std"] < 1 and result["statistics"]["images"] == 400

@@ -42,7 +42,7 @@ class IJEPAForPreTraining(TeacherModel):
     The encoder computes only the context patches. The teacher receives the whole image. Its features,
     normalized within each patch, are the targets. Its EMA update comes after the optimizer's step, with the
     momentum of that step. The teacher is published. Positions are fixed sine-cosine tables, also in the
-    encoder, but the table of a checkpoint does not change.
+    encoder. If a checkpoint contains another table, the encoder keeps that table.
 
     Every step has one size of target blocks and one of context blocks. Contexts are truncated to the shortest
     of the batch of all processes, so the number of processes does not change the result. In the authors'
