@@ -46,8 +46,8 @@ class Choice(TypedDict):
 Choices = dict[str, Choice]
 """Maps a recipe key, e.g. "training.precision", to the choice.
 
-One further key is in no recipe: "monitor.probe_images", the number of training images of the monitor. It has an
-old name, because `_run.json` stores it.
+One further key is in no recipe: "monitor.probe_images", the number of training images of the monitor. It has
+an old name, because `_run.json` stores it.
 """
 
 

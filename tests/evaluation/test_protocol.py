@@ -102,7 +102,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert result["skipped"][1].startswith("500 labels a class: the smallest class has ")
     assert result["linear"]["accuracy"] > 0.5
     assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
-    assert "3 epochs, batch 256" in result["protocol"]["linear"]
+    assert "3 epochs, batch size 256" in result["protocol"]["linear"]
     assert "features, standardized, without augmentation" in result["protocol"]["linear"]
     assert "(at the edge of the sweep) had the highest accuracy" in result["protocol"]["linear"]
     assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
