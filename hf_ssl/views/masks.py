@@ -67,9 +67,9 @@ def sample_multi_block_masks(
 
     The place of a block is uniform over the places where the block fits. Unless `reach_edges` is set, the
     last row and the last column of places are omitted, as in the authors' code. No block then reaches the
-    lower or right edge. The patches of target blocks are removed from the context. If too few patches remain, another
-    place is tried. After `TRIES` places, the last target block may overlap with the context, then the last
-    two, and so on.
+    lower or right edge. The patches of target blocks are removed from the context. If too few patches remain,
+    another place is tried. After `TRIES` places, the last target block may overlap with the context, then the
+    last two, and so on.
 
     Args:
         images: (B,) uint64, a seed for each image.
