@@ -12,7 +12,6 @@ from transformers import TrainerCallback, set_seed
 from hf_ssl.data import (
     DataConfig,
     LabeledImages,
-    LoadedBatch,
     Source,
     holds_small_images,
     labeled_images,
@@ -39,7 +38,7 @@ from hf_ssl.trainer.machine_settings import (
     choose_workers,
     free_memory,
 )
-from hf_ssl.trainer.monitor import KNNClassifier, Monitor
+from hf_ssl.trainer.monitor import KNNClassifier, Monitor, load_monitor_images
 from hf_ssl.trainer.step_cost import MEASURED_IMAGES, measure_step
 from hf_ssl.trainer.trainer import SSLTrainer
 from hf_ssl.views import montage
@@ -47,8 +46,6 @@ from hf_ssl.views import montage
 logger = logging.getLogger(__name__)
 
 _MONTAGE_IMAGES = 8
-_MONITOR_SEED_OFFSET = 2**32
-"""Offset of the seed for the monitor. It makes the views differ from those of training."""
 
 
 def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLPreTrainedModel:
@@ -122,12 +119,19 @@ def build_trainer(
     if args.monitor_steps:
         count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
         with progress("loading images for the monitor"):
-            images = load_monitor_images(recipe, source, args, count)
+            images = load_monitor_images(source, recipe.views, recipe.data, args, count)
         monitor = Monitor(images, knn, DTYPES[args.precision])
     continued = recipe.init_from is not None
-    trainer = SSLTrainer(model, args, source, recipe.data, monitor, callbacks, continued)
-    trainer.choices = choices
-    return trainer
+    return SSLTrainer(
+        model,
+        args,
+        train_dataset=source,
+        data=recipe.data,
+        monitor=monitor,
+        callbacks=callbacks,
+        continued=continued,
+        choices=choices,
+    )
 
 
 def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
@@ -135,18 +139,9 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
     During training, the trainer writes the pictures of the method for the same images.
     """
-    first = load_monitor_images(recipe, trainer.source, trainer.args, _MONTAGE_IMAGES)
+    first = load_monitor_images(trainer.source, recipe.views, recipe.data, trainer.args, _MONTAGE_IMAGES)
     montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
     trainer.draw_method_pictures(first)
-
-
-def load_monitor_images(
-    recipe: Recipe, source: Source, args: SSLTrainingArguments, count: int
-) -> LoadedBatch:
-    """Return `count` training images with fixed views, or all images if there are fewer."""
-    size = min(count, source.num_rows or count)
-    seed = args.seed + _MONITOR_SEED_OFFSET
-    return next(iter(train_loader(source, recipe.views, config=recipe.data, seed=seed, batch_size=size)))
 
 
 def open_labeled_splits(
@@ -191,9 +186,9 @@ def _choose_sizes(
     """
     if not source.streaming:
         # The first call fills the cache (`data.cache`) before the time is measured.
-        load_monitor_images(recipe, source, args, 1)
+        load_monitor_images(source, recipe.views, recipe.data, args, 1)
     start = time.process_time()
-    batch = load_monitor_images(recipe, source, args, MEASURED_IMAGES)
+    batch = load_monitor_images(source, recipe.views, recipe.data, args, MEASURED_IMAGES)
     load_seconds = (time.process_time() - start) / len(batch)
     cost = measure_step(model, batch, load_seconds, args, free_memory(args.device))
     logger.debug("a step costs %s", cost)

@@ -177,7 +177,7 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     return MonitorFacts(
         history=history,
         alarm=trainer.collapse_message,
-        test_images=None if knn is None else len(knn.queries),
+        test_images=None if knn is None else len(knn.tested),
     )
 
 

@@ -20,7 +20,7 @@ from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import Recipe, load_recipe, read_sections
 from hf_ssl.resources import recipe_files
-from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE
 from hf_ssl.views import ViewPreset
 
 SMOKE = "smoke/simclr"
@@ -336,8 +336,8 @@ def test_sections_of_a_command_line_alone() -> None:
 
 
 def test_defaults_of_training_are_transformers_but_for_ours() -> None:
-    """A recipe that says nothing gets what `SSLTrainingArguments` has, batch size and all."""
-    assert load(SMOKE, "training={}").training_arguments().batch_size == SSLTrainingArguments.batch_size
+    """A recipe that sets nothing gets the default batch size."""
+    assert load(SMOKE, "training={}").training_arguments().batch_size == DEFAULT_BATCH_SIZE
 
 
 def test_a_method_without_a_text_for_its_card_is_reported_before_training(

@@ -10,17 +10,15 @@ from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.cards.card import write_card
-    from hf_ssl.cards.facts import Facts, environment, read_facts, write_facts
+    from hf_ssl.cards.facts import Facts, append_result, environment, read_facts, write_facts
     from hf_ssl.cards.privacy import last_part, remove_private
-    from hf_ssl.cards.results import append_result
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "hf_ssl.cards.card": ["write_card"],
-        "hf_ssl.cards.facts": ["Facts", "environment", "read_facts", "write_facts"],
+        "hf_ssl.cards.facts": ["Facts", "append_result", "environment", "read_facts", "write_facts"],
         "hf_ssl.cards.privacy": ["last_part", "remove_private"],
-        "hf_ssl.cards.results": ["append_result"],
     },
     renamed={"public": "hf_ssl.cards.remove_private"},
 )

@@ -9,8 +9,10 @@ through `public_facts` before they are written, which removes tokens and the pat
 """
 
 import copy
+import hashlib
 import os
 import platform
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +28,8 @@ from typing import (
     get_type_hints,
     is_typeddict,
 )
+
+from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.privacy import remove_private
 from hf_ssl.errors import UserError
@@ -338,3 +342,55 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         return None  # Windows has no sysconf
+
+
+_BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model")
+
+
+def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Path:
+    """Append a run to the results file of its recipe and return the file.
+
+    The file is complete at every moment. Two runs that end at the same time are both appended.
+
+    Args:
+        results_dir: folder with one file per recipe.
+        recipe_name: "simclr_resnet18_cifar10", or "smoke/simclr".
+        facts: the facts of the run. This function removes private information from them.
+
+    Raises:
+        UserError: the file cannot be written, or it exists and is not a list of results. It stays unchanged.
+    """
+    path = Path(results_dir) / f"{recipe_name}.json"
+    entry = result_entry(public_facts(facts))
+    # The lock file is in the temporary folder, so that the results folder contains only results.
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with WeakFileLock(Path(tempfile.gettempdir()) / f"hf_ssl-{name}.lock"):
+        entries = with_current_keys(read_json(path)) if path.exists() else []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{path.name}: expected a list of results, got other data; move the file away")
+        write_json(path, [*entries, entry])
+    return path
+
+
+def result_entry(facts: Facts) -> dict[str, Any]:
+    """Return the entry of a run: its settings, its environment and its results.
+
+    Sections are copied as a whole, so that a new fact needs no change here.
+    """
+    return {
+        "date": facts["date"],
+        "hf_ssl_version": facts["hf_ssl_version"],
+        "recipe": facts["recipe"]["name"],
+        "overrides": facts["recipe"]["overrides"],
+        "seed": facts["training"]["seed"],
+        "method": facts["method"]["name"],
+        "backbone": {
+            key: value for key, value in facts["backbone"].items() if key not in _BACKBONE_CARD_ONLY
+        },
+        "data": facts["data"],
+        "training": facts["training"],
+        "collapse": facts["monitor"]["alarm"],
+        "environment": facts["environment"],
+        "evaluation": facts["evaluation"],
+        "results": facts["results"],
+    }

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
+    from hf_ssl.data.adapters import as_source
     from hf_ssl.data.batch import BrokenCounter, LoadedBatch
     from hf_ssl.data.config import DataConfig
-    from hf_ssl.data.labeled import LabeledImages, labeled_images
+    from hf_ssl.data.images import all_images
+    from hf_ssl.data.labeled import LabeledImages, label_source, labeled_images
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "hf_ssl.data.adapters": ["as_source"],
         "hf_ssl.data.batch": ["BrokenCounter", "LoadedBatch"],
         "hf_ssl.data.config": ["DataConfig"],
-        "hf_ssl.data.labeled": ["LabeledImages", "labeled_images"],
+        "hf_ssl.data.images": ["all_images"],
+        "hf_ssl.data.labeled": ["LabeledImages", "label_source", "labeled_images"],
         "hf_ssl.data.loader": ["holds_small_images", "train_loader"],
         "hf_ssl.data.sources": ["Source", "open_source"],
     },

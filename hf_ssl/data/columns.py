@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, Value
 
-from hf_ssl.data.decode import EncodedImage
+from hf_ssl.data.decode import EncodedImage, StoredImage
 from hf_ssl.errors import UserError
 
 _IMAGE_DTYPES = frozenset({"binary", "large_binary", "string", "large_string"})  # bytes, or file names
@@ -104,13 +104,13 @@ def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
     return labels, [str(value) for value in classes]
 
 
-def encoded_images(table: pa.Table) -> list[EncodedImage]:
+def encoded_images(table: pa.Table) -> list[StoredImage]:
     """Return the images of a table with one column, without copying bytes.
 
     Args:
         table: N rows; the column holds structs of `bytes` and `path`, encoded bytes, or file names.
     """
-    images: list[EncodedImage] = []
+    images: list[StoredImage] = []
     for chunk in table.column(0).chunks:
         if pa.types.is_struct(chunk.type):
             names = [field.name for field in chunk.type]

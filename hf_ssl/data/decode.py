@@ -15,11 +15,13 @@ BrokenImage.
 `read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
 
+import hashlib
 import io
+import os
 import struct
 import warnings
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -99,12 +101,108 @@ class EncodedImage(NamedTuple):
             raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
 
 
-def size_in_header(image: EncodedImage) -> tuple[int, int]:
+class ImageObject(NamedTuple):
+    """An image that a data set returns as an object of Pillow or as an array.
+
+    Attributes:
+        value: an image of Pillow; an array (H, W) or (H, W, C) with C of 1 to 4; or the reason why an item of
+            the data set is no image.
+        path: None; see `EncodedImage`.
+    """
+
+    value: PIL.Image.Image | np.ndarray | BrokenImage
+    path: None = None
+
+    def read(self) -> PIL.Image.Image | np.ndarray:
+        """Return the object, which `decode` accepts.
+
+        Raises:
+            BrokenImage: the item is no image.
+        """
+        if isinstance(self.value, BrokenImage):
+            raise self.value
+        return self.value
+
+
+StoredImage: TypeAlias = EncodedImage | ImageObject
+
+
+def stored_image(item: Any) -> StoredImage:
+    """Return the image of an item of a data set. Reading it raises BrokenImage if the item is no image.
+
+    Args:
+        item: an image of Pillow; an array (H, W) or (H, W, C); a tensor (H, W) or (C, H, W) of uint8, or of
+            floating-point numbers from 0 to 1; encoded bytes; the path of a file; a dict of `bytes` and
+            `path`; None for a missing image; or a tuple or list that begins with one of these, such as
+            (image, label).
+    """
+    try:
+        return _stored_image(item)
+    except BrokenImage as error:
+        return ImageObject(error)
+
+
+def _stored_image(item: Any) -> StoredImage:
+    if isinstance(item, tuple | list) and len(item):
+        item = item[0]
+    if item is None or isinstance(item, bytes | bytearray | memoryview):
+        return EncodedImage(item if item is None else bytes(item), None)
+    if isinstance(item, str | os.PathLike):
+        return EncodedImage(None, os.fspath(item))
+    if isinstance(item, dict) and item.keys() >= {"bytes", "path"}:
+        return EncodedImage(item["bytes"], item["path"])
+    if isinstance(item, PIL.Image.Image):
+        return ImageObject(item)
+    if isinstance(item, Tensor):
+        item = item.detach().cpu().numpy()
+        item = np.moveaxis(item, 0, 2) if item.ndim == 3 else item
+    shape: tuple[int, ...] = getattr(item, "shape", ())
+    if isinstance(item, np.ndarray) and (len(shape) == 2 or (len(shape) == 3 and 1 <= shape[2] <= 4)):
+        return ImageObject(_as_integers(item))
+    raise BrokenImage(
+        "expected an image of Pillow, an array (H, W, C), a tensor (C, H, W), bytes or a path, got "
+        f"{type(item).__name__}{f' of the shape {tuple(shape)}' if len(shape) else ''}"
+    )
+
+
+def _as_integers(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind == "f":
+        if not (values.min(initial=0) >= 0 and values.max(initial=0) <= 1):
+            raise BrokenImage(
+                f"expected floating-point pixels from 0 to 1, got {values.min():.3g} to {values.max():.3g}; "
+                "return images without normalization, because hf_ssl augments and normalizes them"
+            )
+        return np.rint(values * 255).astype(np.uint8)
+    return values.astype(np.uint8) * 255 if values.dtype == bool else values
+
+
+def memory_size(image: StoredImage) -> int:
+    """Return the bytes of memory that an image needs before it is decoded, at least 1."""
+    if isinstance(image, EncodedImage):
+        return max(1, len(memoryview(image.data)) if image.data is not None else len(image.path or ""))
+    if isinstance(image.value, PIL.Image.Image):
+        return max(1, image.value.width * image.value.height * len(image.value.getbands()))
+    return image.value.nbytes if isinstance(image.value, np.ndarray) else 1
+
+
+def image_hash(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> int:
+    """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
+    if isinstance(data, PIL.Image.Image):
+        data = data.tobytes()
+    elif isinstance(data, np.ndarray):
+        data = data.tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def size_in_header(image: StoredImage) -> tuple[int, int]:
     """Return the height and width of the decoded image, from its header alone.
 
     Raises:
         BrokenImage: the header cannot be read.
     """
+    if isinstance(image, ImageObject):
+        pixels = decode(image.read(), 1)
+        return pixels.shape[1], pixels.shape[2]
     try:
         on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
@@ -121,11 +219,11 @@ def size_in_header(image: EncodedImage) -> tuple[int, int]:
     return (width, height) if swapped else (height, width)
 
 
-def decode(data: EncodedBytes, channels: int) -> Tensor:
+def decode(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
     """Return the pixels of one image.
 
     Args:
-        data: the encoded bytes.
+        data: the encoded bytes, an image of Pillow, or an array (H, W) or (H, W, C) of integers.
         channels: 1 for gray, 3 for RGB.
 
     Returns:
@@ -134,6 +232,8 @@ def decode(data: EncodedBytes, channels: int) -> Tensor:
     Raises:
         BrokenImage: the bytes are truncated, empty, a decompression bomb, or no image.
     """
+    if isinstance(data, PIL.Image.Image | np.ndarray):
+        return _decode_object(data, channels)
     if torchvision_decode is not None:
         pixels = _decode_with_torchvision(data)
         if pixels is not None:
@@ -171,6 +271,23 @@ def _decode_with_pillow(data: EncodedBytes, channels: int) -> Tensor:
         raise
     except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
         raise BrokenImage(_reason(error) if len(memoryview(data)) else "zero bytes") from error
+    return _to_tensor(values, channels)
+
+
+def _decode_object(image: PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
+    """Return the pixels of an object in memory, converted as those of a file."""
+    try:
+        if isinstance(image, np.ndarray):
+            one = image[..., 0] if image.shape[2:] == (1,) else image
+            image = PIL.Image.fromarray(np.ascontiguousarray(one))
+        return _to_tensor(_to_array(_apply_orientation(image), channels), channels)
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in _decode_with_pillow; a lazy image reads its file now
+        raise BrokenImage(_reason(error)) from error
+
+
+def _to_tensor(values: np.ndarray, channels: int) -> Tensor:
     pixels = torch.from_numpy(values)
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -17,13 +17,13 @@ from weakref import WeakValueDictionary
 import datasets
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from torch import Tensor
 
 from hf_ssl.data.batch import MAX_SMALL_SIDE, UnreadableData
 from hf_ssl.data.columns import encoded_images
-from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
+from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import replaced_file, write_json
@@ -37,7 +37,7 @@ _AUTO_BYTES = 4 << 30
 _CHUNK = 64  # number of images; even large ones are decoded in a few seconds at most
 
 
-def try_decode(image: EncodedImage, channels: int) -> Tensor | BrokenImage:
+def try_decode(image: StoredImage, channels: int) -> Tensor | BrokenImage:
     """Return the pixels (C, H, W) uint8, or the error if the image is broken."""
     try:
         return decode(image.read(), channels)
@@ -45,7 +45,7 @@ def try_decode(image: EncodedImage, channels: int) -> Tensor | BrokenImage:
         return error
 
 
-def broken_message(where: str, image: EncodedImage, reason: object) -> str:
+def broken_message(where: str, image: StoredImage, reason: object) -> str:
     """Return the message about a broken image: its data set and row, its file, and the reason."""
     return f"{where}{f' ({image.path})' if image.path else ''}: {reason}"
 
@@ -58,23 +58,27 @@ class EncodedRows:
     """
 
     def __init__(self, source: Source, channels: int) -> None:
-        if not isinstance(source.dataset, Dataset):
+        if isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected map-style data, got the stream {source.description}")
-        self.table = source.dataset.select_columns([source.image_column]).with_format("arrow")
+        self._items = source.dataset  # of another library than `datasets`
+        if isinstance(source.dataset, Dataset):
+            self._items = source.dataset.select_columns([source.image_column]).with_format("arrow")
         self.channels = channels
         self.description = source.description
         self._row_numbers = source.row_numbers
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self._items)
 
     def describe(self, row: int) -> str:
         """Return the data set and the number of a row, for messages."""
         return f"{self.description} row {row if self._row_numbers is None else self._row_numbers[row]}"
 
-    def encoded(self, rows: Sequence[int] | np.ndarray) -> list[EncodedImage]:
-        """Return the encoded images of rows."""
-        return encoded_images(self.table[rows])
+    def stored(self, rows: Sequence[int] | np.ndarray) -> list[StoredImage]:
+        """Return the images of rows, as the data set stores them."""
+        if isinstance(self._items, Dataset):
+            return encoded_images(self._items[rows])
+        return [stored_image(self._items[int(row)]) for row in rows]
 
     def read(self, rows: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
         """Decode the images of rows (B,).
@@ -85,13 +89,28 @@ class EncodedRows:
         """
         images: list[Tensor] = []
         broken: dict[int, str] = {}
-        for position, image in enumerate(self.encoded(rows)):
+        for position, image in enumerate(self.stored(rows)):
             pixels = try_decode(image, self.channels)
             if isinstance(pixels, BrokenImage):
                 broken[position] = broken_message(self.describe(int(rows[position])), image, pixels)
                 pixels = torch.empty(self.channels, 0, 0, dtype=torch.uint8)
             images.append(pixels)
         return images, broken
+
+
+def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator[list[Tensor]]:
+    """Yield all images of map-style data in order, in lists of `batch_size` (C, H, W) uint8 tensors.
+
+    Raises:
+        TypeError: the source is a stream.
+        UserError: an image is broken.
+    """
+    rows = EncodedRows(source, channels)
+    for start in range(0, len(rows), batch_size):
+        images, broken = rows.read(np.arange(start, min(start + batch_size, len(rows))))
+        if broken:
+            raise UserError(f"expected images that can be read, got {next(iter(broken.values()))}")
+        yield images
 
 
 class DecodedRows:
@@ -181,12 +200,12 @@ def common_size(source: Source, channels: int) -> tuple[int, int] | None:
         rows = EncodedRows(source, channels)
         chosen = np.unique(np.linspace(0, len(rows) - 1, _INSPECTED_IMAGES).astype(np.int64))
         places = [rows.describe(row) for row in chosen.tolist()]
-        source.cache[key] = inspect_images(rows.encoded(chosen), places, channels, source.description)
+        source.cache[key] = inspect_images(rows.stored(chosen), places, channels, source.description)
     return source.cache[key]
 
 
 def inspect_images(
-    images: list[EncodedImage], places: list[str], channels: int, description: str
+    images: Sequence[StoredImage], places: list[str], channels: int, description: str
 ) -> tuple[int, int] | None:
     """Return the common height and width of the readable images, or None if their sizes differ.
 
@@ -248,11 +267,18 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
         UserError: `cache` is not "auto" and the sizes of the images differ, or the disk is full.
     """
     key = (cache, channels, shared)
-    if cache == "none":
+    in_python = not isinstance(source.dataset, Dataset)  # items may differ each time, as random ones do
+    if cache == "none" or (cache == "auto" and in_python):
         return None
+    if cache == "memmap" and in_python:
+        raise UserError(
+            "data.cache: expected none, memory or device for a data set in Python, which has no fingerprint, "
+            "got memmap; use data.cache=memory"
+        )
     if key not in source.cache:
         # Data that are opened twice, for training and for the monitor, are decoded and stored once.
-        shared_key = (cast(Dataset, source.dataset)._fingerprint, source.image_column, *key)
+        data = id(source.dataset) if in_python else source.dataset._fingerprint
+        shared_key = (data, source.image_column, *key)
         decoded = _in_use.get(shared_key)
         if decoded is None:
             decoded = _decode_rows(source, channels, cache, shared)

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -121,7 +120,21 @@ def labeled_images(
         UserError: the errors of `open_source`; no column or several columns of classes; no row has a label.
     """
     source = open_source(replace(config, max_images=None, streaming=False), split, labels=True)
-    labels, class_names = label_values(cast(Dataset, source.dataset), cast(str, source.label_column))
+    return label_source(source, config, max_images=max_images, seed=seed)
+
+
+def label_source(
+    source: Source, config: DataConfig, *, max_images: int | None = None, seed: int = 0
+) -> LabeledImages:
+    """Return the labeled images of a source of map-style data; `labeled_images` explains the arguments.
+
+    A data set in Python has items (image, label). Its labels are `targets`, as in torchvision, or are read
+    from all items.
+
+    Raises:
+        UserError: the source is a stream or has no labels.
+    """
+    labels, class_names = _labels(source)
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
         raise UserError(
@@ -135,6 +148,25 @@ def labeled_images(
     decoded = decoded_rows(source, config.channels, config.cache)
     rows = EncodedRows(source, config.channels) if decoded is None else decoded
     return LabeledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
+
+
+def _labels(source: Source) -> tuple[np.ndarray, list[str]]:
+    """Return the labels (N,) int64, -1 for images without one, and the names of the classes."""
+    if source.streaming:
+        raise UserError(
+            f"eval_dataset: expected map-style data with labels, got the stream {source.description}; load "
+            "the labeled images without streaming"
+        )
+    if isinstance(source.dataset, Dataset):
+        if source.label_column is None:
+            raise UserError(
+                f"data.label_column: expected labels in {source.description}, got no column of the type "
+                f"ClassLabel in {', '.join(source.dataset.column_names)}; use data.label_column=NAME"
+            )
+        return label_values(source.dataset, source.label_column)
+    values = np.asarray(source.dataset.labels(source.label_column))
+    classes, labels = np.unique(values, return_inverse=True)
+    return labels.astype(np.int64), [str(value) for value in classes]
 
 
 def _balanced(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:

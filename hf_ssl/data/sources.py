@@ -58,7 +58,7 @@ class Source:
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
 
-    dataset: Dataset | IterableDataset
+    dataset: Any  # Dataset, IterableDataset or `hf_ssl.data.adapters.Items`
     image_column: str
     label_column: str | None
     streaming: bool

@@ -19,11 +19,11 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from datasets import IterableDataset
+from datasets import Image, IterableDataset, Value
 
 from hf_ssl.data.batch import UnreadableData
 from hf_ssl.data.columns import encoded_images
-from hf_ssl.data.decode import EncodedImage
+from hf_ssl.data.decode import StoredImage, memory_size, stored_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.random import permutation
@@ -42,7 +42,14 @@ class StreamRow(NamedTuple):
     epoch: int
     shard: int
     number: int
-    image: EncodedImage
+    image: StoredImage
+
+
+class Block(NamedTuple):
+    """Consecutive images of a shard, and the bytes of memory that they need."""
+
+    images: list[StoredImage]
+    nbytes: int
 
 
 @dataclass
@@ -98,7 +105,13 @@ class StreamShards:
     def __init__(self, source: Source, open_shards: int) -> None:
         if not isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected a stream, got the map-style data {source.description}")
-        self.dataset = source.dataset.select_columns([source.image_column]).with_format("arrow")
+        self._column = source.image_column
+        features = source.dataset.features
+        self._encoded = features is not None and isinstance(features[self._column], Image | Value)
+        if self._encoded:
+            self.dataset = source.dataset.select_columns([self._column]).with_format("arrow")
+        else:  # Python functions make the images
+            self.dataset = source.dataset.with_format(None)
         self.description = source.description
         self.count: int = self.dataset.num_shards
         self._block_rows = _WHOLE_SHARD if source.whole_shards else _BLOCK_ROWS
@@ -106,13 +119,14 @@ class StreamShards:
         each, more = divmod(self.count, parts)
         self._starts = [part * each + min(part, more) for part in range(parts)]
         self._parts: dict[int, IterableDataset] = {}
-        first = next(self.tables(0), None)
-        if first is None or not len(first):
+        first = next(
+            (block for shard in range(self.count) for block in self.blocks(shard) if block.images), None
+        )
+        if first is None:
             raise UserError(
-                f"data.path: expected images, got no rows in the first shard of {source.description}; "
-                "check the files"
+                f"data.path: expected images, got no rows in {source.description}; check the data"
             )
-        self.first_images = encoded_images(first.slice(0, _BLOCK_ROWS))
+        self.first_images = first.images[:_BLOCK_ROWS]
         self.open_shards = min(open_shards, max(2, _OPEN_BYTES // max(1, first.nbytes)))
         # Readers that share a shard read all of it, which is slow for a long shard with sequential access.
         self._shards_per_group = open_shards if source.whole_shards else 1
@@ -139,7 +153,7 @@ class StreamShards:
         most = max(1, self.count // self._shards_per_group)
         return max(groups for groups in range(1, readers + 1) if readers % groups == 0 and groups <= most)
 
-    def tables(self, shard: int) -> Iterator[pa.Table]:
+    def blocks(self, shard: int) -> Iterator[Block]:
         """Yield the images of a shard in blocks.
 
         Raises:
@@ -148,7 +162,12 @@ class StreamShards:
         errors = _READ_ERRORS  # a local name remains defined while the interpreter shuts down
         try:
             # `__iter__` would divide the data set between the workers of torch; `iter` does not
-            yield from self._shard(shard).iter(batch_size=self._block_rows)
+            for block in self._shard(shard).iter(batch_size=self._block_rows):
+                if self._encoded:
+                    yield Block(encoded_images(block), block.nbytes)
+                else:
+                    images = [stored_image(item) for item in block[self._column]]
+                    yield Block(images, sum(memory_size(image) for image in images))
         except errors as error:
             reason = str(error).split("\n")[0]
             raise UnreadableData(
@@ -177,7 +196,7 @@ class OpenShard:
         self._epoch = epoch
         self._key = (seed, _ROWS, epoch, shard)
         self._every, self._offset = every, offset
-        self._tables = shards.tables(shard)
+        self._unread = shards.blocks(shard)
         self._read = 0  # rows of the shard in all blocks so far, of all readers
         self._blocks = 0
         self._block: deque[StreamRow] = deque()
@@ -195,10 +214,10 @@ class OpenShard:
 
     def _load(self) -> bool:
         """Read the next block; return False at the end of the shard."""
-        table = next(self._tables, None)
-        if table is None:
+        block = next(self._unread, None)
+        if block is None:
             return False
-        images = encoded_images(table)
+        images = block.images
         own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)
         self._block.extend(

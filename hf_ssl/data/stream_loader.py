@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loader of a stream: its batches, and the position after each batch."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from hf_ssl.data.batch import (
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage, decode
+from hf_ssl.data.decode import BrokenImage, decode, image_hash
 from hf_ssl.data.images import broken_message, inspect_images, is_small
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
@@ -165,7 +164,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
                     ) from error
             else:
                 epochs.append(row.epoch)
-                keys.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+                keys.append(image_hash(data))
         seeds = image_seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
         position = {"reader": name, "place": reader.position.state_dict()}
         return make_batch(images, seeds, self.preset, small=self.small, broken=broken, position=position)

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
+        attention_pictures,
         attention_rollout,
+        darken_outside_mask,
         has_attention,
+        overlay,
         pca_colors,
         threshold_attention,
+        write_attention_pictures,
     )
     from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
     from hf_ssl.evaluation.features import (
@@ -34,12 +38,6 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.overlays import (
-        attention_pictures,
-        darken_outside_mask,
-        overlay,
-        write_attention_pictures,
-    )
     from hf_ssl.evaluation.protocol import (
         LabeledData,
         evaluate_encoder,
@@ -63,10 +61,14 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hf_ssl.evaluation.attention": [
             "AttentionMaps",
             "attention_maps",
-            "threshold_attention",
+            "attention_pictures",
             "attention_rollout",
+            "darken_outside_mask",
             "has_attention",
+            "overlay",
             "pca_colors",
+            "threshold_attention",
+            "write_attention_pictures",
         ],
         "hf_ssl.evaluation.config": ["EncoderResult", "EvaluationConfig"],
         "hf_ssl.evaluation.features": [
@@ -79,12 +81,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         ],
         "hf_ssl.evaluation.knn": ["FewLabel", "few_label_knn", "knn_accuracy"],
         "hf_ssl.evaluation.linear": ["LinearProbe", "linear_probe"],
-        "hf_ssl.evaluation.overlays": [
-            "attention_pictures",
-            "overlay",
-            "darken_outside_mask",
-            "write_attention_pictures",
-        ],
         "hf_ssl.data.decode": ["read_photo"],
         "hf_ssl.evaluation.protocol": [
             "LabeledData",

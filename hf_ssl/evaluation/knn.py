@@ -148,6 +148,31 @@ def knn_accuracy(
     }
 
 
+def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperature: float) -> float:
+    """Return the accuracy of `knn_accuracy` if each image is classified by all other images.
+
+    Args:
+        features, labels: (N, D) and (N,).
+        neighbors: k, less than N.
+        temperature: a positive number.
+
+    Raises:
+        UserError: k is out of range, the number of labels is wrong, or features are not finite.
+    """
+    check_features(features, "k-NN")
+    if not 1 <= neighbors < len(features):
+        raise UserError(f"k-NN: expected 1 <= k < {len(features)}, the number of images, got {neighbors}")
+    rows_ND, labels_N = unit_rows(features.float()), as_labels(labels, len(features), "k-NN")
+    cosines, found = nearest(rows_ND, rows_ND, neighbors + 1)
+    dropped = found == torch.arange(len(found), device=found.device)[:, None]
+    dropped[:, -1] |= ~dropped.any(dim=1)  # an image with many copies may not be among its own neighbors
+    voters = labels_N.to(found.device)[found[~dropped].view(-1, neighbors)]
+    classes = int(labels_N.max()) + 1
+    own = labels_N.to(found.device)
+    kept = cosines[~dropped].view(-1, neighbors)
+    return _votes(kept, voters, own, classes, [neighbors], temperature)[neighbors]
+
+
 def _votes(
     cosines: Tensor, voters: Tensor, labels: Tensor, classes: int, counts: list[int], temperature: float
 ) -> dict[int, float]:

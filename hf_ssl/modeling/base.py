@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of all methods."""
 
+import os
+import re
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import (
@@ -24,6 +26,9 @@ from hf_ssl.modeling.memory import HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature
+
+# Arguments of `from_pretrained` that say where the files are.
+_PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class SSLPreTrainedModel(PreTrainedModel):
@@ -212,6 +217,11 @@ class SSLPreTrainedModel(PreTrainedModel):
         Raises:
             UserError: the method does not accept this number of views, or one of the last three inputs.
         """
+        if pixel_values.ndim != 5:
+            raise UserError(
+                "pixel_values: expected views (batch, views, channels, height, width), got the shape "
+                f"{tuple(pixel_values.shape)}; one view is pixel_values[:, None]"
+            )
         masks = {"noise": noise, "context_patches": context_patches, "target_patches": target_patches}
         given = {
             "pixel_values": pixel_values,
@@ -321,12 +331,47 @@ class SSLPreTrainedModel(PreTrainedModel):
         declare_feature(self.exported_encoder, self.published_feature)
 
     @classmethod
+    def from_backbone(cls, encoder: str | os.PathLike | PreTrainedModel, **settings: Any) -> Self:
+        """Return a model with the weights of a trained encoder; the heads are random.
+
+        Args:
+            encoder: a vision encoder of transformers, or the folder or Hub id of one.
+            settings: fields of the method's config, such as `views` and `temperature`.
+
+        Raises:
+            OSError, ValueError: `AutoModel.from_pretrained` raises them.
+            UserError: the method cannot train this type of encoder.
+        """
+        if not isinstance(encoder, PreTrainedModel):
+            encoder = cast(PreTrainedModel, AutoModel.from_pretrained(encoder))
+        cls._check_backbone(encoder.config)
+        model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
+        model.start_from(encoder)
+        return model
+
+    @classmethod
+    def _check_backbone(cls, config: PreTrainedConfig) -> None:
+        known = cls.backbone_types
+        if known is not None and config.model_type not in known:
+            raise UserError(
+                f"backbone: expected one of {', '.join(known)} for {cls._method_name()}, got "
+                f"{config.model_type}"
+            )
+
+    @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model as in transformers, then freeze the parameters that are never trained.
 
         Loading makes every parameter trainable. A published encoder has no teacher; the student is then
-        copied.
+        copied. The config of an encoder becomes the backbone's config.
         """
+        if args and kwargs.get("config") is None:
+            place = {key: kwargs[key] for key in _PLACE if key in kwargs}
+            found, _ = PreTrainedConfig.get_config_dict(args[0], **place)
+            if "model_type" in found and not re.match(r"ssl(_|$)", found["model_type"]):
+                backbone = AutoConfig.from_pretrained(args[0], **place)
+                cls._check_backbone(backbone)
+                kwargs["config"] = cast(Any, cls.config_class)(backbone_config=backbone)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if any(key.startswith("backbone.pooler.") for key in info["missing_keys"]):

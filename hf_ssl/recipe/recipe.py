@@ -164,7 +164,7 @@ class Recipe:
         The result omits keys without a default: the name of the method, the model type of the encoder, the
         path of the data and the output folder.
         """
-        from hf_ssl.trainer.arguments import SSLTrainingArguments
+        from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
 
         defaults = {
             "method": _default_values(self.config_class),
@@ -174,7 +174,7 @@ class Recipe:
             },
             "data": _default_values(DataConfig),
             "views": _default_values(ViewPreset),
-            "training": _default_values(SSLTrainingArguments),
+            "training": _default_values(SSLTrainingArguments) | {"batch_size": DEFAULT_BATCH_SIZE},
             "evaluation": _default_values(EvaluationConfig),
             "publish": _default_values(PublishConfig),
         }
@@ -197,7 +197,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
             or values contradict each other.
     """
-    from hf_ssl.trainer.arguments import SSLTrainingArguments
+    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
 
     name, path = find_recipe(str(name_or_path))
     plain = apply_overrides(read_yaml(path), overrides)
@@ -237,7 +237,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides=list(overrides),
     )
     recipe.evaluation.check()
-    batch_size = recipe.training.get("batch_size", SSLTrainingArguments.batch_size)
+    batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
     check_method(
         recipe.method["name"],
         METHODS[recipe.method["name"]].title,

@@ -3,13 +3,15 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.names import renamed_arguments
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
@@ -17,6 +19,7 @@ from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 AUTO = "auto"
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
+DEFAULT_BATCH_SIZE = 256
 RULES = ("none", "linear", "square_root")
 
 
@@ -26,7 +29,9 @@ class SSLTrainingArguments(TrainingArguments):
     """Arguments for pretraining. All fields of `transformers.TrainingArguments` also work.
 
     Attributes:
-        batch_size: images in one optimizer step, over all processes and accumulation steps.
+        batch_size: images in one optimizer step, over all processes and accumulation steps. The default is
+            `per_device_train_batch_size` x processes x `gradient_accumulation_steps` if that argument is
+            given, else 256.
         precision: `auto`, `float32`, `bfloat16` or `float16`. `auto` selects the fastest one on the device of
             the run (`hf_ssl.precision`). `bf16=True` and `fp16=True` have precedence. `bf16=False` and
             `fp16=False` exclude that precision from the choice.
@@ -87,7 +92,8 @@ class SSLTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     seed: int = 0
 
-    batch_size: int = 256
+    batch_size: int = 0  # 0: the product with `per_device_train_batch_size`, or 256
+    per_device_train_batch_size: int = 0  # 0: `batch_size` determines it
     precision: str = AUTO
     optimizer: str = "adamw"
     base_learning_rate: float | None = None
@@ -118,6 +124,27 @@ class SSLTrainingArguments(TrainingArguments):
     lars_variant: str | None = None
     lars_clip: bool | None = None
     lars_adapt_all_parameters: bool | None = None
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments | None) -> "SSLTrainingArguments":
+        """Return arguments of transformers as arguments of hf_ssl.
+
+        Args:
+            args: values that differ from the defaults of transformers are kept. The others get the defaults
+                of hf_ssl. None gives the defaults, with the output folder of transformers.
+        """
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            return cls(output_dir="trainer_output")
+        defaults = {item.name: item.default for item in fields(TrainingArguments) if item.init}
+        stock = TrainingArguments(output_dir=str(args.output_dir), use_cpu=args.use_cpu)
+        given = {
+            name: value
+            for name in defaults
+            if (value := getattr(args, name)) not in (defaults[name], getattr(stock, name))
+        }
+        return cls(**{"output_dir": args.output_dir, **given})
 
     def __post_init__(self) -> None:
         self._read_lars()
@@ -153,13 +180,14 @@ class SSLTrainingArguments(TrainingArguments):
             )
         if self.weight_decay_end is not None and self.weight_decay_end < 0:
             raise UserError(f"training.weight_decay_end: expected at least 0, got {self.weight_decay_end}")
-        self._update_learning_rate()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
         if self.monitor_steps:
             self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers raises an error for bf16 on a CPU
+        per_device = self.per_device_train_batch_size
+        self.per_device_train_batch_size = per_device or 1  # transformers needs a number
         if workers == AUTO:  # transformers needs a number, and at least 1 with a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
@@ -170,7 +198,16 @@ class SSLTrainingArguments(TrainingArguments):
                 f"torchrun --nproc_per_node {self.n_gpu} training/pretrain.py ..., or set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
+        micro_batches = self.world_size * self.gradient_accumulation_steps
+        if not self.batch_size:
+            self.batch_size = per_device * micro_batches if per_device else DEFAULT_BATCH_SIZE
+        self._update_learning_rate()
         self.per_device_train_batch_size = self._batch_per_process()
+        if per_device not in (0, self.per_device_train_batch_size):
+            raise UserError(
+                "training.batch_size, per_device_train_batch_size: expected one of them, or batch_size = "
+                f"per_device_train_batch_size x {micro_batches}, got {self.batch_size} and {per_device}"
+            )
 
     def _read_lars(self) -> None:
         """Make `lars` a `LARSConfig`, and move the values of the deprecated arguments to it."""
@@ -259,3 +296,30 @@ class SSLTrainingArguments(TrainingArguments):
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"training.{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def reject_argument(name: str, value: Any, advice: str) -> None:
+    """Raise `UserError` unless an argument of transformers' Trainer without a meaning here is None."""
+    if value is not None:
+        raise UserError(f"{name}: expected None, got {type(value).__name__}; {advice}")
+
+
+def checked_model(
+    model: Any, model_init: Callable[[], SSLPreTrainedModel] | None, seed: int
+) -> SSLPreTrainedModel:
+    """Return the model of a method: `model`, or the result of `model_init` with this seed.
+
+    Raises:
+        UserError: both or none of them are given, or the model is not one of a method.
+    """
+    if (model is None) == (model_init is None):
+        raise UserError("model, model_init: expected one of them; use SSLTrainer(model=...)")
+    if model_init is not None:
+        set_seed(seed)
+        model = model_init()
+    if not isinstance(model, SSLPreTrainedModel):
+        raise UserError(
+            f"model: expected the model of a method such as SimCLRForPreTraining, got {type(model).__name__};"
+            " use SimCLRForPreTraining.from_backbone(...) for an encoder"
+        )
+    return model

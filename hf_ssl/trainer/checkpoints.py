@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import transformers.trainer
+from accelerate import skip_first_batches
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,6 +18,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_ssl.data import BrokenCounter
+from hf_ssl.data.loader import MapLoader
+from hf_ssl.data.stream_loader import StreamLoader
 from hf_ssl.errors import UserError
 from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
@@ -179,8 +182,10 @@ def keep_loader_position() -> Iterator[None]:
 
 
 def _return_unchanged(loader: Any, num_batches: int = 0) -> Any:
-    """Return the loader unchanged; it starts after the batches of the earlier part of the run."""
-    return loader
+    """Return our loader unchanged; it starts after the batches of the earlier part of the run."""
+    if isinstance(loader, MapLoader | StreamLoader):
+        return loader
+    return skip_first_batches(loader, num_batches)  # a loader that the user defined
 
 
 @contextmanager

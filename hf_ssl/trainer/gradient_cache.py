@@ -71,11 +71,20 @@ def cached_backward(
     return SSLOutput(loss=loss.detach(), terms=output.terms)
 
 
-def check_chunking(model: SSLPreTrainedModel) -> None:
-    """Raise `UserError` for a loss that is a mean over images.
+def check_chunking(model: SSLPreTrainedModel, *, own_loss: bool = False) -> None:
+    """Raise `UserError` for a loss that is a mean over images, or for a loss that the trainer defines.
 
-    For such a loss, gradient accumulation gives the same result with less memory and time.
+    For a mean over images, gradient accumulation gives the same result with less memory and time.
+
+    Args:
+        model: the model of the method.
+        own_loss: whether the user defines `compute_loss` or `compute_loss_func`, which chunks do not call.
     """
+    if own_loss:
+        raise UserError(
+            "training.contrastive_chunk_size: expected no value with another compute_loss, which chunks do "
+            "not call, got a number; define `objective` of the method"
+        )
     if not model.couples_samples:
         raise UserError(
             f"training.contrastive_chunk_size: expected no value, because the loss of {type(model).__name__} "

@@ -15,6 +15,9 @@ from typing import Any, TypedDict
 import torch
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.cpu_attention import choose_attention
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
@@ -267,3 +270,16 @@ def _power_of_two(limit: float) -> int:
     BatchNorm and negatives need two images.
     """
     return 1 << max(1, int(limit).bit_length() - 1)
+
+
+def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
+    """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
+
+    The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
+    """
+    if args.sync_batch_norm and args.world_size > 1:
+        synchronize_batch_norm(model)
+    if args.channels_last:
+        torch.nn.Module.to(model, memory_format=torch.channels_last)
+    if args.device.type == "cpu":
+        choose_attention(model)

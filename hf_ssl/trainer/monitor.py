@@ -3,24 +3,33 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor, TrainerCallback
+from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
 
-from hf_ssl.data import LabeledImages, LoadedBatch
+from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, as_source, label_source, train_loader
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
+from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.progress import progress
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.machine_settings import MONITOR_IMAGES
+from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
 
+ComputeMetrics: TypeAlias = Callable[[EvalPrediction], dict[str, float]]
+
 _KNN = "eval_knn"
+_TEMPERATURE = 0.07
+_SEED_OFFSET = 2**32
+"""Offset of the seed for the monitor. It makes the views differ from those of training."""
 _CHUNK = 64  # number of training images that are augmented and embedded at once
 _BATCH = 256  # number of labeled images that are encoded at once
 
@@ -31,30 +40,129 @@ class KNNClassifier:
 
     Attributes:
         bank: labeled training images of the classifier. Their labels predict the class of a query.
-        queries: images that are classified.
+        queries: images that are classified. None classifies each image of the bank by all others.
         processor: image processor of the exported encoder.
         neighbors: k. The neighbors are weighted with temperature 0.07.
     """
 
     bank: LabeledImages
-    queries: LabeledImages
+    queries: LabeledImages | None
     processor: BaseImageProcessor
     neighbors: int = 20
 
-    def accuracy(self, model: SSLPreTrainedModel, dtype: torch.dtype | None) -> float:
-        """Return the accuracy on the queries, from 0 to 1."""
-        encoder = model.exported_encoder
-        bank, queries = (
-            extract_features(
-                encoder, self.processor, images.iter_batches(_BATCH), dtype=dtype, total=len(images),
-                description=f"monitor: features of the {name}",
-            )
-            for name, images in (("bank", self.bank), ("queries", self.queries))
-        )  # fmt: skip
-        k = min(self.neighbors, len(bank))
-        return knn_accuracy(
-            bank, self.bank.labels, queries, self.queries.labels, neighbors=(k,), temperatures=(0.07,)
-        )[k, 0.07]  # fmt: skip
+    @property
+    def tested(self) -> LabeledImages:
+        """The images that are classified."""
+        return self.bank if self.queries is None else self.queries
+
+    def measure(
+        self,
+        model: SSLPreTrainedModel,
+        dtype: torch.dtype | None,
+        compute_metrics: ComputeMetrics | None = None,
+    ) -> dict[str, float]:
+        """Return the accuracy from 0 to 1 as `knn`, and the results of `compute_metrics`.
+
+        Args:
+            model: the model whose exported encoder is measured.
+            dtype: autocast precision; None disables autocast.
+            compute_metrics: receives the features (N, D) and labels (N,) of the classified images.
+        """
+        bank = self._features(model, self.bank, "bank", dtype)
+        if self.queries is None:
+            tested, k = bank, min(self.neighbors, len(bank) - 1)
+            accuracy = leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=_TEMPERATURE)
+        else:
+            tested, k = self._features(model, self.queries, "queries", dtype), min(self.neighbors, len(bank))
+            accuracy = knn_accuracy(
+                bank, self.bank.labels, tested, self.queries.labels,
+                neighbors=(k,), temperatures=(_TEMPERATURE,),
+            )[k, _TEMPERATURE]  # fmt: skip
+        further = {}
+        if compute_metrics is not None:
+            labels = self.tested.labels.numpy()
+            further = compute_metrics(EvalPrediction(predictions=tested.numpy(), label_ids=labels))
+        return {"knn": accuracy, **further}
+
+    def _features(
+        self, model: SSLPreTrainedModel, images: LabeledImages, name: str, dtype: torch.dtype | None
+    ) -> Tensor:
+        return extract_features(
+            model.exported_encoder,
+            self.processor,
+            images.iter_batches(_BATCH),
+            dtype=dtype,
+            total=len(images),
+            description=f"monitor: features of the {name}",
+        )
+
+
+def knn_classifiers(
+    data: Any, config: DataConfig, processor: BaseImageProcessor, args: SSLTrainingArguments
+) -> dict[str, KNNClassifier]:
+    """Return the k-NN classifiers of an `eval_dataset`, by name. The name of a single one is "".
+
+    Args:
+        data: labeled images, or a dict of them. The keys `bank` and `query`, or `train` and `test`, form one
+            classifier. In any other dict, each entry is one classifier. Without queries, each image is
+            classified by all others. `hf_ssl.data.as_source` lists the types of images.
+        config: `channels`, `cache`, `image_column`, `label_column` and `max_broken_fraction` are used.
+        processor: image processor of the exported encoder.
+        args: `monitor_bank_images`, `monitor_query_images` and `monitor_neighbors` are used.
+
+    Raises:
+        UserError: the data are of another type or have no labels.
+    """
+
+    def labeled(part: Any, name: str, most: int) -> LabeledImages:
+        return label_source(as_source(part, config, name), config, max_images=most)
+
+    bank_images, query_images, k = args.monitor_bank_images, args.monitor_query_images, args.monitor_neighbors
+    if not isinstance(data, Mapping):
+        return {"": KNNClassifier(labeled(data, "eval_dataset", bank_images), None, processor, k)}
+    for bank, query in (("bank", "query"), ("train", "test")):
+        if set(data) == {bank, query}:
+            first = labeled(data[bank], f"eval_dataset[{bank!r}]", bank_images)
+            second = labeled(data[query], f"eval_dataset[{query!r}]", query_images)
+            return {"": KNNClassifier(first, second, processor, k)}
+    return {
+        name: KNNClassifier(labeled(part, f"eval_dataset[{name!r}]", bank_images), None, processor, k)
+        for name, part in data.items()
+    }
+
+
+def load_monitor_images(
+    source: Source,
+    preset: ViewPreset,
+    config: DataConfig,
+    args: SSLTrainingArguments,
+    count: int = MONITOR_IMAGES,
+) -> LoadedBatch:
+    """Return `count` training images with fixed views, or all images if there are fewer."""
+    size, seed = min(count, source.num_rows or count), args.seed + _SEED_OFFSET
+    return next(iter(train_loader(source, preset, config=config, seed=seed, batch_size=size)))
+
+
+def classify(
+    classifiers: Mapping[str, KNNClassifier],
+    model: SSLPreTrainedModel,
+    dtype: torch.dtype | None,
+    compute_metrics: ComputeMetrics | None = None,
+    prefix: str = "eval",
+) -> dict[str, float]:
+    """Return the measurements of k-NN classifiers: `eval_knn`, or `eval_NAME_knn` for several.
+
+    Args:
+        classifiers: the classifiers by name. The name of a single one is "".
+        model, dtype, compute_metrics: see `KNNClassifier.measure`.
+        prefix: prefix of the names.
+    """
+    with evaluation_mode(model):
+        return {
+            "_".join(filter(None, (prefix, name, key))): value
+            for name, classifier in classifiers.items()
+            for key, value in classifier.measure(model, dtype, compute_metrics).items()
+        }
 
 
 class Monitor:
@@ -64,16 +172,27 @@ class Monitor:
 
     Args:
         images: training images with fixed augmentation parameters.
-        knn: the k-NN classifier; None without labeled images.
+        knn: the k-NN classifier; a dict of several ones by name; or None without labeled images.
         dtype: autocast precision of the measurement; None disables autocast.
+        compute_metrics: see `KNNClassifier.measure`.
     """
 
     def __init__(
-        self, images: LoadedBatch, knn: KNNClassifier | None = None, dtype: torch.dtype | None = None
+        self,
+        images: LoadedBatch,
+        knn: KNNClassifier | Mapping[str, KNNClassifier] | None = None,
+        dtype: torch.dtype | None = None,
+        compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         self.images = images
-        self.knn = knn
+        self.classifiers = {"": knn} if isinstance(knn, KNNClassifier) else dict(knn or {})
         self.dtype = dtype
+        self.compute_metrics = compute_metrics
+
+    @property
+    def knn(self) -> KNNClassifier | None:
+        """The k-NN classifier, if there is a single one."""
+        return self.classifiers.get("")
 
     def measure(self, model: SSLPreTrainedModel, prefix: str = "eval") -> dict[str, float]:
         """Return the measurements by name.
@@ -86,9 +205,8 @@ class Monitor:
         """
         with evaluation_mode(model):
             metrics = self._measure_images(model)
-            if self.knn is not None:
-                metrics["knn"] = self.knn.accuracy(model, self.dtype)
-        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+        named = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return named | classify(self.classifiers, model, self.dtype, self.compute_metrics, prefix)
 
     def _measure_images(self, model: SSLPreTrainedModel) -> dict[str, float]:
         features: list[Tensor] = []

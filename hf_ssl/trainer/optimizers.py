@@ -18,8 +18,22 @@ from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
 
 
-def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Optimizer:
-    """Return the optimizer `args.optimizer` with the parameter groups that the rules of the method define."""
+def build_optimizer(
+    model: SSLPreTrainedModel,
+    args: SSLTrainingArguments,
+    cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+) -> Optimizer:
+    """Return the optimizer `args.optimizer` with the parameter groups that the rules of the method define.
+
+    Args:
+        model: the model of the method.
+        args: the training arguments.
+        cls_and_kwargs: another class of optimizers and its arguments. `lr` and `weight_decay` among them
+            replace those of `args`.
+    """
+    kwargs = {} if cls_and_kwargs is None else dict(cls_and_kwargs[1])
+    learning_rate = kwargs.setdefault("lr", args.learning_rate)
+    weight_decay = kwargs.pop("weight_decay", args.weight_decay)
     by_settings: dict[ParameterGroup, list[torch.nn.Parameter]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, group in parameter_groups_by_name(model, args).items():
@@ -27,14 +41,16 @@ def build_optimizer(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> Op
     groups: list[dict[str, Any]] = [
         {
             "params": members,
-            "lr": args.learning_rate * group.learning_rate_scale,
-            "weight_decay": args.weight_decay if group.decay else 0.0,
+            "lr": learning_rate * group.learning_rate_scale,
+            "weight_decay": weight_decay if group.decay else 0.0,
             "decay": group.decay,
             "adapt": group.adapt or args.lars.adapt_all_parameters,
             "fixed_learning_rate": group.fixed_learning_rate,
         }
         for group, members in by_settings.items()
     ]
+    if cls_and_kwargs is not None:
+        return cls_and_kwargs[0](groups, **kwargs)
     if args.optimizer == "lars":
         return LARS(
             groups,
@@ -98,10 +114,11 @@ def build_scheduler(
         scheduler_specific_kwargs=specific,
     )
     drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
-    if drops or any(group["fixed_learning_rate"] for group in optimizer.param_groups):
+    # An optimizer that the user made has groups without our keys.
+    if drops or any(group.get("fixed_learning_rate") for group in optimizer.param_groups):
         lambdas = [
             (lambda step: 1.0)
-            if group["fixed_learning_rate"]
+            if group.get("fixed_learning_rate")
             else _dropped(scheduler.lr_lambdas[index], drops)
             for index, group in enumerate(optimizer.param_groups)
         ]
@@ -129,7 +146,7 @@ def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: 
         return
     value = scheduled_value(args.weight_decay, args.weight_decay_end, "cosine", fraction)
     for group in optimizer.param_groups:
-        if group["decay"]:
+        if group.get("decay"):
             group["weight_decay"] = value
 
 

@@ -5,14 +5,14 @@ checkpoints that resume exactly on the same machine with the same versions.
 
 import logging
 import math
-import signal
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -21,17 +21,16 @@ from hf_ssl.data import (
     BrokenCounter,
     DataConfig,
     LoadedBatch,
-    Source,
+    as_source,
     holds_small_images,
     train_loader,
 )
 from hf_ssl.errors import UserError
+from hf_ssl.hub import image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.cpu_attention import choose_attention
-from hf_ssl.modeling.gather import any_process, average_gradients
+from hf_ssl.modeling.gather import average_gradients
 from hf_ssl.progress import hidden_progress
-from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.arguments import SSLTrainingArguments, checked_model, reject_argument
 from hf_ssl.trainer.callbacks import (
     SEED_OFFSET,
     CurvesCallback,
@@ -40,23 +39,34 @@ from hf_ssl.trainer.callbacks import (
     MethodPicturesCallback,
     ProgressBar,
     WeightDecaySchedule,
-    steps_per_epoch,
 )
 from hf_ssl.trainer.checkpoints import keep_loader_position
+from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
-from hf_ssl.trainer.machine_settings import Choices, check_batch_size, choose_precision, choose_workers
-from hf_ssl.trainer.monitor import CollapseAlarm, FeatureGuard, Monitor
+from hf_ssl.trainer.machine_settings import (
+    Choices,
+    check_batch_size,
+    choose_precision,
+    choose_workers,
+    prepare_model,
+)
+from hf_ssl.trainer.monitor import (
+    CollapseAlarm,
+    ComputeMetrics,
+    FeatureGuard,
+    Monitor,
+    knn_classifiers,
+)
 from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
-from hf_ssl.trainer.pushing import PushingTrainer
-from hf_ssl.trainer.stopping import Interrupted, StopOnSignal
+from hf_ssl.trainer.stopping import StopOnSignal
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
 
 
-class SSLTrainer(PushingTrainer):
-    """Trains any method of hf_ssl on a source of images.
+class SSLTrainer(EvaluatingTrainer):
+    """Trains any method of hf_ssl. It is transformers' Trainer with images as data.
 
     `evaluate()` measures the model with the monitor. `save_model()` without a folder writes the files to
     publish: the native encoder and its image processor to `args.output_dir`, and the whole method model to
@@ -64,13 +74,24 @@ class SSLTrainer(PushingTrainer):
 
     Args:
         model: the model of a method; `model.config.views` contains its augmentation settings.
-        args: training arguments.
-        train_dataset: the images (`hf_ssl.data.open_source`).
-        data: how the images are read (`cache`, `channels`, `max_broken_fraction`, ...).
-        monitor: measures the model every `args.monitor_steps` steps; None trains without measurements.
+        args: training arguments; a plain `TrainingArguments` gets the defaults of `SSLTrainingArguments`.
+        train_dataset: the images, without labels or with labels that are ignored (`hf_ssl.data.as_source`): a
+            `Dataset` or `IterableDataset` of `datasets`, a torch data set, a list of files, or a folder.
+        eval_dataset: labeled images for the k-NN accuracy of the monitor, or a dict of them
+            (`hf_ssl.trainer.monitor.knn_classifiers`).
+        model_init: returns the model; it is called once, with the seed of `args`.
+        compute_loss_func: receives the `SSLOutput` and None instead of labels, and returns the loss.
+        compute_metrics: receives features and labels of the k-NN images, and returns further measurements.
         callbacks: further transformers callbacks.
+        optimizers: an optimizer and a schedule that replace those of `args`; each may be None.
+        optimizer_cls_and_kwargs: a class and its arguments. It gets the parameter groups of the method.
+        data: how the images are read (`cache`, `channels`, `image_column`, `max_broken_fraction`, ...).
+        monitor: measures the model every `args.monitor_steps` steps. None builds one from the data sets.
         continued: whether the training continues from a trained encoder. Then a guard compares the k-NN
             accuracy of the monitor with the initial one.
+        choices: the settings that were chosen for this machine. None chooses precision and workers.
+
+    `data_collator`, `processing_class` and `preprocess_logits_for_metrics` must be None.
 
     Attributes:
         collapse_message: the last message of the collapse alarm; None if there was none.
@@ -81,21 +102,48 @@ class SSLTrainer(PushingTrainer):
 
     def __init__(
         self,
-        model: SSLPreTrainedModel,
-        args: SSLTrainingArguments,
-        train_dataset: Source,
-        data: DataConfig,
-        monitor: Monitor | None = None,
+        model: SSLPreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], SSLPreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        *,
+        data: DataConfig | None = None,
+        monitor: Monitor | None = None,
         continued: bool = False,
+        choices: Choices | None = None,
     ) -> None:
+        reject_argument("data_collator", data_collator, "set the augmentation in model.config.views")
+        reject_argument("processing_class", processing_class, "it follows from model.config.views")
+        reject_argument(
+            "preprocess_logits_for_metrics", preprocess_logits_for_metrics,
+            "compute_metrics receives features, not logits",
+        )  # fmt: skip
+        args = SSLTrainingArguments.from_arguments(args)
+        model = checked_model(model, model_init, args.seed)
+        if train_dataset is None:
+            raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
         self.method = model
-        self.preset = ViewPreset.from_dict(model.config.views)
+        self.data = data = DataConfig() if data is None else data
+        self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
-        self.data = data
+        self.source = as_source(train_dataset, data)
+        self.processor = image_processor(self.preset.to_dict(), data.channels)
         self.monitor = monitor
+        classifiers = {} if monitor is None else monitor.classifiers
+        if monitor is None and eval_dataset is not None:
+            classifiers = knn_classifiers(eval_dataset, data, self.processor, args)
+        self.classifiers = classifiers
         self.alarm = CollapseAlarm(model.collapsed_below)
-        self.broken = BrokenCounter(data.max_broken_fraction, train_dataset.num_rows)
+        self.broken = BrokenCounter(data.max_broken_fraction, self.source.num_rows)
         self.collapse_message: str | None = None
         self.resumed = 0
         self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
@@ -104,16 +152,23 @@ class SSLTrainer(PushingTrainer):
         self._resumed_step: int | None = None
         self.stopwatch = Stopwatch()
         self._loader: Any = None
-        self.choices: Choices = choose_precision(args) | choose_workers(
-            args, small=holds_small_images(train_dataset, data)
-        )
+        if choices is None:
+            small = holds_small_images(self.source, data)
+            choices = choose_precision(args) | choose_workers(args, small=small)
+        self.choices: Choices = choices
         prepare_model(model, args)
-        knn = monitor.knn if monitor is not None else None
-        self.guard = FeatureGuard(len(knn.queries)) if continued and knn is not None else None
-        if monitor is None:
-            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
-        super().__init__(model=model, args=args, eval_dataset=monitor, callbacks=callbacks)
-        self.source = train_dataset
+        knn = classifiers.get("")
+        self.guard = FeatureGuard(len(knn.tested)) if continued and knn is not None else None
+        super().__init__(
+            model=model,
+            args=args,
+            eval_dataset=eval_dataset if eval_dataset is not None else self.source,  # must not be None
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
         self._check_arguments()
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
@@ -129,15 +184,6 @@ class SSLTrainer(PushingTrainer):
         ):
             self.add_callback(callback)
 
-    @property
-    def stop_reason(self) -> str | None:
-        """Why the collapse alarm or the guard stopped the run, as a sentence; None if they did not."""
-        if self.collapse_message is not None and self.args.on_collapse == "stop":
-            return f"{self.collapse_message}; the run was stopped (training.on_collapse=stop)"
-        if self.guard is not None and self.guard.message is not None and self.args.on_worse == "stop":
-            return f"{self.guard.message}; the run was stopped (training.on_worse=stop)"
-        return None
-
     def draw_method_pictures(self, images: LoadedBatch) -> None:
         """Draw the method's own pictures of these images during training, e.g. reconstructions."""
         self.add_callback(MethodPicturesCallback(self.method, images, self.preset))
@@ -152,7 +198,7 @@ class SSLTrainer(PushingTrainer):
         self._loader = self._make_loader(self.args.seed, resumes=self._resumed_step is not None)
         return self._loader
 
-    def _make_loader(self, seed: int, resumes: bool = False) -> DataLoader:
+    def _make_loader(self, seed: int, resumes: bool = False) -> Any:
         return train_loader(
             self.source,
             self.preset,
@@ -181,8 +227,10 @@ class SSLTrainer(PushingTrainer):
         return epochs * in_an_epoch + steps * accumulated
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
-        self._note(batch := inputs)
-        return batch.inputs(self.args.device, self.method.sample_masks)
+        if not isinstance(inputs, LoadedBatch):  # of a loader that the user defined
+            return super()._prepare_inputs(inputs)
+        self._note(inputs)
+        return inputs.inputs(self.args.device, self.method.sample_masks)
 
     def _note(self, batch: LoadedBatch) -> None:
         """Count broken images, and store the position of a stream."""
@@ -194,7 +242,8 @@ class SSLTrainer(PushingTrainer):
         check_batch_size(self.args, self.source.num_rows, self.source.description)
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
-            check_chunking(self.method)
+            own_loss = type(self).compute_loss is not SSLTrainer.compute_loss
+            check_chunking(self.method, own_loss=own_loss or self.compute_loss_func is not None)
         if self.source.num_rows is None and self.args.max_steps <= 0:
             raise UserError(
                 "training.max_steps: expected a positive number for a stream of unknown length, got -1"
@@ -205,18 +254,26 @@ class SSLTrainer(PushingTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer `args.optimizer` with its parameter groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.method, self.args)
+            self.optimizer = build_optimizer(self.method, self.args, self.optimizer_cls_and_kwargs)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the learning rate schedule: warm-up, then the schedule of transformers."""
         if self.lr_scheduler is None:
-            per_epoch = steps_per_epoch(self.args, self._loader, num_training_steps)
+            per_epoch = self._steps_per_epoch(num_training_steps)
             optimizer = optimizer if optimizer is not None else self.create_optimizer()
             self.lr_scheduler = build_scheduler(optimizer, self.args, num_training_steps, per_epoch)
             self.stopwatch.start(self.state.global_step)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _steps_per_epoch(self, total_steps: int) -> int:
+        """Return the optimizer steps of an epoch; the total if the length of a stream is not known."""
+        rows = self.source.num_rows
+        if rows is None:
+            return total_steps
+        batches = rows // (self.args.per_device_train_batch_size * self.args.world_size)
+        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def compute_loss(
         self,
@@ -228,7 +285,10 @@ class SSLTrainer(PushingTrainer):
         """Return the loss of the model. Its terms are summed until the next log record."""
         output = model(**inputs)
         self._terms.add(output)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(output, None, num_items_in_batch=None)
+        return (loss, output) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Compute loss and gradient of a micro-batch, in chunks if `args.contrastive_chunk_size` is set."""
@@ -293,32 +353,6 @@ class SSLTrainer(PushingTrainer):
                 logs["weight_decay"] = largest_weight_decay(self.create_optimizer())
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Measure the model with the monitor, and check whether the embeddings have collapsed.
-
-        Returns:
-            The measurements by name, with the prefix.
-        """
-        if self.monitor is None:
-            raise UserError("monitor: expected a Monitor to evaluate the model, got None")
-        with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
-            try:
-                with self.stop_signal.interruptible():
-                    metrics = self.monitor.measure(self.method, metric_key_prefix)
-            except Interrupted:
-                self._stop()
-            message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if any_process(message is not None, self.args.device):
-            self.collapse_message = message or "embeddings have collapsed on another process"
-            logger.warning("%s", self.collapse_message)
-            if self.args.on_collapse == "stop":
-                self.control.should_save = self.control.should_training_stop = True
-        return metrics
-
     # Training.
 
     def train(
@@ -358,25 +392,3 @@ class SSLTrainer(PushingTrainer):
             self.stopwatch.stop()
             if self._loader is not None:
                 self._loader.close()
-
-    def _stop(self, save: bool = True) -> NoReturn:
-        """End the process after a signal; save a checkpoint if at least one step is complete."""
-        step, name = self.state.global_step, cast(signal.Signals, self.stop_signal.received).name
-        if save and step > 0:
-            self._save_checkpoint(self.model, None)
-        kept = f"after step {step}; the same command resumes the run" if step > 0 else "before the first step"
-        logger.warning("stopped by %s %s", name, kept)
-        raise self.stop_signal.exit_exception()
-
-
-def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
-    """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
-
-    The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
-    """
-    if args.sync_batch_norm and args.world_size > 1:
-        synchronize_batch_norm(model)
-    if args.channels_last:
-        torch.nn.Module.to(model, memory_format=torch.channels_last)
-    if args.device.type == "cpu":
-        choose_attention(model)

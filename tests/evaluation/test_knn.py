@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import few_label_knn, knn_accuracy
-from hf_ssl.evaluation.knn import nearest
+from hf_ssl.evaluation.knn import leave_one_out_knn, nearest
 
 
 def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,3 +179,21 @@ def test_few_labels_refuses_a_class_that_is_too_small() -> None:
     labels = torch.tensor([0, 0, 0, 1])
     with pytest.raises(UserError, match=mentions(2, 1)):
         few_label_knn(torch.eye(4), labels, torch.eye(4), labels, labels_per_class=2)
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_leave_one_out_removes_each_image_from_its_own_bank(copies: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 6, generator=generator).repeat_interleave(copies, 0)[:60]
+    labels = torch.randint(0, 3, (len(features),), generator=generator)
+    right = 0
+    for row in range(len(features)):
+        rest = torch.arange(len(features)) != row
+        one = knn_accuracy(
+            features[rest], labels[rest], features[[row]], labels[[row]], neighbors=[5], temperatures=[0.07]
+        )
+        right += one[5, 0.07]
+    found = leave_one_out_knn(features, labels, neighbors=5, temperature=0.07)
+    assert abs(found - right / len(features)) < (1e-9 if copies == 1 else 0.2)  # copies tie
+    with pytest.raises(UserError, match=mentions("k < 60" if copies == 8 else "k < 40")):
+        leave_one_out_knn(features, labels, neighbors=len(features), temperature=0.07)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_ssl.building import build_model, build_trainer, load_monitor_images
+from hf_ssl.building import build_model, build_trainer
 from hf_ssl.data import open_source
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
@@ -17,6 +17,7 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
 from hf_ssl.trainer import machine_settings
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.monitor import load_monitor_images
 from hf_ssl.trainer.step_cost import StepCost, measure_step
 
 COST = StepCost(
@@ -296,7 +297,7 @@ def test_measuring_a_step_does_not_change_the_model_and_the_random_state(tmp_pat
     model = build_model(recipe, 0, source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    cost = measure_step(model, load_monitor_images(recipe, source, args, 8), 0.001, args)
+    cost = measure_step(model, load_monitor_images(source, recipe.views, recipe.data, args, 8), 0.001, args)
     # A process with a limit of its CPU time has a coarse clock, which may show 0 for such small steps.
     assert cost.step_seconds >= 0 and cost.feature_seconds >= 0 and cost.step_bytes > 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -312,6 +313,6 @@ def test_bytes_of_a_step_grow_with_the_pixels(tmp_path):
         overrides = [f"views.enlarge={size}", f"training.output_dir={tmp_path}", "training.use_cpu=true"]
         recipe = load_recipe("smoke/simclr", overrides)
         args, source = recipe.training_arguments(), open_source(recipe.data)
-        images = load_monitor_images(recipe, source, args, 8)
+        images = load_monitor_images(source, recipe.views, recipe.data, args, 8)
         found.append(measure_step(build_model(recipe, 0, source), images, 0.0, args).step_bytes)
     assert 3.2 < found[1] / found[0] < 4.5

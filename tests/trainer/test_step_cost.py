@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_ssl.building import build_model, build_trainer, load_monitor_images
+from hf_ssl.building import build_model, build_trainer
 from hf_ssl.data import images, open_source
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import machine_settings, step_cost
+from hf_ssl.trainer.monitor import load_monitor_images
 from hf_ssl.trainer.step_cost import StepCost, measure_step
 
 COST = StepCost(
@@ -36,7 +37,11 @@ def measured_passes(tmp_path, monkeypatch, passes, **options):
 
     monkeypatch.setattr(step_cost, "_pass", measured)
     cost = measure_step(
-        build_model(recipe, 0, source), load_monitor_images(recipe, source, args, 32), 0.0, args, **options
+        build_model(recipe, 0, source),
+        load_monitor_images(source, recipe.views, recipe.data, args, 32),
+        0.0,
+        args,
+        **options,
     )
     return counts, cost
 

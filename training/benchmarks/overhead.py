@@ -74,7 +74,9 @@ def _trained(steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         recipe = _recipe(steps, folder)
         source = open_source(recipe.data)
-        trainer = SSLTrainer(build_model(recipe, 0), recipe.training_arguments(), source, recipe.data)
+        trainer = SSLTrainer(
+            build_model(recipe, 0), recipe.training_arguments(), train_dataset=source, data=recipe.data
+        )
         start = time.process_time()
         trainer.train()
         return time.process_time() - start

@@ -88,7 +88,11 @@ def _trained(data: Path, folder: Path, images: int) -> Memory:
     memory = Memory(max(1, images // BATCH // POINTS))
     source = open_source(recipe.data)
     trainer = SSLTrainer(
-        build_model(recipe, 0), recipe.training_arguments(), source, recipe.data, callbacks=[memory]
+        build_model(recipe, 0),
+        recipe.training_arguments(),
+        train_dataset=source,
+        data=recipe.data,
+        callbacks=[memory],
     )
     trainer.train()
     return memory

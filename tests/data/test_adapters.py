@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of `datasets`, of torch, and lists become sources with the same pixels."""
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    interleave_datasets,
+)
+from messages import mentions
+
+from hf_ssl.data import DataConfig, train_loader
+from hf_ssl.data.adapters import as_source
+from hf_ssl.data.decode import decode
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.stream import StreamShards
+from hf_ssl.errors import UserError
+from hf_ssl.views import ViewPreset
+
+CONFIG = DataConfig(path="unused")
+COUNT = 24
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
+
+
+def pixels(number: int) -> np.ndarray:
+    """An image of 12 x 12 pixels that no other number has."""
+    return np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+
+
+def picture(number: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(pixels(number))
+
+
+@pytest.fixture(scope="module")
+def table() -> Dataset:
+    rows = {"image": [picture(n) for n in range(COUNT)], "label": [n % 2 for n in range(COUNT)]}
+    return Dataset.from_dict(rows, features=FEATURES)
+
+
+class TorchData(torch.utils.data.Dataset):
+    """A map-style data set as torchvision has them."""
+
+    def __init__(self, make, label: bool = False) -> None:
+        self.make, self.label = make, label
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, row: int):
+        image = self.make(row)
+        return (image, row % 2) if self.label else image
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    picture(number).save(file, "png")
+    return file.getvalue()
+
+
+def tensor(number: int) -> torch.Tensor:
+    return torch.from_numpy(pixels(number)).permute(2, 0, 1)
+
+
+MAP_STYLE = {
+    "pictures": TorchData(picture),
+    "picture and label": TorchData(picture, label=True),
+    "arrays": TorchData(pixels),
+    "tensors": TorchData(tensor),
+    "floats": TorchData(lambda row: tensor(row) / 255),
+    "bytes": TorchData(png),
+    "a list": [picture(row) for row in range(COUNT)],
+}
+
+
+@pytest.mark.parametrize("kind", [*MAP_STYLE, "table", "transformed", "paths"])
+def test_map_style_data_has_the_pixels_of_the_images(kind: str, table: Dataset, tmp_path: Path) -> None:
+    data = MAP_STYLE.get(kind, table)
+    if kind == "transformed":
+        data = table.with_transform(lambda batch: {"photo": [np.asarray(image) for image in batch["image"]]})
+    if kind == "paths":
+        data = [tmp_path / f"{row}.png" for row in range(COUNT)]
+        for row, path in enumerate(data):
+            picture(row).save(path)
+    source = as_source(data, CONFIG)
+    assert (source.streaming, source.num_rows) == (False, COUNT)
+    images, broken = EncodedRows(source, 3).read(np.array([5, 0, 23]))
+    assert not broken
+    for row, image in zip((5, 0, 23), images, strict=True):
+        assert torch.equal(image, tensor(row))
+    batch = next(iter(train_loader(source, ViewPreset(size=8), config=CONFIG, seed=0, batch_size=8)))
+    assert len(batch) == 8 and not batch.broken
+
+
+def test_encoded_images_of_a_table_are_not_decoded(table: Dataset) -> None:
+    source = as_source(table, CONFIG)
+    assert not source.dataset.features["image"].decode and table.features["image"].decode
+    assert source.label_column == "label"
+    assert EncodedRows(source, 3).stored([3])[0].read().to_pybytes() == png(3)
+
+
+def streams(table: Dataset) -> dict[str, tuple[IterableDataset, list[int]]]:
+    """Streams with the numbers of the images that they contain."""
+    stream, everything = table.to_iterable_dataset(num_shards=4), list(range(COUNT))
+
+    def same(row):
+        return {"image": row["image"]}
+
+    return {
+        "plain": (stream, everything),
+        "mapped": (stream.map(same), everything),
+        "mapped with features": (stream.map(same, features=FEATURES), everything),
+        "mapped in batches": (stream.map(same, batched=True), everything),
+        "mapped to arrays": (stream.map(lambda row: {"image": np.asarray(row["image"])}), everything),
+        "filtered": (stream.filter(lambda row: row["label"] == 1), everything[1::2]),
+        "shuffled": (stream.shuffle(seed=0, buffer_size=6), everything),
+        "interleaved": (interleave_datasets([stream.take(12), stream.skip(12)]), everything),
+        "sharded": (stream.shard(2, 1), everything[12:]),
+        "renamed": (stream.rename_column("image", "photo"), everything),
+        "in the format of torch": (stream.with_format("torch"), everything),
+        "generated": (
+            IterableDataset.from_generator(
+                lambda rows: ({"image": picture(row)} for row in rows), gen_kwargs={"rows": everything}
+            ),
+            everything,
+        ),
+    }
+
+
+KINDS = (
+    "plain", "mapped", "mapped with features", "mapped in batches", "mapped to arrays", "filtered",
+    "shuffled", "interleaved", "sharded", "renamed", "in the format of torch", "generated",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_have_the_pixels_of_the_images(kind: str, table: Dataset) -> None:
+    data, expected = streams(table)[kind]
+    shards = StreamShards(as_source(data, CONFIG), 32)
+    found = [
+        image.read()
+        for shard in range(shards.count)
+        for block in shards.blocks(shard)
+        for image in block.images
+    ]
+    known = {tensor(row).numpy().tobytes(): row for row in range(COUNT)}
+    rows = sorted(known[decode(data, 3).contiguous().numpy().tobytes()] for data in found)
+    if kind == "interleaved":  # datasets 5.2 ends each shard at the last image of one of the two streams
+        assert len(rows) >= len(expected) - shards.count and set(rows) < set(expected)
+    else:
+        assert rows == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_resume_exactly(kind: str, table: Dataset) -> None:
+    def loader(position=None):
+        data, _ = streams(table)[kind]
+        config = DataConfig(path="unused", shuffle_window=8)
+        return train_loader(
+            as_source(data, config),
+            ViewPreset(size=8),
+            config=config,
+            seed=0,
+            batch_size=4,
+            position=position,
+        )
+
+    whole = list(itertools.islice(loader(), 8))
+    resumed = list(itertools.islice(loader(whole[2].position), 5))
+    for one, other in zip(whole[3:], resumed, strict=True):
+        assert np.array_equal(one.seeds, other.seeds)
+        assert torch.equal(one.views("cpu").pixel_values, other.views("cpu").pixel_values)
+
+
+def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield picture(0)
+
+    for data, names in (
+        (DatasetDict(train=table, test=table), ["'train', 'test'", "train_dataset['train']"]),
+        (Endless(), ["from_generator"]),
+        (7, ["train_dataset", "int"]),
+        ([], ["empty"]),
+        (table.select([]), ["empty"]),
+        (table.remove_columns("image"), ["image_column"]),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=mentions(*names)):
+            as_source(data, CONFIG)
+
+
+def test_items_that_are_no_images_are_reported() -> None:
+    for make, names in (
+        (lambda row: tensor(row) / 255 - 0.5, ["0 to 1", "without normalization"]),
+        (lambda row: {"a": 1}, ["Pillow", "dict"]),
+        (lambda row: np.zeros((3, 12, 12, 1)), ["shape (3, 12, 12, 1)"]),
+        (lambda row: None, ["no image"]),
+    ):
+        source = as_source(TorchData(make), CONFIG)
+        with pytest.raises(UserError, match=mentions("none that can be read", *names)):
+            train_loader(source, ViewPreset(size=8), config=CONFIG, seed=0, batch_size=4)
+
+
+def test_a_broken_item_is_replaced() -> None:
+    source = as_source(TorchData(lambda row: None if row == 3 else picture(row)), CONFIG)
+    loader = train_loader(source, ViewPreset(size=8), config=CONFIG, seed=0, batch_size=4)
+    broken = [message for batch in loader for message in batch.broken]
+    assert len(broken) == 1 and "row 3: the row has no image" in broken[0]
+
+
+def test_random_items_are_not_cached() -> None:
+    """A torch data set may return other pixels each time; `memory` keeps the first ones."""
+    generator = np.random.default_rng(0)
+    data = TorchData(lambda row: generator.integers(0, 256, (12, 12, 3), np.uint8))
+    views = {}
+    for cache in ("auto", "memory"):
+        config = DataConfig(path="unused", cache=cache)
+        source = as_source(data, config)
+        loader = train_loader(source, ViewPreset(size=8), config=config, seed=0, batch_size=24)
+        views[cache] = [next(iter(loader)).images for _ in range(2)]
+    assert isinstance(views["memory"][0], torch.Tensor)
+    with pytest.raises(UserError, match=mentions("data.cache", "memmap", "memory")):
+        config = DataConfig(path="unused", cache="memmap")
+        train_loader(as_source(data, config), ViewPreset(size=8), config=config, seed=0, batch_size=4)

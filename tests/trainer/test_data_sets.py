@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SSLTrainer` as users of transformers' Trainer call it: each argument works or is rejected."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from messages import mentions
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    ResNetConfig,
+    ResNetModel,
+    TrainingArguments,
+    ViTConfig,
+    ViTModel,
+)
+
+from hf_ssl import (
+    BYOLForPreTraining,
+    MAEForPreTraining,
+    SimCLRConfig,
+    SimCLRForPreTraining,
+    SSLTrainer,
+    SSLTrainingArguments,
+)
+from hf_ssl.errors import UserError
+
+ROWS = 32
+TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+
+
+def picture(row: int) -> PIL.Image.Image:
+    """Bright pictures are of class 1, dark ones of class 0."""
+    noise = np.random.default_rng(row).integers(0, 100, (20, 20, 3))
+    return PIL.Image.fromarray((noise + 150 * (row % 2)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def table() -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "bright"])})
+    rows = {"image": [picture(row) for row in range(ROWS)], "label": [row % 2 for row in range(ROWS)]}
+    return Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for row in range(ROWS):
+        place = root / ("test" if row % 8 > 5 else "train") / ("bright" if row % 2 else "dark")
+        place.mkdir(parents=True, exist_ok=True)
+        picture(row).save(place / f"{row}.png")
+    return root
+
+
+def model() -> SimCLRForPreTraining:
+    torch.manual_seed(0)
+    return SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16}))
+
+
+def arguments(output: Path, **changes: Any) -> SSLTrainingArguments:
+    values = {
+        "output_dir": str(output), "max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "monitor_steps": 0, "save_strategy": "no",
+    }  # fmt: skip
+    return SSLTrainingArguments(**values | changes)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, label: bool = False) -> None:
+        self.label = label
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> Any:
+        return (picture(row), row % 2) if self.label else picture(row)
+
+
+TRAINING: dict[str, Callable[[Dataset, Path], Any]] = {
+    "Dataset": lambda table, folder: table,
+    "mapped": lambda table, folder: table.map(lambda row: row),
+    "IterableDataset": lambda table, folder: table.to_iterable_dataset(num_shards=2),
+    "mapped stream": lambda table, folder: table.to_iterable_dataset().map(lambda row: row),
+    "torch": lambda table, folder: Pictures(),
+    "torch with labels": lambda table, folder: Pictures(label=True),
+    "paths": lambda table, folder: sorted(folder.rglob("*.png")),
+    "folder": lambda table, folder: str(folder),
+    "imagefolder": lambda table, folder: load_dataset("imagefolder", data_dir=folder, split="train"),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_it_trains_on_every_kind_of_data(kind: str, table: Dataset, folder: Path, tmp_path: Path) -> None:
+    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=TRAINING[kind](table, folder))
+    result = trainer.train()
+    assert (result.global_step, trainer.args.batch_size) == (2, 8)
+    assert np.isfinite(result.training_loss)
+
+
+def test_a_dataset_and_the_same_source_give_the_same_weights(table: Dataset, tmp_path: Path) -> None:
+    weights = []
+    for data in (table, Pictures()):
+        trainer = SSLTrainer(model(), arguments(tmp_path, max_steps=3), train_dataset=data)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, tensor in weights[0].items():  # row numbers decide the order and the augmentation
+        torch.testing.assert_close(tensor, weights[1][name])
+
+
+def halves(table: Dataset) -> tuple[Dataset, Dataset]:
+    return table.select(range(16)), table.select(range(16, 32))
+
+
+def evaluation(table: Dataset) -> dict[str, tuple[Any, set[str]]]:
+    """Forms of `eval_dataset` with the names of their k-NN accuracies."""
+    first, second = halves(table)
+    return {
+        "labeled": (table, {"eval_knn"}),
+        "torch": (Pictures(label=True), {"eval_knn"}),
+        "train and test": (DatasetDict(train=first, test=second), {"eval_knn"}),
+        "bank and query": ({"bank": first, "query": second}, {"eval_knn"}),
+        "several": ({"easy": first, "hard": second}, {"eval_easy_knn", "eval_hard_knn"}),
+    }
+
+
+@pytest.mark.parametrize("form", ["labeled", "torch", "train and test", "bank and query", "several"])
+def test_it_measures_every_form_of_eval_dataset(form: str, table: Dataset, tmp_path: Path) -> None:
+    data, names = evaluation(table)[form]
+    args = arguments(tmp_path, monitor_steps=1, monitor_neighbors=3)
+    trainer = SSLTrainer(model(), args, train_dataset=table, eval_dataset=data)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {name for name in metrics if name.endswith("knn")} == names
+    assert min(metrics[name] for name in names) > 0.9  # brightness separates the classes
+    assert {"eval_loss", "eval_rank_me", "eval_embedding_std"} <= metrics.keys()
+    logged = [record for record in trainer.state.log_history if names <= record.keys()]
+    assert [record["step"] for record in logged] == [0, 1, 2, 2]
+
+
+def test_evaluate_measures_other_data(table: Dataset, tmp_path: Path) -> None:
+    wrong = table.map(lambda row, number: {"label": number // 16}, with_indices=True)
+    args = arguments(tmp_path, monitor_neighbors=3)
+    trainer = SSLTrainer(model(), args, train_dataset=table, eval_dataset={"a": table, "b": wrong})
+    assert set(trainer.evaluate(table, metric_key_prefix="test")) == {"test_knn", "epoch"}
+    assert trainer.evaluate(table)["eval_knn"] > 0.9 > trainer.evaluate(wrong)["eval_knn"]
+    assert set(trainer.evaluate("b")) == {"eval_b_knn", "epoch"}
+    with pytest.raises(UserError, match=mentions("label_column", "image")):
+        trainer.evaluate(table.remove_columns("label"))
+
+
+def test_compute_metrics_gets_features_and_labels(table: Dataset, tmp_path: Path) -> None:
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.tolist()))
+        return {"mine": 0.25}
+
+    args = arguments(tmp_path, monitor_neighbors=3)
+    trainer = SSLTrainer(
+        model(), args, train_dataset=table, eval_dataset=table, compute_metrics=compute_metrics
+    )
+    assert trainer.evaluate()["eval_mine"] == 0.25
+    assert seen == [((ROWS, 16), [0, 1] * 16)]
+
+
+def test_early_stopping_and_the_best_model(table: Dataset, tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path, max_steps=30, monitor_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.0,
+        load_best_model_at_end=True, metric_for_best_model="eval_knn", greater_is_better=True,
+    )  # fmt: skip
+    trainer = SSLTrainer(
+        model(), args, train_dataset=table, eval_dataset=table, callbacks=[EarlyStoppingCallback(2)]
+    )
+    assert trainer.train().global_step < 30
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -> None:
+    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table)
+    everything = trainer.predict(Pictures()).predictions
+    assert everything.shape == (ROWS, 16)
+    np.testing.assert_allclose(
+        trainer.predict(table.select([3, 7])).predictions, everything[[3, 7]], rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(UserError, match=mentions("prediction_step", "predict")):
+        trainer.prediction_step(trainer.model, {}, False)
+
+
+def test_plain_arguments_of_transformers_get_our_defaults(table: Dataset, tmp_path: Path) -> None:
+    plain = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=16, weight_decay=0.5, use_cpu=True,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SSLTrainer(model(), plain, train_dataset=table)
+    args = trainer.args
+    assert isinstance(args, SSLTrainingArguments)
+    assert (args.max_steps, args.batch_size, args.weight_decay) == (1, 16, 0.5)
+    assert args.output_dir == str(tmp_path)
+    assert args.lr_scheduler_type == "cosine_with_min_lr" and args.learning_rate == 1e-3
+    assert trainer.train().global_step == 1
+
+
+def test_batch_sizes_agree(tmp_path: Path) -> None:
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    assert (args.batch_size, args.per_device_train_batch_size) == (16, 8)
+    args = arguments(tmp_path, per_device_train_batch_size=0, batch_size=64, gradient_accumulation_steps=2)
+    assert (args.batch_size, args.per_device_train_batch_size) == (64, 32)
+    assert arguments(tmp_path, per_device_train_batch_size=0).batch_size == 256
+    with pytest.raises(
+        UserError, match=mentions("training.batch_size", "per_device_train_batch_size", 64, 8)
+    ):
+        arguments(tmp_path, batch_size=64)
+
+
+def test_own_optimizers_work(table: Dataset, tmp_path: Path) -> None:
+    def trainer(**options: Any) -> SSLTrainer:
+        return SSLTrainer(model(), arguments(tmp_path), train_dataset=table, **options)
+
+    class Own(SSLTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    cls = trainer(
+        optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 0.02, "weight_decay": 0.3, "alpha": 0.5})
+    )
+    groups = cls.create_optimizer().param_groups
+    assert type(cls.optimizer) is torch.optim.RMSprop and groups[0]["alpha"] == 0.5
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(0.02, 0.3), (0.02, 0.0)}
+    first = model()
+    given = torch.optim.SGD(first.parameters(), lr=0.1)
+    own = SSLTrainer(first, arguments(tmp_path), train_dataset=table, optimizers=(given, None))
+    assigned = trainer()
+    assigned.optimizer = torch.optim.SGD(assigned.model.parameters(), lr=0.1)
+    early = trainer()
+    early.create_optimizer_and_scheduler(2)
+    overridden = Own(model(), arguments(tmp_path), train_dataset=table)
+    for one in (cls, own, assigned, early, overridden):
+        before = {name: value.clone() for name, value in one.model.state_dict().items()}
+        assert one.train().global_step == 2
+        assert any(not torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
+
+
+def test_own_loader_and_loss_work(table: Dataset, tmp_path: Path) -> None:
+    class Own(SSLTrainer):
+        def get_train_dataloader(self):
+            return DataLoader([{"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(16)], batch_size=8)
+
+    losses = []
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        losses.append(outputs.loss)
+        return 2 * outputs.loss
+
+    options = {"train_dataset": table, "compute_loss_func": loss_func}
+    trainer = Own(model(), arguments(tmp_path, logging_steps=1), **options)
+    trainer.train()
+    assert len(losses) == 2
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(2 * losses[0].item(), rel=1e-5)
+    with pytest.raises(UserError, match=mentions("training.contrastive_chunk_size", "objective")):
+        SSLTrainer(model(), arguments(tmp_path, contrastive_chunk_size=4), **options)
+
+
+def test_model_init_is_called_once_with_the_seed(table: Dataset, tmp_path: Path) -> None:
+    def build() -> SimCLRForPreTraining:
+        return SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16}))
+
+    first, second = (
+        SSLTrainer(args=arguments(tmp_path, seed=3), train_dataset=table, model_init=build) for _ in range(2)
+    )
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert first.train().global_step == 2
+
+
+REJECTED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "data_collator": ({"data_collator": list}, ["data_collator", "model.config.views"]),
+    "processing_class": ({"processing_class": object()}, ["processing_class", "views"]),
+    "logits": ({"preprocess_logits_for_metrics": max}, ["preprocess_logits_for_metrics", "compute_metrics"]),
+    "no data": ({"train_dataset": None}, ["train_dataset"]),
+    "several splits": (
+        {"train_dataset": DatasetDict(train=Dataset.from_dict({}))},
+        ["train_dataset['train']"],
+    ),
+    "no model": ({"model": None}, ["model", "model_init"]),
+    "an encoder": ({"model": ResNetModel(ResNetConfig(**TINY))}, ["ResNetModel", "from_backbone"]),
+    "eval stream": ({"eval_dataset": "stream"}, ["eval_dataset", "stream"]),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_what_has_no_meaning_is_rejected_with_advice(case: str, table: Dataset, tmp_path: Path) -> None:
+    changes, names = REJECTED[case]
+    options = {"model": model(), "args": arguments(tmp_path), "train_dataset": table} | changes
+    if options.get("eval_dataset") == "stream":
+        options["eval_dataset"] = table.to_iterable_dataset()
+    with pytest.raises(UserError, match=mentions(*names)):
+        SSLTrainer(**options)
+
+
+@pytest.mark.parametrize("method", [SimCLRForPreTraining, BYOLForPreTraining, MAEForPreTraining])
+@pytest.mark.parametrize("how", ["from_backbone", "from_pretrained"])
+def test_a_method_starts_from_an_encoder(method: Any, how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = ViTModel(ViTConfig(**VIT))
+    encoder.save_pretrained(tmp_path)
+    started = getattr(method, how)(tmp_path)
+    assert type(started.backbone) is ViTModel and started.config.backbone_config.hidden_size == 32
+    for part in (started.backbone, started.exported_encoder):
+        weights = part.state_dict()
+        for name, tensor in encoder.state_dict().items():
+            assert "pooler" in name or torch.equal(weights[name], tensor), name
+
+
+def test_a_method_rejects_an_encoder_that_it_cannot_train(tmp_path: Path) -> None:
+    encoder = ResNetModel(ResNetConfig(**TINY))
+    encoder.save_pretrained(tmp_path)
+    for start in (MAEForPreTraining.from_backbone, MAEForPreTraining.from_pretrained):
+        with pytest.raises(UserError, match=mentions("backbone", "MAE", "resnet", "vit")):
+            start(tmp_path)
+
+
+def test_images_without_views_are_explained() -> None:
+    with pytest.raises(UserError, match=mentions("pixel_values", (4, 3, 16, 16), "pixel_values[:, None]")):
+        model()(torch.zeros(4, 3, 16, 16))
