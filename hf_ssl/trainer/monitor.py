@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
 
 from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, as_source, label_source, train_loader
+from hf_ssl.data.batch import UnreadableData
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.modeling.backbones import encode
@@ -138,9 +139,19 @@ def load_monitor_images(
     args: SSLTrainingArguments,
     count: int = MONITOR_IMAGES,
 ) -> LoadedBatch:
-    """Return `count` training images with fixed views, or all images if there are fewer."""
+    """Return `count` training images with fixed views, or fewer images if there are not so many.
+
+    Raises:
+        UserError: a stream has fewer images than a batch of this process, or an image cannot be read.
+    """
     size, seed = min(count, source.num_rows or count), args.seed + _SEED_OFFSET
-    return next(iter(train_loader(source, preset, config=config, seed=seed, batch_size=size)))
+    while True:
+        try:
+            return next(iter(train_loader(source, preset, config=config, seed=seed, batch_size=size)))
+        except UnreadableData:  # a stream of unknown length may have fewer images
+            if source.num_rows is not None or size <= args.per_device_train_batch_size:
+                raise
+            size = max(args.per_device_train_batch_size, size // 2)
 
 
 def classify(

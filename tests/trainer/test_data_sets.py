@@ -117,6 +117,29 @@ def test_a_dataset_and_the_same_source_give_the_same_weights(table: Dataset, tmp
         torch.testing.assert_close(tensor, weights[1][name])
 
 
+def test_a_short_stream_has_a_monitor_and_resumes_exactly(table: Dataset, tmp_path: Path) -> None:
+    """Nobody knows the length of a stream: the monitor takes as many images as there are."""
+
+    def trainer(folder: str) -> SSLTrainer:
+        args = arguments(
+            tmp_path / folder,
+            max_steps=6,
+            monitor_steps=2,
+            monitor_neighbors=3,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        stream = table.to_iterable_dataset(num_shards=4).map(lambda row: {"image": row["image"]})
+        return SSLTrainer(model(), args, train_dataset=stream, eval_dataset=table)
+
+    whole, resumed = trainer("a"), trainer("b")
+    whole.train()
+    assert len(whole.monitor.images) == ROWS
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
 def halves(table: Dataset) -> tuple[Dataset, Dataset]:
     return table.select(range(16)), table.select(range(16, 32))
 
