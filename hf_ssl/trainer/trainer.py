@@ -135,6 +135,7 @@ class SSLTrainer(EvaluatingTrainer):
         self.data = data = DataConfig() if data is None else data
         self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
+        model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
         self.source = as_source(train_dataset, data)
         self.processor = image_processor(self.preset.to_dict(), data.channels)
         self.monitor = monitor

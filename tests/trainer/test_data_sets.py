@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from hub_server import HubServer
 from messages import mentions
 from torch.utils.data import DataLoader
 from transformers import (
@@ -356,3 +357,13 @@ def test_a_method_rejects_an_encoder_that_it_cannot_train(tmp_path: Path) -> Non
 def test_images_without_views_are_explained() -> None:
     with pytest.raises(UserError, match=mentions("pixel_values", (4, 3, 16, 16), "pixel_values[:, None]")):
         model()(torch.zeros(4, 3, 16, 16))
+
+
+def test_a_script_publishes_its_encoder(online: HubServer, table: Dataset, tmp_path: Path) -> None:
+    """`push_to_hub()` needs no argument: the repository has the name of the output folder."""
+    trainer = SSLTrainer(model(), arguments(tmp_path / "flowers"), train_dataset=table)
+    trainer.train()
+    trainer.push_to_hub()
+    files = online.store.model(trainer.hub_model_id).head.files
+    assert trainer.hub_model_id.endswith("/flowers")
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= files.keys()
