@@ -18,14 +18,10 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
-        attention_pictures,
         attention_rollout,
-        darken_outside_mask,
         has_attention,
-        overlay,
         pca_colors,
         threshold_attention,
-        write_attention_pictures,
     )
     from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
     from hf_ssl.evaluation.features import (
@@ -38,6 +34,12 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
+    from hf_ssl.evaluation.overlays import (
+        attention_pictures,
+        darken_outside_mask,
+        overlay,
+        write_attention_pictures,
+    )
     from hf_ssl.evaluation.protocol import (
         LabeledData,
         evaluate_encoder,
@@ -61,14 +63,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "hf_ssl.evaluation.attention": [
             "AttentionMaps",
             "attention_maps",
-            "attention_pictures",
-            "attention_rollout",
-            "darken_outside_mask",
-            "has_attention",
-            "overlay",
-            "pca_colors",
             "threshold_attention",
-            "write_attention_pictures",
+            "attention_rollout",
+            "has_attention",
+            "pca_colors",
         ],
         "hf_ssl.evaluation.config": ["EncoderResult", "EvaluationConfig"],
         "hf_ssl.evaluation.features": [
@@ -81,6 +79,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         ],
         "hf_ssl.evaluation.knn": ["FewLabel", "few_label_knn", "knn_accuracy"],
         "hf_ssl.evaluation.linear": ["LinearProbe", "linear_probe"],
+        "hf_ssl.evaluation.overlays": [
+            "attention_pictures",
+            "overlay",
+            "darken_outside_mask",
+            "write_attention_pictures",
+        ],
         "hf_ssl.data.decode": ["read_photo"],
         "hf_ssl.evaluation.protocol": [
             "LabeledData",

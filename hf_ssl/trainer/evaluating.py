@@ -13,7 +13,6 @@ from transformers.trainer_utils import PredictionOutput
 from hf_ssl.data import DataConfig, Source, all_images, as_source
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features
-from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
@@ -136,14 +135,9 @@ class EvaluatingTrainer(PushingTrainer):
             UserError: the data are a stream, or an image cannot be read.
         """
         images = all_images(as_source(test_dataset, self.data, "test_dataset"), self.data.channels)
-        with evaluation_mode(self.method):
-            features = extract_features(
-                self.method.exported_encoder,
-                self.processor,
-                images,
-                dtype=self._dtype,
-                description="features",
-            )
+        features = extract_features(
+            self.method.exported_encoder, self.processor, images, dtype=self._dtype, description="features"
+        )
         return PredictionOutput(predictions=features.numpy(), label_ids=None, metrics={})
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> NoReturn:

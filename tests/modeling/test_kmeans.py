@@ -4,8 +4,8 @@ import torch
 from messages import mentions
 from torch.nn.functional import normalize
 
-from hf_ssl.modeling import kmeans
-from hf_ssl.modeling.kmeans import spherical_kmeans
+from hf_ssl.modeling import memory
+from hf_ssl.modeling.memory import spherical_kmeans
 
 
 def seeded(seed=0):
@@ -39,7 +39,7 @@ def slow(rows, clusters, iterations, generator):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_equals_a_slow_version(seed, monkeypatch):
-    monkeypatch.setattr(kmeans, "_ROWS", 7)
+    monkeypatch.setattr(memory, "_KMEANS_ROWS", 7)
     rows, _ = planted(count=40, clusters=5, noise=0.6)
     centroids, found = spherical_kmeans(rows, 6, 5, seeded(seed))
     expected, wanted = slow(rows, 6, 5, seeded(seed))

@@ -15,8 +15,7 @@ from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClust
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
-from hf_ssl.modeling.kmeans import spherical_kmeans
-from hf_ssl.modeling.memory import MemoryBank
+from hf_ssl.modeling.memory import MemoryBank, spherical_kmeans
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
 
 

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of attention: maps and masks over the input image, and patch features as colors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_ssl.data.decode import read_photo
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.attention import attention_maps, patch_size, pca_colors, threshold_attention
+from hf_ssl.evaluation.features import load_encoder, pixel_values
+from hf_ssl.names import renamed_arguments
+
+SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
+OVERVIEW_HEIGHT = 128
+COLORS = "inferno"
+OPACITY = 0.65
+
+
+def attention_pictures(
+    model: nn.Module,
+    processor: Any,
+    photo: Tensor,
+    *,
+    layer: int = -1,
+    size: int | None = None,
+    mass: float = 0.6,
+    shown_side: int = SHOWN_SIDE,
+) -> dict[str, Image.Image]:
+    """Return all attention pictures of one photo.
+
+    Args:
+        model, processor: an encoder that `has_attention` supports, and its image processor.
+        photo: uint8 (C, H, W).
+        layer: see `attention_maps`.
+        size: shortest edge of the input in pixels. The photo is not cropped, and both edges are rounded down
+            to whole patches. None: the square image that the processor returns.
+        mass: share of the attention in the mask.
+        shown_side: smallest length of the shorter edge of the pictures in pixels.
+
+    Returns:
+        RGB pictures of one size: "image" (the input of the encoder), "mean", "rollout", "mask", "colors"
+        (`pca_colors`), "head 1", "head 2", ...
+
+    Raises:
+        UserError: `size` is smaller than one patch, or `attention_maps` raises.
+    """
+    device = next(model.parameters()).device
+    if size is None:
+        pixels = pixel_values(processor, [photo], device)
+    else:
+        pixels = _at_size(processor, photo, size, patch_size(model))
+    maps = attention_maps(model, pixels, layer=layer)
+    height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
+    seen = _enlarge(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
+    mean = maps.mean[0]
+    pictures = {
+        "image": seen,
+        "mean": overlay(seen, mean),
+        "rollout": overlay(seen, maps.rollout[0]),
+        "mask": darken_outside_mask(seen, threshold_attention(mean, mass)),
+        "colors": _as_picture(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+    }
+    heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
+    return pictures | heads
+
+
+@renamed_arguments(colours="colors")
+def overlay(
+    photo: Image.Image,
+    values_hw: Tensor,
+    *,
+    colors: str = COLORS,
+    opacity: float = OPACITY,
+    smooth: bool = True,
+) -> Image.Image:
+    """Return a photo with a map over it, whose smallest value is dark and whose largest value is bright.
+
+    Args:
+        photo: RGB picture.
+        values_hw: map (h, w) with any range. A constant map is shown as zeros.
+        colors: name of a colormap of matplotlib.
+        opacity: opacity of the map, from 0 to 1.
+        smooth: whether to interpolate between patches. False shows them as squares.
+
+    Returns:
+        RGB picture of the photo's size.
+    """
+    import matplotlib  # imported here because it loads slowly
+
+    low, high = values_hw.min(), values_hw.max()
+    scaled = (values_hw.float() - low) / (high - low).clamp(min=1e-12)
+    large = _resized(scaled[None], photo.size, smooth)[0].clamp(0, 1)
+    colored = matplotlib.colormaps[colors](large.numpy(), bytes=True)
+    colored[..., 3] = round(255 * opacity)
+    layers = (photo.convert("RGBA"), Image.fromarray(colored))
+    return Image.alpha_composite(*layers).convert("RGB")
+
+
+def darken_outside_mask(photo: Image.Image, mask_hw: Tensor, *, darkness: float = 0.75) -> Image.Image:
+    """Return a photo that is darkened where the mask (h, w) is False. Patches are shown as squares."""
+    light = _resized(mask_hw.float()[None], photo.size, smooth=False)[0]
+    factor = 1 - darkness * (1 - light.numpy()[..., None])
+    return Image.fromarray((np.asarray(photo.convert("RGB")) * factor).round().astype(np.uint8))
+
+
+def write_attention_pictures(
+    model: str, photos: Sequence[Path], folder: Path, *, layer: int = -1, size: int | None = None
+) -> list[Path]:
+    """Write the pictures of each photo as PNG files into one subfolder of `folder` per photo.
+
+    The file `overview.png` in `folder` shows all pictures side by side.
+
+    Args:
+        model: a folder or a Hub id.
+        photos: picture files. If several files have the same name, the folders after the first get a number.
+        layer, size: see `attention_pictures`.
+
+    Returns:
+        The folders of the photos.
+
+    Raises:
+        UserError: the encoder does not exist or has no attention maps, or a file is not a picture.
+    """
+    encoder, processor = load_encoder(model)
+    patch_size(encoder)  # raises for an unsupported encoder before any photo is read
+    written: list[Path] = []
+    rows: list[dict[str, Image.Image]] = []
+    for photo in photos:
+        try:
+            pixels = read_photo(photo, channels=encoder.config.num_channels)
+        except (UserError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{photo}: {reason}") from error
+        target = _unused_folder(folder, photo.stem, written)
+        target.mkdir(parents=True, exist_ok=True)
+        rows.append(attention_pictures(encoder, processor, pixels, layer=layer, size=size))
+        for name, picture in rows[-1].items():
+            picture.save(target / f"{name.replace(' ', '_')}.png")
+        written.append(target)
+    overview(rows).save(folder / "overview.png")
+    return written
+
+
+def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_HEIGHT) -> Image.Image:
+    """Return one picture with a row per photo and a column per kind of picture, under its name.
+
+    Args:
+        rows: output of `attention_pictures` for at least one photo. All rows have the same names, and all
+            pictures of a row have the same size.
+        height: height of each picture in pixels.
+    """
+    heading, gap = 14, 3
+    widths = [
+        round(next(iter(row.values())).width * height / next(iter(row.values())).height) for row in rows
+    ]
+    step = max(widths) + gap
+    size = (step * len(rows[0]) - gap, heading + (height + gap) * len(rows) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for number, name in enumerate(rows[0]):
+        ImageDraw.Draw(sheet).text((number * step + 2, 1), name, fill="black")
+    for line, (row, width) in enumerate(zip(rows, widths, strict=True)):
+        for number, picture in enumerate(row.values()):
+            small = picture.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(small, (number * step, heading + line * (height + gap)))
+    return sheet
+
+
+def _unused_folder(folder: Path, stem: str, taken: list[Path]) -> Path:
+    """Return a folder for a photo with this name that is not in `taken`."""
+    names = [stem, *(f"{stem}_{number}" for number in range(2, len(taken) + 2))]
+    return next(folder / name for name in names if folder / name not in taken)
+
+
+def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
+    """Return the resized and normalized photo (1, C, H, W) without cropping.
+
+    The shortest edge has `size` pixels, and both edges are rounded down to whole patches.
+    """
+    if size < patch:
+        raise UserError(f"size: expected at least {patch} pixels (one patch), got {size}")
+    short = min(photo.shape[1:])
+    height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
+    resized = F.interpolate(
+        photo[None].float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    mean, std = _normalization(processor, photo.shape[0])
+    return (resized.clamp(0, 255) / 255 - mean) / std
+
+
+def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
+    """Return the RGB picture of normalized pixels (C, H, W)."""
+    mean, std = _normalization(processor, pixels.shape[0])
+    shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
+    if not processor.do_normalize:
+        return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    return mean[:, None, None], std[:, None, None]
+
+
+def _enlarge(photo: Image.Image, side: int) -> Image.Image:
+    """Return the photo, enlarged by an integer factor if its shorter edge is below `side` pixels."""
+    factor = -(-side // min(photo.size))
+    if factor <= 1:
+        return photo
+    return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
+
+
+def _as_picture(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
+    large = _resized(values_3hw, size, smooth).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+
+
+def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
+    """Return values (C, H, W) for a picture of `size` (width, height)."""
+    options: dict[str, Any] = (
+        {"mode": "bicubic", "align_corners": False} if smooth else {"mode": "nearest-exact"}
+    )
+    return F.interpolate(values_Chw[None], size=size[::-1], **options)[0]
