@@ -176,7 +176,7 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     knn = trainer.monitor.knn if trainer.monitor is not None else None
     return MonitorFacts(
         history=history,
-        alarm=trainer.collapse_message,
+        alarm=trainer.collapse_alarm.message,
         test_images=None if knn is None else len(knn.tested),
     )
 

@@ -9,22 +9,13 @@ from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts
 from hf_ssl.evaluation.config import EncoderResult
+from hf_ssl.evaluation.statistics import MEASUREMENTS
 
 ENCODERS = {
     "trained": "this encoder",
     "untrained": "the same network without training",
     "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
-}
-MONITORED = {
-    "loss": "loss on fixed images",
-    "knn": "k-NN accuracy on images of the test split",
-    "embedding_std": "standard deviation of embeddings (isotropic: 1, collapsed: 0)",
-    "embedding_rank": "effective rank of embeddings (RankMe, centered)",
-    "feature_std": "standard deviation of features (isotropic: 1, collapsed: 0)",
-    "rank_me": "effective rank of features (RankMe)",
-    "alignment": "alignment of two views (equal embeddings: 0)",
-    "uniformity": "uniformity (lower: more uniform)",
 }
 # A text that YAML reads as the same text, except for the words in _NOT_STRINGS.
 _PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")
@@ -166,8 +157,8 @@ def monitor_table(facts: Facts) -> list[list[str]]:
     first, last = history[0], history[-1]
     heading = ["", f"step {whole(first['step'])}", f"step {whole(last['step'])}"]
     return [heading] + [
-        [name, *(_number(record[key]) for record in (first, last))]
-        for key, name in MONITORED.items()
+        [text, *(_number(record[key]) for record in (first, last))]
+        for key, (text, _) in MEASUREMENTS.items()
         if key in first and key in last
     ]
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks of the trainer for method hooks, weight decay, the progress bar, the memory bank and pictures."""
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length
 
 from hf_ssl.data import LoadedBatch
 from hf_ssl.files import replaced_file
@@ -22,23 +20,12 @@ from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
-from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.logs import draw_curves
 from hf_ssl.trainer.optimizers import parameter_groups_by_name, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
 SEED_OFFSET = 2**33
 """Offset of the seed for `MemoryWarmup`. It makes the views differ from those of the first epoch."""
-
-
-def steps_per_epoch(args: SSLTrainingArguments, train_dataloader: Any, total_steps: int) -> int:
-    """Return the number of optimizer steps per epoch.
-
-    For a loader of unknown length, the result is the number of steps of the whole run.
-    """
-    if not has_length(train_dataloader):
-        return total_steps
-    return max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
 
 
 def clip_each(gradients: list[Tensor], maximum: float) -> None:
@@ -64,31 +51,36 @@ class MethodHooks(TrainerCallback):
 
     Args:
         model: the model of the method.
+        steps_per_epoch: returns the optimizer steps of an epoch, during training.
         step_was_made: returns whether the optimizer made the last step. With float16 it can skip a step.
     """
 
-    def __init__(self, model: SSLPreTrainedModel, step_was_made: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        model: SSLPreTrainedModel,
+        steps_per_epoch: Callable[[], int],
+        step_was_made: Callable[[], bool],
+    ) -> None:
         self.model = model
+        self.steps_per_epoch = steps_per_epoch
         self.step_was_made = step_was_made
         self.frozen_until: list[tuple[int, Parameter]] = []
-        self.steps_per_epoch = 1
 
     def _progress(self, state: TrainerState) -> RunProgress:
-        return RunProgress(state.global_step, state.max_steps, self.steps_per_epoch)
+        return RunProgress(state.global_step, state.max_steps, self.steps_per_epoch())
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.steps_per_epoch = steps_per_epoch(args, kwargs["train_dataloader"], state.max_steps)
         parameters = dict(self.model.named_parameters())
         found = parameter_groups_by_name(self.model, args)
         until = {
-            name: max(group.frozen_until, round(group.frozen_epochs * self.steps_per_epoch))
+            name: max(group.frozen_until, round(group.frozen_epochs * self.steps_per_epoch()))
             for name, group in found.items()
         }
         self.frozen_until = [(step, parameters[name]) for name, step in until.items() if step]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # on_epoch_begin is unsuitable: transformers also calls it if a run resumes in the middle of an epoch.
-        if state.global_step % self.steps_per_epoch == 0:
+        if state.global_step % self.steps_per_epoch() == 0:
             self.model.before_epoch(self._progress(state))
         self.model.before_step(self._progress(state))
 

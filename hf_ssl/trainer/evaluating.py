@@ -3,6 +3,7 @@
 
 import logging
 import signal
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
@@ -13,13 +14,12 @@ from transformers.trainer_utils import PredictionOutput
 from hf_ssl.data import DataConfig, Source, all_images, as_source
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features
-from hf_ssl.modeling.gather import any_process
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.monitor import (
+    Alarm,
     CollapseAlarm,
-    FeatureGuard,
     KNNClassifier,
     Monitor,
     classify,
@@ -39,8 +39,7 @@ class EvaluatingTrainer(PushingTrainer):
     Attributes:
         monitor: measures the model; None until the first measurement.
         classifiers: the k-NN classifiers of `eval_dataset`, by name.
-        collapse_message: the last message of the collapse alarm; None if there was none.
-        guard: the guard of a continued run with a k-NN monitor, else None.
+        alarms: judge the measurements of the monitor, and warn or stop the run.
     """
 
     source: Source
@@ -49,25 +48,32 @@ class EvaluatingTrainer(PushingTrainer):
     processor: BaseImageProcessor
     monitor: Monitor | None
     classifiers: Mapping[str, KNNClassifier]
-    alarm: CollapseAlarm
-    collapse_message: str | None
+    collapse_alarm: CollapseAlarm
+    alarms: list[Alarm]
     stopwatch: Stopwatch
     stop_signal: StopOnSignal
-    guard: FeatureGuard | None
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the collapse alarm or the guard stopped the run, as a sentence; None if they did not."""
-        if self.collapse_message is not None and self.args.on_collapse == "stop":
-            return f"{self.collapse_message}; the run was stopped (training.on_collapse=stop)"
-        if self.guard is not None and self.guard.message is not None and self.args.on_worse == "stop":
-            return f"{self.guard.message}; the run was stopped (training.on_worse=stop)"
-        return None
+        """Why an alarm stopped the run, as a sentence; None if none did."""
+        return next(filter(None, (alarm.stop_reason(self.args) for alarm in self.alarms)), None)
+
+    @property
+    def collapse_message(self) -> str | None:
+        """Deprecated; use `collapse_alarm.message`."""
+        warnings.warn("collapse_message is deprecated; use collapse_alarm.message", FutureWarning, stacklevel=2)
+        return self.collapse_alarm.message
+
+    @property
+    def guard(self) -> Alarm | None:
+        """Deprecated; use `alarms`."""
+        warnings.warn("guard is deprecated; use alarms", FutureWarning, stacklevel=2)
+        return next((alarm for alarm in self.alarms if alarm is not self.collapse_alarm), None)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the model with the monitor, and check whether the embeddings have collapsed.
+        """Measure the model with the monitor. Then the alarms judge the measurements.
 
         Args:
             eval_dataset: other labeled images, in the forms of the constructor, or the name of an entry of
@@ -81,11 +87,10 @@ class EvaluatingTrainer(PushingTrainer):
         Raises:
             UserError: `eval_dataset` is of another type or has no labels.
         """
-        other = eval_dataset is not None
         with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:
                 with self.stop_signal.interruptible():
-                    if other:
+                    if eval_dataset is not None:
                         metrics = classify(
                             self._classifiers_of(eval_dataset), self.method, self._dtype,
                             self.compute_metrics, metric_key_prefix,
@@ -94,16 +99,8 @@ class EvaluatingTrainer(PushingTrainer):
                         metrics = self._built_monitor().measure(self.method, metric_key_prefix)
             except Interrupted:
                 self._stop()
-            message = None
-            if not other:
-                message = self.alarm.check(metrics, self.state.global_step, metric_key_prefix)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if any_process(message is not None, self.args.device):
-            self.collapse_message = message or "embeddings have collapsed on another process"
-            logger.warning("%s", self.collapse_message)
-            if self.args.on_collapse == "stop":
-                self.control.should_save = self.control.should_training_stop = True
         return metrics
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ssl.evaluation.statistics import MEASUREMENTS
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.gather import mean_over_processes
 from hf_ssl.modeling.outputs import SSLOutput
@@ -95,47 +96,27 @@ def peak_memory_gib(device: torch.device) -> float:
 
 Panel = tuple[str, tuple[str, ...]]
 
-# Each panel has a title and the log keys that share its axis. Keys that the run did not log and empty panels
-# are not drawn. Each further measurement of a method gets its own panel.
-PANELS: tuple[Panel, ...] = (
-    ("training loss", ("loss",)),
-    ("k-NN accuracy while training", ("eval_knn",)),
-    ("effective rank", ("eval_rank_me", "eval_embedding_rank", "eval_predictor_rank")),
-    ("standard deviation (1 isotropic, 0 collapsed)", ("eval_feature_std", "eval_embedding_std")),
-    ("alignment (0 perfect)", ("eval_alignment",)),
-    ("uniformity (lower is more even)", ("eval_uniformity",)),
-    ("learning rate", ("learning_rate",)),
-    ("weight decay", ("weight_decay",)),
-    ("images per second", ("images_per_second",)),
-    ("prototypes (entropy 1: used equally)", ("eval_prototype_entropy", "eval_prototypes_used")),
-    ("correlation of different dimensions (0 at best)", ("eval_off_diagonal_correlation",)),
-    ("steps that a key stays in the queue", ("eval_queue_age",)),
-    ("share of the queue that holds keys", ("eval_queue_filled",)),
-)
-# The loss of the monitor is not comparable with the training loss, because the number of images differs.
-_NOT_DRAWN = {"eval_loss"}
-
 
 def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
-    """Return the panels that have logged values.
+    """Return the panels of the curves: a title, and the logged keys that share the axis.
 
-    The panels are `PANELS`, one panel for each further measurement (`eval_<name>`), and one panel for the
-    terms of the loss if there are several.
+    There is one panel per title in `hf_ssl.evaluation.statistics.MEASUREMENTS`, one for each further
+    measurement (`eval_<name>`), and one for the terms of the loss if there are several.
 
     Args:
         log_history: see `draw_curves`.
     """
     logged = {key for record in log_history for key in record if _is_number(record[key])}
-    known = {key for _, keys in PANELS for key in keys}
-    others = sorted(key for key in logged - known - _NOT_DRAWN if key.startswith("eval_"))
-    terms = tuple(sorted(key for key in logged if key.startswith("term_")))
-    panels = [
-        *PANELS,
-        *((_label(key), (key,)) for key in others),
-        *([("terms of the loss", terms)] if len(terms) > 1 else []),
-    ]
-    present = [(title, tuple(key for key in keys if key in logged)) for title, keys in panels]
-    return [(title, keys) for title, keys in present if keys]
+    panels = {"training loss": ["loss"]}
+    for name, (text, panel) in MEASUREMENTS.items():
+        panels.setdefault(text if panel is None else panel, []).append(f"eval_{name}")
+    panels |= {_label(key): [key] for key in ("learning_rate", "weight_decay", "images_per_second")}
+    known = {key for keys in panels.values() for key in keys}
+    panels |= {_label(key): [key] for key in sorted(logged - known) if key.startswith("eval_")}
+    terms = sorted(key for key in logged if key.startswith("term_"))
+    panels["terms of the loss"] = terms if len(terms) > 1 else []
+    drawn = ((title, tuple(key for key in keys if key in logged)) for title, keys in panels.items() if title)
+    return [(title, keys) for title, keys in drawn if keys]
 
 
 def _is_number(value: Any) -> bool:

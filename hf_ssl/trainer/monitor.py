@@ -18,6 +18,7 @@ from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.gather import any_process
 from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.machine_settings import MONITOR_IMAGES
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], dict[str, float]]
 
-_KNN = "eval_knn"
+_KNN, _MONITORED = "eval_knn", "eval_embedding_std"
 _TEMPERATURE = 0.07
 _SEED_OFFSET = 2**32
 """Offset of the seed for the monitor. It makes the views differ from those of training."""
@@ -246,7 +247,45 @@ class Monitor:
         }
 
 
-class CollapseAlarm:
+class Alarm(TrainerCallback):
+    """Judges the measurements of the monitor; warns, or stops the run in all processes.
+
+    Attributes:
+        argument: the training argument that says what happens: `warn` or `stop`.
+        message: the last message; None if there was none.
+    """
+
+    argument: str
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def judge(self, history: list[dict[str, float]]) -> str | None:
+        """Return a message if the last measurements are bad, else None.
+
+        Args:
+            history: the log records of the monitor, with `step` and the measurements.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define judge")
+
+    def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
+        if _MONITORED not in (metrics or {}):
+            return  # `evaluate` measured other images
+        message = self.judge([record for record in state.log_history if _MONITORED in record])
+        if any_process(message is not None, args.device):
+            self.message = message or "another process reports bad measurements"
+            logger.warning("%s", self.message)
+            if getattr(args, self.argument) == "stop":
+                control.should_save = control.should_training_stop = True
+
+    def stop_reason(self, args: SSLTrainingArguments) -> str | None:
+        """Return why the alarm stopped the run, as a sentence; None if it did not."""
+        if self.message is None or getattr(args, self.argument) != "stop":
+            return None
+        return f"{self.message}; the run was stopped (training.{self.argument}=stop)"
+
+
+class CollapseAlarm(Alarm):
     """Detects collapsed embeddings by a low standard deviation, rank or measurement of the method.
 
     The embeddings of a new network may be nearly collapsed and recover during training. The alarm is raised
@@ -257,28 +296,28 @@ class CollapseAlarm:
         minimum: the value below which a measurement is low, by name (`SSLPreTrainedModel.collapsed_below`).
     """
 
-    def __init__(self, minimum: Mapping[str, float]) -> None:
-        self.minimum = minimum
-        self.previous: dict[str, float] = {}
+    argument = "on_collapse"
 
-    def check(self, metrics: dict[str, float], step: int, prefix: str = "eval") -> str | None:
-        """Return a message if the embeddings have collapsed, else None."""
+    def __init__(self, minimum: Mapping[str, float]) -> None:
+        super().__init__()
+        self.minimum = minimum
+
+    def judge(self, history: list[dict[str, float]]) -> str | None:
+        *earlier, last = history
+        trained = [record for record in earlier if record["step"] > 0]
         message = None
         for name, minimum in self.minimum.items():
-            value, before = metrics[f"{prefix}_{name}"], self.previous.get(name)
-            low = math.isnan(value) or value < minimum
-            stays_low = before is not None and before < minimum and value <= 1.2 * before
-            if low and (stays_low or math.isnan(value)):
+            value, before = last[f"eval_{name}"], trained[-1][f"eval_{name}"] if trained else math.inf
+            stays_low = value < minimum and before < minimum and value <= 1.2 * before
+            if stays_low or math.isnan(value):
                 message = (
-                    f"embeddings have collapsed at step {step}: {name} is {value:.3g}, "
+                    f"embeddings have collapsed at step {last['step']}: {name} is {value:.3g}, "
                     f"expected at least {minimum:g}"
                 )
-            if step > 0:
-                self.previous[name] = value
         return message
 
 
-class FeatureGuard(TrainerCallback):
+class FeatureGuard(Alarm):
     """Compares the k-NN accuracy of a continued run with the accuracy before the first step.
 
     New heads make the features worse at first, so one low measurement is no evidence. The guard fires when
@@ -287,25 +326,16 @@ class FeatureGuard(TrainerCallback):
 
     Args:
         queries: number of images on which the accuracy is measured.
-
-    Attributes:
-        message: the message about the last measurement; None if the features are not worse.
     """
 
+    argument = "on_worse"
+
     def __init__(self, queries: int) -> None:
+        super().__init__()
         self.queries = queries
-        self.message: str | None = None
 
-    def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
-        measured = [(record["step"], record[_KNN]) for record in state.log_history if _KNN in record]
-        self.message = self._judge(measured)
-        if self.message is None:
-            return
-        logger.warning("%s", self.message)
-        if args.on_worse == "stop":
-            control.should_save = control.should_training_stop = True
-
-    def _judge(self, measured: list[tuple[int, float]]) -> str | None:
+    def judge(self, history: list[dict[str, float]]) -> str | None:
+        measured = [(record["step"], record[_KNN]) for record in history if _KNN in record]
         if len(measured) < 3:
             return None
         (_, start), (_, before), (step, now) = measured[0], *measured[-2:]

@@ -94,8 +94,10 @@ class SSLTrainer(EvaluatingTrainer):
     `data_collator`, `processing_class` and `preprocess_logits_for_metrics` must be None.
 
     Attributes:
-        collapse_message: the last message of the collapse alarm; None if there was none.
-        guard: the guard of a continued run with a k-NN monitor, else None.
+        collapse_alarm: warns about collapsed embeddings or stops the run.
+        alarms: `collapse_alarm`, and for a continued run with k-NN images a guard against worse features.
+        steps_per_epoch: optimizer steps of an epoch, and of the whole run if the length of an epoch is not
+            known; 0 before training.
     """
 
     args: SSLTrainingArguments
@@ -143,10 +145,8 @@ class SSLTrainer(EvaluatingTrainer):
         if monitor is None and eval_dataset is not None:
             classifiers = knn_classifiers(eval_dataset, data, self.processor, args)
         self.classifiers = classifiers
-        self.alarm = CollapseAlarm(model.collapsed_below)
         self.broken = BrokenCounter(data.max_broken_fraction, self.source.num_rows)
-        self.collapse_message: str | None = None
-        self.resumed = 0
+        self.resumed = self.steps_per_epoch = 0
         self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
         self._terms = TermMeans()
         self._position: dict[str, Any] | None = None
@@ -159,7 +159,9 @@ class SSLTrainer(EvaluatingTrainer):
         self.choices: Choices = choices
         prepare_model(model, args)
         knn = classifiers.get("")
-        self.guard = FeatureGuard(len(knn.tested)) if continued and knn is not None else None
+        self.collapse_alarm = CollapseAlarm(model.collapsed_below)
+        guards = [FeatureGuard(len(knn.tested))] if continued and knn is not None else []
+        self.alarms = [self.collapse_alarm, *guards]
         super().__init__(
             model=model,
             args=args,
@@ -177,11 +179,13 @@ class SSLTrainer(EvaluatingTrainer):
             MemoryWarmup(
                 model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast
             ),
-            MethodHooks(model, lambda: not self.accelerator.optimizer_step_was_skipped),
+            MethodHooks(
+                model, lambda: self.steps_per_epoch, lambda: not self.accelerator.optimizer_step_was_skipped
+            ),
             WeightDecaySchedule(),
             self.stop_signal,
             CurvesCallback(),
-            *([] if self.guard is None else [self.guard]),
+            *self.alarms,
         ):
             self.add_callback(callback)
 
@@ -261,20 +265,21 @@ class SSLTrainer(EvaluatingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the learning rate schedule: warm-up, then the schedule of transformers."""
         if self.lr_scheduler is None:
-            per_epoch = self._steps_per_epoch(num_training_steps)
+            if not self.steps_per_epoch:  # called by the user, before training
+                self.set_initial_training_values(self.args, self.get_train_dataloader())
             optimizer = optimizer if optimizer is not None else self.create_optimizer()
-            self.lr_scheduler = build_scheduler(optimizer, self.args, num_training_steps, per_epoch)
+            self.lr_scheduler = build_scheduler(
+                optimizer, self.args, num_training_steps, self.steps_per_epoch
+            )
             self.stopwatch.start(self.state.global_step)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _steps_per_epoch(self, total_steps: int) -> int:
-        """Return the optimizer steps of an epoch; the total if the length of a stream is not known."""
-        rows = self.source.num_rows
-        if rows is None:
-            return total_steps
-        batches = rows // (self.args.per_device_train_batch_size * self.args.world_size)
-        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """Store `steps_per_epoch`, and return the numbers of steps and images as transformers' Trainer."""
+        numbers = super().set_initial_training_values(args, dataloader)
+        self.steps_per_epoch = numbers[1]
+        return numbers
 
     def compute_loss(
         self,

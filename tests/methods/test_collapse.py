@@ -74,4 +74,4 @@ def test_the_alarm(method, whole, tmp_path, monkeypatch):
     if not whole:
         remove(trainer.method, monkeypatch)
     trainer.train()
-    assert (trainer.collapse_message is None) == whole, trainer.collapse_message
+    assert (trainer.collapse_alarm.message is None) == whole, trainer.collapse_alarm.message

@@ -384,7 +384,7 @@ def test_the_alarm(whole, tmp_path, monkeypatch, no_curves):
         monkeypatch.setattr(model, "teacher_features", teach_oneself)
         monkeypatch.setattr(modeling_ijepa, "latent_smooth_l1", torch.nn.functional.smooth_l1_loss)
     trainer.train()
-    assert (trainer.collapse_message is None) == whole, trainer.collapse_message
+    assert (trainer.collapse_alarm.message is None) == whole, trainer.collapse_alarm.message
 
 
 @pytest.mark.parametrize(

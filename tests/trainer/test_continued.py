@@ -142,7 +142,10 @@ def test_the_facts_compare_with_the_start_and_tell_no_folder(finished_run, tmp_p
 
 
 def metrics(*accuracies: float) -> list[dict]:
-    return [{"step": 10 * number, "eval_knn": value} for number, value in enumerate(accuracies)]
+    return [
+        {"step": 10 * number, "eval_knn": value, "eval_embedding_std": 0.9}
+        for number, value in enumerate(accuracies)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,11 +166,12 @@ def test_the_guard_speaks_when_two_in_a_row_are_clearly_worse(accuracies, worse)
         FeatureGuard(queries=1000),
         SimpleNamespace(should_training_stop=False, should_save=False),
     )
-    state = SimpleNamespace(log_history=metrics(*accuracies))
-    guard.on_evaluate(SimpleNamespace(on_worse="stop"), state, control)
+    history = metrics(*accuracies)
+    state = SimpleNamespace(log_history=history)
+    guard.on_evaluate(SimpleNamespace(on_worse="stop", device="cpu"), state, control, history[-1])
     assert (guard.message is not None) == control.should_training_stop == control.should_save == worse
     control.should_training_stop = False
-    guard.on_evaluate(SimpleNamespace(on_worse="warn"), state, control)
+    guard.on_evaluate(SimpleNamespace(on_worse="warn", device="cpu"), state, control, history[-1])
     assert not control.should_training_stop
 
 
@@ -182,15 +186,20 @@ def test_a_run_that_spoils_its_encoder_is_stopped(finished_run, tmp_path, no_cur
 
 
 def test_only_such_runs_are_guarded(finished_run, tmp_path):
-    def guard(recipe):
+    def guarded(recipe):
         trainer = build_trainer(recipe, recipe.training_arguments())
-        assert (trainer.guard in trainer.callback_handler.callbacks) == (trainer.guard is not None)
+        assert set(trainer.alarms) <= set(trainer.callback_handler.callbacks)
         assert trainer.stop_reason is None
-        return trainer.guard
+        found = any(isinstance(alarm, FeatureGuard) for alarm in trainer.alarms)
+        with pytest.warns(FutureWarning, match="alarms"):
+            assert (trainer.guard is not None) == found
+        with pytest.warns(FutureWarning, match="collapse_alarm"):
+            assert trainer.collapse_message is None
+        return found
 
     output = f"training.output_dir={tmp_path}"
-    assert guard(continued(finished_run, output)) is not None
-    assert guard(load_recipe("smoke/simclr", [output])) is None
+    assert guarded(continued(finished_run, output))
+    assert not guarded(load_recipe("smoke/simclr", [output]))
 
 
 @pytest.mark.parametrize(

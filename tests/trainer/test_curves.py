@@ -39,7 +39,7 @@ def test_eight_panels_are_drawn_for_every_method():
     history = [{"step": 0, "eval_loss": 2.0, **MONITORED}, {"step": 1, "epoch": 0.5, **logged}]
     panels = select_panels(history)
     assert len(panels) == 8
-    assert ("effective rank", ("eval_rank_me", "eval_embedding_rank")) in panels
+    assert ("effective rank", ("eval_embedding_rank", "eval_rank_me")) in panels
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_panel_is_named_after_a_measurement_that_no_table_names():
 
 def test_ranks_share_an_axis():
     panels = select_panels([{"step": 0, **MONITORED, "eval_predictor_rank": 3.0}])
-    assert ("effective rank", ("eval_rank_me", "eval_embedding_rank", "eval_predictor_rank")) in panels
+    assert ("effective rank", ("eval_embedding_rank", "eval_rank_me", "eval_predictor_rank")) in panels
 
 
 def test_terms_are_drawn_together_where_there_are_several():

@@ -287,9 +287,13 @@ def test_own_loader_and_loss_work(table: Dataset, tmp_path: Path) -> None:
         return 2 * outputs.loss
 
     options = {"train_dataset": table, "compute_loss_func": loss_func}
-    trainer = Own(model(), arguments(tmp_path, logging_steps=1), **options)
+    trainer = Own(model(), arguments(tmp_path, logging_steps=1, warmup_epochs=1), **options)
     trainer.train()
     assert len(losses) == 2
+    # The epoch of this loader counts, not that of the table.
+    assert trainer.steps_per_epoch == 2 != len(table) // 8
+    assert trainer.state.log_history[0]["learning_rate"] == 0
+    assert trainer.state.log_history[1]["learning_rate"] == pytest.approx(trainer.args.learning_rate / 2)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(2 * losses[0].item(), rel=1e-5)
     with pytest.raises(UserError, match=mentions("training.contrastive_chunk_size", "objective")):
         SSLTrainer(model(), arguments(tmp_path, contrastive_chunk_size=4), **options)

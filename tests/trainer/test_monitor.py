@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,25 +62,37 @@ def test_weights_with_and_without_a_monitor_are_equal(tmp_path, seed):
         assert torch.equal(value, watched.method.state_dict()[name]), name
 
 
-def metrics(std, rank):
-    return {"eval_embedding_std": std, "eval_embedding_rank": rank}
+def judged(*measurements, first_step=0):
+    """Return the alarm's message for (standard deviation, rank) of measurements after every 10 steps."""
+    history = [
+        {"step": first_step + 10 * number, "eval_embedding_std": std, "eval_embedding_rank": rank}
+        for number, (std, rank) in enumerate(measurements)
+    ]
+    return CollapseAlarm(SSLPreTrainedModel.collapsed_below).judge(history)
 
 
 def test_alarm_needs_two_low_measurements_that_do_not_recover():
-    alarm = CollapseAlarm(SSLPreTrainedModel.collapsed_below)
-    assert alarm.check(metrics(0.001, 1.0), 0) is None  # an untrained network may start there
-    assert alarm.check(metrics(0.001, 9.0), 10) is None
-    assert alarm.check(metrics(0.010, 9.0), 20) is None  # recovering
-    assert alarm.check(metrics(0.500, 9.0), 30) is None
-    assert alarm.check(metrics(0.010, 9.0), 40) is None
-    assert "embedding_std is 0.009" in alarm.check(metrics(0.009, 9.0), 50)
+    assert judged((0.001, 1.0)) is None
+    assert judged((0.001, 1.0), (0.001, 9.0)) is None  # an untrained network may start there
+    assert judged((0.001, 1.0), (0.001, 9.0), (0.010, 9.0)) is None  # recovering
+    assert judged((0.001, 9.0), (0.500, 9.0), (0.010, 9.0)) is None
+    assert "embedding_std is 0.009" in judged((0.5, 9.0), (0.010, 9.0), (0.009, 9.0))
+    assert "at step 20" in judged((0.010, 9.0), (0.009, 9.0), first_step=10)  # none at step 0
 
 
 def test_alarm_for_a_lost_dimension_and_for_nan():
+    assert "embedding_rank is 1.1" in judged((0.9, 1.1), (0.9, 1.1), first_step=10)
+    assert "nan" in judged((float("nan"), 5.0))
+
+
+def test_measurements_of_other_images_are_not_judged():
     alarm = CollapseAlarm(SSLPreTrainedModel.collapsed_below)
-    alarm.check(metrics(0.9, 1.1), 10)
-    assert "embedding_rank is 1.1" in alarm.check(metrics(0.9, 1.1), 20)
-    assert "nan" in CollapseAlarm(SSLPreTrainedModel.collapsed_below).check(metrics(float("nan"), 5.0), 10)
+    collapsed = {"step": 10, "eval_embedding_std": float("nan"), "eval_embedding_rank": 5.0}
+    state, args = SimpleNamespace(log_history=[collapsed]), SimpleNamespace(device="cpu", on_collapse="warn")
+    alarm.on_evaluate(args, state, None, metrics={"eval_knn": 0.5})
+    assert alarm.message is None
+    alarm.on_evaluate(args, state, None, metrics=collapsed)
+    assert "nan" in alarm.message
 
 
 class Attracting(SimCLRForPreTraining):
@@ -106,7 +119,7 @@ def test_without_negatives_the_alarm_is_raised_and_with_them_it_is_silent(
     recipe.__dict__["model_class"] = model
     made = build_trainer(recipe, recipe.training_arguments())
     made.train()
-    assert (made.collapse_message is not None) is collapses
+    assert (made.collapse_alarm.message is not None) is collapses
     assert (made.state.global_step < 60) is collapses
 
 
