@@ -61,7 +61,8 @@ class EvaluatingTrainer(PushingTrainer):
     @property
     def collapse_message(self) -> str | None:
         """Deprecated; use `collapse_alarm.message`."""
-        warnings.warn("collapse_message is deprecated; use collapse_alarm.message", FutureWarning, stacklevel=2)
+        text = "collapse_message is deprecated; use collapse_alarm.message"
+        warnings.warn(text, FutureWarning, stacklevel=2)
         return self.collapse_alarm.message
 
     @property
