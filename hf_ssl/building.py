@@ -107,8 +107,8 @@ def build_trainer(
         check_batch_size(args, source.num_rows, source.description)
     with progress("building the model"):
         model = build_model(recipe, args.seed, source)
-    knn = _knn_classifier(recipe, args) if args.monitor_steps else None
-    if stored is None and (args.monitor_steps or not recipe.is_overridden("training.batch_size")):
+    knn = _knn_classifier(recipe, args) if args.measures else None
+    if stored is None and (args.measures or not recipe.is_overridden("training.batch_size")):
         with progress("measuring a training step"):
             chosen = _choose_sizes(recipe, args, model, source, labeled=knn is not None)
         if "training.monitor_bank_images" in chosen and knn is not None:
@@ -116,7 +116,7 @@ def build_trainer(
         choices |= chosen
     _check_images(recipe, args, source)
     monitor = None
-    if args.monitor_steps:
+    if args.measures:
         count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
         with progress("loading images for the monitor"):
             images = load_monitor_images(source, recipe.views, recipe.data, args, count)
@@ -214,7 +214,7 @@ def _choose_sizes(
             "for less memory, set training.contrastive_chunk_size=32 or training.gradient_accumulation_steps",
             args.batch_size, cost.needed_bytes(args) / 2**30, free / 2**30,
         )  # fmt: skip
-    if args.monitor_steps:
+    if args.measures:
         overridden = {name for name in recipe.training if recipe.is_overridden(f"training.{name}")}
         choices |= choose_monitor(args, cost, source.num_rows, labeled=labeled, overridden=overridden)
     return choices
@@ -236,4 +236,4 @@ def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None
     processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
-    return KNNClassifier(bank, queries, processor, args.monitor_neighbors)
+    return KNNClassifier(bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception for mistakes of the user (layer 0)."""
+"""The exception for mistakes of the user, and the hint of its message for an unknown name (layer 0)."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -8,3 +11,25 @@ class UserError(ValueError):
     The message has the form `section.key: expected X, got Y; do Z`. The command line prints it and exits with
     status 2. A script can catch it as a `ValueError`.
     """
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message about an unknown name.
+
+    It contains the most similar known name. If no name is similar, it contains all names, unless there are
+    more than 40.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        prefix: text before the similar name, for example the section.
+    """
+    names = list(known)
+    close = get_close_matches(name, names, 1, cutoff=0.5)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return (
+        f"use one of {', '.join(names)}"
+        if len(names) <= 40
+        else f"none of the {len(names)} known names is similar"
+    )

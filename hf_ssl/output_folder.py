@@ -28,7 +28,8 @@ _FREE_KEYS = {
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
-        "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
+        "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
+        "logging_strategy", "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
     },
 }  # fmt: skip
 

@@ -5,11 +5,17 @@ A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. A
 with the output of this program.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import TrainingArguments
+
+from hf_ssl.evaluation.statistics import MEASUREMENTS
 from hf_ssl.methods import METHODS
+from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
+from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "training/README.md")
@@ -25,12 +31,38 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def arguments() -> str:
+    """Return a Markdown table of all arguments of the installed transformers' Trainer."""
+    lines = ["| argument | Python | recipe and command line |", "|---|---|---|"]
+    working: list[str] = []
+    for name in sorted(field.name for field in dataclasses.fields(TrainingArguments) if field.init):
+        if name in REJECTED:
+            lines.append(f"| `{name}` | rejected: {REJECTED[name]} | rejected |")
+        elif name in WITHOUT_EFFECT:
+            lines.append(f"| `{name}` | no effect, with a warning: {WITHOUT_EFFECT[name]} | no effect |")
+        elif name in REPLACED:
+            lines.append(f"| `{name}` | works | rejected: {REPLACED[name]} |")
+        elif name in PUBLISH_KEYS:
+            lines.append(f"| `{name}` | works | works, as `publish.{PUBLISH_KEYS[name]}` |")
+        else:
+            working.append(f"`{name}`")
+    return "\n".join([*lines, f"| {', '.join(working)} | work | work |"])
+
+
+def measurements() -> str:
+    """Return a Markdown table of the measurements of the monitor."""
+    lines = ["| name | measurement |", "|---|---|"]
+    return "\n".join(lines + [f"| `eval_{name}` | {text} |" for name, (text, _) in MEASUREMENTS.items()])
+
+
 def _result(name: str) -> Callable[[], str]:
     return lambda: (ROOT / "training" / name).read_text(encoding="utf-8").strip()
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "arguments": arguments,
+    "measurements": measurements,
     "compare": _result("results/compare.md"),
     "benchmarks": _result("benchmarks/results/cpu.md"),
 }

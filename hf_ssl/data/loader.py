@@ -46,6 +46,8 @@ def train_loader(
     position: dict[str, Any] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+    start_method: str | None = None,
     device: torch.device | str = "cpu",
 ) -> "DataLoader[LoadedBatch]":
     """Return the training loader of one process.
@@ -74,6 +76,8 @@ def train_loader(
         num_workers: number of worker processes. It has no effect on the batches of map-style data, and
             changes the order of a stream.
         pin_memory: whether to pin the memory of batches, so that copies to an accelerator do not block.
+        prefetch_factor: batches that each worker prepares in advance; None for torch's default.
+        start_method: how worker processes start, "fork", "spawn" or "forkserver"; None for torch's default.
         device: the device of the model, which stores the images for `data.cache=device`.
 
     Raises:
@@ -85,6 +89,8 @@ def train_loader(
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "pin_memory": pin_memory,
+        "prefetch_factor": prefetch_factor if num_workers else None,
+        "multiprocessing_context": start_method if num_workers else None,
         "collate_fn": _unchanged,
         "generator": _separate_generator(),
         "worker_init_fn": _ignore_signals,

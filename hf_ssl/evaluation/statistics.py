@@ -5,6 +5,7 @@ All functions are pure functions of tensors. They convert half precision to floa
 Legend: N images, D features.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
 
     The result is exp(-sum p_k log p_k) with p_k = sigma_k / sum(sigma) + eps for the singular values sigma.
     They are computed from the smaller Gram matrix in float64. This is faster than an SVD and agrees with
-    an SVD in float64 to seven digits. Features that are all zero give 1.
+    an SVD in float64 to seven digits. Features that are all zero give 1, features that are not finite NaN.
 
     Args:
         features: (N, D), neither centered nor normalized.
@@ -78,6 +79,8 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
     Source: RankMe (2210.02885), equation 1.
     """
     rows = features.double()
+    if not torch.isfinite(rows).all():
+        return math.nan  # the eigenvalues cannot be computed
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     total = singular.sum()

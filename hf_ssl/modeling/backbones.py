@@ -3,12 +3,16 @@
 
 import inspect
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from hf_ssl.errors import UserError
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
 from hf_ssl.modeling.pooling import pool
 
@@ -55,6 +59,64 @@ def set_identity_pooler(backbone: Any) -> None:
     if backbone.config.model_type in CLS_POOLER_TYPES and backbone.pooler is not None:
         nn.init.eye_(backbone.pooler.dense.weight)
         nn.init.zeros_(backbone.pooler.dense.bias)
+
+
+def checkpoint_stages(
+    backbone: nn.Module, enable: bool, checkpoint: Callable[..., Any], every_n_layers: int = 1
+) -> None:
+    """Make the stages of an encoder store only their outputs in training, and compute the rest again.
+
+    It is for encoders in which transformers supports no activation checkpointing, such as ResNet and
+    ConvNeXt. The stages are the members of the first list of at least two modules.
+
+    Args:
+        backbone: the encoder. The method changes `forward` of its stages.
+        enable: whether the stages use checkpoints from now on.
+        checkpoint: `torch.utils.checkpoint.checkpoint`, possibly with options. The variant with
+            `use_reentrant=False` is always used.
+        every_n_layers: only every n-th stage uses checkpoints.
+
+    Raises:
+        UserError: the encoder contains no such list.
+    """
+    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1)
+    stages = next(lists, None)
+    if stages is None:
+        raise UserError(
+            f"training.gradient_checkpointing: expected an encoder with stages, got "
+            f"{type(backbone).__name__}; use false, and a smaller training.batch_size"
+        )
+    for number, stage in enumerate(stages):
+        vars(stage).pop("forward", None)
+        if enable and number % every_n_layers == 0:
+            stage.forward = partial(_checkpointed, checkpoint, stage, stage.forward)
+
+
+def _checkpointed(
+    checkpoint: Callable[..., Any], stage: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any
+) -> Any:
+    if not (stage.training and torch.is_grad_enabled()):
+        return forward(*inputs, **named)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _copied_buffers(stage)
+
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+
+@contextmanager
+def _copied_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a second computation change copies, so that BatchNorm counts each batch once in its statistics."""
+    originals = [
+        (m, name, buffer) for m in module.modules() for name, buffer in m.named_buffers(recurse=False)
+    ]
+    for owner, name, buffer in originals:
+        setattr(owner, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for owner, name, buffer in originals:
+            setattr(owner, name, buffer)
 
 
 def freeze_unused(backbone: PreTrainedModel) -> None:

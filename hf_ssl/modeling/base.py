@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import (
     build_backbone,
+    checkpoint_stages,
     encode,
     freeze_unused,
     initialize_as_timm,
@@ -110,6 +112,20 @@ class SSLPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        # transformers (5.20 to 5.24) raises an error for encoders such as ResNet. 5.20 has no
+        # `every_n_layers`.
+        if any(hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()):
+            options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
+            super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        else:
+            checkpoint_stages(self.backbone, enable, gradient_checkpointing_func, every_n_layers)
 
     # What a method defines.
 

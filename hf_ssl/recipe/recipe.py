@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.backbone import (
@@ -24,7 +24,7 @@ from hf_ssl.recipe.backbone import (
     pretrained_config,
 )
 from hf_ssl.recipe.checks import check_encoder, check_method
-from hf_ssl.recipe.sections import convert_values, one_line, suggestion, to_dataclass, transformers_config
+from hf_ssl.recipe.sections import convert_values, one_line, to_dataclass, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
 from hf_ssl.views.preset import ViewPreset
 
@@ -35,8 +35,13 @@ if TYPE_CHECKING:
     from hf_ssl.modeling.configuration import SSLConfig
     from hf_ssl.trainer.arguments import SSLTrainingArguments
 
-# Arguments of transformers that an argument of hf_ssl replaces.
-REPLACED = {"per_device_train_batch_size": "batch_size", "optim": "optimizer"}
+# Arguments of transformers that need another way on the command line.
+REPLACED = {
+    "per_device_train_batch_size": "set training.batch_size",
+    "optim": "set training.optimizer",
+    "eval_steps": "set training.monitor_steps",
+    "resume_from_checkpoint": "the same command resumes the run in training.output_dir",
+}
 # Arguments of transformers with the same meaning as keys of the section `publish`, which stores the values.
 PUBLISH_KEYS = {"hub_model_id": "repo_id", "hub_private_repo": "private"}
 
@@ -198,6 +203,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             or values contradict each other.
     """
     from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
+    from hf_ssl.trainer.transformers_arguments import check_metric
 
     name, path = find_recipe(str(name_or_path))
     plain = apply_overrides(read_yaml(path), overrides)
@@ -209,7 +215,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise UserError(f"method.name: expected a known method, got {method}; {suggestion(method, METHODS)}")
     for key in plain["training"].keys() & REPLACED.keys():
         raise UserError(
-            f"training.{key}: expected no value, because hf_ssl does not use it; set training.{REPLACED[key]}"
+            f"training.{key}: expected no value in a recipe, got {plain['training'][key]}; {REPLACED[key]}"
         )
     merge_repo(plain["training"], plain["publish"])
     data = to_dataclass(DataConfig, plain["data"], "data")
@@ -249,7 +255,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     )
     check_encoder(recipe.backbone_config(), data, views)
     recipe.config()
-    recipe.training_arguments()
+    check_metric(recipe.training_arguments().metric_for_best_model)
     return recipe
 
 

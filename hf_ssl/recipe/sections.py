@@ -11,14 +11,13 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, suggestion
 
 _WORDS = {
     int: "a whole number",
@@ -28,28 +27,6 @@ _WORDS = {
     types.NoneType: "null",
 }
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
-
-
-def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message about an unknown name.
-
-    It contains the most similar known name. If no name is similar, it contains all names, unless there are
-    more than 40.
-
-    Args:
-        name: the unknown name.
-        known: the known names.
-        prefix: text before the similar name, for example the section.
-    """
-    names = list(known)
-    close = get_close_matches(name, names, 1, cutoff=0.5)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
-    return (
-        f"use one of {', '.join(names)}"
-        if len(names) <= 40
-        else f"none of the {len(names)} known names is similar"
-    )
 
 
 def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -5,22 +5,30 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import IntervalStrategy, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, suggestion
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.names import renamed_arguments
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
+from hf_ssl.trainer.transformers_arguments import check_accelerator_config, check_arguments
 
 AUTO = "auto"
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
 DEFAULT_BATCH_SIZE = 256
 RULES = ("none", "linear", "square_root")
+if TYPE_CHECKING:
+    WorkerCount = int | str
+else:
+    WorkerCount = str  # HfArgumentParser (transformers 5.20 to 5.24) reads `int | str` as int: no `auto`
+_MONITOR_STEPS = 200
+_DEFAULTS = {item.name: item.default for item in fields(TrainingArguments) if item.init}
 
 
 @renamed_arguments(monitor_neighbours="monitor_neighbors")
@@ -37,7 +45,8 @@ class SSLTrainingArguments(TrainingArguments):
             `fp16=False` exclude that precision from the choice.
         dataloader_num_workers: a number, or `auto`, which selects a number by cores, device and image size
             (`hf_ssl.trainer.machine_settings`).
-        optimizer: `sgd`, `adamw` or `lars`. The field `optim` of transformers is not used.
+        optimizer: `sgd`, `adamw`, `lars`, or the name of another optimizer of transformers, e.g. `adafactor`.
+            `optim` has the same meaning. `optim_args` gives arguments to the optimizers of transformers.
         base_learning_rate: if set, `learning_rate_rule` computes `learning_rate` from this value.
         learning_rate_rule: `none`; `linear`: base x batch_size / 256; `square_root`: base x
             sqrt(batch_size) (SimCLR).
@@ -60,7 +69,9 @@ class SSLTrainingArguments(TrainingArguments):
             images at once.
         sync_batch_norm: whether BatchNorm statistics include the images of all processes.
         channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
-        monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it.
+        monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it. `eval_steps`
+            has the same meaning, also as a fraction of the run. `eval_strategy=epoch` measures after each
+            epoch instead.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
         monitor_neighbors: k of the k-NN classifier.
         layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
@@ -80,7 +91,10 @@ class SSLTrainingArguments(TrainingArguments):
     weight_decay: float = 1e-4
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
-    dataloader_num_workers: int | str = AUTO  # type: ignore[assignment]
+    dataloader_num_workers: WorkerCount = AUTO  # type: ignore[assignment]
+    dataloader_drop_last: bool = True
+    per_device_eval_batch_size: int = 256  # images that the monitor encodes at once
+    eval_on_start: bool = True  # the first measurement shows how much training improves
     bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` sets it
     fp16: bool | None = None  # type: ignore[assignment]
     ddp_find_unused_parameters: bool | None = False
@@ -110,7 +124,7 @@ class SSLTrainingArguments(TrainingArguments):
     contrastive_chunk_size: int | None = None
     sync_batch_norm: bool = True
     channels_last: bool = True
-    monitor_steps: int = 200
+    monitor_steps: int = _MONITOR_STEPS
     monitor_bank_images: int = 2000
     monitor_query_images: int = 1000
     monitor_neighbors: int = 20
@@ -137,21 +151,21 @@ class SSLTrainingArguments(TrainingArguments):
             return args
         if args is None:
             return cls(output_dir="trainer_output")
-        defaults = {item.name: item.default for item in fields(TrainingArguments) if item.init}
         stock = TrainingArguments(output_dir=str(args.output_dir), use_cpu=args.use_cpu)
         given = {
             name: value
-            for name in defaults
-            if (value := getattr(args, name)) not in (defaults[name], getattr(stock, name))
+            for name in _DEFAULTS
+            if (value := getattr(args, name)) not in (_DEFAULTS[name], getattr(stock, name))
         }
         return cls(**{"output_dir": args.output_dir, **given})
 
     def __post_init__(self) -> None:
+        check_arguments(self)
         self._read_lars()
         if self.nesterov:
             warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=3)
         _check_choice("precision", self.precision, (AUTO, *DTYPES))
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        self._read_optimizer()
         _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
         _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
         _check_choice("on_worse", self.on_worse, ("warn", "stop"))
@@ -167,7 +181,9 @@ class SSLTrainingArguments(TrainingArguments):
             raise UserError(
                 f"training.learning_rate_drops: expected positive epochs, got {self.learning_rate_drops}"
             )
-        workers = self.dataloader_num_workers
+        workers: Any = self.dataloader_num_workers
+        if isinstance(workers, str) and workers.removeprefix("-").isdecimal():
+            workers = self.dataloader_num_workers = int(workers)
         if workers != AUTO and (not isinstance(workers, int) or workers < 0):
             raise UserError(
                 f"training.dataloader_num_workers: expected auto or an integer of at least 0, got {workers!r}"
@@ -182,8 +198,7 @@ class SSLTrainingArguments(TrainingArguments):
             raise UserError(f"training.weight_decay_end: expected at least 0, got {self.weight_decay_end}")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
-        if self.monitor_steps:
-            self.eval_strategy, self.eval_steps, self.eval_on_start = "steps", self.monitor_steps, True
+        self._read_monitor_steps()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers raises an error for bf16 on a CPU
         per_device = self.per_device_train_batch_size
@@ -191,6 +206,7 @@ class SSLTrainingArguments(TrainingArguments):
         if workers == AUTO:  # transformers needs a number, and at least 1 with a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
+        check_accelerator_config(self)
         self.dataloader_num_workers = workers
         if self.n_gpu > 1:
             raise UserError(
@@ -208,6 +224,49 @@ class SSLTrainingArguments(TrainingArguments):
                 "training.batch_size, per_device_train_batch_size: expected one of them, or batch_size = "
                 f"per_device_train_batch_size x {micro_batches}, got {self.batch_size} and {per_device}"
             )
+
+    def _read_optimizer(self) -> None:
+        """Make `optimizer` and `optim` consistent."""
+        unset = _DEFAULTS["optim"]
+        given = OptimizerNames(self.optim).value
+        name = "adamw" if given in ("adamw_torch", "adamw_torch_fused") else given
+        if given != unset and self.optimizer not in ("adamw", name):
+            raise UserError(
+                f"training.optimizer, training.optim: expected one of them, got {self.optimizer} and {given}"
+            )
+        self.optimizer = name if given != unset else self.optimizer
+        known = [*OPTIMIZERS, *(item.value for item in OptimizerNames)]
+        if self.optimizer not in known:
+            raise UserError(
+                f"training.optimizer: expected {', '.join(OPTIMIZERS)} or an optimizer of transformers, got "
+                f"{self.optimizer!r}; {suggestion(str(self.optimizer), known)}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            self.optim = self.optimizer
+        elif self.optim_args is not None:
+            raise UserError(
+                f"training.optim_args: expected no value for the optimizer {self.optimizer}, got "
+                f"{self.optim_args}; set training.momentum, training.lars or training.adam_beta1"
+            )
+
+    def _read_monitor_steps(self) -> None:
+        """Make `monitor_steps`, `eval_steps`, `eval_strategy` and `eval_on_start` consistent."""
+        strategy = IntervalStrategy(self.eval_strategy)
+        if self.eval_steps is not None and strategy != IntervalStrategy.EPOCH:
+            if self.monitor_steps not in (_MONITOR_STEPS, self.eval_steps):
+                raise UserError(
+                    "training.monitor_steps, training.eval_steps: expected one of them, got "
+                    f"{self.monitor_steps} and {self.eval_steps}"
+                )
+            self.eval_strategy = IntervalStrategy.STEPS
+        elif strategy != IntervalStrategy.EPOCH and self.monitor_steps:
+            self.eval_strategy, self.eval_steps = IntervalStrategy.STEPS, self.monitor_steps
+        self.eval_on_start = self.eval_on_start and self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether the monitor measures the model during training."""
+        return self.eval_strategy != IntervalStrategy.NO
 
     def _read_lars(self) -> None:
         """Make `lars` a `LARSConfig`, and move the values of the deprecated arguments to it."""

@@ -12,7 +12,6 @@ from typing import Any
 import transformers.trainer
 from accelerate import skip_first_batches
 from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -25,9 +24,10 @@ from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_pe
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
+from hf_ssl.trainer.optimizers import OptimizingTrainer
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(OptimizingTrainer):
     """The part of `SSLTrainer` that saves and loads checkpoints.
 
     The trainer writes a checkpoint to a temporary folder and renames this folder at the end. So a killed

@@ -98,11 +98,21 @@ class EvaluatingTrainer(PushingTrainer):
                         )  # fmt: skip
                     else:
                         metrics = self._built_monitor().measure(self.method, metric_key_prefix)
+                        self._check_best_metric(metrics, metric_key_prefix)
             except Interrupted:
                 self._stop()
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_best_metric(self, metrics: Mapping[str, float], prefix: str) -> None:
+        """Raise `UserError` if `metric_for_best_model` is not among the measurements."""
+        name = self.args.metric_for_best_model
+        if name is not None and prefix == "eval" and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            raise UserError(
+                f"training.metric_for_best_model: expected one of {', '.join(metrics)}, got {name}"
+                + ("; eval_knn needs labeled images as eval_dataset" if not self.classifiers else "")
+            )
 
     @property
     def _dtype(self) -> torch.dtype | None:

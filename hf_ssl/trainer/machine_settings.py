@@ -84,6 +84,8 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     on_cpu = args.device.type == "cpu"
     most = (0 if small else 2) if on_cpu else (2 if small else _MOST_WORKERS)
     number = min(most, cores - 1)
+    if args.dataloader_prefetch_factor is not None or args.dataloader_multiprocessing_context is not None:
+        number = max(1, number)  # both are settings of workers
     use = ", which training also uses" if on_cpu else ""
     reason = f"{'small' if small else 'large'} images, {cores} cores{use}"
     choice = from_first_process(Choice(value=max(0, number), reason=reason))

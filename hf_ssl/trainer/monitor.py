@@ -33,7 +33,6 @@ _TEMPERATURE = 0.07
 _SEED_OFFSET = 2**32
 """Offset of the seed for the monitor. It makes the views differ from those of training."""
 _CHUNK = 64  # number of training images that are augmented and embedded at once
-_BATCH = 256  # number of labeled images that are encoded at once
 
 
 @dataclass
@@ -45,12 +44,14 @@ class KNNClassifier:
         queries: images that are classified. None classifies each image of the bank by all others.
         processor: image processor of the exported encoder.
         neighbors: k. The neighbors are weighted with temperature 0.07.
+        batch_size: number of images that are encoded at once.
     """
 
     bank: LabeledImages
     queries: LabeledImages | None
     processor: BaseImageProcessor
     neighbors: int = 20
+    batch_size: int = 256
 
     @property
     def tested(self) -> LabeledImages:
@@ -92,7 +93,7 @@ class KNNClassifier:
         return extract_features(
             model.exported_encoder,
             self.processor,
-            images.iter_batches(_BATCH),
+            images.iter_batches(self.batch_size),
             dtype=dtype,
             total=len(images),
             description=f"monitor: features of the {name}",
@@ -119,16 +120,17 @@ def knn_classifiers(
     def labeled(part: Any, name: str, most: int) -> LabeledImages:
         return label_source(as_source(part, config, name), config, max_images=most)
 
-    bank_images, query_images, k = args.monitor_bank_images, args.monitor_query_images, args.monitor_neighbors
+    bank_images, query_images = args.monitor_bank_images, args.monitor_query_images
+    settings = (processor, args.monitor_neighbors, args.per_device_eval_batch_size)
     if not isinstance(data, Mapping):
-        return {"": KNNClassifier(labeled(data, "eval_dataset", bank_images), None, processor, k)}
+        return {"": KNNClassifier(labeled(data, "eval_dataset", bank_images), None, *settings)}
     for bank, query in (("bank", "query"), ("train", "test")):
         if set(data) == {bank, query}:
             first = labeled(data[bank], f"eval_dataset[{bank!r}]", bank_images)
             second = labeled(data[query], f"eval_dataset[{query!r}]", query_images)
-            return {"": KNNClassifier(first, second, processor, k)}
+            return {"": KNNClassifier(first, second, *settings)}
     return {
-        name: KNNClassifier(labeled(part, f"eval_dataset[{name!r}]", bank_images), None, processor, k)
+        name: KNNClassifier(labeled(part, f"eval_dataset[{name!r}]", bank_images), None, *settings)
         for name, part in data.items()
     }
 

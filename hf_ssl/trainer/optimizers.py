@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the optimizer and its schedules from training arguments and the parameter rules of a method."""
 
+import ast
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +11,16 @@ from typing import Any, cast
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
 
+from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
-from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS
+from hf_ssl.trainer.logs import Stopwatch
 
 
 def build_optimizer(
@@ -67,6 +72,38 @@ def build_optimizer(
     return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
+def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return the class and the arguments of the optimizer of transformers that `args.optimizer` names.
+
+    Raises:
+        UserError: its package is not installed, it needs more than parameter groups (GaLore, LOMO), or
+            `args.optim_args` contains an argument that it does not have.
+    """
+    try:
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"training.optimizer: expected an optimizer that works here, got {args.optimizer}: {error}"
+        ) from error
+    # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers.
+    for name, value in _parsed(args.optim_args).items():
+        if name not in kwargs and name not in inspect.signature(cls).parameters:
+            raise UserError(f"training.optim_args: expected arguments of {cls.__name__}, got {name}")
+        kwargs.setdefault(name, value)
+    return cls, kwargs
+
+
+def _parsed(optim_args: str | None) -> dict[str, Any]:
+    """Return the arguments in a text "name=value,name=value"."""
+    pairs = [pair.partition("=") for pair in (optim_args or "").replace(" ", "").split(",") if pair]
+    try:
+        return {name: ast.literal_eval(value) for name, _, value in pairs}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
+        ) from error
+
+
 def parameter_groups_by_name(
     model: SSLPreTrainedModel, args: SSLTrainingArguments
 ) -> dict[str, ParameterGroup]:
@@ -115,7 +152,14 @@ def build_scheduler(
     )
     drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
     # An optimizer that the user made has groups without our keys.
-    if drops or any(group.get("fixed_learning_rate") for group in optimizer.param_groups):
+    fixed = any(group.get("fixed_learning_rate") for group in optimizer.param_groups)
+    if (drops or fixed) and not isinstance(scheduler, LambdaLR):
+        raise UserError(
+            "training.lr_scheduler_type: expected a schedule that depends on the step alone"
+            f"{', because the predictor keeps its learning rate' if fixed else ' with learning_rate_drops'}, "
+            f"got {args.lr_scheduler_type}; use cosine_with_min_lr"
+        )
+    if drops or fixed:
         lambdas = [
             (lambda step: 1.0)
             if group.get("fixed_learning_rate")
@@ -153,3 +197,46 @@ def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: 
 def largest_weight_decay(optimizer: Optimizer) -> float:
     """Return the largest weight decay of all parameter groups."""
     return max(group["weight_decay"] for group in optimizer.param_groups)
+
+
+class OptimizingTrainer(Trainer):
+    """The part of `SSLTrainer` that builds the optimizer and the schedule of the learning rate.
+
+    Attributes:
+        method: the model of the method.
+        steps_per_epoch: optimizer steps of an epoch, and of the whole run if the length of an epoch is not
+            known; 0 before training.
+    """
+
+    args: SSLTrainingArguments
+    method: SSLPreTrainedModel
+    steps_per_epoch: int
+    stopwatch: Stopwatch
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer `args.optimizer` with its parameter groups."""
+        if self.optimizer is None:
+            given = self.optimizer_cls_and_kwargs
+            if given is None and self.args.optimizer not in OPTIMIZERS:
+                given = transformers_optimizer(self.args)
+            self.optimizer = build_optimizer(self.method, self.args, given)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the learning rate schedule: warm-up, then the schedule of transformers."""
+        if self.lr_scheduler is None:
+            if not self.steps_per_epoch:  # called by the user, before training
+                self.set_initial_training_values(self.args, self.get_train_dataloader())
+            optimizer = optimizer if optimizer is not None else self.create_optimizer()
+            self.lr_scheduler = build_scheduler(
+                optimizer, self.args, num_training_steps, self.steps_per_epoch
+            )
+            self.stopwatch.start(self.state.global_step)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """Store `steps_per_epoch`, and return the numbers of steps and images as transformers' Trainer."""
+        numbers = super().set_initial_training_values(args, dataloader)
+        self.steps_per_epoch = numbers[1]
+        return numbers

@@ -5,11 +5,12 @@ checkpoints that resume exactly on the same machine with the same versions.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
@@ -58,8 +59,9 @@ from hf_ssl.trainer.monitor import (
     Monitor,
     knn_classifiers,
 )
-from hf_ssl.trainer.optimizers import build_optimizer, build_scheduler, largest_weight_decay
+from hf_ssl.trainer.optimizers import largest_weight_decay
 from hf_ssl.trainer.stopping import StopOnSignal
+from hf_ssl.trainer.transformers_arguments import check_metric
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,9 @@ class SSLTrainer(EvaluatingTrainer):
             "compute_metrics receives features, not logits",
         )  # fmt: skip
         args = SSLTrainingArguments.from_arguments(args)
+        if compute_metrics is None:
+            names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
+            check_metric(args.metric_for_best_model, names)
         model = checked_model(model, model_init, args.seed)
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
@@ -177,7 +182,7 @@ class SSLTrainer(EvaluatingTrainer):
         for callback in (
             *([] if args.disable_tqdm else [self.bar]),
             MemoryWarmup(
-                model, partial(self._make_loader, args.seed + SEED_OFFSET), self.accelerator.autocast
+                model, partial(self._make_loader, self._data_seed + SEED_OFFSET), self.accelerator.autocast
             ),
             MethodHooks(
                 model, lambda: self.steps_per_epoch, lambda: not self.accelerator.optimizer_step_was_skipped
@@ -200,8 +205,12 @@ class SSLTrainer(EvaluatingTrainer):
 
         accelerate does not prepare it, because the loader divides the data and sets seeds itself.
         """
-        self._loader = self._make_loader(self.args.seed, resumes=self._resumed_step is not None)
+        self._loader = self._make_loader(self._data_seed, resumes=self._resumed_step is not None)
         return self._loader
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _make_loader(self, seed: int, resumes: bool = False) -> Any:
         return train_loader(
@@ -215,7 +224,9 @@ class SSLTrainer(EvaluatingTrainer):
             start_batch=self._batches_before(self._resumed_step or 0) if resumes else 0,
             position=self._position if resumes else None,
             num_workers=cast(int, self.args.dataloader_num_workers),
-            pin_memory=self.args.device.type == "cuda",
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            start_method=self.args.dataloader_multiprocessing_context,
             device=self.args.device,
         )
 
@@ -256,31 +267,6 @@ class SSLTrainer(EvaluatingTrainer):
 
     # Optimization.
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return the optimizer `args.optimizer` with its parameter groups."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(self.method, self.args, self.optimizer_cls_and_kwargs)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the learning rate schedule: warm-up, then the schedule of transformers."""
-        if self.lr_scheduler is None:
-            if not self.steps_per_epoch:  # called by the user, before training
-                self.set_initial_training_values(self.args, self.get_train_dataloader())
-            optimizer = optimizer if optimizer is not None else self.create_optimizer()
-            self.lr_scheduler = build_scheduler(
-                optimizer, self.args, num_training_steps, self.steps_per_epoch
-            )
-            self.stopwatch.start(self.state.global_step)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
-        """Store `steps_per_epoch`, and return the numbers of steps and images as transformers' Trainer."""
-        numbers = super().set_initial_training_values(args, dataloader)
-        self.steps_per_epoch = numbers[1]
-        return numbers
-
     def compute_loss(
         self,
         model: Any,
@@ -301,6 +287,9 @@ class SSLTrainer(EvaluatingTrainer):
         if not self.method.training:  # `train()` visits all modules, which takes 1 ms
             self.method.train()
         share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
+        clear_every = self.args.torch_empty_cache_steps
+        if clear_every and self.state.global_step % clear_every == 0:
+            clear_device_cache()
         if size is None:
             batch = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
@@ -374,6 +363,9 @@ class SSLTrainer(EvaluatingTrainer):
                 and saved a checkpoint before.
         """
         self._resumed_step = None
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint is not None:
+            given = self.args.resume_from_checkpoint
+            resume_from_checkpoint = True if given in ("True", "true") else given
         if resume_from_checkpoint:
             self.args.eval_on_start = False
         try:

@@ -26,6 +26,10 @@ def test_embedding_std_is_one_for_isotropic_and_zero_for_collapsed_features() ->
     assert embedding_std(torch.eye(2).repeat(5, 1)) == pytest.approx(0.5 * math.sqrt(2), abs=1e-6)
 
 
+def test_rank_of_features_that_are_no_numbers_is_no_number() -> None:
+    assert math.isnan(rank_me(torch.tensor([[1.0, math.nan], [0.0, 1.0]])))
+
+
 def test_rank_me_closed_forms() -> None:
     assert rank_me(torch.eye(8)) == pytest.approx(8, rel=1e-4)
     assert rank_me(torch.ones(20, 8)) == pytest.approx(1, rel=1e-4)

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each argument of transformers' Trainer works, is rejected, or causes a message."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from forks import Forks
+from messages import mentions
+from transformers import HfArgumentParser, ResNetConfig, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
+from hf_ssl.errors import UserError
+from hf_ssl.recipe import load_recipe
+from hf_ssl.trainer import transformers_arguments
+from hf_ssl.trainer.callbacks import CurvesCallback
+from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
+
+FIELDS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+ROWS = 32
+
+
+@pytest.fixture(scope="module")
+def table() -> Dataset:
+    pixels = np.random.default_rng(0).integers(0, 255, (ROWS, 16, 16, 3), dtype=np.uint8)
+    pixels[::2] //= 2
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "bright"])})
+    rows = {"image": [PIL.Image.fromarray(one) for one in pixels], "label": [row % 2 for row in range(ROWS)]}
+    return Dataset.from_dict(rows, features=features)
+
+
+class Run:
+    """A short run with the given arguments.
+
+    Attributes:
+        trainer: the trainer after training.
+        weights: all weights, one after the other.
+        steps: for each step, the learning rate of the first group before it.
+    """
+
+    def __init__(
+        self,
+        table: Dataset,
+        folder: Path,
+        labeled: bool = True,
+        compute_loss_func: Callable[..., Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        values: dict[str, Any] = {
+            "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 8, "use_cpu": True,
+            "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "precision": "float32",
+            "eval_steps": 1, "report_to": "none",
+        }  # fmt: skip
+        torch.manual_seed(0)
+        config = SimCLRConfig(
+            backbone_config=ResNetConfig(**TINY), views={"size": 16}, projector_sizes=[16, 8]
+        )
+        args = SSLTrainingArguments(**values | changes)
+        self.trainer = SSLTrainer(
+            SimCLRForPreTraining(config), args, train_dataset=table, eval_dataset=table if labeled else None,
+            compute_loss_func=compute_loss_func,
+        )  # fmt: skip
+        self.cleared: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            step = lambda: self.cleared.append(self.trainer.state.global_step)  # noqa: E731
+            patch.setattr("hf_ssl.trainer.trainer.clear_device_cache", step)
+            patch.setattr(CurvesCallback, "draw", lambda self, args, state: None)
+            try:
+                self.trainer.train()
+            finally:
+                self.deterministic = torch.are_deterministic_algorithms_enabled()
+                torch.use_deterministic_algorithms(False)
+        self.weights = torch.cat([v.flatten().float() for v in self.trainer.method.state_dict().values()])
+        self.history = self.trainer.state.log_history
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        return self.trainer.optimizer.param_groups[0]
+
+    def steps(self, key: str) -> list[int]:
+        return [record["step"] for record in self.history if key in record]
+
+    def checkpoints(self) -> list[int]:
+        found = Path(self.trainer.args.output_dir).glob("checkpoint-*")
+        return sorted(int(path.name.rpartition("-")[2]) for path in found)
+
+
+@pytest.fixture(scope="module")
+def usual(table: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(table, tmp_path_factory.mktemp("usual"))
+
+
+def other_weights(run: Run, usual: Run) -> bool:
+    return not torch.equal(run.weights, usual.weights)
+
+
+def same_weights(run: Run, usual: Run) -> bool:
+    return torch.equal(run.weights, usual.weights)
+
+
+Check = Callable[[Run, Run], Any]
+SAVE = {"save_strategy": "steps", "save_steps": 1}
+BEST = {**SAVE, "load_best_model_at_end": True, "metric_for_best_model": "knn"}
+
+
+def loader(run: Run) -> Any:
+    return run.trainer.get_train_dataloader()
+
+
+def callbacks(run: Run) -> list[Any]:
+    return run.trainer.callback_handler.callbacks
+
+
+def has_checkpoints(run: Run, usual: Run) -> bool:
+    stages = run.trainer.method.backbone.encoder.stages
+    return all("forward" in vars(stage) for stage in stages) and same_weights(run, usual)
+
+
+def compiled(run: Run, usual: Run) -> bool:
+    return run.trainer.accelerator.state.dynamo_plugin.backend.value == "EAGER"
+
+
+def best(run: Run, key: str, choose: Callable) -> bool:
+    measured = {record["step"]: record[key] for record in run.history if key in record and record["step"] > 0}
+    return run.trainer.state.best_metric == choose(measured.values())
+
+
+# Argument -> its value, further arguments, and a check of the run (compared with a usual run).
+WORKING: dict[str, tuple[Any, dict[str, Any], Check]] = {
+    "output_dir": ("given", SAVE, lambda run, usual: Path("given/checkpoint-3").exists()),
+    "per_device_train_batch_size": (4, {}, lambda run, usual: run.trainer.args.batch_size == 4),
+    "num_train_epochs": (2, {"max_steps": -1}, lambda run, usual: run.trainer.state.global_step == 8),
+    "max_steps": (2, {}, lambda run, usual: run.trainer.state.global_step == 2),
+    "learning_rate": (0.5, {}, lambda run, usual: run.optimizer["initial_lr"] == 0.5),
+    "lr_scheduler_type": ("constant", {}, lambda run, usual: run.optimizer["lr"] == 1e-3),
+    "lr_scheduler_kwargs": ({"num_cycles": 3}, {"lr_scheduler_type": "cosine"}, other_weights),
+    "warmup_steps": (2, {}, lambda run, usual: run.history[1]["learning_rate"] == 0),
+    "optim": ("rmsprop", {}, lambda run, usual: type(run.trainer.optimizer.optimizer) is torch.optim.RMSprop),
+    "optim_args": ("momentum=0.5", {"optim": "rmsprop"}, lambda run, usual: run.optimizer["momentum"] == 0.5),
+    "weight_decay": (0.5, {}, lambda run, usual: run.optimizer["weight_decay"] == 0.5),
+    "adam_beta1": (0.5, {}, lambda run, usual: run.optimizer["betas"][0] == 0.5),
+    "adam_beta2": (0.5, {}, lambda run, usual: run.optimizer["betas"][1] == 0.5),
+    "adam_epsilon": (0.1, {}, lambda run, usual: run.optimizer["eps"] == 0.1),
+    "gradient_accumulation_steps": (2, {}, lambda run, usual: run.trainer.args.batch_size == 16),
+    "max_grad_norm": (1e-6, {}, other_weights),
+    "bf16": (True, {"precision": "auto"}, lambda run, usual: run.trainer.args.precision == "bfloat16"),
+    "fp16": (True, {"precision": "auto"}, lambda run, usual: run.trainer.args.precision == "float16"),
+    "activation_checkpointing": (True, {}, has_checkpoints),
+    "activation_checkpointing_kwargs": (
+        {"preserve_rng_state": False}, {"activation_checkpointing": True}, has_checkpoints,
+    ),
+    "gradient_checkpointing": (True, {}, has_checkpoints),
+    "gradient_checkpointing_kwargs": (
+        {"use_reentrant": True}, {"gradient_checkpointing": True}, has_checkpoints,
+    ),
+    "torch_compile": (True, {"torch_compile_backend": "eager"}, compiled),
+    "torch_compile_backend": ("eager", {}, compiled),
+    "torch_compile_mode": ("default", {"torch_compile_backend": "eager"}, compiled),
+    "torch_empty_cache_steps": (2, {}, lambda run, usual: run.cleared == [0, 2]),
+    "logging_strategy": ("epoch", {"max_steps": 8}, lambda run, usual: run.steps("loss") == [1, 4, 8]),
+    "logging_steps": (2, {}, lambda run, usual: run.steps("loss") == [1, 2, 3]),
+    "logging_first_step": (False, {"logging_steps": 2}, lambda run, usual: run.steps("loss") == [2, 3]),
+    "log_level": ("error", {}, lambda run, usual: run.trainer.args.get_process_log_level() == logging.ERROR),
+    "disable_tqdm": (False, {}, lambda run, usual: run.trainer.bar in callbacks(run)),
+    "report_to": ("tensorboard", {}, lambda run, usual: TensorBoardCallback in map(type, callbacks(run))),
+    "skip_memory_metrics": (False, {}, lambda run, usual: "train_mem_cpu_alloc_delta" in run.history[-1]),
+    "debug": ("underflow_overflow", {}, lambda run, usual: run.trainer.method._forward_hooks),
+    "eval_strategy": (
+        "epoch", {"eval_steps": None, "max_steps": 8}, lambda run, usual: run.steps("eval_knn") == [0, 4, 8],
+    ),
+    "eval_steps": (2, {}, lambda run, usual: run.steps("eval_knn") == [0, 2, 3]),
+    "eval_delay": (2, {}, lambda run, usual: run.steps("eval_knn") == [0, 2, 3]),
+    "eval_on_start": (False, {}, lambda run, usual: run.steps("eval_knn") == [1, 2, 3]),
+    "per_device_eval_batch_size": (5, {}, lambda run, usual: run.trainer.classifiers[""].batch_size == 5),
+    "save_strategy": ("epoch", {"max_steps": 8}, lambda run, usual: run.checkpoints() == [4, 8]),
+    "save_steps": (2, {"save_strategy": "steps"}, lambda run, usual: run.checkpoints() == [2, 3]),
+    "save_total_limit": (1, SAVE, lambda run, usual: run.checkpoints() == [3]),
+    "load_best_model_at_end": (True, BEST, lambda run, usual: run.trainer.state.best_model_checkpoint),
+    "metric_for_best_model": ("eval_rank_me", BEST, lambda run, usual: best(run, "eval_rank_me", max)),
+    "greater_is_better": (False, BEST, lambda run, usual: best(run, "eval_knn", min)),
+    "seed": (3, {}, other_weights),
+    "data_seed": (3, {}, other_weights),
+    "full_determinism": (True, {}, lambda run, usual: run.deterministic),
+    "use_cpu": (True, {}, lambda run, usual: run.trainer.args.device.type == "cpu"),
+    "accelerator_config": (
+        {"gradient_accumulation_kwargs": {"sync_each_batch": True}}, {},
+        lambda run, usual: run.trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"],
+    ),
+    "dataloader_num_workers": (1, {}, lambda run, usual: loader(run).num_workers == 1),
+    "dataloader_prefetch_factor": (7, {}, lambda run, usual: loader(run).prefetch_factor == 7),
+    "dataloader_persistent_workers": (
+        True, {"dataloader_num_workers": 1}, lambda run, usual: loader(run).persistent_workers,
+    ),
+    "dataloader_multiprocessing_context": (
+        "fork", {}, lambda run, usual: "Fork" in type(loader(run).multiprocessing_context).__name__,
+    ),
+}  # fmt: skip
+# Argument -> the place of its test, or why one process without a GPU cannot show its effect.
+ELSEWHERE = {
+    **dict.fromkeys(("tf32", "dataloader_pin_memory"), "needs a GPU"),
+    **dict.fromkeys((field for field in FIELDS if field.startswith("ddp_")), "test_settings_of_ddp_arrive"),
+    **dict.fromkeys(("local_rank", "log_level_replica"), "the launcher sets it; needs several processes"),
+    **dict.fromkeys(("log_on_each_node", "save_on_each_node"), "needs several machines"),
+    **dict.fromkeys((field for field in FIELDS if field.startswith(("hub_", "push_"))), "test_pushing.py"),
+    **dict.fromkeys(("run_name", "project"), "test_trackers.py"),
+    **dict.fromkeys((field for field in FIELDS if field.startswith("trackio_")), "uploads to the Hub"),
+    "logging_nan_inf_filter": "test_a_loss_that_is_no_number_is_averaged",
+    "restore_callback_states_from_checkpoint": "test_resuming_by_arguments",
+    "resume_from_checkpoint": "test_resuming_by_arguments",
+}
+VALUES = {
+    "batch_eval_metrics": True, "include_for_metrics": ["inputs"], "label_names": ["label"],
+    "length_column_name": "size", "liger_kernel_config": {"rope": True}, "eval_accumulation_steps": 2,
+    "deepspeed": {"zero_optimization": {"stage": 2}}, "fsdp": "full_shard",
+    "fsdp_config": {"min_num_params": 1}, "include_num_input_tokens_seen": "all",
+    "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
+    "optim_target_modules": ["attention"], "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+def value_of(name: str) -> Any:
+    """Return a value of a rejected argument or one without effect, which is not the default."""
+    default = next(field.default for field in dataclasses.fields(SSLTrainingArguments) if field.name == name)
+    return VALUES[name] if name in VALUES else not default
+
+
+def test_every_argument_is_in_one_table() -> None:
+    tables = [set(WORKING), set(ELSEWHERE), set(REJECTED), set(WITHOUT_EFFECT)]
+    assert {name for names in tables for name in names} >= FIELDS
+    assert sum(len(names & FIELDS) for names in tables) == len(FIELDS)
+
+
+@pytest.mark.parametrize("name", [name for name in WORKING if name in FIELDS])
+def test_it_works(name: str, table: Dataset, usual: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    value, further, check = WORKING[name]
+    if name == "report_to":
+        pytest.importorskip("tensorboard")
+    run = Run(table, tmp_path / "run", **{**further, name: value})
+    assert check(run, usual)
+
+
+@pytest.mark.parametrize("name", sorted(REJECTED.keys() & FIELDS - {"parallelism_config"}))
+def test_it_is_rejected(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions(f"training.{name}", REJECTED[name])):
+        SSLTrainingArguments(str(tmp_path), **{name: value_of(name)})
+    with pytest.raises(UserError, match=mentions(f"training.{name}")):
+        load_recipe("smoke/simclr", [f"training.{name}={json.dumps(value_of(name))}"])
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_EFFECT if name in FIELDS])
+def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(transformers_arguments, "_warn_once", transformers_arguments._warn_once.__wrapped__)
+    run = Run(table, tmp_path, **{name: value_of(name)})
+    assert same_weights(run, usual) and run.steps("eval_knn") == usual.steps("eval_knn")
+    assert [WITHOUT_EFFECT[name] in record.getMessage() for record in caplog.records].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentioned"),
+    [
+        ({"accelerator_config": {"split_batches": True}}, ["training.accelerator_config", "split_batches"]),
+        ({"report_to": "wandv"}, ["training.report_to", "wandv", "tensorboard"]),
+        ({"report_to": "clearml"}, ["training.report_to", "clearml", "pip install clearml"]),
+        ({"optimizer": "adafacto"}, ["training.optimizer", "adafactor"]),
+        ({"optimizer": "sgd", "optim": "rmsprop"}, ["training.optimizer", "training.optim", "rmsprop"]),
+        ({"optim_args": "momentum=0.5"}, ["training.optim_args", "adamw"]),
+        ({"monitor_steps": 100, "eval_steps": 50}, ["training.monitor_steps", "training.eval_steps", 50]),
+    ],
+)
+def test_contradictions_are_rejected(changes: dict, mentioned: list, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions(*mentioned)):
+        SSLTrainingArguments(str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentioned"),
+    [
+        ({"optim": "lomo"}, ["training.optimizer", "lomo"]),
+        ({"optim": "rmsprop", "optim_args": "speed=3"}, ["training.optim_args", "RMSprop", "speed"]),
+        ({"optim": "rmsprop", "optim_args": "momentum=fast"}, ["training.optimizer", "rmsprop", "fast"]),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate_drops": [1.0]},
+            ["training.lr_scheduler_type", "learning_rate_drops"],
+        ),
+    ],
+)
+def test_an_optimizer_that_does_not_work_is_reported(changes: dict, mentioned: list, table, tmp_path) -> None:
+    with pytest.raises(UserError, match=mentions(*mentioned)):
+        Run(table, tmp_path, **changes)
+
+
+def test_plateau_schedule_and_best_checkpoints_work(table: Dataset, tmp_path: Path) -> None:
+    run = Run(table, tmp_path, lr_scheduler_type="reduce_lr_on_plateau", **{**BEST, "save_strategy": "best"})
+    assert run.checkpoints()
+
+
+@pytest.mark.parametrize(
+    ("name", "mentioned"), [("kn", ["eval_knn"]), ("eval_queue_age", ["eval_knn", "eval_queue_age"])]
+)
+def test_an_unknown_metric_is_reported_before_training(name: str, mentioned: list, table, tmp_path) -> None:
+    with pytest.raises(UserError, match=mentions("training.metric_for_best_model", *mentioned)):
+        Run(table, tmp_path, **{**BEST, "metric_for_best_model": name})
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_knn_as_metric_needs_labels(table: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions("eval_knn", "eval_dataset")):
+        Run(table, tmp_path, labeled=False, **BEST)
+
+
+def test_resuming_by_arguments(table: Dataset, usual: Run, tmp_path: Path) -> None:
+    Run(table, tmp_path, max_steps=2, lr_scheduler_kwargs={"min_lr_rate": 0.0}, **SAVE)
+    Path(tmp_path / "checkpoint-2").rename(tmp_path / "kept")
+    run = Run(
+        table, tmp_path / "second", resume_from_checkpoint=str(tmp_path / "kept"),
+        restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    assert run.trainer.resumed == 1 and run.trainer.state.global_step == 3
+    with pytest.raises(UserError, match=mentions("nowhere")):
+        Run(table, tmp_path / "third", resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_loss_that_is_no_number_is_averaged(table: Dataset, tmp_path: Path) -> None:
+    def once(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        calls.append(1)
+        return outputs.loss * (float("nan") if len(calls) == 2 else 1.0)
+
+    calls: list[int] = []
+    without = {"compute_loss_func": once, "eval_steps": None, "monitor_steps": 0}
+    Run(table, tmp_path, logging_nan_inf_filter=True, **without)
+    calls.clear()
+    with pytest.raises(UserError, match=mentions("loss", "nan")):
+        Run(table, tmp_path / "other", **without)
+
+
+IN_RECIPES = sorted({*WORKING, *WITHOUT_EFFECT, "tf32", "resume_from_checkpoint"} & FIELDS)
+
+
+@pytest.mark.parametrize("name", IN_RECIPES)
+def test_recipes_accept_it_or_say_what_to_do(name: str, tmp_path: Path) -> None:
+    value, further = WORKING[name][:2] if name in WORKING else (VALUES.get(name, True), {})
+    given = {**further, name: value}
+    overrides = [f"training.{key}={json.dumps(given[key])}" for key in given if given[key] is not None]
+    try:
+        recipe = load_recipe("smoke/simclr", [*overrides, f"training.output_dir={tmp_path}"])
+    except UserError as error:
+        assert re.search(f"training.*({name}|optim|load_best_model_at_end)", str(error))
+    else:
+        assert name in recipe.training
+
+
+def test_scripts_can_read_the_arguments_from_the_command_line(tmp_path: Path) -> None:
+    parser = HfArgumentParser(SSLTrainingArguments)
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    (args,) = parser.parse_args_into_dataclasses(command)
+    assert (args.dataloader_num_workers, args.batch_size, args.excluded_precisions) == ("auto", 256, set())
+    further = "--dataloader_num_workers 2 --learning_rate_drops 3 4.5 --batch_size 32 --optimizer lars"
+    (args,) = parser.parse_args_into_dataclasses([*command, *further.split()])
+    assert (args.dataloader_num_workers, args.learning_rate_drops) == (2, [3.0, 4.5])
+    assert (args.batch_size, args.optimizer) == (32, "lars")
+
+
+DDP = """import os, sys, torch, pathlib
+rank, folder, table, port = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port)
+from datasets import load_from_disk
+from transformers import ResNetConfig
+from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
+args = SSLTrainingArguments(
+    str(folder / "run"), max_steps=2, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True,
+    report_to="none", monitor_steps=0, ddp_backend="gloo", ddp_timeout=77, ddp_bucket_cap_mb=3,
+    ddp_find_unused_parameters=True, ddp_broadcast_buffers=True, ddp_static_graph=True,
+    log_level_replica="error")
+tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+trainer = SSLTrainer(SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny, views={"size": 16})), args,
+                     train_dataset=load_from_disk(table))
+trainer.train()
+ddp = trainer.model_wrapped
+assert ddp.bucket_bytes_cap == 3 * 2**20 and ddp.find_unused_parameters and ddp.broadcast_buffers
+assert ddp.static_graph and torch.distributed.get_backend() == "gloo"
+assert args.get_process_log_level() == (40 if rank else 20) or not rank
+from hf_ssl.modeling.gather import finish_communication
+finish_communication()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_settings_of_ddp_arrive(forks: Forks, table: Dataset, tmp_path: Path) -> None:
+    table.save_to_disk(tmp_path / "table")
+    port = str(29600 + os.getpid() % 2000)
+    ranks = [[str(rank), str(tmp_path), str(tmp_path / "table"), port] for rank in range(2)]
+    done = forks.together("transformers", DDP, ranks)
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr[-3000:]
