@@ -3,16 +3,18 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.batch_norm import unchanged_statistics
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
 from hf_ssl.modeling.pooling import pool
 
@@ -61,13 +63,60 @@ def set_identity_pooler(backbone: Any) -> None:
         nn.init.zeros_(backbone.pooler.dense.bias)
 
 
+def layers(backbone: nn.Module) -> list[nn.Module]:
+    """Return the layers or stages of an encoder, first to last: the members of its first list of modules."""
+    lists = (list(m) for m in backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    return next(filter(None, lists), [])
+
+
+class RecordedOutputs:
+    """Records hidden states and attention weights inside a `with` block.
+
+    Only the first pass through each layer is recorded.
+
+    Args:
+        backbone: the encoder.
+        hidden_states, attentions: what is recorded.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden_states: bool, attentions: bool) -> None:
+        self.hidden_states: dict[int, Tensor] = {}
+        self.attentions: dict[int, Tensor] = {}
+        self._layers = layers(backbone) if hidden_states or attentions else []
+        self._wanted = hidden_states, attentions
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "RecordedOutputs":
+        hidden_states, attentions = self._wanted
+        for number, layer in enumerate(self._layers):
+            if hidden_states:
+                self._hooks.append(layer.register_forward_hook(partial(self._record_hidden_state, number)))
+            if attentions:
+                for module in layer.modules():
+                    self._hooks.append(module.register_forward_hook(partial(self._record_weights, number)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _record_hidden_state(self, number: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if number == 0:
+            self.hidden_states.setdefault(0, inputs[0])
+        self.hidden_states.setdefault(number + 1, output[0] if isinstance(output, tuple) else output)
+
+    def _record_weights(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
+            self.attentions.setdefault(number, output[1])
+
+
 def checkpoint_stages(
     backbone: nn.Module, enable: bool, checkpoint: Callable[..., Any], every_n_layers: int = 1
 ) -> None:
     """Make the stages of an encoder store only their outputs in training, and compute the rest again.
 
     It is for encoders in which transformers supports no activation checkpointing, such as ResNet and
-    ConvNeXt. The stages are the members of the first list of at least two modules.
+    ConvNeXt.
 
     Args:
         backbone: the encoder. The method changes `forward` of its stages.
@@ -77,11 +126,10 @@ def checkpoint_stages(
         every_n_layers: only every n-th stage uses checkpoints.
 
     Raises:
-        UserError: the encoder contains no such list.
+        UserError: the encoder has no stages.
     """
-    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1)
-    stages = next(lists, None)
-    if stages is None:
+    stages = layers(backbone)
+    if not stages:
         raise UserError(
             f"training.gradient_checkpointing: expected an encoder with stages, got "
             f"{type(backbone).__name__}; use false, and a smaller training.batch_size"
@@ -99,24 +147,9 @@ def _checkpointed(
         return forward(*inputs, **named)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _copied_buffers(stage)
+        return nullcontext(), unchanged_statistics(stage)
 
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
-
-
-@contextmanager
-def _copied_buffers(module: nn.Module) -> Iterator[None]:
-    """Let a second computation change copies, so that BatchNorm counts each batch once in its statistics."""
-    originals = [
-        (m, name, buffer) for m in module.modules() for name, buffer in m.named_buffers(recurse=False)
-    ]
-    for owner, name, buffer in originals:
-        setattr(owner, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for owner, name, buffer in originals:
-            setattr(owner, name, buffer)
 
 
 def freeze_unused(backbone: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of all methods."""
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import (
+    RecordedOutputs,
     build_backbone,
     checkpoint_stages,
     encode,
@@ -28,6 +30,8 @@ from hf_ssl.modeling.memory import HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature
+
+logger = logging.getLogger(__name__)
 
 # Arguments of `from_pretrained` that say where the files are.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -81,6 +85,10 @@ class SSLPreTrainedModel(PreTrainedModel):
             `num_samples`, the number of images.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
+        hooks_are_called: whether a trainer calls the hooks. `SSLTrainer` sets it.
+        ends_batch: whether the next forward pass completes the batch of an optimizer step. With gradient
+            accumulation, `SSLTrainer` sets it to False for all micro-batches but the last. `update_memory` is
+            then called once, with the embeddings of all micro-batches.
     """
 
     couples_samples: ClassVar[bool] = False
@@ -112,6 +120,9 @@ class SSLPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
+        self.hooks_are_called = False
+        self.ends_batch = True
+        self._memory_parts: list[dict[str, Tensor]] = []
 
     def _set_gradient_checkpointing(
         self,
@@ -216,10 +227,13 @@ class SSLPreTrainedModel(PreTrainedModel):
         noise: Tensor | None = None,
         context_patches: Tensor | None = None,
         target_patches: Tensor | None = None,
-    ) -> SSLOutput:
-        """Return the loss of a batch.
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        """Return the loss of a batch as a `SSLOutput`.
 
-        The last three inputs are for methods that name them in `mask_inputs`. A method that needs a new kind
+        `noise` and patches are for methods that name them in `mask_inputs`. A method that needs a new kind
         of input adds it here.
 
         Args:
@@ -229,9 +243,11 @@ class SSLPreTrainedModel(PreTrainedModel):
             noise: (B, P), one number for each patch, row by row.
             context_patches: (B, K) int64 indices, row by row, of the patches that the encoder receives.
             target_patches: (B, M, T) int64 indices of the patches of each target block.
+            return_dict: False returns a tuple. None: as the config says, like the next two arguments.
+            output_hidden_states, output_attentions: whether to return these outputs of the backbone's layers.
 
         Raises:
-            UserError: the method does not accept this number of views, or one of the last three inputs.
+            UserError: the method does not accept this number of views, noise or patches.
         """
         if pixel_values.ndim != 5:
             raise UserError(
@@ -256,7 +272,31 @@ class SSLPreTrainedModel(PreTrainedModel):
         )
         if self.training:
             inputs = self.synchronize_inputs(inputs)
-        return self.loss_from_embeddings(self.embed(inputs))
+            self._warn_without_hooks()
+        config: Any = self.config
+        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        with RecordedOutputs(self.backbone, hidden_states, attentions) as recorded:
+            output = self.loss_from_embeddings(self.embed(inputs))
+        if hidden_states:
+            output.hidden_states = tuple(recorded.hidden_states.values())
+        if attentions:
+            output.attentions = tuple(recorded.attentions.values())
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _warn_without_hooks(self) -> None:
+        """Log a warning, once, if a trainer that calls no hooks trains a method that needs them."""
+        if self.hooks_are_called:
+            return
+        self.hooks_are_called = True
+        hooks = ("before_epoch", "before_step", "after_backward", "after_step")
+        own, base = type(self), SSLPreTrainedModel
+        needed = [name for name in hooks if getattr(own, name) is not getattr(base, name)]
+        if needed:
+            logger.warning(
+                "%s needs a trainer that calls %s; use hf_ssl.SSLTrainer, or call these methods in your loop "
+                "and set model.hooks_are_called = True", own.__name__, " and ".join(needed),
+            )  # fmt: skip
 
     def loss_from_embeddings(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the loss of this process's embeddings; in training, then update the memory.
@@ -271,8 +311,15 @@ class SSLPreTrainedModel(PreTrainedModel):
             new = {name: embeddings[name].detach() for name in self.memory_inputs}
             if not self.couples_samples:
                 new = {name: gather(tensor) for name, tensor in new.items()}
-            self.update_memory(new)
+            self._memory_parts.append(new)
+            if self.ends_batch:
+                self._update_memory_once()
         return output
+
+    def _update_memory_once(self) -> None:
+        """Update the memory with all micro-batches of an optimizer step, as with one batch."""
+        parts, self._memory_parts = self._memory_parts, []
+        self.update_memory({name: torch.cat([part[name] for part in parts]) for name in self.memory_inputs})
 
     def encode_views(self, images_BVCHW: Tensor) -> Tensor:
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three variants of BatchNorm: statistics of all processes, statistics of parts of a batch, no offset."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -69,6 +71,27 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.weight is not None:
             result = result * self.weight.view(shape)
         return result if self.bias is None else result + self.bias.view(shape)
+
+
+@contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm normalize as in training, but keep its running statistics.
+
+    It is for a batch whose embeddings are computed a second time. Copies of the buffers change instead.
+    `track_running_stats=False` would save fewer tensors for the backward pass, which activation checkpointing
+    does not allow.
+    """
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in layers]
+    for layer, buffers in originals:
+        for name, buffer in buffers.items():
+            setattr(layer, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for layer, buffers in originals:
+            for name, buffer in buffers.items():
+                setattr(layer, name, buffer)
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -17,11 +17,17 @@ class SSLOutput(ModelOutput):
         terms: the named parts of the loss, detached scalars. The trainer logs and plots them separately.
         embeddings: (B, V, D) the vectors that the loss compares, for the monitor; of all processes if the
             method gathers.
+        hidden_states: with `output_hidden_states`, the input of the backbone's first layer and the output of
+            each layer, of the first images that the backbone encodes (usually all global views).
+        attentions: with `output_attentions`, the attention weights of each layer for the same images. Only
+            the attention implementation "eager" computes them.
     """
 
     loss: Tensor | None = None
     terms: dict[str, Tensor] | None = None
     embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class MethodHooks(TrainerCallback):
         step_was_made: Callable[[], bool],
     ) -> None:
         self.model = model
+        self.model.hooks_are_called = True
         self.steps_per_epoch = steps_per_epoch
         self.step_was_made = step_was_made
         self.frozen_until: list[tuple[int, Parameter]] = []

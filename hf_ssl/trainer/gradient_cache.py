@@ -4,16 +4,21 @@
 Without BatchNorm, loss and gradients equal those of the whole batch up to rounding.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.batch_norm import unchanged_statistics
 from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.trainer.arguments import SSLTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Tensor]
 
@@ -63,7 +68,7 @@ def cached_backward(
     after = _RandomState.now()
     for number, (inputs, state) in enumerate(zip(chunks, states, strict=True)):
         state.restore()
-        with frozen_running_statistics(model), precision():
+        with unchanged_statistics(model), precision():
             embeddings = model.embed(inputs())
         wanted = {name: share[number] for name, share in shares.items() if embeddings[name].requires_grad}
         torch.autograd.backward([embeddings[name] for name in wanted], list(wanted.values()))
@@ -90,6 +95,17 @@ def check_chunking(model: SSLPreTrainedModel, *, own_loss: bool = False) -> None
             f"training.contrastive_chunk_size: expected no value, because the loss of {type(model).__name__} "
             "compares no images with each other, got a number; use training.gradient_accumulation_steps"
         )
+
+
+def warn_about_accumulation(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
+    """Log a warning if gradient accumulation changes a loss that compares images with each other."""
+    parts, size = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    if parts > 1 and model.couples_samples and args.contrastive_chunk_size is None:
+        logger.warning(
+            "training.gradient_accumulation_steps=%d: the loss compares only the %d images of a micro-batch; "
+            "training.contrastive_chunk_size=%d without accumulation compares all images of the batch with "
+            "the same memory", parts, size, size,
+        )  # fmt: skip
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -120,23 +136,3 @@ def _accelerator_module() -> Any:
     if not torch.accelerator.is_available():
         return None
     return torch.get_device_module(torch.accelerator.current_accelerator())
-
-
-@contextmanager
-def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Freeze the running statistics of BatchNorm inside the block.
-
-    BatchNorm still normalizes with the statistics of the batch.
-    """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
-    ]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

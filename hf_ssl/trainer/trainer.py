@@ -43,7 +43,7 @@ from hf_ssl.trainer.callbacks import (
 )
 from hf_ssl.trainer.checkpoints import keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
-from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking
+from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
 from hf_ssl.trainer.machine_settings import (
     Choices,
@@ -255,6 +255,7 @@ class SSLTrainer(EvaluatingTrainer):
             self._position = batch.position
 
     def _check_arguments(self) -> None:
+        warn_about_accumulation(self.method, self.args)
         check_batch_size(self.args, self.source.num_rows, self.source.description)
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
@@ -290,6 +291,7 @@ class SSLTrainer(EvaluatingTrainer):
         clear_every = self.args.torch_empty_cache_steps
         if clear_every and self.state.global_step % clear_every == 0:
             clear_device_cache()
+        self.method.ends_batch = self.accelerator.sync_gradients
         if size is None:
             batch = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
