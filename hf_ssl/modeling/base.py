@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.backbones import (
-    build_backbone,
     encode,
     freeze_unused,
     initialize_as_timm,
@@ -109,7 +110,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)
+        self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
 
     # What a method defines.
 
@@ -261,6 +262,31 @@ class SSLPreTrainedModel(PreTrainedModel):
     def encode_views(self, images_BVCHW: Tensor) -> Tensor:
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
         return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)
+
+    def project_views(self, images_BVCHW: Tensor) -> Tensor:
+        """Return the projections (B, V, P) of images (B, V, C, H, W), by the backbone and the `projector`."""
+        return self.apply_to_views(self.get_submodule("projector"), self.encode_views(images_BVCHW))
+
+    def project_all_views(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """Return the unit projections of global and local views.
+
+        Args:
+            inputs: the inputs of `embed`.
+            name: name of the projections (B, V, P) of global views. Those of local views (B, L, P), which are
+                missing if there are no local views, are "local_" and this name.
+        """
+        views = {name: "pixel_values", f"local_{name}": "local_pixel_values"}
+        return {
+            key: normalize(upcast(self.project_views(inputs[images])), dim=-1)
+            for key, images in views.items()
+            if images in inputs
+        }
+
+    @staticmethod
+    def join_views(embeddings: dict[str, Tensor], name: str) -> Tensor:
+        """Return the projections (V + L, B, P) of `project_all_views` as one tensor, global views first."""
+        kinds = [embeddings[key] for key in (name, f"local_{name}") if key in embeddings]
+        return torch.cat(kinds, dim=1).transpose(0, 1)
 
     def apply_to_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
         """Apply a function of a batch (N, ...) to views (B, V, ...) and return its results (B, V, ...).

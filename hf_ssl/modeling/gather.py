@@ -134,11 +134,7 @@ def from_first_process(value: Any) -> Any:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any process."""
-    if process_count() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return bool(count.item())
+    return not min_over_processes(int(not flag), device)
 
 
 class _Gather(torch.autograd.Function):

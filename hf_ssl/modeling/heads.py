@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import transformers.initialization as init
@@ -101,9 +102,16 @@ class Prototypes(nn.Linear):
             return F.linear(embeddings.to(self.weight.dtype), self.weight)
 
 
-def projector_sizes(features: int, hidden: int | None, projection: int, layers: int) -> list[int]:
-    """Return the widths of a projector of `layers` Linear layers. A hidden width of None means `features`."""
-    return [features, *[hidden or features] * (layers - 1), projection]
+def projector_sizes(features: int, config: Any) -> list[int]:
+    """Return the widths of a projector from its input to its output.
+
+    Args:
+        features: width of the input.
+        config: configuration with `projection_layers`, the number of Linear layers; `projection_hidden_size`,
+            of which None means the width of the input; and `projection_size`, the width of the output.
+    """
+    hidden = config.projection_hidden_size or features
+    return [features, *[hidden] * (config.projection_layers - 1), config.projection_size]
 
 
 def _norm(name: str, size: int) -> nn.Module:

@@ -29,12 +29,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
         # BatchNorm follows each layer, and the last one has no offset (google-research/simclr, tf2/model.py).
-        sizes = projector_sizes(
-            feature_size(self.backbone),
-            config.projection_hidden_size,
-            config.projection_size,
-            config.projection_layers,
-        )
+        sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, last_norm="batch_without_offset")
         self.post_init()
 
