@@ -3,14 +3,16 @@
 
 from collections.abc import Mapping
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 
 from hf_ssl.data.decode import EncodedImage, StoredImage
 from hf_ssl.errors import UserError
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 _IMAGE_DTYPES = frozenset({"binary", "large_binary", "string", "large_string"})  # bytes, or file names
 _LABEL_DTYPES = frozenset(
@@ -30,16 +32,10 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
     Raises:
         UserError: no column or several columns are possible, or the requested column has another type.
     """
-    key, content = "data.image_column", "images (Image, encoded bytes or file names)"
     if requested is not None:
-        return _check_column(features, requested, where, Image, _IMAGE_DTYPES, key, content)
-    found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if len(found) == 1:
-        return found[0]
-    raise UserError(
-        f"{key}: expected one column of the type Image in {where}, got {len(found)} in {_listing(features)}; "
-        f"use {key}={found[0] if found else 'NAME'}"
-    )
+        content = "images (Image, encoded bytes or file names)"
+        return _check_column(features, requested, where, Image, _IMAGE_DTYPES, "data.image_column", content)
+    return _only_column(features, where, Image, "data.image_column", "NAME")
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
@@ -47,17 +43,35 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
 
     The arguments and errors are those of `find_image_column`.
     """
-    key, content = "data.label_column", "classes (ClassLabel, integers or strings)"
+    key = "data.label_column"
     if requested is not None:
+        content = "classes (ClassLabel, integers or strings)"
         return _check_column(features, requested, where, ClassLabel, _LABEL_DTYPES, key, content)
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return _only_column(
+        features, where, ClassLabel, key, "NAME, or one folder per class, all at the same depth"
+    )
+
+
+def _only_column(features: Mapping[str, Any], where: str, kind: type, key: str, example: str) -> str:
+    """Return the only column of a type.
+
+    Raises:
+        UserError: no column or several columns have the type. The message recommends the first one, or the
+            example, as the value of `key`.
+    """
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(found) == 1:
         return found[0]
-    advice = f"{key}={found[0]}" if found else f"{key}=NAME, or one folder per class, all at the same depth"
     raise UserError(
-        f"{key}: expected one column of the type ClassLabel in {where}, got {len(found)} in "
-        f"{_listing(features)}; use {advice}"
+        f"{key}: expected one column of the type {kind.__name__} in {where}, got {len(found)} in "
+        f"{_listing(features)}; use {key}={found[0] if found else example}"
     )
+
+
+def without_decoding(data: AnyDataset, column: str) -> AnyDataset:
+    """Return the data set with encoded instead of decoded images in a column of known type."""
+    features = cast(Mapping[str, Any], data.features)
+    return data.cast_column(column, Image(decode=False)) if isinstance(features[column], Image) else data
 
 
 def _check_column(

@@ -98,6 +98,7 @@ def first_images_are_small(shards: StreamShards, channels: int) -> bool:
     return is_small(inspect_images(shards.first_images, places, channels, shards.description))
 
 
+@dataclass(eq=False)
 class StreamBatchDataset(IterableDataset[LoadedBatch]):
     """The batches of each reader. `StreamLoader` puts the batches of all readers in order.
 
@@ -111,22 +112,15 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
             state of its `ReaderPosition`}}.
     """
 
-    def __init__(
-        self,
-        shards: StreamShards,
-        preset: ViewPreset,
-        share: ProcessShare,
-        channels: int,
-        window: int,
-        position: dict[str, Any],
-    ) -> None:
-        self.shards = shards
-        self.preset = preset
-        self.share = share
-        self.channels = channels
-        self.window = window
-        self.position = position
-        self.small = first_images_are_small(shards, channels)
+    shards: StreamShards
+    preset: ViewPreset
+    share: ProcessShare
+    channels: int
+    window: int
+    position: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.small = first_images_are_small(self.shards, self.channels)
 
     def __iter__(self) -> Iterator[LoadedBatch | WorkerFailure]:  # type: ignore[override]
         info = get_worker_info()
