@@ -114,7 +114,9 @@ def build_trainer(
         if "training.monitor_bank_images" in chosen and knn is not None:
             knn = _knn_classifier(recipe, args)
         choices |= chosen
-    _check_images(recipe, args, source)
+    # A training loader fills the cache, and raises `UserError` for images that it cannot use.
+    size, processes = args.per_device_train_batch_size, args.world_size
+    train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
     monitor = None
     if args.monitor_steps:
         count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
@@ -218,12 +220,6 @@ def _choose_sizes(
         overridden = {name for name in recipe.training if recipe.is_overridden(f"training.{name}")}
         choices |= choose_monitor(args, cost, source.num_rows, labeled=labeled, overridden=overridden)
     return choices
-
-
-def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
-    """Build a training loader. It fills the cache, and raises `UserError` for images that it cannot use."""
-    size, processes = args.per_device_train_batch_size, args.world_size
-    train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
 
 
 def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier | None:

@@ -73,15 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-ssl", description="Self-supervised image pretraining on the Hugging Face stack."
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], summary: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        added.set_defaults(run=run)
-        return added
-
+    command = _commands(parser)
     demo = command(
         "demo", _demo, "pretrain, evaluate and demonstrate an encoder of handwritten digits, offline"
     )
@@ -166,11 +158,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """Return a function that adds a command to a parser, and returns the parser of the command."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    return add
+
+
 def _add_space(space: argparse.ArgumentParser) -> None:
     """Add `hf-ssl space build` and `hf-ssl space run`."""
-    verbs = space.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _commands(space)
     summary = "embed a gallery and write a Space that can be served on this machine and on the Hub"
-    build = verbs.add_parser("build", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    build = command("build", _space_build, summary)
     build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     build.add_argument(
         "folder", type=Path, help="output folder: new, empty, or an earlier Space, which is replaced"
@@ -180,13 +184,10 @@ def _add_space(space: argparse.ArgumentParser) -> None:
         "--images", type=int, default=10_000, help="largest number of images (default: 10,000)"
     )
     build.add_argument("--title", help="heading of the page")
-    build.set_defaults(run=_space_build)
-    summary = "serve a Space on this machine"
-    serve = verbs.add_parser("run", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    serve = command("run", _space_run, "serve a Space on this machine")
     serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
     serve.add_argument("--port", type=int, default=7860, help="port, or the next free port (default: 7860)")
-    serve.set_defaults(run=_space_run)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

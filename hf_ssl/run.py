@@ -34,7 +34,6 @@ from hf_ssl.output_folder import (
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import EvaluationOutcome, collect_facts
-from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,30 +56,26 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     """
     args = recipe.training_arguments()
     with hidden_progress(args.hides_progress):
-        return _train(recipe, args, callbacks)
-
-
-def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCallback] | None) -> SSLTrainer:
-    checkpoint = last_checkpoint(recipe)
-    stored = None if checkpoint is None else stored_choices(recipe)
-    trainer = build_trainer(recipe, args, callbacks, stored)
-    finished = checkpoint is not None and is_finished(checkpoint)
-    if checkpoint is not None and not finished and args.should_log:
-        _report_changed_images(recipe, trainer)
-    wait_for_all()  # no process may write before all processes have read the folder
-    if args.should_save:
-        mark_output_folder(recipe, trainer.choices, trainer.source.revision)
-        with progress("drawing views.png"):
-            draw_pictures(recipe, trainer)
-    if checkpoint is not None and finished:
-        trainer.load_finished(checkpoint)
-    else:
-        if checkpoint is not None:
-            logger.warning("resuming from %s", checkpoint)
-        trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.stop_reason is not None:
-        raise UserError(trainer.stop_reason)
-    return trainer
+        checkpoint = last_checkpoint(recipe)
+        stored = None if checkpoint is None else stored_choices(recipe)
+        trainer = build_trainer(recipe, args, callbacks, stored)
+        finished = checkpoint is not None and is_finished(checkpoint)
+        if checkpoint is not None and not finished and args.should_log:
+            _report_changed_images(recipe, trainer)
+        wait_for_all()  # no process may write before all processes have read the folder
+        if args.should_save:
+            mark_output_folder(recipe, trainer.choices, trainer.source.revision)
+            with progress("drawing views.png"):
+                draw_pictures(recipe, trainer)
+        if checkpoint is not None and finished:
+            trainer.load_finished(checkpoint)
+        else:
+            if checkpoint is not None:
+                logger.warning("resuming from %s", checkpoint)
+            trainer.train(None if checkpoint is None else str(checkpoint))
+        if trainer.stop_reason is not None:
+            raise UserError(trainer.stop_reason)
+        return trainer
 
 
 def _report_changed_images(recipe: Recipe, trainer: SSLTrainer) -> None:

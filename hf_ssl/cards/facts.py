@@ -29,6 +29,7 @@ from typing import (
     is_typeddict,
 )
 
+import psutil
 from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.privacy import remove_private
@@ -315,7 +316,7 @@ def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         devices=processes,
         cores=os.cpu_count() or 1,
-        memory_gib=_memory_gib(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
     )
 
 
@@ -335,13 +336,6 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None  # Windows has no sysconf
 
 
 _BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model")

@@ -58,14 +58,16 @@ def attention_pictures(
         pixels = _at_size(processor, photo, size, patch_size(model))
     maps = attention_maps(model, pixels, layer=layer)
     height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
-    seen = _enlarge(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
-    mean = maps.mean[0]
+    mean, std = _normalization(processor, pixels.shape[1])
+    seen = _enlarge(_as_picture(pixels[0, :, :height, :width].cpu().float() * std + mean), shown_side)
+    attention = maps.mean[0]
+    colors = pca_colors(maps.patches)[0].permute(2, 0, 1)
     pictures = {
         "image": seen,
-        "mean": overlay(seen, mean),
+        "mean": overlay(seen, attention),
         "rollout": overlay(seen, maps.rollout[0]),
-        "mask": darken_outside_mask(seen, threshold_attention(mean, mass)),
-        "colors": _as_picture(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+        "mask": darken_outside_mask(seen, threshold_attention(attention, mass)),
+        "colors": _as_picture(_resized(colors, seen.size, smooth=False)),
     }
     heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
     return pictures | heads
@@ -194,13 +196,6 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
     return (resized.clamp(0, 255) / 255 - mean) / std
 
 
-def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
-    """Return the RGB picture of normalized pixels (C, H, W)."""
-    mean, std = _normalization(processor, pixels.shape[0])
-    shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-
-
 def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
     if not processor.do_normalize:
@@ -217,9 +212,10 @@ def _enlarge(photo: Image.Image, side: int) -> Image.Image:
     return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
 
 
-def _as_picture(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
-    large = _resized(values_3hw, size, smooth).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+def _as_picture(values_CHW: Tensor) -> Image.Image:
+    """Return the RGB picture of gray or RGB values from 0 to 1."""
+    pixels = values_CHW.mul(255).round().clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:

@@ -4,7 +4,7 @@
 `hub_errors` turns the errors of the Hub, of its client and of the network into a UserError.
 """
 
-import hashlib
+import io
 import json
 import logging
 import time
@@ -218,14 +218,9 @@ def _has_hash(source: Path | bytes, expected: str | None) -> bool:
     """Return whether a file has the hash that the repository states, a sha256 or a hash of git."""
     if expected is None:
         return False
-    is_large = len(expected) == 64
-    if isinstance(source, Path) and is_large:
-        with source.open("rb") as file:
-            return sha_fileobj(file).hex() == expected
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if is_large:
-        return hashlib.sha256(content).hexdigest() == expected
-    return git_hash(content) == expected
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        is_large = len(expected) == 64
+        return (sha_fileobj(file).hex() if is_large else git_hash(file.read())) == expected
 
 
 def file_size(source: Path | bytes) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
+from hf_ssl.methods import METHODS
 from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import resource
 from hf_ssl.views.preset import ViewPreset
@@ -60,7 +61,6 @@ def _check_patches(config: "PreTrainedConfig", size: int) -> None:
 
 def check_method(
     name: str,
-    title: str,
     model: type["SSLPreTrainedModel"],
     *,
     backbone_type: str,
@@ -72,7 +72,6 @@ def check_method(
 
     Args:
         name: key of the method in `METHODS`.
-        title: name of the method, for messages.
         model: model class of the method.
         backbone_type: model type of the encoder.
         views: the augmentation settings.
@@ -90,7 +89,7 @@ def check_method(
             f"method.name: expected model_cards/methods/{name}.md for the card, found none; write it as "
             "CONTRIBUTING.md explains"
         ) from error
-    known = model.backbone_types
+    known, title = model.backbone_types, METHODS[name].title
     if known is not None and backbone_type not in known:
         raise UserError(
             f"backbone.model_type: expected one of {', '.join(known)} for {title}, got {backbone_type}"

@@ -240,7 +240,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
     check_method(
         recipe.method["name"],
-        METHODS[recipe.method["name"]].title,
         recipe.model_class,
         backbone_type=backbone["model_type"],
         views=views,
@@ -311,10 +310,7 @@ def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> 
         if isinstance(default, dict) and isinstance(value, dict) and value.keys() <= default.keys():
             found |= _differing(value, default, f"{where}.{key}")
         elif key not in defaults or value != default:
-            set_values = isinstance(value, dict) and default is None
-            found[f"{where}.{key}"] = _without_none(value) if set_values else value
+            if isinstance(value, dict) and default is None:
+                value = {name: item for name, item in value.items() if item is not None}
+            found[f"{where}.{key}"] = value
     return found
-
-
-def _without_none(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if value is not None}

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,11 +47,6 @@ _BATCH = 64
 _EXAMPLE_SIDE = 640
 _PAGE = ("app.py", "style.css", "requirements.txt")
 _PACKAGES = ("torch", "transformers", "gradio", "faiss-cpu")
-
-
-class _Example(NamedTuple):
-    image: Tensor
-    label: str | None
 
 
 def build_space(
@@ -104,15 +99,15 @@ def build_space(
         description="gallery",
     )
     labels = _labels(shown)
+    kept = np.arange(len(thumbnails))
     if examples_split is None:
-        chosen = _balanced_sample(labels, len(thumbnails), min(examples, len(thumbnails) // 2))
-        kept = np.setdiff1d(np.arange(len(thumbnails)), chosen)
+        chosen = _balanced_sample(labels, len(kept), min(examples, len(kept) // 2))
+        kept = np.setdiff1d(kept, chosen)
         pictures = _examples(shown, labels, chosen)
     else:
         others = _images(data, examples_split, 20 * examples)
         other_labels = _labels(others)
         chosen = _balanced_sample(other_labels, len(others), min(examples, len(others)))
-        kept = np.arange(len(thumbnails))
         pictures = _examples(others, other_labels, chosen)
     gallery = build_gallery(
         features[kept],
@@ -163,8 +158,11 @@ def _labels(images: LabeledImages) -> list[str] | None:
     return [images.class_names[label] for label in images.labels.tolist()]
 
 
-def _examples(images: LabeledImages, labels: list[str] | None, chosen: np.ndarray) -> list[_Example]:
-    return [_Example(images[number], None if labels is None else labels[number]) for number in chosen]
+def _examples(
+    images: LabeledImages, labels: list[str] | None, chosen: np.ndarray
+) -> list[tuple[Tensor, str | None]]:
+    """Return images with their labels."""
+    return [(images[number], None if labels is None else labels[number]) for number in chosen]
 
 
 def _balanced_sample(labels: list[str] | None, total: int, count: int) -> np.ndarray:
@@ -217,7 +215,7 @@ def _facts(
     return cast(dict[str, Any], remove_private(facts))
 
 
-def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, str | None]]:
+def _write_examples(pictures: list[tuple[Tensor, str | None]], folder: Path) -> list[dict[str, str | None]]:
     """Write each example (PNG if it is small, else JPEG) with a thumbnail, and return names and labels."""
     (folder / "examples").mkdir()
     written: list[dict[str, str | None]] = []
