@@ -147,7 +147,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
 
 def open_labeled_splits(
-    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
+    data: DataConfig, evaluation: EvaluationConfig
 ) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the training split and the test split for the evaluation.
 
@@ -156,7 +156,6 @@ def open_labeled_splits(
     Args:
         data: the section `data` of a recipe.
         evaluation: the section `evaluation`.
-        max_train, max_test: largest numbers of images; None for all images.
 
     Raises:
         UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
@@ -174,8 +173,8 @@ def open_labeled_splits(
     data = replace(data, label_column=label_column, max_images=None, streaming=False)
     with progress(f"opening {data.path}"):
         return (
-            labeled_images(data, evaluation.train_split, max_images=max_train),
-            labeled_images(data, evaluation.test_split, max_images=max_test),
+            labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images),
+            labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images),
         )
 
 
@@ -224,10 +223,10 @@ def _choose_sizes(
 
 def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier | None:
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
+    bank_size, query_size = args.monitor_bank_images, args.monitor_query_images
+    evaluation = replace(recipe.evaluation, max_train_images=bank_size, max_test_images=query_size)
     try:
-        bank, queries = open_labeled_splits(
-            recipe.data, recipe.evaluation, args.monitor_bank_images, args.monitor_query_images
-        )
+        bank, queries = open_labeled_splits(recipe.data, evaluation)
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None

@@ -56,7 +56,9 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Sou
     elif (
         isinstance(data, Sequence) and len(data) and all(isinstance(item, str | os.PathLike) for item in data)
     ):
-        source = _of_files([os.fspath(item) for item in data], name)
+        files = [os.fspath(item) for item in data]
+        table = Dataset.from_dict({"image": files}).cast_column("image", Image(decode=False))
+        source = Source(table, "image", None, False, len(files), fingerprint(files), name)
     elif not isinstance(data, Mapping) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         source = _of_items(Items(data), name)
     elif isinstance(data, torch.utils.data.IterableDataset):
@@ -166,11 +168,6 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
     return Source(
         data, column, _label_column(features, config), True, None, "stream", where, whole_shards=False
     )
-
-
-def _of_files(files: list[str], name: str) -> Source:
-    table = Dataset.from_dict({"image": files}).cast_column("image", Image(decode=False))
-    return Source(table, "image", None, False, len(files), fingerprint(files), name)
 
 
 def _of_items(items: Items, where: str, label: str | None = None) -> Source:

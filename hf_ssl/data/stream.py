@@ -206,18 +206,16 @@ class OpenShard:
     def take(self, count: int) -> list[StreamRow]:
         """Return the next rows, at most `count`. The list is empty only at the end of the shard."""
         while not self._block:
-            if not self._load():
+            block = next(self._unread, None)
+            if block is None:
                 return []
+            self._shuffle(block.images)
         rows = [self._block.popleft() for _ in range(min(count, len(self._block)))]
         self.taken += len(rows)
         return rows
 
-    def _load(self) -> bool:
-        """Read the next block; return False at the end of the shard."""
-        block = next(self._unread, None)
-        if block is None:
-            return False
-        images = block.images
+    def _shuffle(self, images: list[StoredImage]) -> None:
+        """Put the own rows of the next block into random order."""
         own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)
         self._block.extend(
@@ -225,7 +223,6 @@ class OpenShard:
         )
         self._read += len(images)
         self._blocks += 1
-        return True
 
 
 class StreamReader:

@@ -40,12 +40,7 @@ if TYPE_CHECKING:
         overlay,
         write_attention_pictures,
     )
-    from hf_ssl.evaluation.protocol import (
-        LabeledData,
-        evaluate_encoder,
-        evaluate_features,
-        evaluate_pixels,
-    )
+    from hf_ssl.evaluation.protocol import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.retrieval import (
         Gallery,
         Neighbor,

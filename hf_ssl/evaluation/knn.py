@@ -53,30 +53,22 @@ def check_features(features: Tensor, where: str) -> None:
         )
 
 
-def nearest(
-    bank: Tensor,
-    queries: Tensor,
-    neighbors: int,
-    *,
-    query_chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
-) -> tuple[Tensor, Tensor]:
+def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
     """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, K), best first.
 
     Args:
         bank: (M, D) float32, L2-normalized, with M >= neighbors.
         queries: (N, D) float32, L2-normalized.
         neighbors: K.
-        query_chunk, bank_chunk: largest numbers of rows in one matrix product.
     """
     cosines = queries.new_empty(len(queries), neighbors)
     rows = torch.empty(len(queries), neighbors, dtype=torch.long, device=queries.device)
-    buffer = queries.new_empty(min(query_chunk, len(queries)) * min(bank_chunk, len(bank)))
-    for start in range(0, len(queries), query_chunk):
-        chunk = queries[start : start + query_chunk]
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * min(BANK_CHUNK, len(bank)))
+    for start in range(0, len(queries), QUERY_CHUNK):
+        chunk = queries[start : start + QUERY_CHUNK]
         best, best_rows = [], []
-        for first in range(0, len(bank), bank_chunk):
-            part = bank[first : first + bank_chunk]
+        for first in range(0, len(bank), BANK_CHUNK):
+            part = bank[first : first + BANK_CHUNK]
             # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
             out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
             torch.mm(chunk, part.T, out=out)

@@ -324,17 +324,18 @@ def _status_error(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
     status = error.response.status_code
     reason = error.server_message or error.response.reason_phrase or "no reason given"
     reason = " ".join(reason.split()).rstrip(".")
+    got = f"got status {status} ({reason})"
     if status == 401:
         return (
-            f"{endpoint}: expected a valid token, got status 401 ({reason}); run `hf auth login`, or set "
-            "HF_TOKEN to another token"
+            f"{endpoint}: expected a valid token, {got}; run `hf auth login`, or set HF_TOKEN to another "
+            "token"
         )
     if status == 403:
-        return f"{repo_id}: expected a token with write access, got status 403 ({reason}); use another one"
+        return f"{repo_id}: expected a token with write access, {got}; use another one"
     if status == 404:
-        return f"{repo_id}: expected a repository, got status 404 ({reason}); check the name and the token"
+        return f"{repo_id}: expected a repository, {got}; check the name and the token"
     if status == 412:
         return f"{repo_id}: expected no other commits during the upload, got some ({reason}); {UNCHANGED}"
     if status in TRANSIENT_STATUS:
         return f"{endpoint}: the server is busy or broken (status {status}, {reason}); {UNCHANGED}"
-    return f"{repo_id}: expected {endpoint} to accept the request, got status {status} ({reason})"
+    return f"{repo_id}: expected {endpoint} to accept the request, {got}"

@@ -14,12 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
-from hf_ssl.modeling.backbones import (
-    encode,
-    freeze_unused,
-    initialize_as_timm,
-    set_identity_pooler,
-)
+from hf_ssl.modeling.backbones import encode, freeze_unused, initialize_as_timm, set_identity_pooler
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear

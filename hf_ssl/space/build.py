@@ -246,9 +246,5 @@ def _write_page(folder: Path, facts: dict[str, Any]) -> None:
     card.data = SpaceCardData(**header)
     card.save(folder / "README.md")
     package = Path(__file__).parent.parent
-    for source in sorted(package.rglob("*.py")):
-        if "_data" in source.relative_to(package).parts:
-            continue
-        target = folder / "hf_ssl" / source.relative_to(package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    others = shutil.ignore_patterns("_data", "__pycache__", "py.typed")
+    shutil.copytree(package, folder / "hf_ssl", ignore=others, copy_function=shutil.copyfile)
