@@ -97,10 +97,11 @@ def build_trainer(
     stored = from_first_process(stored)
     if stored is not None:
         # The user may change the settings of the monitor. All other stored choices stay the same.
-        overridden = {
-            key for key in stored if key.startswith("training.monitor_") and recipe.is_overridden(key)
+        stored = {
+            key: choice
+            for key, choice in stored.items()
+            if not (key.startswith("training.monitor_") and recipe.is_overridden(key))
         }
-        stored = {key: choice for key, choice in stored.items() if key not in overridden}
         apply_choices(args, stored)
     choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.is_overridden("training.batch_size"):

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
-_RENAMED = {
-    "LabelledImages": "hf_ssl.data.LabeledImages",
-    "labelled_images": "hf_ssl.data.labeled_images",
-}
+_RENAMED = {"LabelledImages": "hf_ssl.data.LabeledImages", "labelled_images": "hf_ssl.data.labeled_images"}
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__, renamed=_RENAMED)

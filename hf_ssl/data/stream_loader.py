@@ -160,11 +160,7 @@ class StreamLoader(DataLoader[LoadedBatch]):
     """
 
     def __init__(
-        self,
-        batches: StreamBatchDataset,
-        layout: dict[str, Any],
-        length: int | None,
-        **options: Any,
+        self, batches: StreamBatchDataset, layout: dict[str, Any], length: int | None, **options: Any
     ) -> None:
         super().__init__(batches, batch_size=None, **options)
         self.layout = layout

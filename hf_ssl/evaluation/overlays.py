@@ -189,9 +189,7 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
         raise UserError(f"size: expected at least {patch} pixels (one patch), got {size}")
     short = min(photo.shape[1:])
     height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
-    resized = F.interpolate(
-        photo[None].float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(photo[None].float(), (height, width), mode="bicubic", antialias=True)
     mean, std = _normalization(processor, photo.shape[0])
     return (resized.clamp(0, 255) / 255 - mean) / std
 
@@ -220,7 +218,4 @@ def _as_picture(values_CHW: Tensor) -> Image.Image:
 
 def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
     """Return values (C, H, W) for a picture of `size` (width, height)."""
-    options: dict[str, Any] = (
-        {"mode": "bicubic", "align_corners": False} if smooth else {"mode": "nearest-exact"}
-    )
-    return F.interpolate(values_Chw[None], size=size[::-1], **options)[0]
+    return F.interpolate(values_Chw[None], size[::-1], mode="bicubic" if smooth else "nearest-exact")[0]

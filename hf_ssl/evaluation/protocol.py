@@ -267,10 +267,8 @@ def _main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
     counts = sorted({k for k, _ in grid})
     temperatures = [temperature for _, temperature in grid]
     below = [k for k in counts if k <= MAIN_KNN[0]]
-    return (
-        below[-1] if below else counts[0],
-        MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0],
-    )
+    temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
+    return below[-1] if below else counts[0], temperature
 
 
 def _describe(

@@ -28,8 +28,13 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
     from hf_ssl.modeling.backbones import encode
 
     sizes = [views.final_size] + ([views.final_local_size] if views.local_count else [])
+    patch = config.to_dict().get("patch_size")
     for size in sizes:
-        _check_patches(config, size)
+        if isinstance(patch, int) and size % patch:
+            raise UserError(
+                f"views.size: expected a multiple of backbone.patch_size={patch}, got {size}; use "
+                f"{max(1, size // patch) * patch}"
+            )
     try:
         with torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(config)
@@ -48,15 +53,6 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
         raise UserError(
             f"backbone: expected an encoder for views of {sizes} pixels, got {config.model_type}: {problem}"
         ) from error
-
-
-def _check_patches(config: "PreTrainedConfig", size: int) -> None:
-    patch = config.to_dict().get("patch_size")
-    if isinstance(patch, int) and size % patch:
-        raise UserError(
-            f"views.size: expected a multiple of backbone.patch_size={patch}, got {size}; use "
-            f"{max(1, size // patch) * patch}"
-        )
 
 
 def check_method(

@@ -163,10 +163,7 @@ class Recipe:
 
         defaults = {
             "method": _default_values(self.config_class),
-            "backbone": {
-                **_default_values(backbone_class(self.backbone["model_type"])),
-                "init_from": None,
-            },
+            "backbone": _default_values(backbone_class(self.backbone["model_type"])) | {"init_from": None},
             "data": _default_values(DataConfig),
             "views": _default_values(ViewPreset),
             "training": _default_values(SSLTrainingArguments) | {"batch_size": DEFAULT_BATCH_SIZE},

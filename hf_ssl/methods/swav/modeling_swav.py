@@ -65,8 +65,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         scores_VBK = self.prototypes(self.join_views(embeddings, "projections"))
         assignments_ABK = self._assign(scores_VBK[: projections.shape[1]].detach())
         loss = swapped_prediction(scores_VBK, assignments_ABK, temperature=self.config.temperature)
-        terms = {"swapped_prediction": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
+        return SSLOutput(loss=loss, terms={"swapped_prediction": loss.detach()}, embeddings=projections)
 
     @torch.no_grad()
     def _assign(self, scores_ABK: Tensor) -> Tensor:
