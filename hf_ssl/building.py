@@ -124,7 +124,6 @@ def build_trainer(
         with progress("loading images for the monitor"):
             images = load_monitor_images(source, recipe.views, recipe.data, args, count)
         monitor = Monitor(images, knn, DTYPES[args.precision])
-    continued = recipe.init_from is not None
     return SSLTrainer(
         model,
         args,
@@ -132,7 +131,7 @@ def build_trainer(
         data=recipe.data,
         monitor=monitor,
         callbacks=callbacks,
-        continued=continued,
+        continued=recipe.init_from is not None,
         choices=choices,
     )
 

@@ -70,13 +70,8 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {
-        "percent": text.percent,
-        "whole": text.whole,
-        "duration": text.duration,
-        "code": text.code,
-        "literal": text.literal,
-    }
+    for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal):
+        templates.filters[filter_function.__name__] = filter_function
     try:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),

@@ -159,9 +159,8 @@ def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_H
         height: height of each picture in pixels.
     """
     heading, gap = 14, 3
-    widths = [
-        round(next(iter(row.values())).width * height / next(iter(row.values())).height) for row in rows
-    ]
+    firsts = [next(iter(row.values())) for row in rows]
+    widths = [round(picture.width * height / picture.height) for picture in firsts]
     step = max(widths) + gap
     size = (step * len(rows[0]) - gap, heading + (height + gap) * len(rows) - gap)
     sheet = Image.new("RGB", size, "white")

@@ -231,9 +231,8 @@ class SSLPreTrainedModel(PreTrainedModel):
             raise UserError(
                 f"{unknown[0]}: expected None, because {self._method_name()} has no such input, got a tensor"
             )
-        self.check_views(
-            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
-        )
+        local_views = 0 if local_pixel_values is None else local_pixel_values.shape[1]
+        self.check_views(pixel_values.shape[1], local_views)
         if self.training:
             inputs = self.synchronize_inputs(inputs)
         return self.loss_from_embeddings(self.embed(inputs))
@@ -289,14 +288,10 @@ class SSLPreTrainedModel(PreTrainedModel):
         The function receives all views in one batch. It receives each view separately if BatchNorm must not
         normalize them together (`joint_batch_norm`).
         """
-        if self.joint_batch_norm or not self._uses_batch_statistics():
+        batch_norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        if self.joint_batch_norm or not self.training or not any(batch_norms):
             return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
         return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
-
-    def _uses_batch_statistics(self) -> bool:
-        return self.training and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()
-        )
 
     # Checks of a recipe.
 

@@ -13,8 +13,6 @@ from hf_ssl.views.preset import ViewPreset
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from hf_ssl.modeling.base import SSLPreTrainedModel
-
 
 def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
     """Check that the encoder can encode the views, by a forward pass on torch's meta device.
@@ -57,7 +55,6 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
 
 def check_method(
     name: str,
-    model: type["SSLPreTrainedModel"],
     *,
     backbone_type: str,
     views: ViewPreset,
@@ -68,7 +65,6 @@ def check_method(
 
     Args:
         name: key of the method in `METHODS`.
-        model: model class of the method.
         backbone_type: model type of the encoder.
         views: the augmentation settings.
         streaming: whether the data are a stream.
@@ -85,7 +81,8 @@ def check_method(
             f"method.name: expected model_cards/methods/{name}.md for the card, found none; write it as "
             "CONTRIBUTING.md explains"
         ) from error
-    known, title = model.backbone_types, METHODS[name].title
+    model, title = METHODS[name].model_class(), METHODS[name].title
+    known = model.backbone_types
     if known is not None and backbone_type not in known:
         raise UserError(
             f"backbone.model_type: expected one of {', '.join(known)} for {title}, got {backbone_type}"

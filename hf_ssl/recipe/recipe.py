@@ -213,6 +213,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone = pretrained_backbone(backbone, data)
     else:
         backbone = fitted_backbone(backbone, data, views)
+    training = convert_values(SSLTrainingArguments, plain["training"], "training")
     recipe = Recipe(
         name=name,
         path=path,
@@ -220,10 +221,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone=backbone,
         data=data,
         views=views,
-        training={
-            "output_dir": f"runs/{name}",
-            **convert_values(SSLTrainingArguments, plain["training"], "training"),
-        },
+        training={"output_dir": f"runs/{name}"} | training,
         evaluation=to_dataclass(EvaluationConfig, plain["evaluation"], "evaluation"),
         publish=to_dataclass(PublishConfig, plain["publish"], "publish"),
         overrides=list(overrides),
@@ -232,7 +230,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
     check_method(
         recipe.method["name"],
-        recipe.model_class,
         backbone_type=backbone["model_type"],
         views=views,
         streaming=data.streaming,

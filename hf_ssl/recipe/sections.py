@@ -45,11 +45,9 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = get_close_matches(name, names, 1, cutoff=0.5)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    return (
-        f"use one of {', '.join(names)}"
-        if len(names) <= 40
-        else f"none of the {len(names)} known names is similar"
-    )
+    if len(names) > 40:
+        return f"none of the {len(names)} known names is similar"
+    return f"use one of {', '.join(names)}"
 
 
 def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -224,10 +222,6 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(str(member.value) for member in annotation)
-    if (
-        origin is dict
-        or annotation is dict
-        or (isinstance(annotation, type) and dataclasses.is_dataclass(annotation))
-    ):
+    if dict in (origin, annotation) or dataclasses.is_dataclass(annotation):
         return "a mapping of keys to values"
     return str(annotation)

@@ -100,15 +100,14 @@ def build_space(
     )
     labels = _labels(shown)
     kept = np.arange(len(thumbnails))
+    pool, pool_labels, most = shown, labels, len(kept) // 2
+    if examples_split is not None:
+        pool = _images(data, examples_split, 20 * examples)
+        pool_labels, most = _labels(pool), len(pool)
+    chosen = _balanced_sample(pool_labels, len(pool), min(examples, most))
+    pictures = [(pool[number], None if pool_labels is None else pool_labels[number]) for number in chosen]
     if examples_split is None:
-        chosen = _balanced_sample(labels, len(kept), min(examples, len(kept) // 2))
         kept = np.setdiff1d(kept, chosen)
-        pictures = _examples(shown, labels, chosen)
-    else:
-        others = _images(data, examples_split, 20 * examples)
-        other_labels = _labels(others)
-        chosen = _balanced_sample(other_labels, len(others), min(examples, len(others)))
-        pictures = _examples(others, other_labels, chosen)
     gallery = build_gallery(
         features[kept],
         [thumbnails[number] for number in kept],
@@ -156,13 +155,6 @@ def _labels(images: LabeledImages) -> list[str] | None:
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]
-
-
-def _examples(
-    images: LabeledImages, labels: list[str] | None, chosen: np.ndarray
-) -> list[tuple[Tensor, str | None]]:
-    """Return images with their labels."""
-    return [(images[number], None if labels is None else labels[number]) for number in chosen]
 
 
 def _balanced_sample(labels: list[str] | None, total: int, count: int) -> np.ndarray:

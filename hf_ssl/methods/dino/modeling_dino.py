@@ -100,8 +100,7 @@ class DINOForPreTraining(MomentumModel):
             student_temperature=self.config.student_temperature,
             teacher_temperature=self._teacher_temperature.value,
         )
-        terms = {"distillation": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["student"])
+        return SSLOutput(loss=loss, terms={"distillation": loss.detach()}, embeddings=embeddings["student"])
 
     @torch.no_grad()
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:

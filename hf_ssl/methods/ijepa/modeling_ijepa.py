@@ -81,8 +81,7 @@ class IJEPAForPreTraining(TeacherModel):
     def freeze(self) -> None:
         """Also freeze the encoder's position table."""
         super().freeze()
-        backbone: Any = self.backbone
-        backbone.embeddings.position_embeddings.requires_grad_(False)
+        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def before_step(self, progress: RunProgress) -> None:
         """Also select the sizes of this step's blocks."""
@@ -154,8 +153,7 @@ class IJEPAForPreTraining(TeacherModel):
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean smooth L1 distance between predicted and true features."""
         loss = latent_smooth_l1(embeddings["predictions"], embeddings["targets"])
-        terms = {"smooth_l1": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["features"])
+        return SSLOutput(loss=loss, terms={"smooth_l1": loss.detach()}, embeddings=embeddings["features"])
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `explained_variance`, the share of the targets' variance that predictions explain.

@@ -124,13 +124,11 @@ class MAEForPreTraining(SSLPreTrainedModel):
         Raises:
             UserError: the size of the images does not match the decoder's positions.
         """
-        height, width = (
-            side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)
-        )
-        if (height, width) != self.grid:
+        grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
+        if grid != self.grid:
             raise UserError(
                 f"pixel_values: expected images of {self.grid} patches, the positions of the decoder, got "
-                f"{(height, width)}"
+                f"{grid}"
             )
         if noise is None:
             noise = torch.rand(len(images), self.num_patches, device=images.device)

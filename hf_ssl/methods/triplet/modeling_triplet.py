@@ -48,8 +48,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
             for anchor, positive in ((first, second), (second, first))
         ]
         loss = torch.stack(losses).mean()
-        terms = {"triplet": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
+        return SSLOutput(loss=loss, terms={"triplet": loss.detach()}, embeddings=embeddings["projections"])
 
     @torch.no_grad()
     def _negatives(self, anchor_BD: Tensor, positive_BD: Tensor) -> Tensor:
