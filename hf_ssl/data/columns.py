@@ -30,7 +30,7 @@ class _Role(NamedTuple):
 
     key: str
     kind: type
-    dtypes: frozenset[str]
+    dtypes: list[str]
     content: str
     example: str
 
@@ -38,16 +38,14 @@ class _Role(NamedTuple):
 _IMAGES = _Role(
     "data.image_column",
     Image,
-    frozenset("binary large_binary string large_string".split()),
+    ["binary", "large_binary", "string", "large_string"],
     "images (Image, encoded bytes or file names)",
     "NAME",
 )
 _LABELS = _Role(
     "data.label_column",
     ClassLabel,
-    frozenset(
-        "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split()
-    ),
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split(),
     "classes (ClassLabel, integers or strings)",
     "NAME, or one folder per class, all at the same depth",
 )

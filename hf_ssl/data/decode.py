@@ -319,11 +319,11 @@ def _from_16_bit(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-Shape: TypeAlias = tuple[int, int, int]
+_Shape: TypeAlias = tuple[int, int, int]
 """Channels, height and width."""
 
 
-def plain_shape(data: memoryview) -> Shape | None:
+def plain_shape(data: memoryview) -> _Shape | None:
     """Return the shape of a file that needs no conversion, from its header.
 
     Such a file is an 8-bit gray or RGB JPEG or WebP file without transparency and without EXIF or XMP data.
@@ -340,7 +340,7 @@ def plain_shape(data: memoryview) -> Shape | None:
     return None
 
 
-def _jpeg_shape(data: memoryview) -> Shape | None:
+def _jpeg_shape(data: memoryview) -> _Shape | None:
     shape = None
     position = 2
     while True:
@@ -363,7 +363,7 @@ def _jpeg_shape(data: memoryview) -> Shape | None:
         position += 2 + length
 
 
-def _webp_shape(data: memoryview) -> Shape | None:
+def _webp_shape(data: memoryview) -> _Shape | None:
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)

@@ -261,7 +261,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Return the projections (B, V, P) of images (B, V, C, H, W), by the backbone and the `projector`."""
         return self.apply_to_views(self.get_submodule("projector"), self.encode_views(images_BVCHW))
 
-    def project_all_views(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    def unit_projections(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return the unit projections of global and local views.
 
         Args:
@@ -278,7 +278,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def join_views(embeddings: dict[str, Tensor], name: str) -> Tensor:
-        """Return the projections (V + L, B, P) of `project_all_views` as one tensor, global views first."""
+        """Return the projections (V + L, B, P) of `unit_projections` as one tensor, global views first."""
         kinds = [embeddings[key] for key in (name, f"local_{name}") if key in embeddings]
         return torch.cat(kinds, dim=1).transpose(0, 1)
 

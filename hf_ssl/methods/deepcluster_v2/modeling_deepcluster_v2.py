@@ -87,7 +87,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         """
         if "sample_index" not in inputs:
             raise ValueError("sample_index: expected the row numbers of the images, got none; pass them")
-        return {"sample_index": inputs["sample_index"], **self.project_all_views(inputs, "projections")}
+        return {"sample_index": inputs["sample_index"], **self.unit_projections(inputs, "projections")}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean cross entropy, over heads, between all views' scores and the image's cluster."""

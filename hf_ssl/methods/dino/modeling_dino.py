@@ -85,7 +85,7 @@ class DINOForPreTraining(MomentumModel):
         They are (B, V, P) of the student and the teacher for global views. If there are local views, the
         result also has the student's (B, L, P).
         """
-        student = self.project_all_views(inputs, "student")
+        student = self.unit_projections(inputs, "student")
         teacher = normalize(upcast(self.teacher_projections(inputs["pixel_values"])), dim=-1)
         return student | {"teacher": teacher}
 

@@ -57,7 +57,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return unit projections (B, V, P) of global views, and (B, L, P) of local views, if any."""
-        return self.project_all_views(inputs, "projections")
+        return self.unit_projections(inputs, "projections")
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean cross entropy between each view's scores and the other views' assignments."""
