@@ -20,33 +20,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PACKAGES = (
-    "cards",
-    "data",
-    "evaluation",
-    "hub",
-    "losses",
-    "methods",
-    "modeling",
-    "recipe",
-    "run",
-    "trainer",
-    "views",
-)
-_modules_and_classes = [
-    import_path.split(":") for method in METHODS.values() for import_path in (method.config, method.model)
-]
+_classes = [path.split(":") for method in METHODS.values() for path in (method.config, method.model)]
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    {
-        "hf_ssl.errors": ["UserError"],
-        "hf_ssl.evaluation": ["evaluate_encoder"],
-        "hf_ssl.methods": ["METHODS"],
-        "hf_ssl.recipe": ["Recipe", "load_recipe"],
-        "hf_ssl.trainer.arguments": ["SSLTrainingArguments"],
-        "hf_ssl.trainer.trainer": ["SSLTrainer"],
-        **{module: [name] for module, name in _modules_and_classes},
-    },
-    modules=[f"hf_ssl.{name}" for name in _PACKAGES],
+    __file__,
+    modules="cards data evaluation hub losses methods modeling recipe run trainer views".split(),
+    further={"METHODS": "hf_ssl.methods", **{name: module for module, name in _classes}},
 )

@@ -97,10 +97,11 @@ def build_trainer(
     stored = from_first_process(stored)
     if stored is not None:
         # The user may change the settings of the monitor. All other stored choices stay the same.
-        overridden = {
-            key for key in stored if key.startswith("training.monitor_") and recipe.is_overridden(key)
+        stored = {
+            key: choice
+            for key, choice in stored.items()
+            if not (key.startswith("training.monitor_") and recipe.is_overridden(key))
         }
-        stored = {key: choice for key, choice in stored.items() if key not in overridden}
         apply_choices(args, stored)
     choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.is_overridden("training.batch_size"):
@@ -114,14 +115,15 @@ def build_trainer(
         if "training.monitor_bank_images" in chosen and knn is not None:
             knn = _knn_classifier(recipe, args)
         choices |= chosen
-    _check_images(recipe, args, source)
+    # A training loader fills the cache, and raises `UserError` for images that it cannot use.
+    size, processes = args.per_device_train_batch_size, args.world_size
+    train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
     monitor = None
     if args.measures:
         count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
         with progress("loading images for the monitor"):
             images = load_monitor_images(source, recipe.views, recipe.data, args, count)
         monitor = Monitor(images, knn, DTYPES[args.precision])
-    continued = recipe.init_from is not None
     return SSLTrainer(
         model,
         args,
@@ -129,7 +131,7 @@ def build_trainer(
         data=recipe.data,
         monitor=monitor,
         callbacks=callbacks,
-        continued=continued,
+        continued=recipe.init_from is not None,
         choices=choices,
     )
 
@@ -145,7 +147,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
 
 
 def open_labeled_splits(
-    data: DataConfig, evaluation: EvaluationConfig, max_train: int | None, max_test: int | None
+    data: DataConfig, evaluation: EvaluationConfig
 ) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the training split and the test split for the evaluation.
 
@@ -154,7 +156,6 @@ def open_labeled_splits(
     Args:
         data: the section `data` of a recipe.
         evaluation: the section `evaluation`.
-        max_train, max_test: largest numbers of images; None for all images.
 
     Raises:
         UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
@@ -172,8 +173,8 @@ def open_labeled_splits(
     data = replace(data, label_column=label_column, max_images=None, streaming=False)
     with progress(f"opening {data.path}"):
         return (
-            labeled_images(data, evaluation.train_split, max_images=max_train),
-            labeled_images(data, evaluation.test_split, max_images=max_test),
+            labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images),
+            labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images),
         )
 
 
@@ -220,18 +221,12 @@ def _choose_sizes(
     return choices
 
 
-def _check_images(recipe: Recipe, args: SSLTrainingArguments, source: Source) -> None:
-    """Build a training loader. It fills the cache, and raises `UserError` for images that it cannot use."""
-    size, processes = args.per_device_train_batch_size, args.world_size
-    train_loader(source, recipe.views, config=recipe.data, seed=0, batch_size=size, world_size=processes)
-
-
 def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier | None:
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
+    bank_size, query_size = args.monitor_bank_images, args.monitor_query_images
+    evaluation = replace(recipe.evaluation, max_train_images=bank_size, max_test_images=query_size)
     try:
-        bank, queries = open_labeled_splits(
-            recipe.data, recipe.evaluation, args.monitor_bank_images, args.monitor_query_images
-        )
+        bank, queries = open_labeled_splits(recipe.data, evaluation)
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None

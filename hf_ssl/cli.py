@@ -73,18 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-ssl", description="Self-supervised image pretraining on the Hugging Face stack."
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], summary: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        added.set_defaults(run=run)
-        return added
-
-    demo = command(
-        "demo", _demo, "pretrain, evaluate and demonstrate an encoder of handwritten digits, offline"
-    )
+    command = _commands(parser)
+    demo = command("demo", _demo)
     demo.add_argument(
         "--no-space", action="store_true", help="do not serve the Space that demonstrates the encoder"
     )
@@ -92,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
     )
 
-    pretrain = command(
-        "pretrain", _pretrain, "pretrain an encoder, export it, evaluate it and write its card"
-    )
+    pretrain = command("pretrain", _pretrain)
     pretrain.add_argument("recipe", help="a name that `hf-ssl recipes` lists, or a YAML file")
     pretrain.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     pretrain.add_argument(
@@ -104,23 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         "case)",
     )
 
-    evaluate = command("evaluate", _evaluate, "evaluate an encoder with k-NN and a linear probe")
+    evaluate = command("evaluate", _evaluate)
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="data.path=... and evaluation.key=value"
     )
 
-    export = command(
-        "export", _export, "write the encoder of a training checkpoint as a plain transformers model"
-    )
+    export = command("export", _export)
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
 
-    publish = command(
-        "publish",
-        _publish,
-        "publish a finished run on the Hub: encoder, card, results and pictures, one commit",
-    )
+    publish = command("publish", _publish)
     publish.add_argument("folder", metavar="run", type=Path, help="the output folder of a run")
     publish.add_argument(
         "repo", nargs="?", help="user/name, created if it does not exist; default: publish.repo_id"
@@ -136,9 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of `hf-ssl space build`, which is published as a Space",
     )
 
-    attention = command(
-        "attention", _attention, "draw the attention maps of a vision transformer for your photos"
-    )
+    attention = command("attention", _attention)
     attention.add_argument(
         "model", help="a folder with an exported encoder, or one of the ViT family on the Hub"
     )
@@ -159,18 +139,37 @@ def _parser() -> argparse.ArgumentParser:
         help="resize the shortest edge of the photo to this many pixels, without a crop (default: resize and "
         "center crop as the image processor of the encoder does)",
     )
-    _add_space(command("space", _space_run, "build and serve a page that demonstrates an encoder"))
+    _add_space(command("space", _space_run, "Build and serve a page that demonstrates an encoder."))
 
-    command("methods", _methods, "list the methods")
-    command("recipes", _recipes, "list the recipes that come with hf_ssl")
+    command("methods", _methods)
+    command("recipes", _recipes)
     return parser
+
+
+def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """Return a function that adds a command to a parser, and returns the parser of the command.
+
+    Its arguments are the name of the command, the function that runs it, and its description, by default the
+    docstring of this function.
+    """
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], description: str | None = None
+    ) -> argparse.ArgumentParser:
+        text = description or run.__doc__ or name
+        summary = text[0].lower() + text[1:].removesuffix(".")
+        added = commands.add_parser(name, help=summary, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    return add
 
 
 def _add_space(space: argparse.ArgumentParser) -> None:
     """Add `hf-ssl space build` and `hf-ssl space run`."""
-    verbs = space.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    summary = "embed a gallery and write a Space that can be served on this machine and on the Hub"
-    build = verbs.add_parser("build", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    command = _commands(space)
+    build = command("build", _space_build)
     build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     build.add_argument(
         "folder", type=Path, help="output folder: new, empty, or an earlier Space, which is replaced"
@@ -180,16 +179,14 @@ def _add_space(space: argparse.ArgumentParser) -> None:
         "--images", type=int, default=10_000, help="largest number of images (default: 10,000)"
     )
     build.add_argument("--title", help="heading of the page")
-    build.set_defaults(run=_space_build)
-    summary = "serve a Space on this machine"
-    serve = verbs.add_parser("run", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    serve = command("run", _space_run)
     serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
     serve.add_argument("--port", type=int, default=7860, help="port, or the next free port (default: 7860)")
-    serve.set_defaults(run=_space_run)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    """Pretrain, evaluate and demonstrate an encoder of handwritten digits, offline."""
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl import run
 
@@ -197,6 +194,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    """Pretrain an encoder, export it, evaluate it and write its card."""
     with quick_imports():
         with progress(f"reading the recipe {arguments.recipe}"):
             from hf_ssl.recipe import load_recipe
@@ -231,6 +229,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate an encoder with k-NN and a linear probe."""
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
 
@@ -241,6 +240,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    """Write the encoder of a training checkpoint as a plain transformers model."""
     with progress(f"exporting the encoder of {arguments.checkpoint}"):
         from hf_ssl.hub.export import export_checkpoint
 
@@ -248,6 +248,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> None:
+    """Publish a finished run on the Hub: encoder, card, results and pictures, one commit."""
     from hf_ssl.hub.publish import publish, publish_space, recorded_repo
 
     repo = arguments.repo or recorded_repo(arguments.folder)
@@ -258,6 +259,7 @@ def _publish(arguments: argparse.Namespace) -> None:
 
 
 def _attention(arguments: argparse.Namespace) -> None:
+    """Draw the attention maps of a vision transformer for your photos."""
     with progress("drawing attention maps"):
         from hf_ssl.evaluation import write_attention_pictures
 
@@ -269,6 +271,7 @@ def _attention(arguments: argparse.Namespace) -> None:
 
 
 def _space_build(arguments: argparse.Namespace) -> None:
+    """Embed a gallery and write a Space that can be served on this machine and on the Hub."""
     from hf_ssl.space import check_packages
 
     check_packages()
@@ -283,18 +286,21 @@ def _space_build(arguments: argparse.Namespace) -> None:
 
 
 def _space_run(arguments: argparse.Namespace) -> None:
+    """Serve a Space on this machine."""
     from hf_ssl.space import run_space
 
     run_space(arguments.folder, arguments.host, arguments.port)
 
 
 def _methods(arguments: argparse.Namespace) -> None:
+    """List the methods."""
     _print_table(
         [(name, f"{method.title}: {method.summary} ({method.paper})") for name, method in METHODS.items()]
     )
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
+    """List the recipes that come with hf_ssl."""
     groups: dict[str, list[tuple[str, str]]] = {"???": [], "digits": []}  # the first two headings
     for name, path in recipe_files().items():
         groups.setdefault(recipe_data(path), []).append((f"  {name}", recipe_title(path)))

@@ -28,8 +28,6 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = get_close_matches(name, names, 1, cutoff=0.5)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    return (
-        f"use one of {', '.join(names)}"
-        if len(names) <= 40
-        else f"none of the {len(names)} known names is similar"
-    )
+    if len(names) > 40:
+        return f"none of the {len(names)} known names is similar"
+    return f"use one of {', '.join(names)}"

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public names: their import at the first use, and the deprecated names of this release (layer 0)."""
 
+import ast
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 Anything = TypeVar("Anything", bound=Callable[..., Any])
@@ -26,23 +28,27 @@ _RENAMED_RECORDS = {"neighbours": "neighbors", "monitor_neighbours": "monitor_ne
 
 def lazy_names(
     package: str,
-    modules_to_names: Mapping[str, Sequence[str]],
+    file: str,
     *,
     modules: Sequence[str] = (),
+    further: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` for the `__init__.py` of a package.
 
+    The public names are those that the `if TYPE_CHECKING:` block of the file imports, in the form
+    `from module import name`. Type checkers read the same block.
+
     Args:
         package: `__name__` of the package.
-        modules_to_names: module -> public names that it defines.
+        file: `__file__` of the package.
         modules: modules of the package that are public names themselves.
+        further: public name -> its module, for names that the block does not import.
         renamed: deprecated name -> its replacement, e.g. "hf_ssl.views.augment". The old name works for one
             more release, with a DeprecationWarning.
     """
-    module_of = {name: module for module, names in modules_to_names.items() for name in names}
-    submodules = {module.rpartition(".")[2]: module for module in modules}
-    public = sorted({*module_of, *submodules})
+    module_of = _names_for_type_checkers(file) | dict(further or {})
+    public = sorted({*module_of, *modules})
 
     def get(name: str) -> Any:
         if renamed is not None and name in renamed:
@@ -52,14 +58,25 @@ def lazy_names(
             return getattr(import_module(module), new)
         if name in module_of:
             value = getattr(import_module(module_of[name]), name)
-        elif name in submodules:
-            value = import_module(submodules[name])
+        elif name in modules:
+            value = import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)
         return value
 
     return get, lambda: public, public
+
+
+def _names_for_type_checkers(file: str) -> dict[str, str]:
+    """Return {name: module} of the imports in the `if TYPE_CHECKING:` block of a Python file."""
+    module_of: dict[str, str] = {}
+    for block in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            for statement in block.body:
+                if isinstance(statement, ast.ImportFrom) and statement.module is not None:
+                    module_of |= {alias.name: statement.module for alias in statement.names}
+    return module_of
 
 
 def renamed_arguments(**renamed: str) -> Callable[[Anything], Anything]:

@@ -166,9 +166,8 @@ def _flat(section: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a section with one key for each value of a group, e.g. "lars.variant"."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        flat |= (
-            {f"{key}.{name}": item for name, item in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
     return flat

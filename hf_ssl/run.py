@@ -34,7 +34,6 @@ from hf_ssl.output_folder import (
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import EvaluationOutcome, collect_facts
-from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,30 +56,26 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
     """
     args = recipe.training_arguments()
     with hidden_progress(args.hides_progress):
-        return _train(recipe, args, callbacks)
-
-
-def _train(recipe: Recipe, args: SSLTrainingArguments, callbacks: list[TrainerCallback] | None) -> SSLTrainer:
-    checkpoint = last_checkpoint(recipe)
-    stored = None if checkpoint is None else stored_choices(recipe)
-    trainer = build_trainer(recipe, args, callbacks, stored)
-    finished = checkpoint is not None and is_finished(checkpoint)
-    if checkpoint is not None and not finished and args.should_log:
-        _report_changed_images(recipe, trainer)
-    wait_for_all()  # no process may write before all processes have read the folder
-    if args.should_save:
-        mark_output_folder(recipe, trainer.choices, trainer.source.revision)
-        with progress("drawing views.png"):
-            draw_pictures(recipe, trainer)
-    if checkpoint is not None and finished:
-        trainer.load_finished(checkpoint)
-    else:
-        if checkpoint is not None:
-            logger.warning("resuming from %s", checkpoint)
-        trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.stop_reason is not None:
-        raise UserError(trainer.stop_reason)
-    return trainer
+        checkpoint = last_checkpoint(recipe)
+        stored = None if checkpoint is None else stored_choices(recipe)
+        trainer = build_trainer(recipe, args, callbacks, stored)
+        finished = checkpoint is not None and is_finished(checkpoint)
+        if checkpoint is not None and not finished and args.should_log:
+            _report_changed_images(recipe, trainer)
+        wait_for_all()  # no process may write before all processes have read the folder
+        if args.should_save:
+            mark_output_folder(recipe, trainer.choices, trainer.source.revision)
+            with progress("drawing views.png"):
+                draw_pictures(recipe, trainer)
+        if checkpoint is not None and finished:
+            trainer.load_finished(checkpoint)
+        else:
+            if checkpoint is not None:
+                logger.warning("resuming from %s", checkpoint)
+            trainer.train(None if checkpoint is None else str(checkpoint))
+        if trainer.stop_reason is not None:
+            raise UserError(trainer.stop_reason)
+        return trainer
 
 
 def _report_changed_images(recipe: Recipe, trainer: SSLTrainer) -> None:
@@ -109,32 +104,27 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()  # hides the bars of loading and saving files
     trainer = train(recipe)
-    with hidden_progress(trainer.args.hides_progress):
-        return _finish(recipe, trainer)
-
-
-def _finish(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
-    """Export, evaluate and document the trained encoder, and return the facts."""
-    with progress(f"exporting the encoder to {recipe.training['output_dir']}"):
-        trainer.save_model()
-    # A process may abort if it ends before its process group. Only the main process continues from here.
-    finish_communication()
-    trainer.accelerator.end_training()
-    if not trainer.args.should_save:
-        return {}
     folder = Path(recipe.training["output_dir"])
-    measured = evaluate_run(recipe, trainer, folder)
-    with progress("writing the card"):
-        facts = collect_facts(recipe, trainer, measured)
-        write_facts(folder, facts)
-        append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
-        write_card(folder, facts)
-    if measured.results:
-        print(terminal_text(measured.results))
-    print(f"encoder, card and pictures are in {folder}")
-    if trainer.args.push_to_hub:
-        trainer.publish_output()
-    return dict(facts)
+    with hidden_progress(trainer.args.hides_progress):
+        with progress(f"exporting the encoder to {folder}"):
+            trainer.save_model()
+        # A process may abort if it ends before its process group. Only the main process continues from here.
+        finish_communication()
+        trainer.accelerator.end_training()
+        if not trainer.args.should_save:
+            return {}
+        measured = evaluate_run(recipe, trainer, folder)
+        with progress("writing the card"):
+            facts = collect_facts(recipe, trainer, measured)
+            write_facts(folder, facts)
+            append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
+            write_card(folder, facts)
+        if measured.results:
+            print(terminal_text(measured.results))
+        print(f"encoder, card and pictures are in {folder}")
+        if trainer.args.push_to_hub:
+            trainer.publish_output()
+        return dict(facts)
 
 
 def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
@@ -143,16 +133,10 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
     Without labeled images, log a warning and return the reason.
     """
     try:
-        train_images, test_images = open_labeled_splits(
-            recipe.data,
-            recipe.evaluation,
-            recipe.evaluation.max_train_images,
-            recipe.evaluation.max_test_images,
-        )
+        splits = open_labeled_splits(recipe.data, recipe.evaluation)
     except UserError as error:
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
         return EvaluationOutcome(skip_reason=str(error))
-    splits = (train_images, test_images)
     device = trainer.args.device
     encoder, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     results = {
@@ -172,7 +156,7 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
             description="encoder before training",
         )
         results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
-    return EvaluationOutcome(results=results, train=train_images, test=test_images)
+    return EvaluationOutcome(results=results, train=splits[0], test=splits[1])
 
 
 def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
@@ -191,7 +175,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     transformers_logging.disable_progress_bar()
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
-    splits = open_labeled_splits(data, evaluation, evaluation.max_train_images, evaluation.max_test_images)
+    splits = open_labeled_splits(data, evaluation)
     measured = evaluate_encoder(
         encoder, processor, evaluation, *splits, device=fastest_device(), description=model
     )

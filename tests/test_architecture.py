@@ -104,14 +104,13 @@ def imports(source: str) -> Iterator[Import]:
 
 def lazy_modules(sources: dict[str, str]) -> dict[str, str]:
     """Return the module of each lazy name of a package: hf_ssl.views.crop -> hf_ssl.views.cropping."""
-    module_of = {}
-    for package, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
-                for key, names in zip(node.args[1].keys, node.args[1].values, strict=True):
-                    if isinstance(key, ast.Constant):
-                        module_of |= {f"{package}.{name}": key.value for name in ast.literal_eval(names)}
-    return module_of
+    return {
+        f"{package}.{item.target.rpartition('.')[2]}": item.target.rpartition(".")[0]
+        for package, source in sources.items()
+        if "lazy_names(" in source
+        for item in imports(source)
+        if item.for_types
+    }
 
 
 def resolve(target: str, known: dict[str, str], module_of: dict[str, str] | None = None) -> str | None:
@@ -147,7 +146,7 @@ def circle(sources: dict[str, str]) -> list[str]:
     """Return modules or packages that import each other, at any time and also only for type checkers.
 
     Lazy names count as the modules that define them. The imports of a package's `__init__` for type checkers
-    do not count, because they repeat the lazy names.
+    do not count, because they are the lazy names.
     """
     module_of = lazy_modules(sources)
     by_module: dict[str, set[str]] = {}
@@ -317,7 +316,7 @@ def test_circles_are_seen() -> None:
     deferred, for_types = "def f():\n    import hf_ssl.", "if TYPE_CHECKING:\n    import hf_ssl."
     assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{deferred}data.a"})
     assert circle({"hf_ssl.data.a": "import hf_ssl.data.b", "hf_ssl.data.b": f"{for_types}data.a"})
-    lazy = 'lazy_names(__name__, {"hf_ssl.data.a": ["x"]})'
+    lazy = "if TYPE_CHECKING:\n    from hf_ssl.data.a import x\nlazy_names(__name__, __file__)"
     assert circle(
         {"hf_ssl.data": lazy, "hf_ssl.data.a": "import hf_ssl.b", "hf_ssl.b": "from hf_ssl.data import x"}
     )

@@ -14,11 +14,5 @@ if TYPE_CHECKING:
     from hf_ssl.cards.privacy import last_part, remove_private
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.cards.card": ["write_card"],
-        "hf_ssl.cards.facts": ["Facts", "append_result", "environment", "read_facts", "write_facts"],
-        "hf_ssl.cards.privacy": ["last_part", "remove_private"],
-    },
-    renamed={"public": "hf_ssl.cards.remove_private"},
+    __name__, __file__, renamed={"public": "hf_ssl.cards.remove_private"}
 )

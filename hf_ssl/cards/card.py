@@ -2,7 +2,6 @@
 """Writes the model card (README.md with its metadata) and `.eval_results/` from recorded facts alone."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
@@ -71,13 +70,8 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {
-        "percent": text.percent,
-        "whole": text.whole,
-        "duration": text.duration,
-        "code": text.code,
-        "literal": text.literal,
-    }
+    for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal):
+        templates.filters[filter_function.__name__] = filter_function
     try:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
@@ -106,19 +100,17 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
 
 def metadata(facts: Facts) -> ModelCardData:
     """Return the metadata for the Hub: library, task, tags, data, base model, and results (`model-index`)."""
-    tags = list(dict.fromkeys([*TAGS, facts["method"]["name"], *facts["tags"]]))
-    fields: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-feature-extraction",
-        "license": facts["license"],
-        "tags": tags,
-        "datasets": None if facts["data"]["hub_id"] is None else [facts["data"]["hub_id"]],
-        "base_model": facts["backbone"]["base_model"],
-    }
     results = model_index(facts)
-    if results:
-        fields |= {"model_name": facts["name"], "eval_results": results}
-    return ModelCardData(**fields)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=facts["license"],
+        tags=[*TAGS, facts["method"]["name"], *facts["tags"]],  # ModelCardData removes duplicates
+        datasets=None if facts["data"]["hub_id"] is None else [facts["data"]["hub_id"]],
+        base_model=facts["backbone"]["base_model"],
+        model_name=facts["name"] if results else None,
+        eval_results=results or None,
+    )
 
 
 def model_index(facts: Facts) -> list[EvalResult]:
@@ -153,11 +145,6 @@ def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
     if evaluation is None or evaluation["hub_id"] is None:
         return []
     repo_id = facts["repo_id"]
-    source = (
-        {}
-        if repo_id is None
-        else {"source_url": f"https://huggingface.co/{repo_id}", "source_name": "Model card"}
-    )
     return [
         EvalResultEntry(
             dataset_id=evaluation["hub_id"],
@@ -166,7 +153,8 @@ def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
             value=round(100 * measurement.value, 2),
             date=facts["date"],
             notes=measurement.protocol,
-            **source,
+            source_url=None if repo_id is None else f"https://huggingface.co/{repo_id}",
+            source_name="Model card",  # not written without an address
         )
         for measurement in text.measurements(facts["results"]["trained"])
     ]

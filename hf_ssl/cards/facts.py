@@ -17,18 +17,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    TypedDict,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Annotated, Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
+import psutil
 from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.privacy import remove_private
@@ -224,15 +215,12 @@ def _checked_section(value: dict[str, Any], section: Any, path: str) -> dict[str
     for key in types:
         if key in checked or key not in section.__required_keys__:
             continue
-        default = next(
-            (item for item in getattr(declared[key], "__metadata__", ()) if isinstance(item, Default)), None
-        )
-        if default is None:
+        if get_origin(declared[key]) is not Annotated:
             raise UserError(
                 f"{path}.{key}: expected a recorded fact, got none; run the training again, or declare the "
                 "fact with a Default"
             )
-        checked[key] = copy.deepcopy(default.value)
+        checked[key] = copy.deepcopy(declared[key].__metadata__[0].value)
     return checked
 
 
@@ -285,18 +273,8 @@ def read_facts(directory: str | Path) -> Facts:
 
 
 PACKAGES = (
-    "hf_ssl",
-    "torch",
-    "torchvision",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "huggingface_hub",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "timm",
-)
+    "hf_ssl torch torchvision transformers datasets accelerate huggingface_hub safetensors numpy pillow timm"
+).split()
 
 
 def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
@@ -315,7 +293,7 @@ def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         devices=processes,
         cores=os.cpu_count() or 1,
-        memory_gib=_memory_gib(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
     )
 
 
@@ -335,13 +313,6 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None  # Windows has no sysconf
 
 
 _BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model")

@@ -63,7 +63,10 @@ def remove_private_text(text: str) -> str:
     text = TOKEN.sub(REMOVED, text)
     key, equals, rest = text.partition("=")
     if equals and re.fullmatch(r"[\w.]+", key):  # section.key=value: the value may be a path with spaces
-        return text if _is_secret(key, "") and not rest else f"{key}={_public_value(key, rest)}"
+        secret = _is_secret(key, rest)
+        if secret and not rest:
+            return text
+        return f"{key}={REMOVED if secret else remove_private_text(rest)}"
     if PATH.match(text):
         return last_part(text)
     urls = URL.findall(text)
@@ -84,10 +87,6 @@ def last_part(path: str) -> str:
 def _is_tensor(value: Any) -> bool:
     torch = sys.modules.get("torch")  # importing torch takes seconds; without it there are no tensors
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _public_value(key: str, text: str) -> str:
-    return REMOVED if _is_secret(key.rpartition(".")[2], text) else remove_private_text(text)
 
 
 def _is_secret(key: Any, value: Any) -> bool:

@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.data.adapters": ["as_source"],
-        "hf_ssl.data.batch": ["BrokenCounter", "LoadedBatch"],
-        "hf_ssl.data.config": ["DataConfig"],
-        "hf_ssl.data.images": ["all_images"],
-        "hf_ssl.data.labeled": ["LabeledImages", "label_source", "labeled_images"],
-        "hf_ssl.data.loader": ["holds_small_images", "train_loader"],
-        "hf_ssl.data.sources": ["Source", "open_source"],
-    },
-    renamed={
-        "LabelledImages": "hf_ssl.data.LabeledImages",
-        "labelled_images": "hf_ssl.data.labeled_images",
-    },
-)
+_RENAMED = {"LabelledImages": "hf_ssl.data.LabeledImages", "labelled_images": "hf_ssl.data.labeled_images"}
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__, renamed=_RENAMED)

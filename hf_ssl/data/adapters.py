@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.utils.data
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from torch import Tensor
 
-from hf_ssl.data.columns import find_image_column, find_label_column
+from hf_ssl.data.columns import find_image_column, find_label_column, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
@@ -42,7 +43,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Sou
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
-        return open_source(_with_path(config, os.fspath(data)))
+        return open_source(replace(config, path=os.fspath(data)))
     if isinstance(data, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, data))
         raise UserError(
@@ -55,7 +56,9 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Sou
     elif (
         isinstance(data, Sequence) and len(data) and all(isinstance(item, str | os.PathLike) for item in data)
     ):
-        source = _of_files([os.fspath(item) for item in data], name)
+        files = [os.fspath(item) for item in data]
+        table = Dataset.from_dict({"image": files}).cast_column("image", Image(decode=False))
+        source = Source(table, "image", None, False, len(files), fingerprint(files), name)
     elif not isinstance(data, Mapping) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         source = _of_items(Items(data), name)
     elif isinstance(data, torch.utils.data.IterableDataset):
@@ -147,8 +150,7 @@ def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
         items = Items(data, find_image_key(data[0] if len(data) else {}, config.image_column, name))
         return _of_items(items, where, label)
     column = find_image_column(data.features, config.image_column, where)
-    if isinstance(data.features[column], Image):
-        data = data.cast_column(column, Image(decode=False))
+    data = without_decoding(data, column)
     return Source(data, column, label, False, len(data), data._fingerprint, where)
 
 
@@ -157,8 +159,7 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
     features = data.features
     if features is not None and any(isinstance(feature, Image) for feature in features.values()):
         column = find_image_column(features, config.image_column, where)
-        if isinstance(features[column], Image):
-            data = data.cast_column(column, Image(decode=False))
+        data = without_decoding(data, column)
     else:  # `map` without features, or a generator: the columns are known from the first example only
         first = next(iter(data.with_format(None)), None)
         if first is None:
@@ -167,11 +168,6 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
     return Source(
         data, column, _label_column(features, config), True, None, "stream", where, whole_shards=False
     )
-
-
-def _of_files(files: list[str], name: str) -> Source:
-    table = Dataset.from_dict({"image": files}).cast_column("image", Image(decode=False))
-    return Source(table, "image", None, False, len(files), fingerprint(files), name)
 
 
 def _of_items(items: Items, where: str, label: str | None = None) -> Source:
@@ -195,9 +191,3 @@ def _described(data: Dataset | IterableDataset, name: str) -> str:
     """Return a name for messages: "imagefolder (train)"."""
     parts = [part for part in (data.info.dataset_name or data.info.builder_name, data.split) if part]
     return f"{parts[0]} ({parts[1]})" if len(parts) == 2 else name
-
-
-def _with_path(config: DataConfig, path: str) -> DataConfig:
-    from dataclasses import replace
-
-    return replace(config, path=path)

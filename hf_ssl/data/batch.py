@@ -88,15 +88,13 @@ class LoadedBatch:
 
     def __getitem__(self, samples: slice) -> "LoadedBatch":
         """Return some of the images; the tensors share the memory of this batch."""
-        images = self.images
-        if isinstance(images, Crops):
-            local = None if images.local_crops is None else images.local_crops[samples]
-            part: Tensor | Crops | DeviceRows = Crops(images.global_crops[samples], local)
-        else:
-            part = images[samples]
-        index = None if self.sample_index is None else self.sample_index[samples]
-        seeds = self.seeds[samples]
-        return LoadedBatch(part, self.parameters[samples], seeds, index, self.broken, self.position)
+        return replace(
+            self,
+            images=self.images[samples],
+            parameters=self.parameters[samples],
+            seeds=self.seeds[samples],
+            sample_index=None if self.sample_index is None else self.sample_index[samples],
+        )
 
     def split(self, size: int) -> "list[LoadedBatch]":
         """Return parts of at most `size` images; the tensors share the memory of this batch."""

@@ -3,20 +3,52 @@
 
 from collections.abc import Mapping
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 
 from hf_ssl.data.decode import EncodedImage, StoredImage
 from hf_ssl.errors import UserError
 
-_IMAGE_DTYPES = frozenset({"binary", "large_binary", "string", "large_string"})  # bytes, or file names
-_LABEL_DTYPES = frozenset(
-    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split()
-)
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
 _LISTED_CHARACTERS = 120
+
+
+class _Role(NamedTuple):
+    """What a column is for.
+
+    Attributes:
+        key: the key of a recipe that names the column.
+        kind: the type of columns that are found without the key.
+        dtypes: further types of a column that the key names.
+        content: the types in words, for messages.
+        example: value of the key in a message if no column has the type `kind`.
+    """
+
+    key: str
+    kind: type
+    dtypes: list[str]
+    content: str
+    example: str
+
+
+_IMAGES = _Role(
+    "data.image_column",
+    Image,
+    ["binary", "large_binary", "string", "large_string"],
+    "images (Image, encoded bytes or file names)",
+    "NAME",
+)
+_LABELS = _Role(
+    "data.label_column",
+    ClassLabel,
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split(),
+    "classes (ClassLabel, integers or strings)",
+    "NAME, or one folder per class, all at the same depth",
+)
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
@@ -30,16 +62,7 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
     Raises:
         UserError: no column or several columns are possible, or the requested column has another type.
     """
-    key, content = "data.image_column", "images (Image, encoded bytes or file names)"
-    if requested is not None:
-        return _check_column(features, requested, where, Image, _IMAGE_DTYPES, key, content)
-    found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if len(found) == 1:
-        return found[0]
-    raise UserError(
-        f"{key}: expected one column of the type Image in {where}, got {len(found)} in {_listing(features)}; "
-        f"use {key}={found[0] if found else 'NAME'}"
-    )
+    return _find_column(features, requested, where, _IMAGES)
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
@@ -47,41 +70,32 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
 
     The arguments and errors are those of `find_image_column`.
     """
-    key, content = "data.label_column", "classes (ClassLabel, integers or strings)"
-    if requested is not None:
-        return _check_column(features, requested, where, ClassLabel, _LABEL_DTYPES, key, content)
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if len(found) == 1:
-        return found[0]
-    advice = f"{key}={found[0]}" if found else f"{key}=NAME, or one folder per class, all at the same depth"
-    raise UserError(
-        f"{key}: expected one column of the type ClassLabel in {where}, got {len(found)} in "
-        f"{_listing(features)}; use {advice}"
-    )
+    return _find_column(features, requested, where, _LABELS)
 
 
-def _check_column(
-    features: Mapping[str, Any],
-    requested: str,
-    where: str,
-    kind: type,
-    dtypes: frozenset[str],
-    key: str,
-    content: str,
-) -> str:
-    """Return the requested column.
-
-    Raises:
-        UserError: the column is missing, or has neither the type `kind` nor one of the `dtypes`.
-    """
+def _find_column(features: Mapping[str, Any], requested: str | None, where: str, role: _Role) -> str:
+    if requested is None:
+        found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
+        if len(found) == 1:
+            return found[0]
+        raise UserError(
+            f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
+            f"in {_listing(features)}; use {role.key}={found[0] if found else role.example}"
+        )
     feature = features.get(requested)
-    if isinstance(feature, kind) or (isinstance(feature, Value) and feature.dtype in dtypes):
+    if isinstance(feature, role.kind) or (isinstance(feature, Value) and feature.dtype in role.dtypes):
         return requested
-    found = "is missing" if feature is None else f"has the type {_type_name(feature)}"
+    problem = "is missing" if feature is None else f"has the type {_type_name(feature)}"
     raise UserError(
-        f"{key}: expected a column of {content} in {where}, got {requested!r}, which {found}; "
+        f"{role.key}: expected a column of {role.content} in {where}, got {requested!r}, which {problem}; "
         f"use one of {_listing(features)}"
     )
+
+
+def without_decoding(data: AnyDataset, column: str) -> AnyDataset:
+    """Return the data set with encoded instead of decoded images in a column of known type."""
+    features = cast(Mapping[str, Any], data.features)
+    return data.cast_column(column, Image(decode=False)) if isinstance(features[column], Image) else data
 
 
 def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:

@@ -79,9 +79,10 @@ class EncodedImage(NamedTuple):
             return self.data
         if self.path is None:
             raise BrokenImage("the row has no image")
-        if "://" not in self.path:
-            return self._read_local(self.path)
+        is_local = "://" not in self.path
         try:
+            if is_local:
+                return Path(self.path).read_bytes()
             # `datasets` reads files in archives and on the Hub. Its import is slow, and callers that decode
             # local photos do not need it.
             from datasets.utils.file_utils import xopen
@@ -90,14 +91,9 @@ class EncodedImage(NamedTuple):
                 return file.read()
         except FileNotFoundError:
             raise BrokenImage("the file does not exist") from None
-
-    @staticmethod
-    def _read_local(path: str) -> bytes:
-        try:
-            return Path(path).read_bytes()
-        except FileNotFoundError:
-            raise BrokenImage("the file does not exist") from None
         except OSError as error:
+            if not is_local:
+                raise
             raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
 
 
@@ -187,9 +183,7 @@ def memory_size(image: StoredImage) -> int:
 
 def image_hash(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> int:
     """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
-    if isinstance(data, PIL.Image.Image):
-        data = data.tobytes()
-    elif isinstance(data, np.ndarray):
+    if isinstance(data, PIL.Image.Image | np.ndarray):
         data = data.tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
@@ -232,9 +226,7 @@ def decode(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> 
     Raises:
         BrokenImage: the bytes are truncated, empty, a decompression bomb, or no image.
     """
-    if isinstance(data, PIL.Image.Image | np.ndarray):
-        return _decode_object(data, channels)
-    if torchvision_decode is not None:
+    if torchvision_decode is not None and not isinstance(data, PIL.Image.Image | np.ndarray):
         pixels = _decode_with_torchvision(data)
         if pixels is not None:
             return _with_channels(pixels, channels)
@@ -244,7 +236,7 @@ def decode(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> 
 def _decode_with_torchvision(data: EncodedBytes) -> Tensor | None:
     """Return the pixels (1 or 3, H, W) of a plain file, or None if Pillow must decode or report the error."""
     shape = plain_shape(memoryview(data).cast("B"))
-    if shape is None or shape.height * shape.width > 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62):
+    if shape is None or shape[1] * shape[2] > 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62):
         return None
     try:
         pixels = torchvision_decode(torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -262,34 +254,27 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]  # Pillow's "L"
 
 
-def _decode_with_pillow(data: EncodedBytes, channels: int) -> Tensor:
+def _decode_with_pillow(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-            values = _to_array(_apply_orientation(image), channels)
+        image = _open_image(data)
+        image.load()  # a lazy image reads its file now
+        pixels = torch.from_numpy(_to_array(_apply_orientation(image), channels))
     except BrokenImage:
         raise
     except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
-        raise BrokenImage(_reason(error) if len(memoryview(data)) else "zero bytes") from error
-    return _to_tensor(values, channels)
-
-
-def _decode_object(image: PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
-    """Return the pixels of an object in memory, converted as those of a file."""
-    try:
-        if isinstance(image, np.ndarray):
-            one = image[..., 0] if image.shape[2:] == (1,) else image
-            image = PIL.Image.fromarray(np.ascontiguousarray(one))
-        return _to_tensor(_to_array(_apply_orientation(image), channels), channels)
-    except BrokenImage:
-        raise
-    except Exception as error:  # as in _decode_with_pillow; a lazy image reads its file now
         raise BrokenImage(_reason(error)) from error
-
-
-def _to_tensor(values: np.ndarray, channels: int) -> Tensor:
-    pixels = torch.from_numpy(values)
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _open_image(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    if isinstance(data, PIL.Image.Image):
+        return data
+    if isinstance(data, np.ndarray):
+        one = data[..., 0] if data.shape[2:] == (1,) else data
+        return PIL.Image.fromarray(np.ascontiguousarray(one))
+    if not len(memoryview(data)):
+        raise BrokenImage("zero bytes")
+    return PIL.Image.open(io.BytesIO(data))
 
 
 def _reason(error: Exception) -> str:
@@ -334,10 +319,8 @@ def _from_16_bit(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-class _Shape(NamedTuple):
-    channels: int
-    height: int
-    width: int
+_Shape: TypeAlias = tuple[int, int, int]
+"""Channels, height and width."""
 
 
 def plain_shape(data: memoryview) -> _Shape | None:
@@ -376,7 +359,7 @@ def _jpeg_shape(data: memoryview) -> _Shape | None:
             depth, height, width, channels = struct.unpack_from(">BHHB", data, position + 4)
             if marker not in (0xC0, 0xC1, 0xC2) or depth != 8 or channels not in (1, 3):
                 return None  # lossless, arithmetic, 12-bit, or CMYK
-            shape = _Shape(channels, height, width)
+            shape = (channels, height, width)
         position += 2 + length
 
 
@@ -384,12 +367,12 @@ def _webp_shape(data: memoryview) -> _Shape | None:
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
-        return _Shape(3, height & 0x3FFF, width & 0x3FFF)
+        return 3, height & 0x3FFF, width & 0x3FFF
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
         if bits >> 28 & 1:  # the image uses transparency
             return None
-        return _Shape(3, (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+        return 3, (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     return None
 
 

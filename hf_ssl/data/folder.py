@@ -235,14 +235,12 @@ def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[
             ", ".join(splits),
             listing.root,
         )
-    archives = (
-        [file.path for file in listing.files if file.path.lower().endswith(ZIP)] if kind == IMAGE else []
-    )
-    if archives:
+    archive = next((file.path for file in listing.files if file.path.lower().endswith(ZIP)), None)
+    if kind == IMAGE and archive is not None:
         logger.warning(
             "%s is not used, because its folder contains images; use data.path=%s to read it",
-            archives[0],
-            archives[0],
+            archive,
+            archive,
         )
 
 
@@ -262,10 +260,14 @@ def _infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
         The files of each split that is not empty, in the order of `datasets`. Each file occurs once in a
         split. (`datasets` repeats a file in a split if several of its patterns match.)
     """
+    by_directory: dict[str, list[File]] = {}
+    for file in files:
+        by_directory.setdefault(os.path.dirname(file.path), []).append(file)
+    directories = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
     return (
         _splits_by_shards(files, root)
-        or _splits_by_directories(files, root)
-        or _splits_by_names(files)
+        or _splits_by_keywords(directories, directories=True)
+        or _splits_by_keywords([([os.path.basename(file.path)], [file]) for file in files], directories=False)
         or {"train": files}
     )
 
@@ -282,18 +284,6 @@ def _splits_by_shards(files: list[File], root: str) -> dict[str, list[File]]:
         return {}  # `datasets` raises an error here, but photos may have such names by chance
     others = sorted(splits.keys() - _KEYWORDS.keys())
     return {name: splits[name] for name in (*_KEYWORDS, *others) if name in splits}
-
-
-def _splits_by_directories(files: list[File], root: str) -> dict[str, list[File]]:
-    by_directory: dict[str, list[File]] = {}
-    for file in files:
-        by_directory.setdefault(os.path.dirname(file.path), []).append(file)
-    groups = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
-    return _splits_by_keywords(groups, directories=True)
-
-
-def _splits_by_names(files: list[File]) -> dict[str, list[File]]:
-    return _splits_by_keywords([([os.path.basename(file.path)], [file]) for file in files], directories=False)
 
 
 def _splits_by_keywords(

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 from weakref import WeakValueDictionary
@@ -35,14 +36,6 @@ _INSPECTED_IMAGES = 64
 _FORMAT = 1  # part of the name of cache files; increase it if decoding gives other pixels
 _AUTO_BYTES = 4 << 30
 _CHUNK = 64  # number of images; even large ones are decoded in a few seconds at most
-
-
-def try_decode(image: StoredImage, channels: int) -> Tensor | BrokenImage:
-    """Return the pixels (C, H, W) uint8, or the error if the image is broken."""
-    try:
-        return decode(image.read(), channels)
-    except BrokenImage as error:
-        return error
 
 
 def broken_message(where: str, image: StoredImage, reason: object) -> str:
@@ -90,11 +83,11 @@ class EncodedRows:
         images: list[Tensor] = []
         broken: dict[int, str] = {}
         for position, image in enumerate(self.stored(rows)):
-            pixels = try_decode(image, self.channels)
-            if isinstance(pixels, BrokenImage):
-                broken[position] = broken_message(self.describe(int(rows[position])), image, pixels)
-                pixels = torch.empty(self.channels, 0, 0, dtype=torch.uint8)
-            images.append(pixels)
+            try:
+                images.append(decode(image.read(), self.channels))
+            except BrokenImage as error:
+                broken[position] = broken_message(self.describe(int(rows[position])), image, error)
+                images.append(torch.empty(self.channels, 0, 0, dtype=torch.uint8))
         return images, broken
 
 
@@ -113,6 +106,7 @@ def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator
         yield images
 
 
+@dataclass(eq=False)
 class DecodedRows:
     """The images of map-style data, decoded in advance.
 
@@ -123,13 +117,10 @@ class DecodedRows:
         description: name of the data set, for messages.
     """
 
-    def __init__(
-        self, pixels: np.ndarray, broken: dict[int, str], file: Path | None, description: str
-    ) -> None:
-        self.pixels = pixels
-        self.broken = broken
-        self.file = file
-        self.description = description
+    pixels: np.ndarray
+    broken: dict[int, str]
+    file: Path | None
+    description: str
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -226,16 +217,11 @@ def inspect_images(
     for place, image in zip(places, images, strict=True):
         try:
             expected = size_in_header(image)
+            if expected not in sizes:
+                _, height, width = decode(image.read(), channels).shape
+                sizes[expected] = (height, width)
         except BrokenImage as error:
             broken.append(broken_message(place, image, error))
-            continue
-        if expected in sizes:
-            continue
-        pixels = try_decode(image, channels)
-        if isinstance(pixels, BrokenImage):
-            broken.append(broken_message(place, image, pixels))
-            continue
-        sizes[expected] = (pixels.shape[1], pixels.shape[2])
         if len(set(sizes.values())) > 1:
             return None
     if not sizes:
@@ -294,13 +280,10 @@ def _decode_rows(source: Source, channels: int, cache: str, shared: bool) -> Dec
     if cache == "auto":
         if size is None or not is_small(size) or len(rows) * channels * size[0] * size[1] > _AUTO_BYTES:
             return None
-    elif size is None:
-        raise UserError(
-            f"data.cache: expected images of one size for data.cache={cache}, got more than one size in "
-            f"{source.description}; use data.cache=none"
-        )
-    shape = (len(rows), channels, *size)
     try:
+        if size is None:
+            raise _SizeMismatch(f"more than one size in {source.description}")
+        shape = (len(rows), channels, *size)
         if cache == "memmap" or (cache == "auto" and shared):
             return _decode_to_file(source, rows, shape)
         pixels = np.zeros(shape, np.uint8)

@@ -145,8 +145,7 @@ def label_source(
         chosen = _balanced(labels, chosen, max_images, seed)
     if len(chosen) < len(labels):
         source = source.select(chosen)
-    decoded = decoded_rows(source, config.channels, config.cache)
-    rows = EncodedRows(source, config.channels) if decoded is None else decoded
+    rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
     return LabeledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
 
 

@@ -92,7 +92,8 @@ def train_loader(
         "prefetch_factor": prefetch_factor if num_workers else None,
         "multiprocessing_context": start_method if num_workers else None,
         "collate_fn": _unchanged,
-        "generator": _separate_generator(),
+        # torch draws a seed for its workers, which hf_ssl does not use, and would change the global generator
+        "generator": torch.Generator().manual_seed(0),
         "worker_init_fn": _ignore_signals,
     }
     needed = batch_size * world_size
@@ -294,11 +295,3 @@ def _ignore_signals(worker: int) -> None:
     if hasattr(signal, "SIGALRM"):  # Windows has no SIGALRM and sends no SIGTERM
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
-
-
-def _separate_generator() -> torch.Generator:
-    """Return a generator of its own for the loader, so that torch does not change the global generator.
-
-    torch draws a seed for its workers from the generator of the loader. hf_ssl does not use this seed.
-    """
-    return torch.Generator().manual_seed(0)

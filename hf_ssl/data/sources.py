@@ -24,7 +24,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hf_ssl.data.columns import find_image_column, find_label_column
+from hf_ssl.data.columns import find_image_column, find_label_column, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
@@ -97,7 +97,10 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     if location.kind == "digits":
-        opened = _open_digits(split, streaming, config)
+        splits = digits()
+        if split not in splits:
+            raise _unknown_split(list(splits), split, split, config)
+        opened = _open_table(splits[split], streaming)
         revision = f"scikit-learn {metadata.version('scikit-learn')}"
     else:
         with _as_user_errors(config.path, location):
@@ -105,11 +108,10 @@ def open_source(
             if found.images and config.name is None:
                 _check_split(list(found.images), split, streaming, config)
                 table, revision = select_split(found.images, split)
-                opened = _stream_of_table(_shuffled(table)) if streaming else _map_style(table)
+                opened = _open_table(_shuffled(table) if streaming else table, streaming)
             else:
                 opened, revision = _open_with_datasets(location, config, found, split, streaming)
-    dataset = opened.dataset
-    features = dataset.features
+    features = opened.dataset.features
     if features is None:
         raise UserError(
             f"data.streaming: expected a stream with known columns, got {where}, whose columns are not "
@@ -117,12 +119,10 @@ def open_source(
         )
     image_column = find_image_column(features, config.image_column, where)
     label_column = find_label_column(features, config.label_column, where) if labels else None
-    if isinstance(features[image_column], Image):
-        dataset = dataset.cast_column(image_column, Image(decode=False))
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     source = Source(
-        dataset=dataset,
+        dataset=without_decoding(opened.dataset, image_column),
         image_column=image_column,
         label_column=label_column,
         streaming=streaming,
@@ -141,7 +141,7 @@ class _Opened(NamedTuple):
 
     dataset: Dataset | IterableDataset
     num_rows: int | None
-    whole_shards: bool
+    whole_shards: bool = True
 
 
 def _open_with_datasets(
@@ -151,7 +151,7 @@ def _open_with_datasets(
     builder = _builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
     _check_split([str(name) for name in known] if known else [], split, streaming, config)
-    opened = _open_stream(builder, split) if streaming else _map_style(_open_table(builder, split))
+    opened = _open_stream(builder, split) if streaming else _open_table(_prepare(builder, split), False)
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(
@@ -207,26 +207,22 @@ def _unknown_split(names: list[str], unknown: str, split: str, config: DataConfi
     )
 
 
-def _open_table(builder: DatasetBuilder, split: str) -> Dataset:
+def _prepare(builder: DatasetBuilder, split: str) -> Dataset:
     builder.download_and_prepare()
     return cast(Dataset, builder.as_dataset(split))
 
 
-def _map_style(table: Dataset) -> _Opened:
-    return _Opened(table, len(table), True)
-
-
-def _stream_of_table(table: Dataset) -> _Opened:
-    """Return a stream of data with random access, in shards of `_SHARD_ROWS` rows."""
+def _open_table(table: Dataset, streaming: bool) -> _Opened:
+    """Return data with random access, or a stream of them in shards of `_SHARD_ROWS` rows."""
     shards = max(1, len(table) // _SHARD_ROWS)
-    return _Opened(table.to_iterable_dataset(num_shards=shards), len(table), True)
+    return _Opened(table.to_iterable_dataset(num_shards=shards) if streaming else table, len(table))
 
 
 def _open_stream(builder: DatasetBuilder, split: str) -> _Opened:
     if isinstance(builder, FolderBasedBuilder):
-        return _stream_of_table(_shuffled(_file_list(builder, split)))
+        return _open_table(_shuffled(_file_list(builder, split)), True)
     if isinstance(builder, Cache):  # the Hub cannot be reached, but the data set was downloaded before
-        return _stream_of_table(_open_table(builder, split))
+        return _open_table(_prepare(builder, split), True)
     stream = cast(IterableDataset, builder.as_streaming_dataset(split))
     return _Opened(stream.reshard(), _streamed_rows(builder, split), isinstance(builder, Parquet))
 
@@ -250,7 +246,7 @@ def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:
     images = [file for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
     if "://" in files[0] and len(images) == len(files):  # on the Hub, without an archive or other columns
         return Dataset.from_dict({"image": images}).cast_column("image", Image(decode=False))
-    return _open_table(builder, split)
+    return _prepare(builder, split)
 
 
 def _shuffled(table: Dataset) -> Dataset:
@@ -280,13 +276,6 @@ def _as_user_errors(path: str, location: Location) -> Iterator[None]:
             f"data.path: expected {expected}, got {path!r}, which cannot be opened: "
             f"{shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}; check the path and the split"
         ) from error
-
-
-def _open_digits(split: str, streaming: bool, config: DataConfig) -> _Opened:
-    splits = digits()
-    if split not in splits:
-        raise _unknown_split(list(splits), split, split, config)
-    return _stream_of_table(splits[split]) if streaming else _map_style(splits[split])
 
 
 @cache

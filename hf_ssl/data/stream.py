@@ -206,18 +206,16 @@ class OpenShard:
     def take(self, count: int) -> list[StreamRow]:
         """Return the next rows, at most `count`. The list is empty only at the end of the shard."""
         while not self._block:
-            if not self._load():
+            block = next(self._unread, None)
+            if block is None:
                 return []
+            self._shuffle(block.images)
         rows = [self._block.popleft() for _ in range(min(count, len(self._block)))]
         self.taken += len(rows)
         return rows
 
-    def _load(self) -> bool:
-        """Read the next block; return False at the end of the shard."""
-        block = next(self._unread, None)
-        if block is None:
-            return False
-        images = block.images
+    def _shuffle(self, images: list[StoredImage]) -> None:
+        """Put the own rows of the next block into random order."""
         own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)
         self._block.extend(
@@ -225,9 +223,9 @@ class OpenShard:
         )
         self._read += len(images)
         self._blocks += 1
-        return True
 
 
+@dataclass(eq=False)
 class StreamReader:
     """The rows of one loader worker of one process, without end.
 
@@ -240,32 +238,24 @@ class StreamReader:
         window: number of rows that are shuffled together.
         min_rows: smallest number of rows of this reader in an epoch. With fewer rows than a batch, a batch
             would contain an image twice.
-        position: where to start; None for the start of the stream.
+        window_start: where to start, by default at the start of the stream; later the start of the window.
     """
 
-    def __init__(
-        self,
-        shards: StreamShards,
-        seed: int,
-        number: int,
-        readers: int,
-        window: int,
-        min_rows: int,
-        position: ReaderPosition | None = None,
-    ) -> None:
-        self.window_start = position or ReaderPosition()
-        self._shards = shards
-        self._seed = seed
-        self._number, self._readers = number, readers
-        self._window = window
-        self._min_rows = min_rows
-        self._groups = shards.groups(readers)
-        self._next_start = self.window_start
-        self._order = self._shard_order(self.window_start.epoch)
-        self._open = [
-            self._open_shard(shard, self.window_start.epoch, taken) for shard, taken in self.window_start.open
-        ]
-        self._used = self.window_start.used
+    shards: StreamShards
+    seed: int
+    number: int
+    readers: int
+    window: int
+    min_rows: int
+    window_start: ReaderPosition = field(default_factory=ReaderPosition)
+
+    def __post_init__(self) -> None:
+        start = self.window_start
+        self._groups = self.shards.groups(self.readers)
+        self._next_start = start
+        self._order = self._shard_order(start.epoch)
+        self._open = [self._open_shard(shard, start.epoch, taken) for shard, taken in start.open]
+        self._used = start.used
         self._waiting = deque(self.next_window()[self._used :] if self._used else ())
 
     @property
@@ -295,13 +285,13 @@ class StreamReader:
             rows = self._fill_window(start)
             if rows:
                 self.window_start = start
-                key = (self._seed, _WINDOW, start.epoch, self._number, start.window)
+                key = (self.seed, _WINDOW, start.epoch, self.number, start.window)
                 return [rows[i] for i in permutation(len(rows), *key).tolist()]
-            if start.rows < self._min_rows:
+            if start.rows < self.min_rows:
                 raise UnreadableData(
-                    f"training.dataloader_num_workers: expected at least {self._min_rows} images (one batch) "
-                    f"for each of {self._readers} readers (processes x loader workers), got {start.rows} "
-                    f"images for reader {self._number} of {self._shards.description}; use fewer workers"
+                    f"training.dataloader_num_workers: expected at least {self.min_rows} images (one batch) "
+                    f"for each of {self.readers} readers (processes x loader workers), got {start.rows} "
+                    f"images for reader {self.number} of {self.shards.description}; use fewer workers"
                 )
             self._next_start = ReaderPosition(start.epoch + 1)
             self._order = self._shard_order(self._next_start.epoch)
@@ -310,14 +300,14 @@ class StreamReader:
         """Return the rows of the window in reading order, none at the end of the epoch."""
         rows: list[StreamRow] = []
         next_shard, turn = start.next_shard, 0
-        while len(rows) < self._window:
-            while len(self._open) < self._shards.open_shards and next_shard < len(self._order):
+        while len(rows) < self.window:
+            while len(self._open) < self.shards.open_shards and next_shard < len(self._order):
                 self._open.append(self._open_shard(self._order[next_shard], start.epoch))
                 next_shard += 1
             if not self._open:
                 break
             turn %= len(self._open)
-            taken = self._open[turn].take(min(_ROWS_PER_TURN, self._window - len(rows)))
+            taken = self._open[turn].take(min(_ROWS_PER_TURN, self.window - len(rows)))
             if taken:
                 rows += taken
                 turn += 1
@@ -330,10 +320,10 @@ class StreamReader:
         return rows
 
     def _open_shard(self, shard: int, epoch: int, taken: int = 0) -> OpenShard:
-        members = self._readers // self._groups
-        offset = self._number // self._groups + shard + epoch  # a shard's first row changes readers
-        return OpenShard(self._shards, shard, epoch, self._seed, members, offset, taken)
+        members = self.readers // self._groups
+        offset = self.number // self._groups + shard + epoch  # a shard's first row changes readers
+        return OpenShard(self.shards, shard, epoch, self.seed, members, offset, taken)
 
     def _shard_order(self, epoch: int) -> list[int]:
-        order = permutation(self._shards.count, self._seed, _SHARDS, epoch)
-        return order[self._number % self._groups :: self._groups].tolist()
+        order = permutation(self.shards.count, self.seed, _SHARDS, epoch)
+        return order[self.number % self._groups :: self._groups].tolist()

@@ -31,25 +31,6 @@ logger = logging.getLogger(__name__)
 _MAX_BROKEN = 1000  # broken images for each readable image of a batch; more of them end the run
 
 
-@dataclass(frozen=True)
-class ResumeConditions:
-    """The conditions under which a stream resumes exactly. Checkpoints contain these names.
-
-    `workers` is the number of readers of this process, `groups` the number of groups of readers that share
-    shards, and `window` the value of `data.shuffle_window`.
-    """
-
-    revision: str
-    seed: int
-    rank: int
-    world_size: int
-    workers: int
-    shards: int
-    groups: int
-    window: int
-    open_shards: int
-
-
 def make_stream_loader(
     source: Source,
     preset: ViewPreset,
@@ -66,26 +47,27 @@ def make_stream_loader(
     """
     shards = StreamShards(source, config.open_shards)
     readers = max(1, options["num_workers"])
-    conditions = ResumeConditions(
-        revision=source.revision,
-        seed=share.seed,
-        rank=share.rank,
-        world_size=share.world_size,
-        workers=readers,
-        shards=shards.count,
-        groups=shards.groups(share.world_size * readers),
-        window=config.shuffle_window,
-        open_shards=config.open_shards,
-    )
+    # The conditions under which a stream resumes exactly. Checkpoints contain these names.
+    layout = {
+        "revision": source.revision,
+        "seed": share.seed,
+        "rank": share.rank,
+        "world_size": share.world_size,
+        "workers": readers,  # of this process
+        "shards": shards.count,
+        "groups": shards.groups(share.world_size * readers),  # of readers that share shards
+        "window": config.shuffle_window,
+        "open_shards": config.open_shards,
+    }
     if position is None and start_batch:
         logger.warning(
             "the stream starts at its beginning instead of after %d batches, because no position was saved",
             start_batch,
         )
-    start = _start_position(position, conditions)
+    start = _start_position(position, layout)
     batches = StreamBatchDataset(shards, preset, share, config.channels, config.shuffle_window, start)
     length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
-    return StreamLoader(batches, conditions, length, **options)
+    return StreamLoader(batches, layout, length, **options)
 
 
 def first_images_are_small(shards: StreamShards, channels: int) -> bool:
@@ -98,6 +80,7 @@ def first_images_are_small(shards: StreamShards, channels: int) -> bool:
     return is_small(inspect_images(shards.first_images, places, channels, shards.description))
 
 
+@dataclass(eq=False)
 class StreamBatchDataset(IterableDataset[LoadedBatch]):
     """The batches of each reader. `StreamLoader` puts the batches of all readers in order.
 
@@ -111,22 +94,15 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
             state of its `ReaderPosition`}}.
     """
 
-    def __init__(
-        self,
-        shards: StreamShards,
-        preset: ViewPreset,
-        share: ProcessShare,
-        channels: int,
-        window: int,
-        position: dict[str, Any],
-    ) -> None:
-        self.shards = shards
-        self.preset = preset
-        self.share = share
-        self.channels = channels
-        self.window = window
-        self.position = position
-        self.small = first_images_are_small(shards, channels)
+    shards: StreamShards
+    preset: ViewPreset
+    share: ProcessShare
+    channels: int
+    window: int
+    position: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.small = first_images_are_small(self.shards, self.channels)
 
     def __iter__(self) -> Iterator[LoadedBatch | WorkerFailure]:  # type: ignore[override]
         info = get_worker_info()
@@ -178,20 +154,16 @@ class StreamLoader(DataLoader[LoadedBatch]):
 
     Args:
         batches: the batches of the readers.
-        conditions: the conditions under which the stream is read now.
+        layout: the conditions under which the stream is read now.
         length: number of batches of this process in an epoch, if known.
         options: further arguments of torch's DataLoader.
     """
 
     def __init__(
-        self,
-        batches: StreamBatchDataset,
-        conditions: ResumeConditions,
-        length: int | None,
-        **options: Any,
+        self, batches: StreamBatchDataset, layout: dict[str, Any], length: int | None, **options: Any
     ) -> None:
         super().__init__(batches, batch_size=None, **options)
-        self.conditions = conditions
+        self.layout = layout
         self.length = length
         self._done: int = batches.position["batches"]
         self._readers: dict[str, Any] = dict(batches.position["readers"])
@@ -213,8 +185,7 @@ class StreamLoader(DataLoader[LoadedBatch]):
             part = cast(dict[str, Any], batch.position)
             self._done += 1
             self._readers[part["reader"]] = part["place"]
-            layout = vars(self.conditions)
-            position = {"batches": self._done, "layout": layout, "readers": dict(self._readers)}
+            position = {"batches": self._done, "layout": self.layout, "readers": dict(self._readers)}
             yield replace(batch, position=position)
 
     def close(self) -> None:
@@ -237,7 +208,7 @@ def stop_workers(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def _start_position(position: dict[str, Any] | None, conditions: ResumeConditions) -> dict[str, Any]:
+def _start_position(position: dict[str, Any] | None, layout: dict[str, Any]) -> dict[str, Any]:
     """Return the position where the readers start, in the form that `StreamBatchDataset` takes.
 
     It is the saved position if the conditions are the same. Otherwise it is close to the saved position, and
@@ -245,12 +216,13 @@ def _start_position(position: dict[str, Any] | None, conditions: ResumeCondition
     """
     if position is None:
         return {"batches": 0, "readers": {}}
-    if position["layout"] == vars(conditions):
+    earlier = position["layout"]
+    if earlier == layout:
         return position
     changes = [
-        f"{name} {position['layout'].get(name)} -> {value}"
-        for name, value in vars(conditions).items()
-        if position["layout"].get(name) != value
+        f"{name} {earlier.get(name)} -> {value}"
+        for name, value in layout.items()
+        if earlier.get(name) != value
     ]
     logger.warning(
         "the stream resumes close to its last position, not exactly there, because it is read in another "
@@ -259,7 +231,7 @@ def _start_position(position: dict[str, Any] | None, conditions: ResumeCondition
     )
     saved = [ReaderPosition.from_state_dict(state) for state in position["readers"].values()]
     epoch = min((reader.epoch for reader in saved), default=0)
-    shards_of_a_reader = position["layout"]["shards"] / position["layout"]["groups"]
+    shards_of_a_reader = earlier["shards"] / earlier["groups"]
     # on average, half of each open shard was read
     parts = [
         (reader.next_shard - len(reader.open) / 2) / shards_of_a_reader
@@ -267,6 +239,6 @@ def _start_position(position: dict[str, Any] | None, conditions: ResumeCondition
         if reader.epoch == epoch
     ]
     fraction = sum(parts) / len(parts) if parts else 0.0
-    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * conditions.shards / conditions.groups))
-    readers = {str(reader): start.state_dict() for reader in range(conditions.workers)}
+    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * layout["shards"] / layout["groups"]))
+    readers = {str(reader): start.state_dict() for reader in range(layout["workers"])}
     return {"batches": position["batches"], "readers": readers}

@@ -40,12 +40,7 @@ if TYPE_CHECKING:
         overlay,
         write_attention_pictures,
     )
-    from hf_ssl.evaluation.protocol import (
-        LabeledData,
-        evaluate_encoder,
-        evaluate_features,
-        evaluate_pixels,
-    )
+    from hf_ssl.evaluation.protocol import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.retrieval import (
         Gallery,
         Neighbor,
@@ -57,57 +52,12 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.statistics import alignment, embedding_std, rank_me, uniformity
     from hf_ssl.modeling.pooling import pool, pooling_rule
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.evaluation.attention": [
-            "AttentionMaps",
-            "attention_maps",
-            "threshold_attention",
-            "attention_rollout",
-            "has_attention",
-            "pca_colors",
-        ],
-        "hf_ssl.evaluation.config": ["EncoderResult", "EvaluationConfig"],
-        "hf_ssl.evaluation.features": [
-            "extract_features",
-            "fastest_device",
-            "load_config",
-            "load_encoder",
-            "load_weights",
-            "raw_pixels",
-        ],
-        "hf_ssl.evaluation.knn": ["FewLabel", "few_label_knn", "knn_accuracy"],
-        "hf_ssl.evaluation.linear": ["LinearProbe", "linear_probe"],
-        "hf_ssl.evaluation.overlays": [
-            "attention_pictures",
-            "overlay",
-            "darken_outside_mask",
-            "write_attention_pictures",
-        ],
-        "hf_ssl.data.decode": ["read_photo"],
-        "hf_ssl.evaluation.protocol": [
-            "LabeledData",
-            "evaluate_encoder",
-            "evaluate_features",
-            "evaluate_pixels",
-        ],
-        "hf_ssl.evaluation.retrieval": [
-            "Gallery",
-            "Neighbor",
-            "Retriever",
-            "build_gallery",
-            "embed_gallery",
-            "thumbnail",
-        ],
-        "hf_ssl.evaluation.statistics": ["alignment", "embedding_std", "rank_me", "uniformity"],
-        "hf_ssl.modeling.pooling": ["pool", "pooling_rule"],
-    },
-    renamed={
-        "LabelledImages": "hf_ssl.evaluation.LabeledData",
-        "Neighbour": "hf_ssl.evaluation.Neighbor",
-        "attention_mask_of": "hf_ssl.evaluation.threshold_attention",
-        "pca_colours": "hf_ssl.evaluation.pca_colors",
-        "spotlight": "hf_ssl.evaluation.darken_outside_mask",
-    },
-)
+_RENAMED = {
+    "LabelledImages": "hf_ssl.evaluation.LabeledData",
+    "Neighbour": "hf_ssl.evaluation.Neighbor",
+    "attention_mask_of": "hf_ssl.evaluation.threshold_attention",
+    "pca_colours": "hf_ssl.evaluation.pca_colors",
+    "spotlight": "hf_ssl.evaluation.darken_outside_mask",
+}
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__, renamed=_RENAMED)

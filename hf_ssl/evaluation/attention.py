@@ -84,8 +84,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Atte
     layers: int = encoder.config.num_hidden_layers
     if not -layers <= layer < layers:
         raise UserError(f"layer: expected a number from {-layers} to {layers - 1}, got {layer}")
-    parameter = next(encoder.parameters())
-    images = images.to(parameter.device, parameter.dtype)
+    images = images.to(next(encoder.parameters()))  # to its device and precision
     with evaluation_mode(encoder), eager_attention(encoder):
         outputs = encoder(images, output_attentions=True, **_arguments(encoder, len(images), grid))
     # The clones are normal tensors on the CPU, so that a caller can compute gradients with them.

@@ -57,32 +57,20 @@ class EvaluationConfig:
                 f"evaluation.test_split: expected a split other than train_split, got {self.test_split!r}; "
                 "use two splits, otherwise each test image is its own nearest neighbor"
             )
-        for key, value, allowed in (
-            ("precision", self.precision, PRECISIONS),
-            ("pooling", self.pooling, POOLINGS),
-        ):
+        for key, allowed in (("precision", PRECISIONS), ("pooling", POOLINGS)):
+            value = getattr(self, key)
             if value not in allowed:
                 raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}")
-        lists: dict[str, list[float]] = {
-            "neighbors": [*self.neighbors],
-            "temperatures": self.temperatures,
-            "learning_rates": self.learning_rates,
-        }
-        for key, values in lists.items():
+        for key in ("neighbors", "temperatures", "learning_rates"):
+            values = getattr(self, key)
             if not values or min(values) <= 0:
                 raise UserError(
                     f"evaluation.{key}: expected one or more positive numbers, got {list(values)}"
                 )
         if self.few_labels and min(self.few_labels) <= 0:
             raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}")
-        numbers = {
-            "batch_size": self.batch_size,
-            "draws": self.draws,
-            "linear_epochs": self.linear_epochs,
-            "linear_batch_size": self.linear_batch_size,
-            "raw_pixel_size": self.raw_pixel_size,
-        }
-        for key, number in numbers.items():
+        for key in ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size"):
+            number = getattr(self, key)
             if number <= 0:
                 raise UserError(f"evaluation.{key}: expected a positive number, got {number}")
 

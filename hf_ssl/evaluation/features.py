@@ -213,9 +213,7 @@ def _square(image: Tensor, size: int) -> Tensor:
     if edge == size:
         return middle
     # Cropping before resizing gives the same image with less computation.
-    return F.interpolate(
-        middle[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+    return F.interpolate(middle[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
 class _Rows:

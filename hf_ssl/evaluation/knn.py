@@ -53,30 +53,22 @@ def check_features(features: Tensor, where: str) -> None:
         )
 
 
-def nearest(
-    bank: Tensor,
-    queries: Tensor,
-    neighbors: int,
-    *,
-    query_chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
-) -> tuple[Tensor, Tensor]:
+def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
     """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, K), best first.
 
     Args:
         bank: (M, D) float32, L2-normalized, with M >= neighbors.
         queries: (N, D) float32, L2-normalized.
         neighbors: K.
-        query_chunk, bank_chunk: largest numbers of rows in one matrix product.
     """
     cosines = queries.new_empty(len(queries), neighbors)
     rows = torch.empty(len(queries), neighbors, dtype=torch.long, device=queries.device)
-    buffer = queries.new_empty(min(query_chunk, len(queries)) * min(bank_chunk, len(bank)))
-    for start in range(0, len(queries), query_chunk):
-        chunk = queries[start : start + query_chunk]
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * min(BANK_CHUNK, len(bank)))
+    for start in range(0, len(queries), QUERY_CHUNK):
+        chunk = queries[start : start + QUERY_CHUNK]
         best, best_rows = [], []
-        for first in range(0, len(bank), bank_chunk):
-            part = bank[first : first + bank_chunk]
+        for first in range(0, len(bank), BANK_CHUNK):
+            part = bank[first : first + BANK_CHUNK]
             # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
             out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
             torch.mm(chunk, part.T, out=out)
@@ -123,8 +115,9 @@ def knn_accuracy(
     recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
     overflow and does not change the predicted class.
     """
-    check_features(train_features, "k-NN bank")
-    check_features(test_features, "k-NN queries")
+    device = torch.device(device) if device is not None else test_features.device
+    bank, bank_labels = _prepare(train_features, train_labels, "k-NN bank", device)
+    queries, query_labels = _prepare(test_features, test_labels, "k-NN queries", device)
     counts = sorted(set(neighbors))
     if not counts or counts[0] < 1 or counts[-1] > len(train_features):
         raise UserError(
@@ -132,12 +125,6 @@ def knn_accuracy(
         )
     if not temperatures or min(temperatures) <= 0:
         raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}")
-    device = torch.device(device) if device is not None else test_features.device
-    bank_labels = as_labels(train_labels, len(train_features), "k-NN bank").to(device)
-    query_labels = as_labels(test_labels, len(test_features), "k-NN queries").to(device)
-    bank = unit_rows(train_features.to(device, torch.float32))
-    queries = unit_rows(test_features.to(device, torch.float32))
-
     cosines, rows = nearest(bank, queries, counts[-1])
     voters = bank_labels[rows]
     classes = int(bank_labels.max()) + 1
@@ -146,6 +133,13 @@ def knn_accuracy(
         for temperature in temperatures
         for count, accuracy in _votes(cosines, voters, query_labels, classes, counts, temperature).items()
     }
+
+
+def _prepare(features: Tensor, labels: Any, where: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return float32 unit rows (N, D) and class numbers (N,) on a device, or raise UserError."""
+    check_features(features, where)
+    class_numbers = as_labels(labels, len(features), where)
+    return unit_rows(features.to(device, torch.float32)), class_numbers.to(device)
 
 
 def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperature: float) -> float:
@@ -159,18 +153,16 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
     Raises:
         UserError: k is out of range, the number of labels is wrong, or features are not finite.
     """
-    check_features(features, "k-NN")
+    rows_ND, labels_N = _prepare(features, labels, "k-NN", features.device)
     if not 1 <= neighbors < len(features):
         raise UserError(f"k-NN: expected 1 <= k < {len(features)}, the number of images, got {neighbors}")
-    rows_ND, labels_N = unit_rows(features.float()), as_labels(labels, len(features), "k-NN")
     cosines, found = nearest(rows_ND, rows_ND, neighbors + 1)
     dropped = found == torch.arange(len(found), device=found.device)[:, None]
     dropped[:, -1] |= ~dropped.any(dim=1)  # an image with many copies may not be among its own neighbors
-    voters = labels_N.to(found.device)[found[~dropped].view(-1, neighbors)]
-    classes = int(labels_N.max()) + 1
-    own = labels_N.to(found.device)
+    voters = labels_N[found[~dropped].view(-1, neighbors)]
     kept = cosines[~dropped].view(-1, neighbors)
-    return _votes(kept, voters, own, classes, [neighbors], temperature)[neighbors]
+    classes = int(labels_N.max()) + 1
+    return _votes(kept, voters, labels_N, classes, [neighbors], temperature)[neighbors]
 
 
 def _votes(
@@ -221,20 +213,16 @@ def few_label_knn(
     Raises:
         UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
     """
-    check_features(train_features, "few-label bank")
-    check_features(test_features, "few-label queries")
+    device = torch.device(device) if device is not None else test_features.device
+    bank, bank_labels = _prepare(train_features, train_labels, "few-label bank", device)
+    queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device)
     if labels_per_class < 1 or draws < 1:
         raise UserError(
             f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}"
         )
-    device = torch.device(device) if device is not None else test_features.device
-    bank_labels = as_labels(train_labels, len(train_features), "few-label bank")
-    query_labels = as_labels(test_labels, len(test_features), "few-label queries").to(device)
-    bank = unit_rows(train_features.to(device, torch.float32))
-    queries = unit_rows(test_features.to(device, torch.float32))
-
     generator = torch.Generator().manual_seed(seed)
-    members = [torch.nonzero(bank_labels == number)[:, 0] for number in bank_labels.unique().tolist()]
+    labels_on_cpu = bank_labels.cpu()
+    members = [torch.nonzero(labels_on_cpu == number)[:, 0] for number in labels_on_cpu.unique().tolist()]
     smallest = min(len(rows) for rows in members)
     if smallest < labels_per_class:
         raise UserError(
@@ -243,9 +231,9 @@ def few_label_knn(
     accuracies = []
     for _ in range(draws):
         chosen = [rows[torch.randperm(len(rows), generator=generator)[:labels_per_class]] for rows in members]
-        subset = torch.cat(chosen)
-        _, index = nearest(bank[subset.to(device)], queries, 1)
-        predicted = bank_labels[subset].to(device)[index[:, 0]]
+        subset = torch.cat(chosen).to(device)
+        _, index = nearest(bank[subset], queries, 1)
+        predicted = bank_labels[subset][index[:, 0]]
         accuracies.append(int((predicted == query_labels).sum()) / len(queries))
     values = torch.tensor(accuracies, dtype=torch.float64)
     return FewLabel(labels_per_class, float(values.mean()), float(values.std()) if draws > 1 else 0.0, draws)

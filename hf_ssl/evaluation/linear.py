@@ -153,11 +153,8 @@ def train_heads(
         for index in order.split(batch_size):
             batch = features.index_select(0, index)
             error = logits(heads, batch).softmax(dim=2)
-            error.scatter_add_(
-                2,
-                labels[index][:, None, None].expand(-1, len(learning_rates), 1),
-                error.new_full((len(index), len(learning_rates), 1), -1.0),
-            )
+            target = labels[index][:, None, None].expand(-1, len(learning_rates), 1)
+            error.scatter_add_(2, target, error.new_full(target.shape, -1.0))
             error /= len(index)
             torch.mm(batch.T, error.flatten(1), out=gradient[:-1].view(width, -1))
             torch.sum(error, dim=0, out=gradient[-1])

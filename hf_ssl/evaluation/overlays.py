@@ -58,14 +58,16 @@ def attention_pictures(
         pixels = _at_size(processor, photo, size, patch_size(model))
     maps = attention_maps(model, pixels, layer=layer)
     height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
-    seen = _enlarge(_as_photo(pixels[0, :, :height, :width].cpu(), processor), shown_side)
-    mean = maps.mean[0]
+    mean, std = _normalization(processor, pixels.shape[1])
+    seen = _enlarge(_as_picture(pixels[0, :, :height, :width].cpu().float() * std + mean), shown_side)
+    attention = maps.mean[0]
+    colors = pca_colors(maps.patches)[0].permute(2, 0, 1)
     pictures = {
         "image": seen,
-        "mean": overlay(seen, mean),
+        "mean": overlay(seen, attention),
         "rollout": overlay(seen, maps.rollout[0]),
-        "mask": darken_outside_mask(seen, threshold_attention(mean, mass)),
-        "colors": _as_picture(pca_colors(maps.patches)[0].permute(2, 0, 1), seen.size, smooth=False),
+        "mask": darken_outside_mask(seen, threshold_attention(attention, mass)),
+        "colors": _as_picture(_resized(colors, seen.size, smooth=False)),
     }
     heads = {f"head {number}": overlay(seen, head) for number, head in enumerate(maps.heads[0], start=1)}
     return pictures | heads
@@ -157,9 +159,8 @@ def overview(rows: Sequence[dict[str, Image.Image]], *, height: int = OVERVIEW_H
         height: height of each picture in pixels.
     """
     heading, gap = 14, 3
-    widths = [
-        round(next(iter(row.values())).width * height / next(iter(row.values())).height) for row in rows
-    ]
+    firsts = [next(iter(row.values())) for row in rows]
+    widths = [round(picture.width * height / picture.height) for picture in firsts]
     step = max(widths) + gap
     size = (step * len(rows[0]) - gap, heading + (height + gap) * len(rows) - gap)
     sheet = Image.new("RGB", size, "white")
@@ -187,18 +188,9 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
         raise UserError(f"size: expected at least {patch} pixels (one patch), got {size}")
     short = min(photo.shape[1:])
     height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
-    resized = F.interpolate(
-        photo[None].float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(photo[None].float(), (height, width), mode="bicubic", antialias=True)
     mean, std = _normalization(processor, photo.shape[0])
     return (resized.clamp(0, 255) / 255 - mean) / std
-
-
-def _as_photo(pixels: Tensor, processor: Any) -> Image.Image:
-    """Return the RGB picture of normalized pixels (C, H, W)."""
-    mean, std = _normalization(processor, pixels.shape[0])
-    shown = (pixels.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(shown.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
@@ -217,14 +209,12 @@ def _enlarge(photo: Image.Image, side: int) -> Image.Image:
     return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
 
 
-def _as_picture(values_3hw: Tensor, size: tuple[int, int], *, smooth: bool) -> Image.Image:
-    large = _resized(values_3hw, size, smooth).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+def _as_picture(values_CHW: Tensor) -> Image.Image:
+    """Return the RGB picture of gray or RGB values from 0 to 1."""
+    pixels = values_CHW.mul(255).round().clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
     """Return values (C, H, W) for a picture of `size` (width, height)."""
-    options: dict[str, Any] = (
-        {"mode": "bicubic", "align_corners": False} if smooth else {"mode": "nearest-exact"}
-    )
-    return F.interpolate(values_Chw[None], size=size[::-1], **options)[0]
+    return F.interpolate(values_Chw[None], size[::-1], mode="bicubic" if smooth else "nearest-exact")[0]

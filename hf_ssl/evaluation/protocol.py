@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
-from hf_ssl.evaluation.features import (
-    extract_poolings,
-    pixel_values,
-    raw_pixels,
-)
+from hf_ssl.evaluation.features import extract_poolings, pixel_values, raw_pixels
 from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
@@ -110,9 +106,9 @@ def evaluate_encoder(
         result["poolings"] = {
             name: knn_accuracy(
                 bank[name],
-                as_labels(train.labels, len(bank[name]), config.train_split),
+                train.labels,
                 queries[name],
-                as_labels(test.labels, len(queries[name]), config.test_split),
+                test.labels,
                 neighbors=[k],
                 temperatures=[temperature],
                 device=device,
@@ -271,10 +267,8 @@ def _main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
     counts = sorted({k for k, _ in grid})
     temperatures = [temperature for _, temperature in grid]
     below = [k for k in counts if k <= MAIN_KNN[0]]
-    return (
-        below[-1] if below else counts[0],
-        MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0],
-    )
+    temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
+    return below[-1] if below else counts[0], temperature
 
 
 def _describe(

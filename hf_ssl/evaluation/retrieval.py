@@ -104,12 +104,9 @@ class Gallery:
             index = faiss.read_index(str(folder / INDEX))
         except (OSError, RuntimeError, pa.ArrowInvalid) as error:
             raise UserError(f"{folder}: expected a gallery, got {str(error).splitlines()[0]}") from error
-        labels = table.column("label")
-        return cls(
-            index,
-            table.column("thumbnail").to_pylist(),
-            None if labels.null_count else labels.to_pylist(),
-        )
+        column = table.column("label")
+        labels = None if column.null_count else column.to_pylist()
+        return cls(index, table.column("thumbnail").to_pylist(), labels)
 
 
 def build_gallery(

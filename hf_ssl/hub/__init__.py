@@ -12,19 +12,15 @@ from hf_ssl.names import lazy_names
 if TYPE_CHECKING:
     from hf_ssl.hub.export import export_checkpoint, export_encoder, image_processor
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.hub.export": ["export_checkpoint", "export_encoder", "image_processor"],
-    },
-    renamed={
-        "Facts": "hf_ssl.cards.Facts",
-        "append_result": "hf_ssl.cards.append_result",
-        "environment": "hf_ssl.cards.environment",
-        "last_part": "hf_ssl.cards.last_part",
-        "public": "hf_ssl.cards.remove_private",
-        "read_facts": "hf_ssl.cards.read_facts",
-        "write_card": "hf_ssl.cards.write_card",
-        "write_facts": "hf_ssl.cards.write_facts",
-    },
-)
+_RENAMED = {
+    "Facts": "hf_ssl.cards.Facts",
+    "append_result": "hf_ssl.cards.append_result",
+    "environment": "hf_ssl.cards.environment",
+    "last_part": "hf_ssl.cards.last_part",
+    "public": "hf_ssl.cards.remove_private",
+    "read_facts": "hf_ssl.cards.read_facts",
+    "write_card": "hf_ssl.cards.write_card",
+    "write_facts": "hf_ssl.cards.write_facts",
+}
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__, renamed=_RENAMED)

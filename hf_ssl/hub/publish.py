@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts
 from hf_ssl.cards.facts import FILE as FACTS
@@ -167,13 +168,8 @@ def _published_list(repo: Remote) -> frozenset[str]:
 
 def _update(repo: Remote, files: Files, message: str, owned: frozenset[str] | None = None) -> Published:
     """Update the repository and print what changed."""
-    done = update_repo(
-        repo,
-        files,
-        is_owned=is_owned if owned is None else owned.__contains__,
-        message=message,
-        report=print,
-    )
+    may_delete = is_owned if owned is None else owned.__contains__
+    done = update_repo(repo, files, is_owned=may_delete, message=message, report=print)
     for change, names in (("uploaded", done.uploaded), ("deleted", done.deleted)):
         if names:
             print(f"{change}: {', '.join(names)}")
@@ -249,25 +245,23 @@ def encoder_files(folder: Path) -> Files:
     Raises:
         UserError: weights are missing or incomplete.
     """
-    names = [CONFIG, PROCESSOR, *weight_files(folder)]
+    names = [PROCESSOR, *model_files(folder)]
     if (folder / "pretraining").is_dir():
-        inner = folder / "pretraining"
-        if not (inner / CONFIG).is_file():
-            raise UserError(f"{inner}: expected a model with {CONFIG}, found no such file; export it again")
-        names += [f"pretraining/{name}" for name in (CONFIG, *weight_files(inner))]
+        names += [f"pretraining/{name}" for name in model_files(folder / "pretraining")]
     return {name: folder / name for name in names}
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of a model's weight files, and check the length of each against its header."""
-    names = [WEIGHTS]
+def model_files(folder: Path) -> list[str]:
+    """Return the names of a model's files, and check the length of each weight file against its header."""
+    weights, others = [WEIGHTS], [CONFIG]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    for name in names:
+        weights, others = sorted(set(read_json(folder / INDEX)["weight_map"].values())), [CONFIG, INDEX]
+    for name in (*others, *weights):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder}: expected a model with {name}, found no such file; export it again")
+    for name in weights:
         _check_complete(folder / name)
-    return names if names == [WEIGHTS] else [*names, INDEX]
+    return [*others, *weights]
 
 
 def _check_finished(folder: Path) -> None:
@@ -284,19 +278,14 @@ def _check_finished(folder: Path) -> None:
 
 def _check_complete(path: Path) -> None:
     """Raise UserError if the length of a safetensors file differs from the length in its header."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # opening a file compares both lengths
+    except SafetensorError as error:
         size = path.stat().st_size
-        try:
-            header = json.loads(file.read(length) if 8 + length <= size else b"")
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            ends = [-1]
-    if 8 + length + max(ends, default=0) != size:
         raise UserError(
             f"{path}: expected the length in its header, got {size} bytes; export the model again"
-        )
+        ) from error
 
 
 def _renamed(folder: Path, facts: Facts, repo_id: str) -> Files:

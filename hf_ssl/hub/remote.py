@@ -4,7 +4,7 @@
 `hub_errors` turns the errors of the Hub, of its client and of the network into a UserError.
 """
 
-import hashlib
+import io
 import json
 import logging
 import time
@@ -218,14 +218,9 @@ def _has_hash(source: Path | bytes, expected: str | None) -> bool:
     """Return whether a file has the hash that the repository states, a sha256 or a hash of git."""
     if expected is None:
         return False
-    is_large = len(expected) == 64
-    if isinstance(source, Path) and is_large:
-        with source.open("rb") as file:
-            return sha_fileobj(file).hex() == expected
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if is_large:
-        return hashlib.sha256(content).hexdigest() == expected
-    return git_hash(content) == expected
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        is_large = len(expected) == 64
+        return (sha_fileobj(file).hex() if is_large else git_hash(file.read())) == expected
 
 
 def file_size(source: Path | bytes) -> int:
@@ -329,17 +324,18 @@ def _status_error(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
     status = error.response.status_code
     reason = error.server_message or error.response.reason_phrase or "no reason given"
     reason = " ".join(reason.split()).rstrip(".")
+    got = f"got status {status} ({reason})"
     if status == 401:
         return (
-            f"{endpoint}: expected a valid token, got status 401 ({reason}); run `hf auth login`, or set "
-            "HF_TOKEN to another token"
+            f"{endpoint}: expected a valid token, {got}; run `hf auth login`, or set HF_TOKEN to another "
+            "token"
         )
     if status == 403:
-        return f"{repo_id}: expected a token with write access, got status 403 ({reason}); use another one"
+        return f"{repo_id}: expected a token with write access, {got}; use another one"
     if status == 404:
-        return f"{repo_id}: expected a repository, got status 404 ({reason}); check the name and the token"
+        return f"{repo_id}: expected a repository, {got}; check the name and the token"
     if status == 412:
         return f"{repo_id}: expected no other commits during the upload, got some ({reason}); {UNCHANGED}"
     if status in TRANSIENT_STATUS:
         return f"{endpoint}: the server is busy or broken (status {status}, {reason}); {UNCHANGED}"
-    return f"{repo_id}: expected {endpoint} to accept the request, got status {status} ({reason})"
+    return f"{repo_id}: expected {endpoint} to accept the request, {got}"

@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses as pure functions of tensors (layer 0, torch only), without state and without process groups.
 
+The names below are loaded when they are first used.
+
 Legend of the suffixes: V views, A views with teacher outputs or assignments, B batch, D dimensions,
 K classes, prototypes or rows of a queue, N patches or rows, P values in a patch.
 """
 
-from hf_ssl.losses.clustering import cluster_cross_entropy, sinkhorn, swapped_prediction
-from hf_ssl.losses.contrastive import info_nce, nt_xent, triplet
-from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
-from hf_ssl.losses.covariance import vicreg_terms
-from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
-from hf_ssl.losses.regression import cosine_regression, latent_smooth_l1, masked_patch_mse
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "barlow_twins",
-    "barlow_twins_terms",
-    "cluster_cross_entropy",
-    "cosine_regression",
-    "dino_center",
-    "dino_cross_entropy",
-    "info_nce",
-    "latent_smooth_l1",
-    "masked_patch_mse",
-    "nt_xent",
-    "sinkhorn",
-    "swapped_prediction",
-    "triplet",
-    "vicreg_terms",
-]
+from hf_ssl.names import lazy_names
+
+if TYPE_CHECKING:
+    from hf_ssl.losses.clustering import cluster_cross_entropy, sinkhorn, swapped_prediction
+    from hf_ssl.losses.contrastive import info_nce, nt_xent, triplet
+    from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
+    from hf_ssl.losses.covariance import vicreg_terms
+    from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
+    from hf_ssl.losses.regression import cosine_regression, latent_smooth_l1, masked_patch_mse
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -76,7 +76,7 @@ def swapped_prediction(scores_VBK: Tensor, assignments_ABK: Tensor, *, temperatu
     """
     check_views("swapped_prediction", scores_VBK, assignments_ABK, "assignments")
     check_temperature("swapped_prediction", temperature)
-    return cross_view_cross_entropy(scores_VBK, assignments_ABK, temperature, _unchanged)
+    return cross_view_cross_entropy(scores_VBK, assignments_ABK, temperature, lambda given_AbK: given_AbK)
 
 
 @full_precision
@@ -112,7 +112,3 @@ def cluster_cross_entropy(scores_VBK: Tensor, assignment_B: Tensor, *, temperatu
     logits_NK = (scores_VBK / temperature).flatten(0, 1)
     total = cross_entropy(logits_NK, assignment_B.repeat(len(scores_VBK)), reduction="sum", ignore_index=-100)
     return total / (len(scores_VBK) * (assignment_B != -100).sum()).clamp(min=1)
-
-
-def _unchanged(assignments_AbK: Tensor) -> Tensor:
-    return assignments_AbK

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones: build any transformers vision encoder, return one feature vector for each image."""
+"""Backbones: initialize and freeze transformers vision encoders, return one feature vector for each image."""
 
 import inspect
 import re
@@ -11,17 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.batch_norm import unchanged_statistics
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
 from hf_ssl.modeling.pooling import pool
-
-
-def build_backbone(config: Any) -> PreTrainedModel:
-    """Return a new encoder with random weights. `post_init` of the method initializes them."""
-    return AutoModel.from_config(config)
 
 
 def feature_size(backbone: Any) -> int:

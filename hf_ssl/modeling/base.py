@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.backbones import (
     RecordedOutputs,
-    build_backbone,
     checkpoint_stages,
     encode,
     freeze_unused,
@@ -119,7 +120,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)
+        self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
         self.hooks_are_called = False
         self.ends_batch = True
         self._memory_parts: list[dict[str, Tensor]] = []
@@ -267,9 +268,8 @@ class SSLPreTrainedModel(PreTrainedModel):
             raise UserError(
                 f"{unknown[0]}: expected None, because {self._method_name()} has no such input, got a tensor"
             )
-        self.check_views(
-            pixel_values.shape[1], 0 if local_pixel_values is None else local_pixel_values.shape[1]
-        )
+        local_views = 0 if local_pixel_values is None else local_pixel_values.shape[1]
+        self.check_views(pixel_values.shape[1], local_views)
         if self.training:
             inputs = self.synchronize_inputs(inputs)
             self._warn_without_hooks()
@@ -325,20 +325,41 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
         return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)
 
+    def project_views(self, images_BVCHW: Tensor) -> Tensor:
+        """Return the projections (B, V, P) of images (B, V, C, H, W), by the backbone and the `projector`."""
+        return self.apply_to_views(self.get_submodule("projector"), self.encode_views(images_BVCHW))
+
+    def unit_projections(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """Return the unit projections of global and local views.
+
+        Args:
+            inputs: the inputs of `embed`.
+            name: name of the projections (B, V, P) of global views. Those of local views (B, L, P), which are
+                missing if there are no local views, are "local_" and this name.
+        """
+        views = {name: "pixel_values", f"local_{name}": "local_pixel_values"}
+        return {
+            key: normalize(upcast(self.project_views(inputs[images])), dim=-1)
+            for key, images in views.items()
+            if images in inputs
+        }
+
+    @staticmethod
+    def join_views(embeddings: dict[str, Tensor], name: str) -> Tensor:
+        """Return the projections (V + L, B, P) of `unit_projections` as one tensor, global views first."""
+        kinds = [embeddings[key] for key in (name, f"local_{name}") if key in embeddings]
+        return torch.cat(kinds, dim=1).transpose(0, 1)
+
     def apply_to_views(self, function: Callable[[Tensor], Tensor], x_BV: Tensor) -> Tensor:
         """Apply a function of a batch (N, ...) to views (B, V, ...) and return its results (B, V, ...).
 
         The function receives all views in one batch. It receives each view separately if BatchNorm must not
         normalize them together (`joint_batch_norm`).
         """
-        if self.joint_batch_norm or not self._uses_batch_statistics():
+        batch_norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        if self.joint_batch_norm or not self.training or not any(batch_norms):
             return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
         return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
-
-    def _uses_batch_statistics(self) -> bool:
-        return self.training and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()
-        )
 
     # Checks of a recipe.
 

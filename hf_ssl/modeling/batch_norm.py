@@ -13,7 +13,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.gather import process_count, sum_over_processes
 
-Layer = TypeVar("Layer", bound=nn.modules.batchnorm._BatchNorm)
+Layer = TypeVar("Layer", bound="_AnyBatchNorm")
 
 
 class BatchNorm1dWithoutOffset(nn.BatchNorm1d):
@@ -27,16 +27,20 @@ class BatchNorm1dWithoutOffset(nn.BatchNorm1d):
         self.register_parameter("bias", None)
 
 
-class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm for inputs (N, C, ...) with any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
+
+
+class SynchronizedBatchNorm(_AnyBatchNorm):
     """BatchNorm with statistics of the batch of all processes, for inputs (N, C, ...).
 
     torch's own SyncBatchNorm does not support the CPU. Sums over processes have a gradient. So two processes
     compute the same as one process with both halves of the batch, and their running statistics agree.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or process_count() == 1:
@@ -94,7 +98,7 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
                 setattr(layer, name, buffer)
 
 
-class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SplitBatchNorm(_AnyBatchNorm):
     """BatchNorm that normalizes `splits` parts of a batch separately in training, for inputs (N, C, ...).
 
     On one device, it computes the same as unsynchronized BatchNorm on `splits` devices. Sample i belongs to
@@ -102,10 +106,6 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     splits = 1
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
@@ -138,14 +138,8 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Replace every BatchNorm in `module` by one that normalizes `splits` parts of a batch separately."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            _check_plain(child, "method.batch_norm_splits=1")
-            split = _replacement(SplitBatchNorm, child)
-            split.splits = splits
-            setattr(module, name, split)
-        else:
-            split_batch_norm(child, splits)
+    for layer in _replace(module, SplitBatchNorm, "method.batch_norm_splits=1"):
+        layer.splits = splits
 
 
 def uses_global_batch_statistics(module: nn.Module) -> bool:
@@ -161,23 +155,28 @@ def synchronize_batch_norm(module: nn.Module) -> None:
 
     Parameters, buffers and their names do not change.
     """
-    for name, child in module.named_children():
-        if isinstance(child, SynchronizedBatchNorm | SplitBatchNorm):
-            continue
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            _check_plain(child, "training.sync_batch_norm=false")
-            setattr(module, name, _replacement(SynchronizedBatchNorm, child))
-        else:
-            synchronize_batch_norm(child)
+    _replace(module, SynchronizedBatchNorm, "training.sync_batch_norm=false")
 
 
-def _check_plain(layer: nn.Module, remedy: str) -> None:
-    """Raise `UserError` for a BatchNorm that computes more, such as timm's with an activation."""
-    if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1dWithoutOffset):
-        raise UserError(
-            f"backbone: expected plain BatchNorm layers, got {type(layer).__name__}, which computes more; "
-            f"use {remedy}"
-        )
+def _replace(module: nn.Module, kind: type[Layer], remedy: str) -> list[Layer]:
+    """Replace every BatchNorm of torch in `module` by one of class `kind`, and return the new ones.
+
+    Raises:
+        UserError: a BatchNorm computes more, such as timm's with an activation. The message names the remedy.
+    """
+    new = []
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm) or isinstance(child, _AnyBatchNorm):
+                continue
+            if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1dWithoutOffset):
+                raise UserError(
+                    f"backbone: expected plain BatchNorm layers, got {type(child).__name__}, which computes "
+                    f"more; use {remedy}"
+                )
+            new.append(_replacement(kind, child))
+            setattr(parent, name, new[-1])
+    return new
 
 
 def _replacement(kind: type[Layer], layer: nn.modules.batchnorm._BatchNorm) -> Layer:

@@ -84,16 +84,13 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     if process_count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for group in _by_dtype(gradients):
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        group = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in group])
         dist.all_reduce(flat)
         flat /= process_count()
         for gradient, part in zip(group, flat.split([g.numel() for g in group]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
-    return [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
 
 
 def wait_for_all() -> None:
@@ -134,11 +131,7 @@ def from_first_process(value: Any) -> Any:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any process."""
-    if process_count() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return bool(count.item())
+    return not min_over_processes(int(not flag), device)
 
 
 class _Gather(torch.autograd.Function):

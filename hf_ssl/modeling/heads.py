@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import transformers.initialization as init
@@ -42,6 +43,8 @@ class MLPHead(nn.Sequential):
         last_norm: str = "none",
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
+        if last_norm not in LAST_NORMS:
+            raise ValueError(f"last_norm: expected one of {', '.join(LAST_NORMS)}, got {last_norm!r}")
         layers: list[nn.Module] = []
         for width, next_width in pairwise(sizes[:-1]):
             layers.append(nn.Linear(width, next_width, bias=not norm if bias is None else bias))
@@ -49,8 +52,10 @@ class MLPHead(nn.Sequential):
                 layers.append(nn.BatchNorm1d(next_width, affine=affine))
             layers.append(nn.ReLU(inplace=True) if activation is nn.ReLU else activation())
         layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_bias))
-        if last_norm != "none":
-            layers.append(_norm(last_norm, sizes[-1]))
+        if last_norm == "batch_without_offset":
+            layers.append(BatchNorm1dWithoutOffset(sizes[-1]))
+        elif last_norm != "none":
+            layers.append(nn.BatchNorm1d(sizes[-1], affine=last_norm == "batch"))
         super().__init__(*layers)
 
 
@@ -101,14 +106,13 @@ class Prototypes(nn.Linear):
             return F.linear(embeddings.to(self.weight.dtype), self.weight)
 
 
-def projector_sizes(features: int, hidden: int | None, projection: int, layers: int) -> list[int]:
-    """Return the widths of a projector of `layers` Linear layers. A hidden width of None means `features`."""
-    return [features, *[hidden or features] * (layers - 1), projection]
+def projector_sizes(features: int, config: Any) -> list[int]:
+    """Return the widths of a projector from its input to its output.
 
-
-def _norm(name: str, size: int) -> nn.Module:
-    if name == "batch_without_offset":
-        return BatchNorm1dWithoutOffset(size)
-    if name not in LAST_NORMS:
-        raise ValueError(f"last_norm: expected one of {', '.join(LAST_NORMS)}, got {name!r}")
-    return nn.BatchNorm1d(size, affine=name == "batch")
+    Args:
+        features: width of the input.
+        config: configuration with `projection_layers`, the number of Linear layers; `projection_hidden_size`,
+            of which None means the width of the input; and `projection_size`, the width of the output.
+    """
+    hidden = config.projection_hidden_size or features
+    return [features, *[hidden] * (config.projection_layers - 1), config.projection_size]

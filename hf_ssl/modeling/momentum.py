@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
 
-from hf_ssl.modeling.backbones import build_backbone, encode
+from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import SSLConfig, scheduled_value
 from hf_ssl.modeling.memory import HostNumber
@@ -36,14 +37,18 @@ class TeacherModel(SSLPreTrainedModel):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
-        self.teacher_backbone = build_backbone(config.backbone_config)
+        self.teacher_backbone = AutoModel.from_config(config.backbone_config)
         settings: Any = config
         self._momentum = HostNumber(self, "momentum", float(settings.momentum))
 
     def before_step(self, progress: RunProgress) -> None:
         """Write the scheduled momentum, and update teachers if the method updates them first."""
         super().before_step(progress)
-        self._momentum.write(self.scheduled_momentum(progress))
+        config: Any = self.config
+        momentum = scheduled_value(
+            config.momentum, config.momentum_end, config.momentum_schedule, progress.fraction
+        )
+        self._momentum.write(momentum)
         if self.ema_update == "before_step":
             self.update_teachers()
 
@@ -52,13 +57,6 @@ class TeacherModel(SSLPreTrainedModel):
         super().after_step(progress)
         if self.ema_update == "after_step":
             self.update_teachers()
-
-    def scheduled_momentum(self, progress: RunProgress) -> float:
-        """Return the momentum of the next step."""
-        config: Any = self.config
-        return scheduled_value(
-            config.momentum, config.momentum_end, config.momentum_schedule, progress.fraction
-        )
 
     @torch.no_grad()
     def update_teachers(self) -> None:

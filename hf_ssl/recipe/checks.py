@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
+from hf_ssl.methods import METHODS
 from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import resource
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from hf_ssl.modeling.base import SSLPreTrainedModel
 
 
 def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
@@ -27,8 +26,13 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
     from hf_ssl.modeling.backbones import encode
 
     sizes = [views.final_size] + ([views.final_local_size] if views.local_count else [])
+    patch = config.to_dict().get("patch_size")
     for size in sizes:
-        _check_patches(config, size)
+        if isinstance(patch, int) and size % patch:
+            raise UserError(
+                f"views.size: expected a multiple of backbone.patch_size={patch}, got {size}; use "
+                f"{max(1, size // patch) * patch}"
+            )
     try:
         with torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(config)
@@ -49,19 +53,8 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
         ) from error
 
 
-def _check_patches(config: "PreTrainedConfig", size: int) -> None:
-    patch = config.to_dict().get("patch_size")
-    if isinstance(patch, int) and size % patch:
-        raise UserError(
-            f"views.size: expected a multiple of backbone.patch_size={patch}, got {size}; use "
-            f"{max(1, size // patch) * patch}"
-        )
-
-
 def check_method(
     name: str,
-    title: str,
-    model: type["SSLPreTrainedModel"],
     *,
     backbone_type: str,
     views: ViewPreset,
@@ -72,8 +65,6 @@ def check_method(
 
     Args:
         name: key of the method in `METHODS`.
-        title: name of the method, for messages.
-        model: model class of the method.
         backbone_type: model type of the encoder.
         views: the augmentation settings.
         streaming: whether the data are a stream.
@@ -90,6 +81,7 @@ def check_method(
             f"method.name: expected model_cards/methods/{name}.md for the card, found none; write it as "
             "CONTRIBUTING.md explains"
         ) from error
+    model, title = METHODS[name].model_class(), METHODS[name].title
     known = model.backbone_types
     if known is not None and backbone_type not in known:
         raise UserError(

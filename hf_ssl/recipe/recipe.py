@@ -17,12 +17,7 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
-from hf_ssl.recipe.backbone import (
-    backbone_class,
-    fitted_backbone,
-    pretrained_backbone,
-    pretrained_config,
-)
+from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
 from hf_ssl.recipe.checks import check_encoder, check_method
 from hf_ssl.recipe.sections import convert_values, one_line, to_dataclass, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
@@ -173,10 +168,7 @@ class Recipe:
 
         defaults = {
             "method": _default_values(self.config_class),
-            "backbone": {
-                **_default_values(backbone_class(self.backbone["model_type"])),
-                "init_from": None,
-            },
+            "backbone": _default_values(backbone_class(self.backbone["model_type"])) | {"init_from": None},
             "data": _default_values(DataConfig),
             "views": _default_values(ViewPreset),
             "training": _default_values(SSLTrainingArguments) | {"batch_size": DEFAULT_BATCH_SIZE},
@@ -202,7 +194,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
             or values contradict each other.
     """
-    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
+    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments, worker_count
     from hf_ssl.trainer.transformers_arguments import check_metric
 
     name, path = find_recipe(str(name_or_path))
@@ -227,6 +219,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone = pretrained_backbone(backbone, data)
     else:
         backbone = fitted_backbone(backbone, data, views)
+    training = convert_values(SSLTrainingArguments, plain["training"], "training")
     recipe = Recipe(
         name=name,
         path=path,
@@ -234,20 +227,17 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone=backbone,
         data=data,
         views=views,
-        training={
-            "output_dir": f"runs/{name}",
-            **convert_values(SSLTrainingArguments, plain["training"], "training"),
-        },
+        training={"output_dir": f"runs/{name}"} | training,
         evaluation=to_dataclass(EvaluationConfig, plain["evaluation"], "evaluation"),
         publish=to_dataclass(PublishConfig, plain["publish"], "publish"),
         overrides=list(overrides),
     )
+    if "dataloader_num_workers" in recipe.training:
+        recipe.training["dataloader_num_workers"] = worker_count(recipe.training["dataloader_num_workers"])
     recipe.evaluation.check()
     batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
     check_method(
         recipe.method["name"],
-        METHODS[recipe.method["name"]].title,
-        recipe.model_class,
         backbone_type=backbone["model_type"],
         views=views,
         streaming=data.streaming,
@@ -317,10 +307,7 @@ def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> 
         if isinstance(default, dict) and isinstance(value, dict) and value.keys() <= default.keys():
             found |= _differing(value, default, f"{where}.{key}")
         elif key not in defaults or value != default:
-            set_values = isinstance(value, dict) and default is None
-            found[f"{where}.{key}"] = _without_none(value) if set_values else value
+            if isinstance(value, dict) and default is None:
+                value = {name: item for name, item in value.items() if item is not None}
+            found[f"{where}.{key}"] = value
     return found
-
-
-def _without_none(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if value is not None}

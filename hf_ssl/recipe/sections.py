@@ -201,10 +201,6 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(str(member.value) for member in annotation)
-    if (
-        origin is dict
-        or annotation is dict
-        or (isinstance(annotation, type) and dataclasses.is_dataclass(annotation))
-    ):
+    if dict in (origin, annotation) or dataclasses.is_dataclass(annotation):
         return "a mapping of keys to values"
     return str(annotation)

@@ -13,10 +13,4 @@ if TYPE_CHECKING:
     from hf_ssl.space.build import build_space
     from hf_ssl.space.serve import check_packages, run_space
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.space.build": ["build_space"],
-        "hf_ssl.space.serve": ["check_packages", "run_space"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

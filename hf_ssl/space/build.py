@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,11 +47,6 @@ _BATCH = 64
 _EXAMPLE_SIDE = 640
 _PAGE = ("app.py", "style.css", "requirements.txt")
 _PACKAGES = ("torch", "transformers", "gradio", "faiss-cpu")
-
-
-class _Example(NamedTuple):
-    image: Tensor
-    label: str | None
 
 
 def build_space(
@@ -104,16 +99,15 @@ def build_space(
         description="gallery",
     )
     labels = _labels(shown)
+    kept = np.arange(len(thumbnails))
+    pool, pool_labels, most = shown, labels, len(kept) // 2
+    if examples_split is not None:
+        pool = _images(data, examples_split, 20 * examples)
+        pool_labels, most = _labels(pool), len(pool)
+    chosen = _balanced_sample(pool_labels, len(pool), min(examples, most))
+    pictures = [(pool[number], None if pool_labels is None else pool_labels[number]) for number in chosen]
     if examples_split is None:
-        chosen = _balanced_sample(labels, len(thumbnails), min(examples, len(thumbnails) // 2))
-        kept = np.setdiff1d(np.arange(len(thumbnails)), chosen)
-        pictures = _examples(shown, labels, chosen)
-    else:
-        others = _images(data, examples_split, 20 * examples)
-        other_labels = _labels(others)
-        chosen = _balanced_sample(other_labels, len(others), min(examples, len(others)))
-        kept = np.arange(len(thumbnails))
-        pictures = _examples(others, other_labels, chosen)
+        kept = np.setdiff1d(kept, chosen)
     gallery = build_gallery(
         features[kept],
         [thumbnails[number] for number in kept],
@@ -161,10 +155,6 @@ def _labels(images: LabeledImages) -> list[str] | None:
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]
-
-
-def _examples(images: LabeledImages, labels: list[str] | None, chosen: np.ndarray) -> list[_Example]:
-    return [_Example(images[number], None if labels is None else labels[number]) for number in chosen]
 
 
 def _balanced_sample(labels: list[str] | None, total: int, count: int) -> np.ndarray:
@@ -217,7 +207,7 @@ def _facts(
     return cast(dict[str, Any], remove_private(facts))
 
 
-def _write_examples(pictures: list[_Example], folder: Path) -> list[dict[str, str | None]]:
+def _write_examples(pictures: list[tuple[Tensor, str | None]], folder: Path) -> list[dict[str, str | None]]:
     """Write each example (PNG if it is small, else JPEG) with a thumbnail, and return names and labels."""
     (folder / "examples").mkdir()
     written: list[dict[str, str | None]] = []
@@ -248,9 +238,5 @@ def _write_page(folder: Path, facts: dict[str, Any]) -> None:
     card.data = SpaceCardData(**header)
     card.save(folder / "README.md")
     package = Path(__file__).parent.parent
-    for source in sorted(package.rglob("*.py")):
-        if "_data" in source.relative_to(package).parts:
-            continue
-        target = folder / "hf_ssl" / source.relative_to(package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    others = shutil.ignore_patterns("_data", "__pycache__", "py.typed")
+    shutil.copytree(package, folder / "hf_ssl", ignore=others, copy_function=shutil.copyfile)

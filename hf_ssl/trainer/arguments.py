@@ -181,9 +181,7 @@ class SSLTrainingArguments(TrainingArguments):
             raise UserError(
                 f"training.learning_rate_drops: expected positive epochs, got {self.learning_rate_drops}"
             )
-        workers: Any = self.dataloader_num_workers
-        if isinstance(workers, str) and workers.removeprefix("-").isdecimal():
-            workers = self.dataloader_num_workers = int(workers)
+        workers = self.dataloader_num_workers = worker_count(self.dataloader_num_workers)
         if workers != AUTO and (not isinstance(workers, int) or workers < 0):
             raise UserError(
                 f"training.dataloader_num_workers: expected auto or an integer of at least 0, got {workers!r}"
@@ -350,6 +348,11 @@ class SSLTrainingArguments(TrainingArguments):
                 f"{self.world_size} x {self.gradient_accumulation_steps}, got {self.batch_size}"
             )
         return self.batch_size // micro_batches
+
+
+def worker_count(given: int | str) -> int | str:
+    """Return a number of workers as an int, also if it is a text; return other texts (`auto`) unchanged."""
+    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -23,19 +23,12 @@ if TYPE_CHECKING:
     from hf_ssl.views.pipeline import Views, augment, montage
     from hf_ssl.views.preset import ViewOverrides, ViewPreset, ViewSettings
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hf_ssl.views.cropping": ["Crops", "crop"],
-        "hf_ssl.views.parameters": ["ViewParameters", "sample_parameters"],
-        "hf_ssl.views.pipeline": ["Views", "augment", "montage"],
-        "hf_ssl.views.preset": ["ViewOverrides", "ViewPreset", "ViewSettings"],
-    },
-    renamed={
-        "FOR_METHODS": "hf_ssl.random.FIRST_METHOD_NUMBER",
-        "apply": "hf_ssl.views.augment",
-        "draw": "hf_ssl.views.sample_parameters",
-        "seeds": "hf_ssl.random.image_seeds",
-        "uniforms": "hf_ssl.random.uniforms",
-    },
-)
+_RENAMED = {
+    "FOR_METHODS": "hf_ssl.random.FIRST_METHOD_NUMBER",
+    "apply": "hf_ssl.views.augment",
+    "draw": "hf_ssl.views.sample_parameters",
+    "seeds": "hf_ssl.random.image_seeds",
+    "uniforms": "hf_ssl.random.uniforms",
+}
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__, renamed=_RENAMED)

@@ -5,7 +5,7 @@ Legend: B images, V views, N rows (views of some images, flattened), C channels,
 S side of a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,15 +32,18 @@ class Crops:
     def __len__(self) -> int:
         return self.global_crops.shape[0]
 
+    def __getitem__(self, samples: slice) -> "Crops":
+        return self._map(lambda crops: crops[samples])
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Crops":
-        global_crops = self.global_crops.to(device, non_blocking=non_blocking)
-        if self.local_crops is None:
-            return Crops(global_crops)
-        return Crops(global_crops, self.local_crops.to(device, non_blocking=non_blocking))
+        return self._map(lambda crops: crops.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Crops":
-        local_crops = None if self.local_crops is None else self.local_crops.pin_memory()
-        return Crops(self.global_crops.pin_memory(), local_crops)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Crops":
+        local_crops = None if self.local_crops is None else function(self.local_crops)
+        return Crops(function(self.global_crops), local_crops)
 
 
 def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:

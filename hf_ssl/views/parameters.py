@@ -116,12 +116,8 @@ def sample_boxes(
         area = height[pending] * width[pending] * between(number[:, 0], *settings.scale)
         ratio = np.exp(between(number[:, 1], log_low, log_high))
         try_width, try_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-        fits = (
-            (try_width > 0)
-            & (try_width <= width[pending])
-            & (try_height > 0)
-            & (try_height <= height[pending])
-        )
+        fits = (try_width > 0) & (try_width <= width[pending])
+        fits &= (try_height > 0) & (try_height <= height[pending])
         done = pending[fits]
         box_height[done], box_width[done] = try_height[fits], try_width[fits]
         position = uniforms(seeds[done], first + 2 * _CROP_TRIES, 2)

@@ -81,8 +81,7 @@ def montage(views: Views, preset: ViewPreset, path: Path, max_images: int = 8) -
     from torchvision.utils import make_grid
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (preset.mean, preset.std))
-    kinds = [views.pixel_values]
-    kinds += [] if views.local_pixel_values is None else [views.local_pixel_values]
+    kinds = [kind for kind in (views.pixel_values, views.local_pixel_values) if kind is not None]
     height, width = (max(kind.shape[axis] for kind in kinds) for axis in (-2, -1))
     tiles = []
     for kind in kinds:

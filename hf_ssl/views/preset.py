@@ -9,6 +9,7 @@ The recipe's section `views` is a `ViewPreset`. A method's config stores it as a
 enough to repeat the augmentation.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
@@ -148,7 +149,7 @@ class ViewPreset(ViewSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, numbers, strings and dicts, which are equal after a round trip through JSON."""
-        return _plain(asdict(self))
+        return json.loads(json.dumps(asdict(self)))
 
     def check(self, channels: int) -> None:
         """Check all settings for images with this number of channels.
@@ -292,9 +293,3 @@ def _read(cls: type, values: dict[str, Any], where: str) -> Any:
             value = _read(ViewOverrides, value, f"{where}.{name}")
         read[name] = tuple(value) if isinstance(value, list) else value
     return cls(**read)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -12,7 +11,7 @@ from messages import missing
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.decode import decode
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
-from hf_ssl.data.stream_loader import ResumeConditions, _start_position
+from hf_ssl.data.stream_loader import _start_position
 from hf_ssl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -355,9 +354,9 @@ def test_the_order_of_a_stream_never_changes(numbered):
 
 
 def test_an_approximate_position_counts_half_of_each_open_shard():
-    layout = ResumeConditions("revision", 1, 0, 1, 2, shards=10, groups=1, window=8, open_shards=4)
+    layout = {"revision": "revision", "seed": 1, "workers": 2, "shards": 10, "groups": 1}
     state = {"pass_number": 2, "window": 1, "rows": 8, "next_shard": 6, "open": [[0, 1], [3, 1]], "used": 0}
     readers = {"0": state, "1": {**state, "pass_number": 3}}
-    position = {"batches": 7, "layout": vars(layout), "readers": readers}
-    start = _start_position(position, replace(layout, workers=1))
+    position = {"batches": 7, "layout": layout, "readers": readers}
+    start = _start_position(position, layout | {"workers": 1})
     assert start == {"batches": 7, "readers": {"0": ReaderPosition(2, next_shard=5).state_dict()}}

@@ -82,12 +82,14 @@ def test_agrees_with_lightly() -> None:
 
 
 @pytest.mark.parametrize(("query_chunk", "bank_chunk"), [(1, 1), (7, 13), (64, 40), (1000, 1000)])
-def test_chunks_change_nothing(query_chunk: int, bank_chunk: int) -> None:
+def test_chunks_change_nothing(query_chunk: int, bank_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_ssl.evaluation.knn.QUERY_CHUNK", query_chunk)
+    monkeypatch.setattr("hf_ssl.evaluation.knn.BANK_CHUNK", bank_chunk)
     bank, queries = (
         F.normalize(clustered(101, seed=4)[0], dim=1),
         F.normalize(clustered(30, seed=5)[0], dim=1),
     )
-    cosines, rows = nearest(bank, queries, 17, query_chunk=query_chunk, bank_chunk=bank_chunk)
+    cosines, rows = nearest(bank, queries, 17)
     expected = (queries.double() @ bank.double().T).sort(dim=1, descending=True)
     torch.testing.assert_close(cosines.double(), expected.values[:, :17], atol=1e-6, rtol=0)
     assert torch.equal(rows, expected.indices[:, :17])

@@ -124,6 +124,10 @@ def test_parts_of_a_batch_are_normalized_separately(shape):
     assert holder.state_dict().keys() == nn.Sequential(whole).state_dict().keys()
     with pytest.raises(UserError, match=mentions("training.batch_size", 10, "method.batch_norm_splits=4")):
         holder.train()(x[:10])
+    before = holder[0].running_mean.clone()
+    holder[0].track_running_stats = False  # the gradient cache encodes a batch twice
+    torch.testing.assert_close(holder(x), expected)
+    assert torch.equal(holder[0].running_mean, before)
 
 
 def test_shuffling_can_be_restored():

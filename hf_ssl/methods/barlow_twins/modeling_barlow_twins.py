@@ -39,8 +39,7 @@ class BarlowTwinsForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the projections (B, 2, P)."""
-        pixel_values = inputs["pixel_values"]
-        return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
+        return {"projections": self.project_views(inputs["pixel_values"])}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the scaled loss: the sum of (1 - C_ii)^2 plus the weighted sum of C_ij^2 with i != j.

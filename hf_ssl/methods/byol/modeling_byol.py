@@ -38,7 +38,7 @@ class BYOLForPreTraining(MomentumModel):
         target network.
         """
         pixel_values = inputs["pixel_values"]
-        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        projections = self.project_views(pixel_values)
         return {
             "projections": projections,
             "predictions": self.apply_to_views(self.predictor, projections),

@@ -5,12 +5,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import cluster_cross_entropy
-from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClusterV2Config
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -87,32 +85,21 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         Raises:
             ValueError: the inputs have no `sample_index`.
         """
-        pixel_values = inputs["pixel_values"]
-        local_pixel_values = inputs.get("local_pixel_values")
-        sample_index = inputs.get("sample_index")
-        if sample_index is None:
+        if "sample_index" not in inputs:
             raise ValueError("sample_index: expected the row numbers of the images, got none; pass them")
-        views_by_name = {"projections": pixel_values, "local_projections": local_pixel_values}
-        return {"sample_index": sample_index} | {
-            name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
-            for name, images in views_by_name.items()
-            if images is not None
-        }
+        return {"sample_index": inputs["sample_index"], **self.unit_projections(inputs, "projections")}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean cross entropy, over heads, between all views' scores and the image's cluster."""
-        projections = embeddings["projections"]
-        local = [embeddings["local_projections"]] if "local_projections" in embeddings else []
-        views_VBP = torch.cat([projections, *local], dim=1).transpose(0, 1)
+        views_VBP = self.join_views(embeddings, "projections")
+        labels_HB = self.bank.labels[:, embeddings["sample_index"]]
         losses = [
-            cluster_cross_entropy(head(views_VBP), assignment_B, temperature=self.config.temperature)
-            for head, assignment_B in zip(
-                self.heads, self.bank.labels[:, embeddings["sample_index"]], strict=True
-            )
+            cluster_cross_entropy(head(views_VBP), label_B, temperature=self.config.temperature)
+            for head, label_B in zip(self.heads, labels_HB, strict=True)
         ]
         loss = torch.stack(losses).mean()
         terms = {"cluster_cross_entropy": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
+        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Store the projections of global views in the memory bank."""

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForPreTraining
 
 from hf_ssl.losses import dino_center, dino_cross_entropy
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.dino.configuration_dino import DINOConfig
-from hf_ssl.modeling.backbones import build_backbone, feature_size
+from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
 from hf_ssl.modeling.memory import Center, HostNumber
@@ -46,7 +46,7 @@ class DINOForPreTraining(MomentumModel):
 
     def __init__(self, config: DINOConfig) -> None:
         super().__init__(config)
-        self.teacher_backbone = build_backbone(without_drop_path(config.backbone_config))
+        self.teacher_backbone = AutoModel.from_config(without_drop_path(config.backbone_config))
         add_drop_path(self.backbone, config.drop_path_rate)
         hidden = [config.projection_hidden_size] * (config.projection_layers - 1)
         sizes = [feature_size(self.backbone), *hidden, config.bottleneck_size]
@@ -85,34 +85,22 @@ class DINOForPreTraining(MomentumModel):
         They are (B, V, P) of the student and the teacher for global views. If there are local views, the
         result also has the student's (B, L, P).
         """
-        pixel_values = inputs["pixel_values"]
-        local_pixel_values = inputs.get("local_pixel_values")
-        views_by_name = {"student": pixel_values, "local_student": local_pixel_values}
-        student = {
-            name: self.apply_to_views(self.projector, self.encode_views(images))
-            for name, images in views_by_name.items()
-            if images is not None
-        }
-        return {
-            name: normalize(upcast(made), dim=-1)
-            for name, made in (student | {"teacher": self.teacher_projections(pixel_values)}).items()
-        }
+        student = self.unit_projections(inputs, "student")
+        teacher = normalize(upcast(self.teacher_projections(inputs["pixel_values"])), dim=-1)
+        return student | {"teacher": teacher}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean cross entropy between the student's views and the teacher's other views."""
-        student = embeddings["student"]
-        local = [embeddings["local_student"]] if "local_student" in embeddings else []
         with torch.no_grad():
             teacher_ABK = self.teacher_last_layer(embeddings["teacher"].transpose(0, 1))
         loss = dino_cross_entropy(
-            self.last_layer(torch.cat([student, *local], dim=1).transpose(0, 1)),
+            self.last_layer(self.join_views(embeddings, "student")),
             teacher_ABK,
             self.center.mean,
             student_temperature=self.config.student_temperature,
             teacher_temperature=self._teacher_temperature.value,
         )
-        terms = {"distillation": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=student)
+        return SSLOutput(loss=loss, terms={"distillation": loss.detach()}, embeddings=embeddings["student"])
 
     @torch.no_grad()
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:

@@ -48,7 +48,7 @@ class DirectPredForPreTraining(MomentumModel):
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return projections (B, 2, P) of the online and targets (B, 2, P) of the target network."""
         pixel_values = inputs["pixel_values"]
-        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        projections = self.project_views(pixel_values)
         return {"projections": projections, "targets": self.teacher_projections(pixel_values)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:

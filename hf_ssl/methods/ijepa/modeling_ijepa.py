@@ -11,6 +11,7 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from transformers.models.vit.configuration_vit import ViTConfig
 
@@ -65,10 +66,7 @@ class IJEPAForPreTraining(TeacherModel):
         super().__init__(config)
         self.num_special_tokens = special_tokens(self.backbone)
         self.grid = patch_grid(self.backbone)
-        heads = config.predictor_attention_heads or int(self.backbone.config.num_attention_heads)
-        self.predictor = IJEPAPredictor(
-            config, feature_size(self.backbone), heads, self.num_special_tokens, self.grid
-        )
+        self.predictor = IJEPAPredictor(self.backbone, config)
         self._block_size_numbers = _EVAL_BLOCK_SIZE_NUMBERS
         self.post_init()
 
@@ -83,8 +81,7 @@ class IJEPAForPreTraining(TeacherModel):
     def freeze(self) -> None:
         """Also freeze the encoder's position table."""
         super().freeze()
-        backbone: Any = self.backbone
-        backbone.embeddings.position_embeddings.requires_grad_(False)
+        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def before_step(self, progress: RunProgress) -> None:
         """Also select the sizes of this step's blocks."""
@@ -156,8 +153,7 @@ class IJEPAForPreTraining(TeacherModel):
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean smooth L1 distance between predicted and true features."""
         loss = latent_smooth_l1(embeddings["predictions"], embeddings["targets"])
-        terms = {"smooth_l1": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["features"])
+        return SSLOutput(loss=loss, terms={"smooth_l1": loss.detach()}, embeddings=embeddings["features"])
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `explained_variance`, the share of the targets' variance that predictions explain.
@@ -174,31 +170,21 @@ class IJEPAPredictor(PatchPredictor):
     """I-JEPA's predictor: predicts features of target blocks from the tokens of context patches.
 
     Args:
+        encoder: the vision transformer whose tokens are the input.
         config: configuration of the method.
-        encoder_size: D.
-        heads: number of attention heads.
-        num_special_tokens: number of special tokens.
-        grid: rows and columns of patches in an image.
     """
 
-    def __init__(
-        self,
-        config: IJEPAConfig,
-        encoder_size: int,
-        heads: int,
-        num_special_tokens: int,
-        grid: tuple[int, int],
-    ) -> None:
+    def __init__(self, encoder: PreTrainedModel, config: IJEPAConfig) -> None:
         size = config.predictor_hidden_size
         layer = ViTConfig(
             hidden_size=size,
-            num_attention_heads=heads,
+            num_attention_heads=config.predictor_attention_heads or int(encoder.config.num_attention_heads),
             intermediate_size=4 * size,
             layer_norm_eps=1e-6,  # the authors' `vit_predictor`
         )
         layer._attn_implementation = config._attn_implementation
-        super().__init__(layer, config.predictor_depth, encoder_size, num_special_tokens, grid)
-        self.features = nn.Linear(size, encoder_size)
+        super().__init__(encoder, layer, config.predictor_depth)
+        self.features = nn.Linear(size, feature_size(encoder))
 
     def forward(self, context: Tensor, context_patches: Tensor, target_patches: Tensor) -> Tensor:
         """Return the predicted features (B, M, T, D).

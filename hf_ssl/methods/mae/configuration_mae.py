@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, check_fields
 
 
 @strict
@@ -32,24 +32,20 @@ class MAEConfig(SSLConfig):
 
     def validate_mask_ratio(self) -> None:
         """Raise `ValueError` unless the ratio is between 0 and 1, both excluded."""
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"method.mask_ratio: expected a number between 0 and 1, got {self.mask_ratio}")
+        check_fields(("mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "a number between 0 and 1"))
 
     def validate_decoder(self) -> None:
         """Raise `ValueError` for a decoder without layers or with a wrong width.
 
         The width must be a multiple of the number of heads, and of 4 for the position table.
         """
-        if self.decoder_num_hidden_layers < 1:
-            raise ValueError(
-                f"method.decoder_num_hidden_layers: expected at least 1, got {self.decoder_num_hidden_layers}"
-            )
-        size, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
-        if size % 4 or size % heads:
-            raise ValueError(
-                "method.decoder_hidden_size: expected a multiple of 4 and of decoder_num_attention_heads = "
-                f"{heads}, got {size}"
-            )
+        layers, size = self.decoder_num_hidden_layers, self.decoder_hidden_size
+        heads = self.decoder_num_attention_heads
+        expected = f"a multiple of 4 and of decoder_num_attention_heads = {heads}"
+        check_fields(
+            ("decoder_num_hidden_layers", layers, layers >= 1, "at least 1"),
+            ("decoder_hidden_size", size, size % 4 == 0 and size % heads == 0, expected),
+        )
 
 
 AutoConfig.register(MAEConfig.model_type, MAEConfig)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers.initialization as init
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
@@ -18,7 +19,6 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.losses import masked_patch_mse
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
-from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.vit.patches import (
@@ -81,9 +81,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
                 f"{config.mask_ratio}, which makes {self.num_visible} of {self.num_patches} patches visible"
             )
         values = math.prod(self.patch_size) * embedding.num_channels
-        self.decoder = MAEDecoder(
-            config, feature_size(self.backbone), self.num_special_tokens, self.grid, values
-        )
+        self.decoder = MAEDecoder(self.backbone, config, values)
         self.post_init()
 
     @torch.no_grad()
@@ -126,13 +124,11 @@ class MAEForPreTraining(SSLPreTrainedModel):
         Raises:
             UserError: the size of the images does not match the decoder's positions.
         """
-        height, width = (
-            side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)
-        )
-        if (height, width) != self.grid:
+        grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
+        if grid != self.grid:
             raise UserError(
                 f"pixel_values: expected images of {self.grid} patches, the positions of the decoder, got "
-                f"{(height, width)}"
+                f"{grid}"
             )
         if noise is None:
             noise = torch.rand(len(images), self.num_patches, device=images.device)
@@ -197,34 +193,25 @@ class MAEDecoder(PatchPredictor):
     """MAE's decoder: predicts the pixels of masked patches from the tokens of visible ones.
 
     Args:
+        encoder: the vision transformer whose tokens are the input.
         config: configuration of the method.
-        encoder_size: D.
-        num_special_tokens: number of special tokens.
-        grid: rows and columns of patches in an image.
         values: X.
     """
 
-    def __init__(
-        self,
-        config: MAEConfig,
-        encoder_size: int,
-        num_special_tokens: int,
-        grid: tuple[int, int],
-        values: int,
-    ) -> None:
-        encoder: Any = config.backbone_config
+    def __init__(self, encoder: PreTrainedModel, config: MAEConfig, values: int) -> None:
+        settings = encoder.config
         layer = ViTConfig(
             hidden_size=config.decoder_hidden_size,
             num_attention_heads=config.decoder_num_attention_heads,
             intermediate_size=config.decoder_intermediate_size,
-            hidden_act=encoder.hidden_act,
-            qkv_bias=encoder.qkv_bias,
-            layer_norm_eps=encoder.layer_norm_eps,
-            hidden_dropout_prob=encoder.hidden_dropout_prob,
-            attention_probs_dropout_prob=encoder.attention_probs_dropout_prob,
+            hidden_act=settings.hidden_act,
+            qkv_bias=settings.qkv_bias,
+            layer_norm_eps=settings.layer_norm_eps,
+            hidden_dropout_prob=settings.hidden_dropout_prob,
+            attention_probs_dropout_prob=settings.attention_probs_dropout_prob,
         )
         layer._attn_implementation = config._attn_implementation
-        super().__init__(layer, config.decoder_num_hidden_layers, encoder_size, num_special_tokens, grid)
+        super().__init__(encoder, layer, config.decoder_num_hidden_layers)
         self.pixels = nn.Linear(config.decoder_hidden_size, values)
 
     def forward(self, latents: Tensor, kept: Tensor, masked: Tensor) -> Tensor:

@@ -35,12 +35,7 @@ class MoCoForPreTraining(MomentumModel):
 
     def __init__(self, config: MoCoConfig) -> None:
         super().__init__(config)
-        sizes = projector_sizes(
-            feature_size(self.backbone),
-            config.projection_hidden_size,
-            config.projection_size,
-            config.projection_layers,
-        )
+        sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, norm=False, last_bias=True)
         self.teacher_projector = MLPHead(sizes, norm=False, last_bias=True)
         self.queue = Queue(config.queue_size, config.projection_size)
@@ -57,7 +52,7 @@ class MoCoForPreTraining(MomentumModel):
         symmetric = self.config.symmetric
         query_images = pixel_values if symmetric else pixel_values[:, :1]
         key_images = pixel_values.flip(1) if symmetric else pixel_values[:, 1:]
-        queries = self.apply_to_views(self.projector, self.encode_views(query_images))
+        queries = self.project_views(query_images)
         return {"queries": queries, "keys": normalize(self._keys(key_images), dim=-1)}
 
     def _keys(self, images_BACHW: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class MoCoV3ForPreTraining(MomentumModel):
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)
         hidden, size = config.projection_hidden_size, config.projection_size
-        sizes = projector_sizes(feature_size(self.backbone), hidden, size, config.projection_layers)
+        sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, last_norm="batch_without_affine")
         self.teacher_projector = MLPHead(sizes, last_norm="batch_without_affine")
         last_norm = "batch_without_affine" if config.predictor_last_norm else "none"
@@ -46,7 +46,7 @@ class MoCoV3ForPreTraining(MomentumModel):
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries (B, 2, P) of the student and keys (B, 2, P) of the teacher."""
         pixel_values = inputs["pixel_values"]
-        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        projections = self.project_views(pixel_values)
         queries = self.apply_to_views(self.predictor, projections)
         return {"queries": queries, "keys": self.teacher_projections(pixel_values)}
 

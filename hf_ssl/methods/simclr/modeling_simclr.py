@@ -29,22 +29,15 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
         # BatchNorm follows each layer, and the last one has no offset (google-research/simclr, tf2/model.py).
-        sizes = projector_sizes(
-            feature_size(self.backbone),
-            config.projection_hidden_size,
-            config.projection_size,
-            config.projection_layers,
-        )
+        sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, last_norm="batch_without_offset")
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the projections (B, V + L, D) of V global and L local views."""
-        pixel_values = inputs["pixel_values"]
-        local_pixel_values = inputs.get("local_pixel_values")
-        features = self.encode_views(pixel_values)
-        if local_pixel_values is not None:
-            features = torch.cat([features, self.encode_views(local_pixel_values)], dim=1)
+        features = self.encode_views(inputs["pixel_values"])
+        if "local_pixel_values" in inputs:
+            features = torch.cat([features, self.encode_views(inputs["local_pixel_values"])], dim=1)
         return {"projections": self.apply_to_views(self.projector, features)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:

@@ -40,8 +40,7 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return projections (B, 2, P) and predictions (B, 2, P) of both views."""
-        pixel_values = inputs["pixel_values"]
-        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        projections = self.project_views(inputs["pixel_values"])
         return {"projections": projections, "predictions": self.apply_to_views(self.predictor, projections)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:

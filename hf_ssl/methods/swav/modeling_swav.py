@@ -5,11 +5,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import sinkhorn, swapped_prediction
-from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -59,24 +57,15 @@ class SwAVForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return unit projections (B, V, P) of global views, and (B, L, P) of local views, if any."""
-        pixel_values = inputs["pixel_values"]
-        local_pixel_values = inputs.get("local_pixel_values")
-        views_by_name = {"projections": pixel_values, "local_projections": local_pixel_values}
-        return {
-            name: normalize(upcast(self.apply_to_views(self.projector, self.encode_views(images))), dim=-1)
-            for name, images in views_by_name.items()
-            if images is not None
-        }
+        return self.unit_projections(inputs, "projections")
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean cross entropy between each view's scores and the other views' assignments."""
         projections = embeddings["projections"]
-        local = [embeddings["local_projections"]] if "local_projections" in embeddings else []
-        scores_VBK = self.prototypes(torch.cat([projections, *local], dim=1).transpose(0, 1))
+        scores_VBK = self.prototypes(self.join_views(embeddings, "projections"))
         assignments_ABK = self._assign(scores_VBK[: projections.shape[1]].detach())
         loss = swapped_prediction(scores_VBK, assignments_ABK, temperature=self.config.temperature)
-        terms = {"swapped_prediction": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
+        return SSLOutput(loss=loss, terms={"swapped_prediction": loss.detach()}, embeddings=projections)
 
     @torch.no_grad()
     def _assign(self, scores_ABK: Tensor) -> Tensor:

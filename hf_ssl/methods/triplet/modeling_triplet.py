@@ -30,20 +30,14 @@ class TripletForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: TripletConfig) -> None:
         super().__init__(config)
-        sizes = projector_sizes(
-            feature_size(self.backbone),
-            config.projection_hidden_size,
-            config.projection_size,
-            config.projection_layers,
-        )
+        sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, last_norm="batch_without_offset")
         self.batches = Counter()
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the unit projections (B, 2, P)."""
-        pixel_values = inputs["pixel_values"]
-        projections = self.apply_to_views(self.projector, self.encode_views(pixel_values))
+        projections = self.project_views(inputs["pixel_values"])
         return {"projections": normalize(upcast(projections), dim=-1)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
@@ -54,8 +48,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
             for anchor, positive in ((first, second), (second, first))
         ]
         loss = torch.stack(losses).mean()
-        terms = {"triplet": loss.detach()}
-        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
+        return SSLOutput(loss=loss, terms={"triplet": loss.detach()}, embeddings=embeddings["projections"])
 
     @torch.no_grad()
     def _negatives(self, anchor_BD: Tensor, positive_BD: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class VICRegForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the projections (B, 2, P)."""
-        pixel_values = inputs["pixel_values"]
-        return {"projections": self.apply_to_views(self.projector, self.encode_views(pixel_values))}
+        return {"projections": self.project_views(inputs["pixel_values"])}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the weighted sum of the invariance, variance and covariance terms."""

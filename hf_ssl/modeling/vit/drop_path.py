@@ -2,6 +2,7 @@
 """Stochastic depth (drop path) for stock vision transformers, most of which do not have it."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def add_drop_path(backbone: Any, rate: float) -> None:
     for number, layer in enumerate(layers):
         own = rate * number / max(1, len(layers) - 1)
         end = layer.drop_path if "drop_path" in dict(layer.named_children()) else layer.dropout
-        end.register_forward_hook(_DropPath(own))
+        end.register_forward_hook(partial(_drop_path, own))
 
 
 def without_drop_path(config: Any) -> Any:
@@ -37,14 +38,9 @@ def without_drop_path(config: Any) -> Any:
     return config
 
 
-class _DropPath:
-    """A forward hook that drops the output of a module for some images."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if not module.training or self.rate == 0:
-            return output
-        kept = torch.rand(output.shape[0], *[1] * (output.ndim - 1), device=output.device) >= self.rate
-        return output * kept.to(output.dtype) / (1 - self.rate)
+def _drop_path(rate: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Drop the output of a module for some images. With a rate, this is a forward hook."""
+    if not module.training or rate == 0:
+        return output
+    kept = torch.rand(output.shape[0], *[1] * (output.ndim - 1), device=output.device) >= rate
+    return output * kept.to(output.dtype) / (1 - rate)

@@ -7,11 +7,13 @@ predicted, T patches of a block, D dims of the encoder, E dims of the predictor.
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer, eager_attention_forward
 
-from hf_ssl.modeling.vit.patches import PositionTable
+from hf_ssl.modeling.backbones import feature_size
+from hf_ssl.modeling.vit.patches import PositionTable, patch_grid, special_tokens
 
 
 class PatchPredictor(nn.Module):
@@ -21,22 +23,18 @@ class PatchPredictor(nn.Module):
     token has its position added. So mask tokens are simply at the end, and the last layer computes only them.
 
     Args:
+        encoder: the vision transformer whose tokens are the input.
         config: configuration of the layers.
         depth: number of layers.
-        encoder_size: D.
-        num_special_tokens: S.
-        grid: rows and columns of patches in an image.
     """
 
-    def __init__(
-        self, config: ViTConfig, depth: int, encoder_size: int, num_special_tokens: int, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, encoder: PreTrainedModel, config: ViTConfig, depth: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.num_special_tokens = num_special_tokens
-        self.embed = nn.Linear(encoder_size, size)
+        self.num_special_tokens = special_tokens(encoder)
+        self.embed = nn.Linear(feature_size(encoder), size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.positions = PositionTable(num_special_tokens, *grid, size)
+        self.positions = PositionTable(self.num_special_tokens, *patch_grid(encoder), size)
         self.layers = vit_layers(config, depth)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
