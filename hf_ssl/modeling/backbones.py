@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones: initialize and freeze transformers vision encoders, return one feature vector for each image."""
+"""Backbones: initialize and freeze vision encoders of transformers, and return one feature vector per image.
+
+They can also record the outputs of their layers, save memory by activation checkpoints, and use faster
+attention on a CPU.
+"""
 
 import inspect
 import re
@@ -11,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.batch_norm import unchanged_statistics
@@ -189,3 +195,43 @@ def freeze_patch_embedding(backbone: PreTrainedModel) -> None:
     for name, parameter in backbone.named_parameters():
         if attention and re.search(r"(^|\.)patch_embed(ding|dings)?\.", name):
             parameter.requires_grad_(False)
+
+
+# In bfloat16 on a CPU, torch's fused attention is slower than matrix products. For 16 to 128 images of 17 to
+# 101 tokens, the products take a seventh to a quarter of the kernel's time (forward and backward). For 197
+# tokens, they take three quarters (torch 2.15; `python -m training.benchmarks attention`).
+ATTENTION_NAME = "sdpa_or_products"
+MAX_SEQUENCE_LENGTH = 256
+"""Longest sequence in tokens. Scores of longer sequences need much memory, and the kernel is not slower."""
+
+
+def sdpa_or_products(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Call transformers' eager attention for short sequences in bfloat16 on a CPU, otherwise its "sdpa".
+
+    Args:
+        module: an attention module of transformers.
+        query, key, value: (B, heads, tokens, dims).
+        attention_mask: added to the scores, or None.
+        kwargs: `scaling`, `dropout` and other arguments of transformers.
+
+    Returns:
+        The output (B, tokens, heads, dims), and the attention weights if they were computed.
+    """
+    slow = (
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= MAX_SEQUENCE_LENGTH
+    )
+    attend = eager_attention_forward if slow else sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, sdpa_or_products)
+
+
+def choose_attention(model: nn.Module) -> None:
+    """Make modules with the implementation "sdpa" use `sdpa_or_products`. Other modules do not change."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = ATTENTION_NAME

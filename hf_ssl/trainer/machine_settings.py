@@ -15,9 +15,9 @@ from typing import Any, TypedDict
 import torch
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.backbones import choose_attention
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.cpu_attention import choose_attention
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments

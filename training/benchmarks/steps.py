@@ -17,7 +17,7 @@ from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
-from hf_ssl.modeling.cpu_attention import choose_attention
+from hf_ssl.modeling.backbones import choose_attention
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.optimizers import build_optimizer
