@@ -141,7 +141,7 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
     encoder, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     results = {
         "trained": evaluate_encoder(
-            encoder, processor, recipe.evaluation, *splits, device=device, description="trained encoder"
+            encoder, *splits, recipe.evaluation, processor, device=device, description="trained encoder"
         )
     }
     if recipe.evaluation.baselines:
@@ -149,9 +149,9 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
         key = "untrained" if recipe.init_from is None else "start"
         results[key] = evaluate_encoder(
             initial_encoder,
-            processor,
-            recipe.evaluation,
             *splits,
+            recipe.evaluation,
+            processor,
             device=device,
             description="encoder before training",
         )
@@ -177,7 +177,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         encoder, processor = load_encoder(model)
     splits = open_labeled_splits(data, evaluation)
     measured = evaluate_encoder(
-        encoder, processor, evaluation, *splits, device=fastest_device(), description=model
+        encoder, *splits, evaluation, processor, device=fastest_device(), description=model
     )
     results = {"encoder": measured}
     if evaluation.baselines:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from hf_ssl.evaluation.statistics import MEASUREMENTS
+from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts
-from hf_ssl.evaluation.config import EncoderResult
-from hf_ssl.evaluation.statistics import MEASUREMENTS
+from hf_ssl.evaluation.config import MEASUREMENTS, EncoderResult
 
 ENCODERS = {
     "trained": "this encoder",

@@ -25,7 +25,7 @@ _KINDS = (
 )
 
 
-def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Source:
+def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, labels: bool = False) -> Source:
     """Return the images of a data set. Encoded images are read without decoding them first.
 
     Args:
@@ -36,6 +36,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Sou
         config: `image_column` and `label_column`, if they are not the only ones of their type. `path`, `name`
             and `split` have no effect, except for a folder.
         name: the argument that held `data`, for messages.
+        labels: whether a folder must contain labels. Other data have labels or not.
 
     Raises:
         UserError: `data` is something else, contains no images, or has no unique column of images.
@@ -43,7 +44,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset") -> Sou
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
-        return open_source(replace(config, path=os.fspath(data)))
+        return open_source(replace(config, path=os.fspath(data)), labels=labels)
     if isinstance(data, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, data))
         raise UserError(

@@ -26,6 +26,7 @@ class _Role(NamedTuple):
         dtypes: further types of a column that the key names.
         content: the types in words, for messages.
         example: value of the key in a message if no column has the type `kind`.
+        names: names of columns that are found if no column has the type `kind` and their type is in `dtypes`.
     """
 
     key: str
@@ -33,6 +34,7 @@ class _Role(NamedTuple):
     dtypes: list[str]
     content: str
     example: str
+    names: tuple[str, ...] = ()
 
 
 _IMAGES = _Role(
@@ -48,6 +50,7 @@ _LABELS = _Role(
     "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split(),
     "classes (ClassLabel, integers or strings)",
     "NAME, or one folder per class, all at the same depth",
+    ("label", "labels"),
 )
 
 
@@ -66,7 +69,7 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """Return the requested column, or the only column of the type ClassLabel.
+    """Return the requested column, the only column of the type ClassLabel, or else `label` or `labels`.
 
     The arguments and errors are those of `find_image_column`.
     """
@@ -76,6 +79,7 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
 def _find_column(features: Mapping[str, Any], requested: str | None, where: str, role: _Role) -> str:
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
+        found = found or [name for name in role.names if _has_type(features.get(name), role)]
         if len(found) == 1:
             return found[0]
         raise UserError(
@@ -83,13 +87,17 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
             f"in {_listing(features)}; use {role.key}={found[0] if found else role.example}"
         )
     feature = features.get(requested)
-    if isinstance(feature, role.kind) or (isinstance(feature, Value) and feature.dtype in role.dtypes):
+    if isinstance(feature, role.kind) or _has_type(feature, role):
         return requested
     problem = "is missing" if feature is None else f"has the type {_type_name(feature)}"
     raise UserError(
         f"{role.key}: expected a column of {role.content} in {where}, got {requested!r}, which {problem}; "
         f"use one of {_listing(features)}"
     )
+
+
+def _has_type(feature: Any, role: _Role) -> bool:
+    return isinstance(feature, Value) and feature.dtype in role.dtypes
 
 
 def without_decoding(data: AnyDataset, column: str) -> AnyDataset:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `evaluation` of a recipe, and the types of the results of an evaluation.
+"""The section `evaluation` of a recipe, the results of an evaluation, and the names of all measurements.
 
 This module does not import torch, because recipes and cards need none.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from hf_ssl.errors import UserError
 from hf_ssl.names import renamed_arguments
@@ -101,3 +101,38 @@ class EncoderResult(TypedDict):
     pooling: NotRequired[str]
     poolings: NotRequired[dict[str, float]]  # main k-NN accuracy by "cls" and by "mean", if compared
     image_size: NotRequired[int]
+
+
+class Description(NamedTuple):
+    """How cards and curves describe a measurement that is made during training.
+
+    Attributes:
+        text: the description, with the best or the worst value.
+        panel: title of its panel in the curves, which measurements can share. None: `text`; "": not drawn.
+    """
+
+    text: str
+    panel: str | None = None
+
+
+_STD, _PROTOTYPES = "standard deviation (isotropic: 1, collapsed: 0)", "prototypes (used equally: entropy 1)"
+MEASUREMENTS = {
+    # The loss of the monitor is not comparable with the training loss: the number of images differs.
+    "loss": Description("loss on fixed images", panel=""),
+    "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
+    "embedding_std": Description("standard deviation of embeddings (isotropic: 1, collapsed: 0)", _STD),
+    "embedding_rank": Description("effective rank of embeddings (RankMe, centered)", "effective rank"),
+    "feature_std": Description("standard deviation of features (isotropic: 1, collapsed: 0)", _STD),
+    "rank_me": Description("effective rank of features (RankMe)", "effective rank"),
+    "alignment": Description("alignment of two views (equal embeddings: 0)"),
+    "uniformity": Description("uniformity (lower: more uniform)"),
+    "predictor_rank": Description("effective rank of the predictor", "effective rank"),
+    "prototype_entropy": Description("entropy of the use of prototypes (used equally: 1)", _PROTOTYPES),
+    "prototypes_used": Description("share of the prototypes that are used", _PROTOTYPES),
+    "off_diagonal_correlation": Description("correlation of different dimensions (at best: 0)"),
+    "dimension_std": Description("mean standard deviation of the dimensions"),
+    "explained_variance": Description("share of the targets' variance that is predicted"),
+    "queue_age": Description("steps that a key stays in the queue"),
+    "queue_filled": Description("share of the queue that holds keys"),
+}
+"""Name of a measurement of the monitor, without `eval_` -> its description. Methods may make further ones."""

@@ -37,6 +37,18 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
         return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
+def load_processor(encoder: Any) -> Any:
+    """Return the image processor beside the files of a loaded encoder. Errors: see `load_encoder`."""
+    place = getattr(encoder, "name_or_path", "")
+    if not place:
+        raise UserError(
+            f"processor: expected an image processor for a new {type(encoder).__name__}, got None; use "
+            "processor=trainer.processor, or the folder of the encoder as model"
+        )
+    with _as_user_errors(f"an image processor, got {place}"):
+        return AutoImageProcessor.from_pretrained(place)
+
+
 def load_weights(model: str) -> PreTrainedModel:
     """Return an encoder from a folder or the Hub, without its processor. Errors: see `load_encoder`."""
     with _as_user_errors(f"an encoder, got {model}"):

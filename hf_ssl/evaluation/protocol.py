@@ -2,16 +2,27 @@
 """The evaluation protocol, which is the same for all encoders, and its descriptions for the model card."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
+from hf_ssl.data import DataConfig, as_source, label_source
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
-from hf_ssl.evaluation.features import extract_poolings, pixel_values, raw_pixels
+from hf_ssl.evaluation.features import (
+    extract_poolings,
+    fastest_device,
+    load_encoder,
+    load_processor,
+    pixel_values,
+    raw_pixels,
+)
 from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
@@ -41,22 +52,26 @@ class LabeledData(Protocol):
 
 
 def evaluate_encoder(
-    model: nn.Module,
-    processor: Any,
-    config: EvaluationConfig,
-    train: LabeledData,
-    test: LabeledData,
+    model: nn.Module | str,
+    train: Any,
+    test: Any,
+    config: EvaluationConfig | None = None,
+    processor: Any = None,
     *,
+    data: DataConfig | None = None,
     device: torch.device | str | None = None,
     description: str | None = None,
 ) -> EncoderResult:
     """Return the result of a frozen encoder: weighted k-NN, few labels, linear probe and feature statistics.
 
     Args:
-        model, processor: an encoder and its image processor, as `AutoModel` and `AutoImageProcessor` load
-            them.
-        config: settings of the evaluation. The function checks them.
-        train, test: labeled images. The labels of `test` select no setting.
+        model: an encoder of transformers; or its folder or Hub id, which is loaded onto the accelerator if
+            there is one.
+        train, test: labeled images, in the forms of `hf_ssl.data.as_source`: a `Dataset`, a torch data set of
+            (image, label), the path of a folder; or `LabeledData`. The labels of `test` select no setting.
+        config: settings of the evaluation. The function checks them. None: the defaults.
+        processor: the image processor of the encoder; None loads the one beside its files.
+        data: how the images are read (`image_column`, `label_column`, `channels`, ...).
         device: device of the computation; None: the device of the encoder.
         description: text of the progress bars; None: no bars.
 
@@ -64,9 +79,19 @@ def evaluate_encoder(
         An `EncoderResult`, which JSON can store.
 
     Raises:
-        UserError: a setting, the labels or the features are invalid.
+        UserError: a setting, the labels or the features are invalid, or the encoder cannot be loaded.
     """
+    if isinstance(train, BaseImageProcessor):  # the order of arguments before data sets were accepted
+        warnings.warn("evaluate_encoder: use the order model, train, test", FutureWarning, stacklevel=2)
+        train, test, config, processor = config, processor, test, train
+    config, data = config or EvaluationConfig(), data or DataConfig()
     config.check()
+    if isinstance(model, str | PathLike):
+        model, processor = load_encoder(str(model))
+        device = fastest_device() if device is None else device
+    processor = processor or load_processor(model)
+    train = _labeled(train, data, "train", config.max_train_images)
+    test = _labeled(test, data, "test", config.max_test_images)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     precision = config.precision
     if precision == "auto":
@@ -304,6 +329,12 @@ def _describe(
             f"final classifier was trained on all {train} and tested on {test}"
         )
     return words
+
+
+def _labeled(images: Any, config: DataConfig, name: str, most: int | None) -> LabeledData:
+    if hasattr(images, "iter_batches") and hasattr(images, "labels"):
+        return images
+    return label_source(as_source(images, config, name, labels=True), config, max_images=most)
 
 
 def _inspect_encoder(

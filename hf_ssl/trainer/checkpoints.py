@@ -12,9 +12,15 @@ from typing import Any
 import transformers.trainer
 from accelerate import skip_first_batches
 from safetensors import SafetensorError
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from hf_ssl.data import BrokenCounter
 from hf_ssl.data.loader import MapLoader
@@ -140,6 +146,16 @@ class CheckpointTrainer(OptimizingTrainer):
                 f"checkpoint: expected the weights of this model, got missing keys "
                 f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
             )
+
+
+def check_no_checkpoints(args: TrainingArguments) -> None:
+    """Raise `UserError` if a new run would save its checkpoints beside those of an earlier run."""
+    earlier = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    if earlier is not None and args.save_strategy != SaveStrategy.NO:
+        raise UserError(
+            f"training.output_dir: expected a folder without checkpoints for a new run, got {earlier}; "
+            "continue with train(resume_from_checkpoint=True), use another folder, or delete the checkpoints"
+        )
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ssl.evaluation.statistics import MEASUREMENTS
+from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.gather import mean_over_processes
 from hf_ssl.modeling.outputs import SSLOutput
@@ -100,7 +100,7 @@ Panel = tuple[str, tuple[str, ...]]
 def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
     """Return the panels of the curves: a title, and the logged keys that share the axis.
 
-    There is one panel per title in `hf_ssl.evaluation.statistics.MEASUREMENTS`, one for each further
+    There is one panel per title in `hf_ssl.evaluation.config.MEASUREMENTS`, one for each further
     measurement (`eval_<name>`), and one for the terms of the loss if there are several.
 
     Args:

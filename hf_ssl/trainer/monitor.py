@@ -118,7 +118,7 @@ def knn_classifiers(
     """
 
     def labeled(part: Any, name: str, most: int) -> LabeledImages:
-        return label_source(as_source(part, config, name), config, max_images=most)
+        return label_source(as_source(part, config, name, labels=True), config, max_images=most)
 
     bank_images, query_images = args.monitor_bank_images, args.monitor_query_images
     settings = (processor, args.monitor_neighbors, args.per_device_eval_batch_size)

@@ -41,7 +41,7 @@ from hf_ssl.trainer.callbacks import (
     ProgressBar,
     WeightDecaySchedule,
 )
-from hf_ssl.trainer.checkpoints import keep_loader_position
+from hf_ssl.trainer.checkpoints import check_no_checkpoints, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
@@ -146,10 +146,9 @@ class SSLTrainer(EvaluatingTrainer):
         self.source = as_source(train_dataset, data)
         self.processor = image_processor(self.preset.to_dict(), data.channels)
         self.monitor = monitor
-        classifiers = {} if monitor is None else monitor.classifiers
+        self.classifiers = {} if monitor is None else monitor.classifiers
         if monitor is None and eval_dataset is not None:
-            classifiers = knn_classifiers(eval_dataset, data, self.processor, args)
-        self.classifiers = classifiers
+            self.classifiers = knn_classifiers(eval_dataset, data, self.processor, args)
         self.broken = BrokenCounter(data.max_broken_fraction, self.source.num_rows)
         self.resumed = self.steps_per_epoch = 0
         self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
@@ -163,7 +162,7 @@ class SSLTrainer(EvaluatingTrainer):
             choices = choose_precision(args) | choose_workers(args, small=small)
         self.choices: Choices = choices
         prepare_model(model, args)
-        knn = classifiers.get("")
+        knn = self.classifiers.get("")
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)
         guards = [FeatureGuard(len(knn.tested))] if continued and knn is not None else []
         self.alarms = [self.collapse_alarm, *guards]
@@ -361,6 +360,8 @@ class SSLTrainer(EvaluatingTrainer):
         """Train as transformers does. Measure the initial model first, unless the run resumes.
 
         Raises:
+            UserError: the output folder contains checkpoints of an earlier run, which would be mixed up with
+                those of this run.
             SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
                 and saved a checkpoint before.
         """
@@ -370,6 +371,8 @@ class SSLTrainer(EvaluatingTrainer):
             resume_from_checkpoint = True if given in ("True", "true") else given
         if resume_from_checkpoint:
             self.args.eval_on_start = False
+        else:
+            check_no_checkpoints(self.args)
         try:
             with keep_loader_position(), hidden_progress(self.args.hides_progress):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_ssl.errors import UserError, suggestion
-from hf_ssl.evaluation.statistics import MEASUREMENTS
+from hf_ssl.evaluation.config import MEASUREMENTS
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,12 @@
 
 import json
 
+import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 from messages import mentions
-from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import AutoModel, BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -73,7 +75,7 @@ def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, 
     images, labels = digits
     split = Images(images[:20], labels[:20])
     config = EvaluationConfig(linear=False, neighbors=[1], temperatures=[0.07])
-    result = evaluate_encoder(*encoder, config, split, split)
+    result = evaluate_encoder(encoder[0], split, split, config, encoder[1])
     hook.remove()
     assert result["precision"] == fastest and fastest in result["protocol"]["features"]
     assert seen[-1] == {"float32": torch.float32, "bfloat16": torch.bfloat16}[fastest]
@@ -83,7 +85,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     images, labels = digits
     train = Images(images[:1000], labels[:1000], broken=(3, 700))
     test = Images(images[1000:1400], labels[1000:1400])
-    result = evaluate_encoder(*encoder, small(precision="float32"), train, test)
+    result = evaluate_encoder(encoder[0], train, test, small(precision="float32"), encoder[1])
     assert json.loads(json.dumps(result)) == result
     assert result["images"] == {"train": 998, "test": 400}
     assert (result["classes"], result["feature_size"]) == (10, 32)
@@ -157,7 +159,7 @@ def test_bad_settings_stop_before_an_image_is_read(encoder, change: dict, parts:
 
     nothing = Untouched(torch.zeros(2, 3, 8, 8), torch.zeros(2))
     with pytest.raises(UserError, match=mentions(*parts)):
-        evaluate_encoder(*encoder, small(**change), nothing, nothing)
+        evaluate_encoder(encoder[0], nothing, nothing, small(**change), encoder[1])
 
 
 def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
@@ -176,7 +178,7 @@ def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
 
     def measured(model, **changes):
         return evaluate_encoder(
-            model, processor, small(linear=False, **changes), *(each() for each in splits)
+            model, *(each() for each in splits), small(linear=False, **changes), processor
         )
 
     both = measured(vit, compare_poolings=True)
@@ -196,7 +198,7 @@ def test_diverged_encoder_is_told_apart(digits, encoder) -> None:
     torch.nn.init.constant_(broken.embedder.embedder.convolution.weight, float("nan"))
     data = Images(images[:50], labels[:50])
     with pytest.raises(UserError, match=mentions("50 of 50", "NaN")):
-        evaluate_encoder(broken, processor, small(), data, data)
+        evaluate_encoder(broken, data, data, small(), processor)
 
 
 def test_the_config_is_a_recipe_section() -> None:
@@ -209,3 +211,39 @@ def test_the_config_is_a_recipe_section() -> None:
     assert isinstance(config, EvaluationConfig)
     assert (config.few_labels, config.max_test_images, config.path) == ([1, 5], 100, "a/b")
     config.check()
+
+
+def test_data_sets_folders_and_paths_are_accepted(digits, encoder, tmp_path) -> None:
+    images, labels = digits
+    pictures = [PIL.Image.fromarray(images[row].permute(1, 2, 0).contiguous().numpy()) for row in range(60)]
+    table = Dataset.from_dict({"image": pictures, "label": [int(label) for label in labels[:60]]})
+    for row, picture in enumerate(pictures):
+        place = tmp_path / "photos" / str(int(labels[row]))
+        place.mkdir(parents=True, exist_ok=True)
+        picture.save(place / f"{row:03}.png")
+    encoder[0].save_pretrained(tmp_path / "encoder")
+    encoder[1].save_pretrained(tmp_path / "encoder")
+    config = EvaluationConfig(
+        linear=False, few_labels=[], neighbors=[5], temperatures=[0.07], precision="float32"
+    )
+    pairs = list(zip(pictures, map(int, labels[:60]), strict=True))
+    loaded = AutoModel.from_pretrained(tmp_path / "encoder")
+    path, folder = str(tmp_path / "encoder"), tmp_path / "photos"
+    accuracies = [
+        evaluate_encoder(model, data, data, config, device="cpu")["knn"]["accuracy"]
+        for model, data in ((path, table), (loaded, pairs), (loaded, folder))
+    ]
+    assert accuracies[0] == accuracies[1] == accuracies[2] > 0.1
+    with pytest.raises(UserError, match=mentions("processor", "ResNetModel")):
+        evaluate_encoder(encoder[0], table, table, config)
+    with pytest.raises(UserError, match=mentions("train", "int")):
+        evaluate_encoder(loaded, 3, table, config)
+
+
+def test_the_old_order_of_arguments_still_works(digits, encoder) -> None:
+    images, labels = digits
+    data = Images(images[:50], labels[:50])
+    config = small(linear=False, few_labels=[1], precision="float32")
+    with pytest.warns(FutureWarning, match="model, train, test"):
+        old = evaluate_encoder(*encoder, config, data, data)
+    assert old["knn"] == evaluate_encoder(encoder[0], data, data, config, encoder[1])["knn"]

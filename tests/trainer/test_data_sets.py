@@ -299,6 +299,18 @@ def test_own_loader_and_loss_work(table: Dataset, tmp_path: Path) -> None:
         SSLTrainer(model(), arguments(tmp_path, contrastive_chunk_size=4), **options)
 
 
+def test_a_second_run_in_one_folder_is_rejected_or_resumed(table: Dataset, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    SSLTrainer(model(), arguments(tmp_path, **saving), train_dataset=table).train()
+    again = SSLTrainer(model(), arguments(tmp_path, max_steps=3, **saving), train_dataset=table)
+    with pytest.raises(
+        UserError, match=mentions("training.output_dir", "checkpoint-2", "resume_from_checkpoint")
+    ):
+        again.train()
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    SSLTrainer(model(), arguments(tmp_path), train_dataset=table).train()  # saves no checkpoints
+
+
 def test_model_init_is_called_once_with_the_seed(table: Dataset, tmp_path: Path) -> None:
     def build() -> SimCLRForPreTraining:
         return SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16}))
