@@ -59,8 +59,15 @@ def _result(name: str) -> Callable[[], str]:
     return lambda: (ROOT / "training" / name).read_text(encoding="utf-8").strip()
 
 
+def example() -> str:
+    """Return the code of `training/example.py` as Markdown, without its first comments."""
+    code = (ROOT / "training/example.py").read_text(encoding="utf-8")
+    return f"```python\n{code[code.index('import sys') :].strip()}\n```"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "example": example,
     "arguments": arguments,
     "measurements": measurements,
     "compare": _result("results/compare.md"),
