@@ -2,11 +2,14 @@
 """Callbacks of the trainer for method hooks, weight decay, the progress bar, the memory bank and pictures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -189,7 +192,7 @@ def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> No
 
 
 class PictureCallback(TrainerCallback):
-    """Draws a picture after measurements of the monitor and at the end of training.
+    """Draws pictures after measurements of the monitor and at the end of training.
 
     After a measurement, it draws only if drawing takes at most 1/20 of the training time.
     """
@@ -213,7 +216,7 @@ class PictureCallback(TrainerCallback):
             self._next = end + 20 * (end - start)
 
     def draw(self, args, state) -> None:
-        """Write the picture to the output folder."""
+        """Write the pictures to the output folder."""
         raise NotImplementedError(f"{type(self).__name__} must define draw")
 
 
@@ -227,20 +230,59 @@ class CurvesCallback(PictureCallback):
 class MethodPicturesCallback(PictureCallback):
     """Draws the pictures of a method (`SSLPreTrainedModel.pictures`) as `NAME.png`.
 
+    Trackers receive these pictures, and at first also `views.png`.
+
     Args:
         model: the model; most methods have no pictures.
         images: the images in the pictures. Their augmentation and noise are always the same.
         preset: the augmentation settings, which are needed to convert normalized pixels to colors.
+        callbacks: the callbacks of the trainer, which may contain trackers.
     """
 
-    def __init__(self, model: SSLPreTrainedModel, images: LoadedBatch, preset: ViewPreset) -> None:
+    def __init__(
+        self,
+        model: SSLPreTrainedModel,
+        images: LoadedBatch,
+        preset: ViewPreset,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> None:
         super().__init__()
-        self.model, self.images, self.preset = model, images, preset
+        self.model, self.images, self.preset, self.callbacks = model, images, preset, callbacks
+        self._sent_views = False
 
     def draw(self, args, state) -> None:
         inputs = self.images.inputs(self.model.device, self.model.sample_masks)
         with evaluation_mode(self.model):
             pictures = self.model.pictures(inputs)
-        for name, tiles in pictures.items():
-            with replaced_file(Path(args.output_dir) / f"{name}.png") as staging:
+        files = [Path(args.output_dir) / f"{name}.png" for name in pictures]
+        for file, tiles in zip(files, pictures.values(), strict=True):
+            with replaced_file(file) as staging:
                 montage(Views(tiles), self.preset, staging)
+        views = Path(args.output_dir) / "views.png"
+        if not self._sent_views and views.exists():
+            files.append(views)
+        self._sent_views = True
+        for file in files:
+            send_picture(self.callbacks, file, state.global_step)
+
+
+def send_picture(callbacks: Iterable[TrainerCallback], file: Path, step: int) -> None:
+    """Send a picture to the trackers among the callbacks: TensorBoard, W&B, Trackio and MLflow.
+
+    Other trackers of transformers receive only numbers.
+
+    Args:
+        callbacks: the callbacks of a trainer.
+        file: the picture, `NAME.png`. The trackers show it as NAME.
+        step: completed optimizer steps.
+    """
+    for callback in callbacks:
+        tracker, name = type(callback).__name__.removesuffix("Callback"), file.stem
+        if tracker == "TensorBoard" and (writer := getattr(callback, "tb_writer", None)) is not None:
+            pixels = np.asarray(PIL.Image.open(file).convert("RGB"))
+            writer.add_image(name, pixels, step, dataformats="HWC")
+        elif tracker in ("Wandb", "Trackio"):
+            module = import_module(tracker.lower())
+            module.log({name: module.Image(str(file)), "train/global_step": step})
+        elif tracker == "MLflow":
+            import_module("mlflow").log_image(PIL.Image.open(file), key=name, step=step)

@@ -152,10 +152,9 @@ class SSLTrainer(EvaluatingTrainer):
         self.broken = BrokenCounter(data.max_broken_fraction, self.source.num_rows)
         self.resumed = self.steps_per_epoch = 0
         self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
-        self._terms = TermMeans()
+        self._terms, self.stopwatch = TermMeans(), Stopwatch()
         self._position: dict[str, Any] | None = None
         self._resumed_step: int | None = None
-        self.stopwatch = Stopwatch()
         self._loader: Any = None
         if choices is None:
             small = holds_small_images(self.source, data)
@@ -195,7 +194,8 @@ class SSLTrainer(EvaluatingTrainer):
 
     def draw_method_pictures(self, images: LoadedBatch) -> None:
         """Draw the method's own pictures of these images during training, e.g. reconstructions."""
-        self.add_callback(MethodPicturesCallback(self.method, images, self.preset))
+        callbacks = self.callback_handler.callbacks  # the trackers among them end at the end of training
+        callbacks.insert(0, MethodPicturesCallback(self.method, images, self.preset, callbacks))
 
     # Data: the batch of the loader becomes the batch of the model, on the device.
 
