@@ -7,7 +7,7 @@ attention on a CPU.
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -100,6 +100,12 @@ class RecordedOutputs:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def selected_hidden_states(self, wanted: bool | Sequence[int]) -> tuple[Tensor | None, ...]:
+        """Return all hidden states, or those with the wanted indices and None for the others."""
+        states = list(self.hidden_states.values())
+        chosen = range(len(states)) if isinstance(wanted, bool) else [index % len(states) for index in wanted]
+        return tuple(state if index in chosen else None for index, state in enumerate(states))
 
     def _record_hidden_state(self, number: int, layer: nn.Module, inputs: Any, output: Any) -> None:
         if number == 0:

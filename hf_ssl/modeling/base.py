@@ -4,7 +4,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -229,7 +229,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         context_patches: Tensor | None = None,
         target_patches: Tensor | None = None,
         return_dict: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Sequence[int] | None = None,
         output_attentions: bool | None = None,
     ) -> Any:
         """Return the loss of a batch as a `SSLOutput`.
@@ -246,6 +246,7 @@ class SSLPreTrainedModel(PreTrainedModel):
             target_patches: (B, M, T) int64 indices of the patches of each target block.
             return_dict: False returns a tuple. None: as the config says, like the next two arguments.
             output_hidden_states, output_attentions: whether to return these outputs of the backbone's layers.
+                Indices of hidden states return only these, and None for the others.
 
         Raises:
             UserError: the method does not accept this number of views, noise or patches.
@@ -276,10 +277,10 @@ class SSLPreTrainedModel(PreTrainedModel):
         config: Any = self.config
         hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attentions = config.output_attentions if output_attentions is None else output_attentions
-        with RecordedOutputs(self.backbone, hidden_states, attentions) as recorded:
+        with RecordedOutputs(self.backbone, bool(hidden_states), attentions) as recorded:
             output = self.loss_from_embeddings(self.embed(inputs))
         if hidden_states:
-            output.hidden_states = tuple(recorded.hidden_states.values())
+            output.hidden_states = recorded.selected_hidden_states(hidden_states)
         if attentions:
             output.attentions = tuple(recorded.attentions.values())
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -26,7 +26,7 @@ class SSLOutput(ModelOutput):
     loss: Tensor | None = None
     terms: dict[str, Tensor] | None = None
     embeddings: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 

@@ -106,6 +106,8 @@ def test_hidden_states_are_those_of_the_backbone(name: str) -> None:
     assert len(output.hidden_states) == len(expected)
     for got, wanted in zip(output.hidden_states, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    some = model(pixel_values=views, output_hidden_states=[0, -1]).hidden_states
+    assert [state is None for state in some] == [False, *[True] * (len(some) - 2), False]
 
 
 def test_attention_weights_are_those_of_the_backbone() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_ssl import views
-from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.data import DataConfig, as_source, open_source, train_loader
 from hf_ssl.data.decode import decode
 from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewOverrides, ViewPreset
@@ -126,6 +126,19 @@ def loader(device: torch.device) -> Pair:
     return Pair(ours, lambda: [batch for batch in peers], ours_units=4096, peer_units=512)
 
 
+def loader_of_dataset(device: torch.device) -> Pair:
+    """Measure the loader of a `datasets.Dataset` of encoded images, and that of the same Parquet file."""
+    folder = parquet_of_small_images(Path(tempfile.mkdtemp()) / "small", 4096)
+    preset, config = ViewPreset(size=32), DataConfig(path=str(folder), cache="none")
+    table = datasets.load_dataset(str(folder), split="train")
+    loaders = [
+        train_loader(source, preset, config=config, seed=0, batch_size=256)
+        for source in (as_source(table, config), open_source(config))
+    ]
+    ours, theirs = (lambda batches=batches: [len(batch) for batch in batches] for batches in loaders)
+    return Pair(ours, theirs, ours_units=4096, peer_units=4096)
+
+
 _SINGLE = ViewPreset(size=32)
 _MULTI = ViewPreset(interpolation="bicubic", **MULTI_CROP)
 
@@ -202,6 +215,16 @@ ROWS = [
         "loader that applies lightly's transform to each image",
         7,
         loader,
+        "image",
+        1,
+        7,
+    ),
+    Row(
+        "loader_dataset",
+        "loader: the same images as a `datasets.Dataset`, without a cache, one core",
+        "loader of the Parquet file",
+        0.95,
+        loader_of_dataset,
         "image",
         1,
         7,
