@@ -131,7 +131,6 @@ def build_trainer(
         data=recipe.data,
         monitor=monitor,
         callbacks=callbacks,
-        continued=recipe.init_from is not None,
         choices=choices,
     )
 

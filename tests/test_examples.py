@@ -63,7 +63,9 @@ def test_the_notebook_runs_and_shows_neighbors(photos: Path, tmp_path: Path, mon
     shown: list[PIL.Image.Image] = []
     display = types.ModuleType("IPython.display")
     display.display = shown.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    ipython = types.ModuleType("IPython")
+    ipython.version_info = (9, 0)  # type: ignore[attr-defined]  # matplotlib reads it
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

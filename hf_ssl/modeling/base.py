@@ -86,6 +86,7 @@ class SSLPreTrainedModel(PreTrainedModel):
             `num_samples`, the number of images.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
+        continues: whether `start_from` gave the backbone trained weights.
         hooks_are_called: whether a trainer calls the hooks. `SSLTrainer` sets it.
         ends_batch: whether the next forward pass completes the batch of an optimizer step. With gradient
             accumulation, `SSLTrainer` sets it to False for all micro-batches but the last. `update_memory` is
@@ -121,7 +122,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
         self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
-        self.hooks_are_called = False
+        self.hooks_are_called = self.continues = False
         self.ends_batch = True
         self._memory_parts: list[dict[str, Tensor]] = []
 
@@ -498,6 +499,8 @@ class SSLPreTrainedModel(PreTrainedModel):
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Copy the weights of a trained encoder to the backbone and the teachers. Heads do not change.
 
+        `SSLTrainer` then watches whether the features become worse (`continues`).
+
         Raises:
             UserError: the encoder has other parameters or shapes than the backbone.
         """
@@ -512,6 +515,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         self.backbone.load_state_dict(given)
         set_identity_pooler(self.backbone)
         self.copy_teachers()
+        self.continues = True
 
     def freeze(self) -> None:
         """Freeze the teachers and the parameters of the backbone that no loss depends on."""

@@ -89,8 +89,8 @@ class SSLTrainer(EvaluatingTrainer):
         optimizer_cls_and_kwargs: a class and its arguments. It gets the parameter groups of the method.
         data: how the images are read (`cache`, `channels`, `image_column`, `max_broken_fraction`, ...).
         monitor: measures the model every `args.monitor_steps` steps. None builds one from the data sets.
-        continued: whether the training continues from a trained encoder. Then a guard compares the k-NN
-            accuracy of the monitor with the initial one.
+        continued: whether the weights come from a trained encoder, also without `from_backbone`. Then a guard
+            compares the k-NN accuracy of the monitor with the initial one.
         choices: the settings that were chosen for this machine. None chooses precision and workers.
 
     `data_collator`, `processing_class` and `preprocess_logits_for_metrics` must be None.
@@ -163,7 +163,7 @@ class SSLTrainer(EvaluatingTrainer):
         prepare_model(model, args)
         knn = self.classifiers.get("")
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)
-        guards = [FeatureGuard(len(knn.tested))] if continued and knn is not None else []
+        guards = [FeatureGuard(len(knn.tested))] if (continued or model.continues) and knn else []
         self.alarms = [self.collapse_alarm, *guards]
         super().__init__(
             model=model,

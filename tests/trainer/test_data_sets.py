@@ -299,6 +299,13 @@ def test_own_loader_and_loss_work(table: Dataset, tmp_path: Path) -> None:
         SSLTrainer(model(), arguments(tmp_path, contrastive_chunk_size=4), **options)
 
 
+def test_a_run_from_a_trained_encoder_is_guarded(table: Dataset, tmp_path: Path) -> None:
+    settings = {"train_dataset": table, "eval_dataset": table}
+    started = SimCLRForPreTraining.from_backbone(ResNetModel(ResNetConfig(**TINY)), views={"size": 16})
+    assert len(SSLTrainer(started, arguments(tmp_path), **settings).alarms) == 2
+    assert len(SSLTrainer(model(), arguments(tmp_path), **settings).alarms) == 1
+
+
 def test_a_second_run_in_one_folder_is_rejected_or_resumed(table: Dataset, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1}
     SSLTrainer(model(), arguments(tmp_path, **saving), train_dataset=table).train()
