@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCardData, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
@@ -27,15 +27,13 @@ from hf_ssl.hub.export import export_model
 from hf_ssl.hub.publish import encoder_files, is_owned, publish
 from hf_ssl.hub.remote import Files, Published, Remote, hub_errors, open_repo, update_repo
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.arguments import SSLTrainingArguments, reject_argument
 from hf_ssl.trainer.checkpoints import CheckpointTrainer
 
 logger = logging.getLogger(__name__)
 
 _UNFINISHED_CARD = """---
-library_name: transformers
-tags:
-{tags}
+{metadata}
 ---
 
 # {name}
@@ -81,20 +79,60 @@ class PushingTrainer(CheckpointTrainer):
             # (issue 43701)
             self.method.save_pretrained(output_dir, save_original_format=False)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a short card to `args.output_dir` if it contains none.
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write a short card to `args.output_dir`.
 
-        `hf_ssl.cards.write_card` writes the full card from the facts of the run.
+        Without arguments, this method does nothing if the folder contains a card. `hf_ssl.cards.write_card`
+        writes the full card from the facts of the run.
+
+        Args:
+            language, license, tags: metadata for the Hub; the tags of hf_ssl are added.
+            model_name: the heading.
+            finetuned_from: Hub id of the encoder that training started from.
+            dataset_tags: Hub ids of the data sets.
+            tasks, dataset, dataset_args: must be None.
+
+        Raises:
+            UserError: an argument has no place in the card, or the full card of the run exists.
         """
-        card = Path(str(self.args.output_dir)) / CARD
-        if self.is_world_process_zero() and not card.exists():
-            write_text(card, self._unfinished_card())
+        for name, value in (("tasks", tasks), ("dataset", dataset), ("dataset_args", dataset_args)):
+            reject_argument(name, value, "use dataset_tags, and evaluate_encoder for results")
+        given = {
+            "language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags,
+        }  # fmt: skip
+        known = {name: value for name, value in given.items() if value is not None}
+        folder = Path(str(self.args.output_dir))
+        changes = bool(known or tags or model_name)
+        if not self.is_world_process_zero() or ((folder / CARD).exists() and not changes):
+            return
+        if (folder / FACTS).exists() and changes:
+            raise UserError(
+                f"create_model_card: expected no arguments for the complete {folder / CARD}; edit this file"
+            )
+        write_text(folder / CARD, self._unfinished_card(model_name, tags, **known))
 
-    def _unfinished_card(self) -> str:
+    def _unfinished_card(
+        self, model_name: str | None = None, tags: str | list[str] | None = None, **known: Any
+    ) -> str:
         method = str(self.method.config.model_type).removeprefix("ssl_")
+        further = [tags] if isinstance(tags, str) else tags or []
+        metadata = ModelCardData(
+            library_name="transformers", tags=list(dict.fromkeys([*TAGS, method, *further])), **known
+        )
         return _UNFINISHED_CARD.format(
-            tags="\n".join(f"- {tag}" for tag in (*TAGS, method)),
-            name=self.hub_model_id,
+            metadata=metadata.to_yaml(),
+            name=model_name or self.hub_model_id or Path(str(self.args.output_dir)).name,
             step=self.state.global_step,
             steps=self.state.max_steps,
         )
@@ -143,7 +181,7 @@ class PushingTrainer(CheckpointTrainer):
     ) -> Any:
         """Write the current encoder to `args.output_dir` and publish this folder.
 
-        The arguments are those of transformers.
+        The arguments are those of transformers; `kwargs` are those of `create_model_card`.
 
         Returns:
             A `hf_ssl.hub.remote.Published`, or its future if `blocking` is false. None on other processes
@@ -156,7 +194,7 @@ class PushingTrainer(CheckpointTrainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
-        self.create_model_card()
+        self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
         arguments = (commit_message, token, revision)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from messages import mentions
 from torch.utils.data import DataLoader
 from transformers import (
@@ -380,6 +381,22 @@ def test_a_method_rejects_an_encoder_that_it_cannot_train(tmp_path: Path) -> Non
 def test_images_without_views_are_explained() -> None:
     with pytest.raises(UserError, match=mentions("pixel_values", (4, 3, 16, 16), "pixel_values[:, None]")):
         model()(torch.zeros(4, 3, 16, 16))
+
+
+def test_a_card_has_the_given_metadata(table: Dataset, tmp_path: Path) -> None:
+    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table)
+    trainer.create_model_card(license="mit", tags="flowers", finetuned_from="a/b", dataset_tags="c/d")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.base_model, data.datasets) == ("mit", "a/b", "c/d")
+    assert {"flowers", "hf_ssl", "simclr"} <= set(data.tags) and data.library_name == "transformers"
+    before = (tmp_path / "README.md").read_text()
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == before
+    with pytest.raises(UserError, match=mentions("tasks", "evaluate_encoder")):
+        trainer.create_model_card(tasks="image-classification")
+    (tmp_path / "facts.json").write_text("{}")
+    with pytest.raises(UserError, match=mentions("create_model_card", "README.md")):
+        trainer.create_model_card(license="mit")
 
 
 def test_a_script_publishes_its_encoder(online: HubServer, table: Dataset, tmp_path: Path) -> None:
