@@ -269,3 +269,25 @@ def test_the_message_about_a_wrong_setting_names_one_key(method: str, override: 
     with pytest.raises(UserError, match=mentions(f"method.{key}", valid, value)) as error:
         load_recipe(f"smoke/{method}", [f"method.{override}"])
     assert str(error.value).count("method.") == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loading_an_encoder_initializes_every_buffer(method: str) -> None:
+    """transformers creates what a checkpoint lacks on the meta device, and then calls `_init_weights`."""
+    recipe = load_recipe(f"smoke/{method}")
+    config = recipe.config()
+    if recipe.model_class.needs_sample_index:
+        config.num_samples = 16
+    fresh = recipe.model_class(config)
+    with torch.device("meta"):
+        loaded = recipe.model_class(config)
+    loaded.to_empty(device="cpu")
+    for buffer in loaded.buffers():
+        buffer.fill_(7)
+    loaded.init_weights()
+    for name, buffer in fresh.named_buffers():
+        if name.endswith(".rows"):  # a queue of random unit vectors
+            norms = loaded.get_buffer(name).norm(dim=-1)
+            torch.testing.assert_close(norms, torch.ones_like(norms))
+        else:
+            torch.testing.assert_close(loaded.get_buffer(name), buffer, msg=name)
