@@ -117,9 +117,9 @@ class Description(NamedTuple):
 
 _STD, _PROTOTYPES = "standard deviation (isotropic: 1, collapsed: 0)", "prototypes (used equally: entropy 1)"
 MEASUREMENTS = {
+    "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
     # The loss of the monitor is not comparable with the training loss: the number of images differs.
     "loss": Description("loss on fixed images", panel=""),
-    "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
     "embedding_std": Description("standard deviation of embeddings (isotropic: 1, collapsed: 0)", _STD),
     "embedding_rank": Description("effective rank of embeddings (RankMe, centered)", "effective rank"),
     "feature_std": Description("standard deviation of features (isotropic: 1, collapsed: 0)", _STD),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
@@ -422,15 +422,20 @@ class SSLPreTrainedModel(PreTrainedModel):
 
         Args:
             encoder: a vision encoder of transformers, or the folder or Hub id of one.
-            settings: fields of the method's config, such as `views` and `temperature`.
+            settings: fields of the method's config, such as `views` and `temperature`. Size, mean and std of
+                the views follow the image processor of the encoder unless `views` sets them.
 
         Raises:
             OSError, ValueError: `AutoModel.from_pretrained` raises them.
-            UserError: the method cannot train this type of encoder.
+            UserError: the folder does not exist, or the method cannot train this type of encoder.
         """
         if not isinstance(encoder, PreTrainedModel):
-            encoder = cast(PreTrainedModel, AutoModel.from_pretrained(encoder))
+            place = os.fspath(encoder)
+            if not os.path.isdir(place) and (place.count("/") != 1 or place.startswith((".", "/", "~"))):
+                raise UserError(f"encoder: expected a folder or the id of a model on the Hub, got {place}")
+            encoder = cast(PreTrainedModel, AutoModel.from_pretrained(place))
         cls._check_backbone(encoder.config)
+        settings["views"] = _processor_settings(encoder) | (settings.get("views") or {})
         model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
         model.start_from(encoder)
         return model
@@ -527,3 +532,15 @@ class SSLPreTrainedModel(PreTrainedModel):
     def exported_encoder(self) -> PreTrainedModel:
         """Return the encoder that is published."""
         return cast(PreTrainedModel, self.get_submodule(self.exported))
+
+
+def _processor_settings(encoder: PreTrainedModel) -> dict[str, Any]:
+    """Return size, mean and std of the image processor beside the files of an encoder; {} without one."""
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path)
+    except (ImportError, OSError, ValueError):
+        return {}
+    size = dict(getattr(processor, "crop_size", None) or processor.size or {})
+    side = size.get("height", size.get("shortest_edge"))
+    known = {"size": side, "mean": processor.image_mean, "std": processor.image_std}
+    return {name: value for name, value in known.items() if value is not None}

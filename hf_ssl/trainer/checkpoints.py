@@ -79,9 +79,9 @@ class CheckpointTrainer(OptimizingTrainer):
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
             (staging / _data_state_name(self.args.process_index)).write_text(json.dumps(self.data_state()))
+            self._record_state(root)  # every process loads the best checkpoint at the end
             if writes:
                 use_normal_permissions(staging)
-                self._record_state(root)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             wait_for_all()
             if writes:
@@ -154,7 +154,8 @@ def check_no_checkpoints(args: TrainingArguments) -> None:
     if earlier is not None and args.save_strategy != SaveStrategy.NO:
         raise UserError(
             f"training.output_dir: expected a folder without checkpoints for a new run, got {earlier}; "
-            "continue with train(resume_from_checkpoint=True), use another folder, or delete the checkpoints"
+            "use another folder, delete the checkpoints, or continue an unfinished run with "
+            "train(resume_from_checkpoint=True)"
         )
 
 

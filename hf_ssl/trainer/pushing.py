@@ -65,15 +65,16 @@ class PushingTrainer(CheckpointTrainer):
     # Writing.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the files to publish to `args.output_dir`.
+        """Write the encoder, its image processor and the method model (`pretraining/`).
 
         Args:
-            output_dir: if given, write the whole method model to this folder instead.
+            output_dir: the folder; None for `args.output_dir`.
+            _internal_call: whether the trainer writes a checkpoint, which is the method model alone.
         """
         if not self.args.should_save:
             return
-        if output_dir is None:
-            export_model(self.method, str(self.args.output_dir))
+        if output_dir is None or not _internal_call:
+            export_model(self.method, str(output_dir or self.args.output_dir))
         else:
             # transformers would write old key names for a ViT, which its own Trainer cannot load again
             # (issue 43701)

@@ -70,9 +70,8 @@ logger = logging.getLogger(__name__)
 class SSLTrainer(EvaluatingTrainer):
     """Trains any method of hf_ssl. It is transformers' Trainer with images as data.
 
-    `evaluate()` measures the model with the monitor. `save_model()` without a folder writes the files to
-    publish: the native encoder and its image processor to `args.output_dir`, and the whole method model to
-    `pretraining/` in it.
+    `evaluate()` measures the model with the monitor. `save_model()` writes the files to publish: the native
+    encoder, its image processor, and the whole method model in `pretraining/`.
 
     Args:
         model: the model of a method; `model.config.views` contains its augmentation settings.

@@ -7,6 +7,7 @@ All other fields of `transformers.TrainingArguments` work. `training/README.md` 
 import dataclasses
 import logging
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MEASUREMENTS
 
 logger = logging.getLogger(__name__)
@@ -125,11 +126,12 @@ def check_metric(name: str | None, further: Iterable[str] = ()) -> None:
     Raises:
         UserError: the monitor makes no such measurement.
     """
-    known = {*MEASUREMENTS, *further}
-    if name is not None and name.removeprefix("eval_") not in known:
+    known = [f"eval_{item}" for item in (*further, *MEASUREMENTS)]
+    if name is not None and name not in known and f"eval_{name}" not in known:
+        close = get_close_matches(name, known, 1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known[:3])}, ..."
         raise UserError(
-            f"training.metric_for_best_model: expected a measurement of the monitor, got {name}; "
-            f"{suggestion(name, [f'eval_{item}' for item in sorted(known)])}"
+            f"training.metric_for_best_model: expected a measurement of the monitor, got {name}; {hint}"
         )
 
 
