@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pool
 from hf_ssl.progress import progress
@@ -62,8 +62,8 @@ def _as_user_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model: expected a local folder or a Hub id of {what}; {reason}") from error
+        sentence = f"model: expected a local folder or a Hub id of {what}; {first_line(error)}"
+        raise UserError(sentence) from error
 
 
 def is_convolutional(model: nn.Module) -> bool:

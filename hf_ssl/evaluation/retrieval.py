@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
@@ -103,7 +103,7 @@ class Gallery:
             table = pq.read_table(folder / IMAGES)
             index = faiss.read_index(str(folder / INDEX))
         except (OSError, RuntimeError, pa.ArrowInvalid) as error:
-            raise UserError(f"{folder}: expected a gallery, got {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: expected a gallery, got {first_line(error)}") from error
         column = table.column("label")
         labels = None if column.null_count else column.to_pylist()
         return cls(index, table.column("thumbnail").to_pylist(), labels)

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, 
 from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
 from hf_ssl.modeling.base import SSLPreTrainedModel
 
@@ -88,9 +88,8 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     try:
         model = AutoModelForPreTraining.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{checkpoint}: expected a checkpoint, got an error ({reason}); use another one"
+            f"{checkpoint}: expected a checkpoint, got an error ({first_line(error)}); use another one"
         ) from error
     if not isinstance(model, SSLPreTrainedModel):
         raise UserError(
@@ -196,10 +195,9 @@ def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, direct
         with torch.inference_mode():
             loaded.eval()(pixel_values=image)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{name}: expected an encoder for the processor's images {tuple(image.shape)}, got an error "
-            f"({reason}); set the same size and channels for both"
+            f"({first_line(error)}); set the same size and channels for both"
         ) from error
 
 

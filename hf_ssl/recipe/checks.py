@@ -4,9 +4,8 @@
 from typing import TYPE_CHECKING
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 from hf_ssl.methods import METHODS
-from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import resource
 from hf_ssl.views.preset import ViewPreset
 

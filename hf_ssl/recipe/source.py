@@ -10,9 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, one_line, suggestion
 from hf_ssl.names import RENAMED_KEYS
-from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_ssl.data import BrokenCounter
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
@@ -208,10 +208,9 @@ def _readable(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint {checkpoint}: expected readable files, got {reason}; remove the checkpoint, and the "
-            "run resumes from the one before it"
+            f"checkpoint {checkpoint}: expected readable files, got {first_line(error)}; remove the "
+            "checkpoint, and the run resumes from the one before it"
         ) from error
 
 
