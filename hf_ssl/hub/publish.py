@@ -4,7 +4,6 @@
 This module imports neither torch nor transformers.
 """
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import cast
@@ -161,7 +160,7 @@ def _published_list(repo: Remote) -> frozenset[str]:
     """Return the names in the list of files of the Space that is published now."""
     try:
         path = repo.api.hf_hub_download(repo.repo_id, SPACE_FACTS, repo_type=repo.kind)
-        return frozenset(json.loads(Path(path).read_text())["files"])
+        return frozenset(read_json(Path(path))["files"])
     except (EntryNotFoundError, ValueError, KeyError, TypeError):
         return frozenset()
 

@@ -107,6 +107,11 @@ class Recipe:
         """Folder or Hub id of the encoder that training starts from; None for random weights."""
         return self.backbone.get("init_from")
 
+    @property
+    def output_dir(self) -> Path:
+        """Output folder of the run."""
+        return Path(self.training["output_dir"])
+
     def is_overridden(self, key: str) -> bool:
         """Return whether the user set `section.key` on the command line, not in the recipe's file."""
         section, _, name = key.partition(".")

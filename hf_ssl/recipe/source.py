@@ -79,10 +79,6 @@ def apply_overrides(
             raise UserError(
                 f"expected section.key=value with a section of {', '.join(sections)}, got {override!r}"
             )
-        if section not in sections:
-            raise UserError(
-                f"{section}: expected a known section, got {override!r}; {suggestion(section, sections)}"
-            )
         _reject_interpolation(override, key)
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)

@@ -116,14 +116,13 @@ class CheckpointTrainer(OptimizingTrainer):
         """Load the weights and the state of a finished run."""
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.state = load_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
         self.broken.load_state_dict(state["broken"])
         self._position = state["position"]
-        state_file = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-        self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+        self._resumed_step = load_state(Path(resume_from_checkpoint)).global_step
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
         with _readable(Path(resume_from_checkpoint)):
@@ -140,6 +139,11 @@ class CheckpointTrainer(OptimizingTrainer):
                 f"checkpoint: expected the weights of this model, got missing keys "
                 f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
             )
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """Return the state of transformers' Trainer in a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
