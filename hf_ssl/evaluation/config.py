@@ -5,16 +5,19 @@ This module does not import torch, because recipes and cards need none.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, get_args
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURES = (0.07, 0.1)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-POOLINGS = ("auto", "pooler", "cls", "mean")
+POOLINGS = get_args(Pooling)
 
 
 @renamed_arguments(neighbours="neighbors")
@@ -36,8 +39,8 @@ class EvaluationConfig:
     precision: str = "auto"
     pooling: str = "auto"  # see POOLINGS
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
-    neighbors: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
-    temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
+    neighbors: list[int] = field(default_factory=lambda: list(NEIGHBORS))
+    temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
     few_labels: list[int] = field(default_factory=list)  # labels per class
     draws: int = 20
     linear: bool = True

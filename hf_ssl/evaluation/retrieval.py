@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.features import extract_features
+from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
 
@@ -199,8 +200,7 @@ class Retriever:
 
 
 def _unit_rows(features_ND: Tensor) -> np.ndarray:
-    if not bool(features_ND.isfinite().all()):
-        raise UserError("features: expected finite numbers, got NaN or infinity; use another encoder")
+    check_features(features_ND, "gallery")
     return unit_rows(features_ND.float()).contiguous().numpy()
 
 
