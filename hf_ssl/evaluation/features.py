@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pool
+from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 
 
@@ -160,7 +161,7 @@ def extract_poolings(
             if not images:
                 continue
             pixels = pixel_values(processor, images, device).contiguous(memory_format=memory_format)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(device, dtype):
                 outputs = model(pixel_values=pixels)
             for pooling, found in rows.items():
                 found.append(pool(outputs, pooling, model))
