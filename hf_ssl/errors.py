@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
@@ -46,6 +47,19 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
         if key not in names:
             hint = suggestion(str(key), names, f"{where}.")
             raise UserError(f"{where}.{key}: expected a known key, got {key}; {hint}")
+
+
+def check_values(section: str, *rows: tuple[Any, ...]) -> None:
+    """Raise `UserError` for the first value outside of its range.
+
+    Args:
+        section: name of the section of a recipe.
+        rows: (key, value, whether the value is valid, the expected values in words), and the advice, if any.
+    """
+    for key, value, valid, expected, *advice in rows:
+        if not valid:
+            sentence = f"{section}.{key}: expected {expected}, got {value!r}"
+            raise UserError("; use ".join((sentence, *advice)))
 
 
 def one_line(message: BaseException | str) -> str:

@@ -7,7 +7,7 @@ This module does not import torch, because recipes and cards need none.
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict, get_args
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import check_values
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
 
@@ -55,27 +55,23 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
-        if self.train_split == self.test_split:
-            raise UserError(
-                f"evaluation.test_split: expected a split other than train_split, got {self.test_split!r}; "
-                "use two splits, otherwise each test image is its own nearest neighbor"
-            )
-        for key, allowed in (("precision", PRECISIONS), ("pooling", POOLINGS)):
-            value = getattr(self, key)
-            if value not in allowed:
-                raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}")
-        for key in ("neighbors", "temperatures", "learning_rates"):
-            values = getattr(self, key)
-            if not values or min(values) <= 0:
-                raise UserError(
-                    f"evaluation.{key}: expected one or more positive numbers, got {list(values)}"
-                )
-        if self.few_labels and min(self.few_labels) <= 0:
-            raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}")
-        for key in ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size"):
-            number = getattr(self, key)
-            if number <= 0:
-                raise UserError(f"evaluation.{key}: expected a positive number, got {number}")
+        split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
+        lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
+        keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
+        numbers = ((key, getattr(self, key)) for key in keys)
+        advice = "two splits, otherwise each test image is its own nearest neighbor"
+        check_values(
+            "evaluation",
+            ("test_split", split, other, "a split other than train_split", advice),
+            ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+            *(
+                (key, given, min(given, default=0) > 0, "one or more positive numbers")
+                for key, given in lists
+            ),
+            ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
+            *((key, number, number > 0, "a positive number") for key, number in numbers),
+        )
 
 
 class KnnResult(TypedDict):

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from hf_ssl.errors import check_values
 from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
@@ -66,14 +67,12 @@ class TeacherConfig(SSLConfig):
 
     def validate_momentum(self) -> None:
         """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        for key in ("momentum", "momentum_end"):
-            if not 0 <= (value := self.to_dict()[key]) <= 1:
-                raise ValueError(f"method.{key}: expected a number from 0 to 1, got {value}")
-        if self.momentum_schedule not in SCHEDULES:
-            raise ValueError(
-                f"method.momentum_schedule: expected one of {', '.join(SCHEDULES)}, "
-                f"got {self.momentum_schedule!r}"
-            )
+        start, end, schedule = self.momentum, self.momentum_end, self.momentum_schedule
+        check_fields(
+            ("momentum", start, 0 <= start <= 1, "a number from 0 to 1"),
+            ("momentum_end", end, 0 <= end <= 1, "a number from 0 to 1"),
+            ("momentum_schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        )
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -100,19 +99,8 @@ def scheduled_value(start: float, end: float, schedule: str, fraction: float) ->
     return start + (end - start) * weight
 
 
-def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
-    """Raise `ValueError` for the first field with a value outside of its range.
-
-    Args:
-        fields: (name of the field, its value, whether the value is valid, the expected values in words).
-    """
-    for key, value, valid, expected in fields:
-        if not valid:
-            raise ValueError(f"method.{key}: expected {expected}, got {value}")
-
-
 def width_field(name: str, width: int, heads_name: str, heads: int) -> tuple[str, int, bool, str]:
-    """Return the argument of `check_fields` for the width of a transformer with a sine-cosine position table.
+    """Return the row of `check_fields` for the width of a transformer with a sine-cosine position table.
 
     The width must be a multiple of the number of heads, and of 4 for the position table.
     """
@@ -120,11 +108,20 @@ def width_field(name: str, width: int, heads_name: str, heads: int) -> tuple[str
     return name, width, fits, f"a multiple of 4 and of {heads_name} = {heads}"
 
 
+def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
+    """Raise `UserError` for the first field of a method with a value outside of its range.
+
+    Args:
+        fields: see `hf_ssl.errors.check_values`.
+    """
+    check_values("method", *fields)
+
+
 def check_temperature(config: Any, *keys: str) -> None:
     """Raise `ValueError` for a temperature below 0.003.
 
     `nt_xent` has the same limit. With a smaller temperature, its exponentials would underflow in float64.
     """
-    for key in keys or ("temperature",):
-        if (value := config.to_dict()[key]) < 0.003:
-            raise ValueError(f"method.{key}: expected at least 0.003, got {value}")
+    values = config.to_dict()
+    rows = ((key, values[key], values[key] >= 0.003, "at least 0.003") for key in keys or ("temperature",))
+    check_fields(*rows)
