@@ -4,7 +4,6 @@
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
@@ -141,7 +140,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     During training, the trainer writes the pictures of the method for the same images.
     """
     first = load_monitor_images(trainer.source, recipe.views, recipe.data, trainer.args, _MONTAGE_IMAGES)
-    montage(first.views("cpu"), recipe.views, Path(recipe.training["output_dir"]) / "views.png")
+    montage(first.views("cpu"), recipe.views, recipe.output_dir / "views.png")
     trainer.draw_method_pictures(first)
 
 

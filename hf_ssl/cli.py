@@ -200,7 +200,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
             from hf_ssl.recipe import load_recipe
 
             recipe = load_recipe(arguments.recipe, arguments.overrides)
-        output = Path(recipe.training["output_dir"])
+        output = recipe.output_dir
         if arguments.resume and not any(output.glob("checkpoint-*")):
             raise UserError(f"--resume: expected a checkpoint in {output}, got none; start without --resume")
         with progress("loading torch and transformers"):

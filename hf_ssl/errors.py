@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception for mistakes of the user, and the hint of its message for an unknown name (layer 0)."""
+"""The exception for mistakes of the user, and the parts of its messages that modules share (layer 0)."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
@@ -31,3 +32,41 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     if len(names) > 40:
         return f"none of the {len(names)} known names is similar"
     return f"use one of {', '.join(names)}"
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise `UserError` for an unknown key, with a suggestion.
+
+    Args:
+        keys: the keys that a section of a recipe contains.
+        known: the keys that it may contain.
+        where: name of the section.
+    """
+    names = list(known)
+    for key in keys:
+        if key not in names:
+            hint = suggestion(str(key), names, f"{where}.")
+            raise UserError(f"{where}.{key}: expected a known key, got {key}; {hint}")
+
+
+def check_values(section: str, *rows: tuple[Any, ...]) -> None:
+    """Raise `UserError` for the first value outside of its range.
+
+    Args:
+        section: name of the section of a recipe.
+        rows: (key, value, whether the value is valid, the expected values in words), and the advice, if any.
+    """
+    for key, value, valid, expected, *advice in rows:
+        if not valid:
+            sentence = f"{section}.{key}: expected {expected}, got {value!r}"
+            raise UserError("; use ".join((sentence, *advice)))
+
+
+def one_line(message: BaseException | str) -> str:
+    """Return a message, for example that of an error, without line breaks."""
+    return " ".join(str(message).split())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error, or the name of its class if there is no message."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -6,15 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors_as_user_errors, remove_incomplete, write_json
+from hf_ssl.files import disk_errors_as_user_errors, read_json, remove_incomplete, write_json
 from hf_ssl.names import with_current_keys
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
+from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.machine_settings import Choices
 
@@ -44,7 +43,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     Raises:
         UserError: the folder contains another run, contains other files, or cannot be read.
     """
-    folder = Path(recipe.training["output_dir"])
+    folder = recipe.output_dir
     mark = folder / IDENTITY
     try:
         if mark.exists():
@@ -68,8 +67,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
 
 def stored_choices(recipe: Recipe) -> Choices:
     """Return the settings that the run in the recipe's output folder chose for its machine."""
-    mark = Path(recipe.training["output_dir"]) / IDENTITY
-    return _in_current_format(json.loads(mark.read_text()), recipe.to_dict())[_CHOICES]
+    return _in_current_format(read_json(recipe.output_dir / IDENTITY), recipe.to_dict())[_CHOICES]
 
 
 def stored_revision(recipe: Recipe) -> str | None:
@@ -77,8 +75,7 @@ def stored_revision(recipe: Recipe) -> str | None:
 
     The result is None for a run of an older version, which did not store it.
     """
-    run = json.loads((Path(recipe.training["output_dir"]) / IDENTITY).read_text())
-    return run.get(_REVISION)
+    return read_json(recipe.output_dir / IDENTITY).get(_REVISION)
 
 
 def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:
@@ -92,7 +89,7 @@ def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(recipe.training["output_dir"])
+    folder = recipe.output_dir
     with disk_errors_as_user_errors(f"training.output_dir={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         remove_incomplete(folder)
@@ -101,7 +98,7 @@ def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:
 
 def is_finished(checkpoint: Path) -> bool:
     """Return whether the run was finished when this checkpoint was saved."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    state = load_state(checkpoint)
     return state.global_step >= state.max_steps
 
 

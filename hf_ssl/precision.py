@@ -21,6 +21,11 @@ _GAIN = 1.2
 _REPEATS = 3
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return a context for a forward pass on the device; `dtype` is a value of `DTYPES`."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 class Precision(NamedTuple):
     """A choice of precision."""
 

@@ -52,7 +52,7 @@ class EvaluationOutcome:
 def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutcome) -> Facts:
     """Return all facts of a run; this is the only place that fills them."""
     method = METHODS[recipe.method["name"]]
-    folder = Path(recipe.training["output_dir"])
+    folder = recipe.output_dir
     data = _data_facts(recipe, trainer)
     backbone = _backbone_facts(recipe, trainer, measured)
     repo_id = trainer.hub_model_id or recipe.publish.repo_id

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, open_labeled_splits
@@ -104,7 +104,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()  # hides the bars of loading and saving files
     trainer = train(recipe)
-    folder = Path(recipe.training["output_dir"])
+    folder = recipe.output_dir
     with hidden_progress(trainer.args.hides_progress):
         with progress(f"exporting the encoder to {folder}"):
             trainer.save_model()
@@ -138,7 +138,7 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
         return EvaluationOutcome(skip_reason=str(error))
     device = trainer.args.device
-    encoder, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    encoder, processor = load_encoder(str(folder))
     results = {
         "trained": evaluate_encoder(
             encoder, *splits, recipe.evaluation, processor, device=device, description="trained encoder"
@@ -204,7 +204,7 @@ def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:
         "The benefit of pretraining appears with few labels."
     )
     if space:
-        serve_digits(Path(recipe.training["output_dir"]), recipe.data, recipe.evaluation.test_split)
+        serve_digits(recipe.output_dir, recipe.data, recipe.evaluation.test_split)
     return facts
 
 

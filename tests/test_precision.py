@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_ssl import precision
+from hf_ssl.evaluation.config import PRECISIONS
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,7 @@ def test_the_measurement_does_not_change_the_random_state_and_grad_mode():
         assert not torch.is_grad_enabled()
     assert full > 0 and half > 0
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_recipe_knows_the_same_precisions():
+    assert PRECISIONS == ("auto", *precision.DTYPES)

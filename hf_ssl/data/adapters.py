@@ -12,7 +12,7 @@ import torch.utils.data
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from torch import Tensor
 
-from hf_ssl.data.columns import find_image_column, find_label_column, without_decoding
+from hf_ssl.data.columns import find_image_column, find_optional_label_column, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
@@ -146,7 +146,7 @@ def _is_image(value: Any) -> bool:
 
 def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
     where = _described(data, name)
-    label = _label_column(data.features, config)
+    label = find_optional_label_column(data.features, config.label_column, where)
     if data.format["type"] == "custom":  # `with_transform`: the function makes the images
         items = Items(data, find_image_key(data[0] if len(data) else {}, config.image_column, name))
         return _of_items(items, where, label)
@@ -166,26 +166,15 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
         if first is None:
             raise UserError(f"{name}: expected images, got an empty data set")
         column = find_image_key(first, config.image_column, name)
-    return Source(
-        data, column, _label_column(features, config), True, None, "stream", where, whole_shards=False
-    )
+    label = config.label_column
+    if features is not None:
+        label = find_optional_label_column(features, label, where)
+    return Source(data, column, label, True, None, "stream", where, whole_shards=False)
 
 
 def _of_items(items: Items, where: str, label: str | None = None) -> Source:
     kind = type(items.data).__name__
     return Source(items, items.column or "image", label, False, len(items), kind, f"{where} ({kind})")
-
-
-def _label_column(features: Mapping[str, Any] | None, config: DataConfig) -> str | None:
-    """Return the column of classes; None if there is none and none is requested."""
-    if features is None:
-        return config.label_column
-    try:
-        return find_label_column(features, config.label_column, "the data set")
-    except UserError:
-        if config.label_column is not None:
-            raise
-        return None
 
 
 def _described(data: Dataset | IterableDataset, name: str) -> str:

@@ -150,6 +150,10 @@ class ProcessShare(NamedTuple):
     rank: int = 0
     world_size: int = 1
 
+    def batches(self, rows: int) -> int:
+        """Return the number of whole batches of all processes in an epoch of this number of rows."""
+        return rows // (self.batch_size * self.world_size)
+
 
 def make_batch(
     images: list[Tensor] | Tensor | DeviceRows,

@@ -76,6 +76,16 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
     return _find_column(features, requested, where, _LABELS)
 
 
+def find_optional_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str | None:
+    """Return the column of `find_label_column`; None if none is requested and the type fits not just one."""
+    try:
+        return find_label_column(features, requested, where)
+    except UserError:
+        if requested is not None:
+            raise
+        return None
+
+
 def _find_column(features: Mapping[str, Any], requested: str | None, where: str, role: _Role) -> str:
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]

@@ -5,7 +5,7 @@ once.
 
 from dataclasses import dataclass
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import check_values
 
 CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
@@ -57,19 +57,18 @@ class DataConfig:
         """Raise UserError if a value is outside its range."""
         path = None if self.path == "???" else self.path
         share, limit = self.max_broken_fraction, self.max_images
-        for valid, key, expected, got, advice in (
-            (path, "path", "a data set on the Hub, a folder, files or digits", path, "data.path=FOLDER"),
-            (self.channels in CHANNELS, "channels", "3 (RGB) or 1 (gray)", self.channels, "data.channels=3"),
-            (self.cache in CACHES, "cache", f"one of {', '.join(CACHES)}", self.cache, "data.cache=auto"),
-            (self.dtype == "uint8", "dtype", "uint8", self.dtype, "data.dtype=uint8, also for 16-bit images"),
-            (0 <= share <= 1, "max_broken_fraction", "a share from 0 to 1", share, "the default"),
-            (self.shuffle_window >= 1, "shuffle_window", "at least 1", self.shuffle_window, "the default"),
-            (self.open_shards >= 1, "open_shards", "at least 1", self.open_shards, "the default"),
-            (limit is None or limit >= 1, "max_images", "at least 1", limit, "data.max_images=null for all"),
+        check_values(
+            "data",
+            ("path", path, path, "a data set on the Hub, a folder, files or digits", "data.path=FOLDER"),
+            ("channels", self.channels, self.channels in CHANNELS, "3 (RGB) or 1 (gray)", "data.channels=3"),
+            ("cache", self.cache, self.cache in CACHES, f"one of {', '.join(CACHES)}", "data.cache=auto"),
+            ("dtype", self.dtype, self.dtype == "uint8", "uint8", "data.dtype=uint8, also for 16-bit images"),
+            ("max_broken_fraction", share, 0 <= share <= 1, "a share from 0 to 1", "the default"),
+            ("shuffle_window", self.shuffle_window, self.shuffle_window >= 1, "at least 1", "the default"),
+            ("open_shards", self.open_shards, self.open_shards >= 1, "at least 1", "the default"),
+            ("max_images", limit, limit is None or limit >= 1, "at least 1", "data.max_images=null for all"),
             (
-                limit is None or not self.streaming, "max_images", "null for a stream", limit,
+                "max_images", limit, limit is None or not self.streaming, "null for a stream",
                 "data.streaming=false, because the images are chosen at random",
             ),
-        ):  # fmt: skip
-            if not valid:
-                raise UserError(f"data.{key}: expected {expected}, got {got!r}; use {advice}")
+        )  # fmt: skip

@@ -4,7 +4,6 @@
 Images of one size that are decoded once are read far faster than images that are decoded each time.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -27,7 +26,7 @@ from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
-from hf_ssl.files import replaced_file, write_json
+from hf_ssl.files import read_json, replaced_file, write_json
 from hf_ssl.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -312,7 +311,7 @@ def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -
                 write_json(notes, _fill(pixels, rows))
                 pixels.flush()
                 del pixels
-    broken = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
+    broken = {int(row): reason for row, reason in read_json(notes).items()}
     return DecodedRows(np.load(file, mmap_mode="r"), broken, file, source.description)
 
 

@@ -142,7 +142,7 @@ def label_source(
             f"{source.description}, got none; use another split"
         )
     if max_images is not None and max_images < len(chosen):
-        chosen = _balanced(labels, chosen, max_images, seed)
+        chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
     if len(chosen) < len(labels):
         source = source.select(chosen)
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
@@ -168,12 +168,12 @@ def _labels(source: Source) -> tuple[np.ndarray, list[str]]:
     return labels.astype(np.int64), [str(value) for value in classes]
 
 
-def _balanced(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return `count` of the rows in ascending order, chosen at random with balanced classes.
+def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return `count` row numbers of the labels (N,) in ascending order, at random with balanced classes.
 
     The first image of each class is chosen before the second image of any class, and so on.
     """
-    shuffled = rows[permutation(len(rows), seed)]
+    shuffled = permutation(len(labels), seed)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sorted_labels = labels[by_class]
     starts = np.searchsorted(sorted_labels, sorted_labels)

@@ -203,7 +203,7 @@ class RowBatchSampler(Sampler[RowBatch]):
         self.next_batch = start
 
     def __len__(self) -> int:
-        return self.num_rows // (self.share.batch_size * self.share.world_size)
+        return self.share.batches(self.num_rows)
 
     def __iter__(self) -> Iterator[RowBatch]:
         # This generator starts when its first batch is read. torch calls `iter` more often than it reads.

@@ -28,7 +28,7 @@ from hf_ssl.data.columns import find_image_column, find_label_column, without_de
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ def _as_user_errors(path: str, location: Location) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        reason = str(cause or error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(cause or error).rstrip(".")
         if location.kind == "hub":
             expected = "a folder or a data set on the Hub"
         else:

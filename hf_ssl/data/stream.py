@@ -25,7 +25,7 @@ from hf_ssl.data.batch import UnreadableData
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import StoredImage, memory_size, stored_image
 from hf_ssl.data.sources import Source
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation
 
 _BLOCK_ROWS = 64  # rows that are read at once from a shard with sequential access
@@ -169,10 +169,9 @@ class StreamShards:
                     images = [stored_image(item) for item in block[self._column]]
                     yield Block(images, sum(memory_size(image) for image in images))
         except errors as error:
-            reason = str(error).split("\n")[0]
             raise UnreadableData(
                 f"data.path: expected readable files, got an error in shard {shard} of {self.description}: "
-                f"{reason}; check the file"
+                f"{first_line(error)}; check the file"
             ) from error
 
 

@@ -66,7 +66,7 @@ def make_stream_loader(
         )
     start = _start_position(position, layout)
     batches = StreamBatchDataset(shards, preset, share, config.channels, config.shuffle_window, start)
-    length = None if source.num_rows is None else source.num_rows // (share.batch_size * share.world_size)
+    length = None if source.num_rows is None else share.batches(source.num_rows)
     return StreamLoader(batches, layout, length, **options)
 
 

@@ -5,16 +5,19 @@ This module does not import torch, because recipes and cards need none.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import check_values
+from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURES = (0.07, 0.1)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-POOLINGS = ("auto", "pooler", "cls", "mean")
+POOLINGS = get_args(Pooling)
 
 
 @renamed_arguments(neighbours="neighbors")
@@ -36,8 +39,8 @@ class EvaluationConfig:
     precision: str = "auto"
     pooling: str = "auto"  # see POOLINGS
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
-    neighbors: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])
-    temperatures: list[float] = field(default_factory=lambda: [0.07, 0.1])
+    neighbors: list[int] = field(default_factory=lambda: list(NEIGHBORS))
+    temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
     few_labels: list[int] = field(default_factory=list)  # labels per class
     draws: int = 20
     linear: bool = True
@@ -52,27 +55,23 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
-        if self.train_split == self.test_split:
-            raise UserError(
-                f"evaluation.test_split: expected a split other than train_split, got {self.test_split!r}; "
-                "use two splits, otherwise each test image is its own nearest neighbor"
-            )
-        for key, allowed in (("precision", PRECISIONS), ("pooling", POOLINGS)):
-            value = getattr(self, key)
-            if value not in allowed:
-                raise UserError(f"evaluation.{key}: expected one of {', '.join(allowed)}, got {value!r}")
-        for key in ("neighbors", "temperatures", "learning_rates"):
-            values = getattr(self, key)
-            if not values or min(values) <= 0:
-                raise UserError(
-                    f"evaluation.{key}: expected one or more positive numbers, got {list(values)}"
-                )
-        if self.few_labels and min(self.few_labels) <= 0:
-            raise UserError(f"evaluation.few_labels: expected positive numbers, got {list(self.few_labels)}")
-        for key in ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size"):
-            number = getattr(self, key)
-            if number <= 0:
-                raise UserError(f"evaluation.{key}: expected a positive number, got {number}")
+        split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
+        lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
+        keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
+        numbers = ((key, getattr(self, key)) for key in keys)
+        advice = "two splits, otherwise each test image is its own nearest neighbor"
+        check_values(
+            "evaluation",
+            ("test_split", split, other, "a split other than train_split", advice),
+            ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+            *(
+                (key, given, min(given, default=0) > 0, "one or more positive numbers")
+                for key, given in lists
+            ),
+            ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
+            *((key, number, number > 0, "a positive number") for key, number in numbers),
+        )
 
 
 class KnnResult(TypedDict):

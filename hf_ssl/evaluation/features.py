@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pool
+from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 
 
@@ -74,8 +75,8 @@ def _as_user_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model: expected a local folder or a Hub id of {what}; {reason}") from error
+        sentence = f"model: expected a local folder or a Hub id of {what}; {first_line(error)}"
+        raise UserError(sentence) from error
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -172,7 +173,7 @@ def extract_poolings(
             if not images:
                 continue
             pixels = pixel_values(processor, images, device).contiguous(memory_format=memory_format)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(device, dtype):
                 outputs = model(pixel_values=pixels)
             for pooling, found in rows.items():
                 found.append(pool(outputs, pooling, model))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.names import renamed_arguments
 
@@ -88,8 +89,8 @@ def knn_accuracy(
     test_features: Tensor,
     test_labels: Any,
     *,
-    neighbors: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
-    temperatures: Sequence[float] = (0.07, 0.1),
+    neighbors: Sequence[int] = NEIGHBORS,
+    temperatures: Sequence[float] = TEMPERATURES,
     device: torch.device | str | None = None,
 ) -> dict[tuple[int, float], float]:
     """Return the accuracy of weighted k-NN classification for every k and temperature, from one search.

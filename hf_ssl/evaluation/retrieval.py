@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.features import extract_features
+from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
 
@@ -103,7 +104,7 @@ class Gallery:
             table = pq.read_table(folder / IMAGES)
             index = faiss.read_index(str(folder / INDEX))
         except (OSError, RuntimeError, pa.ArrowInvalid) as error:
-            raise UserError(f"{folder}: expected a gallery, got {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: expected a gallery, got {first_line(error)}") from error
         column = table.column("label")
         labels = None if column.null_count else column.to_pylist()
         return cls(index, table.column("thumbnail").to_pylist(), labels)
@@ -199,8 +200,7 @@ class Retriever:
 
 
 def _unit_rows(features_ND: Tensor) -> np.ndarray:
-    if not bool(features_ND.isfinite().all()):
-        raise UserError("features: expected finite numbers, got NaN or infinity; use another encoder")
+    check_features(features_ND, "gallery")
     return unit_rows(features_ND.float()).contiguous().numpy()
 
 

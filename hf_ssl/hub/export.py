@@ -15,11 +15,13 @@ from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, 
 from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
+from hf_ssl.hub.publish import CONFIG
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
+from hf_ssl.views import ViewPreset
 
-CONFIG = "config.json"
 FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 _STAGING = f"{STAGING_PREFIX}export-"
 
@@ -88,9 +90,8 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     try:
         model = AutoModelForPreTraining.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{checkpoint}: expected a checkpoint, got an error ({reason}); use another one"
+            f"{checkpoint}: expected a checkpoint, got an error ({first_line(error)}); use another one"
         ) from error
     if not isinstance(model, SSLPreTrainedModel):
         raise UserError(
@@ -130,7 +131,7 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
     filter_name = "bilinear" if preset["enlarge"] is not None else preset["interpolation"]
     if filter_name not in FILTERS:
         raise UserError(f"views.interpolation: expected one of {', '.join(FILTERS)}, got {filter_name!r}")
-    side = preset["size"] if preset["enlarge"] is None else preset["enlarge"]
+    side = ViewPreset.from_dict(preset).final_size
     return BitImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -148,7 +149,7 @@ def check_exportable(encoder: PreTrainedModel) -> None:
         raise UserError(f"encoder: expected a class of transformers, got {name}; use one of transformers")
     if model_type == "vit_mae":
         raise UserError(f"encoder: expected one without random masks, got {name}; export it as ViTModel")
-    if model_type in ("vit", "deit"):
+    if model_type in CLS_POOLER_TYPES:
         _check_pooler(encoder)
 
 
@@ -196,10 +197,9 @@ def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, direct
         with torch.inference_mode():
             loaded.eval()(pixel_values=image)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{name}: expected an encoder for the processor's images {tuple(image.shape)}, got an error "
-            f"({reason}); set the same size and channels for both"
+            f"({first_line(error)}); set the same size and channels for both"
         ) from error
 
 

@@ -4,7 +4,6 @@
 This module imports neither torch nor transformers.
 """
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import cast
@@ -19,7 +18,7 @@ from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 from hf_ssl.files import json_text, read_json
 from hf_ssl.hub.remote import (
     Files,
@@ -161,7 +160,7 @@ def _published_list(repo: Remote) -> frozenset[str]:
     """Return the names in the list of files of the Space that is published now."""
     try:
         path = repo.api.hf_hub_download(repo.repo_id, SPACE_FACTS, repo_type=repo.kind)
-        return frozenset(json.loads(Path(path).read_text())["files"])
+        return frozenset(read_json(Path(path))["files"])
     except (EntryNotFoundError, ValueError, KeyError, TypeError):
         return frozenset()
 
@@ -307,5 +306,5 @@ def _check_card(card: Path | bytes) -> None:
     try:
         ModelCard(text)
     except Exception as error:  # YAML and huggingface_hub raise many types for a text that a user edited
-        reason = " ".join(str(error).split())
-        raise UserError(f"{CARD}: expected valid metadata, got an error ({reason}); correct it") from error
+        sentence = f"{CARD}: expected valid metadata, got an error ({one_line(error)}); correct it"
+        raise UserError(sentence) from error

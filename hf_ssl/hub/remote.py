@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _with_retries(
         except Exception as error:
             if not is_retriable(error):
                 raise
-            reason = " ".join(str(root_cause(error)).split())[:100]
+            reason = one_line(root_cause(error))[:100]
             logger.warning("%s: the request failed (%s); retrying in %g s", repo_id, reason, delay)
         time.sleep(delay)
     return call()
@@ -294,7 +294,7 @@ def is_transient(error: BaseException) -> bool:
 
 def hub_error(error: BaseException, repo_id: str, endpoint: str) -> str | None:
     """Return the message for an error of the Hub, its client or the network, else None."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if isinstance(error, HFValidationError):
         return f"{repo_id!r}: expected user/name of letters, digits, '-', '_' and '.'; choose another name"
     if isinstance(error, LocalTokenNotFoundError):
@@ -322,8 +322,7 @@ def hub_error(error: BaseException, repo_id: str, endpoint: str) -> str | None:
 def _status_error(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
     """Return the message for an HTTP status."""
     status = error.response.status_code
-    reason = error.server_message or error.response.reason_phrase or "no reason given"
-    reason = " ".join(reason.split()).rstrip(".")
+    reason = one_line(error.server_message or error.response.reason_phrase or "no reason given").rstrip(".")
     got = f"got status {status} ({reason})"
     if status == 401:
         return (

@@ -30,11 +30,9 @@ def cosine_regression(prediction_BD: Tensor, target_BD: Tensor) -> Tensor:
     of -cos over both directions. Its gradient is a quarter of that of BYOL's sum, so learning rates for SGD
     differ by a factor of 4.
     """
-    if prediction_BD.ndim != 2 or prediction_BD.shape != target_BD.shape:
-        raise ValueError(
-            "cosine_regression: expected predictions and targets of one shape (batch, dimensions), got "
-            f"{tuple(prediction_BD.shape)} and {tuple(target_BD.shape)}"
-        )
+    _check_shapes(
+        prediction_BD.ndim == 2, "cosine_regression", prediction_BD, target_BD, "(batch, dimensions)"
+    )
     cosine_B = (normalize(prediction_BD, dim=-1) * normalize(target_BD, dim=-1)).sum(-1)
     return (2 - 2 * cosine_B).mean()
 
@@ -60,11 +58,9 @@ def masked_patch_mse(
     Source: He et al., arXiv:2111.06377, section 3. The authors' `forward_loss` and transformers' ViTMAE have
     the same scale.
     """
-    if prediction_BNP.ndim != 3 or prediction_BNP.shape != target_BNP.shape:
-        raise ValueError(
-            "masked_patch_mse: expected predictions and targets of one shape (batch, patches, values), got "
-            f"{tuple(prediction_BNP.shape)} and {tuple(target_BNP.shape)}"
-        )
+    _check_shapes(
+        prediction_BNP.ndim == 3, "masked_patch_mse", prediction_BNP, target_BNP, "(batch, patches, values)"
+    )
     if mask_BN.shape != target_BNP.shape[:2]:
         raise ValueError(
             f"masked_patch_mse.mask_BN: expected a mask {tuple(target_BNP.shape[:2])} (batch, patches), got "
@@ -98,9 +94,14 @@ def latent_smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
     Source: the authors' `train.py` of I-JEPA has the same scale. The paper (Assran et al., arXiv:2301.08243,
     section 3) has a squared distance, summed over the features of a patch.
     """
-    if prediction.shape != target.shape or not prediction.numel():
+    _check_shapes(prediction.numel() > 0, "latent_smooth_l1", prediction, target, "that is not empty")
+    return smooth_l1_loss(prediction, target.detach())
+
+
+def _check_shapes(valid: bool, name: str, prediction: Tensor, target: Tensor, expected: str) -> None:
+    """Raise `ValueError` unless the shape of the prediction is valid and is also that of the target."""
+    if not valid or prediction.shape != target.shape:
         raise ValueError(
-            "latent_smooth_l1: expected predictions and targets of one shape that is not empty, got "
+            f"{name}: expected predictions and targets of one shape {expected}, got "
             f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         )
-    return smooth_l1_loss(prediction, target.detach())

@@ -21,7 +21,7 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.batch_norm import unchanged_statistics
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair
 from hf_ssl.modeling.pooling import pool
 
 
@@ -45,9 +45,8 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
     """
     arguments: dict[str, object] = {}
     if "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
-        size = backbone.config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        arguments["interpolate_pos_encoding"] = tuple(images.shape[-2:]) != (height, width)
+        own = as_pair(backbone.config.image_size)
+        arguments["interpolate_pos_encoding"] = tuple(images.shape[-2:]) != own
     outputs = backbone(pixel_values=images.contiguous(memory_format=torch.channels_last), **arguments)
     return pool(outputs, model=backbone)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -24,6 +24,7 @@ from hf_ssl.modeling.backbones import (
     initialize_as_timm,
     set_identity_pooler,
 )
+from hf_ssl.modeling.batch_norm import batch_norms
 from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
@@ -121,6 +122,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
+        self.check_backbone(cast(Any, config.backbone_config).model_type)
         self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
         self.hooks_are_called = self.continues = False
         self.ends_batch = True
@@ -358,8 +360,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         The function receives all views in one batch. It receives each view separately if BatchNorm must not
         normalize them together (`joint_batch_norm`).
         """
-        batch_norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
-        if self.joint_batch_norm or not self.training or not any(batch_norms):
+        if self.joint_batch_norm or not self.training or not batch_norms(self):
             return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
         return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
 
@@ -368,6 +369,16 @@ class SSLPreTrainedModel(PreTrainedModel):
     @classmethod
     def _method_name(cls) -> str:
         return cls.__name__.removesuffix("ForPreTraining")
+
+    @classmethod
+    def check_backbone(cls, model_type: str) -> None:
+        """Raise `UserError` if the method cannot train this type of encoder."""
+        known = cls.backbone_types
+        if known is not None and model_type not in known:
+            raise UserError(
+                f"backbone.model_type: expected one of {', '.join(known)} for {cls._method_name()}, got "
+                f"{model_type}"
+            )
 
     @classmethod
     def check_views(cls, global_views: int, local_views: int) -> None:
@@ -434,20 +445,10 @@ class SSLPreTrainedModel(PreTrainedModel):
             if not os.path.isdir(place) and (place.count("/") != 1 or place.startswith((".", "/", "~"))):
                 raise UserError(f"encoder: expected a folder or the id of a model on the Hub, got {place}")
             encoder = cast(PreTrainedModel, AutoModel.from_pretrained(place))
-        cls._check_backbone(encoder.config)
         settings["views"] = _processor_settings(encoder) | (settings.get("views") or {})
         model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
         model.start_from(encoder)
         return model
-
-    @classmethod
-    def _check_backbone(cls, config: PreTrainedConfig) -> None:
-        known = cls.backbone_types
-        if known is not None and config.model_type not in known:
-            raise UserError(
-                f"backbone: expected one of {', '.join(known)} for {cls._method_name()}, got "
-                f"{config.model_type}"
-            )
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -461,7 +462,6 @@ class SSLPreTrainedModel(PreTrainedModel):
             found, _ = PreTrainedConfig.get_config_dict(args[0], **place)
             if "model_type" in found and not re.match(r"ssl(_|$)", found["model_type"]):
                 backbone = AutoConfig.from_pretrained(args[0], **place)
-                cls._check_backbone(backbone)
                 kwargs["config"] = cast(Any, cls.config_class)(backbone_config=backbone)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from hf_ssl.errors import UserError
-from hf_ssl.losses.upcasting import upcast
+from hf_ssl.losses.upcasting import upcast, without_autocast
 from hf_ssl.modeling.gather import process_count, sum_over_processes
 
 Layer = TypeVar("Layer", bound="_AnyBatchNorm")
@@ -45,9 +45,9 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or process_count() == 1:
             return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            return self._synchronized(upcast(input)).to(input.dtype)
+        return self._synchronized(upcast(input)).to(input.dtype)
 
+    @without_autocast
     def _synchronized(self, x: Tensor) -> Tensor:
         dims = [0, *range(2, x.ndim)]
         count = x.new_full((1,), x.numel() // x.shape[1])
@@ -77,6 +77,11 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
         return result if self.bias is None else result + self.bias.view(shape)
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return all BatchNorm layers in `module`, of any variant."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalize as in training, but keep its running statistics.
@@ -85,8 +90,7 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
     `track_running_stats=False` would save fewer tensors for the backward pass, which activation checkpointing
     does not allow.
     """
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in layers]
+    originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in batch_norms(module)]
     for layer, buffers in originals:
         for name, buffer in buffers.items():
             setattr(layer, name, buffer.clone())
@@ -144,7 +148,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
 
 def uses_global_batch_statistics(module: nn.Module) -> bool:
     """Return whether every BatchNorm in `module` uses the whole batch of all processes."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = batch_norms(module)
     if any(isinstance(layer, SplitBatchNorm) for layer in layers):
         return False
     return process_count() == 1 or all(isinstance(layer, SynchronizedBatchNorm) for layer in layers)

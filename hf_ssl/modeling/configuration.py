@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base configuration of all methods, and the schedules that configurations name."""
+"""The base configuration of all methods, the schedules that configurations name, and sizes in patches."""
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_ssl.errors import check_values
+from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
 """Model types whose pooler is a Linear layer and an activation on the class token. No method trains it."""
@@ -34,6 +38,11 @@ class SSLConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     views: dict | None = None
 
+    @property
+    def global_views(self) -> int:
+        """Return the number of global views of an image."""
+        return ViewPreset.from_dict(self.views or {}).global_count
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # This is always a config object here. It is copied because the caller's own must not change.
@@ -41,6 +50,40 @@ class SSLConfig(PreTrainedConfig):
         if backbone.model_type in CLS_POOLER_TYPES:
             backbone.pooler_act = "linear"
             backbone.pooler_output_size = backbone.hidden_size
+
+
+@strict
+class TeacherConfig(SSLConfig):
+    """Base configuration of a method with a momentum encoder. The defaults are those of BYOL and DINO.
+
+    Attributes:
+        momentum, momentum_end, momentum_schedule: momentum of the EMA update at the start and at the end of
+            the run, and its schedule between them (see `scheduled_value`).
+    """
+
+    momentum: float = 0.996
+    momentum_end: float = 1.0
+    momentum_schedule: str = "cosine"
+
+    def validate_momentum(self) -> None:
+        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
+        start, end, schedule = self.momentum, self.momentum_end, self.momentum_schedule
+        check_fields(
+            ("momentum", start, 0 <= start <= 1, "a number from 0 to 1"),
+            ("momentum_end", end, 0 <= end <= 1, "a number from 0 to 1"),
+            ("momentum_schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        )
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of a size in the config of an encoder. One number means a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def patch_grid(backbone: Any) -> tuple[int, int]:
+    """Return the rows and columns of patches in an image, from the config of a vision transformer."""
+    (height, width), (rows, columns) = as_pair(backbone.image_size), as_pair(backbone.patch_size)
+    return height // rows, width // columns
 
 
 def scheduled_value(start: float, end: float, schedule: str, fraction: float) -> float:
@@ -56,27 +99,22 @@ def scheduled_value(start: float, end: float, schedule: str, fraction: float) ->
     return start + (end - start) * weight
 
 
+def width_field(name: str, width: int, heads_name: str, heads: int) -> tuple[str, int, bool, str]:
+    """Return the row of `check_fields` for the width of a transformer with a sine-cosine position table.
+
+    The width must be a multiple of the number of heads, and of 4 for the position table.
+    """
+    fits = width > 0 and width % 4 == 0 and width % heads == 0
+    return name, width, fits, f"a multiple of 4 and of {heads_name} = {heads}"
+
+
 def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
-    """Raise `ValueError` for the first field with a value outside of its range.
+    """Raise `UserError` for the first field of a method with a value outside of its range.
 
     Args:
-        fields: (name of the field, its value, whether the value is valid, the expected values in words).
+        fields: see `hf_ssl.errors.check_values`.
     """
-    for key, value, valid, expected in fields:
-        if not valid:
-            raise ValueError(f"method.{key}: expected {expected}, got {value}")
-
-
-def check_momentum(config: Any) -> None:
-    """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-    for key in ("momentum", "momentum_end"):
-        if not 0 <= (value := config.to_dict()[key]) <= 1:
-            raise ValueError(f"method.{key}: expected a number from 0 to 1, got {value}")
-    if config.momentum_schedule not in SCHEDULES:
-        raise ValueError(
-            f"method.momentum_schedule: expected one of {', '.join(SCHEDULES)}, "
-            f"got {config.momentum_schedule!r}"
-        )
+    check_values("method", *fields)
 
 
 def check_temperature(config: Any, *keys: str) -> None:
@@ -84,6 +122,6 @@ def check_temperature(config: Any, *keys: str) -> None:
 
     `nt_xent` has the same limit. With a smaller temperature, its exponentials would underflow in float64.
     """
-    for key in keys or ("temperature",):
-        if (value := config.to_dict()[key]) < 0.003:
-            raise ValueError(f"method.{key}: expected at least 0.003, got {value}")
+    values = config.to_dict()
+    rows = ((key, values[key], values[key] >= 0.003, "at least 0.003") for key in keys or ("temperature",))
+    check_fields(*rows)

@@ -10,6 +10,7 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ssl.losses.upcasting import without_autocast
 from hf_ssl.modeling.batch_norm import BatchNorm1dWithoutOffset
 
 LAST_NORMS = ("none", "batch", "batch_without_affine", "batch_without_offset")
@@ -77,12 +78,11 @@ class WeightNormLinear(nn.Linear):
         if self.gain is not None:
             init.ones_(self.gain)
 
+    @without_autocast  # a small temperature divides the outputs, and bfloat16 has only two digits
     def forward(self, x: Tensor) -> Tensor:
-        # A small temperature divides the outputs, and bfloat16 has only two digits.
-        with torch.autocast(x.device.type, enabled=False):
-            weight = F.normalize(self.weight, dim=1)
-            weight = weight if self.gain is None else weight * self.gain
-            return F.linear(x.to(weight.dtype), weight)
+        weight = F.normalize(self.weight, dim=1)
+        weight = weight if self.gain is None else weight * self.gain
+        return F.linear(x.to(weight.dtype), weight)
 
 
 class Prototypes(nn.Linear):
@@ -100,10 +100,9 @@ class Prototypes(nn.Linear):
         """Normalize the prototypes to length 1."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
 
+    @without_autocast  # a small temperature divides the cosines, and bfloat16 has only two digits
     def forward(self, embeddings: Tensor) -> Tensor:
-        # A small temperature divides the cosines, and bfloat16 has only two digits.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return F.linear(embeddings.to(self.weight.dtype), self.weight)
+        return F.linear(embeddings.to(self.weight.dtype), self.weight)
 
 
 def projector_sizes(features: int, config: Any) -> list[int]:

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import SSLConfig, scheduled_value
+from hf_ssl.modeling.configuration import TeacherConfig, scheduled_value
 from hf_ssl.modeling.memory import HostNumber
 from hf_ssl.modeling.outputs import RunProgress
 
@@ -17,8 +17,8 @@ from hf_ssl.modeling.outputs import RunProgress
 class TeacherModel(SSLPreTrainedModel):
     """A method with a backbone and a momentum encoder.
 
-    The config has the fields `momentum`, `momentum_end` and `momentum_schedule` (see `scheduled_value`). A
-    subclass with a head also builds the head's teacher and names both in `student_teacher`.
+    The config is a `TeacherConfig`. A subclass with a head also builds the head's teacher and names both in
+    `student_teacher`.
 
     The EMA update of each teacher is `momentum * teacher + (1 - momentum) * student`, once for each optimizer
     step, for parameters only. Buffers (BatchNorm's running statistics) are the teacher's own. They come from
@@ -35,11 +35,10 @@ class TeacherModel(SSLPreTrainedModel):
 
     momentum: Tensor
 
-    def __init__(self, config: SSLConfig) -> None:
+    def __init__(self, config: TeacherConfig) -> None:
         super().__init__(config)
         self.teacher_backbone = AutoModel.from_config(config.backbone_config)
-        settings: Any = config
-        self._momentum = HostNumber(self, "momentum", float(settings.momentum))
+        self._momentum = HostNumber(self, "momentum", float(config.momentum))
 
     def before_step(self, progress: RunProgress) -> None:
         """Write the scheduled momentum, and update teachers if the method updates them first."""
@@ -73,10 +72,7 @@ class MomentumModel(TeacherModel):
     A subclass builds `projector` and `teacher_projector` with the same layers.
     """
 
-    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("backbone", "teacher_backbone"),
-        ("projector", "teacher_projector"),
-    )
+    student_teacher = (*TeacherModel.student_teacher, ("projector", "teacher_projector"))
 
     projector: nn.Module
     teacher_projector: nn.Module

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output of a method's forward pass, the argument of its hooks, and measurements for the monitor."""
+"""The output of a method's forward pass, losses of two views, the argument of hooks, and measurements."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,26 @@ class RunProgress:
     def epoch(self) -> float:
         """Return the completed epochs."""
         return self.step / self.steps_per_epoch
+
+
+COLLAPSED_PROTOTYPES = {"prototype_entropy": 0.05, "embedding_rank": 2.0}
+"""`collapsed_below` of methods with prototypes. Their embeddings are not collapsed if they share a direction,
+because the loss compares them with prototypes."""
+
+
+def loss_of_both_views(
+    loss: Callable[[Tensor, Tensor], Tensor], predictions_B2P: Tensor, targets_B2P: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sum of the losses of two views, and these losses as terms of an `SSLOutput`.
+
+    Args:
+        loss: a function of predictions (B, P) and targets (B, P).
+        predictions_B2P: predictions of both views.
+        targets_B2P: targets of both views. Each view predicts the target of the other one.
+    """
+    first = loss(predictions_B2P[:, 0], targets_B2P[:, 1])
+    second = loss(predictions_B2P[:, 1], targets_B2P[:, 0])
+    return first + second, {"first_view": first.detach(), "second_view": second.detach()}
 
 
 def prototype_usage(nearest_N: Tensor, count: int) -> dict[str, float]:

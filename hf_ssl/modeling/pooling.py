@@ -2,21 +2,22 @@
 """Pooling (layer 1): turns the output of an encoder into one feature vector per image.
 
 Training, monitor, evaluation, cards and Spaces use the same rule, `pooling_rule`, so that all of them measure
-and describe the same feature.
+and describe the same feature. This module imports neither torch nor transformers, because recipes need none.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 Pooling = Literal["auto", "pooler", "cls", "mean"]
 
 
-def declare_feature(encoder: PreTrainedModel, pooling: Pooling) -> None:
+def declare_feature(encoder: "PreTrainedModel", pooling: Pooling) -> None:
     """Record in an encoder's config, and so in `config.json`, which output the method publishes as feature.
 
     Args:
@@ -27,7 +28,7 @@ def declare_feature(encoder: PreTrainedModel, pooling: Pooling) -> None:
         encoder.config.published_feature = pooling
 
 
-def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
+def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:
     """Return the pooling that "auto" means for an encoder.
 
     It is the feature that the method of the encoder declares (`declare_feature`): "mean" for MAE and I-JEPA.
@@ -46,12 +47,12 @@ def pooling_rule(model: nn.Module, outputs: Mapping[str, Any]) -> Pooling:
     return "cls" if has_class_token(model) else "mean"
 
 
-def has_class_token(model: nn.Module) -> bool:
+def has_class_token(model: "nn.Module") -> bool:
     """Return whether an encoder has a parameter for the class token."""
     return any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
 
 
-def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: nn.Module | None = None) -> Tensor:
+def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Module | None" = None) -> "Tensor":
     """Return one feature vector per image from the output of an encoder.
 
     Args:

@@ -4,9 +4,8 @@
 from typing import TYPE_CHECKING
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 from hf_ssl.methods import METHODS
-from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import resource
 from hf_ssl.views.preset import ViewPreset
 
@@ -82,11 +81,7 @@ def check_method(
             "CONTRIBUTING.md explains"
         ) from error
     model, title = METHODS[name].model_class(), METHODS[name].title
-    known = model.backbone_types
-    if known is not None and backbone_type not in known:
-        raise UserError(
-            f"backbone.model_type: expected one of {', '.join(known)} for {title}, got {backbone_type}"
-        )
+    model.check_backbone(backbone_type)
     model.check_views(views.global_count, views.local_count)
     model.check_streaming(streaming)
     if model.couples_samples and batch_size < 2:

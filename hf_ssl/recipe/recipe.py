@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, one_line, suggestion
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
 from hf_ssl.recipe.checks import check_encoder, check_method
-from hf_ssl.recipe.sections import convert_values, one_line, to_dataclass, transformers_config
+from hf_ssl.recipe.sections import convert_values, to_dataclass, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
 from hf_ssl.views.preset import ViewPreset
 
@@ -106,6 +106,11 @@ class Recipe:
     def init_from(self) -> str | None:
         """Folder or Hub id of the encoder that training starts from; None for random weights."""
         return self.backbone.get("init_from")
+
+    @property
+    def output_dir(self) -> Path:
+        """Output folder of the run."""
+        return Path(self.training["output_dir"])
 
     def is_overridden(self, key: str) -> bool:
         """Return whether the user set `section.key` on the command line, not in the recipe's file."""

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, check_keys, one_line
 
 _WORDS = {
     int: "a whole number",
@@ -81,12 +81,8 @@ def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tup
     """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")]
+    check_keys(values, names, where)
     for name, value in values.items():
-        if name not in names:
-            raise UserError(
-                f"{where}.{name}: expected a known key, got {name}; "
-                f"{suggestion(str(name), names, f'{where}.')}"
-            )
         inner = _dataclass_of(hints[name])
         if inner is not None and isinstance(value, dict):
             for path, leaf, annotation in _leaves(inner, value, f"{where}.{name}"):
@@ -121,12 +117,7 @@ def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: 
     from huggingface_hub.errors import StrictDataclassError
 
     annotations = config_fields(cls, without=parts)
-    for key in values:
-        if key not in annotations:
-            raise UserError(
-                f"{where}.{key}: expected a known key, got {key}; "
-                f"{suggestion(str(key), annotations, f'{where}.')}"
-            )
+    check_keys(values, annotations, where)
     widened = {key: _widen(value, annotations[key]) for key, value in values.items()}
     try:
         return cls(**widened, **parts)
@@ -172,11 +163,6 @@ def _prefixed(where: str, error: BaseException) -> str:
     """Return the message of a validator. The section comes first, unless the message contains its key."""
     sentence = one_line(error)
     return sentence if sentence.startswith((f"{where}.", f"{where}:")) else f"{where}: {sentence}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error without line breaks."""
-    return " ".join(str(error).split())
 
 
 def wrong_type(key: str, annotation: Any, value: Any) -> str:

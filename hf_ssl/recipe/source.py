@@ -10,9 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, one_line, suggestion
 from hf_ssl.names import RENAMED_KEYS
-from hf_ssl.recipe.sections import one_line
 from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
@@ -79,10 +78,6 @@ def apply_overrides(
         if not equals or not section or not (dot or section in sections):
             raise UserError(
                 f"expected section.key=value with a section of {', '.join(sections)}, got {override!r}"
-            )
-        if section not in sections:
-            raise UserError(
-                f"{section}: expected a known section, got {override!r}; {suggestion(section, sections)}"
             )
         _reject_interpolation(override, key)
         try:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import ClassLabel
 from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +21,9 @@ import hf_ssl.auto  # noqa: F401  this import registers the methods with transfo
 from hf_ssl import __version__
 from hf_ssl.cards import last_part, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
+from hf_ssl.data.columns import find_optional_label_column
 from hf_ssl.data.images import EncodedRows, decoded_rows
+from hf_ssl.data.labeled import balanced_rows
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
@@ -36,7 +37,6 @@ from hf_ssl.files import replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
-from hf_ssl.random import permutation
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import check_packages
 
@@ -104,7 +104,9 @@ def build_space(
     if examples_split is not None:
         pool = _images(data, examples_split, 20 * examples)
         pool_labels, most = _labels(pool), len(pool)
-    chosen = _balanced_sample(pool_labels, len(pool), min(examples, most))
+    classes = pool.labels.numpy()
+    chosen = balanced_rows(classes, min(examples, most), seed=1)
+    chosen = chosen[np.argsort(classes[chosen], kind="stable")]
     pictures = [(pool[number], None if pool_labels is None else pool_labels[number]) for number in chosen]
     if examples_split is None:
         kept = np.setdiff1d(kept, chosen)
@@ -135,14 +137,9 @@ def _check_folder(folder: Path) -> None:
 
 def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
-    data = replace(data, streaming=False)
-    source = open_source(data, split)
-    columns = source.dataset.features or {}
-    classes = [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]
-    if data.label_column is not None or len(classes) == 1:
+    source = open_source(replace(data, streaming=False, max_images=count), split)
+    if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         return labeled_images(data, split, max_images=count)
-    if source.num_rows is not None and source.num_rows > count:
-        source = source.select(np.sort(permutation(source.num_rows, 0)[:count]))
     rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)
     return LabeledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
 
@@ -155,24 +152,6 @@ def _labels(images: LabeledImages) -> list[str] | None:
     if not images.class_names:
         return None
     return [images.class_names[label] for label in images.labels.tolist()]
-
-
-def _balanced_sample(labels: list[str] | None, total: int, count: int) -> np.ndarray:
-    """Return `count` random numbers below `total`, balanced over the classes and sorted by class.
-
-    The selection takes one number of each class first, then a second one of each class, and so on.
-    """
-    order = permutation(total, 1)
-    if labels is None:
-        return np.sort(order[:count])
-    seen: dict[str, int] = {}
-    turn = []
-    for number in order:
-        turn.append(seen.get(labels[number], 0))
-        seen[labels[number]] = turn[-1] + 1
-    chosen = order[np.argsort(turn, kind="stable")[:count]]
-    ranks = {name: rank for rank, name in enumerate(sorted(set(labels)))}
-    return np.array(sorted(chosen, key=lambda number: (ranks[labels[number]], number)), np.int64)
 
 
 def _facts(

@@ -25,7 +25,7 @@ from transformers.trainer_utils import (
 from hf_ssl.data import BrokenCounter
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
@@ -122,14 +122,13 @@ class CheckpointTrainer(OptimizingTrainer):
         """Load the weights and the state of a finished run."""
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.state = load_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
         self.broken.load_state_dict(state["broken"])
         self._position = state["position"]
-        state_file = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-        self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+        self._resumed_step = load_state(Path(resume_from_checkpoint)).global_step
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
         with _readable(Path(resume_from_checkpoint)):
@@ -157,6 +156,11 @@ def check_no_checkpoints(args: TrainingArguments) -> None:
             "use another folder, delete the checkpoints, or continue an unfinished run with "
             "train(resume_from_checkpoint=True)"
         )
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """Return the state of transformers' Trainer in a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
@@ -225,10 +229,9 @@ def _readable(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint {checkpoint}: expected readable files, got {reason}; remove the checkpoint, and the "
-            "run resumes from the one before it"
+            f"checkpoint {checkpoint}: expected readable files, got {first_line(error)}; remove the "
+            "checkpoint, and the run resumes from the one before it"
         ) from error
 
 

@@ -61,9 +61,9 @@ class LARS(Optimizer):
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust_coefficient: float = 0.001,
-        variant: str = "barlowtwins",
-        clip: bool = False,
+        trust_coefficient: float = LARSConfig.trust_coefficient,
+        variant: str = LARSConfig.variant,
+        clip: bool = LARSConfig.clip,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")

@@ -15,10 +15,12 @@ from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, as_sourc
 from hf_ssl.data.batch import UnreadableData
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.evaluation.knn import leave_one_out_knn
+from hf_ssl.evaluation.protocol import MAIN_KNN
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process
+from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.machine_settings import MONITOR_IMAGES
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], dict[str, float]]
 
 _KNN, _MONITORED = "eval_knn", "eval_embedding_std"
-_TEMPERATURE = 0.07
 _SEED_OFFSET = 2**32
 """Offset of the seed for the monitor. It makes the views differ from those of training."""
 _CHUNK = 64  # number of training images that are augmented and embedded at once
@@ -50,7 +51,7 @@ class KNNClassifier:
     bank: LabeledImages
     queries: LabeledImages | None
     processor: BaseImageProcessor
-    neighbors: int = 20
+    neighbors: int = MAIN_KNN[0]
     batch_size: int = 256
 
     @property
@@ -74,13 +75,13 @@ class KNNClassifier:
         bank = self._features(model, self.bank, "bank", dtype)
         if self.queries is None:
             tested, k = bank, min(self.neighbors, len(bank) - 1)
-            accuracy = leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=_TEMPERATURE)
+            accuracy = leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=MAIN_KNN[1])
         else:
             tested, k = self._features(model, self.queries, "queries", dtype), min(self.neighbors, len(bank))
             accuracy = knn_accuracy(
                 bank, self.bank.labels, tested, self.queries.labels,
-                neighbors=(k,), temperatures=(_TEMPERATURE,),
-            )[k, _TEMPERATURE]  # fmt: skip
+                neighbors=(k,), temperatures=MAIN_KNN[1:],
+            )[k, MAIN_KNN[1]]  # fmt: skip
         further = {}
         if compute_metrics is not None:
             labels = self.tested.labels.numpy()
@@ -228,7 +229,7 @@ class Monitor:
         with progress("monitor: training images", len(self.images)) as bar:
             for part in self.images.split(_CHUNK):
                 inputs = part.inputs(model.device, model.sample_masks)
-                with torch.autocast(model.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                with autocast(model.device, self.dtype):
                     embedded.append(model.embed(inputs))
                     features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
                 bar.update(len(part))

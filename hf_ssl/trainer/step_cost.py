@@ -15,7 +15,7 @@ from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import from_first_process
-from hf_ssl.precision import DTYPES
+from hf_ssl.precision import DTYPES, autocast
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 MEASURED_IMAGES = 32
@@ -127,7 +127,7 @@ def _pass(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast(args.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(args.device, dtype):
             made = model.embed(inputs)
     loss = sum(tensor.float().mean() for tensor in made.values() if tensor.requires_grad)
     if isinstance(loss, torch.Tensor):
@@ -148,7 +148,7 @@ def _feature_seconds(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SS
     seconds = []
     for _ in range(2):
         start = clock()
-        with torch.no_grad(), torch.autocast(args.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.no_grad(), autocast(args.device, dtype):
             encode(model.exported_encoder, images).float().sum().item()
         seconds.append(clock() - start)
     return min(seconds)

@@ -62,8 +62,7 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     Raises:
         ValueError: the parameters were sampled for other images.
     """
-    if len(images) != len(parameters):
-        raise ValueError(f"images: expected {len(parameters)}, one for each parameter row, got {len(images)}")
+    parameters.check_count(len(images))
     preset, views = parameters.preset, parameters.preset.expand()
     channels = images[0].shape[0] if images else len(preset.mean)
     shapes = ((preset.global_count, preset.size), (preset.local_count, preset.local_size))

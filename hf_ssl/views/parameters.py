@@ -56,6 +56,11 @@ class ViewParameters:
             raise TypeError(f"indices: expected a slice or a list of images, got {indices}")
         return ViewParameters(self.preset, self.table[indices])
 
+    def check_count(self, images: int) -> None:
+        """Raise `ValueError` unless the parameters were sampled for this number of images."""
+        if images != len(self):
+            raise ValueError(f"images: expected {len(self)}, one for each parameter row, got {images}")
+
     def column(self, name: str) -> torch.Tensor:
         """Return one parameter (B, V) of `COLUMNS`, as a view of the table."""
         return self.table[:, :, COLUMNS.index(name)]

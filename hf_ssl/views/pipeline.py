@@ -55,8 +55,7 @@ def augment(images: Tensor | Crops, parameters: ViewParameters) -> Views:
         ValueError: the parameters were sampled for other images.
     """
     preset = parameters.preset
-    if len(images) != len(parameters):
-        raise ValueError(f"images: expected {len(parameters)}, one for each parameter row, got {len(images)}")
+    parameters.check_count(len(images))
     if isinstance(images, Tensor):
         _check_boxes(images, parameters)
     global_input = images.global_crops if isinstance(images, Crops) else images

@@ -12,10 +12,9 @@ enough to repeat the augmentation.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from difflib import get_close_matches
 from typing import Any, NoReturn, get_type_hints
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -279,12 +278,7 @@ def _fail(key: str, expected: str, got: object) -> NoReturn:
 
 
 def _read(cls: type, values: dict[str, Any], where: str) -> Any:
-    names = [item.name for item in fields(cls)]
-    for name in values:
-        if name not in names:
-            close = get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
-            raise UserError(f"{where}.{name}: expected a key of {where}, got an unknown one; {hint}")
+    check_keys(values, (item.name for item in fields(cls)), where)
     read = {}
     for name, value in values.items():
         if name in ("second", "local") and value is not None:

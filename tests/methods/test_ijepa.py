@@ -15,8 +15,9 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods.ijepa import modeling_ijepa
 from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.methods.ijepa.modeling_ijepa import IJEPAForPreTraining
+from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.outputs import RunProgress
-from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, encoder_layers, special_tokens
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, special_tokens
 from hf_ssl.random import image_seeds as seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
@@ -165,9 +166,9 @@ def test_the_encoder_computes_the_context_alone_and_the_predictor_one_block_at_a
     model.before_step(RunProgress(3, 10, 5))
     masks, lengths = model.sample_masks(image_seeds()), []
     for layer in [
-        *encoder_layers(model.backbone),
+        *layers(model.backbone),
         *model.predictor.layers,
-        *encoder_layers(model.teacher_backbone),
+        *layers(model.teacher_backbone),
     ]:
         layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[:2]))
     model(pixel_values=batches[0], **masks).loss.backward()

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModel, ViTMAEConfig, ViTMAEForPreTraini
 from hf_ssl.errors import UserError
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
+from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
-    encoder_layers,
     patchify,
     special_tokens,
     unpatchify,
@@ -110,7 +110,7 @@ def test_a_published_vitmae_becomes_a_vit_with_the_same_features(images, tmp_pat
 @pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
 def test_only_visible_patches_go_through_the_encoder(kind, images, noise):
     model, lengths = build(kind).double().train(), []
-    for layer in [*encoder_layers(model.backbone), *model.decoder.layers]:
+    for layer in [*layers(model.backbone), *model.decoder.layers]:
         layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[:2]))
     model(pixel_values=images, noise=noise).loss.backward()
     special = special_tokens(model.backbone)

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
-    encoder_layers,
     select_patches,
     special_tokens,
 )
@@ -88,7 +88,7 @@ def test_patches_that_are_left_out_are_as_if_attention_never_reached_them(backbo
 
 def test_only_kept_patches_go_through_the_blocks(backbone):
     lengths = []
-    for layer in encoder_layers(backbone):
+    for layer in layers(backbone):
         layer.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
     encode_patches(backbone, images(), kept_patches(16, 4))
     assert lengths == [special_tokens(backbone) + 4] * 3
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
 
 def test_checkpointing_recomputes_blocks(backbone):
     calls = []
-    attention = next(m for m in encoder_layers(backbone)[0].modules() if isinstance(m, nn.LayerNorm))
+    attention = next(m for m in layers(backbone)[0].modules() if isinstance(m, nn.LayerNorm))
     attention.register_forward_hook(lambda *_: calls.append(1))
     backbone.train().gradient_checkpointing_enable({"use_reentrant": False})
     encode_patches(backbone, images(), kept_patches(16, 4)).sum().backward()

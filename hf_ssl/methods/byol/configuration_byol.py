@@ -4,11 +4,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum
+from hf_ssl.modeling.configuration import TeacherConfig
 
 
 @strict
-class BYOLConfig(SSLConfig):
+class BYOLConfig(TeacherConfig):
     """BYOL (Grill et al., arXiv:2006.07733).
 
     Attributes:
@@ -21,15 +21,8 @@ class BYOLConfig(SSLConfig):
 
     model_type = "ssl_byol"
 
-    momentum: float = 0.996
-    momentum_end: float = 1.0
-    momentum_schedule: str = "cosine"
     projection_size: int = 256
     projection_hidden_size: int = 4096
-
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        check_momentum(self)
 
 
 AutoConfig.register(BYOLConfig.model_type, BYOLConfig)

@@ -9,7 +9,7 @@ from hf_ssl.methods.byol.configuration_byol import BYOLConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
 
 
 class BYOLForPreTraining(MomentumModel):
@@ -48,10 +48,8 @@ class BYOLForPreTraining(MomentumModel):
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
         predictions, targets = embeddings["predictions"], embeddings["targets"]
-        first = cosine_regression(predictions[:, 0], targets[:, 1])
-        second = cosine_regression(predictions[:, 1], targets[:, 0])
-        terms = {"first_view": first.detach(), "second_view": second.detach()}
-        return SSLOutput(loss=first + second, terms=terms, embeddings=embeddings["projections"])
+        loss, terms = loss_of_both_views(cosine_regression, predictions, targets)
+        return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
 
 
 AutoModelForPreTraining.register(BYOLConfig, BYOLForPreTraining)

@@ -14,7 +14,7 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
 from hf_ssl.modeling.memory import MemoryBank, spherical_kmeans
-from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import COLLAPSED_PROTOTYPES, RunProgress, SSLOutput, prototype_usage
 
 
 class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
@@ -33,8 +33,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
     couples_samples = True
     minimum_views = 1
     takes_local_views = True
-    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
-    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
+    collapsed_below = COLLAPSED_PROTOTYPES
     needs_sample_index = True
     needs_memory_warmup = True
     memory_inputs = ("projections", "sample_index")
@@ -44,10 +43,8 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         sizes = [feature_size(self.backbone), config.projection_hidden_size, config.projection_size]
         self.projector = MLPHead(sizes, bias=True, last_bias=True)
         self.heads = nn.ModuleList(Prototypes(count, config.projection_size) for count in config.prototypes)
-        views = int((config.views or {}).get("count", 2))
-        self.bank = MemoryBank(
-            config.num_samples, views, config.projection_size, labels=len(config.prototypes)
-        )
+        views, labels = config.global_views, len(config.prototypes)
+        self.bank = MemoryBank(config.num_samples, views, config.projection_size, labels)
         self.post_init()
 
     def freeze(self) -> None:

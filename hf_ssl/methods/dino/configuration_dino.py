@@ -4,11 +4,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields, check_temperature
 
 
 @strict
-class DINOConfig(SSLConfig):
+class DINOConfig(TeacherConfig):
     """DINO (Caron et al., arXiv:2104.14294).
 
     The defaults are those of facebookresearch/dino for ViT-S/16.
@@ -41,9 +41,6 @@ class DINOConfig(SSLConfig):
     teacher_temperature_start: float = 0.04
     teacher_temperature_warmup_epochs: float = 0.0
     center_momentum: float = 0.9
-    momentum: float = 0.996
-    momentum_end: float = 1.0
-    momentum_schedule: str = "cosine"
     freeze_last_layer_epochs: float = 1.0
     norm_last_layer: bool = True
     projection_hidden_size: int = 2048
@@ -64,8 +61,7 @@ class DINOConfig(SSLConfig):
         )
 
     def validate_shares(self) -> None:
-        """Raise `ValueError` for a momentum or a share outside of 0 to 1."""
-        check_momentum(self)
+        """Raise `ValueError` for a momentum of the center or a share outside of 0 to 1."""
         center, drop = self.center_momentum, self.drop_path_rate
         check_fields(
             ("center_momentum", center, 0 <= center <= 1, "a number from 0 to 1"),

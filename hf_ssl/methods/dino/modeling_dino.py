@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINO: self-distillation with no labels (arXiv:2104.14294)."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -16,7 +14,7 @@ from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.heads import MLPHead, WeightNormLinear
 from hf_ssl.modeling.memory import Center, HostNumber
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import COLLAPSED_PROTOTYPES, RunProgress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.vit.drop_path import add_drop_path, without_drop_path
 
@@ -32,13 +30,8 @@ class DINOForPreTraining(MomentumModel):
 
     config_class = DINOConfig
     takes_local_views = True
-    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
-    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
-    student_teacher: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("backbone", "teacher_backbone"),
-        ("projector", "teacher_projector"),
-        ("last_layer", "teacher_last_layer"),
-    )
+    collapsed_below = COLLAPSED_PROTOTYPES
+    student_teacher = (*MomentumModel.student_teacher, ("last_layer", "teacher_last_layer"))
     exported = "teacher_backbone"
     memory_inputs = ("teacher",)
 

@@ -4,11 +4,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields
 
 
 @strict
-class DirectPredConfig(SSLConfig):
+class DirectPredConfig(TeacherConfig):
     """DirectPred (Tian, Chen and Ganguli, arXiv:2102.06810) and DirectCopy (Wang et al., arXiv:2110.04947).
 
     Attributes:
@@ -29,15 +29,10 @@ class DirectPredConfig(SSLConfig):
     epsilon: float = 0.01
     correlation_momentum: float = 0.3
     update_frequency: int = 1
-    momentum: float = 0.996
     momentum_end: float = 0.996
     momentum_schedule: str = "constant"
     projection_size: int = 128
     projection_hidden_size: int = 512
-
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        check_momentum(self)
 
     def validate_predictor(self) -> None:
         """Raise `ValueError` for settings of the predictor outside of their ranges."""

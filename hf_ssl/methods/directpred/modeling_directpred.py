@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import cosine_regression
+from hf_ssl.losses.upcasting import without_autocast
 from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.memory import PersistentBuffers
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import RunProgress, SSLOutput
+from hf_ssl.modeling.outputs import RunProgress, SSLOutput, loss_of_both_views
 
 
 class DirectPredForPreTraining(MomentumModel):
@@ -54,11 +55,8 @@ class DirectPredForPreTraining(MomentumModel):
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the sum over both views of the mean of 2 - 2 cos(prediction, the other view's target)."""
         projections, targets = embeddings["projections"], embeddings["targets"]
-        predictions = self.predictor(projections)
-        first = cosine_regression(predictions[:, 0], targets[:, 1])
-        second = cosine_regression(predictions[:, 1], targets[:, 0])
-        terms = {"first_view": first.detach(), "second_view": second.detach()}
-        return SSLOutput(loss=first + second, terms=terms, embeddings=projections)
+        loss, terms = loss_of_both_views(cosine_regression, self.predictor(projections), targets)
+        return SSLOutput(loss=loss, terms=terms, embeddings=projections)
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Update the correlation matrix with this batch's projections."""
@@ -98,11 +96,11 @@ class Predictor(PersistentBuffers):
         return projections @ self.weight.to(projections.dtype)
 
     @torch.no_grad()
+    @without_autocast
     def update_correlation(self, projections_NP: Tensor, momentum: float) -> None:
         """Update the correlation matrix by EMA with that of projections (N, P)."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            rows = projections_NP.to(self.correlation.dtype)
-            self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum)
+        rows = projections_NP.to(self.correlation.dtype)
+        self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum)
 
     @torch.no_grad()
     def update_weight(self, exponent: float, epsilon: float) -> None:

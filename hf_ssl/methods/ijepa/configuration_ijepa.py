@@ -7,12 +7,12 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields, patch_grid, width_field
 from hf_ssl.views.masks import Size, block_size
 
 
 @strict
-class IJEPAConfig(SSLConfig):
+class IJEPAConfig(TeacherConfig):
     """I-JEPA (Assran et al., arXiv:2301.08243).
 
     The defaults are those of facebookresearch/ijepa, `configs/in1k_vith14_ep300.yaml`.
@@ -49,17 +49,12 @@ class IJEPAConfig(SSLConfig):
     predictor_hidden_size: int = 384
     predictor_attention_heads: int | None = None
     initializer_range: float = 0.02
-    momentum: float = 0.996
-    momentum_end: float = 1.0
     momentum_schedule: str = "linear"
 
     @property
     def grid(self) -> Size:
         """Return the numbers of rows and columns of patches in an image."""
-        backbone: Any = self.backbone_config
-        height, width = _pair(backbone.image_size)
-        patch_height, patch_width = _pair(backbone.patch_size)
-        return height // patch_height, width // patch_width
+        return patch_grid(self.backbone_config)
 
     def target_size(self, number: float) -> Size:
         """Return the rows and columns of target blocks. A number in [0, 1) selects the size."""
@@ -78,10 +73,6 @@ class IJEPAConfig(SSLConfig):
             reach_edges=self.blocks_reach_edges,
         )
 
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        check_momentum(self)
-
     def validate_ranges(self) -> None:
         """Raise `ValueError` for a decreasing range, or for shares of an image outside of 0 to 1."""
         for key in ("target_scale", "target_aspect_ratio", "context_scale"):
@@ -94,18 +85,13 @@ class IJEPAConfig(SSLConfig):
                 )
 
     def validate_predictor(self) -> None:
-        """Raise `ValueError` for a predictor without layers or with a wrong width.
-
-        The width must be a multiple of the number of heads, and of 4 for the position table.
-        """
+        """Raise `ValueError` for a predictor without layers or with a wrong width (see `width_field`)."""
         backbone: Any = self.backbone_config
-        width = self.predictor_hidden_size
+        width, depth = self.predictor_hidden_size, self.predictor_depth
         heads = self.predictor_attention_heads or backbone.to_dict().get("num_attention_heads", 1)
-        fits = width > 0 and width % 4 == 0 and width % heads == 0
-        expected = f"a multiple of 4 and of predictor_attention_heads = {heads}"
         check_fields(
-            ("predictor_hidden_size", width, fits, expected),
-            ("predictor_depth", self.predictor_depth, self.predictor_depth >= 1, "at least 1"),
+            width_field("predictor_hidden_size", width, "predictor_attention_heads", heads),
+            ("predictor_depth", depth, depth >= 1, "at least 1"),
         )
 
     def validate_blocks(self) -> None:
@@ -129,11 +115,6 @@ class IJEPAConfig(SSLConfig):
                 f"method.context_more_than: expected less than {rows * columns}, the size of the smallest "
                 f"context block in {self.grid[0]} x {self.grid[1]} patches, got {self.context_more_than}"
             )
-
-
-def _pair(size: Any) -> Size:
-    """Return (rows, columns) of a size. One number means a square."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 AutoConfig.register(IJEPAConfig.model_type, IJEPAConfig)

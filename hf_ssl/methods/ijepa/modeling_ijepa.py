@@ -23,12 +23,9 @@ from hf_ssl.modeling.gather import min_over_processes
 from hf_ssl.modeling.momentum import TeacherModel
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.modeling.vit.patches import (
-    PATCH_SELECTION_TYPES,
+    PatchSelectionModel,
     encode_patches,
-    fill_encoder_positions,
-    patch_grid,
     select_patches,
-    special_tokens,
 )
 from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.views.masks import block_size_numbers, first_patches, sample_multi_block_masks
@@ -37,7 +34,7 @@ _EVAL_BLOCK_SIZE_NUMBERS = (0.5, 0.5)
 """Numbers that select medium block sizes in eval mode. They make the measurements of a run comparable."""
 
 
-class IJEPAForPreTraining(TeacherModel):
+class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
     """A predictor predicts the teacher's features of target blocks from the other patches of the image.
 
     The encoder computes only the context patches. The teacher receives the whole image. Its features,
@@ -55,17 +52,11 @@ class IJEPAForPreTraining(TeacherModel):
     """
 
     config_class = IJEPAConfig
-    backbone_types = PATCH_SELECTION_TYPES
-    minimum_views = 1
-    maximum_views = 1
     exported = "teacher_backbone"
-    published_feature = "mean"  # the targets are patch features, and I-JEPA's own encoder has no class token
     mask_inputs = ("context_patches", "target_patches")
 
     def __init__(self, config: IJEPAConfig) -> None:
         super().__init__(config)
-        self.num_special_tokens = special_tokens(self.backbone)
-        self.grid = patch_grid(self.backbone)
         self.predictor = IJEPAPredictor(self.backbone, config)
         self._block_size_numbers = _EVAL_BLOCK_SIZE_NUMBERS
         self.post_init()
@@ -75,13 +66,6 @@ class IJEPAForPreTraining(TeacherModel):
         super()._init_weights(module)
         if isinstance(module, IJEPAPredictor):
             init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
-        if module is self:  # this call is the last one, after the encoder's; its teacher is copied later
-            fill_encoder_positions(self.backbone)
-
-    def freeze(self) -> None:
-        """Also freeze the encoder's position table."""
-        super().freeze()
-        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def before_step(self, progress: RunProgress) -> None:
         """Also select the sizes of this step's blocks."""

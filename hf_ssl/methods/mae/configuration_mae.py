@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, width_field
 
 
 @strict
@@ -35,16 +35,12 @@ class MAEConfig(SSLConfig):
         check_fields(("mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "a number between 0 and 1"))
 
     def validate_decoder(self) -> None:
-        """Raise `ValueError` for a decoder without layers or with a wrong width.
-
-        The width must be a multiple of the number of heads, and of 4 for the position table.
-        """
+        """Raise `ValueError` for a decoder without layers or with a wrong width (see `width_field`)."""
         layers, size = self.decoder_num_hidden_layers, self.decoder_hidden_size
         heads = self.decoder_num_attention_heads
-        expected = f"a multiple of 4 and of decoder_num_attention_heads = {heads}"
         check_fields(
             ("decoder_num_hidden_layers", layers, layers >= 1, "at least 1"),
-            ("decoder_hidden_size", size, size % 4 == 0 and size % heads == 0, expected),
+            width_field("decoder_hidden_size", size, "decoder_num_attention_heads", heads),
         )
 
 

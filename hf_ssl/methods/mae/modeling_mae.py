@@ -19,16 +19,13 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.losses import masked_patch_mse
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
-from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.vit.patches import (
-    PATCH_SELECTION_TYPES,
+    PatchSelectionModel,
     encode_patches,
-    fill_encoder_positions,
-    patch_grid,
     patchify,
     select_patches,
-    special_tokens,
     unpatchify,
 )
 from hf_ssl.modeling.vit.predictor import PatchPredictor
@@ -51,7 +48,7 @@ _DECODER_NAMES = {
 }  # fmt: skip
 
 
-class MAEForPreTraining(SSLPreTrainedModel):
+class MAEForPreTraining(PatchSelectionModel):
     """An encoder receives a quarter of an image's patches. A small decoder predicts the pixels of the others.
 
     Masked patches pass through no block of the encoder. Positions are fixed sine-cosine tables, also in the
@@ -60,18 +57,11 @@ class MAEForPreTraining(SSLPreTrainedModel):
     """
 
     config_class = MAEConfig
-    backbone_types = PATCH_SELECTION_TYPES
-    minimum_views = 1
-    maximum_views = 1
     mask_inputs = ("noise",)
-    published_feature = "mean"  # no loss trains the class token
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
-        self.num_special_tokens = special_tokens(self.backbone)
-        self.grid = patch_grid(self.backbone)
-        embedding: Any = self.backbone.get_submodule("embeddings.patch_embeddings")
-        self.patch_size: tuple[int, int] = tuple(embedding.patch_size)
+        self.patch_size = as_pair(self.backbone.config.patch_size)
         self.num_patches = math.prod(self.grid)
         # The number of visible patches is rounded down, as in the authors' code.
         self.num_visible = int(self.num_patches * (1 - config.mask_ratio))
@@ -80,7 +70,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
                 "method.mask_ratio: expected at least one visible and one masked patch, got "
                 f"{config.mask_ratio}, which makes {self.num_visible} of {self.num_patches} patches visible"
             )
-        values = math.prod(self.patch_size) * embedding.num_channels
+        values = math.prod(self.patch_size) * self.backbone.config.num_channels
         self.decoder = MAEDecoder(self.backbone, config, values)
         self.post_init()
 
@@ -89,12 +79,6 @@ class MAEForPreTraining(SSLPreTrainedModel):
         super()._init_weights(module)
         if module is self:  # this call is the last one, after the encoder's initialization
             initialize_as_authors(self)
-            fill_encoder_positions(self.backbone)
-
-    def freeze(self) -> None:
-        """Also freeze the encoder's position table."""
-        super().freeze()
-        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return the noise (B, P) that decides which patches are visible."""

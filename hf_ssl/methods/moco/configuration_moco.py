@@ -4,11 +4,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_momentum, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields, check_temperature
 
 
 @strict
-class MoCoConfig(SSLConfig):
+class MoCoConfig(TeacherConfig):
     """MoCo (He et al., arXiv:1911.05722) and MoCo v2 (Chen et al., arXiv:2003.04297).
 
     The defaults are those of MoCo v2. MoCo v1 has temperature 0.07 and one projection layer.
@@ -47,10 +47,6 @@ class MoCoConfig(SSLConfig):
     def validate_temperature(self) -> None:
         """Raise `ValueError` for a temperature below 0.003."""
         check_temperature(self)
-
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        check_momentum(self)
 
     def validate_queue(self) -> None:
         """Raise `ValueError` for a queue without rows or a batch without parts."""

@@ -4,11 +4,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_momentum, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig, check_temperature
 
 
 @strict
-class MoCoV3Config(SSLConfig):
+class MoCoV3Config(TeacherConfig):
     """MoCo v3 (Chen et al., arXiv:2104.02057).
 
     The defaults are those of the authors' ResNet-50. Their ViTs have temperature 0.2, `projection_layers` 3
@@ -30,8 +30,6 @@ class MoCoV3Config(SSLConfig):
 
     temperature: float = 1.0
     momentum: float = 0.99
-    momentum_end: float = 1.0
-    momentum_schedule: str = "cosine"
     projection_size: int = 256
     projection_hidden_size: int = 4096
     projection_layers: int = 2
@@ -41,10 +39,6 @@ class MoCoV3Config(SSLConfig):
     def validate_temperature(self) -> None:
         """Raise `ValueError` for a temperature below 0.003."""
         check_temperature(self)
-
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        check_momentum(self)
 
 
 AutoConfig.register(MoCoV3Config.model_type, MoCoV3Config)

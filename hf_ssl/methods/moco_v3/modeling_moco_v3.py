@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoCo v3: momentum contrast without a queue, also for vision transformers (arXiv:2104.02057)."""
 
+from functools import partial
+
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
@@ -9,7 +11,7 @@ from hf_ssl.methods.moco_v3.configuration_moco_v3 import MoCoV3Config
 from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
 
 
 class MoCoV3ForPreTraining(MomentumModel):
@@ -56,10 +58,8 @@ class MoCoV3ForPreTraining(MomentumModel):
         """
         queries, keys = embeddings["queries"], embeddings["keys"]
         temperature = self.config.temperature
-        first = info_nce(queries[:, 0], keys[:, 1], temperature=temperature)
-        second = info_nce(queries[:, 1], keys[:, 0], temperature=temperature)
-        terms = {"first_view": first.detach(), "second_view": second.detach()}
-        return SSLOutput(loss=2 * temperature * (first + second), terms=terms, embeddings=queries)
+        loss, terms = loss_of_both_views(partial(info_nce, temperature=temperature), queries, keys)
+        return SSLOutput(loss=2 * temperature * loss, terms=terms, embeddings=queries)
 
 
 AutoModelForPreTraining.register(MoCoV3Config, MoCoV3ForPreTraining)

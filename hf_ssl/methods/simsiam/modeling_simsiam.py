@@ -9,7 +9,7 @@ from hf_ssl.methods.simsiam.configuration_simsiam import SimSiamConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
-from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
@@ -46,11 +46,12 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean over both views of -cos(prediction, the other view's projection)."""
         predictions, targets = embeddings["predictions"], embeddings["projections"].detach()
-        # `cosine_regression` returns 2 - 2 cos, and half of it is 1 - cos.
-        first = cosine_regression(predictions[:, 0], targets[:, 1]) / 2 - 1
-        second = cosine_regression(predictions[:, 1], targets[:, 0]) / 2 - 1
-        terms = {"first_view": first.detach(), "second_view": second.detach()}
-        return SSLOutput(loss=(first + second) / 2, terms=terms, embeddings=embeddings["projections"])
+        loss, terms = loss_of_both_views(_negative_cosine, predictions, targets)
+        return SSLOutput(loss=loss / 2, terms=terms, embeddings=embeddings["projections"])
+
+
+def _negative_cosine(prediction_BP: Tensor, target_BP: Tensor) -> Tensor:
+    return cosine_regression(prediction_BP, target_BP) / 2 - 1  # half of 2 - 2 cos is 1 - cos
 
 
 AutoModelForPreTraining.register(SimSiamConfig, SimSiamForPreTraining)

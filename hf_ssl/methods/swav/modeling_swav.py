@@ -13,7 +13,7 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
 from hf_ssl.modeling.memory import Queue
-from hf_ssl.modeling.outputs import RunProgress, SSLOutput, prototype_usage
+from hf_ssl.modeling.outputs import COLLAPSED_PROTOTYPES, RunProgress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
 
@@ -29,8 +29,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
     config_class = SwAVConfig
     couples_samples = True
     takes_local_views = True
-    # Embeddings that share a direction are not collapsed: the loss compares them with prototypes.
-    collapsed_below = {"prototype_entropy": 0.05, "embedding_rank": 2.0}  # noqa: RUF012
+    collapsed_below = COLLAPSED_PROTOTYPES
     memory_inputs = ("projections",)
 
     def __init__(self, config: SwAVConfig) -> None:
@@ -39,7 +38,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
         self.projector = MLPHead(sizes, bias=True, last_bias=True)
         self.prototypes = Prototypes(config.prototypes, config.projection_size)
         # Each global view has a queue. Its embeddings are assigned together with those of the same view.
-        views = int((config.views or {}).get("count", 2)) if config.queue_size else 0
+        views = config.global_views if config.queue_size else 0
         self.queues = nn.ModuleList(Queue(config.queue_size, config.projection_size) for _ in range(views))
         self._use_queue = False
         self.post_init()

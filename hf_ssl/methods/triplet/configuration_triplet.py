@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, check_fields
 
 
 @strict
@@ -32,10 +32,11 @@ class TripletConfig(SSLConfig):
 
     def validate_negatives(self) -> None:
         """Raise `ValueError` for an unknown choice of negatives or a margin that is not positive."""
-        if self.negatives not in ("semi_hard", "random"):
-            raise ValueError(f"method.negatives: expected semi_hard or random, got {self.negatives!r}")
-        if self.margin <= 0:
-            raise ValueError(f"method.margin: expected a number above 0, got {self.margin}")
+        known = self.negatives in ("semi_hard", "random")
+        check_fields(
+            ("negatives", self.negatives, known, "semi_hard or random"),
+            ("margin", self.margin, self.margin > 0, "a number above 0"),
+        )
 
 
 AutoConfig.register(TripletConfig.model_type, TripletConfig)

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import triplet
-from hf_ssl.losses.upcasting import upcast
+from hf_ssl.losses.upcasting import upcast, without_autocast
 from hf_ssl.methods.triplet.configuration_triplet import TripletConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -51,6 +51,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
         return SSLOutput(loss=loss, terms={"triplet": loss.detach()}, embeddings=embeddings["projections"])
 
     @torch.no_grad()
+    @without_autocast  # bfloat16 rounds close distances
     def _negatives(self, anchor_BD: Tensor, positive_BD: Tensor) -> Tensor:
         """Return the row numbers (B,) of the anchors' negatives in the batch of positives."""
         batch = len(anchor_BD)
@@ -59,8 +60,7 @@ class TripletForPreTraining(SSLPreTrainedModel):
             generator = torch.Generator().manual_seed(self.batches.total)
             step = torch.randint(1, batch, (batch,), generator=generator)
             return ((torch.arange(batch) + step) % batch).to(anchor_BD.device)
-        with torch.autocast(anchor_BD.device.type, enabled=False):  # bfloat16 rounds close distances
-            distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
+        distance_BB = 2 - 2 * anchor_BD @ positive_BD.T
         own = distance_BB.diagonal()[:, None]
         others = ~torch.eye(batch, dtype=torch.bool, device=distance_BB.device)
         farther = others & (distance_BB > own)

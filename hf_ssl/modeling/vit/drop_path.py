@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, encoder_layers
+from hf_ssl.modeling.backbones import layers
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES
 
 
 def add_drop_path(backbone: Any, rate: float) -> None:
@@ -23,9 +24,9 @@ def add_drop_path(backbone: Any, rate: float) -> None:
     """
     if rate == 0 or backbone.config.model_type not in PATCH_SELECTION_TYPES:
         return
-    layers = encoder_layers(backbone)
-    for number, layer in enumerate(layers):
-        own = rate * number / max(1, len(layers) - 1)
+    blocks: list[Any] = layers(backbone)
+    for number, layer in enumerate(blocks):
+        own = rate * number / max(1, len(blocks) - 1)
         end = layer.drop_path if "drop_path" in dict(layer.named_children()) else layer.dropout
         end.register_forward_hook(partial(_drop_path, own))
 

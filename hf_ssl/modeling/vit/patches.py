@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of images: encode only some of them with a stock vision transformer; convert images to patches;
-fixed sine-cosine positions of patches.
+fixed sine-cosine positions of patches; base class of methods that use them.
 
 Legend: N images, C channels, H, W sides, S special tokens, P patches of an image (row by row), K selected
 patches, X values of a patch, D dims.
@@ -14,17 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.backbones import layers
+from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.configuration import SSLConfig, patch_grid
 from hf_ssl.modeling.memory import PersistentBuffers
 
-PATCH_SELECTION_TYPES = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers")
+_SPECIAL_TOKENS = {"vit": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1}
+_WITH_INNER_ENCODER = ("dinov2", "dinov2_with_registers")
+PATCH_SELECTION_TYPES = tuple(_SPECIAL_TOKENS)
 """Model types of the encoders that can encode some patches only.
 
 Each adds positions before the first block, so the position of a token does not depend on the omitted tokens.
 DINOv3's blocks compute rotary positions instead.
 """
-
-_SPECIAL_TOKENS = {"vit": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1}
-_WITH_INNER_ENCODER = ("dinov2", "dinov2_with_registers")
 
 
 def special_tokens(backbone: PreTrainedModel) -> int:
@@ -66,7 +68,7 @@ def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tens
     if kept_NK is not None:
         patches = select_patches(tokens[:, num_special_tokens:], kept_NK)
         tokens = torch.cat([tokens[:, :num_special_tokens], patches], dim=1)
-    for layer in encoder_layers(backbone):
+    for layer in layers(backbone):
         tokens = layer(tokens)
     module: Any = backbone
     return module.layernorm(tokens)
@@ -85,11 +87,6 @@ def embed_patches(backbone: Any, images_NCHW: Tensor) -> Tensor:
         return backbone.embeddings(images_NCHW)  # this always interpolates if needed
     own = tuple(images_NCHW.shape[-2:]) == tuple(backbone.embeddings.image_size)
     return backbone.embeddings(images_NCHW, interpolate_pos_encoding=not own)
-
-
-def encoder_layers(backbone: Any) -> Any:
-    """Return the encoder's blocks, first to last."""
-    return backbone.encoder.layer if backbone.config.model_type in _WITH_INNER_ENCODER else backbone.layers
 
 
 def patchify(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -143,13 +140,6 @@ def sine_cosine_2d(height: int, width: int, dims: int) -> Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-def patch_grid(backbone: Any) -> tuple[int, int]:
-    """Return the rows and columns of patches in an image of a vision transformer's own size."""
-    patches = backbone.embeddings.patch_embeddings
-    (height, width), (patch_height, patch_width) = patches.image_size, patches.patch_size
-    return height // patch_height, width // patch_width
-
-
 def fill_positions(table: Tensor, grid: tuple[int, int]) -> None:
     """Write sine-cosine positions to a table (1, S + P, D), unless a checkpoint has filled it.
 
@@ -163,10 +153,39 @@ def fill_positions(table: Tensor, grid: tuple[int, int]) -> None:
 def fill_encoder_positions(backbone: Any) -> None:
     """Write sine-cosine positions to a vision transformer's own table, unless a checkpoint has filled it.
 
-    Call this function in `_init_weights(self)` of a method, which runs after the encoder is initialized. This
-    function does not freeze the table.
+    This function does not freeze the table.
     """
-    fill_positions(backbone.embeddings.position_embeddings, patch_grid(backbone))
+    fill_positions(backbone.embeddings.position_embeddings, patch_grid(backbone.config))
+
+
+class PatchSelectionModel(SSLPreTrainedModel):
+    """A method whose encoder receives some patches of one view. The encoder's positions are a fixed table.
+
+    Attributes:
+        num_special_tokens: S.
+        grid: rows and columns of patches in an image.
+    """
+
+    backbone_types = PATCH_SELECTION_TYPES
+    minimum_views = 1
+    maximum_views = 1
+    published_feature = "mean"  # no loss trains the class token, and I-JEPA's own encoder has none
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.num_special_tokens = special_tokens(self.backbone)
+        self.grid = patch_grid(self.backbone.config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if module is self:  # this call is the last one, after the encoder's; a teacher is copied later
+            fill_encoder_positions(self.backbone)
+
+    def freeze(self) -> None:
+        """Also freeze the encoder's position table."""
+        super().freeze()
+        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
 
 class PositionTable(PersistentBuffers):

@@ -13,7 +13,8 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer, eager_attention_forward
 
 from hf_ssl.modeling.backbones import feature_size
-from hf_ssl.modeling.vit.patches import PositionTable, patch_grid, special_tokens
+from hf_ssl.modeling.configuration import patch_grid
+from hf_ssl.modeling.vit.patches import PositionTable, special_tokens
 
 
 class PatchPredictor(nn.Module):
@@ -34,7 +35,7 @@ class PatchPredictor(nn.Module):
         self.num_special_tokens = special_tokens(encoder)
         self.embed = nn.Linear(feature_size(encoder), size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.positions = PositionTable(self.num_special_tokens, *patch_grid(encoder), size)
+        self.positions = PositionTable(self.num_special_tokens, *patch_grid(encoder.config), size)
         self.layers = vit_layers(config, depth)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
