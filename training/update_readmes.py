@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,17 @@ def arguments() -> str:
             lines.append(f"| `{name}` | works | works, as `publish.{PUBLISH_KEYS[name]}` |")
         else:
             working.append(f"`{name}`")
-    return "\n".join([*lines, f"| {', '.join(working)} | work | work |"])
+    lines.append(f"| {', '.join(working)} | work | work |")
+    stock, ours = (
+        {field.name: field.default for field in dataclasses.fields(cls)}
+        for cls in (TrainingArguments, SSLTrainingArguments)
+    )
+    other = [
+        f"`{name}` {ours[name]} (not {value})"
+        for name, value in sorted(stock.items())
+        if ours[name] != value and not isinstance(value, type(dataclasses.MISSING))
+    ]
+    return "\n".join([*lines, "", f"Defaults that differ from those of transformers: {', '.join(other)}."])
 
 
 def measurements() -> str:

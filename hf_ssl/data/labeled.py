@@ -160,7 +160,8 @@ def _labels(source: Source) -> tuple[np.ndarray, list[str]]:
         if source.label_column is None:
             raise UserError(
                 f"data.label_column: expected labels in {source.description}, got no column of the type "
-                f"ClassLabel in {', '.join(source.dataset.column_names)}; use data.label_column=NAME"
+                f"ClassLabel in {', '.join(source.dataset.column_names)}; use "
+                "data.label_column=NAME, in Python DataConfig(label_column=NAME)"
             )
         return label_values(source.dataset, source.label_column)
     values = np.asarray(source.dataset.labels(source.label_column))

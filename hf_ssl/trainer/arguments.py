@@ -19,6 +19,8 @@ from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 from hf_ssl.trainer.transformers_arguments import check_accelerator_config, check_arguments
 
 AUTO = "auto"
+# torch 2.14 says so in every process; accelerate (1.12 to 1.15) passes the argument.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
 DEFAULT_BATCH_SIZE = 256

@@ -381,14 +381,16 @@ from datasets import load_from_disk
 from transformers import ResNetConfig
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
 args = SSLTrainingArguments(
-    str(folder / "run"), max_steps=2, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True,
-    report_to="none", monitor_steps=0, ddp_backend="gloo", ddp_timeout=77, ddp_bucket_cap_mb=3,
+    str(folder / "run"), max_steps=3, learning_rate=0.05, per_device_train_batch_size=8, use_cpu=True,
+    disable_tqdm=True, report_to="none", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+    metric_for_best_model="rank_me", greater_is_better=True, ddp_backend="gloo", ddp_timeout=77, ddp_bucket_cap_mb=3,
     ddp_find_unused_parameters=True, ddp_broadcast_buffers=True, ddp_static_graph=True,
     log_level_replica="error")
 tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 trainer = SSLTrainer(SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny, views={"size": 16})), args,
                      train_dataset=load_from_disk(table))
 trainer.train()
+torch.save((trainer.state.best_global_step, trainer.method.state_dict()), folder / f"{rank}.pt")
 ddp = trainer.model_wrapped
 assert ddp.bucket_bytes_cap == 3 * 2**20 and ddp.find_unused_parameters and ddp.broadcast_buffers
 assert ddp.static_graph and torch.distributed.get_backend() == "gloo"
@@ -405,3 +407,7 @@ def test_settings_of_ddp_arrive(forks: Forks, table: Dataset, tmp_path: Path) ->
     ranks = [[str(rank), str(tmp_path), str(tmp_path / "table"), port] for rank in range(2)]
     done = forks.together("transformers", DDP, ranks)
     assert [rank.returncode for rank in done] == [0, 0], done[0].stderr[-3000:]
+    (best, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert best < 3, "the test needs a best step before the last one"
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name

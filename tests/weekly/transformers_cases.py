@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common tests of transformers for all methods. `common.py` copies this file beside those tests."""
+"""The common tests of transformers for all methods. `transformers_tests.py` copies this file."""
 
 import copy
 import unittest

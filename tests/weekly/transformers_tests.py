@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the common model and config tests of transformers on all methods: `python tests/weekly/common.py`.
+"""Runs the common tests of transformers on all methods: `python tests/weekly/transformers_tests.py`.
 
 The tests come from the source distribution of the installed version. It lacks three modules, which stubs
-replace. `common.json` contains the counts.
+replace. `transformers_tests.json` contains the counts.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import transformers
 
 HERE = Path(__file__).parent
-RECORD = HERE / "common.json"
+RECORD = HERE / "transformers_tests.json"
 STUBS = {
     "exporters/test_export.py": "class ExportTesterMixin: pass",
     "generation/test_utils.py": "class GenerationTesterMixin: pass",
@@ -44,7 +44,7 @@ def prepare(folder: Path) -> None:
         (package / name).write_text(code + "\n")
         (package / name).parent.joinpath("__init__.py").touch()
     (package / "__init__.py").touch()
-    shutil.copy(HERE / "common_models.py", folder / "test_common_models.py")
+    shutil.copy(HERE / "transformers_cases.py", folder / "test_common_models.py")
 
 
 def run(folder: Path, arguments: list[str]) -> tuple[dict[str, int], str]:

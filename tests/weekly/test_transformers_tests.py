@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from weekly.common import RECORD, main
+from weekly.transformers_tests import RECORD, main
 
 
 @pytest.mark.weekly
