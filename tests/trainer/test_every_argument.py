@@ -383,7 +383,8 @@ from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingAr
 args = SSLTrainingArguments(
     str(folder / "run"), max_steps=3, learning_rate=0.05, per_device_train_batch_size=8, use_cpu=True,
     disable_tqdm=True, report_to="none", eval_steps=1, save_steps=1, load_best_model_at_end=True,
-    metric_for_best_model="rank_me", greater_is_better=True, ddp_backend="gloo", ddp_timeout=77, ddp_bucket_cap_mb=3,
+    metric_for_best_model="rank_me", greater_is_better=True, ddp_backend="gloo", ddp_timeout=77,
+    ddp_bucket_cap_mb=3,
     ddp_find_unused_parameters=True, ddp_broadcast_buffers=True, ddp_static_graph=True,
     log_level_replica="error")
 tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
