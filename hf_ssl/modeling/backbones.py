@@ -116,6 +116,11 @@ class RecordedOutputs:
             self.attentions.setdefault(number, output[1])
 
 
+def supports_checkpointing(backbone: nn.Module) -> bool:
+    """Return whether transformers supports activation checkpointing in this encoder."""
+    return any(hasattr(module, "gradient_checkpointing") for module in backbone.modules())
+
+
 def checkpoint_stages(
     backbone: nn.Module, enable: bool, checkpoint: Callable[..., Any], every_n_layers: int = 1
 ) -> None:

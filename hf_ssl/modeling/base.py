@@ -23,6 +23,7 @@ from hf_ssl.modeling.backbones import (
     freeze_unused,
     initialize_as_timm,
     set_identity_pooler,
+    supports_checkpointing,
 )
 from hf_ssl.modeling.batch_norm import batch_norms
 from hf_ssl.modeling.configuration import SSLConfig
@@ -136,7 +137,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     ) -> None:
         # transformers (5.20 to 5.24) raises an error for encoders such as ResNet. 5.20 has no
         # `every_n_layers`.
-        if any(hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()):
+        if supports_checkpointing(self.backbone):
             options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
             super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
         else:

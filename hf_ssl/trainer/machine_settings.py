@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.backbones import choose_attention
+from hf_ssl.modeling.backbones import choose_attention, supports_checkpointing
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import from_first_process
@@ -278,7 +278,16 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
     """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
 
     The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
+
+    Raises:
+        UserError: the encoder cannot use activation checkpoints in a compiled model.
     """
+    checkpoints = args.gradient_checkpointing or getattr(args, "activation_checkpointing", None)
+    if args.torch_compile and checkpoints and not supports_checkpointing(model.backbone):
+        raise UserError(
+            "training.torch_compile: expected false with activation checkpointing of "
+            f"{type(model.backbone).__name__}, whose stages torch cannot compile, got true; use one of them"
+        )
     if args.sync_batch_norm and args.world_size > 1:
         synchronize_batch_norm(model)
     if args.channels_last:

@@ -136,6 +136,10 @@ def build_scheduler(
         args: the training arguments.
         total_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch.
+
+    Raises:
+        UserError: the schedule needs other arguments, or does not depend on the step alone although
+            `args.learning_rate_drops` or the method need this.
     """
     warmup = (
         round(args.warmup_epochs * steps_per_epoch)
@@ -143,13 +147,15 @@ def build_scheduler(
         else args.get_warmup_steps(total_steps)
     )
     specific = cast("dict[str, Any] | None", args.lr_scheduler_kwargs)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        warmup,
-        total_steps,
-        scheduler_specific_kwargs=specific,
-    )
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"training.lr_scheduler_kwargs: expected the arguments of {args.lr_scheduler_type}, got "
+            f"{specific}: {error}"
+        ) from error
     drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
     # An optimizer that the user made has groups without our keys.
     fixed = any(group.get("fixed_learning_rate") for group in optimizer.param_groups)
