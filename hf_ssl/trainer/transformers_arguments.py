@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import trainer_log_levels
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MEASUREMENTS
@@ -65,6 +66,8 @@ WITHOUT_EFFECT = {
 }
 """Argument of transformers that only causes a warning -> the reason."""
 
+_AT_LEAST_ONE = ("gradient_accumulation_steps", "per_device_eval_batch_size")
+_TEXT_OR_NUMBER = ("bf16", "fp16", "dataloader_num_workers")
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 
 
@@ -72,18 +75,30 @@ def check_arguments(args: TrainingArguments) -> None:
     """Reject or report the values of `REJECTED` and `WITHOUT_EFFECT`. Called before `__post_init__`.
 
     Raises:
-        UserError: a rejected argument does not have its default value, or `report_to` names no installed
-            tracker.
+        UserError: a rejected argument does not have its default value, a number is missing or too small, or
+            `report_to` names no installed tracker.
     """
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value is None or value == default or (default == "no" and value is False):
             continue
+        if isinstance(default, int | float) and isinstance(value, str) and field.name not in _TEXT_OR_NUMBER:
+            raise UserError(f"training.{field.name}: expected a number, got {value!r}")
         if field.name in REJECTED:
             raise UserError(f"training.{field.name}: expected {default}, got {value}; {REJECTED[field.name]}")
         if field.name in WITHOUT_EFFECT:
             _warn_once(f"training.{field.name} has no effect: {WITHOUT_EFFECT[field.name]}")
+    for name in _AT_LEAST_ONE:
+        if getattr(args, name) < 1:
+            raise UserError(f"training.{name}: expected at least 1, got {getattr(args, name)}")
+    if args.max_steps == 0:
+        raise UserError("training.max_steps: expected a positive number, or -1 for all epochs, got 0")
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in trainer_log_levels:
+            raise UserError(
+                f"training.{name}: expected one of {', '.join(trainer_log_levels)}, got {getattr(args, name)}"
+            )
     _check_trackers(args.report_to)
 
 

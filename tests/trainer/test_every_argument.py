@@ -277,6 +277,11 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
         ({"optimizer": "adafacto"}, ["training.optimizer", "adafactor"]),
         ({"optimizer": "sgd", "optim": "rmsprop"}, ["training.optimizer", "training.optim", "rmsprop"]),
         ({"optim_args": "momentum=0.5"}, ["training.optim_args", "adamw"]),
+        ({"learning_rate": "fast"}, ["training.learning_rate", "number", "fast"]),
+        ({"per_device_eval_batch_size": 0}, ["training.per_device_eval_batch_size", 1, 0]),
+        ({"gradient_accumulation_steps": 0}, ["training.gradient_accumulation_steps", 1, 0]),
+        ({"max_steps": 0}, ["training.max_steps", -1, 0]),
+        ({"log_level": "loud"}, ["training.log_level", "warning", "loud"]),
         ({"monitor_steps": 100, "eval_steps": 50}, ["training.monitor_steps", "training.eval_steps", 50]),
     ],
 )
