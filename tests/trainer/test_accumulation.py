@@ -31,7 +31,13 @@ def trained(method: str, folder: Path, accumulated: int) -> SSLTrainer:
         ],
     )  # fmt: skip
     trainer = build_trainer(recipe, recipe.training_arguments())
+    updates: list[int] = []
+    update = trainer.method.update_memory
+    trainer.method.update_memory = lambda new: (updates.append(trainer.state.global_step), update(new))
     trainer.train()
+    # Every step updates the memory once. Before the first step, DeepCluster v2 embeds all images.
+    first = updates.index(1) - 1 if updates else 0
+    assert updates[first:] == ([0, 1, 2] if trainer.method.memory_inputs else [])
     return trainer
 
 
