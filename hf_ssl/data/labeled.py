@@ -57,6 +57,26 @@ class LabeledImages:
         self._complete = False
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
+    def use_classes(self, names: list[str], where: str) -> None:
+        """Number the classes as another data set does, in which they can have another order.
+
+        Args:
+            names: class names of the other data set.
+            where: name of the other data set, for messages.
+
+        Raises:
+            UserError: the other data set lacks a class.
+        """
+        missing = [name for name in self.class_names if name not in names]
+        if missing:
+            raise UserError(
+                f"labels: expected the classes of {where}, {', '.join(names[:20])}, got {missing[0]} in "
+                f"{self.description}; use data sets with the same classes"
+            )
+        if self.class_names != names:
+            numbers = np.array([names.index(name) for name in self.class_names])
+            self._labels, self.class_names = numbers[self._labels], list(names)
+
     def __len__(self) -> int:
         """Return the number of images without the broken ones that were found so far."""
         return len(self._labels) - len(self._broken)

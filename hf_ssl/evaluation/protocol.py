@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
-from hf_ssl.data import DataConfig, as_source, label_source
+from hf_ssl.data import DataConfig, LabeledImages, as_source, label_source
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
 from hf_ssl.evaluation.features import (
@@ -92,6 +92,8 @@ def evaluate_encoder(
     processor = processor or load_processor(model)
     train = _labeled(train, data, "train", config.max_train_images)
     test = _labeled(test, data, "test", config.max_test_images)
+    if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
+        test.use_classes(train.class_names, train.description)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     precision = config.precision
     if precision == "auto":

@@ -129,6 +129,7 @@ def knn_classifiers(
         if set(data) == {bank, query}:
             first = labeled(data[bank], f"eval_dataset[{bank!r}]", bank_images)
             second = labeled(data[query], f"eval_dataset[{query!r}]", query_images)
+            second.use_classes(first.class_names, first.description)
             return {"": KNNClassifier(first, second, *settings)}
     return {
         name: KNNClassifier(labeled(part, f"eval_dataset[{name!r}]", bank_images), None, *settings)

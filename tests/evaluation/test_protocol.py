@@ -6,7 +6,7 @@ import json
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from messages import mentions
 from transformers import AutoModel, BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
@@ -247,3 +247,24 @@ def test_the_old_order_of_arguments_still_works(digits, encoder) -> None:
     with pytest.warns(FutureWarning, match="model, train, test"):
         old = evaluate_encoder(*encoder, config, data, data)
     assert old["knn"] == evaluate_encoder(encoder[0], data, data, config, encoder[1])["knn"]
+
+
+def test_classes_are_compared_by_name(digits, encoder) -> None:
+    """The second data set has other numbers for the same classes, as a folder without the first class."""
+    images, labels = digits
+    rows = [row for row in range(200) if labels[row] in (3, 5)][:20]
+    pictures = [PIL.Image.fromarray(images[row].permute(1, 2, 0).contiguous().numpy()) for row in rows]
+
+    def table(names: list[str]) -> Dataset:
+        values = [names.index(str(int(labels[row]))) for row in rows]
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"image": pictures, "label": values}, features=features)
+
+    config = small(linear=False, few_labels=[], neighbors=[1], precision="float32")
+    accuracies = [
+        evaluate_encoder(encoder[0], table(["3", "5"]), table(names), config, encoder[1])["knn"]["accuracy"]
+        for names in (["3", "5"], ["5", "3"])
+    ]
+    assert accuracies == [1.0, 1.0]
+    with pytest.raises(UserError, match=mentions("labels", "8")):
+        evaluate_encoder(encoder[0], table(["3", "5"]), table(["3", "5", "8"]), config, encoder[1])
