@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
+from transformers.trainer_utils import denumpify_detensorize
 
 from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, as_source, label_source, train_loader
 from hf_ssl.data.batch import UnreadableData
@@ -86,6 +87,7 @@ class KNNClassifier:
         if compute_metrics is not None:
             labels = self.tested.labels.numpy()
             further = compute_metrics(EvalPrediction(predictions=tested.numpy(), label_ids=labels))
+            further = denumpify_detensorize(further)  # checkpoints store them as JSON
         return {"knn": accuracy, **further}
 
     def _features(

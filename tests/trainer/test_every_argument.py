@@ -56,6 +56,7 @@ class Run:
         folder: Path,
         labeled: bool = True,
         compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
         **changes: Any,
     ) -> None:
         values: dict[str, Any] = {
@@ -70,7 +71,7 @@ class Run:
         args = SSLTrainingArguments(**values | changes)
         self.trainer = SSLTrainer(
             SimCLRForPreTraining(config), args, train_dataset=table, eval_dataset=table if labeled else None,
-            compute_loss_func=compute_loss_func,
+            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics,
         )  # fmt: skip
         self.cleared: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -329,6 +330,11 @@ def test_an_unknown_metric_is_reported_before_training(name: str, mentioned: lis
 def test_knn_as_metric_needs_labels(table: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("eval_knn", "eval_dataset")):
         Run(table, tmp_path, labeled=False, **BEST)
+
+
+def test_metrics_of_numpy_are_saved(table: Dataset, tmp_path: Path) -> None:
+    run = Run(table, tmp_path, compute_metrics=lambda given: {"mine": np.float32(0.5)}, **SAVE)
+    assert run.history[0]["eval_mine"] == 0.5 and run.checkpoints()
 
 
 def test_resuming_by_arguments(table: Dataset, usual: Run, tmp_path: Path) -> None:
