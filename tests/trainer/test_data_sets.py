@@ -300,6 +300,18 @@ def test_own_loader_and_loss_work(table: Dataset, tmp_path: Path) -> None:
         SSLTrainer(model(), arguments(tmp_path, contrastive_chunk_size=4), **options)
 
 
+@pytest.mark.parametrize(("bank", "query"), [("bank", "query"), ("train", "test")])
+def test_the_monitor_compares_classes_by_name(table: Dataset, tmp_path: Path, bank: str, query: str) -> None:
+    features = table.features.copy()
+    features["label"] = ClassLabel(names=["bright", "dark"])
+    rows = {"image": table["image"][:], "label": [1 - label for label in table["label"]]}
+    turned = Dataset.from_dict(rows, features=features)  # the same classes with other numbers
+    trainer = SSLTrainer(
+        model(), arguments(tmp_path), train_dataset=table, eval_dataset={bank: table, query: turned}
+    )
+    assert trainer.classifiers[""].queries.labels.tolist() == table["label"][:]
+
+
 def test_a_run_from_a_trained_encoder_is_guarded(table: Dataset, tmp_path: Path) -> None:
     settings = {"train_dataset": table, "eval_dataset": table}
     started = SimCLRForPreTraining.from_backbone(ResNetModel(ResNetConfig(**TINY)), views={"size": 16})
