@@ -104,7 +104,7 @@ def build_trainer(
         apply_choices(args, stored)
     choices = (stored or {}) | choose_precision(args) | choose_workers(args, small=small)
     if recipe.is_overridden("training.batch_size"):
-        check_batch_size(args, source.num_rows, source.description)
+        check_batch_size(args, source)
     with progress("building the model"):
         model = build_model(recipe, args.seed, source)
     knn = _knn_classifier(recipe, args) if args.measures else None

@@ -5,10 +5,13 @@ import ast
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+
+from hf_ssl.errors import suggestion
 
 Anything = TypeVar("Anything", bound=Callable[..., Any])
 
@@ -22,8 +25,11 @@ RENAMED_KEYS = {
 }
 """Deprecated key of a recipe -> its replacement. The old key works for one more release."""
 
-_RENAMED_RECORDS = {"neighbours": "neighbors", "monitor_neighbours": "monitor_neighbors"}
-"""Keys in the files of runs: of results, and of recipes without their section."""
+
+def renamed_keys(*sections: str) -> dict[str, str]:
+    """Return {deprecated key: its replacement} of these sections, without the name of the section."""
+    split = [(old.partition("."), new.partition(".")) for old, new in RENAMED_KEYS.items()]
+    return {old[2]: new[2] for old, new in split if old[0] in sections}
 
 
 def lazy_names(
@@ -84,19 +90,27 @@ def renamed_arguments(**renamed: str) -> Callable[[Anything], Anything]:
 
     A deprecated name still works as a keyword for one more release, with a FutureWarning.
 
+    A misspelt keyword of a dataclass raises a TypeError with a suggestion.
+
     Args:
-        renamed: deprecated name -> its replacement.
+        renamed: deprecated name -> its replacement, for example "lars.variant" for a field of `lars`.
     """
 
     def decorate(function: Any) -> Any:
         original: Any = vars(function)["__init__"] if isinstance(function, type) else function
+        known = [field.name for field in fields(function)] if is_dataclass(function) else []
 
         @wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             for old in renamed.keys() & kwargs.keys():
                 message = f"{function.__name__}: the argument {old} is deprecated; use {renamed[old]}"
                 warnings.warn(message, FutureWarning, stacklevel=2)
-                kwargs[renamed[old]] = kwargs.pop(old)
+                _move(kwargs, old, renamed[old])
+            for name in kwargs if known else ():
+                if name not in known:
+                    raise TypeError(
+                        f"{function.__name__}: unknown argument {name}; {suggestion(name, known)}"
+                    )
             return original(*args, **kwargs)
 
         if not isinstance(function, type):
@@ -114,8 +128,18 @@ def with_current_keys(record: Any) -> Any:
         record: plain data: facts, results, or arguments of a recipe.
     """
     if isinstance(record, dict):
-        return {
-            _RENAMED_RECORDS.get(key, RENAMED_KEYS.get(key, key)): with_current_keys(value)
-            for key, value in record.items()
-        }
+        record = {RENAMED_KEYS.get(key, key): with_current_keys(value) for key, value in record.items()}
+        for old, new in renamed_keys("evaluation", "training").items():
+            if old in record:
+                _move(record, old, new)
+        return record
     return [with_current_keys(value) for value in record] if isinstance(record, list) else record
+
+
+def _move(values: dict[str, Any], old: str, new: str) -> None:
+    """Move a value to its new key, in place. The key "group.field" is a field in a dict or a dataclass."""
+    group, dot, field = new.partition(".")
+    value, current = values.pop(old), values.get(group, {})
+    values[group] = (
+        {**(current if isinstance(current, dict) else vars(current)), field: value} if dot else value
+    )

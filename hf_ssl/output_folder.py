@@ -108,7 +108,10 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     Older versions made no choices for the machine. Their recipes set `bf16` and `dataloader_num_workers`. The
     defaults were float32 and 0. If the current recipe has `auto`, the run keeps its earlier values.
     """
-    run = {**run, "training": _with_lars_group(with_current_keys(run.get("training", {})))}
+    training = with_current_keys(run.get("training", {}))
+    if "lars" in training:  # older versions stored only the values that were set
+        training["lars"] = asdict(LARSConfig(**training["lars"]))
+    run = {**run, "training": training}
     if _CHOICES in run:
         return run
     had, given = dict(run["training"]), now["training"]
@@ -126,15 +129,6 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
         if given.get(name, AUTO) == AUTO:
             choices[f"training.{name}"] = {"value": value, "reason": "the run started with it"}
     return {**run, "training": had, _CHOICES: choices}
-
-
-def _with_lars_group(training: dict[str, Any]) -> dict[str, Any]:
-    """Return training arguments of an older version, which had `lars_variant`, with the group `lars`."""
-    old = {key for key in training if key.startswith("lars_")}
-    if not old:
-        return training
-    group = LARSConfig(**{key.removeprefix("lars_"): training[key] for key in old})
-    return {key: value for key, value in training.items() if key not in old} | {"lars": asdict(group)}
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -156,8 +156,8 @@ def monitor_table(facts: Facts) -> list[list[str]]:
     first, last = history[0], history[-1]
     heading = ["", f"step {whole(first['step'])}", f"step {whole(last['step'])}"]
     return [heading] + [
-        [text, *(_number(record[key]) for record in (first, last))]
-        for key, (text, _) in MEASUREMENTS.items()
+        [described.text, *(_number(record[key]) for record in (first, last))]
+        for key, described in MEASUREMENTS.items()
         if key in first and key in last
     ]
 

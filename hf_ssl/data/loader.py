@@ -96,15 +96,24 @@ def train_loader(
         "generator": torch.Generator().manual_seed(0),
         "worker_init_fn": _ignore_signals,
     }
-    needed = batch_size * world_size
-    if source.num_rows is not None and source.num_rows < needed:
-        raise UserError(
-            f"batch_size: expected at most {source.num_rows} images in a batch of all processes (the images "
-            f"in {source.description}), got {needed}; use a smaller batch size"
-        )
+    if not holds_batch(source, share):
+        raise too_few_images(source, batch_size * world_size, "a smaller one")
     if source.streaming:
         return make_stream_loader(source, preset, config, share, start_batch, position, options)
     return _map_loader(source, preset, config, share, start_batch, torch.device(device), options)
+
+
+def holds_batch(source: Source, share: ProcessShare) -> bool:
+    """Return whether the data hold a batch of all processes, or have an unknown length."""
+    return source.num_rows is None or share.batches(source.num_rows) > 0
+
+
+def too_few_images(source: Source, batch_size: int, advice: str) -> UserError:
+    """Return the error for data with fewer images than a batch."""
+    return UserError(
+        f"training.batch_size: expected at most {source.num_rows} (the images in {source.description}), got "
+        f"{batch_size}; use {advice}"
+    )
 
 
 def holds_small_images(source: Source, config: DataConfig) -> bool:

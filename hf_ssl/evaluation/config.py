@@ -108,27 +108,31 @@ class Description(NamedTuple):
     Attributes:
         text: the description, with the best or the worst value.
         panel: title of its panel in the curves, which measurements can share. None: `text`; "": not drawn.
+        lower_is_better: whether the best model has the lowest value.
     """
 
     text: str
     panel: str | None = None
+    lower_is_better: bool = False
 
 
 _STD, _PROTOTYPES = "standard deviation (isotropic: 1, collapsed: 0)", "prototypes (used equally: entropy 1)"
 MEASUREMENTS = {
     "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
     # The loss of the monitor is not comparable with the training loss: the number of images differs.
-    "loss": Description("loss on fixed images", panel=""),
+    "loss": Description("loss on fixed images", panel="", lower_is_better=True),
     "embedding_std": Description("standard deviation of embeddings (isotropic: 1, collapsed: 0)", _STD),
     "embedding_rank": Description("effective rank of embeddings (RankMe, centered)", "effective rank"),
     "feature_std": Description("standard deviation of features (isotropic: 1, collapsed: 0)", _STD),
     "rank_me": Description("effective rank of features (RankMe)", "effective rank"),
-    "alignment": Description("alignment of two views (equal embeddings: 0)"),
-    "uniformity": Description("uniformity (lower: more uniform)"),
+    "alignment": Description("alignment of two views (equal embeddings: 0)", lower_is_better=True),
+    "uniformity": Description("uniformity (lower: more uniform)", lower_is_better=True),
     "predictor_rank": Description("effective rank of the predictor", "effective rank"),
     "prototype_entropy": Description("entropy of the use of prototypes (used equally: 1)", _PROTOTYPES),
     "prototypes_used": Description("share of the prototypes that are used", _PROTOTYPES),
-    "off_diagonal_correlation": Description("correlation of different dimensions (at best: 0)"),
+    "off_diagonal_correlation": Description(
+        "correlation of different dimensions (at best: 0)", lower_is_better=True
+    ),
     "dimension_std": Description("mean standard deviation of the dimensions"),
     "explained_variance": Description("share of the targets' variance that is predicted"),
     "queue_age": Description("steps that a key stays in the queue"),

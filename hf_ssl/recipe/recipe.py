@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError, one_line, suggestion
+from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
@@ -146,13 +146,8 @@ class Recipe:
         """
         from hf_ssl.trainer.arguments import SSLTrainingArguments
 
-        try:
-            named = {argument: getattr(self.publish, key) for argument, key in PUBLISH_KEYS.items()}
-            return SSLTrainingArguments(**self.training, **named)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"training: {one_line(error)}") from error
+        named = {argument: getattr(self.publish, key) for argument, key in PUBLISH_KEYS.items()}
+        return SSLTrainingArguments(**self.training, **named)
 
     def to_dict(self) -> dict[str, Any]:
         """Return name and sections as plain data for JSON and YAML, without the Hub token."""
@@ -199,7 +194,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
             or values contradict each other.
     """
-    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments, worker_count
+    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
     from hf_ssl.trainer.transformers_arguments import check_metric
 
     name, path = find_recipe(str(name_or_path))
@@ -237,8 +232,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         publish=to_dataclass(PublishConfig, plain["publish"], "publish"),
         overrides=list(overrides),
     )
-    if "dataloader_num_workers" in recipe.training:
-        recipe.training["dataloader_num_workers"] = worker_count(recipe.training["dataloader_num_workers"])
     recipe.evaluation.check()
     batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
     check_method(
@@ -250,7 +243,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     )
     check_encoder(recipe.backbone_config(), data, views)
     recipe.config()
-    check_metric(recipe.training_arguments().metric_for_best_model)
+    args = recipe.training_arguments()
+    if "dataloader_num_workers" in recipe.training:  # OmegaConf makes it a text, because `auto` is one
+        recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
+    check_metric(args.metric_for_best_model)
     return recipe
 
 

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from enum import Enum
+from enum import Enum, EnumType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -63,7 +63,9 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
     """Return the OmegaConf config of a dataclass, after each value was merged into it separately."""
     config = OmegaConf.structured(cls)
     for path, value, annotation in _leaves(cls, values, where):
-        nested = value
+        options = (annotation, *typing.get_args(annotation))
+        has_no = any(isinstance(enum, EnumType) and "NO" in enum.__members__ for enum in options)
+        nested = "no" if value is False and has_no else value  # YAML reads `no` as False
         for name in reversed(path):
             nested = {name: nested}
         try:

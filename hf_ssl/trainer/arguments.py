@@ -8,15 +8,22 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments, set_seed
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, check_keys, check_values, one_line, suggestion
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.names import renamed_arguments
+from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
-from hf_ssl.trainer.transformers_arguments import check_accelerator_config, check_arguments
+from hf_ssl.trainer.transformers_arguments import (
+    DEFAULTS,
+    check_accelerator_config,
+    check_arguments,
+    check_best_model,
+    given_values,
+    warn_once,
+)
 
 AUTO = "auto"
 # torch 2.14 says so in every process; accelerate (1.12 to 1.15) passes the argument.
@@ -30,10 +37,9 @@ if TYPE_CHECKING:
 else:
     WorkerCount = str  # HfArgumentParser (transformers 5.20 to 5.24) reads `int | str` as int: no `auto`
 _MONITOR_STEPS = 200
-_DEFAULTS = {item.name: item.default for item in fields(TrainingArguments) if item.init}
 
 
-@renamed_arguments(monitor_neighbours="monitor_neighbors")
+@renamed_arguments(**renamed_keys("training"))
 @dataclass
 class SSLTrainingArguments(TrainingArguments):
     """Arguments for pretraining. All fields of `transformers.TrainingArguments` also work.
@@ -60,7 +66,6 @@ class SSLTrainingArguments(TrainingArguments):
             Authors who use plain SGD do this.
         clip_each_tensor: the largest norm of the gradient of each parameter (DINO); 0 disables clipping.
         lars: settings of LARS, as a `hf_ssl.trainer.lars.LARSConfig` or a dict of its fields.
-        lars_trust_coefficient, lars_variant, lars_clip, lars_adapt_all_parameters: deprecated; use `lars`.
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
         learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
@@ -73,7 +78,7 @@ class SSLTrainingArguments(TrainingArguments):
         channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
         monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it. `eval_steps`
             has the same meaning, also as a fraction of the run. `eval_strategy=epoch` measures after each
-            epoch instead.
+            epoch instead, and `eval_strategy=no` not at all.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
         monitor_neighbors: k of the k-NN classifier.
         layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
@@ -96,6 +101,7 @@ class SSLTrainingArguments(TrainingArguments):
     dataloader_num_workers: WorkerCount = AUTO  # type: ignore[assignment]
     dataloader_drop_last: bool = True
     per_device_eval_batch_size: int = 256  # images that the monitor encodes at once
+    eval_strategy: IntervalStrategy | str = "steps"
     eval_on_start: bool = True  # the first measurement shows how much training improves
     bf16: bool | None = None  # type: ignore[assignment]  # None: `precision` sets it
     fp16: bool | None = None  # type: ignore[assignment]
@@ -104,7 +110,7 @@ class SSLTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = False
     logging_steps: float = 20
     logging_first_step: bool = True  # shows early that a slow run makes progress
-    save_steps: float = 500
+    save_steps: float = 2 * _MONITOR_STEPS  # a multiple, as `load_best_model_at_end` requires
     save_total_limit: int | None = 2
     seed: int = 0
 
@@ -135,12 +141,6 @@ class SSLTrainingArguments(TrainingArguments):
     on_worse: str = "warn"
     on_collapse: str = "warn"
 
-    # These arguments are deprecated. `__post_init__` moves their values to `lars`.
-    lars_trust_coefficient: float | None = None
-    lars_variant: str | None = None
-    lars_clip: bool | None = None
-    lars_adapt_all_parameters: bool | None = None
-
     @classmethod
     def from_arguments(cls, args: TrainingArguments | None) -> "SSLTrainingArguments":
         """Return arguments of transformers as arguments of hf_ssl.
@@ -149,64 +149,42 @@ class SSLTrainingArguments(TrainingArguments):
             args: values that differ from the defaults of transformers are kept. The others get the defaults
                 of hf_ssl. None gives the defaults, with the output folder of transformers.
         """
-        if isinstance(args, cls):
-            return args
         if args is None:
             return cls(output_dir="trainer_output")
-        stock = TrainingArguments(output_dir=str(args.output_dir), use_cpu=args.use_cpu)
-        given = {
-            name: value
-            for name in _DEFAULTS
-            if (value := getattr(args, name)) not in (_DEFAULTS[name], getattr(stock, name))
-        }
-        return cls(**{"output_dir": args.output_dir, **given})
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, TrainingArguments):
+            raise UserError(
+                f"args: expected SSLTrainingArguments, got {type(args).__name__}; use "
+                "SSLTrainingArguments(output_dir=...)"
+            )
+        return cls(**{"output_dir": args.output_dir, **given_values(args)})
 
     def __post_init__(self) -> None:
-        check_arguments(self)
         self._read_lars()
+        self.dataloader_num_workers = workers = _worker_count(self.dataloader_num_workers)
+        check_arguments(self)
         if self.nesterov:
-            warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=3)
-        _check_choice("precision", self.precision, (AUTO, *DTYPES))
+            warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=4)
         self._read_optimizer()
-        _check_choice("learning_rate_rule", self.learning_rate_rule, RULES)
-        _check_choice("on_collapse", self.on_collapse, ("warn", "stop"))
-        _check_choice("on_worse", self.on_worse, ("warn", "stop"))
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise UserError(
-                f"training.layer_decay: expected a number above 0 and at most 1, got {self.layer_decay}"
-            )
-        if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
-            raise UserError(
-                f"training.contrastive_chunk_size: expected at least 1, got {self.contrastive_chunk_size}"
-            )
-        if self.learning_rate_drops and min(self.learning_rate_drops) <= 0:
-            raise UserError(
-                f"training.learning_rate_drops: expected positive epochs, got {self.learning_rate_drops}"
-            )
-        workers = self.dataloader_num_workers = worker_count(self.dataloader_num_workers)
-        if workers != AUTO and (not isinstance(workers, int) or workers < 0):
-            raise UserError(
-                f"training.dataloader_num_workers: expected auto or an integer of at least 0, got {workers!r}"
-            )
         self._read_precision()
-        if self.clip_each_tensor < 0 or (self.clip_each_tensor and self.fp16):
-            raise UserError(
-                "training.clip_each_tensor: expected at least 0, and 0 with fp16, because fp16 scales "
-                f"gradients, got {self.clip_each_tensor}"
-            )
-        if self.weight_decay_end is not None and self.weight_decay_end < 0:
-            raise UserError(f"training.weight_decay_end: expected at least 0, got {self.weight_decay_end}")
-        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = {"min_lr_rate": self.minimum_learning_rate_ratio}
+        self._check_values()
+        self._read_minimum_learning_rate()
         self._read_monitor_steps()
+        check_best_model(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers raises an error for bf16 on a CPU
         per_device = self.per_device_train_batch_size
         self.per_device_train_batch_size = per_device or 1  # transformers needs a number
         if workers == AUTO:  # transformers needs a number, and at least 1 with a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
-        super().__post_init__()
-        check_accelerator_config(self)
+        try:
+            super().__post_init__()
+            check_accelerator_config(self)
+        except (TypeError, ValueError, OSError, NotImplementedError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"training: {one_line(error)}") from error
         self.dataloader_num_workers = workers
         if self.n_gpu > 1:
             raise UserError(
@@ -225,9 +203,37 @@ class SSLTrainingArguments(TrainingArguments):
                 f"per_device_train_batch_size x {micro_batches}, got {self.batch_size} and {per_device}"
             )
 
+    def _check_values(self) -> None:
+        chunk, drops, clip = self.contrastive_chunk_size, self.learning_rate_drops, self.clip_each_tensor
+        workers, decay, end = self.dataloader_num_workers, self.layer_decay, self.weight_decay_end
+        rule, variant = self.learning_rate_rule, self.lars.variant
+        whole = isinstance(workers, int) and workers >= 0
+        choices = {
+            "precision": (AUTO, *DTYPES),
+            "learning_rate_rule": RULES,
+            "on_collapse": ("warn", "stop"),
+            "on_worse": ("warn", "stop"),
+        }
+        check_values(
+            "training",
+            *((key, getattr(self, key), getattr(self, key) in options, f"one of {', '.join(options)}")
+              for key, options in choices.items()),
+            ("lars.variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("layer_decay", decay, decay is None or 0 < decay <= 1, "a number above 0 and at most 1"),
+            ("contrastive_chunk_size", chunk, chunk is None or chunk >= 1, "at least 1"),
+            ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,
+             "none without base_learning_rate", "learning_rate for the rate itself"),
+            ("learning_rate_drops", drops, min(drops, default=1) > 0, "positive epochs"),
+            ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or an integer of at least 0"),
+            ("clip_each_tensor", clip, clip >= 0, "at least 0"),
+            ("clip_each_tensor", clip, not (clip and self.fp16), "0 with fp16, which scales gradients"),
+            ("weight_decay_end", end, end is None or end >= 0, "at least 0"),
+            ("monitor_steps", self.monitor_steps, self.monitor_steps >= 0, "at least 0"),
+        )  # fmt: skip
+
     def _read_optimizer(self) -> None:
         """Make `optimizer` and `optim` consistent."""
-        unset = _DEFAULTS["optim"]
+        unset = DEFAULTS["optim"]
         given = OptimizerNames(self.optim).value
         name = "adamw" if given in ("adamw_torch", "adamw_torch_fused") else given
         if given != unset and self.optimizer not in ("adamw", name):
@@ -249,18 +255,36 @@ class SSLTrainingArguments(TrainingArguments):
                 f"{self.optim_args}; set training.momentum, training.lars or training.adam_beta1"
             )
 
+    def _read_minimum_learning_rate(self) -> None:
+        """Make `lr_scheduler_kwargs` and `minimum_learning_rate_ratio` consistent."""
+        ratio, schedule = self.minimum_learning_rate_ratio, SchedulerType(self.lr_scheduler_type)
+        kwargs: Any = {"min_lr_rate": ratio}
+        if schedule == SchedulerType.COSINE_WITH_MIN_LR and self.lr_scheduler_kwargs in (None, kwargs):
+            self.lr_scheduler_kwargs = kwargs
+        elif ratio:
+            raise UserError(
+                "training.minimum_learning_rate_ratio: expected 0 with lr_scheduler_kwargs or with another "
+                f"schedule than cosine_with_min_lr, got {ratio} with {schedule.value}; use one of them"
+            )
+
     def _read_monitor_steps(self) -> None:
         """Make `monitor_steps`, `eval_steps`, `eval_strategy` and `eval_on_start` consistent."""
-        strategy = IntervalStrategy(self.eval_strategy)
-        if self.eval_steps is not None and strategy != IntervalStrategy.EPOCH:
-            if self.monitor_steps not in (_MONITOR_STEPS, self.eval_steps):
+        strategy, given = IntervalStrategy(self.eval_strategy), self.eval_steps
+        if strategy != IntervalStrategy.STEPS:
+            unset = {"eval_steps": (None,), "monitor_steps": (_MONITOR_STEPS, 0)}
+            for name in (name for name, values in unset.items() if getattr(self, name) not in values):
+                warn_once(f"training.{name} has no effect with eval_strategy={strategy.value}")
+        elif given is not None:
+            check_values("training", ("eval_steps", given, given > 0, "a positive number", "monitor_steps=0"))
+            if self.monitor_steps not in (_MONITOR_STEPS, given):
                 raise UserError(
                     "training.monitor_steps, training.eval_steps: expected one of them, got "
-                    f"{self.monitor_steps} and {self.eval_steps}"
+                    f"{self.monitor_steps} and {given}"
                 )
-            self.eval_strategy = IntervalStrategy.STEPS
-        elif strategy != IntervalStrategy.EPOCH and self.monitor_steps:
-            self.eval_strategy, self.eval_steps = IntervalStrategy.STEPS, self.monitor_steps
+        elif self.monitor_steps:
+            self.eval_steps = self.monitor_steps
+        else:
+            self.eval_strategy = IntervalStrategy.NO
         self.eval_on_start = self.eval_on_start and self.measures
 
     @property
@@ -269,21 +293,12 @@ class SSLTrainingArguments(TrainingArguments):
         return self.eval_strategy != IntervalStrategy.NO
 
     def _read_lars(self) -> None:
-        """Make `lars` a `LARSConfig`, and move the values of the deprecated arguments to it."""
+        """Make `lars` a `LARSConfig`."""
         given: Any = self.lars
-        values = dict(given) if isinstance(given, dict) else asdict(given)
-        known = tuple(item.name for item in fields(LARSConfig))
-        for name in known:
-            value = getattr(self, f"lars_{name}")
-            if value is not None:
-                message = f"training.lars_{name} is deprecated; use training.lars.{name}"
-                warnings.warn(message, FutureWarning, stacklevel=4)
-                values[name] = value
-                setattr(self, f"lars_{name}", None)
-        for name in values:
-            _check_choice("lars", name, known)
-        self.lars = LARSConfig(**values)
-        _check_choice("lars.variant", self.lars.variant, VARIANTS)
+        if isinstance(given, dict):
+            check_keys(given, (item.name for item in fields(LARSConfig)), "training.lars")
+            self.lars = given = LARSConfig(**given)
+        check_values("training", ("lars", given, isinstance(given, LARSConfig), "a dict or a LARSConfig"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain data for JSON."""
@@ -352,14 +367,9 @@ class SSLTrainingArguments(TrainingArguments):
         return self.batch_size // micro_batches
 
 
-def worker_count(given: int | str) -> int | str:
+def _worker_count(given: int | str) -> int | str:
     """Return a number of workers as an int, also if it is a text; return other texts (`auto`) unchanged."""
     return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"training.{key}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def reject_argument(name: str, value: Any, advice: str) -> None:

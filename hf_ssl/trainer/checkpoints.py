@@ -58,6 +58,15 @@ class CheckpointTrainer(OptimizingTrainer):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save each new best model if it is loaded at the end, also between two saved steps.
+
+        transformers (5.20 to 5.24) loads nothing if the best step is not a saved one.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
     def _write_checkpoint(self) -> Path:
         """Write `checkpoint-<step>`: model, optimizer, schedule, random states and position in the data.
 

@@ -108,8 +108,9 @@ def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
     """
     logged = {key for record in log_history for key in record if _is_number(record[key])}
     panels = {"training loss": ["loss"]}
-    for name, (text, panel) in MEASUREMENTS.items():
-        panels.setdefault(text if panel is None else panel, []).append(f"eval_{name}")
+    for name, described in MEASUREMENTS.items():
+        title = described.text if described.panel is None else described.panel
+        panels.setdefault(title, []).append(f"eval_{name}")
     panels |= {_label(key): [key] for key in ("learning_rate", "weight_decay", "images_per_second")}
     known = {key for keys in panels.values() for key in keys}
     panels |= {_label(key): [key] for key in sorted(logged - known) if key.startswith("eval_")}

@@ -14,6 +14,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from hf_ssl.data import Source
+from hf_ssl.data.batch import ProcessShare
+from hf_ssl.data.loader import holds_batch, too_few_images
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import choose_attention, supports_checkpointing
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -139,28 +142,21 @@ def choose_batch_size(
     return {"training.batch_size": {"value": chosen, "reason": reason}}
 
 
-def check_batch_size(args: SSLTrainingArguments, images: int | None, description: str) -> None:
+def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
     """Check that the data hold one micro-batch for each process.
-
-    Args:
-        args: the training arguments.
-        images: number of images in the data set; None for a stream of unknown length.
-        description: name of the data set, for the message.
 
     Raises:
         UserError: there are fewer images. The message gives a batch size that fits.
     """
-    if images is None or images >= args.per_device_train_batch_size * args.world_size:
+    share = ProcessShare(0, args.per_device_train_batch_size, world_size=args.world_size)
+    if source.num_rows is None or holds_batch(source, share):
         return
     micro_batches = args.world_size * args.gradient_accumulation_steps
-    advice = f"training.batch_size={micro_batches * _power_of_two(images / micro_batches)}"
-    if images < 2 * micro_batches:
-        fitting = args.world_size * _power_of_two(images / args.world_size)
+    advice = f"training.batch_size={micro_batches * _power_of_two(source.num_rows / micro_batches)}"
+    if source.num_rows < 2 * micro_batches:
+        fitting = args.world_size * _power_of_two(source.num_rows / args.world_size)
         advice = f"training.batch_size={fitting} training.gradient_accumulation_steps=1"
-    raise UserError(
-        f"training.batch_size: expected at most {images} (the images in {description}), got "
-        f"{args.batch_size}; use {advice}"
-    )
+    raise too_few_images(source, args.batch_size, advice)
 
 
 def choose_monitor(

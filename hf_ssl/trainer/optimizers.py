@@ -4,8 +4,9 @@
 import ast
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Container
+from copy import copy
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line, suggestion
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
-from hf_ssl.trainer.lars import LARS
+from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
+from hf_ssl.trainer.transformers_arguments import warn_once
 
 
 def build_optimizer(
@@ -54,8 +56,16 @@ def build_optimizer(
         }
         for group, members in by_settings.items()
     ]
+    known = {"sgd": ["momentum"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
+    _warn_about_unused(args, known[args.optimizer] if cls_and_kwargs is None else kwargs)
     if cls_and_kwargs is not None:
-        return cls_and_kwargs[0](groups, **kwargs)
+        try:
+            return cls_and_kwargs[0](groups, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"training.optim_args: expected arguments of {cls_and_kwargs[0].__name__}, got "
+                f"{kwargs}: {one_line(error)}"
+            ) from error
     if args.optimizer == "lars":
         return LARS(
             groups,
@@ -79,29 +89,72 @@ def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer],
         UserError: its package is not installed, it needs more than parameter groups (GaLore, LOMO), or
             `args.optim_args` contains an argument that it does not have.
     """
+    given = _parsed(args.optim_args)
+    simple = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
     try:
-        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
+        cls, kwargs = _with_optim_args(args, simple)
+        without = _with_optim_args(args, {})[1]
+    except (ImportError, ValueError, AttributeError) as error:
         raise UserError(
             f"training.optimizer: expected an optimizer that works here, got {args.optimizer}: {error}"
         ) from error
-    # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers.
-    for name, value in _parsed(args.optim_args).items():
-        if name not in kwargs and name not in inspect.signature(cls).parameters:
-            raise UserError(f"training.optim_args: expected arguments of {cls.__name__}, got {name}")
-        kwargs.setdefault(name, value)
+    parameters = {name for name in inspect.signature(cls).parameters if name not in ("self", "params")}
+    for name, value in given.items():
+        if name not in parameters | kwargs.keys():
+            hint = suggestion(name, sorted(parameters))
+            raise UserError(f"training.optim_args: expected arguments of {cls.__name__}, got {name}; {hint}")
+        # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers. It converts those.
+        if name not in kwargs or (name in without and kwargs[name] is without[name]):
+            kwargs[name] = value
     return cls, kwargs
 
 
-def _parsed(optim_args: str | None) -> dict[str, Any]:
-    """Return the arguments in a text "name=value,name=value"."""
-    pairs = [pair.partition("=") for pair in (optim_args or "").replace(" ", "").split(",") if pair]
+def _with_optim_args(
+    args: SSLTrainingArguments, values: dict[str, Any]
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return the class and the arguments that transformers selects with these `optim_args`."""
+    args = copy(args)
+    args.optim_args = ",".join(f"{name}={value}" for name, value in values.items()) or None
+    return Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def _parsed(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments in a text "name=value,name=value". A word without quotes is a text."""
+    if isinstance(optim_args, dict):
+        return optim_args
+    words = {"true": True, "false": False}
     try:
-        return {name: ast.literal_eval(value) for name, _, value in pairs}
-    except (SyntaxError, ValueError) as error:
+        call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
+        if call.args or not all(pair.arg for pair in call.keywords):
+            raise ValueError("a value has no name")
+        return {
+            str(pair.arg): words.get(pair.value.id.lower(), pair.value.id)
+            if isinstance(pair.value, ast.Name)
+            else ast.literal_eval(pair.value)
+            for pair in call.keywords
+        }
+    except (SyntaxError, ValueError, AttributeError) as error:
         raise UserError(
             f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
         ) from error
+
+
+def _warn_about_unused(args: SSLTrainingArguments, known: Container[str]) -> None:
+    """Warn about arguments that the user set and that this optimizer does not have.
+
+    Args:
+        args: the training arguments.
+        known: names of the arguments of the optimizer.
+    """
+    name_of = {"momentum": "momentum", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+    default = {item.name: item.default for item in fields(args)}
+    unused = [
+        name for name, own in name_of.items() if own not in known and getattr(args, name) != default[name]
+    ]
+    if args.optimizer != "lars" and args.lars != LARSConfig():
+        unused.append("lars")
+    for name in unused:
+        warn_once(f"training.{name} has no effect with the optimizer {args.optimizer}")
 
 
 def parameter_groups_by_name(

@@ -26,6 +26,7 @@ from hf_ssl.data import (
     holds_small_images,
     train_loader,
 )
+from hf_ssl.data.batch import ProcessShare
 from hf_ssl.errors import UserError
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -61,7 +62,7 @@ from hf_ssl.trainer.monitor import (
 )
 from hf_ssl.trainer.optimizers import largest_weight_decay
 from hf_ssl.trainer.stopping import StopOnSignal
-from hf_ssl.trainer.transformers_arguments import check_metric
+from hf_ssl.trainer.transformers_arguments import as_bool, check_early_stopping, check_metric
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -124,12 +125,10 @@ class SSLTrainer(EvaluatingTrainer):
         continued: bool = False,
         choices: Choices | None = None,
     ) -> None:
+        logits = preprocess_logits_for_metrics
         reject_argument("data_collator", data_collator, "set the augmentation in model.config.views")
         reject_argument("processing_class", processing_class, "it follows from model.config.views")
-        reject_argument(
-            "preprocess_logits_for_metrics", preprocess_logits_for_metrics,
-            "compute_metrics receives features, not logits",
-        )  # fmt: skip
+        reject_argument("preprocess_logits_for_metrics", logits, "compute_metrics receives features")
         args = SSLTrainingArguments.from_arguments(args)
         if compute_metrics is None:
             names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
@@ -236,7 +235,8 @@ class SSLTrainer(EvaluatingTrainer):
         rows, accumulated = self.source.num_rows, self.args.gradient_accumulation_steps
         if rows is None:
             return step * accumulated
-        in_an_epoch = rows // (self.args.per_device_train_batch_size * self.args.world_size)
+        share = ProcessShare(0, self.args.per_device_train_batch_size, world_size=self.args.world_size)
+        in_an_epoch = share.batches(rows)
         epochs, steps = divmod(step, math.ceil(in_an_epoch / accumulated))
         return epochs * in_an_epoch + steps * accumulated
 
@@ -254,7 +254,7 @@ class SSLTrainer(EvaluatingTrainer):
 
     def _check_arguments(self) -> None:
         warn_about_accumulation(self.method, self.args)
-        check_batch_size(self.args, self.source.num_rows, self.source.description)
+        check_batch_size(self.args, self.source)
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
             own_loss = type(self).compute_loss is not SSLTrainer.compute_loss
@@ -365,9 +365,8 @@ class SSLTrainer(EvaluatingTrainer):
                 and saved a checkpoint before.
         """
         self._resumed_step = None
-        if resume_from_checkpoint is None and self.args.resume_from_checkpoint is not None:
-            given = self.args.resume_from_checkpoint
-            resume_from_checkpoint = True if given in ("True", "true") else given
+        resume_from_checkpoint = as_bool(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        check_early_stopping(self.args, self.callback_handler.callbacks)
         if resume_from_checkpoint:
             self.args.eval_on_start = False
         else:

@@ -6,20 +6,27 @@ All other fields of `transformers.TrainingArguments` work. `training/README.md` 
 
 import dataclasses
 import logging
+import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+import torch._inductor
+from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.training_args import trainer_log_levels
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames, trainer_log_levels
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_keys, check_values, suggestion
 from hf_ssl.evaluation.config import MEASUREMENTS
 
 logger = logging.getLogger(__name__)
+DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
 
 _ONE_GPU = "each process holds the whole model; start one process per GPU with torchrun"
 _FEATURES = "the monitor measures features of whole images"
@@ -66,40 +73,186 @@ WITHOUT_EFFECT = {
 }
 """Argument of transformers that only causes a warning -> the reason."""
 
-_AT_LEAST_ONE = ("gradient_accumulation_steps", "per_device_eval_batch_size")
-_TEXT_OR_NUMBER = ("bf16", "fp16", "dataloader_num_workers")
+_AT_LEAST_ONE = ("gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_prefetch_factor")
+_AT_LEAST_ZERO = (
+    "learning_rate",
+    "weight_decay",
+    "momentum",
+    "max_grad_norm",
+    "adam_epsilon",
+    "warmup_epochs",
+)
+_WITH_WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+_CHOICES: dict[str, Any] = {
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+}
+_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check")
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 
 
 def check_arguments(args: TrainingArguments) -> None:
     """Reject or report the values of `REJECTED` and `WITHOUT_EFFECT`. Called before `__post_init__`.
 
+    A whole number that is a float (64.0) becomes an int.
+
     Raises:
-        UserError: a rejected argument does not have its default value, a number is missing or too small, or
-            `report_to` names no installed tracker.
+        UserError: a rejected argument does not have its default value, a value has the wrong type or is out
+            of range, or `report_to` names no installed tracker.
     """
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value is None or value == default or (default == "no" and value is False):
+        if field.name in _CHOICES and value is False:
+            value = "no"  # YAML reads `no` as False
+            setattr(args, field.name, value)
+        if value == default or (default == "no" and value is False):
             continue
-        if isinstance(default, int | float) and isinstance(value, str) and field.name not in _TEXT_OR_NUMBER:
-            raise UserError(f"training.{field.name}: expected a number, got {value!r}")
-        if field.name in REJECTED:
+        setattr(args, field.name, value := _checked_type(field, value, default))
+        if field.name in REJECTED and value is not None:
             raise UserError(f"training.{field.name}: expected {default}, got {value}; {REJECTED[field.name]}")
-        if field.name in WITHOUT_EFFECT:
-            _warn_once(f"training.{field.name} has no effect: {WITHOUT_EFFECT[field.name]}")
-    for name in _AT_LEAST_ONE:
-        if getattr(args, name) < 1:
-            raise UserError(f"training.{name}: expected at least 1, got {getattr(args, name)}")
-    if args.max_steps == 0:
-        raise UserError("training.max_steps: expected a positive number, or -1 for all epochs, got 0")
-    for name in ("log_level", "log_level_replica"):
-        if getattr(args, name) not in trainer_log_levels:
-            raise UserError(
-                f"training.{name}: expected one of {', '.join(trainer_log_levels)}, got {getattr(args, name)}"
-            )
+        if field.name in WITHOUT_EFFECT and value is not None:
+            warn_once(f"training.{field.name} has no effect: {WITHOUT_EFFECT[field.name]}")
+    for name in _WITH_WORKERS:
+        if getattr(args, name) and args.dataloader_num_workers == 0:
+            warn_once(f"training.{name} has no effect with dataloader_num_workers=0")
+    levels, steps = ", ".join(trainer_log_levels), args.max_steps
+    debug: Any = args.debug
+    check_values(
+        "training",
+        *((name, value, value is None or value >= 1, "at least 1")
+          for name in _AT_LEAST_ONE for value in [getattr(args, name)]),
+        *((name, value, value is None or value >= 0, "at least 0")
+          for name in _AT_LEAST_ZERO for value in [getattr(args, name)]),
+        ("max_steps", steps, steps != 0, "a positive number, or -1 for all epochs"),
+        *((name, value, value in trainer_log_levels, f"one of {levels}")
+          for name in ("log_level", "log_level_replica") for value in [getattr(args, name)]),
+        ("debug", debug, isinstance(debug, str | list | None), "a text"),
+    )  # fmt: skip
+    # transformers 5.24 renamed `gradient_checkpointing_kwargs` to `activation_checkpointing_kwargs`.
+    known = {
+        "accelerator_config": [item.name for item in dataclasses.fields(AcceleratorConfig)],
+        "gradient_checkpointing_kwargs": _CHECKPOINTING,
+        "activation_checkpointing_kwargs": _CHECKPOINTING,
+    }
+    for name, keys in known.items():
+        if isinstance(given := getattr(args, name, None), dict):
+            check_keys(given, keys, f"training.{name}")
+    _check_compilation(args)
     _check_trackers(args.report_to)
+
+
+def _checked_type(field: "dataclasses.Field[Any]", value: Any, default: Any) -> Any:
+    """Return the value, or raise `UserError` if an argument with a number or a list has another type."""
+    words = set(re.findall(r"\w+", str(field.type)))
+    number = not isinstance(default, list) and words & {"int", "float"} and "str" not in words
+    missing = value is None and not words & {"None", "Optional"}
+    valid = True
+    if number and not missing:
+        valid = isinstance(value, int | float | None) and value == value
+        if isinstance(value, float) and "float" not in words and (valid := valid and value.is_integer()):
+            value = int(value)
+    elif isinstance(default, list):
+        valid = isinstance(value, list | tuple)
+    elif field.name in _CHOICES and value not in (known := [item.value for item in _CHOICES[field.name]]):
+        hint = suggestion(str(value), known)
+        raise UserError(f"training.{field.name}: expected a known name, got {value}; {hint}")
+    what = "a list" if isinstance(default, list) else "a number" if "float" in words else "a whole number"
+    check_values("training", (field.name, value, valid and not (missing and number), what))
+    return value
+
+
+def _check_compilation(args: TrainingArguments) -> None:
+    """Raise `UserError` if torch knows no such compiler or mode."""
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    if backend is None and mode is None:
+        return
+    known = {
+        "torch_compile_backend": (backend, torch.compiler.list_backends(exclude_tags=())),
+        "torch_compile_mode": (mode, list(torch._inductor.list_mode_options())),
+    }
+    for name, (value, names) in known.items():
+        if value is not None and value not in names:
+            raise UserError(
+                f"training.{name}: expected a known name, got {value}; {suggestion(value, names)}"
+            )
+
+
+def check_best_model(args: TrainingArguments) -> None:
+    """Check the arguments about the best model, and set `greater_is_better`. Called before `__post_init__`.
+
+    Raises:
+        UserError: the best model is needed, and the model is not measured when it is saved.
+    """
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if args.greater_is_better is None and name in MEASUREMENTS and args.metric_for_best_model:
+        args.greater_is_better = not MEASUREMENTS[name].lower_is_better
+    save, evaluate = SaveStrategy(args.save_strategy).value, IntervalStrategy(args.eval_strategy).value
+    if evaluate == "no" and (args.load_best_model_at_end or save == "best"):
+        what = "save_strategy=best" if save == "best" else "load_best_model_at_end"
+        raise UserError(
+            f"training.monitor_steps: expected a positive number with {what}, got no measurements; use "
+            "monitor_steps=200 or eval_strategy=epoch"
+        )
+    if args.load_best_model_at_end and save not in ("best", evaluate):
+        raise UserError(
+            f"training.save_strategy: expected {evaluate}, as eval_strategy, or best, because "
+            f"load_best_model_at_end is set, got {save}; use save_strategy={evaluate}"
+        )
+    steps, measured = args.save_steps, args.eval_steps or 1
+    if args.load_best_model_at_end and save == "steps" and min(steps, measured) >= 1 and steps % measured:
+        raise UserError(
+            f"training.save_steps: expected a multiple of the {measured} steps between measurements, because "
+            f"load_best_model_at_end is set, got {steps}; use save_steps="
+            f"{math.ceil(steps / measured) * measured}"
+        )
+
+
+def check_early_stopping(args: TrainingArguments, callbacks: Iterable[Any]) -> None:
+    """Check that early stopping has a measurement.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
+        return
+    missing = "metric_for_best_model" if args.metric_for_best_model is None else "eval_strategy"
+    if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            f"training.{missing}: expected a value for EarlyStoppingCallback, got {getattr(args, missing)}; "
+            "use metric_for_best_model='knn', eval_strategy='epoch'"
+        )
+
+
+def as_bool(value: Any) -> Any:
+    """Return True or False for these words in a text, as a command line gives them, else the value."""
+    words = {"true": True, "false": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def given_values(args: TrainingArguments) -> dict[str, Any]:
+    """Return the values of `args` that differ from the defaults of transformers, by name.
+
+    A value that the user set to such a default cannot be recognized. A warning says so.
+    """
+    stock = TrainingArguments(output_dir=str(args.output_dir), use_cpu=args.use_cpu)
+    given = {
+        name: value
+        for name in DEFAULTS
+        if (value := getattr(args, name)) not in (DEFAULTS[name], getattr(stock, name))
+    }
+    # transformers (5.20 to 5.24) sets these from other arguments.
+    metric = str(args.metric_for_best_model)
+    derived = {"do_eval": args.eval_strategy != "no", "greater_is_better": not metric.endswith("loss")}
+    warn_once(
+        "values of TrainingArguments that equal transformers' defaults are replaced by those of hf_ssl; use "
+        "SSLTrainingArguments to set them"
+    )
+    return {name: value for name, value in given.items() if value != derived.get(name)}
 
 
 def check_accelerator_config(args: TrainingArguments) -> None:
@@ -116,6 +269,11 @@ def check_accelerator_config(args: TrainingArguments) -> None:
                 f"training.accelerator_config: expected no {name}, got {getattr(given, name)}; the loader of "
                 "hf_ssl divides batches among the processes"
             )
+    if "num_steps" in (given.gradient_accumulation_kwargs or {}):
+        raise UserError(
+            "training.accelerator_config: expected no num_steps, got "
+            f"{given.gradient_accumulation_kwargs['num_steps']}; use training.gradient_accumulation_steps"
+        )
 
 
 def _check_trackers(report_to: Any) -> None:
@@ -151,5 +309,6 @@ def check_metric(name: str | None, further: Iterable[str] = ()) -> None:
 
 
 @lru_cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, once per process."""
     logger.warning("%s", message)

@@ -17,7 +17,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from forks import Forks
 from messages import mentions
-from transformers import HfArgumentParser, ResNetConfig, TrainingArguments
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, HfArgumentParser, ResNetConfig, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
@@ -263,7 +264,7 @@ def test_it_is_rejected(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in WITHOUT_EFFECT if name in FIELDS])
 def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(transformers_arguments, "_warn_once", transformers_arguments._warn_once.__wrapped__)
+    monkeypatch.setattr(transformers_arguments, "warn_once", transformers_arguments.warn_once.__wrapped__)
     run = Run(table, tmp_path, **{name: value_of(name)})
     assert same_weights(run, usual) and run.steps("eval_knn") == usual.steps("eval_knn")
     assert [WITHOUT_EFFECT[name] in record.getMessage() for record in caplog.records].count(True) == 1
@@ -284,6 +285,43 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
         ({"max_steps": 0}, ["training.max_steps", -1, 0]),
         ({"log_level": "loud"}, ["training.log_level", "warning", "loud"]),
         ({"monitor_steps": 100, "eval_steps": 50}, ["training.monitor_steps", "training.eval_steps", 50]),
+        ({"eval_steps": 0}, ["training.eval_steps", "monitor_steps=0"]),
+        ({"monitor_steps": -1}, ["training.monitor_steps", -1]),
+        ({"gradient_accumulation_steps": 1.5}, ["training.gradient_accumulation_steps", "whole", 1.5]),
+        ({"learning_rate": None}, ["training.learning_rate", "number", None]),
+        ({"learning_rate": float("nan")}, ["training.learning_rate", "number", "nan"]),
+        ({"weight_decay": -0.1}, ["training.weight_decay", 0, -0.1]),
+        ({"learning_rate_drops": 5}, ["training.learning_rate_drops", "list", 5]),
+        ({"dataloader_prefetch_factor": 0}, ["training.dataloader_prefetch_factor", 1, 0]),
+        ({"dataloader_num_workers": 1.5}, ["training.dataloader_num_workers", "auto", 1.5]),
+        ({"lars": {"variat": "larc"}}, ["training.lars.variat", "training.lars.variant"]),
+        ({"lars": 3}, ["training.lars", "LARSConfig", 3]),
+        ({"debug": True}, ["training.debug", True]),
+        ({"lr_scheduler_type": "cosin"}, ["training.lr_scheduler_type", "cosine"]),
+        ({"eval_strategy": "epochs"}, ["training.eval_strategy", "epoch"]),
+        ({"accelerator_config": {"split_batch": True}}, ["training.accelerator_config", "split_batches"]),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            ["training.accelerator_config", "gradient_accumulation_steps", 2],
+        ),
+        ({"gradient_checkpointing_kwargs": {"reentrant": True}}, ["reentrant", "use_reentrant"]),
+        ({"torch_compile_backend": "inducter"}, ["training.torch_compile_backend", "inductor"]),
+        ({"torch_compile_mode": "max"}, ["training.torch_compile_mode", "max-autotune"]),
+        (
+            {"minimum_learning_rate_ratio": 0.1, "lr_scheduler_type": "cosine"},
+            ["training.minimum_learning_rate_ratio", 0.1, "cosine"],
+        ),
+        ({"learning_rate_rule": "linear"}, ["training.learning_rate_rule", "base_learning_rate"]),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 3, "save_steps": 4},
+            ["training.save_steps", 3, 4, "save_steps=6"],
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+            ["training.save_strategy", "save_strategy=epoch"],
+        ),
+        ({"load_best_model_at_end": True, "monitor_steps": 0}, ["training.monitor_steps"]),
+        ({"save_strategy": "best", "eval_strategy": "no"}, ["training.monitor_steps", "save_strategy=best"]),
     ],
 )
 def test_contradictions_are_rejected(changes: dict, mentioned: list, tmp_path: Path) -> None:
@@ -294,9 +332,121 @@ def test_contradictions_are_rejected(changes: dict, mentioned: list, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "mentioned"),
     [
+        ({"eval_strategy": "epoch", "monitor_steps": 3}, ["training.monitor_steps", "eval_strategy=epoch"]),
+        ({"eval_strategy": "no", "eval_steps": 3}, ["training.eval_steps", "eval_strategy=no"]),
+        (
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 0},
+            ["training.dataloader_persistent_workers", "dataloader_num_workers=0"],
+        ),
+        ({"optim": "adagrad", "adam_epsilon": 0.1}, ["training.adam_epsilon", "adagrad"]),
+        ({"optim": "rmsprop", "momentum": 0.5}, ["training.momentum", "rmsprop"]),
+        ({"optimizer": "sgd", "adam_beta1": 0.5}, ["training.adam_beta1", "sgd"]),
+        ({"lars": {"clip": True}}, ["training.lars", "adamw"]),
+    ],
+)
+def test_values_that_another_value_disables_are_reported(changes, mentioned, table, tmp_path, caplog) -> None:
+    transformers_arguments.warn_once.cache_clear()
+    Run(table, tmp_path, max_steps=1, **{"eval_steps": None, **changes})
+    assert sum(bool(re.search(mentions(*mentioned), each.getMessage())) for each in caplog.records) == 1
+
+
+def test_plain_arguments_get_our_defaults_with_a_warning(tmp_path: Path, caplog) -> None:
+    transformers_arguments.warn_once.cache_clear()
+    plain = TrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="steps", adam_beta1=0.5)
+    args = SSLTrainingArguments.from_arguments(plain)
+    assert (args.adam_beta1, args.batch_size, args.eval_strategy) == (0.5, 256, "steps")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "SSLTrainingArguments" in message
+
+
+@pytest.mark.parametrize("given", [{"output_dir": "out"}, "out", SSLTrainingArguments])
+def test_other_arguments_are_rejected(given: Any) -> None:
+    with pytest.raises(UserError, match=mentions("args", "SSLTrainingArguments")):
+        SSLTrainingArguments.from_arguments(given)
+
+
+def test_a_misspelt_argument_gets_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=mentions("bach_size", "batch_size")):
+        SSLTrainingArguments(str(tmp_path), bach_size=3)
+
+
+def test_without_measurements(table: Dataset, usual: Run, tmp_path: Path) -> None:
+    for number, off in enumerate(({"eval_strategy": "no"}, {"monitor_steps": 0})):
+        run = Run(table, tmp_path / str(number), **{"eval_steps": None, **off})
+        assert not run.steps("eval_rank_me") and same_weights(run, usual)
+    for strategy in ("save_strategy", "eval_strategy", "logging_strategy"):
+        args = load_recipe("smoke/simclr", [f"training.{strategy}=no"]).training_arguments()
+        assert getattr(args, strategy) == "no"
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "name", "value"),
+    [
+        ("lr=0.5", "lr", 0.5),
+        ("scale_parameter=true", "scale_parameter", True),
+        ("eps=(1e-20, 1e-4), clip_threshold=2.0", "eps", (1e-20, 1e-4)),
+        ({"decay_rate": -0.5}, "decay_rate", -0.5),
+    ],
+)
+def test_arguments_of_the_optimizer_have_precedence(optim_args, name, value, table, tmp_path) -> None:
+    run = Run(table, tmp_path, optim="adafactor", optim_args=optim_args, lr_scheduler_type="constant")
+    assert run.optimizer[name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "choose"),
+    [("uniformity", min), ("eval_alignment", min), ("eval_loss", min), ("embedding_rank", max)],
+)
+def test_the_best_model_has_the_best_value(name: str, choose: Any, table, tmp_path) -> None:
+    run = Run(table, tmp_path, learning_rate=0.05, **{**BEST, "metric_for_best_model": name})
+    assert best(run, f"eval_{name.removeprefix('eval_')}", choose)
+    plain = TrainingArguments(str(tmp_path), use_cpu=True, metric_for_best_model=name)
+    args = SSLTrainingArguments.from_arguments(plain)
+    assert args.greater_is_better == (choose is max)
+
+
+def test_the_best_model_is_loaded_with_default_steps(tmp_path: Path) -> None:
+    args = SSLTrainingArguments(str(tmp_path), load_best_model_at_end=True)
+    assert args.save_steps % args.eval_steps == 0
+
+
+@pytest.mark.parametrize(("measure", "save"), [(1, 4), (0.25, 3), (0.3, 0.6)])
+def test_the_best_model_is_loaded_also_between_saved_steps(measure, save, table, tmp_path) -> None:
+    changes = {**BEST, "eval_steps": measure, "save_steps": save, "max_steps": 8, "learning_rate": 0.05}
+    worse = lambda given, calls=[]: {"order": -len(calls), "call": calls.append(1) or 0}  # noqa: E731
+    run = Run(table, tmp_path, compute_metrics=worse, **{**changes, "metric_for_best_model": "order"})
+    first = min(run.steps("eval_order")[1:])
+    assert run.trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{first}")
+    stored = load_file(tmp_path / f"checkpoint-{first}/model.safetensors")
+    weights = run.trainer.method.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentioned"), [({}, "metric_for_best_model"), ({"eval_steps": None}, "eval_strategy")]
+)
+def test_early_stopping_needs_a_measurement(changes: dict, mentioned: str, table, tmp_path) -> None:
+    metric = "knn" if changes else None
+    changes = {"output_dir": str(tmp_path), "metric_for_best_model": metric, "monitor_steps": 0, **changes}
+    if not metric:
+        changes["monitor_steps"] = 200
+    config = SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16})
+    args = SSLTrainingArguments(use_cpu=True, per_device_train_batch_size=8, report_to="none", **changes)
+    trainer = SSLTrainer(SimCLRForPreTraining(config), args, train_dataset=table, eval_dataset=table)
+    trainer.add_callback(EarlyStoppingCallback(2))
+    with pytest.raises(UserError, match=mentions(f"training.{mentioned}", "EarlyStoppingCallback")):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentioned"),
+    [
         ({"optim": "lomo"}, ["training.optimizer", "lomo"]),
         ({"optim": "rmsprop", "optim_args": "speed=3"}, ["training.optim_args", "RMSprop", "speed"]),
         ({"optim": "rmsprop", "optim_args": "momentum=fast"}, ["training.optimizer", "rmsprop", "fast"]),
+        ({"optim": "rmsprop", "optim_args": "momentum"}, ["training.optim_args", "momentum"]),
+        ({"optim": "rmsprop", "optim_args": "params=[]"}, ["training.optim_args", "params"]),
+        ({"optim": "adafactor", "optim_args": "relative_step=True"}, ["training.optim_args", "Adafactor"]),
         ({"lr_scheduler_type": "warmup_stable_decay"}, ["training.lr_scheduler_kwargs", "num_decay_steps"]),
         (
             {"torch_compile": True, "gradient_checkpointing": True},

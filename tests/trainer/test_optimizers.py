@@ -254,7 +254,7 @@ OLD_LARS = {
 @pytest.mark.parametrize("name", OLD_LARS)
 def test_old_arguments_of_lars_work_and_name_the_new_ones(tmp_path, name):
     field = name.removeprefix("lars_")
-    with pytest.warns(FutureWarning, match=mentions(f"training.{name}", f"training.lars.{field}")):
+    with pytest.warns(FutureWarning, match=mentions(name, f"lars.{field}")):
         old = arguments(tmp_path, **{name: OLD_LARS[name]})
     assert old.lars == LARSConfig(**{field: OLD_LARS[name]})
     assert replace(old, seed=3).lars == old.lars
