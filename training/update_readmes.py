@@ -63,7 +63,7 @@ def arguments() -> str:
 def measurements() -> str:
     """Return a Markdown table of the measurements of the monitor."""
     lines = ["| name | measurement |", "|---|---|"]
-    return "\n".join(lines + [f"| `eval_{name}` | {text} |" for name, (text, _) in MEASUREMENTS.items()])
+    return "\n".join(lines + [f"| `eval_{name}` | {each.text} |" for name, each in MEASUREMENTS.items()])
 
 
 def _result(name: str) -> Callable[[], str]:
