@@ -2,6 +2,7 @@
 """Saves complete checkpoints and resumes from them, also in the middle of an epoch."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from hf_ssl.data import BrokenCounter
+from hf_ssl.data import BrokenCounter, Source
+from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
 from hf_ssl.errors import UserError, first_line
@@ -48,6 +50,7 @@ class CheckpointTrainer(OptimizingTrainer):
     stopwatch: Stopwatch
     broken: BrokenCounter
     resumed: int
+    source: Source
     _position: dict[str, Any] | None  # of a stream
     _resumed_step: int | None
 
@@ -57,6 +60,19 @@ class CheckpointTrainer(OptimizingTrainer):
                 folder = self._write_checkpoint()
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))
+
+    def _batches_before(self, step: int) -> int:
+        """Return the number of micro-batches of this process before an optimizer step.
+
+        The last step of an epoch may have fewer than `gradient_accumulation_steps` micro-batches.
+        """
+        rows, accumulated = self.source.num_rows, self.args.gradient_accumulation_steps
+        if rows is None:
+            return step * accumulated
+        share = ProcessShare(0, self.args.per_device_train_batch_size, world_size=self.args.world_size)
+        in_an_epoch = share.batches(rows)
+        epochs, steps = divmod(step, math.ceil(in_an_epoch / accumulated))
+        return epochs * in_an_epoch + steps * accumulated
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save each new best model if it is loaded at the end, also between two saved steps.
@@ -77,6 +93,7 @@ class CheckpointTrainer(OptimizingTrainer):
             UserError: the disk is full or not writable. Earlier checkpoints stay complete.
         """
         root, step, writes = Path(str(self.args.output_dir)), self.state.global_step, self.args.should_save
+        self.use_averaged_weights(True)
         final = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         staging = staging_path(final)
         if final.exists():

@@ -88,6 +88,7 @@ class EvaluatingTrainer(PushingTrainer):
         Raises:
             UserError: `eval_dataset` is of another type or has no labels.
         """
+        self.use_averaged_weights(True)
         with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:
                 with self.stop_signal.interruptible():
@@ -142,6 +143,7 @@ class EvaluatingTrainer(PushingTrainer):
         Raises:
             UserError: the data are a stream, or an image cannot be read.
         """
+        self.use_averaged_weights(True)
         images = all_images(as_source(test_dataset, self.data, "test_dataset"), self.data.channels)
         features = extract_features(
             self.method.exported_encoder, self.processor, images, dtype=self._dtype, description="features"

@@ -281,6 +281,16 @@ class OptimizingTrainer(Trainer):
             self.optimizer = build_optimizer(self.method, self.args, given)
         return self.optimizer
 
+    def use_averaged_weights(self, averaged: bool) -> None:
+        """Give the model the weights for measurements and files, or those for training.
+
+        They differ for schedule-free optimizers only (Defazio et al., arXiv:2405.15682). These raise an
+        error in a step with the averaged weights.
+        """
+        switch = getattr(self.optimizer, "eval" if averaged else "train", None)
+        if switch is not None:
+            switch()
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the learning rate schedule: warm-up, then the schedule of transformers."""
         if self.lr_scheduler is None:

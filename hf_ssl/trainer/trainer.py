@@ -26,7 +26,6 @@ from hf_ssl.data import (
     holds_small_images,
     train_loader,
 )
-from hf_ssl.data.batch import ProcessShare
 from hf_ssl.errors import UserError
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -227,19 +226,6 @@ class SSLTrainer(EvaluatingTrainer):
             device=self.args.device,
         )
 
-    def _batches_before(self, step: int) -> int:
-        """Return the number of micro-batches of this process before an optimizer step.
-
-        The last step of an epoch may have fewer than `gradient_accumulation_steps` micro-batches.
-        """
-        rows, accumulated = self.source.num_rows, self.args.gradient_accumulation_steps
-        if rows is None:
-            return step * accumulated
-        share = ProcessShare(0, self.args.per_device_train_batch_size, world_size=self.args.world_size)
-        in_an_epoch = share.batches(rows)
-        epochs, steps = divmod(step, math.ceil(in_an_epoch / accumulated))
-        return epochs * in_an_epoch + steps * accumulated
-
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         if not isinstance(inputs, LoadedBatch):  # of a loader that the user defined
             return super()._prepare_inputs(inputs)
@@ -285,6 +271,7 @@ class SSLTrainer(EvaluatingTrainer):
         """Compute loss and gradient of a micro-batch, in chunks if `args.contrastive_chunk_size` is set."""
         if not self.method.training:  # `train()` visits all modules, which takes 1 ms
             self.method.train()
+        self.use_averaged_weights(False)
         share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
         clear_every = self.args.torch_empty_cache_steps
         if clear_every and self.state.global_step % clear_every == 0:
@@ -384,6 +371,7 @@ class SSLTrainer(EvaluatingTrainer):
                 + (f" or training.contrastive_chunk_size={smaller}" if self.method.couples_samples else "")
             ) from error
         else:
+            self.use_averaged_weights(True)
             if self.stop_signal.received is not None:
                 self._stop(save=False)  # the training loop has saved a checkpoint
             return result

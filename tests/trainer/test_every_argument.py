@@ -393,6 +393,39 @@ def test_arguments_of_the_optimizer_have_precedence(optim_args, name, value, tab
     assert run.optimizer[name] == value
 
 
+class TwoWeights(torch.optim.SGD):
+    """Has other weights for measurements than for training, as schedule-free optimizers do."""
+
+    averaged = False
+
+    def train(self) -> None:
+        self.averaged = False
+
+    def eval(self) -> None:
+        self.averaged = True
+
+    def step(self, closure: Any = None) -> Any:
+        assert not self.averaged
+        return super().step(closure)
+
+
+def test_schedule_free_optimizers_change_the_weights(table: Dataset, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+    look = lambda *given: seen.append(trainer.optimizer.optimizer.averaged)  # noqa: E731
+    config = SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16})
+    args = SSLTrainingArguments(
+        str(tmp_path), max_steps=2, batch_size=8, use_cpu=True, report_to="none", save_steps=1, eval_steps=1,
+        disable_tqdm=True, eval_on_start=False,
+    )  # fmt: skip
+    trainer = SSLTrainer(
+        SimCLRForPreTraining(config), args, train_dataset=table, eval_dataset=table,
+        optimizer_cls_and_kwargs=(TwoWeights, {"lr": 0.01}), compute_metrics=lambda given: look() or {},
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", look)
+    trainer.train()
+    assert len(seen) == 4 and all(seen) and trainer.optimizer.optimizer.averaged
+
+
 @pytest.mark.parametrize(
     ("name", "choose"),
     [("uniformity", min), ("eval_alignment", min), ("eval_loss", min), ("embedding_rank", max)],
