@@ -34,6 +34,21 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"use one of {', '.join(names)}"
 
 
+def check_name(key: str, name: Any, known: Iterable[Any], expected: str, prefix: str = "") -> None:
+    """Raise `UserError` for an unknown name, with a suggestion.
+
+    Args:
+        key: key of the value, with its section.
+        name: the value.
+        known: the values that it may have.
+        expected: the known values in words.
+        prefix: text before the similar name.
+    """
+    names = list(known)
+    if name not in names:
+        raise UserError(f"{key}: expected {expected}, got {name}; {suggestion(str(name), names, prefix)}")
+
+
 def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise `UserError` for an unknown key, with a suggestion.
 
@@ -44,9 +59,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     """
     names = list(known)
     for key in keys:
-        if key not in names:
-            hint = suggestion(str(key), names, f"{where}.")
-            raise UserError(f"{where}.{key}: expected a known key, got {key}; {hint}")
+        check_name(f"{where}.{key}", key, names, "a known key", f"{where}.")
 
 
 def check_values(section: str, *rows: tuple[Any, ...]) -> None:

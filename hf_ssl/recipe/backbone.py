@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, check_name
 from hf_ssl.recipe.sections import config_fields
 from hf_ssl.views.preset import ViewPreset
 
@@ -23,11 +23,7 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     known = [name for name in CONFIG_MAPPING if not name.startswith("ssl_")]
-    if model_type not in known:
-        raise UserError(
-            f"backbone.model_type: expected a model type of transformers, got {model_type}; "
-            f"{suggestion(str(model_type), known)}"
-        )
+    check_name("backbone.model_type", model_type, known, "a model type of transformers")
     return CONFIG_MAPPING[model_type]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError, suggestion
+from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
@@ -202,9 +202,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for section, choice in (("method", "name"), ("backbone", "model_type")):
         if choice not in plain[section] and "init_from" not in plain[section]:
             raise UserError(f"{section}.{choice}: expected a name in {path}, got nothing")
-    if plain["method"]["name"] not in METHODS:
-        method = str(plain["method"]["name"])
-        raise UserError(f"method.name: expected a known method, got {method}; {suggestion(method, METHODS)}")
+    check_name("method.name", plain["method"]["name"], METHODS, "a known method")
     for key in plain["training"].keys() & REPLACED.keys():
         raise UserError(
             f"training.{key}: expected no value in a recipe, got {plain['training'][key]}; {REPLACED[key]}"

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.errors import UserError, one_line, suggestion
+from hf_ssl.errors import UserError, check_name, one_line, suggestion
 from hf_ssl.names import RENAMED_KEYS
 from hf_ssl.resources import recipe_files
 
@@ -113,11 +113,7 @@ def _sections(plain: dict[Any, Any], sections: Sequence[str], where: str) -> dic
         UserError: a section is unknown or contains something other than keys and values.
     """
     for section, values in plain.items():
-        if section not in sections:
-            raise UserError(
-                f"{section}: expected a known section in {where}, got {section}; "
-                f"{suggestion(str(section), sections)}"
-            )
+        check_name(str(section), section, sections, f"a known section in {where}")
         if not isinstance(values, dict | None):
             raise UserError(f"{section}: expected keys and values in {where}, got {values!r}")
         _reject_interpolation(values or {}, str(section))

@@ -11,7 +11,7 @@ import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from hf_ssl.errors import UserError, check_keys, check_values, one_line, suggestion
+from hf_ssl.errors import UserError, check_keys, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
@@ -242,11 +242,8 @@ class SSLTrainingArguments(TrainingArguments):
             )
         self.optimizer = name if given != unset else self.optimizer
         known = [*OPTIMIZERS, *(item.value for item in OptimizerNames)]
-        if self.optimizer not in known:
-            raise UserError(
-                f"training.optimizer: expected {', '.join(OPTIMIZERS)} or an optimizer of transformers, got "
-                f"{self.optimizer!r}; {suggestion(str(self.optimizer), known)}"
-            )
+        expected = f"{', '.join(OPTIMIZERS)} or an optimizer of transformers"
+        check_name("training.optimizer", self.optimizer, known, expected)
         if self.optimizer not in OPTIMIZERS:
             self.optim = self.optimizer
         elif self.optim_args is not None:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_ssl.errors import UserError, one_line, suggestion
+from hf_ssl.errors import UserError, check_name, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
@@ -101,8 +101,8 @@ def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer],
     parameters = {name for name in inspect.signature(cls).parameters if name not in ("self", "params")}
     for name, value in given.items():
         if name not in parameters | kwargs.keys():
-            hint = suggestion(name, sorted(parameters))
-            raise UserError(f"training.optim_args: expected arguments of {cls.__name__}, got {name}; {hint}")
+            expected = f"arguments of {cls.__name__}"
+            check_name("training.optim_args", name, sorted(parameters), expected)
         # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers. It converts those.
         if name not in kwargs or (name in without and kwargs[name] is without[name]):
             kwargs[name] = value

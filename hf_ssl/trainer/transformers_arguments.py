@@ -9,7 +9,6 @@ import logging
 import math
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
-from hf_ssl.errors import UserError, check_keys, check_values, suggestion
+from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
 
 logger = logging.getLogger(__name__)
@@ -158,9 +157,9 @@ def _checked_type(field: "dataclasses.Field[Any]", value: Any, default: Any) -> 
             value = int(value)
     elif isinstance(default, list):
         valid = isinstance(value, list | tuple)
-    elif field.name in _CHOICES and value not in (known := [item.value for item in _CHOICES[field.name]]):
-        hint = suggestion(str(value), known)
-        raise UserError(f"training.{field.name}: expected a known name, got {value}; {hint}")
+    elif field.name in _CHOICES:
+        known = [item.value for item in _CHOICES[field.name]]
+        check_name(f"training.{field.name}", value, known, "a known name")
     what = "a list" if isinstance(default, list) else "a number" if "float" in words else "a whole number"
     check_values("training", (field.name, value, valid and not (missing and number), what))
     return value
@@ -176,10 +175,8 @@ def _check_compilation(args: TrainingArguments) -> None:
         "torch_compile_mode": (mode, list(torch._inductor.list_mode_options())),
     }
     for name, (value, names) in known.items():
-        if value is not None and value not in names:
-            raise UserError(
-                f"training.{name}: expected a known name, got {value}; {suggestion(value, names)}"
-            )
+        if value is not None:
+            check_name(f"training.{name}", value, names, "a known name")
 
 
 def check_best_model(args: TrainingArguments) -> None:
@@ -300,12 +297,9 @@ def check_metric(name: str | None, further: Iterable[str] = ()) -> None:
         UserError: the monitor makes no such measurement.
     """
     known = [f"eval_{item}" for item in (*further, *MEASUREMENTS)]
-    if name is not None and name not in known and f"eval_{name}" not in known:
-        close = get_close_matches(name, known, 1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known[:3])}, ..."
-        raise UserError(
-            f"training.metric_for_best_model: expected a measurement of the monitor, got {name}; {hint}"
-        )
+    if name is not None:
+        name = f"eval_{name.removeprefix('eval_')}"
+        check_name("training.metric_for_best_model", name, known, "a measurement of the monitor")
 
 
 @lru_cache
