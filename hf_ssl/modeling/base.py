@@ -126,8 +126,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         self.check_backbone(cast(Any, config.backbone_config).model_type)
         self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
         self.hooks_are_called = self.continues = False
-        self.ends_batch = True
-        self._memory_parts: list[dict[str, Tensor]] = []
+        self.discard_batch()
 
     def _set_gradient_checkpointing(
         self,
@@ -318,6 +317,11 @@ class SSLPreTrainedModel(PreTrainedModel):
             if self.ends_batch:
                 self._update_memory_once()
         return output
+
+    def discard_batch(self) -> None:
+        """Forget the micro-batches of an unfinished optimizer step. The next pass is a whole batch."""
+        self.ends_batch = True
+        self._memory_parts: list[dict[str, Tensor]] = []
 
     def _update_memory_once(self) -> None:
         """Update the memory with all micro-batches of an optimizer step, as with one batch."""
