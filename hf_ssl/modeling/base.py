@@ -18,7 +18,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.backbones import (
     RecordedOutputs,
-    checkpoint_stages,
+    checkpoint_segments,
     encode,
     freeze_unused,
     initialize_as_timm,
@@ -126,8 +126,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         self.check_backbone(cast(Any, config.backbone_config).model_type)
         self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
         self.hooks_are_called = self.continues = False
-        self.ends_batch = True
-        self._memory_parts: list[dict[str, Tensor]] = []
+        self.discard_batch()
 
     def _set_gradient_checkpointing(
         self,
@@ -141,7 +140,7 @@ class SSLPreTrainedModel(PreTrainedModel):
             options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
             super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
         else:
-            checkpoint_stages(self.backbone, enable, gradient_checkpointing_func, every_n_layers)
+            checkpoint_segments(self.backbone, enable, gradient_checkpointing_func, every_n_layers)
 
     # What a method defines.
 
@@ -253,7 +252,8 @@ class SSLPreTrainedModel(PreTrainedModel):
                 Indices of hidden states return only these, and None for the others.
 
         Raises:
-            UserError: the method does not accept this number of views, noise or patches.
+            UserError: the method does not accept this number of views, noise or patches, or the backbone does
+                not return the wanted outputs.
         """
         if pixel_values.ndim != 5:
             raise UserError(
@@ -281,12 +281,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         config: Any = self.config
         hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attentions = config.output_attentions if output_attentions is None else output_attentions
-        with RecordedOutputs(self.backbone, bool(hidden_states), attentions) as recorded:
+        with RecordedOutputs(self.backbone, hidden_states, attentions) as recorded:
             output = self.loss_from_embeddings(self.embed(inputs))
-        if hidden_states:
-            output.hidden_states = recorded.selected_hidden_states(hidden_states)
-        if attentions:
-            output.attentions = tuple(recorded.attentions.values())
+        output.hidden_states, output.attentions = recorded.hidden_states, recorded.attentions
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _warn_without_hooks(self) -> None:
@@ -320,6 +317,11 @@ class SSLPreTrainedModel(PreTrainedModel):
             if self.ends_batch:
                 self._update_memory_once()
         return output
+
+    def discard_batch(self) -> None:
+        """Forget the micro-batches of an unfinished optimizer step. The next pass is a whole batch."""
+        self.ends_batch = True
+        self._memory_parts: list[dict[str, Tensor]] = []
 
     def _update_memory_once(self) -> None:
         """Update the memory with all micro-batches of an optimizer step, as with one batch."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model without changing it (layer 1): eval mode, no gradient, and unchanged random states."""
+"""Runs a model without changing it (layer 1): eval mode, no gradient, unchanged random states; or a copy of
+it that computes only shapes.
+"""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -31,3 +34,16 @@ def unchanged_random_state(device: torch.device) -> AbstractContextManager[None]
     if device.type not in ("cuda", "xpu"):
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def copy_without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in eval mode on torch's device "meta", which computes shapes but no values.
+
+    The weights are not copied, so the copy needs almost no memory.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo).eval()

@@ -74,6 +74,7 @@ class MethodHooks(TrainerCallback):
         return RunProgress(state.global_step, state.max_steps, self.steps_per_epoch())
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.model.discard_batch()
         parameters = dict(self.model.named_parameters())
         found = parameter_groups_by_name(self.model, args)
         until = {

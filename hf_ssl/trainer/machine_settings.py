@@ -24,7 +24,7 @@ from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
-from hf_ssl.trainer.step_cost import MEMORY_MARGIN, StepCost
+from hf_ssl.trainer.step_cost import MEMORY_MARGIN, StepCost, checkpoints_activations
 
 STEP_SECONDS = 30.0
 """Longest time of a training step on a CPU, in seconds. A batch size that needs more time is reduced."""
@@ -276,10 +276,17 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
     The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
 
     Raises:
-        UserError: the encoder cannot use activation checkpoints in a compiled model.
+        UserError: the encoder or the compiler cannot use activation checkpoints in a compiled model.
     """
-    checkpoints = args.gradient_checkpointing or getattr(args, "activation_checkpointing", None)
-    if args.torch_compile and checkpoints and not supports_checkpointing(model.backbone):
+    compiles_checkpoints = args.torch_compile and checkpoints_activations(args)
+    if compiles_checkpoints and args.torch_compile_backend == "eager":
+        # torch (2.6 to 2.15) passes preserve_rng_state=False to checkpoints in compiled code. Its other
+        # backends keep the random numbers (TagActivationCheckpoint in torch/_higher_order_ops/wrap.py).
+        raise UserError(
+            "training.torch_compile_backend: expected inductor or aot_eager with activation checkpointing, "
+            "because eager computes activations again with other random numbers, got eager"
+        )
+    if compiles_checkpoints and not supports_checkpointing(model.backbone):
         raise UserError(
             "training.torch_compile: expected false with activation checkpointing of "
             f"{type(model.backbone).__name__}, whose stages torch cannot compile, got true; use one of them"

@@ -5,10 +5,13 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hf_ssl.data import LoadedBatch
 from hf_ssl.modeling.backbones import encode
@@ -22,6 +25,8 @@ MEASURED_IMAGES = 32
 """Largest number of images in a measured step."""
 MEMORY_MARGIN = 1.25
 """Factor for memory that the measurement does not include: fragmentation, and batches loaded in advance."""
+_CHECKPOINT_OPTIONS = {"use_reentrant", "context_fn"}
+"""Arguments of `torch.utils.checkpoint.checkpoint` that encoders pass."""
 _ENOUGH_SECONDS, _SLOW_SECONDS, _FEWEST_IMAGES = 0.3, 2.0, 8
 
 
@@ -63,7 +68,8 @@ def measure_step(
     The first measurement has 2 images, each further one up to four times as many. The loop ends if a pass
     takes 2 s, or 0.3 s with at least 8 images. It also ends if a pass has the whole batch, or if more images
     would not fit into memory. The measured pass is `embed` and its gradient. It excludes the objective, which
-    is cheap and depends on a state that training has not built yet.
+    is cheap and depends on a state that training has not built yet. The copy uses activation checkpoints if
+    training does.
 
     Args:
         model: the model of a method.
@@ -83,11 +89,15 @@ def measure_step(
         copied: SSLPreTrainedModel = copy.deepcopy(model)
         torch.nn.Module.to(copied, device).train()
         count = min(2, len(batch))
+        again = 0.0
+        if checkpoints_activations(args):
+            again = _use_checkpoints(copied, batch[:count].inputs(device, copied.sample_masks), args) / count
         while True:
             inputs = batch[:count].inputs(device, copied.sample_masks)
             # Methods may exchange rows in `embed`, so all processes need the same number of passes. The main
             # process decides it.
             seconds, size = from_first_process(_pass(copied, inputs, args))
+            size += again * count
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
                 seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
             kept.append((count, size))
@@ -107,6 +117,48 @@ def measure_step(
     )
 
 
+def checkpoints_activations(args: SSLTrainingArguments) -> bool:
+    """Return whether training uses activation checkpoints. transformers renamed the argument in 5.24."""
+    return bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", None))
+
+
+def _use_checkpoints(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments) -> float:
+    """Make the model use activation checkpoints, and return the bytes that `_pass` then does not count.
+
+    The backward pass computes one segment after the other again. Outside of CUDA, `_pass` counts only tensors
+    that the forward pass saves. So this function counts what the largest segment saves without checkpoints.
+    """
+    given = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None)
+    options = {"use_reentrant": False, **cast(dict[str, Any], given or {})}
+    options.pop("offload", None)
+    every = options.pop("every_n_layers", 1)
+    storages, sizes = dict[int, int](), [0]
+
+    def count(function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+        before = sum(storages.values())
+        result = function(*values, **{key: named[key] for key in named.keys() - _CHECKPOINT_OPTIONS})
+        sizes.append(sum(storages.values()) - before)
+        return result
+
+    if args.device.type != "cuda":
+        model._set_gradient_checkpointing(True, count, every)
+        with _saved_storages(storages), autocast(args.device, DTYPES[args.precision]):
+            model.embed(inputs)
+    model._set_gradient_checkpointing(True, partial(checkpoint, **options), every)
+    return float(max(sizes))
+
+
+def _saved_storages(storages: dict[int, int]) -> AbstractContextManager[Any]:
+    """Return a context that adds the bytes of saved tensors to `storages`, by address."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
 def _pass(
     model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments
 ) -> tuple[float, float]:
@@ -120,15 +172,8 @@ def _pass(
         torch.cuda.reset_peak_memory_stats(args.device)
         before = torch.cuda.memory_allocated(args.device)
     start = clock()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with autocast(args.device, dtype):
-            made = model.embed(inputs)
+    with _saved_storages(storages), autocast(args.device, dtype):
+        made = model.embed(inputs)
     loss = sum(tensor.float().mean() for tensor in made.values() if tensor.requires_grad)
     if isinstance(loss, torch.Tensor):
         loss.backward()

@@ -132,10 +132,9 @@ class SSLTrainer(EvaluatingTrainer):
         if compute_metrics is None:
             names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
             check_metric(args.metric_for_best_model, names)
-        model = checked_model(model, model_init, args.seed)
+        self.method = model = checked_model(model, model_init, args.seed)
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
-        self.method = model
         self.data = data = DataConfig() if data is None else data
         self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
@@ -260,7 +259,7 @@ class SSLTrainer(EvaluatingTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss of the model. Its terms are summed until the next log record."""
-        output = model(**inputs)
+        output = model(**inputs, return_dict=True)
         self._terms.add(output)
         loss = output.loss
         if self.compute_loss_func is not None:
@@ -376,6 +375,7 @@ class SSLTrainer(EvaluatingTrainer):
                 self._stop(save=False)  # the training loop has saved a checkpoint
             return result
         finally:
+            self.method.discard_batch()
             self.bar.close()
             self.stop_signal.restore()
             self.stopwatch.stop()

@@ -3,7 +3,18 @@ import pytest
 import torch
 from messages import mentions
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, ResNetConfig, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EfficientNetConfig,
+    MobileNetV2Config,
+    MobileViTConfig,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
@@ -161,3 +172,49 @@ def test_rules_apply_in_order_and_a_rule_for_nothing_is_an_error():
     assert found["projector.0.weight"].frozen_until == 3
     with pytest.raises(ValueError, match="prjector"):
         assign_parameter_groups(model, [ParameterRule("prjector", decay=False)])
+
+
+WIDTHS = {
+    "efficientnet": EfficientNetConfig(
+        image_size=32, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320
+    ),
+    "mobilenet_v2": MobileNetV2Config(image_size=32, depth_multiplier=0.25),
+    "mobilevit": MobileViTConfig(
+        image_size=64, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 16, 16, 24]
+    ),
+    "swin": SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4),
+    "resnet": RESNET,
+    "vit": VIT,
+}
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, "mobilenetv3_small_100", "resnet10t"])
+def test_the_feature_size_is_the_width_of_the_pooled_features(name):
+    if name in WIDTHS:
+        config = WIDTHS[name]
+    else:
+        pytest.importorskip("timm")
+        config = AutoConfig.for_model("timm_wrapper", architecture=name)
+    state = torch.get_rng_state()
+    backbone = AutoModel.from_config(config).train()
+    drawn = torch.get_rng_state()
+    size = feature_size(backbone)
+    assert torch.equal(torch.get_rng_state(), drawn) and not torch.equal(state, drawn)
+    assert all(module.training for module in backbone.modules())
+    assert encode(backbone.eval(), torch.zeros(2, 3, 64, 64)).shape == (2, size)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=config)).train()
+    model(pixel_values=torch.randn(2, 2, 3, 64, 64)).loss.backward()
+
+
+class ValueDependent(ViTModel):
+    def forward(self, pixel_values, **kwargs):
+        assert pixel_values.sum().item() is not None  # torch's device "meta" has no values
+        return super().forward(pixel_values, **kwargs)
+
+
+def test_an_encoder_whose_operations_depend_on_values_has_the_size_in_its_config():
+    encoder = ValueDependent(VIT)
+    assert feature_size(encoder) == VIT.hidden_size
+    encoder.config = MobileNetV2Config()
+    with pytest.raises(UserError, match=mentions("backbone", "mobilenet_v2")):
+        feature_size(encoder)

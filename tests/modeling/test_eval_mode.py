@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
+from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 
 
 def model() -> nn.Module:
@@ -59,3 +59,14 @@ def test_the_random_state_of_the_device_is_kept_too(monkeypatch, device):
     unchanged_random_state(torch.device(device))
     expected = ([torch.device("cuda")], {"device_type": "cuda"}) if device == "cuda" else ([], {})
     assert kept == [expected]
+
+
+def test_a_copy_without_values_computes_shapes():
+    parts = model()
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
+    copied = copy_without_values(parts)
+    assert {tensor.device.type for tensor in copied.state_dict().values()} == {"meta"}
+    assert copied(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 4, 6, 6)
+    assert not any(module.training for module in copied.modules()) and parts.training
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
+    assert {type(parameter) for parameter in copied.parameters()} == {nn.Parameter}

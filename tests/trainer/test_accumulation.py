@@ -101,3 +101,39 @@ def test_separately_compared_images_are_reported(tmp_path: Path, no_curves, capl
     with caplog.at_level(logging.WARNING):
         trained("byol", tmp_path / "byol", 4)
     assert "contrastive_chunk_size" not in caplog.text
+
+
+def test_an_error_within_a_step_leaves_no_unfinished_batch(tmp_path: Path, no_curves: None) -> None:
+    recipe = load_recipe(
+        "smoke/moco",
+        [
+            "training.batch_size=16", "training.max_steps=2", "training.gradient_accumulation_steps=4",
+            "training.use_cpu=true", "training.disable_tqdm=true", "training.monitor_steps=0",
+            f"training.output_dir={tmp_path}",
+        ],
+    )  # fmt: skip
+    trainer = build_trainer(recipe, recipe.training_arguments())
+    model: Any = trainer.method
+    embed, calls, updated = model.embed, [], []
+
+    def failing(inputs: dict[str, Any]) -> Any:
+        calls.append(inputs)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(inputs)
+
+    model.embed = failing
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert model.ends_batch and not model._memory_parts and model.queue.total == 0
+    model.train()(**calls[0])  # in a loop of the user, each pass is a whole batch
+    total = model.queue.total
+    assert total > 0
+    model.ends_batch = False  # a loop of the user that ended within a batch
+    model(**calls[0])
+    update = model.update_memory
+    model.update_memory = lambda new: (
+        updated.append({name: len(value) for name, value in new.items()}), update(new),
+    )  # fmt: skip
+    trainer.train()
+    assert updated == [dict.fromkeys(model.memory_inputs, 16)] * 2

@@ -23,6 +23,7 @@ from transformers.integrations import TensorBoardCallback
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.backbones import find_segments
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback
@@ -126,8 +127,10 @@ def callbacks(run: Run) -> list[Any]:
 
 
 def has_checkpoints(run: Run, usual: Run) -> bool:
-    stages = run.trainer.method.backbone.encoder.stages
-    return all("forward" in vars(stage) for stage in stages) and same_weights(run, usual)
+    backbone = run.trainer.method.backbone
+    segments = [backbone.get_submodule(name) for name in find_segments(backbone)]
+    used = len(segments) > 1 and all("forward" in vars(segment) for segment in segments)
+    return used and same_weights(run, usual)
 
 
 def compiled(run: Run, usual: Run) -> bool:
@@ -486,6 +489,10 @@ def test_early_stopping_needs_a_measurement(changes: dict, mentioned: str, table
             ["training.torch_compile", "ResNetModel"],
         ),
         (
+            {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": True},
+            ["training.torch_compile_backend", "aot_eager", "eager"],
+        ),
+        (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate_drops": [1.0]},
             ["training.lr_scheduler_type", "learning_rate_drops"],
         ),
@@ -494,6 +501,20 @@ def test_early_stopping_needs_a_measurement(changes: dict, mentioned: str, table
 def test_an_optimizer_that_does_not_work_is_reported(changes: dict, mentioned: list, table, tmp_path) -> None:
     with pytest.raises(UserError, match=mentions(*mentioned)):
         Run(table, tmp_path, **changes)
+
+
+def test_a_model_that_returns_tuples_is_trained(table: Dataset, tmp_path: Path) -> None:
+    config = SimCLRConfig(
+        backbone_config=ResNetConfig(**TINY), views={"size": 16}, projector_sizes=[16, 8], return_dict=False
+    )
+    args = SSLTrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=8, use_cpu=True, report_to="none",
+        logging_steps=1, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = SSLTrainer(SimCLRForPreTraining(config), args, train_dataset=table)
+    trainer.train()
+    assert not trainer.method.config.return_dict
+    assert any("loss" in record for record in trainer.state.log_history)
 
 
 def test_plateau_schedule_and_best_checkpoints_work(table: Dataset, tmp_path: Path) -> None:

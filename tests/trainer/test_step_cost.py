@@ -59,6 +59,33 @@ def test_a_step_is_measured_with_no_more_images_than_fit(tmp_path, monkeypatch):
     assert counts == [2, 2, 2, 8, 8, 8] and cost.step_bytes == 1e9
 
 
+@pytest.mark.parametrize("method", ["simclr", "mae"])
+def test_activation_checkpoints_need_less_memory(tmp_path, method):
+    """The memory is what the forward pass saves, and what the largest segment saves when it runs again."""
+    costs, kept = [], []
+    for enabled in ("false", "true"):
+        recipe = load_recipe(
+            f"smoke/{method}",
+            [
+                f"training.output_dir={tmp_path}", "training.use_cpu=true", "training.precision=float32",
+                f"training.gradient_checkpointing={enabled}",
+                *(["backbone.depths=[4, 4]"] if method == "simclr" else []),
+            ],
+        )  # fmt: skip
+        args, source = recipe.training_arguments(), open_source(recipe.data)
+        model = build_model(recipe, 0, source)
+        batch = load_monitor_images(source, recipe.views, recipe.data, args, 8)
+        costs.append(measure_step(model, batch, 0.0, args).step_bytes)
+        assert not any("forward" in vars(module) for module in model.modules())  # a copy was measured
+        model.train()
+        if enabled == "true":
+            again = step_cost._use_checkpoints(model, batch.inputs(args.device, model.sample_masks), args)
+            assert again > 0
+        kept.append(step_cost._pass(model, batch.inputs(args.device, model.sample_masks), args)[1])
+    assert kept[1] < kept[0]
+    assert kept[1] / 8 < costs[1] < 0.9 * costs[0]
+
+
 def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
     seen, fill = [], images._fill
 
