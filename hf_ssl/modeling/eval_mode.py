@@ -5,7 +5,7 @@ it that computes only shapes.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -29,11 +29,35 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def unchanged_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that restores the random states of the CPU and of the device at its end."""
-    if device.type not in ("cuda", "xpu"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+class RandomState:
+    """The states of torch's random generators of the CPU and of a device, which dropout uses.
+
+    Args:
+        device: its state is also stored if it is a GPU of CUDA, XPU or MPS.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        has_state = device.type in ("cuda", "xpu", "mps")
+        self._module = torch.get_device_module(device) if has_state else None
+        self._device = () if device.type == "mps" else (device,)  # torch.mps takes no device
+        self._cpu = torch.get_rng_state()
+        self._own = None if self._module is None else self._module.get_rng_state(*self._device)
+
+    def restore(self) -> None:
+        """Give the generators the stored states."""
+        torch.set_rng_state(self._cpu)
+        if self._module is not None:
+            self._module.set_rng_state(self._own, *self._device)
+
+
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the random states of the CPU and of the device after the block."""
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def copy_without_values(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import unchanged_statistics
+from hf_ssl.modeling.eval_mode import RandomState
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
@@ -53,8 +54,9 @@ def cached_backward(
     Source: Gao et al., arXiv:2101.06983, section 3.2.
     """
     states, parts = [], []
+    device = next(model.parameters()).device
     for inputs in chunks:
-        states.append(_RandomState.now())
+        states.append(RandomState(device))
         with torch.no_grad(), precision():
             parts.append(model.embed(inputs()))
     sizes = [len(next(iter(part.values()))) for part in parts]
@@ -65,7 +67,7 @@ def cached_backward(
     loss = cast(Tensor, output.loss)
     backward(loss)
     shares = {name: leaf.grad.split(sizes) for name, leaf in leaves.items() if leaf.grad is not None}
-    after = _RandomState.now()
+    after = RandomState(device)
     for number, (inputs, state) in enumerate(zip(chunks, states, strict=True)):
         state.restore()
         with unchanged_statistics(model), precision():
@@ -111,28 +113,3 @@ def warn_about_accumulation(model: SSLPreTrainedModel, args: SSLTrainingArgument
 def _leaf(tensor: Tensor) -> Tensor:
     """Return a leaf tensor, at which the graph of the loss begins."""
     return tensor.detach().requires_grad_(tensor.is_floating_point())
-
-
-class _RandomState:
-    """Stores the states of the random generators of the CPU and the accelerator, which dropout uses."""
-
-    def __init__(self, cpu: Tensor, accelerator: Tensor | None) -> None:
-        self.cpu, self.accelerator = cpu, accelerator
-
-    @classmethod
-    def now(cls) -> "_RandomState":
-        module = _accelerator_module()
-        return cls(torch.get_rng_state(), None if module is None else module.get_rng_state())
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        module = _accelerator_module()
-        if module is not None:
-            module.set_rng_state(self.accelerator)
-
-
-def _accelerator_module() -> Any:
-    """Return `torch.cuda`, `torch.xpu` or `torch.mps`; None without an accelerator."""
-    if not torch.accelerator.is_available():
-        return None
-    return torch.get_device_module(torch.accelerator.current_accelerator())

@@ -24,7 +24,7 @@ from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
-from hf_ssl.trainer.step_cost import MEMORY_MARGIN, StepCost, checkpoints_activations
+from hf_ssl.trainer.step_cost import StepCost, checkpoints_activations
 
 STEP_SECONDS = 30.0
 """Longest time of a training step on a CPU, in seconds. A batch size that needs more time is reduced."""
@@ -122,7 +122,7 @@ def choose_batch_size(
     if images is not None:
         limits.append((images, f"there are {images:,} images"))
     if args.contrastive_chunk_size is None and cost.step_bytes > 0:
-        fitting = (free_bytes - cost.fixed_bytes) / (MEMORY_MARGIN * cost.step_bytes)
+        fitting = cost.fitting_images(free_bytes)
         gib = free_bytes / 2**30
         limits.append(
             (fitting * micro_batches, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images")

@@ -55,6 +55,10 @@ class StepCost:
             images = min(images, args.contrastive_chunk_size)
         return self.fixed_bytes + MEMORY_MARGIN * self.step_bytes * images
 
+    def fitting_images(self, free_bytes: float) -> float:
+        """Return the number of images whose step needs these bytes, the inverse of `needed_bytes`."""
+        return (free_bytes - self.fixed_bytes) / (MEMORY_MARGIN * self.step_bytes)
+
 
 def measure_step(
     model: SSLPreTrainedModel,
@@ -102,6 +106,7 @@ def measure_step(
                 seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
             kept.append((count, size))
             larger = min(4 * count, len(batch))
+            # A measured pass has no state of an optimizer, which `fixed_bytes` contains.
             too_large = weights + trained + MEMORY_MARGIN * size * larger / count > free_bytes
             slow = seconds >= _SLOW_SECONDS or (seconds >= _ENOUGH_SECONDS and count >= _FEWEST_IMAGES)
             if slow or count == len(batch) or too_large:

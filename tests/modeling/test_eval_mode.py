@@ -47,18 +47,33 @@ def test_statistics_and_random_states_do_not_change_and_there_is_no_gradient():
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
-def test_the_random_state_of_the_device_is_kept_too(monkeypatch, device):
-    kept = []
+class FakeGPU:
+    """The generator of a device; `places` contains the arguments of each call."""
 
-    class Fork:
-        def __init__(self, devices, **options):
-            kept.append((devices, options))
+    def __init__(self):
+        self.state, self.places = 1, []
 
-    monkeypatch.setattr(torch.random, "fork_rng", Fork)
-    unchanged_random_state(torch.device(device))
-    expected = ([torch.device("cuda")], {"device_type": "cuda"}) if device == "cuda" else ([], {})
-    assert kept == [expected]
+    def get_rng_state(self, *place):
+        self.places.append(place)
+        return self.state
+
+    def set_rng_state(self, state, *place):
+        self.places.append(place)
+        self.state = state
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda", "xpu"])
+def test_the_random_state_of_the_device_is_kept_too(monkeypatch, kind):
+    device, gpu = torch.device(kind), FakeGPU()
+    monkeypatch.setattr(torch, "get_device_module", lambda given: gpu)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), unchanged_random_state(device):
+        torch.rand(1)
+        gpu.state = 2
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before)
+    place = () if kind == "mps" else (device,)
+    assert (gpu.state, gpu.places) == ((2, []) if kind == "cpu" else (1, [place, place]))
 
 
 def test_a_copy_without_values_computes_shapes():
