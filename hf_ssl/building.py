@@ -228,5 +228,5 @@ def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
         return None
-    processor = image_processor(recipe.views.to_dict(), recipe.data.channels)
+    processor = image_processor(recipe.views, recipe.data.channels)
     return KNNClassifier(bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size)

@@ -15,12 +15,13 @@ from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, 
 from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
-from hf_ssl.errors import UserError, first_line
+from hf_ssl.errors import UserError, check_name, first_line
 from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
 from hf_ssl.hub.publish import CONFIG
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
 from hf_ssl.views import ViewPreset
+from hf_ssl.views.preset import check_output
 
 FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
 _STAGING = f"{STAGING_PREFIX}export-"
@@ -72,8 +73,8 @@ def export_model(model: SSLPreTrainedModel, directory: str | Path) -> None:
     Raises:
         UserError: the same errors as `export_encoder`.
     """
-    preset = model.config.views
-    export_encoder(model.exported_encoder, image_processor(preset, len(preset["mean"])), directory)
+    preset = ViewPreset.from_dict(model.config.views or {})
+    export_encoder(model.exported_encoder, image_processor(preset, len(preset.mean)), directory)
     with replaced_folder(Path(directory) / "pretraining") as folder:
         model.save_pretrained(folder)
 
@@ -101,7 +102,7 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     print(f"encoder: {directory}, method model: {directory / 'pretraining'}")
 
 
-def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
+def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitImageProcessor:
     """Return an image processor that resizes the shortest edge, crops the center and normalizes.
 
     The class is `BitImageProcessor`, because it converts gray, palette and transparent photos to RGB;
@@ -111,8 +112,8 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
     Otherwise the processor uses the filter of the crops.
 
     Args:
-        preset: a `ViewPreset` as a dict. The function reads `size`, `enlarge`, `interpolation`, `mean` and
-            `std`.
+        preset: the views, or a dict of some of their fields. The function reads `size`, `enlarge`,
+            `interpolation`, `mean` and `std`.
         channels: input channels of the encoder. With 3, the processor converts every photo to RGB.
             transformers has no processor that converts photos to gray or to another number of channels. With
             1, the user opens them with `image.convert("L")`. With other numbers, the user passes (C, H, W)
@@ -120,24 +121,18 @@ def image_processor(preset: dict[str, Any], channels: int) -> BitImageProcessor:
             channels of an image differs from its own.
 
     Raises:
-        UserError: mean or std do not match the number of channels, or the filter is unknown.
+        UserError: the views are not valid for this number of channels.
     """
-    for name in ("mean", "std"):
-        if len(preset[name]) != channels:
-            raise UserError(
-                f"views.{name}: expected {channels} values, one per channel, got {list(preset[name])}; set "
-                f"data.channels or views.{name}"
-            )
-    filter_name = "bilinear" if preset["enlarge"] is not None else preset["interpolation"]
-    if filter_name not in FILTERS:
-        raise UserError(f"views.interpolation: expected one of {', '.join(FILTERS)}, got {filter_name!r}")
-    side = ViewPreset.from_dict(preset).final_size
+    preset = preset if isinstance(preset, ViewPreset) else ViewPreset.from_dict(preset)
+    check_output(preset, channels)
+    check_name("views.interpolation", preset.interpolation, FILTERS, "a known filter")
+    side = preset.final_size
     return BitImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        resample=FILTERS[filter_name],
-        image_mean=list(preset["mean"]),
-        image_std=list(preset["std"]),
+        resample=FILTERS[preset.interpolation if preset.enlarge is None else "bilinear"],
+        image_mean=list(preset.mean),
+        image_std=list(preset.std),
         do_convert_rgb=channels == 3,
     )
 

@@ -140,7 +140,7 @@ class SSLTrainer(EvaluatingTrainer):
         self.preset.check(data.channels)
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
         self.source = as_source(train_dataset, data)
-        self.processor = image_processor(self.preset.to_dict(), data.channels)
+        self.processor = image_processor(self.preset, data.channels)
         self.monitor = monitor
         self.classifiers = {} if monitor is None else monitor.classifiers
         if monitor is None and eval_dataset is not None:

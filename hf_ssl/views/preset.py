@@ -169,7 +169,7 @@ class ViewPreset(ViewSettings):
             kinds.append((views[-1], self.local, "views.local"))
         for settings, overrides, section in kinds:
             _check_settings(settings, overrides, section, channels)
-        _check_output(self, channels)
+        check_output(self, channels)
 
     def expand(self) -> list[ViewSettings]:
         """Return the settings of each view of an image: global views first, then local ones."""
@@ -253,7 +253,8 @@ def _check_settings(
         fail(name, f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color")
 
 
-def _check_output(preset: ViewPreset, channels: int) -> None:
+def check_output(preset: ViewPreset, channels: int) -> None:
+    """Raise `UserError` unless normalization and enlargement fit images with this number of channels."""
     for name in ("mean", "std"):
         values = getattr(preset, name)
         if not isinstance(values, tuple | list) or len(values) != channels:

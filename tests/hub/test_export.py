@@ -13,6 +13,7 @@ from forks import Forks
 from messages import mentions
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     ConvNextV2Config,
     ConvNextV2Model,
@@ -31,11 +32,12 @@ from transformers import (
     ViTModel,
 )
 
+from hf_ssl import SimCLRConfig, SimCLRForPreTraining
 from hf_ssl.cards import write_card
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import pool
 from hf_ssl.hub import export_encoder, image_processor
-from hf_ssl.hub.export import same_bits
+from hf_ssl.hub.export import export_model, same_bits
 from hf_ssl.views import ViewPreset
 
 SIDE = 32
@@ -371,3 +373,11 @@ def test_same_bits() -> None:
     assert not same_bits(torch.ones(2), torch.ones(2, 1))
     assert not same_bits(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
     assert same_bits(torch.ones(2, 3).T, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("views", [None, {"size": 16}])
+def test_a_model_with_some_settings_of_the_views_is_exported(views: dict | None, tmp_path: Path) -> None:
+    tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    export_model(SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny, views=views)), tmp_path / "encoder")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
+    assert processor.crop_size["height"] == (16 if views else 224)

@@ -33,7 +33,7 @@ def features(device: torch.device) -> Pair:
     plain.load_state_dict(encoder.state_dict())
     images = [as_tensor(image) for image in small_images(512)]
     batches = [images[start : start + 128] for start in range(0, 512, 128)]
-    processor = image_processor(ViewPreset(size=32, enlarge=64).to_dict(), 3)
+    processor = image_processor(ViewPreset(size=32, enlarge=64), 3)
     ready = [processor(batch, return_tensors="pt")["pixel_values"].to(device) for batch in batches]
 
     @torch.no_grad()
