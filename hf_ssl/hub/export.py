@@ -125,7 +125,7 @@ def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitIm
     """
     preset = preset if isinstance(preset, ViewPreset) else ViewPreset.from_dict(preset)
     check_output(preset, channels)
-    check_name("views.interpolation", preset.interpolation, FILTERS, "a known filter")
+    check_name("views.interpolation", preset.interpolation, FILTERS, " or ".join(FILTERS))
     side = preset.final_size
     return BitImageProcessor(
         size={"shortest_edge": side},
