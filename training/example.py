@@ -14,10 +14,11 @@ from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingAr
 data = load_dataset(sys.argv[1])  # a folder contains train/CLASS/*.jpg and test/CLASS/*.jpg
 backbone = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
 trainer = SSLTrainer(
-    model=SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone)),
+    model=SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, views={"size": 64})),
     args=SSLTrainingArguments(
         output_dir="out",
-        num_train_epochs=10,
+        num_train_epochs=20,
+        warmup_epochs=2,
         per_device_train_batch_size=64,
         report_to="none",
         eval_strategy="epoch",
@@ -27,7 +28,7 @@ trainer = SSLTrainer(
     ),
     train_dataset=data["train"],  # labels have no effect on training
     eval_dataset=data,  # labeled images: 20-NN accuracy of `test` with the labels of `train`
-    callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+    callbacks=[EarlyStoppingCallback(early_stopping_patience=5)],
 )
 trainer.train()
 trainer.save_model()  # writes the encoder, its image processor and the method model to "out"
