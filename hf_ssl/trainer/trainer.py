@@ -138,7 +138,7 @@ class SSLTrainer(EvaluatingTrainer):
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
         self.method = model
-        self.data = data = DataConfig() if data is None else data
+        self.data = data = DataConfig.of(data)
         self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
