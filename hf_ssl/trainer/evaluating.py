@@ -5,6 +5,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
 from hf_ssl.data import DataConfig, Source, all_images, as_source
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
@@ -119,13 +120,18 @@ class EvaluatingTrainer(PushingTrainer):
         return DTYPES[self.args.precision]
 
     def _classifiers_of(self, data: Any) -> dict[str, KNNClassifier]:
-        if isinstance(data, str) and data in self.classifiers:
-            return {data: self.classifiers[data]}
+        named = [name for name in self.classifiers if name]
+        if isinstance(data, str | int) and str(data) in named:
+            return {str(data): self.classifiers[str(data)]}
+        if isinstance(data, str) and named and "/" not in data and not Path(data).exists():
+            raise UserError(f"eval_dataset: expected a known name, got {data}; {suggestion(data, named)}")
         return knn_classifiers(data, self.data, self.processor, self.args)
 
     def _built_monitor(self) -> Monitor:
         """Return the monitor; build it at the first measurement."""
         if self.monitor is None:
+            if self.compute_metrics is not None and not self.classifiers:
+                logger.warning("compute_metrics has no effect without labeled images as eval_dataset")
             images = load_monitor_images(self.source, self.preset, self.data, self.args)
             self.monitor = Monitor(images, self.classifiers, self._dtype, self.compute_metrics)
         return self.monitor
