@@ -34,6 +34,15 @@ from hf_ssl.views import ViewPreset
 logger = logging.getLogger(__name__)
 
 
+def _rejected(name: str, advice: str) -> Any:
+    """Return a method that raises an error, because it has no meaning for this trainer."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(f"{name}: expected no call; {advice}")
+
+    return method
+
+
 class EvaluatingTrainer(PushingTrainer):
     """The part of `SSLTrainer` that measures the model.
 
@@ -154,13 +163,11 @@ class EvaluatingTrainer(PushingTrainer):
         )
         return PredictionOutput(predictions=features.numpy(), label_ids=None, metrics={})
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: `predict` returns features, and `evaluate` measures them."""
-        raise UserError("prediction_step: expected no call; use trainer.predict(images) for features")
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: the hooks of a method belong to one model."""
-        raise UserError("hyperparameter_search: expected no call; start one run per setting, as hf-ssl does")
+    prediction_step = _rejected("prediction_step", "use trainer.predict(images) for features")
+    evaluation_loop = _rejected("evaluation_loop", "use trainer.evaluate(images)")
+    get_eval_dataloader = _rejected("get_eval_dataloader", "use trainer.evaluate(images)")
+    get_test_dataloader = _rejected("get_test_dataloader", "use trainer.predict(images) for features")
+    hyperparameter_search = _rejected("hyperparameter_search", "start one run per setting, as hf-ssl does")
 
     def _stop(self, save: bool = True) -> NoReturn:
         """End the process after a signal; save a checkpoint if at least one step is complete."""

@@ -247,7 +247,7 @@ def classify(
     with evaluation_mode(model):
         metrics = {}
         for name, classifier in classifiers.items():
-            start = "_".join(filter(None, (prefix, name)))
+            start = "_".join(str(part) for part in (prefix, name) if part not in (None, ""))
             for key, value in classifier.measure(model, dtype, compute_metrics).items():
                 # A name that begins with the prefix keeps it, as in transformers.
                 short = key.removeprefix(f"{start}_").removeprefix(f"{prefix}_")

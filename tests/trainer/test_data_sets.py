@@ -319,8 +319,9 @@ def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -
         trainer.predict(table.to_iterable_dataset())
     with pytest.raises(UserError, match=mentions("test_dataset['a']")):
         trainer.predict({"a": table})
-    with pytest.raises(UserError, match=mentions("prediction_step", "predict")):
-        trainer.prediction_step(trainer.model, {}, False)
+    for name in ("prediction_step", "evaluation_loop", "get_eval_dataloader", "get_test_dataloader"):
+        with pytest.raises(UserError, match=mentions(name)):
+            getattr(trainer, name)(trainer.model, {}, False)
 
 
 def test_plain_arguments_of_transformers_get_our_defaults(table: Dataset, tmp_path: Path) -> None:
