@@ -45,13 +45,18 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         config: `image_column` and `label_column`, if they are not the only ones of their type, and
             `max_images`. `path`, `name` and `split` have no effect, except for a folder.
         name: the argument that held `data`, for messages.
-        labels: whether a folder must contain labels. Other data have labels or not.
+        labels: whether a folder must contain labels. Other data have labels or not. If it is False,
+            `label_column` has no effect.
 
     Raises:
         UserError: `data` is something else, contains no images, or has no unique column of images.
     """
     if isinstance(data, Source):
         return data
+    if not labels:
+        config = replace(config, label_column=None)  # it may name a column of `eval_dataset` only
+    if isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[2] in (3, 4):
+        raise UserError(f"{name}: expected several images, got an array {data.shape}; use [image] for one")
     if isinstance(data, str | os.PathLike):
         return open_source(replace(config, path=os.fspath(data)), labels=labels)
     if isinstance(data, Mapping):
@@ -89,6 +94,8 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         raise UserError(f"{name}: expected {_KINDS}, got {type(data).__name__}{lack}")
     if source.num_rows == 0:
         raise UserError(f"{name}: expected images, got an empty data set")
+    if source.streaming and config.max_images is not None:
+        raise UserError(f"data.max_images: expected None for a stream, got {config.max_images}; use take")
     return source.limited(config.max_images)
 
 
@@ -132,7 +139,7 @@ class Items:
         if isinstance(self.data, Dataset) and column is not None:
             return label_values(self.data.with_format(None), column)
         labels = getattr(self.data, "targets", None)
-        if labels is None or len(labels) != len(self):
+        if not isinstance(labels, Sequence | np.ndarray | Tensor) or len(labels) != len(self):
             key = 1 if self.column is None else column
             labels = [_part(self.data, row, key) for row in range(len(self))]
             if isinstance(self[0], BrokenImage) and set(labels) == {None}:

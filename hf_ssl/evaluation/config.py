@@ -4,6 +4,7 @@
 This module does not import torch, because recipes and cards need none.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
@@ -83,7 +84,7 @@ class EvaluationConfig:
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             *(
-                (key, given, min(given, default=0) > 0, "one or more positive numbers")
+                (key, given, given and all(0 < x < math.inf for x in given), "one or more positive numbers")
                 for key, given in lists
             ),
             ("few_labels", few, min(few, default=1) > 0, "positive numbers"),

@@ -172,7 +172,7 @@ def first_output(
 
     Raises:
         UserError: the processor or the encoder fails, as an encoder for texts or another image size does, or
-            the output is no mapping.
+            the output contains no features.
     """
     place, expected, got = "processor", "an image processor", type(processor).__name__
     try:
@@ -187,10 +187,13 @@ def first_output(
         raise UserError(
             f"{place}: expected {expected}, got {got}, which fails: {first_line(error)}"
         ) from error
-    if not isinstance(outputs, Mapping):
+    named = dict(outputs) if isinstance(outputs, Mapping) else {}
+    found = [named[key] for key in ("pooler_output", "last_hidden_state") if named.get(key) is not None]
+    right = [isinstance(each, Tensor) and each.ndim > 1 and len(each) == len(images) for each in found]
+    if not found or not all(right):
         raise UserError(
-            "model: expected an output with pooler_output or last_hidden_state, got "
-            f"{type(outputs).__name__}; use an encoder of transformers, with return_dict=True"
+            "model: expected the tensors pooler_output (B, D) or last_hidden_state (B, T, D) as output, got "
+            f"{', '.join(named) or _name(outputs)}; use an encoder from AutoModel, with return_dict=True"
         )
     return pixels, outputs
 

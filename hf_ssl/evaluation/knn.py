@@ -51,13 +51,22 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     return tensor
 
 
+def as_features(features: Any, where: str) -> Tensor:
+    """Return features from a tensor, an array or lists as a tensor without gradient, or raise UserError."""
+    try:
+        return torch.as_tensor(features).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(features).__name__
+        raise UserError(f"{where}: expected features (N, D) as numbers, got {got}; use a tensor") from error
+
+
 def check_features(features: Any, where: str, width: int | None = None) -> Tensor:
     """Return features, which may be an array, as a tensor (N, D).
 
     Raises:
         UserError: the shape is not (N, D) with N > 0, D differs from `width`, or the features are not finite.
     """
-    features = torch.as_tensor(features)
+    features = as_features(features, where)
     if features.ndim != 2 or len(features) == 0:
         raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}")
     if width not in (None, features.shape[1]):
@@ -135,7 +144,7 @@ def knn_accuracy(
     recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
     overflow and does not change the predicted class.
     """
-    device = torch.device(device) if device is not None else torch.as_tensor(test_features).device
+    device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = _prepare(train_features, train_labels, "k-NN bank", device)
     _check_classes(bank_labels, "k-NN bank")
     queries, query_labels = _prepare(test_features, test_labels, "k-NN queries", device, bank.shape[1])
@@ -245,7 +254,7 @@ def few_label_knn(
     Raises:
         UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
     """
-    device = torch.device(device) if device is not None else torch.as_tensor(test_features).device
+    device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = _prepare(train_features, train_labels, "few-label bank", device)
     queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device, bank.shape[1])
     if labels_per_class < 1 or draws < 1:

@@ -27,7 +27,7 @@ from hf_ssl.evaluation.features import (
     load_weights,
     raw_pixels,
 )
-from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
+from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -220,7 +220,7 @@ def evaluate_features(
         UserError: a split has fewer than 2 images, or the labels or the features are invalid.
     """
     config = EvaluationConfig.of(config)
-    train_features, test_features = torch.as_tensor(train_features), torch.as_tensor(test_features)
+    train_features, test_features = as_features(train_features, "train"), as_features(test_features, "test")
     bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
     query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
     bank, queries = len(train_features), len(test_features)

@@ -192,6 +192,7 @@ def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
         (Endless(), ["from_generator"]),
         (7, ["train_dataset", "int"]),
         (np.array(7), ["train_dataset", "length"]),
+        (pixels(0), ["train_dataset", (12, 12, 3), "[image]"]),
         (DatasetDict(), ["train_dataset", "no keys"]),
         ({"a": table}, ["train_dataset['a']"]),
         (type("NoLength", (), {"__getitem__": lambda self, row: picture(row)})(), ["__len__", "NoLength"]),
@@ -253,6 +254,15 @@ def test_a_limited_number_of_images_is_used(table: Dataset) -> None:
     for data in (table, TorchData(picture)):
         assert as_source(data, DataConfig(path="unused", max_images=5)).num_rows == 5
         assert as_source(data, CONFIG).num_rows == COUNT
+    with pytest.raises(UserError, match=mentions("data.max_images", 5, "stream")):
+        as_source(table.to_iterable_dataset(), DataConfig(path="unused", max_images=5))
+
+
+def test_training_needs_no_label_column(table: Dataset) -> None:
+    config = DataConfig(path="unused", label_column="digit")
+    assert as_source(table, config).num_rows == COUNT
+    with pytest.raises(UserError, match=mentions("data.label_column", "digit")):
+        as_source(table, config, labels=True)
 
 
 LABELS = {

@@ -281,6 +281,9 @@ def test_wrong_arguments_end_in_one_sentence(digits, encoder, tmp_path) -> None:
         ("model", torch.nn.Linear(3, 3), ["Linear"]),
         ("model", torch.nn.Module(), ["Module"]),
         ("model", Returns(lambda pixels: pixels), ["pooler_output", "Tensor"]),
+        ("model", Returns(lambda pixels: {"logits": pixels}), ["pooler_output", "logits"]),
+        ("model", Returns(lambda pixels: {"pooler_output": pixels.mean()}), ["(B, D)"]),
+        ("model", Returns(lambda pixels: {"pooler_output": pixels.numpy()}), ["tensors"]),
         ("model", ResNetModel(encoder[0].config).to("meta"), ["meta"]),
         ("model", tmp_path / "none", ["none"]),
         ("model", tmp_path / "damaged", ["damaged", "header"]),
@@ -290,6 +293,7 @@ def test_wrong_arguments_end_in_one_sentence(digits, encoder, tmp_path) -> None:
         ("processor", str.upper, ["processor", "upper"]),
         ("config", {"neighbour": [1]}, ["evaluation.neighbour", "evaluation.neighbors"]),
         ("config", {"batch_size": "many"}, ["evaluation.batch_size", "many"]),
+        ("config", {"learning_rates": [0.1, float("nan")]}, ["evaluation.learning_rates"]),
         ("config", {"few_labels": 5}, ["evaluation.few_labels", 5]),
         ("config", {"max_train_images": 0}, ["evaluation.max_train_images", 0, 2]),
         ("config", {"max_test_images": -1}, ["evaluation.max_test_images", -1]),
@@ -362,6 +366,8 @@ def test_features_can_be_arrays_of_one_width(digits) -> None:
     for measure in (knn_accuracy, linear_probe):
         with pytest.raises(UserError, match=mentions(8, 7)):
             measure(features[:60], labels[:60], features[60:, :7], labels[60:100])
+        with pytest.raises(UserError, match=mentions("NoneType")):
+            measure(None, labels[:60], features[60:], labels[60:100])
 
 
 def test_data_sets_give_the_baseline_of_pixels(digits) -> None:
