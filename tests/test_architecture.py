@@ -29,6 +29,7 @@ LAYERS = {
     "hf_ssl.precision": 0,
     "hf_ssl.progress": 0,
     "hf_ssl.random": 0,
+    "hf_ssl.sections": 0,
     "hf_ssl.losses": 0,
     "hf_ssl.views": 0,
     "hf_ssl.data": 1,

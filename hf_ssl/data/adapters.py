@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the data sets that people pass to a Trainer into a `Source`: of `datasets`, of torch, and lists."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +10,19 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch.utils.data
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from datasets import Dataset, Image, IterableDataset
 from torch import Tensor
 
-from hf_ssl.data.columns import find_image_column, find_optional_label_column, without_decoding
+from hf_ssl.data.columns import (
+    LABEL_NAMES,
+    find_image_column,
+    find_optional_label_column,
+    label_values,
+    number_classes,
+    without_decoding,
+)
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.decode import BrokenImage
 from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.errors import UserError
@@ -30,26 +39,30 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
 
     Args:
         data: a `datasets.Dataset` or `IterableDataset`, also mapped, filtered, interleaved or sharded; a
-            map-style torch data set whose items are images or begin with one; a list of paths or images; the
-            path of a folder; or a `Source`, which is returned. `hf_ssl.data.decode.stored_image` lists the
-            accepted images.
-        config: `image_column` and `label_column`, if they are not the only ones of their type. `path`, `name`
-            and `split` have no effect, except for a folder.
+            map-style torch data set or a list; the path of a folder; or a `Source`, which is returned. The
+            items of a torch data set or a list are images, begin with one, or are dicts that contain one.
+            `hf_ssl.data.decode.stored_image` lists the accepted images.
+        config: `image_column` and `label_column`, if they are not the only ones of their type, and
+            `max_images`. `path`, `name` and `split` have no effect, except for a folder.
         name: the argument that held `data`, for messages.
-        labels: whether a folder must contain labels. Other data have labels or not.
+        labels: whether a folder must contain labels. Other data have labels or not. If it is False,
+            `label_column` has no effect.
 
     Raises:
         UserError: `data` is something else, contains no images, or has no unique column of images.
     """
     if isinstance(data, Source):
         return data
+    if not labels:
+        config = replace(config, label_column=None)  # it may name a column of `eval_dataset` only
+    if isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[2] in (3, 4):
+        raise UserError(f"{name}: expected several images, got an array {data.shape}; use [image] for one")
     if isinstance(data, str | os.PathLike):
         return open_source(replace(config, path=os.fspath(data)), labels=labels)
-    if isinstance(data, DatasetDict | IterableDatasetDict):
-        splits = ", ".join(map(repr, data))
-        raise UserError(
-            f"{name}: expected one split, got the splits {splits}; use {name}[{next(iter(data))!r}]"
-        )
+    if isinstance(data, Mapping):
+        keys = list(map(repr, data)) or ["no keys"]
+        hint = f"use {name}[{keys[0]}]" if data else "load the images first"
+        raise UserError(f"{name}: expected one data set, got a dict with {', '.join(keys)}; {hint}")
     if isinstance(data, Dataset):
         source = _of_dataset(data, config, name)
     elif isinstance(data, IterableDataset):
@@ -59,23 +72,35 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
     ):
         files = [os.fspath(item) for item in data]
         table = Dataset.from_dict({"image": files}).cast_column("image", Image(decode=False))
-        source = Source(table, "image", None, False, len(files), fingerprint(files), name)
-    elif not isinstance(data, Mapping) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        source = _of_items(Items(data), name)
+        revision = fingerprint(list(map(os.path.abspath, files)))
+        source = Source(table, "image", None, False, len(files), revision, name)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        items, label = Items(data), config.label_column
+        try:
+            first = items[0] if len(items) else None
+        except Exception as error:  # of `__len__`, for example of an array without dimensions
+            raise UserError(f"{name}: expected a data set with a length, got {error}") from error
+        if isinstance(first, Mapping) and not first.keys() >= {"bytes", "path"}:
+            items.column = find_image_key(first, config.image_column, name)
+            label = label or next((key for key in LABEL_NAMES if key in first), None)
+        source = _of_items(items, name, label)
     elif isinstance(data, torch.utils.data.IterableDataset):
         raise UserError(
             f"{name}: expected {_KINDS}, got a torch IterableDataset, which cannot resume; use "
             "datasets.IterableDataset.from_generator"
         )
     else:
-        raise UserError(f"{name}: expected {_KINDS}, got {type(data).__name__}")
+        lack = " without __len__" if hasattr(data, "__getitem__") else ""
+        raise UserError(f"{name}: expected {_KINDS}, got {type(data).__name__}{lack}")
     if source.num_rows == 0:
         raise UserError(f"{name}: expected images, got an empty data set")
-    return source
+    if source.streaming and config.max_images is not None:
+        raise UserError(f"data.max_images: expected None for a stream, got {config.max_images}; use take")
+    return source.limited(config.max_images)
 
 
 class Items:
-    """The images of a data set in Python: `items[row]` is an image or begins with one.
+    """The images of a data set in Python: `items[row]` is an image, begins with one, or is a BrokenImage.
 
     Args:
         data: has `__len__` and `__getitem__`.
@@ -89,36 +114,88 @@ class Items:
         return len(self.data)
 
     def __getitem__(self, row: int) -> Any:
-        item = self.data[row]
-        return item if self.column is None else item[self.column]
+        try:
+            item = self.data[row]
+            return item if self.column is None else item[self.column]
+        except Exception as error:  # of the code of the user; a loader in it raises any error for a bad file
+            return BrokenImage(f"{type(error).__name__}: {error}")
 
     def select(self, rows: np.ndarray) -> "Items":
         """Return some rows, in the given order."""
         return Items(torch.utils.data.Subset(self.data, rows.tolist()), self.column)
 
-    def labels(self, column: str | None) -> list[Any]:
-        """Return the label of each item: a column, the `targets` of torchvision, or the second part of items.
+    def labels(self, column: str | None, where: str) -> tuple[np.ndarray, list[str]]:
+        """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
+
+        The labels are a column, the `targets` of torchvision, or the second parts of items (image, label).
+
+        Args:
+            column: the key of the label in each item, if the items are dicts.
+            where: name of the data set, for messages.
 
         Raises:
-            UserError: the items have no label.
+            UserError: the items have no label, or a label is neither a whole number nor text.
         """
-        if self.column is not None and column is not None:
-            return [self.data[row][column] for row in range(len(self))]
-        targets = getattr(self.data, "targets", None)
-        if targets is not None and len(targets) == len(self):
-            return list(map(int, targets))
-        items = [self.data[row] for row in range(len(self))]
-        if not all(isinstance(item, tuple | list) and len(item) >= 2 for item in items):
-            raise UserError("eval_dataset: expected items (image, label), got items without a label")
-        return [int(item[1]) for item in items]
+        if isinstance(self.data, Dataset) and column is not None:
+            return label_values(self.data.with_format(None), column)
+        labels = getattr(self.data, "targets", None)
+        if not isinstance(labels, Sequence | np.ndarray | Tensor) or len(labels) != len(self):
+            key = 1 if self.column is None else column
+            labels = [_part(self.data, row, key) for row in range(len(self))]
+            if isinstance(self[0], BrokenImage) and set(labels) == {None}:
+                raise UserError(
+                    f"{where}: expected items that can be read, got {self[0]}; correct the data set"
+                )
+            if any(label is _MISSING for label in labels):
+                form = "(image, label)" if key == 1 else "with the key label"
+                raise UserError(
+                    f"{where}: expected items {form}, got items without a label; add it, or use "
+                    "data=DataConfig(label_column=NAME) for items with another key"
+                )
+        return number_classes([_class(label, where) for label in labels])
+
+
+_MISSING = object()
+
+
+def _part(data: Any, row: int, key: Any) -> Any:
+    """Return a part of an item: None if it is a broken image, `_MISSING` if the item has no such part."""
+    item = Items(data)[row]
+    if isinstance(item, BrokenImage):
+        return None
+    is_pair = isinstance(item, tuple | list) and len(item) >= 2
+    return item[key] if (is_pair if key == 1 else key in item) else _MISSING
+
+
+def _class(label: Any, where: str) -> int | str | None:
+    """Return a class number or a name; None for a missing label, which None, NaN or a negative number marks.
+
+    Raises:
+        UserError: the label is something else.
+    """
+    if isinstance(label, Tensor | np.ndarray | np.generic) and len(label.reshape(-1)) == 1:
+        label = label.item()
+    if label is None or isinstance(label, str):
+        return label
+    if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
+        label = -1 if math.isnan(label) else int(label)
+    if isinstance(label, int):
+        return int(label) if label >= 0 else None
+    raise UserError(
+        f"{where}: expected whole numbers or texts as labels, got {label!r}; return one class for each image"
+    )
 
 
 def find_image_key(example: Mapping[str, Any], requested: str | None, name: str) -> str:
     """Return the key of the image in an example whose columns are not declared.
 
     Raises:
-        UserError: the requested key is missing, or no key or several keys hold an image.
+        UserError: the example is no dict, the requested key is missing, or no key or several keys hold an
+            image.
     """
+    if not isinstance(example, Mapping):
+        got = example if isinstance(example, BrokenImage) else type(example).__name__
+        raise UserError(f"{name}: expected examples that are dicts such as {{'image': ...}}, got {got}")
     if requested is not None:
         if requested not in example:
             raise UserError(
@@ -148,7 +225,9 @@ def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
     where = _described(data, name)
     label = find_optional_label_column(data.features, config.label_column, where)
     if data.format["type"] == "custom":  # `with_transform`: the function makes the images
-        items = Items(data, find_image_key(data[0] if len(data) else {}, config.image_column, name))
+        items = Items(data)
+        if len(items):
+            items.column = find_image_key(items[0], config.image_column, name)
         return _of_items(items, where, label)
     column = find_image_column(data.features, config.image_column, where)
     data = without_decoding(data, column)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -43,19 +43,21 @@ _IMAGES = _Role(
     ["binary", "large_binary", "string", "large_string"],
     "images (Image, encoded bytes or file names)",
     "NAME",
+    ("image", "img"),
 )
+LABEL_NAMES = ("label", "labels")
 _LABELS = _Role(
     "data.label_column",
     ClassLabel,
     "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split(),
     "classes (ClassLabel, integers or strings)",
     "NAME, or one folder per class, all at the same depth",
-    ("label", "labels"),
+    LABEL_NAMES,
 )
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """Return the requested column, or the only column of the type Image.
+    """Return the requested column, the only column of the type Image, or else `image` or `img`.
 
     Args:
         features: the columns with their types.
@@ -92,9 +94,10 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
         found = found or [name for name in role.names if _has_type(features.get(name), role)]
         if len(found) == 1:
             return found[0]
+        in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"
         raise UserError(
             f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
-            f"in {_listing(features)}; use {role.key}={found[0] if found else role.example}"
+            f"in {_listing(features)}; use {role.key}={found[0] if found else role.example}{in_python}"
         )
     feature = features.get(requested)
     if isinstance(feature, role.kind) or _has_type(feature, role):
@@ -122,17 +125,23 @@ def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
     Returns:
         labels: (N,) int64, -1 for a row without a label.
         class_names: names of the classes; label i has the name at index i. Strings, and integers
-            that are no ClassLabel, are numbered in sorted order.
+            that are no ClassLabel, are numbered in sorted order. A negative number marks a missing label.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         labels = values.fill_null(-1).to_numpy().astype(np.int64)
         return labels, list(feature.names or map(str, range(labels.max(initial=-1) + 1)))
-    present = values.drop_null()
-    classes, positions = np.unique(np.asarray(present.to_pylist()), return_inverse=True)
+    return number_classes(values.to_pylist())
+
+
+def number_classes(values: Sequence[int | str | None]) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names of classes as `label_values` does, for numbers, texts and None."""
+    known = np.array([value is not None and (isinstance(value, str) or value >= 0) for value in values], bool)
+    present = [value for value, is_known in zip(values, known, strict=True) if is_known]
+    classes, positions = np.unique(np.asarray(present), return_inverse=True)
     labels = np.full(len(values), -1, np.int64)
-    labels[~values.is_null().to_numpy()] = positions
+    labels[known] = positions
     return labels, [str(value) for value in classes]
 
 

@@ -3,7 +3,8 @@
 once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hf_ssl.errors import check_values
 
@@ -52,6 +53,22 @@ class DataConfig:
     open_shards: int = 32
     max_images: int | None = None
     dtype: str = "uint8"
+
+    @classmethod
+    def of(cls, given: Any) -> "DataConfig":
+        """Return checked settings for data in Python, which need no `path`.
+
+        Args:
+            given: a `DataConfig`, a dict of its fields, or None for the defaults.
+
+        Raises:
+            UserError: a key is unknown, or a value has the wrong type or is outside its range.
+        """
+        from hf_ssl.sections import as_section  # OmegaConf is slow to import
+
+        config = as_section(cls, given, "data")
+        replace(config, path="in Python").check()
+        return config
 
     def check(self) -> None:
         """Raise UserError if a value is outside its range."""

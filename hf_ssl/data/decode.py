@@ -130,7 +130,7 @@ def stored_image(item: Any) -> StoredImage:
         item: an image of Pillow; an array (H, W) or (H, W, C); a tensor (H, W) or (C, H, W) of uint8, or of
             floating-point numbers from 0 to 1; encoded bytes; the path of a file; a dict of `bytes` and
             `path`; None for a missing image; or a tuple or list that begins with one of these, such as
-            (image, label).
+            (image, label). A BrokenImage is returned as it is.
     """
     try:
         return _stored_image(item)
@@ -141,6 +141,9 @@ def stored_image(item: Any) -> StoredImage:
 def _stored_image(item: Any) -> StoredImage:
     if isinstance(item, tuple | list) and len(item):
         item = item[0]
+    if isinstance(item, BrokenImage):
+        raise item
+    given = item
     if item is None or isinstance(item, bytes | bytearray | memoryview):
         return EncodedImage(item if item is None else bytes(item), None)
     if isinstance(item, str | os.PathLike):
@@ -157,7 +160,7 @@ def _stored_image(item: Any) -> StoredImage:
         return ImageObject(_as_integers(item))
     raise BrokenImage(
         "expected an image of Pillow, an array (H, W, C), a tensor (C, H, W), bytes or a path, got "
-        f"{type(item).__name__}{f' of the shape {tuple(shape)}' if len(shape) else ''}"
+        f"{type(given).__name__}{f' of the shape {tuple(given.shape)}' if len(shape) else ''}"
     )
 
 
@@ -169,7 +172,14 @@ def _as_integers(values: np.ndarray) -> np.ndarray:
                 "return images without normalization, because hf_ssl augments and normalizes them"
             )
         return np.rint(values * 255).astype(np.uint8)
-    return values.astype(np.uint8) * 255 if values.dtype == bool else values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    is_gray = values.ndim == 2 or values.shape[2] == 1
+    if values.dtype == np.uint8 or (is_gray and values.dtype in (np.uint16, np.int32)):  # 16-bit gray
+        return values
+    if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
+        raise BrokenImage(f"expected whole numbers from 0 to 255 as pixels, got other ones of {values.dtype}")
+    return values.astype(np.uint8)
 
 
 def memory_size(image: StoredImage) -> int:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import datasets
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 
@@ -46,12 +46,11 @@ class EncodedRows:
     """The images of map-style data, read in batches and decoded each time.
 
     Raises:
-        TypeError: the source is a stream.
+        UserError: the source is a stream.
     """
 
     def __init__(self, source: Source, channels: int) -> None:
-        if isinstance(source.dataset, IterableDataset):
-            raise TypeError(f"expected map-style data, got the stream {source.description}")
+        source.require_rows()
         self._items = source.dataset  # of another library than `datasets`
         if isinstance(source.dataset, Dataset):
             self._items = source.dataset.select_columns([source.image_column]).with_format("arrow")
@@ -94,14 +93,15 @@ def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator
     """Yield all images of map-style data in order, in lists of `batch_size` (C, H, W) uint8 tensors.
 
     Raises:
-        TypeError: the source is a stream.
-        UserError: an image is broken.
+        UserError: the source is a stream, or an image is broken.
     """
     rows = EncodedRows(source, channels)
     for start in range(0, len(rows), batch_size):
         images, broken = rows.read(np.arange(start, min(start + batch_size, len(rows))))
         if broken:
-            raise UserError(f"expected images that can be read, got {next(iter(broken.values()))}")
+            raise UserError(
+                f"{source.description}: expected images that can be read, got {next(iter(broken.values()))}"
+            )
         yield images
 
 
@@ -226,7 +226,7 @@ def inspect_images(
     if not sizes:
         raise UnreadableData(
             f"data.path: expected images in {description}, got none that can be read among "
-            f"{len(images)} inspected ones, e.g. {broken[0]}; check the files"
+            f"{len(images)} inspected ones, e.g. {broken[0]}; check the images"
         )
     return next(iter(sizes.values()))
 

@@ -3,14 +3,16 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import BrokenCounter
-from hf_ssl.data.columns import label_values
+from hf_ssl.data.columns import find_label_column, label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.sources import Source, open_source
@@ -148,18 +150,22 @@ def label_source(
 ) -> LabeledImages:
     """Return the labeled images of a source of map-style data; `labeled_images` explains the arguments.
 
-    A data set in Python has items (image, label). Its labels are `targets`, as in torchvision, or are read
-    from all items.
+    `hf_ssl.data.adapters.Items.labels` explains the labels of a data set in Python.
 
     Raises:
         UserError: the source is a stream or has no labels.
     """
-    labels, class_names = _labels(source)
+    source.require_rows()
+    if isinstance(source.dataset, Dataset):
+        column = source.label_column or find_label_column(source.dataset.features, None, source.description)
+        labels, class_names = label_values(source.dataset, column)
+    else:
+        labels, class_names = source.dataset.labels(source.label_column, source.description)
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
         raise UserError(
-            f"data.label_column: expected labels in the column {source.label_column!r} of "
-            f"{source.description}, got none; use another split"
+            f"data.label_column: expected a label from 0 for some images of {source.description}, got "
+            "none; use another split or column"
         )
     if max_images is not None and max_images < len(chosen):
         chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
@@ -169,24 +175,22 @@ def label_source(
     return LabeledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
 
 
-def _labels(source: Source) -> tuple[np.ndarray, list[str]]:
-    """Return the labels (N,) int64, -1 for images without one, and the names of the classes."""
-    if source.streaming:
-        raise UserError(
-            f"eval_dataset: expected map-style data with labels, got the stream {source.description}; load "
-            "the labeled images without streaming"
-        )
-    if isinstance(source.dataset, Dataset):
-        if source.label_column is None:
-            raise UserError(
-                f"data.label_column: expected labels in {source.description}, got no column of the type "
-                f"ClassLabel in {', '.join(source.dataset.column_names)}; use "
-                "data.label_column=NAME, in Python DataConfig(label_column=NAME)"
-            )
-        return label_values(source.dataset, source.label_column)
-    values = np.asarray(source.dataset.labels(source.label_column))
-    classes, labels = np.unique(values, return_inverse=True)
-    return labels.astype(np.int64), [str(value) for value in classes]
+def label_data(data: Any, config: DataConfig, name: str, max_images: int | None = None) -> LabeledImages:
+    """Return the labeled images of a data set, in the forms of `as_source`.
+
+    Args:
+        data: labeled images, or a `LabeledImages`, which is returned.
+        config: see `as_source`. Its `max_images` and `streaming` have no effect.
+        name: the argument that held `data`, for messages.
+        max_images: see `labeled_images`.
+
+    Raises:
+        UserError: the errors of `as_source` and `label_source`.
+    """
+    if isinstance(data, LabeledImages):
+        return data
+    config = replace(config, max_images=None, streaming=False)
+    return label_source(as_source(data, config, name, labels=True), config, max_images=max_images)
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

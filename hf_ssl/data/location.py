@@ -225,7 +225,7 @@ def fingerprint(files: list[str], sizes: list[int] | None = None) -> str:
         sizes: sizes of the files in bytes; None reads them from the file system.
     """
     if sizes is None:
-        sizes = [os.path.getsize(file) for file in files]
+        sizes = [os.path.getsize(file) if os.path.exists(file) else -1 for file in files]
     root = os.path.join(os.path.commonpath({os.path.dirname(file) for file in files}), "")
     digest = hashlib.blake2b(digest_size=8)
     step = max(1, len(files) // _HASHED_FILES)

@@ -75,6 +75,19 @@ class Source:
         selected = cast(Dataset, self.dataset).select(rows)
         return replace(self, dataset=selected, num_rows=len(rows), row_numbers=numbers, cache={})
 
+    def limited(self, count: int | None) -> "Source":
+        """Return a fixed random choice of `count` rows, in their order; all rows of a stream or for None."""
+        if count is None or self.num_rows is None or self.streaming:
+            return self
+        return self.select(np.sort(permutation(self.num_rows, 0)[:count]))
+
+    def require_rows(self) -> None:
+        """Raise UserError if the data are a stream."""
+        if self.streaming:
+            raise UserError(
+                f"{self.description}: expected map-style data, got a stream; load them without streaming"
+            )
+
 
 def open_source(
     config: DataConfig, split: str | None = None, *, streaming: bool | None = None, labels: bool = False
@@ -121,7 +134,7 @@ def open_source(
     label_column = find_label_column(features, config.label_column, where) if labels else None
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
-    source = Source(
+    return Source(
         dataset=without_decoding(opened.dataset, image_column),
         image_column=image_column,
         label_column=label_column,
@@ -130,10 +143,7 @@ def open_source(
         revision=revision,
         description=where,
         whole_shards=opened.whole_shards,
-    )
-    if config.max_images is None or opened.num_rows is None or streaming:
-        return source
-    return source.select(np.sort(permutation(opened.num_rows, 0)[: config.max_images]))
+    ).limited(config.max_images)
 
 
 class _Opened(NamedTuple):

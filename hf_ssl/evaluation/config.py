@@ -4,6 +4,7 @@
 This module does not import torch, because recipes and cards need none.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
@@ -53,12 +54,29 @@ class EvaluationConfig:
     seed: int = 0
     results_dir: str | None = None  # folder of <recipe>.json; None: results/ in the output folder
 
+    @classmethod
+    def of(cls, given: Any) -> "EvaluationConfig":
+        """Return checked settings.
+
+        Args:
+            given: an `EvaluationConfig`, a dict of its fields, or None for the defaults.
+
+        Raises:
+            UserError: a key is unknown, or a value has the wrong type or is outside its range.
+        """
+        from hf_ssl.sections import as_section  # OmegaConf is slow to import
+
+        config = as_section(cls, given, "evaluation")
+        config.check()
+        return config
+
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
         split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
         lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
         keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
         numbers = ((key, getattr(self, key)) for key in keys)
+        limits = ((key, getattr(self, key)) for key in ("max_train_images", "max_test_images"))
         advice = "two splits, otherwise each test image is its own nearest neighbor"
         check_values(
             "evaluation",
@@ -66,11 +84,12 @@ class EvaluationConfig:
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             *(
-                (key, given, min(given, default=0) > 0, "one or more positive numbers")
+                (key, given, given and all(0 < x < math.inf for x in given), "one or more positive numbers")
                 for key, given in lists
             ),
             ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
+            *((key, most, most is None or most >= 2, "at least 2", "null for all") for key, most in limits),
         )
 
 

@@ -5,8 +5,9 @@ Legend: B images in a batch, N images in total, C channels, H height, W width, T
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -33,33 +34,46 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
         UserError: the encoder does not exist or cannot be loaded.
     """
     options = {} if revision is None else {"revision": revision}
-    with _as_user_errors(f"an encoder with its image processor, got {model}"):
+    with _as_user_errors(f"an encoder with its image processor, got {model!r}"):
         encoder = AutoModel.from_pretrained(model, **options)
         return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
-def load_processor(encoder: Any) -> Any:
-    """Return the image processor beside the files of a loaded encoder. Errors: see `load_encoder`."""
-    place = getattr(encoder, "name_or_path", "")
+def load_processor(processor: Any, encoder: Any) -> Any:
+    """Return an image processor for a loaded encoder.
+
+    Args:
+        processor: an image processor, which is returned; its folder or Hub id; or None for the one beside the
+            files of the encoder.
+        encoder: the encoder.
+
+    Raises:
+        UserError: `processor` is something else, or cannot be found or loaded.
+    """
+    place = getattr(encoder, "name_or_path", "") if processor is None else processor
     if not place:
         raise UserError(
-            f"processor: expected an image processor for a new {type(encoder).__name__}, got None; use "
-            "processor=trainer.processor, or the folder of the encoder as model"
+            f"processor: expected an image processor for a new {type(encoder).__name__}, got {processor!r}; "
+            "use processor=trainer.processor, or the folder of the encoder as model"
         )
-    with _as_user_errors(f"an image processor, got {place}"):
-        return AutoImageProcessor.from_pretrained(place)
+    if isinstance(place, str | PathLike):
+        with _as_user_errors(f"an image processor, got {str(place)!r}", "processor"):
+            return AutoImageProcessor.from_pretrained(place)
+    if isinstance(place, type) or not callable(place):
+        raise UserError(f"processor: expected an image processor or its folder, got {_name(place)}")
+    return place
 
 
 def load_weights(model: str) -> PreTrainedModel:
     """Return an encoder from a folder or the Hub, without its processor. Errors: see `load_encoder`."""
-    with _as_user_errors(f"an encoder, got {model}"):
+    with _as_user_errors(f"an encoder, got {model!r}"):
         encoder: PreTrainedModel = AutoModel.from_pretrained(model)
         return encoder
 
 
 def load_config(model: str) -> PreTrainedConfig:
     """Return the configuration of an encoder. Errors: see `load_encoder`."""
-    with _as_user_errors(f"an encoder with its configuration, got {model}"):
+    with _as_user_errors(f"an encoder with its configuration, got {model!r}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
         return config
 
@@ -71,12 +85,48 @@ def fastest_device() -> torch.device:
 
 
 @contextmanager
-def _as_user_errors(what: str) -> Iterator[None]:
+def _as_user_errors(what: str, where: str = "model") -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        sentence = f"model: expected a local folder or a Hub id of {what}; {first_line(error)}"
+    except (
+        Exception
+    ) as error:  # damaged files raise many types of errors in transformers, safetensors and torch
+        sentence = f"{where}: expected a local folder or a Hub id of {what}; {first_line(error)}"
         raise UserError(sentence) from error
+
+
+def _name(value: Any) -> str:
+    """Return the name of a class or of the class of a value, for messages."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def device_of(model: Any, device: torch.device | str | int | None = None) -> torch.device:
+    """Return the device of an encoder, after a move to `device` if one is given.
+
+    Raises:
+        UserError: the model is no module, has no weights, or the machine does not have the device.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: expected an encoder of transformers, its folder or its Hub id, got {_name(model)}; use "
+            "AutoModel.from_pretrained(...)"
+        )
+    try:
+        if device is not None:
+            model.to(device)
+        found = next((parameter.device for parameter in model.parameters()), torch.device(device or "cpu"))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device: expected a device of this machine, got {device}; {first_line(error)}"
+        ) from error
+    if found.type == "meta":
+        raise UserError("model: expected weights, got the device meta; load the encoder with from_pretrained")
+    return found
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type of the weights of an encoder."""
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -94,6 +144,15 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
     If all images have one size, one copy moves them, and the processor resizes them on the device. The call
     names the layout, because the processor would infer channels-last for an image that is 3 pixels high.
     """
+    if not all(
+        isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 for image in images
+    ):
+        first = next(iter(images))
+        got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else _name(first)
+        raise UserError(
+            f"images: expected lists of uint8 tensors (C, H, W), got {got}; evaluate_encoder and "
+            "trainer.predict accept data sets"
+        )
     # This check does not import the class, because the import loads timm.
     timm_wrapper = sys.modules.get("transformers.models.timm_wrapper.image_processing_timm_wrapper")
     if timm_wrapper is not None and isinstance(processor, timm_wrapper.TimmWrapperImageProcessor):
@@ -104,6 +163,39 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
         images = list(torch.stack(images).to(device, non_blocking=True).unbind())
     processed = processor(images, return_tensors="pt", input_data_format="channels_first", device=device)
     return processed["pixel_values"]
+
+
+def first_output(
+    model: nn.Module, processor: Any, images: list[Tensor], device: torch.device
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return the processed images and the output of an encoder, in evaluation mode and without gradient.
+
+    Raises:
+        UserError: the processor or the encoder fails, as an encoder for texts or another image size does, or
+            the output contains no features.
+    """
+    place, expected, got = "processor", "an image processor", type(processor).__name__
+    try:
+        with evaluation_mode(model):
+            pixels = pixel_values(processor, images, device).to(dtype_of(model))
+            place, expected = "model", f"an encoder of images {tuple(pixels.shape)}"
+            got = type(model).__name__
+            outputs = model(pixel_values=pixels)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{place}: expected {expected}, got {got}, which fails: {first_line(error)}"
+        ) from error
+    named = dict(outputs) if isinstance(outputs, Mapping) else {}
+    found = [named[key] for key in ("pooler_output", "last_hidden_state") if named.get(key) is not None]
+    right = [isinstance(each, Tensor) and each.ndim > 1 and len(each) == len(images) for each in found]
+    if not found or not all(right):
+        raise UserError(
+            "model: expected the tensors pooler_output (B, D) or last_hidden_state (B, T, D) as output, got "
+            f"{', '.join(named) or _name(outputs)}; use an encoder from AutoModel, with return_dict=True"
+        )
+    return pixels, outputs
 
 
 def extract_features(
@@ -138,7 +230,8 @@ def extract_features(
         float32 (N, D), on the CPU.
 
     Raises:
-        UserError: there is no image, or there are more than `total`.
+        UserError: there is no image, there are more than `total`, the images are no uint8 tensors, or
+            `device_of` raises.
     """
     return extract_poolings(
         model,
@@ -164,15 +257,14 @@ def extract_poolings(
     description: str | None = None,
 ) -> dict[Pooling, Tensor]:
     """Return float32 features (N, D) for each pooling from one pass; see `extract_features` for arguments."""
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    model.to(device)
+    device, weights = device_of(model, device), dtype_of(model)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
     rows = {pooling: _Rows(total) for pooling in poolings}
     with evaluation_mode(model), progress(description, total) as bar:
         for images in image_batches:
-            if not images:
+            if not len(images):
                 continue
-            pixels = pixel_values(processor, images, device).contiguous(memory_format=memory_format)
+            pixels = pixel_values(processor, images, device).to(weights, memory_format=memory_format)
             with autocast(device, dtype):
                 outputs = model(pixel_values=pixels)
             for pooling, found in rows.items():

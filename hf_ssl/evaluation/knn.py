@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.names import renamed_arguments
@@ -32,9 +32,18 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
     Raises:
-        UserError: the number of labels differs from the number of images, or a label is negative (no label).
+        UserError: the number of labels differs from the number of images, a label is no whole number, or is
+            negative (no label).
     """
-    tensor = torch.as_tensor(labels).long()
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{where}: expected class numbers, got {first_line(error)}; number the classes"
+        ) from error
+    tensor = given.long()
+    if not bool((tensor == given).all()):
+        raise UserError(f"{where}: expected class numbers, got fractions or NaN; number the classes")
     if tensor.shape != (images,):
         raise UserError(f"{where}: expected one label for each of {images} images, got {tuple(tensor.shape)}")
     if images and int(tensor.min()) < 0:
@@ -42,16 +51,35 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     return tensor
 
 
-def check_features(features: Tensor, where: str) -> None:
-    """Raise UserError unless features have shape (N, D) with N > 0 and are finite."""
+def as_features(features: Any, where: str) -> Tensor:
+    """Return features from a tensor, an array or lists as a tensor without gradient, or raise UserError."""
+    try:
+        return torch.as_tensor(features).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(features).__name__
+        raise UserError(f"{where}: expected features (N, D) as numbers, got {got}; use a tensor") from error
+
+
+def check_features(features: Any, where: str, width: int | None = None) -> Tensor:
+    """Return features, which may be an array, as a tensor (N, D).
+
+    Raises:
+        UserError: the shape is not (N, D) with N > 0, D differs from `width`, or the features are not finite.
+    """
+    features = as_features(features, where)
     if features.ndim != 2 or len(features) == 0:
         raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}")
+    if width not in (None, features.shape[1]):
+        raise UserError(
+            f"{where}: expected {width} features, got {features.shape[1]}; use one encoder for both"
+        )
     # A NaN or an infinity makes the sum of its row NaN or infinite. Testing the sums saves one pass.
     broken = int((~torch.isfinite(features.sum(dim=1, dtype=torch.float32))).sum())
     if broken:
         raise UserError(
             f"{where}: expected finite features, got NaN or infinite in {broken} of {len(features)} images"
         )
+    return features
 
 
 def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
@@ -116,9 +144,10 @@ def knn_accuracy(
     recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
     overflow and does not change the predicted class.
     """
-    device = torch.device(device) if device is not None else test_features.device
+    device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = _prepare(train_features, train_labels, "k-NN bank", device)
-    queries, query_labels = _prepare(test_features, test_labels, "k-NN queries", device)
+    _check_classes(bank_labels, "k-NN bank")
+    queries, query_labels = _prepare(test_features, test_labels, "k-NN queries", device, bank.shape[1])
     counts = sorted(set(neighbors))
     if not counts or counts[0] < 1 or counts[-1] > len(train_features):
         raise UserError(
@@ -136,9 +165,19 @@ def knn_accuracy(
     }
 
 
-def _prepare(features: Tensor, labels: Any, where: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _check_classes(labels: Tensor, where: str) -> None:
+    """Raise UserError for labels of a single class, which every classifier would predict."""
+    if len(labels.unique()) < 2:
+        raise UserError(
+            f"{where}: expected images of at least 2 classes, got {len(labels)} of 1 class; add images"
+        )
+
+
+def _prepare(
+    features: Tensor, labels: Any, where: str, device: torch.device, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return float32 unit rows (N, D) and class numbers (N,) on a device, or raise UserError."""
-    check_features(features, where)
+    features = check_features(features, where, width)
     class_numbers = as_labels(labels, len(features), where)
     return unit_rows(features.to(device, torch.float32)), class_numbers.to(device)
 
@@ -155,6 +194,7 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
         UserError: k is out of range, the number of labels is wrong, or features are not finite.
     """
     rows_ND, labels_N = _prepare(features, labels, "k-NN", features.device)
+    _check_classes(labels_N, "k-NN")
     if not 1 <= neighbors < len(features):
         raise UserError(f"k-NN: expected 1 <= k < {len(features)}, the number of images, got {neighbors}")
     cosines, found = nearest(rows_ND, rows_ND, neighbors + 1)
@@ -214,9 +254,9 @@ def few_label_knn(
     Raises:
         UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
     """
-    device = torch.device(device) if device is not None else test_features.device
+    device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = _prepare(train_features, train_labels, "few-label bank", device)
-    queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device)
+    queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device, bank.shape[1])
     if labels_per_class < 1 or draws < 1:
         raise UserError(
             f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}"

@@ -84,8 +84,8 @@ def linear_probe(
     size 256); DINOv2 (2304.07193) for training the heads of the sweep together. Difference: published sweeps
     choose the learning rate on the split that they report.
     """
-    check_features(train_features, "linear probe, training")
-    check_features(test_features, "linear probe, test")
+    train_features = check_features(train_features, "linear probe, training")
+    test_features = check_features(test_features, "linear probe, test", train_features.shape[1])
     rates = sorted(set(learning_rates))
     if not rates or rates[0] <= 0 or epochs < 1 or batch_size < 1:
         raise UserError(

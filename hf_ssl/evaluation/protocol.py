@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Protocol, cast
 
@@ -12,21 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
-from hf_ssl.data import DataConfig, LabeledImages, as_source, label_source
+from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
 from hf_ssl.evaluation.features import (
+    device_of,
+    dtype_of,
     extract_poolings,
     fastest_device,
+    first_output,
     load_encoder,
     load_processor,
-    pixel_values,
+    load_weights,
     raw_pixels,
 )
-from hf_ssl.evaluation.knn import as_labels, few_label_knn, knn_accuracy
+from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
-from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
@@ -52,26 +56,27 @@ class LabeledData(Protocol):
 
 
 def evaluate_encoder(
-    model: nn.Module | str,
+    model: nn.Module | str | PathLike,
     train: Any,
     test: Any,
-    config: EvaluationConfig | None = None,
+    config: EvaluationConfig | dict[str, Any] | None = None,
     processor: Any = None,
     *,
-    data: DataConfig | None = None,
+    data: DataConfig | dict[str, Any] | None = None,
     device: torch.device | str | None = None,
     description: str | None = None,
 ) -> EncoderResult:
     """Return the result of a frozen encoder: weighted k-NN, few labels, linear probe and feature statistics.
 
     Args:
-        model: an encoder of transformers; or its folder or Hub id, which is loaded onto the accelerator if
-            there is one.
+        model: an encoder of transformers; the model of a method, whose exported encoder is evaluated; or the
+            folder or Hub id of an encoder, which is loaded onto the accelerator if there is one.
         train, test: labeled images, in the forms of `hf_ssl.data.as_source`: a `Dataset`, a torch data set of
             (image, label), the path of a folder; or `LabeledData`. The labels of `test` select no setting.
-        config: settings of the evaluation. The function checks them. None: the defaults.
-        processor: the image processor of the encoder; None loads the one beside its files.
-        data: how the images are read (`image_column`, `label_column`, `channels`, ...).
+        config: settings of the evaluation, or a dict of them. The function checks them. None: the defaults.
+        processor: the image processor of the encoder, or its folder or Hub id; None loads the one beside the
+            files of the encoder.
+        data: how the images are read (`image_column`, `label_column`, `channels`, ...); can be a dict.
         device: device of the computation; None: the device of the encoder.
         description: text of the progress bars; None: no bars.
 
@@ -79,25 +84,37 @@ def evaluate_encoder(
         An `EncoderResult`, which JSON can store.
 
     Raises:
-        UserError: a setting, the labels or the features are invalid, or the encoder cannot be loaded.
+        UserError: an argument has a wrong type, a setting, the labels or the features are invalid, or the
+            encoder cannot be loaded or does not accept the images.
     """
     if isinstance(train, BaseImageProcessor):  # the order of arguments before data sets were accepted
         warnings.warn("evaluate_encoder: use the order model, train, test", FutureWarning, stacklevel=2)
         train, test, config, processor = config, processor, test, train
-    config, data = config or EvaluationConfig(), data or DataConfig()
-    config.check()
+    config, data = EvaluationConfig.of(config), DataConfig.of(data)
+    data = replace(data, label_column=config.label_column or data.label_column)
     if isinstance(model, str | PathLike):
-        model, processor = load_encoder(str(model))
+        if processor is None:
+            model, processor = load_encoder(str(model))
+        else:
+            model = load_weights(str(model))
         device = fastest_device() if device is None else device
-    processor = processor or load_processor(model)
+    elif isinstance(model, SSLPreTrainedModel):
+        model = model.exported_encoder
+    device = device_of(model, device)
+    processor = load_processor(processor, model)
     train = _labeled(train, data, "train", config.max_train_images)
     test = _labeled(test, data, "test", config.max_test_images)
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.use_classes(train.class_names, train.description)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    precision = config.precision
-    if precision == "auto":
+    precision, weights = config.precision, str(dtype_of(model)).removeprefix("torch.")
+    if precision == "auto" and weights == "float32":
         precision = fastest_precision(device.type).name
+    elif precision in ("auto", "float32"):  # an encoder without autocast computes in the type of its weights
+        precision = weights
+    elif weights not in (precision, "float32", "float64"):
+        raise UserError(
+            f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
+        )
     seconds: dict[str, float] = {}
     rule, size, tokens = _inspect_encoder(model, processor, test, device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
@@ -111,7 +128,7 @@ def evaluate_encoder(
                 images.iter_batches(config.batch_size),
                 poolings=list(dict.fromkeys([pooling, *compared])),
                 device=device,
-                dtype=DTYPES[precision],
+                dtype=DTYPES.get(precision),
                 total=len(images),
                 description=None if description is None else f"{description}, {part} features",
             )
@@ -151,7 +168,10 @@ def evaluate_encoder(
 
 def evaluate_pixels(config: EvaluationConfig, train: LabeledData, test: LabeledData) -> EncoderResult:
     """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe."""
-    config.check()
+    config = EvaluationConfig.of(config)
+    train, test = (
+        _labeled(part, DataConfig(), name, None) for part, name in ((train, "train"), (test, "test"))
+    )
     seconds: dict[str, float] = {}
     with _timed(seconds, "features"):
         bank, queries = (
@@ -189,7 +209,7 @@ def evaluate_features(
     them in `skipped`.
 
     Args:
-        config: settings of the evaluation, already checked.
+        config: settings of the evaluation, or a dict of them.
         train_features, train_labels: (M, D) float32 and (M,).
         test_features, test_labels: (N, D) float32 and (N,).
         device: device of the computation; None: the device of the features.
@@ -199,6 +219,8 @@ def evaluate_features(
     Raises:
         UserError: a split has fewer than 2 images, or the labels or the features are invalid.
     """
+    config = EvaluationConfig.of(config)
+    train_features, test_features = as_features(train_features, "train"), as_features(test_features, "test")
     bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
     query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
     bank, queries = len(train_features), len(test_features)
@@ -336,7 +358,7 @@ def _describe(
 def _labeled(images: Any, config: DataConfig, name: str, most: int | None) -> LabeledData:
     if hasattr(images, "iter_batches") and hasattr(images, "labels"):
         return images
-    return label_source(as_source(images, config, name, labels=True), config, max_images=most)
+    return label_data(images, config, name, most)
 
 
 def _inspect_encoder(
@@ -347,10 +369,10 @@ def _inspect_encoder(
     They are the pooling that "auto" selects, the width of the processed images in pixels, and a flag. The
     flag is True if the output has a class token and other tokens.
     """
-    batch = next(iter(images.iter_batches(1)))
-    with evaluation_mode(model.to(device)):
-        pixels = pixel_values(processor, batch[:1], device)
-        outputs = model(pixel_values=pixels)
+    batch = next(iter(images.iter_batches(1)), [])
+    if not batch:
+        raise UserError("test: expected labeled images, got none")
+    pixels, outputs = first_output(model, processor, batch[:1], device)
     tokens = outputs.get("last_hidden_state")
     both = has_class_token(model) and tokens is not None and tokens.ndim == 3
     return pooling_rule(model, outputs), pixels.shape[-1], both

@@ -123,8 +123,9 @@ def build_gallery(
     Raises:
         UserError: faiss is not installed, the numbers of rows differ, or the features are not finite.
     """
-    index = _faiss().IndexFlatIP(features_ND.shape[1])
-    index.add(_unit_rows(features_ND))
+    vectors = _unit_rows(features_ND)
+    index = _faiss().IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
     return Gallery(index, thumbnails, labels)
 
 
@@ -200,8 +201,7 @@ class Retriever:
 
 
 def _unit_rows(features_ND: Tensor) -> np.ndarray:
-    check_features(features_ND, "gallery")
-    return unit_rows(features_ND.float()).contiguous().numpy()
+    return unit_rows(check_features(features_ND, "gallery").float()).contiguous().numpy()
 
 
 def _faiss() -> Any:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of features that need no labels and indicate collapse.
 
-All functions are pure functions of tensors. They convert half precision to float32 and keep float64.
+All functions are pure functions of tensors or arrays. They convert half precision to float32, and keep
+float64.
 Legend: N images, D features.
 """
 
@@ -42,7 +43,7 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
 
     Source: RankMe (2210.02885), equation 1.
     """
-    rows = features.double()
+    rows = torch.as_tensor(features).double()
     if not torch.isfinite(rows).all():
         return math.nan  # the eigenvalues cannot be computed
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
@@ -100,5 +101,6 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
 def unit_rows(features: Tensor) -> Tensor:
     """Return L2-normalized rows (N, D), in float64 if the features are float64, else in float32."""
-    rows = features if features.dtype == torch.float64 else features.float()
+    rows = torch.as_tensor(features)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
     return F.normalize(rows, dim=1)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name
-from hf_ssl.recipe.sections import config_fields
+from hf_ssl.sections import config_fields
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:

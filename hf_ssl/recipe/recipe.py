@@ -19,8 +19,8 @@ from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
 from hf_ssl.recipe.checks import check_encoder, check_method
-from hf_ssl.recipe.sections import convert_values, to_dataclass, transformers_config
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
+from hf_ssl.sections import convert_values, to_dataclass, transformers_config
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
 from hf_ssl.data import DataConfig, Source, all_images, as_source
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
@@ -31,6 +32,15 @@ from hf_ssl.trainer.stopping import Interrupted, StopOnSignal
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
+
+
+def _rejected(name: str, advice: str) -> Any:
+    """Return a method that raises an error, because it has no meaning for this trainer."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(f"{name}: expected no call; {advice}")
+
+    return method
 
 
 class EvaluatingTrainer(PushingTrainer):
@@ -120,13 +130,18 @@ class EvaluatingTrainer(PushingTrainer):
         return DTYPES[self.args.precision]
 
     def _classifiers_of(self, data: Any) -> dict[str, KNNClassifier]:
-        if isinstance(data, str) and data in self.classifiers:
-            return {data: self.classifiers[data]}
+        named = [name for name in self.classifiers if name]
+        if isinstance(data, str | int) and str(data) in named:
+            return {str(data): self.classifiers[str(data)]}
+        if isinstance(data, str) and named and "/" not in data and not Path(data).exists():
+            raise UserError(f"eval_dataset: expected a known name, got {data}; {suggestion(data, named)}")
         return knn_classifiers(data, self.data, self.processor, self.args)
 
     def _built_monitor(self) -> Monitor:
         """Return the monitor; build it at the first measurement."""
         if self.monitor is None:
+            if self.compute_metrics is not None and not self.classifiers:
+                logger.warning("compute_metrics has no effect without labeled images as eval_dataset")
             images = load_monitor_images(self.source, self.preset, self.data, self.args)
             self.monitor = Monitor(images, self.classifiers, self._dtype, self.compute_metrics)
         return self.monitor
@@ -150,13 +165,11 @@ class EvaluatingTrainer(PushingTrainer):
         )
         return PredictionOutput(predictions=features.numpy(), label_ids=None, metrics={})
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: `predict` returns features, and `evaluate` measures them."""
-        raise UserError("prediction_step: expected no call; use trainer.predict(images) for features")
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: the hooks of a method belong to one model."""
-        raise UserError("hyperparameter_search: expected no call; start one run per setting, as hf-ssl does")
+    prediction_step = _rejected("prediction_step", "use trainer.predict(images) for features")
+    evaluation_loop = _rejected("evaluation_loop", "use trainer.evaluate(images)")
+    get_eval_dataloader = _rejected("get_eval_dataloader", "use trainer.evaluate(images)")
+    get_test_dataloader = _rejected("get_test_dataloader", "use trainer.predict(images) for features")
+    hyperparameter_search = _rejected("hyperparameter_search", "start one run per setting, as hf-ssl does")
 
     def _stop(self, save: bool = True) -> NoReturn:
         """End the process after a signal; save a checkpoint if at least one step is complete."""

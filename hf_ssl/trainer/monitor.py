@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a model on fixed images during training, and detects collapsed or worse features."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
-from transformers.trainer_utils import denumpify_detensorize
 
-from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, as_source, label_source, train_loader
+from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, label_data, train_loader
 from hf_ssl.data.batch import UnreadableData
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
+from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.evaluation.protocol import MAIN_KNN
 from hf_ssl.modeling.backbones import encode
@@ -72,6 +75,9 @@ class KNNClassifier:
             model: the model whose exported encoder is measured.
             dtype: autocast precision; None disables autocast.
             compute_metrics: receives the features (N, D) and labels (N,) of the classified images.
+
+        Raises:
+            UserError: the bank has fewer than two classes, or `compute_metrics` fails (see `_own_metrics`).
         """
         bank = self._features(model, self.bank, "bank", dtype)
         if self.queries is None:
@@ -83,12 +89,10 @@ class KNNClassifier:
                 bank, self.bank.labels, tested, self.queries.labels,
                 neighbors=(k,), temperatures=MAIN_KNN[1:],
             )[k, MAIN_KNN[1]]  # fmt: skip
-        further = {}
-        if compute_metrics is not None:
-            labels = self.tested.labels.numpy()
-            further = compute_metrics(EvalPrediction(predictions=tested.numpy(), label_ids=labels))
-            further = denumpify_detensorize(further)  # checkpoints store them as JSON
-        return {"knn": accuracy, **further}
+        if compute_metrics is None:
+            return {"knn": accuracy}
+        prediction = EvalPrediction(predictions=tested.numpy(), label_ids=self.tested.labels.numpy())
+        return {"knn": accuracy, **_own_metrics(compute_metrics, prediction)}
 
     def _features(
         self, model: SSLPreTrainedModel, images: LabeledImages, name: str, dtype: torch.dtype | None
@@ -103,40 +107,105 @@ class KNNClassifier:
         )
 
 
+def _own_metrics(compute_metrics: ComputeMetrics, prediction: EvalPrediction) -> dict[str, Any]:
+    """Return the results of `compute_metrics` as plain data, which checkpoints store as JSON.
+
+    A nested dict becomes several results, whose names are joined by `_`.
+
+    Raises:
+        UserError: the function fails, or returns no dict, the name of a measurement of the monitor, or a
+            value that JSON cannot store.
+    """
+    try:
+        metrics = json.loads(json.dumps(_plain(compute_metrics(prediction))))
+    except Exception as error:
+        raise _metrics_error(f"{type(error).__name__}: {error}") from error
+    if not isinstance(metrics, dict):
+        raise _metrics_error(repr(metrics))
+    for name in metrics:
+        short = name.removeprefix("eval_")
+        if short in MEASUREMENTS:
+            raise UserError(
+                f"compute_metrics: expected no name of another measurement, got {name}; use my_{short}"
+            )
+    return metrics
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """Return tensors and arrays in nested dicts as numbers or lists, in a flat dict."""
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, part in value.items():
+            inner = _plain(part, f"{name}{key}_")
+            flat |= inner if isinstance(part, Mapping) else {f"{name}{key}": inner}
+        return flat
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        listed = value.tolist()
+        return listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+    return value
+
+
+def _metrics_error(got: str) -> UserError:
+    return UserError(
+        f"compute_metrics: expected a dict of numbers, got {got}; return e.g. {{'accuracy': 0.9}}"
+    )
+
+
 def knn_classifiers(
     data: Any, config: DataConfig, processor: BaseImageProcessor, args: SSLTrainingArguments
 ) -> dict[str, KNNClassifier]:
     """Return the k-NN classifiers of an `eval_dataset`, by name. The name of a single one is "".
 
     Args:
-        data: labeled images, or a dict of them. The keys `bank` and `query`, or `train` and `test`, form one
-            classifier. In any other dict, each entry is one classifier. Without queries, each image is
-            classified by all others. `hf_ssl.data.as_source` lists the types of images.
+        data: labeled images, or a dict of them. The keys `bank` and `query`, `train` and `test`, or `train`
+            and `validation` form one classifier. In any other dict, each entry is one classifier, or such a
+            dict. Without queries, each image is classified by all others. `hf_ssl.data.as_source` lists the
+            types of images.
         config: `channels`, `cache`, `image_column`, `label_column` and `max_broken_fraction` are used.
         processor: image processor of the exported encoder.
         args: `monitor_bank_images`, `monitor_query_images` and `monitor_neighbors` are used.
 
     Raises:
-        UserError: the data are of another type or have no labels.
+        UserError: the data are of another type, have no labels or are an empty dict, or `bank` or `query` is
+            missing.
     """
-
-    def labeled(part: Any, name: str, most: int) -> LabeledImages:
-        return label_source(as_source(part, config, name, labels=True), config, max_images=most)
-
     bank_images, query_images = args.monitor_bank_images, args.monitor_query_images
-    settings = (processor, args.monitor_neighbors, args.per_device_eval_batch_size)
-    if not isinstance(data, Mapping):
-        return {"": KNNClassifier(labeled(data, "eval_dataset", bank_images), None, *settings)}
-    for bank, query in (("bank", "query"), ("train", "test")):
-        if set(data) == {bank, query}:
-            first = labeled(data[bank], f"eval_dataset[{bank!r}]", bank_images)
-            second = labeled(data[query], f"eval_dataset[{query!r}]", query_images)
+
+    def classifier(part: Any, where: str) -> KNNClassifier:
+        bank, query = _pair(part, where) or (None, None)
+        if bank is None:
+            first, second = label_data(part, config, where, bank_images), None
+        else:
+            first = label_data(part[bank], config, f"{where}[{bank!r}]", bank_images)
+            second = label_data(part[query], config, f"{where}[{query!r}]", query_images)
             second.use_classes(first.class_names, first.description)
-            return {"": KNNClassifier(first, second, *settings)}
-    return {
-        name: KNNClassifier(labeled(part, f"eval_dataset[{name!r}]", bank_images), None, *settings)
-        for name, part in data.items()
-    }
+        return KNNClassifier(
+            first, second, processor, args.monitor_neighbors, args.per_device_eval_batch_size
+        )
+
+    if not isinstance(data, Mapping) or _pair(data, "eval_dataset"):
+        return {"": classifier(data, "eval_dataset")}
+    if not data:
+        raise UserError("eval_dataset: expected labeled images, got an empty dict; use None without images")
+    return {str(name): classifier(part, f"eval_dataset[{name!r}]") for name, part in data.items()}
+
+
+def _pair(data: Any, where: str) -> tuple[str, str] | None:
+    """Return the keys of bank and queries, if a dict consists of them.
+
+    Raises:
+        UserError: the dict contains only one of `bank` and `query`, or other keys in addition.
+    """
+    keys = set(data) if isinstance(data, Mapping) else set()
+    for pair in (("bank", "query"), ("train", "test"), ("train", "validation")):
+        if keys == set(pair):
+            return pair
+    if keys & {"bank", "query"}:
+        given = ", ".join(map(str, data))
+        raise UserError(
+            f"{where}: expected the two keys bank and query, got {given}; use other names, or both"
+        )
+    return None
 
 
 def load_monitor_images(
@@ -176,11 +245,14 @@ def classify(
         prefix: prefix of the names.
     """
     with evaluation_mode(model):
-        return {
-            "_".join(filter(None, (prefix, name, key))): value
-            for name, classifier in classifiers.items()
-            for key, value in classifier.measure(model, dtype, compute_metrics).items()
-        }
+        metrics = {}
+        for name, classifier in classifiers.items():
+            start = "_".join(str(part) for part in (prefix, name) if part not in (None, ""))
+            for key, value in classifier.measure(model, dtype, compute_metrics).items():
+                # A name that begins with the prefix keeps it, as in transformers.
+                short = key.removeprefix(f"{start}_").removeprefix(f"{prefix}_")
+                metrics["_".join(filter(None, (start, short)))] = value
+        return metrics
 
 
 class Monitor:

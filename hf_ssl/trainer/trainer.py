@@ -135,7 +135,7 @@ class SSLTrainer(EvaluatingTrainer):
         self.method = model = checked_model(model, model_init, args.seed)
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
-        self.data = data = DataConfig() if data is None else data
+        self.data = data = DataConfig.of(data)
         self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields

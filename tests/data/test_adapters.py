@@ -20,7 +20,7 @@ from datasets import (
 )
 from messages import mentions
 
-from hf_ssl.data import DataConfig, train_loader
+from hf_ssl.data import DataConfig, label_data, train_loader
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.decode import decode
 from hf_ssl.data.images import EncodedRows
@@ -191,6 +191,14 @@ def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
         (DatasetDict(train=table, test=table), ["'train', 'test'", "train_dataset['train']"]),
         (Endless(), ["from_generator"]),
         (7, ["train_dataset", "int"]),
+        (np.array(7), ["train_dataset", "length"]),
+        (pixels(0), ["train_dataset", (12, 12, 3), "[image]"]),
+        (DatasetDict(), ["train_dataset", "no keys"]),
+        ({"a": table}, ["train_dataset['a']"]),
+        (type("NoLength", (), {"__getitem__": lambda self, row: picture(row)})(), ["__len__", "NoLength"]),
+        (TorchData(lambda row: {"a": 1}), ["image_column", "a"]),
+        (TorchData(lambda row: {"a": picture(row), "b": picture(row)}), ["image_column", "a, b"]),
+        (IterableDataset.from_generator(lambda: ((picture(row), 0) for row in range(3))), ["dicts", "tuple"]),
         ([], ["empty"]),
         (table.select([]), ["empty"]),
         (table.remove_columns("image"), ["image_column"]),
@@ -202,13 +210,134 @@ def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
 def test_items_that_are_no_images_are_reported() -> None:
     for make, names in (
         (lambda row: tensor(row) / 255 - 0.5, ["0 to 1", "without normalization"]),
-        (lambda row: {"a": 1}, ["Pillow", "dict"]),
+        (lambda row: ({"a": 1},), ["Pillow", "dict"]),
+        (lambda row: [][0], ["row 0", "IndexError"]),
+        (lambda row: tensor(row).int() + 300, ["0 to 255", "int32"]),
+        (lambda row: tensor(row).permute(1, 2, 0), ["Tensor", (12, 12, 3)]),
         (lambda row: np.zeros((3, 12, 12, 1)), ["shape (3, 12, 12, 1)"]),
         (lambda row: None, ["no image"]),
     ):
         source = as_source(TorchData(make), CONFIG)
         with pytest.raises(UserError, match=mentions("none that can be read", *names)):
             train_loader(source, ViewPreset(size=8), config=CONFIG, seed=0, batch_size=4)
+
+
+def broken_rows(data) -> dict[int, str]:
+    return EncodedRows(as_source(data, CONFIG), 3).read(np.arange(3))[1]
+
+
+def test_an_item_that_fails_and_a_missing_file_are_broken_images(tmp_path: Path) -> None:
+    def make(row: int) -> PIL.Image.Image:
+        if row == 1:
+            raise OSError("truncated")
+        return picture(row)
+
+    assert broken_rows(TorchData(make)).keys() == {1} and "truncated" in broken_rows(TorchData(make))[1]
+    picture(0).save(tmp_path / "0.png")
+    paths = [tmp_path / "0.png", tmp_path / "1.png", "relative.png"]
+    assert broken_rows(paths).keys() == {1, 2}
+
+
+def test_integers_of_any_type_are_pixels() -> None:
+    for make in (lambda row: pixels(row).astype(np.int64), lambda row: tensor(row).int()):
+        images, broken = EncodedRows(as_source(TorchData(make), CONFIG), 3).read(np.array([4]))
+        assert not broken and torch.equal(images[0], tensor(4))
+
+
+def test_columns_of_paths_and_bytes_are_found_by_name() -> None:
+    for name in ("image", "img"):
+        source = as_source(Dataset.from_dict({name: [png(0)], "other": ["a"]}), CONFIG)
+        assert source.image_column == name and not EncodedRows(source, 3).read(np.array([0]))[1]
+
+
+def test_a_limited_number_of_images_is_used(table: Dataset) -> None:
+    for data in (table, TorchData(picture)):
+        assert as_source(data, DataConfig(path="unused", max_images=5)).num_rows == 5
+        assert as_source(data, CONFIG).num_rows == COUNT
+    with pytest.raises(UserError, match=mentions("data.max_images", 5, "stream")):
+        as_source(table.to_iterable_dataset(), DataConfig(path="unused", max_images=5))
+
+
+def test_training_needs_no_label_column(table: Dataset) -> None:
+    config = DataConfig(path="unused", label_column="digit")
+    assert as_source(table, config).num_rows == COUNT
+    with pytest.raises(UserError, match=mentions("data.label_column", "digit")):
+        as_source(table, config, labels=True)
+
+
+LABELS = {
+    "texts": (["bee", "ant", "bee", "cat"], ["ant", "bee", "cat"], [1, 0, 1, 2]),
+    "from 1": ([1, 2, 3, 1], ["1", "2", "3"], [0, 1, 2, 0]),
+    "tensors": (list(torch.tensor([0, 1, 1, 0])), ["0", "1"], [0, 1, 1, 0]),
+    "tensors with a dimension": (list(torch.tensor([[0], [1], [1], [0]])), ["0", "1"], [0, 1, 1, 0]),
+    "numpy": (list(np.array([0, 1, 1, 0], np.uint8)), ["0", "1"], [0, 1, 1, 0]),
+    "floats": ([0.0, 1.0, 1.0, 0.0], ["0", "1"], [0, 1, 1, 0]),
+    "booleans": ([False, True, True, False], ["0", "1"], [0, 1, 1, 0]),
+    "some without": ([0, None, float("nan"), -1], ["0"], [0]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_items(kind: str) -> None:
+    given, names, numbers = LABELS[kind]
+    targets = TorchData(picture)
+    targets.__class__ = type("Targets", (TorchData,), {"__len__": lambda self: 4})
+    targets.targets = given
+    for data in (
+        [(picture(row), label) for row, label in enumerate(given)],
+        [{"image": picture(row), "label": label} for row, label in enumerate(given)],
+        [{"img": pixels(row), "labels": label} for row, label in enumerate(given)],
+        targets,
+    ):
+        images = label_data(data, CONFIG, "test")
+        assert (images.class_names, images.labels.tolist()) == (names, numbers)
+
+
+def test_labels_that_are_no_classes_are_rejected() -> None:
+    def failing(row: int) -> PIL.Image.Image:
+        raise OSError("truncated")
+
+    for data, names in (
+        ([(picture(0), 0.5)], [0.5, "whole numbers or texts"]),
+        ([(picture(0), torch.tensor([0, 1]))], ["tensor([0, 1])"]),
+        ([(picture(0), [0, 1])], ["[0, 1]"]),
+        ([picture(0)], ["(image, label)", "without a label"]),
+        ([{"image": picture(0), "y": 1}], ["label_column=NAME"]),
+        ([(picture(0), None)], ["data.label_column", "none"]),
+        (TorchData(failing), ["truncated"]),
+    ):
+        with pytest.raises(UserError, match=mentions("test", *names)):
+            label_data(data, CONFIG, "test")
+    config = DataConfig(path="unused", label_column="y")
+    assert label_data([{"image": picture(0), "y": 1}], config, "test").class_names == ["1"]
+
+
+def test_labels_of_data_with_a_transform_are_those_of_the_table(table: Dataset) -> None:
+    for change in (
+        lambda batch: {"image": batch["image"]},
+        lambda batch: {"pixel_values": [np.array(image) for image in batch["image"]], "y": batch["label"]},
+    ):
+        images = label_data(table.with_transform(change), CONFIG, "test", max_images=6)
+        assert images.class_names == ["even", "odd"] and images.labels.bincount().tolist() == [3, 3]
+
+
+def test_labeled_data_are_no_stream(table: Dataset) -> None:
+    with pytest.raises(UserError, match=mentions("test", "stream")):
+        label_data(table.to_iterable_dataset(), CONFIG, "test")
+
+
+def test_settings_in_python_can_be_a_dict() -> None:
+    assert DataConfig.of({"channels": 1}) == DataConfig(channels=1)
+    assert DataConfig.of(None) == DataConfig()
+    for given, names in (
+        ({"chanels": 1}, ["data.chanels", "data.channels"]),
+        (DataConfig(channels=2), ["data.channels", 2]),
+        (DataConfig(cache="disk"), ["data.cache", "disk"]),
+        ({"max_broken_fraction": "half"}, ["data.max_broken_fraction", "half"]),
+        ("photos", ["DataConfig", "str"]),
+    ):
+        with pytest.raises(UserError, match=mentions(*names)):
+            DataConfig.of(given)
 
 
 def test_a_broken_item_is_replaced() -> None:

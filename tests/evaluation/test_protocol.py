@@ -3,13 +3,24 @@
 
 import json
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from messages import mentions
-from transformers import AutoModel, BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    BitImageProcessor,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
 
+from hf_ssl import SimCLRConfig, SimCLRForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EvaluationConfig,
@@ -17,6 +28,7 @@ from hf_ssl.evaluation import (
     evaluate_features,
     evaluate_pixels,
     knn_accuracy,
+    linear_probe,
     protocol,
 )
 from hf_ssl.precision import Precision
@@ -238,6 +250,142 @@ def test_data_sets_folders_and_paths_are_accepted(digits, encoder, tmp_path) -> 
         evaluate_encoder(encoder[0], table, table, config)
     with pytest.raises(UserError, match=mentions("train", "int")):
         evaluate_encoder(loaded, 3, table, config)
+
+
+class Returns(torch.nn.Module):
+    """A module of a user, with any output."""
+
+    def __init__(self, output) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, pixel_values):
+        return self.output(pixel_values.flatten(1))
+
+
+def test_wrong_arguments_end_in_one_sentence(digits, encoder, tmp_path) -> None:
+    images, labels = digits
+    right = {"train": Images(images[:40], labels[:40]), "test": Images(images[40:80], labels[40:80])}
+    encoder[0].save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
+    right |= {"model": encoder[0], "processor": encoder[1], "config": small(linear=False)}
+    text = BertModel(
+        BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+        )
+    )
+    for name, value, parts in (
+        ("model", None, ["NoneType"]),
+        ("model", ResNetModel, ["class ResNetModel"]),
+        ("model", text, ["BertModel", (1, 3, 32, 32)]),
+        ("model", torch.nn.Linear(3, 3), ["Linear"]),
+        ("model", torch.nn.Module(), ["Module"]),
+        ("model", Returns(lambda pixels: pixels), ["pooler_output", "Tensor"]),
+        ("model", Returns(lambda pixels: {"logits": pixels}), ["pooler_output", "logits"]),
+        ("model", Returns(lambda pixels: {"pooler_output": pixels.mean()}), ["(B, D)"]),
+        ("model", Returns(lambda pixels: {"pooler_output": pixels.numpy()}), ["tensors"]),
+        ("model", ResNetModel(encoder[0].config).to("meta"), ["meta"]),
+        ("model", tmp_path / "none", ["none"]),
+        ("model", tmp_path / "damaged", ["damaged", "header"]),
+        ("processor", 3, ["processor", "int"]),
+        ("processor", BitImageProcessor, ["class BitImageProcessor"]),
+        ("processor", str(tmp_path), ["processor", tmp_path]),
+        ("processor", str.upper, ["processor", "upper"]),
+        ("config", {"neighbour": [1]}, ["evaluation.neighbour", "evaluation.neighbors"]),
+        ("config", {"batch_size": "many"}, ["evaluation.batch_size", "many"]),
+        ("config", {"learning_rates": [0.1, float("nan")]}, ["evaluation.learning_rates"]),
+        ("config", {"few_labels": 5}, ["evaluation.few_labels", 5]),
+        ("config", {"max_train_images": 0}, ["evaluation.max_train_images", 0, 2]),
+        ("config", {"max_test_images": -1}, ["evaluation.max_test_images", -1]),
+        ("config", right["train"], ["EvaluationConfig", "Images"]),
+        ("data", {"channel": 3}, ["data.channel", "data.channels"]),
+        ("device", "gpu", ["device", "gpu"]),
+        ("train", Images(images[:40], torch.zeros(40)), ["classes", 40]),
+        ("train", Images(images[:40], np.array(["a"] * 40)), ["train", "class numbers"]),
+        ("train", Images(images[:40], torch.full((40,), 0.5)), ["train", "fractions"]),
+        ("train", Images(images[:40].float(), labels[:40]), ["uint8", "float32"]),
+        ("test", Images(images[:0], labels[:0]), ["test", "none"]),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=mentions(*parts)):
+            evaluate_encoder(**(right | {name: value}))
+
+
+def test_settings_as_a_dict_and_a_processor_as_a_folder(digits, encoder, tmp_path) -> None:
+    images, labels = digits
+    data = Images(images[:60], labels[:60])
+    encoder[0].save_pretrained(tmp_path / "encoder")
+    encoder[1].save_pretrained(tmp_path / "processor")
+    settings = {"linear": False, "few_labels": [], "neighbors": (5,), "precision": "float32"}
+    expected = evaluate_encoder(encoder[0], data, data, EvaluationConfig(**settings), encoder[1])["knn"]
+    folder = tmp_path / "processor"
+    assert evaluate_encoder(encoder[0], data, data, settings, folder)["knn"] == expected
+    # The folder of the encoder contains no processor.
+    path = tmp_path / "encoder"
+    assert evaluate_encoder(path, data, data, settings, encoder[1], device="cpu")["knn"] == expected
+
+
+def test_encoders_of_any_type_of_weights_and_modules_of_users(digits, encoder) -> None:
+    images, labels = digits
+    data = Images(images[:60], labels[:60])
+    settings = {"linear": False, "few_labels": [], "neighbors": [5]}
+    for dtype in ("bfloat16", "float16", "float64"):
+        torch.manual_seed(0)
+        model = ResNetModel(encoder[0].config).to(getattr(torch, dtype)).train()
+        state = torch.get_rng_state()
+        for precision in ("auto", "float32"):
+            result = evaluate_encoder(model, data, data, settings | {"precision": precision}, encoder[1])
+            assert result["precision"] == dtype and result["knn"]["accuracy"] > 0.3
+        assert model.training and model.dtype == getattr(torch, dtype)
+        assert torch.equal(torch.get_rng_state(), state)
+    half = ResNetModel(encoder[0].config).half()
+    with pytest.raises(UserError, match=mentions("evaluation.precision", "float16", "bfloat16")):
+        evaluate_encoder(half, data, data, settings | {"precision": "bfloat16"}, encoder[1])
+    pixels = Returns(lambda pixels: {"pooler_output": pixels})  # without weights
+    assert evaluate_encoder(pixels, data, data, settings, encoder[1])["knn"]["accuracy"] > 0.5
+
+
+def test_the_model_of_a_method_is_evaluated_by_its_encoder(digits, encoder) -> None:
+    images, labels = digits
+    data = Images(images[:60], labels[:60])
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder[0].config, views={"size": 32}))
+    settings = {"linear": False, "few_labels": [], "neighbors": [5], "precision": "float32"}
+    whole, part = (
+        evaluate_encoder(one, data, data, settings, encoder[1]) for one in (model, model.exported_encoder)
+    )
+    assert whole["knn"] == part["knn"]
+
+
+def test_features_can_be_arrays_of_one_width(digits) -> None:
+    _, labels = digits
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    config = {"linear_epochs": 1, "learning_rates": [0.1], "neighbors": [5]}
+    expected = evaluate_features(config, features[:60], labels[:60], features[60:], labels[60:100])
+    array, numbers = features.numpy(), labels.numpy()
+    given = evaluate_features(config, array[:60], numbers[:60], array[60:], numbers[60:100])
+    assert given | {"seconds": 0} == expected | {"seconds": 0}
+    for measure in (knn_accuracy, linear_probe):
+        with pytest.raises(UserError, match=mentions(8, 7)):
+            measure(features[:60], labels[:60], features[60:, :7], labels[60:100])
+        with pytest.raises(UserError, match=mentions("NoneType")):
+            measure(None, labels[:60], features[60:], labels[60:100])
+
+
+def test_data_sets_give_the_baseline_of_pixels(digits) -> None:
+    images, labels = digits
+    pairs = [(images[row].permute(1, 2, 0).contiguous().numpy(), int(labels[row])) for row in range(200)]
+    given = evaluate_pixels({"raw_pixel_size": 8, "neighbors": [5]}, pairs[:100], pairs[100:])
+    config = EvaluationConfig(raw_pixel_size=8, neighbors=[5])
+    expected = evaluate_pixels(
+        config, Images(images[:100], labels[:100]), Images(images[100:200], labels[100:200])
+    )
+    assert given["knn"] == expected["knn"]
+
+
+def test_the_label_column_of_the_settings_is_used(digits, encoder) -> None:
+    images, labels = digits
+    items = [{"image": images[row], "label": 0, "digit": int(labels[row])} for row in range(40)]
+    settings = {"linear": False, "few_labels": [], "neighbors": [5], "label_column": "digit"}
+    assert evaluate_encoder(encoder[0], items, items, settings, encoder[1])["classes"] == 10
 
 
 def test_the_old_order_of_arguments_still_works(digits, encoder) -> None:

@@ -95,3 +95,11 @@ def test_two_collapses_are_seen() -> None:
     assert embedding_std(flat) > 0.5, (
         "the spread alone does not see a dimensional collapse: that is what the rank is for"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arrays_give_the_statistics_of_tensors(dtype: type) -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 20, 6)).astype(dtype)
+    for statistic in (embedding_std, rank_me, uniformity):
+        assert statistic(first) == statistic(torch.from_numpy(first))
+    assert alignment(first, second) == alignment(torch.from_numpy(first), torch.from_numpy(second))

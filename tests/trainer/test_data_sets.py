@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SSLTrainer` as users of transformers' Trainer call it: each argument works or is rejected."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,103 @@ def test_evaluate_measures_other_data(table: Dataset, tmp_path: Path) -> None:
         trainer.evaluate(table.remove_columns("label"))
 
 
+def test_names_of_eval_dataset(table: Dataset, tmp_path: Path) -> None:
+    first, second = halves(table)
+    pair = {"bank": first, "query": second}
+
+    def trainer(data: Any) -> SSLTrainer:
+        args = arguments(tmp_path, monitor_neighbors=3)
+        return SSLTrainer(model(), args, train_dataset=table, eval_dataset=data)
+
+    for data, names in (
+        ({1: table, 2: table}, {"eval_1_knn", "eval_2_knn"}),
+        ({"a": pair, "b": {"train": first, "test": second}}, {"eval_a_knn", "eval_b_knn"}),
+        (DatasetDict(train=first, validation=second), {"eval_knn"}),
+        (DatasetDict(train=first), {"eval_train_knn"}),
+    ):
+        assert {name for name in trainer(data).evaluate() if name.endswith("knn")} == names
+    assert set(trainer({1: table}).evaluate(1)) == {"eval_1_knn", "epoch"}
+    with pytest.raises(UserError, match=mentions("eval_dataset", "flower", "flowers")):
+        trainer({"flowers": table}).evaluate("flower")
+    for data, names in (
+        ({}, ["eval_dataset", "empty"]),
+        ({"bank": table}, ["eval_dataset", "bank and query"]),
+        (pair | {"other": table}, ["eval_dataset", "other"]),
+        ({"a": {"query": table}}, ["eval_dataset['a']", "query"]),
+        ({"a": {"b": table}}, ["eval_dataset['a']['b']"]),
+        ({"a": None}, ["eval_dataset['a']", "NoneType"]),
+    ):
+        with pytest.raises(UserError, match=mentions(*names)):
+            trainer(data)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 2, 4]])
+def test_images_of_one_class_measure_nothing(rows: list[int], table: Dataset, tmp_path: Path) -> None:
+    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table, eval_dataset=table.select(rows))
+    with pytest.raises(UserError, match=mentions("k-NN", "2 classes", len(rows))):
+        trainer.evaluate()
+
+
+RESULTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "prefix": ({"eval_mine": 0.5}, {"eval_mine": 0.5}),
+    "nested": ({"mine": {"a": 1, "b": {"c": 2}}}, {"eval_mine_a": 1, "eval_mine_b_c": 2}),
+    "number": ({1: 0.5}, {"eval_1": 0.5}),
+    "tensor": ({"mine": torch.tensor(0.5)}, {"eval_mine": 0.5}),
+    "tensor with a dimension": ({"mine": torch.tensor([0.5])}, {"eval_mine": 0.5}),
+    "array": ({"mine": np.float32(0.5)}, {"eval_mine": 0.5}),
+    "arrays": ({"mine": np.array(0.5), "all": np.ones(2)}, {"eval_mine": 0.5, "eval_all": [1.0, 1.0]}),
+    "empty": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_results_of_compute_metrics_become_plain_data(kind: str, table: Dataset, tmp_path: Path) -> None:
+    returned, expected = RESULTS[kind]
+    trainer = SSLTrainer(
+        model(), arguments(tmp_path), train_dataset=table, eval_dataset=table,
+        compute_metrics=lambda prediction: returned,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert expected.items() <= metrics.items()
+    assert json.loads(json.dumps(trainer.state.log_history[-1])) == trainer.state.log_history[-1]
+    assert len(trainer.evaluate(table, metric_key_prefix="test")) == len(expected) + 2  # knn and epoch
+
+
+def test_compute_metrics_that_fail_end_in_one_sentence(table: Dataset, tmp_path: Path) -> None:
+    for function, names in (
+        (lambda prediction: None, ["None"]),
+        (lambda prediction: 0.5, [0.5]),
+        (lambda prediction: 1 / 0, ["ZeroDivisionError"]),
+        (lambda prediction, other: {}, ["TypeError", "other"]),
+        (lambda prediction: {"mine": object()}, ["object", "JSON"]),
+        (lambda prediction: {"knn": 1.0}, ["knn", "my_knn"]),
+        (lambda prediction: {"eval_loss": 1.0}, ["eval_loss", "my_loss"]),
+    ):
+        trainer = SSLTrainer(
+            model(), arguments(tmp_path), train_dataset=table, eval_dataset=table, compute_metrics=function
+        )
+        with pytest.raises(UserError, match=mentions("compute_metrics", *names)):
+            trainer.evaluate()
+
+
+def test_compute_metrics_without_labeled_images_are_reported(
+    table: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table, compute_metrics=len)
+    trainer.evaluate()
+    assert "compute_metrics" in caplog.text and "eval_dataset" in caplog.text
+
+
+def test_settings_of_the_data_can_be_a_dict(table: Dataset, tmp_path: Path) -> None:
+    two = table.rename_column("image", "a").add_column("b", [0] * ROWS).map(lambda row: {"b": row["a"]})
+    trainer = SSLTrainer(
+        model(), arguments(tmp_path), train_dataset=two, data={"image_column": "a", "max_images": 20}
+    )
+    assert (trainer.source.image_column, trainer.source.num_rows) == ("a", 20)
+    with pytest.raises(UserError, match=mentions("data.chanels", "data.channels")):
+        SSLTrainer(model(), arguments(tmp_path), train_dataset=table, data={"chanels": 1})
+
+
 def test_compute_metrics_gets_features_and_labels(table: Dataset, tmp_path: Path) -> None:
     seen = []
 
@@ -217,8 +315,13 @@ def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -
     np.testing.assert_allclose(
         trainer.predict(table.select([3, 7])).predictions, everything[[3, 7]], rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(UserError, match=mentions("prediction_step", "predict")):
-        trainer.prediction_step(trainer.model, {}, False)
+    with pytest.raises(UserError, match=mentions("test_dataset", "stream")):
+        trainer.predict(table.to_iterable_dataset())
+    with pytest.raises(UserError, match=mentions("test_dataset['a']")):
+        trainer.predict({"a": table})
+    for name in ("prediction_step", "evaluation_loop", "get_eval_dataloader", "get_test_dataloader"):
+        with pytest.raises(UserError, match=mentions(name)):
+            getattr(trainer, name)(trainer.model, {}, False)
 
 
 def test_plain_arguments_of_transformers_get_our_defaults(table: Dataset, tmp_path: Path) -> None:

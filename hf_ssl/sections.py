@@ -10,11 +10,11 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, EnumType
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_keys, one_line
@@ -27,6 +27,8 @@ _WORDS = {
     types.NoneType: "null",
 }
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+Section = TypeVar("Section")
 
 
 def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -47,6 +49,27 @@ def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
             "to the recipe"
         )
     return OmegaConf.to_object(config)
+
+
+def as_section(cls: type[Section], given: Any, where: str) -> Section:
+    """Return a new instance of a dataclass, with values of the right types, for an argument in Python.
+
+    Args:
+        cls: the dataclass. Its required fields may be missing.
+        given: an instance, a dict of its fields, or None for the defaults.
+        where: name of the section.
+
+    Raises:
+        UserError: `given` is something else, a key is unknown, or a value has the wrong type.
+    """
+    if isinstance(given, cls):
+        given = {name: value for name, value in vars(given).items() if value != MISSING}
+    elif not isinstance(given, Mapping | None):
+        raise UserError(
+            f"{where}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}; use "
+            f"{cls.__name__}(...)"
+        )
+    return cls(**convert_values(cls, dict(given or {}), where))
 
 
 def convert_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
