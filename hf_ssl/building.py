@@ -223,10 +223,12 @@ def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier
     """Return a k-NN classifier. Without labels in the evaluation splits, log a warning and return None."""
     bank_size, query_size = args.monitor_bank_images, args.monitor_query_images
     evaluation = replace(recipe.evaluation, max_train_images=bank_size, max_test_images=query_size)
+    processor = image_processor(recipe.views, recipe.data.channels)
     try:
         bank, queries = open_labeled_splits(recipe.data, evaluation)
+        return KNNClassifier(
+            bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size
+        )
     except UserError as error:
-        logger.warning("the monitor measures no k-NN accuracy, because there are no labels: %s", error)
+        logger.warning("the monitor measures no k-NN accuracy: %s", error)
         return None
-    processor = image_processor(recipe.views, recipe.data.channels)
-    return KNNClassifier(bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size)

@@ -46,7 +46,8 @@ class KNNClassifier:
 
     Attributes:
         bank: labeled training images of the classifier. Their labels predict the class of a query.
-        queries: images that are classified. None classifies each image of the bank by all others.
+        queries: images that are classified. None classifies each image of the bank by all others. Their
+            classes get the numbers of the bank's classes.
         processor: image processor of the exported encoder.
         neighbors: k. The neighbors are weighted with temperature 0.07.
         batch_size: number of images that are encoded at once.
@@ -57,6 +58,10 @@ class KNNClassifier:
     processor: BaseImageProcessor
     neighbors: int = MAIN_KNN[0]
     batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.queries is not None:
+            self.queries.use_classes(self.bank.class_names, self.bank.description)
 
     @property
     def tested(self) -> LabeledImages:
@@ -178,7 +183,6 @@ def knn_classifiers(
         else:
             first = label_data(part[bank], config, f"{where}[{bank!r}]", bank_images)
             second = label_data(part[query], config, f"{where}[{query!r}]", query_images)
-            second.use_classes(first.class_names, first.description)
         return KNNClassifier(
             first, second, processor, args.monitor_neighbors, args.per_device_eval_batch_size
         )

@@ -3,8 +3,10 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 from messages import mentions
 
 from hf_ssl.errors import UserError
@@ -48,6 +50,24 @@ def test_measurements_change_neither_the_model_nor_any_random_state(tmp_path):
         "eval_uniformity",
     } <= first.keys()
     assert 0 < first["eval_knn"] <= 1
+
+
+def labeled_table(labels: list[str]) -> Dataset:
+    image = PIL.Image.fromarray(np.zeros((8, 8), np.uint8))
+    return Dataset.from_dict({"image": [image] * len(labels), "label": labels})
+
+
+def test_classes_of_both_splits_have_the_same_numbers(tmp_path, caplog):
+    folder = tmp_path / "images"
+    given = {"train": labeled_table(["ant", "bee", "cat"] * 9), "test": labeled_table(["cat", "bee"] * 5)}
+    folder.mkdir()
+    for split, table in given.items():
+        table.to_parquet(folder / f"{split}-0.parquet")
+    monitor = trainer(tmp_path / "run", f"evaluation.path={folder}").monitor
+    assert monitor.knn.queries.labels.tolist() == [2, 1] * 5
+    labeled_table(["dog", "bee"]).to_parquet(folder / "test-0.parquet")
+    assert trainer(tmp_path / "run", f"evaluation.path={folder}").monitor.knn is None
+    assert "dog" in caplog.text
 
 
 @pytest.mark.parametrize("seed", [0, 1])
