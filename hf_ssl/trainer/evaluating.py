@@ -4,7 +4,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -34,13 +34,17 @@ from hf_ssl.views import ViewPreset
 logger = logging.getLogger(__name__)
 
 
-def _rejected(name: str, advice: str) -> Any:
-    """Return a method that raises an error, because it has no meaning for this trainer."""
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError(f"{name}: expected no call; {advice}")
-
-    return method
+_FEATURES = "use predict(images) for features and evaluate(images) for measurements"
+_UNUSED_METHODS = {
+    "prediction_step": _FEATURES,
+    "evaluation_loop": _FEATURES,
+    "get_eval_dataloader": _FEATURES,
+    "get_test_dataloader": _FEATURES,
+    "hyperparameter_search": "start one run per setting, as hf-ssl does",
+}
+"""Method of transformers' Trainer that this trainer does not have -> what to do instead."""
+_CALLERS = {"get_decay_parameter_names": "create_optimizer", "_get_train_sampler": "get_train_dataloader"}
+"""Method of transformers' Trainer -> the method of this trainer that would call it, but does not."""
 
 
 class EvaluatingTrainer(PushingTrainer):
@@ -62,6 +66,13 @@ class EvaluatingTrainer(PushingTrainer):
     alarms: list[Alarm]
     stopwatch: Stopwatch
     stop_signal: StopOnSignal
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        unused = {name: f"override {own}" for name, own in _CALLERS.items() if own not in vars(cls)}
+        for name, advice in (_UNUSED_METHODS | unused).items():
+            if name in vars(cls):
+                raise UserError(f"{cls.__name__}.{name}: expected no such method, got one; {advice}")
 
     @property
     def stop_reason(self) -> str | None:
@@ -165,12 +176,6 @@ class EvaluatingTrainer(PushingTrainer):
         )
         return PredictionOutput(predictions=features.numpy(), label_ids=None, metrics={})
 
-    prediction_step = _rejected("prediction_step", "use trainer.predict(images) for features")
-    evaluation_loop = _rejected("evaluation_loop", "use trainer.evaluate(images)")
-    get_eval_dataloader = _rejected("get_eval_dataloader", "use trainer.evaluate(images)")
-    get_test_dataloader = _rejected("get_test_dataloader", "use trainer.predict(images) for features")
-    hyperparameter_search = _rejected("hyperparameter_search", "start one run per setting, as hf-ssl does")
-
     def _stop(self, save: bool = True) -> NoReturn:
         """End the process after a signal; save a checkpoint if at least one step is complete."""
         step, name = self.state.global_step, cast(signal.Signals, self.stop_signal.received).name
@@ -179,3 +184,14 @@ class EvaluatingTrainer(PushingTrainer):
         kept = f"after step {step}; the same command resumes the run" if step > 0 else "before the first step"
         logger.warning("stopped by %s %s", name, kept)
         raise self.stop_signal.exit_exception()
+
+
+def _not_called(name: str, advice: str) -> Callable[..., NoReturn]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(f"{name}: expected no call, got one; {advice}")
+
+    return method
+
+
+for _name, _advice in _UNUSED_METHODS.items():
+    setattr(EvaluatingTrainer, _name, _not_called(_name, _advice))

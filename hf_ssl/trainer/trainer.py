@@ -171,6 +171,7 @@ class SSLTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.train_dataset = train_dataset
         self._check_arguments()
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (

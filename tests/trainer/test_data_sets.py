@@ -310,6 +310,7 @@ def test_early_stopping_and_the_best_model(table: Dataset, tmp_path: Path) -> No
 
 def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -> None:
     trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table)
+    assert trainer.train_dataset is table
     everything = trainer.predict(Pictures()).predictions
     assert everything.shape == (ROWS, 16)
     np.testing.assert_allclose(
@@ -322,6 +323,21 @@ def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -
     for name in ("prediction_step", "evaluation_loop", "get_eval_dataloader", "get_test_dataloader"):
         with pytest.raises(UserError, match=mentions(name)):
             getattr(trainer, name)(trainer.model, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("evaluation_loop", "evaluate"),
+        ("_get_train_sampler", "get_train_dataloader"),
+        ("get_decay_parameter_names", "create_optimizer"),
+    ],
+)
+def test_a_method_that_is_not_called_cannot_be_overridden(name: str, advice: str) -> None:
+    with pytest.raises(UserError, match=mentions(f"Mine.{name}", advice)):
+        type("Mine", (SSLTrainer,), {name: lambda self: None})
+    if not name.startswith("eval"):
+        type("Mine", (SSLTrainer,), {name: lambda self: None, advice: lambda self: None})
 
 
 def test_plain_arguments_of_transformers_get_our_defaults(table: Dataset, tmp_path: Path) -> None:
