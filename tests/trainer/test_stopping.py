@@ -141,6 +141,7 @@ def test_the_command_ends_on_sigterm_outside_of_training(monkeypatch, capsys):
 
 DECODE = """
 import os, signal, threading, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell disables it in the background
 from hf_ssl import cli
 from hf_ssl.data import images
 
