@@ -200,8 +200,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
             from hf_ssl.recipe import load_recipe
 
             recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from hf_ssl.files import newest_checkpoint
+
         output = recipe.output_dir
-        if arguments.resume and not any(output.glob("checkpoint-*")):
+        if arguments.resume and newest_checkpoint(output) is None:
             raise UserError(f"--resume: expected a checkpoint in {output}, got none; start without --resume")
         with progress("loading torch and transformers"):
             from hf_ssl import run

@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,19 @@ def remove_incomplete(root: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
         else:
             staging.unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder `checkpoint-N` with the largest step N in the output folder of a run, or None.
+
+    Other names, such as `checkpoint-old`, and files do not count.
+
+    Raises:
+        OSError: the folder exists and cannot be read.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in entries if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def use_normal_permissions(folder: Path) -> None:

@@ -6,10 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors_as_user_errors, read_json, remove_incomplete, write_json
+from hf_ssl.files import (
+    disk_errors_as_user_errors,
+    newest_checkpoint,
+    read_json,
+    remove_incomplete,
+    write_json,
+)
 from hf_ssl.names import with_current_keys
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
@@ -49,8 +53,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
         if mark.exists():
             now = recipe.to_dict()
             _compare(_in_current_format(json.loads(mark.read_text()), now), now, folder)
-            last = get_last_checkpoint(str(folder))
-            return None if last is None else Path(last)
+            return newest_checkpoint(folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
                 f"training.output_dir: expected an empty folder or a run of hf_ssl, got {folder}, which "

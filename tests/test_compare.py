@@ -34,8 +34,10 @@ def fake_run(folder: Path, method: str, seed: int, knn: float, **others: float) 
         return {"knn": {"accuracy": accuracy}, "linear": {"accuracy": accuracy + 0.1}}
 
     (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "checkpoint-9").mkdir()  # an earlier one that was copied later
     history = [{"step": 5, "memory_gib": 1.5}, {"step": 10, "memory_gib": 2.5}]
     (folder / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps({"log_history": history[:1]}))
     facts = {
         "method": {"name": method, "title": method.upper()}, "data": {}, "environment": {}, "date": "today",
         "recipe": {"overrides": ["data.path=/secret/place", f"training.seed={seed}"]},

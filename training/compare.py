@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from hf_ssl.files import newest_checkpoint, read_json
+
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE / "compare.yaml").read_text())
 
@@ -112,8 +114,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not (folder / "facts.json").exists():
         return None
     facts = json.loads((folder / "facts.json").read_text())
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    history = json.loads(states[-1].read_text())["log_history"]
+    history = read_json((newest_checkpoint(folder) or folder) / "trainer_state.json")["log_history"]
     return {
         "method": facts["method"],
         "overrides": [item for item in facts["recipe"]["overrides"] if not item.startswith(_PATHS)],

@@ -19,7 +19,7 @@ from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
 from hf_ssl.errors import UserError, one_line
-from hf_ssl.files import json_text, read_json
+from hf_ssl.files import json_text, newest_checkpoint, read_json
 from hf_ssl.hub.remote import (
     Files,
     Published,
@@ -270,7 +270,7 @@ def _check_finished(folder: Path) -> None:
     weights = WEIGHTS if not (folder / INDEX).is_file() else INDEX
     missing = [name for name in (CONFIG, weights, PROCESSOR, CARD, FACTS) if not (folder / name).is_file()]
     if missing:
-        is_interrupted = any(folder.glob("checkpoint-*"))
+        is_interrupted = newest_checkpoint(folder) is not None
         advice = "run its command again to finish it" if is_interrupted else "use another folder"
         raise UserError(f"{folder}: expected a finished run, found no {', '.join(missing)}; {advice}")
 

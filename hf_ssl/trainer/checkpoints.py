@@ -19,7 +19,6 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
-    get_last_checkpoint,
     rotate_checkpoints,
 )
 
@@ -28,7 +27,7 @@ from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
+from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
@@ -175,7 +174,7 @@ class CheckpointTrainer(OptimizingTrainer):
 
 def check_no_checkpoints(args: TrainingArguments) -> None:
     """Raise `UserError` if a new run would save its checkpoints beside those of an earlier run."""
-    earlier = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    earlier = newest_checkpoint(Path(str(args.output_dir)))
     if earlier is not None and args.save_strategy != SaveStrategy.NO:
         raise UserError(
             f"training.output_dir: expected a folder without checkpoints for a new run, got {earlier}; "
