@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     try:
         if mark.exists():
             now = recipe.to_dict()
-            _compare(_in_current_format(json.loads(mark.read_text()), now), now, folder)
+            _compare(_in_current_format(read_json(mark), now), now, folder)
             return newest_checkpoint(folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
@@ -63,8 +62,6 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
         raise UserError(
             f"training.output_dir: expected a readable folder, got {folder}: {error.strerror}"
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{mark}: expected valid JSON, got an error: {error}; use another folder") from error
     return None
 
 

@@ -184,26 +184,26 @@ def check_no_checkpoints(args: TrainingArguments) -> None:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """Return the state of transformers' Trainer in a checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    """Return the state of transformers' Trainer in a checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with _readable(checkpoint, f"JSON in {TRAINER_STATE_NAME}"):
+        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
     """Return the `data_state()` of this process in a checkpoint.
 
     Raises:
-        UserError: the file is missing or does not contain JSON.
+        UserError: the file is missing or damaged.
     """
     path = checkpoint / _data_state_name(process_index)
     if not path.exists():  # the run had fewer processes; the state of the first one is the nearest
         path = checkpoint / _data_state_name(0)
-    try:
+    with _readable(checkpoint, f"JSON in {path.name}"):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint}: expected a file {path.name} with JSON, got {type(error).__name__}; "
-            "remove the checkpoint, and the run resumes from the one before it"
-        ) from error
 
 
 @contextmanager
@@ -247,7 +247,7 @@ def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def _readable(checkpoint: Path, expected: str = "readable files") -> Iterator[None]:
     """Turn the errors of a damaged or foreign file into a `UserError` that names the checkpoint."""
     try:
         yield
@@ -255,7 +255,7 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: expected readable files, got {first_line(error)}; remove the "
+            f"checkpoint {checkpoint}: expected {expected}, got {first_line(error)}; remove the "
             "checkpoint, and the run resumes from the one before it"
         ) from error
 

@@ -58,7 +58,10 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_what_was_saved(tmp_path, monk
     assert run.train(recipe(tmp_path)).state.global_step == 4
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.pt", "data_state_0.json"])
+DAMAGED = ["model.safetensors", "optimizer.pt", "data_state_0.json", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_checkpoint_ends_in_a_sentence(tmp_path, damaged):
     run.train(recipe(tmp_path, "training.max_steps=3"))
     file = tmp_path / "checkpoint-2" / damaged
@@ -90,6 +93,12 @@ def test_a_longer_run_in_the_same_folder_is_refused_with_the_reason(tmp_path, ke
     run.train(recipe(tmp_path, "training.max_steps=2"))
     with pytest.raises(UserError, match=mentions(f"training.{key}", value, "schedule")):
         run.train(recipe(tmp_path, "training.max_steps=2", f"training.{key}={value}"))
+
+
+def test_a_damaged_record_of_the_run_ends_in_a_sentence(tmp_path):
+    (tmp_path / "_run.json").write_bytes(b'{"name": "\xff')
+    with pytest.raises(UserError, match=mentions("_run.json", tmp_path.name)):
+        last_checkpoint(recipe(tmp_path))
 
 
 def test_changed_images_are_reported_when_a_run_resumes(tmp_path, caplog):
