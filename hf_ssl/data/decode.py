@@ -266,6 +266,11 @@ def _decode_with_pillow(data: EncodedBytes | PIL.Image.Image | np.ndarray, chann
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
+def as_pillow(pixels: Tensor) -> PIL.Image.Image:
+    """Return the gray or RGB image of Pillow with the pixels (1 or 3, H, W) uint8."""
+    return _open_image(pixels.permute(1, 2, 0).numpy())
+
+
 def _open_image(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
     if isinstance(data, PIL.Image.Image):
         return data

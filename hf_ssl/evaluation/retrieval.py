@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, nn
 
+from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.knn import check_features
@@ -167,8 +168,7 @@ def thumbnail(image: Tensor, side: int = THUMBNAIL_SIDE) -> bytes:
     If both edges have at most 96 pixels (and at most `side`), it is a PNG of the unchanged pixels. Otherwise
     it is a JPEG whose longest edge has at most `side` pixels.
     """
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture = as_pillow(image)
     file = io.BytesIO()
     if max(picture.size) <= min(LOSSLESS_SIDE, side):
         picture.save(file, "PNG", optimize=True)
