@@ -71,7 +71,7 @@ def publish(
         validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
         private = private or bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
-        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, token))
         if dry_run:
             _print_files(files, repo_id, private)
             return None
@@ -115,7 +115,7 @@ def publish_space(
     with hub_errors(repo_id, constants.ENDPOINT):
         validate_repo_id(repo_id)
         files = space_files(folder)
-        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, token))
         if dry_run:
             _print_files(files, f"Space {repo_id}", private)
             return None

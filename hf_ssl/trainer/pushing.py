@@ -228,7 +228,7 @@ class PushingTrainer(CheckpointTrainer):
             return done
         files: Files = {**encoder_files(folder), CARD: folder / CARD}
         with hub_errors(repo.repo_id, constants.ENDPOINT):
-            return _update(replace(repo, revision=revision), files, message)
+            return _update(replace(repo, revision=revision), files, message, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish the current encoder in the background, from a copy that later steps do not change."""
@@ -268,7 +268,7 @@ def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
     disable_progress_bars()  # training shows its own
     try:
         with hub_errors(repo.repo_id, constants.ENDPOINT):
-            _update(repo, files, message)
+            _update(repo, files, message, staging.parent)
     except Exception as error:  # no error may stop the training; the last push retries and raises
         logger.warning("the push to %s failed: %s", repo.url, error)
     finally:
@@ -276,8 +276,8 @@ def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _update(repo: Remote, files: Files, message: str) -> Published:
+def _update(repo: Remote, files: Files, message: str, output_dir: Path) -> Published:
     """Check files for private information and update the repository."""
     token = repo.api.token if isinstance(repo.api.token, str) else None
-    check_leaks(files, local_secrets(Path.cwd(), token=token))
+    check_leaks(files, local_secrets(output_dir, token))
     return update_repo(repo, files, is_owned=is_owned, message=message)

@@ -99,6 +99,10 @@ def test_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
     assert (done.repo_id, done.uploaded, repo.head.summary) == (REPO, ("config.json",), "Once more")
     assert kind(repo.head.files) == "resnet" and repo.head.files["NOTES.md"].data == b"mine"
 
+    (folder / "README.md").write_text(f"# An encoder in {folder}")
+    with pytest.raises(UserError, match=mentions("README.md", "path", "digits")):
+        trainer.push_to_hub()
+
 
 def test_a_push_only_at_the_end_that_fails(online: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
