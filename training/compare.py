@@ -9,7 +9,6 @@ NAME.md with the table, and NAME.png with the k-NN accuracy during training. Fin
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -20,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from hf_ssl.files import newest_checkpoint, read_json
+from hf_ssl.resources import usable_cores
 
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE / "compare.yaml").read_text())
@@ -51,7 +51,7 @@ def main() -> None:
     # Each run has a new process, so that its memory can be measured. The fork server imports everything once.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["hf_ssl.run", "hf_ssl.recipe"])
-    threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
+    threads = max(1, usable_cores() // arguments.at_once)
     with ProcessPoolExecutor(arguments.at_once, processes, max_tasks_per_child=1) as pool:
         runs = [
             pool.submit(train, method, folder, threads, [

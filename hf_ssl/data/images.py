@@ -5,7 +5,6 @@ Images of one size that are decoded once are read far faster than images that ar
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
 from hf_ssl.progress import progress
+from hf_ssl.resources import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +332,7 @@ def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
     """
     broken: dict[int, str] = {}
     starts = range(0, len(rows), _CHUNK)
-    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(8, usable_cores()))
     try:
         with progress(f"decoding {rows.description}", len(rows)) as bar:
             for count, part in threads.map(lambda start: _fill_chunk(pixels, rows, start), starts):
