@@ -19,6 +19,7 @@ from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.machine_settings import Choices
+from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -30,8 +31,9 @@ _FREE_KEYS = {
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
-        "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
-        "logging_strategy", "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
+        "on_worse", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "logging_strategy",
+        "per_device_eval_batch_size", "run_name", "push_to_hub", "hub_strategy", "hub_always_push",
+        "hub_revision", *WITHOUT_EFFECT,
     },
 }  # fmt: skip
 

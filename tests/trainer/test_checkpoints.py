@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
-from hf_ssl.output_folder import last_checkpoint, stored_choices
+from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -86,6 +86,12 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         run.train(recipe(tmp_path, "method.temperature=0.1"))
     assert names(tmp_path) == before
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
+
+
+def test_values_that_do_not_affect_the_weights_may_change(tmp_path):
+    mark_output_folder(recipe(tmp_path), {}, "revision")
+    changes = ("on_worse=stop", "on_collapse=stop", "do_train=true", "prediction_loss_only=true")
+    assert last_checkpoint(recipe(tmp_path, *(f"training.{change}" for change in changes))) is None
 
 
 @pytest.mark.parametrize(("key", "value"), [("max_steps", 9), ("num_train_epochs", 9.0)])
