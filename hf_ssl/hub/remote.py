@@ -115,7 +115,7 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | No
     if role == "read":
         raise UserError(
             f"{repo_id}: expected a token with write access, got a read token of {account['name']}; create "
-            "one at https://huggingface.co/settings/tokens"
+            f"one at {api.endpoint}/settings/tokens"
         )
     full = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
     try:
