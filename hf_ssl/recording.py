@@ -20,6 +20,7 @@ from hf_ssl.cards.facts import (
     RecipeFacts,
     TrainingFacts,
 )
+from hf_ssl.cards.privacy import folder_name
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import locate
 from hf_ssl.evaluation import EncoderResult
@@ -59,7 +60,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
     return Facts(
         hf_ssl_version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        name=repo_id or last_part(str(folder.resolve())),
+        name=repo_id or folder_name(folder),
         repo_id=repo_id,
         title=recipe.publish.title or f"{method.title} {backbone['class_name']} on {data['name']}",
         license=recipe.publish.license,
@@ -121,7 +122,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
         image_size=recipe.views.final_size,
         channels=recipe.data.channels,
         pooling=pooling,
-        base_model=None if recipe.init_from is None or Path(recipe.init_from).exists() else recipe.init_from,
+        base_model=None if recipe.init_from is None or Path(recipe.init_from).is_dir() else recipe.init_from,
     )
 
 

@@ -84,6 +84,11 @@ def last_part(path: str) -> str:
     return parts[-1] if parts else "."
 
 
+def folder_name(folder: str | Path) -> str:
+    """Return the name of a folder, also of "."; for a link, this is the name of the link."""
+    return last_part(os.path.abspath(folder))
+
+
 def _is_tensor(value: Any) -> bool:
     torch = sys.modules.get("torch")  # importing torch takes seconds; without it there are no tensors
     return torch is not None and isinstance(value, torch.Tensor)

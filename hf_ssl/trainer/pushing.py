@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
-from hf_ssl.cards.card import CARD, TAGS
+from hf_ssl.cards.card import CARD, encoder_metadata
 from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.privacy import check_leaks, local_secrets
+from hf_ssl.cards.privacy import check_leaks, folder_name, local_secrets
 from hf_ssl.errors import UserError
 from hf_ssl.files import STAGING_PREFIX, write_text
 from hf_ssl.hub.export import export_model
@@ -128,12 +128,9 @@ class PushingTrainer(CheckpointTrainer):
     ) -> str:
         method = str(self.method.config.model_type).removeprefix("ssl_")
         further = [tags] if isinstance(tags, str) else tags or []
-        metadata = ModelCardData(
-            library_name="transformers", tags=list(dict.fromkeys([*TAGS, method, *further])), **known
-        )
         return _UNFINISHED_CARD.format(
-            metadata=metadata.to_yaml(),
-            name=model_name or self.hub_model_id or Path(str(self.args.output_dir)).name,
+            metadata=encoder_metadata(method, further, **known).to_yaml(),
+            name=model_name or self.hub_model_id or folder_name(str(self.args.output_dir)),
             step=self.state.global_step,
             steps=self.state.max_steps,
         )
@@ -149,7 +146,7 @@ class PushingTrainer(CheckpointTrainer):
         if not self.is_world_process_zero():
             return
         self._replace_deprecated_strategy()
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        name = self.args.hub_model_id or folder_name(str(self.args.output_dir))
         self._pushes: list[Future] = []
         with hub_errors(name, constants.ENDPOINT):
             self._repo = open_repo(

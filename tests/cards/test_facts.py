@@ -14,8 +14,16 @@ from example_facts import new_facts
 from messages import mentions
 
 from hf_ssl import cards, hub
-from hf_ssl.cards import append_result, environment, last_part, read_facts, remove_private, write_facts
+from hf_ssl.cards import (
+    append_result,
+    environment,
+    last_part,
+    read_facts,
+    remove_private,
+    write_facts,
+)
 from hf_ssl.cards.facts import check_facts, public_facts
+from hf_ssl.cards.privacy import folder_name
 from hf_ssl.errors import UserError
 
 
@@ -170,6 +178,13 @@ def test_runs_that_end_at_the_same_time_are_all_appended(tmp_path: Path) -> None
 def test_private_information_is_removed(value, expected) -> None:
     assert remove_private(value) == expected
     assert remove_private(remove_private(value)) == expected
+
+
+def test_the_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = [folder_name(path) for path in (".", "photos", "a/b/..", Path("a"))]
+    assert names == [tmp_path.name, "photos", "a", "a"]
 
 
 def test_last_part() -> None:

@@ -60,7 +60,8 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
             kind(commit.files) == "resnet" and kind(commit.files, "pretraining/config.json") == "ssl_simclr"
         )
         assert commit.files["NOTES.md"].data == b"mine"
-    assert b"step 4 of 8" in first.files["README.md"].data
+    unfinished = first.files["README.md"].data
+    assert b"step 4 of 8" in unfinished and b"pipeline_tag: image-feature-extraction" in unfinished
     assert first.files["model.safetensors"].data != second.files["model.safetensors"].data
     assert "model.safetensors" not in last.added and b"model-index" in last.files["README.md"].data
     assert publish(folder, REPO).uploaded == (), "equal to the upload of hf-ssl publish"
