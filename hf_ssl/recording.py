@@ -30,14 +30,8 @@ from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.callbacks import CURVES, VIEWS
 from hf_ssl.trainer.trainer import SSLTrainer
-
-PICTURES = {
-    "views.png": "Augmented views of training images, one image per row.",
-    "reconstructions.png": "Images, the visible patches, and the reconstruction of the other patches. If the "
-    "decoder predicts normalized pixels, each patch has the mean and the contrast of the original patch.",
-    "curves.png": "Training curves: logged values and measurements of the monitor.",
-}
 
 
 @dataclass
@@ -57,6 +51,11 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
     data = _data_facts(recipe, trainer)
     backbone = _backbone_facts(recipe, trainer, measured)
     repo_id = trainer.hub_model_id or recipe.publish.repo_id
+    captions = {
+        VIEWS: "Augmented views of training images, one image per row.",
+        **{f"{name}.png": text for name, text in method.captions.items()},
+        CURVES: "Training curves: logged values and measurements of the monitor.",
+    }
     return Facts(
         hf_ssl_version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,7 +80,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         evaluation=_evaluation_facts(recipe, measured),
         unmeasured=measured.skip_reason,
         results=measured.results,
-        pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
+        pictures={name: text for name, text in captions.items() if (folder / name).exists()},
         notes=[],
     )
 
