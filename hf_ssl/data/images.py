@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from torch import Tensor
 
-from hf_ssl.data.batch import MAX_SMALL_SIDE, UnreadableData
+from hf_ssl.data.batch import UnreadableData, is_small
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
 from hf_ssl.data.sources import Source
@@ -166,11 +166,6 @@ def _broken_positions(broken: dict[int, str], rows: np.ndarray) -> dict[int, str
     if not broken:
         return {}
     return {position: broken[row] for position, row in enumerate(rows.tolist()) if row in broken}
-
-
-def is_small(size: tuple[int, int] | None) -> bool:
-    """Return whether `size` (height, width) is that of small images; False for None (different sizes)."""
-    return size is not None and max(size) <= MAX_SMALL_SIDE
 
 
 def common_size(source: Source, channels: int) -> tuple[int, int] | None:
