@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of methods. It contains only strings, so importing this module loads no method."""
 
-from collections.abc import Mapping
-from importlib import import_module
-from types import MappingProxyType
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 
@@ -22,7 +20,7 @@ class Method(NamedTuple):
     classes: str
     paper: str
     summary: str
-    captions: Mapping[str, str] = MappingProxyType({})
+    captions: dict[str, str] = {}  # noqa: RUF012  no code changes the default
 
     @property
     def config(self) -> str:
@@ -38,16 +36,11 @@ class Method(NamedTuple):
 
     def config_class(self) -> Any:
         """Return the class of its configuration. The first import registers it with transformers."""
-        return _load(self.config)
+        return resolve_name(self.config)
 
     def model_class(self) -> Any:
         """Return the class of its model. The first import registers it with transformers."""
-        return _load(self.model)
-
-
-def _load(import_path: str) -> Any:
-    module, _, name = import_path.partition(":")
-    return getattr(import_module(module), name)
+        return resolve_name(self.model)
 
 
 METHODS: dict[str, Method] = {
