@@ -17,6 +17,7 @@ from hf_ssl.resources import resource
 
 CARD = "README.md"
 EVALUATION_RESULTS = ".eval_results/hf_ssl.yaml"
+_PICTURES = (".png", ".jpg", ".webp", ".svg")
 TAGS = ("self-supervised-learning", "hf_ssl")
 
 
@@ -35,17 +36,28 @@ def write_card(directory: str | Path, facts: Facts) -> None:
             earlier card then stays unchanged.
     """
     directory, facts = Path(directory), public_facts(facts)
-    for name in facts["pictures"]:
-        if not (directory / name).is_file():
-            raise UserError(
-                f"facts.pictures.{name}: expected this picture in {directory.name}, found none; restore it"
-            )
-    texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
+    picture_files(directory, facts)
+    texts = card_texts(facts, has_pretraining=(directory / "pretraining").is_dir())
     if EVALUATION_RESULTS not in texts:
         with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card
     for name, content in texts.items():
         write_text(directory / name, content)
+
+
+def picture_files(directory: Path, facts: Facts) -> dict[str, Path]:
+    """Return the pictures of a run by their names.
+
+    Raises:
+        UserError: a picture is missing, outside of the folder, or of another type.
+    """
+    files = {name: directory / name for name in facts["pictures"]}
+    for name, file in files.items():
+        if Path(name).name != name or file.suffix not in _PICTURES or not file.is_file():
+            raise UserError(
+                f"facts.pictures.{name}: expected a picture in {directory}, found none; restore it"
+            )
+    return files
 
 
 def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
@@ -148,7 +148,7 @@ class PushingTrainer(CheckpointTrainer):
         self._replace_deprecated_strategy()
         name = self.args.hub_model_id or folder_name(str(self.args.output_dir))
         self._pushes: list[Future] = []
-        with hub_errors(name, constants.ENDPOINT):
+        with hub_errors(name):
             self._repo = open_repo(
                 name,
                 private=bool(self.args.hub_private_repo if private is None else private),
@@ -224,7 +224,7 @@ class PushingTrainer(CheckpointTrainer):
             assert done is not None, "only a dry run returns None"
             return done
         files: Files = {**encoder_files(folder), CARD: folder / CARD}
-        with hub_errors(repo.repo_id, constants.ENDPOINT):
+        with hub_errors(repo.repo_id):
             return _update(replace(repo, revision=revision), files, message, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -264,7 +264,7 @@ def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
     """Update the repository and delete the copied files. An error is only logged."""
     disable_progress_bars()  # training shows its own
     try:
-        with hub_errors(repo.repo_id, constants.ENDPOINT):
+        with hub_errors(repo.repo_id):
             _update(repo, files, message, staging.parent)
     except Exception as error:  # no error may stop the training; the last push retries and raises
         logger.warning("the push to %s failed: %s", repo.url, error)
