@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from hf_ssl.cards import read_facts
 from hf_ssl.files import newest_checkpoint, read_json
 from hf_ssl.resources import usable_cores
 
@@ -113,7 +114,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """Return the record of a run without the values that all runs share; None if the run is not finished."""
     if not (folder / "facts.json").exists():
         return None
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = read_facts(folder)
     history = read_json((newest_checkpoint(folder) or folder) / "trainer_state.json")["log_history"]
     return {
         "method": facts["method"],
