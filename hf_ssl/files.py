@@ -17,6 +17,7 @@ from hf_ssl.errors import UserError
 
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
+SAVED_FILES = "all files that were saved before are complete"
 # torch.save and safetensors report a full disk in their own errors
 _DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
 
@@ -51,9 +52,7 @@ def disk_errors_as_user_errors(what: str) -> Iterator[None]:
         reason = disk_error_reason(error)
         if reason is None:
             raise
-        raise UserError(
-            f"cannot write {what}: {reason}; all files that were saved before are complete"
-        ) from error
+        raise UserError(f"cannot write {what}: {reason}; {SAVED_FILES}") from error
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from pathlib import Path
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
 
+INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
+"""The advice if a package of the extra `demo` is missing."""
+
 # Name in the data folder of a wheel -> place in the source tree.
 FOLDERS = {
     "recipes": "training/recipes",

@@ -25,6 +25,7 @@ from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
+from hf_ssl.resources import INSTALL_DEMO
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
 THUMBNAIL_SIDE = 192
@@ -208,8 +209,5 @@ def _faiss() -> Any:
     try:
         import faiss  # optional extra
     except ImportError as error:
-        raise UserError(
-            "gallery: expected faiss, got no such package; run "
-            'pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
-        ) from error
+        raise UserError(f"gallery: expected faiss, got no such package; {INSTALL_DEMO}") from error
     return faiss
