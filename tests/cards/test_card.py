@@ -262,7 +262,12 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=mentions("pictures.map.png")):
         write_card(tmp_path, facts)
-    (tmp_path / "map.png").write_bytes(b"")
+    facts["pictures"]["notes.txt"] = "No picture"
+    for name in ("map.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=mentions("pictures.notes.txt")):
+        write_card(tmp_path, facts)
+    del facts["pictures"]["notes.txt"]
     (tmp_path / "pretraining").mkdir()
     (tmp_path / "pretraining" / "config.json").write_text("{}")
     write_card(tmp_path, facts)

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import os
 import platform
 import threading
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_last_part() -> None:
     ]
 
 
-def test_environment_contains_no_host_name() -> None:
+def test_environment_contains_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment()
     assert found["python"] == platform.python_version()
     assert (
@@ -207,6 +208,8 @@ def test_environment_contains_no_host_name() -> None:
     )
     assert "transformers" in found["packages"]
     assert found["device"] and found["cores"] >= 1 and found["devices"] == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert environment()["cores"] == 1  # as in a container
     assert platform.node() not in json.dumps(found)
     assert environment("cpu", processes=4)["devices"] == 4
 
