@@ -26,6 +26,7 @@ from hf_ssl.precision import DTYPES
 from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.callbacks import VIEWS
 from hf_ssl.trainer.machine_settings import (
     MONITOR_IMAGES,
     Choices,
@@ -140,7 +141,7 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     During training, the trainer writes the pictures of the method for the same images.
     """
     first = load_monitor_images(trainer.source, recipe.views, recipe.data, trainer.args, _MONTAGE_IMAGES)
-    montage(first.views("cpu"), recipe.views, recipe.output_dir / "views.png")
+    montage(first.views("cpu"), recipe.views, recipe.output_dir / VIEWS)
     trainer.draw_method_pictures(first)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hf_ssl.data.config import MISSING
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
@@ -33,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        from hf_ssl.files import disk_error_reason
+        from hf_ssl.files import SAVED_FILES, disk_error_reason
 
         where = f" for {error.filename}" if error.filename else ""
-        return _fail(f"{disk_error_reason(error)}{where}; all files that were saved before are complete")
+        return _fail(f"{disk_error_reason(error)}{where}; {SAVED_FILES}")
     except KeyboardInterrupt:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130
@@ -200,8 +201,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
             from hf_ssl.recipe import load_recipe
 
             recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from hf_ssl.files import newest_checkpoint
+
         output = recipe.output_dir
-        if arguments.resume and not any(output.glob("checkpoint-*")):
+        if arguments.resume and newest_checkpoint(output) is None:
             raise UserError(f"--resume: expected a checkpoint in {output}, got none; start without --resume")
         with progress("loading torch and transformers"):
             from hf_ssl import run
@@ -301,11 +304,11 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     """List the recipes that come with hf_ssl."""
-    groups: dict[str, list[tuple[str, str]]] = {"???": [], "digits": []}  # the first two headings
+    groups: dict[str, list[tuple[str, str]]] = {MISSING: [], "digits": []}  # the first two headings
     for name, path in recipe_files().items():
         groups.setdefault(recipe_data(path), []).append((f"  {name}", recipe_title(path)))
     width = max(len(name) for rows in groups.values() for name, _ in rows)
-    headings = {"???": "your own images (data.path=...)", "digits": "handwritten digits, offline"}
+    headings = {MISSING: "your own images (data.path=...)", "digits": "handwritten digits, offline"}
     for data, rows in groups.items():
         print(f"{headings.get(data, data)}:")
         _print_table(rows, width)
@@ -317,7 +320,7 @@ def recipe_data(path: Path) -> str:
     This function does not import a YAML parser, to keep the start fast.
     """
     found = _DATA_PATH.search(path.read_text(encoding="utf-8"))
-    return found[1] if found is not None else "???"
+    return found[1] if found is not None else MISSING
 
 
 def recipe_title(path: Path) -> str:

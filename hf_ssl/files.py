@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hf_ssl.errors import UserError
 
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
+SAVED_FILES = "all files that were saved before are complete"
 # torch.save and safetensors report a full disk in their own errors
 _DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
 
@@ -50,9 +52,7 @@ def disk_errors_as_user_errors(what: str) -> Iterator[None]:
         reason = disk_error_reason(error)
         if reason is None:
             raise
-        raise UserError(
-            f"cannot write {what}: {reason}; all files that were saved before are complete"
-        ) from error
+        raise UserError(f"cannot write {what}: {reason}; {SAVED_FILES}") from error
 
 
 @contextmanager
@@ -103,6 +103,19 @@ def remove_incomplete(root: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
         else:
             staging.unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder `checkpoint-N` with the largest step N in the output folder of a run, or None.
+
+    Other names, such as `checkpoint-old`, and files do not count.
+
+    Raises:
+        OSError: the folder exists and cannot be read.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in entries if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def use_normal_permissions(folder: Path) -> None:

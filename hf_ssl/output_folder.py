@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors_as_user_errors, read_json, remove_incomplete, write_json
+from hf_ssl.files import (
+    disk_errors_as_user_errors,
+    newest_checkpoint,
+    read_json,
+    remove_incomplete,
+    write_json,
+)
 from hf_ssl.names import with_current_keys
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.machine_settings import Choices
+from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -27,8 +31,9 @@ _FREE_KEYS = {
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
-        "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
-        "logging_strategy", "run_name", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision",
+        "on_worse", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "logging_strategy",
+        "per_device_eval_batch_size", "run_name", "push_to_hub", "hub_strategy", "hub_always_push",
+        "hub_revision", *WITHOUT_EFFECT,
     },
 }  # fmt: skip
 
@@ -48,9 +53,8 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
     try:
         if mark.exists():
             now = recipe.to_dict()
-            _compare(_in_current_format(json.loads(mark.read_text()), now), now, folder)
-            last = get_last_checkpoint(str(folder))
-            return None if last is None else Path(last)
+            _compare(_in_current_format(read_json(mark), now), now, folder)
+            return newest_checkpoint(folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
                 f"training.output_dir: expected an empty folder or a run of hf_ssl, got {folder}, which "
@@ -60,8 +64,6 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
         raise UserError(
             f"training.output_dir: expected a readable folder, got {folder}: {error.strerror}"
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{mark}: expected valid JSON, got an error: {error}; use another folder") from error
     return None
 
 

@@ -20,6 +20,7 @@ from hf_ssl.cards.facts import (
     RecipeFacts,
     TrainingFacts,
 )
+from hf_ssl.cards.privacy import folder_name
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import locate
 from hf_ssl.evaluation import EncoderResult
@@ -29,14 +30,8 @@ from hf_ssl.modeling.configuration import SSLConfig
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.callbacks import CURVES, VIEWS
 from hf_ssl.trainer.trainer import SSLTrainer
-
-PICTURES = {
-    "views.png": "Augmented views of training images, one image per row.",
-    "reconstructions.png": "Images, the visible patches, and the reconstruction of the other patches. If the "
-    "decoder predicts normalized pixels, each patch has the mean and the contrast of the original patch.",
-    "curves.png": "Training curves: logged values and measurements of the monitor.",
-}
 
 
 @dataclass
@@ -56,10 +51,15 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
     data = _data_facts(recipe, trainer)
     backbone = _backbone_facts(recipe, trainer, measured)
     repo_id = trainer.hub_model_id or recipe.publish.repo_id
+    captions = {
+        VIEWS: "Augmented views of training images, one image per row.",
+        **{f"{name}.png": text for name, text in method.captions.items()},
+        CURVES: "Training curves: logged values and measurements of the monitor.",
+    }
     return Facts(
         hf_ssl_version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        name=repo_id or last_part(str(folder.resolve())),
+        name=repo_id or folder_name(folder),
         repo_id=repo_id,
         title=recipe.publish.title or f"{method.title} {backbone['class_name']} on {data['name']}",
         license=recipe.publish.license,
@@ -80,7 +80,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         evaluation=_evaluation_facts(recipe, measured),
         unmeasured=measured.skip_reason,
         results=measured.results,
-        pictures={name: text for name, text in PICTURES.items() if (folder / name).exists()},
+        pictures={name: text for name, text in captions.items() if (folder / name).exists()},
         notes=[],
     )
 
@@ -121,7 +121,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
         image_size=recipe.views.final_size,
         channels=recipe.data.channels,
         pooling=pooling,
-        base_model=None if recipe.init_from is None or Path(recipe.init_from).exists() else recipe.init_from,
+        base_model=None if recipe.init_from is None or Path(recipe.init_from).is_dir() else recipe.init_from,
     )
 
 

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds files outside the package (layer 0): recipes, card templates, the Space, and `constraints.txt`.
+"""Finds the files outside the package and the cores of the machine (layer 0).
+
+The files are recipes, card templates, the Space, and `constraints.txt`.
 
 A wheel contains them in a data folder inside the package. In a source tree, and so in an editable install,
 they lie beside the package. The working directory has no influence.
 """
 
+import os
 from pathlib import Path
 
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
+
+INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
+"""The advice if a package of the extra `demo` is missing."""
 
 # Name in the data folder of a wheel -> place in the source tree.
 FOLDERS = {
@@ -43,3 +49,9 @@ def recipe_files() -> dict[str, Path]:
     root = resource("recipes")
     files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
     return dict(sorted(files.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -212,6 +212,9 @@ def test_resume_needs_something_to_resume(
     calls = record(monkeypatch, "pretrain")
     command = ["pretrain", "smoke/simclr", f"training.output_dir={tmp_path}", "--resume"]
     assert missing(refused(capsys, *command), tmp_path) == []
+    (tmp_path / "checkpoint-old").mkdir()  # a copy that a user made: the run would start at step 0
+    (tmp_path / "checkpoint-8").touch()
+    assert missing(refused(capsys, *command), tmp_path) == []
     (tmp_path / "checkpoint-4").mkdir()
     assert main(command) == 0
     assert len(calls) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from example_facts import new_facts
 
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import load_recipe
@@ -30,19 +31,23 @@ def test_every_method_that_trains_the_encoder_has_its_recipe(tmp_path):
 
 
 def fake_run(folder: Path, method: str, seed: int, knn: float, **others: float) -> None:
+    facts = new_facts()
+    example = facts["results"]["trained"]
+
     def result(accuracy):
-        return {"knn": {"accuracy": accuracy}, "linear": {"accuracy": accuracy + 0.1}}
+        knn, linear = example["knn"] | {"accuracy": accuracy}, {"accuracy": accuracy + 0.1}
+        return example | {"knn": knn, "linear": example["linear"] | linear}
 
     (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "checkpoint-9").mkdir()  # an earlier one that was copied later
     history = [{"step": 5, "memory_gib": 1.5}, {"step": 10, "memory_gib": 2.5}]
     (folder / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    facts = {
-        "method": {"name": method, "title": method.upper()}, "data": {}, "environment": {}, "date": "today",
-        "recipe": {"overrides": ["data.path=/secret/place", f"training.seed={seed}"]},
-        "training": {"seconds": 60.0 + seed, "steps": 10, "seed": seed},
-        "monitor": {"history": [{"step": 0, "knn": 0.1}, {"step": 10, "knn": knn}], "alarm": None},
-        "results": {"trained": result(knn)} | {name: result(value) for name, value in others.items()},
-    }  # fmt: skip
+    (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps({"log_history": history[:1]}))
+    facts["method"] |= {"name": method, "title": method.upper()}
+    facts["recipe"]["overrides"] = ["data.path=/secret/place", f"training.seed={seed}"]
+    facts["training"] |= {"seconds": 60.0 + seed, "steps": 10, "seed": seed}
+    facts["monitor"]["history"] = [{"step": 0, "knn": 0.1}, {"step": 10, "knn": knn}]
+    facts["results"] = {"trained": result(knn)} | {name: result(value) for name, value in others.items()}
     facts["results"].get("raw_pixels", {})["linear"] = None
     (folder / "facts.json").write_text(json.dumps(facts))
 

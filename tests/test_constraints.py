@@ -28,8 +28,7 @@ INSTALLS = [
     *(name for name in (".ci/run", ".pre-commit-config.yaml") if (ROOT / name).exists()),  # not in an sdist
     "spaces/retrieval/README.md",
     "training/benchmarks/__main__.py",
-    "hf_ssl/evaluation/retrieval.py",
-    "hf_ssl/space/serve.py",
+    "hf_ssl/resources.py",
 ]
 
 

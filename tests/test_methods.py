@@ -92,6 +92,11 @@ def batch(parts, model):
     return parts[2]
 
 
+def test_its_pictures_have_captions(recipe, model, batch):
+    """The card shows only pictures with a caption."""
+    assert model.eval().pictures(batch).keys() == METHODS[recipe.method["name"]].captions.keys()
+
+
 def test_every_trainable_parameter_has_a_finite_gradient(model, batch):
     output = model.train()(**batch)
     assert isinstance(output, SSLOutput)

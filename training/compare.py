@@ -9,7 +9,6 @@ NAME.md with the table, and NAME.png with the k-NN accuracy during training. Fin
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -18,6 +17,10 @@ from typing import Any
 
 import yaml
 from tqdm import tqdm
+
+from hf_ssl.cards import read_facts
+from hf_ssl.files import newest_checkpoint, read_json
+from hf_ssl.resources import usable_cores
 
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE / "compare.yaml").read_text())
@@ -49,7 +52,7 @@ def main() -> None:
     # Each run has a new process, so that its memory can be measured. The fork server imports everything once.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["hf_ssl.run", "hf_ssl.recipe"])
-    threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
+    threads = max(1, usable_cores() // arguments.at_once)
     with ProcessPoolExecutor(arguments.at_once, processes, max_tasks_per_child=1) as pool:
         runs = [
             pool.submit(train, method, folder, threads, [
@@ -111,9 +114,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     """Return the record of a run without the values that all runs share; None if the run is not finished."""
     if not (folder / "facts.json").exists():
         return None
-    facts = json.loads((folder / "facts.json").read_text())
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    history = json.loads(states[-1].read_text())["log_history"]
+    facts = read_facts(folder)
+    history = read_json((newest_checkpoint(folder) or folder) / "trainer_state.json")["log_history"]
     return {
         "method": facts["method"],
         "overrides": [item for item in facts["recipe"]["overrides"] if not item.startswith(_PATHS)],

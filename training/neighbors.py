@@ -10,10 +10,12 @@ import argparse
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from torch.nn.functional import normalize
 
 from hf_ssl.data import DataConfig, labeled_images
+from hf_ssl.data.decode import as_pillow
 from hf_ssl.evaluation import attention_pictures, extract_features, load_encoder
+from hf_ssl.evaluation.knn import nearest
+from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.recipe import read_sections
 
 SIDE, GAP, LARGE_GAP = 144, 4, 16
@@ -33,15 +35,15 @@ def draw(model: str, data: DataConfig, rows: int = ROWS, neighbors: int = NEIGHB
     gallery = labeled_images(data, "train")
     queries = labeled_images(data, "test", max_images=rows, seed=SEED)
     bank, found = (
-        normalize(extract_features(encoder, processor, images.iter_batches(64)))
+        unit_rows(extract_features(encoder, processor, images.iter_batches(64)))
         for images in (gallery, queries)
     )
-    nearest = (found @ bank.T).topk(neighbors).indices
+    _, rows_of_neighbors = nearest(bank, found, neighbors)
     lines = []
     for number in range(len(queries)):
         maps = attention_pictures(encoder, processor, queries[number], size=SIDE, shown_side=SIDE)
-        similar = [gallery[int(index)] for index in nearest[number]]
-        photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in similar]
+        similar = [gallery[int(row)] for row in rows_of_neighbors[number]]
+        photos = [as_pillow(image) for image in similar]
         lines.append([maps["image"], maps["mean"], *photos])
     width = (2 + neighbors) * (SIDE + GAP) + LARGE_GAP - GAP
     picture = Image.new("RGB", (width, len(lines) * (SIDE + GAP) - GAP), "white")

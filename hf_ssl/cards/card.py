@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the model card (README.md with its metadata) and `.eval_results/` from recorded facts alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, constants, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
 
@@ -15,6 +17,7 @@ from hf_ssl.resources import resource
 
 CARD = "README.md"
 EVALUATION_RESULTS = ".eval_results/hf_ssl.yaml"
+_PICTURES = (".png", ".jpg", ".webp", ".svg")
 TAGS = ("self-supervised-learning", "hf_ssl")
 
 
@@ -33,17 +36,28 @@ def write_card(directory: str | Path, facts: Facts) -> None:
             earlier card then stays unchanged.
     """
     directory, facts = Path(directory), public_facts(facts)
-    for name in facts["pictures"]:
-        if not (directory / name).is_file():
-            raise UserError(
-                f"facts.pictures.{name}: expected this picture in {directory.name}, found none; restore it"
-            )
-    texts = card_texts(facts, has_pretraining=(directory / "pretraining" / "config.json").is_file())
+    picture_files(directory, facts)
+    texts = card_texts(facts, has_pretraining=(directory / "pretraining").is_dir())
     if EVALUATION_RESULTS not in texts:
         with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card
     for name, content in texts.items():
         write_text(directory / name, content)
+
+
+def picture_files(directory: Path, facts: Facts) -> dict[str, Path]:
+    """Return the pictures of a run by their names.
+
+    Raises:
+        UserError: a picture is missing, outside of the folder, or of another type.
+    """
+    files = {name: directory / name for name in facts["pictures"]}
+    for name, file in files.items():
+        if Path(name).name != name or file.suffix not in _PICTURES or not file.is_file():
+            raise UserError(
+                f"facts.pictures.{name}: expected a picture in {directory}, found none; restore it"
+            )
+    return files
 
 
 def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:
@@ -101,15 +115,24 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
 def metadata(facts: Facts) -> ModelCardData:
     """Return the metadata for the Hub: library, task, tags, data, base model, and results (`model-index`)."""
     results = model_index(facts)
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
+    return encoder_metadata(
+        facts["method"]["name"],
+        facts["tags"],
         license=facts["license"],
-        tags=[*TAGS, facts["method"]["name"], *facts["tags"]],  # ModelCardData removes duplicates
         datasets=None if facts["data"]["hub_id"] is None else [facts["data"]["hub_id"]],
         base_model=facts["backbone"]["base_model"],
         model_name=facts["name"] if results else None,
         eval_results=results or None,
+    )
+
+
+def encoder_metadata(method: str, tags: Iterable[str], **further: Any) -> ModelCardData:
+    """Return the metadata of every encoder of a method; `further` are arguments of `ModelCardData`."""
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=[*TAGS, method, *tags],  # ModelCardData removes duplicates
+        **further,
     )
 
 
@@ -153,7 +176,7 @@ def evaluation_entries(facts: Facts) -> list[EvalResultEntry]:
             value=round(100 * measurement.value, 2),
             date=facts["date"],
             notes=measurement.protocol,
-            source_url=None if repo_id is None else f"https://huggingface.co/{repo_id}",
+            source_url=None if repo_id is None else f"{constants.ENDPOINT}/{repo_id}",
             source_name="Model card",  # not written without an address
         )
         for measurement in text.measurements(facts["results"]["trained"])

@@ -10,7 +10,6 @@ through `public_facts` before they are written, which removes tokens and the pat
 
 import copy
 import hashlib
-import os
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult
 from hf_ssl.files import read_json, write_json
 from hf_ssl.names import with_current_keys
+from hf_ssl.resources import usable_cores
 
 FILE = "facts.json"
 
@@ -123,7 +123,7 @@ class EnvironmentFacts(TypedDict):
     packages: dict[str, str]
     device: str  # "NVIDIA H200", or the name of the processor
     devices: int
-    cores: int
+    cores: int  # that the process may run on
     memory_gib: float | None
 
 
@@ -292,7 +292,7 @@ def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
         packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         devices=processes,
-        cores=os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
     )
 

@@ -84,6 +84,11 @@ def last_part(path: str) -> str:
     return parts[-1] if parts else "."
 
 
+def folder_name(folder: str | Path) -> str:
+    """Return the name of a folder, also of "."; for a link, this is the name of the link."""
+    return last_part(os.path.abspath(folder))
+
+
 def _is_tensor(value: Any) -> bool:
     torch = sys.modules.get("torch")  # importing torch takes seconds; without it there are no tensors
     return torch is not None and isinstance(value, torch.Tensor)
@@ -126,11 +131,11 @@ class Secrets:
     user: str | None = None
 
 
-def local_secrets(*folders: Path, token: str | None = None) -> Secrets:
+def local_secrets(folder: Path, token: str | None = None) -> Secrets:
     """Return the secrets of this machine.
 
     These are the tokens, the secrets in environment variables, the home folder, the account, and the location
-    of `folders`.
+    of the published folder and of the working directory.
     """
     literal = {}
     for known in (token, get_token()):
@@ -142,9 +147,9 @@ def local_secrets(*folders: Path, token: str | None = None) -> Secrets:
     home = Path.home()
     if len(home.parts) > 1:
         literal["the path of a home folder"] = f"{home}{os.sep}"
-    for folder in folders:
-        if len(folder.resolve().parts) > 2:
-            literal[f"the path of {folder.name}"] = str(folder.resolve())
+    for path in (folder.resolve(), Path.cwd()):
+        if len(path.parts) > 2:
+            literal[f"the path of {path.name}"] = str(path)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the account does not exist, as in some containers

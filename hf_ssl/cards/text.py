@@ -22,7 +22,8 @@ _NOT_STRINGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null", "no
 FEATURES = {
     "pooler": "outputs.pooler_output.flatten(1)",
     "cls": "outputs.last_hidden_state[:, 0]",
-    "mean": "outputs.last_hidden_state.mean(dim=1)",
+    # The mean of tokens (B, T, D), or of the positions of a feature map (B, D, H, W).
+    "mean": "outputs.last_hidden_state.mean(dim=1 if outputs.last_hidden_state.ndim == 3 else (2, 3))",
 }
 
 
@@ -307,13 +308,8 @@ def _input_limitations(channels: int) -> list[str]:
             "Training placed transparent images on a white background. The image processor does the same "
             "with transformers 5.21 or newer. Older versions drop the transparency."
         )
-    elif channels == 1:
-        first = 'The encoder has one input channel. Open images with `image.convert("L")`, as shown above.'
     else:
-        first = (
-            f"The encoder expects arrays with {channels} channels. Pass "
-            '`input_data_format="channels_first"` to the image processor.'
-        )
+        first = 'The encoder has one input channel. Open images with `image.convert("L")`, as shown above.'
     return [
         first,
         "Training scaled images with 16 bits per channel to 8 bits. The image processor does not do this.",

@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -178,10 +178,15 @@ def make_batch(
         return LoadedBatch(images, sample_parameters(seeds, preset, sizes), seeds, **fields)
     sizes = np.array([tuple(image.shape[1:]) for image in images])
     parameters = sample_parameters(seeds, preset, sizes)
-    if small and (sizes == sizes[0]).all() and sizes.max() <= MAX_SMALL_SIDE:
+    if small and (sizes == sizes[0]).all() and is_small(sizes[0]):
         whole = torch.stack(images) if isinstance(images, list) else images
         return LoadedBatch(whole, parameters, seeds, **fields)
     return LoadedBatch(crop(list(images), parameters), parameters, seeds, **fields)
+
+
+def is_small(size: Sequence[int] | np.ndarray | None) -> bool:
+    """Return whether `size` (height, width) is that of small images; False for None (different sizes)."""
+    return size is not None and max(size) <= MAX_SMALL_SIDE
 
 
 class UnreadableData(UserError):

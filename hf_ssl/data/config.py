@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_ssl.errors import check_values
 
+MISSING = "???"  # OmegaConf's mark for a value that the user must give
 CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
 
@@ -39,7 +40,7 @@ class DataConfig:
         dtype: type of the pixels; 16-bit images are scaled to 8 bits.
     """
 
-    path: str = "???"  # OmegaConf's mark for a required value
+    path: str = MISSING
     name: str | None = None
     revision: str | None = None
     split: str = "train"
@@ -72,7 +73,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise UserError if a value is outside its range."""
-        path = None if self.path == "???" else self.path
+        path = None if self.path == MISSING else self.path
         share, limit = self.max_broken_fraction, self.max_images
         check_values(
             "data",

@@ -39,7 +39,7 @@ except ImportError:  # torchvision 0.29 deprecates its decoders; later versions 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
 
 # Limits of pictures from untrusted sources.
-MAX_BYTES = 20 * 2**20
+MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
 MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -89,12 +89,10 @@ class EncodedImage(NamedTuple):
 
             with xopen(self.path, "rb") as file:
                 return file.read()
-        except FileNotFoundError:
-            raise BrokenImage("the file does not exist") from None
         except OSError as error:
-            if not is_local:
+            if not is_local and not isinstance(error, FileNotFoundError):
                 raise
-            raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
+            raise BrokenImage(_reason(error)) from error
 
 
 class ImageObject(NamedTuple):
@@ -216,8 +214,6 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
             swapped = known and opened.getexif().get(_ORIENTATION) in _SWAPS_SIDES
     except BrokenImage:
         raise
-    except FileNotFoundError:
-        raise BrokenImage("the file does not exist") from None
     except Exception as error:  # as in _decode_with_pillow
         raise BrokenImage(_reason(error)) from error
     return (width, height) if swapped else (height, width)
@@ -276,6 +272,11 @@ def _decode_with_pillow(data: EncodedBytes | PIL.Image.Image | np.ndarray, chann
     return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
+def as_pillow(pixels: Tensor) -> PIL.Image.Image:
+    """Return the gray or RGB image of Pillow with the pixels (1 or 3, H, W) uint8."""
+    return _open_image(pixels.permute(1, 2, 0).numpy())
+
+
 def _open_image(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
     if isinstance(data, PIL.Image.Image):
         return data
@@ -290,6 +291,10 @@ def _open_image(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> PIL.Image.
 def _reason(error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         return "not an image that Pillow can read"
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, OSError) and error.strerror:
+        return f"the file cannot be read: {error.strerror}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -411,8 +416,8 @@ def read_photo(
         raise UserError(f"This file is empty. Please choose {_KINDS}.")
     if size > max_bytes:
         raise UserError(
-            f"This file has {size / 2**20:,.0f} MB. Please choose a picture of at most "
-            f"{max_bytes / 2**20:,.0f} MB."
+            f"This file has {size / 1e6:,.0f} MB. Please choose a picture of at most "
+            f"{max_bytes / 1e6:,.0f} MB."
         )
     data = source.read_bytes() if isinstance(source, Path) else source
     width, height = _size(data, max_pixels)

@@ -5,7 +5,6 @@ Images of one size that are decoded once are read far faster than images that ar
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,14 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 
-from hf_ssl.data.batch import MAX_SMALL_SIDE, UnreadableData
+from hf_ssl.data.batch import UnreadableData, is_small
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
 from hf_ssl.progress import progress
+from hf_ssl.resources import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +166,6 @@ def _broken_positions(broken: dict[int, str], rows: np.ndarray) -> dict[int, str
     if not broken:
         return {}
     return {position: broken[row] for position, row in enumerate(rows.tolist()) if row in broken}
-
-
-def is_small(size: tuple[int, int] | None) -> bool:
-    """Return whether `size` (height, width) is that of small images; False for None (different sizes)."""
-    return size is not None and max(size) <= MAX_SMALL_SIDE
 
 
 def common_size(source: Source, channels: int) -> tuple[int, int] | None:
@@ -332,7 +327,7 @@ def _fill(pixels: np.ndarray, rows: EncodedRows) -> dict[int, str]:
     """
     broken: dict[int, str] = {}
     starts = range(0, len(rows), _CHUNK)
-    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(8, usable_cores()))
     try:
         with progress(f"decoding {rows.description}", len(rows)) as bar:
             for count, part in threads.map(lambda start: _fill_chunk(pixels, rows, start), starts):

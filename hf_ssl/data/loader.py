@@ -18,10 +18,11 @@ from hf_ssl.data.batch import (
     UnreadableData,
     WorkerFailure,
     batch_or_error,
+    is_small,
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows, is_small
+from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.data.stream_loader import first_images_are_small, make_stream_loader, stop_workers

@@ -94,7 +94,8 @@ class StreamShards:
 
     Attributes:
         count: number of shards.
-        first_images: the first encoded images of the first shard, at most 64.
+        first_images: the first encoded images of the first shard that is not empty, at most 64.
+        first_places: the place of each of these images, for messages.
         open_shards: number of open shards of a reader.
 
     Raises:
@@ -119,17 +120,22 @@ class StreamShards:
         each, more = divmod(self.count, parts)
         self._starts = [part * each + min(part, more) for part in range(parts)]
         self._parts: dict[int, IterableDataset] = {}
-        first = next(
-            (block for shard in range(self.count) for block in self.blocks(shard) if block.images), None
-        )
-        if first is None:
+        blocks = ((shard, block) for shard in range(self.count) for block in self.blocks(shard))
+        found = next(((shard, block) for shard, block in blocks if block.images), None)
+        if found is None:
             raise UserError(
                 f"data.path: expected images, got no rows in {source.description}; check the data"
             )
+        shard, first = found
         self.first_images = first.images[:_BLOCK_ROWS]
+        self.first_places = [self.describe(shard, row) for row in range(len(self.first_images))]
         self.open_shards = min(open_shards, max(2, _OPEN_BYTES // max(1, first.nbytes)))
         # Readers that share a shard read all of it, which is slow for a long shard with sequential access.
         self._shards_per_group = open_shards if source.whole_shards else 1
+
+    def describe(self, shard: int, row: int) -> str:
+        """Return the data set, the shard and the row of an image, for messages."""
+        return f"{self.description} shard {shard} row {row}"
 
     def _shard(self, shard: int) -> IterableDataset:
         """Return one shard.

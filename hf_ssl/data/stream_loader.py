@@ -16,11 +16,12 @@ from hf_ssl.data.batch import (
     UnreadableData,
     WorkerFailure,
     batch_or_error,
+    is_small,
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage, decode, image_hash
-from hf_ssl.data.images import broken_message, inspect_images, is_small
+from hf_ssl.data.images import broken_message, inspect_images
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.random import image_seeds
@@ -76,8 +77,8 @@ def first_images_are_small(shards: StreamShards, channels: int) -> bool:
     Raises:
         UserError: none of them can be read.
     """
-    places = [f"{shards.description} shard 0 row {row}" for row in range(len(shards.first_images))]
-    return is_small(inspect_images(shards.first_images, places, channels, shards.description))
+    images, places = shards.first_images, shards.first_places
+    return is_small(inspect_images(images, places, channels, shards.description))
 
 
 @dataclass(eq=False)
@@ -131,7 +132,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
                 data = row.image.read()
                 images.append(decode(data, self.channels))
             except BrokenImage as error:
-                where = f"{self.shards.description} shard {row.shard} row {row.number}"
+                where = self.shards.describe(row.shard, row.number)
                 broken.append(broken_message(where, row.image, error))
                 if len(broken) > _MAX_BROKEN * (1 + len(images)):
                     raise UnreadableData(

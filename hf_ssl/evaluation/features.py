@@ -11,11 +11,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pool
@@ -157,7 +157,7 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
     timm_wrapper = sys.modules.get("transformers.models.timm_wrapper.image_processing_timm_wrapper")
     if timm_wrapper is not None and isinstance(processor, timm_wrapper.TimmWrapperImageProcessor):
         # The transforms of timm accept only PIL images and one option.
-        photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        photos = [as_pillow(image) for image in images]
         return processor(photos, return_tensors="pt")["pixel_values"].to(device)
     if len({image.shape for image in images}) == 1:
         images = list(torch.stack(images).to(device, non_blocking=True).unbind())

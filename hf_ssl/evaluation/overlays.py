@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_ssl.data.decode import read_photo
+from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, pca_colors, threshold_attention
 from hf_ssl.evaluation.features import load_encoder, pixel_values
@@ -212,7 +212,7 @@ def _enlarge(photo: Image.Image, side: int) -> Image.Image:
 def _as_picture(values_CHW: Tensor) -> Image.Image:
     """Return the RGB picture of gray or RGB values from 0 to 1."""
     pixels = values_CHW.mul(255).round().clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return as_pillow(pixels)
 
 
 def _resized(values_Chw: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:

@@ -28,7 +28,7 @@ from hf_ssl.evaluation.features import (
     raw_pixels,
 )
 from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
-from hf_ssl.evaluation.linear import linear_probe
+from hf_ssl.evaluation.linear import HELD_OUT, MOMENTUM, linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
@@ -347,10 +347,10 @@ def _describe(
         edge = " (at the edge of the sweep)" if probe["at_edge"] else ""
         words["linear"] = (
             f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, momentum "
-            f"0.9, no weight decay, {probe['epochs']} epochs, batch size {probe['batch_size']}, cosine "
-            f"schedule. The learning rate {probe['learning_rate']:g}{edge} had the highest accuracy on a "
-            f"held-out 10 % of the training images ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g}). The "
-            f"final classifier was trained on all {train} and tested on {test}"
+            f"{MOMENTUM:g}, no weight decay, {probe['epochs']} epochs, batch size {probe['batch_size']}, "
+            f"cosine schedule. The learning rate {probe['learning_rate']:g}{edge} had the highest accuracy "
+            f"on a held-out {100 * HELD_OUT:g} % of the training images ({len(rates)} tested, {rates[0]:g} "
+            f"to {rates[-1]:g}). The final classifier was trained on all {train} and tested on {test}"
         )
     return words
 

@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor, nn
 
+from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
+from hf_ssl.resources import INSTALL_DEMO
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
 THUMBNAIL_SIDE = 192
@@ -168,8 +170,7 @@ def thumbnail(image: Tensor, side: int = THUMBNAIL_SIDE) -> bytes:
     If both edges have at most 96 pixels (and at most `side`), it is a PNG of the unchanged pixels. Otherwise
     it is a JPEG whose longest edge has at most `side` pixels.
     """
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture = as_pillow(image)
     file = io.BytesIO()
     if max(picture.size) <= min(LOSSLESS_SIDE, side):
         picture.save(file, "PNG", optimize=True)
@@ -208,8 +209,5 @@ def _faiss() -> Any:
     try:
         import faiss  # optional extra
     except ImportError as error:
-        raise UserError(
-            "gallery: expected faiss, got no such package; run "
-            'pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
-        ) from error
+        raise UserError(f"gallery: expected faiss, got no such package; {INSTALL_DEMO}") from error
     return faiss

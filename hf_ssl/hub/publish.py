@@ -8,18 +8,18 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts
+from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts, picture_files
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
 from hf_ssl.errors import UserError, one_line
-from hf_ssl.files import json_text, read_json
+from hf_ssl.files import json_text, newest_checkpoint, read_json
 from hf_ssl.hub.remote import (
     Files,
     Published,
@@ -67,11 +67,11 @@ def publish(
             access, the name is not valid, or the Hub does not answer.
     """
     folder = Path(folder)
-    with hub_errors(repo_id, constants.ENDPOINT):
+    with hub_errors(repo_id):
         validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
         private = private or bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
-        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, token))
         if dry_run:
             _print_files(files, repo_id, private)
             return None
@@ -112,10 +112,10 @@ def publish_space(
         UserError: the folder is not a Space, or as for `publish`.
     """
     folder = Path(folder)
-    with hub_errors(repo_id, constants.ENDPOINT):
+    with hub_errors(repo_id):
         validate_repo_id(repo_id)
         files = space_files(folder)
-        check_leaks(files, local_secrets(folder, Path.cwd(), token=token))
+        check_leaks(files, local_secrets(folder, token))
         if dry_run:
             _print_files(files, f"Space {repo_id}", private)
             return None
@@ -191,23 +191,15 @@ def _print_files(files: Files, name: str, private: bool) -> None:
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-PICTURES = (".png", ".jpg", ".webp", ".svg")
-_WEIGHT_FILES = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-# The files of the repository that a publication may delete if the run no longer has them. Pictures and
-# the files in `results/` are not among them.
-_OWNED = re.compile(
-    "|".join(
-        (
-            r"config\.json", r"preprocessor_config\.json", r"README\.md", r"facts\.json", _WEIGHT_FILES,
-            rf"pretraining/(config\.json|{_WEIGHT_FILES})", r"\.eval_results/hf_ssl\.yaml",
-        )
-    )
-)  # fmt: skip
+_MODEL = re.compile(rf"(pretraining/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
 
 
 def is_owned(path: str) -> bool:
-    """Return whether a publication may delete this file; files that users added to the repository stay."""
-    return _OWNED.fullmatch(path) is not None
+    """Return whether a publication may delete this file if the run no longer has it.
+
+    Files that users added to the repository stay, and also pictures and the files in `results/`.
+    """
+    return path in (PROCESSOR, CARD, FACTS, EVALUATION_RESULTS) or _MODEL.fullmatch(path) is not None
 
 
 def run_files(folder: Path, repo_id: str) -> Files:
@@ -229,11 +221,7 @@ def run_files(folder: Path, repo_id: str) -> Files:
     for path in sorted((folder / "results").rglob("*.json")):
         if not path.name.startswith("_"):
             files[path.relative_to(folder).as_posix()] = path
-    for name in facts["pictures"]:
-        if Path(name).name != name or not name.endswith(PICTURES) or not (folder / name).is_file():
-            raise UserError(f"facts.pictures.{name}: expected a picture in {folder}, found none; restore it")
-        files[name] = folder / name
-    files |= _renamed(folder, facts, repo_id)
+    files |= picture_files(folder, facts) | _renamed(folder, facts, repo_id)
     _check_card(files[CARD])
     return dict(sorted(files.items()))
 
@@ -270,7 +258,7 @@ def _check_finished(folder: Path) -> None:
     weights = WEIGHTS if not (folder / INDEX).is_file() else INDEX
     missing = [name for name in (CONFIG, weights, PROCESSOR, CARD, FACTS) if not (folder / name).is_file()]
     if missing:
-        is_interrupted = any(folder.glob("checkpoint-*"))
+        is_interrupted = newest_checkpoint(folder) is not None
         advice = "run its command again to finish it" if is_interrupted else "use another folder"
         raise UserError(f"{folder}: expected a finished run, found no {', '.join(missing)}; {advice}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -115,7 +115,7 @@ def _open(api: HfApi, repo_id: str, kind: str, private: bool, revision: str | No
     if role == "read":
         raise UserError(
             f"{repo_id}: expected a token with write access, got a read token of {account['name']}; create "
-            "one at https://huggingface.co/settings/tokens"
+            f"one at {api.endpoint}/settings/tokens"
         )
     full = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
     try:
@@ -246,12 +246,11 @@ _NO_XET = "xet-write-token"  # the request that fails on a hub without Xet
 
 
 @contextmanager
-def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn errors of the Hub, its client and the network into a UserError.
 
     Args:
         repo_id: the name of the repository, as the user typed it.
-        endpoint: the address of the Hub.
 
     Raises:
         UserError: the block raised such an error.
@@ -261,7 +260,7 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        message = hub_error(root_cause(error), repo_id, endpoint)
+        message = hub_error(root_cause(error), repo_id)
         if message is None:
             raise
         raise UserError(message) from error
@@ -292,9 +291,9 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, httpx2.TransportError | json.JSONDecodeError)
 
 
-def hub_error(error: BaseException, repo_id: str, endpoint: str) -> str | None:
+def hub_error(error: BaseException, repo_id: str) -> str | None:
     """Return the message for an error of the Hub, its client or the network, else None."""
-    reason = one_line(error)
+    reason, endpoint = one_line(error), constants.ENDPOINT
     if isinstance(error, HFValidationError):
         return f"{repo_id!r}: expected user/name of letters, digits, '-', '_' and '.'; choose another name"
     if isinstance(error, LocalTokenNotFoundError):

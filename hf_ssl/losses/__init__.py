@@ -19,4 +19,7 @@ if TYPE_CHECKING:
     from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
     from hf_ssl.losses.regression import cosine_regression, latent_smooth_l1, masked_patch_mse
 
+SMALLEST_TEMPERATURE = 0.003
+"""With a smaller temperature, the exponentials of `nt_xent` would underflow in float64."""
+
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

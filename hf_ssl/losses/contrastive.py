@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, normalize, softplus
 
+from hf_ssl.losses import SMALLEST_TEMPERATURE
 from hf_ssl.losses.upcasting import full_precision, without_autocast
 
 # The side of the blocks in which the similarity matrix is computed. A block of 1024 x 1024 floats (4 MiB)
@@ -51,8 +52,8 @@ def nt_xent(z_VBD: Tensor, *, temperature: float) -> Tensor:
         raise ValueError(
             "nt_xent.z_VBD: expected a batch of at least 2 images, because each image needs negatives, got 1"
         )
-    if temperature < 0.003:
-        raise ValueError(f"nt_xent.temperature: expected at least 0.003, got {temperature}")
+    if temperature < SMALLEST_TEMPERATURE:
+        raise ValueError(f"nt_xent.temperature: expected at least {SMALLEST_TEMPERATURE}, got {temperature}")
     views, dtype = z_VBD.shape[0], z_VBD.dtype
     if temperature < 0.03:
         # The exponentials are relative to the largest possible similarity, 1 / temperature. In float32, they

@@ -70,10 +70,19 @@ def masked_patch_mse(
     if normalize:
         if target_BNP.shape[2] < 2:
             raise ValueError("masked_patch_mse.target_BNP: expected patches of at least 2 values, got 1")
-        variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=-1, keepdim=True)
-        target_BNP = (target_BNP - mean_BN1) / (variance_BN1 + 1e-6).sqrt()
+        mean_BN1, std_BN1 = patch_statistics(target_BNP)
+        target_BNP = (target_BNP - mean_BN1) / std_BN1
     error_BN = (prediction_BNP - target_BNP).square().mean(-1)
     return (error_BN * mask_BN).sum() / mask_BN.sum()
+
+
+def patch_statistics(patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation (B, N, 1) by which patches are normalized.
+
+    Source: `norm_pix_loss` of facebookresearch/mae.
+    """
+    variance_BN1, mean_BN1 = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
+    return mean_BN1, (variance_BN1 + 1e-6).sqrt()
 
 
 @full_precision

@@ -4,6 +4,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import check_values
+from hf_ssl.losses import SMALLEST_TEMPERATURE
 from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
@@ -41,7 +43,14 @@ class SSLConfig(PreTrainedConfig):
     @property
     def global_views(self) -> int:
         """Return the number of global views of an image."""
-        return ViewPreset.from_dict(self.views or {}).global_count
+        return ViewPreset.from_dict(self.views or {}).count
+
+    def validate_temperatures(self) -> None:
+        """Raise `ValueError` for a field `..temperature` or `..temperature_start` that is too small."""
+        for name in (item.name for item in fields(self)):
+            if name.endswith(("temperature", "temperature_start")):
+                value = getattr(self, name)
+                check_fields((name, value, value >= SMALLEST_TEMPERATURE, f"at least {SMALLEST_TEMPERATURE}"))
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -115,13 +124,3 @@ def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
         fields: see `hf_ssl.errors.check_values`.
     """
     check_values("method", *fields)
-
-
-def check_temperature(config: Any, *keys: str) -> None:
-    """Raise `ValueError` for a temperature below 0.003.
-
-    `nt_xent` has the same limit. With a smaller temperature, its exponentials would underflow in float64.
-    """
-    values = config.to_dict()
-    rows = ((key, values[key], values[key] >= 0.003, "at least 0.003") for key in keys or ("temperature",))
-    check_fields(*rows)

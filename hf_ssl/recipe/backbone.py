@@ -3,15 +3,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_ssl.data.config import DataConfig
+from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.sections import config_fields
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-MISSING = "???"  # OmegaConf's mark for a value that the user must give
 
 
 def backbone_class(model_type: str) -> type["PreTrainedConfig"]:

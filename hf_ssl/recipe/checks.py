@@ -82,7 +82,7 @@ def check_method(
         ) from error
     model, title = METHODS[name].model_class(), METHODS[name].title
     model.check_backbone(backbone_type)
-    model.check_views(views.global_count, views.local_count)
+    model.check_views(views.count, views.local_count)
     model.check_streaming(streaming)
     if model.couples_samples and batch_size < 2:
         raise UserError(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
-from hf_ssl.cards import last_part, remove_private
+from hf_ssl.cards.privacy import folder_name, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
 from hf_ssl.data.images import EncodedRows, decoded_rows
@@ -164,7 +164,7 @@ def _facts(
     pooling: Pooling,
 ) -> dict[str, Any]:
     local = Path(model).is_dir()
-    name = last_part(str(Path(model).resolve())) if local else model
+    name = folder_name(model) if local else model
     facts = {
         "title": title or f"Nearest neighbors by {name}",
         "model": {

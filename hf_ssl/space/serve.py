@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import SPACE_FACTS
+from hf_ssl.resources import INSTALL_DEMO
 
 PORT = 7860
 _PORTS_TRIED = 100
@@ -23,10 +24,7 @@ def check_packages() -> None:
     missing = [name for name in ("gradio", "faiss") if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UserError(
-            f"space: expected {' and '.join(missing)}, which {verb} missing; "
-            'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
-        )
+        raise UserError(f"space: expected {' and '.join(missing)}, which {verb} missing; {INSTALL_DEMO}")
 
 
 def run_space(folder: Path, host: str = "127.0.0.1", port: int = PORT) -> None:

@@ -27,6 +27,8 @@ from hf_ssl.trainer.logs import draw_curves
 from hf_ssl.trainer.optimizers import parameter_groups_by_name, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
+VIEWS, CURVES = "views.png", "curves.png"
+"""Pictures of every run, in the output folder."""
 SEED_OFFSET = 2**33
 """Offset of the seed for `MemoryWarmup`. It makes the views differ from those of the first epoch."""
 
@@ -225,7 +227,7 @@ class CurvesCallback(PictureCallback):
     """Draws the training curves, `curves.png`."""
 
     def draw(self, args, state) -> None:
-        draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+        draw_curves(state.log_history, Path(args.output_dir) / CURVES)
 
 
 class MethodPicturesCallback(PictureCallback):
@@ -259,7 +261,7 @@ class MethodPicturesCallback(PictureCallback):
         for file, tiles in zip(files, pictures.values(), strict=True):
             with replaced_file(file) as staging:
                 montage(Views(tiles), self.preset, staging)
-        views = Path(args.output_dir) / "views.png"
+        views = Path(args.output_dir) / VIEWS
         if not self._sent_views and views.exists():
             files.append(views)
         self._sent_views = True

@@ -19,7 +19,6 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
-    get_last_checkpoint,
     rotate_checkpoints,
 )
 
@@ -28,7 +27,7 @@ from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.files import disk_errors_as_user_errors, staging_path, use_normal_permissions
+from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
@@ -175,7 +174,7 @@ class CheckpointTrainer(OptimizingTrainer):
 
 def check_no_checkpoints(args: TrainingArguments) -> None:
     """Raise `UserError` if a new run would save its checkpoints beside those of an earlier run."""
-    earlier = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    earlier = newest_checkpoint(Path(str(args.output_dir)))
     if earlier is not None and args.save_strategy != SaveStrategy.NO:
         raise UserError(
             f"training.output_dir: expected a folder without checkpoints for a new run, got {earlier}; "
@@ -185,26 +184,26 @@ def check_no_checkpoints(args: TrainingArguments) -> None:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """Return the state of transformers' Trainer in a checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    """Return the state of transformers' Trainer in a checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with _readable(checkpoint, f"JSON in {TRAINER_STATE_NAME}"):
+        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
     """Return the `data_state()` of this process in a checkpoint.
 
     Raises:
-        UserError: the file is missing or does not contain JSON.
+        UserError: the file is missing or damaged.
     """
     path = checkpoint / _data_state_name(process_index)
     if not path.exists():  # the run had fewer processes; the state of the first one is the nearest
         path = checkpoint / _data_state_name(0)
-    try:
+    with _readable(checkpoint, f"JSON in {path.name}"):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint}: expected a file {path.name} with JSON, got {type(error).__name__}; "
-            "remove the checkpoint, and the run resumes from the one before it"
-        ) from error
 
 
 @contextmanager
@@ -248,7 +247,7 @@ def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def _readable(checkpoint: Path, expected: str = "readable files") -> Iterator[None]:
     """Turn the errors of a damaged or foreign file into a `UserError` that names the checkpoint."""
     try:
         yield
@@ -256,7 +255,7 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: expected readable files, got {first_line(error)}; remove the "
+            f"checkpoint {checkpoint}: expected {expected}, got {first_line(error)}; remove the "
             "checkpoint, and the run resumes from the one before it"
         ) from error
 

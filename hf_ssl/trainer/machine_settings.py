@@ -23,6 +23,7 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
+from hf_ssl.resources import usable_cores
 from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost, checkpoints_activations
 
@@ -94,12 +95,6 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     choice = from_first_process(Choice(value=max(0, number), reason=reason))
     args.dataloader_num_workers = choice["value"]
     return {"training.dataloader_num_workers": choice}
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def choose_batch_size(

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, constants
+from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
-from hf_ssl.cards.card import CARD, TAGS
+from hf_ssl.cards.card import CARD, encoder_metadata
 from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.privacy import check_leaks, local_secrets
+from hf_ssl.cards.privacy import check_leaks, folder_name, local_secrets
 from hf_ssl.errors import UserError
 from hf_ssl.files import STAGING_PREFIX, write_text
 from hf_ssl.hub.export import export_model
@@ -128,12 +128,9 @@ class PushingTrainer(CheckpointTrainer):
     ) -> str:
         method = str(self.method.config.model_type).removeprefix("ssl_")
         further = [tags] if isinstance(tags, str) else tags or []
-        metadata = ModelCardData(
-            library_name="transformers", tags=list(dict.fromkeys([*TAGS, method, *further])), **known
-        )
         return _UNFINISHED_CARD.format(
-            metadata=metadata.to_yaml(),
-            name=model_name or self.hub_model_id or Path(str(self.args.output_dir)).name,
+            metadata=encoder_metadata(method, further, **known).to_yaml(),
+            name=model_name or self.hub_model_id or folder_name(str(self.args.output_dir)),
             step=self.state.global_step,
             steps=self.state.max_steps,
         )
@@ -149,9 +146,9 @@ class PushingTrainer(CheckpointTrainer):
         if not self.is_world_process_zero():
             return
         self._replace_deprecated_strategy()
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        name = self.args.hub_model_id or folder_name(str(self.args.output_dir))
         self._pushes: list[Future] = []
-        with hub_errors(name, constants.ENDPOINT):
+        with hub_errors(name):
             self._repo = open_repo(
                 name,
                 private=bool(self.args.hub_private_repo if private is None else private),
@@ -227,8 +224,8 @@ class PushingTrainer(CheckpointTrainer):
             assert done is not None, "only a dry run returns None"
             return done
         files: Files = {**encoder_files(folder), CARD: folder / CARD}
-        with hub_errors(repo.repo_id, constants.ENDPOINT):
-            return _update(replace(repo, revision=revision), files, message)
+        with hub_errors(repo.repo_id):
+            return _update(replace(repo, revision=revision), files, message, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish the current encoder in the background, from a copy that later steps do not change."""
@@ -267,8 +264,8 @@ def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
     """Update the repository and delete the copied files. An error is only logged."""
     disable_progress_bars()  # training shows its own
     try:
-        with hub_errors(repo.repo_id, constants.ENDPOINT):
-            _update(repo, files, message)
+        with hub_errors(repo.repo_id):
+            _update(repo, files, message, staging.parent)
     except Exception as error:  # no error may stop the training; the last push retries and raises
         logger.warning("the push to %s failed: %s", repo.url, error)
     finally:
@@ -276,8 +273,8 @@ def _push(repo: Remote, files: Files, message: str, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _update(repo: Remote, files: Files, message: str) -> Published:
+def _update(repo: Remote, files: Files, message: str, output_dir: Path) -> Published:
     """Check files for private information and update the repository."""
     token = repo.api.token if isinstance(repo.api.token, str) else None
-    check_leaks(files, local_secrets(Path.cwd(), token=token))
+    check_leaks(files, local_secrets(output_dir, token))
     return update_repo(repo, files, is_owned=is_owned, message=message)

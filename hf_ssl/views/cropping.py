@@ -65,7 +65,7 @@ def crop(images: Sequence[Tensor], parameters: ViewParameters) -> Crops:
     parameters.check_count(len(images))
     preset, views = parameters.preset, parameters.preset.expand()
     channels = images[0].shape[0] if images else len(preset.mean)
-    shapes = ((preset.global_count, preset.size), (preset.local_count, preset.local_size))
+    shapes = ((preset.count, preset.size), (preset.local_count, preset.local_size))
     buffers = [
         torch.empty(len(images), count, size, size, channels, dtype=torch.uint8) for count, size in shapes
     ]

@@ -59,14 +59,14 @@ def augment(images: Tensor | Crops, parameters: ViewParameters) -> Views:
     if isinstance(images, Tensor):
         _check_boxes(images, parameters)
     global_input = images.global_crops if isinstance(images, Crops) else images
-    pixel_values = _views(global_input, parameters, 0, preset.global_count, preset.final_size)
+    pixel_values = _views(global_input, parameters, 0, preset.count, preset.final_size)
     if not preset.local_count:
         return Views(pixel_values)
     local_input = images.local_crops if isinstance(images, Crops) else images
     if local_input is None:
         raise ValueError("images: expected crops for the preset's local views, got none")
-    end = preset.global_count + preset.local_count
-    local_pixel_values = _views(local_input, parameters, preset.global_count, end, preset.final_local_size)
+    end = preset.count + preset.local_count
+    local_pixel_values = _views(local_input, parameters, preset.count, end, preset.final_local_size)
     return Views(pixel_values, local_pixel_values)
 
 

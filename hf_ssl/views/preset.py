@@ -28,6 +28,9 @@ def _setting(default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
     return field(default=default, metadata={"expected": expected, "holds": holds})
 
 
+_WHOLE = "a whole number of at least 1"
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -37,7 +40,7 @@ def _is_between(value: Any, low: float, high: float) -> bool:
 
 
 def _whole(default: int) -> Any:
-    return _setting(default, "a whole number of at least 1", _is_whole)
+    return _setting(default, _WHOLE, _is_whole)
 
 
 def _probability(default: float) -> Any:
@@ -158,8 +161,7 @@ class ViewPreset(ViewSettings):
         """
         if channels < 1:
             raise UserError(f"channels: expected at least 1, got {channels}")
-        if not _is_whole(self.count):
-            _fail("views.count", "a whole number of at least 1", self.count)
+        _check_whole("views.count", self.count)
         _check_overrides(self)
         views = self.expand()
         kinds: list[tuple[ViewSettings, ViewOverrides | None, str]] = [(views[0], None, "views")]
@@ -175,11 +177,6 @@ class ViewPreset(ViewSettings):
         """Return the settings of each view of an image: global views first, then local ones."""
         views = [_filled(self, self.second if number % 2 else None) for number in range(self.count)]
         return views + [_filled(self, self.local) for _ in range(self.local_count)]
-
-    @property
-    def global_count(self) -> int:
-        """The number of global views of an image."""
-        return self.count
 
     @property
     def local_count(self) -> int:
@@ -222,8 +219,8 @@ def _check_overrides(preset: ViewPreset) -> None:
             _fail("views.second.size", expected, preset.second.size)
         if preset.count < 2:
             _fail("views.count", "at least 2 because views.second is given", preset.count)
-    if preset.local is not None and not _is_whole(preset.local.count):
-        _fail("views.local.count", "a whole number of at least 1", preset.local.count)
+    if preset.local is not None:
+        _check_whole("views.local.count", preset.local.count)
 
 
 def _check_settings(
@@ -265,13 +262,17 @@ def check_output(preset: ViewPreset, channels: int) -> None:
             _fail("views.std", "numbers above 0", values)
     if preset.enlarge is None:
         return
-    if not _is_whole(preset.enlarge):
-        _fail("views.enlarge", "a whole number of at least 1", preset.enlarge)
+    _check_whole("views.enlarge", preset.enlarge)
     if preset.enlarge < preset.size:
         _fail("views.enlarge", f"at least views.size, {preset.size}", preset.enlarge)
     if preset.local_count and preset.local_size * preset.enlarge % preset.size:
         expected = f"a side that enlarges local views of {preset.local_size} pixels to whole pixels"
         _fail("views.enlarge", expected, preset.enlarge)
+
+
+def _check_whole(key: str, value: Any) -> None:
+    if not _is_whole(value):
+        _fail(key, _WHOLE, value)
 
 
 def _fail(key: str, expected: str, got: object) -> NoReturn:

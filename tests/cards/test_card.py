@@ -2,6 +2,7 @@
 """Tests that the card contains the recorded facts, and nothing else."""
 
 import copy
+import math
 import re
 import resource
 from collections.abc import Iterator
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from messages import mentions, missing
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ssl.cards import write_card
+from hf_ssl.cards.card import evaluation_entries
 from hf_ssl.cards.facts import public_facts
-from hf_ssl.cards.text import command, duration, results_table, terminal_text
+from hf_ssl.cards.text import FEATURES, command, duration, results_table, terminal_text
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.pooling import pool
 
 # Dicts whose keys differ between runs; their entries are not declared facts.
 FREE = {"config", "sections", "differences", "views", "packages", "results", "pictures", "history", "seconds"}
@@ -102,7 +107,7 @@ def test_unknown_license_data_and_base_are_left_out(facts: dict, tmp_path: Path)
     assert "None" not in readme(tmp_path) and "null" not in readme(tmp_path).split("```yaml")[0]
 
 
-def test_results_for_leaderboards(facts: dict, tmp_path: Path) -> None:
+def test_results_for_leaderboards(facts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / ".eval_results" / "hf_ssl.yaml"
     facts["evaluation"]["hub_id"] = "uoft-cs/cifar10"
     facts["repo_id"] = "jane/my-encoder"
@@ -114,6 +119,9 @@ def test_results_for_leaderboards(facts: dict, tmp_path: Path) -> None:
     assert (entries[0].dataset_id, entries[0].dataset_revision) == ("uoft-cs/cifar10", "0123456789abcdef")
     assert entries[1].notes == trained["protocol"]["linear"]
     assert entries[0].source_url == "https://huggingface.co/jane/my-encoder"
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example.org")
+    (entry, *_) = evaluation_entries(facts)
+    assert entry.source_url == "https://hub.example.org/jane/my-encoder"
     # Leaderboards do not accept local data. An earlier file with wrong numbers must not stay.
     facts["evaluation"]["hub_id"] = None
     write_card(tmp_path, facts)
@@ -254,7 +262,12 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=mentions("pictures.map.png")):
         write_card(tmp_path, facts)
-    (tmp_path / "map.png").write_bytes(b"")
+    facts["pictures"]["notes.txt"] = "No picture"
+    for name in ("map.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=mentions("pictures.notes.txt")):
+        write_card(tmp_path, facts)
+    del facts["pictures"]["notes.txt"]
     (tmp_path / "pretraining").mkdir()
     (tmp_path / "pretraining" / "config.json").write_text("{}")
     write_card(tmp_path, facts)
@@ -268,9 +281,8 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
     [
         ("pooler", 3, ["features = outputs.pooler_output.flatten(1)  # (1, 512)"]),
         ("cls", 3, ["features = outputs.last_hidden_state[:, 0]"]),
-        ("mean", 3, ["features = outputs.last_hidden_state.mean(dim=1)"]),
+        ("mean", 3, ["features = outputs.last_hidden_state.mean(dim=1 if "]),
         ("pooler", 1, ['Image.open("photo.jpg")).convert("L")', "has one input channel"]),
-        ("pooler", 5, ["arrays with 5 channels"]),
     ],
 )
 def test_the_code_fits_the_encoder(
@@ -280,6 +292,15 @@ def test_the_code_fits_the_encoder(
     write_card(tmp_path, facts)
     assert all(line in readme(tmp_path) for line in lines)
     assert ("placed transparent images on a white background" in readme(tmp_path)) == (channels == 3)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "shape"), [("cls", (2, 5, 4)), ("mean", (2, 5, 4)), ("mean", (2, 4, 3, 3))]
+)
+def test_the_code_computes_the_evaluated_feature(pooling: str, shape: tuple[int, ...]) -> None:
+    values = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    outputs = BaseModelOutput(last_hidden_state=values)
+    torch.testing.assert_close(eval(FEATURES[pooling], {"outputs": outputs}), pool(outputs, pooling))
 
 
 def test_initial_weights(facts: dict, tmp_path: Path) -> None:

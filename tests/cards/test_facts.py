@@ -3,6 +3,7 @@
 
 import copy
 import json
+import os
 import platform
 import threading
 from pathlib import Path
@@ -14,8 +15,16 @@ from example_facts import new_facts
 from messages import mentions
 
 from hf_ssl import cards, hub
-from hf_ssl.cards import append_result, environment, last_part, read_facts, remove_private, write_facts
+from hf_ssl.cards import (
+    append_result,
+    environment,
+    last_part,
+    read_facts,
+    remove_private,
+    write_facts,
+)
 from hf_ssl.cards.facts import check_facts, public_facts
+from hf_ssl.cards.privacy import folder_name
 from hf_ssl.errors import UserError
 
 
@@ -172,6 +181,13 @@ def test_private_information_is_removed(value, expected) -> None:
     assert remove_private(remove_private(value)) == expected
 
 
+def test_the_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = [folder_name(path) for path in (".", "photos", "a/b/..", Path("a"))]
+    assert names == [tmp_path.name, "photos", "a", "a"]
+
+
 def test_last_part() -> None:
     assert [last_part(path) for path in ("a/b/c", "c", "/", "..", "a\\b", "~")] == [
         "c",
@@ -183,7 +199,7 @@ def test_last_part() -> None:
     ]
 
 
-def test_environment_contains_no_host_name() -> None:
+def test_environment_contains_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment()
     assert found["python"] == platform.python_version()
     assert (
@@ -192,6 +208,8 @@ def test_environment_contains_no_host_name() -> None:
     )
     assert "transformers" in found["packages"]
     assert found["device"] and found["cores"] >= 1 and found["devices"] == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert environment()["cores"] == 1  # as in a container
     assert platform.node() not in json.dumps(found)
     assert environment("cpu", processes=4)["devices"] == 4
 

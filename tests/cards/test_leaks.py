@@ -82,7 +82,7 @@ def test_allowed_texts(path: str, text: str) -> None:
 def test_local_secrets(account_with_secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets(tmp_path)
-    assert {TOKEN, KEY, f"{HOME}/", str(tmp_path)} <= set(secrets.literal.values())
+    assert {TOKEN, KEY, f"{HOME}/", str(tmp_path), str(Path.cwd())} <= set(secrets.literal.values())
     assert secrets.user == USER
 
 

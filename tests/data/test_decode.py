@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,7 +11,7 @@ from messages import mentions
 from transformers import BitImageProcessor
 
 from hf_ssl.data import decode as decode_module
-from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape, size_in_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision and Pillow
 
@@ -204,3 +205,12 @@ def test_the_error_states_the_reason(encode, monkeypatch):
     for kind in ("PNG", "BMP"):
         with pytest.raises(BrokenImage, match="DecompressionBomb"):
             decode(encode(smooth(), kind), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [(".", "cannot be read: Is a directory"), ("none.png", "does not exist")]
+)
+def test_errors_of_files_have_one_wording(name: str, reason: str, tmp_path: Path) -> None:
+    for read in (EncodedImage.read, size_in_header):
+        with pytest.raises(BrokenImage, match=f"the file {reason}"):
+            read(EncodedImage(None, str(tmp_path / name)))

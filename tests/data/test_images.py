@@ -9,7 +9,8 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data import images as images_module
-from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows, is_small
+from hf_ssl.data.batch import is_small
+from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows
 from hf_ssl.errors import UserError
 
 

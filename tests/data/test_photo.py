@@ -129,7 +129,7 @@ def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: py
         read_photo(GOOD["png"][0], max_pixels=1199)
     path = tmp_path / "large"
     with path.open("wb") as file:
-        file.truncate(30 * 2**20)
+        file.truncate(30_000_000)
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(UserError, match=mentions("30 MB", "20 MB")):
         read_photo(path)

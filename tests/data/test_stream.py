@@ -6,9 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Features, Image, IterableDataset
 from messages import missing
 
-from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data import DataConfig, as_source, open_source, train_loader
 from hf_ssl.data.decode import decode
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.data.stream_loader import _start_position
@@ -277,6 +278,18 @@ def test_broken_images_are_skipped_and_reported(num_workers, numbered, make_load
     assert any("shard 2 row 6 (6.png): not an image" in text for text in reported)
     shown = {number for batch in batches for number in numbers(batch)}
     assert not shown & {5, 30}
+
+
+def test_the_first_images_may_be_in_a_later_shard(preset):
+    def rows(counts):
+        for count in counts:
+            yield from [{"image": {"bytes": b"no image", "path": None}}] * count
+
+    features = Features({"image": Image()})
+    table = IterableDataset.from_generator(rows, features, gen_kwargs={"counts": [0, 4]})
+    source = as_source(table, DataConfig(streaming=True))
+    with pytest.raises(UserError, match="shard 1 row 0"):
+        train_loader(source, preset, config=DataConfig(streaming=True), seed=0, batch_size=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -103,6 +103,15 @@ def test_other_image_processors() -> None:
     pytest.importorskip("timm")
     settings = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
     timm = TimmWrapperImageProcessor(pretrained_cfg=settings | {"interpolation": "bicubic"})
+    gray = TimmWrapperImageProcessor(
+        pretrained_cfg={"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
+    )
+    torch.testing.assert_close(
+        pixel_values(gray, photos(3, channels=1), torch.device("cpu")),
+        torch.stack(photos(3, channels=1)) / 255 * 2 - 1,
+        atol=1e-5,
+        rtol=0,
+    )
     torch.testing.assert_close(
         pixel_values(timm, photos(3), torch.device("cpu")), expected, atol=1e-5, rtol=0
     )

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
-from hf_ssl.output_folder import last_checkpoint, stored_choices
+from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -58,7 +58,10 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_what_was_saved(tmp_path, monk
     assert run.train(recipe(tmp_path)).state.global_step == 4
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.pt", "data_state_0.json"])
+DAMAGED = ["model.safetensors", "optimizer.pt", "data_state_0.json", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_checkpoint_ends_in_a_sentence(tmp_path, damaged):
     run.train(recipe(tmp_path, "training.max_steps=3"))
     file = tmp_path / "checkpoint-2" / damaged
@@ -85,11 +88,23 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
 
 
+def test_values_that_do_not_affect_the_weights_may_change(tmp_path):
+    mark_output_folder(recipe(tmp_path), {}, "revision")
+    changes = ("on_worse=stop", "on_collapse=stop", "do_train=true", "prediction_loss_only=true")
+    assert last_checkpoint(recipe(tmp_path, *(f"training.{change}" for change in changes))) is None
+
+
 @pytest.mark.parametrize(("key", "value"), [("max_steps", 9), ("num_train_epochs", 9.0)])
 def test_a_longer_run_in_the_same_folder_is_refused_with_the_reason(tmp_path, key, value):
     run.train(recipe(tmp_path, "training.max_steps=2"))
     with pytest.raises(UserError, match=mentions(f"training.{key}", value, "schedule")):
         run.train(recipe(tmp_path, "training.max_steps=2", f"training.{key}={value}"))
+
+
+def test_a_damaged_record_of_the_run_ends_in_a_sentence(tmp_path):
+    (tmp_path / "_run.json").write_bytes(b'{"name": "\xff')
+    with pytest.raises(UserError, match=mentions("_run.json", tmp_path.name)):
+        last_checkpoint(recipe(tmp_path))
 
 
 def test_changed_images_are_reported_when_a_run_resumes(tmp_path, caplog):

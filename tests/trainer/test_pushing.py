@@ -60,7 +60,8 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
             kind(commit.files) == "resnet" and kind(commit.files, "pretraining/config.json") == "ssl_simclr"
         )
         assert commit.files["NOTES.md"].data == b"mine"
-    assert b"step 4 of 8" in first.files["README.md"].data
+    unfinished = first.files["README.md"].data
+    assert b"step 4 of 8" in unfinished and b"pipeline_tag: image-feature-extraction" in unfinished
     assert first.files["model.safetensors"].data != second.files["model.safetensors"].data
     assert "model.safetensors" not in last.added and b"model-index" in last.files["README.md"].data
     assert publish(folder, REPO).uploaded == (), "equal to the upload of hf-ssl publish"
@@ -98,6 +99,10 @@ def test_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
     done = trainer.push_to_hub("Once more")
     assert (done.repo_id, done.uploaded, repo.head.summary) == (REPO, ("config.json",), "Once more")
     assert kind(repo.head.files) == "resnet" and repo.head.files["NOTES.md"].data == b"mine"
+
+    (folder / "README.md").write_text(f"# An encoder in {folder}")
+    with pytest.raises(UserError, match=mentions("README.md", "path", "digits")):
+        trainer.push_to_hub()
 
 
 def test_a_push_only_at_the_end_that_fails(online: HubServer, tmp_path: Path) -> None:

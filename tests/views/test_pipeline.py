@@ -49,7 +49,7 @@ PRESETS = {
 
 def assert_equal(views, expected_views, preset):
     tensors = [views.pixel_values] + ([] if views.local_pixel_values is None else [views.local_pixel_values])
-    expected_sizes = [preset.final_size] * preset.global_count
+    expected_sizes = [preset.final_size] * preset.count
     expected_sizes += [preset.final_local_size] * preset.local_count
     unsure_share = []
     for image, rows in enumerate(expected_views):

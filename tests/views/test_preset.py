@@ -41,7 +41,7 @@ def test_omegaconf_reads_overrides_from_the_command_line():
 
 def test_expand():
     views = DINO.expand()
-    assert len(views) == 10 and DINO.global_count == 2 and DINO.local_count == 8
+    assert len(views) == 10 and DINO.count == 2 and DINO.local_count == 8
     assert [view.size for view in views] == [224] * 2 + [96] * 8
     assert [view.blur for view in views] == [1.0, 0.1] + [0.5] * 8
     assert [view.solarize for view in views] == [0.0, 0.2] + [0.0] * 8

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 
 from hf_ssl.cards import environment
+from hf_ssl.evaluation import fastest_device
 from hf_ssl.precision import fastest_precision
 from training.benchmarks import evaluating, losses, steps, views
 from training.benchmarks.overhead import trainer_overhead
 from training.benchmarks.pairs import compare
 from training.benchmarks.peak import peak_mib
-from training.benchmarks.report import write_report
+from training.benchmarks.report import RESULTS, write_report
 from training.benchmarks.row import Row
 
 ROWS = {row.name: row for module in (views, losses, steps, evaluating) for row in module.ROWS}
 OVERHEAD = "trainer"
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -107,14 +107,15 @@ def _peak_elsewhere(row: Row, side: str, device: torch.device) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmarks", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "rows", nargs="*", metavar="ROW", help=f"one of {', '.join([*ROWS, OVERHEAD])}; default: all"
     )
-    parser.add_argument("--device", default=str(found or "cpu"), help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument(
+        "--device", default=str(fastest_device()), help="cpu, cuda, ... (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, help="number of pairs; default: the number of each row")
     parser.add_argument("--output", type=Path, default=RESULTS, help="output folder of the record")
     parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)

@@ -30,9 +30,9 @@ from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.views import ViewPreset
 from training.benchmarks.images import as_tensor, small_images
 from training.benchmarks.peak import measured_peak_mib
+from training.benchmarks.report import RESULTS
 from training.benchmarks.steps import RESNET18
 
-RESULTS = Path(__file__).parent / "results"
 BATCHES, CHUNKS = (128, 512), (32, 128, None)
 
 

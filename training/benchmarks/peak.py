@@ -29,16 +29,16 @@ def measured_peak_mib(program: Callable[[], Any]) -> float:
     (weights @ weights).exp().sum().backward()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = memory_mib("VmRSS")
     program()
-    return (_status("VmHWM") - before) / 1024
+    return memory_mib("VmHWM") - before
 
 
-def _status(field: str) -> int:
-    """Return a field of /proc/self/status in KiB."""
+def memory_mib(field: str) -> float:
+    """Return a field of /proc/self/status in MiB."""
     for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
-            return int(line.split()[1])
+            return int(line.split()[1]) / 1024
     raise SystemExit("--peak: expected Linux, got a system without /proc/self/status fields")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 REACHED, MISSED, AIM = "#2a7f62", "#c9822b", "#444444"
 
 

@@ -18,7 +18,7 @@ from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.backbones import choose_attention
-from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.precision import DTYPES, autocast, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.optimizers import build_optimizer
 from training.benchmarks.pairs import Pair
@@ -69,7 +69,7 @@ def resnet18_step(*, auto: bool, batch: int = 64) -> Any:
         plain_optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
         def ours() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with autocast(device, dtype):
                 loss = model(views).loss
             loss.backward()
             optimizer.step()

@@ -25,10 +25,11 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model
 from hf_ssl.trainer.trainer import SSLTrainer
 from training.benchmarks.images import parquet_of_small_images
+from training.benchmarks.peak import memory_mib
+from training.benchmarks.report import RESULTS
 
 BATCH = 100
 POINTS = 50  # number of points of the curve
-RESULTS = Path(__file__).parent / "results"
 
 
 class Memory(TrainerCallback):
@@ -43,14 +44,8 @@ class Memory(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.every == 0:
             self.images.append(state.global_step * BATCH)
-            self.mib.append(resident_mib())
+            self.mib.append(memory_mib("RssAnon"))  # without mapped files
             self.seconds.append(time.process_time())
-
-
-def resident_mib() -> float:
-    """Return the resident memory of this process in MiB, without mapped files (Linux)."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) / 1024
 
 
 def streamed_pass(data: Path, images: int) -> dict[str, Any]:

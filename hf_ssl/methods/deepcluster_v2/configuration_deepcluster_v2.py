@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields
 
 
 @strict
@@ -32,10 +32,6 @@ class DeepClusterV2Config(SSLConfig):
     projection_size: int = 128
     projection_hidden_size: int = 2048
     num_samples: int = 0
-
-    def validate_temperature(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self)
 
     def validate_clusters(self) -> None:
         """Raise `ValueError` without heads, for fewer than 2 clusters, or without k-means iterations."""

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig, check_fields, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields
 
 
 @strict
@@ -48,10 +48,6 @@ class DINOConfig(TeacherConfig):
     projection_layers: int = 3
     projection_batch_norm: bool = False
     drop_path_rate: float = 0.1
-
-    def validate_temperatures(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self, "student_temperature", "teacher_temperature", "teacher_temperature_start")
 
     def validate_head(self) -> None:
         """Raise `ValueError` for fewer than 2 outputs or a projector without layers."""

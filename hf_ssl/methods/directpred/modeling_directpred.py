@@ -6,6 +6,7 @@ import transformers.initialization as init
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
+from hf_ssl.evaluation.statistics import rank_me
 from hf_ssl.losses import cosine_regression
 from hf_ssl.losses.upcasting import without_autocast
 from hf_ssl.methods.directpred.configuration_directpred import DirectPredConfig
@@ -66,9 +67,7 @@ class DirectPredForPreTraining(MomentumModel):
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `predictor_rank`, the exponential of the entropy of the predictor's singular values."""
-        values = torch.linalg.svdvals(self.predictor.weight.float())
-        shares = values / values.sum()
-        return {"predictor_rank": (-(shares * (shares + 1e-7).log()).sum()).exp().item()}
+        return {"predictor_rank": rank_me(self.predictor.weight)}
 
 
 class Predictor(PersistentBuffers):

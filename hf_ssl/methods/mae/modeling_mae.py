@@ -18,6 +18,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import masked_patch_mse
+from hf_ssl.losses.regression import patch_statistics
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.outputs import SSLOutput
@@ -135,8 +136,8 @@ class MAEForPreTraining(PatchSelectionModel):
         images, made = inputs["pixel_values"][:, 0].float(), self.embed(inputs)
         patches, prediction = patchify(images, self.patch_size), made["predictions"].float()
         if self.config.norm_pix_loss:  # restore the mean and variance of the patch
-            variance, mean = torch.var_mean(made["targets"].float(), dim=-1, keepdim=True)
-            prediction = prediction * (variance + 1e-6).sqrt() + mean
+            mean, std = patch_statistics(made["targets"].float())
+            prediction = prediction * std + mean
         index = made["masked"].unsqueeze(-1).expand_as(prediction)
         visible = patches.scatter(1, index, torch.zeros_like(prediction))
         completed = patches.scatter(1, index, prediction)

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig, check_fields, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields
 
 
 @strict
@@ -43,10 +43,6 @@ class MoCoConfig(TeacherConfig):
     symmetric: bool = False
     batch_norm_splits: int = 1
     shuffle_batch_norm: bool = True
-
-    def validate_temperature(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self)
 
     def validate_queue(self) -> None:
         """Raise `ValueError` for a queue without rows or a batch without parts."""

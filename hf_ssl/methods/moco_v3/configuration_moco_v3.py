@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig, check_temperature
+from hf_ssl.modeling.configuration import TeacherConfig
 
 
 @strict
@@ -35,10 +35,6 @@ class MoCoV3Config(TeacherConfig):
     projection_layers: int = 2
     predictor_last_norm: bool = False
     freeze_patch_embedding: bool = True
-
-    def validate_temperature(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self)
 
 
 AutoConfig.register(MoCoV3Config.model_type, MoCoV3Config)

@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig
 
 
 @strict
@@ -27,10 +27,6 @@ class SimCLRConfig(SSLConfig):
     projection_size: int = 128
     projection_hidden_size: int | None = None
     projection_layers: int = 3
-
-    def validate_temperature(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self)
 
 
 AutoConfig.register(SimCLRConfig.model_type, SimCLRConfig)

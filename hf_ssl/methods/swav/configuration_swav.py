@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_temperature
+from hf_ssl.modeling.configuration import SSLConfig, check_fields
 
 
 @strict
@@ -39,10 +39,6 @@ class SwAVConfig(SSLConfig):
     queue_start_epoch: float = 15.0
     projection_size: int = 128
     projection_hidden_size: int = 2048
-
-    def validate_temperature(self) -> None:
-        """Raise `ValueError` for a temperature below 0.003."""
-        check_temperature(self)
 
     def validate_assignment(self) -> None:
         """Raise `ValueError` for settings of the assignment outside of their ranges."""
