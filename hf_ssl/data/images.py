@@ -20,8 +20,10 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 
+from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import UnreadableData, is_small
 from hf_ssl.data.columns import encoded_images
+from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
@@ -100,9 +102,40 @@ def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator
         images, broken = rows.read(np.arange(start, min(start + batch_size, len(rows))))
         if broken:
             raise UserError(
-                f"{source.description}: expected images that can be read, got {next(iter(broken.values()))}"
+                f"{source.description}: expected images that can be read, got {next(iter(broken.values()))}; "
+                "use hf_ssl.data.without_broken_images(dataset)"
             )
         yield images
+
+
+def without_broken_images(dataset: Dataset, config: DataConfig | None = None) -> Dataset:
+    """Return a data set without the rows whose image cannot be read, and log a warning that names them.
+
+    Training leaves such images out by itself. `SSLTrainer.predict` does not, because its rows would move.
+
+    Args:
+        dataset: the images.
+        config: see `as_source`.
+
+    Raises:
+        UserError: `dataset` is no `datasets.Dataset`, or has no column of images.
+    """
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; load the images"
+        )
+    config = DataConfig.of(config)
+    rows = EncodedRows(as_source(dataset, config, "dataset"), config.channels)
+    messages: dict[int, str] = {}
+    with progress("reading all images", len(rows)) as bar:
+        for start in range(0, len(rows), _CHUNK):
+            numbers = np.arange(start, min(start + _CHUNK, len(rows)))
+            messages |= {start + at: message for at, message in rows.read(numbers)[1].items()}
+            bar.update(len(numbers))
+    if messages:
+        named = "; ".join(list(messages.values())[:5])
+        logger.warning("left out %d of %d images: %s", len(messages), len(rows), named)
+    return dataset.select([row for row in range(len(rows)) if row not in messages])
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data import DataConfig, all_images, as_source, open_source, without_broken_images
 from hf_ssl.data import images as images_module
 from hf_ssl.data.batch import is_small
 from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows
@@ -150,3 +150,14 @@ def test_the_inspection_applies_the_orientation_and_skips_broken_images(tmp_path
 @pytest.mark.parametrize(("size", "small"), [(None, False), ((96, 96), True), ((8, 97), False)])
 def test_images_of_one_size_up_to_96_pixels_are_small(size, small):
     assert is_small(size) == small
+
+
+def test_images_that_cannot_be_read_are_left_out(numbered, caplog) -> None:
+    dataset = open_source(numbered(700, row_group=200, broken=(3, 600))).dataset
+    kept = without_broken_images(dataset)
+    assert len(kept) == 698 and "2 of 700" in caplog.text and "row 600" in caplog.text
+    assert sum(map(len, all_images(as_source(kept, DataConfig()), 3))) == 698
+    with pytest.raises(UserError, match=mentions("row 3", "without_broken_images")):
+        next(all_images(as_source(dataset, DataConfig()), 3))
+    with pytest.raises(UserError, match=mentions("dataset", "list")):
+        without_broken_images([])  # type: ignore[arg-type]
