@@ -147,9 +147,9 @@ def local_secrets(folder: Path, token: str | None = None) -> Secrets:
     home = Path.home()
     if len(home.parts) > 1:
         literal["the path of a home folder"] = f"{home}{os.sep}"
-    for path in (folder.resolve(), Path.cwd()):
+    for what, path in (("published folder", folder.resolve()), ("working directory", Path.cwd())):
         if len(path.parts) > 2:
-            literal[f"the path of {path.name}"] = str(path)
+            literal[f"the path of the {what}"] = str(path)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the account does not exist, as in some containers

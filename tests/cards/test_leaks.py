@@ -79,6 +79,14 @@ def test_allowed_texts(path: str, text: str) -> None:
     check_leaks({path: text.encode()}, SECRETS)
 
 
+def test_folders_of_one_name_are_both_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for parent in ("first", "second"):
+        (tmp_path / parent / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "first" / "photos")
+    found = set(local_secrets(tmp_path / "second" / "photos").literal.values())
+    assert {str(tmp_path / parent / "photos") for parent in ("first", "second")} <= found
+
+
 def test_local_secrets(account_with_secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets(tmp_path)

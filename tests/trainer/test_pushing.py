@@ -101,7 +101,7 @@ def test_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
     assert kind(repo.head.files) == "resnet" and repo.head.files["NOTES.md"].data == b"mine"
 
     (folder / "README.md").write_text(f"# An encoder in {folder}")
-    with pytest.raises(UserError, match=mentions("README.md", "path", "digits")):
+    with pytest.raises(UserError, match=mentions("README.md", "path", "folder")):
         trainer.push_to_hub()
 
 
