@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training arguments: the arguments of transformers with other defaults, and further arguments of hf_ssl."""
 
+import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from hf_ssl.errors import UserError, check_keys, check_name, check_values, one_line
+from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
+from hf_ssl.sections import to_dataclass
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
+    REJECTED,
     check_accelerator_config,
     check_arguments,
     check_best_model,
@@ -37,6 +41,11 @@ if TYPE_CHECKING:
 else:
     WorkerCount = str  # HfArgumentParser (transformers 5.20 to 5.24) reads `int | str` as int: no `auto`
 _MONITOR_STEPS = 200
+_FIXED = (
+    *REJECTED, "batch_size", "per_device_train_batch_size", "base_learning_rate", "learning_rate_rule",
+    "optim", "optim_args", "optimizer", "precision", "bf16", "fp16", "monitor_steps", "lr_scheduler_type",
+    "minimum_learning_rate_ratio", "lars",
+)  # fmt: skip
 
 
 @renamed_arguments(**renamed_keys("training"))
@@ -152,6 +161,12 @@ class SSLTrainingArguments(TrainingArguments):
         if args is None:
             return cls(output_dir="trainer_output")
         if isinstance(args, cls):
+            changed = [name for name, value in args._made_with.items() if getattr(args, name) != value]
+            for name in changed:
+                raise UserError(
+                    f"args.{name}: expected no change after the arguments were made, got "
+                    f"{getattr(args, name)}; use SSLTrainingArguments({name}=...)"
+                )
             return args
         if not isinstance(args, TrainingArguments):
             raise UserError(
@@ -178,6 +193,7 @@ class SSLTrainingArguments(TrainingArguments):
         self.per_device_train_batch_size = per_device or 1  # transformers needs a number
         if workers == AUTO:  # transformers needs a number, and at least 1 with a prefetch factor
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
+        do_eval = self.do_eval
         try:
             super().__post_init__()
             check_accelerator_config(self)
@@ -185,6 +201,7 @@ class SSLTrainingArguments(TrainingArguments):
             if isinstance(error, UserError):
                 raise
             raise UserError(f"training: {one_line(error)}") from error
+        self.do_eval = do_eval  # transformers sets it, and a copy of the arguments would then warn about it
         self.dataloader_num_workers = workers
         if self.n_gpu > 1:
             raise UserError(
@@ -202,11 +219,14 @@ class SSLTrainingArguments(TrainingArguments):
                 "training.batch_size, per_device_train_batch_size: expected one of them, or batch_size = "
                 f"per_device_train_batch_size x {micro_batches}, got {self.batch_size} and {per_device}"
             )
+        self._remember()
+
+    def _remember(self) -> None:
+        """Store the arguments from which others were computed, or which were rejected."""
+        self._made_with = {name: getattr(self, name) for name in _FIXED if hasattr(self, name)}
 
     def _check_values(self) -> None:
-        chunk, drops, clip = self.contrastive_chunk_size, self.learning_rate_drops, self.clip_each_tensor
-        workers, decay, end = self.dataloader_num_workers, self.layer_decay, self.weight_decay_end
-        rule, variant = self.learning_rate_rule, self.lars.variant
+        workers, rule, variant = self.dataloader_num_workers, self.learning_rate_rule, self.lars.variant
         whole = isinstance(workers, int) and workers >= 0
         choices = {
             "precision": (AUTO, *DTYPES),
@@ -219,16 +239,11 @@ class SSLTrainingArguments(TrainingArguments):
             *((key, getattr(self, key), getattr(self, key) in options, f"one of {', '.join(options)}")
               for key, options in choices.items()),
             ("lars.variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
-            ("layer_decay", decay, decay is None or 0 < decay <= 1, "a number above 0 and at most 1"),
-            ("contrastive_chunk_size", chunk, chunk is None or chunk >= 1, "at least 1"),
             ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,
              "none without base_learning_rate", "learning_rate for the rate itself"),
-            ("learning_rate_drops", drops, min(drops, default=1) > 0, "positive epochs"),
             ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or an integer of at least 0"),
-            ("clip_each_tensor", clip, clip >= 0, "at least 0"),
-            ("clip_each_tensor", clip, not (clip and self.fp16), "0 with fp16, which scales gradients"),
-            ("weight_decay_end", end, end is None or end >= 0, "at least 0"),
-            ("monitor_steps", self.monitor_steps, self.monitor_steps >= 0, "at least 0"),
+            ("clip_each_tensor", self.clip_each_tensor, not (self.clip_each_tensor and self.fp16),
+             "0 with fp16, which scales gradients"),
         )  # fmt: skip
 
     def _read_optimizer(self) -> None:
@@ -292,10 +307,15 @@ class SSLTrainingArguments(TrainingArguments):
     def _read_lars(self) -> None:
         """Make `lars` a `LARSConfig`."""
         given: Any = self.lars
-        if isinstance(given, dict):
-            check_keys(given, (item.name for item in fields(LARSConfig)), "training.lars")
-            self.lars = given = LARSConfig(**given)
-        check_values("training", ("lars", given, isinstance(given, LARSConfig), "a dict or a LARSConfig"))
+        if isinstance(given, LARSConfig) and isinstance(given.trust_coefficient, str):
+            given = given.trust_coefficient  # HfArgumentParser writes the text of --lars into the first field
+        if isinstance(given, LARSConfig):
+            given = asdict(given)
+        if isinstance(given, str):
+            with suppress(ValueError):
+                given = json.loads(given)
+        check_values("training", ("lars", given, isinstance(given, dict), "a LARSConfig, a dict or JSON"))
+        self.lars = to_dataclass(LARSConfig, given, "training.lars")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain data for JSON."""
@@ -334,6 +354,7 @@ class SSLTrainingArguments(TrainingArguments):
         self.bf16, self.fp16 = precision == "bfloat16", precision == "float16"
         # transformers (5.20 to 5.24) sets this only in __post_init__
         self.mixed_precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+        self._remember()
 
     def use_batch_size(self, batch_size: int) -> None:
         """Set another batch size, and the learning rate by `learning_rate_rule`.
@@ -344,6 +365,7 @@ class SSLTrainingArguments(TrainingArguments):
         self.batch_size = batch_size
         self._update_learning_rate()
         self.per_device_train_batch_size = self._batch_per_process()
+        self._remember()
 
     def _update_learning_rate(self) -> None:
         if self.base_learning_rate is not None:

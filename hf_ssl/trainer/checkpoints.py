@@ -2,17 +2,20 @@
 """Saves complete checkpoints and resumes from them, also in the middle of an epoch."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import transformers.trainer
 from accelerate import skip_first_batches
 from safetensors import SafetensorError
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -32,6 +35,17 @@ from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.optimizers import OptimizingTrainer
+from hf_ssl.trainer.transformers_arguments import as_bool
+
+_GROUP_KEYS = {
+    "initial_lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1",
+    "eps": "adam_epsilon",
+    "momentum": "momentum",
+}
+"""Key of a parameter group in a checkpoint -> the argument that sets it in a new run."""
+logger = logging.getLogger(__name__)
 
 
 class CheckpointTrainer(OptimizingTrainer):
@@ -159,10 +173,37 @@ class CheckpointTrainer(OptimizingTrainer):
         with _readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Also check that the checkpoint is not behind the end of the run."""
+        numbers = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step is not None and numbers[-1] < self._resumed_step:
+            raise UserError(
+                f"training.max_steps: expected at least {self._resumed_step}, as in the checkpoint, got "
+                f"{numbers[-1]}; use an earlier checkpoint"
+            )
+        return numbers
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _readable(Path(checkpoint)):
+        if checkpoint is None:
+            return
+        optimizer = cast(Optimizer, self.optimizer)
+        before = [dict(group) for group in optimizer.param_groups]
+        with _readable(Path(checkpoint)):
+            try:
                 super()._load_optimizer_and_scheduler(checkpoint)
+                groups = list(zip(before, optimizer.param_groups, strict=True))
+                if any(old.keys() - new.keys() for old, new in groups):
+                    raise ValueError("the optimizer differs")
+            except ValueError as error:
+                raise UserError(
+                    "training.optimizer: expected the optimizer and the parameter groups of the checkpoint, "
+                    f"got others ({first_line(error)}); resume with the arguments of the run (optimizer, "
+                    "layer_decay, head_warmup_epochs, decay_all_parameters)"
+                ) from error
+        for key, name in _GROUP_KEYS.items():
+            wanted, kept = ([group.get(key) for group in side] for side in zip(*groups, strict=True))
+            if wanted != kept and not (name == "weight_decay" and self.args.weight_decay_end is not None):
+                logger.warning("training.%s: the run keeps the value of the checkpoint: %s", name, kept[0])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -170,6 +211,27 @@ class CheckpointTrainer(OptimizingTrainer):
                 f"checkpoint: expected the weights of this model, got missing keys "
                 f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
             )
+
+
+def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
+    """Return the checkpoint that a run resumes from: its folder, True for the newest one, or False.
+
+    Args:
+        given: the argument of `train`; None uses `args.resume_from_checkpoint`.
+        args: the training arguments.
+
+    Raises:
+        UserError: it is neither the folder of a checkpoint nor true or false.
+    """
+    given = as_bool(args.resume_from_checkpoint if given is None else given)
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    if not isinstance(given, str | PathLike) or not (Path(given) / TRAINER_STATE_NAME).is_file():
+        raise UserError(
+            f"resume_from_checkpoint: expected the folder of a checkpoint, got {given}; use "
+            f"{newest_checkpoint(Path(str(args.output_dir))) or 'false'}"
+        )
+    return str(given)
 
 
 def check_no_checkpoints(args: TrainingArguments) -> None:

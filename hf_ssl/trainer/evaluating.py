@@ -43,7 +43,12 @@ _UNUSED_METHODS = {
     "hyperparameter_search": "start one run per setting, as hf-ssl does",
 }
 """Method of transformers' Trainer that this trainer does not have -> what to do instead."""
-_CALLERS = {"get_decay_parameter_names": "create_optimizer", "_get_train_sampler": "get_train_dataloader"}
+_CALLERS = {
+    "get_decay_parameter_names": "create_optimizer",
+    "get_optimizer_cls_and_kwargs": "create_optimizer",
+    "_get_train_sampler": "get_train_dataloader",
+    "_save": "save_model",
+}
 """Method of transformers' Trainer -> the method of this trainer that would call it, but does not."""
 
 

@@ -13,9 +13,9 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from hf_ssl.errors import UserError, check_name, one_line
+from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
@@ -23,6 +23,45 @@ from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.transformers_arguments import warn_once
+
+_OF_MEASUREMENTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+_WITHOUT_WARMUP = (SchedulerType.CONSTANT, *_OF_MEASUREMENTS)
+_OF_OPTIMIZER = (
+    "optimizer", "optim_args", "learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end",
+    "decay_all_parameters", "layer_decay", "head_warmup_epochs", "lars", "momentum", "adam_beta1",
+    "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+_OF_SCHEDULE = ("lr_scheduler_type", "minimum_learning_rate_ratio", "learning_rate_drops", "warmup_epochs")
+
+
+def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
+    """Check the arguments of `SSLTrainer` that are optimizers or callbacks.
+
+    Raises:
+        UserError: one of them has another form, or there are two optimizers.
+    """
+    pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
+    given = pair and optimizers[0] is not None
+    valid = not cls_and_kwargs or [type(item) for item in cls_and_kwargs[:2]] == [type, dict]
+    kinds = [item if isinstance(item, type) else type(item) for item in callbacks or ()]
+    check_values(
+        "SSLTrainer",
+        ("optimizers", optimizers, pair and (not given or isinstance(optimizers[0], Optimizer)),
+         "an optimizer or None, and a schedule or None", "optimizers=(optimizer, None)"),
+        ("optimizer_cls_and_kwargs", cls_and_kwargs, valid, "a class and a dict", "(SGD, {'lr': 0.1})"),
+        ("optimizer_cls_and_kwargs", cls_and_kwargs, not (given and cls_and_kwargs), "None with optimizers"),
+        ("callbacks", callbacks, all(issubclass(kind, TrainerCallback) for kind in kinds),
+         "a list of callbacks", "callbacks=[callback]"),
+    )  # fmt: skip
+
+
+def warn_about_own_optimizer(args: SSLTrainingArguments, optimizers: tuple[Any, Any]) -> None:
+    """Warn about arguments that have no effect because the user made the optimizer or the schedule."""
+    for item, names in zip(optimizers, (_OF_OPTIMIZER, _OF_SCHEDULE), strict=True):
+        default = SSLTrainingArguments(str(args.output_dir), use_cpu=True) if item is not None else args
+        for name in names:
+            if getattr(args, name) != getattr(default, name):
+                warn_once(f"training.{name} has no effect with your own {type(item).__name__}")
 
 
 def build_optimizer(
@@ -56,8 +95,14 @@ def build_optimizer(
         }
         for group, members in by_settings.items()
     ]
+    # The parameter groups contain the weight decay.
     known = {"sgd": ["momentum"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
-    _warn_about_unused(args, known[args.optimizer] if cls_and_kwargs is None else kwargs)
+    _warn_about_unused(
+        args,
+        {"weight_decay", *known[args.optimizer]}
+        if cls_and_kwargs is None
+        else {*kwargs, *(inspect.signature(cls_and_kwargs[0]).parameters.keys() & {"weight_decay"})},
+    )
     if cls_and_kwargs is not None:
         try:
             return cls_and_kwargs[0](groups, **kwargs)
@@ -146,7 +191,14 @@ def _warn_about_unused(args: SSLTrainingArguments, known: Container[str]) -> Non
         args: the training arguments.
         known: names of the arguments of the optimizer.
     """
-    name_of = {"momentum": "momentum", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+    name_of = {
+        "weight_decay": "weight_decay",
+        "weight_decay_end": "weight_decay",
+        "momentum": "momentum",
+        "adam_beta1": "betas",
+        "adam_beta2": "betas",
+        "adam_epsilon": "eps",
+    }
     default = {item.name: item.default for item in fields(args)}
     unused = [
         name for name, own in name_of.items() if own not in known and getattr(args, name) != default[name]
@@ -200,6 +252,15 @@ def build_scheduler(
         else args.get_warmup_steps(total_steps)
     )
     specific = cast("dict[str, Any] | None", args.lr_scheduler_kwargs)
+    kind = SchedulerType(args.lr_scheduler_type)
+    if warmup and kind in _WITHOUT_WARMUP:
+        warn_once(
+            f"training.warmup_steps and warmup_epochs have no effect with lr_scheduler_type={kind.value}"
+        )
+    if specific and kind == SchedulerType.CONSTANT:
+        warn_once("training.lr_scheduler_kwargs has no effect with lr_scheduler_type=constant")
+    if kind in _OF_MEASUREMENTS:  # transformers (5.20 to 5.24) does not pass `greater_is_better` on
+        specific = {"mode": "max" if args.greater_is_better else "min", **(specific or {})}
     try:
         scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific
@@ -249,13 +310,13 @@ def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: 
         return
     value = scheduled_value(args.weight_decay, args.weight_decay_end, "cosine", fraction)
     for group in optimizer.param_groups:
-        if group.get("decay"):
+        if group.get("decay") and "weight_decay" in group:
             group["weight_decay"] = value
 
 
 def largest_weight_decay(optimizer: Optimizer) -> float:
     """Return the largest weight decay of all parameter groups."""
-    return max(group["weight_decay"] for group in optimizer.param_groups)
+    return max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
 
 
 class OptimizingTrainer(Trainer):
@@ -290,6 +351,11 @@ class OptimizingTrainer(Trainer):
         switch = getattr(self.optimizer, "eval" if averaged else "train", None)
         if switch is not None:
             switch()
+
+    def _get_learning_rate(self) -> float:
+        """Return the largest learning rate of the groups that follow the schedule, for the log."""
+        groups = cast(Optimizer, self.optimizer).param_groups
+        return max(group["lr"] for group in groups if not group.get("fixed_learning_rate"))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the learning rate schedule: warm-up, then the schedule of transformers."""

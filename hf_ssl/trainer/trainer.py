@@ -41,7 +41,7 @@ from hf_ssl.trainer.callbacks import (
     ProgressBar,
     WeightDecaySchedule,
 )
-from hf_ssl.trainer.checkpoints import check_no_checkpoints, keep_loader_position
+from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
@@ -59,9 +59,9 @@ from hf_ssl.trainer.monitor import (
     Monitor,
     knn_classifiers,
 )
-from hf_ssl.trainer.optimizers import largest_weight_decay
+from hf_ssl.trainer.optimizers import check_objects, largest_weight_decay, warn_about_own_optimizer
 from hf_ssl.trainer.stopping import StopOnSignal
-from hf_ssl.trainer.transformers_arguments import as_bool, check_early_stopping, check_metric
+from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,9 @@ class SSLTrainer(EvaluatingTrainer):
         reject_argument("data_collator", data_collator, "set the augmentation in model.config.views")
         reject_argument("processing_class", processing_class, "it follows from model.config.views")
         reject_argument("preprocess_logits_for_metrics", logits, "compute_metrics receives features")
+        check_objects(optimizers, optimizer_cls_and_kwargs, callbacks)
         args = SSLTrainingArguments.from_arguments(args)
+        warn_about_own_optimizer(args, optimizers)
         if compute_metrics is None:
             names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
             check_metric(args.metric_for_best_model, names)
@@ -265,6 +267,8 @@ class SSLTrainer(EvaluatingTrainer):
         loss = output.loss
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(output, None, num_items_in_batch=None)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise UserError(f"compute_loss_func: expected a loss (a scalar tensor), got {loss!r}")
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -352,7 +356,7 @@ class SSLTrainer(EvaluatingTrainer):
                 and saved a checkpoint before.
         """
         self._resumed_step = None
-        resume_from_checkpoint = as_bool(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         check_early_stopping(self.args, self.callback_handler.callbacks)
         if resume_from_checkpoint:
             self.args.eval_on_start = False
@@ -372,6 +376,8 @@ class SSLTrainer(EvaluatingTrainer):
             ) from error
         else:
             self.use_averaged_weights(True)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+                logger.warning("training.load_best_model_at_end: the last model stays, as none was measured")
             if self.stop_signal.received is not None:
                 self._stop(save=False)  # the training loop has saved a checkpoint
             return result

@@ -7,11 +7,15 @@ All other fields of `transformers.TrainingArguments` work. `training/README.md` 
 import dataclasses
 import logging
 import math
-import re
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from multiprocessing import get_all_start_methods
+from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 import torch._inductor
 from transformers import EarlyStoppingCallback, IntervalStrategy, TrainingArguments
@@ -23,6 +27,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
+from hf_ssl.sections import describe
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
@@ -72,15 +77,36 @@ WITHOUT_EFFECT = {
 }
 """Argument of transformers that only causes a warning -> the reason."""
 
-_AT_LEAST_ONE = ("gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_prefetch_factor")
-_AT_LEAST_ZERO = (
-    "learning_rate",
-    "weight_decay",
-    "momentum",
-    "max_grad_norm",
-    "adam_epsilon",
-    "warmup_epochs",
-)
+_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        ("gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_prefetch_factor",
+         "contrastive_chunk_size", "monitor_bank_images", "monitor_query_images", "monitor_neighbors"),
+    ),
+    "at least 0": (
+        lambda value: value >= 0,
+        ("learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end", "adam_epsilon",
+         "max_grad_norm", "clip_each_tensor", "warmup_steps", "warmup_epochs", "head_warmup_epochs",
+         "eval_delay", "monitor_steps", "batch_size", "per_device_train_batch_size"),
+    ),
+    "a positive number": (
+        lambda value: value > 0, ("num_train_epochs", "save_steps", "logging_steps", "ddp_timeout"),
+    ),
+    "a positive number, or -1 for all epochs": (lambda value: value == -1 or value > 0, ("max_steps",)),
+    "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "momentum")),
+    "a number from 0 to 1": (lambda value: 0 <= value <= 1, ("minimum_learning_rate_ratio",)),
+    "a number above 0 and at most 1": (lambda value: 0 < value <= 1, ("layer_decay",)),
+    "a whole number from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    "positive epochs": (lambda value: min(value, default=1) > 0, ("learning_rate_drops",)),
+    "another folder": (lambda value: str(value) != "", ("output_dir",)),
+    f"one of {', '.join(trainer_log_levels)}": (
+        lambda value: value in trainer_log_levels, ("log_level", "log_level_replica"),
+    ),
+    "a way to start processes": (
+        lambda value: value in get_all_start_methods(), ("dataloader_multiprocessing_context",),
+    ),
+}  # fmt: skip
+"""Expected values in words -> their check, and the arguments that must pass it unless they are None."""
 _WITH_WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
 _CHOICES: dict[str, Any] = {
     "eval_strategy": IntervalStrategy,
@@ -89,6 +115,13 @@ _CHOICES: dict[str, Any] = {
     "hub_strategy": HubStrategy,
     "lr_scheduler_type": SchedulerType,
     "optim": OptimizerNames,
+}
+_FURTHER_TYPES: dict[str, Any] = {
+    "accelerator_config": AcceleratorConfig,
+    "dataloader_num_workers": (int, float),
+    "debug": types.NoneType,
+    "optim_args": dict,
+    "resume_from_checkpoint": bool,
 }
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check")
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
@@ -103,15 +136,18 @@ def check_arguments(args: TrainingArguments) -> None:
         UserError: a rejected argument does not have its default value, a value has the wrong type or is out
             of range, or `report_to` names no installed tracker.
     """
+    hints = typing.get_type_hints(type(args))
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name in _CHOICES and value is False:
             value = "no"  # YAML reads `no` as False
-            setattr(args, field.name, value)
+        if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+            value = value.tolist()
+        setattr(args, field.name, value)
         if value == default or (default == "no" and value is False):
             continue
-        setattr(args, field.name, value := _checked_type(field, value, default))
+        setattr(args, field.name, value := _checked_type(field.name, value, hints[field.name]))
         if field.name in REJECTED and value is not None:
             raise UserError(f"training.{field.name}: expected {default}, got {value}; {REJECTED[field.name]}")
         if field.name in WITHOUT_EFFECT and value is not None:
@@ -119,19 +155,11 @@ def check_arguments(args: TrainingArguments) -> None:
     for name in _WITH_WORKERS:
         if getattr(args, name) and args.dataloader_num_workers == 0:
             warn_once(f"training.{name} has no effect with dataloader_num_workers=0")
-    levels, steps = ", ".join(trainer_log_levels), args.max_steps
-    debug: Any = args.debug
-    check_values(
-        "training",
-        *((name, value, value is None or value >= 1, "at least 1")
-          for name in _AT_LEAST_ONE for value in [getattr(args, name)]),
-        *((name, value, value is None or value >= 0, "at least 0")
-          for name in _AT_LEAST_ZERO for value in [getattr(args, name)]),
-        ("max_steps", steps, steps != 0, "a positive number, or -1 for all epochs"),
-        *((name, value, value in trainer_log_levels, f"one of {levels}")
-          for name in ("log_level", "log_level_replica") for value in [getattr(args, name)]),
-        ("debug", debug, isinstance(debug, str | list | None), "a text"),
-    )  # fmt: skip
+    for expected, (holds, names) in _RANGES.items():
+        values = [(name, getattr(args, name)) for name in names]
+        check_values(
+            "training", *((name, value, value is None or holds(value), expected) for name, value in values)
+        )
     # transformers 5.24 renamed `gradient_checkpointing_kwargs` to `activation_checkpointing_kwargs`.
     known = {
         "accelerator_config": [item.name for item in dataclasses.fields(AcceleratorConfig)],
@@ -145,24 +173,28 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_trackers(args.report_to)
 
 
-def _checked_type(field: "dataclasses.Field[Any]", value: Any, default: Any) -> Any:
-    """Return the value, or raise `UserError` if an argument with a number or a list has another type."""
-    words = set(re.findall(r"\w+", str(field.type)))
-    number = not isinstance(default, list) and words & {"int", "float"} and "str" not in words
-    missing = value is None and not words & {"None", "Optional"}
-    valid = True
-    if number and not missing:
-        valid = isinstance(value, int | float | None) and value == value
-        if isinstance(value, float) and "float" not in words and (valid := valid and value.is_integer()):
-            value = int(value)
-    elif isinstance(default, list):
-        valid = isinstance(value, list | tuple)
-    elif field.name in _CHOICES:
-        known = [item.value for item in _CHOICES[field.name]]
-        check_name(f"training.{field.name}", value, known, "a known name")
-    what = "a list" if isinstance(default, list) else "a number" if "float" in words else "a whole number"
-    check_values("training", (field.name, value, valid and not (missing and number), what))
-    return value
+def _checked_type(name: str, value: Any, annotation: Any) -> Any:
+    """Return the value, with an int for a whole number. Raise `UserError` for a value of another type."""
+    if name in _CHOICES:
+        check_name(f"training.{name}", value, [item.value for item in _CHOICES[name]], "a known name")
+    valid = isinstance(value, _FURTHER_TYPES.get(name, ())) or _fits(value, annotation)
+    check_values("training", (name, value, valid, describe(annotation)))
+    return int(value) if annotation in (int, int | None) and isinstance(value, float) else value
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Return whether a value has a type. A float field accepts an int, and an int field the float 64.0."""
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return number and (kind is float or int(value) == value)
+    if kind is typing.Literal:
+        return value in arguments
+    if kind is list:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    return isinstance(value, str | PathLike if kind is str else kind)
 
 
 def _check_compilation(args: TrainingArguments) -> None:
@@ -194,6 +226,11 @@ def check_best_model(args: TrainingArguments) -> None:
         raise UserError(
             f"training.monitor_steps: expected a positive number with {what}, got no measurements; use "
             "monitor_steps=200 or eval_strategy=epoch"
+        )
+    if save == "best" and args.metric_for_best_model is None:
+        raise UserError(
+            "training.metric_for_best_model: expected a measurement with save_strategy=best, got none; use "
+            "metric_for_best_model=knn"
         )
     if args.load_best_model_at_end and save not in ("best", evaluate):
         raise UserError(
@@ -266,10 +303,12 @@ def check_accelerator_config(args: TrainingArguments) -> None:
                 f"training.accelerator_config: expected no {name}, got {getattr(given, name)}; the loader of "
                 "hf_ssl divides batches among the processes"
             )
-    if "num_steps" in (given.gradient_accumulation_kwargs or {}):
+    given.gradient_accumulation_kwargs = kwargs = dict(given.gradient_accumulation_kwargs or {}) or None
+    steps = args.gradient_accumulation_steps  # the value that transformers writes into the dict
+    if kwargs is not None and kwargs.get("num_steps", steps) != steps:
         raise UserError(
-            "training.accelerator_config: expected no num_steps, got "
-            f"{given.gradient_accumulation_kwargs['num_steps']}; use training.gradient_accumulation_steps"
+            f"training.accelerator_config: expected no num_steps, got {kwargs['num_steps']}; use "
+            "training.gradient_accumulation_steps"
         )
 
 

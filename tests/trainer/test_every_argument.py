@@ -27,6 +27,8 @@ from hf_ssl.modeling.backbones import find_segments
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback
+from hf_ssl.trainer.lars import LARSConfig
+from hf_ssl.trainer.optimizers import warn_about_own_optimizer
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
@@ -289,6 +291,30 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
         ({"log_level": "loud"}, ["training.log_level", "warning", "loud"]),
         ({"monitor_steps": 100, "eval_steps": 50}, ["training.monitor_steps", "training.eval_steps", 50]),
         ({"eval_steps": 0}, ["training.eval_steps", "monitor_steps=0"]),
+        ({"bf16": "no"}, ["training.bf16", "true or false", "no"]),
+        ({"channels_last": "false"}, ["training.channels_last", "false"]),
+        ({"max_steps": True}, ["training.max_steps", "whole number", True]),
+        ({"logging_steps": float("inf")}, ["training.logging_steps", "inf"]),
+        ({"warmup_epochs": float("inf")}, ["training.warmup_epochs", "inf"]),
+        ({"learning_rate": np.array([1.0, 2.0])}, ["training.learning_rate", "number"]),
+        ({"learning_rate_drops": ["1"]}, ["training.learning_rate_drops", "numbers"]),
+        ({"metric_for_best_model": 3}, ["training.metric_for_best_model", "text", 3]),
+        ({"report_to": 3}, ["training.report_to", 3]),
+        ({"seed": -1}, ["training.seed", "2**32", -1]),
+        ({"adam_beta1": 1.0}, ["training.adam_beta1", 1.0]),
+        ({"momentum": 1.5}, ["training.momentum", 1.5]),
+        ({"minimum_learning_rate_ratio": 2}, ["training.minimum_learning_rate_ratio", 2]),
+        ({"monitor_bank_images": 0}, ["training.monitor_bank_images", 1, 0]),
+        ({"num_train_epochs": 0}, ["training.num_train_epochs", 0]),
+        ({"max_steps": -2}, ["training.max_steps", -1, -2]),
+        ({"save_steps": 0}, ["training.save_steps", 0]),
+        ({"output_dir": ""}, ["training.output_dir"]),
+        ({"dataloader_multiprocessing_context": "thread"}, ["dataloader_multiprocessing_context", "thread"]),
+        ({"gradient_checkpointing_kwargs": 3}, ["training.gradient_checkpointing_kwargs", 3]),
+        ({"accelerator_config": 3}, ["training.accelerator_config", 3]),
+        ({"lars": {"clip": "maybe"}}, ["training.lars.clip", "true or false"]),
+        ({"lars": LARSConfig("clip")}, ["training.lars", "JSON", "clip"]),
+        ({"save_strategy": "best"}, ["training.metric_for_best_model", "knn"]),
         ({"monitor_steps": -1}, ["training.monitor_steps", -1]),
         ({"gradient_accumulation_steps": 1.5}, ["training.gradient_accumulation_steps", "whole", 1.5]),
         ({"learning_rate": None}, ["training.learning_rate", "number", None]),
@@ -329,7 +355,101 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
 )
 def test_contradictions_are_rejected(changes: dict, mentioned: list, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions(*mentioned)):
-        SSLTrainingArguments(str(tmp_path), **changes)
+        SSLTrainingArguments(**{"output_dir": str(tmp_path), **changes})
+
+
+def test_numbers_of_numpy_and_copies_of_arguments_work(tmp_path: Path, caplog) -> None:
+    given = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    args = SSLTrainingArguments(
+        str(tmp_path), batch_size=np.int64(8), learning_rate=np.float32(0.5), use_cpu=True, **given
+    )
+    assert (args.batch_size, type(args.batch_size), args.learning_rate) == (8, int, 0.5)
+    args.accelerator_config.gradient_accumulation_kwargs["num_steps"] = 1  # transformers does this
+    assert dataclasses.replace(args, seed=3).batch_size == 8 and not caplog.records
+    assert given == {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    parser = HfArgumentParser(SSLTrainingArguments)
+    command = ["--output_dir", str(tmp_path), "--lars", '{"clip": true}', "--optimizer", "lars"]
+    assert parser.parse_args_into_dataclasses(command)[0].lars == LARSConfig(clip=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"per_device_train_batch_size": 4}, {"optim": "sgd"}, {"bf16": True}, {"label_smoothing_factor": 0.1}],
+)
+def test_arguments_that_others_follow_from_cannot_change_later(changes: dict, table, tmp_path) -> None:
+    args = SSLTrainingArguments(str(tmp_path), use_cpu=True, batch_size=8)
+    args.max_steps = 2
+    args = SSLTrainingArguments.from_arguments(args)
+    ((name, value),) = changes.items()
+    setattr(args, name, value)
+    with pytest.raises(UserError, match=mentions(f"args.{name}", f"SSLTrainingArguments({name}=...)")):
+        SSLTrainingArguments.from_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "mentioned"),
+    [
+        ({"optimizers": None}, "optimizers"),
+        ({"optimizers": (torch.optim.SGD, None)}, "optimizers"),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, None)}, "optimizer_cls_and_kwargs"),
+        ({"callbacks": ["x"]}, "callbacks"),
+    ],
+)
+def test_objects_of_another_kind_are_rejected(given: dict, mentioned: str, table: Dataset) -> None:
+    with pytest.raises(UserError, match=mentions(f"SSLTrainer.{mentioned}")):
+        SSLTrainer(None, None, train_dataset=table, **given)
+
+
+def test_an_own_optimizer_says_which_arguments_have_no_effect(tmp_path: Path, caplog) -> None:
+    transformers_arguments.warn_once.cache_clear()
+    args = SSLTrainingArguments(str(tmp_path), use_cpu=True, layer_decay=0.5, warmup_epochs=2)
+    own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    warn_about_own_optimizer(args, (own, None))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "layer_decay" in message and "SGD" in message
+
+
+def test_a_loss_function_returns_a_scalar(table: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions("compute_loss_func", None)):
+        Run(table, tmp_path, compute_loss_func=lambda *given, **named: None)
+
+
+def test_a_best_model_that_was_never_measured_is_reported(table: Dataset, tmp_path: Path, caplog) -> None:
+    Run(table, tmp_path, eval_delay=100, **BEST)
+    assert "training.load_best_model_at_end" in caplog.text
+
+
+def test_a_plateau_schedule_knows_what_is_better(table: Dataset, tmp_path: Path) -> None:
+    for metric, mode in (("knn", "max"), ("loss", "min")):
+        changes = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": metric}
+        assert Run(table, tmp_path, **changes).trainer.lr_scheduler.mode == mode
+
+
+def test_the_logged_learning_rate_is_the_largest(table: Dataset, tmp_path: Path) -> None:
+    run = Run(table, tmp_path, layer_decay=0.5, lr_scheduler_type="constant")
+    assert run.history[1]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentioned"),
+    [
+        ({"max_steps": 1}, ["training.max_steps", 2, 1]),
+        ({"optimizer": "sgd"}, ["training.optimizer", "layer_decay"]),
+        ({"layer_decay": 0.5}, ["training.optimizer", "layer_decay"]),
+        ({"resume_from_checkpoint": "nope"}, ["resume_from_checkpoint", "nope", "checkpoint-2"]),
+    ],
+)
+def test_a_run_that_cannot_resume_says_why(changes: dict, mentioned: list, table, tmp_path) -> None:
+    Run(table, tmp_path, max_steps=2, **SAVE)
+    with pytest.raises(UserError, match=mentions(*mentioned)):
+        Run(table, tmp_path, **{"resume_from_checkpoint": "true", **changes})
+
+
+def test_a_resumed_run_names_the_values_that_it_keeps(table: Dataset, tmp_path: Path, caplog) -> None:
+    Run(table, tmp_path, max_steps=2, **SAVE)
+    Run(table, tmp_path, resume_from_checkpoint="true", learning_rate=0.5, adam_beta1=0.5)
+    assert "training.learning_rate: the run keeps the value of the checkpoint: 0.001" in caplog.text
+    assert "training.adam_beta1" in caplog.text and "training.weight_decay" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -345,6 +465,11 @@ def test_contradictions_are_rejected(changes: dict, mentioned: list, tmp_path: P
         ({"optim": "rmsprop", "momentum": 0.5}, ["training.momentum", "rmsprop"]),
         ({"optimizer": "sgd", "adam_beta1": 0.5}, ["training.adam_beta1", "sgd"]),
         ({"lars": {"clip": True}}, ["training.lars", "adamw"]),
+        ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, ["training.warmup_steps", "constant"]),
+        (
+            {"lr_scheduler_kwargs": {"a": 2}, "lr_scheduler_type": "constant"},
+            ["training.lr_scheduler_kwargs", "constant"],
+        ),
     ],
 )
 def test_values_that_another_value_disables_are_reported(changes, mentioned, table, tmp_path, caplog) -> None:
