@@ -14,9 +14,12 @@ _TABLE_NAMES = (
 )  # fmt: skip
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",
-# "encoder.layer.3.", "encoder.stages.1.layers.0.", "encoder.layers.1.blocks.0.", "timm_model.layer1.0.".
-_BLOCK = re.compile(r"(?:^|\.)(?:stages|layers|layer|blocks)\.?(\d+)\.(?:(?:(?:layers|blocks)\.)?(\d+)\.)?")
-_FIRST = re.compile(r"(^|\.)(embed\w*|patch_embed\w*|cls_token|pos_embed|reg_token|stem\w*|conv1|bn1)(\.|$)")
+# "encoder.layer.3.", "encoder.stages.1.layers.0.", "encoder.layers.1.blocks.0.", "timm_model.layer1.0.",
+# "encoder.block.1.0.", "timm_model.s1.b1.".
+_BLOCK = re.compile(
+    r"(?:^|\.)(?:stages|layers|layer|blocks|block|s)\.?(\d+)\.(?:(?:(?:layers|blocks)\.|b)?(\d+)\.)?"
+)
+_FIRST = re.compile(r"(^|\.)(\w*embed\w*|cls_token|reg_token|\w*stem\w*|conv1|bn1)(\.|$)")
 
 
 @dataclass(frozen=True)

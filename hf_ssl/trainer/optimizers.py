@@ -219,6 +219,11 @@ def parameter_groups_by_name(
     found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
     depth = layer_depths([name for name, _ in model.backbone.named_parameters()])
+    if args.layer_decay is not None and max(depth.values()) <= 2:  # embeddings, a block, and the rest
+        raise UserError(
+            "training.layer_decay: expected an encoder with numbered blocks, got "
+            f"{type(model.backbone).__name__}; leave it out"
+        )
     for name, own in inside.items():
         group, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
         found[name] = replace(

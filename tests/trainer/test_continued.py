@@ -14,9 +14,12 @@ from transformers import (
     Dinov2Config,
     ResNetConfig,
     SwinConfig,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     ViTConfig,
 )
 
+from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainingArguments
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
@@ -73,6 +76,31 @@ def test_depth_of_parameters(config, first, middle, last, blocks):
     assert set(found.values()) == set(range(blocks + (2 if last else 1)))
     assert (found[first], found[middle]) == (0, 2)
     assert last is None or found[last] == blocks + 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "first", "middle", "last"),
+    [
+        ("regnetx_002", "stem.conv.weight", "s2.b1.conv1.conv.weight", "s4.b7.conv1.conv.weight"),
+        ("mobilenetv3_small_050", "conv_stem.weight", "blocks.1.0.conv_pw.weight", "conv_head.weight"),
+    ],
+)
+def test_depth_of_parameters_of_timm(architecture, first, middle, last):
+    pytest.importorskip("timm")
+    encoder = TimmWrapperModel(TimmWrapperConfig(architecture=architecture))
+    found = layer_depths([name for name, _ in encoder.named_parameters()])
+    depths = [found[f"timm_model.{name}"] for name in (first, middle, last)]
+    assert depths == [0, 2, max(found.values())]
+
+
+@pytest.mark.parametrize("architecture", ["vgg11", "densenet121"])
+def test_layer_decay_needs_numbered_blocks(architecture, tmp_path):
+    pytest.importorskip("timm")
+    config = SimCLRConfig(backbone_config=TimmWrapperConfig(architecture=architecture))
+    with pytest.raises(UserError, match=mentions("training.layer_decay", "TimmWrapperModel")):
+        parameter_groups_by_name(
+            SimCLRForPreTraining(config), SSLTrainingArguments(str(tmp_path), layer_decay=0.5)
+        )
 
 
 def test_layers_learn_at_falling_rates_and_heads_alone_at_first(tmp_path):
