@@ -32,6 +32,7 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 OPTIMIZERS = ("sgd", "adamw", "lars")
 DEFAULT_BATCH_SIZE = 256
 RULES = ("none", "linear", "square_root")
+COSINE_VARIANTS = ("swav", "ijepa")
 if TYPE_CHECKING:
     WorkerCount = int | str
 else:
@@ -68,6 +69,11 @@ class SSLTrainingArguments(TrainingArguments):
         lars: settings of LARS, as a `hf_ssl.trainer.lars.LARSConfig` or a dict of its fields.
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
+        cosine_variant: authors whose form of `lr_scheduler_type=cosine_warmup_with_min_lr` is used: `swav` or
+            `ijepa` (`hf_ssl.trainer.optimizers.warmup_and_cosine`). None uses the form of transformers. Its
+            cosine is one step ahead of SwAV's. Its warmup starts one step later than I-JEPA's.
+        predictor_learning_rate_factor: factor on the learning rate of the predictor of a method (BYOL,
+            SimSiam, MoCo v3, I-JEPA). In arXiv:2102.06810, it is the ratio alpha_p of the learning rates.
         learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
             schedule `lr_scheduler_type` (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images that a process encodes at once, for batches that do not fit into
@@ -128,6 +134,8 @@ class SSLTrainingArguments(TrainingArguments):
     lars: LARSConfig = field(default_factory=LARSConfig)
     warmup_epochs: float = 0.0
     minimum_learning_rate_ratio: float = 0.0
+    cosine_variant: str | None = None
+    predictor_learning_rate_factor: float = 1.0
     learning_rate_drops: list[float] = field(default_factory=list)
     contrastive_chunk_size: int | None = None
     sync_batch_norm: bool = True
@@ -206,7 +214,8 @@ class SSLTrainingArguments(TrainingArguments):
     def _check_values(self) -> None:
         chunk, drops, clip = self.contrastive_chunk_size, self.learning_rate_drops, self.clip_each_tensor
         workers, decay, end = self.dataloader_num_workers, self.layer_decay, self.weight_decay_end
-        rule, variant = self.learning_rate_rule, self.lars.variant
+        rule, variant, cosine = self.learning_rate_rule, self.lars.variant, self.cosine_variant
+        factor, schedule = self.predictor_learning_rate_factor, SchedulerType(self.lr_scheduler_type)
         whole = isinstance(workers, int) and workers >= 0
         choices = {
             "precision": (AUTO, *DTYPES),
@@ -219,6 +228,10 @@ class SSLTrainingArguments(TrainingArguments):
             *((key, getattr(self, key), getattr(self, key) in options, f"one of {', '.join(options)}")
               for key, options in choices.items()),
             ("lars.variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("cosine_variant", cosine, cosine in (None, *COSINE_VARIANTS), "swav, ijepa or no value"),
+            ("cosine_variant", cosine, cosine is None or schedule == SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
+             f"no value with {schedule.value}", "lr_scheduler_type=cosine_warmup_with_min_lr"),
+            ("predictor_learning_rate_factor", factor, factor > 0, "a number above 0"),
             ("layer_decay", decay, decay is None or 0 < decay <= 1, "a number above 0 and at most 1"),
             ("contrastive_chunk_size", chunk, chunk is None or chunk >= 1, "at least 1"),
             ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,

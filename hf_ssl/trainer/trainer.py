@@ -59,7 +59,7 @@ from hf_ssl.trainer.monitor import (
     Monitor,
     knn_classifiers,
 )
-from hf_ssl.trainer.optimizers import largest_weight_decay
+from hf_ssl.trainer.optimizers import largest_weight_decay, parameter_groups_by_name
 from hf_ssl.trainer.stopping import StopOnSignal
 from hf_ssl.trainer.transformers_arguments import as_bool, check_early_stopping, check_metric
 from hf_ssl.views import ViewPreset
@@ -241,6 +241,7 @@ class SSLTrainer(EvaluatingTrainer):
     def _check_arguments(self) -> None:
         warn_about_accumulation(self.method, self.args)
         check_batch_size(self.args, self.source)
+        parameter_groups_by_name(self.method, self.args)  # raises an error if they disagree
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
             own_loss = type(self).compute_loss is not SSLTrainer.compute_loss
