@@ -9,7 +9,7 @@ from hf_ssl.methods.byol.configuration_byol import BYOLConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
+from hf_ssl.modeling.outputs import SSLOutput, linear_predictor_state, loss_of_both_views
 
 
 class BYOLForPreTraining(MomentumModel):
@@ -30,7 +30,7 @@ class BYOLForPreTraining(MomentumModel):
         sizes = [feature_size(self.backbone), hidden, size]
         self.projector = MLPHead(sizes, bias=True)
         self.teacher_projector = MLPHead(sizes, bias=True)
-        self.predictor = MLPHead([size, hidden, size], bias=True)
+        self.predictor = MLPHead([size, *[hidden] * (config.predictor_layers - 1), size], bias=True)
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +50,15 @@ class BYOLForPreTraining(MomentumModel):
         predictions, targets = embeddings["predictions"], embeddings["targets"]
         loss, terms = loss_of_both_views(cosine_regression, predictions, targets)
         return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """Return `predictor_rank` and `eigenspace_alignment` of a linear predictor.
+
+        The result is {} for a predictor with hidden layers. `linear_predictor_state` defines both numbers.
+        """
+        if self.config.predictor_layers > 1:
+            return {}
+        return linear_predictor_state(self.predictor.get_parameter("0.weight"), embeddings["projections"])
 
 
 AutoModelForPreTraining.register(BYOLConfig, BYOLForPreTraining)
