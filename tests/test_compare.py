@@ -83,7 +83,7 @@ def test_the_committed_record_is_whole(name):
         seeds[record["method"]["name"]] += 1
     missing = [method for method, count in seeds.items() if count != 3]
     assert not missing, (
-        f"run python -m training.compare --methods {' '.join(missing)} data.path=imagenette160, then "
+        f"run python -m training.compare data.path=imagenette160 --methods {' '.join(missing)}, then "
         "python -m training.update_readmes"
     )
     assert (results / name).exists()

@@ -266,6 +266,8 @@ def test_a_memory_of_all_images_has_a_place_for_each(method):
         ("directpred", "exponent=0.0", "above 0"),
         ("directpred", "epsilon=-0.1", "at least 0"),
         ("directpred", "update_frequency=0", "at least 1"),
+        ("byol", "predictor_layers=0", "at least 1"),
+        ("ijepa", "distance=l1", "squared_l2"),
         ("moco", "queue_size=0", "at least 1"),
         ("moco", "batch_norm_splits=0", "at least 1"),
     ],

@@ -147,6 +147,9 @@ MEASUREMENTS = {
     "alignment": Description("alignment of two views (equal embeddings: 0)", lower_is_better=True),
     "uniformity": Description("uniformity (lower: more uniform)", lower_is_better=True),
     "predictor_rank": Description("effective rank of the predictor", "effective rank"),
+    "eigenspace_alignment": Description(
+        "alignment of predictor and correlation matrix (same eigenvectors: 1)"
+    ),
     "prototype_entropy": Description("entropy of the use of prototypes (used equally: 1)", _PROTOTYPES),
     "prototypes_used": Description("share of the prototypes that are used", _PROTOTYPES),
     "off_diagonal_correlation": Description(

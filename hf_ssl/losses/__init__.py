@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
     from hf_ssl.losses.covariance import vicreg_terms
     from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
-    from hf_ssl.losses.regression import cosine_regression, latent_smooth_l1, masked_patch_mse
+    from hf_ssl.losses.regression import (
+        cosine_regression,
+        latent_smooth_l1,
+        latent_squared_l2,
+        masked_patch_mse,
+    )
 
 SMALLEST_TEMPERATURE = 0.003
 """With a smaller temperature, the exponentials of `nt_xent` would underflow in float64."""

@@ -100,11 +100,35 @@ def latent_smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ, or the tensors are empty.
 
-    Source: the authors' `train.py` of I-JEPA has the same scale. The paper (Assran et al., arXiv:2301.08243,
-    section 3) has a squared distance, summed over the features of a patch.
+    Source: the authors' `train.py` of I-JEPA has the same scale. `latent_squared_l2` is the loss of the
+    paper.
     """
     _check_shapes(prediction.numel() > 0, "latent_smooth_l1", prediction, target, "that is not empty")
     return smooth_l1_loss(prediction, target.detach())
+
+
+@full_precision
+def latent_squared_l2(prediction_BMTD: Tensor, target_BMTD: Tensor) -> Tensor:
+    """Return the squared L2 distance between predicted and target features of blocks (I-JEPA's paper).
+
+    Args:
+        prediction_BMTD: predicted features of the T patches of M target blocks of each image.
+        target_BMTD: features of the same shape, to which the caller has applied layer normalization. They get
+            no gradient.
+
+    Returns:
+        A scalar: the mean over images and blocks of the squared distance, summed over the patches of a block
+        and their features.
+
+    Raises:
+        ValueError: the shapes differ, the tensors do not have four dimensions, or they are empty.
+
+    Source: Assran et al., arXiv:2301.08243, section 3, "Loss". The authors' code has `latent_smooth_l1`.
+    """
+    valid = prediction_BMTD.ndim == 4 and prediction_BMTD.numel() > 0
+    expected = "(batch, blocks, patches, features) that is not empty"
+    _check_shapes(valid, "latent_squared_l2", prediction_BMTD, target_BMTD, expected)
+    return (prediction_BMTD - target_BMTD.detach()).square().sum((2, 3)).mean()
 
 
 def _check_shapes(valid: bool, name: str, prediction: Tensor, target: Tensor, expected: str) -> None:

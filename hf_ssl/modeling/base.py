@@ -339,17 +339,21 @@ class SSLPreTrainedModel(PreTrainedModel):
     def unit_projections(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return the unit projections of global and local views.
 
+        The backbone encodes the views of each size together. The projector receives the features of all
+        views in one batch, so its BatchNorm normalizes them together and updates its statistics once
+        (facebookresearch/swav, src/resnet50.py; facebookresearch/dino, `MultiCropWrapper`).
+
         Args:
             inputs: the inputs of `embed`.
             name: name of the projections (B, V, P) of global views. Those of local views (B, L, P), which are
                 missing if there are no local views, are "local_" and this name.
         """
         views = {name: "pixel_values", f"local_{name}": "local_pixel_values"}
-        return {
-            key: normalize(upcast(self.project_views(inputs[images])), dim=-1)
-            for key, images in views.items()
-            if images in inputs
-        }
+        encoded = {key: self.encode_views(inputs[of]) for key, of in views.items() if of in inputs}
+        features = torch.cat(list(encoded.values()), dim=1)
+        projections = self.apply_to_views(self.get_submodule("projector"), features)
+        sizes = [part.shape[1] for part in encoded.values()]
+        return dict(zip(encoded, normalize(upcast(projections), dim=-1).split(sizes, dim=1), strict=True))
 
     @staticmethod
     def join_views(embeddings: dict[str, Tensor], name: str) -> Tensor:

@@ -109,3 +109,23 @@ def off_diagonal_correlation(z_BD: Tensor) -> float:
     product = z_BD @ z_BD.T if batch < dims else z_BD.T @ z_BD
     diagonal = z_BD.square().sum(0).square().sum()
     return ((product.square().sum() - diagonal).clamp_min(0) / (dims * (dims - 1))).sqrt().item()
+
+
+@torch.no_grad()
+def eigenspace_alignment(weight_PP: Tensor, projections: Tensor) -> float:
+    """Return how well the eigenvectors of a linear predictor and of a correlation matrix agree.
+
+    Args:
+        weight_PP: the matrix W of the predictor, which maps f to W f.
+        projections: (..., P), inputs f of the predictor.
+
+    Returns:
+        The mean of |cos(u, W u)| over the eigenvectors u of the correlation matrix, the mean of f f^T, whose
+        eigenvalues are not zero. It is 1 if both matrices have the same eigenvectors, and also if W is a
+        multiple of the identity. Theorem 3 of DirectPred (Tian et al., arXiv:2102.06810) states that a
+        learned symmetric predictor approaches 1.
+    """
+    weight_PP, rows_NP = weight_PP.cpu().double(), projections.flatten(0, -2).cpu().double()
+    values, vectors = torch.linalg.eigh(rows_NP.T @ rows_NP / len(rows_NP))
+    vectors = vectors[:, values > values[-1] * len(values) * torch.finfo(torch.float32).eps]
+    return torch.cosine_similarity(vectors, weight_PP @ vectors, dim=0).abs().mean().item()

@@ -4,17 +4,15 @@
 import json
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import IntervalStrategy, SchedulerType, TrainingArguments, set_seed
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
-from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
 from hf_ssl.sections import to_dataclass
@@ -36,6 +34,7 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 OPTIMIZERS = ("sgd", "adamw", "lars")
 DEFAULT_BATCH_SIZE = 256
 RULES = ("none", "linear", "square_root")
+COSINE_VARIANTS = ("swav", "ijepa")
 if TYPE_CHECKING:
     WorkerCount = int | str
 else:
@@ -77,6 +76,11 @@ class SSLTrainingArguments(TrainingArguments):
         lars: settings of LARS, as a `hf_ssl.trainer.lars.LARSConfig` or a dict of its fields.
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
+        cosine_variant: authors whose form of `lr_scheduler_type=cosine_warmup_with_min_lr` is used: `swav` or
+            `ijepa` (`hf_ssl.trainer.optimizers.warmup_and_cosine`). None uses the form of transformers. Its
+            cosine is one step ahead of SwAV's. Its warmup starts one step later than I-JEPA's.
+        predictor_learning_rate_factor: factor on the learning rate of the predictor of a method (BYOL,
+            SimSiam, MoCo v3, I-JEPA). In arXiv:2102.06810, it is the ratio alpha_p of the learning rates.
         learning_rate_drops: epochs after which the learning rate is multiplied by 0.1, in addition to the
             schedule `lr_scheduler_type` (MoCo v1: [120, 160] with `constant`).
         contrastive_chunk_size: images that a process encodes at once, for batches that do not fit into
@@ -137,6 +141,8 @@ class SSLTrainingArguments(TrainingArguments):
     lars: LARSConfig = field(default_factory=LARSConfig)
     warmup_epochs: float = 0.0
     minimum_learning_rate_ratio: float = 0.0
+    cosine_variant: str | None = None
+    predictor_learning_rate_factor: float = 1.0
     learning_rate_drops: list[float] = field(default_factory=list)
     contrastive_chunk_size: int | None = None
     sync_batch_norm: bool = True
@@ -227,6 +233,7 @@ class SSLTrainingArguments(TrainingArguments):
 
     def _check_values(self) -> None:
         workers, rule, variant = self.dataloader_num_workers, self.learning_rate_rule, self.lars.variant
+        cosine, schedule = self.cosine_variant, SchedulerType(self.lr_scheduler_type)
         whole = isinstance(workers, int) and workers >= 0
         choices = {
             "precision": (AUTO, *DTYPES),
@@ -239,6 +246,9 @@ class SSLTrainingArguments(TrainingArguments):
             *((key, getattr(self, key), getattr(self, key) in options, f"one of {', '.join(options)}")
               for key, options in choices.items()),
             ("lars.variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("cosine_variant", cosine, cosine in (None, *COSINE_VARIANTS), "swav, ijepa or no value"),
+            ("cosine_variant", cosine, cosine is None or schedule == SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
+             f"no value with {schedule.value}", "lr_scheduler_type=cosine_warmup_with_min_lr"),
             ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,
              "none without base_learning_rate", "learning_rate for the rate itself"),
             ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or an integer of at least 0"),
@@ -395,24 +405,3 @@ def reject_argument(name: str, value: Any, advice: str) -> None:
     """Raise `UserError` unless an argument of transformers' Trainer without a meaning here is None."""
     if value is not None:
         raise UserError(f"{name}: expected None, got {type(value).__name__}; {advice}")
-
-
-def checked_model(
-    model: Any, model_init: Callable[[], SSLPreTrainedModel] | None, seed: int
-) -> SSLPreTrainedModel:
-    """Return the model of a method: `model`, or the result of `model_init` with this seed.
-
-    Raises:
-        UserError: both or none of them are given, or the model is not one of a method.
-    """
-    if (model is None) == (model_init is None):
-        raise UserError("model, model_init: expected one of them; use SSLTrainer(model=...)")
-    if model_init is not None:
-        set_seed(seed)
-        model = model_init()
-    if not isinstance(model, SSLPreTrainedModel):
-        raise UserError(
-            f"model: expected the model of a method such as SimCLRForPreTraining, got {type(model).__name__};"
-            " use SimCLRForPreTraining.from_backbone(...) for an encoder"
-        )
-    return model

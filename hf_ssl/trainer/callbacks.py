@@ -113,7 +113,9 @@ class WeightDecaySchedule(TrainerCallback):
     """Changes weight decay before each optimizer step, if `args.weight_decay_end` is set."""
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        schedule_weight_decay(kwargs["optimizer"], args, state.global_step / state.max_steps)
+        # In I-JEPA's code, the schedule advances before each step (src/train.py).
+        step = state.global_step + (args.cosine_variant == "ijepa")
+        schedule_weight_decay(kwargs["optimizer"], args, step / state.max_steps)
 
 
 class ProgressBar(ProgressCallback):

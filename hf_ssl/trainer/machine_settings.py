@@ -9,10 +9,12 @@ the same one.
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from transformers import set_seed
 
 from hf_ssl.data import Source
 from hf_ssl.data.batch import ProcessShare
@@ -138,13 +140,20 @@ def choose_batch_size(
 
 
 def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
-    """Check that the data hold one micro-batch for each process.
+    """Check that the data hold one micro-batch for each process, and that the length of the run is known.
 
     Raises:
-        UserError: there are fewer images. The message gives a batch size that fits.
+        UserError: there are fewer images, and the message gives a batch size that fits; or the length of a
+            stream is not known, and `max_steps` is not set.
     """
+    if source.num_rows is None:
+        if args.max_steps <= 0:
+            raise UserError(
+                "training.max_steps: expected a positive number for a stream of unknown length, got -1"
+            )
+        return
     share = ProcessShare(0, args.per_device_train_batch_size, world_size=args.world_size)
-    if source.num_rows is None or holds_batch(source, share):
+    if holds_batch(source, share):
         return
     micro_batches = args.world_size * args.gradient_accumulation_steps
     advice = f"training.batch_size={micro_batches * _power_of_two(source.num_rows / micro_batches)}"
@@ -292,3 +301,24 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
         torch.nn.Module.to(model, memory_format=torch.channels_last)
     if args.device.type == "cpu":
         choose_attention(model)
+
+
+def checked_model(
+    model: Any, model_init: Callable[[], SSLPreTrainedModel] | None, seed: int
+) -> SSLPreTrainedModel:
+    """Return the model of a method: `model`, or the result of `model_init` with this seed.
+
+    Raises:
+        UserError: both or none of them are given, or the model is not one of a method.
+    """
+    if (model is None) == (model_init is None):
+        raise UserError("model, model_init: expected one of them; use SSLTrainer(model=...)")
+    if model_init is not None:
+        set_seed(seed)
+        model = model_init()
+    if not isinstance(model, SSLPreTrainedModel):
+        raise UserError(
+            f"model: expected the model of a method such as SimCLRForPreTraining, got {type(model).__name__};"
+            " use SimCLRForPreTraining.from_backbone(...) for an encoder"
+        )
+    return model

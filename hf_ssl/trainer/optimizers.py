@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container
 from copy import copy
@@ -55,8 +56,22 @@ def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
     )  # fmt: skip
 
 
-def warn_about_own_optimizer(args: SSLTrainingArguments, optimizers: tuple[Any, Any]) -> None:
-    """Warn about arguments that have no effect because the user made the optimizer or the schedule."""
+def check_optimization(
+    model: SSLPreTrainedModel, args: SSLTrainingArguments, optimizers: tuple[Any, Any]
+) -> None:
+    """Check the arguments of optimizer and schedule.
+
+    A warning names the arguments that have no effect because the user made the optimizer or the schedule.
+
+    Args:
+        model: the model of the method.
+        args: the training arguments.
+        optimizers: the user's optimizer and schedule; None for those of `args`.
+
+    Raises:
+        UserError: the errors of `parameter_groups_by_name`.
+    """
+    parameter_groups_by_name(model, args)
     for item, names in zip(optimizers, (_OF_OPTIMIZER, _OF_SCHEDULE), strict=True):
         default = SSLTrainingArguments(str(args.output_dir), use_cpu=True) if item is not None else args
         for name in names:
@@ -215,15 +230,32 @@ def parameter_groups_by_name(
     """Return the parameter group of each trainable parameter, by name.
 
     The groups follow from the rules of the method and from the training arguments.
+
+    Raises:
+        UserError: the encoder has no numbered blocks for `layer_decay`, or the method has no predictor for
+            `predictor_learning_rate_factor`.
+
+    Raises:
+        UserError: `args.predictor_learning_rate_factor` is not 1, and the method trains no predictor.
     """
     found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
     depth = layer_depths([name for name, _ in model.backbone.named_parameters()])
-    if args.layer_decay is not None and max(depth.values()) <= 2:  # embeddings, a block, and the rest
+    if args.layer_decay is not None and max(depth.values()) <= 1:  # all parameters are "after the blocks"
         raise UserError(
             "training.layer_decay: expected an encoder with numbered blocks, got "
             f"{type(model.backbone).__name__}; leave it out"
         )
+    factor = args.predictor_learning_rate_factor
+    predictor = [name for name in found if name.startswith("predictor.")]
+    if factor != 1 and not predictor:
+        raise UserError(
+            f"training.predictor_learning_rate_factor: expected 1, because {type(model).__name__} trains no "
+            f"predictor, got {factor}"
+        )
+    for name in predictor:
+        scale = found[name].learning_rate_scale * factor
+        found[name] = replace(found[name], learning_rate_scale=scale)
     for name, own in inside.items():
         group, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
         found[name] = replace(
@@ -275,6 +307,14 @@ def build_scheduler(
             f"training.lr_scheduler_kwargs: expected the arguments of {args.lr_scheduler_type}, got "
             f"{specific}: {error}"
         ) from error
+    if args.cosine_variant is not None:
+        rates = {"min_lr_rate": 0.0, "warmup_lr_rate": 0.0} | (specific or {})
+        if rates.get("min_lr") is not None:
+            rates["min_lr_rate"] = rates["min_lr"] / optimizer.defaults["lr"]
+        start, end = float(rates["warmup_lr_rate"] or 0), float(rates["min_lr_rate"] or 0)
+        cycles = float(rates.get("num_cycles", 0.5))
+        schedule = warmup_and_cosine(args.cosine_variant, warmup, total_steps, start, end, cycles)
+        scheduler = LambdaLR(optimizer, schedule)
     drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
     # An optimizer that the user made has groups without our keys.
     fixed = any(group.get("fixed_learning_rate") for group in optimizer.param_groups)
@@ -293,6 +333,34 @@ def build_scheduler(
         ]
         scheduler = LambdaLR(optimizer, lambdas)
     return scheduler
+
+
+def warmup_and_cosine(
+    variant: str, warmup: int, total: int, start: float, end: float, cycles: float = 0.5
+) -> Callable[[int], float]:
+    """Return the authors' schedule, a function of the completed steps: linear warmup, then a cosine.
+
+    Args:
+        variant: `swav` (facebookresearch/swav, main_swav.py; DeepCluster v2 and DINO share it). The first
+            step has `start`. The last step of the warmup and the next step both have 1, because
+            `numpy.linspace` includes the end. The last step is one step before `end`.
+            `ijepa` (facebookresearch/ijepa, src/utils/schedulers.py). The schedule advances before each step,
+            so the first step is one step after `start`, and the last step has `end`.
+        warmup, total: steps of the warmup and of the run.
+        start, end: first and last factor on the learning rate.
+        cycles: periods of the cosine.
+    """
+    first = 1 if variant == "ijepa" else 0
+    intervals = max(1, warmup - 1 + first)
+
+    def factor(step: int) -> float:
+        position = min(step + first, total)
+        if position < warmup:
+            return start + (1 - start) * position / intervals
+        progress = (position - warmup) / max(1, total - warmup)
+        return end + (1 - end) * (1 + math.cos(2 * math.pi * cycles * progress)) / 2
+
+    return factor
 
 
 def _dropped(schedule: Callable[[int], float], drops: list[int]) -> Callable[[int], float]:

@@ -31,7 +31,7 @@ from hf_ssl.hub import image_processor
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import average_gradients
 from hf_ssl.progress import hidden_progress
-from hf_ssl.trainer.arguments import SSLTrainingArguments, checked_model, reject_argument
+from hf_ssl.trainer.arguments import SSLTrainingArguments, reject_argument
 from hf_ssl.trainer.callbacks import (
     SEED_OFFSET,
     CurvesCallback,
@@ -48,6 +48,7 @@ from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
 from hf_ssl.trainer.machine_settings import (
     Choices,
     check_batch_size,
+    checked_model,
     choose_precision,
     choose_workers,
     prepare_model,
@@ -59,7 +60,7 @@ from hf_ssl.trainer.monitor import (
     Monitor,
     knn_classifiers,
 )
-from hf_ssl.trainer.optimizers import check_objects, largest_weight_decay, warn_about_own_optimizer
+from hf_ssl.trainer.optimizers import check_objects, check_optimization, largest_weight_decay
 from hf_ssl.trainer.stopping import StopOnSignal
 from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric
 from hf_ssl.views import ViewPreset
@@ -130,7 +131,6 @@ class SSLTrainer(EvaluatingTrainer):
         reject_argument("preprocess_logits_for_metrics", logits, "compute_metrics receives features")
         check_objects(optimizers, optimizer_cls_and_kwargs, callbacks)
         args = SSLTrainingArguments.from_arguments(args)
-        warn_about_own_optimizer(args, optimizers)
         if compute_metrics is None:
             names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
             check_metric(args.metric_for_best_model, names)
@@ -243,14 +243,11 @@ class SSLTrainer(EvaluatingTrainer):
     def _check_arguments(self) -> None:
         warn_about_accumulation(self.method, self.args)
         check_batch_size(self.args, self.source)
+        check_optimization(self.method, self.args, (self.optimizer, self.lr_scheduler))
         self.method.check_source(self.source.streaming, self.source.num_rows)
         if self.args.contrastive_chunk_size is not None:
             own_loss = type(self).compute_loss is not SSLTrainer.compute_loss
             check_chunking(self.method, own_loss=own_loss or self.compute_loss_func is not None)
-        if self.source.num_rows is None and self.args.max_steps <= 0:
-            raise UserError(
-                "training.max_steps: expected a positive number for a stream of unknown length, got -1"
-            )
 
     # Optimization.
 

@@ -14,6 +14,7 @@ from hf_ssl.losses import (
     dino_cross_entropy,
     info_nce,
     latent_smooth_l1,
+    latent_squared_l2,
     masked_patch_mse,
     nt_xent,
     sinkhorn,
@@ -50,6 +51,7 @@ EXAMPLES = {
     ),
     "info_nce": (lambda q: info_nce(q, Z2.to(q), Z3.to(q), temperature=0.1), Z1),
     "latent_smooth_l1": (lambda p: latent_smooth_l1(p, Z2.to(p)), Z1),
+    "latent_squared_l2": (lambda p: latent_squared_l2(p, VIEWS.flip(0)[None].to(p)), VIEWS[None]),
     "masked_patch_mse": (
         lambda p: masked_patch_mse(p, VIEWS.flip(0).to(p), torch.ones(4, 8), normalize=True),
         VIEWS,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.losses import cosine_regression, latent_smooth_l1, masked_patch_mse
+from hf_ssl.losses import cosine_regression, latent_smooth_l1, latent_squared_l2, masked_patch_mse
 
 
 def randn(*shape, seed=0):
@@ -108,6 +108,7 @@ def test_targets_get_no_gradient():
     target = randn(2, 3, 4).requires_grad_()
     masked_patch_mse(randn(2, 3, 4).requires_grad_(), target, torch.ones(2, 3), normalize=True).backward()
     latent_smooth_l1(randn(2, 3, 4).requires_grad_(), target).backward()
+    latent_squared_l2(randn(1, 2, 3, 4).requires_grad_(), target[None]).backward()
     assert target.grad is None
 
 
@@ -140,6 +141,27 @@ def test_latent_smooth_l1_equals_its_definition():
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(torch.autograd.grad(loss, prediction), torch.autograd.grad(slow, prediction))
     assert torch.autograd.gradcheck(lambda values: latent_smooth_l1(values, target), prediction)
+
+
+def test_latent_squared_l2_equals_the_loss_of_the_paper():
+    """For an image: 1 / M times the sum over blocks and their patches of the squared distance."""
+    prediction, target = randn(2, 3, 4, 5, seed=1).requires_grad_(), 2 * randn(2, 3, 4, 5, seed=2)
+    slow = 0.0
+    for blocks, aims in zip(prediction, target, strict=True):
+        for block, aim in zip(blocks, aims, strict=True):
+            slow = slow + sum((p - t).norm() ** 2 for p, t in zip(block, aim, strict=True)) / 3 / 2
+    loss = latent_squared_l2(prediction, target)
+    torch.testing.assert_close(loss, slow)
+    torch.testing.assert_close(torch.autograd.grad(loss, prediction), torch.autograd.grad(slow, prediction))
+    assert torch.autograd.gradcheck(lambda values: latent_squared_l2(values, target), prediction)
+    ones = torch.ones(7, 2, 3, 4)
+    assert latent_squared_l2(ones, -ones).item() == 4 * 3 * 4
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (0, 2, 3, 4)])
+def test_latent_squared_l2_raises_for_other_shapes(shape):
+    with pytest.raises(ValueError, match=mentions("latent_squared_l2", shape)):
+        latent_squared_l2(torch.ones(shape), torch.ones(shape))
 
 
 def test_latent_smooth_l1_has_closed_forms():

@@ -4,6 +4,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
         optimizer.zero_grad()
         model.after_step(RunProgress(step + 1, STEPS, steps_per_epoch=2))
 
-        temperature = 0.04 + (0.07 - 0.04) * min(1.0, step / 4)
+        temperature = [0.04, 0.07, 0.07][step // 2]  # numpy.linspace(0.04, 0.07, 2), then 0.07
         assert model.teacher_temperature.item() == pytest.approx(temperature)
         loss, seen = 0.0, []
         for globals_, locals_ in zip(images[step], local[step], strict=True):
@@ -120,6 +121,25 @@ def test_steps_equal_a_slow_loop(norm_last_layer):
         for (name, value), other in zip(part.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-9, msg=name)
     torch.testing.assert_close(model.teacher_last_layer.weight, teacher.directions.data, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 5, 30])
+def test_the_temperature_of_the_teacher_changes_once_per_epoch(warmup):
+    """main_dino.py: `numpy.linspace(start, end, warmup)`, then `end`, indexed by the epoch."""
+    model = build(teacher_temperature_warmup_epochs=float(warmup), teacher_temperature_start=0.03)
+    schedule = np.concatenate((np.linspace(0.03, 0.07, warmup), np.full(40 - warmup, 0.07)))
+    for step in range(40 * 3):
+        model.before_step(RunProgress(step, 40 * 3, steps_per_epoch=3))
+        assert model._teacher_temperature.value == pytest.approx(schedule[step // 3], rel=1e-12)
+
+
+def test_a_warmup_within_an_epoch_changes_the_temperature_every_step():
+    model = build(teacher_temperature_warmup_epochs=0.5, teacher_temperature_start=0.03)
+    found = []
+    for step in range(6):
+        model.before_step(RunProgress(step, 8, steps_per_epoch=8))
+        found.append(model._teacher_temperature.value)
+    assert found == pytest.approx([0.03, 0.04, 0.05, 0.06, 0.07, 0.07])
 
 
 def test_the_last_layer_waits_a_pass():

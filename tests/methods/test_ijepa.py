@@ -105,8 +105,8 @@ def slow_predict(predictor, context, context_patches, target_patches):
     return predictor.features(predictor.norm(tokens[len(seen) :]))
 
 
-def slow_loss(student, predictor, teacher, images, masks):
-    total, count = 0.0, 0
+def slow_loss(student, predictor, teacher, images, masks, distance):
+    total, count, squares = 0.0, 0, 0.0
     rows = zip(images[:, 0], masks["context_patches"].tolist(), masks["target_patches"].tolist(), strict=True)
     for image, context_patches, blocks in rows:
         context = slow_encode(student, image, context_patches)
@@ -116,14 +116,18 @@ def slow_loss(student, predictor, teacher, images, masks):
             predictions = slow_predict(predictor, context, context_patches, block)
             for patch, predicted in zip(block, predictions, strict=True):
                 target = (whole[patch] - whole[patch].mean()) / (whole[patch].var(correction=0) + 1e-5).sqrt()
-                for distance in (predicted - target).abs():
-                    total = total + (distance**2 / 2 if distance < 1 else distance - 0.5)
+                squares = squares + (predicted - target).square().sum()
+                for d in (predicted - target).abs():
+                    total = total + (d**2 / 2 if d < 1 else d - 0.5)
                     count += 1
-    return total / count
+    return total / count if distance == "smooth_l1" else squares / COUNT / 4  # 4 blocks of each image
 
 
-def test_steps_equal_the_slow_version(batches):
-    model = build(momentum=0.8).double().train()
+@pytest.mark.parametrize("distance", ["smooth_l1", "squared_l2"])
+def test_steps_equal_the_slow_version(batches, distance, monkeypatch):
+    rate = RATE if distance == "smooth_l1" else RATE / 1000  # the sum over features has larger gradients
+    monkeypatch.setitem(globals(), "RATE", rate)
+    model = build(momentum=0.8, distance=distance).double().train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:  # far from where norms, biases and the mask token start
@@ -145,7 +149,7 @@ def test_steps_equal_the_slow_version(batches):
         optimizer.zero_grad()
         model.after_step(RunProgress(step + 1, TOTAL, TOTAL))
 
-        slow = slow_loss(student, predictor, teacher, images, masks)
+        slow = slow_loss(student, predictor, teacher, images, masks, distance)
         assert loss.item() == pytest.approx(slow.item(), rel=1e-11)
         momentum = 0.8 + 0.2 * step / TOTAL  # a straight line to 1
         with torch.no_grad():

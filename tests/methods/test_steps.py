@@ -40,18 +40,21 @@ def build(model_class, config):
 
 
 def train(model, batches):
-    """What SSLTrainer does around a step, with plain SGD. Returns the losses."""
-    optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE), []
-    for step, batch in enumerate(batches):
-        model.before_step(RunProgress(step, STEPS, steps_per_epoch=STEPS))
-        loss = model(pixel_values=batch).loss
-        loss.backward()
-        model.after_backward(RunProgress(step, STEPS, steps_per_epoch=STEPS))
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step(RunProgress(step + 1, STEPS, steps_per_epoch=STEPS))
-        losses.append(loss.item())
-    return losses
+    """What SSLTrainer does around each step, with plain SGD. Returns the losses."""
+    return [loss for step, batch in enumerate(batches) for loss in train_one(model, batch, step)]
+
+
+def train_one(model, batch, step):
+    """What SSLTrainer does around one step, with plain SGD. Returns the loss in a list."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
+    model.before_step(RunProgress(step, STEPS, steps_per_epoch=STEPS))
+    loss = model(pixel_values=batch).loss
+    loss.backward()
+    model.after_backward(RunProgress(step, STEPS, steps_per_epoch=STEPS))
+    optimizer.step()
+    optimizer.zero_grad()
+    model.after_step(RunProgress(step + 1, STEPS, steps_per_epoch=STEPS))
+    return [loss.item()]
 
 
 class Network(nn.Module):
@@ -144,22 +147,55 @@ def test_byol(batches):
     assert_same_weights(model.predictor, online.parts[2])
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1.0])
-def test_directpred(batches, exponent):
+def boosted(correlation, epsilon):
+    """The predictor of DirectPred (arXiv:2102.06810, eq. 18), with the largest eigenvalue scaled to 1."""
+    values, vectors = torch.linalg.eigh(correlation)
+    shares = [math.sqrt(max(0.0, value) / max(values)) + epsilon for value in values.tolist()]
+    return sum(share * torch.outer(v, v) for share, v in zip(shares, vectors.T, strict=True))
+
+
+def copied(correlation, epsilon):
+    """The predictor of the authors' DirectCopy: the matrix itself plus epsilon times the identity."""
+    return correlation + epsilon * torch.eye(len(correlation), dtype=correlation.dtype)
+
+
+# The momentum of the paper, and one at which the start of the moving average matters; every second step with
+# and without gradient; both kinds of eigenvalues for each exponent.
+@pytest.mark.parametrize(
+    ("fields", "predictor_of"),
+    [
+        ({}, boosted),
+        ({"correlation_momentum": 0.8}, boosted),
+        ({"exponent": 1.0, "correlation_momentum": 0.8}, copied),
+        ({"update_frequency": 2}, boosted),
+        ({"update_frequency": 2, "exponent": 1.0}, copied),
+        ({"update_frequency": 2, "learn_between_updates": False}, boosted),
+    ],
+)
+def test_directpred(batches, fields, predictor_of):
+    """The loop of the authors' `byol_trainer.py`. A batch first changes the correlation matrix, the first
+    batch by copying. The optimizer's step changes predictor and network. Then, once in `update_frequency`
+    steps, the predictor is computed. Its initial value, which is random there, is given here.
+    """
     config = DirectPredConfig(
         backbone_config=RESNET, projection_size=4, projection_hidden_size=16, momentum=0.8, momentum_end=0.8,
-        exponent=exponent, epsilon=0.1,
+        **fields,
     )  # fmt: skip
     model = build(DirectPredForPreTraining, config)
     online, target = (Network(model.backbone, model.projector) for _ in "ot")
-    correlation, predictor = torch.zeros(4, 4).double(), torch.eye(4).double()
-    losses = train(model, batches)
-    for step, (batch, got) in enumerate(zip(batches, losses, strict=True)):
-        if step:
-            values, vectors = torch.linalg.eigh(correlation)
-            shares = [(max(0.0, value) / values.max()) ** exponent + 0.1 for value in values]
-            predictor = sum(p * torch.outer(v, v) for p, v in zip(shares, vectors.T, strict=True))
+    rho, frequency = fields.get("correlation_momentum", 0.3), fields.get("update_frequency", 1)
+    correlation, predictor = None, torch.eye(4).double()
+    batches = [*batches, batches[0].flip(0), batches[1].flip(1)]
+    losses, weights = [], []
+    for step, batch in enumerate(batches):
+        losses += train_one(model, batch, step)
+        weights.append(model.predictor.weight.detach().clone())
+    for step, (batch, got, used) in enumerate(zip(batches, losses, weights, strict=True)):
         projections = [online(batch[:, view]) for view in range(2)]
+        outer = [torch.outer(row, row) for row in torch.cat(projections).detach()]
+        matrix = sum(outer) / len(outer)
+        correlation = matrix if correlation is None else rho * correlation + (1 - rho) * matrix
+        predictor = predictor.clone().requires_grad_()
         loss = 0.0
         for seen, aimed in ((0, 1), (1, 0)):
             with torch.no_grad():
@@ -168,13 +204,50 @@ def test_directpred(batches, exponent):
                 prediction = predictor @ row
                 loss = loss + (2 - 2 * prediction @ wanted / prediction.norm() / wanted.norm()) / BATCH
         assert got == pytest.approx(loss.item(), rel=1e-9)
-        rows = torch.cat(projections).detach()
-        correlation = 0.3 * correlation + 0.7 * sum(torch.outer(row, row) for row in rows) / len(rows)
+        (slope,) = torch.autograd.grad(loss, predictor, retain_graph=True)
+        predictor = predictor.detach()
+        if frequency > 1 and fields.get("learn_between_updates", True):
+            torch.testing.assert_close(used, predictor - RATE * slope, rtol=1e-7, atol=1e-9)
+            predictor = predictor - RATE * slope
         descend(online, loss)
+        if step % frequency == 0:
+            predictor = predictor_of(correlation, 0.1)
         follow(target, online, 0.8)
     torch.testing.assert_close(model.predictor.correlation, correlation, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(model.predictor.weight, predictor, rtol=1e-7, atol=1e-9)
     assert_same_weights(model.teacher_backbone, target.parts[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "power", "normalized"),
+    [
+        ({"exponent": 1.0, "normalize_eigenvalues": True}, 1.0, True),
+        ({"normalize_eigenvalues": False}, 0.5, False),
+        ({"epsilon": 0.0}, 0.5, True),
+    ],
+)
+def test_eigenvalues_of_the_predictor(fields, power, normalized):
+    """Eigenvalues are normalized as the config says. Normalized ones are at least 1e-4."""
+    config = DirectPredConfig(backbone_config=RESNET, projection_size=3, projection_hidden_size=8, **fields)
+    model = build(DirectPredForPreTraining, config)
+    model.predictor.correlation.copy_(torch.diag(torch.tensor([4.0, 0.25, 0.0])))
+    model.before_step(RunProgress(1, STEPS, STEPS))
+    scale, least = (4.0, 1e-4) if normalized else (1.0, 0.0)
+    expected = [max(least, (v / scale) ** power + fields.get("epsilon", 0.1)) for v in (4.0, 0.25, 0.0)]
+    torch.testing.assert_close(model.predictor.weight.diag().tolist(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_a_checkpoint_of_a_constant_predictor_loads_into_a_learned_one(frequency, tmp_path):
+    fields = {"backbone_config": RESNET, "projection_size": 4, "projection_hidden_size": 16}
+    old = DirectPredForPreTraining(DirectPredConfig(**fields, update_frequency=frequency))
+    assert isinstance(old.predictor.weight, nn.Parameter) == (frequency == 2)
+    torch.nn.init.normal_(old.predictor.weight)
+    old.save_pretrained(tmp_path)
+    new, info = DirectPredForPreTraining.from_pretrained(
+        tmp_path, config=DirectPredConfig(**fields, update_frequency=3 - frequency), output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(new.predictor.weight, old.predictor.weight)
 
 
 def test_swav_with_a_queue(batches):

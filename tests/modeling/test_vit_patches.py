@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoders that see some patches only: the same numbers as a forward of those patches, at their cost."""
 
+import math
+
 import pytest
 import torch
 from messages import mentions
@@ -8,11 +10,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.methods.moco_v3.configuration_moco_v3 import MoCoV3Config
+from hf_ssl.methods.moco_v3.modeling_moco_v3 import MoCoV3ForPreTraining
 from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.vit.patches import (
     PATCH_SELECTION_TYPES,
     encode_patches,
     select_patches,
+    sine_cosine_2d,
     special_tokens,
 )
 
@@ -133,3 +138,59 @@ def test_other_encoders_are_an_error():
     config = AutoConfig.for_model("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
     with pytest.raises(UserError, match=mentions("backbone.model_type", "vit", "convnextv2")):
         encode_patches(AutoModel.from_config(config), images())
+
+
+def moco_v3_positions(side, dims):
+    """The table of MoCo v3 (facebookresearch/moco-v3, vits.py) for a square grid, number by number.
+
+    There, `grid_w, grid_h = torch.meshgrid(grid_w, grid_h)`, with the old default "ij". So the number of a
+    flattened `grid_w` is that of the outer loop. Patches are flattened row by row.
+    """
+    omega = [1 / 10_000 ** (i / (dims // 4)) for i in range(dims // 4)]
+    table = []
+    for w in range(side):
+        for h in range(side):
+            angles = [[w * o for o in omega], [h * o for o in omega]]
+            table.append([wave(a) for half in angles for wave in (math.sin, math.cos) for a in half])
+    return torch.tensor(table, dtype=torch.float64)
+
+
+def test_positions_of_moco_v3_are_the_transpose_of_those_of_mae():
+    found, of_mae = sine_cosine_2d(4, 4, 16, row_first=True), sine_cosine_2d(4, 4, 16)
+    torch.testing.assert_close(found, moco_v3_positions(4, 16), rtol=0, atol=1e-15)
+    assert torch.equal(found.unflatten(0, (4, 4)), of_mae.unflatten(0, (4, 4)).transpose(0, 1))
+    assert not torch.equal(found, of_mae)
+    wide = sine_cosine_2d(2, 3, 8, row_first=True)  # row, column = 1, 2
+    angles = [1.0, 0.01, 2.0, 0.02]
+    expected = [wave(a) for half in (angles[:2], angles[2:]) for wave in (math.sin, math.cos) for a in half]
+    torch.testing.assert_close(wide[5].tolist(), expected)
+
+
+@pytest.mark.parametrize("kind", PATCH_SELECTION_TYPES)
+def test_moco_v3_can_have_the_fixed_positions_of_its_authors(kind, tmp_path):
+    backbone = AutoConfig.for_model(kind, **SIZES, **OF_TYPE[kind])
+    fields = {"projection_hidden_size": 8, "projection_size": 4}
+    model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone, fixed_positions=True, **fields))
+    model.save_pretrained(tmp_path / "model")
+    expected = moco_v3_positions(4, 24).float()
+    for each in (model, MoCoV3ForPreTraining.from_pretrained(tmp_path / "model")):
+        special = each.backbone.embeddings.position_embeddings.shape[1] - 16
+        for encoder in (each.backbone, each.teacher_backbone):
+            table = encoder.embeddings.position_embeddings
+            torch.testing.assert_close(table[0, special:], expected, rtol=0, atol=1e-7)
+            assert not table[0, :special].any() and not table.requires_grad
+    learned = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone, **fields))
+    table = learned.backbone.embeddings.position_embeddings
+    assert table.requires_grad and not torch.allclose(table[0, special:], expected)
+    learned.backbone.save_pretrained(tmp_path / "encoder")  # a trained table is kept
+    started = MoCoV3ForPreTraining.from_backbone(tmp_path / "encoder", fixed_positions=True, **fields)
+    assert torch.equal(started.teacher_backbone.embeddings.position_embeddings, table)
+    assert not started.backbone.embeddings.position_embeddings.requires_grad
+
+
+def test_fixed_positions_do_not_affect_encoders_without_them():
+    backbone = {
+        "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
+    }  # fmt: skip
+    config = MoCoV3Config(backbone_config=backbone, fixed_positions=True, projection_hidden_size=8)
+    assert all(p.requires_grad for p in MoCoV3ForPreTraining(config).backbone.parameters())

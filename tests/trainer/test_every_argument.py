@@ -28,7 +28,7 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback
 from hf_ssl.trainer.lars import LARSConfig
-from hf_ssl.trainer.optimizers import warn_about_own_optimizer
+from hf_ssl.trainer.optimizers import check_optimization
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
@@ -403,8 +403,9 @@ def test_objects_of_another_kind_are_rejected(given: dict, mentioned: str, table
 def test_an_own_optimizer_says_which_arguments_have_no_effect(tmp_path: Path, caplog) -> None:
     transformers_arguments.warn_once.cache_clear()
     args = SSLTrainingArguments(str(tmp_path), use_cpu=True, layer_decay=0.5, warmup_epochs=2)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**{**TINY, "depths": [2, 2]})))
     own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    warn_about_own_optimizer(args, (own, None))
+    check_optimization(model, args, (own, None))
     (message,) = [record.getMessage() for record in caplog.records]
     assert "layer_decay" in message and "SGD" in message
 

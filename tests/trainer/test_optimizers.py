@@ -3,11 +3,12 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from messages import mentions
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
@@ -16,6 +17,7 @@ from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.callbacks import WeightDecaySchedule
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.optimizers import (
     build_optimizer,
@@ -181,6 +183,110 @@ def test_a_warm_up_may_begin_above_zero_and_the_cosine_end_there(tmp_path):
     assert max(rates) == pytest.approx(4.8)
 
 
+def swav_rates(start, base, final, warmup, total):
+    """main_swav.py: `lr_schedule[iteration]` is the rate of an iteration, which counts from 0."""
+    cosine = [
+        final + 0.5 * (base - final) * (1 + math.cos(math.pi * t / (total - warmup)))
+        for t in range(total - warmup)
+    ]
+    return [*np.linspace(start, base, warmup), *cosine]
+
+
+def ijepa_rates(start, base, final, warmup, total):
+    """`WarmupCosineSchedule` of I-JEPA: `train_step` calls `step()`, which counts first, before the batch."""
+    rates = []
+    for count in range(1, total + 1):
+        if count < warmup:
+            rates.append(start + count / warmup * (base - start))
+        else:
+            progress = (count - warmup) / (total - warmup)
+            rates.append(final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 20])
+@pytest.mark.parametrize(
+    ("variant", "authors", "final"), [("swav", swav_rates, 0.0048), ("ijepa", ijepa_rates, 1e-3)]
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_schedules_of_the_authors(tmp_path, variant, authors, final, warmup, absolute):
+    end = {"min_lr": final} if absolute else {"min_lr_rate": final / 4.8}
+    args = arguments(
+        tmp_path,
+        optimizer="sgd",
+        learning_rate=4.8,
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"warmup_lr_rate": 0.0625, **end},
+        cosine_variant=variant,
+        warmup_steps=warmup,
+    )
+    ruled = model()
+    optimizer = build_optimizer(ruled, args)
+    scheduler = build_scheduler(optimizer, args, total_steps=100, steps_per_epoch=10)
+    plain = group_of(optimizer, ruled.backbone.embedder.embedder.convolution.weight)
+    fixed = group_of(optimizer, ruled.projector[0].weight)
+    rates = []
+    for _ in range(100):
+        rates.append(plain["lr"])
+        assert fixed["lr"] == 9.6
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(authors(0.3, 4.8, final, warmup, 100), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["swav_resnet50_imagenet", "deepcluster_v2_resnet50_imagenet"])
+def test_recipes_of_swav_have_the_rates_of_the_authors(name, tmp_path):
+    args = load_recipe(
+        name, [f"training.output_dir={tmp_path}", "training.batch_size=64"]
+    ).training_arguments()
+    optimizer = build_optimizer(model(), args)
+    scheduler = build_scheduler(optimizer, args, total_steps=800, steps_per_epoch=1)
+    expected = swav_rates(0.3, 4.8, 0.0048, 10, 800)
+    for rate in expected:
+        assert 4.8 * scheduler.lr_lambdas[-1](scheduler.last_epoch) == pytest.approx(rate, rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_weight_decay_of_ijepa_advances_before_each_step(tmp_path):
+    """`CosineWDSchedule`: `step()` counts first, so that the last step has the final weight decay."""
+    args = arguments(
+        tmp_path, weight_decay=0.04, weight_decay_end=0.4, cosine_variant="ijepa",
+        lr_scheduler_type="cosine_warmup_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.0},
+    )  # fmt: skip
+    optimizer = build_optimizer(model(), args)
+    found, expected = [], []
+    for step in range(10):
+        state = TrainerState(global_step=step, max_steps=10)
+        WeightDecaySchedule().on_step_begin(args, state, None, optimizer=optimizer)
+        found.append(largest_weight_decay(optimizer))
+        expected.append(0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi * (step + 1) / 10)))
+    assert found == pytest.approx(expected, rel=1e-12) and found[-1] == pytest.approx(0.4)
+
+
+def test_the_predictor_has_its_own_factor_on_the_learning_rate(tmp_path):
+    args = arguments(tmp_path, optimizer="sgd", learning_rate=0.5, predictor_learning_rate_factor=3.0)
+    byol = build_model(load_recipe("smoke/byol"), seed=0)
+    optimizer = build_optimizer(byol, args)
+    for name, parameter in byol.named_parameters():
+        if parameter.requires_grad:
+            factor = 3.0 if name.startswith("predictor.") else 1.0
+            assert group_of(optimizer, parameter)["lr"] == 0.5 * factor, name
+    simsiam = build_model(load_recipe("smoke/simsiam"), seed=0)  # its predictor keeps its learning rate
+    optimizer = build_optimizer(simsiam, args)
+    build_scheduler(optimizer, args, total_steps=10, steps_per_epoch=10)
+    assert group_of(optimizer, simsiam.predictor[0].weight)["lr"] == 1.5
+
+
+def test_a_method_without_a_learned_predictor_rejects_the_factor(tmp_path):
+    factor = "training.predictor_learning_rate_factor"
+    for method in ("simclr", "directpred"):
+        recipe = load_recipe(f"smoke/{method}", [f"{factor}=2", f"training.output_dir={tmp_path / method}"])
+        with pytest.raises(UserError, match=mentions(factor, 1, 2.0)):
+            train(recipe)
+        assert not any(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_weight_decay_follows_a_cosine_where_there_is_any(tmp_path, name):
     args = arguments(tmp_path, optimizer=name, weight_decay=0.04, weight_decay_end=0.4)
@@ -296,6 +402,12 @@ def test_learning_rate_rules(tmp_path, rule, rate):
         ({"lars": {"variant": "lamb"}}, ["training.lars.variant", "barlowtwins", "simclr", "larc", "lamb"]),
         ({"lars": {"eta": 1}}, ["training.lars", "trust_coefficient", "eta"]),
         ({"learning_rate_drops": [120, 0]}, ["training.learning_rate_drops", "[120, 0]"]),
+        ({"predictor_learning_rate_factor": 0.0}, ["training.predictor_learning_rate_factor", 0.0]),
+        ({"cosine_variant": "mae"}, ["training.cosine_variant", "swav", "ijepa", "mae"]),
+        (
+            {"cosine_variant": "swav"},
+            ["training.cosine_variant", "cosine_with_min_lr", "cosine_warmup_with_min_lr"],
+        ),
         ({"weight_decay_end": -0.1}, ["training.weight_decay_end", 0, "-0.1"]),
         ({"on_collapse": "ignore"}, ["training.on_collapse", "warn", "stop", "ignore"]),
         (

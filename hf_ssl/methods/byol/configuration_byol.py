@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields
 
 
 @strict
@@ -17,12 +17,19 @@ class BYOLConfig(TeacherConfig):
             schedule ends at 1 (deepmind-research/byol).
         projection_size, projection_hidden_size: output and hidden width of the projector and the predictor.
             Both are Linear, BatchNorm, ReLU, Linear without bias.
+        predictor_layers: number of Linear layers of the predictor (2). 1 means one linear layer without bias,
+            as in the experiments of DirectPred (arXiv:2102.06810) with a learned linear predictor.
     """
 
     model_type = "ssl_byol"
 
     projection_size: int = 256
     projection_hidden_size: int = 4096
+    predictor_layers: int = 2
+
+    def validate_predictor(self) -> None:
+        """Raise `ValueError` for a predictor without layers."""
+        check_fields(("predictor_layers", self.predictor_layers, self.predictor_layers >= 1, "at least 1"))
 
 
 AutoConfig.register(BYOLConfig.model_type, BYOLConfig)

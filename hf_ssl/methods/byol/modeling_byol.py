@@ -4,12 +4,13 @@
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
+from hf_ssl.evaluation.statistics import rank_me
 from hf_ssl.losses import cosine_regression
 from hf_ssl.methods.byol.configuration_byol import BYOLConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.momentum import MomentumModel
-from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
+from hf_ssl.modeling.outputs import SSLOutput, eigenspace_alignment, loss_of_both_views
 
 
 class BYOLForPreTraining(MomentumModel):
@@ -30,7 +31,7 @@ class BYOLForPreTraining(MomentumModel):
         sizes = [feature_size(self.backbone), hidden, size]
         self.projector = MLPHead(sizes, bias=True)
         self.teacher_projector = MLPHead(sizes, bias=True)
-        self.predictor = MLPHead([size, hidden, size], bias=True)
+        self.predictor = MLPHead([size, *[hidden] * (config.predictor_layers - 1), size], bias=True)
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +51,17 @@ class BYOLForPreTraining(MomentumModel):
         predictions, targets = embeddings["predictions"], embeddings["targets"]
         loss, terms = loss_of_both_views(cosine_regression, predictions, targets)
         return SSLOutput(loss=loss, terms=terms, embeddings=embeddings["projections"])
+
+    def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
+        """Return `predictor_rank` and `eigenspace_alignment` of a linear predictor.
+
+        The result is {} for a predictor with hidden layers.
+        """
+        if self.config.predictor_layers > 1:
+            return {}
+        weight = self.predictor.get_parameter("0.weight")
+        alignment = eigenspace_alignment(weight, embeddings["projections"])
+        return {"predictor_rank": rank_me(weight), "eigenspace_alignment": alignment}
 
 
 AutoModelForPreTraining.register(BYOLConfig, BYOLForPreTraining)

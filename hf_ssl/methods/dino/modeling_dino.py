@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINO: self-distillation with no labels (arXiv:2104.14294)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -61,11 +63,12 @@ class DINOForPreTraining(MomentumModel):
 
     def _scheduled_temperature(self, epoch: float) -> float:
         config = self.config
+        start, end = config.teacher_temperature_start, config.teacher_temperature
         warmup = config.teacher_temperature_warmup_epochs
-        fraction = min(1.0, epoch / warmup) if warmup else 1.0
-        return scheduled_value(
-            config.teacher_temperature_start, config.teacher_temperature, "linear", fraction
-        )
+        if epoch >= warmup:
+            return end
+        fraction = epoch / warmup if warmup < 1 else int(epoch) / max(1, math.ceil(warmup) - 1)
+        return scheduled_value(start, end, "linear", fraction)
 
     def before_step(self, progress: RunProgress) -> None:
         """Also write the scheduled temperature of the teacher."""

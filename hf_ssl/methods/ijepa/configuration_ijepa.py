@@ -10,6 +10,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from hf_ssl.modeling.configuration import TeacherConfig, check_fields, patch_grid, width_field
 from hf_ssl.views.masks import Size, block_size
 
+DISTANCES = ("smooth_l1", "squared_l2")
+
 
 @strict
 class IJEPAConfig(TeacherConfig):
@@ -31,6 +33,9 @@ class IJEPAConfig(TeacherConfig):
         predictor_attention_heads: number of the predictor's attention heads. None means that of the encoder.
         initializer_range: standard deviation of the predictor's initial weights. The encoder's configuration
             has its own value.
+        distance: distance between predicted and true features. "smooth_l1" is the mean smooth L1 distance of
+            the authors' code. "squared_l2" is the loss of the paper, a squared distance that is summed over
+            the patches of a block and their features (`hf_ssl.losses.latent_squared_l2`).
         momentum, momentum_end, momentum_schedule: momentum of the teacher (0.996 to 1, linear schedule).
     """
 
@@ -49,6 +54,7 @@ class IJEPAConfig(TeacherConfig):
     predictor_hidden_size: int = 384
     predictor_attention_heads: int | None = None
     initializer_range: float = 0.02
+    distance: str = "smooth_l1"
     momentum_schedule: str = "linear"
 
     @property
@@ -93,6 +99,11 @@ class IJEPAConfig(TeacherConfig):
             width_field("predictor_hidden_size", width, "predictor_attention_heads", heads),
             ("predictor_depth", depth, depth >= 1, "at least 1"),
         )
+
+    def validate_distance(self) -> None:
+        """Raise `ValueError` for an unknown distance."""
+        known = self.distance in DISTANCES
+        check_fields(("distance", self.distance, known, f"one of {', '.join(DISTANCES)}"))
 
     def validate_blocks(self) -> None:
         """Raise `ValueError` if the smallest context block of the image does not exceed `context_more_than`.

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from transformers.models.vit.configuration_vit import ViTConfig
 
 from hf_ssl.errors import UserError
-from hf_ssl.losses import latent_smooth_l1
+from hf_ssl.losses import latent_smooth_l1, latent_squared_l2
 from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.gather import min_over_processes
@@ -135,9 +135,11 @@ class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
         return layer_norm(patches, patches.shape[-1:])
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
-        """Return the mean smooth L1 distance between predicted and true features."""
-        loss = latent_smooth_l1(embeddings["predictions"], embeddings["targets"])
-        return SSLOutput(loss=loss, terms={"smooth_l1": loss.detach()}, embeddings=embeddings["features"])
+        """Return the distance between predicted and true features that the config names."""
+        name = self.config.distance
+        distance = latent_smooth_l1 if name == "smooth_l1" else latent_squared_l2
+        loss = distance(embeddings["predictions"], embeddings["targets"])
+        return SSLOutput(loss=loss, terms={name: loss.detach()}, embeddings=embeddings["features"])
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `explained_variance`, the share of the targets' variance that predictions explain.

@@ -24,6 +24,9 @@ class MoCoV3Config(TeacherConfig):
         predictor_last_norm: whether a BatchNorm without gain and offset follows the predictor.
         freeze_patch_embedding: whether a vision transformer's patch embedding keeps its random initial
             weights. This makes training stable (section 4.2 of the paper). It does not affect other encoders.
+        fixed_positions: whether a vision transformer has a fixed sine-cosine position table, whose first half
+            encodes the row, as in the authors' `vits.py`. False and None: the learned table of transformers.
+            It does not affect encoders without such a table.
     """
 
     model_type = "ssl_moco_v3"
@@ -35,6 +38,7 @@ class MoCoV3Config(TeacherConfig):
     projection_layers: int = 2
     predictor_last_norm: bool = False
     freeze_patch_embedding: bool = True
+    fixed_positions: bool | None = None
 
 
 AutoConfig.register(MoCoV3Config.model_type, MoCoV3Config)

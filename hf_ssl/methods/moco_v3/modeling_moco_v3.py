@@ -2,7 +2,9 @@
 """MoCo v3: momentum contrast without a queue, also for vision transformers (arXiv:2104.02057)."""
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
@@ -12,6 +14,7 @@ from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, fill_encoder_positions
 
 
 class MoCoV3ForPreTraining(MomentumModel):
@@ -19,8 +22,8 @@ class MoCoV3ForPreTraining(MomentumModel):
 
     Both views are queries and both are keys. The negatives are the other keys of the batch, from all
     processes. Each view is encoded separately. The EMA update of the teacher comes at the beginning of a
-    step, with the momentum of that step, as in the authors' code. A vision transformer has the learned
-    position table of transformers. The authors use a fixed sine-cosine table.
+    step, with the momentum of that step, as in the authors' code. By default, a vision transformer has the
+    learned position table of transformers. The authors use a fixed sine-cosine table (`fixed_positions`).
     """
 
     config_class = MoCoV3Config
@@ -39,11 +42,26 @@ class MoCoV3ForPreTraining(MomentumModel):
         self.predictor = MLPHead([size, hidden, size], last_norm=last_norm)
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if module is self and self._has_fixed_positions:  # this call is the last one, after the encoder's
+            fill_encoder_positions(self.backbone, row_first=True)
+
+    @property
+    def _has_fixed_positions(self) -> bool:
+        return bool(self.config.fixed_positions) and self.backbone.config.model_type in PATCH_SELECTION_TYPES
+
     def freeze(self) -> None:
-        """Also freeze the patch embedding of a vision transformer if `freeze_patch_embedding` is True."""
+        """Also freeze the patch embedding and the position table of a vision transformer.
+
+        The config says which of them (`freeze_patch_embedding`, `fixed_positions`).
+        """
         super().freeze()
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(self.backbone)
+        if self._has_fixed_positions:
+            self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries (B, 2, P) of the student and keys (B, 2, P) of the teacher."""

@@ -113,7 +113,7 @@ def unpatchify(patches_NPX: Tensor, size: tuple[int, int], grid: tuple[int, int]
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def sine_cosine_2d(height: int, width: int, dims: int) -> Tensor:
+def sine_cosine_2d(height: int, width: int, dims: int, *, row_first: bool = False) -> Tensor:
     """Return the positions (P, D) of a grid of patches, float64.
 
     The first half of the dims encodes the column, the second half the row. Each half has sines at D / 4
@@ -122,13 +122,15 @@ def sine_cosine_2d(height: int, width: int, dims: int) -> Tensor:
     Args:
         height, width: size of the grid in patches.
         dims: D, a multiple of 4.
+        row_first: whether the first half encodes the row and the second half the column (MoCo v3).
 
     Raises:
         UserError: dims is not a multiple of 4.
 
-    Source: the authors' code of MAE (facebookresearch/mae, util/pos_embed.py), which I-JEPA and MoCo v3
-    share. Its variable names suggest that the row comes first, but the column comes first in its values and
-    in the published weights.
+    Source: the authors' code of MAE (facebookresearch/mae, util/pos_embed.py), which I-JEPA shares. Its
+    variable names suggest that the row comes first, but the column comes first in its values and in the
+    published weights. The names in MoCo v3 (facebookresearch/moco-v3, vits.py) suggest that the column comes
+    first, but torch's `meshgrid` with two grids of one size makes it the row.
     """
     if dims % 4:
         raise UserError(f"hidden_size: expected a multiple of 4 for sine-cosine positions, got {dims}")
@@ -136,26 +138,28 @@ def sine_cosine_2d(height: int, width: int, dims: int) -> Tensor:
     row, column = torch.meshgrid(
         torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
     )
-    angles = [place.flatten().outer(frequencies) for place in (column, row)]
+    places = (row, column) if row_first else (column, row)
+    angles = [place.flatten().outer(frequencies) for place in places]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-def fill_positions(table: Tensor, grid: tuple[int, int]) -> None:
+def fill_positions(table: Tensor, grid: tuple[int, int], *, row_first: bool = False) -> None:
     """Write sine-cosine positions to a table (1, S + P, D), unless a checkpoint has filled it.
 
-    The first S rows become zero.
+    The first S rows become zero. `row_first` is that of `sine_cosine_2d`.
     """
-    patches = sine_cosine_2d(*grid, table.shape[-1])
+    patches = sine_cosine_2d(*grid, table.shape[-1], row_first=row_first)
     special = patches.new_zeros(table.shape[1] - len(patches), table.shape[-1])
     init.copy_(table, torch.cat([special, patches])[None].to(table))
 
 
-def fill_encoder_positions(backbone: Any) -> None:
+def fill_encoder_positions(backbone: Any, *, row_first: bool = False) -> None:
     """Write sine-cosine positions to a vision transformer's own table, unless a checkpoint has filled it.
 
-    This function does not freeze the table.
+    This function does not freeze the table. `row_first` is that of `sine_cosine_2d`.
     """
-    fill_positions(backbone.embeddings.position_embeddings, patch_grid(backbone.config))
+    table = backbone.embeddings.position_embeddings
+    fill_positions(table, patch_grid(backbone.config), row_first=row_first)
 
 
 class PatchSelectionModel(SSLPreTrainedModel):
