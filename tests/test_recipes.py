@@ -48,6 +48,13 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def test_no_output_folder_is_the_default_one() -> None:
+    for given in ("", "null"):
+        recipe = load_recipe("smoke/simclr", [f"training.output_dir={given}", "training.report_to=null"])
+        assert recipe.output_dir == Path("runs/smoke/simclr")
+        assert recipe.training_arguments().report_to == []
+
+
 @pytest.mark.parametrize("name", recipe_files())
 def test_recipe_builds_what_it_describes(name: str) -> None:
     recipe = load(name)

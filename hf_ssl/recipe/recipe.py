@@ -218,6 +218,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     else:
         backbone = fitted_backbone(backbone, data, views)
     training = convert_values(SSLTrainingArguments, plain["training"], "training")
+    if not training.get("output_dir", "default"):
+        del training["output_dir"]  # null, or nothing after the sign
     recipe = Recipe(
         name=name,
         path=path,

@@ -171,6 +171,7 @@ def check_arguments(args: TrainingArguments) -> None:
         if isinstance(given := getattr(args, name, None), dict):
             check_keys(given, keys, f"training.{name}")
     _check_compilation(args)
+    args.report_to = "none" if args.report_to is None else args.report_to
     _check_trackers(args.report_to)
 
 
