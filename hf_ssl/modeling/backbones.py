@@ -7,10 +7,10 @@ attention on a CPU.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 from hf_ssl.modeling.batch_norm import batch_norms, unchanged_statistics
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair
-from hf_ssl.modeling.eval_mode import copy_without_values
+from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
 from hf_ssl.modeling.pooling import pool
 
 _TIMM_STATES = "forward_intermediates"
@@ -68,6 +68,38 @@ def _example_images(copied: Any) -> Tensor:
         known = config.to_dict()
         channels, size = known.get("num_channels", 3), known.get("image_size") or 224
     return torch.empty(2, channels, *as_pair(size), device="meta")
+
+
+def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> None:
+    """Check that an encoder can encode square images of these sizes, by a pass without values.
+
+    If this pass fails, a pass with zeros decides, because operations of an encoder can depend on values.
+
+    Args:
+        backbone: the encoder, possibly on the device "meta".
+        sizes: sides of the images, in pixels.
+        channels: number of channels of the images.
+
+    Raises:
+        UserError: it cannot.
+    """
+    sides = sorted(set(sizes))
+    for model in (copy_without_values(backbone), backbone):
+        device = next(model.parameters()).device
+        try:
+            with evaluation_mode(model):
+                for side in sides:
+                    encode(cast(Any, model), torch.zeros(2, channels, side, side, device=device))
+        except NotImplementedError:
+            return  # the encoder has an operation that cannot run on shapes alone
+        except Exception as error:  # the code of another library may raise anything
+            if model is backbone or next(backbone.parameters()).is_meta:
+                raise UserError(
+                    f"backbone: expected an encoder for views of {sides} pixels, got "
+                    f"{backbone.config.model_type}: {type(error).__name__} {one_line(error)[:200]}"
+                ) from error
+        else:
+            return
 
 
 def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
     import torch
     from transformers import AutoModel
 
-    from hf_ssl.modeling.backbones import encode
+    from hf_ssl.modeling.backbones import check_image_sizes
 
-    sizes = [views.final_size] + ([views.final_local_size] if views.local_count else [])
+    sizes = views.final_sizes
     patch = config.to_dict().get("patch_size")
     for size in sizes:
         if isinstance(patch, int) and size % patch:
@@ -33,14 +33,11 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
                 f"{max(1, size // patch) * patch}"
             )
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"):
             encoder = AutoModel.from_config(config)
-            if encoder.main_input_name != "pixel_values":
-                raise UserError(
-                    f"backbone.model_type: expected an encoder of images, got {config.model_type}"
-                )
-            for size in sizes:
-                encode(encoder, torch.empty(2, data.channels, size, size))
+        if encoder.main_input_name != "pixel_values":
+            raise UserError(f"backbone.model_type: expected an encoder of images, got {config.model_type}")
+        check_image_sizes(encoder, sizes, data.channels)
     except UserError:
         raise
     except NotImplementedError:

@@ -28,6 +28,7 @@ from hf_ssl.data import (
 )
 from hf_ssl.errors import UserError
 from hf_ssl.hub import image_processor
+from hf_ssl.modeling.backbones import check_image_sizes
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import average_gradients
 from hf_ssl.progress import hidden_progress
@@ -158,6 +159,7 @@ class SSLTrainer(EvaluatingTrainer):
             small = holds_small_images(self.source, data)
             choices = choose_precision(args) | choose_workers(args, small=small)
         self.choices: Choices = choices
+        check_image_sizes(model.backbone, self.preset.final_sizes, data.channels)
         prepare_model(model, args)
         knn = self.classifiers.get("")
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)

@@ -194,6 +194,11 @@ class ViewPreset(ViewSettings):
         return self.size if self.enlarge is None else self.enlarge
 
     @property
+    def final_sizes(self) -> list[int]:
+        """Sides in pixels of the views that the encoder receives: of global, then of local ones, if any."""
+        return [self.final_size, *([self.final_local_size] if self.local_count else [])]
+
+    @property
     def final_local_size(self) -> int:
         """The side of a local view in pixels in the model's input."""
         return self.local_size * self.final_size // self.size

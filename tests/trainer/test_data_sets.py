@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from messages import mentions
 from torch.utils.data import DataLoader
 from transformers import (
+    ConvNextV2Config,
     EarlyStoppingCallback,
     ResNetConfig,
     ResNetModel,
@@ -306,6 +307,14 @@ def test_early_stopping_and_the_best_model(table: Dataset, tmp_path: Path) -> No
     )
     assert trainer.train().global_step < 30
     assert trainer.state.best_model_checkpoint is not None
+
+
+def test_views_that_are_too_small_for_the_encoder_are_reported(table: Dataset, tmp_path: Path) -> None:
+    encoder = ConvNextV2Config(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    small = SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder, views={"size": 16}))
+    with pytest.raises(UserError, match=mentions("backbone", 16, "convnextv2")):
+        SSLTrainer(small, arguments(tmp_path), train_dataset=table)
+    assert small.training and {p.device.type for p in small.parameters()} == {"cpu"}
 
 
 def test_predict_returns_the_features_in_order(table: Dataset, tmp_path: Path) -> None:
