@@ -18,12 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit.modeling_vit import eager_attention_forward
+from transformers.utils import logging
 
 from hf_ssl.errors import UserError, one_line
 from hf_ssl.modeling.batch_norm import batch_norms, unchanged_statistics
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
 from hf_ssl.modeling.pooling import pool
+
+logger = logging.get_logger(__name__)  # of transformers, which can warn once
 
 _TIMM_STATES = "forward_intermediates"
 """Method of the models of timm that returns hidden states. A few models lack it."""
@@ -209,17 +212,24 @@ class RecordedOutputs:
 
     @property
     def attentions(self) -> tuple[Tensor, ...] | None:
-        """Return the attention weights of each layer. None if they are not recorded."""
+        """Return the attention weights of each layer. None if they are not recorded.
+
+        The result is () if `attn_implementation` is not "eager".
+        """
         return self._found("attentions", self._weights) if "output_attentions" in self._wanted else None
 
     def _found(self, name: str, of_layers: dict[int, Tensor]) -> tuple[Tensor, ...]:
         found = tuple(of_layers.values()) if self._own is None else tuple(self._own.get(name) or ())
-        if not found:
+        if not found and (name == "hidden_states" or self._computes_weights):
             raise UserError(
                 f"output_{name}: expected an encoder that returns {name}, got "
                 f"{type(self._backbone).__name__}; use false"
             )
         return found
+
+    @property
+    def _computes_weights(self) -> bool:
+        return self._backbone.config._attn_implementation in ("eager", None)
 
     def _check_encoder(self) -> None:
         """Raise `UserError` for outputs that transformers omits or that end in its own error."""
@@ -228,8 +238,8 @@ class RecordedOutputs:
         for name in self._wanted:
             if timm and (name == "output_attentions" or not hasattr(self._backbone.timm_model, _TIMM_STATES)):
                 raise UserError(f"{name}: expected false for this encoder of timm, got true")
-            if name == "output_attentions" and attention not in ("eager", None):
-                raise UserError(
+            if name == "output_attentions" and not self._computes_weights:  # no error, as in transformers
+                logger.warning_once(
                     f'output_attentions: expected attn_implementation="eager", which computes the weights, '
                     f'got "{attention}" in {kind}; call model.set_attn_implementation("eager")'
                 )

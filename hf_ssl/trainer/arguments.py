@@ -167,6 +167,7 @@ class SSLTrainingArguments(TrainingArguments):
         if args is None:
             return cls(output_dir="trainer_output")
         if isinstance(args, cls):
+            args.eval_delay = args.eval_delay or 0  # `set_evaluate` of transformers 5.24 writes None
             changed = [name for name, value in args._made_with.items() if getattr(args, name) != value]
             for name in changed:
                 raise UserError(

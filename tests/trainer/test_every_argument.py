@@ -379,7 +379,9 @@ def test_numbers_of_numpy_and_copies_of_arguments_work(tmp_path: Path, caplog) -
 def test_arguments_that_others_follow_from_cannot_change_later(changes: dict, table, tmp_path) -> None:
     args = SSLTrainingArguments(str(tmp_path), use_cpu=True, batch_size=8)
     args.max_steps = 2
+    args.set_evaluate("epoch")
     args = SSLTrainingArguments.from_arguments(args)
+    assert (args.eval_strategy, args.eval_delay) == ("epoch", 0)
     ((name, value),) = changes.items()
     setattr(args, name, value)
     with pytest.raises(UserError, match=mentions(f"args.{name}", f"SSLTrainingArguments({name}=...)")):
