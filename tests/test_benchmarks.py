@@ -57,6 +57,8 @@ def test_the_ratio_is_the_median_of_ratios_of_pairs():
 def test_rows_that_are_measured_alone_replace_theirs_and_leave_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_peers", lambda: {})
     device = torch.device("cpu")
+    report.draw({"rows": {"trainer": {"title": "overhead"}}}, tmp_path / "cpu.png")  # without ratios
+    assert not list(tmp_path.glob("*.png"))
     report.write_report(tmp_path, device, MACHINE, {"one": row(), "two": row(title="another")})
     memory = {"memory_aim": 15, "memory_ratio": 20.8, "ours_mib": 52.0, "peer_mib": 1080.0}
     report.write_report(tmp_path, device, MACHINE, {"two": row(title="another", ratio=2.0, **memory)})

@@ -74,6 +74,8 @@ def draw(record: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in reversed(list(record["rows"].values())) if "ratio" in row]
+    if not rows:  # only the overhead was measured
+        return
     figure = Figure(figsize=(10.5, 0.34 * len(rows) + 1.1), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
