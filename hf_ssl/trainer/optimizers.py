@@ -159,10 +159,11 @@ def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer],
             f"training.optimizer: expected an optimizer that works here, got {args.optimizer}: {error}"
         ) from error
     parameters = {name for name in inspect.signature(cls).parameters if name not in ("self", "params")}
+    # torch-optimi 0.3.3 (stable_adamw) selects triton also on a CPU, which ends in an error of triton.
+    kwargs |= {"triton": False} if "triton" in parameters and args.device.type == "cpu" else {}
     for name, value in given.items():
         if name not in parameters | kwargs.keys():
-            expected = f"arguments of {cls.__name__}"
-            check_name("training.optim_args", name, sorted(parameters), expected)
+            check_name("training.optim_args", name, sorted(parameters), f"arguments of {cls.__name__}")
         # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers. It converts those.
         if name not in kwargs or (name in without and kwargs[name] is without[name]):
             kwargs[name] = value

@@ -8,7 +8,7 @@ import pytest
 import torch
 from messages import mentions
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
@@ -24,6 +24,7 @@ from hf_ssl.trainer.optimizers import (
     build_scheduler,
     largest_weight_decay,
     schedule_weight_decay,
+    transformers_optimizer,
 )
 
 
@@ -419,3 +420,14 @@ def test_learning_rate_rules(tmp_path, rule, rate):
 def test_arguments_that_cannot_be(tmp_path, given, parts):
     with pytest.raises(UserError, match=mentions(*parts)):
         arguments(tmp_path, **given)
+
+
+def test_an_optimizer_with_triton_does_not_use_it_on_a_cpu(tmp_path, monkeypatch):
+    class WithTriton(torch.optim.SGD):
+        def __init__(self, params, lr=0.1, triton=None):
+            super().__init__(params, lr=lr)
+
+    chosen = lambda given: (WithTriton, {"lr": 0.1})  # noqa: E731
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
+    args = arguments(tmp_path, optimizer="stable_adamw")
+    assert transformers_optimizer(args)[1] == {"lr": 0.1, "triton": False}
