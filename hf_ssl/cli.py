@@ -252,12 +252,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _publish(arguments: argparse.Namespace) -> None:
     """Publish a finished run on the Hub: encoder, card, results and pictures, one commit."""
-    from hf_ssl.hub.publish import publish, publish_space, recorded_repo
+    from hf_ssl.hub.publish import is_private, publish, publish_space, recorded_repo
 
     repo = arguments.repo or recorded_repo(arguments.folder)
     options = {"private": arguments.private, "dry_run": arguments.dry_run}
     publish(arguments.folder, repo, **options)
-    if arguments.space is not None:
+    if arguments.space is not None:  # its gallery shows images, so it is private if the run is
+        options["private"] = arguments.private or is_private(arguments.folder)
         publish_space(arguments.space, repo, **options)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError, check_name, first_line
 from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
-from hf_ssl.hub.publish import CONFIG
+from hf_ssl.hub.publish import CONFIG, is_owned
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
 from hf_ssl.views import ViewPreset
@@ -211,7 +211,11 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 def _move_up(staging: Path, directory: Path) -> None:
     """Move the files of `staging` into `directory` so that no mixture of two encoders ever loads."""
     names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name))
-    old = [path for path in directory.glob("model*.safetensors*") if path.name not in names]
+    old = [
+        path
+        for path in directory.glob("model*.safetensors*")
+        if path.name not in names and is_owned(path.name)  # others belong to the user
+    ]
     (directory / CONFIG).unlink(missing_ok=True)  # without it, no encoder loads
     for path in old:
         path.unlink()

@@ -70,7 +70,7 @@ def publish(
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
-        private = private or bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
+        private = private or is_private(folder)
         check_leaks(files, local_secrets(folder, token))
         if dry_run:
             _print_files(files, repo_id, private)
@@ -79,6 +79,11 @@ def publish(
         if repo.repo_id != repo_id:
             files = run_files(folder, repo.repo_id)
         return _update(repo, files, message or "Publish with hf_ssl")
+
+
+def is_private(folder: str | Path) -> bool:
+    """Return whether the recipe of a finished run has `publish.private`."""
+    return bool(read_facts(folder)["recipe"]["sections"].get("publish", {}).get("private"))
 
 
 def recorded_repo(folder: str | Path) -> str:

@@ -40,11 +40,16 @@ from hf_ssl.trainer.transformers_arguments import as_bool
 _GROUP_KEYS = {
     "initial_lr": "learning_rate",
     "weight_decay": "weight_decay",
-    "betas": "adam_beta1",
+    "betas": "adam_beta1, training.adam_beta2",
     "eps": "adam_epsilon",
     "momentum": "momentum",
+    "nesterov": "nesterov",
+    "trust_coefficient": "lars.trust_coefficient",
+    "variant": "lars.variant",
+    "clip": "lars.clip",
+    "adapt": "lars.adapt_all_parameters",
 }
-"""Key of a parameter group in a checkpoint -> the argument that sets it in a new run."""
+"""Key of a parameter group in a checkpoint -> the arguments that set it in a new run."""
 logger = logging.getLogger(__name__)
 
 

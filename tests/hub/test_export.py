@@ -381,3 +381,13 @@ def test_a_model_with_some_settings_of_the_views_is_exported(views: dict | None,
     export_model(SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny, views=views)), tmp_path / "encoder")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
     assert processor.crop_size["height"] == (16 if views else 224)
+
+
+def test_weights_of_the_user_in_the_same_folder_stay(tmp_path: Path) -> None:
+    tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny))
+    for name in ("model_best.safetensors", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"old")
+    export_model(model, tmp_path)
+    assert (tmp_path / "model_best.safetensors").read_bytes() == b"old"
+    assert not (tmp_path / "model-00001-of-00002.safetensors").exists()

@@ -2,6 +2,7 @@
 """Tests of publishing a Space with its model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_readme_without_metadata(tmp_path: Path) -> None:
     folder = build(tmp_path / "space", FILES | {"README.md": "# Digits\n"})
     with pytest.raises(UserError, match=mentions("README.md", "sdk: gradio")):
         publish_space(folder, "someone/digits", dry_run=True)
+
+
+def test_the_space_of_a_private_run_is_private(
+    online: HubServer, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    facts = json.loads((run / "facts.json").read_text())
+    facts["recipe"]["sections"].setdefault("publish", {})["private"] = True
+    (run / "facts.json").write_text(json.dumps(facts))
+    space = build(tmp_path / "space")
+    assert main(["publish", str(run), "someone/digits", "--space", str(space), "--dry-run"]) == 0
+    assert "to Space someone/digits (private)" in capsys.readouterr().out
+    assert main(["publish", str(run), "someone/digits", "--space", str(space)]) == 0
+    assert [repo.private for repo in online.store.repos.values()] == [True, True]
 
 
 def test_the_command_publishes_both(

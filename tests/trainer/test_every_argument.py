@@ -412,6 +412,21 @@ def test_an_own_optimizer_says_which_arguments_have_no_effect(tmp_path: Path, ca
     assert "layer_decay" in message and "SGD" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"adam_beta2": 0.5}, "training.adam_beta2"),
+        ({"optimizer": "lars", "lars": {"variant": "larc"}}, "training.lars.variant"),
+        ({"optimizer": "lars", "lars": {"trust_coefficient": 0.5}}, "training.lars.trust_coefficient"),
+    ],
+)
+def test_settings_of_an_optimizer_that_a_resumed_run_keeps_are_named(changes, kept, table, tmp_path, caplog):
+    optimizer = changes.get("optimizer", "adamw")
+    Run(table, tmp_path, max_steps=2, optimizer=optimizer, **SAVE)
+    Run(table, tmp_path, resume_from_checkpoint="true", **changes)
+    assert f"{kept}: the run keeps the value of the checkpoint" in caplog.text
+
+
 def test_a_loss_function_returns_a_scalar(table: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("compute_loss_func", None)):
         Run(table, tmp_path, compute_loss_func=lambda *given, **named: None)
