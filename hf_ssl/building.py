@@ -18,8 +18,9 @@ from hf_ssl.data import (
     train_loader,
 )
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import EvaluationConfig, load_weights
+from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.hub import image_processor
+from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import DTYPES
@@ -32,6 +33,7 @@ from hf_ssl.trainer.machine_settings import (
     Choices,
     apply_choices,
     check_batch_size,
+    check_images,
     choose_batch_size,
     choose_monitor,
     choose_precision,
@@ -66,7 +68,7 @@ def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLP
     set_seed(seed)
     model = recipe.model_class(config)
     if recipe.init_from is not None:
-        model.start_from(load_weights(recipe.init_from))
+        model.start_from(load_weights(recipe.init_from, "backbone.init_from"))
     return model
 
 
@@ -92,8 +94,7 @@ def build_trainer(
     with progress(f"opening {recipe.data.path}"):
         source = open_source(recipe.data)
         small = holds_small_images(source, recipe.data)
-    if source.num_rows == 1:
-        raise UserError(f"data.path: expected at least 2 images in {source.description}, got 1")
+    check_images(source)
     stored = from_first_process(stored)
     if stored is not None:
         # The user may change the settings of the monitor. All other stored choices stay the same.
@@ -159,17 +160,12 @@ def open_labeled_splits(
     Raises:
         UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
     """
-    if evaluation.path is not None:
-        data = replace(
-            data, path=evaluation.path, name=None, revision=None, image_column=None, label_column=None
-        )
-    elif data.streaming:
+    if evaluation.path is None and data.streaming:
         raise UserError(
             "evaluation.path: expected a data set, because the evaluation cannot stream, got none with "
             "data.streaming=true; set evaluation.path=..."
         )
-    label_column = evaluation.label_column or data.label_column
-    data = replace(data, label_column=label_column, max_images=None, streaming=False)
+    data = evaluation.data(data)
     with progress(f"opening {data.path}"):
         return (
             labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images),

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ends_on_sigterm() -> Iterator[None]:
     """Make SIGTERM raise SystemExit(143), so that cleanup code removes incomplete files.
 
-    Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.stopping`).
+    Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.callbacks.StopOnSignal`).
     """
 
     def end(number: int, frame: FrameType | None) -> None:

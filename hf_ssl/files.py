@@ -105,6 +105,29 @@ def remove_incomplete(root: Path) -> None:
             staging.unlink(missing_ok=True)
 
 
+def check_new_or_empty(folder: Path, where: str, other: str = "") -> None:
+    """Check that a folder does not exist or is empty, before a command writes to it.
+
+    Args:
+        folder: the folder.
+        where: the command or the key that names the folder, for messages.
+        other: other folders that the command accepts, for messages: " or a Space".
+
+    Raises:
+        UserError: the folder contains files, is a file, or cannot be read.
+    """
+    try:
+        found = next(folder.iterdir(), None) if folder.is_dir() else None
+        if found is None and (folder.is_dir() or not os.path.lexists(folder)):
+            return
+    except OSError as error:
+        raise UserError(f"{where}: expected a readable folder, got {folder}: {error.strerror}") from error
+    problem = "is not a folder" if found is None else f"contains {found.name}"
+    raise UserError(
+        f"{where}: expected a new or empty folder{other}, got {folder}, which {problem}; use another folder"
+    )
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the folder `checkpoint-N` with the largest step N in the output folder of a run, or None.
 

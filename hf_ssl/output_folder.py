@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_ssl.errors import UserError
 from hf_ssl.files import (
+    check_new_or_empty,
     disk_errors_as_user_errors,
     newest_checkpoint,
     read_json,
@@ -55,15 +56,11 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
             now = recipe.to_dict()
             _compare(_in_current_format(read_json(mark), now), now, folder)
             return newest_checkpoint(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"training.output_dir: expected an empty folder or a run of hf_ssl, got {folder}, which "
-                f"contains {next(folder.iterdir()).name}; use another folder"
-            )
     except OSError as error:
         raise UserError(
             f"training.output_dir: expected a readable folder, got {folder}: {error.strerror}"
         ) from error
+    check_new_or_empty(folder, "training.output_dir", " or a run of hf_ssl")
     return None
 
 

@@ -22,7 +22,7 @@ from hf_ssl.cards.facts import (
 )
 from hf_ssl.cards.privacy import folder_name
 from hf_ssl.data import DataConfig, LabeledImages
-from hf_ssl.data.location import locate
+from hf_ssl.data.location import DIGITS, locate
 from hf_ssl.evaluation import EncoderResult
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
@@ -126,7 +126,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
 
 
 def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
-    name, hub_id = _name(recipe.data)
+    name, hub_id = public_name(recipe.data)
     source = trainer.source
     return DataFacts(
         name=name,
@@ -184,12 +184,12 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
 def _evaluation_facts(recipe: Recipe, measured: EvaluationOutcome) -> EvaluationFacts | None:
     if measured.train is None or measured.test is None:
         return None
-    other = recipe.evaluation.path
-    name, hub_id = _name(recipe.data if other is None else DataConfig(path=other))
+    data = recipe.evaluation.data(recipe.data)
+    name, hub_id = public_name(data)
     return EvaluationFacts(
         name=name,
         hub_id=hub_id,
-        config=recipe.data.name if other is None else None,
+        config=data.name,
         revision=measured.test.revision,
         train_split=recipe.evaluation.train_split,
         test_split=recipe.evaluation.test_split,
@@ -197,7 +197,12 @@ def _evaluation_facts(recipe: Recipe, measured: EvaluationOutcome) -> Evaluation
     )
 
 
-def _name(data: DataConfig) -> tuple[str, str | None]:
-    """Return the public part of the data's path, and the Hub id if the path is one."""
-    hub_id = data.path if locate(data.path).kind == "hub" else None
-    return hub_id or last_part(data.path), hub_id
+def public_name(data: DataConfig) -> tuple[str, str | None]:
+    """Return the public part of the data's path, and the Hub id if the path is one.
+
+    A local folder with the name of the built-in data set begins with "./".
+    """
+    kind, name = locate(data.path).kind, last_part(data.path)
+    if kind == "hub":
+        return data.path, data.path
+    return (f"./{name}" if kind == "local" and name == DIGITS else name), None

@@ -22,6 +22,7 @@ import psutil
 from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.privacy import remove_private
+from hf_ssl.data.location import DIGITS
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult
 from hf_ssl.files import read_json, write_json
@@ -224,6 +225,11 @@ def _checked_section(value: dict[str, Any], section: Any, path: str) -> dict[str
     return checked
 
 
+def local_path(name: str) -> str:
+    """Return `data.path` for the recorded name of data that are not on the Hub; "./" marks a local folder."""
+    return name if name == DIGITS or name.startswith("./") else f"./{name}"
+
+
 def public_facts(facts: Any) -> Facts:
     """Return a checked copy of `facts` for publication, as plain data for JSON.
 
@@ -238,9 +244,9 @@ def public_facts(facts: Any) -> Facts:
     for section, source in (("data", facts["data"]), ("evaluation", facts["evaluation"])):
         # "photos/dogs" may be a Hub id or a folder. Only hub_id distinguishes them.
         if source is not None and source["hub_id"] is None and sections.get(section, {}).get("path"):
-            sections[section]["path"] = source["name"]
+            sections[section]["path"] = path = local_path(source["name"])
             if f"{section}.path" in differences:
-                differences[f"{section}.path"] = source["name"]
+                differences[f"{section}.path"] = path
     facts["recipe"]["overrides"] = [_public_override(text, sections) for text in facts["recipe"]["overrides"]]
     return cast(Facts, facts)
 

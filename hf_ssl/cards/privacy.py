@@ -68,7 +68,8 @@ def remove_private_text(text: str) -> str:
             return text
         return f"{key}={REMOVED if secret else remove_private_text(rest)}"
     if PATH.match(text):
-        return last_part(text)
+        name = last_part(text)
+        return text if text == f"./{name}" else name  # "./" distinguishes a folder from a data set on the Hub
     urls = URL.findall(text)
     for number, url in enumerate(urls):
         text = text.replace(url, f"\0{number}\0")  # the slashes of a URL are not a local path

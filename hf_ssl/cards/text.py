@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hf_ssl.cards.facts import Facts
+from hf_ssl.cards.facts import Facts, local_path
 from hf_ssl.evaluation.config import MEASUREMENTS, EncoderResult
 
 ENCODERS = {
@@ -196,8 +196,8 @@ def check_command(facts: Facts) -> str:
     images, differences = facts["evaluation"], facts["recipe"]["differences"]
     if images is None:
         return ""
-    if images["hub_id"] is None:  # "./" marks a local folder, not a data set on the Hub
-        location = {"data.path": images["name"] if images["name"] == "digits" else f"./{images['name']}"}
+    if images["hub_id"] is None:
+        location = {"data.path": local_path(images["name"])}
     else:  # the revision that was evaluated, not the current one
         location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
     data_keys = ["data.channels", "data.max_broken_fraction"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the data sets that people pass to a Trainer into a `Source`: of `datasets`, of torch, and lists."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,9 @@ from datasets import Dataset, Image, IterableDataset
 from torch import Tensor
 
 from hf_ssl.data.columns import (
+    IMAGE_NAMES,
     LABEL_NAMES,
+    choose,
     find_image_column,
     find_optional_label_column,
     label_values,
@@ -27,7 +28,6 @@ from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.errors import UserError
 
-_NAMES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp")
 _KINDS = (
     "a datasets.Dataset or IterableDataset, a torch data set of images or of (image, label), a list of image "
     "files or images, or the path of a folder"
@@ -82,7 +82,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
             raise UserError(f"{name}: expected a data set with a length, got {error}") from error
         if isinstance(first, Mapping) and not first.keys() >= {"bytes", "path"}:
             items.column = find_image_key(first, config.image_column, name)
-            label = label or next((key for key in LABEL_NAMES if key in first), None)
+            label = label or choose([key for key in LABEL_NAMES if key in first], LABEL_NAMES)
         source = _of_items(items, name, label)
     elif isinstance(data, torch.utils.data.IterableDataset):
         raise UserError(
@@ -137,7 +137,7 @@ class Items:
             UserError: the items have no label, or a label is neither a whole number nor text.
         """
         if isinstance(self.data, Dataset) and column is not None:
-            return label_values(self.data.with_format(None), column)
+            return label_values(self.data.with_format(None), column, where)
         labels = getattr(self.data, "targets", None)
         if not isinstance(labels, Sequence | np.ndarray | Tensor) or len(labels) != len(self):
             key = 1 if self.column is None else column
@@ -152,7 +152,7 @@ class Items:
                     f"{where}: expected items {form}, got items without a label; add it, or use "
                     "data=DataConfig(label_column=NAME) for items with another key"
                 )
-        return number_classes([_class(label, where) for label in labels])
+        return number_classes(list(labels), where)
 
 
 _MISSING = object()
@@ -165,25 +165,6 @@ def _part(data: Any, row: int, key: Any) -> Any:
         return None
     is_pair = isinstance(item, tuple | list) and len(item) >= 2
     return item[key] if (is_pair if key == 1 else key in item) else _MISSING
-
-
-def _class(label: Any, where: str) -> int | str | None:
-    """Return a class number or a name; None for a missing label, which None, NaN or a negative number marks.
-
-    Raises:
-        UserError: the label is something else.
-    """
-    if isinstance(label, Tensor | np.ndarray | np.generic) and len(label.reshape(-1)) == 1:
-        label = label.item()
-    if label is None or isinstance(label, str):
-        return label
-    if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
-        label = -1 if math.isnan(label) else int(label)
-    if isinstance(label, int):
-        return int(label) if label >= 0 else None
-    raise UserError(
-        f"{where}: expected whole numbers or texts as labels, got {label!r}; return one class for each image"
-    )
 
 
 def find_image_key(example: Mapping[str, Any], requested: str | None, name: str) -> str:
@@ -204,9 +185,9 @@ def find_image_key(example: Mapping[str, Any], requested: str | None, name: str)
             )
         return requested
     found = [key for key, value in example.items() if _is_image(value)]
-    named = [key for key in _NAMES if key in (found or example)]
-    if len(found) == 1 or named:
-        return found[0] if len(found) == 1 else named[0]
+    column = choose(found or [key for key in IMAGE_NAMES if key in example], IMAGE_NAMES)
+    if column is not None:
+        return column
     raise UserError(
         f"data.image_column: expected one column of images in {name}, got {len(found)} in "
         f"{', '.join(map(str, example))}; use data=DataConfig(image_column=NAME)"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
+import math
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from torch import Tensor
 
 from hf_ssl.data.decode import EncodedImage, StoredImage
 from hf_ssl.errors import UserError
@@ -26,7 +28,8 @@ class _Role(NamedTuple):
         dtypes: further types of a column that the key names.
         content: the types in words, for messages.
         example: value of the key in a message if no column has the type `kind`.
-        names: names of columns that are found if no column has the type `kind` and their type is in `dtypes`.
+        names: usual names. A column with such a name is found if several columns have the type `kind`, or if
+            none has it and the type of this column is in `dtypes`.
     """
 
     key: str
@@ -34,30 +37,37 @@ class _Role(NamedTuple):
     dtypes: list[str]
     content: str
     example: str
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
 
 
+IMAGE_NAMES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp")
+LABEL_NAMES = ("label", "labels")
 _IMAGES = _Role(
     "data.image_column",
     Image,
     ["binary", "large_binary", "string", "large_string"],
     "images (Image, encoded bytes or file names)",
     "NAME",
-    ("image", "img"),
+    IMAGE_NAMES,
 )
-LABEL_NAMES = ("label", "labels")
 _LABELS = _Role(
     "data.label_column",
     ClassLabel,
-    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool string large_string string_view".split(),
-    "classes (ClassLabel, integers or strings)",
+    (
+        "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bool "
+        "string large_string string_view"
+    ).split(),
+    "classes (ClassLabel, whole numbers or strings)",
     "NAME, or one folder per class, all at the same depth",
     LABEL_NAMES,
 )
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """Return the requested column, the only column of the type Image, or else `image` or `img`.
+    """Return the requested column, the only column of the type Image, or a column with a usual name.
+
+    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If no
+    column has the type, a column of bytes or strings with such a name is.
 
     Args:
         features: the columns with their types.
@@ -71,9 +81,9 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """Return the requested column, the only column of the type ClassLabel, or else `label` or `labels`.
+    """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
-    The arguments and errors are those of `find_image_column`.
+    The rules, the arguments and the errors are those of `find_image_column`.
     """
     return _find_column(features, requested, where, _LABELS)
 
@@ -92,8 +102,9 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
         found = found or [name for name in role.names if _has_type(features.get(name), role)]
-        if len(found) == 1:
-            return found[0]
+        column = choose(found, role.names)
+        if column is not None:
+            return column
         in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"
         raise UserError(
             f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
@@ -109,6 +120,14 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     )
 
 
+def choose(found: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the only candidate, else the only one with a usual name, else None."""
+    for candidates in (found, [name for name in found if name in names]):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None
+
+
 def _has_type(feature: Any, role: _Role) -> bool:
     return isinstance(feature, Value) and feature.dtype in role.dtypes
 
@@ -119,30 +138,62 @@ def without_decoding(data: AnyDataset, column: str) -> AnyDataset:
     return data.cast_column(column, Image(decode=False)) if isinstance(features[column], Image) else data
 
 
-def label_values(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str]]:
+def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray, list[str]]:
     """Return the labels of all rows, and the names of the classes.
+
+    Args:
+        dataset, column: the data set, and its column of labels.
+        where: name of the data set, for messages.
 
     Returns:
         labels: (N,) int64, -1 for a row without a label.
-        class_names: names of the classes; label i has the name at index i. Strings, and integers
-            that are no ClassLabel, are numbered in sorted order. A negative number marks a missing label.
+        class_names: names of the classes; label i has the name at index i. Strings, and numbers
+            that are no ClassLabel, are numbered in sorted order.
+
+    Raises:
+        UserError: a label is neither a whole number nor text.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         labels = values.fill_null(-1).to_numpy().astype(np.int64)
         return labels, list(feature.names or map(str, range(labels.max(initial=-1) + 1)))
-    return number_classes(values.to_pylist())
+    return number_classes(values.to_pylist(), where)
 
 
-def number_classes(values: Sequence[int | str | None]) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names of classes as `label_values` does, for numbers, texts and None."""
-    known = np.array([value is not None and (isinstance(value, str) or value >= 0) for value in values], bool)
-    present = [value for value, is_known in zip(values, known, strict=True) if is_known]
+def number_classes(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names of classes as `label_values` does.
+
+    Args:
+        values: numbers, also in tensors and arrays, and texts. None, NaN or a negative number marks a missing
+            label.
+        where: name of the data set, for messages.
+
+    Raises:
+        UserError: a label is something else.
+    """
+    checked = [_class(value, where) for value in values]
+    known = np.array([value is not None for value in checked], bool)
+    present = [value for value in checked if value is not None]
     classes, positions = np.unique(np.asarray(present), return_inverse=True)
-    labels = np.full(len(values), -1, np.int64)
+    labels = np.full(len(checked), -1, np.int64)
     labels[known] = positions
     return labels, [str(value) for value in classes]
+
+
+def _class(label: Any, where: str) -> int | str | None:
+    """Return a class number or a name; None for a missing label."""
+    if isinstance(label, Tensor | np.ndarray | np.generic) and len(label.reshape(-1)) == 1:
+        label = label.item()
+    if label is None or isinstance(label, str | bool):
+        return label
+    if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
+        label = -1 if math.isnan(label) else int(label)
+    if isinstance(label, int):
+        return int(label) if label >= 0 else None
+    raise UserError(
+        f"{where}: expected whole numbers or texts as labels, got {label!r}; return one class for each image"
+    )
 
 
 def encoded_images(table: pa.Table) -> list[StoredImage]:

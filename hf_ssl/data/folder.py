@@ -140,14 +140,23 @@ def select_split(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, st
             [file for part in chosen for file in part.paths],
             [size for part in chosen for size in part.sizes.tolist()],
         )
+    return select_rows({name: part.dataset for name, part in splits.items()}, split), revision
+
+
+def select_rows(splits: dict[str, Dataset], split: str) -> Dataset:
+    """Return the rows of a split, or of a part or a sum of splits (`train[:10%]+test`).
+
+    Raises:
+        ValueError: the text in brackets is no slice.
+    """
     if split in splits:
-        return splits[split].dataset, revision
-    lengths = {name: len(part.dataset) for name, part in splits.items()}
+        return splits[split]
+    lengths = {name: len(table) for name, table in splits.items()}
     parts = [
-        splits[part.splitname].dataset.select(range(part.from_, part.to))
+        splits[part.splitname].select(range(part.from_, part.to))
         for part in ReadInstruction.from_spec(split).to_absolute(lengths)
     ]
-    return concatenate_datasets(parts), revision
+    return concatenate_datasets(parts)
 
 
 def split_names(split: str) -> list[str]:

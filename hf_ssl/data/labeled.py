@@ -158,7 +158,7 @@ def label_source(
     source.require_rows()
     if isinstance(source.dataset, Dataset):
         column = source.label_column or find_label_column(source.dataset.features, None, source.description)
-        labels, class_names = label_values(source.dataset, column)
+        labels, class_names = label_values(source.dataset, column, source.description)
     else:
         labels, class_names = source.dataset.labels(source.label_column, source.description)
     chosen = np.flatnonzero(labels >= 0)

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder", ".arrow": "arrow"}
 ZIP = ".zip"
+DIGITS = "digits"
+"""`data.path` of the built-in data set."""
 IMAGE = "image"
 _IMAGE_ENDINGS = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .pbm .pgm .ppm .pnm "
@@ -95,7 +97,7 @@ def locate(path: str) -> Location:
     Raises:
         UserError: the path names neither files nor, by its form, a data set on the Hub.
     """
-    if path == "digits":
+    if path == DIGITS:
         return Location("digits", path)
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):

@@ -26,7 +26,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_ssl.data.columns import find_image_column, find_label_column, without_decoding
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.folder import LocalData, find_local_data, select_split, split_names
+from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation
@@ -110,10 +110,9 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     if location.kind == "digits":
-        splits = digits()
-        if split not in splits:
-            raise _unknown_split(list(splits), split, split, config)
-        opened = _open_table(splits[split], streaming)
+        _check_split(list(digits()), split, streaming, config)
+        with _as_user_errors(config.path, location):
+            opened = _open_table(select_rows(digits(), split), streaming)
         revision = f"scikit-learn {metadata.version('scikit-learn')}"
     else:
         with _as_user_errors(config.path, location):
@@ -200,21 +199,19 @@ def _check_split(names: list[str], split: str, streaming: bool, config: DataConf
     """Raise UserError if a split does not exist or, for a stream, is no whole split."""
     unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
-        raise _unknown_split(names, unknown[0], split, config)
+        # If `split` differs from `config.split`, a caller such as the evaluation chose it, not the user.
+        key, advice = (
+            ("data.split", f"data.split={names[0]}") if split == config.split else ("split", names[0])
+        )
+        raise UserError(
+            f"{key}: expected one of the splits {', '.join(names)} of {config.path}, got {unknown[0]!r}; "
+            f"use {advice}"
+        )
     if streaming and split_names(split) != [split]:
         raise UserError(
             f"data.split: expected one whole split of {config.path} for a stream, got {split!r}; use "
             "data.streaming=false"
         )
-
-
-def _unknown_split(names: list[str], unknown: str, split: str, config: DataConfig) -> UserError:
-    # If `split` differs from `config.split`, a caller such as the evaluation chose it, not the user.
-    key, advice = ("data.split", f"data.split={names[0]}") if split == config.split else ("split", names[0])
-    return UserError(
-        f"{key}: expected one of the splits {', '.join(names)} of {config.path}, got {unknown!r}; "
-        f"use {advice}"
-    )
 
 
 def _prepare(builder: DatasetBuilder, split: str) -> Dataset:
@@ -253,8 +250,9 @@ def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:
     can be neither shuffled nor divided.
     """
     files = [str(file) for file in (builder.config.data_files or {})[split]]
-    images = [file for file in files if os.path.splitext(file)[1].lower() in builder.EXTENSIONS]
-    if "://" in files[0] and len(images) == len(files):  # on the Hub, without an archive or other columns
+    images = [file for file in files if file_kind(file) == IMAGE]
+    others = {os.path.splitext(file)[1].lower() for file in files} - set(builder.EXTENSIONS)
+    if "://" in files[0] and not others:  # on the Hub, without an archive or other columns
         return Dataset.from_dict({"image": images}).cast_column("image", Image(decode=False))
     return _prepare(builder, split)
 

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.features import (
         extract_features,
         fastest_device,
-        load_config,
         load_encoder,
-        load_weights,
         raw_pixels,
     )
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
         thumbnail,
     )
     from hf_ssl.evaluation.statistics import alignment, embedding_std, rank_me, uniformity
+    from hf_ssl.modeling.backbones import load_config, load_weights
     from hf_ssl.modeling.pooling import pool, pooling_rule
 
 _RENAMED = {

@@ -5,9 +5,11 @@ This module does not import torch, because recipes and cards need none.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
+from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import check_values
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
@@ -70,6 +72,15 @@ class EvaluationConfig:
         config.check()
         return config
 
+    def data(self, training: DataConfig) -> DataConfig:
+        """Return the settings of the labeled images: those of the training images, unless `path` is set."""
+        if self.path is not None:
+            training = replace(
+                training, path=self.path, name=None, revision=None, image_column=None, label_column=None
+            )
+        label_column = self.label_column or training.label_column
+        return replace(training, label_column=label_column, max_images=None, streaming=False)
+
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
         split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
@@ -83,14 +94,16 @@ class EvaluationConfig:
             ("test_split", split, other, "a split other than train_split", advice),
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
-            *(
-                (key, given, given and all(0 < x < math.inf for x in given), "one or more positive numbers")
-                for key, given in lists
-            ),
+            *((key, given, are_positive(given), "one or more positive numbers") for key, given in lists),
             ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
             *((key, most, most is None or most >= 2, "at least 2", "null for all") for key, most in limits),
         )
+
+
+def are_positive(values: Sequence[float]) -> bool:
+    """Return whether there are values, and all of them are positive and finite."""
+    return bool(values) and all(0 < value < math.inf for value in values)
 
 
 class KnnResult(TypedDict):

@@ -5,18 +5,18 @@ Legend: B images in a batch, N images in total, C channels, H height, W width, T
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
+from hf_ssl.modeling.backbones import load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, pool
 from hf_ssl.precision import autocast
@@ -34,8 +34,8 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
         UserError: the encoder does not exist or cannot be loaded.
     """
     options = {} if revision is None else {"revision": revision}
-    with _as_user_errors(f"an encoder with its image processor, got {model!r}"):
-        encoder = AutoModel.from_pretrained(model, **options)
+    encoder = load_weights(model, **options)
+    with loading_errors(f"an encoder with its image processor, got {model!r}"):
         return encoder.eval(), AutoImageProcessor.from_pretrained(model, **options)
 
 
@@ -57,42 +57,17 @@ def load_processor(processor: Any, encoder: Any) -> Any:
             "use processor=trainer.processor, or the folder of the encoder as model"
         )
     if isinstance(place, str | PathLike):
-        with _as_user_errors(f"an image processor, got {str(place)!r}", "processor"):
+        with loading_errors(f"an image processor, got {str(place)!r}", "processor"):
             return AutoImageProcessor.from_pretrained(place)
     if isinstance(place, type) or not callable(place):
         raise UserError(f"processor: expected an image processor or its folder, got {_name(place)}")
     return place
 
 
-def load_weights(model: str) -> PreTrainedModel:
-    """Return an encoder from a folder or the Hub, without its processor. Errors: see `load_encoder`."""
-    with _as_user_errors(f"an encoder, got {model!r}"):
-        encoder: PreTrainedModel = AutoModel.from_pretrained(model)
-        return encoder
-
-
-def load_config(model: str) -> PreTrainedConfig:
-    """Return the configuration of an encoder. Errors: see `load_encoder`."""
-    with _as_user_errors(f"an encoder with its configuration, got {model!r}"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-        return config
-
-
 def fastest_device() -> torch.device:
     """Return the accelerator if the machine has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
-
-
-@contextmanager
-def _as_user_errors(what: str, where: str = "model") -> Iterator[None]:
-    try:
-        yield
-    except (
-        Exception
-    ) as error:  # damaged files raise many types of errors in transformers, safetensors and torch
-        sentence = f"{where}: expected a local folder or a Hub id of {what}; {first_line(error)}"
-        raise UserError(sentence) from error
 
 
 def _name(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES
+from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES, are_positive
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.names import renamed_arguments
 
@@ -153,7 +153,7 @@ def knn_accuracy(
         raise UserError(
             f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbors)}"
         )
-    if not temperatures or min(temperatures) <= 0:
+    if not are_positive(temperatures):
         raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}")
     cosines, rows = nearest(bank, queries, counts[-1])
     voters = bank_labels[rows]
@@ -195,6 +195,8 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
     """
     rows_ND, labels_N = _prepare(features, labels, "k-NN", features.device)
     _check_classes(labels_N, "k-NN")
+    if not are_positive([temperature]):
+        raise UserError(f"k-NN: expected a positive temperature, got {temperature}")
     if not 1 <= neighbors < len(features):
         raise UserError(f"k-NN: expected 1 <= k < {len(features)}, the number of images, got {neighbors}")
     cosines, found = nearest(rows_ND, rows_ND, neighbors + 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import LEARNING_RATES
+from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.knn import as_labels, check_features
 
 MOMENTUM = 0.9
@@ -87,7 +87,7 @@ def linear_probe(
     train_features = check_features(train_features, "linear probe, training")
     test_features = check_features(test_features, "linear probe, test", train_features.shape[1])
     rates = sorted(set(learning_rates))
-    if not rates or rates[0] <= 0 or epochs < 1 or batch_size < 1:
+    if not are_positive(rates) or epochs < 1 or batch_size < 1:
         raise UserError(
             f"linear probe: expected positive settings, got {rates}, {epochs} epochs, batch {batch_size}"
         )

@@ -24,12 +24,12 @@ from hf_ssl.evaluation.features import (
     first_output,
     load_encoder,
     load_processor,
-    load_weights,
     raw_pixels,
 )
 from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import HELD_OUT, MOMENTUM, linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
+from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
 from hf_ssl.precision import DTYPES, fastest_precision

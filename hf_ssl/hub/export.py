@@ -16,7 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError, check_name, first_line
-from hf_ssl.files import STAGING_PREFIX, disk_errors_as_user_errors, replaced_folder, use_normal_permissions
+from hf_ssl.files import (
+    STAGING_PREFIX,
+    check_new_or_empty,
+    disk_errors_as_user_errors,
+    replaced_folder,
+    use_normal_permissions,
+)
 from hf_ssl.hub.publish import CONFIG, is_owned
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
@@ -86,8 +92,7 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
         UserError: the checkpoint cannot be read, is not a method of hf_ssl, or the directory is not empty.
     """
     transformers_logging.disable_progress_bar()
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory}: expected a new or empty folder, got one with files; use another one")
+    check_new_or_empty(directory, "export")
     try:
         model = AutoModelForPreTraining.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones: initialize and freeze vision encoders of transformers, and return one feature vector per image.
+"""Backbones: load, initialize and freeze encoders of transformers, and return one feature vector per image.
 
-They can also record the outputs of their layers, save memory by activation checkpoints, and use faster
-attention on a CPU.
+They can also record the outputs of their layers and use faster attention on a CPU.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.vit.modeling_vit import eager_attention_forward
 from transformers.utils import logging
 
-from hf_ssl.errors import UserError, one_line
-from hf_ssl.modeling.batch_norm import batch_norms, unchanged_statistics
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair
+from hf_ssl.errors import UserError, first_line, one_line
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
 from hf_ssl.modeling.pooling import pool
 
@@ -31,6 +36,67 @@ logger = logging.get_logger(__name__)  # of transformers, which can warn once
 _TIMM_STATES = "forward_intermediates"
 """Method of the models of timm that returns hidden states. A few models lack it."""
 _feature_sizes: dict[str, int] = {}
+
+
+@contextmanager
+def loading_errors(what: str, where: str = "model") -> Iterator[None]:
+    """Turn the errors of loading something from a folder or the Hub into a UserError.
+
+    Args:
+        what: the thing, with the value that names it.
+        where: the argument or the key of the value.
+    """
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # damaged files raise many types of errors in transformers, safetensors and torch
+        sentence = f"{where}: expected a local folder or a Hub id of {what}; {first_line(error)}"
+        raise UserError(sentence) from error
+
+
+def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedConfig:
+    """Return the configuration of an encoder.
+
+    Args:
+        place: a folder or a Hub id.
+        where: the argument or the key that holds `place`, for messages.
+        options: further arguments of `AutoConfig.from_pretrained`, such as `revision`.
+
+    Raises:
+        UserError: there is no encoder, or a method model instead of one.
+    """
+    with loading_errors(f"an encoder, got {place!r}", where):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place, **options)
+    if method_of(config.model_type) is not None:
+        raise UserError(
+            f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
+            "or export the checkpoint"
+        )
+    return config
+
+
+def load_weights(place: str, where: str = "model", **options: Any) -> PreTrainedModel:
+    """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`."""
+    config = load_config(place, where, **options)
+    with loading_errors(f"an encoder, got {place!r}", where):
+        encoder: PreTrainedModel = AutoModel.from_pretrained(place, config=config, **options)
+        return encoder
+
+
+def view_settings(encoder: PreTrainedModel) -> dict[str, Any]:
+    """Return the fields of the views that follow from the image processor beside the files of an encoder.
+
+    They are `size`, `mean` and `std`; {} without a processor.
+    """
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path)
+    except (ImportError, OSError, ValueError):
+        return {}
+    size = dict(getattr(processor, "crop_size", None) or processor.size or {})
+    side = size.get("height", size.get("shortest_edge"))
+    known = {"size": side, "mean": processor.image_mean, "std": processor.image_std}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def feature_size(backbone: Any) -> int:
@@ -48,7 +114,7 @@ def feature_size(backbone: Any) -> int:
     if key not in _feature_sizes:
         copied: Any = copy_without_values(backbone)
         try:
-            _feature_sizes[key] = encode(copied, _example_images(copied)).shape[1]
+            _feature_sizes[key] = encode(copied, example_images(copied)).shape[1]
         except RuntimeError as error:
             size = backbone.config.to_dict().get("hidden_size")
             if size is None:
@@ -60,7 +126,7 @@ def feature_size(backbone: Any) -> int:
     return _feature_sizes[key]
 
 
-def _example_images(copied: Any) -> Tensor:
+def example_images(copied: Any) -> Tensor:
     """Return images (2, C, H, W) of the size that an encoder expects, without values."""
     config = copied.config
     if config.model_type == "timm_wrapper":
@@ -76,7 +142,8 @@ def _example_images(copied: Any) -> Tensor:
 def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> None:
     """Check that an encoder can encode square images of these sizes, by a pass without values.
 
-    If this pass fails, a pass with zeros decides, because operations of an encoder can depend on values.
+    If this pass fails, a pass with zeros decides, because operations of an encoder can depend on values. A
+    transformer would not see the last pixels of an image whose sides are no multiples of its patch size.
 
     Args:
         backbone: the encoder, possibly on the device "meta".
@@ -86,17 +153,23 @@ def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> Non
     Raises:
         UserError: it cannot.
     """
-    sides = sorted(set(sizes))
-    for model in (copy_without_values(backbone), backbone):
+    sides, patch = sorted(set(sizes)), backbone.config.to_dict().get("patch_size")
+    for side in sides:
+        if isinstance(patch, int) and side % patch:
+            raise UserError(
+                f"views.size: expected a multiple of backbone.patch_size={patch}, got {side}; use "
+                f"{max(1, side // patch) * patch}"
+            )
+    is_meta = next(backbone.parameters()).is_meta
+    for model in (copy_without_values(backbone), *([] if is_meta else [backbone])):
         device = next(model.parameters()).device
         try:
             with evaluation_mode(model):
                 for side in sides:
                     encode(cast(Any, model), torch.zeros(2, channels, side, side, device=device))
-        except NotImplementedError:
-            return  # the encoder has an operation that cannot run on shapes alone
         except Exception as error:  # the code of another library may raise anything
-            if model is backbone or next(backbone.parameters()).is_meta:
+            # NotImplementedError: the encoder has an operation that cannot run on shapes alone.
+            if model is backbone or (is_meta and not isinstance(error, NotImplementedError)):
                 raise UserError(
                     f"backbone: expected an encoder for views of {sides} pixels, got "
                     f"{backbone.config.model_type}: {type(error).__name__} {one_line(error)[:200]}"
@@ -269,122 +342,6 @@ def _indices(wanted: object) -> list[int] | None:
     if isinstance(wanted, Sequence) and all(type(index) is int for index in wanted):
         return [int(index) for index in wanted]
     raise UserError(f"output_hidden_states: expected true, false or indices such as [0, -1], got {wanted!r}")
-
-
-def supports_checkpointing(backbone: nn.Module) -> bool:
-    """Return whether transformers' activation checkpointing is right for this encoder.
-
-    transformers updates the statistics of BatchNorm a second time when it computes activations again
-    (MobileViT).
-    """
-    return not batch_norms(backbone) and any(
-        hasattr(module, "gradient_checkpointing") for module in backbone.modules()
-    )
-
-
-def checkpoint_segments(
-    backbone: Any, enable: bool, checkpoint: Callable[..., Any], every_n_layers: int = 1
-) -> None:
-    """Make segments of an encoder store only their outputs in training, and compute the rest again.
-
-    It is for encoders whose activation checkpointing in transformers is missing or wrong
-    (`supports_checkpointing`): ResNet, ConvNeXt, and all encoders of timm. Gradients and the statistics of
-    BatchNorm do not change.
-
-    Args:
-        backbone: the encoder. The function changes `forward` of its segments.
-        enable: whether the segments use checkpoints from now on.
-        checkpoint: `torch.utils.checkpoint.checkpoint`, possibly with options. The variant with
-            `use_reentrant=False` is always used.
-        every_n_layers: only every n-th segment uses checkpoints.
-
-    Raises:
-        UserError: no segments save memory.
-    """
-    for module in backbone.modules():
-        own = vars(module).get("forward")
-        if isinstance(own, partial) and own.func is _checkpointed:
-            del module.forward
-    if not enable:
-        return
-    modules = dict(backbone.named_modules())
-    names = find_segments(backbone) if len(modules) > 1 else []
-    if not names:
-        raise UserError(
-            "training.gradient_checkpointing: expected an encoder with blocks that store activations, got "
-            f"{type(backbone).__name__}; use false, and a smaller training.batch_size"
-        )
-    for segment in (modules[name] for name in names[::every_n_layers]):
-        segment.forward = partial(_checkpointed, checkpoint, segment, segment.forward)
-
-
-def find_segments(backbone: Any) -> list[str]:
-    """Return the names of the modules of an encoder whose activations are computed again.
-
-    A pass without values measures how many numbers each module returns. Segments are the largest modules
-    whose inner layers together return at most a limit of numbers. The limit minimizes the memory: what
-    layers outside of segments and the segments return, and the inner layers of the largest segment, which
-    exist again during the backward pass. This does not depend on the names and the nesting of modules.
-    Modules that receive a list (DenseNet, HRNet) are no segments, because the list can change before the
-    second pass.
-
-    Returns:
-        Names, first to last; empty if segments save less than a tenth of the memory (VGG), or if operations
-        of the encoder depend on values.
-    """
-    copied: Any = copy_without_values(backbone)
-    returned: dict[str, int] = {}
-    for name, module in copied.named_modules():
-        module.register_forward_hook(partial(_count_numbers, returned, name), with_kwargs=True)
-    try:
-        encode(copied, _example_images(copied))
-    except RuntimeError:
-        return []
-    inner: dict[str, int] = {}
-    for name, module in copied.named_modules():
-        parent = name
-        while parent and not list(module.children()):
-            parent = parent.rpartition(".")[0]
-            inner[parent] = inner.get(parent, 0) + returned.get(name, 0)
-    found: list[str] = []
-    total = inner.pop("")
-    least = 0.9 * total
-    # Lists of modules return nothing. A module with one layer saves nothing.
-    inner = {name: size for name, size in inner.items() if size > returned.get(name, size)}
-    for limit in sorted(set(inner.values()), reverse=True):
-        chosen: list[str] = []
-        for name, _ in copied.named_modules():
-            if inner.get(name, limit + 1) <= limit and not (chosen and name.startswith(f"{chosen[-1]}.")):
-                chosen.append(name)
-        saved = sum(inner[name] - returned[name] for name in chosen)
-        needed = total - saved + max(inner[name] for name in chosen)
-        if needed < least:
-            least, found = needed, chosen
-    return found
-
-
-def _count_numbers(
-    returned: dict[str, int], name: str, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any
-) -> None:
-    """Add the size of a module's output, unless it is a module with layers that receives a list."""
-    if not list(module.children()) or not any(
-        isinstance(value, list | tuple | dict) for value in (*inputs, *named.values())
-    ):
-        outputs = output if isinstance(output, tuple | list) else [output]
-        count = sum(tensor.numel() for tensor in outputs if isinstance(tensor, Tensor))
-        returned[name] = returned.get(name, 0) + count
-
-
-def _checkpointed(
-    checkpoint: Callable[..., Any], stage: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any
-) -> Any:
-    if not (stage.training and torch.is_grad_enabled()):
-        return forward(*inputs, **named)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), unchanged_statistics(stage)
-
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 def freeze_unused(backbone: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, cast
 
@@ -12,25 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
+from hf_ssl.modeling.activation_checkpoints import checkpoint_segments, supports_checkpointing
 from hf_ssl.modeling.backbones import (
     RecordedOutputs,
-    checkpoint_segments,
     encode,
     freeze_unused,
     initialize_as_timm,
+    load_weights,
     set_identity_pooler,
-    supports_checkpointing,
+    view_settings,
 )
 from hf_ssl.modeling.batch_norm import batch_norms
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, method_of
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import HostNumber, PersistentBuffers
-from hf_ssl.modeling.outputs import RunProgress, SSLOutput
+from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature
 
@@ -108,7 +108,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     memory_inputs: ClassVar[tuple[str, ...]] = ()
     needs_memory_warmup: ClassVar[bool] = False
     needs_sample_index: ClassVar[bool] = False
-    collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, "embedding_rank": 2.0}
+    collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, **COLLAPSED_RANK}
 
     # Attributes of transformers.
     config_class = SSLConfig
@@ -271,7 +271,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         unknown = [name for name in masks if name in inputs and name not in self.mask_inputs]
         if unknown:
             raise UserError(
-                f"{unknown[0]}: expected None, because {self._method_name()} has no such input, got a tensor"
+                f"{unknown[0]}: expected None, because {self.method_name()} has no such input, got a tensor"
             )
         local_views = 0 if local_pixel_values is None else local_pixel_values.shape[1]
         self.check_views(pixel_values.shape[1], local_views)
@@ -374,8 +374,10 @@ class SSLPreTrainedModel(PreTrainedModel):
     # Checks of a recipe.
 
     @classmethod
-    def _method_name(cls) -> str:
-        return cls.__name__.removesuffix("ForPreTraining")
+    def method_name(cls) -> str:
+        """Return the name that selects the method in a recipe (`method.name`)."""
+        model_type = str(cast(Any, cls.config_class).model_type)
+        return method_of(model_type) or model_type  # a class of another package can have any model type
 
     @classmethod
     def check_backbone(cls, model_type: str) -> None:
@@ -383,7 +385,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         known = cls.backbone_types
         if known is not None and model_type not in known:
             raise UserError(
-                f"backbone.model_type: expected one of {', '.join(known)} for {cls._method_name()}, got "
+                f"backbone.model_type: expected one of {', '.join(known)} for {cls.method_name()}, got "
                 f"{model_type}"
             )
 
@@ -393,12 +395,12 @@ class SSLPreTrainedModel(PreTrainedModel):
         count, most = global_views + local_views, cls.maximum_views
         if local_views and not cls.takes_local_views:
             raise UserError(
-                f"views.local: expected no local views for {cls._method_name()}, got {local_views}"
+                f"views.local: expected no local views for {cls.method_name()}, got {local_views}"
             )
         if count < cls.minimum_views or (most is not None and count > most):
             wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
             raise UserError(
-                f"views.count: expected {wanted} views of an image for {cls._method_name()}, got {count}"
+                f"views.count: expected {wanted} views of an image for {cls.method_name()}, got {count}"
             )
 
     @classmethod
@@ -406,8 +408,17 @@ class SSLPreTrainedModel(PreTrainedModel):
         """Raise `UserError` if the data is a stream and the method needs row numbers."""
         if cls.needs_sample_index and streaming:
             raise UserError(
-                f"data.streaming: expected images with row numbers for {cls._method_name()}, got a stream; "
+                f"data.streaming: expected images with row numbers for {cls.method_name()}, got a stream; "
                 "use data.streaming=false or a method with a queue (MoCo, SwAV)"
+            )
+
+    @classmethod
+    def check_batch_size(cls, batch_size: int) -> None:
+        """Raise `UserError` if a batch has too few images for the method."""
+        if cls.couples_samples and batch_size < 2:
+            raise UserError(
+                f"training.batch_size: expected at least 2, because {cls.method_name()} compares images with "
+                f"each other, got {batch_size}"
             )
 
     def check_source(self, streaming: bool, num_rows: int | None) -> None:
@@ -444,15 +455,11 @@ class SSLPreTrainedModel(PreTrainedModel):
                 the views follow the image processor of the encoder unless `views` sets them.
 
         Raises:
-            OSError, ValueError: `AutoModel.from_pretrained` raises them.
-            UserError: the folder does not exist, or the method cannot train this type of encoder.
+            UserError: there is no encoder that can be loaded, or the method cannot train this type of it.
         """
         if not isinstance(encoder, PreTrainedModel):
-            place = os.fspath(encoder)
-            if not os.path.isdir(place) and (place.count("/") != 1 or place.startswith((".", "/", "~"))):
-                raise UserError(f"encoder: expected a folder or the id of a model on the Hub, got {place}")
-            encoder = cast(PreTrainedModel, AutoModel.from_pretrained(place))
-        settings["views"] = _processor_settings(encoder) | (settings.get("views") or {})
+            encoder = load_weights(os.fspath(encoder), "encoder")
+        settings["views"] = view_settings(encoder) | (settings.get("views") or {})
         model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
         model.start_from(encoder)
         return model
@@ -467,7 +474,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         if args and kwargs.get("config") is None:
             place = {key: kwargs[key] for key in _PLACE if key in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(args[0], **place)
-            if "model_type" in found and not re.match(r"ssl(_|$)", found["model_type"]):
+            if "model_type" in found and method_of(found["model_type"]) is None:
                 backbone = AutoConfig.from_pretrained(args[0], **place)
                 kwargs["config"] = cast(Any, cls.config_class)(backbone_config=backbone)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -539,15 +546,3 @@ class SSLPreTrainedModel(PreTrainedModel):
     def exported_encoder(self) -> PreTrainedModel:
         """Return the encoder that is published."""
         return cast(PreTrainedModel, self.get_submodule(self.exported))
-
-
-def _processor_settings(encoder: PreTrainedModel) -> dict[str, Any]:
-    """Return size, mean and std of the image processor beside the files of an encoder; {} without one."""
-    try:
-        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path)
-    except (ImportError, OSError, ValueError):
-        return {}
-    size = dict(getattr(processor, "crop_size", None) or processor.size or {})
-    side = size.get("height", size.get("shortest_edge"))
-    known = {"size": side, "mean": processor.image_mean, "std": processor.image_std}
-    return {name: value for name, value in known.items() if value is not None}

@@ -34,6 +34,14 @@ class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
         if input.ndim < 2:
             raise ValueError(f"input: expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
+    def _count_batch(self) -> float:
+        """Count a batch, and return the weight of its statistics; 1 / count for `momentum=None`."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else 1.0 / float(self.num_batches_tracked)
+
 
 class SynchronizedBatchNorm(_AnyBatchNorm):
     """BatchNorm with statistics of the batch of all processes, for inputs (N, C, ...).
@@ -58,17 +66,9 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
         # precision.
         centered = x - mean.view(shape)
         variance = sum_over_processes(centered.square().sum(dims)) / count
-        if (
-            self.track_running_stats
-            and self.running_mean is not None
-            and self.running_var is not None
-            and self.num_batches_tracked is not None
-        ):
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = (
-                    self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-                )
+                momentum = self._count_batch()
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
         result = centered * torch.rsqrt(variance + self.eps).view(shape)
@@ -132,11 +132,9 @@ class SplitBatchNorm(_AnyBatchNorm):
         if not self.track_running_stats or mean is None or variance is None:
             return batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
         means, variances = mean.repeat(self.splits), variance.repeat(self.splits)
-        result = batch_norm(x, means, variances, weight, bias, True, self.momentum or 0.1, self.eps)
+        result = batch_norm(x, means, variances, weight, bias, True, self._count_batch(), self.eps)
         mean.copy_(means.unflatten(0, (self.splits, -1)).mean(0))
         variance.copy_(variances.unflatten(0, (self.splits, -1)).mean(0))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         return result
 
 

@@ -84,6 +84,12 @@ class TeacherConfig(SSLConfig):
         )
 
 
+def method_of(model_type: str) -> str | None:
+    """Return the name of the method with a model type ("moco_v3" for "ssl_moco_v3"); None for an encoder."""
+    first, _, name = model_type.partition("_")
+    return name or first if first == SSLConfig.model_type else None
+
+
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Return the height and width of a size in the config of an encoder. One number means a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -56,7 +56,8 @@ class RunProgress:
         return self.step / self.steps_per_epoch
 
 
-COLLAPSED_PROTOTYPES = {"prototype_entropy": 0.05, "embedding_rank": 2.0}
+COLLAPSED_RANK = {"embedding_rank": 2.0}
+COLLAPSED_PROTOTYPES = {"prototype_entropy": 0.05, **COLLAPSED_RANK}
 """`collapsed_below` of methods with prototypes. Their embeddings are not collapsed if they share a direction,
 because the loss compares them with prototypes."""
 

@@ -20,7 +20,9 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = [name for name in CONFIG_MAPPING if not name.startswith("ssl_")]
+    from hf_ssl.modeling.configuration import method_of
+
+    known = [name for name in CONFIG_MAPPING if method_of(name) is None]
     check_name("backbone.model_type", model_type, known, "a model type of transformers")
     return CONFIG_MAPPING[model_type]
 
@@ -57,15 +59,9 @@ def pretrained_config(init_from: str) -> "PreTrainedConfig":
     Raises:
         UserError: there is no encoder.
     """
-    from hf_ssl.evaluation.features import load_config
+    from hf_ssl.modeling.backbones import load_config
 
-    config = load_config(init_from)
-    if config.model_type.startswith("ssl_"):
-        raise UserError(
-            f"backbone.init_from: expected an encoder, got the method model {init_from}; use the folder "
-            "above pretraining/, or export the checkpoint"
-        )
-    return config
+    return load_config(init_from, "backbone.init_from")
 
 
 def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
             or values contradict each other.
     """
-    from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
+    from hf_ssl.trainer.arguments import SSLTrainingArguments
     from hf_ssl.trainer.transformers_arguments import check_metric
 
     name, path = find_recipe(str(name_or_path))
@@ -233,17 +233,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides=list(overrides),
     )
     recipe.evaluation.check()
-    batch_size = recipe.training.get("batch_size", DEFAULT_BATCH_SIZE)
+    args = recipe.training_arguments()
     check_method(
         recipe.method["name"],
         backbone_type=backbone["model_type"],
         views=views,
         streaming=data.streaming,
-        batch_size=batch_size,
+        batch_size=args.batch_size,
     )
     check_encoder(recipe.backbone_config(), data, views)
     recipe.config()
-    args = recipe.training_arguments()
     if "dataloader_num_workers" in recipe.training:  # OmegaConf makes it a text, because `auto` is one
         recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
     check_metric(args.metric_for_best_model)

@@ -33,7 +33,7 @@ from hf_ssl.evaluation import (
     load_encoder,
     thumbnail,
 )
-from hf_ssl.files import replaced_folder, write_json
+from hf_ssl.files import check_new_or_empty, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
@@ -81,7 +81,8 @@ def build_space(
         UserError: the encoder or the data are invalid, a package is missing, or the folder has other files.
     """
     check_packages()
-    _check_folder(folder)
+    if not (folder / SPACE_FACTS).is_file():
+        check_new_or_empty(folder, "space", " or a Space")
     if images < 1 or examples < 0:
         raise UserError(f"space: expected images >= 1 and examples >= 0, got {images} and {examples}")
     with progress(f"loading {model}"):
@@ -127,12 +128,6 @@ def build_space(
         facts["files"] = sorted(names)  # publishing uploads these files
         write_json(part / SPACE_FACTS, facts)
     return facts
-
-
-def _check_folder(folder: Path) -> None:
-    other_files = folder.exists() and any(folder.iterdir()) and not (folder / SPACE_FACTS).is_file()
-    if folder.is_file() or other_files:
-        raise UserError(f"{folder}: expected an empty folder or a Space, got other files; use a new folder")
 
 
 def _images(data: DataConfig, split: str, count: int) -> LabeledImages:

@@ -216,7 +216,7 @@ class SSLTrainingArguments(TrainingArguments):
                 f"torchrun --nproc_per_node {self.n_gpu} training/pretrain.py ..., or set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        micro_batches = self.world_size * self.gradient_accumulation_steps
+        micro_batches = self.micro_batches
         if not self.batch_size:
             self.batch_size = per_device * micro_batches if per_device else DEFAULT_BATCH_SIZE
         self._update_learning_rate()
@@ -367,6 +367,11 @@ class SSLTrainingArguments(TrainingArguments):
         self.mixed_precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
         self._remember()
 
+    @property
+    def micro_batches(self) -> int:
+        """Return the number of batches of an optimizer step, over all processes and accumulation steps."""
+        return self.world_size * self.gradient_accumulation_steps
+
     def use_batch_size(self, batch_size: int) -> None:
         """Set another batch size, and the learning rate by `learning_rate_rule`.
 
@@ -388,7 +393,7 @@ class SSLTrainingArguments(TrainingArguments):
         return math.sqrt(self.batch_size) if self.learning_rate_rule == "square_root" else 1.0
 
     def _batch_per_process(self) -> int:
-        micro_batches = self.world_size * self.gradient_accumulation_steps
+        micro_batches = self.micro_batches
         if self.batch_size < micro_batches or self.batch_size % micro_batches:
             raise UserError(
                 "training.batch_size: expected a multiple of processes x gradient_accumulation_steps = "

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks of the trainer for method hooks, weight decay, the progress bar, the memory bank and pictures."""
+"""Callbacks of the trainer: method hooks, weight decay, signals, progress bar, memory bank and pictures."""
 
+import os
+import signal
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,20 +16,21 @@ import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 from hf_ssl.data import LoadedBatch
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
-from hf_ssl.modeling.gather import gather
+from hf_ssl.modeling.gather import any_process, gather, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.logs import draw_curves
 from hf_ssl.trainer.optimizers import parameter_groups_by_name, schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 VIEWS, CURVES = "views.png", "curves.png"
 """Pictures of every run, in the output folder."""
 SEED_OFFSET = 2**33
@@ -291,3 +295,85 @@ def send_picture(callbacks: Iterable[TrainerCallback], file: Path, step: int) ->
             module.log({name: module.Image(str(file)), "train/global_step": step})
         elif tracker == "MLflow":
             import_module("mlflow").log_image(PIL.Image.open(file), key=name, step=step)
+
+
+class Interrupted(BaseException):
+    """A signal arrived inside `StopOnSignal.interruptible`.
+
+    This class is not an `Exception`, so that no handler of errors catches it.
+    """
+
+
+class StopOnSignal(TrainerCallback):
+    """Stops training on SIGTERM or SIGINT (Ctrl-C).
+
+    It finishes the training step and saves a checkpoint. It aborts a measurement of the monitor. A second
+    signal stops the process immediately. Several processes stop together at the next logging step, because
+    they wait for each other in every step.
+
+    Attributes:
+        received: the signal that arrived; None before the first signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._interruptible = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def exit_exception(self) -> BaseException:
+        """Return the exception of the signal: SystemExit(143) or KeyboardInterrupt."""
+        if self.received == signal.SIGINT:
+            return KeyboardInterrupt()
+        return SystemExit(128 + signal.SIGTERM)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise `Interrupted` inside this block as soon as a signal arrives, if there is only one process."""
+        if self.received is not None and process_count() == 1:
+            raise Interrupted
+        self._interruptible = process_count() == 1
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self.received = signal.Signals(number)
+            raise self.exit_exception()
+        self.received = signal.Signals(number)
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+        with suppress(OSError):  # os.write instead of print, because the signal may interrupt a print
+            os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops immediately\n")
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.received = None
+        for number in SIGNALS:
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:
+                return  # outside the main thread (in some notebooks), Python cannot set handlers
+
+    def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:
+        stop = self.received is not None
+        if args.world_size > 1:
+            if state.global_step % state.logging_steps:
+                return
+            stop = any_process(stop, args.device)
+            if stop and self.received is None:
+                self.received = signal.SIGTERM
+        if stop:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_save(self, args, state, control: TrainerControl, **kwargs) -> None:
+        if self.received is not None and args.world_size == 1:  # the signal arrived during saving
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Restore the signal handlers from before training."""
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}

@@ -17,6 +17,7 @@ from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
+from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.monitor import (
     Alarm,
@@ -28,7 +29,6 @@ from hf_ssl.trainer.monitor import (
     load_monitor_images,
 )
 from hf_ssl.trainer.pushing import PushingTrainer
-from hf_ssl.trainer.stopping import Interrupted, StopOnSignal
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)

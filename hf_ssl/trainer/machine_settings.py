@@ -20,7 +20,8 @@ from hf_ssl.data import Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import holds_batch, too_few_images
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.backbones import choose_attention, supports_checkpointing
+from hf_ssl.modeling.activation_checkpoints import supports_checkpointing
+from hf_ssl.modeling.backbones import choose_attention
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.gather import from_first_process
@@ -114,7 +115,7 @@ def choose_batch_size(
         images: number of images in the data set; None for a stream of unknown length.
         free_bytes: free memory of the device.
     """
-    micro_batches = args.world_size * args.gradient_accumulation_steps
+    micro_batches = args.micro_batches
     limits: list[tuple[float, str]] = []
     if images is not None:
         limits.append((images, f"there are {images:,} images"))
@@ -139,12 +140,18 @@ def choose_batch_size(
     return {"training.batch_size": {"value": chosen, "reason": reason}}
 
 
+def check_images(source: Source) -> None:
+    """Raise UserError for a single image: BatchNorm, negatives and the monitor need two."""
+    if source.num_rows == 1:
+        raise UserError(f"data.path: expected at least 2 images in {source.description}, got 1")
+
+
 def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
     """Check that the data hold one micro-batch for each process, and that the length of the run is known.
 
     Raises:
-        UserError: there are fewer images, and the message gives a batch size that fits; or the length of a
-            stream is not known, and `max_steps` is not set.
+        UserError: there is one image; there are fewer images than that, and the message gives a batch size
+            that fits; or the length of a stream is not known, and `max_steps` is not set.
     """
     if source.num_rows is None:
         if args.max_steps <= 0:
@@ -153,9 +160,10 @@ def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
             )
         return
     share = ProcessShare(0, args.per_device_train_batch_size, world_size=args.world_size)
+    check_images(source)
     if holds_batch(source, share):
         return
-    micro_batches = args.world_size * args.gradient_accumulation_steps
+    micro_batches = args.micro_batches
     advice = f"training.batch_size={micro_batches * _power_of_two(source.num_rows / micro_batches)}"
     if source.num_rows < 2 * micro_batches:
         fitting = args.world_size * _power_of_two(source.num_rows / args.world_size)

@@ -23,7 +23,7 @@ from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_gr
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
-from hf_ssl.trainer.transformers_arguments import warn_once
+from hf_ssl.trainer.transformers_arguments import as_bool, warn_once
 
 _OF_MEASUREMENTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _WITHOUT_WARMUP = (SchedulerType.CONSTANT, *_OF_MEASUREMENTS)
@@ -183,13 +183,12 @@ def _parsed(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
     """Return the arguments in a text "name=value,name=value". A word without quotes is a text."""
     if isinstance(optim_args, dict):
         return optim_args
-    words = {"true": True, "false": False}
     try:
         call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
         if call.args or not all(pair.arg for pair in call.keywords):
             raise ValueError("a value has no name")
         return {
-            str(pair.arg): words.get(pair.value.id.lower(), pair.value.id)
+            str(pair.arg): as_bool(pair.value.id)
             if isinstance(pair.value, ast.Name)
             else ast.literal_eval(pair.value)
             for pair in call.keywords

@@ -126,7 +126,7 @@ class PushingTrainer(CheckpointTrainer):
     def _unfinished_card(
         self, model_name: str | None = None, tags: str | list[str] | None = None, **known: Any
     ) -> str:
-        method = str(self.method.config.model_type).removeprefix("ssl_")
+        method = self.method.method_name()
         further = [tags] if isinstance(tags, str) else tags or []
         return _UNFINISHED_CARD.format(
             metadata=encoder_metadata(method, further, **known).to_yaml(),

@@ -40,6 +40,7 @@ from hf_ssl.trainer.callbacks import (
     MethodHooks,
     MethodPicturesCallback,
     ProgressBar,
+    StopOnSignal,
     WeightDecaySchedule,
 )
 from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
@@ -62,7 +63,6 @@ from hf_ssl.trainer.monitor import (
     knn_classifiers,
 )
 from hf_ssl.trainer.optimizers import check_objects, check_optimization, largest_weight_decay
-from hf_ssl.trainer.stopping import StopOnSignal
 from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric
 from hf_ssl.views import ViewPreset
 
@@ -244,6 +244,7 @@ class SSLTrainer(EvaluatingTrainer):
 
     def _check_arguments(self) -> None:
         warn_about_accumulation(self.method, self.args)
+        self.method.check_batch_size(self.args.batch_size)
         check_batch_size(self.args, self.source)
         check_optimization(self.method, self.args, (self.optimizer, self.lr_scheduler))
         self.method.check_source(self.source.streaming, self.source.num_rows)

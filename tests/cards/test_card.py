@@ -202,7 +202,7 @@ def test_no_path_and_no_token_reaches_the_card(facts: dict, tmp_path: Path) -> N
         assert secret not in text, secret
     assert "see log.txt (removed)" in text
     assert "https://example.org/a/b" in text
-    assert "data.path=cifar10" in command(public_facts(facts))
+    assert "data.path=./cifar10" in command(public_facts(facts))
 
 
 def test_a_relative_folder_is_not_a_data_set_on_the_hub(facts: dict, tmp_path: Path) -> None:

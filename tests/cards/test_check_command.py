@@ -15,11 +15,24 @@ from hf_ssl.cards.text import check_command
 from hf_ssl.data import DataConfig
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.recipe import read_sections
+from hf_ssl.recording import public_name
 
 
 def read(facts: dict[str, Any]) -> tuple[DataConfig, EvaluationConfig]:
     """Return the settings of the command for public facts."""
     return read_sections(shlex.split(check_command(public_facts(facts)))[3:])
+
+
+def test_a_local_folder_with_the_name_of_the_built_in_data(
+    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for path, expected in (("digits", "digits"), (str(folder), "./digits"), ("./digits", "./digits")):
+        name, hub_id = public_name(DataConfig(path=path))
+        facts["evaluation"] |= {"name": name, "hub_id": hub_id}
+        assert read(facts)[0].path == expected
 
 
 def test_the_command_on_the_card_repeats_the_evaluation(

@@ -115,7 +115,7 @@ def test_runs_are_appended_to_their_recipe(facts: dict, tmp_path: Path) -> None:
     assert entry["environment"]["device"] == "AMD EPYC"
     assert entry["results"]["trained"]["knn"] == json.loads(json.dumps(facts["results"]["trained"]["knn"]))
     assert list(entry["backbone"]) == ["class_name", "parameters", "feature_size", "image_size"]
-    assert entry["overrides"] == ["data.path=cifar10", "training.max_steps=400"]
+    assert entry["overrides"] == ["data.path=./cifar10", "training.max_steps=400"]
     assert "jane" not in path.read_text()
     assert [item.name for item in path.parent.iterdir()] == ["simclr.json"]
 
@@ -153,6 +153,8 @@ def test_runs_that_end_at_the_same_time_are_all_appended(tmp_path: Path) -> None
         ("/home/jane/my photos/dogs/", "dogs"),
         ("~/photos", "photos"),
         ("../shared/cifar10", "cifar10"),
+        ("./dogs", "./dogs"),
+        ("./my/dogs", "dogs"),
         ("C:\\Users\\jane\\dogs", "dogs"),
         ("\\\\server\\jane\\dogs", "dogs"),
         ("/data/*.parquet", "*.parquet"),

@@ -207,6 +207,15 @@ def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
             as_source(data, CONFIG)
 
 
+def test_a_usual_name_decides_between_several_images_as_in_a_table() -> None:
+    def items(*names: str) -> TorchData:
+        return TorchData(lambda row: {name: picture(row) for name in names})
+
+    assert as_source(items("mask", "image"), CONFIG).dataset.column == "image"
+    with pytest.raises(UserError, match=mentions("image_column", "img, image")):
+        as_source(items("img", "image"), CONFIG)
+
+
 def test_items_that_are_no_images_are_reported() -> None:
     for make, names in (
         (lambda row: tensor(row) / 255 - 0.5, ["0 to 1", "without normalization"]),
@@ -272,7 +281,7 @@ LABELS = {
     "tensors with a dimension": (list(torch.tensor([[0], [1], [1], [0]])), ["0", "1"], [0, 1, 1, 0]),
     "numpy": (list(np.array([0, 1, 1, 0], np.uint8)), ["0", "1"], [0, 1, 1, 0]),
     "floats": ([0.0, 1.0, 1.0, 0.0], ["0", "1"], [0, 1, 1, 0]),
-    "booleans": ([False, True, True, False], ["0", "1"], [0, 1, 1, 0]),
+    "booleans": ([False, True, True, False], ["False", "True"], [0, 1, 1, 0]),
     "some without": ([0, None, float("nan"), -1], ["0"], [0]),
 }
 

@@ -52,7 +52,7 @@ def test_tars(tars):
         stream = open_source(DataConfig(path=str(path), streaming=True))
         assert stream.dataset.num_shards == 3
         labeled = open_source(DataConfig(path=str(path), label_column="cls"), labels=True)
-        labels, names = label_values(labeled.dataset, "cls")
+        labels, names = label_values(labeled.dataset, "cls", "here")
         assert names == ["0", "1", "2"] and labels.tolist() == [0, 1, 2] * 12
 
 
@@ -60,7 +60,7 @@ def test_digits():
     train, test = (open_source(DataConfig(path="digits"), split, labels=True) for split in ("train", "test"))
     assert (train.num_rows, test.num_rows) == (1297, 500)
     assert train.dataset.features[train.label_column].names == [str(digit) for digit in range(10)]
-    labels, _ = label_values(test.dataset, "label")
+    labels, _ = label_values(test.dataset, "label", "here")
     assert (torch.bincount(torch.from_numpy(labels)) > 35).all()
     contents = [{row["bytes"] for row in source.dataset["image"]} for source in (train, test)]
     assert not contents[0] & contents[1]
@@ -147,9 +147,9 @@ def test_no_or_several_image_columns_are_an_error(features, requested, parts):
         ({"a": LABEL, "b": LABEL}, None, [2, "data.label_column=a"]),
         ({"a": IMAGE}, None, ["here", "data.label_column=NAME"]),
         (
-            {"a": datasets.Value("float32")},
+            {"a": datasets.Value("binary")},
             "a",
-            ["data.label_column", "a", "float32"],
+            ["data.label_column", "a", "binary"],
         ),
     ],
 )
@@ -164,13 +164,43 @@ def test_no_or_several_label_columns_are_an_error(features, requested, parts):
         ([2, 0, None, 2], datasets.ClassLabel(names=["x", "y", "z"]), [2, 0, -1, 2], ["x", "y", "z"]),
         ([7, 3, None, 7], datasets.Value("int32"), [1, 0, -1, 1], ["3", "7"]),
         (["dog", "cat", None, "dog"], TEXT, [1, 0, -1, 1], ["cat", "dog"]),
+        ([7.0, 3.0, float("nan"), 7.0], datasets.Value("float64"), [1, 0, -1, 1], ["3", "7"]),
+        ([7, 3, -1, 7], datasets.Value("int8"), [1, 0, -1, 1], ["3", "7"]),
         ([True, False, None, True], datasets.Value("bool"), [1, 0, -1, 1], ["False", "True"]),
     ],
 )
 def test_labels(values, feature, labels, names):
     dataset = datasets.Dataset.from_dict({"c": values}, features=datasets.Features({"c": feature}))
-    found, classes = label_values(dataset, "c")
+    found, classes = label_values(dataset, "c", "here")
     assert found.tolist() == labels and classes == names
+
+
+def test_a_fraction_is_no_label():
+    dataset = datasets.Dataset.from_dict({"c": [1.0, 0.5]})
+    with pytest.raises(UserError, match=mentions("here", 0.5)):
+        label_values(dataset, "c", "here")
+
+
+@pytest.mark.parametrize(
+    ("features", "image", "label"),
+    [
+        ({"image": IMAGE, "mask": IMAGE, "label": LABEL}, "image", "label"),
+        ({"depth": IMAGE, "img": IMAGE, "label": LABEL, "coarse": LABEL}, "img", "label"),
+        ({"jpg": datasets.Value("binary"), "label": datasets.Value("float64")}, "jpg", "label"),
+    ],
+)
+def test_a_usual_name_decides_between_several_columns(features, image, label):
+    assert find_image_column(features, None, "here") == image
+    assert find_label_column(features, None, "here") == label
+
+
+def test_parts_of_the_digits():
+    part = open_source(DataConfig(path="digits", split="train[:100]"))
+    assert (
+        part.num_rows == 100 and open_source(DataConfig(path="digits", split="train+test")).num_rows == 1797
+    )
+    with pytest.raises(UserError, match=mentions("data.split", "train", "test", "valid")):
+        open_source(DataConfig(path="digits", split="valid[:3]"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

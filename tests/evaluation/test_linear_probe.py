@@ -9,8 +9,20 @@ from messages import mentions
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import linear_probe
+from hf_ssl.evaluation import knn_accuracy, linear_probe
+from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.evaluation.linear import train_heads
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_learning_rate_must_be_positive_and_finite(rate: float) -> None:
+    features, labels = torch.randn(8, 2), torch.arange(8) % 2
+    with pytest.raises(UserError, match="linear probe"):
+        linear_probe(features, labels, features, labels, learning_rates=[0.1, rate])
+    with pytest.raises(UserError, match="temperature"):
+        knn_accuracy(features, labels, features, labels, neighbors=[1], temperatures=[rate])
+    with pytest.raises(UserError, match="temperature"):
+        leave_one_out_knn(features, labels, neighbors=1, temperature=rate)
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

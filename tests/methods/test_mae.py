@@ -304,5 +304,5 @@ def test_mistakes_get_a_sentence():
         build(mask_ratio=0.95)
     with pytest.raises(UserError, match=mentions("(4, 4)", "(6, 6)")):
         build()(torch.zeros(2, 1, 3, 48, 48))
-    with pytest.raises(UserError, match=mentions("views.count", "MAE", 1, 2)):
+    with pytest.raises(UserError, match=mentions("views.count", "mae", 1, 2)):
         build()(torch.zeros(2, 2, 3, 32, 32))

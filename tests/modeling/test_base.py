@@ -128,7 +128,7 @@ def test_too_few_views():
 
 def test_an_input_of_another_method_is_an_error():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=RESNET))
-    with pytest.raises(UserError, match=mentions("noise", "SimCLR")):
+    with pytest.raises(UserError, match=mentions("noise", "simclr")):
         model(torch.randn(4, 2, 3, 16, 16), noise=torch.rand(4, 4))
 
 

@@ -46,6 +46,19 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
+def test_parts_of_a_batch_update_the_statistics_with_any_momentum(momentum: float | None) -> None:
+    """`momentum=None` is the mean of all batches, and 0.0 keeps the statistics, as in torch."""
+    plain, holder = nn.BatchNorm1d(3, momentum=momentum), nn.Sequential(nn.BatchNorm1d(3, momentum=momentum))
+    split_batch_norm(holder, 2)
+    for number in range(3):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+        x = x.repeat_interleave(2, 0)  # both parts are equal, so their statistics are those of the batch
+        plain(x[::2]), holder(x)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(holder[0].get_buffer(name), buffer)
+
+
 def test_two_processes_equal_the_whole_batch(forks: Forks, tmp_path):
     generator = torch.Generator().manual_seed(0)
     cases = []

@@ -37,7 +37,7 @@ from hf_ssl import (
 )
 from hf_ssl.errors import UserError
 from hf_ssl.modeling import backbones
-from hf_ssl.modeling.backbones import _checkpointed, checkpoint_segments, find_segments
+from hf_ssl.modeling.activation_checkpoints import _checkpointed, checkpoint_segments, find_segments
 
 VIT = ViTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,

@@ -514,8 +514,33 @@ def test_a_method_rejects_an_encoder_that_it_cannot_train(tmp_path: Path) -> Non
     encoder = ResNetModel(ResNetConfig(**TINY))
     encoder.save_pretrained(tmp_path)
     for start in (MAEForPreTraining.from_backbone, MAEForPreTraining.from_pretrained):
-        with pytest.raises(UserError, match=mentions("backbone", "MAE", "resnet", "vit")):
+        with pytest.raises(UserError, match=mentions("backbone", "mae", "resnet", "vit")):
             start(tmp_path)
+
+
+def test_a_start_that_is_no_encoder_gets_a_sentence(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "method")
+    (tmp_path / "empty").mkdir()
+    for place, parts in (
+        (tmp_path / "method", ["method model", "export"]),
+        (tmp_path / "empty", [str(tmp_path / "empty")]),
+        ("./missing", ["./missing", "folder", "Hub"]),
+    ):
+        with pytest.raises(UserError, match=mentions("encoder", *parts)):
+            SimCLRForPreTraining.from_backbone(place)
+
+
+def test_too_few_images_get_the_sentence_of_the_command_line(table: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions("at least 2 images", 1)):
+        SSLTrainer(model(), arguments(tmp_path), train_dataset=table.select([0]))
+    with pytest.raises(UserError, match=mentions("training.batch_size", "simclr", 2, 1)):
+        SSLTrainer(model(), arguments(tmp_path, per_device_train_batch_size=1), train_dataset=table)
+
+
+def test_views_must_fit_the_patches_of_the_encoder(table: Dataset, tmp_path: Path) -> None:
+    vit = SimCLRForPreTraining.from_backbone(ViTModel(ViTConfig(**VIT)), views={"size": 18})
+    with pytest.raises(UserError, match=mentions("views.size", "backbone.patch_size", 18)):
+        SSLTrainer(vit, arguments(tmp_path), train_dataset=table)
 
 
 def test_images_without_views_are_explained() -> None:

@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.backbones import find_segments
+from hf_ssl.modeling.activation_checkpoints import find_segments
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback

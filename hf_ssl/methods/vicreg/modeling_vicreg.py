@@ -10,7 +10,7 @@ from hf_ssl.methods.vicreg.configuration_vicreg import VICRegConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead
-from hf_ssl.modeling.outputs import SSLOutput, off_diagonal_correlation
+from hf_ssl.modeling.outputs import COLLAPSED_RANK, SSLOutput, off_diagonal_correlation
 
 
 class VICRegForPreTraining(SSLPreTrainedModel):
@@ -24,7 +24,7 @@ class VICRegForPreTraining(SSLPreTrainedModel):
 
     config_class = VICRegConfig
     couples_samples = True
-    collapsed_below = {"dimension_std": 0.03, "embedding_rank": 2.0}  # noqa: RUF012
+    collapsed_below = {"dimension_std": 0.03, **COLLAPSED_RANK}  # noqa: RUF012
     maximum_views = 2
     joint_batch_norm = False
 
