@@ -158,7 +158,8 @@ def open_labeled_splits(
         evaluation: the section `evaluation`.
 
     Raises:
-        UserError: the data have no labels, or `data.streaming=true` without `evaluation.path`.
+        UserError: the data have no labels, the training split has one class or lacks a class of the test
+            split, or `data.streaming=true` without `evaluation.path`.
     """
     if evaluation.path is None and data.streaming:
         raise UserError(
@@ -167,10 +168,10 @@ def open_labeled_splits(
         )
     data = evaluation.data(data)
     with progress(f"opening {data.path}"):
-        return (
-            labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images),
-            labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images),
-        )
+        train = labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images)
+        test = labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images)
+    test.classified_by(train)
+    return train, test
 
 
 def _choose_sizes(

@@ -150,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
     """Return a function that adds a command to a parser, and returns the parser of the command.
 
-    Its arguments are the name of the command, the function that runs it, and its description, by default the
-    docstring of this function.
+    The returned function takes a command name, the function that runs the command, and a description. The
+    default description is the docstring of the function that runs the command.
     """
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

@@ -90,7 +90,7 @@ def renamed_arguments(**renamed: str) -> Callable[[Anything], Anything]:
 
     A deprecated name still works as a keyword for one more release, with a FutureWarning.
 
-    A misspelt keyword of a dataclass raises a TypeError with a suggestion.
+    A misspelled keyword of a dataclass raises a TypeError with a suggestion.
 
     Args:
         renamed: deprecated name -> its replacement, for example "lars.variant" for a field of `lars`.

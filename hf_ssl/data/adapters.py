@@ -45,8 +45,8 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         config: `image_column` and `label_column`, if they are not the only ones of their type, and
             `max_images`. `path`, `name` and `split` have no effect, except for a folder.
         name: the argument that held `data`, for messages.
-        labels: whether a folder must contain labels. Other data have labels or not. If it is False,
-            `label_column` has no effect.
+        labels: whether labels are needed. A folder must then contain them. If False, `label_column` has no
+            effect.
 
     Raises:
         UserError: `data` is something else, contains no images, or has no unique column of images.
@@ -54,7 +54,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
     if isinstance(data, Source):
         return data
     if not labels:
-        config = replace(config, label_column=None)  # it may name a column of `eval_dataset` only
+        config = replace(config, label_column=None)  # the column may exist only in `eval_dataset`
     if isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[2] in (3, 4):
         raise UserError(f"{name}: expected several images, got an array {data.shape}; use [image] for one")
     if isinstance(data, str | os.PathLike):
@@ -78,7 +78,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         items, label = Items(data), config.label_column
         try:
             first = items[0] if len(items) else None
-        except Exception as error:  # of `__len__`, for example of an array without dimensions
+        except Exception as error:  # `__len__` fails, for example for an array without dimensions
             raise UserError(f"{name}: expected a data set with a length, got {error}") from error
         if isinstance(first, Mapping) and not first.keys() >= {"bytes", "path"}:
             items.column = find_image_key(first, config.image_column, name)
@@ -117,7 +117,7 @@ class Items:
         try:
             item = self.data[row]
             return item if self.column is None else item[self.column]
-        except Exception as error:  # of the code of the user; a loader in it raises any error for a bad file
+        except Exception as error:  # the user's code can raise any error, for example for a damaged file
             return BrokenImage(f"{type(error).__name__}: {error}")
 
     def select(self, rows: np.ndarray) -> "Items":
@@ -147,7 +147,7 @@ class Items:
                     f"{where}: expected items that can be read, got {self[0]}; correct the data set"
                 )
             if any(label is _MISSING for label in labels):
-                form = "(image, label)" if key == 1 else "with the key label"
+                form = "(image, label)" if key == 1 else f"with the key {column or 'label'}"
                 raise UserError(
                     f"{where}: expected items {form}, got items without a label; add it, or use "
                     "data=DataConfig(label_column=NAME) for items with another key"
@@ -171,7 +171,7 @@ def find_image_key(example: Mapping[str, Any], requested: str | None, name: str)
     """Return the key of the image in an example whose columns are not declared.
 
     Raises:
-        UserError: the example is no dict, the requested key is missing, or no key or several keys hold an
+        UserError: the example is not a dict, the requested key is missing, or no key or several keys hold an
             image.
     """
     if not isinstance(example, Mapping):

@@ -89,7 +89,7 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
 
 
 def find_optional_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str | None:
-    """Return the column of `find_label_column`; None if none is requested and the type fits not just one."""
+    """Return the column of `find_label_column`; None if no column is requested and no unique one exists."""
     try:
         return find_label_column(features, requested, where)
     except UserError:
@@ -147,8 +147,8 @@ def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray,
 
     Returns:
         labels: (N,) int64, -1 for a row without a label.
-        class_names: names of the classes; label i has the name at index i. Strings, and numbers
-            that are no ClassLabel, are numbered in sorted order.
+        class_names: names of the classes; label i has the name at index i. Strings, and numbers that are not
+            a ClassLabel, are numbered in sorted order.
 
     Raises:
         UserError: a label is neither a whole number nor text.

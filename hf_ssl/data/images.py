@@ -111,14 +111,15 @@ def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator
 def without_broken_images(dataset: Dataset, config: DataConfig | None = None) -> Dataset:
     """Return a data set without the rows whose image cannot be read, and log a warning that names them.
 
-    Training leaves such images out by itself. `SSLTrainer.predict` does not, because its rows would move.
+    Training skips such images. `SSLTrainer.predict` raises an error, because its rows must match the data
+    set.
 
     Args:
         dataset: the images.
         config: see `as_source`.
 
     Raises:
-        UserError: `dataset` is no `datasets.Dataset`, or has no column of images.
+        UserError: `dataset` is not a `datasets.Dataset`, or has no column of images.
     """
     if not isinstance(dataset, Dataset):
         raise UserError(

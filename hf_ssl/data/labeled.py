@@ -59,24 +59,27 @@ class LabeledImages:
         self._complete = False
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
-    def use_classes(self, names: list[str], where: str) -> None:
-        """Number the classes as another data set does, in which they can have another order.
-
-        Args:
-            names: class names of the other data set.
-            where: name of the other data set, for messages.
+    def classified_by(self, other: "LabeledImages") -> None:
+        """Number the classes as in the images that classify these, which can have them in another order.
 
         Raises:
-            UserError: the other data set lacks a class.
+            UserError: the other images have only one class, or do not know the class of an image.
         """
-        missing = [name for name in self.class_names if name not in names]
+        if len(np.unique(other._labels)) < 2:
+            raise UserError(
+                f"labels: expected images of at least 2 classes in {other.description}, got "
+                f"{len(other._labels)} of 1 class; use another split or column"
+            )
+        names = other.class_names
+        used = [self.class_names[label] for label in np.unique(self._labels)]
+        missing = [name for name in used if name not in names]
         if missing:
             raise UserError(
-                f"labels: expected the classes of {where}, {', '.join(names[:20])}, got {missing[0]} in "
-                f"{self.description}; use data sets with the same classes"
+                f"labels: expected the classes of {other.description}, {', '.join(names[:20])}, got "
+                f"{missing[0]} in {self.description}; use data sets with the same classes"
             )
         if self.class_names != names:
-            numbers = np.array([names.index(name) for name in self.class_names])
+            numbers = np.array([names.index(name) if name in names else -1 for name in self.class_names])
             self._labels, self.class_names = numbers[self._labels], list(names)
 
     def __len__(self) -> int:

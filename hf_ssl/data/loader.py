@@ -93,7 +93,8 @@ def train_loader(
         "prefetch_factor": prefetch_factor if num_workers else None,
         "multiprocessing_context": start_method if num_workers else None,
         "collate_fn": _unchanged,
-        # torch draws a seed for its workers, which hf_ssl does not use, and would change the global generator
+        # Without it, torch draws a seed for workers from the global generator and changes its state. hf_ssl
+        # does not use that seed.
         "generator": torch.Generator().manual_seed(0),
         "worker_init_fn": _ignore_signals,
     }

@@ -155,7 +155,7 @@ class StreamLoader(DataLoader[LoadedBatch]):
 
     Args:
         batches: the batches of the readers.
-        layout: the conditions under which the stream is read now.
+        layout: the current conditions of reading, which checkpoints store.
         length: number of batches of this process in an epoch, if known.
         options: further arguments of torch's DataLoader.
     """

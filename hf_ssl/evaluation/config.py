@@ -128,7 +128,7 @@ class EncoderResult(TypedDict):
     skipped: list[str]  # measurements for which there were too few images
     statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
     seconds: dict[str, float]
-    precision: NotRequired[str]  # precision of the features: "float32", "bfloat16" or "float16"
+    precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"
     pooling: NotRequired[str]
     poolings: NotRequired[dict[str, float]]  # main k-NN accuracy by "cls" and by "mean", if compared
     image_size: NotRequired[int]

@@ -79,7 +79,7 @@ def device_of(model: Any, device: torch.device | str | int | None = None) -> tor
     """Return the device of an encoder, after a move to `device` if one is given.
 
     Raises:
-        UserError: the model is no module, has no weights, or the machine does not have the device.
+        UserError: the model is not a module, has no weights, or the machine does not have the device.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -205,7 +205,7 @@ def extract_features(
         float32 (N, D), on the CPU.
 
     Raises:
-        UserError: there is no image, there are more than `total`, the images are no uint8 tensors, or
+        UserError: there is no image, there are more than `total`, the images are not uint8 tensors, or
             `device_of` raises.
     """
     return extract_poolings(

@@ -32,8 +32,8 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
     Raises:
-        UserError: the number of labels differs from the number of images, a label is no whole number, or is
-            negative (no label).
+        UserError: the number of labels differs from the number of images, a label is not a whole number, or
+            is negative (no label).
     """
     try:
         given = torch.as_tensor(labels)
@@ -137,8 +137,8 @@ def knn_accuracy(
         {(k, temperature): accuracy in [0, 1]}.
 
     Raises:
-        UserError: k or a temperature is out of range, the number of labels is wrong, or features are not
-            finite.
+        UserError: k or a temperature is out of range, the number of labels is wrong, the bank has fewer than
+            two classes, or features are not finite.
 
     Source: Wu et al. 2018 (1805.01978), section 3.4; k and T are those of DINO's eval_knn.py, which
     recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
@@ -191,7 +191,8 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
         temperature: a positive number.
 
     Raises:
-        UserError: k is out of range, the number of labels is wrong, or features are not finite.
+        UserError: k or the temperature is out of range, the number of labels is wrong, there are fewer than
+            two classes, or features are not finite.
     """
     rows_ND, labels_N = _prepare(features, labels, "k-NN", features.device)
     _check_classes(labels_N, "k-NN")
@@ -258,6 +259,7 @@ def few_label_knn(
     """
     device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = _prepare(train_features, train_labels, "few-label bank", device)
+    _check_classes(bank_labels, "few-label bank")
     queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device, bank.shape[1])
     if labels_per_class < 1 or draws < 1:
         raise UserError(

@@ -91,7 +91,6 @@ def evaluate_encoder(
         warnings.warn("evaluate_encoder: use the order model, train, test", FutureWarning, stacklevel=2)
         train, test, config, processor = config, processor, test, train
     config, data = EvaluationConfig.of(config), DataConfig.of(data)
-    data = replace(data, label_column=config.label_column or data.label_column)
     if isinstance(model, str | PathLike):
         if processor is None:
             model, processor = load_encoder(str(model))
@@ -102,16 +101,13 @@ def evaluate_encoder(
         model = model.exported_encoder
     device = device_of(model, device)
     processor = load_processor(processor, model)
-    train = _labeled(train, data, "train", config.max_train_images)
-    test = _labeled(test, data, "test", config.max_test_images)
-    if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
-        test.use_classes(train.class_names, train.description)
+    train, test = _labeled(train, test, config, data)
     precision, weights = config.precision, str(dtype_of(model)).removeprefix("torch.")
     if precision == "auto" and weights == "float32":
         precision = fastest_precision(device.type).name
-    elif precision in ("auto", "float32"):  # an encoder without autocast computes in the type of its weights
+    elif precision == "auto":  # an encoder without autocast computes in the type of its weights
         precision = weights
-    elif weights not in (precision, "float32", "float64"):
+    elif weights not in (precision, "float32"):
         raise UserError(
             f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
         )
@@ -166,12 +162,18 @@ def evaluate_encoder(
     return result
 
 
-def evaluate_pixels(config: EvaluationConfig, train: LabeledData, test: LabeledData) -> EncoderResult:
-    """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe."""
+def evaluate_pixels(
+    config: EvaluationConfig | dict[str, Any] | None,
+    train: Any,
+    test: Any,
+    data: DataConfig | dict[str, Any] | None = None,
+) -> EncoderResult:
+    """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe.
+
+    Arguments and errors are those of `evaluate_encoder`.
+    """
     config = EvaluationConfig.of(config)
-    train, test = (
-        _labeled(part, DataConfig(), name, None) for part, name in ((train, "train"), (test, "test"))
-    )
+    train, test = _labeled(train, test, config, DataConfig.of(data))
     seconds: dict[str, float] = {}
     with _timed(seconds, "features"):
         bank, queries = (
@@ -355,10 +357,18 @@ def _describe(
     return words
 
 
-def _labeled(images: Any, config: DataConfig, name: str, most: int | None) -> LabeledData:
-    if hasattr(images, "iter_batches") and hasattr(images, "labels"):
-        return images
-    return label_data(images, config, name, most)
+def _labeled(
+    train: Any, test: Any, config: EvaluationConfig, data: DataConfig
+) -> tuple[LabeledData, LabeledData]:
+    """Return the labeled images of both splits, with the same numbers of classes."""
+    data = replace(data, label_column=config.label_column or data.label_column)
+    if not hasattr(train, "iter_batches"):
+        train = label_data(train, data, "train", config.max_train_images)
+    if not hasattr(test, "iter_batches"):
+        test = label_data(test, data, "test", config.max_test_images)
+    if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
+        test.classified_by(train)
+    return train, test
 
 
 def _inspect_encoder(

@@ -35,7 +35,8 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
 
     The result is exp(-sum p_k log p_k) with p_k = sigma_k / sum(sigma) + eps for the singular values sigma.
     They are computed from the smaller Gram matrix in float64. This is faster than an SVD and agrees with
-    an SVD in float64 to seven digits. Features that are all zero give 1, features that are not finite NaN.
+    an SVD in float64 to seven digits. Features that are all zero give 1, and features that are not finite
+    give NaN.
 
     Args:
         features: (N, D), neither centered nor normalized.

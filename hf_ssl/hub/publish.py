@@ -200,9 +200,9 @@ _MODEL = re.compile(rf"(pretraining/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.
 
 
 def is_owned(path: str) -> bool:
-    """Return whether a publication may delete this file if the run no longer has it.
+    """Return whether a publication may delete this file if the run does not contain it.
 
-    Files that users added to the repository stay, and also pictures and the files in `results/`.
+    It keeps files that users added, pictures, and files in `results/`.
     """
     return path in (PROCESSOR, CARD, FACTS, EVALUATION_RESULTS) or _MODEL.fullmatch(path) is not None
 

@@ -16,10 +16,9 @@ from hf_ssl.modeling.eval_mode import copy_without_values
 
 
 def supports_checkpointing(backbone: nn.Module) -> bool:
-    """Return whether transformers' activation checkpointing is right for this encoder.
+    """Return whether transformers' activation checkpointing works correctly for this encoder.
 
-    transformers updates the statistics of BatchNorm a second time when it computes activations again
-    (MobileViT).
+    transformers updates BatchNorm statistics a second time when it recomputes activations (MobileViT).
     """
     return not batch_norms(backbone) and any(
         hasattr(module, "gradient_checkpointing") for module in backbone.modules()
@@ -29,7 +28,7 @@ def supports_checkpointing(backbone: nn.Module) -> bool:
 def checkpoint_segments(
     backbone: Any, enable: bool, checkpoint: Callable[..., Any], every_n_layers: int = 1
 ) -> None:
-    """Make segments of an encoder store only their outputs in training, and compute the rest again.
+    """Make segments of an encoder store only their outputs, and recompute the rest in the backward pass.
 
     It is for encoders whose activation checkpointing in transformers is missing or wrong
     (`supports_checkpointing`): ResNet, ConvNeXt, and all encoders of timm. Gradients and the statistics of
@@ -37,7 +36,7 @@ def checkpoint_segments(
 
     Args:
         backbone: the encoder. The function changes `forward` of its segments.
-        enable: whether the segments use checkpoints from now on.
+        enable: whether the segments use activation checkpoints.
         checkpoint: `torch.utils.checkpoint.checkpoint`, possibly with options. The variant with
             `use_reentrant=False` is always used.
         every_n_layers: only every n-th segment uses checkpoints.
@@ -63,14 +62,13 @@ def checkpoint_segments(
 
 
 def find_segments(backbone: Any) -> list[str]:
-    """Return the names of the modules of an encoder whose activations are computed again.
+    """Return the names of the modules of an encoder whose activations are recomputed.
 
-    A pass without values measures how many numbers each module returns. Segments are the largest modules
-    whose inner layers together return at most a limit of numbers. The limit minimizes the memory: what
-    layers outside of segments and the segments return, and the inner layers of the largest segment, which
-    exist again during the backward pass. This does not depend on the names and the nesting of modules.
-    Modules that receive a list (DenseNet, HRNet) are no segments, because the list can change before the
-    second pass.
+    A forward pass on the meta device counts the output elements of each module. Segments are the largest
+    modules whose inner layers have at most `limit` output elements together. The limit with the lowest memory
+    is chosen. This memory contains the outputs of segments and of layers outside of them, and the recomputed
+    layers of the largest segment. The choice does not depend on the names and the nesting of modules. Modules
+    that receive a list (DenseNet, HRNet) are no segments, because the list can change before the second pass.
 
     Returns:
         Names, first to last; empty if segments save less than a tenth of the memory (VGG), or if operations

@@ -102,9 +102,9 @@ def view_settings(encoder: PreTrainedModel) -> dict[str, Any]:
 def feature_size(backbone: Any) -> int:
     """Return the number of dimensions of the pooled features.
 
-    A pass without values measures it, because configs name it differently or not at all (EfficientNet,
-    MobileNetV2, MobileViT, timm's MobileNetV3). `hidden_size` counts if operations of the encoder depend on
-    values.
+    A forward pass on torch's meta device measures it, because configs name it differently or not at all
+    (EfficientNet, MobileNetV2, MobileViT, timm's MobileNetV3). If operations of the encoder depend on values,
+    the result is the config's `hidden_size`.
 
     Raises:
         UserError: the encoder has no output that can be pooled, or the pass fails and the config has no
@@ -127,7 +127,7 @@ def feature_size(backbone: Any) -> int:
 
 
 def example_images(copied: Any) -> Tensor:
-    """Return images (2, C, H, W) of the size that an encoder expects, without values."""
+    """Return images (2, C, H, W) on the meta device, of the size that an encoder expects."""
     config = copied.config
     if config.model_type == "timm_wrapper":
         arguments = config.model_args or {}
@@ -140,10 +140,11 @@ def example_images(copied: Any) -> Tensor:
 
 
 def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> None:
-    """Check that an encoder can encode square images of these sizes, by a pass without values.
+    """Check by a forward pass on torch's meta device that an encoder can encode square images of these sizes.
 
-    If this pass fails, a pass with zeros decides, because operations of an encoder can depend on values. A
-    transformer would not see the last pixels of an image whose sides are no multiples of its patch size.
+    If this pass fails, the function repeats it with zeros on the encoder's device, because operations can
+    depend on values. A transformer would not see the last pixels of an image whose sides are no multiples of
+    its patch size.
 
     Args:
         backbone: the encoder, possibly on the device "meta".
@@ -151,7 +152,7 @@ def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> Non
         channels: number of channels of the images.
 
     Raises:
-        UserError: it cannot.
+        UserError: the encoder cannot encode images of one of these sizes.
     """
     sides, patch = sorted(set(sizes)), backbone.config.to_dict().get("patch_size")
     for side in sides:
@@ -214,8 +215,8 @@ def layers(backbone: nn.Module) -> list[nn.Module]:
 class RecordedOutputs:
     """Records hidden states and attention weights inside a `with` block.
 
-    They are those that the encoder's own forward pass returns. If a method calls only the blocks of a vision
-    transformer (MAE), they are those of the blocks. Only the first pass is recorded.
+    The encoder's own forward pass returns them. If a method calls only the blocks of a vision transformer
+    (MAE), hooks on the blocks record them. Only the first pass is recorded.
 
     Args:
         backbone: the encoder.
@@ -224,7 +225,7 @@ class RecordedOutputs:
 
     Raises:
         UserError: `hidden_states` is neither a bool nor indices, or the encoder does not return the wanted
-            outputs. The encoder's forward pass and the properties raise it too.
+            outputs. The encoder's forward pass and both properties also raise this error.
     """
 
     def __init__(

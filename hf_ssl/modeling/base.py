@@ -89,7 +89,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
         continues: whether `start_from` gave the backbone trained weights.
-        hooks_are_called: whether a trainer calls the hooks. `SSLTrainer` sets it.
+        hooks_are_called: whether a trainer calls the hooks (`SSLTrainer` sets it), or the warning about
+            missing calls was logged.
         ends_batch: whether the next forward pass completes the batch of an optimizer step. With gradient
             accumulation, `SSLTrainer` sets it to False for all micro-batches but the last. `update_memory` is
             then called once, with the embeddings of all micro-batches.
@@ -247,9 +248,10 @@ class SSLPreTrainedModel(PreTrainedModel):
             noise: (B, P), one number for each patch, row by row.
             context_patches: (B, K) int64 indices, row by row, of the patches that the encoder receives.
             target_patches: (B, M, T) int64 indices of the patches of each target block.
-            return_dict: False returns a tuple. None: as the config says, like the next two arguments.
+            return_dict: False returns a tuple. None uses the value of the config, also for the next two
+                arguments.
             output_hidden_states, output_attentions: whether to return these outputs of the backbone's layers.
-                Indices of hidden states return only these, and None for the others.
+                With indices, only these hidden states are returned; the others are None.
 
         Raises:
             UserError: the method does not accept this number of views, noise or patches, or the backbone does
@@ -319,7 +321,10 @@ class SSLPreTrainedModel(PreTrainedModel):
         return output
 
     def discard_batch(self) -> None:
-        """Forget the micro-batches of an unfinished optimizer step. The next pass is a whole batch."""
+        """Delete the stored embeddings of an unfinished optimizer step.
+
+        The next forward pass counts as a whole batch.
+        """
         self.ends_batch = True
         self._memory_parts: list[dict[str, Tensor]] = []
 
@@ -345,8 +350,8 @@ class SSLPreTrainedModel(PreTrainedModel):
 
         Args:
             inputs: the inputs of `embed`.
-            name: name of the projections (B, V, P) of global views. Those of local views (B, L, P), which are
-                missing if there are no local views, are "local_" and this name.
+            name: key of the projections (B, V, P) of global views in the result. If there are local views,
+                their projections (B, L, P) have the key "local_" + name.
         """
         views = {name: "pixel_values", f"local_{name}": "local_pixel_values"}
         encoded = {key: self.encode_views(inputs[of]) for key, of in views.items() if of in inputs}
@@ -518,7 +523,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Copy the weights of a trained encoder to the backbone and the teachers. Heads do not change.
 
-        `SSLTrainer` then watches whether the features become worse (`continues`).
+        `SSLTrainer` then compares the k-NN accuracy with the initial one (`continues`).
 
         Raises:
             UserError: the encoder has other parameters or shapes than the backbone.

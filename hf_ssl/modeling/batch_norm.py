@@ -86,9 +86,9 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalize as in training, but keep its running statistics.
 
-    It is for a batch whose embeddings are computed a second time. Copies of the buffers change instead.
-    `track_running_stats=False` would save fewer tensors for the backward pass, which activation checkpointing
-    does not allow.
+    Use it when the embeddings of a batch are computed a second time. The forward pass then updates copies of
+    the buffers. `track_running_stats=False` would save fewer tensors for the backward pass, which activation
+    checkpointing does not allow.
     """
     originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in batch_norms(module)]
     for layer, buffers in originals:

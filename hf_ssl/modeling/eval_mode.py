@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model without changing it (layer 1): eval mode, no gradient, unchanged random states; or a copy of
-it that computes only shapes.
+"""Runs a model without changing it (layer 1): in eval mode, without gradient and with unchanged random
+states, or as a copy on the meta device.
 """
 
 import copy

@@ -111,7 +111,7 @@ def projector_sizes(features: int, config: Any) -> list[int]:
     Args:
         features: width of the input.
         config: configuration with `projection_layers`, the number of Linear layers; `projection_hidden_size`,
-            of which None means the width of the input; and `projection_size`, the width of the output.
+            where None means the width of the input; and `projection_size`, the width of the output.
     """
     hidden = config.projection_hidden_size or features
     return [features, *[hidden] * (config.projection_layers - 1), config.projection_size]

@@ -58,8 +58,8 @@ class RunProgress:
 
 COLLAPSED_RANK = {"embedding_rank": 2.0}
 COLLAPSED_PROTOTYPES = {"prototype_entropy": 0.05, **COLLAPSED_RANK}
-"""`collapsed_below` of methods with prototypes. Their embeddings are not collapsed if they share a direction,
-because the loss compares them with prototypes."""
+"""`collapsed_below` of methods with prototypes. Embeddings of these methods may share a direction without
+collapse, because the loss compares them with prototypes."""
 
 
 def loss_of_both_views(
@@ -121,9 +121,9 @@ def eigenspace_alignment(weight_PP: Tensor, projections: Tensor) -> float:
         projections: (..., P), inputs f of the predictor.
 
     Returns:
-        The mean of |cos(u, W u)| over the eigenvectors u of the correlation matrix, the mean of f f^T, whose
-        eigenvalues are not zero. It is 1 if both matrices have the same eigenvectors, and also if W is a
-        multiple of the identity. Theorem 3 of DirectPred (Tian et al., arXiv:2102.06810) states that a
+        The mean of |cos(u, W u)| over the eigenvectors u with nonzero eigenvalues of the correlation matrix.
+        This matrix is the mean of f f^T. It is 1 if both matrices have the same eigenvectors, and also if W
+        is a multiple of the identity. Theorem 3 of DirectPred (Tian et al., arXiv:2102.06810) states that a
         learned symmetric predictor approaches 1.
     """
     weight_PP, rows_NP = weight_PP.cpu().double(), projections.flatten(0, -2).cpu().double()

@@ -28,7 +28,7 @@ from hf_ssl.trainer.transformers_arguments import (
 )
 
 AUTO = "auto"
-# torch 2.14 says so in every process; accelerate (1.12 to 1.15) passes the argument.
+# torch 2.14 warns in every process, because accelerate (1.12 to 1.15) passes this deprecated argument.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
@@ -90,8 +90,8 @@ class SSLTrainingArguments(TrainingArguments):
         sync_batch_norm: whether BatchNorm statistics include the images of all processes.
         channels_last: whether convolutions use this memory layout, which is 1.3 times faster on CPUs.
         monitor_steps: optimizer steps between two measurements of the monitor; 0 disables it. `eval_steps`
-            has the same meaning, also as a fraction of the run. `eval_strategy=epoch` measures after each
-            epoch instead, and `eval_strategy=no` not at all.
+            has the same meaning and can also be a fraction of the run. `eval_strategy=epoch` measures after
+            each epoch instead, and `eval_strategy=no` not at all.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
         monitor_neighbors: k of the k-NN classifier.
         layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
@@ -229,7 +229,10 @@ class SSLTrainingArguments(TrainingArguments):
         self._remember()
 
     def _remember(self) -> None:
-        """Store the arguments from which others were computed, or which were rejected."""
+        """Store the arguments that must not change later.
+
+        Other values were computed from them, or only their default is accepted.
+        """
         self._made_with = {name: getattr(self, name) for name in _FIXED if hasattr(self, name)}
 
     def _check_values(self) -> None:
@@ -252,7 +255,7 @@ class SSLTrainingArguments(TrainingArguments):
              f"no value with {schedule.value}", "lr_scheduler_type=cosine_warmup_with_min_lr"),
             ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,
              "none without base_learning_rate", "learning_rate for the rate itself"),
-            ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or an integer of at least 0"),
+            ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or a whole number from 0"),
             ("clip_each_tensor", self.clip_each_tensor, not (self.clip_each_tensor and self.fp16),
              "0 with fp16, which scales gradients"),
         )  # fmt: skip
@@ -402,9 +405,12 @@ class SSLTrainingArguments(TrainingArguments):
         return self.batch_size // micro_batches
 
 
-def _worker_count(given: int | str) -> int | str:
-    """Return a number of workers as an int, also if it is a text; return other texts (`auto`) unchanged."""
-    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
+def _worker_count(given: Any) -> Any:
+    """Return a whole number of workers as an int, also if it is a text; return other values unchanged."""
+    try:
+        return int(given) if float(given).is_integer() else given
+    except (TypeError, ValueError):
+        return given
 
 
 def reject_argument(name: str, value: Any, advice: str) -> None:

@@ -239,7 +239,7 @@ class CurvesCallback(PictureCallback):
 class MethodPicturesCallback(PictureCallback):
     """Draws the pictures of a method (`SSLPreTrainedModel.pictures`) as `NAME.png`.
 
-    Trackers receive these pictures, and at first also `views.png`.
+    Trackers receive these pictures. The first time, they also receive `views.png`.
 
     Args:
         model: the model; most methods have no pictures.

@@ -38,7 +38,7 @@ from hf_ssl.trainer.optimizers import OptimizingTrainer
 from hf_ssl.trainer.transformers_arguments import as_bool
 
 _GROUP_KEYS = {
-    "initial_lr": "learning_rate",
+    "initial_lr": "learning_rate, training.layer_decay, training.predictor_learning_rate_factor",
     "weight_decay": "weight_decay",
     "betas": "adam_beta1, training.adam_beta2",
     "eps": "adam_epsilon",
@@ -179,7 +179,7 @@ class CheckpointTrainer(OptimizingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
-        """Also check that the checkpoint is not behind the end of the run."""
+        """Also raise `UserError` if the checkpoint has more steps than the run."""
         numbers = super().set_initial_training_values(args, dataloader)
         if self._resumed_step is not None and numbers[-1] < self._resumed_step:
             raise UserError(
@@ -206,9 +206,12 @@ class CheckpointTrainer(OptimizingTrainer):
                     "layer_decay, head_warmup_epochs, decay_all_parameters)"
                 ) from error
         for key, name in _GROUP_KEYS.items():
-            wanted, kept = ([group.get(key) for group in side] for side in zip(*groups, strict=True))
-            if wanted != kept and not (name == "weight_decay" and self.args.weight_decay_end is not None):
-                logger.warning("training.%s: the run keeps the value of the checkpoint: %s", name, kept[0])
+            if name == "weight_decay" and self.args.weight_decay_end is not None:
+                continue
+            kept = [new[key] for old, new in groups if key in new and old.get(key) != new[key]]
+            if kept:
+                values = ", ".join(map(str, dict.fromkeys(kept)))
+                logger.warning("training.%s: the run keeps the value of the checkpoint: %s", name, values)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -226,7 +229,7 @@ def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
         args: the training arguments.
 
     Raises:
-        UserError: it is neither the folder of a checkpoint nor true or false.
+        UserError: the value is neither the folder of a checkpoint nor a boolean.
     """
     given = as_bool(args.resume_from_checkpoint if given is None else given)
     if given is None or isinstance(given, bool):

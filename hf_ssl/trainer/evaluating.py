@@ -49,7 +49,7 @@ _CALLERS = {
     "_get_train_sampler": "get_train_dataloader",
     "_save": "save_model",
 }
-"""Method of transformers' Trainer -> the method of this trainer that would call it, but does not."""
+"""Method of transformers' Trainer that this trainer never calls -> the method to override instead."""
 
 
 class EvaluatingTrainer(PushingTrainer):

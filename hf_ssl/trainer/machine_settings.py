@@ -92,7 +92,7 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     most = (0 if small else 2) if on_cpu else (2 if small else _MOST_WORKERS)
     number = min(most, cores - 1)
     if args.dataloader_prefetch_factor is not None or args.dataloader_multiprocessing_context is not None:
-        number = max(1, number)  # both are settings of workers
+        number = max(1, number)  # both arguments have an effect only with workers
     use = ", which training also uses" if on_cpu else ""
     reason = f"{'small' if small else 'large'} images, {cores} cores{use}"
     choice = from_first_process(Choice(value=max(0, number), reason=reason))
@@ -296,7 +296,7 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
         # backends keep the random numbers (TagActivationCheckpoint in torch/_higher_order_ops/wrap.py).
         raise UserError(
             "training.torch_compile_backend: expected inductor or aot_eager with activation checkpointing, "
-            "because eager computes activations again with other random numbers, got eager"
+            "because eager recomputes activations with other random numbers, got eager"
         )
     if compiles_checkpoints and not supports_checkpointing(model.backbone):
         raise UserError(

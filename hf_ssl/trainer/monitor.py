@@ -46,8 +46,8 @@ class KNNClassifier:
 
     Attributes:
         bank: labeled training images of the classifier. Their labels predict the class of a query.
-        queries: images that are classified. None classifies each image of the bank by all others. Their
-            classes get the numbers of the bank's classes.
+        queries: images that are classified. Their classes are renumbered as in the bank. None classifies each
+            image of the bank by all other images.
         processor: image processor of the exported encoder.
         neighbors: k. The neighbors are weighted with temperature 0.07.
         batch_size: number of images that are encoded at once.
@@ -60,8 +60,7 @@ class KNNClassifier:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.queries is not None:
-            self.queries.use_classes(self.bank.class_names, self.bank.description)
+        self.tested.classified_by(self.bank)
 
     @property
     def tested(self) -> LabeledImages:
@@ -163,9 +162,9 @@ def knn_classifiers(
 
     Args:
         data: labeled images, or a dict of them. The keys `bank` and `query`, `train` and `test`, or `train`
-            and `validation` form one classifier. In any other dict, each entry is one classifier, or such a
-            dict. Without queries, each image is classified by all others. `hf_ssl.data.as_source` lists the
-            types of images.
+            and `validation` form one classifier. In any other dict, each entry forms one classifier, and is
+            labeled images or such a pair. Without queries, each image is classified by all others.
+            `hf_ssl.data.as_source` lists the types of images.
         config: `channels`, `cache`, `image_column`, `label_column` and `max_broken_fraction` are used.
         processor: image processor of the exported encoder.
         args: `monitor_bank_images`, `monitor_query_images` and `monitor_neighbors` are used.
@@ -195,7 +194,7 @@ def knn_classifiers(
 
 
 def _pair(data: Any, where: str) -> tuple[str, str] | None:
-    """Return the keys of bank and queries, if a dict consists of them.
+    """Return the keys of bank and queries if the dict has exactly two such keys, else None.
 
     Raises:
         UserError: the dict contains only one of `bank` and `query`, or other keys in addition.
@@ -333,7 +332,7 @@ class Alarm(TrainerCallback):
     """Judges the measurements of the monitor; warns, or stops the run in all processes.
 
     Attributes:
-        argument: the training argument that says what happens: `warn` or `stop`.
+        argument: name of the training argument whose value is `warn` or `stop`.
         message: the last message; None if there was none.
     """
 
@@ -408,16 +407,17 @@ class FeatureGuard(Alarm):
 
     Args:
         queries: number of images on which the accuracy is measured.
+        name: name of the k-NN classifier; "" for a single one.
     """
 
     argument = "on_worse"
 
-    def __init__(self, queries: int) -> None:
+    def __init__(self, queries: int, name: str = "") -> None:
         super().__init__()
-        self.queries = queries
+        self.queries, self.key = queries, f"eval_{name}_knn" if name else _KNN
 
     def judge(self, history: list[dict[str, float]]) -> str | None:
-        measured = [(record["step"], record[_KNN]) for record in history if _KNN in record]
+        measured = [(record["step"], record[self.key]) for record in history if self.key in record]
         if len(measured) < 3:
             return None
         (_, start), (_, before), (step, now) = measured[0], *measured[-2:]
@@ -425,7 +425,7 @@ class FeatureGuard(Alarm):
         if max(before, now) >= start - 2 * error or now > before:
             return None
         return (
-            f"the features are worse than before the first step: k-NN accuracy is {now:.3f} at step {step}, "
-            f"and was {start:.3f}; lower training.learning_rate, or set training.head_warmup_epochs or "
-            "training.layer_decay"
+            f"the features are worse than before the first step: k-NN accuracy ({self.key}) is {now:.3f} "
+            f"at step {step}, and was {start:.3f}; lower training.learning_rate, or set "
+            "training.head_warmup_epochs or training.layer_decay"
         )

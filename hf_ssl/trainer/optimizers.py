@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the optimizer and its schedules from training arguments and the parameter rules of a method."""
 
-import ast
 import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any, cast
 
 import torch
@@ -23,16 +22,19 @@ from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_gr
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
-from hf_ssl.trainer.transformers_arguments import as_bool, warn_once
+from hf_ssl.trainer.transformers_arguments import parse_optim_args, warn_once
 
 _OF_MEASUREMENTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _WITHOUT_WARMUP = (SchedulerType.CONSTANT, *_OF_MEASUREMENTS)
 _OF_OPTIMIZER = (
     "optimizer", "optim_args", "learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end",
-    "decay_all_parameters", "layer_decay", "head_warmup_epochs", "lars", "momentum", "adam_beta1",
-    "adam_beta2", "adam_epsilon",
+    "decay_all_parameters", "layer_decay", "predictor_learning_rate_factor", "lars", "momentum", "nesterov",
+    "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
-_OF_SCHEDULE = ("lr_scheduler_type", "minimum_learning_rate_ratio", "learning_rate_drops", "warmup_epochs")
+_OF_SCHEDULE = (
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "minimum_learning_rate_ratio", "learning_rate_drops"),
+    *("warmup_epochs", "warmup_steps"),
+)
 
 
 def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
@@ -43,7 +45,7 @@ def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
     """
     pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
     given = pair and optimizers[0] is not None
-    valid = not cls_and_kwargs or [type(item) for item in cls_and_kwargs[:2]] == [type, dict]
+    valid = not cls_and_kwargs or [*map(isinstance, cls_and_kwargs, (type, dict))] == [True, True]
     kinds = [item if isinstance(item, type) else type(item) for item in callbacks or ()]
     check_values(
         "SSLTrainer",
@@ -73,10 +75,19 @@ def check_optimization(
     """
     parameter_groups_by_name(model, args)
     for item, names in zip(optimizers, (_OF_OPTIMIZER, _OF_SCHEDULE), strict=True):
-        default = SSLTrainingArguments(str(args.output_dir), use_cpu=True) if item is not None else args
-        for name in names:
-            if getattr(args, name) != getattr(default, name):
+        for name in names if item is not None else ():
+            if name in _changed(args):
                 warn_once(f"training.{name} has no effect with your own {type(item).__name__}")
+
+
+def _changed(args: SSLTrainingArguments) -> set[str]:
+    """Return the names of the arguments that do not have their default values."""
+    default: dict[str, Any] = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory()
+        for item in fields(args)
+    }
+    default["lr_scheduler_kwargs"] = {"min_lr_rate": args.minimum_learning_rate_ratio}  # set by hf_ssl
+    return {name for name, value in default.items() if getattr(args, name) not in (value, None)}
 
 
 def build_optimizer(
@@ -112,12 +123,12 @@ def build_optimizer(
     ]
     # The parameter groups contain the weight decay.
     known = {"sgd": ["momentum"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
-    _warn_about_unused(
-        args,
-        {"weight_decay", *known[args.optimizer]}
-        if cls_and_kwargs is None
-        else {*kwargs, *(inspect.signature(cls_and_kwargs[0]).parameters.keys() & {"weight_decay"})},
-    )
+    if cls_and_kwargs is None:
+        _warn_about_unused(args, {"weight_decay", *known[args.optimizer]}, args.optimizer)
+    else:
+        own = {*kwargs, *(inspect.signature(cls_and_kwargs[0]).parameters.keys() & {"weight_decay"})}
+        is_named = args.optimizer not in OPTIMIZERS
+        _warn_about_unused(args, own, args.optimizer if is_named else cls_and_kwargs[0].__name__)
     if cls_and_kwargs is not None:
         try:
             return cls_and_kwargs[0](groups, **kwargs)
@@ -149,7 +160,7 @@ def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer],
         UserError: its package is not installed, it needs more than parameter groups (GaLore, LOMO), or
             `args.optim_args` contains an argument that it does not have.
     """
-    given = _parsed(args.optim_args)
+    given = parse_optim_args(args.optim_args)
     simple = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
     try:
         cls, kwargs = _with_optim_args(args, simple)
@@ -164,7 +175,8 @@ def transformers_optimizer(args: SSLTrainingArguments) -> tuple[type[Optimizer],
     for name, value in given.items():
         if name not in parameters | kwargs.keys():
             check_name("training.optim_args", name, sorted(parameters), f"arguments of {cls.__name__}")
-        # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers. It converts those.
+        # transformers (5.20 to 5.24) passes `optim_args` only to some optimizers, and converts the values
+        # that it passes.
         if name not in kwargs or (name in without and kwargs[name] is without[name]):
             kwargs[name] = value
     return cls, kwargs
@@ -179,32 +191,13 @@ def _with_optim_args(
     return Trainer.get_optimizer_cls_and_kwargs(args)
 
 
-def _parsed(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments in a text "name=value,name=value". A word without quotes is a text."""
-    if isinstance(optim_args, dict):
-        return optim_args
-    try:
-        call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
-        if call.args or not all(pair.arg for pair in call.keywords):
-            raise ValueError("a value has no name")
-        return {
-            str(pair.arg): as_bool(pair.value.id)
-            if isinstance(pair.value, ast.Name)
-            else ast.literal_eval(pair.value)
-            for pair in call.keywords
-        }
-    except (SyntaxError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
-        ) from error
-
-
-def _warn_about_unused(args: SSLTrainingArguments, known: Container[str]) -> None:
+def _warn_about_unused(args: SSLTrainingArguments, known: Container[str], optimizer: str) -> None:
     """Warn about arguments that the user set and that this optimizer does not have.
 
     Args:
         args: the training arguments.
         known: names of the arguments of the optimizer.
+        optimizer: name of the optimizer.
     """
     name_of = {
         "weight_decay": "weight_decay",
@@ -214,14 +207,11 @@ def _warn_about_unused(args: SSLTrainingArguments, known: Container[str]) -> Non
         "adam_beta2": "betas",
         "adam_epsilon": "eps",
     }
-    default = {item.name: item.default for item in fields(args)}
-    unused = [
-        name for name, own in name_of.items() if own not in known and getattr(args, name) != default[name]
-    ]
+    unused = [name for name, own in name_of.items() if own not in known and name in _changed(args)]
     if args.optimizer != "lars" and args.lars != LARSConfig():
         unused.append("lars")
     for name in unused:
-        warn_once(f"training.{name} has no effect with the optimizer {args.optimizer}")
+        warn_once(f"training.{name} has no effect with the optimizer {optimizer}")
 
 
 def parameter_groups_by_name(
@@ -232,11 +222,8 @@ def parameter_groups_by_name(
     The groups follow from the rules of the method and from the training arguments.
 
     Raises:
-        UserError: the encoder has no numbered blocks for `layer_decay`, or the method has no predictor for
+        UserError: the encoder has no numbered blocks for `layer_decay`, or the method trains no predictor for
             `predictor_learning_rate_factor`.
-
-    Raises:
-        UserError: `args.predictor_learning_rate_factor` is not 1, and the method trains no predictor.
     """
     found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
@@ -280,8 +267,8 @@ def build_scheduler(
         steps_per_epoch: optimizer steps of an epoch.
 
     Raises:
-        UserError: the schedule needs other arguments, or does not depend on the step alone although
-            `args.learning_rate_drops` or the method need this.
+        UserError: `args.lr_scheduler_kwargs` do not fit the schedule; or learning rate drops or fixed
+            learning rates need a schedule that depends only on the step.
     """
     warmup = (
         round(args.warmup_epochs * steps_per_epoch)
@@ -296,7 +283,7 @@ def build_scheduler(
         )
     if specific and kind == SchedulerType.CONSTANT:
         warn_once("training.lr_scheduler_kwargs has no effect with lr_scheduler_type=constant")
-    if kind in _OF_MEASUREMENTS:  # transformers (5.20 to 5.24) does not pass `greater_is_better` on
+    if kind in _OF_MEASUREMENTS:  # transformers (5.20 to 5.24) does not use `greater_is_better`
         specific = {"mode": "max" if args.greater_is_better else "min", **(specific or {})}
     try:
         scheduler = get_scheduler(
@@ -416,10 +403,10 @@ class OptimizingTrainer(Trainer):
         return self.optimizer
 
     def use_averaged_weights(self, averaged: bool) -> None:
-        """Give the model the weights for measurements and files, or those for training.
+        """Switch the model to the averaged weights (for measurements and files) or to the training weights.
 
-        They differ for schedule-free optimizers only (Defazio et al., arXiv:2405.15682). These raise an
-        error in a step with the averaged weights.
+        They differ for schedule-free optimizers only (Defazio et al., arXiv:2405.15682). Such an optimizer
+        raises an error if a step starts with the averaged weights.
         """
         switch = getattr(self.optimizer, "eval" if averaged else "train", None)
         if switch is not None:
@@ -431,7 +418,7 @@ class OptimizingTrainer(Trainer):
         return max(group["lr"] for group in groups if not group.get("fixed_learning_rate"))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the learning rate schedule: warm-up, then the schedule of transformers."""
+        """Return the learning rate schedule: warmup, then the schedule of transformers."""
         if self.lr_scheduler is None:
             if not self.steps_per_epoch:  # called by the user, before training
                 self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -439,8 +426,8 @@ class OptimizingTrainer(Trainer):
             self.lr_scheduler = build_scheduler(
                 optimizer, self.args, num_training_steps, self.steps_per_epoch
             )
-            self.stopwatch.start(self.state.global_step)
             self._created_lr_scheduler = True
+        self.stopwatch.start(self.state.global_step)
         return self.lr_scheduler
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:

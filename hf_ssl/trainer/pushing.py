@@ -69,7 +69,8 @@ class PushingTrainer(CheckpointTrainer):
 
         Args:
             output_dir: the folder; None for `args.output_dir`.
-            _internal_call: whether the trainer writes a checkpoint, which is the method model alone.
+            _internal_call: with `output_dir`, the trainer writes a checkpoint, which is the method model
+                alone.
         """
         if not self.args.should_save:
             return
@@ -105,7 +106,8 @@ class PushingTrainer(CheckpointTrainer):
             tasks, dataset, dataset_args: must be None.
 
         Raises:
-            UserError: an argument has no place in the card, or the full card of the run exists.
+            UserError: an argument has no place in the card, or arguments are given although the full card
+                exists.
         """
         for name, value in (("tasks", tasks), ("dataset", dataset), ("dataset_args", dataset_args)):
             reject_argument(name, value, "use dataset_tags, and evaluate_encoder for results")

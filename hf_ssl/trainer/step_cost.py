@@ -106,7 +106,8 @@ def measure_step(
                 seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
             kept.append((count, size))
             larger = min(4 * count, len(batch))
-            # A measured pass has no state of an optimizer, which `fixed_bytes` contains.
+            # `fixed_bytes` is not used here: it contains the optimizer state, which a measured pass does not
+            # have.
             too_large = weights + trained + MEMORY_MARGIN * size * larger / count > free_bytes
             slow = seconds >= _SLOW_SECONDS or (seconds >= _ENOUGH_SECONDS and count >= _FEWEST_IMAGES)
             if slow or count == len(batch) or too_large:
@@ -130,7 +131,7 @@ def checkpoints_activations(args: SSLTrainingArguments) -> bool:
 def _use_checkpoints(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments) -> float:
     """Make the model use activation checkpoints, and return the bytes that `_pass` then does not count.
 
-    The backward pass computes one segment after the other again. Outside of CUDA, `_pass` counts only tensors
+    The backward pass recomputes one segment after the other. Outside of CUDA, `_pass` counts only tensors
     that the forward pass saves. So this function counts what the largest segment saves without checkpoints.
     """
     given = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None)

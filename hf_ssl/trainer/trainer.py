@@ -28,6 +28,7 @@ from hf_ssl.data import (
 )
 from hf_ssl.errors import UserError
 from hf_ssl.hub import image_processor
+from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import check_image_sizes
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import average_gradients
@@ -98,7 +99,7 @@ class SSLTrainer(EvaluatingTrainer):
 
     Attributes:
         collapse_alarm: warns about collapsed embeddings or stops the run.
-        alarms: `collapse_alarm`, and for a continued run with k-NN images a guard against worse features.
+        alarms: `collapse_alarm`. A continued run with k-NN images also has guards against worse features.
         steps_per_epoch: optimizer steps of an epoch, and of the whole run if the length of an epoch is not
             known; 0 before training.
     """
@@ -132,10 +133,10 @@ class SSLTrainer(EvaluatingTrainer):
         reject_argument("preprocess_logits_for_metrics", logits, "compute_metrics receives features")
         check_objects(optimizers, optimizer_cls_and_kwargs, callbacks)
         args = SSLTrainingArguments.from_arguments(args)
-        if compute_metrics is None:
+        self.method = model = checked_model(model, model_init, args.seed)
+        if compute_metrics is None and model.method_name() in METHODS:  # others make further measurements
             names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
             check_metric(args.metric_for_best_model, names)
-        self.method = model = checked_model(model, model_init, args.seed)
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
         self.data = data = DataConfig.of(data)
@@ -161,9 +162,9 @@ class SSLTrainer(EvaluatingTrainer):
         self.choices: Choices = choices
         check_image_sizes(model.backbone, self.preset.final_sizes, data.channels)
         prepare_model(model, args)
-        knn = self.classifiers.get("")
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)
-        guards = [FeatureGuard(len(knn.tested))] if (continued or model.continues) and knn else []
+        guarded = self.classifiers.items() if continued or model.continues else ()
+        guards = [FeatureGuard(len(knn.tested), name) for name, knn in guarded]
         self.alarms = [self.collapse_alarm, *guards]
         super().__init__(
             model=model,
@@ -195,7 +196,8 @@ class SSLTrainer(EvaluatingTrainer):
 
     def draw_method_pictures(self, images: LoadedBatch) -> None:
         """Draw the method's own pictures of these images during training, e.g. reconstructions."""
-        callbacks = self.callback_handler.callbacks  # the trackers among them end at the end of training
+        callbacks = self.callback_handler.callbacks
+        # At the end of training, trackers close their run, so they must receive the last pictures before.
         callbacks.insert(0, MethodPicturesCallback(self.method, images, self.preset, callbacks))
 
     # Data: the batch of the loader becomes the batch of the model, on the device.
@@ -350,8 +352,7 @@ class SSLTrainer(EvaluatingTrainer):
         """Train as transformers does. Measure the initial model first, unless the run resumes.
 
         Raises:
-            UserError: the output folder contains checkpoints of an earlier run, which would be mixed up with
-                those of this run.
+            UserError: the run is new, and the output folder contains checkpoints of an earlier run.
             SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
                 and saved a checkpoint before.
         """

@@ -4,6 +4,7 @@
 All other fields of `transformers.TrainingArguments` work. `training/README.md` prints this table.
 """
 
+import ast
 import dataclasses
 import logging
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from multiprocessing import get_all_start_methods
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ _LANGUAGE = "it is meant for language models"
 
 REJECTED = {
     "auto_find_batch_size": "hf-ssl pretrain finds a batch size that fits; in Python, set batch_size",
-    "bf16_full_eval": "set training.precision, which measurements use, too",
-    "fp16_full_eval": "set training.precision, which measurements use, too",
-    "dataloader_drop_last": "a batch that is not full is always left out, because losses compare its images",
+    "bf16_full_eval": "set training.precision, which measurements also use",
+    "fp16_full_eval": "set training.precision, which measurements also use",
+    "dataloader_drop_last": "an incomplete batch is always dropped, because losses compare its images",
     "dataloader_in_order": "a run can resume only if batches arrive in order",
     "deepspeed": _ONE_GPU,
     "fsdp": _ONE_GPU,
@@ -56,7 +57,7 @@ REJECTED = {
     "train_sampling_strategy": "batches are random samples, because losses compare their images",
     "use_liger_kernel": _LANGUAGE,
 }
-"""Argument of transformers that raises a `UserError` -> what to do instead."""
+"""Argument of transformers that raises a `UserError` -> the reason or the alternative."""
 
 WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the losses are means over images",
@@ -129,7 +130,9 @@ _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedab
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Reject or report the values of `REJECTED` and `WITHOUT_EFFECT`. Called before `__post_init__`.
+    """Reject or report the values of `REJECTED` and `WITHOUT_EFFECT`.
+
+    The caller runs this before transformers' `__post_init__`.
 
     A whole number that is a float (64.0) becomes an int.
 
@@ -200,7 +203,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _check_compilation(args: TrainingArguments) -> None:
-    """Raise `UserError` if torch knows no such compiler or mode."""
+    """Raise `UserError` if torch has no such compiler backend or mode."""
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     if backend is None and mode is None:
         return
@@ -214,7 +217,9 @@ def _check_compilation(args: TrainingArguments) -> None:
 
 
 def check_best_model(args: TrainingArguments) -> None:
-    """Check the arguments about the best model, and set `greater_is_better`. Called before `__post_init__`.
+    """Check the arguments about the best model, and set `greater_is_better`.
+
+    The caller runs this before transformers' `__post_init__`.
 
     Raises:
         UserError: the best model is needed, and the model is not measured when it is saved.
@@ -226,8 +231,8 @@ def check_best_model(args: TrainingArguments) -> None:
     if evaluate == "no" and (args.load_best_model_at_end or save == "best"):
         what = "save_strategy=best" if save == "best" else "load_best_model_at_end"
         raise UserError(
-            f"training.monitor_steps: expected a positive number with {what}, got no measurements; use "
-            "monitor_steps=200 or eval_strategy=epoch"
+            f"training.monitor_steps, training.eval_strategy: expected measurements with {what}, got none; "
+            "use monitor_steps=200 with eval_strategy=steps, or eval_strategy=epoch"
         )
     if save == "best" and args.metric_for_best_model is None:
         raise UserError(
@@ -252,7 +257,7 @@ def check_early_stopping(args: TrainingArguments, callbacks: Iterable[Any]) -> N
     """Check that early stopping has a measurement.
 
     Raises:
-        UserError: it has none.
+        UserError: `metric_for_best_model` is not set, or the monitor is disabled.
     """
     if not any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
         return
@@ -270,10 +275,33 @@ def as_bool(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def parse_optim_args(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments in a text "name=value,name=value".
+
+    A word without quotes is a string, except true and false.
+    """
+    if isinstance(optim_args, dict):
+        return optim_args
+    try:
+        call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
+        if call.args or not all(pair.arg for pair in call.keywords):
+            raise ValueError("a value has no name")
+        return {
+            str(pair.arg): as_bool(pair.value.id)
+            if isinstance(pair.value, ast.Name)
+            else ast.literal_eval(pair.value)
+            for pair in call.keywords
+        }
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
+        ) from error
+
+
 def given_values(args: TrainingArguments) -> dict[str, Any]:
     """Return the values of `args` that differ from the defaults of transformers, by name.
 
-    A value that the user set to such a default cannot be recognized. A warning says so.
+    The function cannot recognize a value that the user set to such a default. A warning reports this.
     """
     stock = TrainingArguments(output_dir=str(args.output_dir), use_cpu=args.use_cpu)
     given = {
@@ -292,7 +320,7 @@ def given_values(args: TrainingArguments) -> dict[str, Any]:
 
 
 def check_accelerator_config(args: TrainingArguments) -> None:
-    """Reject settings of accelerate's data loaders. Called after `__post_init__`.
+    """Reject settings of accelerate's data loaders. The caller runs this after transformers' `__post_init__`.
 
     Raises:
         UserError: one of them does not have its default value.

@@ -43,6 +43,20 @@ def test_images_have_the_order_of_their_labels(cache, labeled, encode, picture):
     assert torch.equal(images[-1], shown[-1]) and images.broken == []
 
 
+def test_classes_are_numbered_by_name_and_only_classes_of_images_count(labeled):
+    names = {"names": ["ant", "bee", "cat"]}
+    bank = labeled_images(labeled(labels=[0] * 45 + [2] * 45), "test")
+    images = labeled_images(labeled(labels=[0] * 45 + [2] * 45), "test")
+    bank.class_names, images.class_names = ["cat", "bee", "ant"], [*names["names"]]
+    images.classified_by(bank)
+    assert images.labels.tolist() == [2] * 45 + [0] * 45 and images.class_names == bank.class_names
+    images.class_names = ["ant", "dog", "cat"]  # no image is a dog
+    images.classified_by(bank)
+    images.class_names = ["dog", "bee", "cat"]
+    with pytest.raises(UserError, match=mentions("labels", "dog", "ant")):
+        images.classified_by(bank)
+
+
 def test_the_choice_of_images_is_balanced_random_and_reproducible(labeled):
     config = labeled(labels=[0] * 60 + [1] * 20 + [2] * 10)
     images = labeled_images(config, "test", max_images=40)

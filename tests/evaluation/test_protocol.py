@@ -332,9 +332,10 @@ def test_encoders_of_any_type_of_weights_and_modules_of_users(digits, encoder) -
         torch.manual_seed(0)
         model = ResNetModel(encoder[0].config).to(getattr(torch, dtype)).train()
         state = torch.get_rng_state()
-        for precision in ("auto", "float32"):
-            result = evaluate_encoder(model, data, data, settings | {"precision": precision}, encoder[1])
-            assert result["precision"] == dtype and result["knn"]["accuracy"] > 0.3
+        result = evaluate_encoder(model, data, data, settings, encoder[1])
+        assert result["precision"] == dtype and result["knn"]["accuracy"] > 0.3
+        with pytest.raises(UserError, match=mentions("evaluation.precision", dtype, "float32", "auto")):
+            evaluate_encoder(model, data, data, settings | {"precision": "float32"}, encoder[1])
         assert model.training and model.dtype == getattr(torch, dtype)
         assert torch.equal(torch.get_rng_state(), state)
     half = ResNetModel(encoder[0].config).half()
@@ -413,6 +414,11 @@ def test_classes_are_compared_by_name(digits, encoder) -> None:
         evaluate_encoder(encoder[0], table(["3", "5"]), table(names), config, encoder[1])["knn"]["accuracy"]
         for names in (["3", "5"], ["5", "3"])
     ]
-    assert accuracies == [1.0, 1.0]
+    accuracies += [
+        evaluate_pixels(config, table(["3", "5"]), table(names))["knn"]["accuracy"]
+        for names in (["5", "3"], ["3", "8", "5"])  # no image has the class 8
+    ]
+    assert accuracies == [1.0] * 4
+    other = table(["3", "5"]).cast_column("label", ClassLabel(names=["3", "8"]))
     with pytest.raises(UserError, match=mentions("labels", "8")):
-        evaluate_encoder(encoder[0], table(["3", "5"]), table(["3", "5", "8"]), config, encoder[1])
+        evaluate_encoder(encoder[0], table(["3", "5"]), other, config, encoder[1])

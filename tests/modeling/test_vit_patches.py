@@ -188,9 +188,9 @@ def test_moco_v3_can_have_the_fixed_positions_of_its_authors(kind, tmp_path):
     assert not started.backbone.embeddings.position_embeddings.requires_grad
 
 
-def test_fixed_positions_do_not_affect_encoders_without_them():
+def test_fixed_positions_are_rejected_for_encoders_without_them():
     backbone = {
         "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
     }  # fmt: skip
-    config = MoCoV3Config(backbone_config=backbone, fixed_positions=True, projection_hidden_size=8)
-    assert all(p.requires_grad for p in MoCoV3ForPreTraining(config).backbone.parameters())
+    with pytest.raises(UserError, match=mentions("method.fixed_positions", "resnet", "vit")):
+        MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone, fixed_positions=True))

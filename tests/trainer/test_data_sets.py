@@ -217,9 +217,8 @@ def test_names_of_eval_dataset(table: Dataset, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [[0], [0, 2, 4]])
 def test_images_of_one_class_measure_nothing(rows: list[int], table: Dataset, tmp_path: Path) -> None:
-    trainer = SSLTrainer(model(), arguments(tmp_path), train_dataset=table, eval_dataset=table.select(rows))
-    with pytest.raises(UserError, match=mentions("k-NN", "2 classes", len(rows))):
-        trainer.evaluate()
+    with pytest.raises(UserError, match=mentions("labels", "2 classes", len(rows))):
+        SSLTrainer(model(), arguments(tmp_path), train_dataset=table, eval_dataset=table.select(rows))
 
 
 RESULTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -445,6 +444,32 @@ def test_a_run_from_a_trained_encoder_is_guarded(table: Dataset, tmp_path: Path)
     started = SimCLRForPreTraining.from_backbone(ResNetModel(ResNetConfig(**TINY)), views={"size": 16})
     assert len(SSLTrainer(started, arguments(tmp_path), **settings).alarms) == 2
     assert len(SSLTrainer(model(), arguments(tmp_path), **settings).alarms) == 1
+    settings["eval_dataset"] = {"easy": table, "hard": table}
+    guards = SSLTrainer(started, arguments(tmp_path), **settings).alarms[1:]
+    records = [{"step": step, "eval_easy_knn": 1.0, "eval_hard_knn": 1 - step} for step in (0.0, 0.5, 1.0)]
+    assert [guard.judge(records) is not None for guard in guards] == [False, True]
+
+
+class Measuring(SimCLRForPreTraining):
+    """A method outside of hf_ssl with a measurement of its own."""
+
+    class Config(SimCLRConfig):
+        model_type = "ssl_measuring"
+
+    config_class = Config
+
+    def measurements(self, embeddings: dict[str, Any]) -> dict[str, float]:
+        return {"mine": 0.5}
+
+
+def test_the_measurement_of_an_own_method_can_select_the_best_model(table: Dataset, tmp_path: Path) -> None:
+    own = Measuring(Measuring.Config(backbone_config=ResNetConfig(**TINY), views={"size": 16}))
+    args = arguments(tmp_path, metric_for_best_model="mine", greater_is_better=True, monitor_steps=1)
+    trainer = SSLTrainer(own, args, train_dataset=table)
+    trainer.train()
+    assert trainer.state.best_metric == 0.5
+    with pytest.raises(UserError, match=mentions("metric_for_best_model", "eval_mine")):
+        SSLTrainer(model(), args, train_dataset=table)
 
 
 def test_a_second_run_in_one_folder_is_rejected_or_resumed(table: Dataset, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each argument of transformers' Trainer works, is rejected, or causes a message."""
 
+import abc
 import dataclasses
 import json
 import logging
@@ -61,6 +62,7 @@ class Run:
         labeled: bool = True,
         compute_loss_func: Callable[..., Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
+        objects: Callable[[Any], dict[str, Any]] = lambda model: {},
         **changes: Any,
     ) -> None:
         values: dict[str, Any] = {
@@ -73,9 +75,10 @@ class Run:
             backbone_config=ResNetConfig(**TINY), views={"size": 16}, projector_sizes=[16, 8]
         )
         args = SSLTrainingArguments(**values | changes)
+        model = SimCLRForPreTraining(config)
         self.trainer = SSLTrainer(
-            SimCLRForPreTraining(config), args, train_dataset=table, eval_dataset=table if labeled else None,
-            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics,
+            model, args, train_dataset=table, eval_dataset=table if labeled else None,
+            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics, **objects(model),
         )  # fmt: skip
         self.cleared: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -404,12 +407,16 @@ def test_objects_of_another_kind_are_rejected(given: dict, mentioned: str, table
 
 def test_an_own_optimizer_says_which_arguments_have_no_effect(tmp_path: Path, caplog) -> None:
     transformers_arguments.warn_once.cache_clear()
-    args = SSLTrainingArguments(str(tmp_path), use_cpu=True, layer_decay=0.5, warmup_epochs=2)
+    args = SSLTrainingArguments(
+        str(tmp_path), use_cpu=True, layer_decay=0.5, warmup_epochs=2, head_warmup_epochs=1
+    )
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**{**TINY, "depths": [2, 2]})))
     own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     check_optimization(model, args, (own, None))
     (message,) = [record.getMessage() for record in caplog.records]
     assert "layer_decay" in message and "SGD" in message
+    check_optimization(model, args, (None, torch.optim.lr_scheduler.ConstantLR(own)))
+    assert "training.warmup_epochs has no effect with your own ConstantLR" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -466,8 +473,46 @@ def test_a_run_that_cannot_resume_says_why(changes: dict, mentioned: list, table
 def test_a_resumed_run_names_the_values_that_it_keeps(table: Dataset, tmp_path: Path, caplog) -> None:
     Run(table, tmp_path, max_steps=2, **SAVE)
     Run(table, tmp_path, resume_from_checkpoint="true", learning_rate=0.5, adam_beta1=0.5)
-    assert "training.learning_rate: the run keeps the value of the checkpoint: 0.001" in caplog.text
+    (rate,) = [message for message in caplog.messages if message.startswith("training.learning_rate")]
+    assert "layer_decay" in rate and rate.endswith("the run keeps the value of the checkpoint: 0.001")
     assert "training.adam_beta1" in caplog.text and "training.weight_decay" not in caplog.text
+
+
+def test_the_kept_value_is_that_of_the_groups_that_differ(table: Dataset, tmp_path: Path, caplog) -> None:
+    """Groups without weight decay, such as biases, keep 0.0 in both runs."""
+    Run(table, tmp_path, max_steps=2, weight_decay=0.25, **SAVE)
+    Run(table, tmp_path, resume_from_checkpoint="true", weight_decay=0.5)
+    assert "training.weight_decay: the run keeps the value of the checkpoint: 0.25" in caplog.messages
+
+
+class AbstractOptimizer(abc.ABC):  # noqa: B024
+    pass
+
+
+class OwnOptimizer(AbstractOptimizer, torch.optim.SGD):
+    """An optimizer whose class is made by another class than `type`."""
+
+
+def test_an_own_class_of_optimizers_is_named_in_warnings(table: Dataset, tmp_path: Path, caplog) -> None:
+    transformers_arguments.warn_once.cache_clear()
+    own = {"optimizer_cls_and_kwargs": (OwnOptimizer, {"lr": 0.1})}
+    run = Run(table, tmp_path, adam_beta1=0.8, objects=lambda model: own)
+    assert isinstance(run.trainer.optimizer.optimizer, OwnOptimizer)
+    assert "training.adam_beta1 has no effect with the optimizer OwnOptimizer" in caplog.messages
+
+
+def test_the_speed_is_measured_with_an_own_schedule(table: Dataset, tmp_path: Path) -> None:
+    def own(model: Any) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return {"optimizers": (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))}
+
+    assert Run(table, tmp_path, objects=own).trainer.stopwatch.seconds > 1e-3
+
+
+@pytest.mark.parametrize("count", [2.0, np.int64(2), "2"])
+def test_any_whole_number_of_workers(count: Any, tmp_path: Path) -> None:
+    args = SSLTrainingArguments(str(tmp_path), use_cpu=True, dataloader_num_workers=count)
+    assert type(args.dataloader_num_workers) is int and args.dataloader_num_workers == 2
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ class DINOConfig(TeacherConfig):
             longer runs).
         teacher_temperature_start, teacher_temperature_warmup_epochs: first temperature of the teacher, and
             number of epochs of its linear warmup to `teacher_temperature` (0.04 and 0; 30 epochs in the
-            authors' longer runs). The temperature changes once per epoch. The last epoch of the warmup has
-            already `teacher_temperature`, and a warmup of one epoch has only the first temperature
-            (`numpy.linspace` in main_dino.py). A warmup of less than one epoch, which the authors do not
-            have, changes the temperature every step. A stream of unknown length has one epoch.
+            authors' longer runs). The temperature changes once per epoch. The last warmup epoch already uses
+            `teacher_temperature`. A warmup of one epoch uses only `teacher_temperature_start`
+            (`numpy.linspace` in main_dino.py). A warmup of less than one epoch changes the temperature at
+            every step. The authors have no such warmup. For a stream of unknown length, the whole run is one
+            epoch.
         center_momentum: momentum of the center's EMA update (0.9).
         momentum, momentum_end, momentum_schedule: momentum of the teacher (0.996 to 1, cosine schedule).
         freeze_last_layer_epochs: number of first epochs in which the last layer is frozen (1).

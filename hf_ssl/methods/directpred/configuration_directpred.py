@@ -17,14 +17,15 @@ class DirectPredConfig(TeacherConfig):
         epsilon: number added to each eigenvalue of the predictor (the paper's results on CIFAR-10 and STL-10,
             table 8: 0.1; the command in the README of facebookresearch/luckmatters: 0.01).
         normalize_eigenvalues: whether the eigenvalues are divided by the largest one before the power and the
-            addition of `epsilon`. None: unless `exponent` is 1, as in the authors' `byol_trainer.py`. Their
-            DirectCopy adds `epsilon` times the identity to the correlation matrix itself.
+            addition of `epsilon`. None means true unless `exponent` is 1, as in the authors'
+            `byol_trainer.py`. Their DirectCopy adds `epsilon` times the identity to the correlation matrix
+            itself.
         correlation_momentum: momentum of the correlation matrix's EMA update, rho in the paper (0.3). The
             first batch's matrix is copied.
         update_frequency: number of optimizer steps between two updates of the predictor (1; also 5 in table 8
             of the paper).
-        learn_between_updates: whether the predictor is also trained by gradient if `update_frequency` is
-            above 1, as by the authors. False keeps it constant until its next update.
+        learn_between_updates: whether gradients train the predictor between two updates if `update_frequency`
+            is above 1, as in the authors' code. False keeps it constant until its next update.
         momentum, momentum_end, momentum_schedule: momentum of the target network (constant, 0.996).
         projection_size, projection_hidden_size: output and hidden width of the projector, which is Linear,
             BatchNorm without gain and offset, ReLU, Linear.

@@ -29,9 +29,9 @@ class DirectPredForPreTraining(MomentumModel):
     matrix, and eigenvalue s_j becomes (s_j / s_max)^exponent + epsilon. DirectCopy (exponent 1) has
     s_j + epsilon. Between two updates, the predictor is trained by gradient (`learn_between_updates`).
 
-    The predictor is the identity until the first batch. In the authors' code (facebookresearch/luckmatters,
-    ssl/real-dataset/byol_trainer.py) it is random in the first step, and equal from the second step on. Each
-    view is encoded separately.
+    The predictor is the identity in the first step. In the authors' code (facebookresearch/luckmatters,
+    ssl/real-dataset/byol_trainer.py) it is random in the first step. From the second step on, both are
+    computed in the same way. Each view is encoded separately.
     """
 
     config_class = DirectPredConfig
@@ -117,7 +117,7 @@ class Predictor(PersistentBuffers):
     def update_correlation(self, projections_NP: Tensor, momentum: float) -> None:
         """Update the correlation matrix by EMA with that of projections (N, P). Copy the first one."""
         rows = projections_NP.to(self.correlation.dtype)
-        started = self.correlation.any()  # is not read by the host, which would wait for the device
+        started = self.correlation.any()  # stays on the device: reading it on the host would synchronize
         self.correlation.lerp_(rows.T @ rows / len(rows), 1 - momentum * started.to(rows.dtype))
 
     @torch.no_grad()

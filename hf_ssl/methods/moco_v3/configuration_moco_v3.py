@@ -26,7 +26,7 @@ class MoCoV3Config(TeacherConfig):
             weights. This makes training stable (section 4.2 of the paper). It does not affect other encoders.
         fixed_positions: whether a vision transformer has a fixed sine-cosine position table, whose first half
             encodes the row, as in the authors' `vits.py`. False and None: the learned table of transformers.
-            It does not affect encoders without such a table.
+            True is possible for ViT, DeiT, DINOv2 and I-JEPA encoders.
     """
 
     model_type = "ssl_moco_v3"

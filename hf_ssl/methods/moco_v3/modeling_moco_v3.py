@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
+from hf_ssl.errors import UserError
 from hf_ssl.losses import info_nce
 from hf_ssl.methods.moco_v3.configuration_moco_v3 import MoCoV3Config
 from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
@@ -34,6 +35,12 @@ class MoCoV3ForPreTraining(MomentumModel):
 
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)
+        kind = self.backbone.config.model_type
+        if config.fixed_positions and kind not in PATCH_SELECTION_TYPES:
+            raise UserError(
+                f"method.fixed_positions: expected no value for {kind}, got true; it is for "
+                f"{', '.join(PATCH_SELECTION_TYPES)}"
+            )
         hidden, size = config.projection_hidden_size, config.projection_size
         sizes = projector_sizes(feature_size(self.backbone), config)
         self.projector = MLPHead(sizes, last_norm="batch_without_affine")
@@ -45,22 +52,18 @@ class MoCoV3ForPreTraining(MomentumModel):
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if module is self and self._has_fixed_positions:  # this call is the last one, after the encoder's
+        if module is self and self.config.fixed_positions:  # this call is the last one, after the encoder's
             fill_encoder_positions(self.backbone, row_first=True)
-
-    @property
-    def _has_fixed_positions(self) -> bool:
-        return bool(self.config.fixed_positions) and self.backbone.config.model_type in PATCH_SELECTION_TYPES
 
     def freeze(self) -> None:
         """Also freeze the patch embedding and the position table of a vision transformer.
 
-        The config says which of them (`freeze_patch_embedding`, `fixed_positions`).
+        The config selects them (`freeze_patch_embedding`, `fixed_positions`).
         """
         super().freeze()
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(self.backbone)
-        if self._has_fixed_positions:
+        if self.config.fixed_positions:
             self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def without_drop_path(config: Any) -> Any:
 
 
 def _drop_path(rate: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Drop the output of a module for some images. With a rate, this is a forward hook."""
+    """Drop the output of a module for some images. With `functools.partial`, this is a forward hook."""
     if not module.training or rate == 0:
         return output
     kept = torch.rand(output.shape[0], *[1] * (output.ndim - 1), device=output.device) >= rate

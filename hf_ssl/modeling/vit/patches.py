@@ -130,7 +130,7 @@ def sine_cosine_2d(height: int, width: int, dims: int, *, row_first: bool = Fals
     Source: the authors' code of MAE (facebookresearch/mae, util/pos_embed.py), which I-JEPA shares. Its
     variable names suggest that the row comes first, but the column comes first in its values and in the
     published weights. The names in MoCo v3 (facebookresearch/moco-v3, vits.py) suggest that the column comes
-    first, but torch's `meshgrid` with two grids of one size makes it the row.
+    first, but the first output of `torch.meshgrid` varies with the row.
     """
     if dims % 4:
         raise UserError(f"hidden_size: expected a multiple of 4 for sine-cosine positions, got {dims}")
