@@ -422,8 +422,13 @@ AttentionInterface.register(ATTENTION_NAME, sdpa_or_products)
 
 
 def choose_attention(model: nn.Module) -> None:
-    """Make modules with the implementation "sdpa" use `sdpa_or_products`. Other modules do not change."""
+    """Make modules with the implementation "sdpa" use `sdpa_or_products`. Other modules do not change.
+
+    The config of a method does not change, because its encoder may have no attention.
+    """
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and getattr(config, "_attn_implementation", None) == "sdpa":
+        if config is None or method_of(config.model_type) is not None:
+            continue
+        if getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = ATTENTION_NAME

@@ -56,6 +56,7 @@ class SSLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # This is always a config object here. It is copied because the caller's own must not change.
         self.backbone_config = backbone = copy.deepcopy(cast(Any, self.backbone_config))
+        backbone.dtype = None  # training needs weights in float32, also if a checkpoint has others
         if backbone.model_type in CLS_POOLER_TYPES:
             backbone.pooler_act = "linear"
             backbone.pooler_output_size = backbone.hidden_size

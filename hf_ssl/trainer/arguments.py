@@ -5,7 +5,8 @@ import json
 import math
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,7 @@ _MONITOR_STEPS = 200
 _FIXED = (
     *REJECTED, "batch_size", "per_device_train_batch_size", "base_learning_rate", "learning_rate_rule",
     "optim", "optim_args", "optimizer", "precision", "bf16", "fp16", "monitor_steps", "lr_scheduler_type",
-    "minimum_learning_rate_ratio", "lars",
+    "minimum_learning_rate_ratio", "lars", "gradient_accumulation_steps", "metric_for_best_model",
 )  # fmt: skip
 
 
@@ -167,13 +168,7 @@ class SSLTrainingArguments(TrainingArguments):
         if args is None:
             return cls(output_dir="trainer_output")
         if isinstance(args, cls):
-            args.eval_delay = args.eval_delay or 0  # `set_evaluate` of transformers 5.24 writes None
-            changed = [name for name, value in args._made_with.items() if getattr(args, name) != value]
-            for name in changed:
-                raise UserError(
-                    f"args.{name}: expected no change after the arguments were made, got "
-                    f"{getattr(args, name)}; use SSLTrainingArguments({name}=...)"
-                )
+            args.check_changes()
             return args
         if not isinstance(args, TrainingArguments):
             raise UserError(
@@ -233,12 +228,30 @@ class SSLTrainingArguments(TrainingArguments):
 
         Other values were computed from them, or only their default is accepted.
         """
-        self._made_with = {name: getattr(self, name) for name in _FIXED if hasattr(self, name)}
+        self._made_with = copy({item.name: getattr(self, item.name) for item in fields(self)})
+
+    def check_changes(self) -> None:
+        """Check the arguments that changed after they were made.
+
+        Raises:
+            UserError: an argument changed from which others follow, or a new value is invalid.
+        """
+        self.eval_delay = self.eval_delay or 0  # `set_evaluate` of transformers 5.24 writes None
+        changed = [name for name, value in self._made_with.items() if getattr(self, name) != value]
+        for name in changed:
+            if name in _FIXED:
+                raise UserError(
+                    f"args.{name}: expected no change after the arguments were made, got "
+                    f"{getattr(self, name)}; use SSLTrainingArguments({name}=...)"
+                )
+        if changed:
+            check_arguments(self, changed)
+            self._check_values()
 
     def _check_values(self) -> None:
-        workers, rule, variant = self.dataloader_num_workers, self.learning_rate_rule, self.lars.variant
+        rule, lars, steps = self.learning_rate_rule, self.lars, self.eval_steps
         cosine, schedule = self.cosine_variant, SchedulerType(self.lr_scheduler_type)
-        whole = isinstance(workers, int) and workers >= 0
+        whole = isinstance(workers := self.dataloader_num_workers, int) and workers >= 0
         choices = {
             "precision": (AUTO, *DTYPES),
             "learning_rate_rule": RULES,
@@ -249,12 +262,14 @@ class SSLTrainingArguments(TrainingArguments):
             "training",
             *((key, getattr(self, key), getattr(self, key) in options, f"one of {', '.join(options)}")
               for key, options in choices.items()),
-            ("lars.variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("lars.variant", lars.variant, lars.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"),
+            ("lars.trust_coefficient", trust := lars.trust_coefficient, 0 < trust < math.inf, "positive"),
             ("cosine_variant", cosine, cosine in (None, *COSINE_VARIANTS), "swav, ijepa or no value"),
             ("cosine_variant", cosine, cosine is None or schedule == SchedulerType.COSINE_WARMUP_WITH_MIN_LR,
              f"no value with {schedule.value}", "lr_scheduler_type=cosine_warmup_with_min_lr"),
             ("learning_rate_rule", rule, rule == "none" or self.base_learning_rate is not None,
              "none without base_learning_rate", "learning_rate for the rate itself"),
+            ("eval_steps", steps, steps is None or steps > 0, "a positive number", "monitor_steps=0"),
             ("dataloader_num_workers", workers, workers == AUTO or whole, "auto or a whole number from 0"),
             ("clip_each_tensor", self.clip_each_tensor, not (self.clip_each_tensor and self.fp16),
              "0 with fp16, which scales gradients"),
@@ -301,7 +316,6 @@ class SSLTrainingArguments(TrainingArguments):
             for name in (name for name, values in unset.items() if getattr(self, name) not in values):
                 warn_once(f"training.{name} has no effect with eval_strategy={strategy.value}")
         elif given is not None:
-            check_values("training", ("eval_steps", given, given > 0, "a positive number", "monitor_steps=0"))
             if self.monitor_steps not in (_MONITOR_STEPS, given):
                 raise UserError(
                     "training.monitor_steps, training.eval_steps: expected one of them, got "
@@ -411,9 +425,3 @@ def _worker_count(given: Any) -> Any:
         return int(given) if float(given).is_integer() else given
     except (TypeError, ValueError):
         return given
-
-
-def reject_argument(name: str, value: Any, advice: str) -> None:
-    """Raise `UserError` unless an argument of transformers' Trainer without a meaning here is None."""
-    if value is not None:
-        raise UserError(f"{name}: expected None, got {type(value).__name__}; {advice}")

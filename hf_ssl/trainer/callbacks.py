@@ -27,7 +27,8 @@ from hf_ssl.modeling.gather import any_process, gather, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.logs import draw_curves
-from hf_ssl.trainer.optimizers import parameter_groups_by_name, schedule_weight_decay
+from hf_ssl.trainer.optimizers import parameter_groups_by_name
+from hf_ssl.trainer.schedules import schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

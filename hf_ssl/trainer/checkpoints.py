@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves complete checkpoints and resumes from them, also in the middle of an epoch."""
 
+import inspect
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
+    TrainOutput,
     rotate_checkpoints,
 )
 
@@ -29,7 +31,7 @@ from hf_ssl.data import BrokenCounter, Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
-from hf_ssl.errors import UserError, first_line
+from hf_ssl.errors import UserError, first_line, one_line
 from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint, staging_path, use_normal_permissions
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
@@ -39,7 +41,7 @@ from hf_ssl.trainer.transformers_arguments import as_bool
 
 _GROUP_KEYS = {
     "initial_lr": "learning_rate, training.layer_decay, training.predictor_learning_rate_factor",
-    "weight_decay": "weight_decay",
+    "weight_decay": "weight_decay, training.decay_all_parameters",
     "betas": "adam_beta1, training.adam_beta2",
     "eps": "adam_epsilon",
     "momentum": "momentum",
@@ -50,6 +52,8 @@ _GROUP_KEYS = {
     "adapt": "lars.adapt_all_parameters",
 }
 """Key of a parameter group in a checkpoint -> the arguments that set it in a new run."""
+_NO_SETTINGS = ("params", "lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
+"""Arguments of optimizers and schedules that do not change the result, or change in each step."""
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +69,8 @@ class CheckpointTrainer(OptimizingTrainer):
         resumed: how many times the run was resumed.
     """
 
+    _resumed_metric: str | None = None
+    _written: frozenset[Path] = frozenset()  # checkpoints of this call of `train`
     stopwatch: Stopwatch
     broken: BrokenCounter
     resumed: int
@@ -97,6 +103,13 @@ class CheckpointTrainer(OptimizingTrainer):
 
         transformers (5.20 to 5.24) loads nothing if the best step is not a saved one.
         """
+        if self._resumed_metric not in (None, self.args.metric_for_best_model):
+            logger.warning(
+                "training.metric_for_best_model: the best model of the checkpoint does not count, because %s "
+                "selected it", self._resumed_metric
+            )  # fmt: skip
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        self._resumed_metric = None
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
@@ -104,8 +117,10 @@ class CheckpointTrainer(OptimizingTrainer):
     def _write_checkpoint(self) -> Path:
         """Write `checkpoint-<step>`: model, optimizer, schedule, random states and position in the data.
 
+        A checkpoint of an earlier run with the same step is replaced.
+
         Returns:
-            The folder. Nothing happens if it exists already.
+            The folder. Nothing happens if this call of `train` has written it already.
 
         Raises:
             UserError: the disk is full or not writable. Earlier checkpoints stay complete.
@@ -114,7 +129,7 @@ class CheckpointTrainer(OptimizingTrainer):
         self.use_averaged_weights(True)
         final = root / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         staging = staging_path(final)
-        if final.exists():
+        if final in self._written:
             return final
         with _complete_or_removed(final, staging if writes else None):
             staging.mkdir(parents=True, exist_ok=True)
@@ -129,7 +144,9 @@ class CheckpointTrainer(OptimizingTrainer):
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             wait_for_all()
             if writes:
+                shutil.rmtree(final, ignore_errors=True)
                 staging.rename(final)
+        self._written |= {final}
         if writes:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(root), self.args.save_total_limit, best, use_mtime=False)
@@ -160,6 +177,7 @@ class CheckpointTrainer(OptimizingTrainer):
             "broken": self.broken.state_dict(),
             "seconds": self.stopwatch.seconds,
             "resumed": self.resumed,
+            "metric_for_best_model": self.args.metric_for_best_model,
         }
 
     def load_finished(self, checkpoint: Path) -> None:
@@ -168,6 +186,20 @@ class CheckpointTrainer(OptimizingTrainer):
         self.resumed -= 1  # loading counted a resumed run, but no training follows
         self.state = load_state(checkpoint)
 
+    def finished_output(self, resume_from_checkpoint: str | bool) -> TrainOutput | None:
+        """Load a checkpoint of the last step, and return the result of `train`; None if steps are left.
+
+        transformers (5.20 to 5.24) makes a further step if the last step is inside an epoch.
+        """
+        root = Path(str(self.args.output_dir))
+        folder = newest_checkpoint(root) if resume_from_checkpoint is True else resume_from_checkpoint
+        if not folder or load_state(Path(folder)).global_step != self.args.max_steps:
+            return None
+        self.load_finished(Path(folder))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_data_state(Path(resume_from_checkpoint), self.args.process_index)
         self.broken.load_state_dict(state["broken"])
@@ -175,11 +207,13 @@ class CheckpointTrainer(OptimizingTrainer):
         self._resumed_step = load_state(Path(resume_from_checkpoint)).global_step
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
+        self._resumed_metric = state.get("metric_for_best_model")
         with _readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Also raise `UserError` if the checkpoint has more steps than the run."""
+        self._written = frozenset()
         numbers = super().set_initial_training_values(args, dataloader)
         if self._resumed_step is not None and numbers[-1] < self._resumed_step:
             raise UserError(
@@ -192,7 +226,8 @@ class CheckpointTrainer(OptimizingTrainer):
         if checkpoint is None:
             return
         optimizer = cast(Optimizer, self.optimizer)
-        before = [dict(group) for group in optimizer.param_groups]
+        own = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters
+        before, schedule = [dict(group) for group in optimizer.param_groups], dict(vars(self.lr_scheduler))
         with _readable(Path(checkpoint)):
             try:
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -205,13 +240,15 @@ class CheckpointTrainer(OptimizingTrainer):
                     f"got others ({first_line(error)}); resume with the arguments of the run (optimizer, "
                     "layer_decay, head_warmup_epochs, decay_all_parameters)"
                 ) from error
-        for key, name in _GROUP_KEYS.items():
-            if name == "weight_decay" and self.args.weight_decay_end is not None:
+        for key in dict.fromkeys([*_GROUP_KEYS, *(name for name in own if name not in _NO_SETTINGS)]):
+            if key == "weight_decay" and self.args.weight_decay_end is not None:
                 continue
             kept = [new[key] for old, new in groups if key in new and old.get(key) != new[key]]
-            if kept:
-                values = ", ".join(map(str, dict.fromkeys(kept)))
-                logger.warning("training.%s: the run keeps the value of the checkpoint: %s", name, values)
+            _report_kept(_GROUP_KEYS.get(key, f"optim_args, {key}"), kept)
+        for key in inspect.signature(type(self.lr_scheduler)).parameters:
+            value = vars(self.lr_scheduler).get(key)
+            if isinstance(value, int | float | str) and key not in _NO_SETTINGS and value != schedule[key]:
+                _report_kept(f"lr_scheduler_kwargs, {key}", [value])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -219,6 +256,13 @@ class CheckpointTrainer(OptimizingTrainer):
                 f"checkpoint: expected the weights of this model, got missing keys "
                 f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
             )
+
+
+def _report_kept(name: str, kept: list[Any]) -> None:
+    """Log the settings of a checkpoint that replace other ones of the training arguments."""
+    if kept:
+        values = ", ".join(map(str, dict.fromkeys(kept)))
+        logger.warning("training.%s: the run keeps the value of the checkpoint: %s", name, values)
 
 
 def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
@@ -239,6 +283,9 @@ def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
             f"resume_from_checkpoint: expected the folder of a checkpoint, got {given}; use "
             f"{newest_checkpoint(Path(str(args.output_dir))) or 'false'}"
         )
+    newest = newest_checkpoint(Path(given).parent)
+    if newest is not None and newest.name != Path(given).name:
+        logger.warning("%s stays until this run saves a checkpoint of its step, which replaces it", newest)
     return str(given)
 
 
@@ -323,7 +370,17 @@ def _readable(checkpoint: Path, expected: str = "readable files") -> Iterator[No
         yield
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: expected {expected}, got no {Path(str(error.filename)).name}; use a "
+            "checkpoint of SSLTrainer"
+        ) from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
+        if "loading state_dict" in str(error):
+            raise UserError(
+                f"checkpoint {checkpoint}: expected the weights of this model, got {one_line(error)[:300]}; "
+                "resume with the model of the run"
+            ) from error
         raise UserError(
             f"checkpoint {checkpoint}: expected {expected}, got {first_line(error)}; remove the "
             "checkpoint, and the run resumes from the one before it"

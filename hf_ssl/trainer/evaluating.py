@@ -18,7 +18,9 @@ from hf_ssl.evaluation import extract_features
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
+from hf_ssl.trainer.gradient_cache import check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch
+from hf_ssl.trainer.machine_settings import check_batch_size
 from hf_ssl.trainer.monitor import (
     Alarm,
     CollapseAlarm,
@@ -28,6 +30,7 @@ from hf_ssl.trainer.monitor import (
     knn_classifiers,
     load_monitor_images,
 )
+from hf_ssl.trainer.optimizers import check_optimization
 from hf_ssl.trainer.pushing import PushingTrainer
 from hf_ssl.views import ViewPreset
 
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 _FEATURES = "use predict(images) for features and evaluate(images) for measurements"
+_GIVEN = ("args", "data", "train_dataset", "eval_dataset", "compute_metrics")
+"""Arguments of the constructor, from which it makes other objects."""
 _UNUSED_METHODS = {
     "prediction_step": _FEATURES,
     "evaluation_loop": _FEATURES,
@@ -78,6 +83,41 @@ class EvaluatingTrainer(PushingTrainer):
         for name, advice in (_UNUSED_METHODS | unused).items():
             if name in vars(cls):
                 raise UserError(f"{cls.__name__}.{name}: expected no such method, got one; {advice}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _GIVEN and vars(self).get("_is_made") and value is not getattr(self, name):
+            raise UserError(f"SSLTrainer.{name}: expected no change, got one; make a new SSLTrainer")
+        super().__setattr__(name, value)
+
+    def check_changes(self) -> None:
+        """Raise `UserError` for a change of arguments or model that training would ignore."""
+        self.args.check_changes()
+        if self.accelerator.unwrap_model(self.model, keep_torch_compile=False) is not self.method:
+            raise UserError("SSLTrainer.model: expected no change, got one; make a new SSLTrainer")
+
+    def check_arguments(self, *, own_loss: bool) -> None:
+        """Raise `UserError` or log a warning if arguments, method and data do not fit together.
+
+        Args:
+            own_loss: whether the user computes the loss.
+        """
+        warn_about_accumulation(self.method, self.args)
+        self.method.check_batch_size(self.args.batch_size)
+        check_batch_size(self.args, self.source)
+        own = self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs
+        check_optimization(self.method, self.args, *own)
+        self.method.check_source(self.source.streaming, self.source.num_rows)
+        if self.args.contrastive_chunk_size is not None:
+            check_chunking(self.method, own_loss=own_loss)
+
+    # Work of transformers' Trainer that only language models need.
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None  # losses are means over images, so there is nothing to count
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. The estimate of transformers is one for language models."""
+        return 0
 
     @property
     def stop_reason(self) -> str | None:
@@ -133,9 +173,14 @@ class EvaluatingTrainer(PushingTrainer):
         return metrics
 
     def _check_best_metric(self, metrics: Mapping[str, float], prefix: str) -> None:
-        """Raise `UserError` if `metric_for_best_model` is not among the measurements."""
+        """Raise `UserError` if `metric_for_best_model` is not a number among the measurements."""
         name = self.args.metric_for_best_model
-        if name is not None and prefix == "eval" and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        if name is None or prefix != "eval":
+            return
+        value = metrics.get(key := f"eval_{name.removeprefix('eval_')}")
+        if key in metrics and not isinstance(value, int | float):
+            raise UserError(f"training.metric_for_best_model: expected a number as {name}, got {value!r}")
+        if key not in metrics:
             raise UserError(
                 f"training.metric_for_best_model: expected one of {', '.join(metrics)}, got {name}"
                 + ("; eval_knn needs labeled images as eval_dataset" if not self.classifiers else "")

@@ -7,6 +7,7 @@ The main process chooses, and all processes use its choice. `_run.json` stores t
 the same one.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -312,21 +313,27 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
 
 
 def checked_model(
-    model: Any, model_init: Callable[[], SSLPreTrainedModel] | None, seed: int
+    model: Any, model_init: Callable[..., SSLPreTrainedModel] | None, seed: int
 ) -> SSLPreTrainedModel:
     """Return the model of a method: `model`, or the result of `model_init` with this seed.
 
     Raises:
-        UserError: both or none of them are given, or the model is not one of a method.
+        UserError: both or none of them are given, or the model is not one of a method or has 16-bit weights.
     """
     if (model is None) == (model_init is None):
         raise UserError("model, model_init: expected one of them; use SSLTrainer(model=...)")
     if model_init is not None:
         set_seed(seed)
-        model = model_init()
+        model = model_init(*[None for _ in inspect.signature(model_init).parameters])  # None: no trial
     if not isinstance(model, SSLPreTrainedModel):
         raise UserError(
             f"model: expected the model of a method such as SimCLRForPreTraining, got {type(model).__name__};"
             " use SimCLRForPreTraining.from_backbone(...) for an encoder"
+        )
+    types = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    for found in types & {torch.bfloat16, torch.float16}:
+        raise UserError(
+            f"model: expected weights in float32, got {found}; use model.float(), and training.precision for "
+            "the type of the computation"
         )
     return model

@@ -1,31 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the optimizer and its schedules from training arguments and the parameter rules of a method."""
 
+import ast
 import inspect
-import math
 from collections import defaultdict
-from collections.abc import Callable, Container
+from collections.abc import Container
 from copy import copy
 from dataclasses import MISSING, fields, replace
 from typing import Any, cast
 
 import torch
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import scheduled_value
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
-from hf_ssl.trainer.transformers_arguments import parse_optim_args, warn_once
+from hf_ssl.trainer.schedules import build_scheduler, is_schedule_free
+from hf_ssl.trainer.transformers_arguments import as_bool, warn_once
 
-_OF_MEASUREMENTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-_WITHOUT_WARMUP = (SchedulerType.CONSTANT, *_OF_MEASUREMENTS)
 _OF_OPTIMIZER = (
     "optimizer", "optim_args", "learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end",
     "decay_all_parameters", "layer_decay", "predictor_learning_rate_factor", "lars", "momentum", "nesterov",
@@ -46,6 +43,7 @@ def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
     pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
     given = pair and optimizers[0] is not None
     valid = not cls_and_kwargs or [*map(isinstance, cls_and_kwargs, (type, dict))] == [True, True]
+    valid = valid and (not cls_and_kwargs or issubclass(cls_and_kwargs[0], Optimizer))
     kinds = [item if isinstance(item, type) else type(item) for item in callbacks or ()]
     check_values(
         "SSLTrainer",
@@ -59,7 +57,11 @@ def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
 
 
 def check_optimization(
-    model: SSLPreTrainedModel, args: SSLTrainingArguments, optimizers: tuple[Any, Any]
+    model: SSLPreTrainedModel,
+    args: SSLTrainingArguments,
+    optimizer: Any = None,
+    schedule: Any = None,
+    cls_and_kwargs: Any = None,
 ) -> None:
     """Check the arguments of optimizer and schedule.
 
@@ -68,16 +70,30 @@ def check_optimization(
     Args:
         model: the model of the method.
         args: the training arguments.
-        optimizers: the user's optimizer and schedule; None for those of `args`.
+        optimizer, schedule: those of the user; None for those of `args`.
+        cls_and_kwargs: the user's class of optimizers and its arguments, or None.
 
     Raises:
-        UserError: the errors of `parameter_groups_by_name`.
+        UserError: the errors of `parameter_groups_by_name`; or a schedule-free optimizer has a warmup that is
+            no number of steps.
     """
     parameter_groups_by_name(model, args)
-    for item, names in zip(optimizers, (_OF_OPTIMIZER, _OF_SCHEDULE), strict=True):
-        for name in names if item is not None else ():
-            if name in _changed(args):
-                warn_once(f"training.{name} has no effect with your own {type(item).__name__}")
+    unused: dict[str, type] = {}
+    if optimizer is not None:
+        unused |= dict.fromkeys(_OF_OPTIMIZER, type(optimizer))
+    if schedule is not None:
+        unused |= dict.fromkeys(_OF_SCHEDULE, type(schedule))
+    if cls_and_kwargs:
+        rates = [] if "lr" not in cls_and_kwargs[1] else ["learning_rate", "base_learning_rate"]
+        unused |= dict.fromkeys(["optimizer", "optim_args", "lars", *rates], cls_and_kwargs[0])
+    for name, cls in unused.items():
+        if name in _changed(args):
+            warn_once(f"training.{name} has no effect with your own {cls.__name__}")
+    if is_schedule_free(args) and (args.warmup_epochs or args.warmup_steps != int(args.warmup_steps)):
+        raise UserError(
+            f"training.warmup_steps: expected a number of steps with {args.optimizer}, got "
+            f"warmup_steps={args.warmup_steps}, warmup_epochs={args.warmup_epochs}; use warmup_steps=100"
+        )
 
 
 def _changed(args: SSLTrainingArguments) -> set[str]:
@@ -121,21 +137,25 @@ def build_optimizer(
         }
         for group, members in by_settings.items()
     ]
+    if not groups:
+        raise UserError(
+            "model: expected trainable parameters, got only frozen ones; use requires_grad_(True)"
+        )
+    is_named = args.optimizer not in OPTIMIZERS
     # The parameter groups contain the weight decay.
     known = {"sgd": ["momentum"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
     if cls_and_kwargs is None:
         _warn_about_unused(args, {"weight_decay", *known[args.optimizer]}, args.optimizer)
     else:
         own = {*kwargs, *(inspect.signature(cls_and_kwargs[0]).parameters.keys() & {"weight_decay"})}
-        is_named = args.optimizer not in OPTIMIZERS
         _warn_about_unused(args, own, args.optimizer if is_named else cls_and_kwargs[0].__name__)
     if cls_and_kwargs is not None:
         try:
             return cls_and_kwargs[0](groups, **kwargs)
         except (TypeError, ValueError) as error:
+            key = "training.optim_args" if is_named else "optimizer_cls_and_kwargs"
             raise UserError(
-                f"training.optim_args: expected arguments of {cls_and_kwargs[0].__name__}, got "
-                f"{kwargs}: {one_line(error)}"
+                f"{key}: expected arguments of {cls_and_kwargs[0].__name__}, got {kwargs}: {one_line(error)}"
             ) from error
     if args.optimizer == "lars":
         return LARS(
@@ -189,6 +209,29 @@ def _with_optim_args(
     args = copy(args)
     args.optim_args = ",".join(f"{name}={value}" for name, value in values.items()) or None
     return Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def parse_optim_args(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments in a text "name=value,name=value".
+
+    A word without quotes is a string, except true and false.
+    """
+    if isinstance(optim_args, dict):
+        return optim_args
+    try:
+        call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
+        if call.args or not all(pair.arg for pair in call.keywords):
+            raise ValueError("a value has no name")
+        return {
+            str(pair.arg): as_bool(pair.value.id)
+            if isinstance(pair.value, ast.Name)
+            else ast.literal_eval(pair.value)
+            for pair in call.keywords
+        }
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
+        ) from error
 
 
 def _warn_about_unused(args: SSLTrainingArguments, known: Container[str], optimizer: str) -> None:
@@ -251,132 +294,6 @@ def parameter_groups_by_name(
             frozen_epochs=max(group.frozen_epochs, args.head_warmup_epochs),
         )
     return found
-
-
-def build_scheduler(
-    optimizer: Optimizer, args: SSLTrainingArguments, total_steps: int, steps_per_epoch: int
-) -> LambdaLR:
-    """Return the learning rate schedule `args.lr_scheduler_type` of transformers.
-
-    `args.learning_rate_drops` modifies it. Parameter groups with a fixed learning rate keep it constant.
-
-    Args:
-        optimizer: the result of `build_optimizer`.
-        args: the training arguments.
-        total_steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch.
-
-    Raises:
-        UserError: `args.lr_scheduler_kwargs` do not fit the schedule; or learning rate drops or fixed
-            learning rates need a schedule that depends only on the step.
-    """
-    warmup = (
-        round(args.warmup_epochs * steps_per_epoch)
-        if args.warmup_epochs
-        else args.get_warmup_steps(total_steps)
-    )
-    specific = cast("dict[str, Any] | None", args.lr_scheduler_kwargs)
-    kind = SchedulerType(args.lr_scheduler_type)
-    if warmup and kind in _WITHOUT_WARMUP:
-        warn_once(
-            f"training.warmup_steps and warmup_epochs have no effect with lr_scheduler_type={kind.value}"
-        )
-    if specific and kind == SchedulerType.CONSTANT:
-        warn_once("training.lr_scheduler_kwargs has no effect with lr_scheduler_type=constant")
-    if kind in _OF_MEASUREMENTS:  # transformers (5.20 to 5.24) does not use `greater_is_better`
-        specific = {"mode": "max" if args.greater_is_better else "min", **(specific or {})}
-    try:
-        scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"training.lr_scheduler_kwargs: expected the arguments of {args.lr_scheduler_type}, got "
-            f"{specific}: {error}"
-        ) from error
-    if args.cosine_variant is not None:
-        rates = {"min_lr_rate": 0.0, "warmup_lr_rate": 0.0} | (specific or {})
-        if rates.get("min_lr") is not None:
-            rates["min_lr_rate"] = rates["min_lr"] / optimizer.defaults["lr"]
-        start, end = float(rates["warmup_lr_rate"] or 0), float(rates["min_lr_rate"] or 0)
-        cycles = float(rates.get("num_cycles", 0.5))
-        schedule = warmup_and_cosine(args.cosine_variant, warmup, total_steps, start, end, cycles)
-        scheduler = LambdaLR(optimizer, schedule)
-    drops = [round(epoch * steps_per_epoch) for epoch in args.learning_rate_drops]
-    # An optimizer that the user made has groups without our keys.
-    fixed = any(group.get("fixed_learning_rate") for group in optimizer.param_groups)
-    if (drops or fixed) and not isinstance(scheduler, LambdaLR):
-        raise UserError(
-            "training.lr_scheduler_type: expected a schedule that depends on the step alone"
-            f"{', because the predictor keeps its learning rate' if fixed else ' with learning_rate_drops'}, "
-            f"got {args.lr_scheduler_type}; use cosine_with_min_lr"
-        )
-    if drops or fixed:
-        lambdas = [
-            (lambda step: 1.0)
-            if group.get("fixed_learning_rate")
-            else _dropped(scheduler.lr_lambdas[index], drops)
-            for index, group in enumerate(optimizer.param_groups)
-        ]
-        scheduler = LambdaLR(optimizer, lambdas)
-    return scheduler
-
-
-def warmup_and_cosine(
-    variant: str, warmup: int, total: int, start: float, end: float, cycles: float = 0.5
-) -> Callable[[int], float]:
-    """Return the authors' schedule, a function of the completed steps: linear warmup, then a cosine.
-
-    Args:
-        variant: `swav` (facebookresearch/swav, main_swav.py; DeepCluster v2 and DINO share it). The first
-            step has `start`. The last step of the warmup and the next step both have 1, because
-            `numpy.linspace` includes the end. The last step is one step before `end`.
-            `ijepa` (facebookresearch/ijepa, src/utils/schedulers.py). The schedule advances before each step,
-            so the first step is one step after `start`, and the last step has `end`.
-        warmup, total: steps of the warmup and of the run.
-        start, end: first and last factor on the learning rate.
-        cycles: periods of the cosine.
-    """
-    first = 1 if variant == "ijepa" else 0
-    intervals = max(1, warmup - 1 + first)
-
-    def factor(step: int) -> float:
-        position = min(step + first, total)
-        if position < warmup:
-            return start + (1 - start) * position / intervals
-        progress = (position - warmup) / max(1, total - warmup)
-        return end + (1 - end) * (1 + math.cos(2 * math.pi * cycles * progress)) / 2
-
-    return factor
-
-
-def _dropped(schedule: Callable[[int], float], drops: list[int]) -> Callable[[int], float]:
-    """Return the schedule times 0.1 for each step in `drops` that has been reached."""
-    return lambda step: schedule(step) * 0.1 ** sum(step >= drop for drop in drops)
-
-
-def schedule_weight_decay(optimizer: Any, args: SSLTrainingArguments, fraction: float) -> None:
-    """Set the weight decay of the next step in the parameter groups with weight decay.
-
-    This function does nothing without `args.weight_decay_end`.
-
-    Args:
-        optimizer: the result of `build_optimizer`, with or without a wrapper.
-        args: the training arguments. `weight_decay` and `weight_decay_end` are used.
-        fraction: completed fraction of the run. The weight decay depends only on it, so a resumed run uses
-            the same values.
-    """
-    if args.weight_decay_end is None:
-        return
-    value = scheduled_value(args.weight_decay, args.weight_decay_end, "cosine", fraction)
-    for group in optimizer.param_groups:
-        if group.get("decay") and "weight_decay" in group:
-            group["weight_decay"] = value
-
-
-def largest_weight_decay(optimizer: Optimizer) -> float:
-    """Return the largest weight decay of all parameter groups."""
-    return max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
 
 
 class OptimizingTrainer(Trainer):

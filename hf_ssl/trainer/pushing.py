@@ -27,8 +27,9 @@ from hf_ssl.hub.export import export_model
 from hf_ssl.hub.publish import encoder_files, is_owned, publish
 from hf_ssl.hub.remote import Files, Published, Remote, hub_errors, open_repo, update_repo
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.trainer.arguments import SSLTrainingArguments, reject_argument
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.checkpoints import CheckpointTrainer
+from hf_ssl.trainer.transformers_arguments import reject_argument
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from hf_ssl.modeling.backbones import check_image_sizes
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import average_gradients
 from hf_ssl.progress import hidden_progress
-from hf_ssl.trainer.arguments import SSLTrainingArguments, reject_argument
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
     SEED_OFFSET,
     CurvesCallback,
@@ -46,11 +46,10 @@ from hf_ssl.trainer.callbacks import (
 )
 from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
-from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking, warn_about_accumulation
+from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
 from hf_ssl.trainer.machine_settings import (
     Choices,
-    check_batch_size,
     checked_model,
     choose_precision,
     choose_workers,
@@ -63,8 +62,9 @@ from hf_ssl.trainer.monitor import (
     Monitor,
     knn_classifiers,
 )
-from hf_ssl.trainer.optimizers import check_objects, check_optimization, largest_weight_decay
-from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric
+from hf_ssl.trainer.optimizers import check_objects
+from hf_ssl.trainer.schedules import largest_weight_decay
+from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric, reject_argument
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,8 @@ class SSLTrainer(EvaluatingTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.train_dataset = train_dataset
-        self._check_arguments()
+        own_loss = compute_loss_func is not None or type(self).compute_loss is not SSLTrainer.compute_loss
+        self.check_arguments(own_loss=own_loss)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         for callback in (
             *([] if args.disable_tqdm else [self.bar]),
@@ -193,6 +194,7 @@ class SSLTrainer(EvaluatingTrainer):
             *self.alarms,
         ):
             self.add_callback(callback)
+        self._is_made = True
 
     def draw_method_pictures(self, images: LoadedBatch) -> None:
         """Draw the method's own pictures of these images during training, e.g. reconstructions."""
@@ -244,16 +246,6 @@ class SSLTrainer(EvaluatingTrainer):
         if batch.position is not None:
             self._position = batch.position
 
-    def _check_arguments(self) -> None:
-        warn_about_accumulation(self.method, self.args)
-        self.method.check_batch_size(self.args.batch_size)
-        check_batch_size(self.args, self.source)
-        check_optimization(self.method, self.args, (self.optimizer, self.lr_scheduler))
-        self.method.check_source(self.source.streaming, self.source.num_rows)
-        if self.args.contrastive_chunk_size is not None:
-            own_loss = type(self).compute_loss is not SSLTrainer.compute_loss
-            check_chunking(self.method, own_loss=own_loss or self.compute_loss_func is not None)
-
     # Optimization.
 
     def compute_loss(
@@ -269,8 +261,8 @@ class SSLTrainer(EvaluatingTrainer):
         loss = output.loss
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(output, None, num_items_in_batch=None)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise UserError(f"compute_loss_func: expected a loss (a scalar tensor), got {loss!r}")
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise UserError(f"compute_loss_func: expected a scalar tensor with a gradient, got {loss!r}")
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -300,15 +292,6 @@ class SSLTrainer(EvaluatingTrainer):
             average_gradients(self.method.parameters())
         self._terms.add(output)
         return output.loss / share
-
-    # Work of transformers' Trainer that only language models need.
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        return None  # losses are means over images, so there is nothing to count
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The estimate of transformers is one for language models."""
-        return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm only if it is logged or known from clipping: it takes 1 ms for 200 tensors."""
@@ -356,14 +339,16 @@ class SSLTrainer(EvaluatingTrainer):
             SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
                 and saved a checkpoint before.
         """
-        self._resumed_step = None
+        self._resumed_step, measures_first = None, self.args.eval_on_start
+        self.check_changes()
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         check_early_stopping(self.args, self.callback_handler.callbacks)
-        if resume_from_checkpoint:
-            self.args.eval_on_start = False
-        else:
+        if not resume_from_checkpoint:
             check_no_checkpoints(self.args)
+        elif (finished := self.finished_output(resume_from_checkpoint)) is not None:
+            return finished
         try:
+            self.args.eval_on_start = measures_first and not resume_from_checkpoint
             with keep_loader_position(), hidden_progress(self.args.hides_progress):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:  # OutOfMemoryError is a RuntimeError; on a CPU there is no other class
@@ -378,11 +363,14 @@ class SSLTrainer(EvaluatingTrainer):
         else:
             self.use_averaged_weights(True)
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
-                logger.warning("training.load_best_model_at_end: the last model stays, as none was measured")
+                logger.warning(
+                    "training.load_best_model_at_end: the last model stays; no metric was a number"
+                )
             if self.stop_signal.received is not None:
                 self._stop(save=False)  # the training loop has saved a checkpoint
             return result
         finally:
+            self.args.eval_on_start = measures_first
             self.method.discard_batch()
             self.bar.close()
             self.stop_signal.restore()

@@ -4,17 +4,17 @@
 All other fields of `transformers.TrainingArguments` work. `training/README.md` prints this table.
 """
 
-import ast
 import dataclasses
 import logging
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import get_all_start_methods
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,12 +129,16 @@ _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check")
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, names: Container[str] | None = None) -> None:
     """Reject or report the values of `REJECTED` and `WITHOUT_EFFECT`.
 
     The caller runs this before transformers' `__post_init__`.
 
     A whole number that is a float (64.0) becomes an int.
+
+    Args:
+        args: the arguments.
+        names: names of the arguments that are checked; None checks all of them.
 
     Raises:
         UserError: a rejected argument does not have its default value, a value has the wrong type or is out
@@ -142,6 +146,8 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     hints = typing.get_type_hints(type(args))
     for field in dataclasses.fields(args):
+        if names is not None and field.name not in names:
+            continue
         value = getattr(args, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name in _CHOICES and value is False:
@@ -159,8 +165,8 @@ def check_arguments(args: TrainingArguments) -> None:
     for name in _WITH_WORKERS:
         if getattr(args, name) and args.dataloader_num_workers == 0:
             warn_once(f"training.{name} has no effect with dataloader_num_workers=0")
-    for expected, (holds, names) in _RANGES.items():
-        values = [(name, getattr(args, name)) for name in names]
+    for expected, (holds, limited) in _RANGES.items():
+        values = [(name, getattr(args, name)) for name in limited if names is None or name in names]
         check_values(
             "training", *((name, value, value is None or holds(value), expected) for name, value in values)
         )
@@ -180,6 +186,9 @@ def check_arguments(args: TrainingArguments) -> None:
 
 def _checked_type(name: str, value: Any, annotation: Any) -> Any:
     """Return the value, with an int for a whole number. Raise `UserError` for a value of another type."""
+    if isinstance(value, str) and annotation in (float, float | None):
+        with suppress(ValueError):
+            value = float(value)  # YAML reads 1e-3 as a text
     if name in _CHOICES:
         check_name(f"training.{name}", value, [item.value for item in _CHOICES[name]], "a known name")
     valid = isinstance(value, _FURTHER_TYPES.get(name, ())) or _fits(value, annotation)
@@ -225,8 +234,13 @@ def check_best_model(args: TrainingArguments) -> None:
         UserError: the best model is needed, and the model is not measured when it is saved.
     """
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if args.greater_is_better is None and name in MEASUREMENTS and args.metric_for_best_model:
-        args.greater_is_better = not MEASUREMENTS[name].lower_is_better
+    if name in MEASUREMENTS and args.metric_for_best_model:
+        is_better = not MEASUREMENTS[name].lower_is_better
+        if args.greater_is_better not in (None, is_better):
+            warn_once(
+                f"training.greater_is_better={args.greater_is_better} selects the worst model by {name}"
+            )
+        args.greater_is_better = is_better if args.greater_is_better is None else args.greater_is_better
     save, evaluate = SaveStrategy(args.save_strategy).value, IntervalStrategy(args.eval_strategy).value
     if evaluate == "no" and (args.load_best_model_at_end or save == "best"):
         what = "save_strategy=best" if save == "best" else "load_best_model_at_end"
@@ -273,29 +287,6 @@ def as_bool(value: Any) -> Any:
     """Return True or False for these words in a text, as a command line gives them, else the value."""
     words = {"true": True, "false": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def parse_optim_args(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments in a text "name=value,name=value".
-
-    A word without quotes is a string, except true and false.
-    """
-    if isinstance(optim_args, dict):
-        return optim_args
-    try:
-        call = cast(ast.Call, ast.parse(f"f({optim_args or ''})", mode="eval").body)
-        if call.args or not all(pair.arg for pair in call.keywords):
-            raise ValueError("a value has no name")
-        return {
-            str(pair.arg): as_bool(pair.value.id)
-            if isinstance(pair.value, ast.Name)
-            else ast.literal_eval(pair.value)
-            for pair in call.keywords
-        }
-    except (SyntaxError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"training.optim_args: expected name=value,name=value with Python values, got {optim_args}"
-        ) from error
 
 
 def given_values(args: TrainingArguments) -> dict[str, Any]:
@@ -375,3 +366,9 @@ def check_metric(name: str | None, further: Iterable[str] = ()) -> None:
 def warn_once(message: str) -> None:
     """Log a warning, once per process."""
     logger.warning("%s", message)
+
+
+def reject_argument(name: str, value: Any, advice: str) -> None:
+    """Raise `UserError` unless an argument of transformers' Trainer without a meaning here is None."""
+    if value is not None:
+        raise UserError(f"{name}: expected None, got {type(value).__name__}; {advice}")

@@ -19,13 +19,8 @@ from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import WeightDecaySchedule
 from hf_ssl.trainer.lars import LARS, LARSConfig
-from hf_ssl.trainer.optimizers import (
-    build_optimizer,
-    build_scheduler,
-    largest_weight_decay,
-    schedule_weight_decay,
-    transformers_optimizer,
-)
+from hf_ssl.trainer.optimizers import build_optimizer, transformers_optimizer
+from hf_ssl.trainer.schedules import build_scheduler, largest_weight_decay, schedule_weight_decay
 
 
 def slow_lars(weight, gradients, rates, *, momentum, decay, trust, variant, clip):
