@@ -19,6 +19,7 @@ from hf_ssl.data import (
 )
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.files import replaced_file
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -142,7 +143,8 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     During training, the trainer writes the pictures of the method for the same images.
     """
     first = load_monitor_images(trainer.source, recipe.views, recipe.data, trainer.args, _MONTAGE_IMAGES)
-    montage(first.views("cpu"), recipe.views, recipe.output_dir / VIEWS)
+    with replaced_file(recipe.output_dir / VIEWS) as path:
+        montage(first.views("cpu"), recipe.views, path)
     trainer.draw_method_pictures(first)
 
 
@@ -171,6 +173,8 @@ def open_labeled_splits(
         train = labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images)
         test = labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images)
     test.classified_by(train)
+    if len(test) < 2:
+        raise UserError(f"labels: expected at least 2 images in {test.description}, got {len(test)}")
     return train, test
 
 

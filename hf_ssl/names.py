@@ -139,7 +139,7 @@ def with_current_keys(record: Any) -> Any:
 def _move(values: dict[str, Any], old: str, new: str) -> None:
     """Move a value to its new key, in place. The key "group.field" is a field in a dict or a dataclass."""
     group, dot, field = new.partition(".")
-    value, current = values.pop(old), values.get(group, {})
+    value, current = values.pop(old), values.get(group) or {}
     values[group] = (
         {**(current if isinstance(current, dict) else vars(current)), field: value} if dot else value
     )

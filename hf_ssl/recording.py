@@ -148,7 +148,7 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
     losses = [record["loss"] for record in state.log_history if "loss" in record]
     return TrainingFacts(
         steps=state.global_step,
-        epochs=images / trainer.source.num_rows if trainer.source.num_rows else None,
+        epochs=state.epoch if trainer.source.num_rows else None,
         batch_size=args.batch_size,
         images_seen=images,
         optimizer=args.optimizer,
@@ -176,7 +176,7 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     knn = trainer.monitor.knn if trainer.monitor is not None else None
     return MonitorFacts(
         history=history,
-        alarm=trainer.collapse_alarm.message,
+        alarm=trainer.collapse_alarm.last_message(trainer.state.log_history),
         test_images=None if knn is None else len(knn.tested),
     )
 

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from hf_ssl.building import build_model, build_trainer, draw_pictures, open_labeled_splits
 from hf_ssl.cards import append_result, write_card, write_facts
 from hf_ssl.cards.text import terminal_text
-from hf_ssl.data import DataConfig
+from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EvaluationConfig,
@@ -108,7 +108,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     with hidden_progress(trainer.args.hides_progress):
         with progress(f"exporting the encoder to {folder}"):
             trainer.save_model()
-        # A process may abort if it ends before its process group. Only the main process continues from here.
+        # A process may abort if it ends before its process group. Only the processes that write continue.
         finish_communication()
         trainer.accelerator.end_training()
         if not trainer.args.should_save:
@@ -122,7 +122,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         if measured.results:
             print(terminal_text(measured.results))
         print(f"encoder, card and pictures are in {folder}")
-        if trainer.args.push_to_hub:
+        if trainer.args.push_to_hub and trainer.is_world_process_zero():
             trainer.publish_output()
         return dict(facts)
 
@@ -130,13 +130,20 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
     """Evaluate the exported encoder in `folder`, the encoder before training, and raw pixels.
 
-    Without labeled images, log a warning and return the reason.
+    If the evaluation is not possible, log a warning and return the reason.
     """
     try:
         splits = open_labeled_splits(recipe.data, recipe.evaluation)
+        return _evaluate_splits(recipe, trainer, folder, *splits)
     except UserError as error:
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)
         return EvaluationOutcome(skip_reason=str(error))
+
+
+def _evaluate_splits(
+    recipe: Recipe, trainer: SSLTrainer, folder: Path, train: LabeledImages, test: LabeledImages
+) -> EvaluationOutcome:
+    splits = train, test
     device = trainer.args.device
     encoder, processor = load_encoder(str(folder))
     results = {
@@ -156,7 +163,7 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
             description="encoder before training",
         )
         results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
-    return EvaluationOutcome(results=results, train=splits[0], test=splits[1])
+    return EvaluationOutcome(results=results, train=train, test=test)
 
 
 def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:

@@ -197,6 +197,8 @@ def find_image_key(example: Mapping[str, Any], requested: str | None, name: str)
 def _is_image(value: Any) -> bool:
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim in (2, 3)
+    if isinstance(value, bytes):
+        return True
     return isinstance(value, PIL.Image.Image) or (
         isinstance(value, dict) and value.keys() >= {"bytes", "path"}
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import has_class_token
 
@@ -58,8 +59,11 @@ def has_attention(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     config = model.config.to_dict()
-    return "attentions" in (type(model)._can_record_outputs or {}) and all(
-        isinstance(config.get(key), int) for key in ("patch_size", "num_attention_heads", "num_hidden_layers")
+    patch = config.get("patch_size") or (0, 1)
+    return (
+        "attentions" in (type(model)._can_record_outputs or {})
+        and len(set(as_pair(patch))) == 1
+        and all(isinstance(config.get(key), int) for key in ("num_attention_heads", "num_hidden_layers"))
     )
 
 
@@ -203,7 +207,7 @@ def patch_size(model: nn.Module) -> int:
     Raises:
         UserError: the encoder has no attention maps.
     """
-    return _with_attention(model).config.patch_size
+    return as_pair(_with_attention(model).config.patch_size)[0]
 
 
 def _with_attention(model: nn.Module) -> PreTrainedModel:
@@ -216,7 +220,7 @@ def _with_attention(model: nn.Module) -> PreTrainedModel:
 
 
 def _patch_grid(model: PreTrainedModel, images: Tensor) -> tuple[int, int]:
-    channels, side = model.config.num_channels, model.config.patch_size
+    channels, side = model.config.num_channels, patch_size(model)
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < side:
         raise UserError(
             f"images: expected (B, {channels}, H, W) with at least {side} x {side} pixels (one patch), got "

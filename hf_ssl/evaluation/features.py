@@ -58,7 +58,8 @@ def load_processor(processor: Any, encoder: Any) -> Any:
         )
     if isinstance(place, str | PathLike):
         with loading_errors(f"an image processor, got {str(place)!r}", "processor"):
-            return AutoImageProcessor.from_pretrained(place)
+            revision = getattr(encoder.config, "_commit_hash", None) if processor is None else None
+            return AutoImageProcessor.from_pretrained(place, revision=revision)
     if isinstance(place, type) or not callable(place):
         raise UserError(f"processor: expected an image processor or its folder, got {_name(place)}")
     return place

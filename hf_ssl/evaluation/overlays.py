@@ -15,6 +15,8 @@ from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, pca_colors, threshold_attention
 from hf_ssl.evaluation.features import load_encoder, pixel_values
+from hf_ssl.files import replaced_file
+from hf_ssl.modeling.backbones import input_channels, normalization
 from hf_ssl.names import renamed_arguments
 
 SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels
@@ -136,17 +138,18 @@ def write_attention_pictures(
     rows: list[dict[str, Image.Image]] = []
     for photo in photos:
         try:
-            pixels = read_photo(photo, channels=encoder.config.num_channels)
+            pixels = read_photo(photo, channels=input_channels(encoder.config))
         except (UserError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{photo}: {reason}") from error
         target = _unused_folder(folder, photo.stem, written)
-        target.mkdir(parents=True, exist_ok=True)
         rows.append(attention_pictures(encoder, processor, pixels, layer=layer, size=size))
         for name, picture in rows[-1].items():
-            picture.save(target / f"{name.replace(' ', '_')}.png")
+            with replaced_file(target / f"{name.replace(' ', '_')}.png") as path:
+                picture.save(path)
         written.append(target)
-    overview(rows).save(folder / "overview.png")
+    with replaced_file(folder / "overview.png") as path:
+        overview(rows).save(path)
     return written
 
 
@@ -195,10 +198,10 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
 
 def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
-    if not processor.do_normalize:
-        return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
-    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    return mean[:, None, None], std[:, None, None]
+    given = zip(normalization(processor), (0.0, 1.0), strict=True)
+    values = (torch.tensor(value or [default])[:, None, None] for value, default in given)
+    mean, std = (value.expand(channels, 1, 1) for value in values)
+    return mean, std
 
 
 def _enlarge(photo: Image.Image, side: int) -> Image.Image:

@@ -24,7 +24,4 @@ if TYPE_CHECKING:
         masked_patch_mse,
     )
 
-SMALLEST_TEMPERATURE = 0.003
-"""With a smaller temperature, the exponentials of `nt_xent` would underflow in float64."""
-
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

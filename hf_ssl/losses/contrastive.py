@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from hf_ssl.losses import SMALLEST_TEMPERATURE
-from hf_ssl.losses.upcasting import full_precision, without_autocast
+from hf_ssl.losses.upcasting import SMALLEST_TEMPERATURE, full_precision, without_autocast
 
 # The side of the blocks in which the similarity matrix is computed. A block of 1024 x 1024 floats (4 MiB)
 # fits into the cache of a CPU core. An accelerator is faster with larger products.

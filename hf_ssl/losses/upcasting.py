@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALLEST_TEMPERATURE = 0.003
+"""With a smaller temperature, the exponentials of `nt_xent` would underflow in float64."""
+
 
 def upcast(tensor: Tensor) -> Tensor:
     """Return a tensor in half precision as float32, and any other tensor as it is.

@@ -6,7 +6,7 @@ They can also record the outputs of their layers and use faster attention on a C
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -90,13 +90,35 @@ def view_settings(encoder: PreTrainedModel) -> dict[str, Any]:
     They are `size`, `mean` and `std`; {} without a processor.
     """
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path)
+        revision = getattr(encoder.config, "_commit_hash", None)
+        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path, revision=revision)
     except (ImportError, OSError, ValueError):
         return {}
-    size = dict(getattr(processor, "crop_size", None) or processor.size or {})
-    side = size.get("height", size.get("shortest_edge"))
-    known = {"size": side, "mean": processor.image_mean, "std": processor.image_std}
+    mean, std = normalization(processor)
+    if hasattr(processor, "data_config"):
+        side = processor.data_config["input_size"][-1]
+    else:
+        size = dict(getattr(processor, "crop_size", None) or processor.size or {})
+        side = size.get("height", size.get("shortest_edge"))
+    known = {"size": side, "mean": mean, "std": std}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def normalization(processor: Any) -> tuple[list[float] | None, list[float] | None]:
+    """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor."""
+    if hasattr(processor, "data_config"):  # of timm
+        return list(processor.data_config["mean"]), list(processor.data_config["std"])
+    mean, std = processor.image_mean, processor.image_std
+    if not processor.do_normalize:
+        return [0.0] * len(mean or [0] * 3), [1.0] * len(std or [0] * 3)
+    return mean, std
+
+
+def input_channels(config: Any) -> int:
+    """Return the number of channels that an encoder with this config expects."""
+    if config.model_type == "timm_wrapper":
+        return int((config.model_args or {}).get("in_chans", 3))
+    return int(config.to_dict().get("num_channels", 3))
 
 
 def feature_size(backbone: Any) -> int:
@@ -130,16 +152,13 @@ def example_images(copied: Any) -> Tensor:
     """Return images (2, C, H, W) on the meta device, of the size that an encoder expects."""
     config = copied.config
     if config.model_type == "timm_wrapper":
-        arguments = config.model_args or {}
-        channels = arguments.get("in_chans", 3)
-        size = arguments.get("img_size") or copied.timm_model.pretrained_cfg["input_size"][1:]
+        size = (config.model_args or {}).get("img_size") or copied.timm_model.pretrained_cfg["input_size"][1:]
     else:
-        known = config.to_dict()
-        channels, size = known.get("num_channels", 3), known.get("image_size") or 224
-    return torch.empty(2, channels, *as_pair(size), device="meta")
+        size = config.to_dict().get("image_size") or 224
+    return torch.empty(2, input_channels(config), *as_pair(size), device="meta")
 
 
-def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> None:
+def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> None:
     """Check by a forward pass on torch's meta device that an encoder can encode square images of these sizes.
 
     If this pass fails, the function repeats it with zeros on the encoder's device, because operations can
@@ -148,19 +167,30 @@ def check_image_sizes(backbone: Any, sizes: Iterable[int], channels: int) -> Non
 
     Args:
         backbone: the encoder, possibly on the device "meta".
-        sizes: sides of the images, in pixels.
+        sizes: sides of the images, in pixels. The first one is that of the images of the published encoder.
         channels: number of channels of the images.
 
     Raises:
         UserError: the encoder cannot encode images of one of these sizes.
     """
-    sides, patch = sorted(set(sizes)), backbone.config.to_dict().get("patch_size")
+    known, sides = backbone.config.to_dict(), sorted(set(sizes))
+    patch = max(as_pair(known.get("patch_size") or 1))
     for side in sides:
-        if isinstance(patch, int) and side % patch:
+        if side % patch:
             raise UserError(
                 f"views.size: expected a multiple of backbone.patch_size={patch}, got {side}; use "
                 f"{max(1, side // patch) * patch}"
             )
+    # Users of the published encoder do not pass `interpolate_pos_encoding`.
+    own = as_pair(known.get("image_size") or sizes[0])
+    if (
+        "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
+        and own != (sizes[0],) * 2
+    ):
+        raise UserError(
+            f"views.size: expected {own[0]}, the image_size of the encoder, got {sizes[0]}; use "
+            f"views.size={own[0]}, or views.enlarge={own[0]} for smaller crops"
+        )
     is_meta = next(backbone.parameters()).is_meta
     for model in (copy_without_values(backbone), *([] if is_meta else [backbone])):
         device = next(model.parameters()).device

@@ -486,6 +486,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         model, info = loaded
         if any(key.startswith("backbone.pooler.") for key in info["missing_keys"]):
             set_identity_pooler(model.backbone)
+        for number in vars(model).values():
+            if isinstance(number, HostNumber):
+                number.invalidate()
         model.copy_teachers(missing=info["missing_keys"])
         model.freeze()
         return (model, info) if output_loading_info else model

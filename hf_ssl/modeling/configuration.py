@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import check_values
-from hf_ssl.losses import SMALLEST_TEMPERATURE
+from hf_ssl.losses.upcasting import SMALLEST_TEMPERATURE
 from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
@@ -52,6 +52,16 @@ class SSLConfig(PreTrainedConfig):
                 value = getattr(self, name)
                 check_fields((name, value, value >= SMALLEST_TEMPERATURE, f"at least {SMALLEST_TEMPERATURE}"))
 
+    def validate_layers(self) -> None:
+        """Raise `ValueError` for a field `.._layers` below 1."""
+        for name in (item.name for item in fields(self) if item.name.endswith("_layers")):
+            check_fields((name, getattr(self, name), getattr(self, name) >= 1, "at least 1"))
+
+    def validate_momentum(self) -> None:
+        """Raise `ValueError` for a field `..momentum` or `..momentum_end` outside of 0 to 1."""
+        for name in (item.name for item in fields(self) if item.name.endswith(("momentum", "momentum_end"))):
+            check_fields((name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1"))
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # This is always a config object here. It is copied because the caller's own must not change.
@@ -75,14 +85,10 @@ class TeacherConfig(SSLConfig):
     momentum_end: float = 1.0
     momentum_schedule: str = "cosine"
 
-    def validate_momentum(self) -> None:
-        """Raise `ValueError` for a momentum outside of 0 to 1 or an unknown schedule."""
-        start, end, schedule = self.momentum, self.momentum_end, self.momentum_schedule
-        check_fields(
-            ("momentum", start, 0 <= start <= 1, "a number from 0 to 1"),
-            ("momentum_end", end, 0 <= end <= 1, "a number from 0 to 1"),
-            ("momentum_schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        )
+    def validate_schedule(self) -> None:
+        """Raise `ValueError` for an unknown schedule of the momentum."""
+        schedule = self.momentum_schedule
+        check_fields(("momentum_schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"))
 
 
 def method_of(model_type: str) -> str | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State that a method keeps between batches: counter, queue, center, memory bank; k-means of its rows."""
 
+import math
 from typing import Any
 
 import torch
@@ -26,19 +27,24 @@ class HostNumber:
     def __init__(self, module: nn.Module, name: str, value: float) -> None:
         module.register_buffer(name, torch.tensor(value))
         self._module, self._name = module, name
-        self._value: float | None = value
+        self._value, self._is_current = value, True
 
     @property
     def value(self) -> float:
-        """Return the number; after `invalidate`, read the buffer once."""
-        if self._value is None:
-            self._value = self._module.get_buffer(self._name).item()
+        """Return the number; after `invalidate`, read the buffer once.
+
+        The Python number has more digits than a buffer in float32, so it stays if both agree.
+        """
+        if not self._is_current:
+            stored, self._is_current = self._module.get_buffer(self._name).item(), True
+            if not math.isclose(self._value, stored, rel_tol=1e-6):
+                self._value = stored
         return self._value
 
     @torch.no_grad()
     def write(self, value: float) -> None:
         """Write a new value to both copies."""
-        self._value = value
+        self._value, self._is_current = value, True
         self._module.get_buffer(self._name).fill_(value)
 
     def initialize(self, value: float) -> None:
@@ -47,7 +53,7 @@ class HostNumber:
 
     def invalidate(self) -> None:
         """Mark the Python number as outdated, for example after loading. The next access reads the buffer."""
-        self._value = None
+        self._is_current = False
 
 
 class PersistentBuffers(nn.Module):

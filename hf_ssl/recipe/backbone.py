@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import MISSING, DataConfig
-from hf_ssl.errors import UserError, check_name
+from hf_ssl.errors import UserError, check_name, one_line
 from hf_ssl.sections import config_fields
 from hf_ssl.views.preset import ViewPreset
 
@@ -77,6 +77,8 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             "backbone.init_from: expected a folder or the Hub id of an encoder, got nothing; set "
             "backbone.init_from=..."
         )
+    from hf_ssl.modeling.backbones import input_channels
+
     config: Any = pretrained_config(init_from)
     further = sorted(backbone.keys() - {"init_from", "model_type"})
     if further:
@@ -89,10 +91,36 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             f"backbone.model_type: expected {config.model_type}, the type of backbone.init_from={init_from}, "
             f"got {backbone['model_type']}; leave it out"
         )
-    channels = config.to_dict().get("num_channels", data.channels)
+    channels = input_channels(config)
     if channels != data.channels:
         raise UserError(
             f"data.channels: expected {channels}, the channels of backbone.init_from={init_from}, got "
             f"{data.channels}; use data.channels={channels}"
         )
     return {"model_type": config.model_type, "init_from": init_from}
+
+
+def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
+    """Check that the encoder can encode the views, by a forward pass on torch's meta device.
+
+    Raises:
+        UserError: the encoder cannot be built or cannot encode these views.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from hf_ssl.modeling.backbones import check_image_sizes
+
+    try:
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(config)
+    except NotImplementedError:
+        return  # the encoder has an operation that cannot run on shapes alone
+    except Exception as error:  # the constructor of another library may raise anything for wrong values
+        raise UserError(
+            f"backbone: expected valid values for {config.model_type}, got {type(error).__name__} "
+            f"{one_line(error)}"
+        ) from error
+    if encoder.main_input_name != "pixel_values":
+        raise UserError(f"backbone.model_type: expected an encoder of images, got {config.model_type}")
+    check_image_sizes(encoder, views.final_sizes, data.channels)

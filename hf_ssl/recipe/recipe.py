@@ -17,9 +17,15 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
-from hf_ssl.recipe.backbone import backbone_class, fitted_backbone, pretrained_backbone, pretrained_config
-from hf_ssl.recipe.checks import check_encoder, check_method
+from hf_ssl.recipe.backbone import (
+    backbone_class,
+    check_encoder,
+    fitted_backbone,
+    pretrained_backbone,
+    pretrained_config,
+)
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
+from hf_ssl.resources import resource
 from hf_ssl.sections import convert_values, to_dataclass, transformers_config
 from hf_ssl.views.preset import ViewPreset
 
@@ -247,6 +253,41 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
     check_metric(args.metric_for_best_model)
     return recipe
+
+
+def check_method(
+    name: str,
+    *,
+    backbone_type: str,
+    views: ViewPreset,
+    streaming: bool,
+    batch_size: int,
+) -> None:
+    """Check that a method can be trained with these settings.
+
+    Args:
+        name: key of the method in `METHODS`.
+        backbone_type: model type of the encoder.
+        views: the augmentation settings.
+        streaming: whether the data are a stream.
+        batch_size: images in an optimizer step.
+
+    Raises:
+        UserError: the method needs another encoder, another number of views, map-style data, or more images;
+            or it has no text for the card.
+    """
+    try:
+        resource("model_cards", "methods", f"{name}.md")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"method.name: expected model_cards/methods/{name}.md for the card, found none; write it as "
+            "CONTRIBUTING.md explains"
+        ) from error
+    model = METHODS[name].model_class()
+    model.check_backbone(backbone_type)
+    model.check_views(views.count, views.local_count)
+    model.check_streaming(streaming)
+    model.check_batch_size(batch_size)
 
 
 def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ def build_space(
 
 def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
-    source = open_source(replace(data, streaming=False, max_images=count), split)
+    source = open_source(replace(data, max_images=count), split)
+    source.require_rows()
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         return labeled_images(data, split, max_images=count)
     rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)

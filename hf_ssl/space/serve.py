@@ -57,7 +57,7 @@ def run_space(folder: Path, host: str = "127.0.0.1", port: int = PORT) -> None:
     finally:
         _end(process)
         if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
     if status not in (0, -signal.SIGTERM, -signal.SIGINT):
         raise UserError(f"{folder}: expected status 0 of the server, got {status}; see its output above")
 

@@ -132,6 +132,9 @@ class CheckpointTrainer(OptimizingTrainer):
         if final in self._written:
             return final
         with _complete_or_removed(final, staging if writes else None):
+            if writes:  # of a process that was killed
+                shutil.rmtree(staging, ignore_errors=True)
+            wait_for_all()
             staging.mkdir(parents=True, exist_ok=True)
             self.save_model(str(staging), _internal_call=True)
             self._save_optimizer_and_scheduler(str(staging))
@@ -181,10 +184,12 @@ class CheckpointTrainer(OptimizingTrainer):
         }
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Load the weights and the state of a finished run."""
+        """Load the weights and the state of a finished run, as at its end."""
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
         self.state = load_state(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def finished_output(self, resume_from_checkpoint: str | bool) -> TrainOutput | None:
         """Load a checkpoint of the last step, and return the result of `train`; None if steps are left.
@@ -196,8 +201,6 @@ class CheckpointTrainer(OptimizingTrainer):
         if not folder or load_state(Path(folder)).global_step != self.args.max_steps:
             return None
         self.load_finished(Path(folder))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -193,6 +193,13 @@ def knn_classifiers(
     return {str(name): classifier(part, f"eval_dataset[{name!r}]") for name, part in data.items()}
 
 
+def knn_names(eval_dataset: Any) -> list[str]:
+    """Return the names of the k-NN measurements of an `eval_dataset`, without `eval_`."""
+    if not isinstance(eval_dataset, Mapping) or _pair(eval_dataset, "eval_dataset"):
+        return []
+    return [f"{name}_knn" for name in eval_dataset]
+
+
 def _pair(data: Any, where: str) -> tuple[str, str] | None:
     """Return the keys of bank and queries if the dict has exactly two such keys, else None.
 
@@ -328,6 +335,11 @@ class Monitor:
         }
 
 
+def _monitored(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the log records of the monitor."""
+    return [record for record in log_history if _MONITORED in record]
+
+
 class Alarm(TrainerCallback):
     """Judges the measurements of the monitor; warns, or stops the run in all processes.
 
@@ -352,12 +364,18 @@ class Alarm(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
         if _MONITORED not in (metrics or {}):
             return  # `evaluate` measured other images
-        message = self.judge([record for record in state.log_history if _MONITORED in record])
+        message = self.judge(_monitored(state.log_history))
         if any_process(message is not None, args.device):
             self.message = message or "another process reports bad measurements"
             logger.warning("%s", self.message)
             if getattr(args, self.argument) == "stop":
                 control.should_save = control.should_training_stop = True
+
+    def last_message(self, log_history: list[dict[str, float]]) -> str | None:
+        """Return the last message of the whole run, also of its parts before it resumed; None without any."""
+        history = _monitored(log_history)
+        messages = (self.judge(history[:count]) for count in range(len(history), 0, -1))
+        return next(filter(None, messages), self.message)
 
     def stop_reason(self, args: SSLTrainingArguments) -> str | None:
         """Return why the alarm stopped the run, as a sentence; None if it did not."""

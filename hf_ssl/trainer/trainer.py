@@ -5,7 +5,7 @@ checkpoints that resume exactly on the same machine with the same versions.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -61,6 +61,7 @@ from hf_ssl.trainer.monitor import (
     FeatureGuard,
     Monitor,
     knn_classifiers,
+    knn_names,
 )
 from hf_ssl.trainer.optimizers import check_objects
 from hf_ssl.trainer.schedules import largest_weight_decay
@@ -135,8 +136,7 @@ class SSLTrainer(EvaluatingTrainer):
         args = SSLTrainingArguments.from_arguments(args)
         self.method = model = checked_model(model, model_init, args.seed)
         if compute_metrics is None and model.method_name() in METHODS:  # others make further measurements
-            names = [f"{name}_knn" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else []
-            check_metric(args.metric_for_best_model, names)
+            check_metric(args.metric_for_best_model, knn_names(eval_dataset))
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
         self.data = data = DataConfig.of(data)

@@ -50,6 +50,7 @@ from hf_ssl.evaluation import (
     read_photo,
     thumbnail,
 )
+from hf_ssl.modeling.backbones import input_channels
 
 QUERY_SIDE = 560
 NEIGHBORS = 12  # fills complete rows of 4 and of 3 images
@@ -73,7 +74,7 @@ def open_retriever() -> Retriever:
 def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
     """Return the HTML of the results for one picture, or a message if the picture cannot be read."""
     try:
-        photo = read_photo(data, channels=retriever.model.config.num_channels)
+        photo = read_photo(data, channels=input_channels(retriever.model.config))
         found = retriever.neighbors(photo, NEIGHBORS)
         parts = [query(photo, caption), neighbors(retriever.gallery, found), attention(retriever, photo)]
         return f'<div class="answer">{"".join(parts)}</div>'

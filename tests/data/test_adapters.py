@@ -212,6 +212,10 @@ def test_a_usual_name_decides_between_several_images_as_in_a_table() -> None:
         return TorchData(lambda row: {name: picture(row) for name in names})
 
     assert as_source(items("mask", "image"), CONFIG).dataset.column == "image"
+    data = io.BytesIO()
+    picture(0).save(data, "PNG")
+    boxes = TorchData(lambda row: {"boxes": np.zeros((5, 4)), "image": data.getvalue()})
+    assert as_source(boxes, CONFIG).dataset.column == "image"
     with pytest.raises(UserError, match=mentions("image_column", "img, image")):
         as_source(items("img", "image"), CONFIG)
 

@@ -11,6 +11,7 @@ import time
 
 import PIL.Image
 import pytest
+import torch
 from messages import mentions
 from transformers import TrainerCallback
 
@@ -226,3 +227,27 @@ def test_other_users_can_read_the_weights(finished_run):
     assert {path.parent.name for path in weights} >= {"digits", "pretraining", "checkpoint-8"}
     expected = stat.S_IMODE((finished_run / "config.json").stat().st_mode)
     assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {expected}
+
+
+def test_a_finished_run_keeps_its_best_model(tmp_path):
+    """The second call of the same command exports the same weights."""
+    best = [
+        "training.monitor_steps=1", "training.save_steps=1", "training.load_best_model_at_end=true",
+        "training.metric_for_best_model=loss", "training.greater_is_better=true",
+    ]  # fmt: skip
+    first, again = (run.train(recipe(tmp_path, *best)) for _ in range(2))
+    assert first.state.best_global_step < 4
+    weights = [trainer.method.state_dict() for trainer in (first, again)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_failed_evaluation_keeps_the_reason(tmp_path, monkeypatch):
+    trainer = run.train(recipe(tmp_path))
+    trainer.save_model()
+
+    def fail(*args, **kwargs):
+        raise UserError("the bank has one class")
+
+    monkeypatch.setattr(run, "evaluate_encoder", fail)
+    measured = run.evaluate_run(recipe(tmp_path), trainer, tmp_path)
+    assert measured.skip_reason == "the bank has one class" and not measured.results

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from messages import mentions
 from torch.utils.data import DataLoader
 from transformers import (
+    BitImageProcessor,
     ConvNextV2Config,
     EarlyStoppingCallback,
     ResNetConfig,
@@ -27,6 +28,8 @@ from transformers import (
 
 from hf_ssl import (
     BYOLForPreTraining,
+    DINOConfig,
+    DINOForPreTraining,
     MAEForPreTraining,
     SimCLRConfig,
     SimCLRForPreTraining,
@@ -34,6 +37,8 @@ from hf_ssl import (
     SSLTrainingArguments,
 )
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation import has_attention
+from hf_ssl.modeling.outputs import RunProgress
 
 ROWS = 32
 TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
@@ -566,6 +571,47 @@ def test_views_must_fit_the_patches_of_the_encoder(table: Dataset, tmp_path: Pat
     vit = SimCLRForPreTraining.from_backbone(ViTModel(ViTConfig(**VIT)), views={"size": 18})
     with pytest.raises(UserError, match=mentions("views.size", "backbone.patch_size", 18)):
         SSLTrainer(vit, arguments(tmp_path), train_dataset=table)
+
+
+def test_views_have_the_size_of_an_encoder_with_positions(table: Dataset, tmp_path: Path) -> None:
+    """Users of the published encoder would otherwise have to pass `interpolate_pos_encoding`."""
+    started = SimCLRForPreTraining.from_backbone(ViTModel(ViTConfig(**VIT)), views={"size": 24})
+    with pytest.raises(UserError, match=mentions("views.size", 24, f"views.enlarge={VIT['image_size']}")):
+        SSLTrainer(started, arguments(tmp_path), train_dataset=table)
+
+
+def test_patch_sizes_can_be_pairs(table: Dataset, tmp_path: Path) -> None:
+    encoder = ViTModel(ViTConfig(**{**VIT, "patch_size": [8, 8]}))
+    assert has_attention(encoder)
+    started = SimCLRForPreTraining.from_backbone(encoder, views={"size": 30})
+    with pytest.raises(UserError, match=mentions("views.size", "backbone.patch_size=8", 30)):
+        SSLTrainer(started, arguments(tmp_path), train_dataset=table)
+
+
+def test_the_views_of_a_start_follow_a_processor_without_normalization(tmp_path: Path) -> None:
+    encoder = ResNetModel(ResNetConfig(**TINY))
+    encoder.save_pretrained(tmp_path)
+    processor = BitImageProcessor(do_normalize=False, crop_size={"height": 24, "width": 24})
+    processor.save_pretrained(tmp_path)
+    views = SimCLRForPreTraining.from_backbone(tmp_path).config.views
+    assert (views["size"], list(views["mean"]), list(views["std"])) == (24, [0.0] * 3, [1.0] * 3)
+
+
+def test_scheduled_values_follow_a_loaded_checkpoint(tmp_path: Path) -> None:
+    model = DINOForPreTraining(DINOConfig(backbone_config=ResNetConfig(**TINY), output_size=8))
+    model.before_step(RunProgress(step=5, total_steps=10, steps_per_epoch=1))
+    model.save_pretrained(tmp_path)
+    loaded = DINOForPreTraining.from_pretrained(tmp_path)
+    assert loaded._momentum.value == pytest.approx(model._momentum.value)
+    assert loaded._teacher_temperature.value == pytest.approx(model._teacher_temperature.value)
+
+
+def test_the_names_of_k_nn_measurements_are_known_before_training(table: Dataset, tmp_path: Path) -> None:
+    """The keys `train` and `test` form one measurement, `eval_knn`."""
+    pair = {"train": table, "test": table}
+    args = arguments(tmp_path, metric_for_best_model="test_knn")
+    with pytest.raises(UserError, match=mentions("metric_for_best_model", "eval_test_knn", "eval_knn")):
+        SSLTrainer(model(), args, train_dataset=table, eval_dataset=pair)
 
 
 def test_images_without_views_are_explained() -> None:

@@ -157,3 +157,12 @@ def test_terms_throughput_and_memory_are_logged(tmp_path):
     record = next(r for r in made.state.log_history if "loss" in r)
     assert record["term_nt_xent"] == pytest.approx(record["loss"], rel=1e-5)
     assert record["images_per_second"] > 0 and record["memory_gib"] > 0
+
+
+def test_a_resumed_run_knows_the_alarm_of_its_earlier_part():
+    """The card states it."""
+    history = [{"step": step, "eval_embedding_std": std} for step, std in ((0, 0.3), (5, 0.01), (9, 0.01))]
+    recovered = [*history, {"step": 12, "eval_embedding_std": 0.4}, {"step": 13, "loss": 1.0}]
+    for records in (history, recovered):
+        assert "step 9" in CollapseAlarm({"embedding_std": 0.05}).last_message(records)
+    assert CollapseAlarm({"embedding_std": 0.05}).last_message(history[:2]) is None

@@ -54,19 +54,13 @@ class DINOConfig(TeacherConfig):
     drop_path_rate: float = 0.1
 
     def validate_head(self) -> None:
-        """Raise `ValueError` for fewer than 2 outputs or a projector without layers."""
-        check_fields(
-            ("output_size", self.output_size, self.output_size >= 2, "at least 2"),
-            ("projection_layers", self.projection_layers, self.projection_layers >= 1, "at least 1"),
-        )
+        """Raise `ValueError` for fewer than 2 outputs."""
+        check_fields(("output_size", self.output_size, self.output_size >= 2, "at least 2"))
 
     def validate_shares(self) -> None:
-        """Raise `ValueError` for a momentum of the center or a share outside of 0 to 1."""
-        center, drop = self.center_momentum, self.drop_path_rate
-        check_fields(
-            ("center_momentum", center, 0 <= center <= 1, "a number from 0 to 1"),
-            ("drop_path_rate", drop, 0 <= drop < 1, "a number from 0 to less than 1"),
-        )
+        """Raise `ValueError` for a share outside of 0 to 1."""
+        drop = self.drop_path_rate
+        check_fields(("drop_path_rate", drop, 0 <= drop < 1, "a number from 0 to less than 1"))
 
 
 AutoConfig.register(DINOConfig.model_type, DINOConfig)

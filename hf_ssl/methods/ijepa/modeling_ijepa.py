@@ -112,7 +112,7 @@ class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
         `features` is the mean of the teacher's normalized features over the whole image.
 
         Raises:
-            UserError: the inputs have no masks.
+            UserError: the inputs have no masks, or the images another size than the positions.
         """
         missing = [name for name in self.mask_inputs if name not in inputs]
         if missing:
@@ -120,6 +120,7 @@ class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
                 f"{', '.join(missing)}: expected patch indices, got none; pass **sample_masks(seeds)"
             )
         images, targets = inputs["pixel_values"][:, 0], inputs["target_patches"]
+        self.check_grid(images)
         context = encode_patches(self.backbone, images, inputs["context_patches"])
         features = self.teacher_features(images)
         return {

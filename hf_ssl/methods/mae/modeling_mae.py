@@ -109,12 +109,7 @@ class MAEForPreTraining(PatchSelectionModel):
         Raises:
             UserError: the size of the images does not match the decoder's positions.
         """
-        grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
-        if grid != self.grid:
-            raise UserError(
-                f"pixel_values: expected images of {self.grid} patches, the positions of the decoder, got "
-                f"{grid}"
-            )
+        self.check_grid(images)
         if noise is None:
             noise = torch.rand(len(images), self.num_patches, device=images.device)
         order = noise.argsort(dim=1)

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import info_nce
+from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.moco.configuration_moco import MoCoConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.batch_norm import split_batch_norm, uses_global_batch_statistics
@@ -53,7 +54,7 @@ class MoCoForPreTraining(MomentumModel):
         query_images = pixel_values if symmetric else pixel_values[:, :1]
         key_images = pixel_values.flip(1) if symmetric else pixel_values[:, 1:]
         queries = self.project_views(query_images)
-        return {"queries": queries, "keys": normalize(self._keys(key_images), dim=-1)}
+        return {"queries": queries, "keys": normalize(upcast(self._keys(key_images)), dim=-1)}
 
     def _keys(self, images_BACHW: Tensor) -> Tensor:
         mixed = self.training and self.config.shuffle_batch_norm

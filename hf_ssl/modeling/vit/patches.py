@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import SSLConfig, patch_grid
+from hf_ssl.modeling.configuration import SSLConfig, as_pair, patch_grid
 from hf_ssl.modeling.memory import PersistentBuffers
 
 _SPECIAL_TOKENS = {"vit": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1}
@@ -188,6 +188,15 @@ class PatchSelectionModel(SSLPreTrainedModel):
         super()._init_weights(module)
         if module is self:  # this call is the last one, after the encoder's; a teacher is copied later
             fill_encoder_positions(self.backbone)
+
+    def check_grid(self, images_NCHW: Tensor) -> None:
+        """Raise `UserError` if images do not have the patches of the position tables."""
+        sides = zip(images_NCHW.shape[-2:], as_pair(self.backbone.config.patch_size), strict=True)
+        grid = tuple(side // patch for side, patch in sides)
+        if grid != tuple(self.grid):
+            raise UserError(
+                f"pixel_values: expected images of {self.grid} patches, as the positions, got {grid}"
+            )
 
     def freeze(self) -> None:
         """Also freeze the encoder's position table."""
