@@ -10,6 +10,7 @@ through `public_facts` before they are written, which removes tokens and the pat
 
 import copy
 import hashlib
+import json
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from types import UnionType
 from typing import Annotated, Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 import psutil
+import yaml
 from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.privacy import remove_private
@@ -253,10 +255,13 @@ def public_facts(facts: Any) -> Facts:
 
 def _public_override(text: str, sections: dict[str, Any]) -> str:
     """Return an override of the recipe, with a path replaced by the public one in `sections`."""
-    key, equals, _ = text.partition("=")
-    section, _, field = key.partition(".")
+    key, equals, value = text.partition("=")
+    section, dot, field = key.partition(".")
     if field == "path" and section in sections:
         return f"{key}{equals}{sections[section]['path']}"
+    whole = yaml.safe_load(value) if not dot and section in sections else None
+    if isinstance(whole, dict) and "path" in whole:  # section={key: value}; JSON is YAML
+        return f"{key}={json.dumps(whole | {'path': sections[section]['path']}, ensure_ascii=False)}"
     return text
 
 

@@ -46,6 +46,13 @@ def test_the_facts_of_the_caller_are_not_changed(facts: dict) -> None:
     assert facts["recipe"]["overrides"][0] == f"data.path={path}"
 
 
+def test_the_path_in_an_override_of_a_whole_section(facts: dict) -> None:
+    facts["recipe"]["overrides"] = ["data={path: /home/jane/cifar10, channels: 3}"]
+    (override,) = public_facts(facts)["recipe"]["overrides"]
+    assert override == 'data={"path": "./cifar10", "channels": 3}'
+    assert public_facts(public_facts(facts))["recipe"]["overrides"] == [override]
+
+
 def test_facts_that_cannot_be_read(facts: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("facts.json", "No such file")):
         read_facts(tmp_path)
