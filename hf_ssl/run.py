@@ -69,6 +69,8 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
                 draw_pictures(recipe, trainer)
         if checkpoint is not None and finished:
             trainer.load_finished(checkpoint)
+            for alarm in trainer.alarms:
+                alarm.message = alarm.last_message(trainer.state.log_history)
         else:
             if checkpoint is not None:
                 logger.warning("resuming from %s", checkpoint)
@@ -117,7 +119,8 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         with progress("writing the card"):
             facts = collect_facts(recipe, trainer, measured)
             write_facts(folder, facts)
-            append_result(recipe.evaluation.results_dir or folder / "results", recipe.name, facts)
+            results = Path(recipe.evaluation.results_dir or folder / "results").expanduser()
+            append_result(results, recipe.name, facts)
             write_card(folder, facts)
         if measured.results:
             print(terminal_text(measured.results))

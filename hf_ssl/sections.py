@@ -10,6 +10,7 @@ import dataclasses
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, EnumType
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_keys, one_line
+from hf_ssl.names import renamed_keys
 
 _WORDS = {
     int: "a whole number",
@@ -69,7 +71,12 @@ def as_section(cls: type[Section], given: Any, where: str) -> Section:
             f"{where}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}; use "
             f"{cls.__name__}(...)"
         )
-    return cls(**convert_values(cls, dict(given or {}), where))
+    values = dict(given or {})
+    for old, new in renamed_keys(where).items():
+        if old in values:
+            warnings.warn(f"{where}.{old} is deprecated; use {where}.{new}", FutureWarning, stacklevel=4)
+            values[new] = values.pop(old)
+    return cls(**convert_values(cls, values, where))
 
 
 def convert_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
             raise UserError(f"{name}: expected a data set with a length, got {error}") from error
         if isinstance(first, Mapping) and not first.keys() >= {"bytes", "path"}:
             items.column = find_image_key(first, config.image_column, name)
-            label = label or choose([key for key in LABEL_NAMES if key in first], LABEL_NAMES)
+            label = label or next((key for key in LABEL_NAMES if key in first), None)
         source = _of_items(items, name, label)
     elif isinstance(data, torch.utils.data.IterableDataset):
         raise UserError(
@@ -138,7 +138,8 @@ class Items:
         """
         if isinstance(self.data, Dataset) and column is not None:
             return label_values(self.data.with_format(None), column, where)
-        labels = getattr(self.data, "targets", None)
+        transformed = getattr(self.data, "target_transform", None) is not None
+        labels = None if transformed else getattr(self.data, "targets", None)
         if not isinstance(labels, Sequence | np.ndarray | Tensor) or len(labels) != len(self):
             key = 1 if self.column is None else column
             labels = [_part(self.data, row, key) for row in range(len(self))]
@@ -196,7 +197,7 @@ def find_image_key(example: Mapping[str, Any], requested: str | None, name: str)
 
 def _is_image(value: Any) -> bool:
     if isinstance(value, Tensor | np.ndarray):
-        return value.ndim in (2, 3)
+        return value.ndim == 2 or (value.ndim == 3 and min(value.shape[0], value.shape[2]) <= 4)
     if isinstance(value, bytes):
         return True
     return isinstance(value, PIL.Image.Image) or (

@@ -173,7 +173,7 @@ def _as_integers(values: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
     is_gray = values.ndim == 2 or values.shape[2] == 1
-    if values.dtype == np.uint8 or (is_gray and values.dtype in (np.uint16, np.int32)):  # 16-bit gray
+    if values.dtype == np.uint8 or (is_gray and values.dtype == np.uint16):  # 16-bit gray
         return values
     if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
         raise BrokenImage(f"expected whole numbers from 0 to 255 as pixels, got other ones of {values.dtype}")

@@ -91,7 +91,7 @@ class EncodedRows:
         return images, broken
 
 
-def all_images(source: Source, channels: int, batch_size: int = 256) -> Iterator[list[Tensor]]:
+def all_images(source: Source, channels: int, batch_size: int) -> Iterator[list[Tensor]]:
     """Yield all images of map-style data in order, in lists of `batch_size` (C, H, W) uint8 tensors.
 
     Raises:

@@ -5,6 +5,7 @@ They can also record the outputs of their layers and use faster attention on a C
 """
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
         UserError: there is no encoder, or a method model instead of one.
     """
     with loading_errors(f"an encoder, got {place!r}", where):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(os.path.expanduser(place), **options)
     if method_of(config.model_type) is not None:
         raise UserError(
             f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
@@ -80,19 +81,28 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`."""
     config = load_config(place, where, **options)
     with loading_errors(f"an encoder, got {place!r}", where):
-        encoder: PreTrainedModel = AutoModel.from_pretrained(place, config=config, **options)
+        folder = os.path.expanduser(place)
+        encoder: PreTrainedModel = AutoModel.from_pretrained(folder, config=config, **options)
         return encoder
 
 
-def view_settings(encoder: PreTrainedModel) -> dict[str, Any]:
+def view_settings(place: str, revision: str | None = None) -> dict[str, Any]:
     """Return the fields of the views that follow from the image processor beside the files of an encoder.
 
-    They are `size`, `mean` and `std`; {} without a processor.
+    They are `size`, `mean` and `std`. Without a processor, log a warning and return {}.
+
+    Args:
+        place: a folder or a Hub id.
+        revision: commit on the Hub.
     """
     try:
-        revision = getattr(encoder.config, "_commit_hash", None)
-        processor: Any = AutoImageProcessor.from_pretrained(encoder.name_or_path, revision=revision)
-    except (ImportError, OSError, ValueError):
+        place = os.path.expanduser(place)
+        processor: Any = AutoImageProcessor.from_pretrained(place, revision=revision)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(
+            "views: size, mean and std do not follow the encoder, because its image processor cannot be "
+            "loaded: %s", first_line(error),
+        )  # fmt: skip
         return {}
     mean, std = normalization(processor)
     if hasattr(processor, "data_config"):
@@ -192,7 +202,11 @@ def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> Non
             f"views.size={own[0]}, or views.enlarge={own[0]} for smaller crops"
         )
     is_meta = next(backbone.parameters()).is_meta
-    for model in (copy_without_values(backbone), *([] if is_meta else [backbone])):
+    copied = copy_without_values(backbone)
+    for module in copied.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(_require_pixels)
+    for model in (copied, *([] if is_meta else [backbone])):
         device = next(model.parameters()).device
         try:
             with evaluation_mode(model):
@@ -207,6 +221,12 @@ def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> Non
                 ) from error
         else:
             return
+
+
+def _require_pixels(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Raise an error for an output without pixels. On the meta device, torch 2.6 raises none."""
+    if not output.numel():
+        raise RuntimeError(f"the kernel {module.kernel_size} is larger than its input {inputs[0].shape[2:]}")
 
 
 def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:

@@ -464,7 +464,9 @@ class SSLPreTrainedModel(PreTrainedModel):
         """
         if not isinstance(encoder, PreTrainedModel):
             encoder = load_weights(os.fspath(encoder), "encoder")
-        settings["views"] = view_settings(encoder) | (settings.get("views") or {})
+        if encoder.name_or_path:
+            known = view_settings(encoder.name_or_path, getattr(encoder.config, "_commit_hash", None))
+            settings["views"] = known | (settings.get("views") or {})
         model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
         model.start_from(encoder)
         return model

@@ -126,7 +126,7 @@ def width_field(name: str, width: int, heads_name: str, heads: int) -> tuple[str
 
     The width must be a multiple of the number of heads, and of 4 for the position table.
     """
-    fits = width > 0 and width % 4 == 0 and width % heads == 0
+    fits = width > 0 and heads > 0 and width % 4 == 0 and width % heads == 0
     return name, width, fits, f"a multiple of 4 and of {heads_name} = {heads}"
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 # Tables of embeddings: parameters that are no weights of a layer (ViT, DINOv2, MAE, Swin ...).
 _TABLE_NAMES = (
-    "cls_token", "mask_token", "register_tokens", "distillation_token", "position_embeddings", "pos_embed",
-    "relative_position_bias_table",
+    "cls_token", "mask_token", "register_tokens", "reg_token", "distillation_token", "dist_token",
+    "position_embeddings", "pos_embed", "relative_position_bias_table",
 )  # fmt: skip
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",
@@ -19,7 +19,7 @@ _TABLE_NAMES = (
 _BLOCK = re.compile(
     r"(?:^|\.)(?:stages|layers|layer|blocks|block|s)\.?(\d+)\.(?:(?:(?:layers|blocks)\.|b)?(\d+)\.)?"
 )
-_FIRST = re.compile(r"(^|\.)(\w*embed\w*|cls_token|reg_token|\w*stem\w*|conv1|bn1)(\.|$)")
+_FIRST = re.compile(r"(^|\.)(\w*embed\w*|cls_token|reg_token|dist_token|\w*stem\w*|conv1|bn1)(\.|$)")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.errors import UserError, check_name, one_line
-from hf_ssl.sections import config_fields
+from hf_ssl.sections import config_fields, to_dataclass
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPrese
 
 
 def _check_equal(key: str, got: Any, source: str, expected: int) -> None:
-    if got != expected:
+    if got not in (expected, [expected, expected]):
         raise UserError(f"{key}: expected {expected}, which is {source}, got {got}; leave it out")
 
 
@@ -98,6 +98,18 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             f"{data.channels}; use data.channels={channels}"
         )
     return {"model_type": config.model_type, "init_from": init_from}
+
+
+def pretrained_views(init_from: str, given: dict[str, Any], data: DataConfig) -> ViewPreset:
+    """Return the views of a run that starts from a trained encoder.
+
+    Size, mean and std follow the image processor of the encoder, unless the section `views` sets them.
+    """
+    from hf_ssl.modeling.backbones import view_settings
+
+    views = to_dataclass(ViewPreset, view_settings(init_from) | given, "views")
+    views.check(data.channels)
+    return views
 
 
 def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:

@@ -7,6 +7,7 @@ and `backbone.model_type` select.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from hf_ssl.recipe.backbone import (
     fitted_backbone,
     pretrained_backbone,
     pretrained_config,
+    pretrained_views,
 )
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
 from hf_ssl.resources import resource
@@ -221,11 +223,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     backbone = plain["backbone"]
     if "init_from" in backbone:
         backbone = pretrained_backbone(backbone, data)
+        views = pretrained_views(backbone["init_from"], plain["views"], data)
     else:
         backbone = fitted_backbone(backbone, data, views)
     training = convert_values(SSLTrainingArguments, plain["training"], "training")
     if not training.get("output_dir", "default"):
         del training["output_dir"]  # null, or nothing after the sign
+    elif "output_dir" in training:
+        training["output_dir"] = os.path.expanduser(training["output_dir"])  # as transformers does
     recipe = Recipe(
         name=name,
         path=path,

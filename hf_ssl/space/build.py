@@ -5,6 +5,7 @@ The folder contains the encoder, the gallery, the examples, and the page with th
 not depend on the machine that built it.
 """
 
+import logging
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -39,6 +40,8 @@ from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
 from hf_ssl.resources import resource
 from hf_ssl.space.serve import check_packages
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 10_000
 EXAMPLES = 10
@@ -132,10 +135,16 @@ def build_space(
 
 def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
+    if data.streaming:
+        raise UserError("data.streaming: expected false for a Space, got true; leave it out")
     source = open_source(replace(data, max_images=count), split)
-    source.require_rows()
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
-        return labeled_images(data, split, max_images=count)
+        try:
+            return labeled_images(data, split, max_images=count)
+        except UserError as error:
+            if data.label_column is not None:
+                raise
+            logger.warning("the Space shows no labels: %s", error)
     rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)
     return LabeledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
 

@@ -352,17 +352,17 @@ class SSLTrainingArguments(TrainingArguments):
     def _read_precision(self) -> None:
         """Make `precision`, `bf16` and `fp16` consistent."""
         if self.bf16 and self.fp16:
-            raise UserError(
-                "training.bf16, training.fp16: expected at most one true value, got two; remove one"
-            )
+            raise UserError("training.bf16, training.fp16: expected one true value, got two; remove one")
         if self.bf16 or self.fp16:
             self.precision = "bfloat16" if self.bf16 else "float16"
+        given_by_name = {"bfloat16": self.bf16, "float16": self.fp16}
         self.excluded_precisions = {
             name
-            for name, given in (("bfloat16", self.bf16), ("float16", self.fp16))
+            for name, given in given_by_name.items()
             if given is False or (name == "float16" and self.clip_each_tensor)
         }
-        self.bf16, self.fp16 = self.precision == "bfloat16", self.precision == "float16"
+        # A copy of the arguments (`dataclasses.replace`) would read False as an excluded precision.
+        self.bf16, self.fp16 = (self.precision == name or given for name, given in given_by_name.items())
 
     @property
     def hides_progress(self) -> bool:

@@ -188,17 +188,28 @@ class CheckpointTrainer(OptimizingTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
         self.state = load_state(checkpoint)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)  # the folder of the run can have another name now
             self._load_best_model()
 
     def finished_output(self, resume_from_checkpoint: str | bool) -> TrainOutput | None:
         """Load a checkpoint of the last step, and return the result of `train`; None if steps are left.
 
+        If steps are left, later checkpoints of the same folder get other names.
+
         transformers (5.20 to 5.24) makes a further step if the last step is inside an epoch.
         """
         root = Path(str(self.args.output_dir))
         folder = newest_checkpoint(root) if resume_from_checkpoint is True else resume_from_checkpoint
-        if not folder or load_state(Path(folder)).global_step != self.args.max_steps:
+        if not folder:
+            return None
+        total = self.args.max_steps
+        if total <= 0:
+            total = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if load_state(Path(folder)).global_step != total:
+            if self.args.should_save:
+                _set_aside_later(Path(folder), Path(str(self.args.output_dir)))
             return None
         self.load_finished(Path(folder))
         return TrainOutput(self.state.global_step, 0.0, {})
@@ -286,10 +297,24 @@ def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
             f"resume_from_checkpoint: expected the folder of a checkpoint, got {given}; use "
             f"{newest_checkpoint(Path(str(args.output_dir))) or 'false'}"
         )
-    newest = newest_checkpoint(Path(given).parent)
-    if newest is not None and newest.name != Path(given).name:
-        logger.warning("%s stays until this run saves a checkpoint of its step, which replaces it", newest)
+    if Path(given).resolve().parent != Path(str(args.output_dir)).resolve():
+        check_no_checkpoints(args)
     return str(given)
+
+
+def _set_aside_later(first: Path, output_dir: Path) -> None:
+    """Rename the checkpoints after the one that a run resumes from, which belong to an abandoned run.
+
+    Otherwise the limit of checkpoints would delete new ones instead of them, and the run would continue from
+    them after an interruption.
+    """
+    if first.parent.resolve() != output_dir.resolve():
+        return
+    while (later := newest_checkpoint(first.parent)) is not None and later.name != first.name:
+        aside = later.with_name(f"abandoned-{later.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+        logger.warning("%s is from another continuation of %s; it is now %s", later, first.name, aside.name)
 
 
 def check_no_checkpoints(args: TrainingArguments) -> None:

@@ -318,7 +318,8 @@ def checked_model(
     """Return the model of a method: `model`, or the result of `model_init` with this seed.
 
     Raises:
-        UserError: both or none of them are given, or the model is not one of a method or has 16-bit weights.
+        UserError: both or none of them are given, or the model is not one of a method, or has other weights
+            than float32.
     """
     if (model is None) == (model_init is None):
         raise UserError("model, model_init: expected one of them; use SSLTrainer(model=...)")
@@ -331,7 +332,7 @@ def checked_model(
             " use SimCLRForPreTraining.from_backbone(...) for an encoder"
         )
     types = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    for found in types & {torch.bfloat16, torch.float16}:
+    for found in types - {torch.float32}:
         raise UserError(
             f"model: expected weights in float32, got {found}; use model.float(), and training.precision for "
             "the type of the computation"

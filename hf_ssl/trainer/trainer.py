@@ -44,7 +44,11 @@ from hf_ssl.trainer.callbacks import (
     StopOnSignal,
     WeightDecaySchedule,
 )
-from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
+from hf_ssl.trainer.checkpoints import (
+    check_no_checkpoints,
+    checkpoint_to_resume,
+    keep_loader_position,
+)
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib

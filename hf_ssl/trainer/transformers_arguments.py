@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import get_all_start_methods
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 1": (
         lambda value: value >= 1,
         ("gradient_accumulation_steps", "per_device_eval_batch_size", "dataloader_prefetch_factor",
-         "contrastive_chunk_size", "monitor_bank_images", "monitor_query_images", "monitor_neighbors"),
+         "contrastive_chunk_size", "monitor_neighbors"),
     ),
+    "at least 2": (lambda value: value >= 2, ("monitor_bank_images", "monitor_query_images")),
     "at least 0": (
         lambda value: value >= 0,
         ("learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end", "adam_epsilon",
@@ -100,11 +102,13 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number above 0 and at most 1": (lambda value: 0 < value <= 1, ("layer_decay",)),
     "a whole number from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
     "positive epochs": (lambda value: min(value, default=1) > 0, ("learning_rate_drops",)),
-    "another folder": (lambda value: str(value) != "", ("output_dir",)),
+    "the path of a folder": (
+        lambda value: str(value) != "" and not Path(value).is_file(), ("output_dir",),
+    ),
     f"one of {', '.join(trainer_log_levels)}": (
         lambda value: value in trainer_log_levels, ("log_level", "log_level_replica"),
     ),
-    "a way to start processes": (
+    f"one of {', '.join(get_all_start_methods())}": (
         lambda value: value in get_all_start_methods(), ("dataloader_multiprocessing_context",),
     ),
 }  # fmt: skip

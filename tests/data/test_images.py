@@ -156,8 +156,8 @@ def test_images_that_cannot_be_read_are_left_out(numbered, caplog) -> None:
     dataset = open_source(numbered(700, row_group=200, broken=(3, 600))).dataset
     kept = without_broken_images(dataset)
     assert len(kept) == 698 and "2 of 700" in caplog.text and "row 600" in caplog.text
-    assert sum(map(len, all_images(as_source(kept, DataConfig()), 3))) == 698
+    assert sum(map(len, all_images(as_source(kept, DataConfig()), 3, 256))) == 698
     with pytest.raises(UserError, match=mentions("row 3", "without_broken_images")):
-        next(all_images(as_source(dataset, DataConfig()), 3))
+        next(all_images(as_source(dataset, DataConfig()), 3, 256))
     with pytest.raises(UserError, match=mentions("dataset", "list")):
         without_broken_images([])  # type: ignore[arg-type]

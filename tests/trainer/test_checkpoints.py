@@ -19,6 +19,7 @@ from hf_ssl import run
 from hf_ssl.errors import UserError
 from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
 from hf_ssl.recipe import load_recipe
+from hf_ssl.trainer.monitor import CollapseAlarm
 from hf_ssl.trainer.trainer import SSLTrainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -239,6 +240,23 @@ def test_a_finished_run_keeps_its_best_model(tmp_path):
     assert first.state.best_global_step < 4
     weights = [trainer.method.state_dict() for trainer in (first, again)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    third = run.train(recipe(moved, *best)).method.state_dict()
+    assert all(torch.equal(value, third[name]) for name, value in weights[0].items())
+
+
+def test_a_run_that_an_alarm_stopped_stays_stopped(tmp_path, monkeypatch):
+    stop = ["training.monitor_steps=1", "training.on_collapse=stop"]
+    monkeypatch.setattr(CollapseAlarm, "judge", lambda self, history: "bad" if len(history) == 5 else None)
+    for _ in range(2):
+        with pytest.raises(UserError, match="bad; the run was stopped"):
+            run.train(recipe(tmp_path, *stop))
+    assert run.train(recipe(tmp_path, stop[0])).stop_reason is None
+
+
+def test_the_output_folder_can_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe("~/runs/x").output_dir == tmp_path / "runs" / "x"
 
 
 def test_a_failed_evaluation_keeps_the_reason(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 """Runs that begin with a trained encoder: its weights, layer-wise rates, the head's warm-up, the guard."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from messages import mentions
 from transformers import (
     AutoModel,
+    BitImageProcessor,
     ConvNextV2Config,
     Dinov2Config,
     ResNetConfig,
@@ -250,6 +252,17 @@ def test_impossible_settings_raise_an_error(finished_run, backbone, parts):
 def test_grey_data_need_an_encoder_of_grey_images(finished_run):
     with pytest.raises(UserError, match=mentions("data.channels", "backbone.init_from", 3, 1)):
         continued(finished_run, "data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")
+
+
+def test_the_views_follow_the_processor_of_the_start(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "start")
+    processor = BitImageProcessor.from_pretrained(finished_run)
+    processor.image_mean = [0.5, 0.25, 0.125]
+    processor.save_pretrained(tmp_path / "start")
+    start = f"backbone={{init_from: {tmp_path / 'start'}}}"
+    recipe = load_recipe("smoke/simclr", [start])
+    assert list(recipe.views.mean) == [0.5, 0.25, 0.125]
+    assert list(load_recipe("smoke/simclr", [start, "views.mean=[0, 0, 0]"]).views.mean) == [0, 0, 0]
 
 
 def test_an_encoder_of_another_shape_is_refused():

@@ -313,7 +313,7 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
         ({"adam_beta1": 1.0}, ["training.adam_beta1", 1.0]),
         ({"momentum": 1.5}, ["training.momentum", 1.5]),
         ({"minimum_learning_rate_ratio": 2}, ["training.minimum_learning_rate_ratio", 2]),
-        ({"monitor_bank_images": 0}, ["training.monitor_bank_images", 1, 0]),
+        ({"monitor_bank_images": 1}, ["training.monitor_bank_images", 2, 1]),
         ({"num_train_epochs": 0}, ["training.num_train_epochs", 0]),
         ({"max_steps": -2}, ["training.max_steps", -1, -2]),
         ({"save_steps": 0}, ["training.save_steps", 0]),
@@ -839,7 +839,8 @@ def test_a_resumed_run_replaces_later_checkpoints(table: Dataset, tmp_path: Path
     first = Run(table, tmp_path, **keep)
     before = str(tmp_path / "checkpoint-2")
     again = Run(table.select(range(16)), tmp_path, resume_from_checkpoint=before, **keep)
-    assert f"{tmp_path / 'checkpoint-4'} stays until" in caplog.text
+    assert "checkpoint-4 is from another continuation of checkpoint-2; it is now abandoned-" in caplog.text
+    assert again.checkpoints() == [1, 2, 3, 4]
     saved = SimCLRForPreTraining.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     weights = torch.cat([value.flatten().float() for value in saved.values()])
     assert torch.equal(weights, again.weights) and not torch.equal(weights, first.weights)
@@ -959,3 +960,31 @@ def test_weights_of_16_bits_are_trained_in_float32(table: Dataset, tmp_path: Pat
 def test_a_frozen_model_is_reported(table: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("model", "trainable", "requires_grad_(True)")):
         Run(table, tmp_path, objects=lambda model: model.requires_grad_(False) and {})
+
+
+def test_the_limit_of_checkpoints_does_not_keep_abandoned_ones(table: Dataset, tmp_path: Path) -> None:
+    Run(table, tmp_path, **{**SAVE, "max_steps": 4, "save_total_limit": None})
+    before = str(tmp_path / "checkpoint-2")
+    changed = {**SAVE, "max_steps": 3, "save_total_limit": 1}
+    run = Run(table, tmp_path, resume_from_checkpoint=before, **changed)
+    assert run.checkpoints() == [3] and (tmp_path / "abandoned-checkpoint-4").is_dir()
+
+
+def test_another_folder_for_a_resumed_run_has_no_checkpoints(table: Dataset, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Run(table, tmp_path / name, max_steps=2, **SAVE)
+    with pytest.raises(UserError, match=mentions("training.output_dir", "checkpoint-2")):
+        Run(table, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"), **SAVE)
+
+
+def test_a_finished_run_of_half_an_epoch_makes_no_further_step(table: Dataset, tmp_path: Path) -> None:
+    epochs = {**SAVE, "max_steps": -1, "num_train_epochs": 1.5}
+    first = Run(table, tmp_path, **epochs)
+    again = Run(table, tmp_path, resume_from_checkpoint="true", **epochs)
+    assert again.trainer.state.global_step == first.trainer.state.global_step == 6
+    assert torch.equal(first.weights, again.weights)
+
+
+def test_a_copy_of_the_arguments_keeps_the_automatic_precision(tmp_path: Path) -> None:
+    args = SSLTrainingArguments(str(tmp_path), use_cpu=True)
+    assert dataclasses.replace(args, seed=1).excluded_precisions == args.excluded_precisions == set()

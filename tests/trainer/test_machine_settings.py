@@ -56,7 +56,7 @@ def test_precision_follows_the_machine_unless_the_user_set_it(monkeypatch, given
     args = arguments(**given)
     choices = machine_settings.choose_precision(args)
     assert args.precision == chosen
-    assert (args.bf16, args.fp16) == (chosen == "bfloat16", chosen == "float16")
+    assert (bool(args.bf16), bool(args.fp16)) == (chosen == "bfloat16", chosen == "float16")
     assert args.mixed_precision == {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[chosen]
     set_by_user = given.get("bf16") is True or given.get("precision", "auto") != "auto"
     assert ("training.precision" in choices) is not set_by_user
