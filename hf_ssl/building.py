@@ -64,7 +64,7 @@ def build_model(recipe: Recipe, seed: int, source: Source | None = None) -> SSLP
             recipe.
     """
     config: Any = recipe.config()
-    if recipe.model_class.needs_sample_index:
+    if recipe.model_class.stores_images(config):
         config.num_samples = (source or open_source(recipe.data)).num_rows
     set_seed(seed)
     model = recipe.model_class(config)

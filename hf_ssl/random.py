@@ -13,7 +13,9 @@ Legend: B batch, n numbers.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -44,6 +46,28 @@ def uniforms(seeds: UInt64Array, first: int, count: int) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def draw_indices(seeds_B: Tensor, first: int, count: int, size: int) -> Tensor:
+    """Return random numbers from 0 to `size` - 1 on the device of the seeds: (B, count) int64.
+
+    Number i of a row depends only on the seed and on `first` + i. It is the hash of the stream of `uniforms`,
+    without its last bit, modulo `size`. Numbers may repeat.
+
+    Args:
+        seeds_B: (B,) int64, the bits of the uint64 seeds of images.
+        first: position of the first number in the stream of each seed.
+        count: how many numbers each seed gets.
+        size: at least 1. The bias is below `size` / 2**63.
+    """
+    # int64 arithmetic is modulo 2**64, as that of uint64. Only the right shift differs.
+    counters = torch.arange(1, count + 1, device=seeds_B.device).mul_(_signed(int(GOLDEN)))
+    bits = seeds_B[:, None] + counters.add_(_signed(first * int(GOLDEN)))
+    for shift, factor in _HASH:
+        bits ^= (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        if factor is not None:
+            bits.mul_(_signed(factor))
+    return (bits >> 1).bitwise_and_(MASK >> 1).remainder_(size)
+
+
 def permutation(size: int, *key: int) -> np.ndarray:
     """Return a random order of 0 ... size - 1 that depends only on the key: (size,) int64.
 
@@ -63,8 +87,19 @@ def _absorb(state: UInt64Array, value: UInt64Array) -> UInt64Array:
     return _finalize(state ^ _finalize(value + GOLDEN))
 
 
+_HASH = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None))
+"""Shifts and factors of the three rounds of the hash."""
+
+
 def _finalize(bits: UInt64Array) -> UInt64Array:
     """Return 64-bit hashes of the numbers (bijective): each input bit flips about half of the output bits."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    for shift, factor in _HASH:
+        bits = bits ^ (bits >> np.uint64(shift))
+        if factor is not None:
+            bits = bits * np.uint64(factor)
+    return bits
+
+
+def _signed(number: int) -> int:
+    """Return the int64 with the last 64 bits of a number."""
+    return (number + (1 << 63) & MASK) - (1 << 63)

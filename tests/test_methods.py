@@ -232,7 +232,9 @@ def test_a_memory_bank_needs_row_numbers(method):
     if not load_recipe(f"smoke/{method}").model_class.needs_sample_index:
         assert load_recipe(f"smoke/{method}", ["data.streaming=true"]).data.streaming
         return
-    with pytest.raises(UserError, match=mentions("data.streaming", "data.streaming=false", "MoCo", "SwAV")):
+    with pytest.raises(
+        UserError, match=mentions("data.streaming", "data.streaming=false", "MoCo", "in-batch negatives")
+    ):
         load_recipe(f"smoke/{method}", ["data.streaming=true"])
 
 
@@ -274,6 +276,15 @@ def test_a_memory_of_all_images_has_a_place_for_each(method):
         ("ijepa", "distance=l1", "squared_l2"),
         ("moco", "queue_size=0", "at least 1"),
         ("moco", "batch_norm_splits=0", "at least 1"),
+        ("pirl", "pretext=colors", "jigsaw_rotation"),
+        ("pirl", "loss=nce", "vissl"),
+        ("pirl", "head=mlp", "vissl_mlp"),
+        ("pirl", "pretext_weight=1.5", "from 0 to 1"),
+        ("pirl", "patch_size=0", "at least 1"),
+        ("pirl", "negatives=0", "at least 1"),
+        ("pirl", "bank_momentum=1.0", "less than 1"),
+        ("pirl", "bank_start=zero", "uniform"),
+        ("pirl", "bank_precision=int8", "float16"),
     ],
 )
 def test_the_message_about_a_wrong_setting_names_one_key(method: str, override: str, valid: str) -> None:
@@ -289,7 +300,7 @@ def test_loading_an_encoder_initializes_every_buffer(method: str) -> None:
     recipe = load_recipe(f"smoke/{method}")
     config = recipe.config()
     if recipe.model_class.needs_sample_index:
-        config.num_samples = 16
+        config.num_samples = 64
     fresh = recipe.model_class(config)
     with torch.device("meta"):
         loaded = recipe.model_class(config)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+import torch
 
-from hf_ssl.random import image_seeds, permutation, random_index, uniforms
+from hf_ssl.random import draw_indices, image_seeds, permutation, random_index, uniforms
 
 KEYS = np.arange(4, dtype=np.uint64)
 
@@ -13,6 +14,25 @@ def test_uniforms_are_splitmix64():
     expected = np.array(first, np.uint64) >> np.uint64(11)
     got = uniforms(np.array([1234567], np.uint64), 0, 4)[0]
     assert (got * 2.0**53).astype(np.uint64).tolist() == expected.tolist()
+
+
+def splitmix64(seed, position):
+    """Return one number of the stream, in integers of any size."""
+    bits = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return bits ^ bits >> 31
+
+
+@pytest.mark.parametrize("first", [0, 1 << 20, (1 << 20) + 3 * 2**32])
+@pytest.mark.parametrize("size", [1, 7, 10**9])
+def test_indices_on_a_device_come_from_the_same_stream(size, first):
+    seeds = np.array([0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15], np.uint64)
+    found = draw_indices(torch.from_numpy(seeds.view(np.int64)), first, 20, size)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [
+        [(splitmix64(seed, first + i) >> 1) % size for i in range(20)] for seed in seeds.tolist()
+    ]
 
 
 def test_a_part_of_a_stream_equals_that_part_of_the_whole():

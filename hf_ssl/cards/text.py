@@ -122,9 +122,16 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
 
 
 def _poolings(result: EncoderResult) -> str:
-    token, mean = (percent(result["poolings"][name]) for name in ("cls", "mean"))
-    k = result["knn"]["neighbors"]
-    return f"{k}-NN accuracy of the class token: {token}, of the mean of all tokens: {mean}"
+    parts = [f"of {_POOLINGS[name]}: {percent(value)}" for name, value in result["poolings"].items()]
+    return f"{result['knn']['neighbors']}-NN accuracy {', '.join(parts)}"
+
+
+_POOLINGS = {
+    "cls": "the class token",
+    "mean": "the mean of all tokens",
+    "image": "the whole image, the published feature",
+    "grid": "the mean over a grid of patches",
+}
 
 
 def comparisons(facts: Facts) -> list[str]:

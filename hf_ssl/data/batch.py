@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 SampleMasks = Callable[[np.ndarray], dict[str, Tensor]]
 """Samples masks or noise, further inputs of a method, from the seeds (B,) of a batch."""
 
+HOST_INPUTS = ("patch_parameters", "rotations")
+"""Inputs of methods that only the host reads. They stay there, because the host would wait for their copy."""
+
 MAX_SMALL_SIDE = 96
 """Largest side of a small image, in pixels. Small images of one size are cropped on the device of the model,
 other images by the workers of the loader."""
@@ -122,7 +125,10 @@ class LoadedBatch:
             "sample_index": None if index is None else index.to(device, non_blocking=True),
         }
         masks = {} if sample_masks is None else sample_masks(self.seeds)
-        moved = {name: value.to(device, non_blocking=True) for name, value in masks.items()}
+        moved = {
+            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True)
+            for name, value in masks.items()
+        }
         return {name: value for name, value in named.items() if value is not None} | moved
 
     def pin_memory(self) -> "LoadedBatch":

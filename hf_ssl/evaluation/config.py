@@ -42,6 +42,8 @@ class EvaluationConfig:
     precision: str = "auto"
     pooling: str = "auto"  # see POOLINGS
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
+    # [patch, stride] in pixels of processed images: also k-NN by the mean feature of a grid of patches (CPC)
+    patch_grid: list[int] = field(default_factory=list)
     neighbors: list[int] = field(default_factory=lambda: list(NEIGHBORS))
     temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
     few_labels: list[int] = field(default_factory=list)  # labels per class
@@ -84,6 +86,8 @@ class EvaluationConfig:
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
         split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
+        grid = list(self.patch_grid)
+        is_grid = not grid or (len(grid) == 2 and are_positive(grid))
         lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
         keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
         numbers = ((key, getattr(self, key)) for key in keys)
@@ -94,6 +98,7 @@ class EvaluationConfig:
             ("test_split", split, other, "a split other than train_split", advice),
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+            ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], or [] for none"),
             *((key, given, are_positive(given), "one or more positive numbers") for key, given in lists),
             ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
@@ -130,7 +135,8 @@ class EncoderResult(TypedDict):
     seconds: dict[str, float]
     precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"
     pooling: NotRequired[str]
-    poolings: NotRequired[dict[str, float]]  # main k-NN accuracy by "cls" and by "mean", if compared
+    # main k-NN accuracy by "cls" and "mean", by "image" (the published feature) and "grid", if compared
+    poolings: NotRequired[dict[str, float]]
     image_size: NotRequired[int]
 
 

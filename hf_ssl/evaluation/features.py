@@ -16,9 +16,9 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.modeling.backbones import load_weights, loading_errors
+from hf_ssl.modeling.backbones import encode, load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
-from hf_ssl.modeling.pooling import Pooling, pool
+from hf_ssl.modeling.pooling import Pooling, has_class_token, pool, pooling_rule
 from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 
@@ -174,6 +174,23 @@ def first_output(
     return pixels, outputs
 
 
+def inspect_encoder(
+    model: nn.Module, processor: Any, image_batches: Iterable[list[Tensor]], device: torch.device
+) -> tuple[Pooling, int, bool]:
+    """Return three properties of an encoder, measured with one image.
+
+    They are the pooling that "auto" selects, the width of the processed images in pixels, and a flag. The
+    flag is True if the output has a class token and other tokens.
+    """
+    batch = next(iter(image_batches), [])
+    if not batch:
+        raise UserError("test: expected labeled images, got none")
+    pixels, outputs = first_output(model, processor, batch[:1], device)
+    tokens = outputs.get("last_hidden_state")
+    both = has_class_token(model) and tokens is not None and tokens.ndim == 3
+    return pooling_rule(model, outputs), pixels.shape[-1], both
+
+
 def extract_features(
     model: nn.Module,
     processor: Any,
@@ -247,6 +264,39 @@ def extract_poolings(
                 found.append(pool(outputs, pooling, model))
             bar.update(len(images))
     return {pooling: found.tensor() for pooling, found in rows.items()}
+
+
+class PatchGrid(nn.Module):
+    """An encoder of images whose feature is the mean feature of a grid of patches, as in the papers of CPC.
+
+    Args:
+        encoder: a vision encoder of transformers. It encodes each patch separately.
+        patch, stride: side of a patch and distance of neighboring patches, in pixels.
+    """
+
+    def __init__(self, encoder: Any, patch: int, stride: int) -> None:
+        super().__init__()
+        self.encoder, self.patch, self.stride = encoder, patch, stride
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Return `pooler_output` (B, D) of images (B, C, H, W).
+
+        Raises:
+            UserError: the grid does not cover the images.
+        """
+        patch, stride = self.patch, self.stride
+        for side in pixel_values.shape[-2:]:
+            if side < patch or (side - patch) % stride:
+                raise UserError(
+                    f"evaluation.patch_grid: expected patches that cover images of {side} pixels, got "
+                    f"patches of {patch} pixels with stride {stride}"
+                )
+        windows = pixel_values.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
+        patches = windows.flatten(0, 2)
+        # The patches have more pixels than the images, so they are encoded in several passes.
+        at_once = max(1, pixel_values[:, 0].numel() // patch**2)
+        encoded = torch.cat([encode(self.encoder, part) for part in patches.split(at_once)])
+        return {"pooler_output": encoded.unflatten(0, (len(pixel_values), -1)).mean(1)}
 
 
 def raw_pixels(

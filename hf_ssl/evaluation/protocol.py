@@ -17,11 +17,12 @@ from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
 from hf_ssl.evaluation.features import (
+    PatchGrid,
     device_of,
     dtype_of,
     extract_poolings,
     fastest_device,
-    first_output,
+    inspect_encoder,
     load_encoder,
     load_processor,
     raw_pixels,
@@ -31,7 +32,7 @@ from hf_ssl.evaluation.linear import HELD_OUT, MOMENTUM, linear_probe
 from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.pooling import Pooling, has_class_token, pooling_rule
+from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
@@ -112,23 +113,29 @@ def evaluate_encoder(
             f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
         )
     seconds: dict[str, float] = {}
-    rule, size, tokens = _inspect_encoder(model, processor, test, device)
+    rule, size, tokens = inspect_encoder(model, processor, test.iter_batches(1), device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
     compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
+    encoders: dict[nn.Module, list[Pooling]] = {model: list(dict.fromkeys([pooling, *compared]))}
+    if config.patch_grid:
+        encoders[PatchGrid(model, *config.patch_grid)] = ["pooler"]
     with _timed(seconds, "features"):
-        bank, queries = (
-            extract_poolings(
-                model,
-                processor,
-                images.iter_batches(config.batch_size),
-                poolings=list(dict.fromkeys([pooling, *compared])),
-                device=device,
-                dtype=DTYPES.get(precision),
-                total=len(images),
-                description=None if description is None else f"{description}, {part} features",
-            )
-            for part, images in (("train", train), ("test", test))
+        (bank, queries), *of_grid = (
+            [
+                extract_poolings(
+                    encoder,
+                    processor,
+                    images.iter_batches(config.batch_size),
+                    poolings=poolings,
+                    device=device,
+                    dtype=DTYPES.get(precision),
+                    total=len(images),
+                    description=None if description is None else f"{description}, {part} features",
+                )
+                for part, images in (("train", train), ("test", test))
+            ]
+            for encoder, poolings in encoders.items()
         )
     result = evaluate_features(
         config,
@@ -141,19 +148,23 @@ def evaluate_encoder(
     )
     result["seconds"] = seconds | result["seconds"]
     result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
-    if compared:
+    shown: dict[str, list[Tensor]] = {name: [bank[name], queries[name]] for name in compared}
+    for grid in of_grid:
+        shown["image"] = [bank[pooling], queries[pooling]]
+        shown["grid"] = [features["pooler"] for features in grid]
+    if shown:
         k, temperature = result["knn"]["neighbors"], result["knn"]["temperature"]
         result["poolings"] = {
             name: knn_accuracy(
-                bank[name],
+                train_features,
                 train.labels,
-                queries[name],
+                test_features,
                 test.labels,
                 neighbors=[k],
                 temperatures=[temperature],
                 device=device,
             )[k, temperature]
-            for name in compared
+            for name, (train_features, test_features) in shown.items()
         }
     words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
     result["protocol"]["features"] = (
@@ -369,23 +380,6 @@ def _labeled(
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.classified_by(train)
     return train, test
-
-
-def _inspect_encoder(
-    model: nn.Module, processor: Any, images: LabeledData, device: torch.device
-) -> tuple[Pooling, int, bool]:
-    """Return three properties of an encoder, measured with one image.
-
-    They are the pooling that "auto" selects, the width of the processed images in pixels, and a flag. The
-    flag is True if the output has a class token and other tokens.
-    """
-    batch = next(iter(images.iter_batches(1)), [])
-    if not batch:
-        raise UserError("test: expected labeled images, got none")
-    pixels, outputs = first_output(model, processor, batch[:1], device)
-    tokens = outputs.get("last_hidden_state")
-    both = has_class_token(model) and tokens is not None and tokens.ndim == 3
-    return pooling_rule(model, outputs), pixels.shape[-1], both
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 The names below are loaded when they are first used.
 
 Legend of the suffixes: V views, A views with teacher outputs or assignments, B batch, D dimensions,
-K classes, prototypes or rows of a queue, N patches or rows, P values in a patch.
+K classes, prototypes, negatives or rows of a queue, N patches or rows, P values in a patch.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
     from hf_ssl.losses.covariance import vicreg_terms
     from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
+    from hf_ssl.losses.noise_contrastive import (
+        cpc_info_nce,
+        memory_nce,
+        memory_nce_constant,
+        memory_scores,
+        memory_softmax,
+    )
     from hf_ssl.losses.regression import (
         cosine_regression,
         latent_smooth_l1,

@@ -127,10 +127,28 @@ METHODS: dict[str, Method] = {
         paper="Assran et al., 2023, arXiv:2301.08243",
         summary="A predictor predicts a teacher's features of hidden blocks from the visible patches.",
     ),
+    "cpc": Method(
+        title="CPC",
+        classes="cpc.CPC",
+        paper="van den Oord et al., 2018, arXiv:1807.03748; v2: Henaff et al., 2019, arXiv:1905.09272",
+        summary="Contexts of patches predict the encodings of patches below them among all other patches.",
+    ),
+    "cmc": Method(
+        title="CMC",
+        classes="cmc.CMC",
+        paper="Tian et al., 2019, arXiv:1906.05849",
+        summary="Views of one image's luminance and colors become similar; each has its own encoder.",
+    ),
     "triplet": Method(
         title="Triplet",
         classes="triplet.Triplet",
         paper="Schroff et al., 2015, arXiv:1503.03832",
         summary="Two views of an image become closer to each other than to another image, by a margin.",
+    ),
+    "pirl": Method(
+        title="PIRL",
+        classes="pirl.PIRL",
+        paper="Misra and van der Maaten, 2019, arXiv:1912.01991",
+        summary="An image and its jigsaw of nine patches become similar; a memory bank has the negatives.",
     ),
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones: load, initialize and freeze encoders of transformers, and return one feature vector per image.
 
-They can also record the outputs of their layers and use faster attention on a CPU.
+They can also record the outputs of their layers.
 """
 
 import inspect
@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.vit.modeling_vit import eager_attention_forward
 from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
@@ -168,7 +165,9 @@ def example_images(copied: Any) -> Tensor:
     return torch.empty(2, input_channels(config), *as_pair(size), device="meta")
 
 
-def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> None:
+def check_image_sizes(
+    backbone: Any, sizes: Sequence[int], channels: int, published_size: int | None = None
+) -> None:
     """Check by a forward pass on torch's meta device that an encoder can encode square images of these sizes.
 
     If this pass fails, the function repeats it with zeros on the encoder's device, because operations can
@@ -177,8 +176,9 @@ def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> Non
 
     Args:
         backbone: the encoder, possibly on the device "meta".
-        sizes: sides of the images, in pixels. The first one is that of the images of the published encoder.
+        sizes: sides of the images, in pixels.
         channels: number of channels of the images.
+        published_size: side of the images of users of the published encoder, in pixels, if it is checked.
 
     Raises:
         UserError: the encoder cannot encode images of one of these sizes.
@@ -192,13 +192,11 @@ def check_image_sizes(backbone: Any, sizes: Sequence[int], channels: int) -> Non
                 f"{max(1, side // patch) * patch}"
             )
     # Users of the published encoder do not pass `interpolate_pos_encoding`.
-    own = as_pair(known.get("image_size") or sizes[0])
-    if (
-        "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
-        and own != (sizes[0],) * 2
-    ):
+    own = as_pair(known.get("image_size") or 0)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
+    if interpolates and published_size is not None and own not in ((0, 0), (published_size, published_size)):
         raise UserError(
-            f"views.size: expected {own[0]}, the image_size of the encoder, got {sizes[0]}; use "
+            f"views.size: expected {own[0]}, the image_size of the encoder, got {published_size}; use "
             f"views.size={own[0]}, or views.enlarge={own[0]} for smaller crops"
         )
     is_meta = next(backbone.parameters()).is_meta
@@ -437,48 +435,3 @@ def freeze_patch_embedding(backbone: PreTrainedModel) -> None:
     for name, parameter in backbone.named_parameters():
         if attention and re.search(r"(^|\.)patch_embed(ding|dings)?\.", name):
             parameter.requires_grad_(False)
-
-
-# In bfloat16 on a CPU, torch's fused attention is slower than matrix products. For 16 to 128 images of 17 to
-# 101 tokens, the products take a seventh to a quarter of the kernel's time (forward and backward). For 197
-# tokens, they take three quarters (torch 2.15; `python -m training.benchmarks attention`).
-ATTENTION_NAME = "sdpa_or_products"
-MAX_SEQUENCE_LENGTH = 256
-"""Longest sequence in tokens. Scores of longer sequences need much memory, and the kernel is not slower."""
-
-
-def sdpa_or_products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Call transformers' eager attention for short sequences in bfloat16 on a CPU, otherwise its "sdpa".
-
-    Args:
-        module: an attention module of transformers.
-        query, key, value: (B, heads, tokens, dims).
-        attention_mask: added to the scores, or None.
-        kwargs: `scaling`, `dropout` and other arguments of transformers.
-
-    Returns:
-        The output (B, tokens, heads, dims), and the attention weights if they were computed.
-    """
-    slow = (
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= MAX_SEQUENCE_LENGTH
-    )
-    attend = eager_attention_forward if slow else sdpa_attention_forward
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION_NAME, sdpa_or_products)
-
-
-def choose_attention(model: nn.Module) -> None:
-    """Make modules with the implementation "sdpa" use `sdpa_or_products`. Other modules do not change.
-
-    The config of a method does not change, because its encoder may have no attention.
-    """
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is None or method_of(config.model_type) is not None:
-            continue
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = ATTENTION_NAME

@@ -29,10 +29,11 @@ from hf_ssl.modeling.batch_norm import batch_norms
 from hf_ssl.modeling.configuration import SSLConfig, method_of
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
-from hf_ssl.modeling.memory import HostNumber, PersistentBuffers
+from hf_ssl.modeling.memory import DeferredMemory, HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature
+from hf_ssl.modeling.requirements import Requirements
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 _PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class SSLPreTrainedModel(PreTrainedModel):
+class SSLPreTrainedModel(Requirements, PreTrainedModel):
     """A method of self-supervised learning.
 
     The forward pass is `embed` (backbone, heads, teacher), then gathering over processes, then `objective`.
@@ -52,9 +53,10 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     A method may also define:
 
-        sample_masks(seeds)         sample masks or noise of images, a function of their seeds
+        sample_masks(seeds)         sample masks, noise or patches of images, a function of their seeds
         parameter_rules             other learning rates or weight decay for some parameters
-        update_memory(embeddings)   write embeddings to a queue, memory bank or center, after the loss
+        update_memory(embeddings)   write embeddings to a queue, memory bank or center, after the loss. A
+                                    memory that the backward pass reads again is a `DeferredMemory`
         before_epoch, before_step, after_backward, after_step
                                     schedules and EMA updates, called by the trainer
         synchronize_inputs(inputs)  make the shapes of inputs agree on all processes
@@ -82,10 +84,10 @@ class SSLPreTrainedModel(PreTrainedModel):
         mask_inputs: names of the inputs that `sample_masks` returns.
         memory_inputs: names of the embeddings that `update_memory` needs.
         needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
-            memory bank.
+            memory bank. A model can set it from its config.
         needs_sample_index: whether the method stores a state of each image, such as an entry in a memory
             bank. Images then need row numbers, which a stream does not have, and the config has
-            `num_samples`, the number of images.
+            `num_samples`, the number of images. If this depends on the config, see `stores_images`.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
         continues: whether `start_from` gave the backbone trained weights.
@@ -96,7 +98,7 @@ class SSLPreTrainedModel(PreTrainedModel):
             then called once, with the embeddings of all micro-batches.
     """
 
-    couples_samples: ClassVar[bool] = False
+    couples_samples: bool = False
     minimum_views: ClassVar[int] = 2
     maximum_views: ClassVar[int | None] = None
     takes_local_views: ClassVar[bool] = False
@@ -106,8 +108,8 @@ class SSLPreTrainedModel(PreTrainedModel):
     exported: ClassVar[str] = "backbone"
     published_feature: ClassVar[Pooling] = "auto"
     mask_inputs: ClassVar[tuple[str, ...]] = ()
-    memory_inputs: ClassVar[tuple[str, ...]] = ()
-    needs_memory_warmup: ClassVar[bool] = False
+    memory_inputs: tuple[str, ...] = ()
+    needs_memory_warmup: bool = False
     needs_sample_index: ClassVar[bool] = False
     collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, **COLLAPSED_RANK}
 
@@ -162,7 +164,7 @@ class SSLPreTrainedModel(PreTrainedModel):
         raise NotImplementedError(f"{type(self).__name__} defines no objective")
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Return masks or noise for images: the arguments of `forward` that `mask_inputs` names.
+        """Return masks, noise or parameters of patches: arguments of `forward` that `mask_inputs` names.
 
         The tensors are batch first and on the CPU. They depend only on the seeds and on values that
         `before_step` wrote. So they do not depend on the number of processes, and a resumed run samples the
@@ -232,22 +234,29 @@ class SSLPreTrainedModel(PreTrainedModel):
         noise: Tensor | None = None,
         context_patches: Tensor | None = None,
         target_patches: Tensor | None = None,
+        patch_parameters: Tensor | None = None,
+        rotations: Tensor | None = None,
+        draw_seeds: Tensor | None = None,
         return_dict: bool | None = None,
         output_hidden_states: bool | Sequence[int] | None = None,
         output_attentions: bool | None = None,
     ) -> Any:
         """Return the loss of a batch as a `SSLOutput`.
 
-        `noise` and patches are for methods that name them in `mask_inputs`. A method that needs a new kind
-        of input adds it here.
+        `noise`, patches and seeds are for methods that name them in `mask_inputs`. A method that needs a new
+        kind of input adds it here.
 
         Args:
             pixel_values: (B, V, C, H, W) global views, normalized.
             local_pixel_values: (B, L, C, h, w) local views, normalized.
             sample_index: (B,) int64 row numbers in the data set.
-            noise: (B, P), one number for each patch, row by row.
+            noise: (B, N) numbers in [0, 1): of patches, row by row (MAE), or of sampled negatives (CPC).
             context_patches: (B, K) int64 indices, row by row, of the patches that the encoder receives.
             target_patches: (B, M, T) int64 indices of the patches of each target block.
+            patch_parameters: (B, P, columns) parameters of patches (`hf_ssl.views.sample_patches`). They stay
+                on the CPU, which alone reads them.
+            rotations: (B,) int64 quarter turns, also on the CPU.
+            draw_seeds: (B,) int64, one seed for each image, for random negatives.
             return_dict: False returns a tuple. None uses the value of the config, also for the next two
                 arguments.
             output_hidden_states, output_attentions: whether to return these outputs of the backbone's layers.
@@ -262,7 +271,10 @@ class SSLPreTrainedModel(PreTrainedModel):
                 "pixel_values: expected views (batch, views, channels, height, width), got the shape "
                 f"{tuple(pixel_values.shape)}; one view is pixel_values[:, None]"
             )
-        masks = {"noise": noise, "context_patches": context_patches, "target_patches": target_patches}
+        masks = {
+            "noise": noise, "context_patches": context_patches, "target_patches": target_patches,
+            "patch_parameters": patch_parameters, "rotations": rotations, "draw_seeds": draw_seeds,
+        }  # fmt: skip
         given = {
             "pixel_values": pixel_values,
             "local_pixel_values": local_pixel_values,
@@ -327,11 +339,23 @@ class SSLPreTrainedModel(PreTrainedModel):
         """
         self.ends_batch = True
         self._memory_parts: list[dict[str, Tensor]] = []
+        for memory in self._deferred_memories():
+            memory.discard()
 
     def _update_memory_once(self) -> None:
         """Update the memory with all micro-batches of an optimizer step, as with one batch."""
         parts, self._memory_parts = self._memory_parts, []
         self.update_memory({name: torch.cat([part[name] for part in parts]) for name in self.memory_inputs})
+
+    def write_memory(self) -> None:
+        """Write what `update_memory` has kept in memory that changes only after the backward pass."""
+        for memory in self._deferred_memories():
+            memory.write()
+
+    def _deferred_memories(self) -> list[DeferredMemory]:
+        # The encoders have many modules and no memory.
+        parts = [part for part in self.children() if not isinstance(part, PreTrainedModel)]
+        return [module for part in parts for module in part.modules() if isinstance(module, DeferredMemory)]
 
     def encode_views(self, images_BVCHW: Tensor) -> Tensor:
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
@@ -376,65 +400,6 @@ class SSLPreTrainedModel(PreTrainedModel):
             return function(x_BV.flatten(0, 1)).unflatten(0, x_BV.shape[:2])
         return torch.stack([function(view) for view in x_BV.unbind(1)], dim=1)
 
-    # Checks of a recipe.
-
-    @classmethod
-    def method_name(cls) -> str:
-        """Return the name that selects the method in a recipe (`method.name`)."""
-        model_type = str(cast(Any, cls.config_class).model_type)
-        return method_of(model_type) or model_type  # a class of another package can have any model type
-
-    @classmethod
-    def check_backbone(cls, model_type: str) -> None:
-        """Raise `UserError` if the method cannot train this type of encoder."""
-        known = cls.backbone_types
-        if known is not None and model_type not in known:
-            raise UserError(
-                f"backbone.model_type: expected one of {', '.join(known)} for {cls.method_name()}, got "
-                f"{model_type}"
-            )
-
-    @classmethod
-    def check_views(cls, global_views: int, local_views: int) -> None:
-        """Raise `UserError` if the method does not support this number of views."""
-        count, most = global_views + local_views, cls.maximum_views
-        if local_views and not cls.takes_local_views:
-            raise UserError(
-                f"views.local: expected no local views for {cls.method_name()}, got {local_views}"
-            )
-        if count < cls.minimum_views or (most is not None and count > most):
-            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
-            raise UserError(
-                f"views.count: expected {wanted} views of an image for {cls.method_name()}, got {count}"
-            )
-
-    @classmethod
-    def check_streaming(cls, streaming: bool) -> None:
-        """Raise `UserError` if the data is a stream and the method needs row numbers."""
-        if cls.needs_sample_index and streaming:
-            raise UserError(
-                f"data.streaming: expected images with row numbers for {cls.method_name()}, got a stream; "
-                "use data.streaming=false or a method with a queue (MoCo, SwAV)"
-            )
-
-    @classmethod
-    def check_batch_size(cls, batch_size: int) -> None:
-        """Raise `UserError` if a batch has too few images for the method."""
-        if cls.couples_samples and batch_size < 2:
-            raise UserError(
-                f"training.batch_size: expected at least 2, because {cls.method_name()} compares images with "
-                f"each other, got {batch_size}"
-            )
-
-    def check_source(self, streaming: bool, num_rows: int | None) -> None:
-        """Raise `UserError` if this model cannot be trained on a stream or on this number of images."""
-        self.check_streaming(streaming)
-        if self.needs_sample_index and self.config.num_samples != num_rows:
-            raise UserError(
-                f"config.num_samples: expected {num_rows}, the number of images, got "
-                f"{self.config.num_samples}"
-            )
-
     # Weights: initialization, loading, teachers, export.
 
     def post_init(self) -> None:
@@ -448,7 +413,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         set_identity_pooler(self.backbone)
         self.copy_teachers()
         self.freeze()
-        declare_feature(self.exported_encoder, self.published_feature)
+        if self.published_feature != "auto":
+            declare_feature(self.exported_encoder, self.published_feature)
 
     @classmethod
     def from_backbone(cls, encoder: str | os.PathLike | PreTrainedModel, **settings: Any) -> Self:

@@ -19,6 +19,8 @@ CLS_POOLER_TYPES = ("vit", "deit")
 """Model types whose pooler is a Linear layer and an activation on the class token. No method trains it."""
 
 SCHEDULES = ("constant", "linear", "cosine")
+BANK_STARTS = ("unit", "uniform", "images")
+BANK_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @strict
@@ -89,6 +91,44 @@ class TeacherConfig(SSLConfig):
         """Raise `ValueError` for an unknown schedule of the momentum."""
         schedule = self.momentum_schedule
         check_fields(("momentum_schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"))
+
+
+@strict
+class BankConfig(SSLConfig):
+    """Base configuration of a method with a memory bank (`hf_ssl.modeling.memory_bank.MemoryBank`).
+
+    Attributes:
+        negatives: number of rows that are sampled as negatives for each image, with replacement.
+        bank_momentum: share of the old row in the new one (0.5 in CMC, VISSL and PyContrast).
+        bank_start: the rows before the first step: "unit" for random unit vectors (VISSL, PyContrast), or
+            "uniform" for random numbers whose rows have length 1 only on average (CMC). With "images", all
+            images are embedded once before the first step. No paper does this. It helps short runs, because
+            a random row is a random target in the first epoch.
+        bank_precision: precision of the rows. Half precision needs half of the memory.
+        num_samples: number of training images. The memory bank has one row for each.
+            `hf_ssl.building.build_model` sets this number.
+    """
+
+    negatives: int = 16384
+    bank_momentum: float = 0.5
+    bank_start: str = "unit"
+    bank_precision: str = "float32"
+    num_samples: int = 0
+
+    def validate_bank(self) -> None:
+        """Raise `ValueError` without negatives, or for an unknown name or a momentum outside of 0 to 1."""
+        start, precision, momentum = self.bank_start, self.bank_precision, self.bank_momentum
+        check_fields(
+            ("negatives", self.negatives, self.negatives >= 1, "at least 1"),
+            ("bank_momentum", momentum, 0 <= momentum < 1, "at least 0 and less than 1"),
+            ("bank_start", start, start in BANK_STARTS, f"one of {', '.join(BANK_STARTS)}"),
+            (
+                "bank_precision",
+                precision,
+                precision in BANK_PRECISIONS,
+                f"one of {', '.join(BANK_PRECISIONS)}",
+            ),
+        )
 
 
 def method_of(model_type: str) -> str | None:

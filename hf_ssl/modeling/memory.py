@@ -69,6 +69,21 @@ class PersistentBuffers(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no initialize")
 
 
+class DeferredMemory(PersistentBuffers):
+    """Base class of memory that changes only after the backward pass, because the backward pass reads it.
+
+    `update_memory` of a method keeps new values in it, and `SSLPreTrainedModel.write_memory` calls `write`.
+    """
+
+    def write(self) -> None:
+        """Write the values that were kept, if any."""
+        raise NotImplementedError(f"{type(self).__name__} defines no write")
+
+    def discard(self) -> None:
+        """Delete the values that were kept, because the step was aborted."""
+        raise NotImplementedError(f"{type(self).__name__} defines no discard")
+
+
 class Counter(PersistentBuffers):
     """A count that only grows, known on the host and stored in checkpoints."""
 
@@ -158,8 +173,32 @@ class Center(PersistentBuffers):
         init.zeros_(self.mean)
 
 
-class MemoryBank(PersistentBuffers):
-    """A memory bank with one entry for each image of the training data.
+class ImageRows(PersistentBuffers):
+    """One or several rows for each image of the training data.
+
+    Attributes:
+        rows: (..., N, D), N images.
+    """
+
+    rows: Tensor
+
+    def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.empty(shape, dtype=dtype))
+
+    @torch.no_grad()
+    def replace_rows(self, index_B: Tensor, rows: Tensor) -> None:
+        """Overwrite the rows of images with row numbers (B,) by `rows` (..., B, D).
+
+        If an image occurs several times, the last one counts. On a GPU, torch alone does not define this.
+        """
+        numbers, order = index_B.sort(stable=True)
+        last = order[torch.searchsorted(numbers, index_B, right=True) - 1]
+        self.rows[..., index_B, :] = rows[..., last, :].to(self.rows.dtype)
+
+
+class ClusteredRows(ImageRows):
+    """The memory bank of a method that clusters it.
 
     Attributes:
         rows: (V, N, D), the last embedding of each of V views.
@@ -168,13 +207,11 @@ class MemoryBank(PersistentBuffers):
             there is none.
     """
 
-    rows: Tensor
     seen: Tensor
     labels: Tensor
 
     def __init__(self, size: int, views: int, dims: int, labels: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.empty(views, size, dims))
+        super().__init__(views, size, dims)
         self.register_buffer("seen", torch.empty(size, dtype=torch.bool))
         self.register_buffer("labels", torch.empty(labels, size, dtype=torch.int64))
         self.initialize()
@@ -188,7 +225,7 @@ class MemoryBank(PersistentBuffers):
     @torch.no_grad()
     def store(self, index_B: Tensor, rows_BVD: Tensor) -> None:
         """Store the embeddings of images with row numbers (B,)."""
-        self.rows[:, index_B] = rows_BVD.transpose(0, 1).to(self.rows.dtype)
+        self.replace_rows(index_B, rows_BVD.transpose(0, 1))
         self.seen[index_B] = True
 
 

@@ -135,4 +135,4 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
         ) from error
     if encoder.main_input_name != "pixel_values":
         raise UserError(f"backbone.model_type: expected an encoder of images, got {config.model_type}")
-    check_image_sizes(encoder, views.final_sizes, data.channels)
+    check_image_sizes(encoder, views.final_sizes, data.channels, views.final_size)

@@ -253,7 +253,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         batch_size=args.batch_size,
     )
     check_encoder(recipe.backbone_config(), data, views)
-    recipe.config()
+    recipe.model_class.check_streaming(data.streaming, recipe.config())
     if "dataloader_num_workers" in recipe.training:  # OmegaConf makes it a text, because `auto` is one
         recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
     check_metric(args.metric_for_best_model)

@@ -199,6 +199,7 @@ def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> No
     """Store the embeddings of a batch in the memory bank of a method, as a training step does."""
     embeddings = model.embed(inputs)
     model.update_memory({name: gather(embeddings[name]) for name in model.memory_inputs})
+    model.write_memory()
 
 
 class PictureCallback(TrainerCallback):

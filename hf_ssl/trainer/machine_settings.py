@@ -22,9 +22,9 @@ from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import holds_batch, too_few_images
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.activation_checkpoints import supports_checkpointing
-from hf_ssl.modeling.backbones import choose_attention
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.resources import usable_cores

@@ -164,7 +164,7 @@ class SSLTrainer(EvaluatingTrainer):
             small = holds_small_images(self.source, data)
             choices = choose_precision(args) | choose_workers(args, small=small)
         self.choices: Choices = choices
-        check_image_sizes(model.backbone, self.preset.final_sizes, data.channels)
+        check_image_sizes(model.backbone, self.preset.final_sizes, data.channels, self.preset.final_size)
         prepare_model(model, args)
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)
         guarded = self.classifiers.items() if continued or model.continues else ()

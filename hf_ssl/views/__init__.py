@@ -18,8 +18,26 @@ from typing import TYPE_CHECKING
 from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
+    from hf_ssl.views.color_spaces import (
+        COLOR_SPACES,
+        ColorSpace,
+        ColorViews,
+        gradient_magnitude,
+        rgb_mean,
+        to_color_space,
+    )
     from hf_ssl.views.cropping import Crops, crop
     from hf_ssl.views.parameters import ViewParameters, sample_parameters
+    from hf_ssl.views.patches import (
+        PatchLayout,
+        cut_patches,
+        enlarged,
+        enlargement,
+        grid_layout,
+        jigsaw_layout,
+        reduced,
+        sample_patches,
+    )
     from hf_ssl.views.pipeline import Views, augment, montage
     from hf_ssl.views.preset import ViewOverrides, ViewPreset, ViewSettings
 

@@ -32,7 +32,8 @@ COLUMNS = (
 _NUMBERS_PER_VIEW = 64  # random numbers reserved for each view in its image's stream
 _CROP_TRIES = 10
 _CROP_NUMBERS = 2 * _CROP_TRIES + 2  # area and ratio of each try, then the position
-_NUMBERS = max(operation.numbers.stop for operation in OPERATIONS)  # after those of the crop
+CHANGE_NUMBERS = max(operation.numbers.stop for operation in OPERATIONS)
+"""The number of random numbers that `sample_changes` needs for each view."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def sample_parameters(seeds: UInt64Array, preset: ViewPreset, sizes: NDArray[np.
     for number, settings in enumerate(views):
         first = number * _NUMBERS_PER_VIEW
         table[:, number, :4] = sample_boxes(seeds, first, settings, sizes)
-        table[:, number, 4:] = _sample_others(uniforms(seeds, first + _CROP_NUMBERS, _NUMBERS), settings)
+        numbers = uniforms(seeds, first + _CROP_NUMBERS, CHANGE_NUMBERS)
+        table[:, number, 4:] = sample_changes(numbers, settings)
     return ViewParameters(preset, torch.from_numpy(table))
 
 
@@ -142,8 +144,16 @@ def _central_box(
     return np.maximum(box_height, 1), np.maximum(box_width, 1)
 
 
-def _sample_others(numbers: NDArray[np.float64], settings: ViewSettings) -> NDArray[np.float64]:
-    """Return the columns after the box (B, len(COLUMNS) - 4), from numbers (B, _NUMBERS) in [0, 1)."""
+def sample_changes(numbers: NDArray[np.float64], settings: ViewSettings) -> NDArray[np.float64]:
+    """Return the columns after the box, from numbers in [0, 1).
+
+    Args:
+        numbers: (N, CHANGE_NUMBERS) for N views.
+        settings: the settings of these views.
+
+    Returns:
+        (N, len(COLUMNS) - 4) the parameters of flip, color jitter and `OPERATIONS`.
+    """
     numbers = numbers.T
     flip, jitter, order, brightness, contrast, saturation, hue = numbers[:7]
     columns = (

@@ -21,6 +21,7 @@ from hf_ssl.views.parameters import COLUMNS, ViewParameters
 from hf_ssl.views.preset import COLOR_STRENGTHS, ViewPreset, ViewSettings
 
 Table = NDArray[np.float32]
+Sampled = dict[str, NDArray[np.float32]]
 _CPU_CHUNK_PIXELS = 128 * 32 * 32  # fits into a core's cache from one operation to the next
 _DEVICE_CHUNK_PIXELS = 256 * 224 * 224  # limits the memory of intermediate results to about a gigabyte
 # Views with equal values of these settings are made in one batch. The table contains everything else.
@@ -138,28 +139,49 @@ def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: View
         settings: the settings of one of the views. `_batch_settings` is equal for all of them.
     """
     sampled = dict(zip(COLUMNS, table.T, strict=True))
-    order = sampled["order"].astype(np.int64)
-    groups = jitter_groups(sampled["jitter"] > 0, order, sampled["hue"])
-    rows = np.argsort(groups, kind="stable")
+    rows = sort_for_jitter(sampled)
     if crop_here:
         images = source.index_select(0, to_device(rows // (len(table) // len(source)), source.device))
         flip = sampled["flip"][rows]
         pixels = crop_batch(images, table[rows, :4], flip, settings.size, settings.interpolation)
     else:
         pixels = _planes(source, sampled["flip"], rows)
-    factors = np.stack([sampled[name] for name in COLOR_STRENGTHS], axis=1)
-    jitter_(pixels, groups[rows], order[rows], factors[rows])
+    return change_pixels(pixels, sampled, rows, settings)
 
+
+def sort_for_jitter(sampled: Sampled) -> NDArray[np.int64]:
+    """Return row numbers (N,) in the order in which `change_pixels` takes the samples."""
+    return np.argsort(_jitter_groups(sampled), kind="stable")
+
+
+def change_pixels(
+    pixels: Tensor, sampled: Sampled, rows: NDArray[np.int64], settings: ViewSettings
+) -> Tensor:
+    """Apply color jitter and `OPERATIONS` to samples in the order `rows`. Return them in ascending order.
+
+    Args:
+        pixels: (N, C, S, S) float32 in [0, 1]. They may change in place.
+        sampled: the parameters (N,) by their names in `COLUMNS`, in ascending order of the samples.
+        rows: row numbers of the samples, from `sort_for_jitter`.
+        settings: the settings of the samples.
+    """
+    order = sampled["order"].astype(np.int64)
+    factors = np.stack([sampled[name] for name in COLOR_STRENGTHS], axis=1)
+    jitter_(pixels, _jitter_groups(sampled)[rows], order[rows], factors[rows])
     sorting = _sort_for_operations(sampled)
     pixels = _arrange(pixels, rows, sorting)
     for operation in OPERATIONS:
         values = sampled[operation.parameter][sorting]
         for run in _runs(values > 0):
             operation.apply(pixels[run], values[run], settings)
-    return _arrange(pixels, sorting, np.arange(len(table)))
+    return _arrange(pixels, sorting, np.arange(len(rows)))
 
 
-def _sort_for_operations(sampled: dict[str, NDArray[np.float32]]) -> NDArray[np.int64]:
+def _jitter_groups(sampled: Sampled) -> NDArray[np.int64]:
+    return jitter_groups(sampled["jitter"] > 0, sampled["order"].astype(np.int64), sampled["hue"])
+
+
+def _sort_for_operations(sampled: Sampled) -> NDArray[np.int64]:
     """Return row numbers in an order in which the samples of each operation form few contiguous runs.
 
     There are four groups, in this order: samples of the second operation only, of both operations, of the

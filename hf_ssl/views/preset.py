@@ -170,7 +170,7 @@ class ViewPreset(ViewSettings):
         if self.local is not None:
             kinds.append((views[-1], self.local, "views.local"))
         for settings, overrides, section in kinds:
-            _check_settings(settings, overrides, section, channels)
+            check_settings(settings, overrides, section, channels)
         check_output(self, channels)
 
     def expand(self) -> list[ViewSettings]:
@@ -228,14 +228,24 @@ def _check_overrides(preset: ViewPreset) -> None:
         _check_whole("views.local.count", preset.local.count)
 
 
-def _check_settings(
+def check_settings(
     settings: ViewSettings, overrides: ViewOverrides | None, section: str, channels: int
 ) -> None:
-    """Check the settings of one kind of view: each against its limits, then those that belong together."""
+    """Check the settings of one kind of view: each against its limits, then those that belong together.
+
+    Args:
+        settings: all settings of this kind of view.
+        overrides: those that differ from the preset's, if this kind of view has any.
+        section: where the settings or the overrides are, for the messages.
+        channels: number of channels of the images.
+
+    Raises:
+        UserError: a setting is outside its limits.
+    """
 
     def fail(name: str, expected: str) -> NoReturn:
         # The key names the place of the value: in the overrides, or in the preset that they inherit from.
-        inherited = overrides is None or getattr(overrides, name) is None
+        inherited = overrides is not None and getattr(overrides, name) is None
         _fail(f"views.{name}" if inherited else f"{section}.{name}", expected, getattr(settings, name))
 
     # The size is first, because the default of `blur_kernel` depends on it.

@@ -220,6 +220,9 @@ def test_results_of_both_poolings(facts: dict, tmp_path: Path) -> None:
     facts["results"]["trained"]["poolings"] = {"cls": 0.4, "mean": 0.5}
     write_card(tmp_path, facts)
     assert "of the class token: 40.0 %, of the mean of all tokens: 50.0 %." in readme(tmp_path)
+    facts["results"]["trained"]["poolings"] = {"image": 0.4, "grid": 0.5}
+    write_card(tmp_path, facts)
+    assert "the published feature: 40.0 %, of the mean over a grid of patches: 50.0 %." in readme(tmp_path)
 
 
 def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from hf_ssl.evaluation import (
     linear_probe,
     protocol,
 )
+from hf_ssl.evaluation.features import PatchGrid
 from hf_ssl.precision import Precision
 
 
@@ -422,3 +423,32 @@ def test_classes_are_compared_by_name(digits, encoder) -> None:
     other = table(["3", "5"]).cast_column("label", ClassLabel(names=["3", "8"]))
     with pytest.raises(UserError, match=mentions("labels", "8")):
         evaluate_encoder(encoder[0], table(["3", "5"]), other, config, encoder[1])
+
+
+def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder) -> None:
+    """Written with slices: the mean of the features of patches that are encoded one at a time."""
+    model, processor = encoder
+    train, test = (Images(digits[0][rows], digits[1][rows]) for rows in (slice(0, 60), slice(60, 100)))
+    config = small(linear=False, patch_grid=[16, 8], neighbors=[5], few_labels=[])
+    found = evaluate_encoder(model, train, test, config, processor)
+    assert found["poolings"]["image"] == found["knn"]["accuracy"]
+
+    def feature(image):
+        pixels = processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+        starts = range(0, 17, 8)
+        patches = [pixels[:, :, top : top + 16, left : left + 16] for top in starts for left in starts]
+        with torch.no_grad():
+            return sum(model.eval()(patch).pooler_output.flatten() for patch in patches) / len(patches)
+
+    bank, queries = (torch.stack([feature(image) for image in images.images]) for images in (train, test))
+    pixels = torch.stack(processor(list(test.images), input_data_format="channels_first")["pixel_values"])
+    with torch.no_grad():
+        grid = PatchGrid(model.eval(), 16, 8)(pixels)["pooler_output"]
+    torch.testing.assert_close(grid, queries, rtol=1e-4, atol=1e-5)
+    expected = knn_accuracy(bank, train.labels, queries, test.labels, neighbors=[5], temperatures=[0.07])
+    assert found["poolings"]["grid"] == pytest.approx(expected[5, 0.07], abs=0.03)  # rounding can move a vote
+    assert found["poolings"]["grid"] != found["poolings"]["image"]
+    with pytest.raises(UserError, match=mentions("evaluation.patch_grid", 16, 5)):
+        evaluate_encoder(model, train, test, small(linear=False, patch_grid=[16, 5]), processor)
+    with pytest.raises(UserError, match=mentions("evaluation.patch_grid", "[16]")):
+        small(patch_grid=[16]).check()

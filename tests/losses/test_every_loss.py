@@ -10,12 +10,17 @@ from hf_ssl.losses import (
     barlow_twins_terms,
     cluster_cross_entropy,
     cosine_regression,
+    cpc_info_nce,
     dino_center,
     dino_cross_entropy,
     info_nce,
     latent_smooth_l1,
     latent_squared_l2,
     masked_patch_mse,
+    memory_nce,
+    memory_nce_constant,
+    memory_scores,
+    memory_softmax,
     nt_xent,
     sinkhorn,
     swapped_prediction,
@@ -30,6 +35,7 @@ def randn(*shape, seed=0):
     return (16 * numbers).round().clamp(-128, 128) / 16
 
 
+ROWS = torch.randint(24, (32, 40), generator=torch.Generator().manual_seed(6))
 Z1, Z2, Z3 = (randn(32, 24, seed=seed) for seed in (1, 2, 3))
 VIEWS, TARGETS = randn(4, 8, 16, seed=4), randn(2, 8, 16, seed=5).softmax(-1)
 
@@ -42,6 +48,7 @@ EXAMPLES = {
         VIEWS,
     ),
     "cosine_regression": (lambda p: cosine_regression(p, Z2.to(p)), Z1),
+    "cpc_info_nce": (lambda p: cpc_info_nce(p, Z2.to(p), negative_NK=ROWS), Z1 / 4),
     "dino_center": (lambda c: dino_center(c, VIEWS[:2].to(c), momentum=0.9), randn(16)),
     "dino_cross_entropy": (
         lambda s: dino_cross_entropy(
@@ -56,6 +63,16 @@ EXAMPLES = {
         lambda p: masked_patch_mse(p, VIEWS.flip(0).to(p), torch.ones(4, 8), normalize=True),
         VIEWS,
     ),
+    "memory_nce": (
+        lambda n: memory_nce(Z2[:, 0].to(n), n, num_rows=50, z=torch.tensor(70.0), temperature=4.0),
+        Z1,
+    ),
+    "memory_nce_constant": (
+        lambda n: memory_nce_constant(Z2[:, 0].to(n), n, num_rows=50, temperature=4.0),
+        Z1,
+    ),
+    "memory_scores": (lambda a: memory_scores(a, Z2.to(a), ROWS).logsumexp(1).mean(), Z1),
+    "memory_softmax": (lambda n: memory_softmax(Z2[:, 0].to(n), n, temperature=4.0), Z1),
     "nt_xent": (lambda z: nt_xent(z, temperature=0.1), VIEWS),
     "sinkhorn": (lambda s: sinkhorn(s, epsilon=0.5, iterations=3), Z1),
     "swapped_prediction": (lambda s: swapped_prediction(s, TARGETS, temperature=0.1), VIEWS),
@@ -67,11 +84,12 @@ OWN_BACKWARD = {
     "barlow_twins",
     "barlow_twins_terms",
     "dino_cross_entropy",
+    "memory_scores",
     "nt_xent",
     "swapped_prediction",
     "vicreg_terms",
 }
-WITHOUT_GRADIENT = {"dino_center", "sinkhorn"}
+WITHOUT_GRADIENT = {"dino_center", "memory_nce_constant", "sinkhorn"}
 
 each = pytest.mark.parametrize("name", EXAMPLES)
 

@@ -6,6 +6,9 @@ import torch
 from tiers import in_tiers
 from torch.nn.functional import cosine_similarity
 
+from hf_ssl.methods.cmc import modeling_cmc
+from hf_ssl.methods.cpc import modeling_cpc
+from hf_ssl.methods.pirl import modeling_pirl
 from hf_ssl.methods.swav import modeling_swav
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.recipe import load_recipe
@@ -49,10 +52,35 @@ def without_centring(model, monkeypatch):
     model.config.center_momentum = 1.0  # it stays where it began, at zero
 
 
+def without_bank_negatives(model, monkeypatch):
+    monkeypatch.setattr(
+        modeling_pirl,
+        "memory_softmax",
+        lambda positive, negative, temperature: -positive.mean() / temperature,
+    )
+
+
+def without_patch_negatives(model, monkeypatch):
+    def losses(predictions, targets, *, skip_step, noise=None):
+        ahead = 1 + skip_step
+        grid = predictions[:, 0].unflatten(1, targets.shape[1:3])
+        return (1 - cosine_similarity(grid[:, :-ahead], targets[:, ahead:], dim=-1)).mean()[None]
+
+    monkeypatch.setattr(modeling_cpc, "step_losses", losses)
+
+
+def without_view_negatives(model, monkeypatch):
+    monkeypatch.setattr(
+        modeling_cmc, "info_nce", lambda first, second, temperature: (1 - (first * second).sum(-1)).mean()
+    )
+
+
 CASES = {
+    "cpc": (without_patch_negatives, ["training.learning_rate=0.05", "method.prediction_steps=1"]),
     "byol": (without_predictor, ["training.learning_rate=0.05", "method.momentum=0.95"]),
     "simsiam": (without_stop_gradient, ["training.learning_rate=0.05"]),
     "vicreg": (without_variance_term, ["training.learning_rate=0.02"]),
+    "cmc": (without_view_negatives, ["training.learning_rate=0.2"]),
     "swav": (without_sinkhorn, ["training.learning_rate=0.1", "method.queue_size=0"]),
     "dino": (
         without_centring,
@@ -61,6 +89,10 @@ CASES = {
             "method.projection_batch_norm=true", "method.projection_layers=2", "method.output_size=32",
             "method.bottleneck_size=16", "method.freeze_last_layer_epochs=0",
         ],
+    ),
+    "pirl": (
+        without_bank_negatives,
+        ["training.learning_rate=0.03", "method.loss=pycontrast", "method.temperature=0.2"],
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.modeling import backbones
-from hf_ssl.modeling.backbones import choose_attention
+from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import prepare_model
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from hf_ssl.modeling.backbones import ATTENTION_NAME
+from hf_ssl.modeling.fast_layers import ATTENTION_NAME
 from hf_ssl.modeling.vit.predictor import LastViTLayer, vit_layers
 
 TOKENS = 7

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from messages import mentions
@@ -15,6 +16,7 @@ from hf_ssl.building import build_trainer
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.trainer import SSLTrainer
+from hf_ssl.views import ViewPreset
 
 SIZE = 8
 MEMORY = [name for name in METHODS if load_recipe(f"smoke/{name}").model_class.memory_inputs]
@@ -66,7 +68,7 @@ def test_the_memory_of_four_micro_batches_is_that_of_one_batch(method: str) -> N
     torch.manual_seed(0)
     whole = recipe.model_class(config).double()
     parts = recipe.model_class(config).double()
-    size = config.views["size"]
+    size = ViewPreset.from_dict(config.views).final_size
     inputs: dict[str, Any] = {"pixel_values": torch.randn(4 * SIZE, 2, 3, size, size, dtype=torch.float64)}
     inputs["pixel_values"] = inputs["pixel_values"][:, :, : config.backbone_config.num_channels]
     if config.views.get("local_views"):
@@ -77,6 +79,7 @@ def test_the_memory_of_four_micro_batches_is_that_of_one_batch(method: str) -> N
     inputs["sample_index"] = torch.arange(4 * SIZE)
     if "sample_index" not in whole.memory_inputs:
         del inputs["sample_index"]
+    inputs |= whole.sample_masks(np.arange(4 * SIZE, dtype=np.uint64))
     with torch.no_grad():
         embeddings = whole.embed(inputs)
         parts.load_state_dict(whole.state_dict())
@@ -86,6 +89,8 @@ def test_the_memory_of_four_micro_batches_is_that_of_one_batch(method: str) -> N
             parts.ends_batch = number == 3
             part = {name: tensor[number * SIZE : (number + 1) * SIZE] for name, tensor in embeddings.items()}
             parts.loss_from_embeddings(part)
+    for model in (whole, parts):
+        model.write_memory()
     changed = 0
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)

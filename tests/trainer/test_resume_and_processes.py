@@ -95,10 +95,10 @@ def result(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-def three_runs(method, folder, photos, data, backbone):
+def three_runs(method, folder, photos, data, backbone, overrides=()):
     """An uninterrupted run, one that is killed, and the killed one's continuation."""
     name = f"{method}-{data}-{backbone}"
-    path = [f"data.path={photos}"]
+    path = [f"data.path={photos}", *overrides]
     whole = job(method, folder, name, data, backbone, overrides=path)
     killed = job(method, folder, f"{name}-cut", data, backbone, kill_at=KILLED_AT, overrides=path)
     resumed = {**killed, "kill_at": None}
@@ -140,6 +140,16 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(run, tmp_path, photos, m
     assert_same_run(tmp_path, f"{method}-{data}-{backbone}")
 
 
+# With memory banks, CMC also resumes its banks and the constants of its NCE loss.
+MEMORY_BANKS = ["method.loss=nce", "method.negatives=64"]
+
+
+def test_a_killed_run_of_cmc_with_memory_banks_resumes(run, tmp_path, photos):
+    run(three_runs("cmc", tmp_path, photos, "map", "resnet", MEMORY_BANKS))
+    assert_same_run(tmp_path, "cmc-map-resnet")
+    assert result(tmp_path, "cmc-map-resnet")["weights"]["constants.values"].min() > 0
+
+
 # Plain SGD: AdamW makes steps of full size of what rounding leaves where a gradient is zero in truth, as that
 # of a bias before BatchNorm.
 WITHOUT_EXTRAS = [
@@ -151,10 +161,11 @@ PER_PROCESS = [
     "training.clip_each_tensor=0",
 ]  # fmt: skip
 # Settings against statistics of half a batch. One process that computes both halves does not use them.
-WITHOUT_EXCHANGE = {"moco": ["method.shuffle_batch_norm=false"]}
+# PIRL's first NCE constant is a mean over processes.
+WITHOUT_EXCHANGE = {"moco": ["method.shuffle_batch_norm=false"], "pirl": ["method.loss=pycontrast"]}
 # They replace that of the smoke recipe. A larger one makes differences visible if the loss hardly depends on
 # them yet (I-JEPA's contexts). A smaller one is for a loss that amplifies rounding with each step.
-LEARNING_RATES = {"ijepa": ["training.learning_rate=3.0"]}
+LEARNING_RATES = {"ijepa": ["training.learning_rate=3.0"], "pirl": ["training.learning_rate=1e-3"]}
 # BatchNorm uses the statistics of a chunk. So runs are equal only if a chunk holds the whole batch.
 ONE_CHUNK = ["training.contrastive_chunk_size=16"]
 
@@ -228,6 +239,17 @@ def test_two_processes_equal_one(run, tmp_path, photos, method):
     halves = job(method, tmp_path, "halves", "map", backbone, overrides=own)
     for key, value in after_one_step_of_two_halves(halves).items():
         torch.testing.assert_close(apart[key], value, rtol=1e-4, atol=1e-6, msg=named(key))
+
+
+@pytest.mark.slow
+def test_two_processes_of_cmc_with_memory_banks_equal_one(run, tmp_path, photos):
+    shared = [f"data.path={photos}", *WITHOUT_EXTRAS, *MEMORY_BANKS]
+    one = job("cmc", tmp_path, "one", "map", "resnet", overrides=shared)
+    run([[one], two_ranks("cmc", tmp_path, "two", shared)])
+    whole, *ranks = (result(tmp_path, name) for name in ("one", "cmc-two-0", "cmc-two-1"))
+    for key, value in whole["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
 
 
 def named(key):

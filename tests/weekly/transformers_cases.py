@@ -31,9 +31,27 @@ NOT_APPLICABLE = {
     ): "the test passes ViTMAE's noise to each model whose forward names it; "
     "tests/modeling/test_cpu_attention.py compares implementations",
     (
-        ("simclr", "moco_v3", "barlow_twins", "vicreg"),
+        ("simclr", "moco_v3", "barlow_twins", "vicreg", "cpc", "cmc"),
         "test_batching_equivalence",
     ): "the loss compares the images of a batch, so it needs two and depends on all of them",
+    **{
+        (("cmc",), name): "its encoder is a ResNet, without attention weights and sequences"
+        for name in (
+            "test_attention_outputs",
+            "test_hidden_states_output",
+            "test_model_outputs_equivalence",
+            "test_retain_grad_hidden_states_attentions",
+        )
+    },
+    **{
+        (("cmc",), name): "transformers has no activation checkpoints for a ResNet; "
+        "tests/modeling/test_outputs_and_checkpoints.py tests ours"
+        for name in ("test_gradient_checkpointing", "test_peft_gradient_checkpointing")
+    },
+    **{
+        (("cmc",), name): "a checkpoint without the narrow encoders is an error"
+        for name in ("test_correct_missing_keys", "test_model_weights_reload_no_missing_tied_weights")
+    },
     (("moco", "swav"), "test_init_weights_can_init_buffers"): "a queue starts with random unit vectors",
 }
 
@@ -46,20 +64,20 @@ class Tester:
         self.batch_size, self.is_training = 4, True
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 32, 2, 4
         config, inputs = self.prepare_config_and_inputs_for_common()
-        self.image_size, self.patch_size = (
-            config.backbone_config.image_size,
-            config.backbone_config.patch_size,
-        )
+        backbone = config.backbone_config.to_dict()
+        self.image_size, self.patch_size = backbone.get("image_size"), backbone.get("patch_size")
         tokens = {"mae": 4, "ijepa": inputs.get("context_patches", torch.empty(1, 0)).shape[1]}
         self.seq_length = 1 + tokens.get(method, 16)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
         size = 8 if self.method == "ijepa" else 4
-        recipe = load_recipe(f"smoke/{self.method}", [f"backbone={VIT % size}", "data.channels=3"])
+        known = METHODS[self.method].model_class().backbone_types
+        backbone = [f"backbone={VIT % size}"] if known is None or "vit" in known else []
+        recipe = load_recipe(f"smoke/{self.method}", [*backbone, "data.channels=3"])
         config: Any = recipe.config()
         if recipe.model_class.needs_sample_index:
             config.num_samples = 64
-        side = config.backbone_config.image_size
+        side = recipe.views.final_size
         model = recipe.model_class(copy.deepcopy(config))
         inputs = {"pixel_values": floats_tensor([self.batch_size, model.minimum_views, 3, side, side])}
         if model.needs_sample_index:

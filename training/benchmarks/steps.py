@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ResNetConfig, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    ConvNextV2Config,
+    ConvNextV2Model,
+    ResNetConfig,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 
+from hf_ssl.methods.cpc.configuration_cpc import CPCConfig
+from hf_ssl.methods.cpc.modeling_cpc import CPCForPreTraining
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
-from hf_ssl.modeling.backbones import choose_attention
+from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.precision import DTYPES, autocast, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.optimizers import build_optimizer
@@ -114,6 +124,74 @@ def mae_step(*, batch: int = 4) -> Any:
     return build
 
 
+# Patches of 8 pixels are encoded without enlargement: the encoder has a stride of 8.
+CPC_ENCODER = {"patch_size": 2, "num_stages": 3, "hidden_sizes": [48, 96, 192], "depths": [1, 1, 1]}
+STEPS, SKIPPED = 5, 1
+
+
+class PlainCPC(nn.Module):
+    """CPC that encodes and predicts one position of the grid after the other."""
+
+    def __init__(self, config: CPCConfig) -> None:
+        super().__init__()
+        model = CPCForPreTraining(config)
+        self.backbone = ConvNextV2Model(model.backbone.config)
+        self.context, self.target = model.context, model.target
+        self.maps = nn.ModuleList(nn.Linear(192, 64) for _ in range(STEPS))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        places, rows = range(0, 25, 4), 7
+        grid = torch.stack([
+            torch.stack([
+                self.backbone(images[:, :, top : top + 8, left : left + 8]).pooler_output for left in places
+            ], dim=1)
+            for top in places
+        ], dim=1)  # fmt: skip
+        context, targets = self.context(grid), self.target(grid)
+        every, batch, losses = targets.flatten(0, 2), len(images), []
+        first = torch.arange(batch, device=images.device) * rows * rows
+        for step in range(1, STEPS + 1):
+            terms = []
+            for row in range(rows - step - SKIPPED):
+                for column in range(rows):
+                    scores = 0.1 * self.maps[step - 1](context[:, row, column]) @ every.T
+                    terms.append(F.cross_entropy(scores, first + (row + step + SKIPPED) * rows + column))
+            losses.append(torch.stack(terms).mean())
+        return torch.stack(losses).mean()
+
+
+def cpc_step(*, batch: int = 32) -> Any:
+    """Measure a step of CPC with 32-pixel images and a grid of 7 x 7 patches of 8 pixels."""
+
+    def build(device: torch.device) -> Pair:
+        torch.manual_seed(0)
+        images = torch.randn(batch, 3, 32, 32, device=device)
+        config = CPCConfig(
+            backbone_config=ConvNextV2Config(**CPC_ENCODER),
+            views={"size": 32, "count": 1},
+            prediction_steps=STEPS,
+            skip_step=SKIPPED,
+            context_layers=2,
+            context_hidden_size=64,
+        )
+        model = CPCForPreTraining(config).to(device).train()
+        arguments = SSLTrainingArguments(optimizer="adamw", learning_rate=1e-4, use_cpu=device.type == "cpu")
+        optimizer = build_optimizer(model, arguments)
+        plain = PlainCPC(config).to(device).train()
+        plain_optimizer = torch.optim.AdamW(plain.parameters(), 1e-4, fused=True)
+
+        def step(loss: torch.Tensor, used: torch.optim.Optimizer) -> None:
+            loss.backward()
+            used.step()
+            used.zero_grad()
+
+        return Pair(
+            lambda: step(model(images[:, None]).loss, optimizer), lambda: step(plain(images), plain_optimizer)
+        )
+
+    return build
+
+
 def vit_tiny_step(*, batch: int = 32) -> Any:
     """Measure forward and backward pass of ViT-Tiny, with views of 64 pixels and patches of 8 pixels."""
 
@@ -167,6 +245,16 @@ ROWS = [
         "transformers ViTMAE",
         1.0,
         mae_step(),
+        "step",
+        1,
+        accelerator=True,
+    ),
+    Row(
+        "cpc",
+        "CPC ConvNeXt V2 step, 32 images of 7 x 7 patches, float32",
+        "plain torch, patch by patch",
+        1.67,
+        cpc_step(),
         "step",
         1,
         accelerator=True,

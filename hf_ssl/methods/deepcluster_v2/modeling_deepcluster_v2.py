@@ -13,7 +13,7 @@ from hf_ssl.methods.deepcluster_v2.configuration_deepcluster_v2 import DeepClust
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.heads import MLPHead, Prototypes
-from hf_ssl.modeling.memory import MemoryBank, spherical_kmeans
+from hf_ssl.modeling.memory import ClusteredRows, spherical_kmeans
 from hf_ssl.modeling.outputs import COLLAPSED_PROTOTYPES, RunProgress, SSLOutput, prototype_usage
 
 
@@ -44,7 +44,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         self.projector = MLPHead(sizes, bias=True, last_bias=True)
         self.heads = nn.ModuleList(Prototypes(count, config.projection_size) for count in config.prototypes)
         views, labels = config.global_views, len(config.prototypes)
-        self.bank = MemoryBank(config.num_samples, views, config.projection_size, labels)
+        self.bank = ClusteredRows(config.num_samples, views, config.projection_size, labels)
         self.post_init()
 
     def freeze(self) -> None:

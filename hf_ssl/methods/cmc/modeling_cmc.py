@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CMC: contrastive multiview coding (arXiv:1906.05849)."""
+
+import math
+from itertools import combinations
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForPreTraining
+
+from hf_ssl.errors import UserError
+from hf_ssl.losses import info_nce, memory_nce, memory_scores, memory_softmax
+from hf_ssl.losses.upcasting import upcast
+from hf_ssl.methods.cmc.configuration_cmc import CMCConfig, narrow_configs
+from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.heads import MLPHead, projector_sizes
+from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
+from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.parallel_resnets import ParallelResNets
+from hf_ssl.views.color_spaces import gradient_magnitude
+
+# The mean gradient is 0.048 per pixel in Imagenette (160 pixels) and 0.074 in CIFAR-10, so the values are
+# near 1. No public code has this view.
+_GRADIENT_SCALE = 0.05
+
+
+class CMCForPreTraining(MemoryBankModel):
+    """The loss contrasts color views of one crop: the luminance of an image with its colors.
+
+    Each view has its own narrow encoder and its own head. The loss is the sum over pairs of views and both
+    directions, as in the authors' code. The negatives are the other images of the batch of all processes, or
+    random rows of memory banks. Each view has its own bank, and all views of an image share the random rows.
+
+    `backbone` joins the narrow encoders of the color views. In a linear color space, they fold exactly into
+    one encoder for RGB images, which is published (`ParallelResNets.fold`). The encoder of the gradient view
+    is not a part of it, because the gradient's magnitude is no linear map.
+    """
+
+    config_class = CMCConfig
+    couples_samples = True  # without memory banks
+    needs_sample_index = False  # only with memory banks
+    minimum_views = maximum_views = 1
+    backbone_types = ("resnet",)
+
+    def __init__(self, config: CMCConfig) -> None:
+        super().__init__(config)
+        self.views = config.color_views
+        narrow = narrow_configs(config.backbone_config, config.groups)
+        self.backbone: ParallelResNets = ParallelResNets(config.backbone_config, narrow, self.views)
+        self.view_names, widths = self.views.names, list(self.backbone.feature_sizes)
+        self.gradient_backbone: PreTrainedModel | None = None
+        if config.gradient_view:
+            gradient: Any = narrow_configs(config.backbone_config, (1,) * len(config.groups))[0]
+            self.gradient_backbone = AutoModel.from_config(gradient)
+            self.view_names, widths = [*self.view_names, "gradient"], [*widths, gradient.hidden_sizes[-1]]
+        self.heads = nn.ModuleList(
+            MLPHead(projector_sizes(width, config), norm=False, last_bias=True) for width in widths
+        )
+        self.has_banks = self.stores_images(config)
+        if self.has_banks:
+            size, views = config.projection_size, range(len(widths))
+            self.banks = nn.ModuleList(self.make_bank(size, seed) for seed in views)
+            self.constants = NCEConstants(2 * len(self.pairs), config.temperature)
+            self.couples_samples, self.memory_inputs = False, ("projections", "sample_index", "draw_seeds")
+        else:
+            self.hooks_are_called = True  # they have no effect
+        self.post_init()
+
+    @classmethod
+    def stores_images(cls, config: CMCConfig) -> bool:
+        """Return whether the model has memory banks."""
+        return config.loss != "info_nce"
+
+    def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
+        """Return the seeds (B,) int64 of random negatives, if there are memory banks."""
+        return super().sample_masks(seeds) if self.has_banks else {}
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs of views that the loss contrasts."""
+        pairs = list(combinations(range(len(self.view_names)), 2))
+        return [pair for pair in pairs if pair[0] == 0] if self.config.graph == "core" else pairs
+
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the unit projections (B, M, P) of the M color views of one crop.
+
+        With memory banks, the result also has the row numbers and the seeds of the images (B,).
+
+        Raises:
+            ValueError: there are memory banks, and the inputs lack row numbers or seeds.
+        """
+        keys = self.image_keys(inputs) if self.has_banks else {}
+        images = inputs["pixel_values"][:, 0]
+        features = list(encode(self.backbone, images).split(self.backbone.feature_sizes, dim=1))
+        if self.gradient_backbone is not None:
+            gradient = gradient_magnitude(self.views.restore(images)) / _GRADIENT_SCALE
+            features.append(encode(self.gradient_backbone, gradient))
+        projections = [upcast(head(view)) for head, view in zip(self.heads, features, strict=True)]
+        return keys | {"projections": normalize(torch.stack(projections, dim=1), dim=-1)}
+
+    def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Return the sum of the losses of all pairs of views.
+
+        The terms are the loss of each pair (the mean of both directions), and its lower bound of the mutual
+        information of the two views, in nats: log(number of negatives) - cross entropy.
+        """
+        projections = embeddings["projections"]
+        losses, entropies = (
+            self._memory_losses(embeddings) if self.has_banks else self._batch_losses(projections)
+        )
+        negatives = self.config.negatives if self.has_banks else len(projections) - 1
+        terms: dict[str, Tensor] = {}
+        for number, (first, second) in enumerate(self.pairs):
+            name, both = (
+                f"{self.view_names[first]}_{self.view_names[second]}",
+                slice(2 * number, 2 * number + 2),
+            )
+            terms[f"{self.config.loss}_{name}"] = torch.stack(losses[both]).mean().detach()
+            terms[f"information_{name}"] = math.log(negatives) - torch.stack(entropies[both]).mean().detach()
+        return SSLOutput(loss=torch.stack(losses).sum(), terms=terms, embeddings=projections)
+
+    @property
+    def _directions(self) -> list[tuple[int, int]]:
+        """Return the anchor and the other view of each loss: both directions of each pair."""
+        return [direction for first, second in self.pairs for direction in ((first, second), (second, first))]
+
+    def _batch_losses(self, projections_BMP: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the loss and the cross entropy of each direction, which are equal."""
+        views, temperature = projections_BMP.unbind(dim=1), self.config.temperature
+        losses = [
+            info_nce(views[anchor], views[other], temperature=temperature)
+            for anchor, other in self._directions
+        ]
+        return losses, losses
+
+    def _memory_losses(self, embeddings: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the loss and the cross entropy of each direction."""
+        scores, temperature = self._memory_scores(embeddings), self.config.temperature
+        with torch.set_grad_enabled(self.config.loss == "softmax" and torch.is_grad_enabled()):
+            entropies = [memory_softmax(*pair, temperature=temperature) for pair in scores]
+        if self.config.loss == "softmax":
+            return entropies, entropies
+        rows = self.config.num_samples
+        losses = [
+            memory_nce(
+                *pair,
+                num_rows=rows,
+                z=self.constants.get(number, *pair, num_rows=rows),
+                temperature=temperature,
+            )
+            for number, pair in enumerate(scores)
+        ]
+        return losses, entropies
+
+    def _memory_scores(self, embeddings: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the cosines (B,) and (B, K) of each direction's anchors and rows of the other bank."""
+        views, banks = embeddings["projections"].unbind(dim=1), cast("list[MemoryBank]", list(self.banks))
+        negatives_BK = banks[0].draw(embeddings["draw_seeds"], self.config.negatives)
+        indices = torch.cat((embeddings["sample_index"][:, None], negatives_BK), dim=1)
+        scores = [
+            memory_scores(views[anchor], banks[other].rows, indices) for anchor, other in self._directions
+        ]
+        return [(each[:, 0], each[:, 1:]) for each in scores]
+
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the projections for the memory banks, and the constants of the first batch."""
+        if self.config.loss == "nce" and not self.constants.are_set:
+            self.constants.update(*self._memory_scores(embeddings), num_rows=self.config.num_samples)
+        for bank, projections in zip(self.banks, embeddings["projections"].unbind(dim=1), strict=True):
+            cast(MemoryBank, bank).update(embeddings["sample_index"], projections)
+
+    # The published encoder.
+
+    @property
+    def exported_encoder(self) -> PreTrainedModel:
+        """Return a new encoder: the narrow encoders of the color views, folded into one.
+
+        Raises:
+            UserError: the color space is not linear.
+        """
+        return self.backbone.fold()
+
+    def check_source(self, streaming: bool, num_rows: int | None) -> None:
+        """Also raise `UserError` if the encoder could not be published."""
+        super().check_source(streaming, num_rows)
+        self.backbone.check_folding()
+
+    @classmethod
+    def check_backbone(cls, model_type: str) -> None:
+        """Raise `UserError` for other encoders than ResNet, because they do not fold into one."""
+        if model_type not in cls.backbone_types:
+            raise UserError(
+                "backbone.model_type: expected resnet for cmc, because only ResNets fold into one encoder "
+                f"that can be published (not those with LayerNorm or attention), got {model_type}"
+            )
+
+    def start_from(self, encoder: PreTrainedModel) -> None:
+        """Copy the weights of an encoder that CMC exported to the narrow encoders. Heads do not change.
+
+        Raises:
+            UserError: the encoder is another one.
+        """
+        self.backbone.load_folded(encoder)
+        self.continues = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model of this class as in transformers.
+
+        Raises:
+            UserError: the folder contains an exported encoder, for which `from_backbone` is right.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if any(key.startswith("backbone.parts.") for key in info["missing_keys"]):
+            raise UserError(
+                f"{cls.__name__}.from_pretrained: expected a model of this class, got an encoder; use "
+                f"{cls.__name__}.from_backbone"
+            )
+        return (model, info) if output_loading_info else model
+
+
+AutoModelForPreTraining.register(CMCConfig, CMCForPreTraining)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requirements of a method for encoder, views, data and batch size, and their errors."""
+
+from typing import Any, ClassVar, cast
+
+from hf_ssl.errors import UserError
+from hf_ssl.modeling.configuration import method_of
+
+
+class Requirements:
+    """The checks of a method's requirements. `SSLPreTrainedModel` describes the attributes."""
+
+    couples_samples: bool
+    minimum_views: ClassVar[int]
+    maximum_views: ClassVar[int | None]
+    takes_local_views: ClassVar[bool]
+    backbone_types: ClassVar[tuple[str, ...] | None]
+    needs_sample_index: ClassVar[bool]
+    config_class: Any
+    config: Any
+
+    @classmethod
+    def method_name(cls) -> str:
+        """Return the name that selects the method in a recipe (`method.name`)."""
+        model_type = str(cast(Any, cls.config_class).model_type)
+        return method_of(model_type) or model_type  # a class of another package can have any model type
+
+    @classmethod
+    def check_backbone(cls, model_type: str) -> None:
+        """Raise `UserError` if the method cannot train this type of encoder."""
+        known = cls.backbone_types
+        if known is not None and model_type not in known:
+            raise UserError(
+                f"backbone.model_type: expected one of {', '.join(known)} for {cls.method_name()}, got "
+                f"{model_type}"
+            )
+
+    @classmethod
+    def check_views(cls, global_views: int, local_views: int) -> None:
+        """Raise `UserError` if the method does not support this number of views."""
+        count, most = global_views + local_views, cls.maximum_views
+        if local_views and not cls.takes_local_views:
+            raise UserError(
+                f"views.local: expected no local views for {cls.method_name()}, got {local_views}"
+            )
+        if count < cls.minimum_views or (most is not None and count > most):
+            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
+            raise UserError(
+                f"views.count: expected {wanted} views of an image for {cls.method_name()}, got {count}"
+            )
+
+    @classmethod
+    def stores_images(cls, config: Any) -> bool:
+        """Return whether a model with this config stores a state of each image (`needs_sample_index`)."""
+        return cls.needs_sample_index
+
+    @classmethod
+    def check_streaming(cls, streaming: bool, config: Any = None) -> None:
+        """Raise `UserError` if the data is a stream and the method needs row numbers.
+
+        Args:
+            streaming: whether the data is a stream.
+            config: config of the method. None checks what holds for every config.
+        """
+        needed = cls.needs_sample_index if config is None else cls.stores_images(config)
+        if needed and streaming:
+            raise UserError(
+                f"data.streaming: expected images with row numbers for {cls.method_name()}, got a stream; "
+                "use data.streaming=false, or a method with a queue (MoCo, SwAV) or in-batch negatives "
+                "(SimCLR)"
+            )
+
+    @classmethod
+    def check_batch_size(cls, batch_size: int) -> None:
+        """Raise `UserError` if a batch has too few images for the method."""
+        if cls.couples_samples and batch_size < 2:
+            raise UserError(
+                f"training.batch_size: expected at least 2, because {cls.method_name()} compares images with "
+                f"each other, got {batch_size}"
+            )
+
+    def check_source(self, streaming: bool, num_rows: int | None) -> None:
+        """Raise `UserError` if this model cannot be trained on a stream or on this number of images."""
+        self.check_streaming(streaming, self.config)
+        if self.stores_images(self.config) and self.config.num_samples != num_rows:
+            raise UserError(
+                f"config.num_samples: expected {num_rows}, the number of images, got "
+                f"{self.config.num_samples}"
+            )
