@@ -59,6 +59,8 @@ class FastGRN(ConvNextV2GRN):
         squares = hidden_states.float() if hidden_states.dtype.itemsize == 2 else hidden_states
         norms = (squares.square().sum((1, 2), keepdim=True) + _TINY).sqrt()
         normalized = norms / (norms.mean(-1, keepdim=True) + 1e-6)
+        if self.weight.dtype.itemsize == 2:
+            normalized = normalized.to(self.weight.dtype)
         return self.weight * (hidden_states * normalized) + self.bias + hidden_states
 
 

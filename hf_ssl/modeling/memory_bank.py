@@ -95,9 +95,8 @@ class MemoryBank(ImageRows, DeferredMemory):
         """
         if self._new is not None:
             (index_B, new_BD), self._new = self._new, None
-            mixed_BD = upcast(self.rows[index_B]).lerp_(
-                upcast(new_BD).to(upcast(self.rows)), 1 - self.momentum
-            )
+            mixed_BD = upcast(self.rows[index_B])
+            mixed_BD = mixed_BD.lerp_(upcast(new_BD).to(mixed_BD), 1 - self.momentum)
             self.replace_rows(index_B, normalize(mixed_BD, dim=1))
 
     def discard(self) -> None:

@@ -44,10 +44,11 @@ class Requirements:
                 f"views.local: expected no local views for {cls.method_name()}, got {local_views}"
             )
         if count < cls.minimum_views or (most is not None and count > most):
-            wanted = f"exactly {most}" if most == cls.minimum_views else f"at least {cls.minimum_views}"
-            raise UserError(
-                f"views.count: expected {wanted} views of an image for {cls.method_name()}, got {count}"
-            )
+            least = cls.minimum_views
+            wanted = f"exactly {least}" if most == least else f"{least} to {most}"
+            wanted = f"at least {least}" if most is None else wanted
+            name = cls.method_name()
+            raise UserError(f"views.count: expected {wanted} views of an image for {name}, got {count}")
 
     @classmethod
     def stores_images(cls, config: Any) -> bool:

@@ -24,6 +24,7 @@ from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process, gather, process_count
+from hf_ssl.modeling.memory_bank import NCEConstants
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.logs import draw_curves
@@ -196,9 +197,15 @@ class MemoryWarmup(TrainerCallback):
 
 @torch.no_grad()
 def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """Store the embeddings of a batch in the memory bank of a method, as a training step does."""
+    """Store the embeddings of a batch in the memory bank of a method, as a training step does.
+
+    The first training batch sets the constants of NCE, because an unfilled bank has no scores.
+    """
     embeddings = model.embed(inputs)
     model.update_memory({name: gather(embeddings[name]) for name in model.memory_inputs})
+    for module in model.modules():
+        if isinstance(module, NCEConstants):
+            module.discard()
     model.write_memory()
 
 

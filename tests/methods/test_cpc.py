@@ -378,6 +378,7 @@ def test_fast_response_norms_equal_those_of_transformers(dtype):
     for module in (plain, fast):
         leaf, module = x.to(dtype).requires_grad_(), module.to(dtype)
         output = module(leaf)
+        assert output.dtype == dtype
         (gradient,) = torch.autograd.grad(output.sum(), leaf)
         pairs.append((output.float(), gradient.float()))
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5

@@ -9,7 +9,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
-from hf_ssl.modeling import backbones
+from hf_ssl.modeling import fast_layers
 from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import prepare_model
@@ -30,13 +30,13 @@ def calls(monkeypatch):
     """How often each of the two was called."""
     counts = {"eager": 0, "sdpa": 0}
     for key, name in (("eager", "eager_attention_forward"), ("sdpa", "sdpa_attention_forward")):
-        real = getattr(backbones, name)
+        real = getattr(fast_layers, name)
 
         def counted(*args, key=key, real=real, **kwargs):
             counts[key] += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(backbones, name, counted)
+        monkeypatch.setattr(fast_layers, name, counted)
     return counts
 
 
@@ -76,12 +76,12 @@ def test_float32_takes_the_kernel(calls):
 
 
 def test_long_sequences_take_the_kernel(calls, monkeypatch):
-    monkeypatch.setattr(backbones, "MAX_SEQUENCE_LENGTH", 17)  # 16 patches and the class token
+    monkeypatch.setattr(fast_layers, "MAX_SEQUENCE_LENGTH", 17)  # 16 patches and the class token
     model = encoder()
     choose_attention(model)
     features(model)
     assert calls == {"eager": 2, "sdpa": 0}
-    monkeypatch.setattr(backbones, "MAX_SEQUENCE_LENGTH", 16)
+    monkeypatch.setattr(fast_layers, "MAX_SEQUENCE_LENGTH", 16)
     features(model)
     assert calls == {"eager": 2, "sdpa": 2}
 
@@ -99,7 +99,7 @@ def test_nothing_of_it_is_saved(tmp_path):
     model = encoder()
     choose_attention(model)
     model.save_pretrained(tmp_path)
-    assert backbones.ATTENTION_NAME not in (tmp_path / "config.json").read_text()
+    assert fast_layers.ATTENTION_NAME not in (tmp_path / "config.json").read_text()
     assert ViTModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 

@@ -24,6 +24,8 @@ from torch import nn
 
 from hf_ssl.errors import UserError
 from hf_ssl.losses import memory_nce, memory_scores, memory_softmax
+from hf_ssl.methods.pirl.configuration_pirl import PIRLConfig
+from hf_ssl.methods.pirl.modeling_pirl import PIRLForPreTraining
 from hf_ssl.modeling.configuration import BankConfig
 from hf_ssl.modeling.memory import ImageRows
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
@@ -65,6 +67,24 @@ def test_a_bank_of_images_starts_with_their_embeddings():
     store_embeddings(model, batch)
     torch.testing.assert_close(model.bank.rows[batch["sample_index"]], expected.detach())
     assert not model.bank.rows[[0, 2, 11]].any()
+
+
+def test_the_first_training_batch_sets_the_constants_not_the_filling_of_the_bank():
+    model = PIRLForPreTraining(
+        PIRLConfig(
+            backbone_config=RESNET, views={"size": 24, "count": 1}, projection_size=4, negatives=5,
+            num_samples=12, bank_start="images", loss="vissl",
+        )
+    ).train()  # fmt: skip
+    batch = {
+        "pixel_values": torch.randn(3, 1, 3, 24, 24), "sample_index": torch.tensor([3, 7, 1]),
+        **model.sample_masks(np.arange(3, dtype=np.uint64)),
+    }  # fmt: skip
+    store_embeddings(model, batch)
+    assert model.bank.rows.any() and not model.constants.are_set
+    model(**batch)
+    model.after_backward(RunProgress(step=0, total_steps=1, steps_per_epoch=1))
+    assert model.constants.are_set
 
 
 def test_random_rows_are_those_of_a_scalar_version():

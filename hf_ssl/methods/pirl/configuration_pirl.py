@@ -28,8 +28,8 @@ class PIRLConfig(BankConfig):
             cross entropy, and all terms of an image share their negatives.
         temperature: divides the cosines (0.07; with heads of two layers 0.1 in VISSL, 0.2 in PyContrast).
         head: "linear" is one layer for the image, and one for each patch before the concatenation. In
-            "vissl_mlp" and "pycontrast_mlp", these are two layers. In VISSL, ReLU also follows the second
-            layer of the patches.
+            "vissl_mlp" and "pycontrast_mlp", each of them has two layers. In VISSL, ReLU also follows the
+            second layer of the patches.
         projection_size: width of the rows in the memory bank, and of a projected patch (128).
         projection_hidden_size: hidden width of heads with two layers. None means the width of the features.
         sub_crop: side in pixels of the random sub-crop of each cell. None keeps the paper's ratio, 64 pixels

@@ -6,19 +6,18 @@ of a patch, D width of the features, P width of the projections, K negatives.
 """
 
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
 from hf_ssl.losses import memory_nce, memory_scores, memory_softmax
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.pirl.configuration_pirl import PRETEXTS, PIRLConfig
-from hf_ssl.modeling.backbones import check_image_sizes, encode, feature_size
+from hf_ssl.modeling.backbones import check_image_sizes, encode, feature_size, input_channels
 from hf_ssl.modeling.configuration import check_fields
 from hf_ssl.modeling.eval_mode import copy_without_values
 from hf_ssl.modeling.heads import MLPHead
@@ -196,7 +195,7 @@ def _layout(config: PIRLConfig) -> PatchLayout:
     settings = None
     if config.patch_augmentation:
         settings = replace(preset.expand()[0], blur_kernel=preset.blur_kernel)
-    channels = cast(PreTrainedConfig, config.backbone_config).to_dict()["num_channels"]
+    channels = input_channels(config.backbone_config)
     shape, cell = (channels, preset.final_size, preset.final_size), preset.final_size // _CELLS_IN_ROW
     if config.sub_crop is not None:
         fits = 1 <= config.sub_crop <= cell
