@@ -46,7 +46,13 @@ NOT_APPLICABLE = {
     **{
         (("cmc",), name): "transformers has no activation checkpoints for a ResNet; "
         "tests/modeling/test_outputs_and_checkpoints.py tests ours"
-        for name in ("test_gradient_checkpointing", "test_peft_gradient_checkpointing")
+        for name in (
+            "test_gradient_checkpointing",
+            "test_peft_gradient_checkpointing",
+            "test_training_gradient_checkpointing",
+            "test_training_gradient_checkpointing_use_reentrant_false",
+            "test_training_gradient_checkpointing_use_reentrant_true",
+        )
     },
     **{
         (("cmc",), name): "a checkpoint without the narrow encoders is an error"
