@@ -38,7 +38,7 @@ skip 1 (the default) or 0. The scale 8 gives probabilities below the epsilon.
    score is the dot product c . W_k z, without scale or temperature.
 3. The mapped encodings of the step form a list in the order (target row, column, image). The image varies
    fastest. The first target row k + skip has index 0.
-4. Negatives are drawn with replacement from this list, for every position anew. A negative can be the
+4. Each position draws its own negatives from this list, with replacement. A negative can be the
    positive. `indices[k - 1]` has the order (row, column, image, negative).
 5. loss_k = mean over positions of -log(p + 1e-11). p is the softmax probability of the positive among 1 + K
    scores. The loss is the mean over k. Stored: `loss_per_step`, `loss`, gradients with respect to z, c and
