@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch.utils.data
-from datasets import Dataset, Image, IterableDataset
+from datasets import Array2D, Dataset, Image, IterableDataset, Value
 from torch import Tensor
 
 from hf_ssl.data.columns import (
-    IMAGE_NAMES,
     LABEL_NAMES,
-    choose,
     find_image_column,
     find_optional_label_column,
     label_values,
@@ -171,38 +169,25 @@ def _part(data: Any, row: int, key: Any) -> Any:
 def find_image_key(example: Mapping[str, Any], requested: str | None, name: str) -> str:
     """Return the key of the image in an example whose columns are not declared.
 
-    Raises:
-        UserError: the example is not a dict, the requested key is missing, or no key or several keys hold an
-            image.
+    The rules and the errors are those of `find_image_column`. An example that is no dict is also an error.
     """
     if not isinstance(example, Mapping):
         got = example if isinstance(example, BrokenImage) else type(example).__name__
         raise UserError(f"{name}: expected examples that are dicts such as {{'image': ...}}, got {got}")
-    if requested is not None:
-        if requested not in example:
-            raise UserError(
-                f"data.image_column: expected a column of {name}, got {requested!r}; use one of "
-                f"{', '.join(map(str, example))}"
-            )
-        return requested
-    found = [key for key, value in example.items() if _is_image(value)]
-    column = choose(found or [key for key in IMAGE_NAMES if key in example], IMAGE_NAMES)
-    if column is not None:
-        return column
-    raise UserError(
-        f"data.image_column: expected one column of images in {name}, got {len(found)} in "
-        f"{', '.join(map(str, example))}; use data=DataConfig(image_column=NAME)"
-    )
+    return find_image_column({key: _feature(value) for key, value in example.items()}, requested, name)
 
 
-def _is_image(value: Any) -> bool:
-    if isinstance(value, Tensor | np.ndarray):
-        return value.ndim == 2 or (value.ndim == 3 and min(value.shape[0], value.shape[2]) <= 4)
-    if isinstance(value, bytes):
-        return True
-    return isinstance(value, PIL.Image.Image) or (
-        isinstance(value, dict) and value.keys() >= {"bytes", "path"}
-    )
+def _feature(value: Any) -> Any:
+    """Return the type of a column with this value. Values that may be file names are strings."""
+    shape: tuple[int, ...] = value.shape if isinstance(value, Tensor | np.ndarray) else ()
+    if len(shape) == 2:
+        return Array2D(shape, "uint8")
+    is_array = len(shape) == 3 and min(shape[0], shape[2]) <= 4
+    is_stored = isinstance(value, dict) and value.keys() >= {"bytes", "path"}
+    if is_array or is_stored or isinstance(value, PIL.Image.Image):
+        return Image()
+    is_number = isinstance(value, int | float | Tensor | np.ndarray | np.number)
+    return Value("binary" if isinstance(value, bytes) else "float64" if is_number else "string")
 
 
 def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
@@ -219,19 +204,16 @@ def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
 
 
 def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
-    where = _described(data, name)
-    features = data.features
-    if features is not None and any(isinstance(feature, Image) for feature in features.values()):
+    where, features, label = _described(data, name), data.features, config.label_column
+    if features is not None:
         column = find_image_column(features, config.image_column, where)
+        label = find_optional_label_column(features, label, where)
         data = without_decoding(data, column)
     else:  # `map` without features, or a generator: the columns are known from the first example only
         first = next(iter(data.with_format(None)), None)
         if first is None:
             raise UserError(f"{name}: expected images, got an empty data set")
         column = find_image_key(first, config.image_column, name)
-    label = config.label_column
-    if features is not None:
-        label = find_optional_label_column(features, label, where)
     return Source(data, column, label, True, None, "stream", where, whole_shards=False)
 
 

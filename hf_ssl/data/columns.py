@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from torch import Tensor
 
-from hf_ssl.data.decode import EncodedImage, StoredImage
+from hf_ssl.data.decode import EncodedImage, StoredImage, stored_image
 from hf_ssl.errors import UserError
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
@@ -26,6 +26,7 @@ class _Role(NamedTuple):
         key: the key of a recipe that names the column.
         kind: the type of columns that are found without the key.
         dtypes: further types of a column that the key names.
+        found_dtypes: the types in `dtypes` of a column that is found without the key and a usual name.
         content: the types in words, for messages.
         example: value of the key in a message if no column has the type `kind`.
         names: usual names. A column with such a name is found if several columns have the type `kind`, or if
@@ -35,6 +36,7 @@ class _Role(NamedTuple):
     key: str
     kind: type
     dtypes: list[str]
+    found_dtypes: list[str]
     content: str
     example: str
     names: tuple[str, ...]
@@ -42,11 +44,13 @@ class _Role(NamedTuple):
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels")
+_IMAGE_DTYPES = ["binary", "large_binary", "Array2D", "Array3D"]
 _IMAGES = _Role(
     "data.image_column",
     Image,
-    ["binary", "large_binary", "string", "large_string"],
-    "images (Image, encoded bytes or file names)",
+    [*_IMAGE_DTYPES, "string", "large_string"],
+    _IMAGE_DTYPES,
+    "images (Image, encoded bytes, arrays or file names)",
     "NAME",
     IMAGE_NAMES,
 )
@@ -57,6 +61,7 @@ _LABELS = _Role(
         "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bool "
         "string large_string string_view"
     ).split(),
+    [],
     "classes (ClassLabel, whole numbers or strings)",
     "NAME, or one folder per class, all at the same depth",
     LABEL_NAMES,
@@ -67,7 +72,8 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
     """Return the requested column, the only column of the type Image, or a column with a usual name.
 
     If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If no
-    column has the type, a column of bytes or strings with such a name is.
+    column has the type, a column of bytes, arrays or strings with such a name is, or else the only column of
+    bytes or arrays.
 
     Args:
         features: the columns with their types.
@@ -102,9 +108,10 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
         found = found or [name for name in role.names if _has_type(features.get(name), role)]
-        column = choose(found, role.names)
-        if column is not None:
-            return column
+        found = found or [name for name, kind in features.items() if _type_name(kind) in role.found_dtypes]
+        for candidates in (found, [name for name in found if name in role.names]):
+            if len(candidates) == 1:
+                return candidates[0]
         in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"
         raise UserError(
             f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
@@ -120,16 +127,8 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     )
 
 
-def choose(found: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the only candidate, else the only one with a usual name, else None."""
-    for candidates in (found, [name for name in found if name in names]):
-        if len(candidates) == 1:
-            return candidates[0]
-    return None
-
-
 def _has_type(feature: Any, role: _Role) -> bool:
-    return isinstance(feature, Value) and feature.dtype in role.dtypes
+    return _type_name(feature) in role.dtypes
 
 
 def without_decoding(data: AnyDataset, column: str) -> AnyDataset:
@@ -200,10 +199,14 @@ def encoded_images(table: pa.Table) -> list[StoredImage]:
     """Return the images of a table with one column, without copying bytes.
 
     Args:
-        table: N rows; the column holds structs of `bytes` and `path`, encoded bytes, or file names.
+        table: N rows; the column holds structs of `bytes` and `path`, encoded bytes, arrays (H, W) or
+            (H, W, C), or file names.
     """
     images: list[StoredImage] = []
     for chunk in table.column(0).chunks:
+        if isinstance(chunk.type, pa.ExtensionType):  # Array2D, Array3D
+            images += map(stored_image, chunk.to_numpy(zero_copy_only=False))
+            continue
         if pa.types.is_struct(chunk.type):
             names = [field.name for field in chunk.type]
             parts = dict(zip(names, chunk.flatten(), strict=True))

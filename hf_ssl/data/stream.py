@@ -19,7 +19,7 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from datasets import Image, IterableDataset, Value
+from datasets import IterableDataset
 
 from hf_ssl.data.batch import UnreadableData
 from hf_ssl.data.columns import encoded_images
@@ -107,8 +107,7 @@ class StreamShards:
         if not isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected a stream, got the map-style data {source.description}")
         self._column = source.image_column
-        features = source.dataset.features
-        self._encoded = features is not None and isinstance(features[self._column], Image | Value)
+        self._encoded = source.dataset.features is not None
         if self._encoded:
             self.dataset = source.dataset.select_columns([self._column]).with_format("arrow")
         else:  # Python functions make the images

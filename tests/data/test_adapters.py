@@ -10,12 +10,14 @@ import PIL.Image
 import pytest
 import torch
 from datasets import (
+    Array3D,
     ClassLabel,
     Dataset,
     DatasetDict,
     Features,
     Image,
     IterableDataset,
+    Value,
     interleave_datasets,
 )
 from messages import mentions
@@ -197,7 +199,7 @@ def test_other_data_are_rejected_with_advice(table: Dataset) -> None:
         ({"a": table}, ["train_dataset['a']"]),
         (type("NoLength", (), {"__getitem__": lambda self, row: picture(row)})(), ["__len__", "NoLength"]),
         (TorchData(lambda row: {"a": 1}), ["image_column", "a"]),
-        (TorchData(lambda row: {"a": picture(row), "b": picture(row)}), ["image_column", "a, b"]),
+        (TorchData(lambda row: {"a": picture(0), "b": picture(1)}), ["a (Image)", "b (Image)"]),
         (IterableDataset.from_generator(lambda: ((picture(row), 0) for row in range(3))), ["dicts", "tuple"]),
         ([], ["empty"]),
         (table.select([]), ["empty"]),
@@ -216,7 +218,7 @@ def test_a_usual_name_decides_between_several_images_as_in_a_table() -> None:
     picture(0).save(data, "PNG")
     boxes = TorchData(lambda row: {"boxes": np.zeros((5, 4)), "image": data.getvalue()})
     assert as_source(boxes, CONFIG).dataset.column == "image"
-    with pytest.raises(UserError, match=mentions("image_column", "img, image")):
+    with pytest.raises(UserError, match=mentions("image_column", "img (Image)", "image (Image)")):
         as_source(items("img", "image"), CONFIG)
 
 
@@ -261,6 +263,49 @@ def test_columns_of_paths_and_bytes_are_found_by_name() -> None:
     for name in ("image", "img"):
         source = as_source(Dataset.from_dict({name: [png(0)], "other": ["a"]}), CONFIG)
         assert source.image_column == name and not EncodedRows(source, 3).read(np.array([0]))[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "requested", "expected"),
+    [
+        ({"content": png(0), "label": 1}, None, "content"),
+        ({"content": png(0), "image": "0.png"}, None, "image"),
+        ({"content": pixels(0), "label": 1}, None, "content"),
+        ({"content": png(0), "label": 1}, "label", None),
+        ({"content": png(0), "raw": png(1)}, None, None),
+        ({"content": png(0), "raw": png(1)}, "raw", "raw"),
+        ({"file": "0.png", "label": 1}, None, None),
+        ({"file": "0.png", "label": 1}, "file", "file"),
+    ],
+)
+def test_tables_streams_and_examples_have_the_same_image_column(columns, requested, expected) -> None:
+    array = isinstance(columns.get("content"), np.ndarray)
+    types = {"content": Array3D((12, 12, 3), "uint8")} if array else {}
+    features = Features(
+        {
+            name: types.get(name) or Value({bytes: "binary", str: "string", int: "int64"}[type(value)])
+            for name, value in columns.items()
+        }
+    )
+    table = Dataset.from_dict({name: [value] * 2 for name, value in columns.items()}, features=features)
+    config = DataConfig(path="unused", image_column=requested)
+    undeclared = IterableDataset.from_generator(lambda: iter([columns, columns]))
+    made = table.with_transform(lambda rows: {name: [columns[name]] * len(rows[name]) for name in rows})
+    declared = IterableDataset.from_generator(lambda: iter([columns, columns]), features=features)
+    for data in (table, table.to_iterable_dataset(), declared, undeclared, made):
+        if expected is None:
+            with pytest.raises(UserError, match=mentions("data.image_column")):
+                as_source(data, config)
+            continue
+        source = as_source(data, config)
+        assert source.image_column == expected
+        if array:
+            stored = (
+                StreamShards(source, 1).first_images
+                if source.streaming
+                else EncodedRows(source, 3).stored([0])
+            )
+            assert np.array_equal(stored[0].read(), pixels(0))
 
 
 def test_a_limited_number_of_images_is_used(table: Dataset) -> None:

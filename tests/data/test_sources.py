@@ -110,8 +110,7 @@ def test_a_column_of_bytes_or_of_file_names(tmp_path, make_loader, encode, pictu
         for streaming in (False, True)
     ]
     assert torch.equal(shown[0].images, shown[2].images) and torch.equal(shown[1].images, shown[3].images)
-    with pytest.raises(UserError, match=mentions("data.image_column=NAME", "raw (binary)", "file (string)")):
-        open_source(DataConfig(path=str(tmp_path / "data")))
+    assert open_source(DataConfig(path=str(tmp_path / "data"))).image_column == "raw"
 
 
 IMAGE, LABEL, TEXT = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
