@@ -128,17 +128,38 @@ def check_new_or_empty(folder: Path, where: str, other: str = "") -> None:
     )
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the folder `checkpoint-N` with the largest step N in the output folder of a run, or None.
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders `checkpoint-N` in the output folder of a run, sorted by the step N.
 
-    Other names, such as `checkpoint-old`, and files do not count.
+    Other names, such as `checkpoint-12-old`, and files do not count.
 
     Raises:
         OSError: the folder exists and cannot be read.
     """
     entries = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in entries if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the last one of `all_checkpoints`, or None."""
+    return next(reversed(all_checkpoints(folder)), None)
+
+
+def delete_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:
+    """Delete the oldest checkpoints above a limit, but neither the newest nor the best one.
+
+    `rotate_checkpoints` of transformers also counts and deletes folders such as `checkpoint-12-old`.
+
+    Args:
+        folder: the output folder of a run.
+        limit: largest number of checkpoints; None or 0 for no limit.
+        best: the checkpoint of the best model.
+    """
+    found = all_checkpoints(folder)
+    too_many = max(0, len(found) - limit) if limit else 0
+    for path in [path for path in found[:-1] if path != best][:too_many]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def use_normal_permissions(folder: Path) -> None:

@@ -5,6 +5,7 @@ The command line, scripts and notebooks all use these functions.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
-        data: the images, unless `evaluation.path` is set.
+        data: the images, unless `evaluation.path` is set. `streaming` has no effect.
         evaluation: the evaluation protocol.
 
     Raises:
@@ -185,7 +186,8 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
     transformers_logging.disable_progress_bar()
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
-    splits = open_labeled_splits(data, evaluation)
+    # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
+    splits = open_labeled_splits(replace(data, streaming=False), evaluation)
     measured = evaluate_encoder(
         encoder, *splits, evaluation, processor, device=fastest_device(), description=model
     )

@@ -58,6 +58,7 @@ def test_the_table_holds_means_and_spreads_of_finished_runs(tmp_path):
     fake_run(tmp_path / "byol-0", "byol", 0, 0.4)
     (tmp_path / "byol-1").mkdir()  # not finished
     compare.write_results(tmp_path / "out", tmp_path, ["simclr", "byol", "swav"], seeds=2)
+    assert (tmp_path / "out.md").read_text().splitlines()[0].startswith("| method | 20-NN |")
     assert (tmp_path / "out.md").read_text().splitlines()[2:] == [
         "| SIMCLR | 0.550 ± 0.071 | 0.650 ± 0.071 | 60 | 2.5 | 2 |",
         "| BYOL | 0.400 | 0.500 | 60 | 2.5 | 1 |",
@@ -68,9 +69,14 @@ def test_the_table_holds_means_and_spreads_of_finished_runs(tmp_path):
     text = (tmp_path / "out.json").read_text()
     assert len(json.loads(text)) == 3 and "secret" not in text
     fake_run(tmp_path / "vicreg-0", "vicreg", 0, 0.7)
+    facts = json.loads((tmp_path / "vicreg-0" / "facts.json").read_text())
+    facts["results"]["trained"]["knn"]["neighbors"] = 10
+    (tmp_path / "vicreg-0" / "facts.json").write_text(json.dumps(facts))
     compare.write_results(tmp_path / "out", tmp_path, ["vicreg"], seeds=1)  # a later call
     records = json.loads((tmp_path / "out.json").read_text())
     assert [record["method"]["name"] for record in records] == ["simclr", "simclr", "byol", "vicreg"]
+    assert (tmp_path / "out.md").read_text().startswith("| method | k-NN |")
+    assert compare.knn_name(records[-1:]) == "10-NN"
 
 
 @pytest.mark.parametrize("name", ["compare.md", "compare.json", "compare.png"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the check that a folder is new or empty."""
+"""New and empty folders, and the checkpoints in a folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from messages import mentions
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import check_new_or_empty
+from hf_ssl.files import check_new_or_empty, delete_old_checkpoints
 
 
 def test_new_and_empty_folders_pass_and_others_are_named(tmp_path: Path) -> None:
@@ -23,3 +23,24 @@ def test_new_and_empty_folders_pass_and_others_are_named(tmp_path: Path) -> None
             check_new_or_empty(path, "export")
     with pytest.raises(UserError, match=mentions("or a Space", tmp_path.name)):
         check_new_or_empty(tmp_path, "space", " or a Space")
+
+
+def test_old_checkpoints_are_deleted_and_other_folders_stay(tmp_path: Path) -> None:
+    others = {"checkpoint-1-old", "checkpoint-best", "my-checkpoint-2"}
+    for name in (*others, *(f"checkpoint-{step}" for step in (8, 9, 10, 11))):
+        (tmp_path / name).mkdir()
+
+    def left() -> list[str]:
+        names = {path.name for path in tmp_path.iterdir()}
+        assert others <= names
+        return sorted(names - others)
+
+    for unlimited in (None, 0, 4):
+        delete_old_checkpoints(tmp_path, unlimited, None)
+        assert len(left()) == 4
+    delete_old_checkpoints(tmp_path, 3, tmp_path / "checkpoint-8")
+    assert left() == ["checkpoint-10", "checkpoint-11", "checkpoint-8"]
+    delete_old_checkpoints(tmp_path, 1, tmp_path / "checkpoint-8")
+    assert left() == ["checkpoint-11", "checkpoint-8"]
+    delete_old_checkpoints(tmp_path, 1, None)
+    assert left() == ["checkpoint-11"]

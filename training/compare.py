@@ -126,7 +126,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         "environment": facts["environment"],
         "date": facts["date"],
         "results": {
-            name: {"knn": result["knn"]["accuracy"], "linear": (result["linear"] or {}).get("accuracy")}
+            name: {
+                "knn": result["knn"]["accuracy"],
+                "neighbors": result["knn"]["neighbors"],
+                "linear": (result["linear"] or {}).get("accuracy"),
+            }
             for name, result in facts["results"].items()
         },
     }
@@ -143,8 +147,9 @@ def mean_and_spread(values: list[float]) -> str:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Return a Markdown table with a row for each method, for the untrained encoder and for raw pixels."""
+    everything = [record for records in found.values() for record in records]
     lines = [
-        "| method | 20-NN | linear probe | seconds | peak memory, GiB | seeds |",
+        f"| method | {knn_name(everything)} | linear probe | seconds | peak memory, GiB | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for records in found.values():
@@ -154,12 +159,17 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{statistics.mean(record['training']['seconds'] for record in records):.0f} | "
                 f"{statistics.mean(record['peak_memory_gib'] for record in records):.1f} | {len(records)} |"
             )
-    everything = [record for records in found.values() for record in records]
     for name, title in (("untrained", "untrained"), ("raw_pixels", "raw pixels")):
         with_baseline = [record for record in everything if name in record["results"]]
         if with_baseline:
             lines.append(f"| {title} | {scores(with_baseline, name)} | | | {len(with_baseline)} |")
     return "\n".join(lines) + "\n"
+
+
+def knn_name(records: list[dict[str, Any]]) -> str:
+    """Return "20-NN" with the k of all results; "k-NN" if they differ. Older records have k = 20."""
+    counts = {result.get("neighbors", 20) for record in records for result in record["results"].values()}
+    return f"{counts.pop() if len(counts) == 1 else 'k'}-NN"
 
 
 def scores(records: list[dict[str, Any]], name: str) -> str:
@@ -198,7 +208,8 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
     figure.suptitle(
-        "20-NN accuracy during training (stars: exported encoder, all images; dotted: raw pixels)",
+        f"{knn_name([record for records in shown.values() for record in records])} accuracy during training "
+        "(stars: exported encoder, all images; dotted: raw pixels)",
         fontsize=9,
     )
     figure.supxlabel("step", fontsize=8)

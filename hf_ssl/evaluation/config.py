@@ -18,6 +18,7 @@ from hf_ssl.names import renamed_arguments
 # features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
+MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
 TEMPERATURES = (0.07, 0.1)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = get_args(Pooling)
@@ -109,6 +110,12 @@ class EvaluationConfig:
 def are_positive(values: Sequence[float]) -> bool:
     """Return whether there are values, and all of them are positive and finite."""
     return bool(values) and all(0 < value < math.inf for value in values)
+
+
+def usable_neighbors(wanted: Sequence[int], images: int) -> list[int]:
+    """Return the values of k up to the number of images. Without any, return one of `NEIGHBORS` up to 20."""
+    most = min(images, MAIN_KNN[0])
+    return [k for k in wanted if k <= images] or [max((k for k in NEIGHBORS if k <= most), default=1)]
 
 
 class KnnResult(TypedDict):

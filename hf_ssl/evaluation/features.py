@@ -114,11 +114,12 @@ def is_convolutional(model: nn.Module) -> bool:
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
-def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> Tensor:
+def pixel_values(processor: Any, images: list[Tensor], device: torch.device, **options: Any) -> Tensor:
     """Return the processor's output, float32 (B, C, H, W), for uint8 images (C, H, W), on `device`.
 
     If all images have one size, one copy moves them, and the processor resizes them on the device. The call
-    names the layout, because the processor would infer channels-last for an image that is 3 pixels high.
+    names the layout, because the processor would infer channels-last for an image that is 3 pixels high. The
+    options are further arguments of the processor.
     """
     if not all(
         isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 for image in images
@@ -137,7 +138,8 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device) -> 
         return processor(photos, return_tensors="pt")["pixel_values"].to(device)
     if len({image.shape for image in images}) == 1:
         images = list(torch.stack(images).to(device, non_blocking=True).unbind())
-    processed = processor(images, return_tensors="pt", input_data_format="channels_first", device=device)
+    layout = "channels_first"
+    processed = processor(images, return_tensors="pt", input_data_format=layout, device=device, **options)
     return processed["pixel_values"]
 
 

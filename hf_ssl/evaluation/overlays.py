@@ -57,7 +57,7 @@ def attention_pictures(
     if size is None:
         pixels = pixel_values(processor, [photo], device)
     else:
-        pixels = _at_size(processor, photo, size, patch_size(model))
+        pixels = _at_size(processor, photo, size, patch_size(model), device)
     maps = attention_maps(model, pixels, layer=layer)
     height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
     mean, std = _normalization(processor, pixels.shape[1])
@@ -182,8 +182,8 @@ def _unused_folder(folder: Path, stem: str, taken: list[Path]) -> Path:
     return next(folder / name for name in names if folder / name not in taken)
 
 
-def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
-    """Return the resized and normalized photo (1, C, H, W) without cropping.
+def _at_size(processor: Any, photo: Tensor, size: int, patch: int, device: torch.device) -> Tensor:
+    """Return the photo (1, C, H, W), resized and normalized by the processor without cropping.
 
     The shortest edge has `size` pixels, and both edges are rounded down to whole patches.
     """
@@ -191,9 +191,8 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int) -> Tensor:
         raise UserError(f"size: expected at least {patch} pixels (one patch), got {size}")
     short = min(photo.shape[1:])
     height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
-    resized = F.interpolate(photo[None].float(), (height, width), mode="bicubic", antialias=True)
-    mean, std = _normalization(processor, photo.shape[0])
-    return (resized.clamp(0, 255) / 255 - mean) / std
+    exact = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
+    return pixel_values(processor, [photo], device, **exact)
 
 
 def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig, KnnResult
+from hf_ssl.evaluation.config import MAIN_KNN, EncoderResult, EvaluationConfig, KnnResult, usable_neighbors
 from hf_ssl.evaluation.features import (
     PatchGrid,
     device_of,
@@ -36,7 +36,6 @@ from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
 
-MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
 STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
@@ -241,7 +240,7 @@ def evaluate_features(
         raise UserError(f"evaluation: expected at least 2 images in each split, got {bank} and {queries}")
     data = (train_features, bank_labels, test_features, query_labels)
     smallest = int(bank_labels.bincount()[bank_labels.unique()].min())
-    counts = [k for k in config.neighbors if k <= bank] or [1]
+    counts = usable_neighbors(config.neighbors, bank)
     few = [n for n in config.few_labels if n <= smallest]
     skipped = [f"{k}-NN: the bank has {bank} images" for k in config.neighbors if k > bank]
     skipped += [

@@ -20,19 +20,20 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    SaveStrategy,
-    TrainOutput,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from hf_ssl.data import BrokenCounter, Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
 from hf_ssl.errors import UserError, first_line, one_line
-from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint, staging_path, use_normal_permissions
+from hf_ssl.files import (
+    delete_old_checkpoints,
+    disk_errors_as_user_errors,
+    newest_checkpoint,
+    staging_path,
+    use_normal_permissions,
+)
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
@@ -152,7 +153,7 @@ class CheckpointTrainer(OptimizingTrainer):
         self._written |= {final}
         if writes:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(root), self.args.save_total_limit, best, use_mtime=False)
+            delete_old_checkpoints(root, self.args.save_total_limit, None if best is None else Path(best))
         return final
 
     def _record_state(self, root: Path) -> None:

@@ -17,9 +17,8 @@ from hf_ssl.data import DataConfig, LabeledImages, LoadedBatch, Source, label_da
 from hf_ssl.data.batch import UnreadableData
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
-from hf_ssl.evaluation.config import MEASUREMENTS
+from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS, usable_neighbors
 from hf_ssl.evaluation.knn import leave_one_out_knn
-from hf_ssl.evaluation.protocol import MAIN_KNN
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
@@ -49,7 +48,8 @@ class KNNClassifier:
         queries: images that are classified. Their classes are renumbered as in the bank. None classifies each
             image of the bank by all other images.
         processor: image processor of the exported encoder.
-        neighbors: k. The neighbors are weighted with temperature 0.07.
+        neighbors: k; with fewer images, k is that of the evaluation (`usable_neighbors`). The neighbors are
+            weighted with temperature 0.07.
         batch_size: number of images that are encoded at once.
     """
 
@@ -85,10 +85,11 @@ class KNNClassifier:
         """
         bank = self._features(model, self.bank, "bank", dtype)
         if self.queries is None:
-            tested, k = bank, min(self.neighbors, len(bank) - 1)
+            tested, [k] = bank, usable_neighbors([self.neighbors], len(bank) - 1)
             accuracy = leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=MAIN_KNN[1])
         else:
-            tested, k = self._features(model, self.queries, "queries", dtype), min(self.neighbors, len(bank))
+            tested = self._features(model, self.queries, "queries", dtype)
+            [k] = usable_neighbors([self.neighbors], len(bank))
             accuracy = knn_accuracy(
                 bank, self.bank.labels, tested, self.queries.labels,
                 neighbors=(k,), temperatures=MAIN_KNN[1:],

@@ -36,8 +36,10 @@ def test_evaluate_computes_on_the_accelerator(
         raise AskedFor(device)
 
     monkeypatch.setattr(run, "evaluate_encoder", stop)
-    with pytest.raises(AskedFor, match="meta"):
-        run.evaluate(str(finished_run), DataConfig(path="digits"), EvaluationConfig())
+    for streaming in (False, True):  # the data of an evaluation are read without streaming
+        data = DataConfig(path="digits", streaming=streaming)
+        with pytest.raises(AskedFor, match="meta"):
+            run.evaluate(str(finished_run), data, EvaluationConfig())
 
 
 def test_a_gallery_is_embedded_on_the_accelerator(

@@ -34,9 +34,9 @@ def vit() -> ViTModel:
     )  # fmt: skip
 
 
-def processor() -> BitImageProcessor:
+def processor(resample: int = 2) -> BitImageProcessor:
     return BitImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=2,
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=resample,
         image_mean=[0.5, 0.4, 0.3], image_std=[0.25, 0.2, 0.3], do_convert_rgb=True,
     )  # fmt: skip
 
@@ -67,6 +67,11 @@ def test_a_size_keeps_the_whole_photo() -> None:
     assert {picture.size for picture in pictures.values()} == {(104, 40)}  # 44 x 110 in whole patches
     same = attention_pictures(vit(), processor(), photo(32, 48), size=32, shown_side=1)["image"]
     np.testing.assert_array_equal(np.asarray(same), photo(32, 48).permute(1, 2, 0).numpy())
+    for resample in (0, 2, 3):  # the size of the processor itself gives the same pixels
+        square = processor(resample)
+        own = attention_pictures(vit(), square, photo(50, 50), shown_side=1)["image"]
+        sized = attention_pictures(vit(), square, photo(50, 50), size=32, shown_side=1)["image"]
+        np.testing.assert_array_equal(np.asarray(sized), np.asarray(own))
     with pytest.raises(UserError, match=mentions("size", 8, 7)):
         attention_pictures(vit(), processor(), photo(40, 100), size=7)
 

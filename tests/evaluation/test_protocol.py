@@ -144,7 +144,7 @@ def test_the_main_setting_follows_the_settings(digits) -> None:
         ([1, 5, 20, 50], [0.1, 0.07], (20, 0.07)),
         ([50, 10, 1], [0.1], (10, 0.1)),
         ([50, 30], [0.2, 0.1], (30, 0.2)),
-        ([500], [0.1], (1, 0.1)),
+        ([500], [0.1], (20, 0.1)),
     ):
         config = EvaluationConfig(neighbors=neighbors, temperatures=temperatures, linear=False)
         knn = evaluate_features(config, *data)["knn"]

@@ -9,13 +9,17 @@ import torch
 from datasets import Dataset
 from messages import mentions
 
+from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation import evaluate_encoder
+from hf_ssl.hub import image_processor
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
-from hf_ssl.trainer.monitor import CollapseAlarm
+from hf_ssl.trainer.monitor import CollapseAlarm, KNNClassifier
+from hf_ssl.views import ViewPreset
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -68,6 +72,20 @@ def test_classes_of_both_splits_have_the_same_numbers(tmp_path, caplog):
     labeled_table(["dog", "bee"]).to_parquet(folder / "test-0.parquet")
     assert trainer(tmp_path / "run", f"evaluation.path={folder}").monitor.knn is None
     assert "dog" in caplog.text
+
+
+@pytest.mark.parametrize("count", [8, 15, 40])
+def test_the_k_of_few_images_is_that_of_the_evaluation(count):
+    generator = np.random.default_rng(count)
+    pictures = [PIL.Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)) for _ in range(count)]
+    table = Dataset.from_dict({"image": pictures, "label": [number % 3 for number in range(count)]})
+    config = DataConfig(path="unused")
+    train, test = (label_data(part, config, "") for part in (table, table.select(range(count // 2, count))))
+    model = SimCLRForPreTraining(load_recipe("smoke/simclr").config())
+    processor = image_processor(ViewPreset(size=16), 3)
+    result = evaluate_encoder(model, train, test, {"linear": False, "precision": "float32"}, processor)
+    assert result["knn"]["neighbors"] == {8: 5, 15: 10, 40: 20}[count]
+    assert KNNClassifier(train, test, processor).measure(model, None)["knn"] == result["knn"]["accuracy"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
