@@ -132,6 +132,14 @@ def test_the_encoder_follows_data_and_views() -> None:
     assert "model_args" not in load(SMOKE, timm).backbone
 
 
+@pytest.mark.parametrize("given", [224, [16, 16]])
+def test_an_encoder_without_positions_can_have_any_image_size(given: object) -> None:
+    """As with `backbone.init_from` and in Python."""
+    sizes = "hidden_sizes: [8, 16], depths: [1, 1], num_stages: 2"
+    recipe = load(SMOKE, f"backbone={{model_type: convnextv2, {sizes}, image_size: {given}}}")
+    assert recipe.backbone_config().image_size == given
+
+
 def test_differences_are_what_the_defaults_are_not() -> None:
     found = load(SMOKE).differences()
     assert found["method.temperature"] == 0.5

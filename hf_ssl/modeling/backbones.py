@@ -196,7 +196,7 @@ def check_image_sizes(
     interpolates = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
     if interpolates and published_size is not None and own not in ((0, 0), (published_size, published_size)):
         raise UserError(
-            f"views.size: expected {own[0]}, the image_size of the encoder, got {published_size}; use "
+            f"views.size: expected {own[0]}, the backbone.image_size, got {published_size}; use "
             f"views.size={own[0]}, or views.enlarge={own[0]} for smaller crops"
         )
     is_meta = next(backbone.parameters()).is_meta

@@ -30,27 +30,29 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
 def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPreset) -> dict[str, Any]:
     """Return the section `backbone`, completed with channels and image size from `data` and `views`.
 
+    `check_encoder` judges an image size that the section sets.
+
     Raises:
-        UserError: the section sets a different number of channels or image size.
+        UserError: the section sets a different number of channels.
     """
     if backbone["model_type"] == "timm_wrapper":
         arguments = {"in_chans": data.channels, **(backbone.get("model_args") or {})}
-        _check_equal("backbone.model_args.in_chans", arguments["in_chans"], "data.channels", data.channels)
+        _check_channels("backbone.model_args.in_chans", arguments["in_chans"], data.channels)
         return {**backbone, "model_args": arguments} if data.channels != 3 else backbone
     fields = config_fields(backbone_class(backbone["model_type"]))
     fitted = dict(backbone)
-    for key, value, source in (
-        ("num_channels", data.channels, "data.channels"),
-        ("image_size", views.final_size, "the size of the views"),
-    ):
-        if key in fields:
-            _check_equal(f"backbone.{key}", fitted.setdefault(key, value), source, value)
+    if "num_channels" in fields:
+        _check_channels(
+            "backbone.num_channels", fitted.setdefault("num_channels", data.channels), data.channels
+        )
+    if "image_size" in fields:
+        fitted.setdefault("image_size", views.final_size)
     return fitted
 
 
-def _check_equal(key: str, got: Any, source: str, expected: int) -> None:
-    if got not in (expected, [expected, expected]):
-        raise UserError(f"{key}: expected {expected}, which is {source}, got {got}; leave it out")
+def _check_channels(key: str, got: Any, expected: int) -> None:
+    if got != expected:
+        raise UserError(f"{key}: expected {expected}, which is data.channels, got {got}; leave it out")
 
 
 def pretrained_config(init_from: str) -> "PreTrainedConfig":
