@@ -17,7 +17,7 @@ from hf_ssl.data.config import MISSING
 from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
-from hf_ssl.resources import recipe_files
+from hf_ssl.resources import MAX_IMAGES, PORT, recipe_files
 
 _DATA_PATH = re.compile(r"^data:\n(?:(?: .*)?\n)*?  path: *(\S+)", re.MULTILINE)
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
@@ -177,13 +177,15 @@ def _add_space(space: argparse.ArgumentParser) -> None:
     )
     build.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.path=... of the gallery")
     build.add_argument(
-        "--images", type=int, default=10_000, help="largest number of images (default: 10,000)"
+        "--images", type=int, default=MAX_IMAGES, help=f"largest number of images (default: {MAX_IMAGES:,})"
     )
     build.add_argument("--title", help="heading of the page")
     serve = command("run", _space_run)
     serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
-    serve.add_argument("--port", type=int, default=7860, help="port, or the next free port (default: 7860)")
+    serve.add_argument(
+        "--port", type=int, default=PORT, help=f"port, or the next free port (default: {PORT})"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:

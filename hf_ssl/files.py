@@ -17,6 +17,8 @@ from hf_ssl.errors import UserError
 
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
+METHOD_MODEL = "pretraining"
+"""Folder of the method model, beside the files of its exported encoder."""
 SAVED_FILES = "all files that were saved before are complete"
 # torch.save and safetensors report a full disk in their own errors
 _DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")

@@ -31,6 +31,7 @@ from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.callbacks import CURVES, VIEWS
+from hf_ssl.trainer.monitor import monitor_records
 from hf_ssl.trainer.trainer import SSLTrainer
 
 
@@ -170,8 +171,7 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
 def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     history = [
         {key.removeprefix("eval_"): value for key, value in record.items() if key != "epoch"}
-        for record in trainer.state.log_history
-        if "eval_embedding_std" in record
+        for record in monitor_records(trainer.state.log_history)
     ]
     knn = trainer.monitor.knn if trainer.monitor is not None else None
     return MonitorFacts(

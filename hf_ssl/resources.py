@@ -13,6 +13,8 @@ from pathlib import Path
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
 
+PORT = 7860  # of a Space on this machine
+MAX_IMAGES = 10_000  # of the gallery of a Space
 INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
 """The advice if a package of the extra `demo` is missing."""
 

@@ -123,6 +123,15 @@ def _leaves(cls: type, values: dict[str, Any], where: str) -> Iterator[tuple[tup
             yield (name,), value, hints[name]
 
 
+def default_values(cls: Any) -> dict[str, Any]:
+    """Return the defaults of a dataclass by name, without the fields that have no default."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(cls)
+        if field.default is not field.default_factory  # both are MISSING
+    }
+
+
 def _dataclass_of(annotation: Any) -> type | None:
     """Return the dataclass in an annotation such as `ViewOverrides | None`, or None."""
     for option in (annotation, *typing.get_args(annotation)):

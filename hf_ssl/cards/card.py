@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from hf_ssl.cards import text
 from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.errors import UserError
-from hf_ssl.files import disk_errors_as_user_errors, write_text
+from hf_ssl.files import METHOD_MODEL, disk_errors_as_user_errors, write_text
 from hf_ssl.resources import resource
 
 CARD = "README.md"
@@ -37,7 +37,7 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     """
     directory, facts = Path(directory), public_facts(facts)
     picture_files(directory, facts)
-    texts = card_texts(facts, has_pretraining=(directory / "pretraining").is_dir())
+    texts = card_texts(facts, has_pretraining=(directory / METHOD_MODEL).is_dir())
     if EVALUATION_RESULTS not in texts:
         with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card

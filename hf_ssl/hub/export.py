@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.errors import UserError, check_name, first_line
 from hf_ssl.files import (
+    METHOD_MODEL,
     STAGING_PREFIX,
     check_new_or_empty,
     disk_errors_as_user_errors,
@@ -81,7 +82,7 @@ def export_model(model: SSLPreTrainedModel, directory: str | Path) -> None:
     """
     preset = ViewPreset.from_dict(model.config.views or {})
     export_encoder(model.exported_encoder, image_processor(preset, len(preset.mean)), directory)
-    with replaced_folder(Path(directory) / "pretraining") as folder:
+    with replaced_folder(Path(directory) / METHOD_MODEL) as folder:
         model.save_pretrained(folder)
 
 
@@ -104,7 +105,7 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
             f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use another one"
         )
     export_model(model, directory)
-    print(f"encoder: {directory}, method model: {directory / 'pretraining'}")
+    print(f"encoder: {directory}, method model: {directory / METHOD_MODEL}")
 
 
 def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitImageProcessor:

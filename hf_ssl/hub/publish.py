@@ -19,7 +19,7 @@ from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
 from hf_ssl.errors import UserError, one_line
-from hf_ssl.files import json_text, newest_checkpoint, read_json
+from hf_ssl.files import METHOD_MODEL, json_text, newest_checkpoint, read_json
 from hf_ssl.hub.remote import (
     Files,
     Published,
@@ -196,7 +196,9 @@ def _print_files(files: Files, name: str, private: bool) -> None:
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-_MODEL = re.compile(rf"(pretraining/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)")
+_MODEL = re.compile(
+    rf"({METHOD_MODEL}/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)"
+)
 
 
 def is_owned(path: str) -> bool:
@@ -238,8 +240,8 @@ def encoder_files(folder: Path) -> Files:
         UserError: weights are missing or incomplete.
     """
     names = [PROCESSOR, *model_files(folder)]
-    if (folder / "pretraining").is_dir():
-        names += [f"pretraining/{name}" for name in model_files(folder / "pretraining")]
+    if (folder / METHOD_MODEL).is_dir():
+        names += [f"{METHOD_MODEL}/{name}" for name in model_files(folder / METHOD_MODEL)]
     return {name: folder / name for name in names}
 
 
@@ -285,7 +287,7 @@ def _renamed(folder: Path, facts: Facts, repo_id: str) -> Files:
     if facts["repo_id"] == repo_id:
         return {}
     renamed = cast(Facts, {**facts, "repo_id": repo_id, "name": repo_id})
-    has_pretraining = (folder / "pretraining").is_dir()
+    has_pretraining = (folder / METHOD_MODEL).is_dir()
     before, after = (card_texts(each, has_pretraining=has_pretraining) for each in (facts, renamed))
     if (folder / CARD).read_text(encoding="utf-8") != before[CARD]:
         del after[CARD]  # a user edited the card

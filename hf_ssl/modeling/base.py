@@ -361,15 +361,19 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
         return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)
 
-    def project_views(self, images_BVCHW: Tensor) -> Tensor:
-        """Return the projections (B, V, P) of images (B, V, C, H, W), by the backbone and the `projector`."""
-        return self.apply_to_views(self.get_submodule("projector"), self.encode_views(images_BVCHW))
+    def project_views(self, *images_BVCHW: Tensor) -> Tensor:
+        """Return the projections (B, V, P) of images (B, V, C, H, W), by the backbone and the `projector`.
+
+        The backbone encodes the views of each size together, and the projector all views.
+        """
+        features = [self.encode_views(images) for images in images_BVCHW]
+        return self.apply_to_views(self.get_submodule("projector"), torch.cat(features, dim=1))
 
     def unit_projections(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return the unit projections of global and local views.
 
-        The backbone encodes the views of each size together. The projector receives the features of all
-        views in one batch, so its BatchNorm normalizes them together and updates its statistics once
+        The projector receives the features of all views in one batch (`project_views`), so its BatchNorm
+        normalizes them together and updates its statistics once
         (facebookresearch/swav, src/resnet50.py; facebookresearch/dino, `MultiCropWrapper`).
 
         Args:
@@ -378,11 +382,10 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
                 their projections (B, L, P) have the key "local_" + name.
         """
         views = {name: "pixel_values", f"local_{name}": "local_pixel_values"}
-        encoded = {key: self.encode_views(inputs[of]) for key, of in views.items() if of in inputs}
-        features = torch.cat(list(encoded.values()), dim=1)
-        projections = self.apply_to_views(self.get_submodule("projector"), features)
-        sizes = [part.shape[1] for part in encoded.values()]
-        return dict(zip(encoded, normalize(upcast(projections), dim=-1).split(sizes, dim=1), strict=True))
+        images = {key: inputs[of] for key, of in views.items() if of in inputs}
+        projections = self.project_views(*images.values())
+        sizes = [part.shape[1] for part in images.values()]
+        return dict(zip(images, normalize(upcast(projections), dim=-1).split(sizes, dim=1), strict=True))
 
     @staticmethod
     def join_views(embeddings: dict[str, Tensor], name: str) -> Tensor:

@@ -28,7 +28,7 @@ from hf_ssl.recipe.backbone import (
 )
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
 from hf_ssl.resources import resource
-from hf_ssl.sections import convert_values, to_dataclass, transformers_config
+from hf_ssl.sections import convert_values, default_values, to_dataclass, transformers_config
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:
@@ -175,19 +175,19 @@ class Recipe:
         from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
 
         defaults = {
-            "method": _default_values(self.config_class),
-            "backbone": _default_values(backbone_class(self.backbone["model_type"])) | {"init_from": None},
-            "data": _default_values(DataConfig),
-            "views": _default_values(ViewPreset),
-            "training": _default_values(SSLTrainingArguments) | {"batch_size": DEFAULT_BATCH_SIZE},
-            "evaluation": _default_values(EvaluationConfig),
-            "publish": _default_values(PublishConfig),
+            "method": default_values(self.config_class),
+            "backbone": default_values(backbone_class(self.backbone["model_type"])) | {"init_from": None},
+            "data": default_values(DataConfig),
+            "views": default_values(ViewPreset),
+            "training": default_values(SSLTrainingArguments) | {"batch_size": DEFAULT_BATCH_SIZE},
+            "evaluation": default_values(EvaluationConfig),
+            "publish": default_values(PublishConfig),
         }
         identity = {"method.name", "backbone.model_type", "data.path", "training.output_dir"}
         plain = self.to_dict()
         found: dict[str, Any] = {}
         for section, default in defaults.items():
-            found |= _differing(plain[section], default, section)
+            found |= _differing(plain[section], plain_data(default), section)
         return {key: value for key, value in found.items() if key not in identity}
 
 
@@ -332,17 +332,6 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain_data(item) for key, item in value.items()}
     return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _default_values(cls: Any) -> dict[str, Any]:
-    """Return the defaults of a dataclass as plain data, without the fields that have no default."""
-    defaults = {}
-    for item in dataclasses.fields(cls):
-        if item.default is not dataclasses.MISSING:
-            defaults[item.name] = item.default
-        elif item.default_factory is not dataclasses.MISSING:
-            defaults[item.name] = item.default_factory()
-    return plain_data(defaults)
 
 
 def _differing(values: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:

@@ -38,12 +38,11 @@ from hf_ssl.files import check_new_or_empty, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
-from hf_ssl.resources import resource
+from hf_ssl.resources import MAX_IMAGES, resource
 from hf_ssl.space.serve import check_packages
 
 logger = logging.getLogger(__name__)
 
-MAX_IMAGES = 10_000
 EXAMPLES = 10
 ENCODER = "encoder"
 _BATCH = 64

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import SPACE_FACTS
-from hf_ssl.resources import INSTALL_DEMO
+from hf_ssl.resources import INSTALL_DEMO, PORT
 
-PORT = 7860
 _PORTS_TRIED = 100
 _SECONDS_TO_END = 10
 

@@ -14,6 +14,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
+from hf_ssl.evaluation.config import MAIN_KNN
 from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
 from hf_ssl.sections import to_dataclass
@@ -151,7 +152,7 @@ class SSLTrainingArguments(TrainingArguments):
     monitor_steps: int = _MONITOR_STEPS
     monitor_bank_images: int = 2000
     monitor_query_images: int = 1000
-    monitor_neighbors: int = 20
+    monitor_neighbors: int = MAIN_KNN[0]
     layer_decay: float | None = None
     head_warmup_epochs: float = 0.0
     on_worse: str = "warn"

@@ -37,22 +37,9 @@ from hf_ssl.files import (
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
-from hf_ssl.trainer.optimizers import OptimizingTrainer
+from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
 from hf_ssl.trainer.transformers_arguments import as_bool
 
-_GROUP_KEYS = {
-    "initial_lr": "learning_rate, training.layer_decay, training.predictor_learning_rate_factor",
-    "weight_decay": "weight_decay, training.decay_all_parameters",
-    "betas": "adam_beta1, training.adam_beta2",
-    "eps": "adam_epsilon",
-    "momentum": "momentum",
-    "nesterov": "nesterov",
-    "trust_coefficient": "lars.trust_coefficient",
-    "variant": "lars.variant",
-    "clip": "lars.clip",
-    "adapt": "lars.adapt_all_parameters",
-}
-"""Key of a parameter group in a checkpoint -> the arguments that set it in a new run."""
 _NO_SETTINGS = ("params", "lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
 """Arguments of optimizers and schedules that do not change the result, or change in each step."""
 logger = logging.getLogger(__name__)
@@ -255,11 +242,12 @@ class CheckpointTrainer(OptimizingTrainer):
                     f"got others ({first_line(error)}); resume with the arguments of the run (optimizer, "
                     "layer_decay, head_warmup_epochs, decay_all_parameters)"
                 ) from error
-        for key in dict.fromkeys([*_GROUP_KEYS, *(name for name in own if name not in _NO_SETTINGS)]):
+        for key in dict.fromkeys([*GROUP_ARGUMENTS, *(name for name in own if name not in _NO_SETTINGS)]):
             if key == "weight_decay" and self.args.weight_decay_end is not None:
                 continue
             kept = [new[key] for old, new in groups if key in new and old.get(key) != new[key]]
-            _report_kept(_GROUP_KEYS.get(key, f"optim_args, {key}"), kept)
+            names = GROUP_ARGUMENTS.get(key, (f"optim_args, {key}",))
+            _report_kept(", training.".join(names), kept)
         for key in inspect.signature(type(self.lr_scheduler)).parameters:
             value = vars(self.lr_scheduler).get(key)
             if isinstance(value, int | float | str) and key not in _NO_SETTINGS and value != schedule[key]:

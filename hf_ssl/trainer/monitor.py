@@ -336,7 +336,7 @@ class Monitor:
         }
 
 
-def _monitored(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+def monitor_records(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
     """Return the log records of the monitor."""
     return [record for record in log_history if _MONITORED in record]
 
@@ -365,7 +365,7 @@ class Alarm(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
         if _MONITORED not in (metrics or {}):
             return  # `evaluate` measured other images
-        message = self.judge(_monitored(state.log_history))
+        message = self.judge(monitor_records(state.log_history))
         if any_process(message is not None, args.device):
             self.message = message or "another process reports bad measurements"
             logger.warning("%s", self.message)
@@ -374,7 +374,7 @@ class Alarm(TrainerCallback):
 
     def last_message(self, log_history: list[dict[str, float]]) -> str | None:
         """Return the last message of the whole run, also of its parts before it resumed; None without any."""
-        history = _monitored(log_history)
+        history = monitor_records(log_history)
         messages = (self.judge(history[:count]) for count in range(len(history), 0, -1))
         return next(filter(None, messages), self.message)
 

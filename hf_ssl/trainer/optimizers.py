@@ -6,7 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Container
 from copy import copy
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,26 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
+from hf_ssl.sections import default_values
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.schedules import build_scheduler, is_schedule_free
 from hf_ssl.trainer.transformers_arguments import as_bool, warn_once
 
+GROUP_ARGUMENTS = {
+    "initial_lr": ("learning_rate", "layer_decay", "predictor_learning_rate_factor"),
+    "weight_decay": ("weight_decay", "weight_decay_end", "decay_all_parameters"),
+    "betas": ("adam_beta1", "adam_beta2"),
+    "eps": ("adam_epsilon",),
+    "momentum": ("momentum",),
+    "nesterov": ("nesterov",),
+    "trust_coefficient": ("lars.trust_coefficient",),
+    "variant": ("lars.variant",),
+    "clip": ("lars.clip",),
+    "adapt": ("lars.adapt_all_parameters",),
+}
+"""Key of a parameter group of an optimizer -> the training arguments that set it."""
 _OF_OPTIMIZER = (
     "optimizer", "optim_args", "learning_rate", "base_learning_rate", "weight_decay", "weight_decay_end",
     "decay_all_parameters", "layer_decay", "predictor_learning_rate_factor", "lars", "momentum", "nesterov",
@@ -98,10 +112,7 @@ def check_optimization(
 
 def _changed(args: SSLTrainingArguments) -> set[str]:
     """Return the names of the arguments that do not have their default values."""
-    default: dict[str, Any] = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in fields(args)
-    }
+    default = default_values(args)
     default["lr_scheduler_kwargs"] = {"min_lr_rate": args.minimum_learning_rate_ratio}  # set by hf_ssl
     return {name for name, value in default.items() if getattr(args, name) not in (value, None)}
 
@@ -143,7 +154,7 @@ def build_optimizer(
         )
     is_named = args.optimizer not in OPTIMIZERS
     # The parameter groups contain the weight decay.
-    known = {"sgd": ["momentum"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
+    known = {"sgd": ["momentum", "nesterov"], "lars": ["momentum"], "adamw": ["betas", "eps"]}
     if cls_and_kwargs is None:
         _warn_about_unused(args, {"weight_decay", *known[args.optimizer]}, args.optimizer)
     else:
@@ -242,15 +253,8 @@ def _warn_about_unused(args: SSLTrainingArguments, known: Container[str], optimi
         known: names of the arguments of the optimizer.
         optimizer: name of the optimizer.
     """
-    name_of = {
-        "weight_decay": "weight_decay",
-        "weight_decay_end": "weight_decay",
-        "momentum": "momentum",
-        "adam_beta1": "betas",
-        "adam_beta2": "betas",
-        "adam_epsilon": "eps",
-    }
-    unused = [name for name, own in name_of.items() if own not in known and name in _changed(args)]
+    others = [names for key, names in GROUP_ARGUMENTS.items() if key not in known and key != "initial_lr"]
+    unused = [name for names in others for name in names if name in _changed(args)]
     if args.optimizer != "lars" and args.lars != LARSConfig():
         unused.append("lars")
     for name in unused:

@@ -29,7 +29,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
-from hf_ssl.sections import describe
+from hf_ssl.sections import default_values, describe
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
@@ -148,12 +148,12 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
         UserError: a rejected argument does not have its default value, a value has the wrong type or is out
             of range, or `report_to` names no installed tracker.
     """
-    hints = typing.get_type_hints(type(args))
+    hints, defaults = typing.get_type_hints(type(args)), default_values(args)
     for field in dataclasses.fields(args):
         if names is not None and field.name not in names:
             continue
         value = getattr(args, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = defaults[field.name]
         if field.name in _CHOICES and value is False:
             value = "no"  # YAML reads `no` as False
         if isinstance(value, np.generic | np.ndarray | torch.Tensor):

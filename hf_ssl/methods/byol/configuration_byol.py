@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig, check_fields
+from hf_ssl.modeling.configuration import TeacherConfig
 
 
 @strict
@@ -26,10 +26,6 @@ class BYOLConfig(TeacherConfig):
     projection_size: int = 256
     projection_hidden_size: int = 4096
     predictor_layers: int = 2
-
-    def validate_predictor(self) -> None:
-        """Raise `ValueError` for a predictor without layers."""
-        check_fields(("predictor_layers", self.predictor_layers, self.predictor_layers >= 1, "at least 1"))
 
 
 AutoConfig.register(BYOLConfig.model_type, BYOLConfig)

@@ -35,13 +35,9 @@ class MAEConfig(SSLConfig):
         check_fields(("mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "a number between 0 and 1"))
 
     def validate_decoder(self) -> None:
-        """Raise `ValueError` for a decoder without layers or with a wrong width (see `width_field`)."""
-        layers, size = self.decoder_num_hidden_layers, self.decoder_hidden_size
-        heads = self.decoder_num_attention_heads
-        check_fields(
-            ("decoder_num_hidden_layers", layers, layers >= 1, "at least 1"),
-            width_field("decoder_hidden_size", size, "decoder_num_attention_heads", heads),
-        )
+        """Raise `ValueError` for a decoder with a wrong width (see `width_field`)."""
+        size, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        check_fields(width_field("decoder_hidden_size", size, "decoder_num_attention_heads", heads))
 
 
 AutoConfig.register(MAEConfig.model_type, MAEConfig)

@@ -2,9 +2,7 @@
 """MoCo v3: momentum contrast without a queue, also for vision transformers (arXiv:2104.02057)."""
 
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
@@ -15,10 +13,10 @@ from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
-from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, fill_encoder_positions
+from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, FixedPositions
 
 
-class MoCoV3ForPreTraining(MomentumModel):
+class MoCoV3ForPreTraining(FixedPositions, MomentumModel):
     """A student with a predictor computes queries, and a teacher without a predictor computes keys.
 
     Both views are queries and both are keys. The negatives are the other keys of the batch, from all
@@ -32,10 +30,11 @@ class MoCoV3ForPreTraining(MomentumModel):
     maximum_views = 2
     ema_update = "before_step"
     joint_batch_norm = False
+    row_first = True
 
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)
-        kind = self.backbone.config.model_type
+        kind, self.has_fixed_positions = self.backbone.config.model_type, bool(config.fixed_positions)
         if config.fixed_positions and kind not in PATCH_SELECTION_TYPES:
             raise UserError(
                 f"method.fixed_positions: expected no value for {kind}, got true; it is for "
@@ -49,22 +48,11 @@ class MoCoV3ForPreTraining(MomentumModel):
         self.predictor = MLPHead([size, hidden, size], last_norm=last_norm)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if module is self and self.config.fixed_positions:  # this call is the last one, after the encoder's
-            fill_encoder_positions(self.backbone, row_first=True)
-
     def freeze(self) -> None:
-        """Also freeze the patch embedding and the position table of a vision transformer.
-
-        The config selects them (`freeze_patch_embedding`, `fixed_positions`).
-        """
+        """Also freeze a vision transformer's patch embedding, if the config selects it."""
         super().freeze()
         if self.config.freeze_patch_embedding:
             freeze_patch_embedding(self.backbone)
-        if self.config.fixed_positions:
-            self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries (B, 2, P) of the student and keys (B, 2, P) of the teacher."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SimCLR: a simple framework for contrastive learning of visual representations (arXiv:2002.05709)."""
 
-import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
@@ -35,10 +34,8 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the projections (B, V + L, D) of V global and L local views."""
-        features = self.encode_views(inputs["pixel_values"])
-        if "local_pixel_values" in inputs:
-            features = torch.cat([features, self.encode_views(inputs["local_pixel_values"])], dim=1)
-        return {"projections": self.apply_to_views(self.projector, features)}
+        images = [inputs[name] for name in ("pixel_values", "local_pixel_values") if name in inputs]
+        return {"projections": self.project_views(*images)}
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return NT-Xent of projections (B, V, D)."""

@@ -9,7 +9,7 @@ patches, X values of a patch, D dims.
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers.initialization as init
@@ -156,16 +156,37 @@ def fill_positions(table: Tensor, grid: tuple[int, int], *, row_first: bool = Fa
     init.copy_(table, torch.cat([special, patches])[None].to(table))
 
 
-def fill_encoder_positions(backbone: Any, *, row_first: bool = False) -> None:
-    """Write sine-cosine positions to a vision transformer's own table, unless a checkpoint has filled it.
+class FixedPositions(SSLPreTrainedModel):
+    """A method whose encoder has a fixed sine-cosine position table.
 
-    This function does not freeze the table. `row_first` is that of `sine_cosine_2d`.
+    Attributes:
+        has_fixed_positions: whether the table is fixed; False keeps the learned table of transformers.
+        row_first: see `sine_cosine_2d`.
     """
-    table = backbone.embeddings.position_embeddings
-    fill_positions(table, patch_grid(backbone.config), row_first=row_first)
+
+    has_fixed_positions: bool = True
+    row_first: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        # This call is the last one, after the encoder's; a teacher is copied later.
+        if module is self and self.has_fixed_positions:
+            grid = patch_grid(self.backbone.config)
+            fill_positions(self._position_table, grid, row_first=self.row_first)
+
+    def freeze(self) -> None:
+        """Also freeze the encoder's position table."""
+        super().freeze()
+        if self.has_fixed_positions:
+            self._position_table.requires_grad_(False)
+
+    @property
+    def _position_table(self) -> nn.Parameter:
+        return self.backbone.get_parameter("embeddings.position_embeddings")
 
 
-class PatchSelectionModel(SSLPreTrainedModel):
+class PatchSelectionModel(FixedPositions):
     """A method whose encoder receives some patches of one view. The encoder's positions are a fixed table.
 
     Attributes:
@@ -183,12 +204,6 @@ class PatchSelectionModel(SSLPreTrainedModel):
         self.num_special_tokens = special_tokens(self.backbone)
         self.grid = patch_grid(self.backbone.config)
 
-    @torch.no_grad()
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if module is self:  # this call is the last one, after the encoder's; a teacher is copied later
-            fill_encoder_positions(self.backbone)
-
     def check_grid(self, images_NCHW: Tensor) -> None:
         """Raise `UserError` if images do not have the patches of the position tables."""
         sides = zip(images_NCHW.shape[-2:], as_pair(self.backbone.config.patch_size), strict=True)
@@ -197,11 +212,6 @@ class PatchSelectionModel(SSLPreTrainedModel):
             raise UserError(
                 f"pixel_values: expected images of {self.grid} patches, as the positions, got {grid}"
             )
-
-    def freeze(self) -> None:
-        """Also freeze the encoder's position table."""
-        super().freeze()
-        self.backbone.get_parameter("embeddings.position_embeddings").requires_grad_(False)
 
 
 class PositionTable(PersistentBuffers):
