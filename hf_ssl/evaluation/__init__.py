@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
+        attention_pictures,
         attention_rollout,
+        darken_outside_mask,
         has_attention,
+        overlay,
         pca_colors,
         threshold_attention,
+        write_attention_pictures,
     )
     from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
     from hf_ssl.evaluation.features import (
@@ -32,12 +36,6 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
     from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.overlays import (
-        attention_pictures,
-        darken_outside_mask,
-        overlay,
-        write_attention_pictures,
-    )
     from hf_ssl.evaluation.protocol import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.retrieval import (
         Gallery,

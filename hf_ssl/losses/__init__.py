@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING
 from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
-    from hf_ssl.losses.clustering import cluster_cross_entropy, sinkhorn, swapped_prediction
     from hf_ssl.losses.contrastive import info_nce, nt_xent, triplet
-    from hf_ssl.losses.correlation import barlow_twins, barlow_twins_terms
-    from hf_ssl.losses.covariance import vicreg_terms
-    from hf_ssl.losses.distillation import dino_center, dino_cross_entropy
+    from hf_ssl.losses.decorrelation import barlow_twins, barlow_twins_terms, vicreg_terms
     from hf_ssl.losses.noise_contrastive import (
         cpc_info_nce,
         memory_nce,
@@ -29,6 +26,13 @@ if TYPE_CHECKING:
         latent_smooth_l1,
         latent_squared_l2,
         masked_patch_mse,
+    )
+    from hf_ssl.losses.soft_targets import (
+        cluster_cross_entropy,
+        dino_center,
+        dino_cross_entropy,
+        sinkhorn,
+        swapped_prediction,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.losses import barlow_twins, barlow_twins_terms, feature_products, vicreg_terms
+from hf_ssl.losses import barlow_twins, barlow_twins_terms, decorrelation, vicreg_terms
 
 # batch, dims: computed from the D x D matrix, or from Gram matrices if batch < dims
 SHAPES = [(7, 3), (2, 2), (4, 4), (3, 4), (2, 9)]
@@ -85,7 +85,7 @@ def test_parts_do_not_change_the_result(terms, slow_terms, shape, monkeypatch):
 
     whole = everything()
     for sizes in ((1, 1, 1), (2, 4, 3), (3, 1, 4)):
-        monkeypatch.setitem(feature_products._SIZES, "cpu", feature_products._Sizes(*sizes))
+        monkeypatch.setitem(decorrelation._SIZES, "cpu", decorrelation._Sizes(*sizes))
         torch.testing.assert_close(everything(), whole, rtol=1e-10, atol=1e-12)
 
 

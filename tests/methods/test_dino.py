@@ -16,7 +16,7 @@ from hf_ssl.methods.dino.modeling_dino import DINOForPreTraining
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.modeling.parameter_groups import assign_parameter_groups
-from hf_ssl.modeling.vit.patches import add_drop_path
+from hf_ssl.modeling.vit import add_drop_path
 from hf_ssl.trainer.callbacks import clip_each
 
 STEPS, BATCH, RATE = 6, 3, 0.1

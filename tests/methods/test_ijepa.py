@@ -17,7 +17,7 @@ from hf_ssl.methods.ijepa.configuration_ijepa import IJEPAConfig
 from hf_ssl.methods.ijepa.modeling_ijepa import IJEPAForPreTraining
 from hf_ssl.modeling.backbones import layers
 from hf_ssl.modeling.outputs import RunProgress
-from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, special_tokens
+from hf_ssl.modeling.vit import PATCH_SELECTION_TYPES, special_tokens
 from hf_ssl.random import image_seeds as seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer

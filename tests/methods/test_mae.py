@@ -15,7 +15,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.modeling.backbones import layers
-from hf_ssl.modeling.vit.patches import (
+from hf_ssl.modeling.vit import (
     PATCH_SELECTION_TYPES,
     patchify,
     special_tokens,

@@ -13,7 +13,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods.moco_v3.configuration_moco_v3 import MoCoV3Config
 from hf_ssl.methods.moco_v3.modeling_moco_v3 import MoCoV3ForPreTraining
 from hf_ssl.modeling.backbones import layers
-from hf_ssl.modeling.vit.patches import (
+from hf_ssl.modeling.vit import (
     PATCH_SELECTION_TYPES,
     encode_patches,
     select_patches,

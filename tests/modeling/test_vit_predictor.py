@@ -8,7 +8,7 @@ from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from hf_ssl.modeling.fast_layers import ATTENTION_NAME
-from hf_ssl.modeling.vit.predictor import LastViTLayer, vit_layers
+from hf_ssl.modeling.vit import LastViTLayer, vit_layers
 
 TOKENS = 7
 

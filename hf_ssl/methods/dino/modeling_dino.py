@@ -18,7 +18,7 @@ from hf_ssl.modeling.memory import Center, HostNumber
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import COLLAPSED_PROTOTYPES, RunProgress, SSLOutput, prototype_usage
 from hf_ssl.modeling.parameter_groups import ParameterRule
-from hf_ssl.modeling.vit.patches import add_drop_path, without_drop_path
+from hf_ssl.modeling.vit import add_drop_path, without_drop_path
 
 
 class DINOForPreTraining(MomentumModel):

@@ -22,12 +22,12 @@ from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.gather import min_over_processes
 from hf_ssl.modeling.momentum import TeacherModel
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
-from hf_ssl.modeling.vit.patches import (
+from hf_ssl.modeling.vit import (
+    PatchPredictor,
     PatchSelectionModel,
     encode_patches,
     select_patches,
 )
-from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.views.masks import block_size_numbers, first_patches, sample_multi_block_masks
 
 _EVAL_BLOCK_SIZE_NUMBERS = (0.5, 0.5)

@@ -22,14 +22,14 @@ from hf_ssl.losses.regression import patch_statistics
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.vit.patches import (
+from hf_ssl.modeling.vit import (
+    PatchPredictor,
     PatchSelectionModel,
     encode_patches,
     patchify,
     select_patches,
     unpatchify,
 )
-from hf_ssl.modeling.vit.predictor import PatchPredictor
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 
 # Fields that the configs of ViT and ViTMAE both have and that affect the result. Each is passed, because the

@@ -13,7 +13,7 @@ from hf_ssl.modeling.backbones import feature_size, freeze_patch_embedding
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
-from hf_ssl.modeling.vit.patches import PATCH_SELECTION_TYPES, FixedPositions
+from hf_ssl.modeling.vit import PATCH_SELECTION_TYPES, FixedPositions
 
 
 class MoCoV3ForPreTraining(FixedPositions, MomentumModel):
