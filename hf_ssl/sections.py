@@ -12,7 +12,9 @@ import types
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum, EnumType
+from numbers import Real
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
@@ -95,7 +97,8 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
     for path, value, annotation in _leaves(cls, values, where):
         options = (annotation, *typing.get_args(annotation))
         has_no = any(isinstance(enum, EnumType) and "NO" in enum.__members__ for enum in options)
-        nested = "no" if value is False and has_no else value  # YAML reads `no` as False
+        # YAML reads `no` as False
+        nested = "no" if value is False and has_no else as_number(value, annotation)
         for name in reversed(path):
             nested = {name: nested}
         try:
@@ -143,8 +146,8 @@ def _dataclass_of(annotation: Any) -> type | None:
 def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: Any) -> Any:
     """Return an instance of a transformers config.
 
-    A float field accepts a whole number, for which `@strict` alone would raise an error. An unknown key
-    raises an error, although `PreTrainedConfig` accepts it without a message.
+    A float field accepts a whole number (`as_number`), for which `@strict` alone would raise an error. An
+    unknown key raises an error, although `PreTrainedConfig` accepts it without a message.
 
     Args:
         cls: the config class.
@@ -159,9 +162,9 @@ def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: 
 
     annotations = config_fields(cls, without=parts)
     check_keys(values, annotations, where)
-    widened = {key: _widen(value, annotations[key]) for key, value in values.items()}
+    numbers = {key: as_number(value, annotations[key]) for key, value in values.items()}
     try:
-        return cls(**widened, **parts)
+        return cls(**numbers, **parts)
     except StrictDataclassError as error:
         field = re.search(r"error for field '(\w+)'", str(error))
         if field is not None and field[1] in values:
@@ -187,17 +190,28 @@ def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def _widen(value: Any, annotation: Any) -> Any:
-    """Return `value` with floats instead of ints if `annotation` contains float and not int.
+def as_number(value: Any, annotation: Any) -> Any:
+    """Return a number as the type of its field: 1.0 or 1e-3 for 1 or "1e-3", and 4 for 4.0 or "4".
 
-    The annotation is a type or its source text.
+    Other values, and numbers of another type, stay as they are. All settings follow this rule: sections of
+    recipes, configs of methods, and training arguments in Python.
+
+    Args:
+        value: the value, or a list of values.
+        annotation: the type of the field, or its source text.
     """
-    words = set(re.findall(r"\w+", str(annotation)))
-    if "float" not in words or "int" in words or isinstance(value, bool):
-        return value
-    if isinstance(value, list):
-        return [_widen(item, annotation) for item in value]
-    return float(value) if isinstance(value, int) else value
+    if isinstance(value, list | tuple):
+        return type(value)(as_number(item, annotation) for item in value)
+    kinds = set(re.findall(r"\w+", str(annotation))) & {"int", "float", "str", "bool"}
+    if isinstance(value, str) and kinds in ({"int"}, {"float"}):
+        with suppress(ValueError):
+            value = float(value)  # YAML reads 1e-3 as a text
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if "float" in kinds and "int" not in kinds:
+            return float(value)
+        if kinds == {"int"} and not isinstance(value, int) and float(value).is_integer():
+            return int(float(value))
+    return value
 
 
 def _prefixed(where: str, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from messages import mentions
@@ -18,9 +19,11 @@ from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.methods import METHODS
+from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.recipe import Recipe, load_recipe, read_sections
 from hf_ssl.resources import recipe_files
-from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE
+from hf_ssl.sections import convert_values, transformers_config
+from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
 from hf_ssl.views import ViewPreset
 
 SMOKE = "smoke/simclr"
@@ -138,6 +141,37 @@ def test_an_encoder_without_positions_can_have_any_image_size(given: object) -> 
     sizes = "hidden_sizes: [8, 16], depths: [1, 1], num_stages: 2"
     recipe = load(SMOKE, f"backbone={{model_type: convnextv2, {sizes}, image_size: {given}}}")
     assert recipe.backbone_config().image_size == given
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (float, "1e-1", 0.1), (float, 1, 1.0), (float, np.float32(0.5), 0.5), (float, True, None),
+        (float, "warm", None), (int, 3.0, 3), (int, "3", 3), (int, np.int64(3), 3), (int, 2.5, None),
+        (int, True, None), (int, "two", None),
+    ],
+)  # fmt: skip
+def test_numbers_of_all_settings_follow_one_rule(kind, given, expected, tmp_path) -> None:
+    in_data, in_method, in_training = {
+        float: ("max_broken_fraction", "temperature", "weight_decay"),
+        int: ("max_images", "projection_layers", "max_steps"),
+    }[kind]
+    section, output = {in_training: given}, str(tmp_path)
+    makes = (
+        lambda: vars(DataConfig.of({in_data: given, "path": "x"}))[in_data],
+        lambda: vars(
+            transformers_config(SimCLRConfig, {in_method: given}, "method", backbone_config=ResNetConfig())
+        )[in_method],
+        lambda: convert_values(SSLTrainingArguments, section, "training")[in_training],
+        lambda: vars(SSLTrainingArguments(output_dir=output, **section))[in_training],
+    )
+    for make in makes:
+        if expected is None:
+            with pytest.raises(UserError):
+                make()
+        else:
+            found = make()
+            assert (found, type(found)) == (expected, kind)
 
 
 def test_differences_are_what_the_defaults_are_not() -> None:

@@ -17,7 +17,7 @@ from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.evaluation.config import MAIN_KNN
 from hf_ssl.names import renamed_arguments, renamed_keys
 from hf_ssl.precision import DTYPES
-from hf_ssl.sections import to_dataclass
+from hf_ssl.sections import as_number, to_dataclass
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
@@ -180,7 +180,7 @@ class SSLTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._read_lars()
-        self.dataloader_num_workers = workers = _worker_count(self.dataloader_num_workers)
+        self.dataloader_num_workers = workers = as_number(self.dataloader_num_workers, int)
         check_arguments(self)
         if self.nesterov:
             warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=4)
@@ -418,11 +418,3 @@ class SSLTrainingArguments(TrainingArguments):
                 f"{self.world_size} x {self.gradient_accumulation_steps}, got {self.batch_size}"
             )
         return self.batch_size // micro_batches
-
-
-def _worker_count(given: Any) -> Any:
-    """Return a whole number of workers as an int, also if it is a text; return other values unchanged."""
-    try:
-        return int(given) if float(given).is_integer() else given
-    except (TypeError, ValueError):
-        return given

@@ -10,7 +10,6 @@ import math
 import types
 import typing
 from collections.abc import Callable, Container, Iterable
-from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import get_all_start_methods
 from os import PathLike
@@ -29,7 +28,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
-from hf_ssl.sections import default_values, describe
+from hf_ssl.sections import as_number, default_values, describe
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
@@ -189,25 +188,23 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
 
 
 def _checked_type(name: str, value: Any, annotation: Any) -> Any:
-    """Return the value, with an int for a whole number. Raise `UserError` for a value of another type."""
-    if isinstance(value, str) and annotation in (float, float | None):
-        with suppress(ValueError):
-            value = float(value)  # YAML reads 1e-3 as a text
+    """Return the value as `as_number` does. Raise `UserError` for a value of another type."""
+    value = as_number(value, annotation)
     if name in _CHOICES:
         check_name(f"training.{name}", value, [item.value for item in _CHOICES[name]], "a known name")
     valid = isinstance(value, _FURTHER_TYPES.get(name, ())) or _fits(value, annotation)
     check_values("training", (name, value, valid, describe(annotation)))
-    return int(value) if annotation in (int, int | None) and isinstance(value, float) else value
+    return value
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Return whether a value has a type. A float field accepts an int, and an int field the float 64.0."""
+    """Return whether a value has a type. A float field accepts an int."""
     kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if kind in (int, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return number and (kind is float or int(value) == value)
+        allowed = int | float if kind is float else int
+        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
     if kind is typing.Literal:
         return value in arguments
     if kind is list:
