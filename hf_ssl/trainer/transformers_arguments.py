@@ -188,8 +188,8 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
 
 
 def _checked_type(name: str, value: Any, annotation: Any) -> Any:
-    """Return the value as `as_number` does. Raise `UserError` for a value of another type."""
-    value = as_number(value, annotation)
+    """Return the value as `as_number` does, but an int as it is. Raise `UserError` for another type."""
+    value = value if isinstance(value, int) else as_number(value, annotation)  # eval_steps=50 remains 50
     if name in _CHOICES:
         check_name(f"training.{name}", value, [item.value for item in _CHOICES[name]], "a known name")
     valid = isinstance(value, _FURTHER_TYPES.get(name, ())) or _fits(value, annotation)

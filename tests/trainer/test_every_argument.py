@@ -306,7 +306,7 @@ def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeyp
         ({"logging_steps": float("inf")}, ["training.logging_steps", "inf"]),
         ({"warmup_epochs": float("inf")}, ["training.warmup_epochs", "inf"]),
         ({"learning_rate": np.array([1.0, 2.0])}, ["training.learning_rate", "number"]),
-        ({"learning_rate_drops": ["1"]}, ["training.learning_rate_drops", "numbers"]),
+        ({"learning_rate_drops": ["one"]}, ["training.learning_rate_drops", "numbers"]),
         ({"metric_for_best_model": 3}, ["training.metric_for_best_model", "text", 3]),
         ({"report_to": 3}, ["training.report_to", 3]),
         ({"seed": -1}, ["training.seed", "2**32", -1]),
