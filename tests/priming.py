@@ -5,12 +5,11 @@ from torch import Tensor
 
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import RunProgress
-from hf_ssl.trainer.callbacks import store_embeddings
 
 
 def prime(model: SSLPreTrainedModel, *batches: dict[str, Tensor]) -> None:
     """Show the batches to a method that begins with a pass over the data; leave others alone."""
     if model.needs_memory_warmup:
         for batch in batches:
-            store_embeddings(model.train(), batch)
+            model.train().fill_memory(batch)
         model.before_epoch(RunProgress(step=0, total_steps=10, steps_per_epoch=5))

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last, so that an installed hf_ssl is the one that is tested
 
 from training.benchmarks import pairs, report  # noqa: E402
+from training.benchmarks.losses import memory_bank  # noqa: E402
 from training.benchmarks.pairs import Pair, Timing, compare  # noqa: E402
+from training.benchmarks.steps import cpc_step  # noqa: E402
 
 RESULTS = ROOT / "training" / "benchmarks" / "results"
 MACHINE = {"device": "a processor", "cores": 2, "packages": {"torch": "2.15"}}
@@ -75,6 +77,18 @@ def test_the_readme_shows_the_recorded_table():
     record = json.loads((RESULTS / "cpu.json").read_text())
     assert (RESULTS / "cpu.md").read_text() == report.table(record)
     assert report.table(record).rstrip() in (ROOT / "training/README.md").read_text()
+
+
+def test_both_sides_of_the_memory_bank_compute_the_same_gradient():
+    pair = memory_bank(5, 7, num_rows=20, dims=6)(torch.device("cpu"))
+    assert pair.peer().abs().min() > 0
+    torch.testing.assert_close(pair.ours(), pair.peer(), rtol=1e-4, atol=1e-5)
+
+
+def test_both_sides_of_the_step_of_cpc_run():
+    pair = cpc_step(batch=2)(torch.device("cpu"))
+    pair.ours()
+    pair.peer()
 
 
 @pytest.mark.parametrize("name", ["cpu.png", "streaming.png"])

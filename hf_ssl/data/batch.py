@@ -156,9 +156,14 @@ class ProcessShare(NamedTuple):
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def images(self) -> int:
+        """Return the number of images in a batch of all processes."""
+        return self.batch_size * self.world_size
+
     def batches(self, rows: int) -> int:
         """Return the number of whole batches of all processes in an epoch of this number of rows."""
-        return rows // (self.batch_size * self.world_size)
+        return rows // self.images
 
 
 def make_batch(

@@ -2,8 +2,9 @@
 """The loader of training data, and the batches of map-style data: the order of rows, and their images."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -50,6 +51,7 @@ def train_loader(
     prefetch_factor: int | None = None,
     start_method: str | None = None,
     device: torch.device | str = "cpu",
+    has_all_rows: bool = False,
 ) -> "DataLoader[LoadedBatch]":
     """Return the training loader of one process.
 
@@ -80,6 +82,7 @@ def train_loader(
         prefetch_factor: batches that each worker prepares in advance; None for torch's default.
         start_method: how worker processes start, "fork", "spawn" or "forkserver"; None for torch's default.
         device: the device of the model, which stores the images for `data.cache=device`.
+        has_all_rows: whether each epoch has all rows of map-style data, see `RowBatchSampler`.
 
     Raises:
         UserError: there are fewer images than a batch, no image can be read, or the sizes of images differ
@@ -102,7 +105,8 @@ def train_loader(
         raise too_few_images(source, batch_size * world_size, "a smaller one")
     if source.streaming:
         return make_stream_loader(source, preset, config, share, start_batch, position, options)
-    return _map_loader(source, preset, config, share, start_batch, torch.device(device), options)
+    sampler = partial(RowBatchSampler, share=share, start=start_batch, has_all_rows=has_all_rows)
+    return _map_loader(source, preset, config, share, sampler, torch.device(device), options)
 
 
 def holds_batch(source: Source, share: ProcessShare) -> bool:
@@ -134,7 +138,7 @@ def _map_loader(
     preset: ViewPreset,
     config: DataConfig,
     share: ProcessShare,
-    start_batch: int,
+    sampler: Callable[[int], "RowBatchSampler"],
     device: torch.device,
     options: dict[str, Any],
 ) -> "MapLoader":
@@ -144,7 +148,7 @@ def _map_loader(
     device_images = None
     if decoded is not None and config.cache == "device":
         rows, device_images = RowNumbers(decoded), _copy_to_device(source, decoded, device)
-    options["batch_sampler"] = RowBatchSampler(len(rows), share, start_batch)
+    options["batch_sampler"] = sampler(len(rows))
     options["persistent_workers"] = options["num_workers"] > 0
     return MapLoader(MapBatchDataset(rows, preset, share.seed, small), device_images, **options)
 
@@ -200,31 +204,38 @@ class RowBatchSampler(Sampler[RowBatch]):
 
     Batch b of all processes together belongs to epoch b // len(self). It is a slice of the permutation of
     this epoch. Process r takes part r of it, so that two processes with half the batch read the rows of one
-    process. The epoch omits rows that do not fill a batch.
+    process. The epoch omits rows that do not fill a batch. With `has_all_rows`, they form a further batch
+    together with the last rows of the batch before, so that all batches have the same size.
 
     Args:
         num_rows: number of rows of the data.
         share: the part of this process.
         start: number of earlier micro-batches. The first `iter()` yields the rest of the epoch.
+        has_all_rows: whether an epoch has all rows.
     """
 
-    def __init__(self, num_rows: int, share: ProcessShare, start: int = 0) -> None:
+    def __init__(
+        self, num_rows: int, share: ProcessShare, start: int = 0, has_all_rows: bool = False
+    ) -> None:
         self.num_rows = num_rows
         self.share = share
+        self.count = share.batches(num_rows)
+        if has_all_rows and self.count * share.images < num_rows:
+            self.count += 1
         self.next_batch = start
 
     def __len__(self) -> int:
-        return self.share.batches(self.num_rows)
+        return self.count
 
     def __iter__(self) -> Iterator[RowBatch]:
         # This generator starts when its first batch is read. torch calls `iter` more often than it reads.
         start = self.next_batch
         epoch = start // len(self)
         self.next_batch = (epoch + 1) * len(self)  # an interrupted iteration is not continued
-        seed, batch_size, rank, world_size = self.share
-        order = permutation(self.num_rows, seed, epoch)
+        order, batch_size = permutation(self.num_rows, self.share.seed, epoch), self.share.batch_size
         for number in range(start, (epoch + 1) * len(self)):
-            first = (number % len(self) * world_size + rank) * batch_size
+            first = min(number % len(self) * self.share.images, self.num_rows - self.share.images)
+            first += self.share.rank * batch_size
             yield RowBatch(epoch, order[first : first + batch_size])
 
 

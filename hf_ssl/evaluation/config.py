@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import check_values
+from hf_ssl.errors import UserError, check_values
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
 
@@ -43,8 +43,9 @@ class EvaluationConfig:
     precision: str = "auto"
     pooling: str = "auto"  # see POOLINGS
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
-    # [patch, stride] in pixels of processed images: also k-NN by the mean feature of a grid of patches (CPC)
-    patch_grid: list[int] = field(default_factory=list)
+    # [patch, stride] in pixels of processed images: also k-NN by the mean feature of a grid of patches. None:
+    # the grid of the method (CPC; other methods have none). []: no grid
+    patch_grid: list[int] | None = None
     neighbors: list[int] = field(default_factory=lambda: list(NEIGHBORS))
     temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
     few_labels: list[int] = field(default_factory=list)  # labels per class
@@ -87,7 +88,7 @@ class EvaluationConfig:
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
         split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
-        grid = list(self.patch_grid)
+        grid = self.patch_grid
         is_grid = not grid or (len(grid) == 2 and are_positive(grid))
         lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
         keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
@@ -99,12 +100,27 @@ class EvaluationConfig:
             ("test_split", split, other, "a split other than train_split", advice),
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
-            ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], or [] for none"),
+            ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], [] for none, or null"),
             *((key, given, are_positive(given), "one or more positive numbers") for key, given in lists),
             ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
             *((key, most, most is None or most >= 2, "at least 2", "null for all") for key, most in limits),
         )
+
+
+def check_patch_grid(patch: int, stride: int, *sides: int) -> None:
+    """Raise UserError if a grid of patches does not cover images with these sides.
+
+    Args:
+        patch, stride: `evaluation.patch_grid`.
+        sides: sides of the processed images, in pixels.
+    """
+    for side in sides:
+        if side < patch or (side - patch) % stride:
+            raise UserError(
+                f"evaluation.patch_grid: expected patches that cover images of {side} pixels, got patches of "
+                f"{patch} pixels with stride {stride}"
+            )
 
 
 def are_positive(values: Sequence[float]) -> bool:
@@ -137,7 +153,7 @@ class EncoderResult(TypedDict):
     knn: KnnResult
     linear: dict[str, Any] | None  # the fields of LinearProbe
     few_labels: list[dict[str, float]]  # labels_per_class, mean, std, draws
-    skipped: list[str]  # measurements for which there were too few images
+    skipped: list[str]  # measurements that were not possible, most of them because of too few images
     statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
     seconds: dict[str, float]
     precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"

@@ -16,7 +16,8 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.modeling.backbones import encode, load_weights, loading_errors
+from hf_ssl.evaluation.config import check_patch_grid
+from hf_ssl.modeling.backbones import load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.pooling import Pooling, has_class_token, pool, pooling_rule
 from hf_ssl.precision import autocast
@@ -274,11 +275,12 @@ class PatchGrid(nn.Module):
     Args:
         encoder: a vision encoder of transformers. It encodes each patch separately.
         patch, stride: side of a patch and distance of neighboring patches, in pixels.
+        pooling: pooling of the feature of a patch, see `pool`.
     """
 
-    def __init__(self, encoder: Any, patch: int, stride: int) -> None:
+    def __init__(self, encoder: Any, patch: int, stride: int, pooling: Pooling = "auto") -> None:
         super().__init__()
-        self.encoder, self.patch, self.stride = encoder, patch, stride
+        self.encoder, self.patch, self.stride, self.pooling = encoder, patch, stride, pooling
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Return `pooler_output` (B, D) of images (B, C, H, W).
@@ -287,17 +289,13 @@ class PatchGrid(nn.Module):
             UserError: the grid does not cover the images.
         """
         patch, stride = self.patch, self.stride
-        for side in pixel_values.shape[-2:]:
-            if side < patch or (side - patch) % stride:
-                raise UserError(
-                    f"evaluation.patch_grid: expected patches that cover images of {side} pixels, got "
-                    f"patches of {patch} pixels with stride {stride}"
-                )
+        check_patch_grid(patch, stride, *pixel_values.shape[-2:])
         windows = pixel_values.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
         patches = windows.flatten(0, 2)
         # The patches have more pixels than the images, so they are encoded in several passes.
         at_once = max(1, pixel_values[:, 0].numel() // patch**2)
-        encoded = torch.cat([encode(self.encoder, part) for part in patches.split(at_once)])
+        outputs = (self.encoder(pixel_values=part) for part in patches.split(at_once))
+        encoded = torch.cat([pool(each, self.pooling, self.encoder) for each in outputs])
         return {"pooler_output": encoded.unflatten(0, (len(pixel_values), -1)).mean(1)}
 
 

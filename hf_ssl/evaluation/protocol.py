@@ -22,6 +22,7 @@ from hf_ssl.evaluation.features import (
     dtype_of,
     extract_poolings,
     fastest_device,
+    first_output,
     inspect_encoder,
     load_encoder,
     load_processor,
@@ -29,14 +30,12 @@ from hf_ssl.evaluation.features import (
 )
 from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.linear import HELD_OUT, MOMENTUM, linear_probe
-from hf_ssl.evaluation.statistics import embedding_std, rank_me, uniformity
+from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.pooling import Pooling
+from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import progress
-
-STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
 class LabeledData(Protocol):
@@ -117,8 +116,17 @@ def evaluate_encoder(
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
     compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
     encoders: dict[nn.Module, list[Pooling]] = {model: list(dict.fromkeys([pooling, *compared]))}
-    if config.patch_grid:
-        encoders[PatchGrid(model, *config.patch_grid)] = ["pooler"]
+    skipped: list[str] = []
+    if patch_grid := declared_patch_grid(model) if config.patch_grid is None else config.patch_grid:
+        patch, stride = patch_grid
+        grid_encoder = PatchGrid(model, patch, stride, pooling)
+        try:  # before the features are extracted, which may take long
+            first_output(grid_encoder, processor, next(iter(test.iter_batches(1))), device)
+            encoders[grid_encoder] = ["pooler"]
+        except UserError as error:
+            if config.patch_grid is not None:
+                raise
+            skipped = [str(error)]  # the image processor is not that of the encoder
     with _timed(seconds, "features"):
         (bank, queries), *of_grid = (
             [
@@ -145,7 +153,7 @@ def evaluate_encoder(
         device=device,
         description=description,
     )
-    result["seconds"] = seconds | result["seconds"]
+    result["seconds"], result["skipped"] = seconds | result["seconds"], result["skipped"] + skipped
     result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
     shown: dict[str, list[Tensor]] = {name: [bank[name], queries[name]] for name in compared}
     for grid in of_grid:
@@ -304,19 +312,6 @@ def _linear(
     )
     # Keys in JSON must be strings.
     return probe._asdict() | {"validation": {str(rate): value for rate, value in probe.validation.items()}}
-
-
-def feature_statistics(features: Tensor) -> dict[str, float]:
-    """Return the statistics of features (N, D), computed on at most 10,000 evenly spaced rows."""
-    rows = min(len(features), STATISTICS_ROWS)
-    index = torch.arange(rows) * len(features) // rows
-    sample = features[index]
-    return {
-        "embedding_std": embedding_std(sample),
-        "rank_me": rank_me(sample),
-        "uniformity": uniformity(sample),
-        "images": rows,
-    }
 
 
 def _main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:

@@ -13,6 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROW_CHUNK = 1024
+STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
+
+
+def feature_statistics(features: Tensor) -> dict[str, float]:
+    """Return the statistics of features (N, D), computed on at most 10,000 evenly spaced rows."""
+    rows = min(len(features), STATISTICS_ROWS)
+    index = torch.arange(rows) * len(features) // rows
+    sample = features[index]
+    return {
+        "embedding_std": embedding_std(sample),
+        "rank_me": rank_me(sample),
+        "uniformity": uniformity(sample),
+        "images": rows,
+    }
 
 
 def embedding_std(features: Tensor) -> float:

@@ -149,6 +149,7 @@ METHODS: dict[str, Method] = {
         title="PIRL",
         classes="pirl.PIRL",
         paper="Misra and van der Maaten, 2019, arXiv:1912.01991",
-        summary="An image and its jigsaw of nine patches become similar; a memory bank has the negatives.",
+        summary="An image and its jigsaw of nine patches become similar. The negatives are embeddings of "
+        "other images in a memory bank.",
     ),
 }

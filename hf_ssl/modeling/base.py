@@ -32,7 +32,7 @@ from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import DeferredMemory, HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parameter_groups import ParameterRule
-from hf_ssl.modeling.pooling import Pooling, declare_feature
+from hf_ssl.modeling.pooling import Pooling, declare_feature, declare_patch_grid
 from hf_ssl.modeling.requirements import Requirements
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
                                     schedules and EMA updates, called by the trainer
         synchronize_inputs(inputs)  make the shapes of inputs agree on all processes
         measurements(embeddings)    more numbers for the monitor
+        patch_grid                  a grid of patches whose mean feature is also evaluated
         pictures(inputs)            images that a run saves
 
     It sets the class attributes below where the defaults do not fit. `TeacherModel` is the base class of
@@ -69,7 +70,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     Attributes:
         couples_samples: whether the loss compares images with each other. Embeddings are then gathered from
             all processes with gradient. A loss that is a mean over images needs no gathering, because DDP's
-            average is exact.
+            average is exact. If this depends on the config, see `compares_images`.
         minimum_views, maximum_views: how many views of an image the loss needs and accepts.
         takes_local_views: whether the method uses small views in addition to the global ones (multi-crop).
         joint_batch_norm: whether BatchNorm normalizes all views of one size together. If False, each view
@@ -85,9 +86,12 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         memory_inputs: names of the embeddings that `update_memory` needs.
         needs_memory_warmup: whether all images must be embedded once before the first step, to fill the
             memory bank. A model can set it from its config.
+        warmup_has_all_rows: whether this pass includes the images that do not fill a batch. Some images of
+            the batch before are then embedded again.
         needs_sample_index: whether the method stores a state of each image, such as an entry in a memory
             bank. Images then need row numbers, which a stream does not have, and the config has
             `num_samples`, the number of images. If this depends on the config, see `stores_images`.
+        streaming_advice: what the user can choose instead, for the error about a stream.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
         continues: whether `start_from` gave the backbone trained weights.
@@ -110,6 +114,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     mask_inputs: ClassVar[tuple[str, ...]] = ()
     memory_inputs: tuple[str, ...] = ()
     needs_memory_warmup: bool = False
+    warmup_has_all_rows: ClassVar[bool] = False
     needs_sample_index: ClassVar[bool] = False
     collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, **COLLAPSED_RANK}
 
@@ -181,12 +186,27 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         """Return the rules for parameters that do not use the trainer's defaults."""
         return ()
 
+    @property
+    def patch_grid(self) -> list[int] | None:
+        """Return side and distance of the patches whose mean feature is also evaluated (CPC), or None.
+
+        Both are in pixels of the encoder's input. The config of the exported encoder stores them.
+        """
+        return None
+
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Update queues, memory banks and centers: once for each batch in training, after the loss.
 
         Args:
             embeddings: those that `memory_inputs` names, of all processes, without gradient.
         """
+
+    @torch.no_grad()
+    def fill_memory(self, inputs: dict[str, Tensor]) -> None:
+        """Store the embeddings of a batch in the memory before the first step (`needs_memory_warmup`)."""
+        embeddings = self.embed(inputs)
+        self.update_memory({name: gather(embeddings[name]) for name in self.memory_inputs})
+        self.write_memory()
 
     def synchronize_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs whose shapes agree on all processes; `forward` calls it in training."""
@@ -418,6 +438,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         self.freeze()
         if self.published_feature != "auto":
             declare_feature(self.exported_encoder, self.published_feature)
+        declare_patch_grid(cast(PreTrainedModel, self.get_submodule(self.exported)), self.patch_grid)
 
     @classmethod
     def from_backbone(cls, encoder: str | os.PathLike | PreTrainedModel, **settings: Any) -> Self:

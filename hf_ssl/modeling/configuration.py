@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.errors import check_values
+from hf_ssl.errors import UserError, check_values
 from hf_ssl.losses.upcasting import SMALLEST_TEMPERATURE
 from hf_ssl.views.preset import ViewPreset
 
@@ -177,3 +177,23 @@ def check_fields(*fields: tuple[str, Any, bool, str]) -> None:
         fields: see `hf_ssl.errors.check_values`.
     """
     check_values("method", *fields)
+
+
+def check_unused(config: SSLConfig, names: Sequence[str], condition: str) -> None:
+    """Raise `UserError` for the first field that was set although it has no effect.
+
+    A field with its default value passes, so that stored configs can be loaded.
+
+    Args:
+        config: config of a method.
+        names: fields without effect.
+        condition: the other setting that makes them so, such as "method.head=linear".
+    """
+    defaults = {item.name: item.default for item in fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise UserError(
+                f"method.{name}: expected no value, because it has no effect with {condition}, got {value}; "
+                "leave it out"
+            )

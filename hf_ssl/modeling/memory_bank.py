@@ -18,12 +18,13 @@ from hf_ssl.losses import memory_nce_constant
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import BankConfig
-from hf_ssl.modeling.gather import process_count, sum_over_processes
+from hf_ssl.modeling.gather import gather, process_count, sum_over_processes
 from hf_ssl.modeling.memory import Counter, DeferredMemory, ImageRows
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.random import FIRST_METHOD_NUMBER, draw_indices, image_seeds, uniforms
 
 _ROWS_AT_ONCE = 2**14  # 2**14 rows of 128 random numbers are 16 MiB
+_FIRST_BANK_EPOCH = 2**32  # takes the place of the epoch in the seeds of random rows
 _NUMBERS_PER_DRAW = 2**32  # distance of two draws in the stream of an image
 
 
@@ -41,9 +42,11 @@ class MemoryBank(ImageRows, DeferredMemory):
         momentum: share of the old row in the new one (CMC, InsDis, VISSL and PyContrast: 0.5).
         start: the rows before the first step. "unit" is random unit vectors (VISSL, PyContrast). "uniform" is
             random numbers from -sqrt(3 / D) to sqrt(3 / D), whose rows have length 1 only on average (CMC).
-            "images" is zeros: the first embedding of an image becomes its row.
+            "images" is zeros: the first embedding of an image becomes its row. The row of an image that
+            cannot be read stays zero.
         precision: precision of the rows: "float32", "bfloat16" or "float16".
-        seed: seed of the rows before the first step. Two banks of a model need different ones.
+        seed: seed of the run, on which the random rows before the first step depend.
+        number: number of the bank in its model. Two banks with different numbers start with different rows.
 
     Attributes:
         rows: (N, D).
@@ -58,16 +61,18 @@ class MemoryBank(ImageRows, DeferredMemory):
         start: str = "unit",
         precision: str = "float32",
         seed: int = 0,
+        number: int = 0,
     ) -> None:
         super().__init__(size, dims, dtype=getattr(torch, precision))
-        self.momentum, self.start, self.seed = momentum, start, seed
+        self.momentum, self.start, self.seed, self.number = momentum, start, seed, number
         self._new: tuple[Tensor, Tensor] | None = None
         self.initialize()
 
     def initialize(self) -> None:
-        """Write the first rows. A random row is a function of the seed and of its number."""
+        """Write the first rows. A random row is a function of `seed`, `number` and its row number."""
         if not self.rows.is_meta:
-            init.copy_(self.rows, _first_rows(self.rows.shape, self.start, self.seed).to(self.rows))
+            rows = _first_rows(self.rows.shape, self.start, self.seed, self.number)
+            init.copy_(self.rows, rows.to(self.rows))
 
     def draw(self, seeds_B: Tensor, count: int, number: int = 0) -> Tensor:
         """Return the row numbers (B, count) of random negatives, sampled with replacement from all N rows.
@@ -178,11 +183,11 @@ class NCEConstants(Counter, DeferredMemory):
 class MemoryBankModel(SSLPreTrainedModel):
     """A method that compares embeddings with random rows of a memory bank.
 
-    The config is a `BankConfig`. `embed` also returns `image_keys`, and `update_memory` calls
-    `MemoryBank.update`.
+    The config is a `BankConfig`. `embed` also returns `image_keys`. The method defines `update_banks`.
     """
 
     minimum_views = 1
+    warmup_has_all_rows = True
     needs_sample_index = True
     mask_inputs: ClassVar[tuple[str, ...]] = ("draw_seeds",)
 
@@ -194,12 +199,15 @@ class MemoryBankModel(SSLPreTrainedModel):
             )
         super().__init__(config)
 
-    def make_bank(self, dims: int, seed: int = 0) -> MemoryBank:
+    def make_bank(self, dims: int, number: int = 0) -> MemoryBank:
         """Return the memory bank that the config describes, and note whether it must be filled first.
+
+        The random rows before the first step depend on torch's last seed. In a run, this is the seed of the
+        run. The function does not change the state of torch's generator.
 
         Args:
             dims: width of the rows.
-            seed: seed of the rows before the first step. Two banks need different ones.
+            number: number of the bank. Two banks of a model need different ones.
         """
         config: Any = self.config
         self.needs_memory_warmup = config.bank_start == "images"
@@ -209,8 +217,31 @@ class MemoryBankModel(SSLPreTrainedModel):
             momentum=config.bank_momentum,
             start=config.bank_start,
             precision=config.bank_precision,
-            seed=seed,
+            seed=torch.initial_seed(),
+            number=number,
         )
+
+    def embed_images(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the embeddings that `update_banks` needs. Other parts of `embed` may be left out."""
+        return self.embed(inputs)
+
+    def update_banks(self, embeddings: dict[str, Tensor]) -> None:
+        """Call `MemoryBank.update` with the embeddings of all processes."""
+        raise NotImplementedError(f"{type(self).__name__} defines no update_banks")
+
+    def update_memory(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the embeddings for the memory bank."""
+        self.update_banks(embeddings)
+
+    @torch.no_grad()
+    def fill_memory(self, inputs: dict[str, Tensor]) -> None:
+        """Write the embeddings of a batch to the memory bank. This function sets no constants of NCE.
+
+        The first training batch sets them, because an unfilled bank has no scores.
+        """
+        embeddings = self.embed_images(inputs)
+        self.update_banks({name: gather(tensor) for name, tensor in embeddings.items()})
+        self.write_memory()
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return the seeds (B,) int64 of random negatives."""
@@ -234,13 +265,14 @@ class MemoryBankModel(SSLPreTrainedModel):
         return {name: inputs[name] for name in ("sample_index", "draw_seeds")}
 
 
-def _first_rows(shape: torch.Size, start: str, seed: int) -> Tensor:
+def _first_rows(shape: torch.Size, start: str, seed: int, number: int) -> Tensor:
     """Return rows (N, D) float32, see `MemoryBank`."""
     size, dims = shape
     if start == "images":
         return torch.zeros(shape)
     rows = np.empty((size, dims), np.float32)
-    seeds = image_seeds(seed, 0, np.arange(size, dtype=np.uint64))
+    # No epoch has such a number, so no image has the same seed.
+    seeds = image_seeds(seed, _FIRST_BANK_EPOCH + number, np.arange(size, dtype=np.uint64))
     half = -(-dims // 2)
     for begin in range(0, size, _ROWS_AT_ONCE):
         part = slice(begin, begin + _ROWS_AT_ONCE)

@@ -26,8 +26,8 @@ class ParallelResNets(ResNetPreTrainedModel):
     matrix, whose blocks are those of the narrow ResNets. BatchNorm treats each channel separately, so its
     values are only concatenated.
 
-    Training uses the narrow ResNets, because the blocks of zeros would double (for M views: multiply by M)
-    the number of operations.
+    Training uses the narrow ResNets, because they need fewer operations. With M views, the folded ResNet
+    needs about M times as many operations, and the additional ones are multiplications by zero.
 
     Args:
         config: config of the folded `ResNetModel`.
@@ -103,7 +103,9 @@ class ParallelResNets(ResNetPreTrainedModel):
             value.zero_()
             blocks = [part[name] for part in parts]
             for block, region, matrix in zip(blocks, _regions(name, blocks), maps, strict=True):
-                value[region] = torch.einsum("oikl,ic->ockl", block, matrix) if name == _FIRST else block
+                value[region] = (
+                    torch.einsum("oikl,ic->ockl", block.double(), matrix) if name == _FIRST else block
+                )
         return full.train(self.training)
 
     @torch.no_grad()
@@ -125,9 +127,7 @@ class ParallelResNets(ResNetPreTrainedModel):
                 for block, region, matrix in zip(blocks, _regions(name, blocks), maps, strict=True):
                     found = given[name][region]
                     if name == _FIRST:
-                        found = torch.einsum(
-                            "ockl,ci->oikl", found.double(), torch.linalg.pinv(matrix.double())
-                        )
+                        found = torch.einsum("ockl,ci->oikl", found.double(), torch.linalg.pinv(matrix))
                     block.copy_(found)
             fits = all(_is_close(value, given[name]) for name, value in self.fold().state_dict().items())
         if not fits:
@@ -145,10 +145,10 @@ class ParallelResNets(ResNetPreTrainedModel):
             )
 
     def _maps(self) -> list[Tensor]:
-        """Return the linear map (c, 3) of each view."""
+        """Return the linear map (c, 3) of each view in float64, which autocast and TF32 do not change."""
         self.check_folding()
         weight = self.parts[0].get_parameter(_FIRST)
-        return [weight.new_tensor(matrix) for matrix in self.views.matrices or ()]
+        return [weight.new_tensor(matrix, dtype=torch.float64) for matrix in self.views.matrices or ()]
 
 
 def _regions(name: str, blocks: Sequence[Tensor]) -> list[tuple[slice, ...]]:

@@ -5,7 +5,7 @@ Training, monitor, evaluation, cards and Spaces use the same rule, `pooling_rule
 and describe the same feature. This module imports neither torch nor transformers, because recipes need none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_ssl.errors import UserError
@@ -26,6 +26,25 @@ def declare_feature(encoder: "PreTrainedModel", pooling: Pooling) -> None:
     """
     if pooling != "auto":
         encoder.config.published_feature = pooling
+
+
+def declare_patch_grid(encoder: "PreTrainedModel", grid: Sequence[int] | None) -> None:
+    """Record in an encoder's config that the mean feature of a grid of patches is a second feature (CPC).
+
+    Args:
+        encoder: its config gets the attribute `published_patch_grid`. None deletes this attribute, which an
+            encoder has if training starts from one of CPC.
+        grid: side and distance of the patches, in pixels of the encoder's input.
+    """
+    if grid is not None:
+        encoder.config.published_patch_grid = list(grid)
+    elif declared_patch_grid(encoder) is not None:
+        del encoder.config.published_patch_grid
+
+
+def declared_patch_grid(model: "nn.Module") -> list[int] | None:
+    """Return side and distance of patches that `declare_patch_grid` recorded for an encoder, or None."""
+    return getattr(getattr(model, "config", None), "published_patch_grid", None)
 
 
 def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:

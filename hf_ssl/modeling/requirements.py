@@ -16,6 +16,7 @@ class Requirements:
     takes_local_views: ClassVar[bool]
     backbone_types: ClassVar[tuple[str, ...] | None]
     needs_sample_index: ClassVar[bool]
+    streaming_advice: ClassVar[str] = "a method with a queue (MoCo, SwAV) or in-batch negatives (SimCLR)"
     config_class: Any
     config: Any
 
@@ -67,14 +68,18 @@ class Requirements:
         if needed and streaming:
             raise UserError(
                 f"data.streaming: expected images with row numbers for {cls.method_name()}, got a stream; "
-                "use data.streaming=false, or a method with a queue (MoCo, SwAV) or in-batch negatives "
-                "(SimCLR)"
+                f"use data.streaming=false, or {cls.streaming_advice}"
             )
 
     @classmethod
-    def check_batch_size(cls, batch_size: int) -> None:
-        """Raise `UserError` if a batch has too few images for the method."""
-        if cls.couples_samples and batch_size < 2:
+    def compares_images(cls, config: Any) -> bool:
+        """Return whether the loss of a model with this config compares images of a batch with each other."""
+        return cls.couples_samples
+
+    @classmethod
+    def check_batch_size(cls, batch_size: int, config: Any) -> None:
+        """Raise `UserError` if a batch has too few images for a model with this config."""
+        if cls.compares_images(config) and batch_size < 2:
             raise UserError(
                 f"training.batch_size: expected at least 2, because {cls.method_name()} compares images with "
                 f"each other, got {batch_size}"

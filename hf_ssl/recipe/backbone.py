@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `backbone` of a recipe: a config of transformers, or a trained encoder (`init_from`)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.errors import UserError, check_name, one_line
+from hf_ssl.evaluation.config import check_patch_grid
 from hf_ssl.sections import config_fields, to_dataclass
 from hf_ssl.views.preset import ViewPreset
 
@@ -114,12 +116,22 @@ def pretrained_views(init_from: str, given: dict[str, Any], data: DataConfig) ->
     return views
 
 
-def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPreset) -> None:
+def check_encoder(
+    config: "PreTrainedConfig", data: DataConfig, views: ViewPreset, patch_grid: Sequence[int] | None = None
+) -> None:
     """Check that the encoder can encode the views, by a forward pass on torch's meta device.
 
+    Args:
+        config: config of the encoder.
+        data: the section `data`, which has the number of channels.
+        views: the section `views`.
+        patch_grid: `evaluation.patch_grid`, whose patches must cover the images and fit the encoder.
+
     Raises:
-        UserError: the encoder cannot be built or cannot encode these views.
+        UserError: the encoder cannot be built, or cannot encode these views or patches.
     """
+    if patch_grid:
+        check_patch_grid(*patch_grid, views.final_size)
     import torch
     from transformers import AutoModel
 
@@ -138,3 +150,11 @@ def check_encoder(config: "PreTrainedConfig", data: DataConfig, views: ViewPrese
     if encoder.main_input_name != "pixel_values":
         raise UserError(f"backbone.model_type: expected an encoder of images, got {config.model_type}")
     check_image_sizes(encoder, views.final_sizes, data.channels, views.final_size)
+    if patch_grid:
+        try:
+            check_image_sizes(encoder, patch_grid[:1], data.channels)
+        except UserError as error:
+            raise UserError(
+                f"evaluation.patch_grid: expected patches that {config.model_type} can encode, got patches "
+                f"of {patch_grid[0]} pixels; use larger ones"
+            ) from error

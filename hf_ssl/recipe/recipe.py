@@ -250,10 +250,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone_type=backbone["model_type"],
         views=views,
         streaming=data.streaming,
-        batch_size=args.batch_size,
     )
-    check_encoder(recipe.backbone_config(), data, views)
-    recipe.model_class.check_streaming(data.streaming, recipe.config())
+    check_encoder(recipe.backbone_config(), data, views, recipe.evaluation.patch_grid)
+    config = recipe.config()
+    recipe.model_class.check_streaming(data.streaming, config)
+    recipe.model_class.check_batch_size(args.batch_size, config)
     if "dataloader_num_workers" in recipe.training:  # OmegaConf makes it a text, because `auto` is one
         recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
     check_metric(args.metric_for_best_model)
@@ -266,7 +267,6 @@ def check_method(
     backbone_type: str,
     views: ViewPreset,
     streaming: bool,
-    batch_size: int,
 ) -> None:
     """Check that a method can be trained with these settings.
 
@@ -275,11 +275,10 @@ def check_method(
         backbone_type: model type of the encoder.
         views: the augmentation settings.
         streaming: whether the data are a stream.
-        batch_size: images in an optimizer step.
 
     Raises:
-        UserError: the method needs another encoder, another number of views, map-style data, or more images;
-            or it has no text for the card.
+        UserError: the method needs another encoder, another number of views, or map-style data; or it has
+            no text for the card.
     """
     try:
         resource("model_cards", "methods", f"{name}.md")
@@ -292,7 +291,6 @@ def check_method(
     model.check_backbone(backbone_type)
     model.check_views(views.count, views.local_count)
     model.check_streaming(streaming)
-    model.check_batch_size(batch_size)
 
 
 def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:

@@ -23,8 +23,7 @@ from hf_ssl.data import LoadedBatch
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
-from hf_ssl.modeling.gather import any_process, gather, process_count
-from hf_ssl.modeling.memory_bank import NCEConstants
+from hf_ssl.modeling.gather import any_process, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
 from hf_ssl.trainer.logs import draw_curves
@@ -170,14 +169,14 @@ class MemoryWarmup(TrainerCallback):
 
     Args:
         model: the model. The callback does nothing for a method without `needs_memory_warmup`.
-        loader: returns the loader of one epoch.
+        loader: returns the loader of one epoch, with all rows if `has_all_rows` is True.
         precision: returns the context of a forward pass (autocast).
     """
 
     def __init__(
         self,
         model: SSLPreTrainedModel,
-        loader: Callable[[], Any],
+        loader: Callable[..., Any],
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model, self.loader, self.precision = model, loader, precision
@@ -186,27 +185,13 @@ class MemoryWarmup(TrainerCallback):
         if not self.model.needs_memory_warmup or state.global_step > 0:
             return
         self.model.train()
-        loader = self.loader()
+        loader = self.loader(has_all_rows=self.model.warmup_has_all_rows)
         with progress("embedding all images once", len(loader), unit="batch") as bar:
             for batch in loader:
                 with self.precision():
-                    store_embeddings(self.model, batch.inputs(args.device, self.model.sample_masks))
+                    self.model.fill_memory(batch.inputs(args.device, self.model.sample_masks))
                 bar.update(1)
         loader.close()
-
-
-@torch.no_grad()
-def store_embeddings(model: SSLPreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """Store the embeddings of a batch in the memory bank of a method, as a training step does.
-
-    The first training batch sets the constants of NCE, because an unfilled bank has no scores.
-    """
-    embeddings = model.embed(inputs)
-    model.update_memory({name: gather(embeddings[name]) for name in model.memory_inputs})
-    for module in model.modules():
-        if isinstance(module, NCEConstants):
-            module.discard()
-    model.write_memory()
 
 
 class PictureCallback(TrainerCallback):

@@ -102,7 +102,7 @@ class EvaluatingTrainer(PushingTrainer):
             own_loss: whether the user computes the loss.
         """
         warn_about_accumulation(self.method, self.args)
-        self.method.check_batch_size(self.args.batch_size)
+        self.method.check_batch_size(self.args.batch_size, self.method.config)
         check_batch_size(self.args, self.source)
         own = self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs
         check_optimization(self.method, self.args, *own)

@@ -220,7 +220,7 @@ class SSLTrainer(EvaluatingTrainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _make_loader(self, seed: int, resumes: bool = False) -> Any:
+    def _make_loader(self, seed: int, resumes: bool = False, has_all_rows: bool = False) -> Any:
         return train_loader(
             self.source,
             self.preset,
@@ -236,6 +236,7 @@ class SSLTrainer(EvaluatingTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             start_method=self.args.dataloader_multiprocessing_context,
             device=self.args.device,
+            has_all_rows=has_all_rows,
         )
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         PatchLayout,
         cut_patches,
         enlarged,
-        enlargement,
         grid_layout,
         jigsaw_layout,
         reduced,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.random import GOLDEN, UInt64Array, uniforms
@@ -32,6 +32,9 @@ PATCH_COLUMNS = (
     "left",
     "channel",  # 1, 2 or 3: the only channel that color dropping keeps; 0 keeps all
     *COLUMNS[4:],  # flip, color jitter and the operations after it
+    "turn",  # rotation in degrees
+    "shear_x",  # factors, see `rotate_and_shear`
+    "shear_y",
 )
 _CELLS = 3  # rows and columns of the jigsaw
 _PAPER_CELL, _PAPER_SUB_CROP = 85, 64  # of the jigsaw, for views of 255 pixels
@@ -40,6 +43,7 @@ _PAPER_CELL, _PAPER_SUB_CROP = 85, 64  # of the jigsaw, for views of 255 pixels
 _FIRST_GRID_NUMBER, _FIRST_JIGSAW_NUMBER = 1 << 19, 1 << 18
 _NUMBERS_PER_PATCH = 64
 _POSITION, _DROPPING, _CHANGES = slice(0, 2), slice(2, 4), slice(4, 4 + CHANGE_NUMBERS)
+_AFFINE = slice(61, 64)  # at the end, because new operations extend the changes
 _NO_CHANGES = ViewSettings(flip=0, jitter=0, gray=0, blur=0, solarize=0)
 
 
@@ -67,6 +71,21 @@ class PatchLayout:
     """Flip, color jitter and operations of each patch, if any. Settings of crops are not used."""
     color_dropping: float
     """The probability that a patch keeps only one of its three channels."""
+    rotation: float = 0.0
+    """The largest rotation of a patch around its center, in degrees."""
+    shear: float = 0.0
+    """The largest shear of a patch, as a factor."""
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether patches are rotated or sheared."""
+        return self.rotation > 0 or self.shear > 0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether patches depend on random numbers."""
+        changes = self.settings is not None or self.color_dropping > 0 or self.is_affine
+        return changes or self.shuffled or self.sub_crop < min(self.cell)
 
     @property
     def num_patches(self) -> int:
@@ -82,6 +101,8 @@ def grid_layout(
     sub_crop: int | None = None,
     settings: ViewSettings | None = None,
     color_dropping: float = 0.0,
+    rotation: float = 0.0,
+    shear: float = 0.0,
 ) -> PatchLayout:
     """Return the layout of an overlapping grid that covers the view exactly (CPC).
 
@@ -93,17 +114,27 @@ def grid_layout(
             whole patch. CPC uses 60 of 64 pixels.
         settings: flip, color jitter and operations of each patch. None changes no pixels.
         color_dropping: the probability that a patch keeps one random channel of three (CPC v2).
+        rotation: each patch is rotated by a random angle up to this one, in degrees (CPC v2).
+        shear: each patch is sheared along both axes by random factors up to this one (CPC v2). Zeros replace
+            the pixels outside of the patch, so that no patch contains more pixels of its neighbors.
 
     Raises:
         UserError: the grid does not fit the view, it has fewer than two rows or columns, or a setting is
             outside its limits.
 
     Source: van den Oord et al., arXiv:1807.03748, section 3.2 (7 x 7 patches of 64 pixels with stride 32);
-    Henaff et al., arXiv:1905.09272, section 4.1. The papers do not say how they pad and what replaces dropped
-    channels. Here it is the mean color, 0 after normalization.
+    Henaff et al., arXiv:1905.09272, section 4.1 and appendix. The papers do not say how they pad and what
+    replaces dropped channels. Here it is the mean color, 0 after normalization.
+
+    Two parts of the augmentation of CPC v2 are missing: elastic deformations, and the color operations of
+    AutoAugment except brightness, contrast, saturation and solarization (posterization, equalization,
+    sharpness and so on). Every patch is rotated and sheared, if these settings are above 0. We could not
+    verify how often and how strongly the paper does this.
     """
     check_values(
         "patches",
+        ("rotation", rotation, 0 <= rotation <= 180, "an angle from 0 to 180 degrees"),
+        ("shear", shear, 0 <= shear < 1, "a factor of at least 0 and less than 1"),
         ("patch", patch, patch >= 1, "a side of at least 1 pixel"),
         ("stride", stride, stride >= 1, "at least 1 pixel"),
     )
@@ -120,6 +151,8 @@ def grid_layout(
         shuffled=False,
         settings=_checked(settings, sub_crop, patch, color_dropping, image_shape[0]),
         color_dropping=color_dropping,
+        rotation=rotation,
+        shear=shear,
     )
 
 
@@ -182,7 +215,8 @@ def sample_patches(seeds: UInt64Array, layout: PatchLayout) -> Tensor:
     first = _FIRST_JIGSAW_NUMBER if layout.shuffled else _FIRST_GRID_NUMBER
     # The stream of patch p is that of the image, from position p * _NUMBERS_PER_PATCH on.
     shift = np.arange(count, dtype=np.uint64) * np.uint64(_NUMBERS_PER_PATCH) * GOLDEN
-    numbers = uniforms((seeds[:, None] + shift).flatten(), first, _CHANGES.stop)
+    streams = (seeds[:, None] + shift).flatten()
+    numbers = uniforms(streams, first, _CHANGES.stop)
     cell = np.tile(np.arange(count), len(seeds))
     down, right = (
         number * (side - layout.sub_crop + 1)
@@ -196,7 +230,11 @@ def sample_patches(seeds: UInt64Array, layout: PatchLayout) -> Tensor:
         np.where(whether < layout.color_dropping, 1 + np.floor(3 * which), 0),
     )
     changes = sample_changes(numbers[:, _CHANGES], layout.settings or _NO_CHANGES)
-    table = np.concatenate((np.stack(columns, axis=1), changes), axis=1).astype(np.float32)
+    affine = np.zeros((len(streams), 3))
+    if layout.is_affine:
+        affine = 2 * uniforms(streams, first + _AFFINE.start, 3) - 1
+        affine *= (layout.rotation, layout.shear, layout.shear)
+    table = np.concatenate((np.stack(columns, axis=1), changes, affine), axis=1).astype(np.float32)
     table = table.reshape(len(seeds), count, len(PATCH_COLUMNS))
     if layout.shuffled:
         order = np.argsort(uniforms(seeds, first + count * _NUMBERS_PER_PATCH, count), axis=1, kind="stable")
@@ -210,9 +248,10 @@ def cut_patches(
 ) -> Tensor:
     """Return the patches of a batch of views, without gradient. Equal input gives equal patches.
 
-    The steps are sub-crop, flip, color jitter, the operations of `hf_ssl.views.operations.OPERATIONS`, color
-    dropping and padding. Colors are changed before normalization: the pixels of the views are converted to
-    [0, 1] and back. Without settings in the layout, the patches contain exactly the pixels of the views.
+    The steps are sub-crop, flip, color jitter, the operations of `hf_ssl.views.operations.OPERATIONS`,
+    rotation and shear, color dropping and padding. Colors are changed before normalization: the pixels of the
+    views are converted to [0, 1] and back. Without settings, rotation and shear in the layout, the patches
+    contain exactly the pixels of the views.
 
     Args:
         images: (B, C, H, W) views, normalized.
@@ -251,6 +290,8 @@ def cut_patches(
             patches = _cut(images, sampled, rows, layout).float().mul_(std_C11).add_(mean_C11)
             patches = change_pixels(patches, sampled, rows, layout.settings)
             patches = patches.sub_(mean_C11).div_(std_C11).to(images.dtype)
+        if layout.is_affine:
+            patches = rotate_and_shear(patches, sampled["turn"], sampled["shear_x"], sampled["shear_y"])
     if layout.color_dropping:
         kept = sampled["channel"][:, None]
         kept = (kept == 0) | (kept == np.arange(1, channels + 1))
@@ -263,9 +304,30 @@ def cut_patches(
     return patches.view(len(images), *shape, channels, layout.size, layout.size)
 
 
-def enlargement(side: int, minimum: int) -> int:
-    """Return the smallest whole factor that enlarges patches of `side` pixels to at least `minimum`."""
-    return max(1, -(-minimum // side))
+def rotate_and_shear(
+    pixels: Tensor, turn: NDArray[np.float32], shear_x: NDArray[np.float32], shear_y: NDArray[np.float32]
+) -> Tensor:
+    """Return square images (N, C, S, S) that are rotated and sheared around their centers (bilinear).
+
+    The pixel at the offset (x, y) from the center has the value of the original image at the offset
+    R (x + shear_x y, y + shear_y x), where R is the rotation by `turn`. Outside of the original image, the
+    value is 0.
+
+    Args:
+        pixels: (N, C, S, S). Half precision is computed in float32.
+        turn: (N,) degrees. Positive angles turn the content counterclockwise.
+        shear_x, shear_y: (N,) factors.
+    """
+    angle = np.deg2rad(turn.astype(np.float64))
+    one, zero = np.ones_like(angle), np.zeros_like(angle)
+    rotation = np.stack((np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)), 1).reshape(-1, 2, 2)
+    matrix = rotation @ np.stack((one, shear_x, shear_y, one), 1).reshape(-1, 2, 2)
+    matrix = np.concatenate((matrix, np.stack((zero, zero), 1)[:, :, None]), axis=2)
+    exact = pixels if pixels.dtype == torch.float64 else pixels.float()
+    if exact.dtype == torch.float32:
+        matrix = matrix.astype(np.float32)
+    grid = affine_grid(to_device(matrix, pixels.device), list(pixels.shape), align_corners=False)
+    return grid_sample(exact, grid, mode="bilinear", align_corners=False).to(pixels.dtype)
 
 
 def enlarged(pixels: Tensor, factor: int) -> Tensor:
@@ -284,10 +346,15 @@ def enlarged(pixels: Tensor, factor: int) -> Tensor:
 
 @torch.no_grad()
 def reduced(pixels: Tensor, factor: int) -> Tensor:
-    """Return the pixels (..., C, H, W) that `enlarged` made `factor` times as large, up to rounding.
+    """Return the original pixels (..., C, H, W) of pixels that `enlarged` has enlarged, up to rounding.
 
-    Enlarged pixels lie on straight lines between the original ones. So the original ones are extrapolated
-    exactly, where they are not among the enlarged ones (even factors).
+    For an odd factor, each original pixel is one of the enlarged pixels. For an even factor, it lies halfway
+    between two enlarged pixels. The values on each side of it are linear. So the two nearest enlarged pixels
+    on one side give the original value exactly.
+
+    Args:
+        pixels: the result of `enlarged`.
+        factor: the factor of the enlargement.
     """
     if factor == 1:
         return pixels

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -235,6 +236,17 @@ def test_processes_share_the_batches_of_one_process():
     assert [
         (row[0], *(number for part in parts for number in part[step][1:])) for step, row in enumerate(whole)
     ] == whole
+
+
+@pytest.mark.parametrize("rows", [20, 23, 39])
+def test_an_epoch_can_have_all_rows(rows):
+    """The batches of two processes still have one size, and no batch contains an image twice."""
+    parts = [RowBatchSampler(rows, ProcessShare(3, 5, rank, 2), has_all_rows=True) for rank in range(2)]
+    assert [len(part) for part in parts] == [math.ceil(rows / 10)] * 2
+    for _ in range(2):
+        steps = [first[1:] + second[1:] for first, second in zip(*map(rows_of, parts), strict=True)]
+        assert all(len(set(step)) == len(step) == 10 for step in steps)
+        assert {number for step in steps for number in step} == set(range(rows))
 
 
 def test_resuming_yields_the_rest_of_the_epoch_and_then_the_next_epoch():

@@ -425,7 +425,26 @@ def test_classes_are_compared_by_name(digits, encoder) -> None:
         evaluate_encoder(encoder[0], table(["3", "5"]), other, config, encoder[1])
 
 
-def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder) -> None:
+@pytest.mark.parametrize("pooling", ["cls", "mean", "auto"])
+def test_patches_have_the_pooling_of_images(digits, encoder, pooling) -> None:
+    """The only patch of this grid is the whole image."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    vit, pixels = ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
+    config.published_feature = "mean"
+    with torch.no_grad():
+        tokens = vit(pixel_values=pixels).last_hidden_state
+        found = PatchGrid(vit, 32, 1, pooling)(pixels)["pooler_output"]
+    torch.testing.assert_close(found, tokens[:, 0] if pooling == "cls" else tokens.mean(1))
+    split = Images(digits[0][:60], digits[1][:60])
+    settings = small(linear=False, patch_grid=[32, 1], pooling=pooling, neighbors=[5], few_labels=[])
+    compared = evaluate_encoder(vit, split, split, settings, encoder[1])["poolings"]
+    assert compared["grid"] == compared["image"]
+
+
+def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder, monkeypatch) -> None:
     """Written with slices: the mean of the features of patches that are encoded one at a time."""
     model, processor = encoder
     train, test = (Images(digits[0][rows], digits[1][rows]) for rows in (slice(0, 60), slice(60, 100)))
@@ -448,7 +467,10 @@ def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder) -> None:
     expected = knn_accuracy(bank, train.labels, queries, test.labels, neighbors=[5], temperatures=[0.07])
     assert found["poolings"]["grid"] == pytest.approx(expected[5, 0.07], abs=0.03)  # rounding can move a vote
     assert found["poolings"]["grid"] != found["poolings"]["image"]
+    extracted = []
+    monkeypatch.setattr(protocol, "extract_poolings", lambda *args, **kwargs: extracted.append(args))
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", 16, 5)):
         evaluate_encoder(model, train, test, small(linear=False, patch_grid=[16, 5]), processor)
+    assert extracted == []  # the error comes first
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", "[16]")):
         small(patch_grid=[16]).check()

@@ -98,6 +98,16 @@ def test_the_narrow_encoders_fold_into_one(encoder, space, groups):
 
 
 @torch.no_grad()
+def test_the_precision_of_a_run_does_not_change_the_folded_encoder():
+    """The first convolution is computed in float64 and rounded once."""
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = model.exported_encoder.state_dict()
+    exact = build().double().exported_encoder.state_dict()
+    for name, value in folded.items():
+        assert torch.equal(value, exact[name].to(value.dtype)), name
+
+
 def test_the_folded_encoder_also_trains_like_its_parts():
     """BatchNorm uses the statistics of a batch, so the blocks do not influence each other in training."""
     model = trained(build()).train()
@@ -294,6 +304,14 @@ def test_encoders_with_layer_norm_or_attention_are_errors():
         ("method.color_space=hsv", ("method.color_space", "hsv", "rgb")),
         ("method.loss=mse", ("method.loss", "info_nce", "nce", "softmax", "mse")),
         ("method.negatives=0", ("method.negatives", "at least 1", 0)),
+        ("method.negatives=16", ("method.negatives", "method.loss=info_nce", 16)),
+        ("method.bank_momentum=0.9", ("method.bank_momentum", "method.loss=info_nce", 0.9)),
+        ("method.bank_start=images", ("method.bank_start", "method.loss=info_nce", "images")),
+        ("method.bank_precision=float16", ("method.bank_precision", "method.loss=info_nce", "float16")),
+        (
+            "method.projection_hidden_size=9",
+            ("method.projection_hidden_size", "method.projection_layers=1", 9),
+        ),
         ("method.graph=ring", ("method.graph", "full", "core", "ring")),
         ("method.channel_groups=[3]", ("method.channel_groups", "at least two", "[3]")),
         ("method.channel_groups=[1,1]", ("method.channel_groups", "sum 3", "[1, 1]")),
@@ -461,7 +479,7 @@ def test_the_banks_of_the_views_start_with_different_rows():
 
 def test_only_memory_banks_need_row_numbers():
     banks = ["method.loss=nce", "method.negatives=16"]
-    words = ("data.streaming", "cmc", "in-batch negatives")
+    words = ("data.streaming", "cmc", "in-batch negatives", "method.loss=info_nce")
     with pytest.raises(UserError, match=mentions(*words)):
         load_recipe("smoke/cmc", [*banks, "data.streaming=true"])
     assert load_recipe("smoke/cmc", ["data.streaming=true"]).data.streaming
@@ -479,6 +497,14 @@ def test_only_in_batch_negatives_compare_the_images_of_a_batch():
     assert build().sample_masks(np.zeros(2, np.uint64)) == {}
     for loss in ("nce", "softmax"):
         assert not with_banks(loss).couples_samples
+    one = "training.batch_size=1"
+    with pytest.raises(UserError, match=mentions("training.batch_size", "at least 2", "cmc")):
+        load_recipe("smoke/cmc", [one])
+    assert load_recipe("smoke/cmc", [one, "method.loss=nce"]).training_arguments().batch_size == 1
+    with pytest.raises(UserError, match=mentions("training.batch_size", "at least 2", "cmc")):
+        build().check_batch_size(1, build().config)
+    model = with_banks("nce")
+    model.check_batch_size(1, model.config)
 
 
 def test_more_negatives_than_images_are_an_error():
@@ -529,12 +555,16 @@ def test_hidden_states_are_those_of_the_published_encoder():
         model(batch, output_attentions=True)
 
 
-def test_activation_checkpoints_do_not_change_gradients():
+@pytest.mark.parametrize("gradient_view", [False, True])
+def test_activation_checkpoints_do_not_change_gradients(gradient_view):
     found = []
     for enable in (False, True):
-        model = build().double().train()
+        model = build(gradient_view=gradient_view).double().train()
         if enable:
             model.gradient_checkpointing_enable()
+            encoders = [model.backbone, *([model.gradient_backbone] if gradient_view else [])]
+            for encoder in encoders:
+                assert any("forward" in vars(module) for module in encoder.modules())
         model(images()).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in found[0].items():

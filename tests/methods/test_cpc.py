@@ -16,7 +16,9 @@ from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 from hf_ssl.data import open_source, train_loader
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
 from hf_ssl.hub import image_processor
+from hf_ssl.hub.export import export_model
 from hf_ssl.losses import cpc_info_nce
 from hf_ssl.methods.cpc import modeling_cpc
 from hf_ssl.methods.cpc.configuration_cpc import CPCConfig
@@ -27,10 +29,11 @@ from hf_ssl.methods.cpc.modeling_cpc import (
     step_losses,
     turned,
 )
+from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.fast_layers import FastGRN, use_fast_response_norms
 from hf_ssl.random import image_seeds
 from hf_ssl.recipe import load_recipe
-from hf_ssl.run import build_model
+from hf_ssl.run import build_model, open_labeled_splits
 
 CASES = stored()
 BACKBONE = {
@@ -221,7 +224,8 @@ def test_residual_context_position_by_position():
 @pytest.mark.parametrize("kind", ["residual", "gated"])
 @pytest.mark.parametrize("direction", range(4))
 def test_a_prediction_sees_its_row_and_earlier_rows_of_its_direction(kind, direction):
-    model = build(context=kind, context_layers=5, context_hidden_size=8, directions=4)
+    width = {"context_hidden_size": 8} if kind == "residual" else {}
+    model = build(context=kind, context_layers=5, directions=4, **width)
     grid = torch.randn(1, 9, 9, 6, dtype=torch.float64, requires_grad=True)
     predictions = model.predict(grid)["predictions"]  # (B, T, K, G, P)
     for row, column in ((0, 0), (4, 4), (8, 2)):
@@ -400,6 +404,59 @@ def test_whole_images_are_enlarged_like_patches():
     assert processor.size["shortest_edge"] == processor.crop_size["height"] == 12 * config.enlargement
 
 
+def test_both_features_are_evaluated_without_a_setting(tmp_path):
+    """The grid is that of the method, for a model, its exported encoder and a folder."""
+    recipe = load_recipe("smoke/cpc", ["evaluation.max_train_images=60", "evaluation.max_test_images=40"])
+    model, splits = build_model(recipe, seed=0), open_labeled_splits(recipe.data, recipe.evaluation)
+    assert model.patch_grid == [16, 8]
+    export_model(model, tmp_path)
+    settings, processor = EvaluationConfig(linear=False, neighbors=[5]), str(tmp_path)
+    results = [
+        evaluate_encoder(each, *splits, settings, processor)
+        for each in (model, model.exported_encoder, str(tmp_path))
+    ]
+    given = EvaluationConfig(linear=False, neighbors=[5], patch_grid=[16, 8])
+    results.append(evaluate_encoder(model, *splits, given, processor))
+    assert all(result["poolings"].keys() == {"image", "grid"} for result in results)
+    assert all(result["poolings"] == results[0]["poolings"] for result in results)
+    none = EvaluationConfig(linear=False, neighbors=[5], patch_grid=[])
+    assert "poolings" not in evaluate_encoder(model, *splits, none, processor)
+
+
+def test_the_grid_of_the_method_does_not_stop_an_evaluation(tmp_path):
+    """Images of another size are evaluated without the grid, and the result says so."""
+    recipe = load_recipe("smoke/cpc", ["evaluation.max_train_images=60", "evaluation.max_test_images=40"])
+    model, splits = build_model(recipe, seed=0), open_labeled_splits(recipe.data, recipe.evaluation)
+    processor = image_processor({**recipe.views.to_dict(), "enlarge": 30}, 3)
+    settings = EvaluationConfig(linear=False, neighbors=[5])
+    found = evaluate_encoder(model, *splits, settings, processor)
+    assert "poolings" not in found and any("30 pixels" in reason for reason in found["skipped"])
+
+
+def test_other_methods_do_not_keep_the_grid():
+    """Also not those that start from an encoder of CPC."""
+    encoder = build().exported_encoder.float()
+    assert encoder.config.published_patch_grid == [16, 8]
+    other = SimCLRForPreTraining.from_backbone(encoder, views={"size": 32})
+    assert "published_patch_grid" not in other.exported_encoder.config.to_dict()
+    assert encoder.config.published_patch_grid == [16, 8]
+
+
+@pytest.mark.parametrize(
+    ("grid", "parts"),
+    [
+        ("[16,5]", ["32 pixels", 16, 5]),
+        ("[40,8]", ["32 pixels", 40]),
+        ("[2,1]", ["convnextv2", "2 pixels"]),
+        ("[16]", ["[patch, stride]"]),
+    ],
+)
+def test_a_grid_that_cannot_be_evaluated_is_an_error_before_the_run(grid, parts):
+    with pytest.raises(UserError, match=mentions("evaluation.patch_grid", *parts)):
+        load_recipe("smoke/cpc", [f"evaluation.patch_grid={grid}"])
+    assert load_recipe("smoke/cpc", ["evaluation.patch_grid=[]"]).evaluation.patch_grid == []
+
+
 def test_defaults_make_the_grid_of_the_papers():
     for size in (32, 64, 128, 224, 256):
         layout = CPCConfig(views={"size": size, "count": 1}).layout
@@ -432,6 +489,8 @@ def test_batch_norm_gets_a_warning_with_the_reason(backbone, caplog):
              "method.patch_augmentation=null"],
             ["method.color_dropping", "no color"],
         ),
+        (["method.patch_rotation=-1.0"], ["method.patch_rotation", "0 to 180", -1.0]),
+        (["method.patch_shear=1.0"], ["method.patch_shear", "less than 1", 1.0]),
         (["method.patch_augmentation={hue: 2.0, jitter: 1.0}"], ["method.patch_augmentation.hue", 2.0]),
         (["method.patch_augmentation={scale: [0.5, 1.0]}"], ["method.patch_augmentation.scale"]),
         (["method.directions=5"], ["method.directions", "1 to 4"]),
@@ -439,6 +498,10 @@ def test_batch_norm_gets_a_warning_with_the_reason(backbone, caplog):
         (["method.context=lstm"], ["method.context", "residual, gated", "lstm"]),
         (["method.context_layers=0"], ["method.context_layers", "at least 1"]),
         (["method.context_hidden_size=0"], ["method.context_hidden_size", "at least 1"]),
+        (
+            ["method.context=gated", "method.context_hidden_size=16"],
+            ["method.context_hidden_size", "method.context=gated", 16],
+        ),
         (["method.projection_size=0"], ["method.projection_size", "at least 1"]),
         (["method.prediction_scale=0"], ["method.prediction_scale", "above 0"]),
         (["views.enlarge=20"], ["views.enlarge", "multiple of views.size=8", 20]),

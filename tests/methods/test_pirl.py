@@ -30,6 +30,7 @@ from hf_ssl.methods.pirl.modeling_pirl import PIRLForPreTraining, rotate
 from hf_ssl.modeling.memory_bank import MemoryBank
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.random import image_seeds
+from hf_ssl.recipe import load_recipe
 from hf_ssl.views import cut_patches
 from hf_ssl.views.patches import PATCH_COLUMNS
 
@@ -315,6 +316,20 @@ def test_patches_are_enlarged_for_the_encoder(backbone, size, sub_crop, side):
     assert (model.layout.sub_crop, model.patch_size) == (sub_crop, side)
 
 
+@pytest.mark.parametrize(("enlarge", "side"), [(None, 5), (48, 10), (36, 7)])
+def test_sub_crops_are_enlarged_with_the_view(enlarge, side):
+    """`sub_crop` is in pixels before the enlargement, so it keeps its share of the view."""
+    model = built(views={"size": 24, "count": 1, "enlarge": enlarge}, sub_crop=5)
+    assert (model.layout.image_shape[1], model.layout.sub_crop) == (enlarge or 24, side)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pretext": "rotation"}, {"head": "vissl_mlp"}])
+def test_a_stored_config_with_defaults_is_valid(settings, tmp_path):
+    PIRLConfig(views=VIEWS, **settings).save_pretrained(tmp_path)
+    loaded = PIRLConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == PIRLConfig(views=VIEWS, **settings).to_dict()
+
+
 def test_patches_of_a_chosen_side():
     model = built(patch_size=12, sub_crop=4)
     batch = batch_of(model, 0)
@@ -353,12 +368,33 @@ def test_patches_with_their_own_augmentation():
     [
         ({"negatives": 11}, ("method.negatives", 10, 11)),
         ({"sub_crop": 9}, ("method.sub_crop", 8, 9)),
+        ({"sub_crop": 9, "views": {"size": 24, "count": 1, "enlarge": 48}}, ("method.sub_crop", 8, 9)),
         ({"views": {"size": 5, "count": 1}}, ("views.size", 6, 5)),
     ],
 )
 def test_mistakes(settings, words):
     with pytest.raises(UserError, match=mentions(*words)):
         built(**settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.projection_hidden_size=7"], ("method.projection_hidden_size", "method.head=linear", 7)),
+        (["method.pretext=rotation", "method.sub_crop=2"], ("method.sub_crop", "method.pretext=rotation", 2)),
+        (
+            ["method.pretext=rotation", "method.patch_size=8"],
+            ("method.patch_size", "method.pretext=rotation", 8),
+        ),
+        (
+            ["method.pretext=rotation", "method.patch_augmentation=true"],
+            ("method.patch_augmentation", "method.pretext=rotation", True),
+        ),
+    ],
+)
+def test_settings_without_effect(overrides, words):
+    with pytest.raises(UserError, match=mentions(*words)):
+        load_recipe("smoke/pirl", overrides)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +407,17 @@ def test_missing_inputs(pretext, missing):
     del batch[missing]
     with pytest.raises(ValueError, match=mentions(missing, "sample_masks")):
         model(**batch)
+
+
+def test_filling_the_bank_encodes_only_images():
+    model = built(bank_start="images", pretext="jigsaw_rotation")
+    batch, seen = batch_of(model, 0), []
+    model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["pixel_values"].shape)), with_kwargs=True
+    )
+    model.fill_memory(batch)
+    assert seen == [(4, 3, 24, 24)]
+    assert model.bank.rows[batch["sample_index"]].norm(dim=1).tolist() == pytest.approx([1.0] * 4)
 
 
 def test_without_an_image_term_the_bank_still_contains_images():

@@ -20,7 +20,6 @@ from hf_ssl.methods.moco.modeling_moco import MoCoForPreTraining
 from hf_ssl.methods.swav.configuration_swav import SwAVConfig
 from hf_ssl.methods.swav.modeling_swav import SwAVForPreTraining
 from hf_ssl.modeling.outputs import RunProgress
-from hf_ssl.trainer.callbacks import store_embeddings
 
 RESNET = {
     "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
@@ -333,7 +332,7 @@ def test_deepcluster_v2():
 
     memory = {}
     for index in map(list, passes[0]):
-        store_embeddings(model, {"pixel_values": images[index], "sample_index": torch.tensor(index)})
+        model.fill_memory({"pixel_values": images[index], "sample_index": torch.tensor(index)})
         memory |= dict(zip(index, project(index).detach(), strict=True))
     step = 0
     for batches in passes:

@@ -31,7 +31,8 @@ from hf_ssl.modeling.memory import ImageRows
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
 from hf_ssl.random import FIRST_METHOD_NUMBER, image_seeds
-from hf_ssl.trainer.callbacks import store_embeddings
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import build_model, train
 
 RESNET = {
     "model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "depths": [1], "hidden_sizes": [6]
@@ -56,7 +57,36 @@ def test_the_first_rows_are_random_and_a_function_of_the_seed(start, dims):
     assert rows.mean(0).abs().max() < 4 / math.sqrt(3000 * dims)
     assert torch.equal(bank.rows, MemoryBank(3000, dims, start=start).rows)
     assert torch.equal(bank.rows[:20], MemoryBank(20, dims, start=start).rows)
-    assert not torch.isclose(bank.rows, MemoryBank(3000, dims, start=start, seed=1).rows).all(1).any()
+    for other in ({"seed": 1}, {"number": 1}):
+        assert not torch.isclose(bank.rows, MemoryBank(3000, dims, start=start, **other).rows).all(1).any()
+
+
+@pytest.mark.parametrize("start", ["unit", "uniform"])
+def test_the_first_rows_depend_on_the_seed_of_the_run(start):
+    def of_run(seed):
+        recipe = load_recipe(
+            "smoke/cmc", ["method.loss=nce", "method.negatives=4", f"method.bank_start={start}"]
+        )
+        return [bank.rows for bank in build_model(recipe, seed).banks]
+
+    first, again, other = of_run(1), of_run(1), of_run(2)
+    assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
+    for one in first:
+        assert not any(torch.isclose(one, rows).all(1).any() for rows in other)
+
+
+def test_making_a_bank_does_not_change_random_weights():
+    weights = [built(bank_start=start).projector.weight for start in ("unit", "images")]
+    assert torch.equal(*weights)
+
+
+def test_a_run_fills_the_rows_of_all_images(tmp_path):
+    """Also the rows of the images that do not fill a batch."""
+    overrides = ["method.bank_start=images", "training.batch_size=500", "training.max_steps=1"]
+    recipe = load_recipe("smoke/pirl", [*overrides, f"training.output_dir={tmp_path}"])
+    rows = train(recipe).method.bank.rows
+    assert len(rows) % 500 > 0
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
 
 
 def test_a_bank_of_images_starts_with_their_embeddings():
@@ -64,7 +94,7 @@ def test_a_bank_of_images_starts_with_their_embeddings():
     assert model.needs_memory_warmup and not built().needs_memory_warmup
     assert not model.bank.rows.any()
     expected = model.embed(batch)["projections"]
-    store_embeddings(model, batch)
+    model.fill_memory(batch)
     torch.testing.assert_close(model.bank.rows[batch["sample_index"]], expected.detach())
     assert not model.bank.rows[[0, 2, 11]].any()
 
@@ -80,7 +110,7 @@ def test_the_first_training_batch_sets_the_constants_not_the_filling_of_the_bank
         "pixel_values": torch.randn(3, 1, 3, 24, 24), "sample_index": torch.tensor([3, 7, 1]),
         **model.sample_masks(np.arange(3, dtype=np.uint64)),
     }  # fmt: skip
-    store_embeddings(model, batch)
+    model.fill_memory(batch)
     assert model.bank.rows.any() and not model.constants.are_set
     model(**batch)
     model.after_backward(RunProgress(step=0, total_steps=1, steps_per_epoch=1))
@@ -94,7 +124,7 @@ def test_random_rows_are_those_of_a_scalar_version():
         return splitmix64(seed, position) / 2**64 // 2**-53 * 2**-53
 
     for number, row in enumerate(MemoryBank(3, 5, seed=9).rows.tolist()):
-        seed = int(image_seeds(9, 0, np.array([number], np.uint64))[0])
+        seed = int(image_seeds(9, 2**32, np.array([number], np.uint64))[0])
         pairs = [(uniform(seed, i), uniform(seed, 3 + i)) for i in range(3)]
         lengths = [math.sqrt(-2 * math.log(1 - first)) for first, _ in pairs]
         normal = [r * math.cos(2 * math.pi * second) for r, (_, second) in zip(lengths, pairs, strict=True)]
@@ -312,7 +342,7 @@ class Instances(MemoryBankModel):
         loss = memory_softmax(scores[:, 0], scores[:, 1:], temperature=0.1)
         return SSLOutput(loss=loss, terms={}, embeddings=embeddings["projections"][:, None])
 
-    def update_memory(self, embeddings):
+    def update_banks(self, embeddings):
         self.bank.update(embeddings["sample_index"], embeddings["projections"])
 
 

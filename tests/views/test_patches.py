@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid of CPC and the jigsaw of PIRL equal loops over images, patches and pixels."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -18,14 +19,13 @@ from hf_ssl.views import (
     ViewSettings,
     cut_patches,
     enlarged,
-    enlargement,
     grid_layout,
     jigsaw_layout,
     reduced,
     sample_patches,
 )
 from hf_ssl.views.operations import JITTER_ORDERS
-from hf_ssl.views.patches import PATCH_COLUMNS
+from hf_ssl.views.patches import PATCH_COLUMNS, rotate_and_shear
 
 MEAN, STD = (0.5, 0.4, 0.3, 0.45, 0.6), (0.2, 0.3, 0.25, 0.15, 0.35)
 CHANGES = ViewSettings(
@@ -213,6 +213,77 @@ def test_the_sizes_of_cpc():
     assert grid_layout((3, 30, 30), patch=10, stride=5).shape == (5, 5)
 
 
+# Rotation and shear
+
+
+def slow_affine(patch, sampled):
+    """Return a patch (C, S, S) that is rotated and sheared, one pixel at a time."""
+    side, angle = patch.shape[-1], math.radians(sampled["turn"])
+    result, center = torch.zeros_like(patch), (patch.shape[-1] - 1) / 2
+    for row in range(side):
+        for column in range(side):
+            x, y = column - center, row - center
+            x, y = x + sampled["shear_x"] * y, y + sampled["shear_y"] * x
+            x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
+            left, top = math.floor(x + center), math.floor(y + center)
+            for i, j in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+                if 0 <= i < side and 0 <= j < side:
+                    weight = (1 - abs(y + center - i)) * (1 - abs(x + center - j))
+                    result[:, row, column] += weight * patch[:, i, j]
+    return result
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotation": 40.0, "shear": 0.3},
+        {"rotation": 180.0},
+        {"shear": 0.9, "settings": CHANGES, "color_dropping": 0.3},
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_patches_are_rotated_and_sheared_pixel_by_pixel(changes, count):
+    """The changes of colors come first, and zeros come from outside of the sub-crop."""
+    layout = grid_layout((3, 13, 17), patch=9, stride=4, sub_crop=7, **changes)
+    images = make_views(count, (3, 13, 17)).double()
+    table = sample_patches(SEEDS[:count], layout)
+    found = cut(images, layout).flatten(1, 2)
+    before = cut(images, replace(layout, rotation=0.0, shear=0.0)).flatten(1, 2)
+    assert not torch.isclose(found, before).all(4).all(3).all(2).any()
+    inside = slice(1, 8)
+    for image, position, sampled in rows_of(table):
+        expected = torch.zeros(3, 9, 9, dtype=torch.float64)
+        expected[:, inside, inside] = slow_affine(before[image, position, :, inside, inside], sampled)
+        torch.testing.assert_close(found[image, position], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [5, 8])
+def test_quarter_turns_are_counterclockwise(side):
+    pixels = torch.randn(4, 2, side, side, dtype=torch.float64)
+    zeros = np.zeros(4, np.float32)
+    found = rotate_and_shear(pixels, np.array([0, 90, 180, -90], np.float32), zeros, zeros)
+    expected = [pixels[turn].rot90(turn, (1, 2)) for turn in range(4)]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+    half = rotate_and_shear(pixels.bfloat16(), zeros, zeros, zeros)
+    assert half.dtype == torch.bfloat16 and torch.equal(half, pixels.bfloat16())
+
+
+def test_angles_and_shears_are_uniform_and_have_their_own_numbers():
+    """Interrupted runs resume with these numbers, so their positions must never change."""
+    layout = grid_layout((3, 24, 24), patch=16, stride=8, rotation=30.0, shear=0.3)
+    table = sample_patches(SEEDS, layout)
+    assert layout.is_random and table.shape[1] == 4
+    for image, position, sampled in list(rows_of(table))[:40]:
+        numbers = uniforms(SEEDS[image : image + 1], 2**19 + 64 * position + 61, 3)[0]
+        for name, largest, number in zip(
+            ("turn", "shear_x", "shear_y"), (30, 0.3, 0.3), numbers, strict=True
+        ):
+            assert sampled[name] == pytest.approx(largest * (2 * number - 1), rel=1e-6, abs=1e-6)
+    plain = replace(layout, rotation=0.0, shear=0.0)
+    assert not plain.is_random and not sample_patches(SEEDS, plain)[..., -3:].any()
+    assert torch.equal(sample_patches(SEEDS, plain)[..., :-3], table[..., :-3])
+
+
 # Parameters
 
 
@@ -356,6 +427,7 @@ def test_the_host_never_waits_for_the_device(name, monkeypatch):
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **keywords: nullcontext())
     layout = LAYOUTS[name]((3, 25, 29), settings=CHANGES, color_dropping=0.3)
+    layout = replace(layout, rotation=30.0, shear=0.3)
     images = make_views(4, (3, 25, 29))
     patches = cut(images.to("meta"), layout)
     assert patches.device.type == "meta" and patches.shape == cut(images, layout).shape
@@ -366,6 +438,7 @@ def test_the_host_never_waits_for_the_device(name, monkeypatch):
 def test_an_accelerator_equals_the_host(name):
     settings = replace(CHANGES, solarize=0)  # near the threshold of the solarization, rounding decides
     layout = LAYOUTS[name]((3, 25, 29), settings=settings, color_dropping=0.3)
+    layout = replace(layout, rotation=30.0, shear=0.3)
     images = make_views(64, (3, 25, 29))
     host, images = cut(images, layout), images.to("cuda")
     torch.cuda.set_sync_debug_mode("error")
@@ -395,14 +468,6 @@ def test_enlarged_pixels_are_reduced_to_the_original_ones(factor):
     assert reduced(images, 1) is images
 
 
-@pytest.mark.parametrize(
-    ("side", "minimum", "factor"),
-    [(8, 32, 4), (16, 32, 2), (12, 32, 3), (9, 32, 4), (32, 32, 1), (64, 32, 1)],
-)
-def test_the_enlargement_reaches_the_minimum(side, minimum, factor):
-    assert enlargement(side, minimum) == factor
-
-
 # Errors
 
 
@@ -417,6 +482,8 @@ def test_the_enlargement_reaches_the_minimum(side, minimum, factor):
         ((3, 32, 32), {"patch": 0}, ["patches.patch", 1, 0]),
         ((3, 32, 32), {"stride": 0}, ["patches.stride", 1, 0]),
         ((3, 32, 32), {"sub_crop": 9}, ["patches.sub_crop", 8, 9]),
+        ((3, 32, 32), {"rotation": 181}, ["patches.rotation", 180, 181]),
+        ((3, 32, 32), {"shear": 1.0}, ["patches.shear", "less than 1", 1.0]),
         ((3, 32, 32), {"sub_crop": 0}, ["patches.sub_crop", 8, 0]),
         ((3, 32, 32), {"color_dropping": 1.5}, ["patches.color_dropping", 0, 1, 1.5]),
         ((1, 32, 32), {"color_dropping": 0.5}, ["patches.color_dropping", 0, "1 channel", 0.5]),

@@ -2,12 +2,21 @@
 """Defines the rows about losses: the time of forward and backward pass, and the peak memory."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from hf_ssl.losses import barlow_twins, dino_center, dino_cross_entropy, nt_xent, vicreg_terms
+from hf_ssl.losses import (
+    barlow_twins,
+    dino_center,
+    dino_cross_entropy,
+    memory_nce,
+    memory_scores,
+    nt_xent,
+    vicreg_terms,
+)
 from training.benchmarks.pairs import Pair
 from training.benchmarks.row import Row
 
@@ -107,6 +116,55 @@ def dino(views: int, batch: int, outputs: int) -> Any:
     return build
 
 
+_NUM_ROWS, _TEMPERATURE, _Z = 100_000, 0.07, 200_000.0
+
+
+def bank_nce(anchors_BD: Tensor, bank_ND: Tensor, indices_BK: Tensor) -> Tensor:
+    scores = memory_scores(anchors_BD, bank_ND, indices_BK)
+    return memory_nce(
+        scores[:, 0], scores[:, 1:], num_rows=len(bank_ND), z=_Z, temperature=_TEMPERATURE, epsilon=1e-7
+    )
+
+
+def plain_bank_nce(anchors_BD: Tensor, bank_ND: Tensor, indices_BK: Tensor) -> Tensor:
+    """Return the same loss from gathered rows (B, K, D), as in the code of CMC and InsDis."""
+    rows_BKD = bank_ND[indices_BK]
+    odds = (torch.bmm(rows_BKD, anchors_BD[:, :, None])[:, :, 0] / _TEMPERATURE).exp() / _Z
+    noise = (indices_BK.shape[1] - 1) / len(bank_ND)
+    positive = (odds[:, 0] / (odds[:, 0] + noise + 1e-7)).log()
+    negatives = (noise / (odds[:, 1:] + noise + 1e-7)).log()
+    return -(positive.sum() + negatives.sum()) / len(anchors_BD)
+
+
+def memory_bank(batch: int, negatives: int, num_rows: int = _NUM_ROWS, dims: int = 128) -> Any:
+    """Return a builder for the NCE loss of images against random rows of a memory bank.
+
+    Args:
+        batch: images in the batch.
+        negatives: random rows for each image.
+        num_rows: rows of the memory bank.
+        dims: width of the rows.
+    """
+
+    def build(device: torch.device) -> Pair:
+        generator = torch.Generator().manual_seed(0)
+        bank = normalize(torch.randn(num_rows, dims, generator=generator), dim=1).to(device)
+        anchors = normalize(torch.randn(batch, dims, generator=generator), dim=1).to(device).requires_grad_()
+        indices = torch.randint(num_rows, (batch, negatives + 1), generator=generator).to(device)
+
+        def program(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+            def step() -> Tensor:
+                anchors.grad = None
+                loss(anchors, bank, indices).backward()
+                return cast(Tensor, anchors.grad)
+
+            return step
+
+        return Pair(program(bank_nce), program(plain_bank_nce))
+
+    return build
+
+
 def _wide(name: str, title: str, batch: int, aim: float, memory_aim: float, repeats: int) -> Row:
     """Return a row about embeddings with 8192 dimensions."""
     ours, peer = {
@@ -150,6 +208,18 @@ ROWS = [
         "lightly",
         2.5,
         dino(10, 32, 65536),
+        "step",
+        1,
+        7,
+        memory_aim=2,
+        accelerator=True,
+    ),
+    Row(
+        "memory_bank",
+        "NCE of 64 images, 16,384 rows of a memory bank each, forward and backward",
+        "plain torch, gathered rows (B, K, D)",
+        2,
+        memory_bank(64, 16384),
         "step",
         1,
         7,

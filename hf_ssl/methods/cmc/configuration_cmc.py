@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import UserError, check_name
-from hf_ssl.modeling.configuration import BankConfig, check_fields
+from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused
 from hf_ssl.views.color_spaces import COLOR_SPACES, ColorViews
 from hf_ssl.views.preset import ViewPreset
 
@@ -37,7 +37,8 @@ class CMCConfig(BankConfig):
         loss: "info_nce" has the other images of the batch as negatives, so it also works with a stream. With
             "nce" (noise-contrastive estimation, the default of the authors' code) and "softmax" (cross
             entropy), the negatives are random rows of a memory bank. Each view has its own bank. The authors'
-            code has 16,384 negatives, and its banks start as `bank_start: uniform`.
+            code has 16,384 negatives, and its banks start as `bank_start: uniform`. `negatives` and the
+            settings of the banks are only for these two losses.
         temperature: temperature of the softmax over similarities (0.07).
         projection_size: output width of each head (128).
         projection_layers: number of layers of each head: 1 in CMC, 2 in the variant v2 of PyContrast.
@@ -72,6 +73,11 @@ class CMCConfig(BankConfig):
             ("channel_groups", list(groups), views >= 2, "at least two groups without gradient_view"),
             ("projection_layers", self.projection_layers, self.projection_layers >= 1, "at least 1"),
         )
+        if self.loss == "info_nce":
+            of_banks = ["negatives", "bank_momentum", "bank_start", "bank_precision"]
+            check_unused(self, of_banks, "method.loss=info_nce")
+        if self.projection_layers == 1:
+            check_unused(self, ["projection_hidden_size"], "method.projection_layers=1")
         if cast(Any, self.backbone_config).model_type == "resnet":
             narrow_configs(self.backbone_config, groups)
 

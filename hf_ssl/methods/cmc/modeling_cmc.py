@@ -2,6 +2,7 @@
 """CMC: contrastive multiview coding (arXiv:1906.05849)."""
 
 import math
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
@@ -16,6 +18,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.losses import info_nce, memory_nce, memory_scores, memory_softmax
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.cmc.configuration_cmc import CMCConfig, narrow_configs
+from hf_ssl.modeling.activation_checkpoints import checkpoint_segments
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
@@ -43,6 +46,9 @@ class CMCForPreTraining(MemoryBankModel):
     config_class = CMCConfig
     couples_samples = True  # without memory banks
     needs_sample_index = False  # only with memory banks
+    streaming_advice = (
+        "method.loss=info_nce, whose negatives are the other images of the batch (in-batch negatives)"
+    )
     minimum_views = maximum_views = 1
     backbone_types = ("resnet",)
 
@@ -63,17 +69,32 @@ class CMCForPreTraining(MemoryBankModel):
         self.has_banks = self.stores_images(config)
         if self.has_banks:
             size, views = config.projection_size, range(len(widths))
-            self.banks = nn.ModuleList(self.make_bank(size, seed) for seed in views)
+            self.banks = nn.ModuleList(self.make_bank(size, number) for number in views)
             self.constants = NCEConstants(2 * len(self.pairs), config.temperature)
             self.couples_samples, self.memory_inputs = False, ("projections", "sample_index", "draw_seeds")
         else:
             self.hooks_are_called = True  # they have no effect
         self.post_init()
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        if self.gradient_backbone is not None:
+            checkpoint_segments(self.gradient_backbone, enable, gradient_checkpointing_func, every_n_layers)
+
     @classmethod
     def stores_images(cls, config: CMCConfig) -> bool:
         """Return whether the model has memory banks."""
         return config.loss != "info_nce"
+
+    @classmethod
+    def compares_images(cls, config: CMCConfig) -> bool:
+        """Return whether the other images of the batch are the negatives."""
+        return not cls.stores_images(config)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return the seeds (B,) int64 of random negatives, if there are memory banks."""
@@ -170,6 +191,10 @@ class CMCForPreTraining(MemoryBankModel):
         """Keep the projections for the memory banks, and the constants of the first batch."""
         if self.config.loss == "nce" and not self.constants.are_set:
             self.constants.update(*self._memory_scores(embeddings), num_rows=self.config.num_samples)
+        super().update_memory(embeddings)
+
+    def update_banks(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the projections for the memory banks."""
         for bank, projections in zip(self.banks, embeddings["projections"].unbind(dim=1), strict=True):
             cast(MemoryBank, bank).update(embeddings["sample_index"], projections)
 

@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import UserError, check_keys
-from hf_ssl.modeling.configuration import SSLConfig, check_fields
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_unused
 from hf_ssl.views.preset import ViewPreset, ViewSettings, check_settings
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ _OF_CROPS = ("size", "count", "scale", "ratio", "interpolation")
 class CPCConfig(SSLConfig):
     """CPC (van den Oord et al., arXiv:1807.03748, section 3.2) and CPC v2 (Henaff et al., arXiv:1905.09272).
 
-    All sizes of patches are in pixels of the views before `views.enlarge`. Patches are enlarged by the same
-    factor as the views.
+    All sizes of patches are in pixels of the views before `views.enlarge` (as `sub_crop` in PIRL). Patches
+    are enlarged by the same factor as the views.
 
     Attributes:
         patch_size: side of a patch. None means a quarter of the view (64 of 256 pixels in the paper).
@@ -35,6 +35,9 @@ class CPCConfig(SSLConfig):
         patch_augmentation: flip, color jitter, gray, blur and solarization of each patch, as fields of
             `hf_ssl.views.ViewSettings`. Operations without a probability are off. None changes no patch.
         color_dropping: probability that a patch keeps only one of its three channels (v2).
+        patch_rotation: largest rotation of a patch in degrees (v2; at most 30 in AutoAugment).
+        patch_shear: largest shear of a patch along each axis, as a factor (v2; at most 0.3 in AutoAugment).
+            `hf_ssl.views.grid_layout` lists the parts of the augmentation of v2 that are missing.
         prediction_steps: number of predicted rows below a context (at most 5 in the first paper).
         skip_step: number of rows between a context and its first predicted row. With 1, no predicted patch
             overlaps the patches of the context (loeweX/Greedy_InfoMax, rschwarz15/CPCV2-PyTorch).
@@ -45,7 +48,7 @@ class CPCConfig(SSLConfig):
         context: network that computes contexts. "residual" consists of residual blocks with a bottleneck, as
             in the code of pytorch-lightning-bolts. "gated" is the gated PixelCNN of Greedy InfoMax.
         context_layers: number of residual blocks (5) or of gated layers (4 in Greedy InfoMax).
-        context_hidden_size: width of the bottleneck of residual blocks.
+        context_hidden_size: width of the bottleneck of residual blocks. The gated context has none.
         projection_size: width of predictions and targets. A linear map projects the encodings to targets of
             this width (64 in the code of bolts). None uses the encodings as targets (first paper).
         prediction_scale: factor of the predictions, which lowers the first scores (0.1 in the code of bolts).
@@ -61,6 +64,8 @@ class CPCConfig(SSLConfig):
     patch_crop: int | None = None
     patch_augmentation: dict | None = None
     color_dropping: float = 0.0
+    patch_rotation: float = 0.0
+    patch_shear: float = 0.0
     prediction_steps: int = 5
     skip_step: int = 1
     directions: int = 1
@@ -118,6 +123,8 @@ class CPCConfig(SSLConfig):
             sub_crop=self.patch_crop,
             settings=self.patch_settings,
             color_dropping=self.color_dropping,
+            rotation=self.patch_rotation,
+            shear=self.patch_shear,
         )
 
     def validate_fields(self) -> None:
@@ -137,6 +144,8 @@ class CPCConfig(SSLConfig):
             ("patch_stride", self.patch_stride, self.stride >= 1, "at least 1 pixel"),
             ("patch_crop", crop, crops, f"1 to {self.patch} pixels, the side of a patch"),
             ("color_dropping", self.color_dropping, 0 <= self.color_dropping <= (channels == 3), probability),
+            ("patch_rotation", self.patch_rotation, 0 <= self.patch_rotation <= 180, "0 to 180 degrees"),
+            ("patch_shear", self.patch_shear, 0 <= self.patch_shear < 1, "at least 0 and less than 1"),
         )
         if self.patch_augmentation is not None:
             section = "method.patch_augmentation"
@@ -160,6 +169,8 @@ class CPCConfig(SSLConfig):
             ("projection_size", self.projection_size, _positive(self.projection_size), "at least 1, or null"),
             ("prediction_scale", self.prediction_scale, self.prediction_scale > 0, "a number above 0"),
         )
+        if self.context == "gated":
+            check_unused(self, ["context_hidden_size"], "method.context=gated")
         if steps + skipped >= rows:
             most = max(0, rows - 1 - skipped)
             raise UserError(

@@ -54,7 +54,7 @@ class CPCForPreTraining(SSLPreTrainedModel):
     and Greedy InfoMax use `projection_size=None`, `prediction_scale=1`, `negatives=16` and the gated context.
 
     The published encoder receives whole images, enlarged by the same factor as the patches. The papers'
-    linear classification uses the mean over the grid of patches (`evaluation.patch_grid`).
+    linear classification uses the mean over the grid of patches. The evaluation measures both features.
 
     BatchNorm in the encoder uses statistics of all patches of an image, so an encoding contains information
     about the other patches. Therefore the papers use none, or LayerNorm. ConvNeXt V2 has LayerNorm.
@@ -93,8 +93,7 @@ class CPCForPreTraining(SSLPreTrainedModel):
             nn.Linear(width, config.prediction_steps * projected, bias=has_targets)
             for _ in range(config.directions)
         )
-        randomized = layout.settings is not None or layout.color_dropping or layout.sub_crop < layout.size
-        self._fixed_table = None if randomized else sample_patches(np.zeros(1, np.uint64), layout)
+        self._fixed_table = None if layout.is_random else sample_patches(np.zeros(1, np.uint64), layout)
         self.post_init()
 
     @torch.no_grad()
@@ -109,10 +108,11 @@ class CPCForPreTraining(SSLPreTrainedModel):
                     init.uniform_(layer.weight, -bound, bound)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Return random numbers of images.
+        """Return the random numbers of images.
 
-        They are `patch_parameters` (B, G, columns), unless all patches of the grid are cut without changes;
-        and with `negatives`, `noise` (B, N) in [0, 1), which selects negatives.
+        `patch_parameters` (B, G, columns) describe the places and the augmentation of the patches. They are
+        missing if all patches are cut without random changes. `noise` (B, N) in [0, 1) selects the negatives.
+        It is missing without the setting `negatives`.
         """
         sampled = {}
         if self._fixed_table is None:
@@ -121,6 +121,11 @@ class CPCForPreTraining(SSLPreTrainedModel):
             noise = uniforms(seeds, FIRST_METHOD_NUMBER, self._noise_numbers())
             sampled["noise"] = torch.from_numpy(noise).float()
         return sampled
+
+    @property
+    def patch_grid(self) -> list[int]:
+        """Return side and distance of the patches in pixels of the encoder's input."""
+        return [side * self.config.enlargement for side in (self.config.patch, self.config.stride)]
 
     def _noise_numbers(self) -> int:
         """Return how many numbers select the negatives of an image: for each direction, step and position."""

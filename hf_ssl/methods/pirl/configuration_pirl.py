@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import BankConfig, check_fields
+from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused
 
 PRETEXTS = {"jigsaw": ("jigsaw",), "rotation": ("rotation",), "jigsaw_rotation": ("jigsaw", "rotation")}
 """The transformations of each value of `pretext`."""
@@ -32,11 +32,13 @@ class PIRLConfig(BankConfig):
             second layer of the patches.
         projection_size: width of the rows in the memory bank, and of a projected patch (128).
         projection_hidden_size: hidden width of heads with two layers. None means the width of the features.
-        sub_crop: side in pixels of the random sub-crop of each cell. None keeps the paper's ratio, 64 pixels
-            for cells of 85 pixels.
-        patch_size: side in pixels to which sub-crops are resized (bilinear) before the encoder. None enlarges
-            sub-crops that are smaller than the encoder's stride to the stride, 32 pixels for a ResNet. The
-            side becomes a multiple of the patch size of a vision transformer.
+        sub_crop: side of the random sub-crop of each cell, in pixels of the views before `views.enlarge` (as
+            the sizes of patches in CPC). Sub-crops are enlarged by the same factor as the views. None keeps
+            the paper's ratio, 64 pixels for cells of 85 pixels.
+        patch_size: side of the patches that the encoder receives, in pixels of its input. The sub-crops are
+            resized to it (bilinear). None chooses the larger one of two sides: that of the sub-crops, and the
+            stride of the encoder (32 pixels for a ResNet). For a vision transformer, None also rounds this
+            side up to a multiple of the encoder's own patch size.
         patch_augmentation: whether each patch has its own flip and colors, with the settings of the first
             view, as in VISSL. The patches of PyContrast share those of the view.
     """
@@ -74,6 +76,10 @@ class PIRLConfig(BankConfig):
                 "null or at least 1 pixel",
             ),
         )
+        if self.head == "linear":
+            check_unused(self, ["projection_hidden_size"], "method.head=linear")
+        if self.pretext == "rotation":
+            check_unused(self, ["sub_crop", "patch_size", "patch_augmentation"], "method.pretext=rotation")
 
 
 AutoConfig.register(PIRLConfig.model_type, PIRLConfig)

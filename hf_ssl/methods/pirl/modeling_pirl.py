@@ -98,13 +98,19 @@ class PIRLForPreTraining(MemoryBankModel):
         Raises:
             ValueError: row numbers, seeds or the parameters of a pretext are missing.
         """
-        keys, pixels = self.image_keys(inputs), inputs["pixel_values"]
-        image = self.projector(encode(self.backbone, pixels[:, 0]))
-        transformed = [self._transformed(pretext, pixels[:, -1], inputs) for pretext in self.pretexts]
-        return keys | {
-            "projections": normalize(upcast(image), dim=-1),
-            "transformed": normalize(upcast(torch.stack(transformed, dim=1)), dim=-1),
-        }
+        embeddings, source = self.embed_images(inputs), inputs["pixel_values"][:, -1]
+        transformed = [self._transformed(pretext, source, inputs) for pretext in self.pretexts]
+        return embeddings | {"transformed": normalize(upcast(torch.stack(transformed, dim=1)), dim=-1)}
+
+    def embed_images(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return unit projections of images (B, P), row numbers and seeds. The memory bank needs no more.
+
+        Raises:
+            ValueError: row numbers or seeds are missing.
+        """
+        keys = self.image_keys(inputs)
+        image = self.projector(encode(self.backbone, inputs["pixel_values"][:, 0]))
+        return keys | {"projections": normalize(upcast(image), dim=-1)}
 
     def _transformed(self, pretext: str, images: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Return the projections (B, P) of images (B, C, H, W) after a pretext transformation."""
@@ -168,6 +174,10 @@ class PIRLForPreTraining(MemoryBankModel):
         if self.config.loss == "vissl" and not self.constants.are_set:
             pair = self.scores(embeddings["transformed"][:, 0], embeddings, term=0)
             self.constants.update(pair, num_rows=len(self.bank.rows))
+        super().update_memory(embeddings)
+
+    def update_banks(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the images for the memory bank."""
         self.bank.update(embeddings["sample_index"], embeddings["projections"])
 
 
@@ -196,11 +206,13 @@ def _layout(config: PIRLConfig) -> PatchLayout:
     if config.patch_augmentation:
         settings = replace(preset.expand()[0], blur_kernel=preset.blur_kernel)
     channels = input_channels(config.backbone_config)
-    shape, cell = (channels, preset.final_size, preset.final_size), preset.final_size // _CELLS_IN_ROW
-    if config.sub_crop is not None:
-        fits = 1 <= config.sub_crop <= cell
-        check_fields(("sub_crop", config.sub_crop, fits, f"1 to {cell} pixels, the side of a cell"))
-    return jigsaw_layout(shape, sub_crop=config.sub_crop, settings=settings)
+    shape, sub_crop = (channels, preset.final_size, preset.final_size), config.sub_crop
+    if sub_crop is not None:
+        cell = preset.size // _CELLS_IN_ROW
+        fits = 1 <= sub_crop <= cell
+        check_fields(("sub_crop", sub_crop, fits, f"1 to {cell} pixels, the side of a cell"))
+        sub_crop = sub_crop * preset.final_size // preset.size  # the jigsaw is cut from enlarged views
+    return jigsaw_layout(shape, sub_crop=sub_crop, settings=settings)
 
 
 def _side_for_encoder(backbone: PreTrainedModel, layout: PatchLayout) -> int:
