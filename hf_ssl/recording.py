@@ -27,7 +27,9 @@ from hf_ssl.evaluation import EncoderResult
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.encoder_parts import describe_views
 from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.callbacks import CURVES, VIEWS
@@ -113,8 +115,9 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
         image = torch.zeros(1, recipe.data.channels, side, side, device=trainer.args.device)
         with evaluation_mode(encoder):
             pooling = pooling_rule(encoder, encoder(pixel_values=image))
+    joined = encoder if isinstance(encoder, ParallelEncoders) else None
     return BackboneFacts(
-        class_name=type(encoder).__name__,
+        class_name=type(encoder if joined is None else joined.parts[0]).__name__,
         model_type=encoder.config.model_type,
         config={key: value for key, value in recipe.backbone.items() if key != "model_type"},
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
@@ -122,6 +125,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
         image_size=recipe.views.final_size,
         channels=recipe.data.channels,
         pooling=pooling,
+        parts=None if joined is None else describe_views(joined.views),
         base_model=None if recipe.init_from is None or Path(recipe.init_from).is_dir() else recipe.init_from,
     )
 

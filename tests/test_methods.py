@@ -21,11 +21,12 @@ from hf_ssl.errors import UserError
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.memory import Queue
 from hf_ssl.modeling.outputs import RunProgress, SSLOutput
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import resource
 from hf_ssl.run import build_model
 
-TRANSFORMER = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8"
+TRANSFORMER = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 4, patch_size: 8"
 BACKBONES = {
     "own": [],  # the smoke recipe's, a ResNet where the method trains one
     "vit": [f"backbone={{model_type: vit, intermediate_size: 32, {TRANSFORMER}}}"],
@@ -37,11 +38,11 @@ BACKBONES = {
 }
 
 
-# The default tests use every method with its own encoder, and one method with all encoders. The other pairs
-# run with -m slow.
+# The default tests use every method with its own encoder, one method with all encoders, and CMC with encoders
+# that do not fold into one. The other pairs run with -m slow.
 PAIRS = in_tiers(
     product(METHODS, BACKBONES),
-    [*product(METHODS, ["own"]), *product(["simclr"], BACKBONES)],
+    [*product(METHODS, ["own"]), *product(["simclr"], BACKBONES), ("cmc", "convnextv2")],
     as_one=True,
 )
 
@@ -219,7 +220,9 @@ def test_its_config_checks_types(method):
 
 
 def test_its_exported_encoder_is_native(model):
-    assert type(model.exported_encoder).__module__.startswith("transformers.models.")
+    encoder = model.exported_encoder
+    for part in encoder.parts if isinstance(encoder, ParallelEncoders) else [encoder]:
+        assert type(part).__module__.startswith("transformers.models.")
 
 
 def test_its_exported_encoder_stores_the_published_feature(model):

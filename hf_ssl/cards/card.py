@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 
 from hf_ssl.cards import text
 from hf_ssl.cards.facts import Facts, public_facts
+from hf_ssl.cards.usage import usage
 from hf_ssl.errors import UserError
 from hf_ssl.files import METHOD_MODEL, disk_errors_as_user_errors, write_text
 from hf_ssl.resources import resource
@@ -89,7 +90,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
     try:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
-            usage=text.usage(facts),
+            usage=usage(facts),
             results=text.results_table(facts["results"]),
             comparisons=text.comparisons(facts),
             choices=text.choices(facts),

@@ -63,6 +63,8 @@ class BackboneFacts(TypedDict):
     channels: int
     pooling: str  # "pooler", "cls" or "mean": see hf_ssl.evaluation.pooling_rule
     base_model: str | None  # Hub id of the encoder at the start of training; None: random weights
+    # The content of encoders.json (hf_ssl.modeling.encoder_parts); None: one encoder.
+    parts: Annotated[dict[str, Any] | None, Default(None)]
 
 
 class RecipeFacts(TypedDict):
@@ -326,7 +328,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-_BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model")
+_BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model", "parts")
 
 
 def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Path:

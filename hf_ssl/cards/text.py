@@ -19,12 +19,6 @@ ENCODERS = {
 # A text that YAML reads as the same text, except for the words in _NOT_STRINGS.
 _PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")
 _NOT_STRINGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null", "none", "nan", "inf")
-FEATURES = {
-    "pooler": "outputs.pooler_output.flatten(1)",
-    "cls": "outputs.last_hidden_state[:, 0]",
-    # The mean of tokens (B, T, D), or of the positions of a feature map (B, D, H, W).
-    "mean": "outputs.last_hidden_state.mean(dim=1 if outputs.last_hidden_state.ndim == 3 else (2, 3))",
-}
 
 
 class Measurement(NamedTuple):
@@ -227,29 +221,6 @@ def _yaml(value: Any) -> str:
     """Return a value for the command line, which parses values as YAML. JSON is valid YAML."""
     plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _NOT_STRINGS
     return value if plain else json.dumps(value, ensure_ascii=False)
-
-
-def usage(facts: Facts) -> str:
-    """Return Python code that computes the features of a photo without hf_ssl."""
-    backbone = facts["backbone"]
-    opened = 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
-    if backbone["channels"] == 1:
-        opened += '.convert("L")'
-    return "\n".join(
-        [
-            "import torch",
-            "from PIL import Image, ImageOps",
-            "from transformers import AutoImageProcessor, AutoModel",
-            "",
-            f"repo = {literal(facts['name'])}  # id on the Hub, or a folder with these files",
-            "processor = AutoImageProcessor.from_pretrained(repo)",
-            f"encoder = AutoModel.from_pretrained(repo).eval()  # {backbone['class_name']}",
-            f"image = {opened}  # EXIF rotation, as in training",
-            "with torch.inference_mode():",
-            '    outputs = encoder(**processor(image, return_tensors="pt"))',
-            f"features = {FEATURES[backbone['pooling']]}  # (1, {backbone['feature_size']})",
-        ]
-    )
 
 
 def limitations(facts: Facts) -> list[str]:

@@ -26,6 +26,7 @@ from hf_ssl.files import replaced_file
 from hf_ssl.modeling.backbones import input_channels, normalization
 from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import has_class_token
 from hf_ssl.names import renamed_arguments
 
@@ -220,6 +221,11 @@ def patch_size(model: nn.Module) -> int:
 
 
 def _with_attention(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, ParallelEncoders):
+        raise UserError(
+            "model: expected one vision transformer, got an encoder of several narrow ones, which have no "
+            "common attention maps; train with another method for them"
+        )
     if not has_attention(model):
         raise UserError(
             "model: expected a vision transformer of transformers such as ViTModel, Dinov2Model, "

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Resampling
@@ -24,9 +24,12 @@ from hf_ssl.files import (
     replaced_folder,
     use_normal_permissions,
 )
-from hf_ssl.hub.publish import CONFIG, is_owned
+from hf_ssl.hub.publish import CONFIG, is_encoder_file
+from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
+from hf_ssl.modeling.encoder_parts import PARTS
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.views import ViewPreset
 from hf_ssl.views.preset import check_output
 
@@ -43,6 +46,9 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     After an interruption, `directory` contains the previous encoder, the new one, or none that loads. Other
     files in `directory` stay.
 
+    The parts of `ParallelEncoders` are written to subfolders and checked separately. The folder itself then
+    has no `config.json` and contains `encoders.json`, which is moved last.
+
     Weights keep the names of old transformers releases (the default of `save_pretrained`), which old and new
     releases load. The encoder itself stays unchanged.
 
@@ -50,14 +56,17 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     choice of kernels depends on the memory address of a tensor, and the loaded weights have other addresses.
 
     Args:
-        encoder: an instance of a class of transformers, as `AutoModel` creates it from a config.
+        encoder: an instance of a class of transformers, as `AutoModel` creates it from a config, or
+            `ParallelEncoders` of such instances.
         processor: the result of `image_processor`.
         directory: created if it does not exist.
 
     Raises:
         UserError: the loaded encoder would differ, or a file cannot be written.
     """
-    check_exportable(encoder)
+    parts = _parts(encoder)
+    for part in parts.values():
+        check_exportable(part)
     directory = Path(directory)
     with disk_errors_as_user_errors(f"the encoder to {directory.name}"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,11 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
             encoder.save_pretrained(staging)
             processor.save_pretrained(staging)
             use_normal_permissions(staging)
-            check_reloads(encoder, processor, staging)
+            for subfolder, part in parts.items():
+                channels = cast(Any, part.config).num_channels if subfolder else None
+                check_reloads(part, processor, staging / subfolder, channels)
+            if isinstance(encoder, ParallelEncoders):
+                load_weights(str(staging), "encoder")  # checks that the parts belong together
             _move_up(staging, directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -143,6 +156,13 @@ def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitIm
     )
 
 
+def _parts(encoder: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Return the encoders that transformers loads, by their subfolder; "" is the folder itself."""
+    if isinstance(encoder, ParallelEncoders):
+        return dict(zip(encoder.subfolders, cast(Any, encoder.parts), strict=True))
+    return {"": encoder}
+
+
 def check_exportable(encoder: PreTrainedModel) -> None:
     """Raise UserError for an encoder that `AutoModel` would load without an error, but with other outputs."""
     name, model_type = type(encoder).__name__, encoder.config.model_type
@@ -176,8 +196,17 @@ def _check_pooler(encoder: Any) -> None:
         )
 
 
-def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, directory: Path) -> None:
-    """Raise UserError unless `AutoModel` loads an equal encoder that accepts the processor's images."""
+def check_reloads(
+    encoder: PreTrainedModel, processor: BitImageProcessor, directory: Path, channels: int | None = None
+) -> None:
+    """Raise UserError unless `AutoModel` loads an equal encoder that accepts the processor's images.
+
+    Args:
+        encoder: the written encoder.
+        processor: the image processor.
+        directory: the folder of the written encoder.
+        channels: channels of the encoder's images. None: those of the processor's images.
+    """
     loaded, report = AutoModel.from_pretrained(directory, output_loading_info=True)
     name = type(encoder).__name__
     if type(loaded) is not type(encoder):
@@ -192,8 +221,9 @@ def check_reloads(encoder: PreTrainedModel, processor: BitImageProcessor, direct
     different = [key for key in before if key not in after or not same_bits(before[key], after[key])]
     if different or len(before) != len(after):
         raise UserError(f"{name}: expected equal tensors after loading, got other values in {different[:3]}")
-    crop, mean = processor.crop_size, processor.image_mean
-    image = torch.zeros(1, len(mean), crop["height"], crop["width"], dtype=loaded.dtype)
+    crop = processor.crop_size
+    channels = channels or len(processor.image_mean)
+    image = torch.zeros(1, channels, crop["height"], crop["width"], dtype=loaded.dtype)
     try:
         with torch.inference_mode():
             loaded.eval()(pixel_values=image)
@@ -215,15 +245,25 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _move_up(staging: Path, directory: Path) -> None:
-    """Move the files of `staging` into `directory` so that no mixture of two encoders ever loads."""
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name))
+    """Move the files of `staging` into `directory` so that no mixture of two encoders ever loads.
+
+    Weights are moved first, then each `config.json`, then `encoders.json`. transformers loads no encoder
+    from a folder without `config.json`.
+    """
+    paths = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    last = (CONFIG, PARTS)
+    paths.sort(key=lambda path: (last.index(path.name) + 1 if path.name in last else 0, path.as_posix()))
     old = [
         path
-        for path in directory.glob("model*.safetensors*")
-        if path.name not in names and is_owned(path.name)  # others belong to the user
+        for path in (*directory.glob("*"), *directory.glob("view_*/*"))
+        if is_encoder_file(path.relative_to(directory).as_posix())  # others belong to the user
     ]
-    (directory / CONFIG).unlink(missing_ok=True)  # without it, no encoder loads
-    for path in old:
-        path.unlink()
-    for name in names:
-        os.replace(staging / name, directory / name)
+    for path in sorted(old, key=lambda path: path.name not in last):  # no encoder loads after these
+        if path.name in last or path.relative_to(directory) not in paths:
+            path.unlink()
+    for folder in {path.parent for path in old} - {directory}:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    for path in paths:
+        (directory / path).parent.mkdir(exist_ok=True)
+        os.replace(staging / path, directory / path)

@@ -30,6 +30,7 @@ from hf_ssl.hub.remote import (
     size_text,
     update_repo,
 )
+from hf_ssl.modeling.encoder_parts import PARTS, SUBFOLDER, listed_subfolders
 
 SPACE_FACTS = "space.json"
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -196,9 +197,14 @@ def _print_files(files: Files, name: str, private: bool) -> None:
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-_MODEL = re.compile(
-    rf"({METHOD_MODEL}/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)"
+_ENCODER = re.compile(
+    rf"{re.escape(PARTS)}|({SUBFOLDER}/)?({re.escape(CONFIG)}|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)"
 )
+
+
+def is_encoder_file(path: str) -> bool:
+    """Return whether a file belongs to an encoder: config, weights, or the list of its parts (`PARTS`)."""
+    return _ENCODER.fullmatch(path) is not None
 
 
 def is_owned(path: str) -> bool:
@@ -206,7 +212,9 @@ def is_owned(path: str) -> bool:
 
     It keeps files that users added, pictures, and files in `results/`.
     """
-    return path in (PROCESSOR, CARD, FACTS, EVALUATION_RESULTS) or _MODEL.fullmatch(path) is not None
+    return path in (PROCESSOR, CARD, FACTS, EVALUATION_RESULTS) or is_encoder_file(
+        path.removeprefix(f"{METHOD_MODEL}/")
+    )
 
 
 def run_files(folder: Path, repo_id: str) -> Files:
@@ -236,10 +244,18 @@ def run_files(folder: Path, repo_id: str) -> Files:
 def encoder_files(folder: Path) -> Files:
     """Return the files of the encoder, its image processor, and the method model in `pretraining/` if any.
 
+    The files of an encoder in parts are in subfolders (`hf_ssl.modeling.encoder_parts`).
+
     Raises:
         UserError: weights are missing or incomplete.
     """
-    names = [PROCESSOR, *model_files(folder)]
+    names = [PROCESSOR]
+    if (folder / PARTS).is_file():
+        names.append(PARTS)
+        for part in listed_subfolders(folder / PARTS):
+            names += [f"{part}/{name}" for name in model_files(folder / part)]
+    else:
+        names += model_files(folder)
     if (folder / METHOD_MODEL).is_dir():
         names += [f"{METHOD_MODEL}/{name}" for name in model_files(folder / METHOD_MODEL)]
     return {name: folder / name for name in names}
@@ -262,8 +278,10 @@ def _check_finished(folder: Path) -> None:
     """Raise UserError if a file of a finished run is missing."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of a finished run, found no folder; check the path")
-    weights = WEIGHTS if not (folder / INDEX).is_file() else INDEX
-    missing = [name for name in (CONFIG, weights, PROCESSOR, CARD, FACTS) if not (folder / name).is_file()]
+    encoder = [CONFIG, WEIGHTS if not (folder / INDEX).is_file() else INDEX]
+    if (folder / PARTS).is_file():
+        encoder = [PARTS]
+    missing = [name for name in (*encoder, PROCESSOR, CARD, FACTS) if not (folder / name).is_file()]
     if missing:
         is_interrupted = newest_checkpoint(folder) is not None
         advice = "run its command again to finish it" if is_interrupted else "use another folder"

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
+from hf_ssl.modeling.encoder_folders import find_parts
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
 from hf_ssl.modeling.pooling import pool
 
@@ -64,6 +65,16 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
     Raises:
         UserError: there is no encoder, or a method model instead of one.
     """
+    folder = os.path.expanduser(place)
+    with loading_errors(f"an encoder, got {place!r}", where):
+        parts = find_parts(folder, **options)
+        if parts is not None:
+            return parts.config()
+    return _encoder_config(place, where, **options)
+
+
+def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
+    """Return the configuration in the folder or repository itself, which is not in parts."""
     with loading_errors(f"an encoder, got {place!r}", where):
         config: PreTrainedConfig = AutoConfig.from_pretrained(os.path.expanduser(place), **options)
     if method_of(config.model_type) is not None:
@@ -75,10 +86,18 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
 
 
 def load_weights(place: str, where: str = "model", **options: Any) -> PreTrainedModel:
-    """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`."""
-    config = load_config(place, where, **options)
+    """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`.
+
+    All functions that load encoders call this one. If the encoder consists of parts in subfolders
+    (`hf_ssl.modeling.encoder_parts`), the result joins them.
+    """
+    folder = os.path.expanduser(place)
     with loading_errors(f"an encoder, got {place!r}", where):
-        folder = os.path.expanduser(place)
+        parts = find_parts(folder, **options)
+        if parts is not None:
+            return parts.load()
+    config = _encoder_config(place, where, **options)
+    with loading_errors(f"an encoder, got {place!r}", where):
         encoder: PreTrainedModel = AutoModel.from_pretrained(folder, config=config, **options)
         return encoder
 
@@ -249,9 +268,19 @@ def set_identity_pooler(backbone: Any) -> None:
     `AutoModel` always builds the pooler. An encoder saved without one would load with a random
     `pooler_output`, a different one each time.
     """
-    if backbone.config.model_type in CLS_POOLER_TYPES and backbone.pooler is not None:
-        nn.init.eye_(backbone.pooler.dense.weight)
-        nn.init.zeros_(backbone.pooler.dense.bias)
+    for pooler in _class_token_poolers(backbone):
+        nn.init.eye_(pooler.dense.weight)
+        nn.init.zeros_(pooler.dense.bias)
+
+
+def _class_token_poolers(backbone: nn.Module) -> list[Any]:
+    """Return the poolers of `CLS_POOLER_TYPES` in an encoder, or in each of its parts."""
+    found = [
+        getattr(module, "pooler", None)
+        for module in backbone.modules()
+        if isinstance(module, PreTrainedModel) and module.config.model_type in CLS_POOLER_TYPES
+    ]
+    return [pooler for pooler in found if pooler is not None]
 
 
 def layers(backbone: nn.Module) -> list[nn.Module]:
@@ -399,8 +428,8 @@ def freeze_unused(backbone: PreTrainedModel) -> None:
     These are the pooler of `set_identity_pooler`, and the mask token of DINOv2 and DINOv3, which hides no
     patch here.
     """
-    if backbone.config.model_type in CLS_POOLER_TYPES and backbone.pooler is not None:
-        backbone.pooler.requires_grad_(False)
+    for pooler in _class_token_poolers(backbone):
+        pooler.requires_grad_(False)
     for name, parameter in backbone.named_parameters():
         if name.rpartition(".")[2] == "mask_token":
             parameter.requires_grad_(False)

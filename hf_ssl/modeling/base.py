@@ -31,6 +31,7 @@ from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
 from hf_ssl.modeling.memory import DeferredMemory, HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature, declare_patch_grid
 from hf_ssl.modeling.requirements import Requirements
@@ -433,7 +434,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         """
         super().post_init()
         initialize_as_timm(self.backbone)
-        set_identity_pooler(self.backbone)
+        set_identity_pooler(self)
         self.copy_teachers()
         self.freeze()
         if self.published_feature != "auto":
@@ -523,6 +524,11 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         Raises:
             UserError: the encoder has other parameters or shapes than the backbone.
         """
+        if isinstance(encoder, ParallelEncoders):
+            raise UserError(
+                f"backbone.init_from: expected one encoder for {self.method_name()}, got one for each color "
+                "view, which only cmc can train"
+            )
         wanted, given = self.backbone.state_dict(), encoder.state_dict()
         other = sorted(wanted.keys() ^ given.keys())
         other += [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]

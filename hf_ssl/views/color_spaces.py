@@ -160,6 +160,23 @@ class ColorViews:
         ]
         return [[rows.pop(0) for _ in range(size)] for size in self.groups]
 
+    @property
+    def statistics(self) -> list[tuple[list[float], list[float]]]:
+        """Return the mean and the standard deviation of each channel of each view, in its color space.
+
+        A view is `(channel - mean) / std` for each of its channels.
+        """
+        space = COLOR_SPACES[self.space]
+        means = list(space.mean)
+        if space.matrix is not None:
+            means = [
+                sum(factor * color for factor, color in zip(row, self.mean, strict=True)) + constant
+                for row, constant in zip(space.matrix, space.offset, strict=True)
+            ]
+        pairs = list(zip(means, space.std, strict=True))
+        views = [[pairs.pop(0) for _ in range(size)] for size in self.groups]
+        return [([mean for mean, _ in view], [std for _, std in view]) for view in views]
+
     def divide(self, images: Tensor) -> list[Tensor]:
         """Return the views (..., c, H, W) of normalized RGB images (..., 3, H, W).
 

@@ -51,6 +51,7 @@ from hf_ssl.evaluation import (
     thumbnail,
 )
 from hf_ssl.modeling.backbones import input_channels
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 
 QUERY_SIDE = 560
 NEIGHBORS = 12  # fills complete rows of 4 and of 3 images
@@ -119,10 +120,12 @@ def attention(retriever: Retriever, photo: Tensor) -> str:
     title = "<h2>Where the encoder looks</h2>"
     if not has_attention(retriever.model):
         kind = escape(FACTS["model"]["class"].removesuffix("Model"))
+        reason = f"This encoder is a {kind}, which has no attention."
+        if isinstance(retriever.model, ParallelEncoders):
+            reason = "This encoder consists of one narrow encoder for each color view."
         return (
-            f'<section class="attention">{title}<p class="quiet">This encoder is a {kind}, which has no '
-            "attention. Encoders of the ViT family show here which parts of the picture they look at.</p>"
-            "</section>"
+            f'<section class="attention">{title}<p class="quiet">{reason} A single encoder of the ViT family '
+            "shows here which parts of the picture it looks at.</p></section>"
         )
     pictures = attention_pictures(retriever.model, retriever.processor, photo)
     pictures.pop("image")

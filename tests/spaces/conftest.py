@@ -20,6 +20,8 @@ import torch
 from transformers import BitImageProcessor, PreTrainedModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_ssl.data import DataConfig
+from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
+from hf_ssl.methods.cmc.modeling_cmc import CMCForPreTraining
 from hf_ssl.space import build_space
 from hf_ssl.space.serve import free_port
 
@@ -72,6 +74,10 @@ def encoder(kind: str) -> PreTrainedModel:
         return ResNetModel(
             ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
         )
+    if kind == "parts":
+        views = {"size": 32, "count": 1, "mean": [0.5] * 3, "std": [0.25] * 3}
+        config = CMCConfig(backbone_config=encoder("resnet").config, color_space="lab", views=views)
+        return CMCForPreTraining(config).exported_encoder
     return ViTModel(
         ViTConfig(
             hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, image_size=32,
@@ -113,12 +119,12 @@ def build(kind: str, root: Path) -> Path:
 @pytest.fixture(scope="session")
 def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("spaces")
-    return {kind: build(kind, root) for kind in ("vit", "resnet")}
+    return {kind: build(kind, root) for kind in ("vit", "resnet", "parts")}
 
 
 @pytest.fixture(scope="session")
 def served(spaces: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """Both Spaces; whatever happens, their processes end, and then nothing is left of what they stored."""
+    """All Spaces; whatever happens, their processes end, and then nothing is left of what they stored."""
     found = {}
     port = 7860
     for kind, folder in spaces.items():

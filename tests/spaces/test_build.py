@@ -36,12 +36,12 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "parts"])
 def test_facts(spaces: dict[str, Path], kind: str) -> None:
     known = facts(spaces[kind])
     assert known["model"] == {
         "name": f"{kind}_encoder",
-        "class": {"vit": "ViTModel", "resnet": "ResNetModel"}[kind],
+        "class": {"vit": "ViTModel", "resnet": "ResNetModel", "parts": "ParallelEncoders"}[kind],
         "folder": "encoder",
         "revision": None,
         "attention": kind == "vit",

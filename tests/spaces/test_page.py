@@ -167,12 +167,19 @@ def test_a_large_file_is_refused_and_not_kept(
     assert set(files_below(scratch)) == before
 
 
-def test_an_encoder_without_attention_says_so(opened: Callable[..., Any]) -> None:
-    page = opened("resnet")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("resnet", "This encoder is a ResNet, which has no attention."),
+        ("parts", "This encoder consists of one narrow encoder for each color view."),
+    ],
+)
+def test_an_encoder_without_attention_says_so(opened: Callable[..., Any], kind: str, reason: str) -> None:
+    page = opened(kind)
     page.locator("#example-5").click()
     wait_for_query(page, "Example: 5")
     assert len(captions(page, ".neighbors")) == 12 and captions(page, ".attention") == []
-    assert "This encoder is a ResNet, which has no attention." in page.inner_text(".attention")
+    assert f"{reason} A single encoder of the ViT family" in page.inner_text(".attention")
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

@@ -23,7 +23,7 @@ from hf_ssl.trainer.gradient_cache import cached_backward, check_chunking
 
 BATCH = 12
 VIT = (
-    "backbone={model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "backbone={model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 4, "
     "intermediate_size: 32, patch_size: 8, hidden_dropout_prob: %s}"
 )
 

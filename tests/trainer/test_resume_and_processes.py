@@ -27,10 +27,10 @@ BACKBONES = {
     "resnet": "{model_type: resnet, layer_type: basic, embedding_size: 8, depths: [1, 1], "
     "hidden_sizes: [8, 16]}",
     # dropout: the random state has to be resumed too
-    "vit": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "vit": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 4, "
     "intermediate_size: 32, patch_size: 8, hidden_dropout_prob: 0.1}",
     # what each process draws by itself cannot equal one process
-    "vit without dropout": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "vit without dropout": "{model_type: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 4, "
     "intermediate_size: 32, patch_size: 8}",
 }
 COMMON = [
@@ -140,8 +140,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(run, tmp_path, photos, m
     assert_same_run(tmp_path, f"{method}-{data}-{backbone}")
 
 
-# With memory banks, CMC also resumes its banks and the constants of its NCE loss.
-MEMORY_BANKS = ["method.loss=nce", "method.negatives=64"]
+# With memory banks, CMC also resumes its banks and the constants of its NCE loss. With Lab, its encoders do
+# not fold into one.
+MEMORY_BANKS = ["method.loss=nce", "method.negatives=64", "method.color_space=lab"]
 
 
 def test_a_killed_run_of_cmc_with_memory_banks_resumes(run, tmp_path, photos):

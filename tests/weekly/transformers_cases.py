@@ -78,7 +78,8 @@ class Tester:
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
         size = 8 if self.method == "ijepa" else 4
         known = METHODS[self.method].model_class().backbone_types
-        backbone = [f"backbone={VIT % size}"] if known is None or "vit" in known else []
+        takes_vit = (known is None or "vit" in known) and self.method != "cmc"
+        backbone = [f"backbone={VIT % size}"] if takes_vit else []
         recipe = load_recipe(f"smoke/{self.method}", [*backbone, "data.channels=3"])
         config: Any = recipe.config()
         if recipe.model_class.needs_sample_index:

@@ -17,13 +17,16 @@ from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.losses import info_nce, memory_nce, memory_scores, memory_softmax
 from hf_ssl.losses.upcasting import upcast
-from hf_ssl.methods.cmc.configuration_cmc import CMCConfig, narrow_configs
+from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
 from hf_ssl.modeling.activation_checkpoints import checkpoint_segments
-from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.backbones import encode, freeze_unused
+from hf_ssl.modeling.encoder_folders import find_parts
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
+from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, feature_width, narrow_configs
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.parallel_resnets import ParallelResNets
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders
+from hf_ssl.modeling.parallel_resnets import new_parallel_encoders
 from hf_ssl.views.color_spaces import gradient_magnitude
 
 # The mean gradient is 0.048 per pixel in Imagenette (160 pixels) and 0.074 in CIFAR-10, so the values are
@@ -38,9 +41,10 @@ class CMCForPreTraining(MemoryBankModel):
     directions, as in the authors' code. The negatives are the other images of the batch of all processes, or
     random rows of memory banks. Each view has its own bank, and all views of an image share the random rows.
 
-    `backbone` joins the narrow encoders of the color views. In a linear color space, they fold exactly into
-    one encoder for RGB images, which is published (`ParallelResNets.fold`). The encoder of the gradient view
-    is not a part of it, because the gradient's magnitude is no linear map.
+    `backbone` joins the narrow encoders of the color views. Narrow ResNets of a linear color space fold
+    exactly into one encoder for RGB images, which is published (`ParallelResNets.fold`). Other narrow
+    encoders are published in subfolders (`ParallelEncoders.save_pretrained`). The encoder of the gradient
+    view is not published.
     """
 
     config_class = CMCConfig
@@ -50,19 +54,18 @@ class CMCForPreTraining(MemoryBankModel):
         "method.loss=info_nce, whose negatives are the other images of the batch (in-batch negatives)"
     )
     minimum_views = maximum_views = 1
-    backbone_types = ("resnet",)
+    backbone_types = DIVISIBLE_TYPES
 
     def __init__(self, config: CMCConfig) -> None:
         super().__init__(config)
         self.views = config.color_views
-        narrow = narrow_configs(config.backbone_config, config.groups)
-        self.backbone: ParallelResNets = ParallelResNets(config.backbone_config, narrow, self.views)
+        self.backbone: ParallelEncoders = new_parallel_encoders(config.backbone_config, self.views)
         self.view_names, widths = self.views.names, list(self.backbone.feature_sizes)
         self.gradient_backbone: PreTrainedModel | None = None
         if config.gradient_view:
             gradient: Any = narrow_configs(config.backbone_config, (1,) * len(config.groups))[0]
             self.gradient_backbone = AutoModel.from_config(gradient)
-            self.view_names, widths = [*self.view_names, "gradient"], [*widths, gradient.hidden_sizes[-1]]
+            self.view_names, widths = [*self.view_names, "gradient"], [*widths, feature_width(gradient)]
         self.heads = nn.ModuleList(
             MLPHead(projector_sizes(width, config), norm=False, last_bias=True) for width in widths
         )
@@ -202,26 +205,14 @@ class CMCForPreTraining(MemoryBankModel):
 
     @property
     def exported_encoder(self) -> PreTrainedModel:
-        """Return a new encoder: the narrow encoders of the color views, folded into one.
+        """Return the narrow encoders of the color views: a new encoder if they fold into one."""
+        return self.backbone.exported()
 
-        Raises:
-            UserError: the color space is not linear.
-        """
-        return self.backbone.fold()
-
-    def check_source(self, streaming: bool, num_rows: int | None) -> None:
-        """Also raise `UserError` if the encoder could not be published."""
-        super().check_source(streaming, num_rows)
-        self.backbone.check_folding()
-
-    @classmethod
-    def check_backbone(cls, model_type: str) -> None:
-        """Raise `UserError` for other encoders than ResNet, because they do not fold into one."""
-        if model_type not in cls.backbone_types:
-            raise UserError(
-                "backbone.model_type: expected resnet for cmc, because only ResNets fold into one encoder "
-                f"that can be published (not those with LayerNorm or attention), got {model_type}"
-            )
+    def freeze(self) -> None:
+        """Also freeze the parameters of the gradient's encoder that no loss depends on."""
+        super().freeze()
+        if self.gradient_backbone is not None:
+            freeze_unused(self.gradient_backbone)
 
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Copy the weights of an encoder that CMC exported to the narrow encoders. Heads do not change.
@@ -229,7 +220,7 @@ class CMCForPreTraining(MemoryBankModel):
         Raises:
             UserError: the encoder is another one.
         """
-        self.backbone.load_folded(encoder)
+        self.backbone.load_exported(encoder)
         self.continues = True
 
     @classmethod
@@ -239,13 +230,21 @@ class CMCForPreTraining(MemoryBankModel):
         Raises:
             UserError: the folder contains an exported encoder, for which `from_backbone` is right.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        name = cls.__name__
+        wrong = UserError(
+            f"{name}.from_pretrained: expected a model of this class, got an encoder; use "
+            f"{name}.from_backbone"
+        )
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            place = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+            if "subfolder" not in kwargs and find_parts(str(args[0]), **place) is not None:
+                raise wrong from error
+            raise
         model, info = loaded
         if any(key.startswith("backbone.parts.") for key in info["missing_keys"]):
-            raise UserError(
-                f"{cls.__name__}.from_pretrained: expected a model of this class, got an encoder; use "
-                f"{cls.__name__}.from_backbone"
-            )
+            raise wrong
         return (model, info) if output_loading_info else model
 
 
