@@ -15,6 +15,7 @@ from types import FrameType
 
 from hf_ssl.data.config import MISSING
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
 from hf_ssl.resources import MAX_IMAGES, PORT, recipe_files
@@ -97,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="data.path=... and evaluation.key=value"
+    )
+    evaluate.add_argument(
+        "--protocols",
+        metavar="NAME,...",
+        help=f"what is measured: {', '.join(PROTOCOLS)}, or all (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
     export = command("export", _export)
@@ -234,11 +240,15 @@ def quick_imports() -> Iterator[None]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate an encoder with k-NN and a linear probe."""
+    """Evaluate an encoder by standard protocols: k-NN, linear probe and others."""
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
 
-        data, evaluation = read_sections(arguments.overrides)
+        overrides = list(arguments.overrides)
+        if arguments.protocols is not None:
+            names = ",".join(PROTOCOLS) if arguments.protocols == "all" else arguments.protocols
+            overrides.append(f"evaluation.protocols=[{names}]")
+        data, evaluation = read_sections(overrides)
         from hf_ssl import run
 
     run.evaluate(arguments.model, data, evaluation)

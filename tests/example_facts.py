@@ -7,25 +7,29 @@ from typing import Any
 
 import torch
 
-from hf_ssl.evaluation import EvaluationConfig, evaluate_features
-from hf_ssl.evaluation.protocol import EncoderResult
+from hf_ssl.evaluation import EncoderResult, EvaluationConfig, evaluate_features
 
 
 def measured(seed: int, signal: float) -> EncoderResult:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(120) % 4
     features = signal * torch.eye(4, 16)[labels] + torch.randn(120, 16, generator=generator)
-    config = EvaluationConfig(few_labels=[1, 5], linear_epochs=3, learning_rates=[0.1, 1.0], draws=3)
+    config = EvaluationConfig(
+        protocols=["knn", "few_label_knn", "linear"],
+        settings={
+            "few_label_knn": {"labels": [1, 5], "draws": 3},
+            "linear": {"epochs": 3, "learning_rates": [0.1, 1.0]},
+        },
+    )
     result = evaluate_features(config, features[:80], labels[:80], features[80:], labels[80:])
-    result["protocol"]["features"] = "pooler_output, 16 numbers, images of 64 pixels, float32"
+    result["features"] = "pooler_output, 16 numbers, images of 64 pixels, float32"
     return result
 
 
 @cache
 def _facts() -> dict[str, Any]:
     raw = measured(2, 0.5)
-    raw["linear"] = None
-    del raw["protocol"]["linear"]
+    raw["protocols"] = [each for each in raw["protocols"] if each["protocol"] != "linear"]
     return {
         "hf_ssl_version": "0.1.0",
         "date": "2026-11-21T10:00:00+00:00",

@@ -35,8 +35,9 @@ def fake_run(folder: Path, method: str, seed: int, knn: float, **others: float) 
     example = facts["results"]["trained"]
 
     def result(accuracy):
-        knn, linear = example["knn"] | {"accuracy": accuracy}, {"accuracy": accuracy + 0.1}
-        return example | {"knn": knn, "linear": example["linear"] | linear}
+        values = {"knn": accuracy, "linear": accuracy + 0.1}
+        numbers = [number for number in example["protocols"] if number["key"] in ("knn_20", "linear_probe")]
+        return example | {"protocols": [each | {"value": values[each["protocol"]]} for each in numbers]}
 
     (folder / "checkpoint-10").mkdir(parents=True)
     (folder / "checkpoint-9").mkdir()  # an earlier one that was copied later
@@ -48,7 +49,8 @@ def fake_run(folder: Path, method: str, seed: int, knn: float, **others: float) 
     facts["training"] |= {"seconds": 60.0 + seed, "steps": 10, "seed": seed}
     facts["monitor"]["history"] = [{"step": 0, "knn": 0.1}, {"step": 10, "knn": knn}]
     facts["results"] = {"trained": result(knn)} | {name: result(value) for name, value in others.items()}
-    facts["results"].get("raw_pixels", {})["linear"] = None
+    if "raw_pixels" in facts["results"]:
+        del facts["results"]["raw_pixels"]["protocols"][1]  # the linear probe
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

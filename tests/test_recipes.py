@@ -179,7 +179,7 @@ def test_differences_are_what_the_defaults_are_not() -> None:
     assert found["method.temperature"] == 0.5
     assert found["views.enlarge"] == 16
     assert found["training.max_steps"] == 8
-    assert found["evaluation.few_labels"] == [5]
+    assert found["evaluation.settings"]["few_label_knn"]["labels"] == [5]
     same = load(
         SMOKE, "method.projection_layers=3", "views.size=224", "views.enlarge=null", "training.max_steps=-1"
     )

@@ -62,7 +62,11 @@ sys.exit(status)
 def run(folder: Path, *overrides: str) -> dict:
     """Return the report of `hf-ssl pretrain smoke/simclr` with two steps."""
     command = ["pretrain", "smoke/simclr", f"training.output_dir={folder / 'run'}", "training.max_steps=2"]
-    quick = ["evaluation.baselines=false", "evaluation.linear_epochs=1", "evaluation.draws=1"]
+    quick = [
+        "evaluation.baselines=false",
+        "evaluation.settings.linear.epochs=1",
+        "evaluation.settings.few_label_knn.draws=1",
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     report = folder / "report.json"
     finished = subprocess.run(

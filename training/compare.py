@@ -19,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from hf_ssl.cards import read_facts
+from hf_ssl.evaluation import EncoderResult, find_results
 from hf_ssl.files import newest_checkpoint, read_json
 from hf_ssl.resources import usable_cores
 
@@ -125,14 +126,17 @@ def read(folder: Path) -> dict[str, Any] | None:
         "monitor": facts["monitor"],
         "environment": facts["environment"],
         "date": facts["date"],
-        "results": {
-            name: {
-                "knn": result["knn"]["accuracy"],
-                "neighbors": result["knn"]["neighbors"],
-                "linear": (result["linear"] or {}).get("accuracy"),
-            }
-            for name, result in facts["results"].items()
-        },
+        "results": {name: _numbers(result) for name, result in facts["results"].items()},
+    }
+
+
+def _numbers(result: EncoderResult) -> dict[str, Any]:
+    """Return the two accuracies of an encoder and k; None for what was not measured."""
+    knn, linear = (next(iter(find_results(result, protocol)), None) for protocol in ("knn", "linear"))
+    return {
+        "knn": knn and knn["value"],
+        "neighbors": knn and knn["details"]["neighbors"],
+        "linear": linear and linear["value"],
     }
 
 

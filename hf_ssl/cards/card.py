@@ -91,7 +91,9 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
             usage=usage(facts),
+            main=text.main_number(facts),
             results=text.results_table(facts["results"]),
+            grids=text.grids(facts),
             comparisons=text.comparisons(facts),
             choices=text.choices(facts),
             monitor=text.monitor_table(facts),

@@ -26,7 +26,7 @@ from huggingface_hub.utils import WeakFileLock
 from hf_ssl.cards.privacy import remove_private
 from hf_ssl.data.location import DIGITS
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import EncoderResult
+from hf_ssl.evaluation.results import EncoderResult, with_current_layout
 from hf_ssl.files import read_json, write_json
 from hf_ssl.names import with_current_keys
 from hf_ssl.resources import usable_cores
@@ -282,7 +282,16 @@ def read_facts(directory: str | Path) -> Facts:
     Raises:
         UserError: the file is missing, is not JSON, or lacks a fact.
     """
-    return check_facts(with_current_keys(read_json(Path(directory) / FILE)))
+    return check_facts(_current(read_json(Path(directory) / FILE)))
+
+
+def _current(record: Any) -> Any:
+    """Return facts, or an entry of a results file, with the current names and layouts."""
+    record = with_current_keys(record)
+    if isinstance(record, dict) and isinstance(record.get("results"), dict):
+        results = {name: with_current_layout(result) for name, result in record["results"].items()}
+        return record | {"results": results}
+    return record
 
 
 PACKAGES = (
@@ -349,10 +358,10 @@ def append_result(results_dir: str | Path, recipe_name: str, facts: Facts) -> Pa
     # The lock file is in the temporary folder, so that the results folder contains only results.
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with WeakFileLock(Path(tempfile.gettempdir()) / f"hf_ssl-{name}.lock"):
-        entries = with_current_keys(read_json(path)) if path.exists() else []
+        entries = read_json(path) if path.exists() else []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path.name}: expected a list of results, got other data; move the file away")
-        write_json(path, [*entries, entry])
+        write_json(path, [*map(_current, entries), entry])
     return path
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts, local_path
-from hf_ssl.evaluation.config import MEASUREMENTS, EncoderResult
+from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
 
 ENCODERS = {
     "trained": "this encoder",
@@ -61,54 +62,60 @@ def literal(text: str) -> str:
 
 
 def measurements(result: EncoderResult) -> list[Measurement]:
-    """Return the accuracies for the metadata: k-NN, linear probe, and k-NN with few labels."""
-    knn, protocol = result["knn"], result["protocol"]
-    k = knn["neighbors"]
-    found = [Measurement(f"knn_{k}", f"{k}-NN accuracy", round(knn["accuracy"], 4), protocol["knn"])]
-    if result["linear"] is not None:
-        accuracy = round(result["linear"]["accuracy"], 4)
-        found.append(Measurement("linear_probe", "Linear probe accuracy", accuracy, protocol["linear"]))
-    for draw in result["few_labels"]:
-        labels = draw["labels_per_class"]
-        name = f"1-NN accuracy, {labels} labeled image{'s'[: labels != 1]} per class"
-        found.append(
-            Measurement(f"few_labels_{labels}", name, round(draw["mean"], 4), protocol["few_labels"])
-        )
-    return found
+    """Return the numbers of all protocols for the metadata."""
+    return [
+        Measurement(each["key"], each["title"], round(each["value"], 4), each["text"])
+        for each in result["protocols"]
+    ]
 
 
 def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
     """Return the results as rows of cells, one row per encoder.
 
-    The first row is the heading. The first encoder determines the columns. The list is empty without results.
+    The first row is the heading. The first encoder determines the columns. A column contains only numbers
+    with the same protocol id. The list is empty without results.
     """
     if not results:
         return []
-    first = next(iter(results.values()))
-    labels = [draw["labels_per_class"] for draw in first["few_labels"]]
-    heading = ["", f"{first['knn']['neighbors']}-NN, all labels"]
-    heading += [f"1-NN, {n} label{'s'[: n != 1]} per class" for n in labels]
-    if first["linear"] is not None:
-        heading.append("linear probe")
-    table = [[*heading, "RankMe"]]
+    columns = next(iter(results.values()))["protocols"]
+    table = [["", *(column["column"] for column in columns), "RankMe"]]
     for key, result in results.items():
-        row = [ENCODERS.get(key, key), percent(result["knn"]["accuracy"])]
-        few = {draw["labels_per_class"]: draw for draw in result["few_labels"]}
-        row += [f"{percent(few[n]['mean'])} ± {100 * few[n]['std']:.1f}" if n in few else "-" for n in labels]
-        if first["linear"] is not None:
-            row.append("-" if result["linear"] is None else percent(result["linear"]["accuracy"]))
-        size = whole(result["feature_size"])
-        table.append([*row, f"{result['statistics']['rank_me']:.1f} of {size}"])
+        own = {each["id"]: each for each in result["protocols"]}
+        row = [_cell(own[column["id"]]) if column["id"] in own else "-" for column in columns]
+        rank = f"{result['statistics']['rank_me']:.1f} of {whole(result['feature_size'])}"
+        table.append([ENCODERS.get(key, key), *row, rank])
     return table
 
 
+def _cell(result: ProtocolResult) -> str:
+    """Return an accuracy, with its standard deviation over random choices of the labeled images, if any."""
+    spread = result["details"].get("std")
+    return percent(result["value"]) + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
+def main_number(facts: Facts) -> ProtocolResult | None:
+    """Return the number of the trained encoder that a card shows first: that of the first protocol."""
+    trained = facts["results"].get("trained")
+    return trained["protocols"][0] if trained is not None and trained["protocols"] else None
+
+
+def grids(facts: Facts) -> list[tuple[str, dict[str, float]]]:
+    """Return (encoder, cell) for all measured values of k and temperature."""
+    return [
+        (name, cell)
+        for name, result in facts["results"].items()
+        for each in result["protocols"]
+        for cell in each["details"].get("grid", ())
+    ]
+
+
 def terminal_text(results: Mapping[str, EncoderResult]) -> str:
-    """Return the rows of `results_table` for a terminal, with the k-NN protocol and compared poolings."""
+    """Return the rows of `results_table` for a terminal, with the first protocol and compared poolings."""
     rows = results_table(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.append(f"({next(iter(results.values()))['protocol']['knn']})")
+    lines += [f"({each['text']})" for each in next(iter(results.values()))["protocols"][:1]]
     for key, result in results.items():
         if "poolings" in result:
             lines.append(f"({ENCODERS.get(key, key)}: {_poolings(result)})")
@@ -117,7 +124,8 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
 
 def _poolings(result: EncoderResult) -> str:
     parts = [f"of {_POOLINGS[name]}: {percent(value)}" for name, value in result["poolings"].items()]
-    return f"{result['knn']['neighbors']}-NN accuracy {', '.join(parts)}"
+    k = next((knn["details"]["neighbors"] for knn in find_results(result, "knn")), MAIN_KNN[0])
+    return f"{k}-NN accuracy {', '.join(parts)}"
 
 
 _POOLINGS = {
@@ -129,13 +137,16 @@ _POOLINGS = {
 
 
 def comparisons(facts: Facts) -> list[str]:
-    """Return sentences that compare the trained encoder with the baselines, in points of k-NN accuracy."""
+    """Return sentences that compare the trained encoder with the baselines, in points of accuracy."""
     sentences = []
+    main = main_number(facts)
     for key in ("untrained", "start", "raw_pixels"):
-        if key in facts["results"]:
-            knn = facts["results"]["trained"]["knn"]
-            gain = 100 * (knn["accuracy"] - facts["results"][key]["knn"]["accuracy"])
-            than = f"{ENCODERS[key]} in {knn['neighbors']}-NN accuracy"
+        others = facts["results"][key]["protocols"] if key in facts["results"] else []
+        for other in others:
+            if main is None or other["id"] != main["id"]:
+                continue
+            gain = 100 * (main["value"] - other["value"])
+            than = f"{ENCODERS[key]} in {main['title']}"
             sentences.append(
                 f"This encoder is {gain:.1f} points better than {than}."
                 if gain >= 0.05
@@ -240,7 +251,9 @@ def limitations(facts: Facts) -> list[str]:
             f"The evaluation uses {evaluation['name']} only. Results on other images may be better or worse."
         )
         sentences.append(_selection(facts, evaluation["test_split"]))
-        if any(result["few_labels"] for result in facts["results"].values()):
+        if any(
+            "std" in each["details"] for result in facts["results"].values() for each in result["protocols"]
+        ):
             sentences.append(
                 "The standard deviation with few labels is over random choices of the labeled images, not "
                 "over training runs."

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
         threshold_attention,
         write_attention_pictures,
     )
-    from hf_ssl.evaluation.config import EncoderResult, EvaluationConfig
+    from hf_ssl.evaluation.config import EvaluationConfig
+    from hf_ssl.evaluation.evaluate import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.features import (
         extract_features,
         fastest_device,
         load_encoder,
         raw_pixels,
     )
-    from hf_ssl.evaluation.knn import FewLabel, few_label_knn, knn_accuracy
-    from hf_ssl.evaluation.linear import LinearProbe, linear_probe
-    from hf_ssl.evaluation.protocol import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
+    from hf_ssl.evaluation.inputs import class_metrics
+    from hf_ssl.evaluation.knn import knn_accuracy
+    from hf_ssl.evaluation.protocols import PROTOCOLS
+    from hf_ssl.evaluation.protocols.few_label_knn import FewLabel, few_label_knn
+    from hf_ssl.evaluation.protocols.linear import LinearProbe, linear_probe
+    from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
     from hf_ssl.evaluation.retrieval import (
         Gallery,
         Neighbor,

@@ -5,23 +5,37 @@ This module does not import torch, because recipes and cards need none.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
+from typing import Any, NamedTuple, get_args
 
 from hf_ssl.data.config import DataConfig
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_name, check_values
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, load_protocol
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.names import renamed_arguments
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
-MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 TEMPERATURES = (0.07, 0.1)
+MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = get_args(Pooling)
+DEPRECATED = {
+    "neighbors": "knn.neighbors",
+    "temperatures": "knn.temperatures",
+    "few_labels": "few_label_knn.labels",
+    "draws": "few_label_knn.draws",
+    "linear": "linear",
+    "linear_epochs": "linear.epochs",
+    "linear_batch_size": "linear.batch_size",
+    "linear_standardize": "linear.standardize",
+    "learning_rates": "linear.learning_rates",
+}
+"""Deprecated key of the section -> the key in `settings` that replaces it."""
 
 
 @renamed_arguments(neighbours="neighbors")
@@ -46,19 +60,45 @@ class EvaluationConfig:
     # [patch, stride] in pixels of processed images: also k-NN by the mean feature of a grid of patches. None:
     # the grid of the method (CPC; other methods have none). []: no grid
     patch_grid: list[int] | None = None
-    neighbors: list[int] = field(default_factory=lambda: list(NEIGHBORS))
-    temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
-    few_labels: list[int] = field(default_factory=list)  # labels per class
-    draws: int = 20
-    linear: bool = True
-    linear_epochs: int = 100
-    linear_batch_size: int = 256
-    linear_standardize: bool = False  # see linear_probe
-    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+    # Names of PROTOCOLS, in the order of the table, and the settings of protocols: {linear: {epochs: 10}}
+    protocols: list[str] = field(default_factory=lambda: list(DEFAULT_PROTOCOLS))
+    settings: dict[str, Any] = field(default_factory=dict)
     baselines: bool = True  # also evaluate the untrained encoder and raw pixels
     raw_pixel_size: int = 32
     seed: int = 0
     results_dir: str | None = None  # folder of <recipe>.json; None: results/ in the output folder
+    # Deprecated keys; they move to `protocols` and `settings`.
+    neighbors: list[int] | None = None
+    temperatures: list[float] | None = None
+    few_labels: list[int] | None = None
+    draws: int | None = None
+    linear: bool | None = None
+    linear_epochs: int | None = None
+    linear_batch_size: int | None = None
+    linear_standardize: bool | None = None
+    learning_rates: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Move the values of deprecated keys."""
+        moved = [name for name in DEPRECATED if getattr(self, name) is not None]
+        if not moved:
+            return
+        keys = ", ".join(f"evaluation.{name}" for name in moved)
+        new = ", ".join(f"evaluation.settings.{DEPRECATED[name]}" for name in moved if name != "linear")
+        new = ", ".join(filter(None, (new, "evaluation.protocols" if "linear" in moved else "")))
+        warnings.warn(f"{keys}: deprecated; use {new}", FutureWarning, stacklevel=3)
+        settings = {name: dict(values) for name, values in self.settings.items()}
+        names = [name for name in self.protocols if name != "linear" or self.linear is not False]
+        if self.few_labels and "few_label_knn" not in names:
+            names.insert(1, "few_label_knn")
+        if self.few_labels == []:
+            names = [name for name in names if name != "few_label_knn"]
+        for name in moved:
+            protocol, _, key = DEPRECATED[name].partition(".")
+            if name != "linear" and not (name == "few_labels" and not self.few_labels):
+                settings.setdefault(protocol, {}).setdefault(key, getattr(self, name))
+            setattr(self, name, None)
+        self.protocols, self.settings = names, settings
 
     @classmethod
     def of(cls, given: Any) -> "EvaluationConfig":
@@ -87,12 +127,10 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
-        split, other, few = self.test_split, self.test_split != self.train_split, list(self.few_labels)
+        split, other = self.test_split, self.test_split != self.train_split
         grid = self.patch_grid
         is_grid = not grid or (len(grid) == 2 and are_positive(grid))
-        lists = ((key, list(getattr(self, key))) for key in ("neighbors", "temperatures", "learning_rates"))
-        keys = ("batch_size", "draws", "linear_epochs", "linear_batch_size", "raw_pixel_size")
-        numbers = ((key, getattr(self, key)) for key in keys)
+        numbers = ((key, getattr(self, key)) for key in ("batch_size", "raw_pixel_size"))
         limits = ((key, getattr(self, key)) for key in ("max_train_images", "max_test_images"))
         advice = "two splits, otherwise each test image is its own nearest neighbor"
         check_values(
@@ -101,11 +139,28 @@ class EvaluationConfig:
             ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], [] for none, or null"),
-            *((key, given, are_positive(given), "one or more positive numbers") for key, given in lists),
-            ("few_labels", few, min(few, default=1) > 0, "positive numbers"),
+            ("protocols", list(self.protocols), bool(self.protocols), "one or more protocols"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
             *((key, most, most is None or most >= 2, "at least 2", "null for all") for key, most in limits),
         )
+        for name in self.protocols:
+            check_name("evaluation.protocols", name, PROTOCOLS, "known protocols")
+        for name in self.settings:
+            self.of_protocol(name)
+
+    def of_protocol(self, name: str) -> Any:
+        """Return the checked settings of a protocol, an instance of its `Config`. This imports torch.
+
+        Raises:
+            UserError: the protocol or a key is unknown, or a value is invalid.
+        """
+        from hf_ssl.sections import as_section
+
+        where = f"evaluation.settings.{name}"
+        check_name("evaluation.settings", name, PROTOCOLS, "a known protocol")
+        settings = as_section(load_protocol(name).Config, self.settings.get(name), where)
+        settings.check(where)
+        return settings
 
 
 def check_patch_grid(patch: int, stride: int, *sides: int) -> None:
@@ -132,35 +187,6 @@ def usable_neighbors(wanted: Sequence[int], images: int) -> list[int]:
     """Return the values of k up to the number of images. Without any, return one of `NEIGHBORS` up to 20."""
     most = min(images, MAIN_KNN[0])
     return [k for k in wanted if k <= images] or [max((k for k in NEIGHBORS if k <= most), default=1)]
-
-
-class KnnResult(TypedDict):
-    """k-NN result: the main accuracy, and {neighbors, temperature, accuracy} for the complete grid."""
-
-    neighbors: int
-    temperature: float
-    accuracy: float
-    grid: list[dict[str, float]]
-
-
-class EncoderResult(TypedDict):
-    """Result of one encoder. Accuracies are in [0, 1]. `protocol` describes each measurement in words."""
-
-    protocol: dict[str, str]
-    images: dict[str, int]  # train, test
-    classes: int
-    feature_size: int
-    knn: KnnResult
-    linear: dict[str, Any] | None  # the fields of LinearProbe
-    few_labels: list[dict[str, float]]  # labels_per_class, mean, std, draws
-    skipped: list[str]  # measurements that were not possible, most of them because of too few images
-    statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
-    seconds: dict[str, float]
-    precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"
-    pooling: NotRequired[str]
-    # main k-NN accuracy by "cls" and "mean", by "image" (the published feature) and "grid", if compared
-    poolings: NotRequired[dict[str, float]]
-    image_size: NotRequired[int]
 
 
 class Description(NamedTuple):

@@ -19,15 +19,6 @@ from hf_ssl.names import renamed_arguments
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
 
 
-class FewLabel(NamedTuple):
-    """Accuracy with few labels: mean and standard deviation (n - 1) over `draws` random labeled subsets."""
-
-    labels_per_class: int
-    mean: float
-    std: float
-    draws: int
-
-
 def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
@@ -144,28 +135,77 @@ def knn_accuracy(
     recommends k 20 and T 0.07. Difference: the largest cosine is subtracted before exp. This prevents
     overflow and does not change the predicted class.
     """
+    found = search(
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        neighbors=max(neighbors, default=0),
+        device=device,
+    )
+    return accuracy_grid(found, neighbors, temperatures)
+
+
+class Voters(NamedTuple):
+    """The nearest bank images of N queries.
+
+    Attributes:
+        cosines: (N, K) float32, best first.
+        classes: (N, K) class numbers of the bank images.
+        labels: (N,) class numbers of the queries.
+        bank_classes: number of classes C of the bank.
+    """
+
+    cosines: Tensor
+    classes: Tensor
+    labels: Tensor
+    bank_classes: int
+
+
+def search(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    *,
+    neighbors: int,
+    device: torch.device | str | None = None,
+) -> Voters:
+    """Return the nearest bank images of all queries. Arguments and errors are those of `knn_accuracy`."""
     device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
-    bank, bank_labels = _prepare(train_features, train_labels, "k-NN bank", device)
-    _check_classes(bank_labels, "k-NN bank")
-    queries, query_labels = _prepare(test_features, test_labels, "k-NN queries", device, bank.shape[1])
+    bank, bank_labels = prepare(train_features, train_labels, "k-NN bank", device)
+    check_classes(bank_labels, "k-NN bank")
+    queries, query_labels = prepare(test_features, test_labels, "k-NN queries", device, bank.shape[1])
+    if not 1 <= neighbors <= len(bank):
+        raise UserError(f"k-NN: expected 1 <= k <= {len(bank)} images in the bank, got {neighbors}")
+    cosines, rows = nearest(bank, queries, neighbors)
+    return Voters(cosines, bank_labels[rows], query_labels, int(bank_labels.max()) + 1)
+
+
+def accuracy_grid(
+    found: Voters, neighbors: Sequence[int], temperatures: Sequence[float]
+) -> dict[tuple[int, float], float]:
+    """Return {(k, temperature): accuracy in [0, 1]} from one search; errors are those of `knn_accuracy`."""
     counts = sorted(set(neighbors))
-    if not counts or counts[0] < 1 or counts[-1] > len(train_features):
-        raise UserError(
-            f"k-NN: expected 1 <= k <= {len(train_features)} images in the bank, got {list(neighbors)}"
-        )
+    if not counts or counts[0] < 1:
+        raise UserError(f"k-NN: expected 1 <= k, got {list(neighbors)}")
     if not are_positive(temperatures):
         raise UserError(f"k-NN: expected positive temperatures, got {list(temperatures)}")
-    cosines, rows = nearest(bank, queries, counts[-1])
-    voters = bank_labels[rows]
-    classes = int(bank_labels.max()) + 1
     return {
         (count, temperature): accuracy
         for temperature in temperatures
-        for count, accuracy in _votes(cosines, voters, query_labels, classes, counts, temperature).items()
+        for count, accuracy in _accuracies(found, counts, temperature).items()
     }
 
 
-def _check_classes(labels: Tensor, where: str) -> None:
+def scores(found: Voters, neighbors: int, temperature: float) -> Tensor:
+    """Return the sum (N, C) of the votes for each class by the first `neighbors` bank images."""
+    weights = _weights(found.cosines[:, :neighbors], temperature)
+    votes = weights.new_zeros(len(weights), found.bank_classes)
+    return votes.scatter_add_(1, found.classes[:, :neighbors], weights)
+
+
+def check_classes(labels: Tensor, where: str) -> None:
     """Raise UserError for labels of a single class, which every classifier would predict."""
     if len(labels.unique()) < 2:
         raise UserError(
@@ -173,7 +213,7 @@ def _check_classes(labels: Tensor, where: str) -> None:
         )
 
 
-def _prepare(
+def prepare(
     features: Tensor, labels: Any, where: str, device: torch.device, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return float32 unit rows (N, D) and class numbers (N,) on a device, or raise UserError."""
@@ -194,8 +234,8 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
         UserError: k or the temperature is out of range, the number of labels is wrong, there are fewer than
             two classes, or features are not finite.
     """
-    rows_ND, labels_N = _prepare(features, labels, "k-NN", features.device)
-    _check_classes(labels_N, "k-NN")
+    rows_ND, labels_N = prepare(features, labels, "k-NN", features.device)
+    check_classes(labels_N, "k-NN")
     if not are_positive([temperature]):
         raise UserError(f"k-NN: expected a positive temperature, got {temperature}")
     if not 1 <= neighbors < len(features):
@@ -205,80 +245,28 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
     dropped[:, -1] |= ~dropped.any(dim=1)  # an image with many copies may not be among its own neighbors
     voters = labels_N[found[~dropped].view(-1, neighbors)]
     kept = cosines[~dropped].view(-1, neighbors)
-    classes = int(labels_N.max()) + 1
-    return _votes(kept, voters, labels_N, classes, [neighbors], temperature)[neighbors]
+    found_voters = Voters(kept, voters, labels_N, int(labels_N.max()) + 1)
+    return _accuracies(found_voters, [neighbors], temperature)[neighbors]
 
 
-def _votes(
-    cosines: Tensor, voters: Tensor, labels: Tensor, classes: int, counts: list[int], temperature: float
-) -> dict[int, float]:
+def _weights(cosines: Tensor, temperature: float) -> Tensor:
+    """Return the weights of votes, relative to that of the nearest image, so that `exp` does not overflow."""
+    return ((cosines - cosines[:, :1]) / temperature).exp()
+
+
+def _accuracies(found: Voters, counts: list[int], temperature: float) -> dict[int, float]:
     """Return {k: accuracy}.
 
     Because the neighbors are sorted, the scores for k are those for the previous k plus the additional votes.
     """
     right = dict.fromkeys(counts, 0)
-    for start in range(0, len(labels), QUERY_CHUNK):
+    for start in range(0, len(found.labels), QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
-        weights = ((cosines[chunk] - cosines[chunk, :1]) / temperature).exp()
-        scores = weights.new_zeros(len(weights), classes)
+        weights, voters = _weights(found.cosines[chunk], temperature), found.classes[chunk]
+        sums = weights.new_zeros(len(weights), found.bank_classes)
         done = 0
         for count in counts:
-            scores.scatter_add_(1, voters[chunk, done:count], weights[:, done:count])
+            sums.scatter_add_(1, voters[:, done:count], weights[:, done:count])
             done = count
-            right[count] += int((scores.argmax(dim=1) == labels[chunk]).sum())
-    return {count: right[count] / len(labels) for count in counts}
-
-
-def few_label_knn(
-    train_features: Tensor,
-    train_labels: Any,
-    test_features: Tensor,
-    test_labels: Any,
-    *,
-    labels_per_class: int,
-    draws: int = 20,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> FewLabel:
-    """Return the 1-NN accuracy with few labeled images, over random balanced subsets.
-
-    The subsets depend only on the labels, `labels_per_class`, `draws` and `seed`. All encoders therefore use
-    the same subsets.
-
-    Args:
-        train_features, train_labels: (M, D) and (M,). The labeled images are drawn from them without
-            replacement.
-        test_features, test_labels: (N, D) and (N,).
-        labels_per_class: images in each class of a subset.
-        draws: number of subsets.
-        seed: seed of a separate generator. The global random state does not change.
-        device: device of the computation; None: the device of the test features.
-
-    Raises:
-        UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
-    """
-    device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
-    bank, bank_labels = _prepare(train_features, train_labels, "few-label bank", device)
-    _check_classes(bank_labels, "few-label bank")
-    queries, query_labels = _prepare(test_features, test_labels, "few-label queries", device, bank.shape[1])
-    if labels_per_class < 1 or draws < 1:
-        raise UserError(
-            f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    labels_on_cpu = bank_labels.cpu()
-    members = [torch.nonzero(labels_on_cpu == number)[:, 0] for number in labels_on_cpu.unique().tolist()]
-    smallest = min(len(rows) for rows in members)
-    if smallest < labels_per_class:
-        raise UserError(
-            f"few labels: expected {labels_per_class} images in each class, got {smallest} in one class"
-        )
-    accuracies = []
-    for _ in range(draws):
-        chosen = [rows[torch.randperm(len(rows), generator=generator)[:labels_per_class]] for rows in members]
-        subset = torch.cat(chosen).to(device)
-        _, index = nearest(bank[subset], queries, 1)
-        predicted = bank_labels[subset][index[:, 0]]
-        accuracies.append(int((predicted == query_labels).sum()) / len(queries))
-    values = torch.tensor(accuracies, dtype=torch.float64)
-    return FewLabel(labels_per_class, float(values.mean()), float(values.std()) if draws > 1 else 0.0, draws)
+            right[count] += int((sums.argmax(dim=1) == found.labels[chunk]).sum())
+    return {count: right[count] / len(found.labels) for count in counts}

@@ -26,7 +26,7 @@ from hf_ssl.modeling.pooling import pool
 
 # Dicts whose keys differ between runs; their entries are not declared facts.
 FREE = {"config", "sections", "differences", "views", "packages", "results", "pictures", "history", "seconds"}
-FREE |= {"protocol", "statistics", "linear", "images", "few_labels", "grid", "overrides"}
+FREE |= {"statistics", "images", "metrics", "selection", "details", "overrides"}
 
 
 # Each text contains a fact of the fixture.
@@ -45,7 +45,7 @@ TEXTS = (
     "| views.mean | `[0.49, 0.48, 0.45]` |",
     "| projection_size | `128` |",
     "one run with seed 3",
-    "not evaluated: 100-NN: the bank has 80 images",
+    "not evaluated: k-NN with k 100, 200, 500, 1,000, 2,000, 5,000: the bank has 80 images",
     "The collapse alarm was not raised",
     "arXiv:2002.05709",
     "on 1,000 labeled images of test",
@@ -85,11 +85,15 @@ def test_metadata(facts: dict, tmp_path: Path) -> None:
     assert (data.datasets, data.base_model) == (["uoft-cs/cifar10"], "microsoft/resnet-18")
     assert data.model_name == "my-encoder"
     trained = facts["results"]["trained"]
+    names = [
+        "20-NN accuracy",
+        "k-NN accuracy with the selected k",
+        "1-NN accuracy, 1 labeled image per class",
+        "1-NN accuracy, 5 labeled images per class",
+        "Linear probe accuracy",
+    ]
     assert [(result.metric_name, result.metric_value) for result in data.eval_results] == [
-        ("20-NN accuracy", round(trained["knn"]["accuracy"], 4)),
-        ("Linear probe accuracy", round(trained["linear"]["accuracy"], 4)),
-        ("1-NN accuracy, 1 labeled image per class", round(trained["few_labels"][0]["mean"], 4)),
-        ("1-NN accuracy, 5 labeled images per class", round(trained["few_labels"][1]["mean"], 4)),
+        (name, round(number["value"], 4)) for name, number in zip(names, trained["protocols"], strict=True)
     ]
     first = data.eval_results[0]
     assert (first.dataset_type, first.dataset_split, first.dataset_revision) == (
@@ -97,7 +101,7 @@ def test_metadata(facts: dict, tmp_path: Path) -> None:
         "test",
         "0123456789abcdef",
     )
-    assert first.metric_args == {"protocol": trained["protocol"]["knn"]}
+    assert first.metric_args == {"protocol": trained["protocols"][0]["text"]}
 
 
 def test_unknown_license_data_and_base_are_left_out(facts: dict, tmp_path: Path) -> None:
@@ -114,11 +118,11 @@ def test_results_for_leaderboards(facts: dict, tmp_path: Path, monkeypatch: pyte
     facts["repo_id"] = "jane/my-encoder"
     write_card(tmp_path, facts)
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
-    assert [entry.task_id for entry in entries] == ["knn_20", "linear_probe", "few_labels_1", "few_labels_5"]
-    trained = facts["results"]["trained"]
-    assert entries[0].value == pytest.approx(100 * trained["knn"]["accuracy"], abs=0.01)
+    trained = facts["results"]["trained"]["protocols"]
+    assert [entry.task_id for entry in entries] == [number["key"] for number in trained]
+    assert entries[0].value == pytest.approx(100 * trained[0]["value"], abs=0.01)
     assert (entries[0].dataset_id, entries[0].dataset_revision) == ("uoft-cs/cifar10", "0123456789abcdef")
-    assert entries[1].notes == trained["protocol"]["linear"]
+    assert entries[1].notes == trained[1]["text"]
     assert entries[0].source_url == "https://huggingface.co/jane/my-encoder"
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example.org")
     (entry, *_) = evaluation_entries(facts)
@@ -133,10 +137,10 @@ def test_every_number_is_on_the_card(facts: dict, tmp_path: Path) -> None:
     write_card(tmp_path, facts)
     text = readme(tmp_path)
     for name, result in facts["results"].items():
-        assert f"{100 * result['knn']['accuracy']:.1f} %" in text
-        for draw in result["few_labels"]:
-            assert f"{100 * draw['mean']:.1f} % ± {100 * draw['std']:.1f}" in text
-        for cell in result["knn"]["grid"]:
+        for number in result["protocols"]:
+            spread = f" ± {100 * number['details']['std']:.1f}" if "std" in number["details"] else ""
+            assert f"| {100 * number['value']:.1f} %{spread} |" in text
+        for cell in result["protocols"][0]["details"]["grid"]:
             cells = (
                 name.replace("_", " "),
                 cell["neighbors"],
@@ -145,7 +149,8 @@ def test_every_number_is_on_the_card(facts: dict, tmp_path: Path) -> None:
             )
             row = f"| {' | '.join(map(str, cells))} |"
             assert row in text
-    for sentence in facts["results"]["trained"]["protocol"].values():
+    trained = facts["results"]["trained"]
+    for sentence in (trained["features"], *(number["text"] for number in trained["protocols"])):
         assert sentence in text
     for expected in TEXTS:
         assert expected in text, expected
@@ -227,7 +232,8 @@ def test_results_of_both_poolings(facts: dict, tmp_path: Path) -> None:
 
 
 def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
-    facts["results"]["untrained"]["knn"]["accuracy"] = facts["results"]["trained"]["knn"]["accuracy"] + 0.02
+    numbers = [facts["results"][name]["protocols"][0] for name in ("untrained", "trained")]
+    numbers[0]["value"] = numbers[1]["value"] + 0.02
     facts["monitor"]["alarm"] = "embeddings have collapsed at step 40: embedding_std is 0.01"
     facts["training"] |= {"final_loss": float("nan"), "selection": "eval_knn", "resumed": 2}
     facts["data"]["broken"] = 7
@@ -397,5 +403,5 @@ def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) ->
     for row, line in zip(rows, [lines[0], *lines[2:]], strict=False):
         assert re.split(r"\s{2,}", line.strip()) == [cell for cell in row if cell]
         assert " | ".join(row[1:]) in card
-    assert facts["results"]["trained"]["protocol"]["knn"] in lines[-2]
+    assert facts["results"]["trained"]["protocols"][0]["text"] in lines[-2]
     assert "this encoder" in lines[-1] and "class token: 40.0 %" in lines[-1]

@@ -47,7 +47,7 @@ def test_the_command_on_the_card_repeats_the_evaluation(
     again = run.evaluate(model, *read_sections(overrides))
     facts = json.loads((finished_run / "facts.json").read_text(encoding="utf-8"))
     for name, before in (("encoder", "trained"), ("raw_pixels", "raw_pixels")):
-        for key in ("protocol", "images", "knn", "linear", "few_labels"):
+        for key in ("protocols", "images", "features", "revision"):
             assert again[name][key] == facts["results"][before][key], (name, key)
     assert f"revision of the images: {facts['evaluation']['revision']}\n" in capsys.readouterr().out
 
@@ -59,8 +59,8 @@ def test_the_command_contains_settings_that_change_the_results(facts: dict[str, 
         "data.channels": 1,
         "evaluation.precision": "bfloat16",
         "evaluation.test_split": "train[90%:]",
-        "evaluation.few_labels": [1, 10],
-        "evaluation.linear_standardize": True,
+        "evaluation.protocols": ["knn", "linear"],
+        "evaluation.settings": {"linear": {"standardize": True}},
         "evaluation.max_test_images": 100,
     }
     others = {"data.cache": "memory", "data.split": "unlabeled", "evaluation.results_dir": "tables"}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import knn_accuracy, linear_probe
 from hf_ssl.evaluation.knn import leave_one_out_knn
-from hf_ssl.evaluation.linear import train_heads
+from hf_ssl.evaluation.protocols.linear import train_heads
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])

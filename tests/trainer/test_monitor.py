@@ -83,9 +83,10 @@ def test_the_k_of_few_images_is_that_of_the_evaluation(count):
     train, test = (label_data(part, config, "") for part in (table, table.select(range(count // 2, count))))
     model = SimCLRForPreTraining(load_recipe("smoke/simclr").config())
     processor = image_processor(ViewPreset(size=16), 3)
-    result = evaluate_encoder(model, train, test, {"linear": False, "precision": "float32"}, processor)
-    assert result["knn"]["neighbors"] == {8: 5, 15: 10, 40: 20}[count]
-    assert KNNClassifier(train, test, processor).measure(model, None)["knn"] == result["knn"]["accuracy"]
+    settings = {"protocols": ["knn"], "precision": "float32"}
+    knn = evaluate_encoder(model, train, test, settings, processor)["protocols"][0]
+    assert knn["details"]["neighbors"] == {8: 5, 15: 10, 40: 20}[count]
+    assert KNNClassifier(train, test, processor).measure(model, None)["knn"] == knn["value"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

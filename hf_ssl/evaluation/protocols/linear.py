@@ -6,17 +6,85 @@ Legend: N training rows, B rows in a step, D features, C classes, R learning rat
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
+from hf_ssl.evaluation.inputs import Inputs, accuracy_result
 from hf_ssl.evaluation.knn import as_labels, check_features
+from hf_ssl.evaluation.results import ProtocolResult
 
+VERSION = 1
 MOMENTUM = 0.9
 HELD_OUT = 0.1
+
+
+@dataclass
+class Config:
+    """Settings.
+
+    Attributes:
+        learning_rates: initial learning rates for this batch size, which are trained simultaneously.
+        epochs, batch_size: of the training.
+        standardize: see `linear_probe`.
+    """
+
+    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+    epochs: int = 100
+    batch_size: int = 256
+    standardize: bool = False
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a value outside of its range."""
+        rates = list(self.learning_rates)
+        check_values(
+            where,
+            ("learning_rates", rates, are_positive(rates), "one or more positive numbers"),
+            ("epochs", self.epochs, self.epochs > 0, "a positive number"),
+            ("batch_size", self.batch_size, self.batch_size > 0, "a positive number"),
+        )
+
+
+def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
+    """Return the accuracy of the classifier with the selected learning rate, see `linear_probe`."""
+    train, test = inputs.train, inputs.test
+    with inputs.progress("linear probe", 2 * config.epochs, "epoch") as bar:  # of the sweep, and of the best
+        probe, logits_NC = _fit(
+            train.features, train.labels, test.features, test.labels, **asdict(config),
+            seed=inputs.seed, device=inputs.device, advance=bar.update,
+        )  # fmt: skip
+    rates = sorted(config.learning_rates)
+    state = "standardized" if config.standardize else "not standardized"
+    edge = " (at the edge of the sweep)" if probe.at_edge else ""
+    selected_on = f"{100 * HELD_OUT:g} % of the training images"
+    return [
+        accuracy_result(
+            "linear",
+            VERSION,
+            asdict(config) | {"seed": inputs.seed},
+            logits_NC,
+            test.labels,
+            key="linear_probe",
+            title="Linear probe accuracy",
+            column="linear probe",
+            text=f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, "
+            f"momentum {MOMENTUM:g}, no weight decay, {probe.epochs} epochs, batch size {probe.batch_size}, "
+            f"cosine schedule. The learning rate {probe.learning_rate:g}{edge} had the highest accuracy on a "
+            f"held-out {selected_on} ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g}). The final "
+            f"classifier was trained on all {train} and tested on {test}",
+            selection={"learning_rate": probe.learning_rate},
+            selected_on=selected_on,
+            details={
+                "at_edge": probe.at_edge,
+                "validation_accuracy": probe.validation_accuracy,
+                "validation": {str(rate): value for rate, value in probe.validation.items()},
+            },
+        )
+    ]
 
 
 class LinearProbe(NamedTuple):
@@ -84,6 +152,24 @@ def linear_probe(
     size 256); DINOv2 (2304.07193) for training the heads of the sweep together. Difference: published sweeps
     choose the learning rate on the split that they report.
     """
+    data = (train_features, train_labels, test_features, test_labels)
+    return _fit(*data, learning_rates, epochs, batch_size, standardize, seed, device, advance)[0]
+
+
+def _fit(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    standardize: bool,
+    seed: int,
+    device: torch.device | str | None,
+    advance: Callable[[int], object],
+) -> tuple[LinearProbe, Tensor]:
+    """Return the result of `linear_probe`, and the logits of the test images (N, C)."""
     train_features = check_features(train_features, "linear probe, training")
     test_features = check_features(test_features, "linear probe, test", train_features.shape[1])
     rates = sorted(set(learning_rates))
@@ -112,9 +198,10 @@ def linear_probe(
     best = max(rates, key=lambda rate: validation[rate])
 
     head = train_heads(features, labels, classes, [best], epochs, batch_size, generator, advance)
-    accuracy = heads_accuracy(head, test, test_targets)[0]
+    scores = torch.cat([logits(head, rows)[:, 0] for rows in test.split(4096)])
+    accuracy = int((scores.argmax(dim=1) == test_targets).sum()) / len(test_targets)
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-    return LinearProbe(accuracy, best, validation[best], validation, at_edge, epochs, batch_size)
+    return LinearProbe(accuracy, best, validation[best], validation, at_edge, epochs, batch_size), scores
 
 
 def train_heads(

@@ -24,12 +24,12 @@ from hf_ssl import SimCLRConfig, SimCLRForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EvaluationConfig,
+    evaluate,
     evaluate_encoder,
     evaluate_features,
     evaluate_pixels,
     knn_accuracy,
     linear_probe,
-    protocol,
 )
 from hf_ssl.evaluation.features import PatchGrid
 from hf_ssl.precision import Precision
@@ -71,26 +71,36 @@ def encoder():
 
 
 def small(**changes) -> EvaluationConfig:
-    settings = {
-        "few_labels": [1, 5, 500], "linear_epochs": 3, "learning_rates": [0.1, 1.0],
-        "neighbors": [1, 20, 5000],
-        "draws": 4, "linear_standardize": True,
-        "batch_size": 100, "raw_pixel_size": 8,
-    }  # fmt: skip
+    protocols = {
+        "knn": {"neighbors": [1, 20]},
+        "few_label_knn": {"labels": [1, 5, 500], "draws": 4},
+        "linear": {"epochs": 3, "learning_rates": [0.1, 1.0], "standardize": True},
+    }
+    settings = {"protocols": list(protocols), "settings": protocols, "batch_size": 100, "raw_pixel_size": 8}
     return EvaluationConfig(**(settings | changes))
+
+
+def only(neighbors: int, **changes) -> EvaluationConfig:
+    """Settings that measure k-NN alone."""
+    knn = {"knn": {"neighbors": [neighbors], "temperatures": [0.07]}}
+    return small(protocols=["knn"], settings=knn, precision="float32", **changes)
+
+
+def knn_of(result) -> float:
+    return result["protocols"][0]["value"]
 
 
 @pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
 def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, monkeypatch, fastest):
-    monkeypatch.setattr(protocol, "fastest_precision", lambda device: Precision(fastest, "measured"))
+    monkeypatch.setattr(evaluate, "fastest_precision", lambda device: Precision(fastest, "measured"))
     seen = []
     hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
     images, labels = digits
     split = Images(images[:20], labels[:20])
-    config = EvaluationConfig(linear=False, neighbors=[1], temperatures=[0.07])
+    config = EvaluationConfig(protocols=["knn"], settings={"knn": {"neighbors": [1]}})
     result = evaluate_encoder(encoder[0], split, split, config, encoder[1])
     hook.remove()
-    assert result["precision"] == fastest and fastest in result["protocol"]["features"]
+    assert result["precision"] == fastest and fastest in result["features"]
     assert seen[-1] == {"float32": torch.float32, "bfloat16": torch.bfloat16}[fastest]
 
 
@@ -103,27 +113,30 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert result["images"] == {"train": 998, "test": 400}
     assert (result["classes"], result["feature_size"]) == (10, 32)
     assert (result["pooling"], result["image_size"]) == ("pooler", 32)
-    assert result["knn"]["accuracy"] > 0.5, "an untrained network tells digits apart"
-    assert (result["knn"]["neighbors"], result["knn"]["temperature"]) == (20, 0.07)
-    assert len(result["knn"]["grid"]) == 2 * 2
-    assert result["protocol"]["knn"] == (
+    numbers = {each["key"]: each for each in result["protocols"]}
+    assert list(numbers) == ["knn_20", "knn_selected", "few_labels_1", "few_labels_5", "linear_probe"]
+    knn, selected, one, five, linear = numbers.values()
+    assert knn["value"] > 0.5, "an untrained network tells digits apart"
+    assert (knn["details"]["neighbors"], knn["details"]["temperature"]) == (20, 0.07)
+    assert len(knn["details"]["grid"]) == 2 * 2
+    assert knn["text"] == (
         "20-NN by cosine similarity, votes weighted by exp(cosine / 0.07), bank: 998 images of split train, "
         "tested on 400 images of split test"
     )
-    assert [entry["labels_per_class"] for entry in result["few_labels"]] == [1, 5]
-    assert result["few_labels"][0]["mean"] < result["few_labels"][1]["mean"] < result["knn"]["accuracy"]
-    assert "4 draws (seed 0)" in result["protocol"]["few_labels"]
-    assert result["skipped"][0] == "5000-NN: the bank has 998 images"
-    assert result["skipped"][1].startswith("500 labels a class: the smallest class has ")
-    assert result["linear"]["accuracy"] > 0.5
-    assert set(result["linear"]["validation"]) == {"0.1", "1.0"}
-    assert "3 epochs, batch size 256" in result["protocol"]["linear"]
-    assert "features, standardized, without augmentation" in result["protocol"]["linear"]
-    assert "(at the edge of the sweep) had the highest accuracy" in result["protocol"]["linear"]
-    assert result["protocol"]["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
+    assert selected["selected_on"] == "100 held-out images of split train"
+    assert set(selected["selection"]) == {"neighbors", "temperature"}
+    assert one["value"] < five["value"] < knn["value"]
+    assert "4 draws (seed 0)" in one["text"]
+    assert result["skipped"][0].startswith("500 labels a class: the smallest class has ")
+    assert linear["value"] > 0.5
+    assert set(linear["details"]["validation"]) == {"0.1", "1.0"}
+    assert "3 epochs, batch size 256" in linear["text"]
+    assert "features, standardized, without augmentation" in linear["text"]
+    assert "(at the edge of the sweep) had the highest accuracy" in linear["text"]
+    assert result["features"] == "pooler_output, 32 numbers, images of 32 pixels, float32"
     assert result["precision"] == "float32"
     assert 0 < result["statistics"]["embedding_std"] < 1 and result["statistics"]["images"] == 400
-    assert set(result["seconds"]) == {"features", "knn", "few_labels", "linear"}
+    assert set(result["seconds"]) == {"features", "knn", "few_label_knn", "linear"}
 
 
 def test_raw_digits_are_a_strong_baseline(digits) -> None:
@@ -131,9 +144,9 @@ def test_raw_digits_are_a_strong_baseline(digits) -> None:
     result = evaluate_pixels(
         small(), Images(images[:1400], labels[:1400]), Images(images[1400:], labels[1400:])
     )
-    assert result["knn"]["accuracy"] > 0.95
-    assert result["linear"] is None and "linear" not in result["protocol"]
-    assert result["protocol"]["features"] == "images resized to 8 x 8 pixels, minus the mean of each image"
+    assert knn_of(result) > 0.95
+    assert "linear" not in {each["protocol"] for each in result["protocols"]}
+    assert result["features"] == "images resized to 8 x 8 pixels, minus the mean of each image"
 
 
 def test_the_main_setting_follows_the_settings(digits) -> None:
@@ -144,13 +157,23 @@ def test_the_main_setting_follows_the_settings(digits) -> None:
         ([1, 5, 20, 50], [0.1, 0.07], (20, 0.07)),
         ([50, 10, 1], [0.1], (10, 0.1)),
         ([50, 30], [0.2, 0.1], (30, 0.2)),
-        ([500], [0.1], (20, 0.1)),
     ):
-        config = EvaluationConfig(neighbors=neighbors, temperatures=temperatures, linear=False)
-        knn = evaluate_features(config, *data)["knn"]
-        assert (knn["neighbors"], knn["temperature"]) == main
+        settings = {"knn": {"neighbors": neighbors, "temperatures": temperatures}}
+        knn = evaluate_features({"protocols": ["knn"], "settings": settings}, *data)["protocols"][0]
+        assert (knn["details"]["neighbors"], knn["details"]["temperature"]) == main
         expected = knn_accuracy(*data, neighbors=[main[0]], temperatures=[main[1]])
-        assert knn["accuracy"] == expected[main]
+        assert knn["value"] == expected[main]
+
+
+def test_a_default_k_above_the_bank_is_left_out_and_a_given_one_is_an_error(digits) -> None:
+    _, labels = digits
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    data = (features[:60], labels[:60], features[60:], labels[60:100])
+    result = evaluate_features({"protocols": ["knn"]}, *data)
+    assert result["skipped"] == ["k-NN with k 100, 200, 500, 1,000, 2,000, 5,000: the bank has 60 images"]
+    assert {cell["neighbors"] for cell in result["protocols"][0]["details"]["grid"]} == {1, 5, 10, 20, 50}
+    with pytest.raises(UserError, match=mentions("evaluation.settings.knn.neighbors", 60, 61)):
+        evaluate_features({"protocols": ["knn"], "settings": {"knn": {"neighbors": [61]}}}, *data)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +182,16 @@ def test_the_main_setting_follows_the_settings(digits) -> None:
         ({"test_split": "train"}, ["test_split", "train"]),
         ({"precision": "float8"}, ["evaluation.precision", "float32", "bfloat16", "float16", "float8"]),
         ({"pooling": "max"}, ["evaluation.pooling", "max"]),
-        ({"neighbors": []}, ["evaluation.neighbors", "[]"]),
-        ({"temperatures": [-0.1]}, ["evaluation.temperatures", "-0.1"]),
-        ({"few_labels": [0]}, ["evaluation.few_labels", 0]),
-        ({"draws": 0}, ["evaluation.draws", 0]),
+        ({"protocols": ["kn"]}, ["evaluation.protocols", "kn", "knn"]),
+        ({"protocols": []}, ["evaluation.protocols", "[]"]),
+        ({"settings": {"kn": {}}}, ["evaluation.settings", "kn", "knn"]),
+        ({"settings": {"knn": {"k": 3}}}, ["evaluation.settings.knn.k", "neighbors"]),
+        ({"settings": {"knn": {"neighbors": []}}}, ["evaluation.settings.knn.neighbors", "[]"]),
+        ({"settings": {"knn": {"temperatures": [-0.1]}}}, ["evaluation.settings.knn.temperatures", "-0.1"]),
+        ({"settings": {"few_label_knn": {"labels": [0]}}}, ["evaluation.settings.few_label_knn.labels", 0]),
+        ({"settings": {"few_label_knn": {"draws": 0}}}, ["evaluation.settings.few_label_knn.draws", 0]),
+        ({"settings": {"linear": {"epochs": 0}}}, ["evaluation.settings.linear.epochs", 0]),
+        ({"settings": {"linear": {"learning_rates": [float("nan")]}}}, ["linear.learning_rates", "nan"]),
     ],
 )
 def test_bad_settings_stop_before_an_image_is_read(encoder, change: dict, parts: list) -> None:
@@ -190,17 +219,15 @@ def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
     vit, processor = ViTModel(config, add_pooling_layer=False), encoder[1]
 
     def measured(model, **changes):
-        return evaluate_encoder(
-            model, *(each() for each in splits), small(linear=False, **changes), processor
-        )
+        return evaluate_encoder(model, *(each() for each in splits), only(20, **changes), processor)
 
     both = measured(vit, compare_poolings=True)
-    alone = {name: measured(vit, pooling=name)["knn"]["accuracy"] for name in ("cls", "mean")}
+    alone = {name: knn_of(measured(vit, pooling=name)) for name in ("cls", "mean")}
     assert both["poolings"] == alone
     assert alone["cls"] != alone["mean"]
     assert both["pooling"] == "cls"
-    assert both["knn"]["accuracy"] == alone["cls"]
-    assert measured(vit, compare_poolings=True, pooling="mean")["knn"]["accuracy"] == alone["mean"]
+    assert knn_of(both) == alone["cls"]
+    assert knn_of(measured(vit, compare_poolings=True, pooling="mean")) == alone["mean"]
     assert "poolings" not in measured(encoder[0], compare_poolings=True)
 
 
@@ -218,11 +245,12 @@ def test_the_config_is_a_recipe_section() -> None:
     from omegaconf import OmegaConf
 
     section = OmegaConf.merge(
-        OmegaConf.structured(EvaluationConfig), {"few_labels": [1, 5], "max_test_images": 100, "path": "a/b"}
+        OmegaConf.structured(EvaluationConfig),
+        {"protocols": ["knn"], "max_test_images": 100, "path": "a/b"},
     )
     config = OmegaConf.to_object(section)
     assert isinstance(config, EvaluationConfig)
-    assert (config.few_labels, config.max_test_images, config.path) == ([1, 5], 100, "a/b")
+    assert (config.protocols, config.max_test_images, config.path) == (["knn"], 100, "a/b")
     config.check()
 
 
@@ -236,14 +264,12 @@ def test_data_sets_folders_and_paths_are_accepted(digits, encoder, tmp_path) -> 
         picture.save(place / f"{row:03}.png")
     encoder[0].save_pretrained(tmp_path / "encoder")
     encoder[1].save_pretrained(tmp_path / "encoder")
-    config = EvaluationConfig(
-        linear=False, few_labels=[], neighbors=[5], temperatures=[0.07], precision="float32"
-    )
+    config = only(5)
     pairs = list(zip(pictures, map(int, labels[:60]), strict=True))
     loaded = AutoModel.from_pretrained(tmp_path / "encoder")
     path, folder = str(tmp_path / "encoder"), tmp_path / "photos"
     accuracies = [
-        evaluate_encoder(model, data, data, config, device="cpu")["knn"]["accuracy"]
+        knn_of(evaluate_encoder(model, data, data, config, device="cpu"))
         for model, data in ((path, table), (loaded, pairs), (loaded, folder))
     ]
     assert accuracies[0] == accuracies[1] == accuracies[2] > 0.1
@@ -269,7 +295,7 @@ def test_wrong_arguments_end_in_one_sentence(digits, encoder, tmp_path) -> None:
     right = {"train": Images(images[:40], labels[:40]), "test": Images(images[40:80], labels[40:80])}
     encoder[0].save_pretrained(tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
-    right |= {"model": encoder[0], "processor": encoder[1], "config": small(linear=False)}
+    right |= {"model": encoder[0], "processor": encoder[1], "config": only(20)}
     text = BertModel(
         BertConfig(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
@@ -294,8 +320,7 @@ def test_wrong_arguments_end_in_one_sentence(digits, encoder, tmp_path) -> None:
         ("processor", str.upper, ["processor", "upper"]),
         ("config", {"neighbour": [1]}, ["evaluation.neighbour", "evaluation.neighbors"]),
         ("config", {"batch_size": "many"}, ["evaluation.batch_size", "many"]),
-        ("config", {"learning_rates": [0.1, float("nan")]}, ["evaluation.learning_rates"]),
-        ("config", {"few_labels": 5}, ["evaluation.few_labels", 5]),
+        ("config", {"protocols": 5}, ["evaluation.protocols", 5]),
         ("config", {"max_train_images": 0}, ["evaluation.max_train_images", 0, 2]),
         ("config", {"max_test_images": -1}, ["evaluation.max_test_images", -1]),
         ("config", right["train"], ["EvaluationConfig", "Images"]),
@@ -316,25 +341,25 @@ def test_settings_as_a_dict_and_a_processor_as_a_folder(digits, encoder, tmp_pat
     data = Images(images[:60], labels[:60])
     encoder[0].save_pretrained(tmp_path / "encoder")
     encoder[1].save_pretrained(tmp_path / "processor")
-    settings = {"linear": False, "few_labels": [], "neighbors": (5,), "precision": "float32"}
-    expected = evaluate_encoder(encoder[0], data, data, EvaluationConfig(**settings), encoder[1])["knn"]
+    settings = {"protocols": ("knn",), "settings": {"knn": {"neighbors": (5,)}}, "precision": "float32"}
+    expected = evaluate_encoder(encoder[0], data, data, EvaluationConfig(**settings), encoder[1])["protocols"]
     folder = tmp_path / "processor"
-    assert evaluate_encoder(encoder[0], data, data, settings, folder)["knn"] == expected
+    assert evaluate_encoder(encoder[0], data, data, settings, folder)["protocols"] == expected
     # The folder of the encoder contains no processor.
     path = tmp_path / "encoder"
-    assert evaluate_encoder(path, data, data, settings, encoder[1], device="cpu")["knn"] == expected
+    assert evaluate_encoder(path, data, data, settings, encoder[1], device="cpu")["protocols"] == expected
 
 
 def test_encoders_of_any_type_of_weights_and_modules_of_users(digits, encoder) -> None:
     images, labels = digits
     data = Images(images[:60], labels[:60])
-    settings = {"linear": False, "few_labels": [], "neighbors": [5]}
+    settings = {"protocols": ["knn"], "settings": {"knn": {"neighbors": [5]}}}
     for dtype in ("bfloat16", "float16", "float64"):
         torch.manual_seed(0)
         model = ResNetModel(encoder[0].config).to(getattr(torch, dtype)).train()
         state = torch.get_rng_state()
         result = evaluate_encoder(model, data, data, settings, encoder[1])
-        assert result["precision"] == dtype and result["knn"]["accuracy"] > 0.3
+        assert result["precision"] == dtype and knn_of(result) > 0.3
         with pytest.raises(UserError, match=mentions("evaluation.precision", dtype, "float32", "auto")):
             evaluate_encoder(model, data, data, settings | {"precision": "float32"}, encoder[1])
         assert model.training and model.dtype == getattr(torch, dtype)
@@ -343,24 +368,24 @@ def test_encoders_of_any_type_of_weights_and_modules_of_users(digits, encoder) -
     with pytest.raises(UserError, match=mentions("evaluation.precision", "float16", "bfloat16")):
         evaluate_encoder(half, data, data, settings | {"precision": "bfloat16"}, encoder[1])
     pixels = Returns(lambda pixels: {"pooler_output": pixels})  # without weights
-    assert evaluate_encoder(pixels, data, data, settings, encoder[1])["knn"]["accuracy"] > 0.5
+    assert knn_of(evaluate_encoder(pixels, data, data, settings, encoder[1])) > 0.5
 
 
 def test_the_model_of_a_method_is_evaluated_by_its_encoder(digits, encoder) -> None:
     images, labels = digits
     data = Images(images[:60], labels[:60])
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder[0].config, views={"size": 32}))
-    settings = {"linear": False, "few_labels": [], "neighbors": [5], "precision": "float32"}
+    settings = only(5)
     whole, part = (
         evaluate_encoder(one, data, data, settings, encoder[1]) for one in (model, model.exported_encoder)
     )
-    assert whole["knn"] == part["knn"]
+    assert whole["protocols"] == part["protocols"]
 
 
 def test_features_can_be_arrays_of_one_width(digits) -> None:
     _, labels = digits
     features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
-    config = {"linear_epochs": 1, "learning_rates": [0.1], "neighbors": [5]}
+    config = {"settings": {"linear": {"epochs": 1, "learning_rates": [0.1]}, "knn": {"neighbors": [5]}}}
     expected = evaluate_features(config, features[:60], labels[:60], features[60:], labels[60:100])
     array, numbers = features.numpy(), labels.numpy()
     given = evaluate_features(config, array[:60], numbers[:60], array[60:], numbers[60:100])
@@ -375,28 +400,51 @@ def test_features_can_be_arrays_of_one_width(digits) -> None:
 def test_data_sets_give_the_baseline_of_pixels(digits) -> None:
     images, labels = digits
     pairs = [(images[row].permute(1, 2, 0).contiguous().numpy(), int(labels[row])) for row in range(200)]
-    given = evaluate_pixels({"raw_pixel_size": 8, "neighbors": [5]}, pairs[:100], pairs[100:])
-    config = EvaluationConfig(raw_pixel_size=8, neighbors=[5])
+    config = only(5)
+    given = evaluate_pixels(config, pairs[:100], pairs[100:])
     expected = evaluate_pixels(
         config, Images(images[:100], labels[:100]), Images(images[100:200], labels[100:200])
     )
-    assert given["knn"] == expected["knn"]
+    assert given["protocols"] == expected["protocols"]
 
 
 def test_the_label_column_of_the_settings_is_used(digits, encoder) -> None:
     images, labels = digits
     items = [{"image": images[row], "label": 0, "digit": int(labels[row])} for row in range(40)]
-    settings = {"linear": False, "few_labels": [], "neighbors": [5], "label_column": "digit"}
+    settings = only(5, label_column="digit")
     assert evaluate_encoder(encoder[0], items, items, settings, encoder[1])["classes"] == 10
+
+
+def test_deprecated_settings_still_work(digits) -> None:
+    _, labels = digits
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    data = (features[:60], labels[:60], features[60:], labels[60:100])
+    old = {
+        "neighbors": [5], "temperatures": [0.1], "few_labels": [1], "draws": 2, "linear_epochs": 1,
+        "linear_batch_size": 30, "linear_standardize": True, "learning_rates": [0.5],
+    }  # fmt: skip
+    with pytest.warns(
+        FutureWarning, match=mentions("evaluation.linear_epochs", "evaluation.settings.linear.epochs")
+    ):
+        found = evaluate_features(old, *data)
+    new = {
+        "knn": {"neighbors": [5], "temperatures": [0.1]},
+        "few_label_knn": {"labels": [1], "draws": 2},
+        "linear": {"epochs": 1, "batch_size": 30, "standardize": True, "learning_rates": [0.5]},
+    }
+    expected = evaluate_features({"protocols": list(new), "settings": new}, *data)
+    assert found | {"seconds": 0} == expected | {"seconds": 0}
+    with pytest.warns(FutureWarning, match="evaluation.protocols"):
+        assert EvaluationConfig(linear=False).protocols == ["knn"]
 
 
 def test_the_old_order_of_arguments_still_works(digits, encoder) -> None:
     images, labels = digits
     data = Images(images[:50], labels[:50])
-    config = small(linear=False, few_labels=[1], precision="float32")
+    config = only(20)
     with pytest.warns(FutureWarning, match="model, train, test"):
         old = evaluate_encoder(*encoder, config, data, data)
-    assert old["knn"] == evaluate_encoder(encoder[0], data, data, config, encoder[1])["knn"]
+    assert old["protocols"] == evaluate_encoder(encoder[0], data, data, config, encoder[1])["protocols"]
 
 
 def test_classes_are_compared_by_name(digits, encoder) -> None:
@@ -410,13 +458,13 @@ def test_classes_are_compared_by_name(digits, encoder) -> None:
         features = Features({"image": Image(), "label": ClassLabel(names=names)})
         return Dataset.from_dict({"image": pictures, "label": values}, features=features)
 
-    config = small(linear=False, few_labels=[], neighbors=[1], precision="float32")
+    config = only(1)
     accuracies = [
-        evaluate_encoder(encoder[0], table(["3", "5"]), table(names), config, encoder[1])["knn"]["accuracy"]
+        knn_of(evaluate_encoder(encoder[0], table(["3", "5"]), table(names), config, encoder[1]))
         for names in (["3", "5"], ["5", "3"])
     ]
     accuracies += [
-        evaluate_pixels(config, table(["3", "5"]), table(names))["knn"]["accuracy"]
+        knn_of(evaluate_pixels(config, table(["3", "5"]), table(names)))
         for names in (["5", "3"], ["3", "8", "5"])  # no image has the class 8
     ]
     assert accuracies == [1.0] * 4
@@ -448,9 +496,9 @@ def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder, monkeypatc
     """Written with slices: the mean of the features of patches that are encoded one at a time."""
     model, processor = encoder
     train, test = (Images(digits[0][rows], digits[1][rows]) for rows in (slice(0, 60), slice(60, 100)))
-    config = small(linear=False, patch_grid=[16, 8], neighbors=[5], few_labels=[])
+    config = only(5, patch_grid=[16, 8])
     found = evaluate_encoder(model, train, test, config, processor)
-    assert found["poolings"]["image"] == found["knn"]["accuracy"]
+    assert found["poolings"]["image"] == knn_of(found)
 
     def feature(image):
         pixels = processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
@@ -468,9 +516,9 @@ def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder, monkeypatc
     assert found["poolings"]["grid"] == pytest.approx(expected[5, 0.07], abs=0.03)  # rounding can move a vote
     assert found["poolings"]["grid"] != found["poolings"]["image"]
     extracted = []
-    monkeypatch.setattr(protocol, "extract_poolings", lambda *args, **kwargs: extracted.append(args))
+    monkeypatch.setattr(evaluate, "extract_poolings", lambda *args, **kwargs: extracted.append(args))
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", 16, 5)):
-        evaluate_encoder(model, train, test, small(linear=False, patch_grid=[16, 5]), processor)
+        evaluate_encoder(model, train, test, only(5, patch_grid=[16, 5]), processor)
     assert extracted == []  # the error comes first
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", "[16]")):
         small(patch_grid=[16]).check()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation protocol, which is the same for all encoders, and its descriptions for the model card."""
+"""Evaluates an encoder by the protocols of `PROTOCOLS`, in the same way for all encoders."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import MAIN_KNN, EncoderResult, EvaluationConfig, KnnResult, usable_neighbors
+from hf_ssl.evaluation.config import MAIN_KNN, EvaluationConfig
 from hf_ssl.evaluation.features import (
     PatchGrid,
     device_of,
@@ -28,14 +28,15 @@ from hf_ssl.evaluation.features import (
     load_processor,
     raw_pixels,
 )
-from hf_ssl.evaluation.knn import as_features, as_labels, few_label_knn, knn_accuracy
-from hf_ssl.evaluation.linear import HELD_OUT, MOMENTUM, linear_probe
+from hf_ssl.evaluation.inputs import Inputs, read_split
+from hf_ssl.evaluation.knn import check_classes, knn_accuracy
+from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
+from hf_ssl.evaluation.results import EncoderResult, find_results
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
 from hf_ssl.precision import DTYPES, fastest_precision
-from hf_ssl.progress import progress
 
 
 class LabeledData(Protocol):
@@ -65,7 +66,7 @@ def evaluate_encoder(
     device: torch.device | str | None = None,
     description: str | None = None,
 ) -> EncoderResult:
-    """Return the result of a frozen encoder: weighted k-NN, few labels, linear probe and feature statistics.
+    """Return the result of a frozen encoder by the protocols of the settings, and its feature statistics.
 
     Args:
         model: an encoder of transformers; the model of a method, whose exported encoder is evaluated; or the
@@ -115,7 +116,8 @@ def evaluate_encoder(
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
     compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
-    encoders: dict[nn.Module, list[Pooling]] = {model: list(dict.fromkeys([pooling, *compared]))}
+    wanted = [pooling, *compared, *(requested_features(config) if tokens else [])]
+    encoders: dict[nn.Module, list[Pooling]] = {model: list(dict.fromkeys(wanted))}
     skipped: list[str] = []
     if patch_grid := declared_patch_grid(model) if config.patch_grid is None else config.patch_grid:
         patch, stride = patch_grid
@@ -144,23 +146,21 @@ def evaluate_encoder(
             ]
             for encoder, poolings in encoders.items()
         )
-    result = evaluate_features(
-        config,
-        bank[pooling],
-        train.labels,
-        queries[pooling],
-        test.labels,
-        device=device,
-        description=description,
-    )
-    result["seconds"], result["skipped"] = seconds | result["seconds"], result["skipped"] + skipped
+    inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
+    inputs.encoder, inputs.processor, inputs.dtype = model, processor, DTYPES.get(precision)
+    inputs.batch_size, inputs.skipped = config.batch_size, skipped
+    inputs.train.further = {str(name): rows for name, rows in bank.items()}
+    inputs.test.further = {str(name): rows for name, rows in queries.items()}
+    inputs.train.images, inputs.test.images = train, test
+    result = _run(config, inputs)
+    result["seconds"] = seconds | result["seconds"]
     result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
     shown: dict[str, list[Tensor]] = {name: [bank[name], queries[name]] for name in compared}
     for grid in of_grid:
         shown["image"] = [bank[pooling], queries[pooling]]
         shown["grid"] = [features["pooler"] for features in grid]
     if shown:
-        k, temperature = result["knn"]["neighbors"], result["knn"]["temperature"]
+        k, temperature = _main_setting(result, len(train))
         result["poolings"] = {
             name: knn_accuracy(
                 train_features,
@@ -174,10 +174,16 @@ def evaluate_encoder(
             for name, (train_features, test_features) in shown.items()
         }
     words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
-    result["protocol"]["features"] = (
-        f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
-    )
+    result["features"] = f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
+    result["revision"] = getattr(test, "revision", None)
     return result
+
+
+def _main_setting(result: EncoderResult, bank: int) -> tuple[int, float]:
+    """Return k and the temperature of the k-NN accuracy of the result, or the usual ones."""
+    for knn in find_results(result, "knn"):
+        return knn["details"]["neighbors"], knn["details"]["temperature"]
+    return min(MAIN_KNN[0], bank), MAIN_KNN[1]
 
 
 def evaluate_pixels(
@@ -186,7 +192,7 @@ def evaluate_pixels(
     test: Any,
     data: DataConfig | dict[str, Any] | None = None,
 ) -> EncoderResult:
-    """Return the result of raw pixels (`raw_pixels`) by the same protocol, without the linear probe.
+    """Return the result of raw pixels (`raw_pixels`) by the protocols for which this makes sense.
 
     Arguments and errors are those of `evaluate_encoder`.
     """
@@ -203,163 +209,96 @@ def evaluate_pixels(
             )
             for part, images in (("train", train), ("test", test))
         )
-    result = evaluate_features(
-        config, bank, train.labels, queries, test.labels, linear=False, description="raw pixels"
-    )
+    names = [name for name in config.protocols if PROTOCOLS[name].of_pixels]
+    inputs = _inputs(config, bank, train.labels, queries, test.labels, description="raw pixels")
+    result = _run(replace(config, protocols=names), inputs)
     result["seconds"] = seconds | result["seconds"]
     side = config.raw_pixel_size
-    result["protocol"]["features"] = f"images resized to {side} x {side} pixels, minus the mean of each image"
+    result["features"] = f"images resized to {side} x {side} pixels, minus the mean of each image"
+    result["revision"] = getattr(test, "revision", None)
     return result
 
 
 def evaluate_features(
-    config: EvaluationConfig,
+    config: EvaluationConfig | dict[str, Any] | None,
     train_features: Tensor,
     train_labels: Any,
     test_features: Tensor,
     test_labels: Any,
     *,
     device: torch.device | str | None = None,
-    linear: bool = True,
     description: str | None = None,
 ) -> EncoderResult:
-    """Return the result of the protocol for given features.
+    """Return the result of given features by the protocols of the settings.
 
-    The result omits values of k above M, and numbers of labels above the size of the smallest class. It lists
-    them in `skipped`.
+    The result omits default values of k above M, and numbers of labels above the size of the smallest class.
+    It lists them in `skipped`.
 
     Args:
         config: settings of the evaluation, or a dict of them.
         train_features, train_labels: (M, D) float32 and (M,).
         test_features, test_labels: (N, D) float32 and (N,).
         device: device of the computation; None: the device of the features.
-        linear: whether to train the linear probe if `config.linear` is set.
         description: first text of the progress bars; None: no bars.
 
     Raises:
-        UserError: a split has fewer than 2 images, or the labels or the features are invalid.
+        UserError: a split has fewer than 2 images, or the labels, the features or a setting are invalid.
     """
     config = EvaluationConfig.of(config)
-    train_features, test_features = as_features(train_features, "train"), as_features(test_features, "test")
-    bank_labels = as_labels(train_labels, len(train_features), f"evaluation, split {config.train_split!r}")
-    query_labels = as_labels(test_labels, len(test_features), f"evaluation, split {config.test_split!r}")
-    bank, queries = len(train_features), len(test_features)
-    if min(bank, queries) < 2:
-        raise UserError(f"evaluation: expected at least 2 images in each split, got {bank} and {queries}")
-    data = (train_features, bank_labels, test_features, query_labels)
-    smallest = int(bank_labels.bincount()[bank_labels.unique()].min())
-    counts = usable_neighbors(config.neighbors, bank)
-    few = [n for n in config.few_labels if n <= smallest]
-    skipped = [f"{k}-NN: the bank has {bank} images" for k in config.neighbors if k > bank]
-    skipped += [
-        f"{n} labels a class: the smallest class has {smallest}" for n in config.few_labels if n > smallest
-    ]
+    data = (train_features, train_labels, test_features, test_labels)
+    return _run(config, _inputs(config, *data, device, description))
 
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "knn"), _progress_bar(description, "k-NN"):
-        grid = knn_accuracy(*data, neighbors=counts, temperatures=config.temperatures, device=device)
-    with _timed(seconds, "few_labels"), _progress_bar(description, "few labels"):
-        draws = [
-            few_label_knn(*data, labels_per_class=n, draws=config.draws, seed=config.seed, device=device)
-            for n in few
-        ]
-    probe = None
-    epochs = 2 * config.linear_epochs  # first with all learning rates, then with the best one
-    with _timed(seconds, "linear"), _progress_bar(description, "linear probe", epochs, "epoch") as bar:
-        if config.linear and linear:
-            probe = _linear(config, *data, device=device, advance=bar.update)
-    main = _main_setting(grid)
-    k, temperature = main
+
+def _inputs(
+    config: EvaluationConfig,
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    device: torch.device | str | None = None,
+    description: str | None = None,
+) -> Inputs:
+    """Return the checked inputs of all protocols; the arguments are those of `evaluate_features`."""
+    train = read_split(train_features, train_labels, config.train_split, "train")
+    test = read_split(test_features, test_labels, config.test_split, "test", train.features.shape[1])
+    check_classes(train.labels, f"evaluation, split {train.name!r}")
+    device = test.features.device if device is None else torch.device(device)
+    return Inputs(train, test, device, config.seed, description)
+
+
+def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
+    """Return the result of the protocols of checked settings, which may have no protocol."""
+    train, test = inputs.train, inputs.test
+    results = []
+    for name, protocol in PROTOCOLS.items():
+        if name not in config.protocols:
+            continue
+        if protocol.needs_encoder and inputs.encoder is None:
+            inputs.skipped.append(f"{protocol.title}: it needs an encoder, and only features were given")
+            continue
+        with _timed(inputs.seconds, name):
+            results += load_protocol(name).run(inputs, config.of_protocol(name))
     return EncoderResult(
-        protocol=_describe(config, main, probe, few, bank, queries),
-        images={"train": bank, "test": queries},
-        classes=int(torch.cat([bank_labels, query_labels]).unique().numel()),
-        feature_size=train_features.shape[1],
-        knn=KnnResult(
-            neighbors=k,
-            temperature=temperature,
-            accuracy=grid[main],
-            grid=[{"neighbors": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()],
-        ),
-        linear=probe,
-        few_labels=[dict(draw._asdict()) for draw in draws],
-        skipped=skipped,
-        statistics=feature_statistics(test_features),
-        seconds=seconds,
+        protocols=results,
+        features=f"{train.features.shape[1]} numbers",
+        images={"train": len(train), "test": len(test)},
+        revision=None,
+        classes=int(torch.cat([train.labels, test.labels]).unique().numel()),
+        feature_size=train.features.shape[1],
+        skipped=inputs.skipped,
+        statistics=feature_statistics(test.features),
+        seconds=inputs.seconds,
     )
 
 
-def _progress_bar(description: str | None, part: str, total: int | None = None, unit: str = "image") -> Any:
-    """Return a progress bar for a part of the evaluation, which shows nothing without a description."""
-    return progress(None if description is None else f"{description}, {part}", total, unit=unit)
-
-
-def _linear(
-    config: EvaluationConfig,
-    *data: Tensor,
-    device: torch.device | str | None,
-    advance: Callable[[int], object],
-) -> dict[str, Any]:
-    probe = linear_probe(
-        *data,
-        learning_rates=config.learning_rates,
-        epochs=config.linear_epochs,
-        batch_size=config.linear_batch_size,
-        standardize=config.linear_standardize,
-        seed=config.seed,
-        device=device,
-        advance=advance,
-    )
-    # Keys in JSON must be strings.
-    return probe._asdict() | {"validation": {str(rate): value for rate, value in probe.validation.items()}}
-
-
-def _main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
-    """Return the main k and T, which are chosen independently.
-
-    k is the largest measured one up to 20, or the smallest one if all are above 20. T is 0.07 if it was
-    measured, otherwise the first one.
-    """
-    counts = sorted({k for k, _ in grid})
-    temperatures = [temperature for _, temperature in grid]
-    below = [k for k in counts if k <= MAIN_KNN[0]]
-    temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
-    return below[-1] if below else counts[0], temperature
-
-
-def _describe(
-    config: EvaluationConfig,
-    main: tuple[int, float],
-    probe: dict[str, Any] | None,
-    few: list[int],
-    bank: int,
-    queries: int,
-) -> dict[str, str]:
-    """Return a description of each measurement for the text and the metadata of the card."""
-    train = f"{bank:,} images of split {config.train_split}"
-    test = f"{queries:,} images of split {config.test_split}"
-    k, temperature = main
-    words = {
-        "knn": f"{k}-NN by cosine similarity, votes weighted by exp(cosine / {temperature:g}), "
-        f"bank: {train}, tested on {test}"
-    }
-    if few:
-        words["few_labels"] = (
-            f"1-NN by cosine similarity among n labeled images a class, drawn at random from the {train}: "
-            f"mean and standard deviation of {config.draws} draws (seed {config.seed}), tested on {test}"
-        )
-    if probe is not None:
-        rates = sorted(config.learning_rates)
-        state = "standardized" if config.linear_standardize else "not standardized"
-        edge = " (at the edge of the sweep)" if probe["at_edge"] else ""
-        words["linear"] = (
-            f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, momentum "
-            f"{MOMENTUM:g}, no weight decay, {probe['epochs']} epochs, batch size {probe['batch_size']}, "
-            f"cosine schedule. The learning rate {probe['learning_rate']:g}{edge} had the highest accuracy "
-            f"on a held-out {100 * HELD_OUT:g} % of the training images ({len(rates)} tested, {rates[0]:g} "
-            f"to {rates[-1]:g}). The final classifier was trained on all {train} and tested on {test}"
-        )
-    return words
+def requested_features(config: EvaluationConfig) -> list[Pooling]:
+    """Return the names of the further features that the protocols of the settings need."""
+    names: list[Pooling] = []
+    for name in config.protocols:
+        features = getattr(load_protocol(name), "features", None)
+        if features is not None:
+            names += features(config.of_protocol(name))
+    return names
 
 
 def _labeled(

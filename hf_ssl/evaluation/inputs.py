@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every protocol receives: the features and the labels of both splits (layer 1).
+
+Legend: M training images, N test images, D features, C classes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.knn import as_labels, check_features
+from hf_ssl.evaluation.results import ProtocolResult, result_id, standard_error
+from hf_ssl.progress import progress
+
+
+@dataclass
+class Split:
+    """One split of the labeled images.
+
+    Attributes:
+        features: (N, D) float32, the evaluated features.
+        labels: (N,) int64.
+        name: name of the split.
+        further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
+            name is missing if the encoder does not have these features.
+        images: the images, `evaluate.LabeledData`; None: only features were given.
+    """
+
+    features: Tensor
+    labels: Tensor
+    name: str
+    further: dict[str, Tensor] = field(default_factory=dict)
+    images: Any = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __str__(self) -> str:
+        return f"{len(self):,} images of split {self.name}"
+
+
+@dataclass
+class Inputs:
+    """Both splits, and what the protocols of one evaluation share.
+
+    Attributes:
+        train, test: the images. Nothing may be selected on those of `test`.
+        device: device of the computation.
+        seed: seed of all random choices.
+        description: first text of the progress bars; None: no bars.
+        skipped: measurements for which there are too few images, in words. Protocols append to it.
+        seconds: duration of each protocol.
+        encoder, processor: the frozen encoder in evaluation mode and its image processor; None: only features
+            were given.
+        dtype: precision of the encoder under autocast; None: that of its weights.
+        batch_size: number of images in one forward pass of the encoder.
+    """
+
+    train: Split
+    test: Split
+    device: torch.device
+    seed: int = 0
+    description: str | None = None
+    skipped: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    encoder: Any = None
+    processor: Any = None
+    dtype: torch.dtype | None = None
+    batch_size: int = 256
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes C, which is one more than the largest class number."""
+        return int(max(self.train.labels.max(), self.test.labels.max())) + 1
+
+    @contextmanager
+    def progress(self, part: str, total: int | None = None, unit: str = "image") -> Iterator[Any]:
+        """Show a progress bar for a part of the evaluation, unless there is no description."""
+        with progress(
+            None if self.description is None else f"{self.description}, {part}", total, unit=unit
+        ) as bar:
+            yield bar
+
+
+def read_split(features: Any, labels: Any, name: str, argument: str, width: int | None = None) -> Split:
+    """Return a checked split.
+
+    Args:
+        features, labels: (N, D) and (N,), tensors, arrays or lists.
+        name: name of the split.
+        argument: name of the argument with the features, for messages.
+        width: expected D.
+
+    Raises:
+        UserError: there are fewer than 2 images, a number is not finite, or the labels are no class numbers.
+    """
+    rows = check_features(features, f"{argument} features", width)
+    if len(rows) < 2:
+        raise UserError(f"evaluation: expected at least 2 images in split {name!r}, got {len(rows)}")
+    return Split(rows.float(), as_labels(labels, len(rows), f"evaluation, split {name!r}"), name)
+
+
+def accuracy_result(
+    protocol: str,
+    version: int,
+    settings: dict[str, Any],
+    scores: Tensor,
+    labels: Tensor,
+    **others: Any,
+) -> ProtocolResult:
+    """Return the result of a classifier: top-1 accuracy, top-5 accuracy and the mean accuracy of the classes.
+
+    Args:
+        protocol, version, settings: see `result_id`.
+        scores: (N, C) of the test images. Of equal scores, the lower class number is predicted.
+        labels: (N,) class numbers.
+        others: the other fields of `ProtocolResult`; selection, selected_on and details may be missing.
+    """
+    metrics = class_metrics(scores, labels)
+    accuracy = metrics.pop("top_1")
+    result: Any = others | {
+        "protocol": protocol,
+        "id": result_id(protocol, version, settings),
+        "value": accuracy,
+        "standard_error": standard_error(accuracy, len(labels)),
+        "metrics": metrics,
+    }
+    optional: dict[str, Any] = {"selection": {}, "selected_on": None, "details": {}}
+    return cast(ProtocolResult, optional | result)
+
+
+def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the accuracies of predicted classes: `top_1`, `top_5` and `mean_per_class`.
+
+    Args:
+        scores: (N, C). Of equal scores, the lower class number ranks first.
+        labels: (N,) class numbers. A label of at least C is always wrong.
+
+    Source: top-5 as in ImageNet; mean per class as in Kornblith et al. (1805.08974), for Aircraft,
+    Caltech101, Flowers and Pets.
+    """
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels).to(scores.device)
+    known = labels < scores.shape[1]
+    index = labels.clamp(max=scores.shape[1] - 1)[:, None]
+    own = scores.gather(1, index)
+    lower = torch.arange(scores.shape[1], device=scores.device) < index
+    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
+    top = {k: (rank < k) & known for k in (1, 5)}
+    counts = labels.bincount()
+    right = torch.zeros(len(counts), dtype=torch.float64, device=scores.device)
+    right.index_add_(0, labels, top[1].double())
+    used = counts > 0
+    return {
+        "top_1": int(top[1].sum()) / len(labels),
+        "top_5": int(top[5].sum()) / len(labels),
+        "mean_per_class": float((right[used] / counts[used]).mean()),
+    }

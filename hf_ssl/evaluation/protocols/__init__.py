@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of evaluation protocols. It contains only strings, so importing it loads no protocol.
+
+A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`. The file contains:
+
+- `VERSION`, which is raised when a change may move the numbers;
+- `Config`, a dataclass with the settings, with `check(where)`;
+- `run(inputs, config)`, which receives `hf_ssl.evaluation.inputs.Inputs` and returns a list of
+  `ProtocolResult`;
+- optionally `features(config)`, the names of further features (`Split.further`): those of
+  `hf_ssl.modeling.pooling.FEATURES`.
+"""
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from hf_ssl.errors import check_name
+
+
+class Protocol(NamedTuple):
+    """One protocol.
+
+    Attributes:
+        title: name of the protocol in text, for example "linear probe".
+        summary: one line about the protocol.
+        of_pixels: whether the protocol is also run for raw pixels.
+        needs_encoder: whether the protocol needs the encoder itself, and not only features.
+    """
+
+    title: str
+    summary: str
+    of_pixels: bool = False
+    needs_encoder: bool = False
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "knn": Protocol("k-NN", "The nearest training images vote for the class.", of_pixels=True),
+    "few_label_knn": Protocol(
+        "k-NN with few labels", "The nearest one of a few labeled images gives the class.", of_pixels=True
+    ),
+    "linear": Protocol("linear probe", "SGD trains a linear classifier on frozen features."),
+}
+
+DEFAULT_PROTOCOLS = ("knn", "linear")
+
+
+def load_protocol(name: str) -> Any:
+    """Return the module of a protocol, or raise UserError for an unknown name."""
+    check_name("evaluation.protocols", name, PROTOCOLS, "known protocols")
+    return import_module(f"hf_ssl.evaluation.protocols.{name}")

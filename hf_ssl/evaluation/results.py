@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of an evaluation: plain data for JSON (layer 1). This module does not import torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+
+class ProtocolResult(TypedDict):
+    """One number of one protocol, with everything that is needed to understand and to repeat it.
+
+    Numbers with different `id` are not comparable. Accuracies are in [0, 1].
+    """
+
+    protocol: str  # its name in PROTOCOLS: "knn"
+    id: str  # "knn-1-3fb2a9c4": name, version and fingerprint of the settings
+    key: str  # the number's name for programs: "knn_20"
+    title: str  # the number's name in a sentence: "20-NN accuracy"
+    column: str  # the heading of its column: "20-NN, all labels"
+    text: str  # how it was measured
+    value: float
+    standard_error: float
+    metrics: dict[str, float]  # further metrics of the same predictions: top_5, mean_per_class, ...
+    selection: dict[str, Any]  # the selected settings, {"learning_rate": 0.1}
+    selected_on: str | None  # the images on which they were selected; None: nothing was selected
+    details: dict[str, Any]  # what only this protocol has
+
+
+class EncoderResult(TypedDict):
+    """The result of one encoder."""
+
+    protocols: list[ProtocolResult]
+    features: str  # the evaluated features in words
+    images: dict[str, int]  # train, test
+    revision: str | None  # of the test images: the commit on the Hub or a fingerprint; None: not known
+    classes: int
+    feature_size: int
+    skipped: list[str]  # measurements for which there were too few images
+    statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
+    seconds: dict[str, float]
+    precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"
+    pooling: NotRequired[str]
+    # main k-NN accuracy by "cls" and "mean", by "image" (the published feature) and "grid", if compared
+    poolings: NotRequired[dict[str, float]]
+    image_size: NotRequired[int]
+
+
+def find_results(result: EncoderResult, protocol: str) -> list[ProtocolResult]:
+    """Return the numbers of a protocol, which are none if it was not run."""
+    return [each for each in result["protocols"] if each["protocol"] == protocol]
+
+
+def result_id(protocol: str, version: int, settings: Mapping[str, Any]) -> str:
+    """Return the id of a protocol with these settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{protocol}-{version}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Return the standard error of an accuracy that was measured on this number of images."""
+    return (accuracy * (1 - accuracy) / images) ** 0.5
+
+
+def with_current_layout(result: Any) -> Any:
+    """Return a result in the layout of `EncoderResult`, also one that version 0.1 stored.
+
+    Such results of version 0.1 have the keys `knn`, `few_labels`, `linear` and `protocol`. The settings of
+    their protocols were not stored, so their ids end with "0".
+    """
+    if not isinstance(result, dict) or "knn" not in result:
+        return result
+    old = dict(result)
+    words, knn, linear, few = (old.pop(key) for key in ("protocol", "knn", "linear", "few_labels"))
+    images = old["images"]["test"]
+    k, temperature = knn["neighbors"], knn["temperature"]
+    found = [
+        ProtocolResult(
+            protocol="knn",
+            id="knn-0",
+            key=f"knn_{k}",
+            title=f"{k}-NN accuracy",
+            column=f"{k}-NN, all labels",
+            text=words["knn"],
+            value=knn["accuracy"],
+            standard_error=standard_error(knn["accuracy"], images),
+            metrics={},
+            selection={},
+            selected_on=None,
+            details={"neighbors": k, "temperature": temperature, "grid": knn["grid"]},
+        )
+    ]
+    for draw in few:
+        labels = draw["labels_per_class"]
+        found.append(
+            ProtocolResult(
+                protocol="few_label_knn",
+                id="few_label_knn-0",
+                key=f"few_labels_{labels}",
+                title=f"1-NN accuracy, {labels} labeled image{'s'[: labels != 1]} per class",
+                column=f"1-NN, {labels} label{'s'[: labels != 1]} per class",
+                text=words["few_labels"],
+                value=draw["mean"],
+                standard_error=draw["std"] / draw["draws"] ** 0.5,
+                metrics={},
+                selection={},
+                selected_on=None,
+                details={"labels": labels, "std": draw["std"], "draws": draw["draws"]},
+            )
+        )
+    if linear is not None:
+        found.append(
+            ProtocolResult(
+                protocol="linear",
+                id="linear-0",
+                key="linear_probe",
+                title="Linear probe accuracy",
+                column="linear probe",
+                text=words["linear"],
+                value=linear["accuracy"],
+                standard_error=standard_error(linear["accuracy"], images),
+                metrics={},
+                selection={"learning_rate": linear["learning_rate"]},
+                selected_on="10 % of the training images",
+                details={key: value for key, value in linear.items() if key != "accuracy"},
+            )
+        )
+    return {"protocols": found, "features": words["features"], "revision": None, **old}

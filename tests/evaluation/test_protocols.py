@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every protocol of the table keeps: its result, its id, and that nothing is selected on test images."""
+
+import copy
+import json
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+import torch
+from example_facts import new_facts
+from messages import mentions
+
+from hf_ssl.cards.card import render_card
+from hf_ssl.cards.facts import check_facts
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, evaluate_features
+from hf_ssl.evaluation.protocols import load_protocol
+from hf_ssl.evaluation.results import with_current_layout
+
+# Small settings; a protocol without an entry runs with its defaults.
+QUICK = {"linear": {"epochs": 3}, "few_label_knn": {"labels": [1, 5], "draws": 3}}
+OF_FEATURES = [name for name, protocol in PROTOCOLS.items() if not protocol.needs_encoder]
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, ...]:
+    """Three classes that a classifier can distinguish, but not without errors."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(360) % 3
+    features = 1.5 * torch.eye(3, 12)[labels] + torch.randn(360, 12, generator=generator)
+    return features[:240], labels[:240], features[240:], labels[240:]
+
+
+def run(name: str, data: tuple, **settings) -> list[ProtocolResult]:
+    own = QUICK.get(name, {}) | settings
+    return evaluate_features({"protocols": [name], "settings": {name: own}}, *data)["protocols"]
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
+    results = run(name, data)
+    assert results, name
+    assert json.loads(json.dumps(results)) == results
+    assert len({result["key"] for result in results}) == len(results)
+    for result in results:
+        assert result.keys() == get_type_hints(ProtocolResult).keys()
+        assert result["protocol"] == name
+        assert result["id"].startswith(f"{name}-{load_protocol(name).VERSION}-")
+        assert 1 / 3 < result["value"] <= 1, "better than chance"
+        assert 0 < result["standard_error"] < 0.1
+        assert "120 images of split test" in result["text"]
+        assert (result["selected_on"] is None) == (not result["selection"])
+    assert run(name, data) == results
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_nothing_is_selected_on_test_images(name: str, data) -> None:
+    """Other test images change the value, and nothing that was selected."""
+    train, train_labels, test, test_labels = data
+    before = run(name, data)
+    after = run(name, (train, train_labels, test.flip(1), test_labels.flip(0)))
+    assert [result["selection"] for result in after] == [result["selection"] for result in before]
+    assert [result["id"] for result in after] == [result["id"] for result in before]
+    assert [result["value"] for result in after] != [result["value"] for result in before]
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_the_classes_of_the_result_are_those_of_the_images(name: str, data) -> None:
+    """Numbers of classes may have gaps, and a class may be missing in one of the splits."""
+    train, train_labels, test, test_labels = data
+    gaps = torch.tensor([0, 5, 9])
+    values = [result["value"] for result in run(name, (train, gaps[train_labels], test, gaps[test_labels]))]
+    assert values == pytest.approx([result["value"] for result in run(name, data)], abs=0.05)
+    rows = test_labels != 2
+    assert run(name, (train, train_labels, test[rows], test_labels[rows]))
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [
+        (torch.zeros(240), ["classes", 240]),
+        (torch.full((240,), -1), ["-1"]),
+        (torch.full((240,), 0.5), ["fractions"]),
+        (torch.zeros(239), [240, 239]),
+    ],
+)
+def test_bad_labels_end_in_one_sentence(name: str, labels, parts, data) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
+        run(name, (data[0], labels, *data[2:]))
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_settings_are_checked_before_anything_is_measured(name: str, data) -> None:
+    config = load_protocol(name).Config()
+    config.check(f"evaluation.settings.{name}")
+    with pytest.raises(UserError, match=mentions(f"evaluation.settings.{name}.nothing")):
+        run(name, data, nothing=1)
+    assert fields(config)
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_a_card_shows_every_number(name: str, data) -> None:
+    facts = new_facts()
+    result = facts["results"]["trained"]
+    facts["results"] = {"trained": result | {"protocols": run(name, data)}}
+    card = render_card(check_facts(facts), has_pretraining=False)
+    for number in facts["results"]["trained"]["protocols"]:
+        assert f"{100 * number['value']:.1f} %" in card
+        assert number["text"] in card and number["column"] in card
+
+
+def test_a_column_contains_only_numbers_of_one_protocol_id(data) -> None:
+    facts = new_facts()
+    facts["results"]["untrained"]["protocols"][0]["id"] = "knn-2-0"
+    card = render_card(check_facts(facts), has_pretraining=False)
+    (row,) = (line for line in card.splitlines() if line.startswith("| the same network without training"))
+    assert row.split(" | ")[1] == "-"
+
+
+def test_results_of_version_0_1_are_read() -> None:
+    words = {"knn": "20-NN by", "few_labels": "1-NN among", "linear": "softmax", "features": "pooler_output"}
+    old = {
+        "protocol": words,
+        "images": {"train": 100, "test": 400},
+        "classes": 10,
+        "feature_size": 8,
+        "knn": {"neighbors": 20, "temperature": 0.07, "accuracy": 0.5, "grid": [{"neighbors": 20}]},
+        "linear": {"accuracy": 0.6, "learning_rate": 0.1, "at_edge": False},
+        "few_labels": [{"labels_per_class": 1, "mean": 0.3, "std": 0.04, "draws": 16}],
+        "skipped": [],
+        "statistics": {"rank_me": 3.0},
+        "seconds": {},
+    }
+    before = copy.deepcopy(old)
+    new = with_current_layout(old)
+    assert old == before
+    assert [(each["key"], each["value"]) for each in new["protocols"]] == [
+        ("knn_20", 0.5), ("few_labels_1", 0.3), ("linear_probe", 0.6),
+    ]  # fmt: skip
+    assert [each["standard_error"] for each in new["protocols"]] == pytest.approx(
+        [0.025, 0.01, 0.0245], abs=1e-4
+    )
+    assert new["protocols"][0].keys() == get_type_hints(ProtocolResult).keys()
+    assert new["features"] == "pooler_output" and new["feature_size"] == 8
+    assert with_current_layout(new) == new
