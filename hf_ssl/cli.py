@@ -4,7 +4,9 @@
 import argparse
 import errno
 import gc
+import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -25,14 +27,20 @@ OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
+    """Run a command and return its exit status.
+
+    It is 0, or 2 after a mistake of the user, 130 after Ctrl-C, 141 if nobody reads standard output.
+    """
     arguments = _parser().parse_args(argv)
     try:
         with _ends_on_sigterm():
             arguments.run(arguments)
+            sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            return 141  # as a shell reports a program that SIGPIPE ended
         if error.errno != errno.ENOSPC:
             raise
         from hf_ssl.files import SAVED_FILES, disk_error_reason
@@ -43,6 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _output_is_closed() -> bool:
+    """Return whether nobody reads standard output, as after `hf-ssl recipes | head -1`.
+
+    Python would write what is left at its end, and print a message about the error.
+    """
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """The command: what it prints, what it calls, and that a mistake ends in one sentence and status 2."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -262,3 +263,16 @@ def test_unknown_commands_are_refused() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["pretain", "smoke/simclr"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for a closed pipe")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_ends_the_command_without_a_traceback(unbuffered: str) -> None:
+    """As `hf-ssl recipes | head -1` does."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "hf_ssl", "recipes"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

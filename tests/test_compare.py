@@ -72,7 +72,7 @@ def test_the_table_holds_means_and_spreads_of_finished_runs(tmp_path):
     assert len(json.loads(text)) == 3 and "secret" not in text
     fake_run(tmp_path / "vicreg-0", "vicreg", 0, 0.7)
     facts = json.loads((tmp_path / "vicreg-0" / "facts.json").read_text())
-    facts["results"]["trained"]["knn"]["neighbors"] = 10
+    facts["results"]["trained"]["protocols"][0]["details"]["neighbors"] = 10
     (tmp_path / "vicreg-0" / "facts.json").write_text(json.dumps(facts))
     compare.write_results(tmp_path / "out", tmp_path, ["vicreg"], seeds=1)  # a later call
     records = json.loads((tmp_path / "out.json").read_text())
