@@ -182,6 +182,7 @@ def test_a_default_k_above_the_bank_is_left_out_and_a_given_one_is_an_error(digi
         ({"test_split": "train"}, ["test_split", "train"]),
         ({"precision": "float8"}, ["evaluation.precision", "float32", "bfloat16", "float16", "float8"]),
         ({"pooling": "max"}, ["evaluation.pooling", "max"]),
+        ({"seed": -1}, ["evaluation.seed", -1]),
         ({"protocols": ["kn"]}, ["evaluation.protocols", "kn", "knn"]),
         ({"protocols": []}, ["evaluation.protocols", "[]"]),
         ({"settings": {"kn": {}}}, ["evaluation.settings", "kn", "knn"]),
