@@ -17,6 +17,7 @@ from hf_ssl.data import (
     open_source,
     train_loader,
 )
+from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.files import replaced_file
@@ -144,7 +145,9 @@ def draw_pictures(recipe: Recipe, trainer: SSLTrainer) -> None:
     """
     first = load_monitor_images(trainer.source, recipe.views, recipe.data, trainer.args, _MONTAGE_IMAGES)
     with replaced_file(recipe.output_dir / VIEWS) as path:
-        montage(first.views("cpu"), recipe.views, path)
+        kinds = dict(sorted(recipe.data.further_image_columns.items())).values()
+        further = [COLUMN_KINDS[kind] for kind in kinds]
+        montage(first.views("cpu"), recipe.views, path, further=further)
     trainer.draw_method_pictures(first)
 
 

@@ -55,7 +55,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
     backbone = _backbone_facts(recipe, trainer, measured)
     repo_id = trainer.hub_model_id or recipe.publish.repo_id
     captions = {
-        VIEWS: "Augmented views of training images, one image per row.",
+        VIEWS: _views_caption(recipe),
         **{f"{name}.png": text for name, text in method.captions.items()},
         CURVES: "Training curves: logged values and measurements of the monitor.",
     }
@@ -86,6 +86,14 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         pictures={name: text for name, text in captions.items() if (folder / name).exists()},
         notes=[],
     )
+
+
+def _views_caption(recipe: Recipe) -> str:
+    caption, further = (
+        "Augmented views of training images, one image per row",
+        recipe.data.further_image_columns,
+    )
+    return f"{caption}, with the columns {', '.join(sorted(further))}." if further else f"{caption}."
 
 
 def _chosen_batch_size(trainer: SSLTrainer) -> dict[str, Any]:
@@ -143,6 +151,7 @@ def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
         streaming=source.streaming,
         broken=trainer.broken.broken,
         license=source.dataset.info.license or None,
+        further_columns=dict(source.further_columns),
     )
 
 

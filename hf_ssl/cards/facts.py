@@ -88,6 +88,8 @@ class DataFacts(TypedDict):
     streaming: bool
     broken: int  # images that could not be read
     license: str | None  # None: not recorded
+    # Further image columns, {name: kind}: {"depth": "gray"}.
+    further_columns: Annotated[dict[str, str], Default({})]
 
 
 class TrainingFacts(TypedDict):

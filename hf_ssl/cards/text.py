@@ -214,7 +214,7 @@ def check_command(facts: Facts) -> str:
         location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
     data_keys = ["data.channels", "data.max_broken_fraction"]
     if "evaluation.path" not in differences:  # else these keys describe the training data only
-        data_keys += ["data.name", "data.image_column", "data.label_column"]
+        data_keys += ["data.name", "data.image_column", "data.further_image_columns", "data.label_column"]
     settings = {
         key: value
         for key, value in differences.items()
@@ -264,6 +264,11 @@ def limitations(facts: Facts) -> list[str]:
             )
     if data["broken"]:
         sentences.append(f"{whole(data['broken'])} training images could not be read and were skipped.")
+    segmented = [column for column, kind in data["further_columns"].items() if kind == "classes"]
+    if segmented:
+        sentences.append(
+            f"Training was not free of labels: it used the class numbers of pixels ({', '.join(segmented)})."
+        )
     sentences.append(
         f"License of the training data: {data['license']}."
         if data["license"]

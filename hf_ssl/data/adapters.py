@@ -4,6 +4,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from hf_ssl.data.columns import (
     LABEL_NAMES,
-    find_image_column,
+    find_image_columns,
     find_optional_label_column,
     label_values,
     number_classes,
     without_decoding,
 )
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage
+from hf_ssl.data.decode import BrokenImage, stored_image
+from hf_ssl.data.further_columns import AnyStored, RowImages, stored_further_image
 from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.errors import UserError
@@ -32,7 +34,14 @@ _KINDS = (
 )
 
 
-def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, labels: bool = False) -> Source:
+def as_source(
+    data: Any,
+    config: DataConfig,
+    name: str = "train_dataset",
+    *,
+    labels: bool = False,
+    only_image: bool = False,
+) -> Source:
     """Return the images of a data set. Encoded images are read without decoding them first.
 
     Args:
@@ -40,11 +49,13 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
             map-style torch data set or a list; the path of a folder; or a `Source`, which is returned. The
             items of a torch data set or a list are images, begin with one, or are dicts that contain one.
             `hf_ssl.data.decode.stored_image` lists the accepted images.
-        config: `image_column` and `label_column`, if they are not the only ones of their type, and
-            `max_images`. `path`, `name` and `split` have no effect, except for a folder.
+        config: `image_column` and `label_column`, if they are not the only ones of their type,
+            `further_image_columns`, and `max_images`. `path`, `name` and `split` have no effect, except for a
+            folder.
         name: the argument that held `data`, for messages.
         labels: whether labels are needed. A folder must then contain them. If False, `label_column` has no
             effect.
+        only_image: see `hf_ssl.data.open_source`.
 
     Raises:
         UserError: `data` is something else, contains no images, or has no unique column of images.
@@ -56,15 +67,15 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
     if isinstance(data, np.ndarray) and data.ndim == 3 and data.shape[2] in (3, 4):
         raise UserError(f"{name}: expected several images, got an array {data.shape}; use [image] for one")
     if isinstance(data, str | os.PathLike):
-        return open_source(replace(config, path=os.fspath(data)), labels=labels)
+        return open_source(replace(config, path=os.fspath(data)), labels=labels, only_image=only_image)
     if isinstance(data, Mapping):
         keys = list(map(repr, data)) or ["no keys"]
         hint = f"use {name}[{keys[0]}]" if data else "load the images first"
         raise UserError(f"{name}: expected one data set, got a dict with {', '.join(keys)}; {hint}")
     if isinstance(data, Dataset):
-        source = _of_dataset(data, config, name)
+        source = _of_dataset(data, config, name, only_image)
     elif isinstance(data, IterableDataset):
-        source = _of_stream(data, config, name)
+        source = _of_stream(data, config, name, only_image)
     elif (
         isinstance(data, Sequence) and len(data) and all(isinstance(item, str | os.PathLike) for item in data)
     ):
@@ -79,7 +90,7 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         except Exception as error:  # `__len__` fails, for example for an array without dimensions
             raise UserError(f"{name}: expected a data set with a length, got {error}") from error
         if isinstance(first, Mapping) and not first.keys() >= {"bytes", "path"}:
-            items.column = find_image_key(first, config.image_column, name)
+            items.choose_columns(first, config, name, only_image)
             label = label or next((key for key in LABEL_NAMES if key in first), None)
         source = _of_items(items, name, label)
     elif isinstance(data, torch.utils.data.IterableDataset):
@@ -92,6 +103,11 @@ def as_source(data: Any, config: DataConfig, name: str = "train_dataset", *, lab
         raise UserError(f"{name}: expected {_KINDS}, got {type(data).__name__}{lack}")
     if source.num_rows == 0:
         raise UserError(f"{name}: expected images, got an empty data set")
+    if config.further_image_columns and not only_image and not source.further_columns:
+        raise UserError(
+            f"data.further_image_columns: expected the columns {', '.join(config.further_image_columns)} in "
+            f"{name}, got images without columns; use a datasets.Dataset, or items that are dicts"
+        )
     if source.streaming and config.max_images is not None:
         raise UserError(f"data.max_images: expected None for a stream, got {config.max_images}; use take")
     return source.limited(config.max_images)
@@ -103,10 +119,13 @@ class Items:
     Args:
         data: has `__len__` and `__getitem__`.
         column: the key of the image in each item; None if the item itself is or begins with the image.
+        further: {key: kind} of further images in each item.
     """
 
-    def __init__(self, data: Any, column: str | None = None) -> None:
-        self.data, self.column = data, column
+    def __init__(
+        self, data: Any, column: str | None = None, further: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.data, self.column, self.further = data, column, dict(further)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -118,9 +137,26 @@ class Items:
         except Exception as error:  # the user's code can raise any error, for example for a damaged file
             return BrokenImage(f"{type(error).__name__}: {error}")
 
+    def choose_columns(self, example: Any, config: DataConfig, name: str, only_image: bool) -> None:
+        """Set the keys of the images, see `find_image_keys`."""
+        self.column, self.further = find_image_keys(example, config, name, only_image=only_image)
+
+    def stored(self, row: int) -> AnyStored:
+        """Return the image of a row, and its further images. Reading them raises BrokenImage."""
+        if not self.further:
+            return stored_image(self[row])
+        try:
+            item = self.data[row]
+            images = {
+                key: (kind, stored_further_image(item[key], kind)) for key, kind in self.further.items()
+            }
+            return RowImages(stored_image(item[self.column]), images)
+        except Exception as error:  # as in `__getitem__`
+            return stored_image(BrokenImage(f"{type(error).__name__}: {error}"))
+
     def select(self, rows: np.ndarray) -> "Items":
         """Return some rows, in the given order."""
-        return Items(torch.utils.data.Subset(self.data, rows.tolist()), self.column)
+        return Items(torch.utils.data.Subset(self.data, rows.tolist()), self.column, self.further)
 
     def labels(self, column: str | None, where: str) -> tuple[np.ndarray, list[str]]:
         """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
@@ -166,15 +202,23 @@ def _part(data: Any, row: int, key: Any) -> Any:
     return item[key] if (is_pair if key == 1 else key in item) else _MISSING
 
 
-def find_image_key(example: Mapping[str, Any], requested: str | None, name: str) -> str:
-    """Return the key of the image in an example whose columns are not declared.
+def find_image_keys(
+    example: Mapping[str, Any], config: DataConfig, name: str, *, only_image: bool
+) -> tuple[str, dict[str, str]]:
+    """Return the key of the image in an example whose columns are not declared, and the further ones.
 
-    The rules and the errors are those of `find_image_column`. An example that is no dict is also an error.
+    Args:
+        example: a row.
+        config, only_image: see `hf_ssl.data.columns.find_image_columns`.
+        name: name of the data set, for messages.
+
+    The rules and the errors are those of `find_image_columns`. An example that is no dict is also an error.
     """
     if not isinstance(example, Mapping):
         got = example if isinstance(example, BrokenImage) else type(example).__name__
         raise UserError(f"{name}: expected examples that are dicts such as {{'image': ...}}, got {got}")
-    return find_image_column({key: _feature(value) for key, value in example.items()}, requested, name)
+    features = {key: _feature(value) for key, value in example.items()}
+    return find_image_columns(features, config, name, only_image=only_image)
 
 
 def _feature(value: Any) -> Any:
@@ -190,36 +234,47 @@ def _feature(value: Any) -> Any:
     return Value("binary" if isinstance(value, bytes) else "float64" if is_number else "string")
 
 
-def _of_dataset(data: Dataset, config: DataConfig, name: str) -> Source:
+def _of_dataset(data: Dataset, config: DataConfig, name: str, only_image: bool) -> Source:
     where = _described(data, name)
     label = find_optional_label_column(data.features, config.label_column, where)
     if data.format["type"] == "custom":  # `with_transform`: the function makes the images
         items = Items(data)
         if len(items):
-            items.column = find_image_key(items[0], config.image_column, name)
+            items.choose_columns(items[0], config, name, only_image)
         return _of_items(items, where, label)
-    column = find_image_column(data.features, config.image_column, where)
-    data = without_decoding(data, column)
-    return Source(data, column, label, False, len(data), data._fingerprint, where)
+    column, further = find_image_columns(data.features, config, where, only_image=only_image)
+    data = without_decoding(data, column, *further)
+    return Source(data, column, label, False, len(data), data._fingerprint, where, further_columns=further)
 
 
-def _of_stream(data: IterableDataset, config: DataConfig, name: str) -> Source:
+def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image: bool) -> Source:
     where, features, label = _described(data, name), data.features, config.label_column
     if features is not None:
-        column = find_image_column(features, config.image_column, where)
+        column, further = find_image_columns(features, config, where, only_image=only_image)
         label = find_optional_label_column(features, label, where)
-        data = without_decoding(data, column)
+        data = without_decoding(data, column, *further)
     else:  # `map` without features, or a generator: the columns are known from the first example only
         first = next(iter(data.with_format(None)), None)
         if first is None:
             raise UserError(f"{name}: expected images, got an empty data set")
-        column = find_image_key(first, config.image_column, name)
-    return Source(data, column, label, True, None, "stream", where, whole_shards=False)
+        column, further = find_image_keys(first, config, name, only_image=only_image)
+    return Source(
+        data, column, label, True, None, "stream", where, whole_shards=False, further_columns=further
+    )
 
 
 def _of_items(items: Items, where: str, label: str | None = None) -> Source:
     kind = type(items.data).__name__
-    return Source(items, items.column or "image", label, False, len(items), kind, f"{where} ({kind})")
+    return Source(
+        items,
+        items.column or "image",
+        label,
+        False,
+        len(items),
+        kind,
+        f"{where} ({kind})",
+        further_columns=items.further,
+    )
 
 
 def _described(data: Dataset | IterableDataset, name: str) -> str:

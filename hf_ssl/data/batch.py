@@ -77,6 +77,7 @@ class LoadedBatch:
         broken: "where: reason" of each image that could not be read and was replaced or skipped.
         position: position of the stream of this process after this batch, as JSON data; None for map-style
             data.
+        mirrored: channels whose values a horizontal flip reverses.
     """
 
     images: Tensor | Crops | DeviceRows
@@ -85,6 +86,7 @@ class LoadedBatch:
     sample_index: Tensor | None = None
     broken: list[str] = field(default_factory=list)
     position: dict[str, Any] | None = None
+    mirrored: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -107,7 +109,7 @@ class LoadedBatch:
         """Return the augmented views of the images, computed on `device`."""
         # A copy from pinned memory to a GPU does not block. Later operations on the GPU run after it.
         images = self.images.to(device, non_blocking=torch.device(device).type == "cuda")
-        return augment(images, self.parameters)
+        return augment(images, self.parameters, self.mirrored)
 
     def inputs(
         self, device: torch.device | str | int, sample_masks: "SampleMasks | None" = None

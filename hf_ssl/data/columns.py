@@ -2,7 +2,7 @@
 """Finds the columns of images and labels in a data set, and reads their values."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -11,8 +11,9 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from torch import Tensor
 
+from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import EncodedImage, StoredImage, stored_image
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_name
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -86,6 +87,42 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
     return _find_column(features, requested, where, _IMAGES)
 
 
+def find_image_columns(
+    features: Mapping[str, Any], config: DataConfig, where: str, *, only_image: bool
+) -> tuple[str, dict[str, str]]:
+    """Return the column of images, and the further columns {name: kind} in the order of their names.
+
+    The further columns are no candidates for the column of images.
+
+    Args:
+        features: the columns with their types.
+        config: has `image_column` and `further_image_columns`.
+        where: name of the data set, for messages.
+        only_image: whether no further column is wanted. The columns may then be missing.
+
+    Raises:
+        UserError: see `find_image_column`; or a further column is missing or has another type.
+    """
+    wanted = dict(sorted(config.further_image_columns.items()))
+    if not only_image:
+        for column in wanted:
+            check_further_column(column, features, where)
+            feature = features[column]
+            if not (isinstance(feature, Image) or _has_type(feature, _IMAGES)):
+                raise UserError(
+                    f"data.further_image_columns.{column}: expected a column of {_IMAGES.content} in "
+                    f"{where}, got the type {_type_name(feature)}; use one of {_listing(features)}"
+                )
+    others = {name: feature for name, feature in features.items() if name not in wanted}
+    column = find_image_column(others, config.image_column, where)
+    return column, {} if only_image else wanted
+
+
+def check_further_column(column: str, known: Iterable[str], where: str) -> None:
+    """Raise `UserError` if a further column of images does not exist."""
+    check_name(f"data.further_image_columns.{column}", column, list(known), f"a column of {where}")
+
+
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
@@ -131,10 +168,13 @@ def _has_type(feature: Any, role: _Role) -> bool:
     return _type_name(feature) in role.dtypes
 
 
-def without_decoding(data: AnyDataset, column: str) -> AnyDataset:
-    """Return the data set with encoded instead of decoded images in a column of known type."""
+def without_decoding(data: AnyDataset, *columns: str) -> AnyDataset:
+    """Return the data set with encoded instead of decoded images in columns of known type."""
     features = cast(Mapping[str, Any], data.features)
-    return data.cast_column(column, Image(decode=False)) if isinstance(features[column], Image) else data
+    for column in columns:
+        if isinstance(features[column], Image):
+            data = data.cast_column(column, Image(decode=False))
+    return data
 
 
 def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray, list[str]]:
@@ -195,15 +235,15 @@ def _class(label: Any, where: str) -> int | str | None:
     )
 
 
-def encoded_images(table: pa.Table) -> list[StoredImage]:
-    """Return the images of a table with one column, without copying bytes.
+def encoded_images(table: pa.Table, column: str) -> list[StoredImage]:
+    """Return the images of a column of a table, without copying bytes.
 
     Args:
-        table: N rows; the column holds structs of `bytes` and `path`, encoded bytes, arrays (H, W) or
-            (H, W, C), or file names.
+        table: N rows.
+        column: holds structs of `bytes` and `path`, encoded bytes, arrays (H, W) or (H, W, C), or file names.
     """
     images: list[StoredImage] = []
-    for chunk in table.column(0).chunks:
+    for chunk in table.column(column).chunks:
         if isinstance(chunk.type, pa.ExtensionType):  # Array2D, Array3D
             images += map(stored_image, chunk.to_numpy(zero_copy_only=False))
             continue

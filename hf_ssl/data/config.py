@@ -3,14 +3,16 @@
 once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_ssl.errors import check_values
+from hf_ssl.errors import UserError, check_name, check_values
 
 MISSING = "???"  # OmegaConf's mark for a value that the user must give
 CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
+COLUMN_KINDS = {"gray": 1, "rgb": 3, "normals": 3, "classes": 3}
+"""Kind of a further image column -> number of channels. `hf_ssl.data.further_columns` describes the kinds."""
 
 
 @dataclass
@@ -28,6 +30,11 @@ class DataConfig:
         streaming: whether to read the files directly, shuffled in a window, without a local copy.
         image_column: the column of images. It is required if the data set has several, or if the column does
             not have the type Image.
+        further_image_columns: further columns of images and their kinds, such as `{depth: gray, normals:
+            normals}`. Only CMC uses them: each column is one more view of the image. All images of a row must
+            have the same size. Kinds: "gray" (depth or any other single channel), "rgb", "normals" (surface
+            normals; red is the horizontal part) and "classes" (class numbers of pixels).
+            `hf_ssl.data.further_columns` describes how they become pixels.
         label_column: the column of classes. It is required if labels are needed and the data set has several.
         channels: 3 (color; gray images get three equal channels) or 1 (gray).
         cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on
@@ -46,6 +53,7 @@ class DataConfig:
     split: str = "train"
     streaming: bool = False
     image_column: str | None = None
+    further_image_columns: dict[str, str] = field(default_factory=dict)
     label_column: str | None = None
     channels: int = 3
     cache: str = "auto"
@@ -73,6 +81,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise UserError if a value is outside its range."""
+        self._check_further_columns()
         path = None if self.path == MISSING else self.path
         share, limit = self.max_broken_fraction, self.max_images
         check_values(
@@ -90,3 +99,12 @@ class DataConfig:
                 "data.streaming=false, because the images are chosen at random",
             ),
         )  # fmt: skip
+
+    def _check_further_columns(self) -> None:
+        for column, kind in self.further_image_columns.items():
+            check_name(f"data.further_image_columns.{column}", kind, COLUMN_KINDS, "a kind of images")
+            if column == self.image_column:
+                raise UserError(
+                    "data.further_image_columns: expected other columns than data.image_column, got "
+                    f"{column}; leave it out"
+                )

@@ -20,6 +20,7 @@ import io
 import os
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,6 +38,7 @@ except ImportError:  # torchvision 0.29 deprecates its decoders; later versions 
     torchvision_decode = None
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
+ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
 
 # Limits of pictures from untrusted sources.
 MAX_BYTES = 20_000_000
@@ -189,7 +191,7 @@ def memory_size(image: StoredImage) -> int:
     return image.value.nbytes if isinstance(image.value, np.ndarray) else 1
 
 
-def image_hash(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> int:
+def image_hash(data: ImageData) -> int:
     """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
     if isinstance(data, PIL.Image.Image | np.ndarray):
         data = data.tobytes()
@@ -219,7 +221,7 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
     return (width, height) if swapped else (height, width)
 
 
-def decode(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
+def decode(data: ImageData, channels: int) -> Tensor:
     """Return the pixels of one image.
 
     Args:
@@ -260,16 +262,25 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]  # Pillow's "L"
 
 
-def _decode_with_pillow(data: EncodedBytes | PIL.Image.Image | np.ndarray, channels: int) -> Tensor:
+def _decode_with_pillow(data: ImageData, channels: int) -> Tensor:
+    pixels = torch.from_numpy(read_with_pillow(data, lambda image: to_array(image, channels)))
+    return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.ndarray]) -> np.ndarray:
+    """Return the pixels that `convert` returns for an image, rotated by the EXIF orientation.
+
+    Raises:
+        BrokenImage: see `decode`.
+    """
     try:
         image = _open_image(data)
         image.load()  # a lazy image reads its file now
-        pixels = torch.from_numpy(_to_array(_apply_orientation(image), channels))
+        return convert(_apply_orientation(image))
     except BrokenImage:
         raise
     except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
         raise BrokenImage(_reason(error)) from error
-    return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def as_pillow(pixels: Tensor) -> PIL.Image.Image:
@@ -277,7 +288,7 @@ def as_pillow(pixels: Tensor) -> PIL.Image.Image:
     return _open_image(pixels.permute(1, 2, 0).numpy())
 
 
-def _open_image(data: EncodedBytes | PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+def _open_image(data: ImageData) -> PIL.Image.Image:
     if isinstance(data, PIL.Image.Image):
         return data
     if isinstance(data, np.ndarray):
@@ -307,7 +318,7 @@ def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if transpose is None else image.transpose(transpose)
 
 
-def _to_array(image: PIL.Image.Image, channels: int) -> np.ndarray:
+def to_array(image: PIL.Image.Image, channels: int) -> np.ndarray:
     """Return the pixels (H, W) or (H, W, 3) as uint8."""
     if image.mode.startswith("I"):
         return _from_16_bit(np.asarray(image))

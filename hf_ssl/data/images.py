@@ -4,7 +4,10 @@
 Images of one size that are decoded once are read far faster than images that are decoded each time.
 """
 
+import hashlib
+import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +25,9 @@ from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import UnreadableData, is_small
-from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage, StoredImage, decode, size_in_header, stored_image
+from hf_ssl.data.decode import BrokenImage
+from hf_ssl.data.further_columns import AnyStored, decode, further_channels, size_in_header, table_rows
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
@@ -39,13 +42,20 @@ _AUTO_BYTES = 4 << 30
 _CHUNK = 64  # number of images; even large ones are decoded in a few seconds at most
 
 
-def broken_message(where: str, image: StoredImage, reason: object) -> str:
+def broken_message(where: str, image: AnyStored, reason: object) -> str:
     """Return the message about a broken image: its data set and row, its file, and the reason."""
     return f"{where}{f' ({image.path})' if image.path else ''}: {reason}"
 
 
 class EncodedRows:
     """The images of map-style data, read in batches and decoded each time.
+
+    Args:
+        source: the data.
+        channels: channels of the image column.
+
+    Attributes:
+        channels: channels of the decoded images, with those of the further columns.
 
     Raises:
         UserError: the source is a stream.
@@ -55,8 +65,11 @@ class EncodedRows:
         source.require_rows()
         self._items = source.dataset  # of another library than `datasets`
         if isinstance(source.dataset, Dataset):
-            self._items = source.dataset.select_columns([source.image_column]).with_format("arrow")
-        self.channels = channels
+            columns = [source.image_column, *source.further_columns]
+            self._items = source.dataset.select_columns(columns).with_format("arrow")
+        self._column, self._further = source.image_column, source.further_columns
+        self._image_channels = channels
+        self.channels = channels + further_channels(source.further_columns)
         self.description = source.description
         self._row_numbers = source.row_numbers
 
@@ -67,11 +80,11 @@ class EncodedRows:
         """Return the data set and the number of a row, for messages."""
         return f"{self.description} row {row if self._row_numbers is None else self._row_numbers[row]}"
 
-    def stored(self, rows: Sequence[int] | np.ndarray) -> list[StoredImage]:
+    def stored(self, rows: Sequence[int] | np.ndarray) -> list[AnyStored]:
         """Return the images of rows, as the data set stores them."""
         if isinstance(self._items, Dataset):
-            return encoded_images(self._items[rows])
-        return [stored_image(self._items[int(row)]) for row in rows]
+            return table_rows(self._items[rows], self._column, self._further)
+        return [self._items.stored(int(row)) for row in rows]
 
     def read(self, rows: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
         """Decode the images of rows (B,).
@@ -84,7 +97,7 @@ class EncodedRows:
         broken: dict[int, str] = {}
         for position, image in enumerate(self.stored(rows)):
             try:
-                images.append(decode(image.read(), self.channels))
+                images.append(decode(image.read(), self._image_channels))
             except BrokenImage as error:
                 broken[position] = broken_message(self.describe(int(rows[position])), image, error)
                 images.append(torch.empty(self.channels, 0, 0, dtype=torch.uint8))
@@ -209,7 +222,7 @@ def common_size(source: Source, channels: int) -> tuple[int, int] | None:
 
     Args:
         source: map-style data.
-        channels: number of channels of the decoded images.
+        channels: number of channels of the image column.
 
     Raises:
         UserError: none of these images can be read.
@@ -224,7 +237,7 @@ def common_size(source: Source, channels: int) -> tuple[int, int] | None:
 
 
 def inspect_images(
-    images: Sequence[StoredImage], places: list[str], channels: int, description: str
+    images: Sequence[AnyStored], places: list[str], channels: int, description: str
 ) -> tuple[int, int] | None:
     """Return the common height and width of the readable images, or None if their sizes differ.
 
@@ -234,7 +247,7 @@ def inspect_images(
     Args:
         images: N encoded images.
         places: N names of their rows, for messages.
-        channels: number of channels of the decoded images.
+        channels: number of channels of the image column.
         description: name of the data set, for messages.
 
     Raises:
@@ -272,7 +285,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
 
     Args:
         source: map-style data.
-        channels: number of channels of the decoded images.
+        channels: number of channels of the image column.
         cache: "none", "memory", "device" (decoded in memory first) or "memmap"; "auto" caches images of one
             size, of at most 96 pixels per side and 4 GiB in total.
         shared: whether several processes on this machine need them; "auto" then uses a file.
@@ -292,7 +305,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
     if key not in source.cache:
         # Data that are opened twice, for training and for the monitor, are decoded and stored once.
         data = id(source.dataset) if in_python else source.dataset._fingerprint
-        shared_key = (data, source.image_column, *key)
+        shared_key = (data, source.image_column, *source.further_columns.items(), *key)
         decoded = _in_use.get(shared_key)
         if decoded is None:
             decoded = _decode_rows(source, channels, cache, shared)
@@ -306,12 +319,12 @@ def _decode_rows(source: Source, channels: int, cache: str, shared: bool) -> Dec
     rows = EncodedRows(source, channels)
     size = common_size(source, channels)
     if cache == "auto":
-        if size is None or not is_small(size) or len(rows) * channels * size[0] * size[1] > _AUTO_BYTES:
+        if size is None or not is_small(size) or len(rows) * rows.channels * math.prod(size) > _AUTO_BYTES:
             return None
     try:
         if size is None:
             raise _SizeMismatch(f"more than one size in {source.description}")
-        shape = (len(rows), channels, *size)
+        shape = (len(rows), rows.channels, *size)
         if cache == "memmap" or (cache == "auto" and shared):
             return _decode_to_file(source, rows, shape)
         pixels = np.zeros(shape, np.uint8)
@@ -331,6 +344,8 @@ def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{cast(Dataset, source.dataset)._fingerprint}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    if source.further_columns:
+        name += "-" + hashlib.sha256(json.dumps(source.further_columns).encode()).hexdigest()[:16]
     file, notes = folder / f"{name}.npy", folder / f"{name}.json"
     with FileLock(folder / f"{name}.lock"):  # the processes of a run open the file at the same time
         if not file.exists():

@@ -144,7 +144,9 @@ def labeled_images(
     Raises:
         UserError: the errors of `open_source`; no column or several columns of classes; no row has a label.
     """
-    source = open_source(replace(config, max_images=None, streaming=False), split, labels=True)
+    source = open_source(
+        replace(config, max_images=None, streaming=False), split, labels=True, only_image=True
+    )
     return label_source(source, config, max_images=max_images, seed=seed)
 
 
@@ -193,7 +195,8 @@ def label_data(data: Any, config: DataConfig, name: str, max_images: int | None 
     if isinstance(data, LabeledImages):
         return data
     config = replace(config, max_images=None, streaming=False)
-    return label_source(as_source(data, config, name, labels=True), config, max_images=max_images)
+    source = as_source(data, config, name, labels=True, only_image=True)
+    return label_source(source, config, max_images=max_images)
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

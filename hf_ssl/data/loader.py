@@ -23,6 +23,7 @@ from hf_ssl.data.batch import (
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.further_columns import mirrored_channels
 from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import StreamShards
@@ -148,9 +149,10 @@ def _map_loader(
     device_images = None
     if decoded is not None and config.cache == "device":
         rows, device_images = RowNumbers(decoded), _copy_to_device(source, decoded, device)
+    mirrored = mirrored_channels(source.further_columns, config.channels)
     options["batch_sampler"] = sampler(len(rows))
     options["persistent_workers"] = options["num_workers"] > 0
-    return MapLoader(MapBatchDataset(rows, preset, share.seed, small), device_images, **options)
+    return MapLoader(MapBatchDataset(rows, preset, share.seed, small, mirrored), device_images, **options)
 
 
 def _copy_to_device(source: Source, decoded: DecodedRows, device: torch.device) -> Tensor:
@@ -247,13 +249,17 @@ class MapBatchDataset(Dataset[LoadedBatch]):
         preset: the views.
         seed: seed of the run.
         small: whether the images are small and of one size, so that they are cropped on the device.
+        mirrored: channels whose values a horizontal flip reverses.
     """
 
-    def __init__(self, rows: Rows, preset: ViewPreset, seed: int, small: bool) -> None:
+    def __init__(
+        self, rows: Rows, preset: ViewPreset, seed: int, small: bool, mirrored: tuple[int, ...] = ()
+    ) -> None:
         self.rows = rows
         self.preset = preset
         self.seed = seed
         self.small = small
+        self.mirrored = mirrored
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -285,7 +291,13 @@ class MapBatchDataset(Dataset[LoadedBatch]):
             given = DeviceRows(images, self.rows.size)
         seeds = image_seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
         return make_batch(
-            given, seeds, self.preset, small=self.small, sample_index=torch.from_numpy(rows), broken=messages
+            given,
+            seeds,
+            self.preset,
+            small=self.small,
+            sample_index=torch.from_numpy(rows),
+            broken=messages,
+            mirrored=self.mirrored,
         )
 
     def _replacement(self, batch: RowBatch, position: int, messages: list[str]) -> tuple[int, Tensor]:

@@ -24,7 +24,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hf_ssl.data.columns import find_image_column, find_label_column, without_decoding
+from hf_ssl.data.columns import find_image_columns, find_label_column, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
@@ -54,6 +54,7 @@ class Source:
         description: path and split, for messages and cards.
         whole_shards: whether a reader loads whole shards. It does so if reading one row loads the whole shard
             anyway, or if the rows are only file names.
+        further_columns: further columns of images, {name: kind} in the order of their names.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
@@ -66,6 +67,7 @@ class Source:
     revision: str
     description: str
     whole_shards: bool = True
+    further_columns: dict[str, str] = field(default_factory=dict)
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -90,7 +92,12 @@ class Source:
 
 
 def open_source(
-    config: DataConfig, split: str | None = None, *, streaming: bool | None = None, labels: bool = False
+    config: DataConfig,
+    split: str | None = None,
+    *,
+    streaming: bool | None = None,
+    labels: bool = False,
+    only_image: bool = False,
 ) -> Source:
     """Open one split.
 
@@ -99,9 +106,11 @@ def open_source(
         split: name of the split; None for `config.split`.
         streaming: whether to open a stream; None for `config.streaming`.
         labels: whether a column of classes is required.
+        only_image: whether not to read `config.further_image_columns`, as for evaluations. They are still no
+            candidates for the column of images.
 
     Raises:
-        UserError: the path, data set, configuration or split does not exist or cannot be opened; the column
+        UserError: the path, data set, configuration or split does not exist or cannot be opened; a column
             of images or labels is missing or ambiguous; there are no rows.
     """
     config.check()
@@ -129,12 +138,12 @@ def open_source(
             f"data.streaming: expected a stream with known columns, got {where}, whose columns are not "
             "declared; use data.streaming=false"
         )
-    image_column = find_image_column(features, config.image_column, where)
+    image_column, further = find_image_columns(features, config, where, only_image=only_image)
     label_column = find_label_column(features, config.label_column, where) if labels else None
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     return Source(
-        dataset=without_decoding(opened.dataset, image_column),
+        dataset=without_decoding(opened.dataset, image_column, *further),
         image_column=image_column,
         label_column=label_column,
         streaming=streaming,
@@ -142,6 +151,7 @@ def open_source(
         revision=revision,
         description=where,
         whole_shards=opened.whole_shards,
+        further_columns=further,
     ).limited(config.max_images)
 
 

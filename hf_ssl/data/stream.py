@@ -22,8 +22,14 @@ import pyarrow as pa
 from datasets import IterableDataset
 
 from hf_ssl.data.batch import UnreadableData
-from hf_ssl.data.columns import encoded_images
-from hf_ssl.data.decode import StoredImage, memory_size, stored_image
+from hf_ssl.data.decode import stored_image
+from hf_ssl.data.further_columns import (
+    AnyStored,
+    joined_rows,
+    memory_size,
+    stored_further_image,
+    table_rows,
+)
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation
@@ -42,13 +48,13 @@ class StreamRow(NamedTuple):
     epoch: int
     shard: int
     number: int
-    image: StoredImage
+    image: AnyStored
 
 
 class Block(NamedTuple):
     """Consecutive images of a shard, and the bytes of memory that they need."""
 
-    images: list[StoredImage]
+    images: list[AnyStored]
     nbytes: int
 
 
@@ -94,6 +100,7 @@ class StreamShards:
 
     Attributes:
         count: number of shards.
+        further: the further columns of images, {name: kind}.
         first_images: the first encoded images of the first shard that is not empty, at most 64.
         first_places: the place of each of these images, for messages.
         open_shards: number of open shards of a reader.
@@ -106,10 +113,11 @@ class StreamShards:
     def __init__(self, source: Source, open_shards: int) -> None:
         if not isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected a stream, got the map-style data {source.description}")
-        self._column = source.image_column
+        self._column, self.further = source.image_column, source.further_columns
+        columns = [source.image_column, *source.further_columns]
         self._encoded = source.dataset.features is not None
         if self._encoded:
-            self.dataset = source.dataset.select_columns([self._column]).with_format("arrow")
+            self.dataset = source.dataset.select_columns(columns).with_format("arrow")
         else:  # Python functions make the images
             self.dataset = source.dataset.with_format(None)
         self.description = source.description
@@ -169,9 +177,15 @@ class StreamShards:
             # `__iter__` would divide the data set between the workers of torch; `iter` does not
             for block in self._shard(shard).iter(batch_size=self._block_rows):
                 if self._encoded:
-                    yield Block(encoded_images(block), block.nbytes)
+                    yield Block(table_rows(block, self._column, self.further), block.nbytes)
                 else:
-                    images = [stored_image(item) for item in block[self._column]]
+                    further = {
+                        name: [stored_further_image(item, kind) for item in block[name]]
+                        for name, kind in self.further.items()
+                    }
+                    images = joined_rows(
+                        [stored_image(item) for item in block[self._column]], self.further, further
+                    )
                     yield Block(images, sum(memory_size(image) for image in images))
         except errors as error:
             raise UnreadableData(
@@ -218,7 +232,7 @@ class OpenShard:
         self.taken += len(rows)
         return rows
 
-    def _shuffle(self, images: list[StoredImage]) -> None:
+    def _shuffle(self, images: list[AnyStored]) -> None:
         """Put the own rows of the next block into random order."""
         own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)

@@ -20,7 +20,8 @@ from hf_ssl.data.batch import (
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage, decode, image_hash
+from hf_ssl.data.decode import BrokenImage
+from hf_ssl.data.further_columns import decode, image_hash, mirrored_channels
 from hf_ssl.data.images import broken_message, inspect_images
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
@@ -89,7 +90,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
         shards: the shards.
         preset: the views.
         share: the part of this process.
-        channels: number of channels of the decoded images.
+        channels: number of channels of the image column.
         window: number of rows that are shuffled together.
         position: {"batches": number of earlier batches of this process, "readers": {number of the reader:
             state of its `ReaderPosition`}}.
@@ -104,6 +105,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
 
     def __post_init__(self) -> None:
         self.small = first_images_are_small(self.shards, self.channels)
+        self.mirrored = mirrored_channels(self.shards.further, self.channels)
 
     def __iter__(self) -> Iterator[LoadedBatch | WorkerFailure]:  # type: ignore[override]
         info = get_worker_info()
@@ -144,7 +146,8 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
                 keys.append(image_hash(data))
         seeds = image_seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
         position = {"reader": name, "place": reader.position.state_dict()}
-        return make_batch(images, seeds, self.preset, small=self.small, broken=broken, position=position)
+        fields = {"broken": broken, "position": position, "mirrored": self.mirrored}
+        return make_batch(images, seeds, self.preset, small=self.small, **fields)
 
 
 class StreamLoader(DataLoader[LoadedBatch]):

@@ -261,6 +261,11 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
     return pool(outputs, model=backbone)
 
 
+def encode_without_columns(backbone: PreTrainedModel, images: Tensor) -> Tensor:
+    """Return `encode` of images (N, C, H, W) whose channels may include those of further image columns."""
+    return encode(backbone, images[:, : input_channels(backbone.config)])
+
+
 @torch.no_grad()
 def set_identity_pooler(backbone: Any) -> None:
     """Make a ViT's pooler the identity, so that `pooler_output` is the class token.

@@ -93,6 +93,8 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
             bank. Images then need row numbers, which a stream does not have, and the config has
             `num_samples`, the number of images. If this depends on the config, see `stores_images`.
         streaming_advice: what the user can choose instead, for the error about a stream.
+        takes_image_columns: whether the method uses further image columns (`data.further_image_columns`). Its
+            config then has `further_image_columns`, and their channels follow those of the image.
         collapsed_below: thresholds by name of a measurement. A smaller value means that the method has
             collapsed.
         continues: whether `start_from` gave the backbone trained weights.
@@ -117,6 +119,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     needs_memory_warmup: bool = False
     warmup_has_all_rows: ClassVar[bool] = False
     needs_sample_index: ClassVar[bool] = False
+    takes_image_columns: ClassVar[bool] = False
     collapsed_below: ClassVar[dict[str, float]] = {"embedding_std": 0.05, **COLLAPSED_RANK}
 
     # Attributes of transformers.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requirements of a method for encoder, views, data and batch size, and their errors."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from hf_ssl.errors import UserError
@@ -17,6 +18,7 @@ class Requirements:
     backbone_types: ClassVar[tuple[str, ...] | None]
     needs_sample_index: ClassVar[bool]
     streaming_advice: ClassVar[str] = "a method with a queue (MoCo, SwAV) or in-batch negatives (SimCLR)"
+    takes_image_columns: ClassVar[bool]
     config_class: Any
     config: Any
 
@@ -83,6 +85,26 @@ class Requirements:
             raise UserError(
                 f"training.batch_size: expected at least 2, because {cls.method_name()} compares images with "
                 f"each other, got {batch_size}"
+            )
+
+    @classmethod
+    def check_image_columns(cls, columns: Mapping[str, str], config: Any = None) -> None:
+        """Raise `UserError` if the method does not use these further image columns.
+
+        Args:
+            columns: {name: kind} (`data.further_image_columns`).
+            config: config of the method. None checks what holds for every config.
+        """
+        if columns and not cls.takes_image_columns:
+            raise UserError(
+                f"data.further_image_columns: expected none for {cls.method_name()}, because only cmc uses "
+                f"them, got {', '.join(columns)}; leave it out"
+            )
+        known = {} if config is None or not cls.takes_image_columns else config.further_image_columns or {}
+        if config is not None and dict(columns) != dict(known):
+            raise UserError(
+                "data.further_image_columns: expected the value of config.further_image_columns, "
+                f"{dict(known)}, got {dict(columns)}; set the same for both"
             )
 
     def check_source(self, streaming: bool, num_rows: int | None) -> None:

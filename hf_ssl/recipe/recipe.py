@@ -8,7 +8,7 @@ and `backbone.model_type` select.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -143,7 +143,9 @@ class Recipe:
             UserError: the section `method` or `backbone` contains a mistake.
         """
         values = {key: value for key, value in self.method.items() if key != "name"}
-        parts = {"backbone_config": self.backbone_config(), "views": self.views.to_dict()}
+        parts: dict[str, Any] = {"backbone_config": self.backbone_config(), "views": self.views.to_dict()}
+        if self.model_class.takes_image_columns:
+            parts["further_image_columns"] = dict(self.data.further_image_columns)
         return transformers_config(self.config_class, values, "method", **parts)
 
     def training_arguments(self) -> "SSLTrainingArguments":
@@ -250,6 +252,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         backbone_type=backbone["model_type"],
         views=views,
         streaming=data.streaming,
+        image_columns=data.further_image_columns,
     )
     check_encoder(recipe.backbone_config(), data, views, recipe.evaluation.patch_grid)
     config = recipe.config()
@@ -267,6 +270,7 @@ def check_method(
     backbone_type: str,
     views: ViewPreset,
     streaming: bool,
+    image_columns: Mapping[str, str],
 ) -> None:
     """Check that a method can be trained with these settings.
 
@@ -275,10 +279,11 @@ def check_method(
         backbone_type: model type of the encoder.
         views: the augmentation settings.
         streaming: whether the data are a stream.
+        image_columns: further image columns of the data.
 
     Raises:
-        UserError: the method needs another encoder, another number of views, or map-style data; or it has
-            no text for the card.
+        UserError: the method needs another encoder, another number of views, or map-style data; it uses no
+            further image columns; or it has no text for the card.
     """
     try:
         resource("model_cards", "methods", f"{name}.md")
@@ -291,6 +296,7 @@ def check_method(
     model.check_backbone(backbone_type)
     model.check_views(views.count, views.local_count)
     model.check_streaming(streaming)
+    model.check_image_columns(image_columns)
 
 
 def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
     if data.streaming:
         raise UserError("data.streaming: expected false for a Space, got true; leave it out")
-    source = open_source(replace(data, max_images=count), split)
+    source = open_source(replace(data, max_images=count), split, only_image=True)
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         try:
             return labeled_images(data, split, max_images=count)

@@ -220,7 +220,7 @@ class EvaluatingTrainer(PushingTrainer):
             UserError: the data are a stream, or an image cannot be read.
         """
         self.use_averaged_weights(True)
-        source = as_source(test_dataset, self.data, "test_dataset")
+        source = as_source(test_dataset, self.data, "test_dataset", only_image=True)
         images = all_images(source, self.data.channels, self.args.per_device_eval_batch_size)
         features = extract_features(
             self.method.exported_encoder, self.processor, images, dtype=self._dtype, description="features"

@@ -19,7 +19,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS, usable_neighbors
 from hf_ssl.evaluation.knn import leave_one_out_knn
-from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process
@@ -317,7 +317,8 @@ class Monitor:
                 inputs = part.inputs(model.device, model.sample_masks)
                 with autocast(model.device, self.dtype):
                     embedded.append(model.embed(inputs))
-                    features.append(encode(model.exported_encoder, inputs["pixel_values"][:, 0]).float())
+                    images = inputs["pixel_values"][:, 0]
+                    features.append(encode_without_columns(model.exported_encoder, images).float())
                 bar.update(len(part))
         together = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
         output = model.objective(together)

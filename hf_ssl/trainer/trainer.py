@@ -146,6 +146,7 @@ class SSLTrainer(EvaluatingTrainer):
         self.data = data = DataConfig.of(data)
         self.preset = ViewPreset.from_dict(model.config.views or {})
         self.preset.check(data.channels)
+        model.check_image_columns(data.further_image_columns, model.config)
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
         self.source = as_source(train_dataset, data)
         self.processor = image_processor(self.preset, data.channels)

@@ -4,6 +4,7 @@
 Legend: B images, V views of one kind, N rows (views of some images, flattened), C channels, S side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -18,7 +19,7 @@ from torch.nn.functional import interpolate, pad
 from hf_ssl.views.cropping import Crops, crop_batch
 from hf_ssl.views.operations import OPERATIONS, jitter_, jitter_groups, to_device
 from hf_ssl.views.parameters import COLUMNS, ViewParameters
-from hf_ssl.views.preset import COLOR_STRENGTHS, ViewPreset, ViewSettings
+from hf_ssl.views.preset import COLOR_STRENGTHS, FURTHER_MEAN, FURTHER_STD, ViewPreset, ViewSettings
 
 Table = NDArray[np.float32]
 Sampled = dict[str, NDArray[np.float32]]
@@ -40,7 +41,7 @@ class Views:
     """(B, L, C, h, w), the local views, if the preset has any."""
 
 
-def augment(images: Tensor | Crops, parameters: ViewParameters) -> Views:
+def augment(images: Tensor | Crops, parameters: ViewParameters, mirrored: Sequence[int] = ()) -> Views:
     """Return the augmented views of a batch (stage two). Equal input gives equal views.
 
     The steps are crop, flip, color jitter, the operations of `OPERATIONS`, enlargement and normalization.
@@ -48,9 +49,15 @@ def augment(images: Tensor | Crops, parameters: ViewParameters) -> Views:
     choice, so the host never waits for an accelerator. Crops and blur are matrix products. Where TF32 is
     allowed for float32 products, pixels are exact only to 1e-3.
 
+    The preset has a mean for each channel of the image. Further channels, such as depth, follow them. They
+    are cropped, flipped and enlarged like the image, but color jitter and `OPERATIONS` do not change them.
+    Their normalization is `FURTHER_MEAN` and `FURTHER_STD`.
+
     Args:
         images: (B, C, H, W) uint8 images of one size, which are cropped here, or the `Crops` of stage one.
         parameters: sampled for these images.
+        mirrored: further channels whose values a flip reverses (0 becomes 255), such as the horizontal part
+            of surface normals.
 
     Raises:
         ValueError: the parameters were sampled for other images.
@@ -60,33 +67,49 @@ def augment(images: Tensor | Crops, parameters: ViewParameters) -> Views:
     if isinstance(images, Tensor):
         _check_boxes(images, parameters)
     global_input = images.global_crops if isinstance(images, Crops) else images
-    pixel_values = _views(global_input, parameters, 0, preset.count, preset.final_size)
+    pixel_values = _views(global_input, parameters, mirrored, 0, preset.count, preset.final_size)
     if not preset.local_count:
         return Views(pixel_values)
     local_input = images.local_crops if isinstance(images, Crops) else images
     if local_input is None:
         raise ValueError("images: expected crops for the preset's local views, got none")
     end = preset.count + preset.local_count
-    local_pixel_values = _views(local_input, parameters, preset.count, end, preset.final_local_size)
+    side = preset.final_local_size
+    local_pixel_values = _views(local_input, parameters, mirrored, preset.count, end, side)
     return Views(pixel_values, local_pixel_values)
 
 
-def montage(views: Views, preset: ViewPreset, path: Path, max_images: int = 8) -> None:
+def montage(
+    views: Views, preset: ViewPreset, path: Path, max_images: int = 8, further: Sequence[int] = ()
+) -> None:
     """Write a PNG of views, so that a user sees a wrong preset before the first epoch.
 
     Each row shows the views of one image, local views last. The colors are those before normalization. Of
     images with neither 1 nor 3 channels, the picture shows the first channel.
+
+    Args:
+        views: the views of some images.
+        preset: their settings.
+        path: the picture.
+        max_images: number of rows.
+        further: numbers of channels of further image columns, each 1 or 3. They are shown to the right of
+            each view.
     """
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preset.mean, preset.std))
+    extra = sum(further)
+    mean = torch.tensor([*preset.mean, *[FURTHER_MEAN] * extra])[:, None, None]
+    std = torch.tensor([*preset.std, *[FURTHER_STD] * extra])[:, None, None]
     kinds = [kind for kind in (views.pixel_values, views.local_pixel_values) if kind is not None]
     height, width = (max(kind.shape[axis] for kind in kinds) for axis in (-2, -1))
     tiles = []
     for kind in kinds:
         pixels = kind[:max_images].detach().float().cpu() * std + mean
         pixels = pixels.mul(255).round().clamp(0, 255).to(torch.uint8)
+        if further:
+            parts = [part.expand(-1, -1, 3, -1, -1) for part in pixels.split([len(preset.mean), *further], 2)]
+            pixels = torch.stack(parts, dim=2).flatten(1, 2)
         pixels = pixels if pixels.shape[2] == 3 else pixels[:, :, :1]
         below, beside = height - pixels.shape[-2], width - pixels.shape[-1]
         tiles.append(pad(pixels, (0, beside, 0, below), value=255))
@@ -104,7 +127,14 @@ def _check_boxes(images: Tensor, parameters: ViewParameters) -> None:
         )
 
 
-def _views(images: Tensor, parameters: ViewParameters, start: int, end: int, final_size: int) -> Tensor:
+def _views(
+    images: Tensor,
+    parameters: ViewParameters,
+    mirrored: Sequence[int],
+    start: int,
+    end: int,
+    final_size: int,
+) -> Tensor:
     """Return views `start` to `end - 1` of the preset: (B, end - start, C, final_size, final_size)."""
     preset, table = parameters.preset, parameters.table.numpy()[:, start:end]
     out = torch.empty(*table.shape[:2], images.shape[-3], final_size, final_size, device=images.device)
@@ -119,14 +149,22 @@ def _views(images: Tensor, parameters: ViewParameters, start: int, end: int, fin
             chunk = slice(first, first + step)
             rows = table[chunk, views].reshape(-1, len(COLUMNS))
             source = images[chunk] if images.dim() == 4 else images[chunk, views].flatten(0, 1)
-            pixels = _augment_chunk(source, images.dim() == 4, rows, first_settings)
+            colors = len(preset.mean)
+            pixels = _augment_chunk(source, images.dim() == 4, rows, first_settings, colors, mirrored)
             if preset.enlarge is not None:
                 pixels = interpolate(pixels, (final_size, final_size), mode="bilinear", align_corners=False)
             _normalize_into(out[chunk, views], pixels, preset)
     return out
 
 
-def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: ViewSettings) -> Tensor:
+def _augment_chunk(
+    source: Tensor,
+    crop_here: bool,
+    table: Table,
+    settings: ViewSettings,
+    colors: int,
+    mirrored: Sequence[int],
+) -> Tensor:
     """Return one chunk of views in [0, 1], (N, C, S, S) float32.
 
     The rows are sorted twice, so that the samples of every operation are contiguous and change in place.
@@ -137,6 +175,8 @@ def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: View
         crop_here: whether `source` contains images.
         table: the augmentation parameters (N, columns).
         settings: the settings of one of the views. `_batch_settings` is equal for all of them.
+        colors: number of channels of the image, which come before the further channels.
+        mirrored: further channels whose values a flip reverses.
     """
     sampled = dict(zip(COLUMNS, table.T, strict=True))
     rows = sort_for_jitter(sampled)
@@ -146,7 +186,14 @@ def _augment_chunk(source: Tensor, crop_here: bool, table: Table, settings: View
         pixels = crop_batch(images, table[rows, :4], flip, settings.size, settings.interpolation)
     else:
         pixels = _planes(source, sampled["flip"], rows)
-    return change_pixels(pixels, sampled, rows, settings)
+    if pixels.shape[1] == colors:
+        return change_pixels(pixels, sampled, rows, settings)
+    flipped = to_device(sampled["flip"][rows] > 0, pixels.device)[:, None, None]
+    for channel in mirrored:
+        pixels[:, channel] = torch.where(flipped, 1 - pixels[:, channel], pixels[:, channel])
+    changed = change_pixels(pixels[:, :colors].contiguous(), sampled, rows, settings)
+    further = _arrange(pixels[:, colors:], rows, np.arange(len(rows)))
+    return torch.cat((changed, further), dim=1)
 
 
 def sort_for_jitter(sampled: Sampled) -> NDArray[np.int64]:
@@ -225,6 +272,7 @@ def _runs(chosen: NDArray[np.bool_]) -> list[slice]:
 def _normalize_into(out: Tensor, pixels: Tensor, preset: ViewPreset) -> None:
     """Write pixels (N, C, H, W), minus the mean and divided by the deviation, to `out` (B, V, C, H, W)."""
     pixels = pixels.view(out.shape)
-    for channel, (mean, std) in enumerate(zip(preset.mean, preset.std, strict=True)):
+    further = [(FURTHER_MEAN, FURTHER_STD)] * (out.shape[2] - len(preset.mean))
+    for channel, (mean, std) in enumerate([*zip(preset.mean, preset.std, strict=True), *further]):
         offset = pixels.new_full((), -mean / std)
         torch.add(offset, pixels[:, :, channel], alpha=1 / std, out=out[:, :, channel])

@@ -18,6 +18,8 @@ from hf_ssl.errors import UserError, check_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FURTHER_MEAN, FURTHER_STD = 0.5, 0.25
+"""Normalization of the channels of further image columns. The mean is that of a full range from 0 to 1."""
 INTERPOLATIONS = ("bilinear", "bicubic")
 COLOR_STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 LARGEST = 1e6

@@ -324,6 +324,19 @@ def test_initial_weights(facts: dict, tmp_path: Path) -> None:
     assert "| initial weights | microsoft/resnet-18 |" in readme(tmp_path)
 
 
+def test_further_image_columns_are_on_the_card(facts: dict, tmp_path: Path) -> None:
+    write_card(tmp_path, facts)
+    assert "trained without labels" in readme(tmp_path) and "further image columns" not in readme(tmp_path)
+    facts["data"]["further_columns"] = {"a|b": "gray", "parts": "classes"}
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    assert r"| further image columns | `a\|b` (gray), `parts` (classes), only in training |" in text
+    assert "trained without labels" not in text and "(parts)" in text
+    facts["data"]["further_columns"] = {"depth": "gray"}
+    write_card(tmp_path, facts)
+    assert "trained without labels" in readme(tmp_path)
+
+
 def test_special_characters_are_escaped(facts: dict, tmp_path: Path) -> None:
     facts["name"] = 'my "best" encoder'
     facts["recipe"]["differences"] = {"data.image_column": "a|b`c"}

@@ -85,6 +85,12 @@ def test_texts_are_quoted(facts: dict[str, Any], text: str) -> None:
     assert (data.path, data.name, data.label_column) == (f"./{text}", text, text)
 
 
+def test_further_image_columns_are_no_candidates_for_the_image(facts: dict[str, Any]) -> None:
+    columns = {"depth": "gray", "parts.png": "classes"}
+    facts["recipe"]["differences"] = {"data.further_image_columns": columns}
+    assert read(facts)[0].further_image_columns == columns
+
+
 def test_data_of_the_hub_have_the_evaluated_revision(facts: dict[str, Any]) -> None:
     assert "revision" not in check_command(facts)  # a fingerprint of local files is not a revision to load
     facts["evaluation"] |= {"hub_id": "open/cifar10", "name": "open/cifar10"}

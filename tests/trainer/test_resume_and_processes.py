@@ -151,6 +151,33 @@ def test_a_killed_run_of_cmc_with_memory_banks_resumes(run, tmp_path, photos):
     assert result(tmp_path, "cmc-map-resnet")["weights"]["constants.values"].min() > 0
 
 
+# Further image columns of the data: two of the four views of CMC are columns.
+COLUMNS = ["data.further_image_columns={depth: gray, parts: classes}", "method.channel_groups=[1,2]"]
+
+
+@pytest.fixture(scope="session")
+def photos_with_columns(made_once) -> Path:
+    """128 of the digits with two further columns, which hold other digits."""
+
+    def write(folder: Path) -> None:
+        rows = open_source(DataConfig(path="digits"), labels=True).dataset.select(range(256))
+        images = rows["image"][:]
+        columns = {"image": images[:128], "depth": images[128:], "parts": images[64:192]}
+        features = datasets.Features({name: Image() for name in columns} | {"label": rows.features["label"]})
+        table = Dataset.from_dict(columns | {"label": rows["label"][:128]}, features=features)
+        for split in ("train", "test"):
+            table.to_parquet(folder / f"{split}-00000-of-00001.parquet", batch_size=16)
+
+    return made_once("photos_with_columns", write)
+
+
+@pytest.mark.parametrize("data", in_tiers([("map",), ("stream",)], [("stream",)]))
+def test_a_killed_run_of_cmc_with_further_columns_resumes(run, tmp_path, photos_with_columns, data):
+    run(three_runs("cmc", tmp_path, photos_with_columns, data, "resnet", COLUMNS))
+    assert_same_run(tmp_path, f"cmc-{data}-resnet")
+    assert any("column_backbones.1" in name for name in result(tmp_path, f"cmc-{data}-resnet")["weights"])
+
+
 # Plain SGD: AdamW makes steps of full size of what rounding leaves where a gradient is zero in truth, as that
 # of a bias before BatchNorm.
 WITHOUT_EXTRAS = [
@@ -245,6 +272,17 @@ def test_two_processes_equal_one(run, tmp_path, photos, method):
 @pytest.mark.slow
 def test_two_processes_of_cmc_with_memory_banks_equal_one(run, tmp_path, photos):
     shared = [f"data.path={photos}", *WITHOUT_EXTRAS, *MEMORY_BANKS]
+    one = job("cmc", tmp_path, "one", "map", "resnet", overrides=shared)
+    run([[one], two_ranks("cmc", tmp_path, "two", shared)])
+    whole, *ranks = (result(tmp_path, name) for name in ("one", "cmc-two-0", "cmc-two-1"))
+    for key, value in whole["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][key], value, rtol=2e-3, atol=2e-5, msg=named(key))
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key]), key
+
+
+def test_two_processes_of_cmc_with_further_columns_equal_one(run, tmp_path, photos_with_columns):
+    slow = "training.learning_rate=1e-3"  # 0.01 amplifies rounding in the view of class colors
+    shared = [f"data.path={photos_with_columns}", *WITHOUT_EXTRAS, *COLUMNS, slow]
     one = job("cmc", tmp_path, "one", "map", "resnet", overrides=shared)
     run([[one], two_ranks("cmc", tmp_path, "two", shared)])
     whole, *ranks = (result(tmp_path, name) for name in ("one", "cmc-two-0", "cmc-two-1"))

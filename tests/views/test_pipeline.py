@@ -2,7 +2,7 @@
 """Both stages together equal torchvision, independent of batch, chunks and order."""
 
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from hf_ssl.views import (
     montage,
     pipeline,
 )
+from hf_ssl.views.parameters import COLUMNS
+from hf_ssl.views.preset import FURTHER_MEAN, FURTHER_STD
 
 PROBABILITIES = [item.name for item in fields(ViewSettings) if "probability" in item.metadata["expected"]]
 EVERYTHING = dict.fromkeys(PROBABILITIES, 0.5) | {"jitter": 0.8, "gray": 0.3, "solarize": 0.4}
@@ -219,3 +221,48 @@ def test_montage_of_other_numbers_of_channels(channels, tmp_path):
         border = 0 if images * count == 1 else 2
         assert picture.shape == (images * (8 + border) + border, count * (8 + border) + border, 3)
         assert (picture[border : border + 8, border : border + 8] == 191).all()
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+@pytest.mark.parametrize("name", ["bicubic", "two kinds of global view", "enlarged"])
+def test_further_channels_are_only_cropped_and_flipped(name, in_worker, make_images, sample_for):
+    """A flip also reverses the values of mirrored channels. The image itself is as without them."""
+    preset, further = PRESETS[name], (FURTHER_MEAN, FURTHER_STD)
+    images = make_images(20, 8, 26, 31)
+    parameters = sample_for(images, preset)
+    flip = parameters.table.numpy()[..., COLUMNS.index("flip")] > 0
+
+    def views(channels, kept, mirrored=()):
+        sampled = sample_for(images, kept)
+        part = images[:, channels]
+        made = augment(crop(list(part), sampled) if in_worker else part, sampled, mirrored)
+        return [one for one in (made.pixel_values, made.local_pixel_values) if one is not None]
+
+    # The same crops and flips without other operations: their random numbers do not depend on other settings.
+    nothing = {name: 0.0 for name in PROBABILITIES if name != "flip"}
+    plain = replace(preset, **nothing, mean=(further[0],) * 5, std=(further[1],) * 5)
+    for part in ("second", "local"):
+        if getattr(preset, part) is not None:
+            setattr(plain, part, replace(getattr(preset, part), **nothing))
+    found = views(slice(None), preset, mirrored=(4,))
+    image, crops, start = views(slice(3), preset), views(slice(3, 8), plain), 0
+    for one, expected_image, expected in zip(found, image, crops, strict=True):
+        torch.testing.assert_close(one[:, :, :3], expected_image, rtol=0, atol=1e-6)
+        mirrored = torch.from_numpy(flip[:, start : start + one.shape[1]])[..., None, None]
+        assert mirrored.any() and not mirrored.all()
+        expected = expected.clone()
+        expected[:, :, 1] = torch.where(mirrored, -expected[:, :, 1], expected[:, :, 1])  # around the mean
+        torch.testing.assert_close(one[:, :, 3:], expected, rtol=0, atol=1e-5)
+        start += one.shape[1]
+
+
+def test_montage_shows_further_columns_beside_the_image(tmp_path):
+    preset = ViewPreset(mean=(0.5,) * 3, std=(0.25,) * 3)
+    pixels = torch.zeros(2, 1, 7, 8, 8)
+    pixels[:, :, 3] = 1.0  # a gray column; then a column with colors
+    pixels[:, :, 4] = 2.0
+    montage(Views(pixels), preset, tmp_path / "views.png", further=[1, 3])
+    picture = np.asarray(Image.open(tmp_path / "views.png"))
+    assert picture.shape == (2 + 2 * 10, 2 + 3 * 10, 3)
+    for left, color in ((2, (128, 128, 128)), (12, (191, 191, 191)), (22, (255, 128, 128))):
+        assert (picture[2:10, left : left + 8] == color).all()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of CMC."""
 
+import re
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.errors import check_name
+from hf_ssl.data.config import COLUMN_KINDS
+from hf_ssl.errors import UserError, check_name
 from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused
 from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, narrow_configs
 from hf_ssl.views.color_spaces import COLOR_SPACES, ColorViews
@@ -28,6 +30,11 @@ class CMCConfig(BankConfig):
         color_space: "ydbdr" (PyContrast), "lab" (the paper), "ycbcr" or "rgb".
         channel_groups: how many consecutive channels form each view, such as [1, 2] for Y and DbDr. None
             means [1, 1, 1] for "rgb" and [1, 2] for the others.
+        further_image_columns: further image columns of the data, {name: kind}, such as {"depth": "gray"}.
+            Each is a further view, after the color views, in the order of the names. Its encoder is as wide
+            as that of the first view. It is not a part of the published encoder, which needs only RGB images.
+            A recipe sets it as `data.further_image_columns` (`hf_ssl.data.further_columns` describes the
+            kinds).
         gradient_view: whether the magnitude of the gradient is a further, last view. Its encoder is as wide
             as that of the first view. It is not a part of the published encoder.
         graph: "full" contrasts all pairs of views (L_F), "core" only the first view with each other one
@@ -47,6 +54,7 @@ class CMCConfig(BankConfig):
 
     color_space: str = "ydbdr"
     channel_groups: list[int] | tuple[int, ...] | None = None
+    further_image_columns: dict[str, str] | None = None
     gradient_view: bool = False
     graph: str = "full"
     loss: str = "info_nce"
@@ -63,13 +71,14 @@ class CMCConfig(BankConfig):
         check_name("method.color_space", self.color_space, COLOR_SPACES, "a known color space")
         groups = self.groups
         is_division = min(groups, default=0) >= 1 and sum(groups) == 3
-        views = len(groups) + self.gradient_view
+        views = len(groups) + len(self.columns) + self.gradient_view
         check_fields(
             ("graph", self.graph, self.graph in GRAPHS, f"one of {', '.join(GRAPHS)}"),
             ("loss", self.loss, self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("channel_groups", list(groups), is_division, "numbers of at least 1 with the sum 3"),
-            ("channel_groups", list(groups), views >= 2, "at least two groups without gradient_view"),
+            ("channel_groups", list(groups), views >= 2, "at least two groups without further views"),
         )
+        self._check_columns()
         if self.loss == "info_nce":
             of_banks = ["negatives", "bank_momentum", "bank_start", "bank_precision"]
             check_unused(self, of_banks, "method.loss=info_nce")
@@ -77,6 +86,27 @@ class CMCConfig(BankConfig):
             check_unused(self, ["projection_hidden_size"], "method.projection_layers=1")
         if cast(Any, self.backbone_config).model_type in DIVISIBLE_TYPES:
             narrow_configs(self.backbone_config, groups)
+
+    def _check_columns(self) -> None:
+        for name, kind in self.columns.items():
+            check_name(f"data.further_image_columns.{name}", kind, COLUMN_KINDS, "a kind of images")
+        names = [*self.color_views.names, *self.column_names, "gradient"]
+        repeated = [name for number, name in enumerate(names) if name in names[:number]]
+        if repeated:
+            raise UserError(
+                "data.further_image_columns: expected columns with other names before the first dot than "
+                f"those of the other views, got {repeated[0]} twice; rename the column"
+            )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Return the further image columns {name: kind} in the order of their names."""
+        return dict(sorted((self.further_image_columns or {}).items()))
+
+    @property
+    def column_names(self) -> list[str]:
+        """Return the name of the view of each further image column: "depth" for "depth.png"."""
+        return [re.sub(r"\W", "_", name.split(".")[0]) for name in self.columns]
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForPreTraining
 
+from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.errors import UserError
 from hf_ssl.losses import info_nce, memory_nce, memory_scores, memory_softmax
 from hf_ssl.losses.upcasting import upcast
@@ -23,7 +24,7 @@ from hf_ssl.modeling.backbones import encode, freeze_unused
 from hf_ssl.modeling.encoder_folders import find_parts
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
-from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, feature_width, narrow_configs
+from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, feature_width, further_config
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.parallel_resnets import new_parallel_encoders
@@ -43,8 +44,9 @@ class CMCForPreTraining(MemoryBankModel):
 
     `backbone` joins the narrow encoders of the color views. Narrow ResNets of a linear color space fold
     exactly into one encoder for RGB images, which is published (`ParallelResNets.fold`). Other narrow
-    encoders are published in subfolders (`ParallelEncoders.save_pretrained`). The encoder of the gradient
-    view is not published.
+    encoders are published in subfolders (`ParallelEncoders.save_pretrained`). The encoders of the gradient
+    view and of further image columns, such as depth, are not published, because other images have only
+    colors.
     """
 
     config_class = CMCConfig
@@ -54,6 +56,7 @@ class CMCForPreTraining(MemoryBankModel):
         "method.loss=info_nce, whose negatives are the other images of the batch (in-batch negatives)"
     )
     minimum_views = maximum_views = 1
+    takes_image_columns = True
     backbone_types = DIVISIBLE_TYPES
 
     def __init__(self, config: CMCConfig) -> None:
@@ -61,9 +64,15 @@ class CMCForPreTraining(MemoryBankModel):
         self.views = config.color_views
         self.backbone: ParallelEncoders = new_parallel_encoders(config.backbone_config, self.views)
         self.view_names, widths = self.views.names, list(self.backbone.feature_sizes)
+        self.column_channels = [COLUMN_KINDS[kind] for kind in config.columns.values()]
+        self.column_backbones = nn.ModuleList()
+        for channels, name in zip(self.column_channels, config.column_names, strict=True):
+            column: Any = further_config(config.backbone_config, config.groups, channels)
+            self.column_backbones.append(AutoModel.from_config(column))
+            self.view_names, widths = [*self.view_names, name], [*widths, feature_width(column)]
         self.gradient_backbone: PreTrainedModel | None = None
         if config.gradient_view:
-            gradient: Any = narrow_configs(config.backbone_config, (1,) * len(config.groups))[0]
+            gradient: Any = further_config(config.backbone_config, config.groups, channels=1)
             self.gradient_backbone = AutoModel.from_config(gradient)
             self.view_names, widths = [*self.view_names, "gradient"], [*widths, feature_width(gradient)]
         self.heads = nn.ModuleList(
@@ -86,8 +95,14 @@ class CMCForPreTraining(MemoryBankModel):
         every_n_layers: int = 1,
     ) -> None:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-        if self.gradient_backbone is not None:
-            checkpoint_segments(self.gradient_backbone, enable, gradient_checkpointing_func, every_n_layers)
+        for backbone in self._further_backbones:
+            checkpoint_segments(backbone, enable, gradient_checkpointing_func, every_n_layers)
+
+    @property
+    def _further_backbones(self) -> list[PreTrainedModel]:
+        """Return the encoders that are not published."""
+        gradient = [] if self.gradient_backbone is None else [self.gradient_backbone]
+        return [*cast("list[PreTrainedModel]", list(self.column_backbones)), *gradient]
 
     @classmethod
     def stores_images(cls, config: CMCConfig) -> bool:
@@ -110,21 +125,33 @@ class CMCForPreTraining(MemoryBankModel):
         return [pair for pair in pairs if pair[0] == 0] if self.config.graph == "core" else pairs
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the unit projections (B, M, P) of the M color views of one crop.
+        """Return the unit projections (B, M, P) of the M views of one crop.
 
         With memory banks, the result also has the row numbers and the seeds of the images (B,).
 
         Raises:
             ValueError: there are memory banks, and the inputs lack row numbers or seeds.
+            UserError: the inputs have another number of channels.
         """
         keys = self.image_keys(inputs) if self.has_banks else {}
-        images = inputs["pixel_values"][:, 0]
+        images, *columns = self._split_columns(inputs["pixel_values"][:, 0])
         features = list(encode(self.backbone, images).split(self.backbone.feature_sizes, dim=1))
         if self.gradient_backbone is not None:
-            gradient = gradient_magnitude(self.views.restore(images)) / _GRADIENT_SCALE
-            features.append(encode(self.gradient_backbone, gradient))
+            columns.append(gradient_magnitude(self.views.restore(images)) / _GRADIENT_SCALE)
+        further = zip(self._further_backbones, columns, strict=True)
+        features += [encode(backbone, column) for backbone, column in further]
         projections = [upcast(head(view)) for head, view in zip(self.heads, features, strict=True)]
         return keys | {"projections": normalize(torch.stack(projections, dim=1), dim=-1)}
+
+    def _split_columns(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Return the RGB images (B, 3, H, W), then the images of each further column."""
+        channels = [3, *self.column_channels]
+        if images_BCHW.shape[1] != sum(channels):
+            raise UserError(
+                f"pixel_values: expected {sum(channels)} channels (red, green, blue, then those of "
+                f"config.further_image_columns), got {images_BCHW.shape[1]}"
+            )
+        return images_BCHW.split(channels, dim=1)
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the sum of the losses of all pairs of views.
@@ -211,8 +238,8 @@ class CMCForPreTraining(MemoryBankModel):
     def freeze(self) -> None:
         """Also freeze the parameters of the gradient's encoder that no loss depends on."""
         super().freeze()
-        if self.gradient_backbone is not None:
-            freeze_unused(self.gradient_backbone)
+        for backbone in self._further_backbones:
+            freeze_unused(backbone)
 
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Copy the weights of an encoder that CMC exported to the narrow encoders. Heads do not change.
