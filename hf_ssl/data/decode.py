@@ -193,9 +193,8 @@ def memory_size(image: StoredImage) -> int:
 
 def image_hash(data: ImageData) -> int:
     """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
-    if isinstance(data, PIL.Image.Image | np.ndarray):
-        data = data.tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    raw = data.tobytes() if isinstance(data, PIL.Image.Image | np.ndarray) else data
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 def size_in_header(image: StoredImage) -> tuple[int, int]:
@@ -205,8 +204,7 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
         BrokenImage: the header cannot be read.
     """
     if isinstance(image, ImageObject):
-        pixels = decode(image.read(), 1)
-        return pixels.shape[1], pixels.shape[2]
+        return tuple(decode(image.read(), 1).shape[1:])  # type: ignore[return-value]
     try:
         on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
