@@ -55,6 +55,15 @@ def progress(description: str | None, total: int | None = None, *, unit: str = "
             bar.close()
 
 
+def notice(text: str) -> None:
+    """Print a line on standard error above the bars, unless bars are hidden (`hidden_progress`)."""
+    from tqdm import tqdm
+
+    if not _hidden.get() and sys.stderr is not None:
+        with suppress(OSError, ValueError):  # standard error is closed
+            tqdm.write(text, file=sys.stderr)
+
+
 @contextmanager
 def redrawn(bar: Any) -> Iterator[None]:
     """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds in a file.

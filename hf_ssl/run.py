@@ -161,7 +161,7 @@ def _evaluate_splits(
         results[key] = evaluate_encoder(
             initial_encoder,
             *splits,
-            recipe.evaluation,
+            replace(recipe.evaluation, cache=False),  # these weights are evaluated once
             processor,
             device=device,
             description="encoder before training",

@@ -119,6 +119,8 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
     for key, result in results.items():
         if "poolings" in result:
             lines.append(f"({ENCODERS.get(key, key)}: {_poolings(result)})")
+    skipped = dict.fromkeys(text for result in results.values() for text in result["skipped"])
+    lines += [f"(not measured: {text})" for text in skipped]
     return "\n".join(lines)
 
 

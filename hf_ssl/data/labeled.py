@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
@@ -34,6 +34,7 @@ class LabeledImages:
         labels: (N,) int64.
         class_names: names of the classes; label i has the name at index i.
         max_broken_fraction: largest share of images that may be unreadable.
+        channels: number of channels of the images.
 
     Attributes:
         class_names: names of the classes; label i has the name at index i.
@@ -49,10 +50,13 @@ class LabeledImages:
         labels: np.ndarray,
         class_names: list[str],
         max_broken_fraction: float,
+        channels: int = 3,
     ) -> None:
         self.class_names = class_names
         self.revision = source.revision
         self.description = source.description
+        self._source = source
+        self._channels = channels
         self._rows = rows
         self._labels = labels
         self._broken: dict[int, str] = {}
@@ -94,6 +98,42 @@ class LabeledImages:
     @property
     def broken(self) -> list[str]:
         return list(self._broken.values())
+
+    @property
+    def broken_rows(self) -> dict[int, str]:
+        """The positions of the broken images that were found so far, with "where: reason"."""
+        return dict(self._broken)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A text that identifies the images; None for a data set in Python, whose items may change.
+
+        It covers the revision, the split, the column and the chosen rows in their order, but no labels.
+        """
+        source = self._source
+        if not isinstance(source.dataset, Dataset):
+            return None
+        return f"{source.revision} {source.dataset._fingerprint} {source.image_column} {self._channels}"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files of the images that can be read; none if an image has no name."""
+        dataset, column = self._source.dataset, self._source.image_column
+        if not isinstance(dataset, Dataset) or not isinstance(dataset.features[column], Image):
+            return []
+        paths = dataset.select_columns([column]).flatten().with_format(None)[f"{column}.path"][:]
+        return [paths[row] for row in self._readable()] if all(paths) else []
+
+    def omit_broken(self, broken: dict[int, str]) -> None:
+        """Omit the given broken images, the `broken_rows` of an earlier pass, without reading all images.
+
+        Raises:
+            UserError: the share of broken images is too large.
+        """
+        new = [text for row, text in broken.items() if row not in self._broken]
+        self._broken.update(broken)
+        self._counter.count(len(self._labels) - len(broken), new)
+        self._complete = True
 
     @property
     def labels(self) -> Tensor:
@@ -177,7 +217,9 @@ def label_source(
     if len(chosen) < len(labels):
         source = source.select(chosen)
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
-    return LabeledImages(source, rows, labels[chosen], class_names, config.max_broken_fraction)
+    return LabeledImages(
+        source, rows, labels[chosen], class_names, config.max_broken_fraction, config.channels
+    )
 
 
 def label_data(data: Any, config: DataConfig, name: str, max_images: int | None = None) -> LabeledImages:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation and inspection of a frozen encoder (layer 1).
 
-The measurements are k-NN, k-NN with few labels, a linear probe, and feature statistics that need no labels.
+The measurements are the protocols of `PROTOCOLS` (k-NN, linear probe and others), and feature statistics that
+need no labels.
 The inspection tools are attention maps and nearest neighbors in a gallery.
 
 The functions take an encoder and arrays, and return plain numbers. This package does not import methods, the

@@ -63,6 +63,11 @@ class EvaluationConfig:
     # Names of PROTOCOLS, in the order of the table, and the settings of protocols: {linear: {epochs: 10}}
     protocols: list[str] = field(default_factory=lambda: list(DEFAULT_PROTOCOLS))
     settings: dict[str, Any] = field(default_factory=dict)
+    # Store the features of encoders in cache_dir (null: hf_ssl/features in HF_HOME). Another evaluation then
+    # reads them. The least recently used features are deleted if all need more than cache_size GiB.
+    cache: bool = True
+    cache_dir: str | None = None
+    cache_size: float = 20.0
     baselines: bool = True  # also evaluate the untrained encoder and raw pixels
     raw_pixel_size: int = 32
     seed: int = 0
@@ -130,7 +135,7 @@ class EvaluationConfig:
         split, other = self.test_split, self.test_split != self.train_split
         grid = self.patch_grid
         is_grid = not grid or (len(grid) == 2 and are_positive(grid))
-        numbers = ((key, getattr(self, key)) for key in ("batch_size", "raw_pixel_size"))
+        numbers = ((key, getattr(self, key)) for key in ("batch_size", "raw_pixel_size", "cache_size"))
         limits = ((key, getattr(self, key)) for key in ("max_train_images", "max_test_images"))
         advice = "two splits, otherwise each test image is its own nearest neighbor"
         check_values(

@@ -16,6 +16,12 @@ from transformers import BaseImageProcessor
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MAIN_KNN, EvaluationConfig
+from hf_ssl.evaluation.feature_cache import (
+    FeatureCache,
+    encoder_fingerprint,
+    feature_key,
+    read_or_extract,
+)
 from hf_ssl.evaluation.features import (
     PatchGrid,
     device_of,
@@ -31,12 +37,13 @@ from hf_ssl.evaluation.features import (
 from hf_ssl.evaluation.inputs import Inputs, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
-from hf_ssl.evaluation.results import EncoderResult, find_results
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
 from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.progress import notice
 
 
 class LabeledData(Protocol):
@@ -131,19 +138,7 @@ def evaluate_encoder(
             skipped = [str(error)]  # the image processor is not that of the encoder
     with _timed(seconds, "features"):
         (bank, queries), *of_grid = (
-            [
-                extract_poolings(
-                    encoder,
-                    processor,
-                    images.iter_batches(config.batch_size),
-                    poolings=poolings,
-                    device=device,
-                    dtype=DTYPES.get(precision),
-                    total=len(images),
-                    description=None if description is None else f"{description}, {part} features",
-                )
-                for part, images in (("train", train), ("test", test))
-            ]
+            _features(config, encoder, processor, (train, test), poolings, precision, device, description)
             for encoder, poolings in encoders.items()
         )
     inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
@@ -177,6 +172,48 @@ def evaluate_encoder(
     result["features"] = f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
     result["revision"] = getattr(test, "revision", None)
     return result
+
+
+def _features(
+    config: EvaluationConfig,
+    encoder: nn.Module,
+    processor: Any,
+    splits: tuple[LabeledData, LabeledData],
+    poolings: list[Pooling],
+    precision: str,
+    device: torch.device,
+    description: str | None,
+) -> list[dict[Pooling, Tensor]]:
+    """Return the features of both splits, which are read from the cache if they are stored there."""
+    cache = FeatureCache.of(config)
+    cached = [isinstance(images, LabeledImages) for images in splits]
+    grid = isinstance(encoder, PatchGrid)
+    fingerprint = None
+    if cache is not None and any(cached):  # hashing the weights takes time
+        known = encoder.encoder if isinstance(encoder, PatchGrid) else encoder
+        fingerprint = encoder_fingerprint(known, *(config.patch_grid if grid else ()))
+    found = []
+    for part, images in zip(("train", "test"), splits, strict=True):
+        words = None if description is None else f"{description}, {part} features"
+
+        def extract(names: list[Pooling], images: LabeledData = images, words: str | None = words) -> Any:
+            return extract_poolings(
+                encoder,
+                processor,
+                images.iter_batches(config.batch_size),
+                poolings=names,
+                device=device,
+                dtype=DTYPES.get(precision),
+                total=len(images),
+                description=words,
+            )
+
+        key = feature_key(fingerprint, processor, images, precision, device)
+        features, stored = read_or_extract(cache, key, images, poolings, extract)
+        if stored and cache is not None and words is not None:
+            notice(f"{words}: {len(images):,} images from the cache {cache.folder}")
+        found.append(features)
+    return found
 
 
 def _main_setting(result: EncoderResult, bank: int) -> tuple[int, float]:
@@ -267,17 +304,28 @@ def _inputs(
 
 
 def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
-    """Return the result of the protocols of checked settings, which may have no protocol."""
+    """Return the result of the protocols of checked settings, which may have no protocol.
+
+    The result names a protocol that raises UserError in `skipped`, and contains the numbers of the others. If
+    there are no others, the error is raised.
+    """
     train, test = inputs.train, inputs.test
-    results = []
+    results: list[ProtocolResult] = []
+    errors: list[UserError] = []
     for name, protocol in PROTOCOLS.items():
         if name not in config.protocols:
             continue
         if protocol.needs_encoder and inputs.encoder is None:
             inputs.skipped.append(f"{protocol.title}: it needs an encoder, and only features were given")
             continue
-        with _timed(inputs.seconds, name):
-            results += load_protocol(name).run(inputs, config.of_protocol(name))
+        try:
+            with _timed(inputs.seconds, name):
+                results += load_protocol(name).run(inputs, config.of_protocol(name))
+        except UserError as error:  # for example too few images; the other protocols are measured
+            inputs.skipped.append(f"{protocol.title}: {error}")
+            errors.append(error)
+    if errors and not results:
+        raise errors[0]
     return EncoderResult(
         protocols=results,
         features=f"{train.features.shape[1]} numbers",

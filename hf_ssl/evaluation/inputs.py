@@ -16,6 +16,10 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult, result_id, standard_error
 from hf_ssl.progress import progress
+from hf_ssl.random import permutation
+
+HELD_OUT = 0.1
+"""Share of the training images on which protocols select their settings."""
 
 
 @dataclass
@@ -103,6 +107,18 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
     if len(rows) < 2:
         raise UserError(f"evaluation: expected at least 2 images in split {name!r}, got {len(rows)}")
     return Split(rows.float(), as_labels(labels, len(rows), f"evaluation, split {name!r}"), name)
+
+
+def hold_out(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the row numbers of the training images to train on, and of those to select settings on.
+
+    Args:
+        images: number of training images, at least 2. 10 % of them and at least one are held out.
+        seed: seed of the random choice.
+    """
+    order = torch.from_numpy(permutation(images, seed))
+    held_out = max(1, round(HELD_OUT * images))
+    return order[held_out:], order[:held_out]
 
 
 def accuracy_result(

@@ -412,9 +412,11 @@ def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) ->
     rows = results_table(facts["results"])
     assert [row[0] for row in rows[:3]] == ["", "this encoder", "the same network without training"]
     lines = terminal.splitlines()
-    assert len(lines) == len(rows) + 3  # a rule, the protocol, the poolings
+    (skipped,) = {text for result in facts["results"].values() for text in result["skipped"]}
+    assert lines[-1] == f"(not measured: {skipped})"
+    assert len(lines) == len(rows) + 4  # a rule, the protocol, the poolings, what was not measured
     for row, line in zip(rows, [lines[0], *lines[2:]], strict=False):
         assert re.split(r"\s{2,}", line.strip()) == [cell for cell in row if cell]
         assert " | ".join(row[1:]) in card
-    assert facts["results"]["trained"]["protocols"][0]["text"] in lines[-2]
-    assert "this encoder" in lines[-1] and "class token: 40.0 %" in lines[-1]
+    assert facts["results"]["trained"]["protocols"][0]["text"] in lines[-3]
+    assert "this encoder" in lines[-2] and "class token: 40.0 %" in lines[-2]

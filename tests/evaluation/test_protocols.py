@@ -9,17 +9,24 @@ from typing import get_type_hints
 import pytest
 import torch
 from example_facts import new_facts
-from messages import mentions
+from messages import mentions, missing
 
 from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
+from hf_ssl.cards.text import terminal_text
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, evaluate_features
 from hf_ssl.evaluation.protocols import load_protocol
 from hf_ssl.evaluation.results import with_current_layout
 
 # Small settings; a protocol without an entry runs with its defaults.
-QUICK = {"linear": {"epochs": 3}, "few_label_knn": {"labels": [1, 5], "draws": 3}}
+QUICK = {
+    "linear": {"epochs": 3},
+    "few_label_knn": {"labels": [1, 5], "draws": 3},
+    "logistic_regression": {"strengths": [1e-4, 0.01, 1.0]},
+    "mlp": {"epochs": 5, "hidden_size": 16},
+    "few_label_linear": {"fractions": [0.1], "labels": [1, 5], "draws": 3},
+}
 OF_FEATURES = [name for name, protocol in PROTOCOLS.items() if not protocol.needs_encoder]
 
 
@@ -109,6 +116,31 @@ def test_a_card_shows_every_number(name: str, data) -> None:
     for number in facts["results"]["trained"]["protocols"]:
         assert f"{100 * number['value']:.1f} %" in card
         assert number["text"] in card and number["column"] in card
+
+
+def test_other_protocols_are_measured_if_one_has_too_few_images(data) -> None:
+    """The result names the protocol that failed. If no protocol can be measured, the error is raised."""
+    names = ["knn", "ridge"]
+    settings = {"protocols": names, "settings": {"knn": {"neighbors": [241]}}}
+    result = evaluate_features(settings, *data)
+    assert [each["protocol"] for each in result["protocols"]] == ["ridge"]
+    (skipped,) = result["skipped"]
+    assert not missing(skipped, "k-NN", 241, 240)
+    assert f"(not measured: {skipped})" in terminal_text({"encoder": result})
+    with pytest.raises(UserError, match=mentions(241, 240)):
+        evaluate_features(settings | {"protocols": ["knn"]}, *data)
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_one_image_per_class(name: str, data) -> None:
+    """Each protocol gives a result or one sentence."""
+    train, train_labels, test, test_labels = data
+    try:
+        results = run(name, (train[:3], train_labels[:3], test, test_labels))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+    else:
+        assert all(0 <= result["value"] <= 1 for result in results)
 
 
 def test_a_column_contains_only_numbers_of_one_protocol_id(data) -> None:

@@ -39,6 +39,16 @@ PROTOCOLS: dict[str, Protocol] = {
         "k-NN with few labels", "The nearest one of a few labeled images gives the class.", of_pixels=True
     ),
     "linear": Protocol("linear probe", "SGD trains a linear classifier on frozen features."),
+    "logistic_regression": Protocol(
+        "logistic regression", "L-BFGS finds the best linear classifier with a penalty on its weights."
+    ),
+    "ridge": Protocol(
+        "ridge regression", "A closed form gives the linear classifier with the least squares."
+    ),
+    "mlp": Protocol("MLP probe", "SGD trains a classifier with one hidden layer on frozen features."),
+    "few_label_linear": Protocol(
+        "linear classifier with few labels", "Logistic regression learns from a few labeled images."
+    ),
 }
 
 DEFAULT_PROTOCOLS = ("knn", "linear")

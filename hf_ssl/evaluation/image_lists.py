@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of labeled images that publications use: files with one image name per line."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import UserError, first_line
+
+
+class ImageList(NamedTuple):
+    """A published list.
+
+    Attributes:
+        title: its name in text.
+        address: where the file can be downloaded.
+    """
+
+    title: str
+    address: str
+
+
+_SIMCLR = "https://raw.githubusercontent.com/google-research/simclr/383d414/imagenet_subsets"
+LISTS = {
+    "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17": ImageList(
+        "SimCLR's 1 % of ImageNet", f"{_SIMCLR}/1percent.txt"
+    ),
+    "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091": ImageList(
+        "SimCLR's 10 % of ImageNet", f"{_SIMCLR}/10percent.txt"
+    ),
+}
+"""SHA-256 of a file -> the list. SimCLR's lists have 12,811 and 128,116 images. Most results with 1 % and
+10 % of the labels of ImageNet use them."""
+
+
+def list_error(path: str) -> str | None:
+    """Return why a list cannot be read; None: it can be read and contains names."""
+    try:
+        return None if Path(path).expanduser().read_text(encoding="utf-8").split() else "the file is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        return getattr(error, "strerror", None) or first_line(error)
+
+
+def read_list(path: str) -> tuple[list[str], str]:
+    """Return the image names of a list, and its SHA-256."""
+    content = Path(path).expanduser().read_bytes()
+    lines = content.decode("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()], hashlib.sha256(content).hexdigest()
+
+
+def find_rows(names: list[str], images: Any, where: str) -> Tensor:
+    """Return the sorted row numbers of the named images.
+
+    Only the last parts of paths are compared. "n01440764_1_n01440764.JPEG", a name of ImageNet on the Hub, is
+    also found as "n01440764_1.JPEG", the name in ImageNet's archives.
+
+    Args:
+        names: image names.
+        images: the training images, a `LabeledImages`; None: only features are known.
+        where: the list, for messages.
+
+    Raises:
+        UserError: the images have no names, several have one of the names, or a name does not exist.
+    """
+    known = getattr(images, "names", None)
+    if not known:
+        raise UserError(f"few labels: expected images with file names for the list {where}, got none")
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(known):
+        rows.setdefault(_name(name), []).append(row)
+    wanted = dict.fromkeys(_name(name) for name in names)
+    missing = [name for name in wanted if name not in rows]
+    if missing:
+        raise UserError(
+            f"few labels: expected all {len(wanted):,} images of the list {where} among {len(known):,} "
+            f"training images, got {len(wanted) - len(missing):,}; {missing[0]} is missing"
+        )
+    for name in wanted:
+        if len(rows[name]) > 1:
+            raise UserError(
+                f"few labels: expected one image {name} of the list {where}, got {len(rows[name])}"
+            )
+    return torch.tensor(sorted(rows[name][0] for name in wanted))
+
+
+def _name(path: str) -> str:
+    name = re.split(r"[/\\]", path)[-1]
+    return re.sub(r"^(n\d{8}_\d+)_n\d{8}\.", r"\1.", name)
