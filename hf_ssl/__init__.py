@@ -13,6 +13,7 @@ from hf_ssl.names import lazy_names
 if TYPE_CHECKING:
     from hf_ssl.errors import UserError as UserError
     from hf_ssl.evaluation import evaluate_encoder as evaluate_encoder
+    from hf_ssl.metrics import load_metric as load_metric
     from hf_ssl.recipe import Recipe as Recipe
     from hf_ssl.recipe import load_recipe as load_recipe
     from hf_ssl.trainer.arguments import SSLTrainingArguments as SSLTrainingArguments
@@ -25,6 +26,6 @@ _classes = [path.split(":") for method in METHODS.values() for path in (method.c
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     __file__,
-    modules="cards data evaluation hub losses methods modeling recipe run trainer views".split(),
+    modules="cards data evaluation hub losses methods metrics modeling recipe run trainer views".split(),
     further={"METHODS": "hf_ssl.methods", **{name: module for module, name in _classes}},
 )

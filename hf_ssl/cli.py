@@ -128,6 +128,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what is measured: {', '.join(PROTOCOLS)}, or all (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
+    compare = command("compare", _compare)
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RESULTS",
+        help="results files, output folders of runs, folders of such folders, and Hub ids (user/name)",
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("comparison"), metavar="FOLDER",
+        help="output folder of comparison.md, .csv, .tex and .png (default: comparison)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--baselines", action="store_true", help="add rows of the encoder before training and of raw pixels"
+    )
+
     export = command("export", _export)
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
@@ -275,6 +290,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from hf_ssl import run
 
     run.evaluate(arguments.model, data, evaluation)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Compare runs in a table and a plot: means over seeds, with differences."""
+    from hf_ssl.cards.comparison_text import markdown
+    from hf_ssl.comparing import compare_runs
+
+    comparison = compare_runs(arguments.runs, arguments.output, arguments.baselines)
+    print(markdown(comparison), end="")
+    print(f"Markdown, CSV, LaTeX and a plot are in {arguments.output}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -152,7 +152,13 @@ def _evaluate_splits(
     encoder, processor = load_encoder(str(folder))
     results = {
         "trained": evaluate_encoder(
-            encoder, *splits, recipe.evaluation, processor, device=device, description="trained encoder"
+            encoder,
+            *splits,
+            recipe.evaluation,
+            processor,
+            device=device,
+            description="trained encoder",
+            preset=recipe.views,
         )
     }
     if recipe.evaluation.baselines:
@@ -165,6 +171,7 @@ def _evaluate_splits(
             processor,
             device=device,
             description="encoder before training",
+            preset=recipe.views,
         )
         results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
     return EvaluationOutcome(results=results, train=train, test=test)

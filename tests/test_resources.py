@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_ssl.metrics import METRICS
 from hf_ssl.resources import FOLDERS, recipe_files, resource
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,8 @@ def test_wheel_and_source_tree_find_the_same(wheel: Path, tmp_path: Path) -> Non
 def test_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
     assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"hf_ssl"}
     assert (wheel / "hf_ssl" / "py.typed").is_file()
+    metrics = (wheel / "hf_ssl" / "metrics").glob("*/*.py")
+    assert {path.stem for path in metrics} == {"__init__", *METRICS}, "evaluate.load reads these files"
     assert [path.name for path in wheel.rglob("LICENSE")] == ["LICENSE"]
 
 

@@ -287,6 +287,21 @@ def read_facts(directory: str | Path) -> Facts:
     return check_facts(_current(read_json(Path(directory) / FILE)))
 
 
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the entries (`result_entry`) of a results file or of a facts file, also of an older version.
+
+    Raises:
+        UserError: the file is neither of them.
+    """
+    stored = read_json(path)
+    if isinstance(stored, dict):
+        return [result_entry(check_facts(_current(stored)))]
+    entries = [entry for entry in stored if isinstance(entry, dict)] if isinstance(stored, list) else []
+    if not entries or any({"recipe", "evaluation", "results"} - entry.keys() for entry in entries):
+        raise UserError(f"{path}: expected a results file or {FILE} of hf-ssl pretrain, got other data")
+    return [_current(entry) for entry in entries]
+
+
 def _current(record: Any) -> Any:
     """Return facts, or an entry of a results file, with the current names and layouts."""
     record = with_current_keys(record)

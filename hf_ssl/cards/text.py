@@ -78,13 +78,31 @@ def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
     if not results:
         return []
     columns = next(iter(results.values()))["protocols"]
-    table = [["", *(column["column"] for column in columns), "RankMe"]]
+    unlabeled = _unlabeled(next(iter(results.values())))
+    table = [["", *(column["column"] for column in columns), "RankMe", *unlabeled]]
     for key, result in results.items():
         own = {each["id"]: each for each in result["protocols"]}
         row = [_cell(own[column["id"]]) if column["id"] in own else "-" for column in columns]
         rank = f"{result['statistics']['rank_me']:.1f} of {whole(result['feature_size'])}"
-        table.append([ENCODERS.get(key, key), *row, rank])
+        own_unlabeled = _unlabeled(result)
+        others = [
+            own_unlabeled[name][1] if name in own_unlabeled and own_unlabeled[name][0] == first_id else "-"
+            for name, (first_id, _) in unlabeled.items()
+        ]
+        table.append([ENCODERS.get(key, key), *row, rank, *others])
     return table
+
+
+def _unlabeled(result: EncoderResult) -> dict[str, tuple[str | None, str]]:
+    """Return {name: (id, text)} of the measurements without labels, except RankMe, which have been made."""
+    found: dict[str, tuple[str | None, str]] = {}
+    if "alpha_req" in result["statistics"]:
+        found["alpha-ReQ"] = None, f"{result['statistics']['alpha_req']:.2f}"
+    quality = result.get("quality")
+    if quality is not None:
+        found["LiDAR"] = quality["id"], f"{quality['lidar']:.1f}"
+        found["alignment"] = quality["id"], f"{quality['alignment']:.3f}"
+    return found
 
 
 def _cell(result: ProtocolResult) -> str:

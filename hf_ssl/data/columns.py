@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from torch import Tensor
 
 from hf_ssl.data.config import DataConfig
@@ -157,6 +157,8 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     feature = features.get(requested)
     if isinstance(feature, role.kind) or _has_type(feature, role):
         return requested
+    if role is _LABELS and isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+        return requested  # images with several labels
     problem = "is missing" if feature is None else f"has the type {_type_name(feature)}"
     raise UserError(
         f"{role.key}: expected a column of {role.content} in {where}, got {requested!r}, which {problem}; "
@@ -185,7 +187,8 @@ def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray,
         where: name of the data set, for messages.
 
     Returns:
-        labels: (N,) int64, -1 for a row without a label.
+        labels: (N,) int64, -1 for a row without a label. For a list of classes, (N, K): 1 for the classes of
+            the row, 0 for the others, or -1 for all if the row has no list.
         class_names: names of the classes; label i has the name at index i. Strings, and numbers that are not
             a ClassLabel, are numbered in sorted order.
 
@@ -194,10 +197,25 @@ def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray,
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]
+    if isinstance(feature, List):
+        return _label_matrix(values.to_pylist(), feature.feature.names, where)
     if isinstance(feature, ClassLabel):
         labels = values.fill_null(-1).to_numpy().astype(np.int64)
         return labels, list(feature.names or map(str, range(labels.max(initial=-1) + 1)))
     return number_classes(values.to_pylist(), where)
+
+
+def _label_matrix(rows: list[Any], names: list[str], where: str) -> tuple[np.ndarray, list[str]]:
+    """Return 1 for the classes of each row, 0 for the others, and -1 for all if there is no list (N, K)."""
+    matrix = np.zeros((len(rows), len(names)), np.int64)
+    for number, classes in enumerate(rows):
+        if classes is None:
+            matrix[number] = -1
+            continue
+        if any(label is None or not 0 <= label < len(names) for label in classes):
+            raise UserError(f"{where}: expected class numbers below {len(names)} in the lists, got {classes}")
+        matrix[number, classes] = 1
+    return matrix, list(names)
 
 
 def number_classes(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:

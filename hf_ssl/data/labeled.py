@@ -31,7 +31,7 @@ class LabeledImages:
     Args:
         source: N rows of map-style data.
         rows: reads the N images.
-        labels: (N,) int64.
+        labels: (N,) int64; or (N, K) of images with several labels, 1: yes, 0: no.
         class_names: names of the classes; label i has the name at index i.
         max_broken_fraction: largest share of images that may be unreadable.
         channels: number of channels of the images.
@@ -69,6 +69,9 @@ class LabeledImages:
         Raises:
             UserError: the other images have only one class, or do not know the class of an image.
         """
+        if self.has_several_labels or other.has_several_labels:
+            self._match_columns(other)
+            return
         if len(np.unique(other._labels)) < 2:
             raise UserError(
                 f"labels: expected images of at least 2 classes in {other.description}, got "
@@ -85,6 +88,33 @@ class LabeledImages:
         if self.class_names != names:
             numbers = np.array([names.index(name) if name in names else -1 for name in self.class_names])
             self._labels, self.class_names = numbers[self._labels], list(names)
+
+    def _match_columns(self, other: "LabeledImages") -> None:
+        """Order the columns of labels as in other images.
+
+        Raises:
+            UserError: only one of the two has several labels for an image, or their classes differ.
+        """
+        names, own = other.class_names, self.class_names
+        if self.has_several_labels != other.has_several_labels or sorted(names) != sorted(own):
+            raise UserError(
+                f"labels: expected lists of the {len(names)} classes of {other.description}, got others "
+                f"in {self.description}; use data sets with the same classes"
+            )
+        self._labels, self.class_names = self._labels[:, [own.index(name) for name in names]], list(names)
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether an image can have several labels. `labels` are then a matrix (N, K)."""
+        return self._labels.ndim == 2
+
+    def require_one_label(self, what: str) -> None:
+        """Raise UserError if an image can have several labels, which `what` cannot use."""
+        if self.has_several_labels:
+            raise UserError(
+                f"data.label_column: expected one class for each image of {self.description} for {what}, got "
+                "lists of classes; use another column"
+            )
 
     def __len__(self) -> int:
         """Return the number of images without the broken ones that were found so far."""
@@ -137,7 +167,7 @@ class LabeledImages:
 
     @property
     def labels(self) -> Tensor:
-        """The labels (N,) int64 of the images that can be read."""
+        """The labels (N,) int64, or (N, K), of the images that can be read."""
         return torch.from_numpy(self._labels[self._readable()])
 
     def iter_batches(self, batch_size: int) -> Iterator[list[Tensor]]:
@@ -206,14 +236,17 @@ def label_source(
         labels, class_names = label_values(source.dataset, column, source.description)
     else:
         labels, class_names = source.dataset.labels(source.label_column, source.description)
-    chosen = np.flatnonzero(labels >= 0)
+    chosen = np.flatnonzero(labels >= 0 if labels.ndim == 1 else (labels >= 0).all(axis=1))
     if not len(chosen):
         raise UserError(
             f"data.label_column: expected a label from 0 for some images of {source.description}, got "
             "none; use another split or column"
         )
     if max_images is not None and max_images < len(chosen):
-        chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
+        if labels.ndim == 1:
+            chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
+        else:
+            chosen = np.sort(chosen[permutation(len(chosen), seed)[:max_images]])
     if len(chosen) < len(labels):
         source = source.select(chosen)
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         threshold_attention,
         write_attention_pictures,
     )
+    from hf_ssl.evaluation.average_precision import average_precisions, mean_average_precision
     from hf_ssl.evaluation.config import EvaluationConfig
     from hf_ssl.evaluation.evaluate import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.features import (
@@ -50,7 +51,14 @@ if TYPE_CHECKING:
         embed_gallery,
         thumbnail,
     )
-    from hf_ssl.evaluation.statistics import alignment, embedding_std, rank_me, uniformity
+    from hf_ssl.evaluation.statistics import (
+        alignment,
+        alpha_req,
+        embedding_std,
+        lidar,
+        rank_me,
+        uniformity,
+    )
     from hf_ssl.modeling.backbones import load_config, load_weights
     from hf_ssl.modeling.pooling import pool, pooling_rule
 

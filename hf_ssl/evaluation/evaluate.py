@@ -34,7 +34,7 @@ from hf_ssl.evaluation.features import (
     load_processor,
     raw_pixels,
 )
-from hf_ssl.evaluation.inputs import Inputs, read_split
+from hf_ssl.evaluation.inputs import Inputs, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
@@ -44,6 +44,7 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
 from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import notice
+from hf_ssl.views import ViewPreset
 
 
 class LabeledData(Protocol):
@@ -72,6 +73,7 @@ def evaluate_encoder(
     data: DataConfig | dict[str, Any] | None = None,
     device: torch.device | str | None = None,
     description: str | None = None,
+    preset: ViewPreset | None = None,
 ) -> EncoderResult:
     """Return the result of a frozen encoder by the protocols of the settings, and its feature statistics.
 
@@ -86,6 +88,7 @@ def evaluate_encoder(
         data: how the images are read (`image_column`, `label_column`, `channels`, ...); can be a dict.
         device: device of the computation; None: the device of the encoder.
         description: text of the progress bars; None: no bars.
+        preset: the augmentation of the training, for protocols that augment images; None: not known.
 
     Returns:
         An `EncoderResult`, which JSON can store.
@@ -118,6 +121,8 @@ def evaluate_encoder(
         raise UserError(
             f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
         )
+    if isinstance(train, LabeledImages):
+        _check_protocols(config, train.has_several_labels)
     seconds: dict[str, float] = {}
     rule, size, tokens = inspect_encoder(model, processor, test.iter_batches(1), device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
@@ -143,7 +148,9 @@ def evaluate_encoder(
         )
     inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
     inputs.encoder, inputs.processor, inputs.dtype = model, processor, DTYPES.get(precision)
-    inputs.batch_size, inputs.skipped = config.batch_size, skipped
+    inputs.batch_size, inputs.skipped, inputs.pooling = config.batch_size, skipped, pooling
+    inputs.preset, inputs.image_size = preset, size
+    inputs.channels = len(next(iter(test.iter_batches(1)))[0])
     inputs.train.further = {str(name): rows for name, rows in bank.items()}
     inputs.test.further = {str(name): rows for name, rows in queries.items()}
     inputs.train.images, inputs.test.images = train, test
@@ -187,11 +194,13 @@ def _features(
     """Return the features of both splits, which are read from the cache if they are stored there."""
     cache = FeatureCache.of(config)
     cached = [isinstance(images, LabeledImages) for images in splits]
-    grid = isinstance(encoder, PatchGrid)
     fingerprint = None
     if cache is not None and any(cached):  # hashing the weights takes time
-        known = encoder.encoder if isinstance(encoder, PatchGrid) else encoder
-        fingerprint = encoder_fingerprint(known, *(config.patch_grid if grid else ()))
+        if isinstance(encoder, PatchGrid):
+            of_grid = (encoder.patch, encoder.stride, encoder.pooling)
+            fingerprint = encoder_fingerprint(encoder.encoder, *of_grid)
+        else:
+            fingerprint = encoder_fingerprint(encoder)
     found = []
     for part, images in zip(("train", "test"), splits, strict=True):
         words = None if description is None else f"{description}, {part} features"
@@ -282,6 +291,7 @@ def evaluate_features(
         UserError: a split has fewer than 2 images, or the labels, the features or a setting are invalid.
     """
     config = EvaluationConfig.of(config)
+    _check_protocols(config, has_several_labels(train_labels))
     data = (train_features, train_labels, test_features, test_labels)
     return _run(config, _inputs(config, *data, device, description))
 
@@ -298,7 +308,13 @@ def _inputs(
     """Return the checked inputs of all protocols; the arguments are those of `evaluate_features`."""
     train = read_split(train_features, train_labels, config.train_split, "train")
     test = read_split(test_features, test_labels, config.test_split, "test", train.features.shape[1])
-    check_classes(train.labels, f"evaluation, split {train.name!r}")
+    if has_several_labels(train.labels) != has_several_labels(test.labels):
+        raise UserError("labels: expected several labels of the images in both splits, or in none")
+    if not has_several_labels(train.labels):
+        check_classes(train.labels, f"evaluation, split {train.name!r}")
+    elif train.labels.shape[1] != test.labels.shape[1]:
+        both = train.labels.shape[1], test.labels.shape[1]
+        raise UserError(f"labels: expected {both[0]} classes in split {test.name}, got {both[1]}")
     device = test.features.device if device is None else torch.device(device)
     return Inputs(train, test, device, config.seed, description)
 
@@ -310,6 +326,7 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
     there are no others, the error is raised.
     """
     train, test = inputs.train, inputs.test
+    kind = "several" if has_several_labels(train.labels) else "one"
     results: list[ProtocolResult] = []
     errors: list[UserError] = []
     for name, protocol in PROTOCOLS.items():
@@ -317,6 +334,10 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
             continue
         if protocol.needs_encoder and inputs.encoder is None:
             inputs.skipped.append(f"{protocol.title}: it needs an encoder, and only features were given")
+            continue
+        if kind not in protocol.labels:
+            needed = " or ".join(protocol.labels)
+            inputs.skipped.append(f"{protocol.title}: it needs images with {needed} label(s)")
             continue
         try:
             with _timed(inputs.seconds, name):
@@ -326,17 +347,34 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
             errors.append(error)
     if errors and not results:
         raise errors[0]
-    return EncoderResult(
+    result = EncoderResult(
         protocols=results,
         features=f"{train.features.shape[1]} numbers",
         images={"train": len(train), "test": len(test)},
         revision=None,
-        classes=int(torch.cat([train.labels, test.labels]).unique().numel()),
+        classes=int(torch.cat([train.labels, test.labels]).unique().numel())
+        if kind == "one"
+        else train.labels.shape[1],
         feature_size=train.features.shape[1],
         skipped=inputs.skipped,
         statistics=feature_statistics(test.features),
         seconds=inputs.seconds,
     )
+    if inputs.quality is not None:
+        result["quality"] = inputs.quality
+    return result
+
+
+def _check_protocols(config: EvaluationConfig, several: bool) -> None:
+    """Raise UserError if no protocol of the settings is for these labels."""
+    kind = "several" if several else "one"
+    if not any(kind in PROTOCOLS[name].labels for name in config.protocols):
+        names = [name for name, protocol in PROTOCOLS.items() if kind in protocol.labels]
+        advice = "multi_label" if several else "knn"
+        raise UserError(
+            f"evaluation.protocols: expected one of {', '.join(names)} for images with {kind} label(s), got "
+            f"{', '.join(config.protocols)}; use evaluation.protocols=[{advice}]"
+        )
 
 
 def requested_features(config: EvaluationConfig) -> list[Pooling]:

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.bootstrap import MOST_PACKED, pack_right
 from hf_ssl.evaluation.knn import as_labels, check_features
-from hf_ssl.evaluation.results import ProtocolResult, result_id, standard_error
+from hf_ssl.evaluation.results import ProtocolResult, Quality, result_id, standard_error
 from hf_ssl.progress import progress
 from hf_ssl.random import permutation
 
@@ -28,7 +30,7 @@ class Split:
 
     Attributes:
         features: (N, D) float32, the evaluated features.
-        labels: (N,) int64.
+        labels: (N,) int64; or (N, C) for images with several labels, 1: yes, 0: no, -1: ignored.
         name: name of the split.
         further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
             name is missing if the encoder does not have these features.
@@ -63,6 +65,10 @@ class Inputs:
             were given.
         dtype: precision of the encoder under autocast; None: that of its weights.
         batch_size: number of images in one forward pass of the encoder.
+        pooling: the pooling of the evaluated features.
+        image_size, channels: of the processed images.
+        preset: augmentation of the training, a `ViewPreset`; None: not known.
+        quality: measurements without labels; the protocol `quality` stores them here.
     """
 
     train: Split
@@ -76,6 +82,11 @@ class Inputs:
     processor: Any = None
     dtype: torch.dtype | None = None
     batch_size: int = 256
+    pooling: Any = "auto"
+    image_size: int = 0
+    channels: int = 3
+    preset: Any = None
+    quality: Quality | None = None
 
     @property
     def classes(self) -> int:
@@ -95,7 +106,8 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
     """Return a checked split.
 
     Args:
-        features, labels: (N, D) and (N,), tensors, arrays or lists.
+        features, labels: (N, D) and (N,), tensors, arrays or lists. Labels of images with several labels are
+            a tensor or an array (N, C).
         name: name of the split.
         argument: name of the argument with the features, for messages.
         width: expected D.
@@ -106,7 +118,24 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
     rows = check_features(features, f"{argument} features", width)
     if len(rows) < 2:
         raise UserError(f"evaluation: expected at least 2 images in split {name!r}, got {len(rows)}")
-    return Split(rows.float(), as_labels(labels, len(rows), f"evaluation, split {name!r}"), name)
+    where = f"evaluation, split {name!r}"
+    if has_several_labels(labels):
+        return Split(rows.float(), _label_matrix(labels, len(rows), where), name)
+    return Split(rows.float(), as_labels(labels, len(rows), where), name)
+
+
+def has_several_labels(labels: Any) -> bool:
+    """Return whether labels are a matrix (N, C), for images with several labels."""
+    return isinstance(labels, Tensor | np.ndarray) and labels.ndim == 2
+
+
+def _label_matrix(labels: Any, images: int, where: str) -> Tensor:
+    matrix = torch.as_tensor(labels)
+    if len(matrix) != images or not bool(((matrix == 0) | (matrix == 1) | (matrix == -1)).all()):
+        raise UserError(
+            f"{where}: expected labels 1, 0 or -1 (ignored) of {images} images, got {tuple(matrix.shape)}"
+        )
+    return matrix.long()
 
 
 def hold_out(images: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +176,11 @@ def accuracy_result(
         "metrics": metrics,
     }
     optional: dict[str, Any] = {"selection": {}, "selected_on": None, "details": {}}
-    return cast(ProtocolResult, optional | result)
+    found = optional | result
+    if len(labels) <= MOST_PACKED:
+        right = (_ranks(scores, labels) == 0).cpu().numpy()
+        found["details"] = found["details"] | {"right": pack_right(right)}
+    return cast(ProtocolResult, found)
 
 
 def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
@@ -160,15 +193,11 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     Source: top-5 as in ImageNet; mean per class as in Kornblith et al. (1805.08974), for Aircraft,
     Caltech101, Flowers and Pets.
     """
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels).to(scores.device)
-    known = labels < scores.shape[1]
-    index = labels.clamp(max=scores.shape[1] - 1)[:, None]
-    own = scores.gather(1, index)
-    lower = torch.arange(scores.shape[1], device=scores.device) < index
-    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
-    top = {k: (rank < k) & known for k in (1, 5)}
+    rank = _ranks(scores, labels)
+    labels = torch.as_tensor(labels).to(rank.device)
+    top = {k: rank < k for k in (1, 5)}
     counts = labels.bincount()
-    right = torch.zeros(len(counts), dtype=torch.float64, device=scores.device)
+    right = torch.zeros(len(counts), dtype=torch.float64, device=rank.device)
     right.index_add_(0, labels, top[1].double())
     used = counts > 0
     return {
@@ -176,3 +205,16 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
         "top_5": int(top[5].sum()) / len(labels),
         "mean_per_class": float((right[used] / counts[used]).mean()),
     }
+
+
+def _ranks(scores: Any, labels: Any) -> Tensor:
+    """Return the rank (N,) of the class of each image, 0 for the predicted one; see `class_metrics`.
+
+    The rank of a class that has no score is a large number.
+    """
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels).to(scores.device)
+    index = labels.clamp(max=scores.shape[1] - 1)[:, None]
+    own = scores.gather(1, index)
+    lower = torch.arange(scores.shape[1], device=scores.device) < index
+    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
+    return torch.where(labels < scores.shape[1], rank, 1 << 30)

@@ -27,6 +27,17 @@ class ProtocolResult(TypedDict):
     details: dict[str, Any]  # what only this protocol has
 
 
+class Quality(TypedDict):
+    """Measurements of the protocol `quality`, which need no labels. Those with different `id` differ."""
+
+    id: str
+    text: str  # how they were measured
+    lidar: float  # from 1 to about the number of features
+    alignment: float  # from 0 (equal features of both views) to about 2 (unrelated ones)
+    images: int
+    views: int
+
+
 class EncoderResult(TypedDict):
     """The result of one encoder."""
 
@@ -37,7 +48,10 @@ class EncoderResult(TypedDict):
     classes: int
     feature_size: int
     skipped: list[str]  # measurements for which there were too few images
-    statistics: dict[str, float]  # of the test features: embedding_std, rank_me, uniformity, images
+    statistics: dict[
+        str, float
+    ]  # of the test features: embedding_std, rank_me, alpha_req, uniformity, images
+    quality: NotRequired[Quality]  # if it was measured
     seconds: dict[str, float]
     precision: NotRequired[str]  # of the features: "float32", "bfloat16", "float16" or "float64"
     pooling: NotRequired[str]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of features that need no labels and indicate collapse.
+"""Statistics of features that need no labels. They indicate collapse and the quality of an encoder.
 
 All functions are pure functions of tensors or arrays. They convert half precision to float32, and keep
 float64.
-Legend: N images, D features.
+Legend: N images, V views of an image, D features.
 """
 
 import math
@@ -17,13 +17,18 @@ STATISTICS_ROWS = 10_000  # uniformity compares all pairs of these rows
 
 
 def feature_statistics(features: Tensor) -> dict[str, float]:
-    """Return the statistics of features (N, D), computed on at most 10,000 evenly spaced rows."""
+    """Return the statistics of features (N, D), computed on at most 10,000 evenly spaced rows.
+
+    `alpha_req` is missing if the features have too few dimensions.
+    """
     rows = min(len(features), STATISTICS_ROWS)
     index = torch.arange(rows) * len(features) // rows
     sample = features[index]
+    alpha = alpha_req(sample)
     return {
         "embedding_std": embedding_std(sample),
         "rank_me": rank_me(sample),
+        **({"alpha_req": alpha} if math.isfinite(alpha) else {}),
         "uniformity": uniformity(sample),
         "images": rows,
     }
@@ -63,11 +68,81 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
         return math.nan  # the eigenvalues cannot be computed
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    total = singular.sum()
+    return _effective_rank(singular, eps)
+
+
+def _effective_rank(values: Tensor, eps: float) -> float:
+    """Return exp(-sum p log p) with p = value / sum + eps, or 1 if all values are zero."""
+    total = values.sum()
     if total == 0:
         return 1.0
-    share = singular / total + eps
+    share = values / total + eps
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
+    """Return LiDAR: the effective number of dimensions that distinguish images from each other.
+
+    It is the effective rank of S_w^(-1/2) S_b S_w^(-1/2). S_b is the covariance of the mean features of the
+    images. S_w is the mean covariance of the views of one image, plus delta on the diagonal. The value is
+    between 1 and about min(N - 1, D). Features that do not depend on the image give 1, and features that are
+    not finite give NaN.
+
+    Args:
+        views: (N, V, D), row [i, v] from view v of image i. At least 2 images and 2 views.
+        delta: number that is added to the diagonal of S_w.
+        eps: small constant in the entropy.
+
+    Raises:
+        ValueError: there are fewer than 2 images or views.
+
+    Source: LiDAR (2312.04000), section 3. The paper uses 50 views of each of 1,000 images. Its features are
+    those of the projector; these can be those of the encoder.
+    """
+    views = torch.as_tensor(views).double()
+    if views.ndim != 3 or min(views.shape[:2]) < 2:
+        raise ValueError(f"lidar: expected (N, V, D) with N, V >= 2, got {tuple(views.shape)}")
+    if not torch.isfinite(views).all():
+        return math.nan
+    means = views.mean(dim=1)
+    between, within = means - means.mean(dim=0), (views - means[:, None]).flatten(0, 1)
+    S_w = within.T @ within / len(within) + delta * torch.eye(views.shape[2], device=views.device)
+    # The eigenvalues of S_w^(-1/2) S_b S_w^(-1/2) are those of L^(-1) S_b L^(-T), where S_w = L L^T.
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(S_w), between.T, upper=False)
+    scatter = whitened @ whitened.T if len(means) >= views.shape[2] else whitened.T @ whitened
+    return _effective_rank(torch.linalg.eigvalsh(scatter / len(means)).clamp_min(0), eps)
+
+
+def alpha_req(features: Tensor, ranks: tuple[int, int] = (4, 100)) -> float:
+    """Return alpha of the power law i^(-alpha) that fits the eigenvalues of the covariance of features.
+
+    A small alpha (0: all directions have the same variance) means that many directions are used, a large one
+    that the features are nearly collapsed. The authors found the best accuracy with an alpha of about 1. The
+    fit is a regression of log eigenvalue on log i with the weights 1 / i. Features with fewer than 2 usable
+    eigenvalues and features that are not finite give NaN.
+
+    Args:
+        features: (N, D). The function centers them.
+        ranks: the first and the last i of the fit. The fit ends earlier if there are fewer eigenvalues above
+            the rounding error.
+
+    Source: alpha-ReQ (Agrawal et al., NeurIPS 2022). The weights and the ranks 4 to 100 are those of the
+    authors' code, which took the regression from Stringer et al. 2019.
+    """
+    rows = torch.as_tensor(features).double()
+    if not torch.isfinite(rows).all():
+        return math.nan
+    rows = rows - rows.mean(dim=0)
+    gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
+    eigenvalues = torch.linalg.eigvalsh(gram).flip(0)
+    usable = int((eigenvalues > 1e-10 * eigenvalues[0]).sum()) if eigenvalues[0] > 0 else 0
+    first, last = ranks[0], min(ranks[1], usable)
+    if last - first < 1:
+        return math.nan
+    number = torch.arange(first, last + 1, dtype=torch.float64, device=rows.device)
+    x, y, weight = number.log(), eigenvalues[first - 1 : last].log(), 1 / number
+    x_mean, y_mean = (weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum()
+    return -float((weight * (x - x_mean) * (y - y_mean)).sum() / (weight * (x - x_mean) ** 2).sum())
 
 
 def alignment(first: Tensor, second: Tensor, alpha: float = 2.0) -> float:

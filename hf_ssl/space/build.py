@@ -139,7 +139,9 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     source = open_source(replace(data, max_images=count), split, only_image=True)
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         try:
-            return labeled_images(data, split, max_images=count)
+            images = labeled_images(data, split, max_images=count)
+            images.require_one_label("a Space")
+            return images
         except UserError as error:
             if data.label_column is not None:
                 raise

@@ -27,7 +27,9 @@ QUICK = {
     "mlp": {"epochs": 5, "hidden_size": 16},
     "few_label_linear": {"fractions": [0.1], "labels": [1, 5], "draws": 3},
 }
-OF_FEATURES = [name for name, protocol in PROTOCOLS.items() if not protocol.needs_encoder]
+OF_FEATURES = [
+    name for name, protocol in PROTOCOLS.items() if not protocol.needs_encoder and "one" in protocol.labels
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.evaluation import alignment, embedding_std, rank_me, statistics, uniformity
+from hf_ssl.evaluation import alignment, alpha_req, embedding_std, lidar, rank_me, statistics, uniformity
 
 
 def noise(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,82 @@ def test_rank_me_equals_the_svd(shape: tuple[int, int]) -> None:
     assert rank_me(features * 1000) == pytest.approx(rank_me(features), rel=1e-6)
 
 
+def of_spectrum(eigenvalues: torch.Tensor, rows: int = 400) -> torch.Tensor:
+    """Features whose centered Gram matrix has exactly these eigenvalues."""
+    centered = noise(rows, len(eigenvalues)).double()
+    axes, _ = torch.linalg.qr(centered - centered.mean(dim=0))
+    turn, _ = torch.linalg.qr(noise(len(eigenvalues), len(eigenvalues), seed=1).double())
+    return axes * eigenvalues.double().sqrt() @ turn + 3
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.5])
+@pytest.mark.parametrize("width", [20, 150])
+def test_alpha_req_of_a_power_law(alpha: float, width: int) -> None:
+    features = of_spectrum(torch.arange(1.0, width + 1) ** -alpha)
+    assert alpha_req(features) == pytest.approx(alpha, abs=1e-4)
+    assert alpha_req(100 * features) == pytest.approx(alpha, abs=1e-4)
+
+
+def test_alpha_req_equals_a_weighted_regression() -> None:
+    eigenvalues = torch.rand(120, generator=torch.Generator().manual_seed(3)).sort(descending=True).values
+    ranks = np.arange(4, 101)
+    slope, _ = np.polyfit(np.log(ranks), np.log(eigenvalues[3:100].numpy()), 1, w=ranks**-0.5)
+    assert alpha_req(of_spectrum(eigenvalues)) == pytest.approx(-slope, rel=1e-5)
+    # Few images: the eigenvalues are those of the smaller matrix, and the last one is zero by centering.
+    few = noise(30, 80)
+    spectrum = np.linalg.eigvalsh(np.cov(few.T.numpy()))[::-1][3:29]
+    slope, _ = np.polyfit(np.log(ranks[:26]), np.log(spectrum), 1, w=ranks[:26] ** -0.5)
+    assert alpha_req(few) == pytest.approx(-slope, rel=1e-3)
+
+
+def test_alpha_req_needs_a_spectrum() -> None:
+    assert math.isnan(alpha_req(noise(500, 4)))
+    assert math.isnan(alpha_req(torch.ones(50, 20)))
+    assert math.isnan(alpha_req(torch.full((50, 20), math.nan)))
+    assert alpha_req(of_spectrum(torch.arange(1.0, 21) ** -2.0), (1, 20)) == pytest.approx(2, abs=1e-4)
+
+
+def test_lidar_closed_forms() -> None:
+    """Images at +-axes and views around them: each axis has the variance ratio that its factor gives."""
+    axes = torch.cat([torch.eye(4), -torch.eye(4)])
+    shift = torch.cat([torch.eye(4), -torch.eye(4)])
+    views = axes[:, None] + 0.1 * shift[None]
+    assert lidar(views, delta=0) == pytest.approx(4, rel=1e-5)
+    # Two axes with the ratios 4 and 1: shares 4/5 and 1/5.
+    scaled = axes[:, None] * torch.tensor([2.0, 1, 0, 0]) + 0.1 * shift[None]
+    entropy = -(4 / 5 * math.log(4 / 5) + 1 / 5 * math.log(1 / 5))
+    assert lidar(scaled, delta=0) == pytest.approx(math.exp(entropy), rel=1e-4)
+    # Noise of the views on the first axis takes its weight away; RankMe would not notice.
+    noisy = axes[:, None] + 0.1 * shift[None] * torch.tensor([10.0, 1, 1, 1])
+    shares = np.array([0.01, 1, 1, 1]) / 3.01
+    assert lidar(noisy, delta=0) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(60, 5, 8), (6, 20, 30)])
+def test_lidar_equals_the_matrices_of_the_paper(shape: tuple[int, int, int]) -> None:
+    images, _, width = shape
+    views = (noise(images, width)[:, None] + 0.5 * noise(images * shape[1], width, 1).view(shape)).double()
+    means = views.mean(1)
+    within, between = torch.zeros(width, width).double(), torch.zeros(width, width).double()
+    for image in range(images):
+        between += torch.outer(means[image] - means.mean(0), means[image] - means.mean(0)) / images
+        for row in views[image]:
+            within += torch.outer(row - means[image], row - means[image]) / (images * shape[1])
+    values, vectors = torch.linalg.eigh(within + 1e-4 * torch.eye(width))
+    root = vectors @ torch.diag(values**-0.5) @ vectors.T
+    share = torch.linalg.eigvalsh(root @ between @ root).clamp_min(0)
+    share = share / share.sum() + 1e-7
+    assert lidar(views) == pytest.approx(float((-(share * share.log()).sum()).exp()), rel=1e-4)
+
+
+def test_lidar_needs_images_and_views() -> None:
+    assert lidar(torch.ones(5, 3, 4)) == 1
+    assert math.isnan(lidar(torch.full((5, 3, 4), math.inf)))
+    for shape in ((1, 3, 4), (3, 1, 4), (3, 4)):
+        with pytest.raises(ValueError, match=mentions("lidar", shape)):
+            lidar(torch.ones(shape))
+
+
 def test_alignment_closed_forms() -> None:
     rows = noise(50, 6)
     assert alignment(rows, 3 * rows) == pytest.approx(0, abs=1e-5)
@@ -79,7 +155,7 @@ def test_uniformity_equals_the_loop_over_pairs(monkeypatch: pytest.MonkeyPatch) 
     assert uniformity(rows) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
 
 
-@pytest.mark.parametrize("function", [embedding_std, rank_me, uniformity])
+@pytest.mark.parametrize("function", [alpha_req, embedding_std, rank_me, uniformity])
 def test_half_precision_is_raised(function) -> None:
     rows = noise(300, 32).bfloat16()
     assert function(rows) == pytest.approx(function(rows.float()), rel=1e-6)
@@ -100,6 +176,6 @@ def test_two_collapses_are_seen() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_arrays_give_the_statistics_of_tensors(dtype: type) -> None:
     first, second = np.random.default_rng(0).normal(size=(2, 20, 6)).astype(dtype)
-    for statistic in (embedding_std, rank_me, uniformity):
+    for statistic in (alpha_req, embedding_std, rank_me, uniformity):
         assert statistic(first) == statistic(torch.from_numpy(first))
     assert alignment(first, second) == alignment(torch.from_numpy(first), torch.from_numpy(second))

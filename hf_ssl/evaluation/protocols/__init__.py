@@ -6,7 +6,7 @@ A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`.
 - `VERSION`, which is raised when a change may move the numbers;
 - `Config`, a dataclass with the settings, with `check(where)`;
 - `run(inputs, config)`, which receives `hf_ssl.evaluation.inputs.Inputs` and returns a list of
-  `ProtocolResult`;
+  `ProtocolResult` (an empty one, if it measures no accuracy);
 - optionally `features(config)`, the names of further features (`Split.further`): those of
   `hf_ssl.modeling.pooling.FEATURES`.
 """
@@ -25,12 +25,14 @@ class Protocol(NamedTuple):
         summary: one line about the protocol.
         of_pixels: whether the protocol is also run for raw pixels.
         needs_encoder: whether the protocol needs the encoder itself, and not only features.
+        labels: whether the images have "one" class or "several" labels, or either.
     """
 
     title: str
     summary: str
     of_pixels: bool = False
     needs_encoder: bool = False
+    labels: tuple[str, ...] = ("one",)
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -48,6 +50,17 @@ PROTOCOLS: dict[str, Protocol] = {
     "mlp": Protocol("MLP probe", "SGD trains a classifier with one hidden layer on frozen features."),
     "few_label_linear": Protocol(
         "linear classifier with few labels", "Logistic regression learns from a few labeled images."
+    ),
+    "quality": Protocol(
+        "quality without labels",
+        "LiDAR and alignment of augmented views of each image.",
+        needs_encoder=True,
+        labels=("one", "several"),
+    ),
+    "multi_label": Protocol(
+        "multi-label probe",
+        "A logistic regression for each class gives the mean average precision.",
+        labels=("several",),
     ),
 }
 

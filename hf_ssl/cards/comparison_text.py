@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a comparison as Markdown, CSV and LaTeX, and draws it. All functions but `draw` are pure."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+from hf_ssl.cards.comparison import Cell, Column, Comparison, Row
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    character: f"\\{character}" for character in "&%$#_{}"
+}
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)
+
+
+def cell_text(cell: Cell | None, plus_minus: str = " ± ") -> str:
+    """Return a mean in percent, with the standard deviation over runs if there are several."""
+    if cell is None:
+        return "-"
+    deviation = cell.deviation
+    return f"{100 * cell.mean:.1f}" + ("" if deviation is None else f"{plus_minus}{100 * deviation:.1f}")
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the table, how its columns were measured, and the differences to the best rows."""
+    columns = comparison.columns
+    lines = [
+        _line(["", *(column.heading for column in columns), "runs"]),
+        "|---|" + "---:|" * (len(columns) + 1),
+    ]
+    for row in comparison.rows:
+        cells = [
+            f"**{cell_text(cell)}**" if _is_best(comparison, row, column) else cell_text(cell)
+            for column, cell in ((column, row.cells.get(column)) for column in columns)
+        ]
+        lines.append(_line([row.label, *cells, str(len(row.seeds))]))
+    lines += ["", "Accuracy in percent; mean ± standard deviation over runs with different seeds.", ""]
+    lines += [f"- {column.heading}: {column.text} (`{column.id}`)." for column in columns]
+    lines += [f"- not compared: {sentence}." for sentence in comparison.skipped]
+    for column in columns:
+        compared = [(row, row.cells[column]) for row in comparison.rows if column in row.cells]
+        differences = [(row, cell.difference) for row, cell in compared if cell.difference is not None]
+        if not differences:
+            continue
+        best = comparison.best(column)
+        lines += [
+            "",
+            f"Difference to {best.label} in {column.heading}, in points (95 % interval of a paired bootstrap "
+            "over test images and runs):",
+            "",
+            _line(["", "difference", "interval", "p"]),
+            "|---|---:|---:|---:|",
+        ]
+        lines += [
+            _line(
+                [
+                    row.label,
+                    f"{100 * found.value:+.1f}",
+                    f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+                    f"{found.p:.4f}" if found.p >= 0.001 else "< 0.001",
+                ]
+            )
+            for row, found in differences
+        ]
+        if min(len(row.seeds) for row, _ in [*compared]) < 2:
+            lines += ["", "The interval of a single run does not contain the variation over seeds."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:
+    """Return whether a row has the highest mean of several rows in a column."""
+    others = [each for each in comparison.rows if column in each.cells]
+    return len(others) > 1 and column in row.cells and comparison.best(column) is row
+
+
+def csv_text(comparison: Comparison) -> str:
+    """Return one line for each number: row, column, values of the runs, mean, deviation and difference."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        "row column protocol_id key data revision split images runs seeds values mean std standard_error "
+        "difference_to_best low high p".split()
+    )
+    for row in comparison.rows:
+        for column, cell in row.cells.items():
+            found = cell.difference
+            writer.writerow(
+                [
+                    row.label, column.heading, column.id, column.key, *column.data, len(cell.values),
+                    " ".join(map(str, row.seeds)), " ".join(f"{value:.6f}" for value in cell.values),
+                    f"{cell.mean:.6f}", "" if cell.deviation is None else f"{cell.deviation:.6f}",
+                    f"{max(cell.standard_errors):.6f}",
+                    *(("",) * 4 if found is None else (f"{number:.6f}" for number in found)),
+                ]
+            )  # fmt: skip
+    return stream.getvalue()
+
+
+def latex(comparison: Comparison) -> str:
+    """Return a `tabular`, which needs the package booktabs."""
+    columns = comparison.columns
+    lines = [
+        "% needs \\usepackage{booktabs}; accuracy in percent, mean and standard deviation over runs",
+        f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        "\\toprule",
+        " & ".join(["", *(latex_escaped(column.heading) for column in columns)]) + r" \\",
+        "\\midrule",
+    ]
+    for row in comparison.rows:
+        cells = [cell_text(row.cells.get(column), r" $\pm$ ") for column in columns]
+        cells = [
+            f"\\textbf{{{text}}}" if _is_best(comparison, row, column) else text
+            for text, column in zip(cells, columns, strict=True)
+        ]
+        lines.append(" & ".join([latex_escaped(row.label), *cells]) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def latex_escaped(text: str) -> str:
+    """Return a text for LaTeX."""
+    return re.sub(r"[\\~^&%$#_{}]", lambda found: _LATEX[found[0]], text)
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Draw a panel for each column: the mean of each row with an interval, and a dot for each run.
+
+    The interval is twice the standard error of the mean over runs, or over test images for a single run.
+    """
+    from matplotlib.figure import Figure
+
+    columns, rows = comparison.columns, comparison.rows
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    height = 0.9 + 0.32 * len(rows)
+    label_width = 0.075 * max(len(row.label) for row in rows)
+    size = (label_width + 3.4 * across, max(1.8, height) * down)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for axes, column in zip(panels, columns, strict=False):
+        for place, row in enumerate(rows):
+            cell = row.cells.get(column)
+            if cell is None:
+                continue
+            color = _COLORS[place % len(_COLORS)]
+            deviation, count = cell.deviation, len(cell.values)
+            error = cell.standard_errors[0] if deviation is None else deviation / count**0.5
+            axes.errorbar(
+                100 * cell.mean,
+                place,
+                xerr=200 * error,
+                fmt="o",
+                color=color,
+                capsize=3,
+                markersize=6,
+                linewidth=1.4,
+            )
+            if count > 1:
+                dots = [100 * value for value in cell.values]
+                axes.plot(dots, [place + 0.25] * count, ".", color=color, alpha=0.6, markersize=4)
+        axes.set_title(column.heading, fontsize=9, wrap=True)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    for axes in panels[len(columns) :]:
+        axes.set_visible(False)
+    figure.supxlabel("accuracy in percent, with twice the standard error (small dots: runs)", fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the results of runs from files, folders and the Hub, and writes their comparison (layer 5)."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from hf_ssl.cards.comparison import Comparison, compare
+from hf_ssl.cards.comparison_text import csv_text, draw, latex, markdown
+from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts import read_entries
+from hf_ssl.errors import UserError
+from hf_ssl.files import replaced_file, write_text
+from hf_ssl.hub.remote import hub_errors
+
+
+def compare_runs(places: list[str], output: Path | None, baselines: bool = False) -> Comparison:
+    """Compare runs, and write `comparison.md`, `.csv`, `.tex` and `.png`.
+
+    Args:
+        places: results files, facts files, output folders of runs, folders of such folders, and Hub ids.
+        output: the folder of the files, which are replaced; None: nothing is written.
+        baselines: see `compare`.
+
+    Raises:
+        UserError: a place contains no results, or no run was evaluated.
+    """
+    comparison = compare([entry for place in places for entry in entries_of(place)], baselines)
+    if not comparison.columns:
+        reasons = "; ".join(comparison.skipped) or "no run"
+        raise UserError(f"compare: expected evaluated runs, got none ({reasons}); use hf-ssl pretrain")
+    if output is not None:
+        texts = {"md": markdown(comparison), "csv": csv_text(comparison), "tex": latex(comparison)}
+        for suffix, text in texts.items():
+            write_text(output / f"comparison.{suffix}", text)
+        with replaced_file(output / "comparison.png") as staging:
+            draw(comparison, staging)
+    return comparison
+
+
+def entries_of(place: str) -> list[dict[str, Any]]:
+    """Return the entries of the runs in a file, in a folder or in a repository on the Hub ("user/name").
+
+    Raises:
+        UserError: there are no results.
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        return read_entries(path)
+    if path.is_dir():
+        files = [path / FACTS] if (path / FACTS).is_file() else sorted(path.glob(f"*/{FACTS}"))
+        if not files:
+            raise UserError(f"{place}: expected {FACTS} in it or in its folders, got none; finish the run")
+        return [entry for file in files for entry in read_entries(file)]
+    repo, _, revision = place.partition("@")
+    if place.startswith((".", "/", "~")) or repo.count("/") != 1 or place.endswith(".json"):
+        raise UserError(
+            f"{place}: expected a results file, the folder of a run or a Hub id, got none of them"
+        )
+    with hub_errors(repo):
+        try:
+            return read_entries(Path(hf_hub_download(repo, FACTS, revision=revision or None)))
+        except EntryNotFoundError as error:
+            raise UserError(f"{place}: expected a repository of hf-ssl with {FACTS}, got none") from error

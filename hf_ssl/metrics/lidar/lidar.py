@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiDAR, as a module of the `evaluate` library.
+
+The library copies this file, so it imports only installed packages, one in each line.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.statistics import lidar
+from hf_ssl.metrics.options import WithOptions
+
+_DESCRIPTION = """\
+Effective number of dimensions that distinguish images from each other, from the features of several augmented
+views of each image. It needs no labels.
+"""
+
+_INPUTS = """\
+Args:
+    predictions: features (N, D) of views.
+    references: number of the image (N,) that each view shows. All images have the same number of views.
+    delta: number that is added to the diagonal of the covariance of the views (default: 0.0001).
+Returns:
+    lidar: from 1 to about min(number of images - 1, D).
+Examples:
+    >>> views = [[0.0, 1.1], [0.0, 0.9], [1.1, 0.0], [0.9, 0.0]]
+    >>> hf_ssl.load_metric("lidar").compute(predictions=views, references=[0, 0, 1, 1])
+    {'lidar': 1.0}  # nearly: two images differ in one direction
+"""
+
+_CITATION = """\
+@inproceedings{thilak2024lidar,
+  title = {LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL Architectures},
+  author = {Thilak, Vimal and Huang, Chen and Saremi, Omid and Dinh, Laurent and Goh, Hanlin and
+            Nakkiran, Preetum and Susskind, Joshua M. and Littwin, Etai},
+  booktitle = {ICLR},
+  year = {2024}
+}
+"""
+
+
+class Lidar(WithOptions, evaluate.Metric):
+    """LiDAR; `_INPUTS` describes the arguments."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Value("int64"),
+                }
+            ),
+            reference_urls=["https://arxiv.org/abs/2312.04000"],
+            license="Apache-2.0",
+        )
+
+    def measure(self, predictions: Any, references: Any, *, delta: float = 1e-4) -> dict[str, float]:
+        rows, images = torch.as_tensor(predictions), torch.as_tensor(references)
+        counts = images.unique(return_counts=True)[1]
+        if len(counts) < 2 or int(counts.min()) < 2 or int(counts.min()) != int(counts.max()):
+            raise UserError(
+                "lidar: expected 2 or more images with the same number of views, at least 2, got "
+                f"{len(counts)} images with {int(counts.min())} to {int(counts.max())} views"
+            )
+        views = rows[images.argsort(stable=True)].view(len(counts), int(counts[0]), -1)
+        return {"lidar": lidar(views, delta=delta)}

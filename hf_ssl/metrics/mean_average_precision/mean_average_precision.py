@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean average precision, as a module of the `evaluate` library.
+
+The library copies this file, so it imports only installed packages, one in each line.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from hf_ssl.evaluation.average_precision import VOC_POINTS, mean_average_precision
+from hf_ssl.metrics.options import WithOptions
+
+_DESCRIPTION = """\
+Mean average precision for images with several labels: the mean over the classes of the precision at 11 levels
+of recall, as in the classification task of PASCAL VOC 2007.
+"""
+
+_INPUTS = """\
+Args:
+    predictions: scores (N, K), higher for images that show the class.
+    references: labels (N, K): 1 yes, 0 no, -1 ignored for this class.
+    points: number of levels of recall (default: 11); None: the area below the curve, as in scikit-learn.
+Returns:
+    mean_average_precision: in [0, 1], over the classes with an image.
+Examples:
+    >>> metric = hf_ssl.load_metric("mean_average_precision")
+    >>> metric.compute(predictions=[[0.9], [0.8], [0.1]], references=[[1], [0], [1]])
+    {'mean_average_precision': 0.8484848484848485}
+"""
+
+_CITATION = """\
+@article{everingham2010pascal,
+  title = {The PASCAL Visual Object Classes (VOC) Challenge},
+  author = {Everingham, Mark and Van Gool, Luc and Williams, Christopher K. I. and Winn, John and
+            Zisserman, Andrew},
+  journal = {International Journal of Computer Vision},
+  year = {2010}
+}
+"""
+
+
+class MeanAveragePrecision(WithOptions, evaluate.Metric):
+    """Mean average precision; `_INPUTS` describes the arguments."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+            reference_urls=["http://host.robots.ox.ac.uk/pascal/VOC/pubs/everingham10.pdf"],
+            license="Apache-2.0",
+        )
+
+    def measure(
+        self, predictions: Any, references: Any, *, points: int | None = VOC_POINTS
+    ) -> dict[str, float]:
+        return {"mean_average_precision": mean_average_precision(predictions, references, points)}

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RankMe, as a module of the `evaluate` library.
+
+The library copies this file, so it imports only installed packages, one in each line.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+
+from hf_ssl.evaluation.statistics import rank_me
+from hf_ssl.metrics.options import WithOptions
+
+_DESCRIPTION = """\
+Effective number of dimensions of features: exp of the entropy of the normalized singular values. It needs no
+labels. 1 is a collapse.
+"""
+
+_INPUTS = """\
+Args:
+    predictions: features (N, D), neither centered nor normalized.
+Returns:
+    rank_me: from 1 to about min(N, D).
+Examples:
+    >>> hf_ssl.load_metric("rank_me").compute(predictions=[[1.0, 0.0], [0.0, 1.0]])
+    {'rank_me': 2.0}  # nearly
+"""
+
+_CITATION = """\
+@inproceedings{garrido2023rankme,
+  title = {RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations
+           by Their Rank},
+  author = {Garrido, Quentin and Balestriero, Randall and Najman, Laurent and LeCun, Yann},
+  booktitle = {ICML},
+  year = {2023}
+}
+"""
+
+
+class RankMe(WithOptions, evaluate.Metric):
+    """RankMe; `_INPUTS` describes the arguments."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
+            reference_urls=["https://arxiv.org/abs/2210.02885"],
+            license="Apache-2.0",
+        )
+
+    def measure(self, predictions: Any) -> dict[str, float]:
+        return {"rank_me": rank_me(torch.as_tensor(predictions))}

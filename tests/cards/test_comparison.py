@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-ssl compare`: rows, columns, texts, files, and runs from files, folders and the Hub."""
+
+import copy
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from example_facts import measured, new_facts
+from hub_server import HubServer
+from huggingface_hub import HfApi
+from messages import mentions
+
+from hf_ssl.cards.comparison import compare, distinguished
+from hf_ssl.cards.comparison_text import csv_text, latex, latex_escaped, markdown
+from hf_ssl.cards.facts import append_result, result_entry, write_facts
+from hf_ssl.cli import main
+from hf_ssl.comparing import entries_of
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.bootstrap import paired_bootstrap, unpack_right
+
+
+def facts_of(method: str = "simclr", seed: int = 0, signal: float = 2.0, **training) -> dict:
+    facts = new_facts()
+    facts["method"]["name"] = method
+    facts["training"] |= {"seed": seed} | training
+    # The labels are those of the other runs, so the predictions are for the same images.
+    facts["results"]["trained"] = measured(seed, signal)
+    facts["recipe"]["overrides"] = [f"training.seed={seed}", "data.path=cifar10"]
+    return facts
+
+
+def entry(*arguments, **others) -> dict:
+    return result_entry(facts_of(*arguments, **others))
+
+
+@pytest.fixture(scope="module")
+def six() -> list[dict]:
+    return [entry("simclr", seed, 2.0) for seed in range(3)] + [entry("byol", seed, 0.7) for seed in range(3)]
+
+
+def test_a_row_contains_the_runs_that_differ_only_in_the_seed(six) -> None:
+    comparison = compare(six)
+    assert [(row.label, row.seeds) for row in comparison.rows] == [("SimCLR", [0, 1, 2]), ("BYOL", [0, 1, 2])]
+    assert [column.key for column in comparison.columns] == [
+        number["key"] for number in six[0]["results"]["trained"]["protocols"]
+    ]
+    for column in comparison.columns:
+        for row, runs in zip(comparison.rows, (six[:3], six[3:]), strict=True):
+            numbers = [run["results"]["trained"]["protocols"] for run in runs]
+            values = [each["value"] for run in numbers for each in run if each["key"] == column.key]
+            assert row.cells[column].values == values
+            assert row.cells[column].mean == statistics.mean(values)
+            assert row.cells[column].deviation == statistics.stdev(values)
+    assert len(compare([*six, *copy.deepcopy(six)]).rows[0].seeds) == 3, "equal entries count once"
+
+
+def test_other_settings_are_other_rows() -> None:
+    runs = [entry(), entry(steps=800), entry(learning_rate=0.5), entry(precision="float32")]
+    labels = [row.label for row in compare(runs).rows]
+    assert len(set(labels)) == 4 and any("800 steps" in label for label in labels)
+    changed = entry()
+    changed["overrides"] = [*changed["overrides"], "method.temperature=0.5"]
+    other = entry(seed=1)
+    other["overrides"] = [*other["overrides"], "evaluation.batch_size=7", "training.output_dir=x"]
+    rows = compare([entry(), changed, other]).rows
+    assert [(row.label, row.seeds) for row in rows] == [
+        ("SimCLR", [0, 1]), ("SimCLR, method.temperature=0.5", [0]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["id", "revision", "images", "split"])
+def test_other_ids_and_images_never_share_a_column(change: str) -> None:
+    first, second = entry(), entry("byol")
+    result = second["results"]["trained"]
+    if change == "id":
+        for number in result["protocols"]:
+            number["id"] += "x"
+    elif change == "revision":
+        second["evaluation"]["revision"] = "f" * 16
+    elif change == "images":
+        result["images"]["test"] += 1
+        for number in result["protocols"]:
+            number["details"].pop("right", None)
+    else:
+        second["evaluation"]["test_split"] = "validation"
+    comparison = compare([first, second])
+    single = compare([first])
+    assert len(comparison.columns) == 2 * len(single.columns)
+    assert len({column.heading for column in comparison.columns}) == len(comparison.columns)
+    assert all(
+        len([row for row in comparison.rows if column in row.cells]) == 1 for column in comparison.columns
+    )
+    assert "| - |" in markdown(comparison)
+
+
+def test_differences_are_those_of_the_paired_bootstrap(six) -> None:
+    comparison = compare(six)
+    column = comparison.columns[0]
+    first, second = (row.cells[column] for row in comparison.rows)
+    assert comparison.best(column).label == "SimCLR" and first.difference is None
+    packed = [
+        [unpack_right(run["results"]["trained"]["protocols"][0]["details"]["right"], 40) for run in runs]
+        for runs in (six[3:], six[:3])
+    ]
+    assert second.difference == paired_bootstrap(*packed)
+    assert second.difference.value == pytest.approx(second.mean - first.mean)
+    without = copy.deepcopy(six)
+    without[4]["results"]["trained"]["protocols"][0]["details"].pop("right")
+    assert compare(without).rows[1].cells[column].difference is None, "one run did not record it"
+
+
+def test_baselines_are_further_rows(six) -> None:
+    comparison = compare(six, baselines=True)
+    assert [row.label for row in comparison.rows[2:]] == ["the same network without training", "raw pixels"]
+    assert [len(row.seeds) for row in comparison.rows] == [3, 3, 6, 1]
+
+
+def test_a_run_without_evaluation_is_listed() -> None:
+    lost = facts_of("byol", 5) | {"evaluation": None, "unmeasured": "no labels", "results": {}}
+    comparison = compare([entry(), result_entry(lost)])
+    assert len(comparison.rows) == 1
+    assert "not compared: simclr_cifar10_cpu, seed 5" in markdown(comparison)
+
+
+def test_markdown_and_latex_show_means_deviations_and_the_best(six) -> None:
+    comparison = compare(six)
+    cell = comparison.rows[0].cells[comparison.columns[0]]
+    numbers = f"{100 * cell.mean:.1f}", f"{100 * cell.deviation:.1f}"
+    text = markdown(comparison)
+    assert f"| SimCLR | **{numbers[0]} ± {numbers[1]}** |" in text
+    assert all(column.text in text and f"`{column.id}`" in text for column in comparison.columns)
+    found = comparison.rows[1].cells[comparison.columns[0]].difference
+    assert f"| BYOL | {100 * found.value:+.1f} | {100 * found.low:+.1f} to {100 * found.high:+.1f} |" in text
+    table = latex(comparison)
+    assert f"SimCLR & \\textbf{{{numbers[0]} $\\pm$ {numbers[1]}}} &" in table
+    assert table.count(r"\\") == 3 and f"{{l{'r' * len(comparison.columns)}}}" in table
+    assert latex_escaped(r"a_b & 5 % {x} \ ~ ^ # $") == (
+        r"a\_b \& 5 \% \{x\} \textbackslash{} \textasciitilde{} \textasciicircum{} \# \$"
+    )
+
+
+def test_csv_has_a_line_for_each_number(six) -> None:
+    comparison = compare(six)
+    rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
+    assert len(rows) == 2 * len(comparison.columns)
+    for row in rows:
+        values = [float(value) for value in row["values"].split()]
+        assert len(values) == int(row["runs"]) == 3 and row["seeds"] == "0 1 2"
+        assert float(row["mean"]) == pytest.approx(statistics.mean(values), abs=1e-6)
+        assert float(row["std"]) == pytest.approx(statistics.stdev(values), abs=1e-6)
+        assert row["protocol_id"] and row["revision"] == "0123456789abcdef" and row["images"] == "40"
+    assert {row["row"] for row in rows if row["difference_to_best"]} <= {"SimCLR", "BYOL"}
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert distinguished([["a", "x", "1"], ["b", "x", "2"]]) == ["a", "b"]
+    assert distinguished([["a", "x", "1"], ["a", "y", "1"], ["b", "z", "1"]]) == ["a, x", "a, y", "b"]
+    assert distinguished([["a", "x", "1"], ["a", "x", ""]]) == ["a, x"[:1] + ", 1", "a"]
+    assert distinguished([["a", "x"], ["a", "x"]]) == ["a", "a (2)"]
+    assert distinguished([]) == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three runs: two in a folder of folders, one in a results file."""
+    for seed in range(2):
+        write_facts(tmp_path / "runs" / f"seed{seed}", facts_of("simclr", seed))
+    append_result(tmp_path / "results", "byol", facts_of("byol", 0, 0.7))
+    return tmp_path
+
+
+def test_the_command_reads_files_and_folders_and_writes_four_files(folder: Path, capsys) -> None:
+    places = [
+        folder / "runs",
+        folder / "runs/seed0",
+        folder / "runs/seed1/facts.json",
+        folder / "results/byol.json",
+    ]
+    assert main(["compare", *map(str, places), "--output", str(folder / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "| SimCLR | **" in printed and "| BYOL | " in printed and str(folder / "out") in printed
+    files = {path.suffix: path for path in (folder / "out").iterdir()}
+    assert set(files) == {".md", ".csv", ".tex", ".png"}
+    assert files[".md"].read_text() in printed
+    seeds = {row["row"]: row["seeds"] for row in csv.DictReader(files[".csv"].open())}
+    assert seeds == {"SimCLR": "0 1", "BYOL": "0"}, "runs that were given twice count once"
+    with PIL.Image.open(files[".png"]) as picture:
+        assert picture.width > 600 and len(picture.convert("L").getcolors(256)) > 20
+
+
+def test_runs_are_read_from_the_hub(online: HubServer, folder: Path) -> None:
+    api = HfApi(endpoint=online.endpoint, token=online.write_token)
+    for name, files in (("someone/digits", "runs/seed0"), ("someone/other", "results")):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=folder / files)
+    assert entries_of("someone/digits") == entries_of(str(folder / "runs/seed0"))
+    assert entries_of("someone/digits@main") == entries_of("someone/digits")
+    for name in ("someone/other", "someone/nobody"):
+        with pytest.raises(UserError, match=mentions(name)):
+            entries_of(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "parts"),
+    [
+        ("missing.json", None, ["missing.json"]),
+        ("a.json", "[]", ["a.json", "facts.json"]),
+        ("a.json", '[{"knn": 1}]', ["a.json"]),
+        ("a.json", "{", ["a.json"]),
+        (".", None, ["facts.json"]),
+    ],
+)
+def test_other_files_end_in_one_sentence(place, content, parts, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(place).write_text(content)
+    assert main(["compare", place]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(part in error for part in parts)
+    assert not Path("comparison").exists()
+
+
+def test_results_of_version_0_1_are_compared() -> None:
+    root = Path(__file__).parents[2] / "training" / "results"
+    files = [root / "simclr_cifar10_cpu.json", root / "mae_vit_tiny_imagenette.json"]
+    comparison = compare([run for file in files for run in entries_of(str(file))])
+    stored = json.loads(files[0].read_text())[0]["results"]["trained"]["knn"]["accuracy"]
+    column = next(column for column in comparison.columns if "cifar10" in column.data[0])
+    assert comparison.rows[0].cells[column].values == [stored]
+    assert {column.data[0] for column in comparison.columns} == {"cifar10", "imagenette160"}

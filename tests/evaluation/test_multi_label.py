@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with several labels: the probe equals scikit-learn, columns of lists are read, and other protocols
+report a mistake."""
+
+import copy
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from messages import mentions
+from pixel_encoder import Pixels, processor
+from sklearn.linear_model import LogisticRegression
+
+from hf_ssl.data import DataConfig, LabeledImages
+from hf_ssl.data.labeled import label_data
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import evaluate_encoder, evaluate_features, mean_average_precision
+from hf_ssl.evaluation.protocols.multi_label import fit
+
+NAMES = ["bird", "cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(360, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.1])).long()
+    features = labels.float() @ torch.eye(3, 8) + 0.5 * torch.randn(360, 8, generator=generator)
+    return features[:240], labels[:240], features[240:], labels[240:]
+
+
+def test_each_class_has_the_logistic_regression_of_scikit_learn(data) -> None:
+    features, labels = data[:2]
+    heads = fit(features, labels, 0.01, 500)
+    for number in range(3):
+        # Half the squared norm plus C times the sum of the losses: C = 1 / (N * penalty).
+        expected = LogisticRegression(C=1 / (240 * 0.01), tol=1e-8, max_iter=1000).fit(
+            features, labels[:, number]
+        )
+        assert heads[:-1, number].tolist() == pytest.approx(expected.coef_[0], abs=2e-3)
+        assert heads[-1, number].item() == pytest.approx(expected.intercept_[0], abs=2e-3)
+
+
+def test_ignored_images_do_not_count_for_their_class(data) -> None:
+    features, labels = data[0], data[1].clone()
+    labels[:100, 1] = -1
+    heads, without = (
+        fit(features, labels, 0.01, 500),
+        fit(features[100:], labels[100:], 0.01 * 240 / 140, 500),
+    )
+    assert heads[:, 1].tolist() == pytest.approx(without[:, 1].tolist(), abs=2e-3)
+
+
+def test_the_result_is_complete_and_nothing_is_selected_on_test_images(data) -> None:
+    config = {"protocols": ["multi_label", "knn"]}
+    result = evaluate_features(config, *data)
+    (number,) = result["protocols"]
+    prior = mean_average_precision(torch.zeros(120, 3), data[3])
+    assert prior + 0.2 < number["value"] < 1 and number["value"] == pytest.approx(
+        number["metrics"]["area"], abs=0.05
+    )
+    assert 0 < number["standard_error"] < 0.1
+    assert result["classes"] == 3 and any("k-NN" in text for text in result["skipped"])
+    assert evaluate_features(config, *data)["protocols"] == [number]
+    (other,) = evaluate_features(config, *data[:3], data[3].flip(0))["protocols"]
+    assert other["selection"] == number["selection"] and other["id"] == number["id"]
+    assert other["value"] < number["value"] - 0.2, "wrong labels"
+
+
+def test_the_bootstrap_is_the_error_over_samples_of_images(data) -> None:
+    """Other test images of the same distribution differ by about the standard error."""
+    generator = torch.Generator().manual_seed(1)
+    labels = (torch.rand(30, 120, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.1])).long()
+    features = labels.float() @ torch.eye(3, 8) + 0.5 * torch.randn(30, 120, 8, generator=generator)
+    settings = {"multi_label": {"penalties": [0.01]}}
+    results = [
+        evaluate_features({"protocols": ["multi_label"], "settings": settings}, *data[:2], *each)[
+            "protocols"
+        ][0]
+        for each in zip(features, labels, strict=True)
+    ]
+    spread = np.std([each["value"] for each in results])
+    assert np.mean([each["standard_error"] for each in results]) == pytest.approx(spread, rel=0.5)
+
+
+def test_protocols_for_one_label_end_in_one_sentence(data) -> None:
+    with pytest.raises(UserError, match=mentions("evaluation.protocols", "knn", "multi_label")):
+        evaluate_features(None, *data)
+    with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label", "knn")):
+        one = [data[0], data[1].argmax(1), data[2], data[3].argmax(1)]
+        evaluate_features({"protocols": ["multi_label"]}, *one)
+    with pytest.raises(UserError, match=mentions("labels")):
+        evaluate_features({"protocols": ["multi_label"]}, *data[:3], data[3].argmax(1))
+    wrong = data[1].clone()
+    wrong[0, 0] = 2
+    with pytest.raises(UserError, match=mentions(-1)):
+        evaluate_features({"protocols": ["multi_label"]}, data[0], wrong, *data[2:])
+
+
+def pictures(count: int, names: list[str] = NAMES, seed: int = 0) -> Dataset:
+    """Random images. The first channel is bright if the image shows a bird, and so on; row 0 has no list."""
+    random = np.random.default_rng(seed)
+    shown = random.random((count, 3)) < 0.4
+    images = random.integers(0, 120, (count, 8, 8, 3)) + 100 * shown[:, None, None, :]
+    lists = [[names.index(NAMES[k]) for k in np.flatnonzero(row)] for row in shown]
+    columns = {
+        "image": [PIL.Image.fromarray(each.astype(np.uint8)) for each in images],
+        "objects": [None, *lists[1:]],
+    }
+    return Dataset.from_dict(
+        columns, features=Features({"image": Image(), "objects": List(ClassLabel(names=names))})
+    )
+
+
+def read(dataset: Dataset, **options) -> LabeledImages:
+    return label_data(dataset, DataConfig(label_column="objects"), "test", **options)
+
+
+def test_a_column_of_lists_becomes_a_matrix() -> None:
+    dataset = pictures(20)
+    images = read(dataset)
+    assert images.has_several_labels and images.class_names == NAMES
+    assert images.labels.shape == (19, 3), "row 0 has no label"
+    lists = [sorted(torch.nonzero(row)[:, 0].tolist()) for row in images.labels]
+    assert lists == [sorted(each) for each in dataset["objects"][1:]]
+    assert len(read(dataset, max_images=7)) == 7
+    with pytest.raises(UserError, match=mentions("data.label_column")):
+        label_data(dataset, DataConfig(), "test")
+    texts = dataset.remove_columns("objects").add_column("objects", [["a"]] * 20)
+    with pytest.raises(UserError, match=mentions("objects")):
+        read(texts)
+    assert isinstance(texts.features["objects"].feature, Value)
+
+
+def test_classes_are_compared_by_name() -> None:
+    train, test = read(pictures(20)), read(pictures(20, NAMES[::-1], seed=1))
+    expected = read(pictures(20, seed=1)).labels
+    test.classified_by(train)
+    assert torch.equal(test.labels, expected) and test.class_names == NAMES
+    other = read(pictures(20, ["bird", "cat", "dog", "fox"]))
+    with pytest.raises(UserError, match=mentions(3)):
+        other.classified_by(train)
+
+
+def test_an_encoder_is_evaluated_on_a_data_set_with_lists() -> None:
+    config = {"protocols": ["multi_label", "quality"], "settings": {"quality": {"images": 10, "views": 3}}}
+    data = DataConfig(label_column="objects")
+    arguments = Pixels(), pictures(150), pictures(80, seed=1)
+    result = evaluate_encoder(*arguments, config, processor(), data=data)
+    (number,) = result["protocols"]
+    assert number["value"] > 0.6 and result["images"] == {"train": 149, "test": 79}
+    assert result["quality"]["lidar"] > 1
+    with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label")):
+        evaluate_encoder(*arguments, None, processor(), data=data)
+
+
+def test_the_monitor_and_a_space_need_one_class_for_each_image() -> None:
+    with pytest.raises(UserError, match=mentions("data.label_column", "k-NN")):
+        read(pictures(10)).require_one_label("k-NN")
+    one = copy.copy(read(pictures(10)))
+    one._labels = one._labels.argmax(axis=1)
+    one.require_one_label("k-NN")
