@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, or 2 after a mistake of the user, 130 after Ctrl-C, 141 if nobody reads standard output.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     try:
         with _ends_on_sigterm():
             arguments.run(arguments)
@@ -66,6 +66,21 @@ def _output_is_closed() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed arguments. Settings may follow options, which argparse does not support."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and not ("overrides" in arguments and all(_is_setting(text) for text in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.overrides += others
+    return arguments
+
+
+def _is_setting(text: str) -> bool:
+    return not text.startswith("-") and "=" in text
 
 
 @contextmanager
@@ -126,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
         "--protocols",
         metavar="NAME,...",
         help=f"what is measured: {', '.join(PROTOCOLS)}, or all (default: {','.join(DEFAULT_PROTOCOLS)})",
+    )
+
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for results.json and pictures of the results"
     )
 
     compare = command("compare", _compare)
@@ -289,7 +308,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         data, evaluation = read_sections(overrides)
         from hf_ssl import run
 
-    run.evaluate(arguments.model, data, evaluation)
+    run.evaluate(arguments.model, data, evaluation, arguments.output)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

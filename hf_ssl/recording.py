@@ -23,7 +23,7 @@ from hf_ssl.cards.facts import (
 from hf_ssl.cards.privacy import folder_name
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import DIGITS, locate
-from hf_ssl.evaluation import EncoderResult
+from hf_ssl.evaluation import EncoderResult, plots
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
@@ -58,6 +58,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         VIEWS: _views_caption(recipe),
         **{f"{name}.png": text for name, text in method.captions.items()},
         CURVES: "Training curves: logged values and measurements of the monitor.",
+        **plots.CAPTIONS,
     }
     return Facts(
         hf_ssl_version=__version__,

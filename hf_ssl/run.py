@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, open_labeled_splits
 from hf_ssl.cards import append_result, write_card, write_facts
-from hf_ssl.cards.text import terminal_text
+from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -24,6 +24,8 @@ from hf_ssl.evaluation import (
     fastest_device,
     load_encoder,
 )
+from hf_ssl.evaluation.plots import write_plots
+from hf_ssl.files import disk_errors_as_user_errors, write_json
 from hf_ssl.modeling.gather import finish_communication, wait_for_all
 from hf_ssl.output_folder import (
     is_finished,
@@ -38,6 +40,8 @@ from hf_ssl.recording import EvaluationOutcome, collect_facts
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
 
 
 def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSLTrainer:
@@ -118,6 +122,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
             return {}
         measured = evaluate_run(recipe, trainer, folder)
         with progress("writing the card"):
+            write_plots(folder, measured.results, ENCODERS)
             facts = collect_facts(recipe, trainer, measured)
             write_facts(folder, facts)
             results = Path(recipe.evaluation.results_dir or folder / "results").expanduser()
@@ -177,7 +182,9 @@ def _evaluate_splits(
     return EvaluationOutcome(results=results, train=train, test=test)
 
 
-def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+def evaluate(
+    model: str, data: DataConfig, evaluation: EvaluationConfig, output: Path | None = None
+) -> dict[str, Any]:
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
     The evaluation uses the accelerator if there is one.
@@ -186,11 +193,15 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         model: a folder or the Hub id of an encoder with its image processor.
         data: the images, unless `evaluation.path` is set. `streaming` has no effect.
         evaluation: the evaluation protocol.
+        output: folder for the results as `results.json` and for their pictures; None: no files.
 
     Raises:
-        UserError: the encoder cannot be loaded, or the data have no labels.
+        UserError: the encoder cannot be loaded, the data have no labels, or a file cannot be written.
     """
     transformers_logging.disable_progress_bar()
+    if output is not None:
+        with disk_errors_as_user_errors(str(output)):
+            output.mkdir(parents=True, exist_ok=True)
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
@@ -203,6 +214,10 @@ def evaluate(model: str, data: DataConfig, evaluation: EvaluationConfig) -> dict
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     print(terminal_text(results))
     print(f"revision of the images: {splits[1].revision}")
+    if output is not None:
+        write_json(output / RESULTS, results)
+        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"})
+        print(f"{', '.join([RESULTS, *written])} in {output}")
     return dict(results)
 
 

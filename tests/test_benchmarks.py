@@ -94,3 +94,28 @@ def test_both_sides_of_the_step_of_cpc_run():
 @pytest.mark.parametrize("name", ["cpu.png", "streaming.png"])
 def test_its_pictures_are_there(name):
     assert (RESULTS / name).stat().st_size > 1000
+
+
+SIZES = {"bank": 700, "queries": 60}
+
+
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        ("nearest_neighbors", SIZES),
+        ("matrix_product", SIZES),
+        ("flat_index", SIZES),
+        ("probe_sweep", {"images": 300, "size": 8}),
+    ],
+)
+def test_the_programs_of_the_evaluation_rows_do_the_same_work(build, sizes):
+    """They end in SystemExit if the results of both sides differ."""
+    from training.benchmarks import evaluating
+
+    if build == "flat_index":
+        pytest.importorskip("faiss")
+    elif build == "nearest_neighbors":
+        pytest.importorskip("lightly")
+    pair = getattr(evaluating, build)(torch.device("cpu"), **sizes)
+    pair.ours()
+    pair.peer()

@@ -63,7 +63,24 @@ def test_pretrain_hands_over_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None
 def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
-    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2))]
+    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None)]
+
+
+def test_settings_may_follow_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = record(monkeypatch, "evaluate")
+    before = ["evaluate", "folder", "data.path=digits", "--protocols", "knn", "--output", "results"]
+    after = ["evaluate", "folder", "--protocols", "knn", "data.path=digits", "--output", "results"]
+    assert main(before) == main(after) == 0
+    config = EvaluationConfig(protocols=["knn"])
+    assert calls == [("folder", DataConfig(path="digits"), config, Path("results"))] * 2
+    for wrong in (["--output", "results", "other"], ["--outptu=results"]):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "folder", "data.path=digits", *wrong])
+        assert wrong[-1] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "run", "encoder", "data.path=digits"])  # a command without settings
 
 
 def test_export_hands_over_both_folders(monkeypatch: pytest.MonkeyPatch) -> None:

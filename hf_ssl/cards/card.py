@@ -13,6 +13,7 @@ from hf_ssl.cards import text
 from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.cards.usage import usage
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.plots import CAPTIONS
 from hf_ssl.files import METHOD_MODEL, disk_errors_as_user_errors, write_text
 from hf_ssl.resources import resource
 
@@ -94,6 +95,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
             main=text.main_number(facts),
             results=text.results_table(facts["results"]),
             grids=text.grids(facts),
+            result_pictures=list(CAPTIONS),
             comparisons=text.comparisons(facts),
             choices=text.choices(facts),
             monitor=text.monitor_table(facts),

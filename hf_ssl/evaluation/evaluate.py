@@ -124,12 +124,12 @@ def evaluate_encoder(
     if isinstance(train, LabeledImages):
         _check_protocols(config, train.has_several_labels)
     seconds: dict[str, float] = {}
-    rule, size, tokens = inspect_encoder(model, processor, test.iter_batches(1), device)
+    rule, size, further = inspect_encoder(model, processor, test.iter_batches(1), device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
     pooling = rule if config.pooling == "auto" else cast(Pooling, config.pooling)
-    compared: list[Pooling] = ["cls", "mean"] if config.compare_poolings and tokens else []
-    wanted = [pooling, *compared, *(requested_features(config) if tokens else [])]
-    encoders: dict[nn.Module, list[Pooling]] = {model: list(dict.fromkeys(wanted))}
+    compared = ["cls", "mean"] if config.compare_poolings and "cls" in further else []
+    requested = [name for name in requested_features(config) if name in further]
+    encoders: dict[nn.Module, list[str]] = {model: list(dict.fromkeys([pooling, *compared, *requested]))}
     skipped: list[str] = []
     if patch_grid := declared_patch_grid(model) if config.patch_grid is None else config.patch_grid:
         patch, stride = patch_grid
@@ -151,8 +151,8 @@ def evaluate_encoder(
     inputs.batch_size, inputs.skipped, inputs.pooling = config.batch_size, skipped, pooling
     inputs.preset, inputs.image_size = preset, size
     inputs.channels = len(next(iter(test.iter_batches(1)))[0])
-    inputs.train.further = {str(name): rows for name, rows in bank.items()}
-    inputs.test.further = {str(name): rows for name, rows in queries.items()}
+    inputs.train.further = {name: bank[name] for name in requested}
+    inputs.test.further = {name: queries[name] for name in requested}
     inputs.train.images, inputs.test.images = train, test
     result = _run(config, inputs)
     result["seconds"] = seconds | result["seconds"]
@@ -186,11 +186,11 @@ def _features(
     encoder: nn.Module,
     processor: Any,
     splits: tuple[LabeledData, LabeledData],
-    poolings: list[Pooling],
+    poolings: list[str],
     precision: str,
     device: torch.device,
     description: str | None,
-) -> list[dict[Pooling, Tensor]]:
+) -> list[dict[str, Tensor]]:
     """Return the features of both splits, which are read from the cache if they are stored there."""
     cache = FeatureCache.of(config)
     cached = [isinstance(images, LabeledImages) for images in splits]
@@ -205,7 +205,7 @@ def _features(
     for part, images in zip(("train", "test"), splits, strict=True):
         words = None if description is None else f"{description}, {part} features"
 
-        def extract(names: list[Pooling], images: LabeledData = images, words: str | None = words) -> Any:
+        def extract(names: list[str], images: LabeledData = images, words: str | None = words) -> Any:
             return extract_poolings(
                 encoder,
                 processor,
@@ -377,9 +377,9 @@ def _check_protocols(config: EvaluationConfig, several: bool) -> None:
         )
 
 
-def requested_features(config: EvaluationConfig) -> list[Pooling]:
+def requested_features(config: EvaluationConfig) -> list[str]:
     """Return the names of the further features that the protocols of the settings need."""
-    names: list[Pooling] = []
+    names: list[str] = []
     for name in config.protocols:
         features = getattr(load_protocol(name), "features", None)
         if features is not None:

@@ -7,8 +7,9 @@ Legend: B images in a batch, N images in total, C channels, H height, W width, T
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,9 +20,20 @@ from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import check_patch_grid
 from hf_ssl.modeling.backbones import load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
-from hf_ssl.modeling.pooling import Pooling, has_class_token, pool, pooling_rule
+from hf_ssl.modeling.further_features import FurtherFeatures
+from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, Pooling, pool, pooling_rule
 from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
+
+FULL_TOKENS = 2**28  # bytes of tokens that are kept in float32
+_HALF_MAX = torch.finfo(torch.float16).max
+WIDEST = "cls_last4_mean"
+COLUMNS = {
+    "cls": (LAST_BLOCKS - 1, LAST_BLOCKS),
+    "cls_mean": (LAST_BLOCKS - 1, LAST_BLOCKS + 1),
+    "cls_last4": (0, LAST_BLOCKS),
+}
+"""Feature -> its first and last columns in the widest feature, in units of D."""
 
 
 def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
@@ -177,21 +189,30 @@ def first_output(
     return pixels, outputs
 
 
+class Inspection(NamedTuple):
+    """Properties of an encoder, measured with one image.
+
+    Attributes:
+        pooling: the pooling that "auto" selects.
+        size: width of the processed images in pixels.
+        features: the further features that the encoder has, of `FEATURES`.
+    """
+
+    pooling: Pooling
+    size: int
+    features: list[str]
+
+
 def inspect_encoder(
     model: nn.Module, processor: Any, image_batches: Iterable[list[Tensor]], device: torch.device
-) -> tuple[Pooling, int, bool]:
-    """Return three properties of an encoder, measured with one image.
-
-    They are the pooling that "auto" selects, the width of the processed images in pixels, and a flag. The
-    flag is True if the output has a class token and other tokens.
-    """
+) -> Inspection:
+    """Return the properties of an encoder."""
     batch = next(iter(image_batches), [])
     if not batch:
         raise UserError("test: expected labeled images, got none")
-    pixels, outputs = first_output(model, processor, batch[:1], device)
-    tokens = outputs.get("last_hidden_state")
-    both = has_class_token(model) and tokens is not None and tokens.ndim == 3
-    return pooling_rule(model, outputs), pixels.shape[-1], both
+    with FurtherFeatures(model) as further, torch.inference_mode():
+        pixels, outputs = first_output(model, processor, batch[:1], device)
+        return Inspection(pooling_rule(model, outputs), pixels.shape[-1], further.available(outputs))
 
 
 def extract_features(
@@ -246,27 +267,51 @@ def extract_poolings(
     processor: Any,
     image_batches: Iterable[list[Tensor]],
     *,
-    poolings: Sequence[Pooling],
+    poolings: Sequence[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     total: int | None = None,
     description: str | None = None,
-) -> dict[Pooling, Tensor]:
-    """Return float32 features (N, D) for each pooling from one pass; see `extract_features` for arguments."""
+) -> dict[str, Tensor]:
+    """Return the features (N, D) for each pooling and each further feature from one pass.
+
+    Args:
+        poolings: values of `Pooling`, and names of `FEATURES` that the encoder has. "tokens" (N, P, D) are in
+            half precision if they take more than 256 MiB.
+        Others: as for `extract_features`.
+
+    Raises:
+        UserError: the tokens would take more than half of the free memory, or `extract_features` raises.
+    """
     device, weights = device_of(model, device), dtype_of(model)
     memory_format = torch.channels_last if is_convolutional(model) else torch.contiguous_format
-    rows = {pooling: _Rows(total) for pooling in poolings}
-    with evaluation_mode(model), progress(description, total) as bar:
-        for images in image_batches:
-            if not len(images):
-                continue
-            pixels = pixel_values(processor, images, device).to(weights, memory_format=memory_format)
-            with autocast(device, dtype):
-                outputs = model(pixel_values=pixels)
-            for pooling, found in rows.items():
-                found.append(pool(outputs, pooling, model))
-            bar.update(len(images))
-    return {pooling: found.tensor() for pooling, found in rows.items()}
+    # The widest feature contains the others, as columns.
+    wide = WIDEST if WIDEST in poolings else None
+    rows = {name: _Rows(total) for name in poolings if wide is None or name not in COLUMNS}
+    if wide is not None:
+        rows[wide] = _Rows(total)
+    further_names = [name for name in rows if name in FEATURES]
+    with FurtherFeatures(model, further_names) as further, evaluation_mode(model):
+        with progress(description, total) as bar:
+            for images in image_batches:
+                if not len(images):
+                    continue
+                pixels = pixel_values(processor, images, device).to(weights, memory_format=memory_format)
+                with autocast(device, dtype):
+                    outputs = model(pixel_values=pixels)
+                    read = {name: further.read(outputs, name) for name in further_names}
+                for name, found in rows.items():
+                    given = read[name] if name in read else pool(outputs, cast(Pooling, name), model)
+                    found.append(given)
+                bar.update(len(images))
+    features = {name: found.tensor() for name, found in rows.items()}
+    if wide is not None:
+        size = features[wide].shape[1] // (LAST_BLOCKS + 1)
+        for name in poolings:
+            if name in COLUMNS:
+                first, end = COLUMNS[name]
+                features[name] = features[wide][:, first * size : end * size]
+    return {name: features[name] for name in poolings}
 
 
 class PatchGrid(nn.Module):
@@ -357,8 +402,8 @@ class _Rows:
         self.parts: list[Tensor] = []
 
     def append(self, batch: Tensor) -> None:
-        batch = batch.float().cpu()
         first, self.count = self.count, self.count + len(batch)
+        batch = self._stored(batch).cpu()
         if self.total is None:
             self.parts.append(batch)
             return
@@ -366,10 +411,36 @@ class _Rows:
             raise UserError(f"images: expected {self.total}, got at least {self.count}")
         if self.store is None:
             with torch.inference_mode(False):  # A caller can train a head on a normal tensor.
-                self.store = torch.empty(self.total, batch.shape[1])
+                self.store = torch.empty(self.total, *batch.shape[1:], dtype=batch.dtype)
         self.store[first : self.count] = batch
+
+    def _stored(self, batch: Tensor) -> Tensor:
+        """Return rows in float32, or many tokens in float16, which keeps three digits.
+
+        Raises:
+            UserError: the tokens need too much memory.
+        """
+        if batch.ndim < 3 or self.store is not None:
+            kept = self.store.dtype if self.store is not None else torch.float32
+            return batch.clamp(-_HALF_MAX, _HALF_MAX).half() if kept == torch.float16 else batch.float()
+        images = self.count if self.total is None else self.total
+        numbers = images * batch[0].numel()
+        if 4 * numbers <= FULL_TOKENS:
+            return batch.float()
+        free = psutil.virtual_memory().available // 2
+        if 2 * numbers > free:
+            shape = " x ".join(str(size) for size in batch.shape[1:])
+            raise UserError(
+                f"evaluation: expected tokens of at most {free / 2**30:.1f} GiB, half of the free memory, "
+                f"got {2 * numbers / 2**30:.1f} GiB for {images:,} images ({shape} numbers); lower "
+                "evaluation.max_train_images"
+            )
+        return batch.clamp(-_HALF_MAX, _HALF_MAX).half()
 
     def tensor(self) -> Tensor:
         if self.count == 0:
             raise UserError("images: expected at least one, got no image")
-        return torch.cat(self.parts) if self.store is None else self.store[: self.count]
+        if self.store is not None:
+            return self.store[: self.count]
+        kinds = {part.dtype for part in self.parts}
+        return torch.cat([part.half() for part in self.parts] if len(kinds) > 1 else self.parts)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Pooling = Literal["auto", "pooler", "cls", "mean"]
+LAST_BLOCKS = 4
+FEATURES = ("cls", "cls_mean", "cls_last4", "cls_last4_mean", "tokens")
+"""Further features, which protocols can request; see `hf_ssl.modeling.further_features.FurtherFeatures`.
+
+The first four are those of DINOv2's linear probe: class token of the last block or of the last four blocks,
+without or with the mean of the patch tokens. "tokens" are the patch tokens themselves.
+"""
 
 
 def declare_feature(encoder: "PreTrainedModel", pooling: Pooling) -> None:

@@ -267,8 +267,9 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
         "views.png": "What the network saw",
         "curves.png": "How it learned",
         "map.png": "A map",
+        "knn_curve.png": "Every k",
     }
-    for name in ("views.png", "curves.png"):
+    for name in ("views.png", "curves.png", "knn_curve.png"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=mentions("pictures.map.png")):
         write_card(tmp_path, facts)
@@ -283,6 +284,8 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
     write_card(tmp_path, facts)
     for line in ("![What the network saw](views.png)", "![How it learned](curves.png)", "![A map](map.png)"):
         assert readme(tmp_path).count(line) == 1
+    results, _ = readme(tmp_path).split("## Monitoring")
+    assert results.count("![Every k](knn_curve.png)") == readme(tmp_path).count("knn_curve.png") == 1
     assert 'from_pretrained("my-encoder", subfolder="pretraining")' in readme(tmp_path)
 
 

@@ -232,6 +232,40 @@ def test_class_token_and_mean_side_by_side(digits, encoder) -> None:
     assert "poolings" not in measured(encoder[0], compare_poolings=True)
 
 
+def test_a_vision_transformer_has_further_features_for_the_probes(digits, encoder) -> None:
+    """And a ResNet has none for the grid, but positions for the attentive probe."""
+    images, labels = digits
+    torch.manual_seed(1)
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    vit = ViTModel(config, add_pooling_layer=False)
+    attentive = {"epochs": 12, "learning_rates": [0.01, 0.1], "batch_size": 30}
+    probes = {"linear": {"epochs": 40}, "attentive": attentive}
+    settings = small(protocols=["linear", "attentive"], settings=probes, precision="float32")
+    for model, keys, patches in (
+        (vit, ["linear_probe", "linear_grid", "attentive_probe"], 16),
+        (encoder[0], ["linear_probe", "attentive_probe"], 16),
+    ):
+        splits = Images(images[:300], labels[:300], (3,)), Images(images[300:500], labels[300:500])
+        result = evaluate_encoder(model, *splits, settings, encoder[1])
+        assert [each["key"] for each in result["protocols"]] == keys
+        assert result["skipped"] == [] and result["images"]["train"] == 299
+        assert f"{patches} frozen patch tokens (1 head)" in result["protocols"][-1]["text"]
+        values = [each["value"] for each in result["protocols"]]
+        assert all(0.15 < value < 1 for value in values), values
+        alone = evaluate_encoder(
+            model, *splits, small(protocols=["linear"], settings={"linear": {"epochs": 40, "features": []}},
+            precision="float32"), encoder[1],
+        )  # fmt: skip
+        assert alone["protocols"] == result["protocols"][:1]
+    only_features = torch.randn(60, 8), labels[:60], torch.randn(60, 8), labels[:60]
+    result = evaluate_features({"protocols": ["attentive"]}, *only_features)
+    assert result["protocols"] == []
+    assert result["skipped"] == ["attentive probe: it needs an encoder, and only features were given"]
+
+
 def test_diverged_encoder_is_told_apart(digits, encoder) -> None:
     images, labels = digits
     model, processor = encoder

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import few_label_knn, knn_accuracy
-from hf_ssl.evaluation.knn import leave_one_out_knn, nearest
+from hf_ssl.evaluation.knn import leave_one_out_knn, nearest, vote
 
 
 def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +93,71 @@ def test_chunks_change_nothing(query_chunk: int, bank_chunk: int, monkeypatch: p
     expected = (queries.double() @ bank.double().T).sort(dim=1, descending=True)
     torch.testing.assert_close(cosines.double(), expected.values[:, :17], atol=1e-6, rtol=0)
     assert torch.equal(rows, expected.indices[:, :17])
+
+
+def with_exact_cosines(images: int, seed: int) -> torch.Tensor:
+    """Rows of 16 signs: all cosines are multiples of 1 / 8, so that most neighbors tie, without rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (images, 16), generator=generator).float() * 2 - 1
+
+
+@pytest.mark.parametrize("bank_chunk", [7, 64, 1000])
+@pytest.mark.parametrize("copies", [1, 10, 300])
+def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
+    bank_chunk: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_ssl.evaluation.knn.QUERY_CHUNK", 11)
+    monkeypatch.setattr("hf_ssl.evaluation.knn.BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr("hf_ssl.evaluation.knn._PRODUCT_CHUNK", 50)
+    monkeypatch.setattr("hf_ssl.evaluation.knn._TIED_ROWS", 3)
+    bank = with_exact_cosines(-(-300 // copies), seed=0).repeat(copies, 1)[:300]
+    queries = with_exact_cosines(40, seed=1)
+    exact = queries.double() @ bank.double().T
+    expected = [sorted(range(300), key=lambda row: (-line[row], row)) for line in exact.tolist()]
+    assert sum(len(set(line)) for line in exact.tolist()) < 40 * 17 + 1 < 40 * 300
+    for k in (1, 2, 20, 299, 300):
+        cosines, rows = nearest(F.normalize(bank, dim=1), F.normalize(queries, dim=1), k)
+        assert rows.tolist() == [line[:k] for line in expected]
+        torch.testing.assert_close(cosines.double(), exact.gather(1, rows) / 16, rtol=0, atol=0)
+
+
+def test_copies_of_any_image_have_equal_cosines() -> None:
+    """The place of a copy in the bank does not change its cosine, so the lower row comes first."""
+    rows = F.normalize(clustered(20, seed=12, width=67)[0], dim=1)
+    bank = rows.repeat(153, 1)
+    _, found = nearest(bank, rows[:9], 153)
+    assert torch.equal(found, torch.arange(9)[:, None] + 20 * torch.arange(153))
+
+
+def test_classes_equal_brute_force_also_if_votes_tie() -> None:
+    bank, queries = with_exact_cosines(300, seed=2), with_exact_cosines(80, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    labels, answers = (torch.randint(6, (count,), generator=generator) for count in (300, 80))
+    arrays = bank.double().numpy(), labels, queries.double().numpy(), answers
+    result = knn_accuracy(bank, labels, queries, answers, neighbors=[1, 2, 5, 20, 77], temperatures=[0.5])
+    for (k, temperature), accuracy in result.items():
+        assert accuracy == pytest.approx(loop_accuracy(*arrays, k, temperature), abs=1e-12), k
+    # Two votes of equal weight: the prediction is the lower class, whatever the order in the bank.
+    for first, second in ((3, 1), (1, 3)):
+        pair = torch.ones(2, 4), [first, second], torch.ones(1, 4), [1]
+        assert knn_accuracy(*pair, neighbors=[2], temperatures=[0.1]) == {(2, 0.1): 1.0}
+
+
+def test_sums_of_votes_are_kept_for_settings() -> None:
+    bank, labels = clustered(90, seed=13)
+    queries, answers = clustered(50, seed=14)
+    found = vote(
+        bank, labels, queries, answers, neighbors=[3, 9], temperatures=[0.1, 0.5], keep=[(9, 0.5), (3, 0.1)]
+    )
+    assert list(found.scores) == [(9, 0.5), (3, 0.1)]
+    for setting, scores in found.scores.items():
+        assert scores.shape == (50, 5)
+        assert float((scores.argmax(1) == answers).double().mean()) == found.accuracies[setting]
+    cosines = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    top = cosines.topk(9)
+    weights = ((top.values - top.values[:, :1]) / 0.5).exp()
+    expected = torch.zeros(50, 5).scatter_add_(1, labels[top.indices], weights)
+    torch.testing.assert_close(found.scores[9, 0.5].float(), expected)
 
 
 def test_small_temperature_does_not_overflow() -> None:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import knn_accuracy, linear_probe
+from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.knn import leave_one_out_knn
-from hf_ssl.evaluation.protocols.linear import train_heads
+from hf_ssl.evaluation.protocols.linear import GRID, Config, run, train_heads
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
@@ -160,3 +161,84 @@ def test_bad_input_is_refused_in_words(change: dict, parts: list) -> None:
     } | change  # fmt: skip
     with pytest.raises(UserError, match=mentions("linear probe", *parts)):
         linear_probe(**arguments)
+
+
+def grid_inputs(seed: int, names: list[str], signal: str) -> Inputs:
+    """Features of the grid in which one feature shows the class, and the others are noise."""
+    generator = torch.Generator().manual_seed(seed)
+    splits = []
+    for count, name in ((300, "train"), (120, "test")):
+        labels = torch.arange(count) % 3
+        noise = {key: torch.randn(count, 8 + width, generator=generator) for width, key in enumerate(names)}
+        if signal in noise:
+            noise[signal][:, :3] += 3 * F.one_hot(labels, 3)
+        splits.append(Split(torch.randn(count, 8, generator=generator), labels, name, noise))
+    return Inputs(*splits, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("signal", GRID)
+def test_the_grid_finds_the_feature_that_shows_the_class(signal: str) -> None:
+    inputs, config = grid_inputs(0, list(GRID), signal), Config(epochs=5)
+    published, grid = run(inputs, config)
+    assert published["key"] == "linear_probe" and grid["key"] == "linear_grid"
+    assert published["value"] < 0.5 < 0.9 < grid["value"]
+    assert grid["selection"]["feature"] == signal
+    assert f"the feature {signal} ({GRID[signal]})" in grid["text"]
+    assert "13 learning rates, 0.0001 to 100, of cls, cls_mean, cls_last4, cls_last4_mean" in grid["text"]
+    assert "120 images of split test" in grid["text"]
+    validation = grid["details"]["validation"]
+    assert list(validation) == list(GRID)
+    best = max(value for rates in validation.values() for value in rates.values())
+    assert validation[signal][str(grid["selection"]["learning_rate"])] == best
+    for result in (published, grid):
+        curves = result["details"]["epochs"]
+        assert len(curves["train"]) == len(curves["test"]) == 5
+        assert curves["test"][-1] == result["value"]
+
+
+def test_each_feature_of_the_grid_is_trained_as_if_it_were_alone() -> None:
+    """And the heads are those of torch's SGD, feature by feature and rate by rate."""
+    inputs, config = grid_inputs(1, list(GRID), "cls_mean"), Config(epochs=2, learning_rates=[0.03, 1.0])
+    (_, grid), labels = run(inputs, config), inputs.train.labels
+    for name in GRID:
+        rows = inputs.train.further[name]
+        alone = linear_probe(
+            rows, labels, inputs.test.further[name], inputs.test.labels, epochs=2, learning_rates=[0.03, 1.0]
+        )
+        assert grid["details"]["validation"][name] == {
+            str(key): value for key, value in alone.validation.items()
+        }
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(300, generator=generator)
+        chosen, kept = order[:30], order[30:]
+        state = generator.get_state()
+        for rate in (0.03, 1.0):
+            generator.set_state(state)
+            head = torch_head(rows[kept], labels[kept], 3, rate, 2, 256, generator)
+            right = (rows[chosen] @ head[:-1] + head[-1]).argmax(1) == labels[chosen]
+            assert alone.validation[rate] == pytest.approx(float(right.double().mean()))
+
+
+def test_the_grid_needs_several_features_and_leaves_the_published_number_unchanged() -> None:
+    inputs, config = grid_inputs(2, list(GRID), "cls"), Config(epochs=2)
+    published, grid = run(inputs, config)
+    for features, keys in (([], 1), (["cls"], 1), (["cls", "cls_last4"], 2)):
+        results = run(inputs, Config(epochs=2, features=features))
+        assert len(results) == keys and results[0] == published
+    assert results[1]["id"] != grid["id"] and results[1]["column"] == "linear probe, best of 2 features"
+    inputs.train.further.clear()  # an encoder without class token
+    assert run(inputs, config) == [published]
+    with pytest.raises(
+        UserError, match=mentions("evaluation.settings.linear.features", "cls_max", "cls_mean")
+    ):
+        Config(features=["cls_max"]).check("evaluation.settings.linear")
+
+
+def test_the_test_labels_choose_no_feature() -> None:
+    inputs, config = grid_inputs(3, list(GRID), ""), Config(epochs=2)
+    honest = run(inputs, config)[1]
+    inputs.test.labels = (inputs.test.labels + 1) % 3
+    wrong = run(inputs, config)[1]
+    assert honest["selection"] == wrong["selection"]
+    assert honest["details"]["validation"] == wrong["details"]["validation"]
+    assert honest["value"] != wrong["value"]

@@ -16,8 +16,9 @@ from hf_ssl.hub.remote import UNCHANGED
 
 REPO = "someone/digits"
 FILES = {
-    "README.md", "config.json", "curves.png", "facts.json", "model.safetensors", "preprocessor_config.json",
-    "pretraining/config.json", "pretraining/model.safetensors", "results/smoke/simclr.json", "views.png",
+    "README.md", "config.json", "curves.png", "facts.json", "knn_curve.png", "model.safetensors",
+    "preprocessor_config.json", "pretraining/config.json", "pretraining/model.safetensors",
+    "probe_epochs.png", "results/smoke/simclr.json", "views.png",
 }  # fmt: skip
 # These files contain the name of the repository, which differs from that of the folder.
 RENAMED = {"README.md", "facts.json"}
@@ -106,7 +107,7 @@ def test_a_dry_run_needs_no_token_and_no_network(
     assert publish(finished_run, "name", private=True, dry_run=True) is None
     *listed, total = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in listed} == FILES and all(line.endswith("B") for line in listed)
-    assert "10 files, " in total and "to name (private)" in total
+    assert f"{len(FILES)} files, " in total and "to name (private)" in total
     assert hub.requests == []
 
 

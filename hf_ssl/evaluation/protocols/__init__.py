@@ -41,6 +41,9 @@ PROTOCOLS: dict[str, Protocol] = {
         "k-NN with few labels", "The nearest one of a few labeled images gives the class.", of_pixels=True
     ),
     "linear": Protocol("linear probe", "SGD trains a linear classifier on frozen features."),
+    "attentive": Protocol(
+        "attentive probe", "A learned query attends to frozen patch tokens.", needs_encoder=True
+    ),
     "logistic_regression": Protocol(
         "logistic regression", "L-BFGS finds the best linear classifier with a penalty on its weights."
     ),

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted k-NN: the nearest training images vote for the class. It trains nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.config import MAIN_KNN, NEIGHBORS, TEMPERATURES, are_positive
 from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result
-from hf_ssl.evaluation.knn import Voters, accuracy_grid, scores, search
+from hf_ssl.evaluation.knn import Votes, vote
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.random import permutation
 
@@ -51,18 +52,21 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """
     train, test = inputs.train, inputs.test
     counts = _counts(inputs, config)
+    main = main_setting(counts, config.temperatures)
     with inputs.progress("k-NN"):
-        found = _search(inputs, train, test, max(counts))
-        grid = accuracy_grid(found, counts, config.temperatures)
         selected = _select(inputs, counts, config.temperatures)
-    cells = [{"neighbors": k, "temperature": t, "accuracy": value} for (k, t), value in grid.items()]
-    k, temperature = main_setting(grid)
+        best = () if selected is None else (selected[0],)
+        found = _vote(inputs, train, test, counts, config.temperatures, keep=(main, *best))
+    cells = [
+        {"neighbors": k, "temperature": t, "accuracy": value} for (k, t), value in found.accuracies.items()
+    ]
+    k, temperature = main
     results = [
         accuracy_result(
             "knn",
             VERSION,
             {"neighbors": k, "temperature": temperature},
-            scores(found, k, temperature),
+            found.scores[main],
             found.labels,
             key=f"knn_{k}",
             title=f"{k}-NN accuracy",
@@ -82,7 +86,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             "knn",
             VERSION,
             settings,
-            scores(found, k, temperature),
+            found.scores[selected[0]],
             found.labels,
             key="knn_selected",
             title="k-NN accuracy with the selected k",
@@ -114,10 +118,18 @@ def _counts(inputs: Inputs, config: Config) -> list[int]:
     return counts
 
 
-def _search(inputs: Inputs, train: Split, test: Split, neighbors: int) -> Voters:
-    return search(
-        train.features, train.labels, test.features, test.labels, neighbors=neighbors, device=inputs.device
-    )
+def _vote(
+    inputs: Inputs,
+    bank: Split,
+    queries: Split,
+    counts: list[int],
+    temperatures: list[float],
+    keep: Sequence[tuple[int, float]] = (),
+) -> Votes:
+    return vote(
+        bank.features, bank.labels, queries.features, queries.labels,
+        neighbors=counts, temperatures=temperatures, keep=keep, device=inputs.device,
+    )  # fmt: skip
 
 
 def _select(
@@ -135,18 +147,16 @@ def _select(
     usable = [k for k in counts if k <= len(bank)]
     if len(usable) * len(temperatures) < 2 or len(bank.labels.unique()) < 2:
         return None
-    grid = accuracy_grid(_search(inputs, bank, queries, max(usable)), usable, temperatures)
+    grid = _vote(inputs, bank, queries, usable, temperatures).accuracies
     return max(grid, key=lambda setting: grid[setting]), held_out
 
 
-def main_setting(grid: dict[tuple[int, float], float]) -> tuple[int, float]:
-    """Return the main k and temperature, which are chosen independently.
+def main_setting(counts: Sequence[int], temperatures: Sequence[float]) -> tuple[int, float]:
+    """Return the main k and temperature of the measured ones, which are chosen independently.
 
-    k is the largest measured one up to 20, or the smallest one if all are above 20. The temperature is 0.07
-    if it was measured, otherwise the first one.
+    k is the largest one up to 20, or the smallest one if all are above 20. The temperature is 0.07 if it was
+    measured, otherwise the first one.
     """
-    counts = sorted({k for k, _ in grid})
-    temperatures = [temperature for _, temperature in grid]
     below = [k for k in counts if k <= MAIN_KNN[0]]
     temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
-    return below[-1] if below else counts[0], temperature
+    return max(below) if below else min(counts), temperature

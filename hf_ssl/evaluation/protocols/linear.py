@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear probe: the accuracy of a linear classifier on frozen features, which are computed once and cached.
 
+The first number is that of the published feature. For an encoder with a class token, the second number is
+that of DINOv2's grid: the best one of several features and learning rates.
+
 Legend: N training rows, B rows in a step, D features, C classes, R learning rates trained simultaneously.
 """
 
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_name, check_values
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.inputs import Inputs, accuracy_result
 from hf_ssl.evaluation.knn import as_labels, check_features
@@ -21,6 +24,12 @@ from hf_ssl.evaluation.results import ProtocolResult
 VERSION = 1
 MOMENTUM = 0.9
 HELD_OUT = 0.1
+GRID = {
+    "cls": "the class token",
+    "cls_mean": "the class token and the mean of the patch tokens",
+    "cls_last4": "the class tokens of the last four blocks",
+    "cls_last4_mean": "the class tokens of the last four blocks and the mean of the patch tokens",
+}
 
 
 @dataclass
@@ -31,12 +40,14 @@ class Config:
         learning_rates: initial learning rates for this batch size, which are trained simultaneously.
         epochs, batch_size: of the training.
         standardize: see `linear_probe`.
+        features: features of DINOv2's grid, names of `GRID`; []: only the published feature.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
     epochs: int = 100
     batch_size: int = 256
     standardize: bool = False
+    features: list[str] = field(default_factory=lambda: list(GRID))
 
     def check(self, where: str) -> None:
         """Raise UserError for a value outside of its range."""
@@ -47,44 +58,77 @@ class Config:
             ("epochs", self.epochs, self.epochs > 0, "a positive number"),
             ("batch_size", self.batch_size, self.batch_size > 0, "a positive number"),
         )
+        for name in self.features:
+            check_name(f"{where}.features", name, GRID, "known features")
+
+
+def features(config: Config) -> list[str]:
+    """Return the further features for the grid."""
+    return list(config.features)
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the accuracy of the classifier with the selected learning rate, see `linear_probe`."""
+    """Return the accuracy of the classifier with the selected learning rate, see `linear_probe`.
+
+    If the encoder has more than one feature of the grid, the second result is that of the selected feature
+    and learning rate.
+    """
+    results = [_result(inputs, config, {})]
+    train, test = inputs.train.further, inputs.test.further
+    grid = {name: (train[name], test[name]) for name in GRID if name in config.features and name in train}
+    if len(grid) > 1:
+        results.append(_result(inputs, config, grid))
+    return results
+
+
+def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor]]) -> ProtocolResult:
+    """Return the result of the features of a grid, or of the published feature if there are none."""
     train, test = inputs.train, inputs.test
-    with inputs.progress("linear probe", 2 * config.epochs, "epoch") as bar:  # of the sweep, and of the best
-        probe, logits_NC = _fit(
-            train.features, train.labels, test.features, test.labels, **asdict(config),
+    candidates = grid or {"": (train.features, test.features)}
+    epochs = (len(candidates) + 1) * config.epochs  # of the sweep, and of the best one
+    settings = asdict(config)
+    del settings["features"]
+    with inputs.progress("linear probe", epochs, "epoch") as bar:
+        fit = _fit(
+            list(candidates.values()), train.labels, test.labels, **settings,
             seed=inputs.seed, device=inputs.device, advance=bar.update,
         )  # fmt: skip
-    rates = sorted(config.learning_rates)
+    probe, feature = fit.probe, list(candidates)[fit.feature]
+    rates = sorted(set(config.learning_rates))
     state = "standardized" if config.standardize else "not standardized"
     edge = " (at the edge of the sweep)" if probe.at_edge else ""
     selected_on = f"{100 * HELD_OUT:g} % of the training images"
-    return [
-        accuracy_result(
-            "linear",
-            VERSION,
-            asdict(config) | {"seed": inputs.seed},
-            logits_NC,
-            test.labels,
-            key="linear_probe",
-            title="Linear probe accuracy",
-            column="linear probe",
-            text=f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, "
-            f"momentum {MOMENTUM:g}, no weight decay, {probe.epochs} epochs, batch size {probe.batch_size}, "
-            f"cosine schedule. The learning rate {probe.learning_rate:g}{edge} had the highest accuracy on a "
-            f"held-out {selected_on} ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g}). The final "
-            f"classifier was trained on all {train} and tested on {test}",
-            selection={"learning_rate": probe.learning_rate},
-            selected_on=selected_on,
-            details={
-                "at_edge": probe.at_edge,
-                "validation_accuracy": probe.validation_accuracy,
-                "validation": {str(rate): value for rate, value in probe.validation.items()},
-            },
-        )
-    ]
+    selected = f"The learning rate {probe.learning_rate:g}{edge}"
+    tested = f"{len(rates)} tested, {rates[0]:g} to {rates[-1]:g}"
+    if grid:
+        selected += f" and the feature {feature} ({GRID[feature]})"
+        tested = f"{len(rates)} learning rates, {rates[0]:g} to {rates[-1]:g}, of {', '.join(grid)}"
+    validation = {
+        name: {str(rate): value for rate, value in found.items()}
+        for name, found in zip(candidates, fit.validation, strict=True)
+    }
+    return accuracy_result(
+        "linear",
+        VERSION,
+        settings | {"seed": inputs.seed} | ({"features": list(grid)} if grid else {}),
+        fit.scores,
+        test.labels,
+        key="linear_grid" if grid else "linear_probe",
+        title="Linear probe accuracy with the selected feature" if grid else "Linear probe accuracy",
+        column=f"linear probe, best of {len(grid)} features" if grid else "linear probe",
+        text=f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, "
+        f"momentum {MOMENTUM:g}, no weight decay, {probe.epochs} epochs, batch size {probe.batch_size}, "
+        f"cosine schedule. {selected} had the highest accuracy on a held-out {selected_on} ({tested}). The "
+        f"final classifier was trained on all {train} and tested on {test}",
+        selection={"learning_rate": probe.learning_rate} | ({"feature": feature} if grid else {}),
+        selected_on=selected_on,
+        details={
+            "at_edge": probe.at_edge,
+            "validation_accuracy": probe.validation_accuracy,
+            "validation": validation if grid else validation[""],
+            "epochs": fit.epochs,
+        },
+    )
 
 
 class LinearProbe(NamedTuple):
@@ -152,14 +196,32 @@ def linear_probe(
     size 256); DINOv2 (2304.07193) for training the heads of the sweep together. Difference: published sweeps
     choose the learning rate on the split that they report.
     """
-    data = (train_features, train_labels, test_features, test_labels)
-    return _fit(*data, learning_rates, epochs, batch_size, standardize, seed, device, advance)[0]
+    features = [(train_features, test_features)]
+    settings = (learning_rates, epochs, batch_size, standardize, seed, device, advance)
+    return _fit(features, train_labels, test_labels, *settings).probe
+
+
+class _Fit(NamedTuple):
+    """Result of `_fit`.
+
+    Attributes:
+        probe: the result for the best feature.
+        feature: number of the best feature.
+        validation: accuracy on the held-out rows for each feature and each learning rate.
+        epochs: {"train": .., "test": ..}, the accuracies of the final head after each epoch.
+        scores: logits of the test images (N, C).
+    """
+
+    probe: LinearProbe
+    feature: int
+    validation: list[dict[float, float]]
+    epochs: dict[str, list[float]]
+    scores: Tensor
 
 
 def _fit(
-    train_features: Tensor,
+    features: Sequence[tuple[Tensor, Tensor]],
     train_labels: Any,
-    test_features: Tensor,
     test_labels: Any,
     learning_rates: Sequence[float],
     epochs: int,
@@ -168,40 +230,69 @@ def _fit(
     seed: int,
     device: torch.device | str | None,
     advance: Callable[[int], object],
-) -> tuple[LinearProbe, Tensor]:
-    """Return the result of `linear_probe`, and the logits of the test images (N, C)."""
-    train_features = check_features(train_features, "linear probe, training")
-    test_features = check_features(test_features, "linear probe, test", train_features.shape[1])
+) -> _Fit:
+    """Return the result of `linear_probe` for the best one of several features.
+
+    The heads of all features see the same batches.
+
+    Args:
+        features: training rows and test rows of each feature.
+        Others: as for `linear_probe`.
+    """
     rates = sorted(set(learning_rates))
     if not are_positive(rates) or epochs < 1 or batch_size < 1:
         raise UserError(
             f"linear probe: expected positive settings, got {rates}, {epochs} epochs, batch {batch_size}"
         )
-    if len(train_features) < 2:
+    pairs = [_prepare(*pair, standardize, device) for pair in features]
+    train, test = pairs[0]
+    if len(train) < 2:
         raise UserError("linear probe: expected at least 2 training images, got 1")
-    device = torch.device(device) if device is not None else train_features.device
-    features = train_features.to(device=device, dtype=torch.float32)
-    labels = as_labels(train_labels, len(features), "linear probe, training").to(device)
-    test = test_features.to(device=device, dtype=torch.float32)
-    test_targets = as_labels(test_labels, len(test), "linear probe, test").to(device)
-    if standardize:
-        mean, deviation = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-        features, test = (features - mean) / deviation, (test - mean) / deviation
-    classes = int(torch.maximum(labels.max(), test_targets.max())) + 1
+    labels = as_labels(train_labels, len(train), "linear probe, training").to(train.device)
+    targets = as_labels(test_labels, len(test), "linear probe, test").to(train.device)
+    classes = int(torch.maximum(labels.max(), targets.max())) + 1
 
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(features), generator=generator).to(device)
-    held_out = max(1, round(HELD_OUT * len(features)))
+    order = torch.randperm(len(train), generator=generator).to(train.device)
+    held_out = max(1, round(HELD_OUT * len(train)))
     chosen, kept = order[:held_out], order[held_out:]
-    heads = train_heads(features[kept], labels[kept], classes, rates, epochs, batch_size, generator, advance)
-    validation = dict(zip(rates, heads_accuracy(heads, features[chosen], labels[chosen]), strict=True))
-    best = max(rates, key=lambda rate: validation[rate])
+    validation = []
+    state = generator.get_state()
+    for rows, _ in pairs:
+        generator.set_state(state)
+        heads = train_heads(rows[kept], labels[kept], classes, rates, epochs, batch_size, generator, advance)
+        accuracies = heads_accuracy(heads, rows[chosen], labels[chosen])
+        validation.append(dict(zip(rates, accuracies, strict=True)))
+    settings = [(number, rate) for number in range(len(pairs)) for rate in rates]
+    feature, best = max(settings, key=lambda setting: validation[setting[0]][setting[1]])
 
-    head = train_heads(features, labels, classes, [best], epochs, batch_size, generator, advance)
+    train, test = pairs[feature]
+    curves: dict[str, list[float]] = {"train": [], "test": []}
+
+    def record(heads: Tensor) -> None:
+        curves["train"] += heads_accuracy(heads, train, labels)
+        curves["test"] += heads_accuracy(heads, test, targets)
+
+    head = train_heads(train, labels, classes, [best], epochs, batch_size, generator, advance, record)
     scores = torch.cat([logits(head, rows)[:, 0] for rows in test.split(4096)])
-    accuracy = int((scores.argmax(dim=1) == test_targets).sum()) / len(test_targets)
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-    return LinearProbe(accuracy, best, validation[best], validation, at_edge, epochs, batch_size), scores
+    found = validation[feature]
+    probe = LinearProbe(curves["test"][-1], best, found[best], found, at_edge, epochs, batch_size)
+    return _Fit(probe, feature, validation, curves, scores)
+
+
+def _prepare(
+    train: Tensor, test: Tensor, standardize: bool, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    """Return the checked float32 rows of both splits on the device of the computation."""
+    train = check_features(train, "linear probe, training")
+    test = check_features(test, "linear probe, test", train.shape[1])
+    device = torch.device(device) if device is not None else train.device
+    train, test = (rows.to(device=device, dtype=torch.float32) for rows in (train, test))
+    if standardize:
+        mean, deviation = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
+    return train, test
 
 
 def train_heads(
@@ -213,6 +304,7 @@ def train_heads(
     batch_size: int,
     generator: torch.Generator,
     advance: Callable[[int], object] = lambda epochs: None,
+    after_epoch: Callable[[Tensor], object] = lambda heads: None,
 ) -> Tensor:
     """Return one linear head per learning rate, trained on the same batches, as one tensor (D + 1, R, C).
 
@@ -227,27 +319,30 @@ def train_heads(
         epochs, batch_size: settings of the training.
         generator: generator for the order of the rows.
         advance: called with 1 after each epoch.
+        after_epoch: called with the heads after each epoch.
     """
     rows, width = features.shape
     heads = features.new_zeros(width + 1, len(learning_rates), classes)
     velocity = torch.zeros_like(heads)
-    gradient = torch.zeros_like(heads)
+    buffer = features.new_empty(min(batch_size, rows), width)  # new memory pages would cost a tenth of a step
     rates = torch.tensor(learning_rates, device=features.device, dtype=features.dtype)[None, :, None]
     steps_in_epoch = math.ceil(rows / batch_size)
     step, steps = 0, epochs * steps_in_epoch
     for _ in range(epochs):
         order = torch.randperm(rows, generator=generator).to(features.device)
         for index in order.split(batch_size):
-            batch = features.index_select(0, index)
+            batch = torch.index_select(features, 0, index, out=buffer[: len(index)])
             error = logits(heads, batch).softmax(dim=2)
             target = labels[index][:, None, None].expand(-1, len(learning_rates), 1)
             error.scatter_add_(2, target, error.new_full(target.shape, -1.0))
             error /= len(index)
-            torch.mm(batch.T, error.flatten(1), out=gradient[:-1].view(width, -1))
-            torch.sum(error, dim=0, out=gradient[-1])
-            velocity.mul_(MOMENTUM).add_(gradient)
-            heads.sub_(velocity * (rates * (0.5 * (1 + math.cos(math.pi * step / steps)))))
+            # The product of the gradient also multiplies the velocity by the momentum and adds it.
+            velocity[:-1].view(width, -1).addmm_(batch.T, error.flatten(1), beta=MOMENTUM)
+            velocity[-1].mul_(MOMENTUM).add_(error.sum(dim=0))
+            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+            heads.addcmul_(velocity, rates * factor, value=-1)
             step += 1
+        after_epoch(heads)
         advance(1)
     return heads
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of evaluation results: the k curve of k-NN, and the accuracy of probes per epoch (layer 1)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.files import replaced_file
+
+K_CURVE, PROBE_EPOCHS = "knn_curve.png", "probe_epochs.png"
+CAPTIONS = {
+    K_CURVE: "Accuracy of weighted k-NN on test images for each k. The ring marks the k that was selected on "
+    "held-out training images.",
+    PROBE_EPOCHS: "Accuracy of the final probes on training images (dashed) and on test images after each "
+    "epoch. No epoch was selected.",
+}
+"""Name of each picture -> its caption."""
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
+
+
+def write_plots(folder: Path, results: Mapping[str, EncoderResult], names: Mapping[str, str]) -> list[str]:
+    """Write the pictures of results and return their names. Pictures of earlier results are removed.
+
+    Args:
+        folder: existing folder for `K_CURVE` and `PROBE_EPOCHS`.
+        results: the results by encoder: "trained", "raw_pixels", ...
+        names: names of the encoders in the legends; a missing name is the key itself.
+    """
+    written = []
+    draw: dict[str, Callable[..., Any]] = {K_CURVE: k_curve, PROBE_EPOCHS: probe_epochs}
+    for picture, function in draw.items():
+        figure = function({names.get(key, key): result for key, result in results.items()})
+        if figure is None:
+            (folder / picture).unlink(missing_ok=True)
+            continue
+        with replaced_file(folder / picture) as staging:
+            figure.savefig(staging, format="png")
+        written.append(picture)
+    return written
+
+
+def k_curve(results: Mapping[str, EncoderResult]) -> Any:
+    """Return a figure with the k-NN accuracy over k, or None if there are fewer than two values of k.
+
+    The temperature is the main one of each result. A band shows one standard error.
+
+    Args:
+        results: the results by name of the encoder.
+    """
+    lines = {name: _cells(result) for name, result in results.items()}
+    lines = {name: cells for name, cells in lines.items() if len(cells) > 1}
+    if not lines:
+        return None
+    figure, (axes,) = _new_figure(1)
+    for (name, cells), color in zip(lines.items(), _COLORS, strict=False):
+        images = results[name]["images"]["test"]
+        counts, values = zip(*sorted(cells.items()), strict=True)
+        errors = [(value * (1 - value) / images) ** 0.5 for value in values]
+        low, high = (
+            [value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1)
+        )
+        axes.plot(counts, values, label=name, color=color, linewidth=1.4, marker="o", markersize=3)
+        axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
+        for selected in find_results(results[name], "knn"):
+            k = selected["selection"].get("neighbors")
+            if k in cells:
+                axes.plot(k, cells[k], marker="o", markersize=9, color=color, fillstyle="none")
+    temperature = find_results(results[next(iter(lines))], "knn")[0]["details"]["temperature"]
+    ticks = sorted({k for cells in lines.values() for k in cells})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{k:,}" for k in ticks])
+    axes.minorticks_off()
+    _label(axes, f"k-NN, temperature {temperature:g}", "k")
+    return figure
+
+
+def _cells(result: EncoderResult) -> dict[int, float]:
+    """Return {k: accuracy} of k-NN at the main temperature."""
+    for each in find_results(result, "knn"):
+        details = each["details"]
+        return {
+            cell["neighbors"]: cell["accuracy"]
+            for cell in details.get("grid", ())
+            if cell.get("temperature") == details["temperature"] and "accuracy" in cell
+        }
+    return {}
+
+
+def probe_epochs(results: Mapping[str, EncoderResult]) -> Any:
+    """Return a figure with one panel per encoder and the accuracies of its probes per epoch, or None.
+
+    Args:
+        results: the results by name of the encoder.
+    """
+    probes = {name: _probes(result) for name, result in results.items()}
+    probes = {name: found for name, found in probes.items() if found}
+    if not probes:
+        return None
+    figure, panels = _new_figure(len(probes))
+    for (name, found), axes in zip(probes.items(), panels, strict=True):
+        for probe, color in zip(found, _COLORS, strict=False):
+            curves = probe["details"]["epochs"]
+            for split, style in (("train", "--"), ("test", "-")):
+                values = curves[split]
+                # The epochs of probes differ, so the axis is the share of the training.
+                share = [100 * (number + 1) / len(values) for number in range(len(values))]
+                label = probe["column"] if split == "test" else None
+                axes.plot(share, values, style, color=color, linewidth=1.2, label=label)
+        _label(axes, name, "share of the epochs in % (dashed: training images)")
+    return figure
+
+
+def _probes(result: EncoderResult) -> list[ProtocolResult]:
+    return [each for each in result["protocols"] if each["details"].get("epochs")]
+
+
+def _new_figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure  # pyplot would need global state
+
+    figure = Figure(figsize=(5.2 * panels if panels > 1 else 6.2, 3.8), layout="constrained", dpi=110)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _label(axes: Any, title: str, horizontal: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(horizontal, fontsize=8)
+    axes.set_ylabel("accuracy", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
