@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.average_precision import average_precisions, mean_average_precision
     from hf_ssl.evaluation.config import EvaluationConfig
-    from hf_ssl.evaluation.evaluate import LabeledData, evaluate_encoder, evaluate_features, evaluate_pixels
+    from hf_ssl.evaluation.evaluate import evaluate_encoder, evaluate_features, evaluate_pixels
     from hf_ssl.evaluation.features import (
         extract_features,
         fastest_device,
         load_encoder,
         raw_pixels,
     )
-    from hf_ssl.evaluation.inputs import class_metrics
+    from hf_ssl.evaluation.inputs import LabeledData, class_metrics
     from hf_ssl.evaluation.knn import knn_accuracy
     from hf_ssl.evaluation.protocols import PROTOCOLS
     from hf_ssl.evaluation.protocols.few_label_knn import FewLabel, few_label_knn

@@ -3,11 +3,11 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,11 @@ from transformers import BaseImageProcessor
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MAIN_KNN, EvaluationConfig
-from hf_ssl.evaluation.feature_cache import (
-    FeatureCache,
-    encoder_fingerprint,
-    feature_key,
-    read_or_extract,
-)
+from hf_ssl.evaluation.feature_cache import cached_features
 from hf_ssl.evaluation.features import (
     PatchGrid,
     device_of,
     dtype_of,
-    extract_poolings,
     fastest_device,
     first_output,
     inspect_encoder,
@@ -34,7 +28,7 @@ from hf_ssl.evaluation.features import (
     load_processor,
     raw_pixels,
 )
-from hf_ssl.evaluation.inputs import Inputs, has_several_labels, read_split
+from hf_ssl.evaluation.inputs import Inputs, LabeledData, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
@@ -43,24 +37,7 @@ from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
 from hf_ssl.precision import DTYPES, fastest_precision
-from hf_ssl.progress import notice
 from hf_ssl.views import ViewPreset
-
-
-class LabeledData(Protocol):
-    """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
-
-    The evaluation reads the labels after the images, because a broken image also removes its label.
-    """
-
-    @property
-    def labels(self) -> Any:
-        """Return the class numbers, int64 (N,)."""
-
-    def __len__(self) -> int: ...
-
-    def iter_batches(self, batch_size: int) -> Iterable[list[Tensor]]:
-        """Return batches, which are lists of uint8 tensors (C, H, W)."""
 
 
 def evaluate_encoder(
@@ -143,7 +120,9 @@ def evaluate_encoder(
             skipped = [str(error)]  # the image processor is not that of the encoder
     with _timed(seconds, "features"):
         (bank, queries), *of_grid = (
-            _features(config, encoder, processor, (train, test), poolings, precision, device, description)
+            cached_features(
+                config, encoder, processor, (train, test), poolings, precision, device, description
+            )
             for encoder, poolings in encoders.items()
         )
     inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
@@ -179,50 +158,6 @@ def evaluate_encoder(
     result["features"] = f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
     result["revision"] = getattr(test, "revision", None)
     return result
-
-
-def _features(
-    config: EvaluationConfig,
-    encoder: nn.Module,
-    processor: Any,
-    splits: tuple[LabeledData, LabeledData],
-    poolings: list[str],
-    precision: str,
-    device: torch.device,
-    description: str | None,
-) -> list[dict[str, Tensor]]:
-    """Return the features of both splits, which are read from the cache if they are stored there."""
-    cache = FeatureCache.of(config)
-    cached = [isinstance(images, LabeledImages) for images in splits]
-    fingerprint = None
-    if cache is not None and any(cached):  # hashing the weights takes time
-        if isinstance(encoder, PatchGrid):
-            of_grid = (encoder.patch, encoder.stride, encoder.pooling)
-            fingerprint = encoder_fingerprint(encoder.encoder, *of_grid)
-        else:
-            fingerprint = encoder_fingerprint(encoder)
-    found = []
-    for part, images in zip(("train", "test"), splits, strict=True):
-        words = None if description is None else f"{description}, {part} features"
-
-        def extract(names: list[str], images: LabeledData = images, words: str | None = words) -> Any:
-            return extract_poolings(
-                encoder,
-                processor,
-                images.iter_batches(config.batch_size),
-                poolings=names,
-                device=device,
-                dtype=DTYPES.get(precision),
-                total=len(images),
-                description=words,
-            )
-
-        key = feature_key(fingerprint, processor, images, precision, device)
-        features, stored = read_or_extract(cache, key, images, poolings, extract)
-        if stored and cache is not None and words is not None:
-            notice(f"{words}: {len(images):,} images from the cache {cache.folder}")
-        found.append(features)
-    return found
 
 
 def _main_setting(result: EncoderResult, bank: int) -> tuple[int, float]:

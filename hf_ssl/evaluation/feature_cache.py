@@ -30,7 +30,11 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_ssl.data import LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
+from hf_ssl.evaluation.features import PatchGrid, extract_poolings
+from hf_ssl.evaluation.inputs import LabeledData
 from hf_ssl.files import remove_incomplete, replaced_file
+from hf_ssl.precision import DTYPES
+from hf_ssl.progress import notice
 
 logger = logging.getLogger(__name__)
 
@@ -265,3 +269,47 @@ def _hash(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def cached_features(
+    config: EvaluationConfig,
+    encoder: nn.Module,
+    processor: Any,
+    splits: tuple[LabeledData, LabeledData],
+    poolings: list[str],
+    precision: str,
+    device: torch.device,
+    description: str | None,
+) -> list[dict[str, Tensor]]:
+    """Return the features of both splits, which are read from the cache if they are stored there."""
+    cache = FeatureCache.of(config)
+    cached = [isinstance(images, LabeledImages) for images in splits]
+    fingerprint = None
+    if cache is not None and any(cached):  # hashing the weights takes time
+        if isinstance(encoder, PatchGrid):
+            of_grid = (encoder.patch, encoder.stride, encoder.pooling)
+            fingerprint = encoder_fingerprint(encoder.encoder, *of_grid)
+        else:
+            fingerprint = encoder_fingerprint(encoder)
+    found = []
+    for part, images in zip(("train", "test"), splits, strict=True):
+        words = None if description is None else f"{description}, {part} features"
+
+        def extract(names: list[str], images: LabeledData = images, words: str | None = words) -> Any:
+            return extract_poolings(
+                encoder,
+                processor,
+                images.iter_batches(config.batch_size),
+                poolings=names,
+                device=device,
+                dtype=DTYPES.get(precision),
+                total=len(images),
+                description=words,
+            )
+
+        key = feature_key(fingerprint, processor, images, precision, device)
+        features, stored = read_or_extract(cache, key, images, poolings, extract)
+        if stored and cache is not None and words is not None:
+            notice(f"{words}: {len(images):,} images from the cache {cache.folder}")
+        found.append(features)
+    return found

@@ -4,10 +4,10 @@
 Legend: M training images, N test images, D features, C classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,22 @@ from hf_ssl.random import permutation
 
 HELD_OUT = 0.1
 """Share of the training images on which protocols select their settings."""
+
+
+class LabeledData(Protocol):
+    """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
+
+    The evaluation reads the labels after the images, because a broken image also removes its label.
+    """
+
+    @property
+    def labels(self) -> Any:
+        """Return the class numbers, int64 (N,)."""
+
+    def __len__(self) -> int: ...
+
+    def iter_batches(self, batch_size: int) -> Iterable[list[Tensor]]:
+        """Return batches, which are lists of uint8 tensors (C, H, W)."""
 
 
 @dataclass

@@ -225,9 +225,27 @@ def test_other_files_end_in_one_sentence(place, content, parts, tmp_path: Path, 
     assert not Path("comparison").exists()
 
 
-def test_results_of_version_0_1_are_compared() -> None:
+def in_old_layout(result: dict) -> dict:
+    """Return a result as version 0.1 stored it."""
+    numbers = {number["protocol"]: number for number in result["protocols"]}
+    knn, linear = numbers["knn"], numbers.get("linear")
+    words = {"knn": knn["text"], "linear": linear["text"] if linear else "", "features": result["features"]}
+    old = {key: value for key, value in result.items() if key not in ("protocols", "features", "revision")}
+    return old | {
+        "protocol": words,
+        "knn": knn["details"] | {"accuracy": knn["value"]},
+        "linear": linear and linear["details"] | {"accuracy": linear["value"]},
+        "few_labels": [],
+    }
+
+
+def test_results_of_version_0_1_are_compared(tmp_path: Path) -> None:
     root = Path(__file__).parents[2] / "training" / "results"
-    files = [root / "simclr_cifar10_cpu.json", root / "mae_vit_tiny_imagenette.json"]
+    files = [tmp_path / "simclr_cifar10_cpu.json", tmp_path / "mae_vit_tiny_imagenette.json"]
+    for file in files:
+        record = json.loads((root / file.name).read_text())[0]
+        record["results"] = {name: in_old_layout(result) for name, result in record["results"].items()}
+        file.write_text(json.dumps([record]))
     comparison = compare([run for file in files for run in entries_of(str(file))])
     stored = json.loads(files[0].read_text())[0]["results"]["trained"]["knn"]["accuracy"]
     column = next(column for column in comparison.columns if "cifar10" in column.data[0])
