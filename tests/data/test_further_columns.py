@@ -375,7 +375,7 @@ def test_wrong_settings_are_errors(settings, words):
         ([{"image": np.zeros((8, 8, 3), np.uint8)}] * 4, ("data.further_image_columns.depth", "image")),
         (
             [{"image": np.zeros((8, 8, 3), np.uint8), "depth": 3}] * 4,
-            ("data.further_image_columns.depth", "int"),
+            ("data.further_image_columns.depth", "float64"),
         ),
     ],
 )

@@ -28,6 +28,7 @@ from hf_ssl.evaluation import (
     evaluate_encoder,
     evaluate_features,
     evaluate_pixels,
+    feature_cache,
     knn_accuracy,
     linear_probe,
 )
@@ -551,7 +552,7 @@ def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder, monkeypatc
     assert found["poolings"]["grid"] == pytest.approx(expected[5, 0.07], abs=0.03)  # rounding can move a vote
     assert found["poolings"]["grid"] != found["poolings"]["image"]
     extracted = []
-    monkeypatch.setattr(evaluate, "extract_poolings", lambda *args, **kwargs: extracted.append(args))
+    monkeypatch.setattr(feature_cache, "extract_poolings", lambda *args, **kwargs: extracted.append(args))
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", 16, 5)):
         evaluate_encoder(model, train, test, only(5, patch_grid=[16, 5]), processor)
     assert extracted == []  # the error comes first

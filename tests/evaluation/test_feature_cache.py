@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl.data import DataConfig, label_data
-from hf_ssl.evaluation import evaluate, evaluate_encoder
+from hf_ssl.evaluation import evaluate_encoder, feature_cache
 from hf_ssl.evaluation.feature_cache import (
     Entry,
     FeatureCache,
@@ -59,13 +59,13 @@ def make_processor(**changes) -> BitImageProcessor:
 def extractions(monkeypatch) -> list[tuple[str, ...]]:
     """The names of the features of each extraction of a split."""
     seen = []
-    original = evaluate.extract_poolings
+    original = feature_cache.extract_poolings
 
     def extract(*arguments, poolings, **options):
         seen.append(tuple(poolings))
         return original(*arguments, poolings=poolings, **options)
 
-    monkeypatch.setattr(evaluate, "extract_poolings", extract)
+    monkeypatch.setattr(feature_cache, "extract_poolings", extract)
     return seen
 
 
