@@ -162,6 +162,20 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", action="store_true", help="add rows of the encoder before training and of raw pixels"
     )
 
+    supervise = command(
+        "supervise", _supervise, "Train a reference encoder with labels from scratch, and export it."
+    )
+    supervise.add_argument(
+        "recipe", help="a name or a YAML file; its encoder, data and views are used, not its method"
+    )
+    supervise.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="data.path=..., training.output_dir=..., and evaluation.settings.fine_tune.key=value with the "
+        "keys recipe (default: scratch), epochs, learning_rates, batch_size, weight_decay, mixup, ...",
+    )
+
     export = command("export", _export)
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
@@ -319,6 +333,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare_runs(arguments.runs, arguments.output, arguments.baselines)
     print(markdown(comparison), end="")
     print(f"Markdown, CSV, LaTeX and a plot are in {arguments.output}")
+
+
+def _supervise(arguments: argparse.Namespace) -> None:
+    """Train an encoder with labels, as a reference for encoders that were pretrained without labels."""
+    with progress("loading torch and transformers"), quick_imports():
+        from hf_ssl.recipe import load_recipe
+
+        folder = f"training.output_dir=runs/supervised/{Path(arguments.recipe).stem}"
+        recipe = load_recipe(arguments.recipe, [folder, *arguments.overrides])
+        from hf_ssl import supervised
+
+    supervised.supervise(recipe)
 
 
 def _export(arguments: argparse.Namespace) -> None:

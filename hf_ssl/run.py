@@ -18,6 +18,7 @@ from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
+    EncoderResult,
     EvaluationConfig,
     evaluate_encoder,
     evaluate_pixels,
@@ -26,7 +27,7 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.plots import write_plots
 from hf_ssl.files import disk_errors_as_user_errors, write_json
-from hf_ssl.modeling.gather import finish_communication, wait_for_all
+from hf_ssl.modeling.gather import finish_communication, joined_processes, process_rank, wait_for_all
 from hf_ssl.output_folder import (
     is_finished,
     last_checkpoint,
@@ -187,7 +188,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
-    The evaluation uses the accelerator if there is one.
+    The evaluation uses the accelerator if there is one. Under torchrun or accelerate launch, the processes
+    share the protocols that need the encoder, and the result is that of one process up to rounding.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
@@ -202,6 +204,24 @@ def evaluate(
     if output is not None:
         with disk_errors_as_user_errors(str(output)):
             output.mkdir(parents=True, exist_ok=True)
+    with joined_processes(fastest_device().type):
+        is_main = process_rank() == 0
+        with hidden_progress(not is_main):
+            results, revision = _evaluate(model, data, evaluation)
+    if is_main:
+        print(terminal_text(results))
+        print(f"revision of the images: {revision}")
+    if is_main and output is not None:
+        write_json(output / RESULTS, results)
+        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"})
+        print(f"{', '.join([RESULTS, *written])} in {output}")
+    return dict(results)
+
+
+def _evaluate(
+    model: str, data: DataConfig, evaluation: EvaluationConfig
+) -> tuple[dict[str, EncoderResult], str | None]:
+    """Return the results of `evaluate` and the revision of the test images."""
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
@@ -212,13 +232,7 @@ def evaluate(
     results = {"encoder": measured}
     if evaluation.baselines:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
-    print(terminal_text(results))
-    print(f"revision of the images: {splits[1].revision}")
-    if output is not None:
-        write_json(output / RESULTS, results)
-        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"})
-        print(f"{', '.join([RESULTS, *written])} in {output}")
-    return dict(results)
+    return results, splits[1].revision
 
 
 def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:

@@ -49,6 +49,7 @@ LAYERS = {
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
+    "hf_ssl.supervised": 5,
     "hf_ssl.cli": 5,
     "hf_ssl.__main__": 5,
     "hf_ssl": 6,

@@ -61,6 +61,7 @@ class LabeledImages:
         self._labels = labels
         self._broken: dict[int, str] = {}
         self._complete = False
+        self._readable_rows: np.ndarray | None = None
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
     def classified_by(self, other: "LabeledImages") -> None:
@@ -122,8 +123,12 @@ class LabeledImages:
 
     def __getitem__(self, index: int) -> Tensor:
         """Return the image (C, H, W) uint8 that belongs to `labels[index]`."""
-        images, _ = self._rows.read(self._readable()[[index]])
-        return images[0]
+        return self.read(np.array([index]))[0]
+
+    def read(self, rows: np.ndarray) -> list[Tensor]:
+        """Return the images (C, H, W) uint8 that belong to `labels[rows]`."""
+        images, _ = self._rows.read(self._readable()[rows])
+        return list(images)
 
     @property
     def broken(self) -> list[str]:
@@ -196,7 +201,9 @@ class LabeledImages:
         if not self._complete:
             for _ in self.iter_batches(_CHUNK):
                 pass
-        return np.setdiff1d(np.arange(len(self._labels)), list(self._broken))
+        if self._readable_rows is None:
+            self._readable_rows = np.setdiff1d(np.arange(len(self._labels)), list(self._broken))
+        return self._readable_rows
 
 
 def labeled_images(

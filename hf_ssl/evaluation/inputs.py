@@ -199,6 +199,20 @@ def accuracy_result(
     return cast(ProtocolResult, found)
 
 
+def check_finite(scores: Tensor, learning_rate: float, key: str) -> None:
+    """Raise UserError for a training that diverged.
+
+    Args:
+        scores: (N, C) of the test images.
+        learning_rate: learning rate of the training.
+        key: key of the learning rates, for the message.
+    """
+    if not scores.isfinite().all():
+        raise UserError(
+            f"{key}: expected a rate with which training converges, got {learning_rate:g}; use a smaller one"
+        )
+
+
 def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the accuracies of predicted classes: `top_1`, `top_5` and `mean_per_class`.
 

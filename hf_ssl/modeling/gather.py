@@ -4,8 +4,10 @@
 No other file uses process groups.
 """
 
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,33 @@ _SECONDS_TO_FREE = 0.5
 def process_count() -> int:
     """Return the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Return the number of this process; 0 without a process group."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+@contextmanager
+def joined_processes(device_type: str) -> Iterator[None]:
+    """Join the processes that torchrun or accelerate launch has started, for the duration of the block.
+
+    Nothing happens if the environment describes one process, or if a process group exists.
+
+    Args:
+        device_type: "cpu", "cuda", ... With CUDA, each process uses the device of its local rank.
+    """
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield
+        finish_communication()
+    finally:
+        dist.destroy_process_group()
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -3,33 +3,77 @@
 
 import copy
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from example_facts import new_facts
 from messages import mentions, missing
+from transformers import BitImageProcessor, ViTConfig, ViTModel
 
 from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
 from hf_ssl.cards.text import terminal_text
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, evaluate_features
+from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, evaluate_encoder, evaluate_features
 from hf_ssl.evaluation.protocols import load_protocol
 from hf_ssl.evaluation.results import with_current_layout
+from hf_ssl.modeling.backbones import set_identity_pooler
 
 # Small settings; a protocol without an entry runs with its defaults.
+# The images of these tests have four pixels, so a crop or a flip would change their class.
+WHOLE = {"smallest_crop": 1.0, "flip": 0.0}
 QUICK = {
     "linear": {"epochs": 3},
     "few_label_knn": {"labels": [1, 5], "draws": 3},
     "logistic_regression": {"strengths": [1e-4, 0.01, 1.0]},
     "mlp": {"epochs": 5, "hidden_size": 16},
     "few_label_linear": {"fractions": [0.1], "labels": [1, 5], "draws": 3},
-}
-OF_FEATURES = [
-    name for name, protocol in PROTOCOLS.items() if not protocol.needs_encoder and "one" in protocol.labels
-]
+    "linear_augmented": {"epochs": 8, "learning_rates": [0.01, 1.0], "batch_size": 64, **WHOLE},
+    "fine_tune": {
+        "optimizer": "adamw", "epochs": 6, "learning_rates": [0.0001, 0.003], "batch_size": 32, **WHOLE,
+    },
+}  # fmt: skip
+# `quality` measures without labels, so it gives no accuracy. Others need several labels per image.
+OF_CLASSES = [name for name, each in PROTOCOLS.items() if "one" in each.labels and name != "quality"]
+OF_FEATURES = [name for name in OF_CLASSES if not PROTOCOLS[name].needs_encoder]
+
+
+class Images:
+    """Images of 2 x 2 pixels made of features (N, 12), for protocols that need an encoder."""
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images = (128 + 25 * features).round().clamp(0, 255).to(torch.uint8).view(-1, 3, 2, 2)
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def iter_batches(self, batch_size: int) -> Iterator[list[torch.Tensor]]:
+        for first in range(0, len(self.images), batch_size):
+            yield list(self.images[first : first + batch_size])
+
+
+@cache
+def encoder() -> tuple[ViTModel, BitImageProcessor]:
+    """A vision transformer without training, which sees each pixel as a patch, and its image processor."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8,
+        patch_size=4, initializer_range=0.2, pooler_act="linear",
+    )  # fmt: skip
+    model = ViTModel(config)
+    set_identity_pooler(model)
+    processor = BitImageProcessor(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, resample=2,
+        image_mean=[0.5] * 3, image_std=[0.1] * 3,
+    )  # fmt: skip
+    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +86,15 @@ def data() -> tuple[torch.Tensor, ...]:
 
 
 def run(name: str, data: tuple, **settings) -> list[ProtocolResult]:
-    own = QUICK.get(name, {}) | settings
-    return evaluate_features({"protocols": [name], "settings": {name: own}}, *data)["protocols"]
+    config = {"protocols": [name], "settings": {name: QUICK.get(name, {}) | settings}}
+    if not PROTOCOLS[name].needs_encoder:
+        return evaluate_features(config, *data)["protocols"]
+    model, processor = encoder()
+    config |= {"precision": "float32", "batch_size": 50}
+    return evaluate_encoder(model, Images(*data[:2]), Images(*data[2:]), config, processor)["protocols"]
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
     results = run(name, data)
     assert results, name
@@ -63,7 +111,7 @@ def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
     assert run(name, data) == results
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_nothing_is_selected_on_test_images(name: str, data) -> None:
     """Other test images change the value, and nothing that was selected."""
     train, train_labels, test, test_labels = data
@@ -74,18 +122,18 @@ def test_nothing_is_selected_on_test_images(name: str, data) -> None:
     assert [result["value"] for result in after] != [result["value"] for result in before]
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_the_classes_of_the_result_are_those_of_the_images(name: str, data) -> None:
     """Numbers of classes may have gaps, and a class may be missing in one of the splits."""
     train, train_labels, test, test_labels = data
     gaps = torch.tensor([0, 5, 9])
     values = [result["value"] for result in run(name, (train, gaps[train_labels], test, gaps[test_labels]))]
-    assert values == pytest.approx([result["value"] for result in run(name, data)], abs=0.05)
+    assert values == pytest.approx([result["value"] for result in run(name, data)], abs=0.1)
     rows = test_labels != 2
     assert run(name, (train, train_labels, test[rows], test_labels[rows]))
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 @pytest.mark.parametrize(
     ("labels", "parts"),
     [
@@ -109,7 +157,7 @@ def test_settings_are_checked_before_anything_is_measured(name: str, data) -> No
     assert fields(config)
 
 
-@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_a_card_shows_every_number(name: str, data) -> None:
     facts = new_facts()
     result = facts["results"]["trained"]
@@ -143,6 +191,24 @@ def test_one_image_per_class(name: str, data) -> None:
         assert "\n" not in str(error) and len(str(error)) < 300
     else:
         assert all(0 <= result["value"] <= 1 for result in results)
+
+
+@pytest.mark.parametrize("name", [name for name, each in PROTOCOLS.items() if each.needs_encoder])
+def test_a_protocol_changes_neither_the_encoder_nor_the_global_random_state(name: str, data) -> None:
+    model, _ = encoder()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state, numbers, python = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    run(name, data)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numbers).all()
+    assert random.getstate() == python
+
+
+@pytest.mark.parametrize("name", [name for name, each in PROTOCOLS.items() if each.needs_encoder])
+def test_features_alone_are_not_enough_for_a_protocol_that_needs_an_encoder(name: str, data) -> None:
+    result = evaluate_features({"protocols": [name]}, *data)
+    assert result["protocols"] == []
+    assert PROTOCOLS[name].title in result["skipped"][0]
 
 
 def test_a_column_contains_only_numbers_of_one_protocol_id(data) -> None:

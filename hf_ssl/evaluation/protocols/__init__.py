@@ -54,6 +54,14 @@ PROTOCOLS: dict[str, Protocol] = {
     "few_label_linear": Protocol(
         "linear classifier with few labels", "Logistic regression learns from a few labeled images."
     ),
+    "linear_augmented": Protocol(
+        "linear probe with crops and flips",
+        "As linear, on features of cropped and flipped images, which are computed in every epoch.",
+        needs_encoder=True,
+    ),
+    "fine_tune": Protocol(
+        "fine-tuning", "The encoder itself is trained with all or few labels.", needs_encoder=True
+    ),
     "quality": Protocol(
         "quality without labels",
         "LiDAR and alignment of augmented views of each image.",

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of cropped and flipped training images, for protocols that train with the encoder (layer 1).
+
+Batch b of an epoch is a pure function of the seed, the epoch and b. All processes together read the images
+that one process would read.
+
+Legend: M training images, B images in a batch of all processes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hf_ssl.data import LabeledImages
+from hf_ssl.data.batch import LoadedBatch, is_small, make_batch
+from hf_ssl.data.labeled import balanced_rows
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.modeling.backbones import normalization
+from hf_ssl.modeling.gather import own_share, process_count
+from hf_ssl.random import image_seeds, permutation
+from hf_ssl.resources import usable_cores
+from hf_ssl.views import ViewPreset
+
+MOST_WORKERS = 8  # more do not make a loader of one device faster
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """The share of a batch that this process computes.
+
+    Attributes:
+        images: its images. `sample_index` contains their row numbers.
+        number: number of the batch, counted from the start of the training.
+        size: B.
+    """
+
+    images: LoadedBatch
+    number: int
+    size: int
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """Return the augmented images (share of B, C, H, W), computed on the device."""
+        return self.images.views(device).pixel_values[:, 0]
+
+    @property
+    def rows(self) -> Tensor:
+        """The row numbers (share of B,) int64."""
+        rows = self.images.sample_index
+        assert rows is not None  # `AugmentedImages` sets them
+        return rows
+
+    def pin_memory(self) -> "TrainBatch":
+        return replace(self, images=self.images.pin_memory())
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of one batch of one process; `TrainBatch` explains the attributes."""
+
+    rows: np.ndarray
+    epoch: int
+    number: int
+    size: int
+
+
+class EpochSampler(Sampler[BatchRows]):
+    """A batch sampler whose order depends only on the seed and the epoch, which `set_epoch` sets.
+
+    An epoch omits the images that do not fill a batch. If there are fewer images than `batch_size`, they are
+    one batch.
+
+    Args:
+        rows: the row numbers that are read.
+        batch_size: images in a batch of all processes.
+        seed: seed of the order.
+        pairs: whether the share of each process has an even number of images, except that of the last one.
+
+    Raises:
+        UserError: a process would get no image of a batch.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, pairs: bool = False) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.size = min(batch_size, len(rows))
+        unit = 2 if pairs else 1
+        units, processes = -(-self.size // unit), process_count()
+        if units <= (processes - 1) * -(-units // processes):
+            raise UserError(
+                f"batch_size: expected enough images for {processes} processes, got {self.size}; use fewer "
+                "processes"
+            )
+        share = own_share(units)
+        self.share = slice(unit * share.start, unit * share.stop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next `iter()`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.size
+
+    def __iter__(self) -> Iterator[BatchRows]:
+        order = self.rows[permutation(len(self.rows), self.seed, self.epoch)]
+        for number in range(len(self)):
+            batch = order[number * self.size : (number + 1) * self.size]
+            yield BatchRows(batch[self.share], self.epoch, self.epoch * len(self) + number, self.size)
+
+
+class AugmentedImages(Dataset[TrainBatch]):
+    """The training images of an evaluation with one random view of each. It reads what `EpochSampler` yields.
+
+    Args:
+        images: `LabeledImages`, or other labeled data, which are kept in memory.
+        preset: settings of the view.
+        seed: seed of the augmentation.
+    """
+
+    def __init__(self, images: Any, preset: ViewPreset, seed: int) -> None:
+        self.preset, self.seed = preset, seed
+        self.images = images
+        if not isinstance(images, LabeledImages):
+            self.images = [image for batch in images.iter_batches(256) for image in batch]
+        self.small = is_small(tuple(self.read(np.array([0]))[0].shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, rows: np.ndarray) -> list[Tensor]:
+        """Return the images (C, H, W) uint8 of some rows, without augmentation."""
+        if isinstance(self.images, LabeledImages):
+            return self.images.read(rows)
+        return [self.images[row] for row in rows.tolist()]
+
+    def __getitems__(self, batch: BatchRows) -> TrainBatch:
+        """Return a batch. torch's DataLoader calls this method."""
+        seeds = image_seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
+        rows = torch.from_numpy(batch.rows)
+        images = make_batch(self.read(batch.rows), seeds, self.preset, small=self.small, sample_index=rows)
+        return TrainBatch(images, batch.number, batch.size)
+
+    def loader(
+        self, rows: np.ndarray, batch_size: int, device: torch.device, pairs: bool = False
+    ) -> "EpochLoader":
+        """Return a loader of batches of some rows; `EpochSampler` explains the arguments."""
+        options: dict[str, Any] = {
+            "batch_sampler": EpochSampler(rows, batch_size, self.seed, pairs),
+            "collate_fn": _unchanged,
+            "num_workers": 0 if self.small else min(usable_cores() - 1, MOST_WORKERS),
+            "pin_memory": device.type == "cuda",
+            # Without it, torch draws a seed for workers from the global generator and changes its state.
+            "generator": torch.Generator().manual_seed(0),
+        }
+        return EpochLoader(self, **options)
+
+
+class EpochLoader(DataLoader[TrainBatch]):
+    """A loader whose epoch transformers' Trainer sets."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next `iter()`."""
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)
+
+
+def _unchanged(batch: TrainBatch) -> TrainBatch:
+    return batch
+
+
+def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float) -> ViewPreset:
+    """Return the augmentation of the papers' probes: a random resized crop and a horizontal flip.
+
+    Size, mean, standard deviation and filter are those of the image processor of the encoder.
+
+    Args:
+        processor: the image processor.
+        images: labeled images, of which one is processed to measure its size.
+        smallest_crop: smallest fraction of the image's area that a crop keeps.
+        flip: probability of the flip.
+    """
+    mean, std = normalization(processor)
+    first = next(iter(images.iter_batches(1)))
+    size = pixel_values(processor, first, torch.device("cpu")).shape[-1]
+    # timm's processors have no `resample`.
+    bicubic = int(getattr(processor, "resample", None) or 0) == 3
+    channels = first[0].shape[0]
+    preset = ViewPreset(
+        size=size,
+        count=1,
+        scale=(smallest_crop, 1.0),
+        interpolation="bicubic" if bicubic else "bilinear",
+        flip=flip,
+        jitter=0.0,
+        gray=0.0,
+        blur=0.0,
+        mean=tuple(mean or [0.0] * channels),
+        std=tuple(std or [1.0] * channels),
+    )
+    preset.check(channels)
+    return preset
+
+
+def labeled_subset(labels: Tensor, count: int, seed: int) -> np.ndarray:
+    """Return the row numbers of `count` training images, at random with balanced classes, in ascending order.
+
+    They depend only on the labels, the count and the seed, so that all encoders use the same images.
+    """
+    if count >= len(labels):
+        return np.arange(len(labels))
+    return balanced_rows(labels.numpy(), count, seed)
+
+
+def list_hash(rows: np.ndarray) -> str:
+    """Return a name for a list of row numbers, the same on every machine."""
+    return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()[:12]

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains image classifiers with labels, by transformers' own Trainer (layer 1).
+
+Two processes compute the same as one up to rounding: they share the batches, BatchNorm is synchronized, and
+both images of a mixup are in the same process.
+
+Legend: B images in a batch of all processes, M labeled images, N images, C classes.
+"""
+
+import os
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.augmented import AugmentedImages, EpochLoader, TrainBatch
+from hf_ssl.evaluation.classifiers import Classifier
+from hf_ssl.evaluation.features import dtype_of, pixel_values
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
+from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
+from hf_ssl.precision import autocast
+
+OPTIMIZERS = ("sgd", "adamw")
+MOMENTUM = 0.9  # Nesterov, as in SimCLR and BYOL
+BETAS = (0.9, 0.999)
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of a training. All of them change its result.
+
+    Attributes:
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        learning_rate: learning rate of the head after the warmup. It decays to zero by a cosine over the
+            steps.
+        weight_decay, layer_decay: see `Classifier.parameter_groups`.
+        mixup: parameter alpha of the Beta distribution of mixup (1710.09412); 0 mixes no images.
+        label_smoothing: probability that is divided equally among all classes.
+        epochs, batch_size: B is smaller if there are fewer labeled images.
+        warmup_epochs: epochs in which the learning rate rises from zero.
+        frozen: see `Classifier.freeze`.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    layer_decay: float
+    mixup: float
+    label_smoothing: float
+    epochs: int
+    batch_size: int
+    warmup_epochs: float
+    frozen: str
+
+
+def train_classifier(
+    classifier: Classifier,
+    images: AugmentedImages,
+    rows: np.ndarray,
+    labels: Tensor,
+    settings: Optimization,
+    *,
+    where: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    folder: Path | None = None,
+    advance: Callable[[int], object] = lambda epochs: None,
+) -> None:
+    """Train a classifier in place. The model is on the device afterwards.
+
+    The global random states of Python, NumPy and torch do not change. They determine only dropout during
+    training, which starts with `seed`.
+
+    Args:
+        classifier: the classifier.
+        images: the augmented training images.
+        rows: row numbers of the M labeled images.
+        labels: class numbers of all rows of `images`.
+        settings: settings of the training.
+        where: section of the settings, for messages.
+        seed: seed of all random choices.
+        device: device of the computation.
+        dtype: precision of autocast; None: float32.
+        folder: folder for one checkpoint per epoch. If it contains one, the training resumes, and gives the
+            same weights as without the interruption. None: no checkpoints.
+        advance: called with 1 after each epoch.
+
+    Raises:
+        UserError: the encoder does not have the blocks that the settings name, or a process has no image.
+    """
+    classifier.freeze(settings.frozen, f"{where}.freeze")
+    groups = classifier.parameter_groups(
+        settings.learning_rate, settings.weight_decay, settings.layer_decay, f"{where}.layer_decay"
+    )
+    if process_count() > 1:
+        synchronize_batch_norm(classifier.model)
+    loader = images.loader(rows, settings.batch_size, device, pairs=settings.mixup > 0)
+    with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
+        args = TrainingArguments(
+            output_dir=str(folder or unused),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,  # the loader, not this number, sets B
+            lr_scheduler_type="cosine",
+            warmup_steps=round(settings.warmup_epochs * len(loader)),
+            max_grad_norm=0.0,
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16 and device.type != "cpu",
+            save_strategy="no" if folder is None else "epoch",
+            save_total_limit=2,  # the older one is complete while the newer one is written
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_broadcast_buffers=False,
+        )
+        _ = args.device  # determines the number of GPUs
+        args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
+        trainer = FineTuner(classifier, args, loader, labels, settings, groups, advance)
+        checkpoint = None if folder is None else _complete_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+class FineTuner(Trainer):
+    """transformers' Trainer with the batches, the losses and the learning rates of fine-tuning.
+
+    Args:
+        classifier: the classifier.
+        args: arguments of transformers.
+        loader: the batches of this process.
+        labels: class numbers of all rows.
+        settings: settings of the training.
+        groups: parameter groups of the optimizer.
+        advance: called with 1 after each epoch.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        args: TrainingArguments,
+        loader: EpochLoader,
+        labels: Tensor,
+        settings: Optimization,
+        groups: list[dict[str, Any]],
+        advance: Callable[[int], object],
+    ) -> None:
+        super().__init__(classifier.model, args)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Advance(advance))
+        self._loader, self._labels = loader, labels.to(args.device)
+        self._settings, self._groups = settings, groups
+        self._frozen = classifier.frozen_modules()
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader, which accelerate does not change."""
+        return self._loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
+        """Return the next batches. The loss needs no number of items."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer of the settings."""
+        if self.optimizer is None:
+            if self._settings.optimizer == "sgd":
+                self.optimizer = SGD(self._groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
+            else:
+                self.optimizer = AdamW(self._groups, lr=1.0, betas=BETAS)
+        return self.optimizer
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the share of this process in the cross entropy of the batch, times the number of processes.
+
+        DDP averages the gradients over the processes, so the gradient is that of the mean over all B images.
+        """
+        for module in self._frozen:  # the Trainer calls `train()` before each step
+            module.eval()
+        batch: TrainBatch = inputs
+        pixels = batch.pixels(self.args.device)
+        targets = self._labels[batch.rows.to(self.args.device)]
+        partner, weight = targets, 1.0
+        if self._settings.mixup:
+            weight = mixup_weight(self._settings.mixup, self.args.seed, batch.number)
+            order = neighbors(len(pixels), pixels.device)
+            pixels, partner = torch.lerp(pixels[order], pixels, weight), targets[order]
+        outputs = model(pixel_values=pixels)
+        logits, smoothing = outputs.logits.float(), self._settings.label_smoothing
+        loss = torch.zeros((), device=logits.device)
+        for share, classes in ((weight, targets), (1 - weight, partner)):
+            if share:
+                loss = loss + share * F.cross_entropy(
+                    logits, classes, reduction="sum", label_smoothing=smoothing
+                )
+        loss = loss * (process_count() / batch.size)
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. The estimate of transformers is one for language models."""
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the weights with the names of the modules.
+
+        transformers (5.20 to 5.24) writes those of a ViT with their old names, which its Trainer cannot load
+        (issue 43701).
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        original = getattr(model, "save_pretrained", None)
+        if original is None:  # a FeatureClassifier
+            return super()._save(output_dir, state_dict)
+        model.save_pretrained = lambda *args, **named: original(
+            *args, **(named | {"save_original_format": False})
+        )
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise UserError(
+                f"checkpoint: expected the weights of this classifier, got missing keys "
+                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}; use "
+                "another folder"
+            )
+
+
+class _Advance(TrainerCallback):
+    """Updates a progress bar after each epoch."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.advance(1)
+
+
+def mixup_weight(alpha: float, seed: int, number: int) -> float:
+    """Return the weight of the first image of each pair of a batch, which depends only on the arguments."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed % 2**64, number))))
+    return float(generator.beta(alpha, alpha))
+
+
+def neighbors(count: int, device: torch.device) -> Tensor:
+    """Return the partners in mixup: 1, 0, 3, 2, ... The batch has a random order, so they are random images.
+
+    Of an odd number of images, the last one is its own partner.
+    """
+    order = torch.arange(count, device=device)
+    return (order ^ 1).where((order ^ 1) < count, order)
+
+
+def predict(
+    model: nn.Module,
+    processor: Any,
+    image_batches: Sequence[list[Tensor]] | Iterator[list[Tensor]],
+    count: int,
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the logits (N, C) of processed images, on the CPU. The processes share the batches.
+
+    Args:
+        model: a classifier of `new_classifier`.
+        processor: the image processor of the encoder.
+        image_batches: lists of uint8 tensors (C, H, W).
+        count, classes: N and C.
+        device: device of the model.
+        dtype: precision of autocast; None: float32.
+    """
+    logits_NC = torch.zeros(count, classes, device=device)
+    first = 0
+    with evaluation_mode(model):
+        for number, images in enumerate(image_batches):
+            rows = slice(first, first + len(images))
+            first = rows.stop
+            if number % process_count() == process_rank():
+                pixels = pixel_values(processor, images, device).to(dtype_of(model))
+                with autocast(device, dtype):
+                    logits_NC[rows] = model(pixel_values=pixels).logits.float()
+    return sum_over_processes(logits_NC).cpu()
+
+
+def _complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, or None."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE}")]
+    numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(numbered, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Restore all global random states after the block, because the Trainer seeds them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with unchanged_random_state(device):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _one_process_unless_joined() -> Iterator[None]:
+    """Hide the variables of a launcher if this process has not joined the others.
+
+    The Trainer would otherwise wait for processes that do not train: after a pretraining under torchrun, only
+    the main process evaluates.
+    """
+    hidden = (
+        {} if process_count() > 1 else {key: os.environ.pop(key) for key in _LAUNCHER if key in os.environ}
+    )
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: the encoder is trained with labels, all of it, its head, or all but its first blocks."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import check_name, check_values
+from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip, labeled_subset, list_hash
+from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
+from hf_ssl.evaluation.config import are_positive
+from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.fine_tuning import OPTIMIZERS, Optimization, predict, train_classifier
+from hf_ssl.evaluation.inputs import Inputs, accuracy_result, check_finite
+from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.random import permutation
+
+VERSION = 1
+HELD_OUT = 0.1
+_WHERE = "evaluation.settings.fine_tune"
+
+
+class Recipe(NamedTuple):
+    """Published settings. `Config` explains those with the same names.
+
+    Attributes:
+        learning_rates: learning rates for 256 images. They are proportional to the batch size.
+        epochs: number of epochs by the largest fraction of labels for which it holds.
+        source: the paper, and the differences from it.
+    """
+
+    optimizer: str
+    learning_rates: tuple[float, ...]
+    weight_decay: float
+    layer_decay: float
+    mixup: float
+    label_smoothing: float
+    epochs: dict[float, int]
+    warmup_epochs: float
+    source: str
+
+
+RECIPES = {
+    "simclr": Recipe(
+        "sgd", (0.05,), 0.0, 1.0, 0.0, 0.0, {0.01: 60, 1.0: 30}, 0.0,
+        "SimCLR (2002.05709, section B.5; epochs also in 2006.10029), there with batches of 4,096 images",
+    ),
+    "byol": Recipe(
+        "sgd", (0.00125, 0.0025, 0.005, 0.0125, 0.025), 0.0, 1.0, 0.0, 0.0, {1.0: 50}, 0.0,
+        "BYOL (2006.07733, appendix C.2), there with batches of 1,024 images and also 30 epochs",
+    ),
+    "mae": Recipe(
+        "adamw", (1e-3,), 0.05, 0.75, 0.8, 0.1, {1.0: 50}, 5.0,
+        "MAE, ViT-L (2111.06377, FINETUNE.md), there with batches of 1,024 images and also with CutMix, "
+        "RandAugment, random erasing and drop path",
+    ),
+    "scratch": Recipe(
+        "sgd", (0.1,), 1e-4, 1.0, 0.0, 0.0, {1.0: 90}, 5.0,
+        "supervised training of ResNet-50 (1706.02677), there with a learning rate that decreases in steps",
+    ),
+}  # fmt: skip
+"""Name -> published settings. Source of SimCLR and BYOL: the papers; of MAE: the authors' code."""
+
+
+@dataclass
+class Config:
+    """Settings. Those that are null have the value of the recipe.
+
+    Attributes:
+        recipe: a key of `RECIPES`.
+        freeze: "none": all parameters are trained; "all": only the head; a number K: all but the stem and the
+            first K blocks.
+        fractions: fractions of the training images whose labels are used, with balanced classes. Each gives a
+            result.
+        labels_per_class: numbers of labeled images of each class. Each gives a further result.
+        optimizer: sgd (Nesterov momentum 0.9) or adamw.
+        learning_rates: learning rates for this batch size. The best one of several on held-out training
+            images is used.
+        weight_decay: it does not apply to biases, gains, tokens and position tables.
+        layer_decay: factor on the learning rate from each block to the one before it.
+        mixup: parameter of the Beta distribution of mixup; 0 mixes no images.
+        label_smoothing: probability that is divided among all classes.
+        epochs, batch_size, warmup_epochs: settings of the training.
+        smallest_crop: smallest fraction of the area of a random crop; 1 disables crops of small parts.
+        flip: probability of a horizontal flip.
+        folder: folder for checkpoints. An interrupted run resumes, and a finished one is not repeated.
+    """
+
+    recipe: str = "simclr"
+    freeze: str = NOTHING
+    fractions: list[float] = field(default_factory=lambda: [1.0])
+    labels_per_class: list[int] = field(default_factory=list)
+    optimizer: str | None = None
+    learning_rates: list[float] | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    mixup: float | None = None
+    label_smoothing: float | None = None
+    epochs: int | None = None
+    batch_size: int = 256
+    warmup_epochs: float | None = None
+    smallest_crop: float = 0.08
+    flip: float = 0.5
+    folder: str | None = None
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a value outside of its range."""
+        check_name(f"{where}.recipe", self.recipe, RECIPES, "a known recipe")
+        if self.optimizer is not None:
+            check_name(f"{where}.optimizer", self.optimizer, OPTIMIZERS, " or ".join(OPTIMIZERS))
+        fractions, counts = list(self.fractions), list(self.labels_per_class)
+        rates = None if self.learning_rates is None else list(self.learning_rates)
+        freeze = self.freeze
+        known = freeze in (NOTHING, ENCODER) or (freeze.isdecimal() and int(freeze) > 0)
+
+        def between(key: str, low: float, high: float, expected: str) -> tuple[Any, ...]:
+            value = getattr(self, key)
+            return key, value, value is None or low <= value <= high, expected
+
+        check_values(
+            where,
+            ("freeze", freeze, known, "none, all or a number of blocks"),
+            ("fractions", fractions, all(0 < each <= 1 for each in fractions), "numbers above 0, at most 1"),
+            ("labels_per_class", counts, all(each > 0 for each in counts), "positive numbers"),
+            ("fractions", fractions, bool(fractions or counts), "one or more", "[1]"),
+            ("learning_rates", rates, rates is None or are_positive(rates), "one or more positive numbers"),
+            between("weight_decay", 0, 1, "a number between 0 and 1"),
+            between("mixup", 0, 100, "a number from 0 to 100"),
+            between("label_smoothing", 0, 0.99, "a number from 0 to 0.99"),
+            between("layer_decay", 1e-6, 1, "a number above 0, at most 1"),
+            between("epochs", 1, 10**6, "a positive number"),
+            between("warmup_epochs", 0, 10**6, "a number of at least 0"),
+            between("batch_size", 2, 10**6, "at least 2"),
+            between("smallest_crop", 1e-6, 1, "a number above 0, at most 1"),
+            between("flip", 0, 1, "a probability"),
+        )  # fmt: skip
+
+    def optimization(self, fraction: float, images: int) -> tuple[Optimization, list[float]]:
+        """Return the settings of a training, and the learning rates to try.
+
+        Args:
+            fraction: fraction of the training images that have labels.
+            images: number of labeled images.
+        """
+        recipe = RECIPES[self.recipe]
+        batch_size = min(self.batch_size, images)
+        rates = self.learning_rates or [rate * batch_size / 256 for rate in recipe.learning_rates]
+
+        def chosen(key: str) -> Any:
+            own = getattr(self, key)
+            return getattr(recipe, key) if own is None else own
+
+        epochs = next(number for largest, number in recipe.epochs.items() if fraction <= largest)
+        keys = ("optimizer", "weight_decay", "layer_decay", "mixup", "label_smoothing", "warmup_epochs")
+        settings = Optimization(
+            learning_rate=min(rates),
+            epochs=epochs if self.epochs is None else self.epochs,
+            batch_size=batch_size,
+            frozen=self.freeze,
+            **{key: chosen(key) for key in keys},
+        )
+        return settings, sorted(rates)
+
+
+def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
+    """Return the accuracy after fine-tuning with each fraction and each number of labels."""
+    labels = inputs.train.labels
+    counts = labels.bincount()
+    classes, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
+    wanted = [(fraction, round(fraction * len(labels))) for fraction in config.fractions]
+    wanted += [(each * classes / len(labels), each * classes) for each in config.labels_per_class]
+    fewest = min(count for _, count in wanted)
+    most = max(config.labels_per_class, default=0)
+    check_values(
+        _WHERE,
+        ("fractions", list(config.fractions), fewest >= classes,
+         f"a labeled image for each of {classes} classes of {len(labels):,} images", "a larger fraction"),
+        ("labels_per_class", list(config.labels_per_class), most <= smallest,
+         f"at most {smallest}, the size of the smallest class", "a smaller number"),
+    )  # fmt: skip
+    task = Task.of(inputs, config)
+    return [
+        train_and_test(task, fraction, labeled_subset(labels, count, inputs.seed))[1]
+        for fraction, count in wanted
+    ]
+
+
+class Task(NamedTuple):
+    """What all trainings of one evaluation share.
+
+    Attributes:
+        inputs: the images and the encoder.
+        config: the settings.
+        images: the augmented training images.
+        pixels: a processed image.
+        classes: the class numbers of the training images, sorted. The classifier has one output for each.
+        labels: (M,) indices of the training images in `classes`.
+        native: see `new_classifier`.
+    """
+
+    inputs: Inputs
+    config: Config
+    images: AugmentedImages
+    pixels: Tensor
+    classes: Tensor
+    labels: Tensor
+    native: bool = True
+
+    @classmethod
+    def of(cls, inputs: Inputs, config: Config, native: bool = True) -> "Task":
+        """Return the task of an evaluation."""
+        preset = crop_and_flip(inputs.processor, inputs.train.images, config.smallest_crop, config.flip)
+        images = AugmentedImages(inputs.train.images, preset, inputs.seed)
+        pixels = pixel_values(inputs.processor, images.read(np.array([0])), inputs.device)
+        classes, labels = inputs.train.labels.unique(return_inverse=True)
+        return cls(inputs, config, images, pixels, classes, labels, native)
+
+    def train(self, rows: np.ndarray, settings: Optimization, advance: Callable[[int], object]) -> Any:
+        """Return a classifier that was trained with the labels of some rows."""
+        inputs = self.inputs
+        classifier = new_classifier(
+            inputs.encoder, len(self.classes), self.pixels, inputs.pooling, native=self.native
+        )
+        train_classifier(
+            classifier, self.images, rows, self.labels, settings, where=_WHERE, seed=inputs.seed,
+            device=inputs.device, dtype=inputs.dtype, folder=self._folder(classifier.model, rows, settings),
+            advance=advance,
+        )  # fmt: skip
+        return classifier.model
+
+    def _folder(self, model: Any, rows: np.ndarray, settings: Optimization) -> Path | None:
+        """Return the folder of a training, whose name contains everything that determines its result."""
+        if self.config.folder is None:
+            return None
+        digest = hashlib.sha256(f"{settings} {self.images.preset} {self.inputs.seed}".encode())
+        labels = self.labels[torch.from_numpy(rows)]
+        for array in (rows, labels.numpy(), *(each.cpu().numpy() for each in model.state_dict().values())):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return Path(self.config.folder).expanduser() / f"fine_tune-{digest.hexdigest()[:16]}"
+
+    def select(
+        self,
+        rows: np.ndarray,
+        settings: Optimization,
+        rates: Sequence[float],
+        advance: Callable[[int], object],
+    ) -> dict[float, float]:
+        """Return the accuracy on held-out rows for each learning rate."""
+        order = rows[permutation(len(rows), self.inputs.seed, len(rows))]
+        held_out = max(1, round(HELD_OUT * len(rows)))
+        chosen, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
+        truth = self.labels[torch.from_numpy(chosen)]
+        size = self.inputs.batch_size
+        accuracies = {}
+        for rate in rates:
+            model = self.train(kept, replace(settings, learning_rate=rate), advance)
+            batches = (self.images.read(chosen[at : at + size]) for at in range(0, len(chosen), size))
+            scores = self.predict(model, batches, len(chosen))
+            finite = scores.isfinite().all(dim=1)
+            accuracies[rate] = float(((scores.argmax(dim=1) == truth) & finite).double().mean())
+        return accuracies
+
+    def predict(self, model: Any, batches: Any, count: int) -> Tensor:
+        """Return the logits (N, number of `classes`) of N images without augmentation."""
+        inputs = self.inputs
+        return predict(
+            model, inputs.processor, batches, count, len(self.classes), inputs.device, inputs.dtype
+        )
+
+
+def train_and_test(task: Task, fraction: float, rows: np.ndarray) -> tuple[Any, ProtocolResult]:
+    """Return a classifier that was trained with the labels of some rows, and its test result.
+
+    Args:
+        task: the images, the encoder and the settings.
+        fraction: fraction of the training images that these rows are.
+        rows: row numbers of the labeled images.
+    """
+    inputs, config = task.inputs, task.config
+    settings, rates = config.optimization(fraction, len(rows))
+    validation: dict[float, float] = {}
+    epochs = settings.epochs * (1 if len(rates) == 1 else len(rates) + 1)
+    with inputs.progress("fine-tuning", epochs, "epoch") as bar:
+        if len(rates) > 1:
+            validation = task.select(rows, settings, rates, bar.update)
+            settings = replace(settings, learning_rate=max(rates, key=lambda rate: validation[rate]))
+        model = task.train(rows, settings, bar.update)
+    test = inputs.test
+    logits = task.predict(model, test.images.iter_batches(inputs.batch_size), len(test))
+    check_finite(logits, settings.learning_rate, f"{_WHERE}.learning_rates")
+    scores = torch.full((len(test), inputs.classes), -torch.inf)
+    scores[:, task.classes] = logits
+    return model, describe(inputs, config, settings, validation, rows, scores, type(model).__name__)
+
+
+def describe(
+    inputs: Inputs,
+    config: Config,
+    settings: Optimization,
+    validation: dict[float, float],
+    rows: np.ndarray,
+    scores: Tensor,
+    kind: str,
+) -> ProtocolResult:
+    """Return the result of a trained classifier.
+
+    Args:
+        inputs, config, settings: the training.
+        validation: accuracy on held-out images for each learning rate; {} if there was only one rate.
+        rows: row numbers of the labeled images.
+        scores: (N, C) of the test images.
+        kind: name of the class of the classifier.
+    """
+    count, whole = len(rows), len(inputs.train)
+    percent = "" if count == whole else f"{100 * count / whole:.3g} %"
+    selected_on = f"{100 * HELD_OUT:g} % of the labeled images" if validation else None
+    rate = f"learning rate {settings.learning_rate:g}"
+    if validation:
+        rate += f" (the best of {len(validation)} on a held-out {selected_on}; then trained on all)"
+    parts = {NOTHING: "All parameters", ENCODER: "The head"}
+    trained = parts.get(settings.frozen, f"All but the stem and the first {settings.frozen} blocks")
+    verb = "is" if settings.frozen == ENCODER else "are"
+    extras = [
+        f"weight decay {settings.weight_decay:g}",
+        f"layer decay {settings.layer_decay:g}" * (settings.layer_decay != 1),
+        f"mixup {settings.mixup:g}" * (settings.mixup > 0),
+        f"label smoothing {settings.label_smoothing:g}" * (settings.label_smoothing > 0),
+        f"warmup {settings.warmup_epochs:g} epochs" * (settings.warmup_epochs > 0),
+    ]
+    name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
+    listed = f", list {list_hash(rows)}" if percent else ""
+    labeled = (
+        f"{count:,} labeled images with balanced classes ({percent}{listed})" if percent else "all labels"
+    )
+    tested = settings.learning_rate if not validation else sorted(validation)
+    identity = asdict(settings) | {
+        "learning_rate": tested, "labels": count, "crop": config.smallest_crop, "flip": config.flip,
+        "seed": inputs.seed,
+    }  # fmt: skip
+    what = "Fine-tuning" if settings.frozen != ENCODER else "Training of the head"
+    return accuracy_result(
+        "fine_tune",
+        VERSION,
+        identity,
+        scores,
+        inputs.test.labels,
+        key="fine_tune" if not percent else f"fine_tune_{count}",
+        title=f"Accuracy after {what.lower()}" + (f", {percent} of the labels" if percent else ""),
+        column=what.lower() + (f", {percent} of labels" if percent else ""),
+        text=f"{what}, recipe of {RECIPES[config.recipe].source}. Here: {name}, {rate}, "
+        f"{', '.join(filter(None, extras))}, {settings.epochs} epochs, batch size {settings.batch_size}, "
+        f"cosine schedule, random crops of at least {100 * config.smallest_crop:g} % of the area, flips "
+        f"with probability {config.flip:g}. {trained} of {kind} {verb} trained on {labeled} of the "
+        f"{inputs.train}, and tested on {inputs.test}",
+        selection={"learning_rate": settings.learning_rate} if validation else {},
+        selected_on=selected_on,
+        details={
+            "class": kind,
+            "labels": count,
+            "list": list_hash(rows),
+            "validation": {str(each): value for each, value in validation.items()},
+        },
+    )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probe with crops and flips: in each epoch, the frozen encoder computes the features of new crops.
+
+Legend: B images in a batch, D features, C classes, R learning rates trained simultaneously.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import check_name, check_values
+from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
+from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
+from hf_ssl.evaluation.features import dtype_of, is_convolutional
+from hf_ssl.evaluation.inputs import Inputs, accuracy_result, check_finite
+from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.gather import gather, process_count
+from hf_ssl.modeling.pooling import pool
+from hf_ssl.precision import autocast
+from hf_ssl.random import permutation
+
+VERSION = 1
+MOMENTUM = 0.9
+HELD_OUT = 0.1
+
+
+class Recipe(NamedTuple):
+    """Published settings of SGD with momentum 0.9. `Config` explains those with the same names.
+
+    Attributes:
+        learning_rates: learning rates for batches of 256 images. They are proportional to the batch size.
+        drops: fractions of the training after which the rate is multiplied by 0.1; (): a cosine to zero.
+        source: the paper, and the differences from it.
+    """
+
+    learning_rates: tuple[float, ...]
+    epochs: int
+    source: str
+    drops: tuple[float, ...] = ()
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+RECIPES = {
+    "sweep": Recipe(LEARNING_RATES, 100, "MoCo, SwAV and DINO, with a sweep of the learning rate"),
+    "simclr": Recipe((0.1,), 90, "SimCLR, README, there 4,096 images", nesterov=True, weight_decay=1e-6),
+    "moco": Recipe((30.0,), 100, "MoCo v1 and v2, main_lincls.py", drops=(0.6, 0.8)),
+    "moco_v3": Recipe((0.1,), 90, "MoCo v3, ResNet-50, main_lincls.py, there 1,024 images"),
+    "byol": Recipe((0.2,), 80, "BYOL, configs/eval.py, there 1,024 images", nesterov=True),
+    "swav": Recipe((0.3,), 100, "SwAV, eval_linear.py", weight_decay=1e-6),
+    "barlow_twins": Recipe((0.3,), 100, "Barlow Twins, evaluate.py", weight_decay=1e-6),
+    "vicreg": Recipe((0.02,), 100, "VICReg, README", weight_decay=1e-6),
+    "dino": Recipe((0.001,), 100, "DINO, eval_linear.py, there 1,024 images and the last 4 blocks of ViT-S"),
+}
+"""Name -> published settings. Source: the code of the authors."""
+
+
+@dataclass
+class Config:
+    """Settings. Those that are null have the value of the recipe.
+
+    Attributes:
+        recipe: a key of `RECIPES`.
+        learning_rates: learning rates for this batch size, which are trained simultaneously.
+        epochs, batch_size: of the training.
+        smallest_crop: smallest fraction of the area of a random crop.
+        flip: probability of a horizontal flip.
+    """
+
+    recipe: str = "sweep"
+    learning_rates: list[float] | None = None
+    epochs: int | None = None
+    batch_size: int = 256
+    smallest_crop: float = 0.08
+    flip: float = 0.5
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a value outside of its range."""
+        check_name(f"{where}.recipe", self.recipe, RECIPES, "a known recipe")
+        rates = None if self.learning_rates is None else list(self.learning_rates)
+        crop = self.smallest_crop
+        check_values(
+            where,
+            ("learning_rates", rates, rates is None or are_positive(rates), "one or more positive numbers"),
+            ("epochs", self.epochs, self.epochs is None or self.epochs > 0, "a positive number"),
+            ("batch_size", self.batch_size, self.batch_size > 0, "a positive number"),
+            ("smallest_crop", crop, 0 < crop <= 1, "a number above 0, at most 1"),
+            ("flip", self.flip, 0 <= self.flip <= 1, "a probability"),
+        )
+
+
+def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
+    """Return the accuracy of the classifier with the selected learning rate."""
+    recipe, train, test = RECIPES[config.recipe], inputs.train, inputs.test
+    epochs, size = config.epochs or recipe.epochs, min(config.batch_size, len(train))
+    given = config.learning_rates or [rate * size / 256 for rate in recipe.learning_rates]
+    rates = sorted(set(given))
+    heads, validation = _train(inputs, config, rates, epochs)
+    best = max(rates, key=lambda rate: validation.get(rate, 0.0))
+    logits = heads.logits(test.features.to(inputs.device))[:, rates.index(best)].cpu()
+    check_finite(logits, best, "evaluation.settings.linear_augmented.learning_rates")
+    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    selected_on = f"{100 * HELD_OUT:g} % of the training images" if validation else None
+    chosen = f"learning rate {best:g}"
+    if validation:
+        chosen += (
+            f"{' (at the edge of the sweep)' * at_edge}, which had the highest accuracy on a held-out "
+            f"{selected_on} ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g})"
+        )
+    drops = " and ".join(f"{100 * each:g} %" for each in recipe.drops)
+    schedule = f"learning rate times 0.1 after {drops} of the steps" if drops else "cosine schedule"
+    settings = asdict(config) | {"learning_rates": rates, "epochs": epochs, "seed": inputs.seed}
+    return [
+        accuracy_result(
+            "linear_augmented",
+            VERSION,
+            settings,
+            logits,
+            test.labels,
+            key="linear_augmented",
+            title="Linear probe accuracy, trained with crops and flips",
+            column="linear probe, crops",
+            text=f"softmax regression on the frozen encoder, recipe {config.recipe} ({recipe.source}). Here: "
+            f"random crops of at least {100 * config.smallest_crop:g} % of the area and flips with "
+            f"probability {config.flip:g} in each epoch, SGD, {'Nesterov ' * recipe.nesterov}momentum "
+            f"{MOMENTUM:g}, weight decay {recipe.weight_decay:g}, {epochs} epochs, batch size {size}, "
+            f"{schedule}, {chosen}. The tested classifier was trained on all {train} and tested on {test}",
+            selection={"learning_rate": best} if validation else {},
+            selected_on=selected_on,
+            details={
+                "at_edge": at_edge,
+                "validation": {str(rate): each for rate, each in validation.items()},
+            },
+        )
+    ]
+
+
+def _train(
+    inputs: Inputs, config: Config, rates: list[float], epochs: int
+) -> tuple["Heads", dict[float, float]]:
+    """Return classifiers that were trained on all images, and the accuracy of each rate on held-out images.
+
+    Two classifiers are trained for each learning rate, on the same features: one with all images, and one
+    without the held-out images. So the encoder computes each crop once. With one rate, nothing is held out.
+    """
+    train, device, recipe = inputs.train, inputs.device, RECIPES[config.recipe]
+    preset = crop_and_flip(inputs.processor, train.images, config.smallest_crop, config.flip)
+    images = AugmentedImages(train.images, preset, inputs.seed)
+    loader = images.loader(np.arange(len(train)), config.batch_size, device)
+    held_out = torch.zeros(len(train), dtype=torch.bool, device=device)
+    if len(rates) > 1:
+        count = max(1, round(HELD_OUT * len(train)))
+        held_out[torch.from_numpy(permutation(len(train), inputs.seed)[:count]).to(device)] = True
+    labels, width = train.labels.to(device), train.features.shape[1]
+    heads, partial = (Heads(width, inputs.classes, rates, recipe, device) for _ in range(2))
+    with inputs.progress("linear probe with crops", epochs, "epoch") as bar:
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                features, rows = encode_batch(inputs, batch)
+                progress = batch.number / (epochs * len(loader))
+                heads.step(features, labels[rows], progress)
+                if len(rates) > 1:
+                    kept = ~held_out[rows]
+                    partial.step(features[kept], labels[rows[kept]], progress)
+            bar.update(1)
+    if len(rates) == 1:
+        return heads, {}
+    scores = partial.logits(train.features.to(device)[held_out])
+    right = (scores.argmax(dim=2) == labels[held_out][:, None]) & scores.isfinite().all(dim=2)
+    return heads, dict(zip(rates, right.double().mean(dim=0).tolist(), strict=True))
+
+
+def encode_batch(inputs: Inputs, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """Return the features (B, D) and the row numbers (B,) of a batch of all processes.
+
+    Each process encodes its share. gather needs equal shapes, so a short share is filled with its first row.
+    All shares before it are full, so the further rows are at the end.
+    """
+    encoder, device = inputs.encoder, inputs.device
+    order = torch.channels_last if is_convolutional(encoder) else torch.contiguous_format
+    with evaluation_mode(encoder):
+        pixels = batch.pixels(device).to(dtype_of(encoder), memory_format=order)
+        with autocast(device, inputs.dtype):
+            outputs = encoder(pixel_values=pixels)
+        features = pool(outputs, inputs.pooling, encoder).float()
+        rows = batch.rows.to(device)
+        missing = -(-batch.size // process_count()) - len(rows)
+        if missing:
+            features = torch.cat([features, features[:1].expand(missing, -1)])
+            rows = torch.cat([rows, rows[:1].expand(missing)])
+        return gather(features)[: batch.size], gather(rows)[: batch.size]
+
+
+class Heads:
+    """Linear classifiers for several learning rates, trained by SGD on the same batches.
+
+    The weights start at zero. The gradient of the mean cross entropy with respect to the logits is
+    (softmax - one hot) / B.
+
+    Args:
+        width, classes: D and C.
+        rates: R initial learning rates.
+        recipe: the other settings.
+        device: device of the weights.
+    """
+
+    def __init__(
+        self, width: int, classes: int, rates: Sequence[float], recipe: Recipe, device: torch.device
+    ) -> None:
+        self.weights = torch.zeros(width + 1, len(rates), classes, device=device)  # the last row: biases
+        self.velocity = torch.zeros_like(self.weights)
+        self.rates = torch.tensor(rates, device=device, dtype=torch.float32)[None, :, None]
+        self.recipe = recipe
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (B, R, C) of features (B, D)."""
+        weights, bias = self.weights[:-1].flatten(1), self.weights[-1].flatten()
+        return torch.addmm(bias, features, weights).view(len(features), *self.weights.shape[1:])
+
+    def step(self, features: Tensor, labels: Tensor, progress: float) -> None:
+        """Update the weights.
+
+        Args:
+            features, labels: (B, D) and (B,), B >= 0.
+            progress: the completed fraction of the training, which determines the learning rate.
+        """
+        if not len(labels):
+            return
+        error = self.logits(features).softmax(dim=2)
+        target = labels[:, None, None].expand(-1, error.shape[1], 1)
+        error = error.scatter_add(2, target, error.new_full(target.shape, -1.0)) / len(labels)
+        gradient = torch.cat([torch.einsum("bd,brc->drc", features, error), error.sum(dim=0)[None]])
+        if self.recipe.weight_decay:
+            gradient += self.recipe.weight_decay * self.weights
+        self.velocity = MOMENTUM * self.velocity + gradient
+        change = gradient + MOMENTUM * self.velocity if self.recipe.nesterov else self.velocity
+        self.weights = self.weights - self.rates * self.rate_scale(progress) * change
+
+    def rate_scale(self, progress: float) -> float:
+        """Return the learning rate as a fraction of the initial one."""
+        if self.recipe.drops:
+            return 0.1 ** sum(progress >= each for each in self.recipe.drops)
+        return 0.5 * (1 + math.cos(math.pi * progress))
