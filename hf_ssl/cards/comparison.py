@@ -80,6 +80,7 @@ class Row:
     label: str
     seeds: list[int]
     cells: dict[Column, Cell]
+    is_baseline: bool = False
 
 
 @dataclass
@@ -91,8 +92,10 @@ class Comparison:
     skipped: list[str]
 
     def best(self, column: Column) -> Row:
-        """Return the row with the highest mean in a column."""
-        return max((row for row in self.rows if column in row.cells), key=lambda row: row.cells[column].mean)
+        """Return the row with the highest mean in a column. Baselines count only if there is no other row."""
+        rows = [row for row in self.rows if column in row.cells]
+        trained = [row for row in rows if not row.is_baseline]
+        return max(trained or rows, key=lambda row: row.cells[column].mean)
 
 
 def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Comparison:
@@ -113,9 +116,12 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
     for runs in groups.values():
         if runs[0][0] == "raw_pixels":  # the same in all runs
             del runs[1:]
+        elif runs[0][0] == "untrained":  # runs with the same seed have the same encoder before training
+            numbers = [(entry["seed"], entry["results"][name]["protocols"]) for name, entry in runs]
+            runs[:] = [run for place, run in enumerate(runs) if numbers[place] not in numbers[:place]]
     columns = _columns([run for runs in groups.values() for run in runs])
     rows = [
-        Row(label, [entry["seed"] for _, entry in runs], _cells(runs, columns))
+        Row(label, [entry["seed"] for _, entry in runs], _cells(runs, columns), runs[0][0] != "trained")
         for label, runs in zip(_labels(list(groups.values())), groups.values(), strict=True)
     ]
     comparison = Comparison(rows, columns, skipped)
