@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Implements the command `hf-ssl` (layer 5). Commands that only print do not import torch or transformers."""
+"""Reads the command line of `hf-ssl`, and returns its exit status (layer 5)."""
 
 import argparse
 import errno
-import gc
 import os
-import re
 import select
 import signal
 import sys
@@ -15,14 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from hf_ssl.data.config import MISSING
+from hf_ssl import commands
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
-from hf_ssl.methods import METHODS
-from hf_ssl.progress import progress
-from hf_ssl.resources import MAX_IMAGES, PORT, recipe_files
+from hf_ssl.resources import MAX_IMAGES, PORT
 
-_DATA_PATH = re.compile(r"^data:\n(?:(?: .*)?\n)*?  path: *(\S+)", re.MULTILINE)
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
 
@@ -114,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-ssl", description="Self-supervised image pretraining on the Hugging Face stack."
     )
     command = _commands(parser)
-    demo = command("demo", _demo)
+    demo = command("demo", commands.demo)
     demo.add_argument(
         "--no-space", action="store_true", help="do not serve the Space that demonstrates the encoder"
     )
@@ -122,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
     )
 
-    pretrain = command("pretrain", _pretrain)
+    pretrain = command("pretrain", commands.pretrain)
     pretrain.add_argument("recipe", help="a name that `hf-ssl recipes` lists, or a YAML file")
     pretrain.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     pretrain.add_argument(
@@ -132,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "case)",
     )
 
-    evaluate = command("evaluate", _evaluate)
+    evaluate = command("evaluate", commands.evaluate)
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="data.path=... and evaluation.key=value"
@@ -147,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FOLDER", help="folder for results.json and pictures of the results"
     )
 
-    compare = command("compare", _compare)
+    compare = command("compare", commands.compare)
     compare.add_argument(
         "runs",
         nargs="+",
@@ -163,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     supervise = command(
-        "supervise", _supervise, "Train a reference encoder with labels from scratch, and export it."
+        "supervise", commands.supervise, "Train a reference encoder with labels from scratch, and export it."
     )
     supervise.add_argument(
         "recipe", help="a name or a YAML file; its encoder, data and views are used, not its method"
@@ -176,11 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         "keys recipe (default: scratch), epochs, learning_rates, batch_size, weight_decay, mixup, ...",
     )
 
-    export = command("export", _export)
+    export = command("export", commands.export)
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
 
-    publish = command("publish", _publish)
+    publish = command("publish", commands.publish)
     publish.add_argument("folder", metavar="run", type=Path, help="the output folder of a run")
     publish.add_argument(
         "repo", nargs="?", help="user/name, created if it does not exist; default: publish.repo_id"
@@ -196,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of `hf-ssl space build`, which is published as a Space",
     )
 
-    attention = command("attention", _attention)
+    attention = command("attention", commands.attention)
     attention.add_argument(
         "model", help="a folder with an exported encoder, or one of the ViT family on the Hub"
     )
@@ -217,10 +212,10 @@ def _parser() -> argparse.ArgumentParser:
         help="resize the shortest edge of the photo to this many pixels, without a crop (default: resize and "
         "center crop as the image processor of the encoder does)",
     )
-    _add_space(command("space", _space_run, "Build and serve a page that demonstrates an encoder."))
+    _add_space(command("space", commands.space_run, "Build and serve a page that demonstrates an encoder."))
 
-    command("methods", _methods)
-    command("recipes", _recipes)
+    command("methods", commands.methods)
+    command("recipes", commands.recipes)
     return parser
 
 
@@ -247,7 +242,7 @@ def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.Argumen
 def _add_space(space: argparse.ArgumentParser) -> None:
     """Add `hf-ssl space build` and `hf-ssl space run`."""
     command = _commands(space)
-    build = command("build", _space_build)
+    build = command("build", commands.space_build)
     build.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     build.add_argument(
         "folder", type=Path, help="output folder: new, empty, or an earlier Space, which is replaced"
@@ -257,188 +252,9 @@ def _add_space(space: argparse.ArgumentParser) -> None:
         "--images", type=int, default=MAX_IMAGES, help=f"largest number of images (default: {MAX_IMAGES:,})"
     )
     build.add_argument("--title", help="heading of the page")
-    serve = command("run", _space_run)
+    serve = command("run", commands.space_run)
     serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
     serve.add_argument(
         "--port", type=int, default=PORT, help=f"port, or the next free port (default: {PORT})"
     )
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    """Pretrain, evaluate and demonstrate an encoder of handwritten digits, offline."""
-    with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl import run
-
-    run.demo(arguments.overrides, not arguments.no_space)
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
-    """Pretrain an encoder, export it, evaluate it and write its card."""
-    with quick_imports():
-        with progress(f"reading the recipe {arguments.recipe}"):
-            from hf_ssl.recipe import load_recipe
-
-            recipe = load_recipe(arguments.recipe, arguments.overrides)
-        from hf_ssl.files import newest_checkpoint
-
-        output = recipe.output_dir
-        if arguments.resume and newest_checkpoint(output) is None:
-            raise UserError(f"--resume: expected a checkpoint in {output}, got none; start without --resume")
-        with progress("loading torch and transformers"):
-            from hf_ssl import run
-
-    run.pretrain(recipe)
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Pause the garbage collector during the import of torch and transformers.
-
-    Later collections ignore the imported objects. Otherwise the collector searches these 800,000 objects
-    repeatedly, which takes two CPU seconds. This function does nothing in a process that has already imported
-    torch, because existing garbage would never be collected.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate an encoder by standard protocols: k-NN, linear probe and others."""
-    with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl.recipe import read_sections
-
-        overrides = list(arguments.overrides)
-        if arguments.protocols is not None:
-            names = ",".join(PROTOCOLS) if arguments.protocols == "all" else arguments.protocols
-            overrides.append(f"evaluation.protocols=[{names}]")
-        data, evaluation = read_sections(overrides)
-        from hf_ssl import run
-
-    run.evaluate(arguments.model, data, evaluation, arguments.output)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    """Compare runs in a table and a plot: means over seeds, with differences."""
-    from hf_ssl.cards.comparison_text import markdown
-    from hf_ssl.comparing import compare_runs
-
-    comparison = compare_runs(arguments.runs, arguments.output, arguments.baselines)
-    print(markdown(comparison), end="")
-    print(f"Markdown, CSV, LaTeX and a plot are in {arguments.output}")
-
-
-def _supervise(arguments: argparse.Namespace) -> None:
-    """Train an encoder with labels, as a reference for encoders that were pretrained without labels."""
-    with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl.recipe import load_recipe
-
-        folder = f"training.output_dir=runs/supervised/{Path(arguments.recipe).stem}"
-        recipe = load_recipe(arguments.recipe, [folder, *arguments.overrides])
-        from hf_ssl import supervised
-
-    supervised.supervise(recipe)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    """Write the encoder of a training checkpoint as a plain transformers model."""
-    with progress(f"exporting the encoder of {arguments.checkpoint}"):
-        from hf_ssl.hub.export import export_checkpoint
-
-        export_checkpoint(arguments.checkpoint, arguments.directory)
-
-
-def _publish(arguments: argparse.Namespace) -> None:
-    """Publish a finished run on the Hub: encoder, card, results and pictures, one commit."""
-    from hf_ssl.hub.publish import is_private, publish, publish_space, recorded_repo
-
-    repo = arguments.repo or recorded_repo(arguments.folder)
-    options = {"private": arguments.private, "dry_run": arguments.dry_run}
-    publish(arguments.folder, repo, **options)
-    if arguments.space is not None:  # its gallery shows images, so it is private if the run is
-        options["private"] = arguments.private or is_private(arguments.folder)
-        publish_space(arguments.space, repo, **options)
-
-
-def _attention(arguments: argparse.Namespace) -> None:
-    """Draw the attention maps of a vision transformer for your photos."""
-    with progress("drawing attention maps"):
-        from hf_ssl.evaluation import write_attention_pictures
-
-        folders = write_attention_pictures(
-            arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
-        )
-    print("\n".join(f"pictures in {folder}" for folder in folders))
-    print(f"overview in {arguments.output / 'overview.png'}")
-
-
-def _space_build(arguments: argparse.Namespace) -> None:
-    """Embed a gallery and write a Space that can be served on this machine and on the Hub."""
-    from hf_ssl.space import check_packages
-
-    check_packages()
-    with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl.recipe import read_sections
-
-        data, _ = read_sections(arguments.overrides)
-        from hf_ssl.space import build_space
-
-    build_space(arguments.model, arguments.folder, data, images=arguments.images, title=arguments.title)
-    print(f"the Space is in {arguments.folder}; hf-ssl space run {arguments.folder} serves it")
-
-
-def _space_run(arguments: argparse.Namespace) -> None:
-    """Serve a Space on this machine."""
-    from hf_ssl.space import run_space
-
-    run_space(arguments.folder, arguments.host, arguments.port)
-
-
-def _methods(arguments: argparse.Namespace) -> None:
-    """List the methods."""
-    _print_table(
-        [(name, f"{method.title}: {method.summary} ({method.paper})") for name, method in METHODS.items()]
-    )
-
-
-def _recipes(arguments: argparse.Namespace) -> None:
-    """List the recipes that come with hf_ssl."""
-    groups: dict[str, list[tuple[str, str]]] = {MISSING: [], "digits": []}  # the first two headings
-    for name, path in recipe_files().items():
-        groups.setdefault(recipe_data(path), []).append((f"  {name}", recipe_title(path)))
-    width = max(len(name) for rows in groups.values() for name, _ in rows)
-    headings = {MISSING: "your own images (data.path=...)", "digits": "handwritten digits, offline"}
-    for data, rows in groups.items():
-        print(f"{headings.get(data, data)}:")
-        _print_table(rows, width)
-
-
-def recipe_data(path: Path) -> str:
-    """Return `data.path` of a recipe, or "???" if the user must set it.
-
-    This function does not import a YAML parser, to keep the start fast.
-    """
-    found = _DATA_PATH.search(path.read_text(encoding="utf-8"))
-    return found[1] if found is not None else MISSING
-
-
-def recipe_title(path: Path) -> str:
-    """Return the first line of a recipe's header that is not the license."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.lstrip("# ").strip()
-        if line.startswith("#") and text and not text.startswith("SPDX-"):
-            return text
-    return ""
-
-
-def _print_table(rows: list[tuple[str, str]], width: int = 0) -> None:
-    width = max([width, *(len(name) for name, _ in rows)])
-    for name, text in rows:
-        print(f"{name:{width}}  {text}")

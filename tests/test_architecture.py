@@ -51,6 +51,7 @@ LAYERS = {
     "hf_ssl.space": 5,
     "hf_ssl.supervised": 5,
     "hf_ssl.cli": 5,
+    "hf_ssl.commands": 5,
     "hf_ssl.__main__": 5,
     "hf_ssl": 6,
 }

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch  # noqa: F401  (loads it in this process)
 
-from hf_ssl.cli import quick_imports
+from hf_ssl.commands import quick_imports
 
 RUN = """
 import importlib.machinery, json, os, sys
