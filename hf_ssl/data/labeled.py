@@ -281,12 +281,13 @@ def label_data(data: Any, config: DataConfig, name: str, max_images: int | None 
     return label_source(source, config, max_images=max_images)
 
 
-def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def balanced_rows(labels: np.ndarray, count: int, *key: int) -> np.ndarray:
     """Return `count` row numbers of the labels (N,) in ascending order, at random with balanced classes.
 
-    The first image of each class is chosen before the second image of any class, and so on.
+    The first image of each class is chosen before the second image of any class, and so on. The choice
+    depends only on the labels, the count and the key, so all encoders use the same images.
     """
-    shuffled = permutation(len(labels), seed)
+    shuffled = permutation(len(labels), *key)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sorted_labels = labels[by_class]
     starts = np.searchsorted(sorted_labels, sorted_labels)

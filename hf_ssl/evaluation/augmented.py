@@ -7,7 +7,6 @@ that one process would read.
 Legend: M training images, B images in a batch of all processes.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_ssl.data import LabeledImages
 from hf_ssl.data.batch import LoadedBatch, is_small, make_batch
-from hf_ssl.data.labeled import balanced_rows
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.modeling.backbones import normalization
@@ -204,18 +202,3 @@ def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float
     )
     preset.check(channels)
     return preset
-
-
-def labeled_subset(labels: Tensor, count: int, seed: int) -> np.ndarray:
-    """Return the row numbers of `count` training images, at random with balanced classes, in ascending order.
-
-    They depend only on the labels, the count and the seed, so that all encoders use the same images.
-    """
-    if count >= len(labels):
-        return np.arange(len(labels))
-    return balanced_rows(labels.numpy(), count, seed)
-
-
-def list_hash(rows: np.ndarray) -> str:
-    """Return a name for a list of row numbers, the same on every machine."""
-    return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()[:12]

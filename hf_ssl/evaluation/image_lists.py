@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of labeled images that publications use: files with one image name per line."""
+"""Lists of labeled images: random ones, and those that publications use (files with one name per line)."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_ssl.data.labeled import balanced_rows
 from hf_ssl.errors import UserError, first_line
 
 
@@ -35,6 +37,32 @@ LISTS = {
 }
 """SHA-256 of a file -> the list. SimCLR's lists have 12,811 and 128,116 images. Most results with 1 % and
 10 % of the labels of ImageNet use them."""
+
+
+def draw_rows(labels: Tensor, count: int, seed: int, draw: int = 0) -> Tensor:
+    """Return the sorted row numbers of `count` random images with balanced classes, on the CPU.
+
+    Args:
+        labels: (N,).
+        count: number of images of all classes.
+        seed, draw: the choice depends only on these numbers, the labels and the count.
+    """
+    return torch.from_numpy(balanced_rows(labels.cpu().numpy(), count, seed, draw))
+
+
+def rows_hash(draws: Sequence[Tensor], labels: Tensor) -> str:
+    """Return a hash of the chosen rows and of their labels (16 hexadecimal digits).
+
+    It identifies the lists on every machine.
+
+    Args:
+        draws: sorted row numbers of each draw.
+        labels: (N,).
+    """
+    digest = hashlib.sha256()
+    for rows in draws:
+        digest.update(torch.stack([rows, labels.cpu()[rows]]).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def list_error(path: str) -> str | None:

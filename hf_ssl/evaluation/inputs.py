@@ -154,6 +154,11 @@ def _label_matrix(labels: Any, images: int, where: str) -> Tensor:
     return matrix.long()
 
 
+def held_out_images(images: int) -> int:
+    """Return how many of the training images are held out for a selection."""
+    return max(1, round(HELD_OUT * images))
+
+
 def hold_out(images: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the row numbers of the training images to train on, and of those to select settings on.
 
@@ -162,7 +167,7 @@ def hold_out(images: int, seed: int) -> tuple[Tensor, Tensor]:
         seed: seed of the random choice.
     """
     order = torch.from_numpy(permutation(images, seed))
-    held_out = max(1, round(HELD_OUT * images))
+    held_out = held_out_images(images)
     return order[held_out:], order[:held_out]
 
 

@@ -108,7 +108,7 @@ def build_space(
         pool = _images(data, examples_split, 20 * examples)
         pool_labels, most = _labels(pool), len(pool)
     classes = pool.labels.numpy()
-    chosen = balanced_rows(classes, min(examples, most), seed=1)
+    chosen = balanced_rows(classes, min(examples, most), 1)
     chosen = chosen[np.argsort(classes[chosen], kind="stable")]
     pictures = [(pool[number], None if pool_labels is None else pool_labels[number]) for number in chosen]
     if examples_split is None:

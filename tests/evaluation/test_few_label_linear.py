@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_features
-from hf_ssl.evaluation.image_lists import LISTS, find_rows, read_list
-from hf_ssl.evaluation.protocols.few_label_linear import STRENGTH, Config, draw_rows, rank_in_class, rows_hash
+from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, read_list, rows_hash
+from hf_ssl.evaluation.protocols.few_label_linear import STRENGTH, Config, rank_in_class
 
 NAME = "few_label_linear"
 
@@ -36,21 +36,22 @@ def run(data, seed: int = 0, **settings):
 
 def test_a_draw_is_balanced_and_fixed_by_the_seed() -> None:
     labels = torch.arange(60) % 3
-    draws = [draw_rows(labels, 4, seed, draw) for seed, draw in ((0, 0), (0, 1), (1, 0))]
+    draws = [draw_rows(labels, 12, seed, draw) for seed, draw in ((0, 0), (0, 1), (1, 0))]
     for rows in draws:
         assert labels[rows].bincount().tolist() == [4, 4, 4]
         assert rows.tolist() == sorted(set(rows.tolist()))
     assert len({tuple(rows.tolist()) for rows in draws}) == 3
-    assert torch.equal(draws[0], draw_rows(labels, 4, 0, 0))
+    assert torch.equal(draws[0], draw_rows(labels, 12, 0, 0))
     sizes = torch.tensor([0] * 30 + [2] * 3)
-    assert sizes[draw_rows(sizes, 5, 0, 0)].bincount().tolist() == [5, 0, 3], "a small class gives all images"
+    assert sizes[draw_rows(sizes, 8, 0, 0)].bincount().tolist() == [5, 0, 3], "a small class gives all images"
+    assert draw_rows(labels, 60, 0).tolist() == list(range(60))
 
 
 def test_these_rows_never_change() -> None:
     """Results of other versions are comparable only if the seed gives the same rows."""
     labels = torch.arange(40) % 2
-    assert draw_rows(labels, 3, 0, 0).tolist() == [4, 5, 11, 14, 16, 21]
-    assert rows_hash([draw_rows(labels, 3, 0, 0)], labels) == "5475ddffc53e38be"
+    assert draw_rows(labels, 6, 0, 0).tolist() == [0, 8, 9, 19, 26, 31]
+    assert rows_hash([draw_rows(labels, 6, 0, 0)], labels) == "14f44962a4d3401a"
 
 
 def test_the_rank_in_a_class_is_the_number_of_earlier_images() -> None:
@@ -89,7 +90,7 @@ def test_the_labeled_images_are_part_of_the_id(data) -> None:
 def test_the_classifier_is_that_of_scikit_learn(data) -> None:
     train, labels, test, test_labels = data
     (result,) = run(data, labels=[1], fractions=[], draws=1)["protocols"]
-    rows = draw_rows(labels, 1, 0, 0)
+    rows = draw_rows(labels, int(labels.max()) + 1, 0, 0)
     unit, unit_test = (torch.nn.functional.normalize(each, dim=1).double().numpy() for each in (train, test))
     model = LogisticRegression(C=STRENGTH, max_iter=5000, tol=1e-8).fit(unit[rows], labels[rows])
     assert result["value"] == pytest.approx(model.score(unit_test, test_labels), abs=0.005)

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModel, BitImageProcessor
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder
-from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip, labeled_subset, list_hash
+from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
 from hf_ssl.evaluation.classifiers import FeatureClassifier, new_classifier
 from hf_ssl.evaluation.fine_tuning import (
     Optimization,
@@ -208,15 +208,6 @@ def test_a_killed_training_resumes_exactly(kind: str, data, tmp_path: Path) -> N
     untouched = fine_tuned(kind, data, encoder=encoder, epochs=1)
     with pytest.raises(AssertionError):
         same(untouched, whole, atol=0, rtol=0)
-
-
-def test_labels_of_a_fraction_are_balanced_and_the_same_everywhere() -> None:
-    labels = torch.arange(1000) % 10
-    rows = labeled_subset(labels, 100, seed=0)
-    assert labels[torch.from_numpy(rows)].bincount().tolist() == [10] * 10
-    assert list_hash(rows) == list_hash(rows[::-1]) == "9ceb210cccd8"
-    assert list_hash(labeled_subset(labels, 100, seed=1)) != list_hash(rows)
-    assert (labeled_subset(labels, 1000, seed=0) == np.arange(1000)).all()
 
 
 def test_partners_of_mixup() -> None:

@@ -23,11 +23,10 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import Inputs, accuracy_result
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
-HELD_OUT = 0.1
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARMUP = 0.1
 HEAD_SIZE = 64
@@ -86,7 +85,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     pairs = [(rate, decay) for rate in sorted(set(config.learning_rates)) for decay in config.weight_decays]
     generator = torch.Generator().manual_seed(inputs.seed)
     order = torch.randperm(len(train), generator=generator)
-    held_out = max(1, round(HELD_OUT * len(train)))
+    held_out = held_out_images(len(train))
     chosen, kept = order[:held_out], order[held_out:]
     curves: dict[str, list[float]] = {"train": [], "test": []}
 

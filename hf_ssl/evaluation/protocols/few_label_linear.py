@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear classifier with few labels: logistic regression on some labeled images of each class."""
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,7 +12,7 @@ from torch import Tensor
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.image_lists import LISTS, find_rows, list_error, read_list
+from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, list_error, read_list, rows_hash
 from hf_ssl.evaluation.inputs import Inputs, class_metrics
 from hf_ssl.evaluation.results import ProtocolResult, result_id, standard_error
 from hf_ssl.evaluation.softmax_regression import Problem
@@ -128,16 +126,16 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     used = counts[counts > 0]
     found = []
     for share in config.fractions:
-        count = int(share * len(labels) / len(used) + 1e-9)
+        count = round(share * len(labels))
         percent = f"{100 * share:g} %"
-        if count < 1:
+        if count < len(used):
             inputs.skipped.append(
                 f"linear classifier with {percent} of the labels: that is less than one of "
                 f"{len(labels):,} images for each of {len(used):,} classes"
             )
             continue
         draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
-        words = f"{percent} of the images ({count:,} of each class)"
+        words = f"{percent} of the images ({count:,} with balanced classes)"
         key = f"{100 * share:g}_percent".replace(".", "_")
         found.append(Choice(key, f"{percent} of the labels", words, {"fraction": share}, draws))
     for count in config.labels:
@@ -146,7 +144,7 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
                 f"linear classifier with {count} labels a class: the smallest class has {int(used.min())}"
             )
             continue
-        draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
+        draws = [draw_rows(labels, count * len(used), inputs.seed, draw) for draw in range(config.draws)]
         plural = "s"[: count != 1]
         column = f"{count} label{plural} per class"
         words = f"{count} image{plural} of each class"
@@ -160,19 +158,6 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     return found
 
 
-def draw_rows(labels: Tensor, count: int, seed: int, draw: int) -> Tensor:
-    """Return the sorted row numbers of `count` random images of each class, or of all if it has fewer.
-
-    Args:
-        labels: (N,) on the CPU.
-        count: images of each class.
-        seed, draw: the choice depends only on these numbers and on the labels.
-    """
-    generator = torch.Generator().manual_seed((seed << 20) + draw)
-    order = torch.randperm(len(labels), generator=generator)
-    return order[rank_in_class(labels[order]) < count].sort().values
-
-
 def rank_in_class(labels: Tensor) -> Tensor:
     """Return how many earlier images have the same class, for each image: (N,) int64."""
     by_class = labels.argsort(stable=True)
@@ -181,14 +166,6 @@ def rank_in_class(labels: Tensor) -> Tensor:
     ranks = torch.empty_like(by_class)
     ranks[by_class] = torch.arange(len(labels), device=labels.device) - starts
     return ranks
-
-
-def rows_hash(draws: Sequence[Tensor], labels: Tensor) -> str:
-    """Return a hash of the chosen rows and of their labels (16 hexadecimal digits)."""
-    digest = hashlib.sha256()
-    for rows in draws:
-        digest.update(torch.stack([rows, labels[rows]]).numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _classify(

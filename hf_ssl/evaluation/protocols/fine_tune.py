@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import check_name, check_values
-from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip, labeled_subset, list_hash
+from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
 from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.fine_tuning import OPTIMIZERS, Optimization, predict, train_classifier
-from hf_ssl.evaluation.inputs import Inputs, accuracy_result, check_finite
+from hf_ssl.evaluation.image_lists import draw_rows, rows_hash
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, check_finite, held_out_images
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.random import permutation
 
 VERSION = 1
-HELD_OUT = 0.1
 _WHERE = "evaluation.settings.fine_tune"
 
 
@@ -186,7 +186,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     )  # fmt: skip
     task = Task.of(inputs, config)
     return [
-        train_and_test(task, fraction, labeled_subset(labels, count, inputs.seed))[1]
+        train_and_test(task, fraction, draw_rows(labels, count, inputs.seed).numpy())[1]
         for fraction, count in wanted
     ]
 
@@ -253,7 +253,7 @@ class Task(NamedTuple):
     ) -> dict[float, float]:
         """Return the accuracy on held-out rows for each learning rate."""
         order = rows[permutation(len(rows), self.inputs.seed, len(rows))]
-        held_out = max(1, round(HELD_OUT * len(rows)))
+        held_out = held_out_images(len(rows))
         chosen, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
         truth = self.labels[torch.from_numpy(chosen)]
         size = self.inputs.batch_size
@@ -334,7 +334,8 @@ def describe(
         f"warmup {settings.warmup_epochs:g} epochs" * (settings.warmup_epochs > 0),
     ]
     name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
-    listed = f", list {list_hash(rows)}" if percent else ""
+    list_name = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
+    listed = f", list {list_name}" if percent else ""
     labeled = (
         f"{count:,} labeled images with balanced classes ({percent}{listed})" if percent else "all labels"
     )
@@ -363,7 +364,7 @@ def describe(
         details={
             "class": kind,
             "labels": count,
-            "list": list_hash(rows),
+            "list": list_name,
             "validation": {str(each): value for each, value in validation.items()},
         },
     )

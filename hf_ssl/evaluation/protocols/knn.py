@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.config import MAIN_KNN, NEIGHBORS, TEMPERATURES, are_positive
-from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result
+from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, held_out_images
 from hf_ssl.evaluation.knn import Votes, vote
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.random import permutation
 
 VERSION = 1
-HELD_OUT = 0.1
 _MAX_HELD_OUT = 5000
 
 
@@ -141,7 +140,7 @@ def _select(
     """
     train = inputs.train
     order = permutation(len(train), inputs.seed)
-    held_out = min(_MAX_HELD_OUT, max(1, round(HELD_OUT * len(train))))
+    held_out = min(_MAX_HELD_OUT, held_out_images(len(train)))
     chosen, kept = order[:held_out], order[held_out:]
     bank, queries = (Split(train.features[rows], train.labels[rows], train.name) for rows in (kept, chosen))
     usable = [k for k in counts if k <= len(bank)]

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, check_name, check_values
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
-from hf_ssl.evaluation.inputs import Inputs, accuracy_result
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
 MOMENTUM = 0.9
-HELD_OUT = 0.1
 GRID = {
     "cls": "the class token",
     "cls_mean": "the class token and the mean of the patch tokens",
@@ -254,7 +253,7 @@ def _fit(
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train), generator=generator).to(train.device)
-    held_out = max(1, round(HELD_OUT * len(train)))
+    held_out = held_out_images(len(train))
     chosen, kept = order[:held_out], order[held_out:]
     validation = []
     state = generator.get_state()

@@ -17,7 +17,7 @@ from hf_ssl.errors import check_name, check_values
 from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.features import dtype_of, is_convolutional
-from hf_ssl.evaluation.inputs import Inputs, accuracy_result, check_finite
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, check_finite, held_out_images
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather, process_count
@@ -27,7 +27,6 @@ from hf_ssl.random import permutation
 
 VERSION = 1
 MOMENTUM = 0.9
-HELD_OUT = 0.1
 
 
 class Recipe(NamedTuple):
@@ -155,7 +154,7 @@ def _train(
     loader = images.loader(np.arange(len(train)), config.batch_size, device)
     held_out = torch.zeros(len(train), dtype=torch.bool, device=device)
     if len(rates) > 1:
-        count = max(1, round(HELD_OUT * len(train)))
+        count = held_out_images(len(train))
         held_out[torch.from_numpy(permutation(len(train), inputs.seed)[:count]).to(device)] = True
     labels, width = train.labels.to(device), train.features.shape[1]
     heads, partial = (Heads(width, inputs.classes, rates, recipe, device) for _ in range(2))

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import Inputs
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, held_out_images
 from hf_ssl.evaluation.results import ProtocolResult, result_id
 from hf_ssl.random import permutation
 
 VERSION = 1
-HELD_OUT = 0.1
 PENALTIES = (1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
 _SAMPLES = 100
 
@@ -59,7 +58,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     )
     labels = train.labels.to(inputs.device)
     order = torch.from_numpy(permutation(len(train), inputs.seed)).to(inputs.device)
-    held_out = max(1, round(HELD_OUT * len(train)))
+    held_out = held_out_images(len(train))
     chosen, kept = order[:held_out], order[held_out:]
     if not bool((labels[chosen] == 1).any()) or not bool((labels[kept] == 1).any()):
         raise UserError("multi_label: expected labels in both parts of the training images; add images")
