@@ -114,6 +114,8 @@ def online(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> H
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # transformers 5.24 keeps one client, which has the address of its first use.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -397,7 +397,7 @@ def test_learning_rate_rules(tmp_path, rule, rate):
         ),
         ({"lars": {"variant": "lamb"}}, ["training.lars.variant", "barlowtwins", "simclr", "larc", "lamb"]),
         ({"lars": {"eta": 1}}, ["training.lars", "trust_coefficient", "eta"]),
-        ({"learning_rate_drops": [120, 0]}, ["training.learning_rate_drops", "[120, 0]"]),
+        ({"learning_rate_drops": [120, 0]}, ["training.learning_rate_drops", "[120.0, 0.0]"]),
         ({"predictor_learning_rate_factor": 0.0}, ["training.predictor_learning_rate_factor", 0.0]),
         ({"cosine_variant": "mae"}, ["training.cosine_variant", "swav", "ijepa", "mae"]),
         (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_ssl import cli
+from hf_ssl import cli, commands
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import train
 from hf_ssl.trainer.monitor import Monitor
@@ -131,7 +131,7 @@ def test_the_command_ends_on_sigterm_outside_of_training(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(cli, "_methods", interrupted)
+    monkeypatch.setattr(commands, "methods", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["methods"])
     assert ended.value.code == 143
