@@ -256,7 +256,6 @@ ROWS = [
         1.67,
         cpc_step(),
         "step",
-        1,
         accelerator=True,
     ),
     Row(
