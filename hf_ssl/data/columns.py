@@ -2,7 +2,7 @@
 """Finds the columns of images and labels in a data set, and reads their values."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import EncodedImage, StoredImage, stored_image
-from hf_ssl.errors import UserError, check_name
+from hf_ssl.errors import UserError
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -104,23 +104,12 @@ def find_image_columns(
         UserError: see `find_image_column`; or a further column is missing or has another type.
     """
     wanted = dict(sorted(config.further_image_columns.items()))
-    if not only_image:
-        for column in wanted:
-            check_further_column(column, features, where)
-            feature = features[column]
-            if not (isinstance(feature, Image) or _has_type(feature, _IMAGES)):
-                raise UserError(
-                    f"data.further_image_columns.{column}: expected a column of {_IMAGES.content} in "
-                    f"{where}, got the type {_type_name(feature)}; use one of {_listing(features)}"
-                )
+    for column in {} if only_image else wanted:
+        role = _IMAGES._replace(key=f"data.further_image_columns.{column}")
+        _find_column(features, column, where, role)
     others = {name: feature for name, feature in features.items() if name not in wanted}
     column = find_image_column(others, config.image_column, where)
     return column, {} if only_image else wanted
-
-
-def check_further_column(column: str, known: Iterable[str], where: str) -> None:
-    """Raise `UserError` if a further column of images does not exist."""
-    check_name(f"data.further_image_columns.{column}", column, list(known), f"a column of {where}")
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
@@ -253,17 +242,22 @@ def _class(label: Any, where: str) -> int | str | None:
     )
 
 
-def encoded_images(table: pa.Table, column: str) -> list[StoredImage]:
+def encoded_images(
+    table: pa.Table, column: str, stored: Callable[[Any], StoredImage] = stored_image
+) -> list[StoredImage]:
     """Return the images of a column of a table, without copying bytes.
 
     Args:
         table: N rows.
         column: holds structs of `bytes` and `path`, encoded bytes, arrays (H, W) or (H, W, C), or file names.
+        stored: returns the image of an array, and that of None for a missing one.
     """
     images: list[StoredImage] = []
     for chunk in table.column(column).chunks:
         if isinstance(chunk.type, pa.ExtensionType):  # Array2D, Array3D
-            images += map(stored_image, chunk.to_numpy(zero_copy_only=False))
+            # With missing rows, `to_numpy` would return floating-point numbers for whole numbers.
+            arrays = iter(chunk.drop_null().to_numpy(zero_copy_only=False))
+            images += [stored(next(arrays) if valid else None) for valid in chunk.is_valid().to_pylist()]
             continue
         if pa.types.is_struct(chunk.type):
             names = [field.name for field in chunk.type]

@@ -193,8 +193,9 @@ def memory_size(image: StoredImage) -> int:
 
 def image_hash(data: ImageData) -> int:
     """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
-    raw = data.tobytes() if isinstance(data, PIL.Image.Image | np.ndarray) else data
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+    if isinstance(data, PIL.Image.Image | np.ndarray):
+        data = data.tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def size_in_header(image: StoredImage) -> tuple[int, int]:
@@ -204,7 +205,8 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
         BrokenImage: the header cannot be read.
     """
     if isinstance(image, ImageObject):
-        return tuple(decode(image.read(), 1).shape[1:])  # type: ignore[return-value]
+        pixels = decode(image.read(), 1)
+        return pixels.shape[1], pixels.shape[2]
     try:
         on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
@@ -214,7 +216,7 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
             swapped = known and opened.getexif().get(_ORIENTATION) in _SWAPS_SIDES
     except BrokenImage:
         raise
-    except Exception as error:  # as in _decode_with_pillow
+    except Exception as error:  # as in read_with_pillow
         raise BrokenImage(_reason(error)) from error
     return (width, height) if swapped else (height, width)
 
@@ -236,7 +238,7 @@ def decode(data: ImageData, channels: int) -> Tensor:
         pixels = _decode_with_torchvision(data)
         if pixels is not None:
             return _with_channels(pixels, channels)
-    return _decode_with_pillow(data, channels)
+    return read_with_pillow(data, lambda image: to_array(image, channels)).expand(channels, -1, -1)
 
 
 def _decode_with_torchvision(data: EncodedBytes) -> Tensor | None:
@@ -260,13 +262,12 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]  # Pillow's "L"
 
 
-def _decode_with_pillow(data: ImageData, channels: int) -> Tensor:
-    pixels = torch.from_numpy(read_with_pillow(data, lambda image: to_array(image, channels)))
-    return pixels[None].expand(channels, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.ndarray]) -> Tensor:
+    """Return the pixels (C, H, W) of an image, rotated by the EXIF orientation.
 
-
-def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.ndarray]) -> np.ndarray:
-    """Return the pixels that `convert` returns for an image, rotated by the EXIF orientation.
+    Args:
+        data: see `decode`.
+        convert: returns the pixels (H, W) or (H, W, C) of an image of Pillow.
 
     Raises:
         BrokenImage: see `decode`.
@@ -274,7 +275,8 @@ def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.nd
     try:
         image = _open_image(data)
         image.load()  # a lazy image reads its file now
-        return convert(_apply_orientation(image))
+        pixels = torch.from_numpy(convert(_apply_orientation(image)))
+        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     except BrokenImage:
         raise
     except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
@@ -321,10 +323,7 @@ def to_array(image: PIL.Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
         return _from_16_bit(np.asarray(image))
     if image.mode == "F":
-        raise BrokenImage(
-            "expected pixels of 8 or 16 bits, got floating-point numbers, whose range is unknown; "
-            "convert the image"
-        )
+        raise BrokenImage("expected pixels of 8 or 16 bits, got floating-point numbers; convert the image")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))

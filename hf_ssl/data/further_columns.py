@@ -18,7 +18,7 @@ A row is a broken image if one of its columns cannot be read, has another size, 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -97,9 +97,11 @@ def table_rows(table: pa.Table, column: str, columns: Mapping[str, str]) -> list
         column: the image column.
         columns: {name: kind} of the further columns.
     """
-    return joined_rows(
-        encoded_images(table, column), columns, {name: encoded_images(table, name) for name in columns}
-    )
+    further = {
+        name: encoded_images(table, name, partial(stored_further_image, kind=kind))
+        for name, kind in columns.items()
+    }
+    return joined_rows(encoded_images(table, column), columns, further)
 
 
 def joined_rows(
@@ -201,8 +203,7 @@ def _decode_kind(data: ImageData, kind: str) -> Tensor:
     """Return the pixels (C, H, W) uint8 of an image of a further column."""
     if kind == "rgb":
         return images.decode(data, 3)
-    pixels = torch.from_numpy(images.read_with_pillow(data, _CONVERTERS[kind]))
-    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return images.read_with_pillow(data, _CONVERTERS[kind])
 
 
 def _gray(image: PIL.Image.Image) -> np.ndarray:

@@ -58,14 +58,14 @@ def narrow_configs(full: Any, groups: Sequence[int]) -> list[PreTrainedConfig]:
     return configs
 
 
-def further_config(full: Any, groups: tuple[int, ...], channels: int) -> PreTrainedConfig:
+def further_config(full: Any, groups: Sequence[int], channels: int) -> PreTrainedConfig:
     """Return the config of the narrow encoder of a further view, which is as wide as that of the first one.
 
     Args:
         full, groups: see `narrow_configs`.
         channels: number of channels of the view.
     """
-    config: Any = copy.deepcopy(narrow_configs(full, groups)[0])
+    config: Any = narrow_configs(full, groups)[0]
     config.num_channels = channels
     return config
 

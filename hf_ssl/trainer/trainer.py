@@ -169,8 +169,7 @@ class SSLTrainer(EvaluatingTrainer):
         prepare_model(model, args)
         self.collapse_alarm = CollapseAlarm(model.collapsed_below)
         guarded = self.classifiers.items() if continued or model.continues else ()
-        guards = [FeatureGuard(len(knn.tested), name) for name, knn in guarded]
-        self.alarms = [self.collapse_alarm, *guards]
+        self.alarms = [self.collapse_alarm, *(FeatureGuard(len(knn.tested), name) for name, knn in guarded)]
         super().__init__(
             model=model,
             args=args,

@@ -167,6 +167,67 @@ def test_every_kind_of_data_gives_the_same_pixels(kind, folder, tars, table):
     assert read_all(source) == expected
 
 
+def kinds_of_data(columns, features):
+    """Return rows of these columns as data with declared columns, and as data whose columns are unknown."""
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows = [{name: values[row] for name, values in columns.items()} for row in range(len(table))]
+    return {
+        "table": table,
+        "stream": table.to_iterable_dataset(),
+        "declared": datasets.IterableDataset.from_generator(lambda: iter(rows), features=table.features),
+        "undeclared": datasets.IterableDataset.from_generator(lambda: iter(rows)),
+        "transform": table.with_transform(lambda batch: {name: columns[name][:1] for name in batch}),
+        "items": rows,
+    }
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "declared", "undeclared", "transform", "items"])
+def test_further_columns_of_arrays_follow_the_rules_of_their_kinds(kind):
+    """Missing rows do not turn the whole numbers of other rows into floating-point numbers."""
+    arrays = [row_arrays(row) for row in range(2)]
+    columns = {
+        "content": [each["image"] for each in arrays],
+        "depth": [each["depth"] for each in arrays],
+        "normals": [each["normals"] for each in arrays],
+        # `datasets` 5 cannot read a missing array from a generator with declared columns.
+        "parts": [arrays[0]["parts"], arrays[1]["parts"] if kind == "declared" else None],
+        "second": [each["second"] for each in arrays],
+    }
+    types = {"content": "uint8", "depth": "uint16", "normals": "uint8", "parts": "int32", "second": "uint8"}
+    features = {
+        name: datasets.Array2D(SIZE, dtype)
+        if name in ("depth", "parts")
+        else datasets.Array3D((*SIZE, 3), dtype)
+        for name, dtype in types.items()
+    }
+    config = DataConfig.of({"further_image_columns": KINDS})
+    source = as_source(kinds_of_data(columns, features)[kind], config)
+    assert source.image_column == "content" and source.further_columns == KINDS
+    if source.streaming:
+        stored = StreamShards(source, 1).first_images
+    else:
+        stored = EncodedRows(source, 3).stored([0, 1])
+    assert torch.equal(decode(stored[0].read(), 3), expected_pixels(0))
+    if kind not in ("declared", "transform"):
+        with pytest.raises(BrokenImage, match=mentions("column parts", "no image")):
+            stored[1].read()
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "declared", "undeclared", "transform", "items"])
+@pytest.mark.parametrize(("image", "further"), [("content", "depth"), ("content", "image")])
+def test_a_further_column_is_no_candidate_for_the_image(kind, image, further):
+    """Without the further column, "image" and two columns of bytes would give another result."""
+    columns = {image: [png(noise(0, (*SIZE, 3)))], further: [png(noise(1, SIZE))], "name": ["a"]}
+    features = {name: datasets.Value("binary") for name in (image, further)} | {
+        "name": datasets.Value("string")
+    }
+    data = kinds_of_data(columns, features)[kind]
+    source = as_source(data, DataConfig.of({"further_image_columns": {further: "gray"}}))
+    assert source.image_column == image and source.further_columns == {further: "gray"}
+    only = as_source(data, DataConfig.of({"further_image_columns": {further: "gray"}}), only_image=True)
+    assert only.image_column == image and only.further_columns == {}
+
+
 def test_the_order_of_the_columns_is_that_of_their_names(folder):
     config = DataConfig(path=str(folder), further_image_columns=dict(reversed(KINDS.items())))
     assert list(open_source(config).further_columns) == sorted(KINDS)

@@ -12,10 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from messages import mentions
 from methods.test_cmc import BASIC, build, slow_loss
 from PIL import Image as Pillow
-from transformers import ResNetConfig, ResNetModel
+from transformers import ResNetConfig, ResNetModel, ViTConfig
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
 from hf_ssl.errors import UserError
+from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
 from hf_ssl.methods.cmc.modeling_cmc import CMCForPreTraining
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.recipe import load_recipe
@@ -162,7 +163,7 @@ def table():
     return Dataset.from_dict(rows, features=Features(features))
 
 
-@pytest.mark.parametrize("kind", ["table", "stream", "items", "chunks", "banks"])
+@pytest.mark.parametrize("kind", ["table", "stream", "items", "chunks", "banks", "vit"])
 def test_the_trainer_takes_columns(kind, table, tmp_path):
     data, changes, model = table, {}, None
     if kind == "stream":
@@ -174,6 +175,17 @@ def test_the_trainer_takes_columns(kind, table, tmp_path):
     elif kind == "banks":
         banks = {"loss": "nce", "negatives": 8, "num_samples": 24}
         model = build(further_image_columns={"depth": "gray"}, **banks)
+    elif kind == "vit":
+        views = {"size": 16, "count": 1, "mean": [0.5] * 3, "std": [0.2] * 3}
+        backbone = ViTConfig(
+            hidden_size=26, num_attention_heads=2, intermediate_size=26, num_hidden_layers=1, image_size=16,
+            patch_size=8,
+        )  # fmt: skip
+        config = CMCConfig(
+            backbone_config=backbone, views=views, color_space="lab", further_image_columns={"depth": "gray"}
+        )
+        model, changes = CMCForPreTraining(config), {"gradient_checkpointing": True}
+    first, other = ("l", "ab") if kind == "vit" else ("y", "dbdr")
     columns = {"further_image_columns": {"depth": "gray"}}
     made = SSLTrainer(
         build(**columns) if model is None else model,
@@ -189,7 +201,8 @@ def test_the_trainer_takes_columns(kind, table, tmp_path):
     made.train()
     records = [record for record in made.state.log_history if "loss" in record]
     loss = "nce" if kind == "banks" else "info_nce"
-    assert {f"term_{loss}_y_dbdr", f"term_{loss}_y_depth", f"term_{loss}_dbdr_depth"} <= records[0].keys()
+    pairs = [f"{first}_{other}", f"{first}_depth", f"{other}_depth"]
+    assert {f"term_{loss}_{pair}" for pair in pairs} <= records[0].keys()
     measured = [record for record in made.state.log_history if "eval_knn" in record]
     assert measured and all(np.isfinite(record["eval_rank_me"]) for record in measured)
     assert made.predict(table.remove_columns("depth")).predictions.shape == (24, BASIC["hidden_sizes"][-1])

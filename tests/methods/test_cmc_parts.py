@@ -38,7 +38,7 @@ from hf_ssl.hub.export import export_model, same_bits
 from hf_ssl.hub.publish import encoder_files, publish
 from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
 from hf_ssl.methods.cmc.modeling_cmc import CMCForPreTraining
-from hf_ssl.modeling.backbones import encode, feature_size, load_config, load_weights
+from hf_ssl.modeling.backbones import encode, encode_without_columns, feature_size, load_config, load_weights
 from hf_ssl.modeling.encoder_parts import PARTS, describe_views
 from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.modeling.narrow_encoders import feature_width, joined_config, narrow_configs
@@ -197,6 +197,38 @@ def test_the_gradient_view_trains_an_encoder_that_is_not_published(kind):
     assert model.exported_encoder.subfolders == ["view_l", "view_ab"]
     if kind == "vit":
         assert not model.gradient_backbone.pooler.dense.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "space"),
+    in_tiers([(kind, "lab") for kind in CONFIGS], [("vit", "lab"), ("convnextv2", "lab")]),
+)
+def test_further_image_columns_train_encoders_that_are_not_published(kind, space):
+    columns = {"depth": "gray", "parts": "classes"}
+    found, model = [], build(kind, space, further_image_columns=columns, gradient_view=True).train()
+    assert model.view_names == ["l", "ab", "depth", "parts", "gradient"]
+    assert [backbone.config.num_channels for backbone in model.column_backbones] == [1, 3]
+    widths = [feature_width(backbone.config) for backbone in model.column_backbones]
+    assert widths == [model.backbone.feature_sizes[0]] * 2
+    assert model.exported_encoder.subfolders == ["view_l", "view_ab"]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "pooler.dense" in name)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "mask_token" in name)
+    batch = torch.randn(4, 1, 7, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).double()
+    rgb = batch[:, 0, :3]
+    torch.testing.assert_close(
+        encode_without_columns(copy.deepcopy(model).double().eval().exported_encoder, batch[:, 0]),
+        encode(copy.deepcopy(model).double().eval().backbone, rgb),
+    )
+    for enable in (False, True):
+        each = copy.deepcopy(model)
+        if enable:
+            each.gradient_checkpointing_enable()
+            for backbone in each.column_backbones:
+                assert any("forward" in vars(module) for module in backbone.modules())
+        each.double()(batch).loss.backward()
+        found.append({name: p.grad for name, p in each.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "convnextv2", "vit"])

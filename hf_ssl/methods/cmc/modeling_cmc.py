@@ -95,11 +95,11 @@ class CMCForPreTraining(MemoryBankModel):
         every_n_layers: int = 1,
     ) -> None:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-        for backbone in self._further_backbones:
+        for backbone in self._unpublished_backbones:
             checkpoint_segments(backbone, enable, gradient_checkpointing_func, every_n_layers)
 
     @property
-    def _further_backbones(self) -> list[PreTrainedModel]:
+    def _unpublished_backbones(self) -> list[PreTrainedModel]:
         """Return the encoders that are not published."""
         gradient = [] if self.gradient_backbone is None else [self.gradient_backbone]
         return [*cast("list[PreTrainedModel]", list(self.column_backbones)), *gradient]
@@ -138,7 +138,7 @@ class CMCForPreTraining(MemoryBankModel):
         features = list(encode(self.backbone, images).split(self.backbone.feature_sizes, dim=1))
         if self.gradient_backbone is not None:
             columns.append(gradient_magnitude(self.views.restore(images)) / _GRADIENT_SCALE)
-        further = zip(self._further_backbones, columns, strict=True)
+        further = zip(self._unpublished_backbones, columns, strict=True)
         features += [encode(backbone, column) for backbone, column in further]
         projections = [upcast(head(view)) for head, view in zip(self.heads, features, strict=True)]
         return keys | {"projections": normalize(torch.stack(projections, dim=1), dim=-1)}
@@ -236,9 +236,9 @@ class CMCForPreTraining(MemoryBankModel):
         return self.backbone.exported()
 
     def freeze(self) -> None:
-        """Also freeze the parameters of the gradient's encoder that no loss depends on."""
+        """Also freeze the parameters of the encoders of further views that no loss depends on."""
         super().freeze()
-        for backbone in self._further_backbones:
+        for backbone in self._unpublished_backbones:
             freeze_unused(backbone)
 
     def start_from(self, encoder: PreTrainedModel) -> None:
