@@ -24,7 +24,7 @@ OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    It is 0, or 2 after a mistake of the user, 130 after Ctrl-C, 141 if nobody reads standard output.
+    It is 0, or 2 after a mistake of the user, 130 after Ctrl-C, 141 if the reader of the output has ended.
     """
     arguments = _parsed(argv)
     try:
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Return whether nobody reads standard output, as after `hf-ssl recipes | head -1`.
+    """Return whether the reader of standard output has ended, as after `hf-ssl recipes | head -1`.
 
-    Python would write what is left at its end, and print a message about the error.
+    If so, discard the rest of the output. Otherwise, Python would write it at exit and print an error.
     """
     if not hasattr(select, "poll"):  # Windows
         return False
@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--protocols",
         metavar="NAME,...",
-        help=f"what is measured: {', '.join(PROTOCOLS)}, or all (default: {','.join(DEFAULT_PROTOCOLS)})",
+        help=f"what is measured: {', '.join(PROTOCOLS)}, or all, which are those without fine_tune and "
+        f"linear_augmented (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
     evaluate.add_argument(
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     supervise = command(
-        "supervise", commands.supervise, "Train a reference encoder with labels from scratch, and export it."
+        "supervise", commands.supervise, "Train a reference encoder with labels, from random weights."
     )
     supervise.add_argument(
         "recipe", help="a name or a YAML file; its encoder, data and views are used, not its method"

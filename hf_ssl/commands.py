@@ -71,7 +71,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
         overrides = list(arguments.overrides)
         if arguments.protocols is not None:
-            names = ",".join(PROTOCOLS) if arguments.protocols == "all" else arguments.protocols
+            quick = [name for name, protocol in PROTOCOLS.items() if not protocol.takes_long]
+            names = ",".join(quick) if arguments.protocols == "all" else arguments.protocols
             overrides.append(f"evaluation.protocols=[{names}]")
         data, evaluation = read_sections(overrides)
         from hf_ssl import run

@@ -194,7 +194,7 @@ def evaluate(
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
         data: the images, unless `evaluation.path` is set. `streaming` has no effect.
-        evaluation: the evaluation protocol.
+        evaluation: settings of the evaluation.
         output: folder for the results as `results.json` and for their pictures; None: no files.
 
     Raises:

@@ -19,6 +19,7 @@ from hf_ssl.cli import main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
 from hf_ssl.resources import recipe_files
@@ -64,6 +65,14 @@ def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch)
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
     assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None)]
+
+
+def test_all_protocols_are_those_that_take_no_training_of_many_epochs(monkeypatch) -> None:
+    calls = record(monkeypatch, "evaluate")
+    assert main(["evaluate", "folder", "data.path=digits", "--protocols", "all"]) == 0
+    chosen = calls[0][2].protocols
+    assert {"knn", "linear", "attentive", "ridge", "quality"} <= set(chosen)
+    assert set(PROTOCOLS) - set(chosen) == {"linear_augmented", "fine_tune"}
 
 
 def test_settings_may_follow_options(

@@ -3,7 +3,7 @@
 
 The files are those of `training.compare`, or results files of `hf-ssl pretrain`. The program prints a table
 in Markdown with Spearman's rank correlation over all runs, and over the means of the methods. Runs of one
-method are not independent, so the second one is the more careful number.
+method are not independent, so the correlation over the means is the more reliable number.
 
 The records of `training.compare` contain the measurements of the monitor, among them RankMe of the encoder.
 They contain neither alpha-ReQ nor LiDAR. Results files contain alpha-ReQ, and LiDAR if the protocol `quality`

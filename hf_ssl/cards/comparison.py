@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the results of runs. A row has runs that differ only in the seed, a column one protocol id.
+"""Compares the results of runs. The runs of a row differ only in the seed; see `Column` for the columns.
 
 All functions are pure. `hf_ssl.comparing` reads the runs and writes the files.
 """

@@ -94,7 +94,7 @@ def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
 
 
 def _unlabeled(result: EncoderResult) -> dict[str, tuple[str | None, str]]:
-    """Return {name: (id, text)} of the measurements without labels, except RankMe, which have been made."""
+    """Return {name: (id, text)} of the existing measurements without labels, except RankMe."""
     found: dict[str, tuple[str | None, str]] = {}
     if "alpha_req" in result["statistics"]:
         found["alpha-ReQ"] = None, f"{result['statistics']['alpha_req']:.2f}"

@@ -27,7 +27,7 @@ class _Role(NamedTuple):
         key: the key of a recipe that names the column.
         kind: the type of columns that are found without the key.
         dtypes: further types of a column that the key names.
-        found_dtypes: the types in `dtypes` of a column that is found without the key and a usual name.
+        found_dtypes: those of `dtypes` that suffice to find a column with an unusual name, without the key.
         content: the types in words, for messages.
         example: value of the key in a message if no column has the type `kind`.
         names: usual names. A column with such a name is found if several columns have the type `kind`, or if
@@ -73,7 +73,7 @@ def find_image_column(features: Mapping[str, Any], requested: str | None, where:
     """Return the requested column, the only column of the type Image, or a column with a usual name.
 
     If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If no
-    column has the type, a column of bytes, arrays or strings with such a name is, or else the only column of
+    column has the type, it is one of bytes, arrays or strings with such a name, or else the only one of
     bytes or arrays.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image classifiers on top of an encoder: which class they have, and which of their parameters are trained
+"""Image classifiers on top of an encoder: their Python class, and which of their parameters are trained
 (layer 1).
 
 Legend: B images, D features, C classes, L blocks of the encoder.
@@ -31,7 +31,7 @@ NOTHING, ENCODER = "none", "all"
 
 
 class FeatureClassifier(nn.Module):
-    """An encoder and a linear layer on its feature, for encoders without such a class in transformers.
+    """An encoder and a linear layer on its feature, if no class of transformers reads this feature.
 
     Args:
         encoder: a vision encoder of transformers.

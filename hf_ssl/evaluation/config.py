@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `evaluation` of a recipe, the results of an evaluation, and the names of all measurements.
+"""The section `evaluation` of a recipe, and the names of all measurements of the monitor.
 
 This module does not import torch, because recipes and cards need none.
 """

@@ -38,7 +38,7 @@ from hf_ssl.progress import notice
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the extraction of features changes
+FORMAT = 1  # increase it if the extraction of features changes
 _LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
 _KNOWN_CODE = {"torch", "torchvision", "transformers", "transformers_modules", "timm", "hf_ssl"}
 _LOCK_SECONDS = 60

@@ -50,7 +50,7 @@ class Split:
         name: name of the split.
         further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
             name is missing if the encoder does not have these features.
-        images: the images, `evaluate.LabeledData`; None: only features were given.
+        images: the images, a `LabeledData`; None: only features were given.
     """
 
     features: Tensor
@@ -75,7 +75,7 @@ class Inputs:
         device: device of the computation.
         seed: seed of all random choices.
         description: first text of the progress bars; None: no bars.
-        skipped: measurements for which there are too few images, in words. Protocols append to it.
+        skipped: measurements that were not possible, with the reason, in words. Protocols append to it.
         seconds: duration of each protocol.
         encoder, processor: the frozen encoder in evaluation mode and its image processor; None: only features
             were given.

@@ -28,7 +28,7 @@ class ProtocolResult(TypedDict):
 
 
 class Quality(TypedDict):
-    """Measurements of the protocol `quality`, which need no labels. Those with different `id` differ."""
+    """Measurements of the protocol `quality`. Numbers with different `id` are not comparable."""
 
     id: str
     text: str  # how they were measured
@@ -47,7 +47,7 @@ class EncoderResult(TypedDict):
     revision: str | None  # of the test images: the commit on the Hub or a fingerprint; None: not known
     classes: int
     feature_size: int
-    skipped: list[str]  # measurements for which there were too few images
+    skipped: list[str]  # measurements that were not possible, with the reason
     statistics: dict[
         str, float
     ]  # of the test features: embedding_std, rank_me, alpha_req, uniformity, images

@@ -97,7 +97,7 @@ def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
         ValueError: there are fewer than 2 images or views.
 
     Source: LiDAR (2312.04000), section 3. The paper uses 50 views of each of 1,000 images. Its features are
-    those of the projector; these can be those of the encoder.
+    those of the projector. Here, `views` can also contain features of the encoder.
     """
     views = torch.as_tensor(views).double()
     if views.ndim != 3 or min(views.shape[:2]) < 2:

@@ -40,7 +40,7 @@ def declare_patch_grid(encoder: "PreTrainedModel", grid: Sequence[int] | None) -
 
     Args:
         encoder: its config gets the attribute `published_patch_grid`. None deletes this attribute, which an
-            encoder has if training starts from one of CPC.
+            encoder has if CPC trained it before.
         grid: side and distance of the patches, in pixels of the encoder's input.
     """
     if grid is not None:

@@ -79,7 +79,7 @@ class SSLTrainingArguments(TrainingArguments):
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
         cosine_variant: authors whose form of `lr_scheduler_type=cosine_warmup_with_min_lr` is used: `swav` or
-            `ijepa` (`hf_ssl.trainer.optimizers.warmup_and_cosine`). None uses the form of transformers. Its
+            `ijepa` (`hf_ssl.trainer.schedules.warmup_and_cosine`). None uses the form of transformers. Its
             cosine is one step ahead of SwAV's. Its warmup starts one step later than I-JEPA's.
         predictor_learning_rate_factor: factor on the learning rate of the predictor of a method (BYOL,
             SimSiam, MoCo v3, I-JEPA). In arXiv:2102.06810, it is the ratio alpha_p of the learning rates.

@@ -128,7 +128,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert set(selected["selection"]) == {"neighbors", "temperature"}
     assert one["value"] < five["value"] < knn["value"]
     assert "4 draws (seed 0)" in one["text"]
-    assert result["skipped"][0].startswith("500 labels a class: the smallest class has ")
+    assert result["skipped"][0].startswith("500 labels per class: the smallest class has ")
     assert linear["value"] > 0.5
     assert set(linear["details"]["validation"]) == {"0.1", "1.0"}
     assert "3 epochs, batch size 256" in linear["text"]

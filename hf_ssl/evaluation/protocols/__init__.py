@@ -3,7 +3,7 @@
 
 A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`. The file contains:
 
-- `VERSION`, which is raised when a change may move the numbers;
+- `VERSION`, which increases with each change that can change the numbers;
 - `Config`, a dataclass with the settings, with `check(where)`;
 - `run(inputs, config)`, which receives `hf_ssl.evaluation.inputs.Inputs` and returns a list of
   `ProtocolResult` (an empty one, if it measures no accuracy);
@@ -24,7 +24,9 @@ class Protocol(NamedTuple):
         title: name of the protocol in text, for example "linear probe".
         summary: one line about the protocol.
         of_pixels: whether the protocol is also run for raw pixels.
-        needs_encoder: whether the protocol needs the encoder itself, and not only features.
+        takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it computes with the
+            encoder in each of many epochs.
+        needs_encoder: whether the protocol needs an encoder. If only features are given, it is skipped.
         labels: whether the images have "one" class or "several" labels, or either.
     """
 
@@ -32,6 +34,7 @@ class Protocol(NamedTuple):
     summary: str
     of_pixels: bool = False
     needs_encoder: bool = False
+    takes_long: bool = False
     labels: tuple[str, ...] = ("one",)
 
 
@@ -58,9 +61,13 @@ PROTOCOLS: dict[str, Protocol] = {
         "linear probe with crops and flips",
         "As linear, on features of cropped and flipped images, which are computed in every epoch.",
         needs_encoder=True,
+        takes_long=True,
     ),
     "fine_tune": Protocol(
-        "fine-tuning", "The encoder itself is trained with all or few labels.", needs_encoder=True
+        "fine-tuning",
+        "The encoder itself is trained with all or few labels.",
+        needs_encoder=True,
+        takes_long=True,
     ),
     "quality": Protocol(
         "quality without labels",

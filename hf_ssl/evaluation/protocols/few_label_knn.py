@@ -44,7 +44,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     results = []
     for labels in config.labels:
         if labels > smallest:
-            inputs.skipped.append(f"{labels} labels a class: the smallest class has {smallest}")
+            inputs.skipped.append(f"{labels} labels per class: the smallest class has {smallest}")
             continue
         found = few_label_knn(
             train.features, train.labels, test.features, test.labels,

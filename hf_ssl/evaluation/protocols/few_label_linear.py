@@ -86,7 +86,7 @@ class Choice(NamedTuple):
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the mean accuracy over the draws for each fraction, number of labels and list.
 
-    The features have length 1. C has the highest accuracy on a held-out fifth of the labeled images of each
+    The features have length 1. The selected C is the best one on a held-out fifth of the images of each
     class; among equal values, it has the lowest cross entropy there. The final classifier is trained on all
     labeled images of the draw. If a class has only one labeled image, C is 4,000 and nothing is selected.
     All encoders use the same labeled images, which depend only on the labels and the seed.
@@ -141,7 +141,7 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     for count in config.labels:
         if count > int(used.min()):
             inputs.skipped.append(
-                f"linear classifier with {count} labels a class: the smallest class has {int(used.min())}"
+                f"linear classifier, {count} labels per class: the smallest class has {int(used.min())}"
             )
             continue
         draws = [draw_rows(labels, count * len(used), inputs.seed, draw) for draw in range(config.draws)]
@@ -186,7 +186,7 @@ def _classify(
         strength = STRENGTH if len(strengths) > 1 else strengths[0]
         (final,) = problem.solve([strength], iterations=config.iterations)
         return problem.scores(final, test), None
-    # The row numbers are sorted, so the held-out images of a class are its first ones, which is no order.
+    # The row numbers are sorted. The held-out images of a class are those with the lowest row numbers.
     held_out = rank_in_class(labels) < (counts // SHARE).clamp_min(1)[labels]
     solutions = problem.subset(~held_out).solve(strengths, iterations=config.iterations)
     targets = labels[held_out]

@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         learning_rates: learning rates for 256 images. They are proportional to the batch size.
-        epochs: number of epochs by the largest fraction of labels for which it holds.
+        epochs: {largest fraction of labels: number of epochs}, ascending.
         source: the paper, and the differences from it.
     """
 
@@ -87,7 +87,7 @@ class Config:
         mixup: parameter of the Beta distribution of mixup; 0 mixes no images.
         label_smoothing: probability that is divided among all classes.
         epochs, batch_size, warmup_epochs: settings of the training.
-        smallest_crop: smallest fraction of the area of a random crop; 1 disables crops of small parts.
+        smallest_crop: smallest fraction of the area of a random crop; 1 disables random crops.
         flip: probability of a horizontal flip.
         folder: folder for checkpoints. An interrupted run resumes, and a finished one is not repeated.
     """
@@ -335,7 +335,7 @@ def describe(
     ]
     name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
     list_name = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
-    listed = f", list {list_name}" if percent else ""
+    listed = f", hash of the labeled rows: {list_name}" if percent else ""
     labeled = (
         f"{count:,} labeled images with balanced classes ({percent}{listed})" if percent else "all labels"
     )
@@ -353,7 +353,7 @@ def describe(
         inputs.test.labels,
         key="fine_tune" if not percent else f"fine_tune_{count}",
         title=f"Accuracy after {what.lower()}" + (f", {percent} of the labels" if percent else ""),
-        column=what.lower() + (f", {percent} of labels" if percent else ""),
+        column=what.lower() + (f", {percent} of the labels" if percent else ""),
         text=f"{what}, recipe of {RECIPES[config.recipe].source}. Here: {name}, {rate}, "
         f"{', '.join(filter(None, extras))}, {settings.epochs} epochs, batch size {settings.batch_size}, "
         f"cosine schedule, random crops of at least {100 * config.smallest_crop:g} % of the area, flips "

@@ -20,7 +20,7 @@ class Config:
     """Settings.
 
     Attributes:
-        neighbors: values of k. None: 1 to 5,000, as far as there are so many training images.
+        neighbors: values of k. None: those of `NEIGHBORS` up to the number of training images.
         temperatures: a neighbor votes with the weight exp(cosine / temperature).
     """
 

@@ -123,7 +123,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             logits,
             test.labels,
             key="linear_augmented",
-            title="Linear probe accuracy, trained with crops and flips",
+            title="Accuracy of the linear probe with crops and flips",
             column="linear probe, crops",
             text=f"softmax regression on the frozen encoder, recipe {config.recipe} ({recipe.source}). Here: "
             f"random crops of at least {100 * config.smallest_crop:g} % of the area and flips with "

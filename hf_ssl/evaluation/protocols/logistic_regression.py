@@ -43,7 +43,7 @@ class Config:
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the accuracy of softmax regression with the selected C.
 
-    C has the highest accuracy on 10 % of the training images, after training on the others. Of equal values,
+    The selected C has the highest accuracy on held-out 10 % of the training images. Of equal values,
     the smallest is selected. The final classifier is trained on all training images.
 
     Raises:

@@ -42,7 +42,7 @@ class Config:
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the accuracy of ridge regression to one-hot targets.
 
-    Lambda has the highest leave-one-out accuracy on the training images. Of equal values, the largest is
+    The selected lambda has the highest leave-one-out accuracy. If several values have it, the largest is
     selected. The predicted class has the highest output. This is the prediction of scikit-learn's
     `RidgeClassifier`, whose targets are 2 * one-hot - 1.
     """
