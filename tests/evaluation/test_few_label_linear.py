@@ -92,8 +92,8 @@ def test_the_classifier_is_that_of_scikit_learn(data) -> None:
     (result,) = run(data, labels=[1], fractions=[], draws=1)["protocols"]
     rows = draw_rows(labels, int(labels.max()) + 1, 0, 0)
     unit, unit_test = (torch.nn.functional.normalize(each, dim=1).double().numpy() for each in (train, test))
-    model = LogisticRegression(C=STRENGTH, max_iter=5000, tol=1e-8).fit(unit[rows], labels[rows])
-    assert result["value"] == pytest.approx(model.score(unit_test, test_labels), abs=0.005)
+    model = LogisticRegression(C=STRENGTH, max_iter=5000, tol=1e-8).fit(unit[rows], labels[rows].numpy())
+    assert result["value"] == pytest.approx(model.score(unit_test, test_labels.numpy()), abs=0.005)
     assert result["selection"] == {} and result["selected_on"] is None and "fixed C" in result["text"]
 
 

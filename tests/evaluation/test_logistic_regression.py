@@ -124,12 +124,16 @@ def test_the_protocol_selects_c_like_a_loop_with_scikit_learn() -> None:
     kept, chosen = hold_out(600, 0)
     assert (len(kept), len(chosen)) == (540, 60) and len({*kept.tolist(), *chosen.tolist()}) == 600
     expected = [
-        of_sklearn(train[kept], labels[kept], strength).score(train[chosen].double(), labels[chosen])
+        of_sklearn(train[kept], labels[kept], strength).score(
+            train[chosen].double().numpy(), labels[chosen].numpy()
+        )
         for strength in strengths
     ]
     assert list(result["details"]["validation"].values()) == pytest.approx(expected, abs=1 / 60 + 1e-9)
     final = of_sklearn(train, labels, result["selection"]["C"])
-    assert result["value"] == pytest.approx(final.score(test.double(), test_labels), abs=0.002)
+    assert result["value"] == pytest.approx(
+        final.score(test.double().numpy(), test_labels.numpy()), abs=0.002
+    )
     assert result["details"]["loss"] == pytest.approx(loss_of(final, train, labels), abs=1e-5)
 
 
