@@ -20,7 +20,7 @@ from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
 from hf_ssl.cards.text import terminal_text
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, evaluate_encoder, evaluate_features
+from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, class_metrics, evaluate_encoder, evaluate_features
 from hf_ssl.evaluation.protocols import load_protocol
 from hf_ssl.evaluation.results import with_current_layout
 from hf_ssl.modeling.backbones import set_identity_pooler
@@ -245,3 +245,18 @@ def test_results_of_version_0_1_are_read() -> None:
     assert new["protocols"][0].keys() == get_type_hints(ProtocolResult).keys()
     assert new["features"] == "pooler_output" and new["feature_size"] == 8
     assert with_current_layout(new) == new
+
+
+def test_the_metrics_of_classes_equal_a_loop() -> None:
+    """Of equal scores, the lower class number ranks first; a class without images does not count."""
+    scores = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 2, 2, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3, 3]]).repeat(4, 1)
+    labels = torch.tensor([0, 2, 6, 1, 1, 4, 0, 2, 5, 3, 1, 0])
+    orders = [sorted(range(7), key=lambda number, row=row: (-row[number], number)) for row in scores.tolist()]
+    right = [order[0] == label for order, label in zip(orders, labels.tolist(), strict=True)]
+    pairs = list(zip(right, orders, labels.tolist(), strict=True))
+    classes = {label: [ok for ok, _, own in pairs if own == label] for label in labels.tolist()}
+    found = class_metrics(scores.float(), labels)
+    assert found["top_1"] == sum(right) / 12
+    assert found["top_5"] == sum(label in order[:5] for _, order, label in pairs) / 12
+    means = [sum(own) / len(own) for own in classes.values()]
+    assert found["mean_per_class"] == pytest.approx(sum(means) / len(means))
