@@ -225,11 +225,25 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
         scores: (N, C). Of equal scores, the lower class number ranks first.
         labels: (N,) class numbers. A label of at least C is always wrong.
 
+    Raises:
+        UserError: there is no image, a score is NaN, or a label is negative.
+
     Source: top-5 as in ImageNet; mean per class as in Kornblith et al. (1805.08974), for Aircraft,
     Caltech101, Flowers and Pets.
     """
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
+    broken = int(scores.isnan().any(dim=1).sum()) if len(scores) else 0
+    if broken or not len(scores):
+        raise UserError(
+            f"scores: expected a number for each class, got NaN in {broken} of {len(scores)} images; check "
+            "the model"
+        )
+    if int(labels.min()) < 0:
+        raise UserError(
+            f"labels: expected class numbers from 0, got {int(labels.min())}; leave these images out"
+        )
     rank = _ranks(scores, labels)
-    labels = torch.as_tensor(labels).to(rank.device)
+    labels = labels.to(rank.device)
     top = {k: rank < k for k in (1, 5)}
     counts = labels.bincount()
     right = torch.zeros(len(counts), dtype=torch.float64, device=rank.device)

@@ -260,3 +260,18 @@ def test_the_metrics_of_classes_equal_a_loop() -> None:
     assert found["top_5"] == sum(label in order[:5] for _, order, label in pairs) / 12
     means = [sum(own) / len(own) for own in classes.values()]
     assert found["mean_per_class"] == pytest.approx(sum(means) / len(means))
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "parts"),
+    [
+        (torch.full((3, 2), float("nan")), [0, 1, 1], ["NaN", 3]),
+        (torch.tensor([[1.0, float("nan")], [1.0, 0.0]]), [0, 1], ["NaN", 1, 2]),
+        (torch.zeros(2, 2), [0, -100], ["-100"]),
+        (torch.zeros(0, 2), [], [0]),
+    ],
+)
+def test_scores_of_a_diverged_model_are_an_error_and_not_right(scores, labels, parts) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
+        class_metrics(scores, torch.tensor(labels, dtype=torch.long))
+    assert class_metrics(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))["top_1"] == 1
