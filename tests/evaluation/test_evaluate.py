@@ -117,7 +117,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     numbers = {each["key"]: each for each in result["protocols"]}
     assert list(numbers) == ["knn_20", "knn_selected", "few_labels_1", "few_labels_5", "linear_probe"]
     knn, selected, one, five, linear = numbers.values()
-    assert knn["value"] > 0.5, "an untrained network tells digits apart"
+    assert knn["value"] > 0.5, "an untrained network distinguishes digits"
     assert (knn["details"]["neighbors"], knn["details"]["temperature"]) == (20, 0.07)
     assert len(knn["details"]["grid"]) == 2 * 2
     assert knn["text"] == (
