@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from hf_ssl.allocation import kept_memory
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import check_patch_grid
@@ -292,7 +293,7 @@ def extract_poolings(
         rows[wide] = _Rows(total)
     further_names = [name for name in rows if name in FEATURES]
     with FurtherFeatures(model, further_names) as further, evaluation_mode(model):
-        with progress(description, total) as bar:
+        with kept_memory(device.type), progress(description, total) as bar:
             for images in image_batches:
                 if not len(images):
                     continue

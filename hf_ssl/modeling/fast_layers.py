@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
@@ -64,11 +65,44 @@ class FastGRN(ConvNextV2GRN):
         return self.weight * (hidden_states * normalized) + self.bias + hidden_states
 
 
-def use_fast_response_norms(model: nn.Module) -> None:
-    """Make the response normalizations of ConvNeXt V2 faster. Parameters and their names do not change."""
+class SmallMapConv2d(nn.Conv2d):
+    """A depthwise convolution that leaves out the weights that only meet the padding of a small map.
+
+    For a map of one position, 1 of 49 weights of ConvNeXt's kernel meets it. For two by two positions, 9 do.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution (N, D, H, W)."""
+        sides, kernel = input.shape[2:], self.kernel_size
+        radii = [min(side - 1, size // 2) for side, size in zip(sides, kernel, strict=True)]
+        if 2 * max(radii) + 1 >= min(kernel):
+            return super().forward(input)
+        rows, columns = (
+            slice(size // 2 - radius, size // 2 + radius + 1)
+            for radius, size in zip(radii, kernel, strict=True)
+        )
+        weight = self.weight[:, :, rows, columns]
+        if max(radii) > 0:
+            return conv2d(input, weight, self.bias, padding=radii, groups=self.groups)
+        scaled = input * weight[:, 0]
+        return scaled if self.bias is None else scaled + self.bias[:, None, None]
+
+
+def use_fast_convnext_layers(model: nn.Module) -> None:
+    """Make the layers of ConvNeXt (V2) faster on small images. Parameters and their names do not change."""
     for module in model.modules():
         if type(module) is ConvNextV2GRN:
             module.__class__ = FastGRN
+        elif type(module) is nn.Conv2d and _keeps_size_and_channels(module):
+            module.__class__ = SmallMapConv2d
+
+
+def _keeps_size_and_channels(layer: nn.Conv2d) -> bool:
+    """Return whether a convolution is depthwise, and its zero padding keeps the size of each map."""
+    same = layer.padding == tuple(size // 2 for size in layer.kernel_size) and layer.padding_mode == "zeros"
+    odd = all(size % 2 == 1 for size in layer.kernel_size) and layer.kernel_size != (1, 1)
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    return same and odd and depthwise and layer.stride == layer.dilation == (1, 1)
 
 
 def choose_attention(model: nn.Module) -> None:

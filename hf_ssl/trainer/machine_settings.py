@@ -24,7 +24,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.modeling.activation_checkpoints import supports_checkpointing
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.fast_layers import choose_attention
+from hf_ssl.modeling.fast_layers import choose_attention, use_fast_convnext_layers
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import fastest_precision
 from hf_ssl.resources import usable_cores
@@ -284,7 +284,7 @@ def _power_of_two(limit: float) -> int:
 
 
 def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
-    """Set synchronized BatchNorm, the memory layout of convolutions and the fastest attention, in place.
+    """Set synchronized BatchNorm, the memory layout of convolutions and the fastest layers, in place.
 
     The outputs change only by rounding, except that BatchNorm uses the statistics of all processes.
 
@@ -310,6 +310,7 @@ def prepare_model(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None
         torch.nn.Module.to(model, memory_format=torch.channels_last)
     if args.device.type == "cpu":
         choose_attention(model)
+        use_fast_convnext_layers(model)
 
 
 def checked_model(

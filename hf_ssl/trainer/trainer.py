@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
+from hf_ssl.allocation import kept_memory
 from hf_ssl.data import (
     BrokenCounter,
     DataConfig,
@@ -44,11 +45,7 @@ from hf_ssl.trainer.callbacks import (
     StopOnSignal,
     WeightDecaySchedule,
 )
-from hf_ssl.trainer.checkpoints import (
-    check_no_checkpoints,
-    checkpoint_to_resume,
-    keep_loader_position,
-)
+from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
@@ -354,7 +351,11 @@ class SSLTrainer(EvaluatingTrainer):
             return finished
         try:
             self.args.eval_on_start = measures_first and not resume_from_checkpoint
-            with keep_loader_position(), hidden_progress(self.args.hides_progress):
+            with (
+                keep_loader_position(),
+                kept_memory(self.args.device.type),
+                hidden_progress(self.args.hides_progress),
+            ):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:  # OutOfMemoryError is a RuntimeError; on a CPU there is no other class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from messages import mentions
 from methods.authors import CPC_SHAPE, agree, layer, stored, wave, weights
 from methods.test_authors_cpc import bolts_context, field
-from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 from hf_ssl.data import open_source, train_loader
 from hf_ssl.errors import UserError
@@ -30,7 +29,6 @@ from hf_ssl.methods.cpc.modeling_cpc import (
     turned,
 )
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
-from hf_ssl.modeling.fast_layers import FastGRN, use_fast_response_norms
 from hf_ssl.random import image_seeds
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, open_labeled_splits
@@ -365,28 +363,6 @@ def test_parameters_of_patches_stay_on_the_host():
     loader = train_loader(open_source(recipe.data), recipe.views, config=recipe.data, seed=0, batch_size=4)
     inputs = next(iter(loader)).inputs("meta", model.sample_masks)
     assert inputs["pixel_values"].is_meta and inputs["patch_parameters"].device.type == "cpu"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_fast_response_norms_equal_those_of_transformers(dtype):
-    torch.manual_seed(0)
-    plain = ConvNextV2GRN(5)
-    for parameter in plain.parameters():
-        torch.nn.init.normal_(parameter)
-    fast = torch.nn.Sequential(copy.deepcopy(plain))
-    use_fast_response_norms(fast)
-    assert fast[0].state_dict().keys() == plain.state_dict().keys() and type(fast[0]) is FastGRN
-    x = torch.randn(3, 4, 2, 5)
-    x[1, :, :, 2] = 0  # no gradient through the norm of a channel of zeros
-    pairs = []
-    for module in (plain, fast):
-        leaf, module = x.to(dtype).requires_grad_(), module.to(dtype)
-        output = module(leaf)
-        assert output.dtype == dtype
-        (gradient,) = torch.autograd.grad(output.sum(), leaf)
-        pairs.append((output.float(), gradient.float()))
-    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(pairs[1], pairs[0], rtol=tolerance, atol=tolerance)
 
 
 def test_encoding_patches_in_parts_changes_nothing(monkeypatch):

@@ -29,7 +29,7 @@ NOT_APPLICABLE = {
         tuple(name for name in METHODS if name != "mae"),
         "test_eager_matches_sdpa_inference",
     ): "the test passes ViTMAE's noise to each model whose forward names it; "
-    "tests/modeling/test_cpu_attention.py compares implementations",
+    "tests/modeling/test_fast_layers.py compares implementations",
     (
         ("simclr", "moco_v3", "barlow_twins", "vicreg", "cpc", "cmc"),
         "test_batching_equivalence",

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hf_ssl.allocation import kept_memory
 from hf_ssl.cards import environment
 from hf_ssl.evaluation import fastest_device
 from hf_ssl.precision import fastest_precision
@@ -77,7 +78,9 @@ def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, An
     )  # the CPU time of a process excludes the accelerator
     torch.set_num_threads(row.threads or threads)
     try:
-        timing = compare(row.build(device), repeats or row.repeats, clock, device)
+        # Steps run as in the Trainer. The other library gains as well.
+        with kept_memory(device.type if row.unit == "step" else "none"):
+            timing = compare(row.build(device), repeats or row.repeats, clock, device)
     finally:
         torch.set_num_threads(threads)
     record = {

@@ -30,6 +30,7 @@ from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.precision import DTYPES, autocast, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.machine_settings import prepare_model
 from hf_ssl.trainer.optimizers import build_optimizer
 from training.benchmarks.pairs import Pair
 from training.benchmarks.row import Row
@@ -176,6 +177,7 @@ def cpc_step(*, batch: int = 32) -> Any:
         )
         model = CPCForPreTraining(config).to(device).train()
         arguments = SSLTrainingArguments(optimizer="adamw", learning_rate=1e-4, use_cpu=device.type == "cpu")
+        prepare_model(model, arguments)
         optimizer = build_optimizer(model, arguments)
         plain = PlainCPC(config).to(device).train()
         plain_optimizer = torch.optim.AdamW(plain.parameters(), 1e-4, fused=True)
@@ -256,6 +258,7 @@ ROWS = [
         1.67,
         cpc_step(),
         "step",
+        1,
         accelerator=True,
     ),
     Row(

@@ -26,7 +26,6 @@ from hf_ssl.modeling.backbones import (
 )
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import batch_norms
-from hf_ssl.modeling.fast_layers import use_fast_response_norms
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 from hf_ssl.views import cut_patches, enlarged, reduced, sample_patches
@@ -34,7 +33,7 @@ from hf_ssl.views import cut_patches, enlarged, reduced, sample_patches
 logger = logging.getLogger(__name__)
 
 # On a CPU, patches are encoded in parts, so that activations stay in the cache: about a sixth less time.
-_CPU_PIXELS, _LEAST_PATCHES = 2**15, 64
+_CPU_PIXELS, _LEAST_PATCHES = 2**14, 64
 _LARGEST_FACTOR = 32  # of an enlargement that an error message recommends
 
 
@@ -68,7 +67,6 @@ class CPCForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: CPCConfig) -> None:
         super().__init__(config)
-        use_fast_response_norms(self.backbone)
         self.layout = layout = config.layout
         _check_patches(self.backbone, config)
         self.has_batch_norm = bool(batch_norms(self.backbone))
@@ -168,7 +166,8 @@ class CPCForPreTraining(SSLPreTrainedModel):
         at_once = len(flat)
         if flat.device.type == "cpu" and not self.has_batch_norm:
             at_once = max(_LEAST_PATCHES, _CPU_PIXELS // (self.layout.size * factor) ** 2)
-        encodings = [encode(self.backbone, enlarged(part, factor)) for part in flat.split(at_once)]
+        parts = flat.chunk(math.ceil(len(flat) / at_once))
+        encodings = [encode(self.backbone, enlarged(part, factor)) for part in parts]
         return torch.cat(encodings).unflatten(0, patches.shape[:3])
 
     def predict(self, encodings: Tensor) -> dict[str, Tensor]:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of how transformers' layers attend."""
+"""Faster layers equal those of transformers, and the choice of the attention."""
 
-from copy import deepcopy
+import copy
 
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 from hf_ssl.methods.mae.configuration_mae import MAEConfig
 from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.modeling import fast_layers
-from hf_ssl.modeling.fast_layers import choose_attention
+from hf_ssl.modeling.fast_layers import FastGRN, SmallMapConv2d, choose_attention, use_fast_convnext_layers
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.trainer import prepare_model
 
@@ -54,7 +55,7 @@ def features(model, dtype=torch.bfloat16):
 def test_bfloat16_on_a_cpu_takes_products(calls, kind):
     """Which is only faster: what comes out is the same within bfloat16, and so are gradients."""
     plain = encoder(*kind)
-    model = deepcopy(plain)
+    model = copy.deepcopy(plain)
     choose_attention(model)
     torch.testing.assert_close(features(model), features(plain), rtol=0, atol=0.05)
     assert calls == {"eager": 2, "sdpa": 0}
@@ -117,3 +118,63 @@ def test_the_trainer_prepares_every_part_of_a_method(tmp_path, calls):
     with torch.autocast("cpu", torch.bfloat16):
         model(IMAGES[:, None])
     assert calls == {"eager": 3, "sdpa": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fast_response_norms_equal_those_of_transformers(dtype):
+    torch.manual_seed(0)
+    plain = ConvNextV2GRN(5)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter)
+    fast = torch.nn.Sequential(copy.deepcopy(plain))
+    use_fast_convnext_layers(fast)
+    assert fast[0].state_dict().keys() == plain.state_dict().keys() and type(fast[0]) is FastGRN
+    x = torch.randn(3, 4, 2, 5)
+    x[1, :, :, 2] = 0  # no gradient through the norm of a channel of zeros
+    pairs = []
+    for module in (plain, fast):
+        leaf, module = x.to(dtype).requires_grad_(), module.to(dtype)
+        output = module(leaf)
+        assert output.dtype == dtype
+        (gradient,) = torch.autograd.grad(output.sum(), leaf)
+        pairs.append((output.float(), gradient.float()))
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(pairs[1], pairs[0], rtol=tolerance, atol=tolerance)
+
+
+SIZES = [(1, 1), (2, 2), (1, 3), (3, 2), (4, 4), (9, 9)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_depthwise_convolutions_of_small_maps_equal_those_of_torch(size, bias):
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(6, 6, 7, padding=3, groups=6, bias=bias).double()
+    fast = torch.nn.Sequential(copy.deepcopy(plain))
+    use_fast_convnext_layers(fast)
+    assert type(fast[0]) is SmallMapConv2d and fast[0].state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    pairs = []
+    for module in (plain, fast):
+        leaf = x.clone().requires_grad_()
+        output = module(leaf)
+        leaves = [leaf, *module.parameters()]
+        pairs.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    torch.testing.assert_close(pairs[1], pairs[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 1, "padding": 3},
+        {"groups": 6, "padding": 0},
+        {"groups": 6, "padding": 3, "stride": 2},
+        {"groups": 6, "padding": 3, "padding_mode": "reflect"},
+        {"groups": 6, "padding": 6, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay(options):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 7, **options))
+    use_fast_convnext_layers(layers)
+    assert type(layers[0]) is torch.nn.Conv2d
