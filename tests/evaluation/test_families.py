@@ -16,12 +16,16 @@ from hf_ssl.run import evaluate
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 VIT = TOKENS | {"image_size": 32, "patch_size": 8}
 TIMM = {
-    "input_size": [3, 32, 32],
-    "mean": [0.5] * 3,
-    "std": [0.5] * 3,
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
+    "pretrained_cfg": {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+    }
 }
+TIMM_VIT = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "depth": 2}}
+STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+WINDOWS = {"image_size": 32, "patch_size": 2, "window_size": 4}
 # Model of a family and its settings.
 FAMILIES = {
     "resnet": ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
