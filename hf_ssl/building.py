@@ -20,6 +20,7 @@ from hf_ssl.data import (
 from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.evaluation.protocols import label_kinds
 from hf_ssl.files import replaced_file
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.backbones import load_weights
@@ -173,8 +174,13 @@ def open_labeled_splits(
         )
     data = evaluation.data(data)
     with progress(f"opening {data.path}"):
-        train = labeled_images(data, evaluation.train_split, max_images=evaluation.max_train_images)
-        test = labeled_images(data, evaluation.test_split, max_images=evaluation.max_test_images)
+        train, test = (
+            labeled_images(data, split, max_images=limit, kinds=label_kinds(evaluation.protocols))
+            for split, limit in (
+                (evaluation.train_split, evaluation.max_train_images),
+                (evaluation.test_split, evaluation.max_test_images),
+            )
+        )
     test.classified_by(train)
     if len(test) < 2:
         raise UserError(f"labels: expected at least 2 images in {test.description}, got {len(test)}")

@@ -232,7 +232,7 @@ def check_command(facts: Facts) -> str:
         location = {"data.path": local_path(images["name"])}
     else:  # the revision that was evaluated, not the current one
         location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
-    data_keys = ["data.channels", "data.max_broken_fraction"]
+    data_keys = ["data.channels", "data.max_broken_fraction", "data.mask_column"]
     if "evaluation.path" not in differences:  # else these keys describe the training data only
         data_keys += ["data.name", "data.image_column", "data.further_image_columns", "data.label_column"]
     settings = {

@@ -217,8 +217,12 @@ def find_image_keys(
     if not isinstance(example, Mapping):
         got = example if isinstance(example, BrokenImage) else type(example).__name__
         raise UserError(f"{name}: expected examples that are dicts such as {{'image': ...}}, got {got}")
-    features = {key: _feature(value) for key, value in example.items()}
-    return find_image_columns(features, config, name, only_image=only_image)
+    return find_image_columns(item_features(example), config, name, only_image=only_image)
+
+
+def item_features(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the types of the columns of an example whose columns are not declared."""
+    return {key: _feature(value) for key, value in example.items()}
 
 
 def _feature(value: Any) -> Any:

@@ -45,6 +45,11 @@ class _Role(NamedTuple):
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels")
+MASK_NAMES = (
+    "mask", "masks", "label_mask", "annotation", "annotations", "segmentation", "segmentation_mask",
+    "semantic_mask", "label", "labels",
+)  # fmt: skip
+"""Usual names of a column of masks; a column of classes with the last two names has another type."""
 _IMAGE_DTYPES = ["binary", "large_binary", "Array2D", "Array3D"]
 _IMAGES = _Role(
     "data.image_column",
@@ -72,7 +77,8 @@ _LABELS = _Role(
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type Image, or a column with a usual name.
 
-    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If no
+    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned, or else the
+    only one with a name that is not in `MASK_NAMES`. If no
     column has the type, it is one of bytes, arrays or strings with such a name, or else the only one of
     bytes or arrays.
 
@@ -107,9 +113,41 @@ def find_image_columns(
     for column in {} if only_image else wanted:
         role = _IMAGES._replace(key=f"data.further_image_columns.{column}")
         _find_column(features, column, where, role)
-    others = {name: feature for name, feature in features.items() if name not in wanted}
+    others = {
+        name: feature
+        for name, feature in features.items()
+        if name not in wanted and name != config.mask_column
+    }
     column = find_image_column(others, config.image_column, where)
     return column, {} if only_image else wanted
+
+
+def find_mask_column(features: Mapping[str, Any], requested: str | None, image: str, where: str) -> str:
+    """Return the column of masks: the requested column, or the only one with a name in `MASK_NAMES`.
+
+    Args:
+        features: the columns with their types.
+        requested: the value of `data.mask_column`.
+        image: the column of images.
+        where: name of the data set, for messages.
+
+    Raises:
+        UserError: no column or several columns are possible, or the requested column has another type.
+    """
+    others = {name: feature for name, feature in features.items() if name != image}
+    if requested is not None:
+        return _find_column(others, requested, where, _IMAGES._replace(key="data.mask_column"))
+    found = [
+        name
+        for name in MASK_NAMES
+        if isinstance(others.get(name), Image) or _type_name(others.get(name)) in _IMAGE_DTYPES
+    ]
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"data.mask_column: expected one column of masks in {where}, with a name such as mask, got "
+        f"{', '.join(found) or 'none'} in {_listing(others)}; use data.mask_column=NAME"
+    )
 
 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
@@ -135,7 +173,8 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
         found = found or [name for name in role.names if _has_type(features.get(name), role)]
         found = found or [name for name, kind in features.items() if _type_name(kind) in role.found_dtypes]
-        for candidates in (found, [name for name in found if name in role.names]):
+        images = [name for name in found if role is not _IMAGES or name not in MASK_NAMES]
+        for candidates in (found, [name for name in found if name in role.names], images):
             if len(candidates) == 1:
                 return candidates[0]
         in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"

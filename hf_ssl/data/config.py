@@ -36,6 +36,8 @@ class DataConfig:
             normals; red is the horizontal part) and "classes" (class numbers of pixels).
             `hf_ssl.data.further_columns` describes how they become pixels.
         label_column: the column of classes. It is required if labels are needed and the data set has several.
+        mask_column: the column of masks, images of class numbers, for the evaluation of segmentation.
+            It is required if no column has a usual name (`hf_ssl.data.columns.MASK_NAMES`).
         channels: 3 (color; gray images get three equal channels) or 1 (gray).
         cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on
             the device of the model ("device", which also crops them) or nowhere ("none"). "auto" keeps images
@@ -55,6 +57,7 @@ class DataConfig:
     image_column: str | None = None
     further_image_columns: dict[str, str] = field(default_factory=dict)
     label_column: str | None = None
+    mask_column: str | None = None
     channels: int = 3
     cache: str = "auto"
     max_broken_fraction: float = 0.05

@@ -231,6 +231,15 @@ def _normals(image: PIL.Image.Image) -> np.ndarray:
 
 def _classes(image: PIL.Image.Image) -> np.ndarray:
     """Return the pixels (H, W, 3) of an image of the kind "classes"."""
+    return class_colors()[class_numbers(image)]
+
+
+def class_numbers(image: PIL.Image.Image) -> np.ndarray:
+    """Return the class numbers (H, W) uint8 of the pixels; those of a palette image are its indices.
+
+    Raises:
+        BrokenImage: the image has several channels, or numbers above 255.
+    """
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise BrokenImage(f"expected one channel, the class numbers, got an image of mode {image.mode}")
     numbers = np.asarray(image)
@@ -238,7 +247,7 @@ def _classes(image: PIL.Image.Image) -> np.ndarray:
         raise BrokenImage(
             f"expected class numbers from 0 to 255, got numbers from {numbers.min()} to {numbers.max()}"
         )
-    return class_colors()[numbers.astype(np.uint8)]
+    return numbers.astype(np.uint8)
 
 
 @cache

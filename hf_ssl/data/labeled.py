@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images with labels, for the evaluation and the monitor."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_ssl.data.columns import find_label_column, label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.sources import Source, open_source
+from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets
 from hf_ssl.errors import UserError
 from hf_ssl.random import permutation
 
@@ -31,10 +33,11 @@ class LabeledImages:
     Args:
         source: N rows of map-style data.
         rows: reads the N images.
-        labels: (N,) int64; or (N, K) of images with several labels, 1: yes, 0: no.
+        labels: (N,) int64; or (N, K) of images with several labels, 1: yes, 0: no; (N, 0) without classes.
         class_names: names of the classes; label i has the name at index i.
         max_broken_fraction: largest share of images that may be unreadable.
         channels: number of channels of the images.
+        targets: kind, of `hf_ssl.data.targets.TARGETS` -> N targets of the images.
 
     Attributes:
         class_names: names of the classes; label i has the name at index i.
@@ -51,7 +54,9 @@ class LabeledImages:
         class_names: list[str],
         max_broken_fraction: float,
         channels: int = 3,
+        targets: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
+        self._targets = dict(targets or {})
         self.class_names = class_names
         self.revision = source.revision
         self.description = source.description
@@ -108,6 +113,13 @@ class LabeledImages:
     def has_several_labels(self) -> bool:
         """Whether an image can have several labels. `labels` are then a matrix (N, K)."""
         return self._labels.ndim == 2
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of labels that the images have, of `hf_ssl.data.targets`."""
+        if not self.has_several_labels:
+            return {"one", *self._targets}
+        return {"several", *self._targets} if self._labels.shape[1] else set(self._targets)
 
     def require_one_label(self, what: str) -> None:
         """Raise UserError if an image can have several labels, which `what` cannot use."""
@@ -175,6 +187,11 @@ class LabeledImages:
         """The labels (N,) int64, or (N, K), of the images that can be read."""
         return torch.from_numpy(self._labels[self._readable()])
 
+    @property
+    def targets(self) -> dict[str, Sequence[Any]]:
+        """The targets of the images that can be read, by kind, such as "masks"."""
+        return {kind: SelectedRows(each, self._readable()) for kind, each in self._targets.items()}
+
     def iter_batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         """Yield all images in lists of `batch_size` (C, H, W) uint8 tensors; the last list may be shorter.
 
@@ -207,7 +224,12 @@ class LabeledImages:
 
 
 def labeled_images(
-    config: DataConfig, split: str, *, max_images: int | None = None, seed: int = 0
+    config: DataConfig,
+    split: str,
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
+    kinds: Collection[str] = CLASS_KINDS,
 ) -> LabeledImages:
     """Open the labeled images of a split.
 
@@ -217,32 +239,57 @@ def labeled_images(
         max_images: largest number of images. They are chosen at random, with equal numbers of all classes as
             far as possible.
         seed: seed of this choice.
+        kinds: kinds of labels that the evaluation can use, see `label_source`.
 
     Raises:
         UserError: the errors of `open_source`; no column or several columns of classes; no row has a label.
     """
     source = open_source(
-        replace(config, max_images=None, streaming=False), split, labels=True, only_image=True
+        replace(config, max_images=None, streaming=False),
+        split,
+        labels=_only_classes(kinds),
+        only_image=True,
     )
-    return label_source(source, config, max_images=max_images, seed=seed)
+    return label_source(source, config, max_images=max_images, seed=seed, kinds=kinds)
+
+
+def _only_classes(kinds: Collection[str]) -> bool:
+    """Return whether images need classes, because there is no other kind of labels."""
+    return set(kinds) <= set(CLASS_KINDS)
 
 
 def label_source(
-    source: Source, config: DataConfig, *, max_images: int | None = None, seed: int = 0
+    source: Source,
+    config: DataConfig,
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
+    kinds: Collection[str] = CLASS_KINDS,
 ) -> LabeledImages:
-    """Return the labeled images of a source of map-style data; `labeled_images` explains the arguments.
+    """Return the labeled images of a source of map-style data.
 
     `hf_ssl.data.adapters.Items.labels` explains the labels of a data set in Python.
+
+    Args:
+        source: the images.
+        config, max_images, seed: see `labeled_images`.
+        kinds: kinds of labels, of `CLASS_KINDS` and `TARGETS` in `hf_ssl.data.targets`. The images need at
+            least one of them. Without classes, `labels` has no columns.
 
     Raises:
         UserError: the source is a stream or has no labels.
     """
     source.require_rows()
-    if isinstance(source.dataset, Dataset):
-        column = source.label_column or find_label_column(source.dataset.features, None, source.description)
-        labels, class_names = label_values(source.dataset, column, source.description)
-    else:
-        labels, class_names = source.dataset.labels(source.label_column, source.description)
+    targets = find_targets(source, config, kinds)
+    try:
+        if targets and not isinstance(source.dataset, Dataset):
+            # The second part of an item may be a mask. One item is enough to find out.
+            _class_labels(source.select(np.arange(1)), config)
+        labels, class_names = _class_labels(source, config)
+    except UserError:
+        if not targets or config.label_column is not None:
+            raise
+        labels, class_names = np.zeros((len(source.dataset), 0), np.int64), []
     chosen = np.flatnonzero(labels >= 0 if labels.ndim == 1 else (labels >= 0).all(axis=1))
     if not len(chosen):
         raise UserError(
@@ -256,13 +303,31 @@ def label_source(
             chosen = np.sort(chosen[permutation(len(chosen), seed)[:max_images]])
     if len(chosen) < len(labels):
         source = source.select(chosen)
+        targets = {kind: SelectedRows(each, chosen) for kind, each in targets.items()}
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
     return LabeledImages(
-        source, rows, labels[chosen], class_names, config.max_broken_fraction, config.channels
+        source, rows, labels[chosen], class_names, config.max_broken_fraction, config.channels, targets
     )
 
 
-def label_data(data: Any, config: DataConfig, name: str, max_images: int | None = None) -> LabeledImages:
+def _class_labels(source: Source, config: DataConfig) -> tuple[np.ndarray, list[str]]:
+    """Return the labels of all rows, and the names of the classes, see `label_values`."""
+    dataset, where = source.dataset, source.description
+    column = config.label_column or source.label_column
+    if not isinstance(dataset, Dataset):
+        return dataset.labels(column, where)
+    if column is None or column != source.label_column:
+        column = find_label_column(dataset.features, column, where)
+    return label_values(dataset, column, where)
+
+
+def label_data(
+    data: Any,
+    config: DataConfig,
+    name: str,
+    max_images: int | None = None,
+    kinds: Collection[str] = CLASS_KINDS,
+) -> LabeledImages:
     """Return the labeled images of a data set, in the forms of `as_source`.
 
     Args:
@@ -270,6 +335,7 @@ def label_data(data: Any, config: DataConfig, name: str, max_images: int | None 
         config: see `as_source`. Its `max_images` and `streaming` have no effect.
         name: the argument that held `data`, for messages.
         max_images: see `labeled_images`.
+        kinds: see `label_source`.
 
     Raises:
         UserError: the errors of `as_source` and `label_source`.
@@ -277,8 +343,9 @@ def label_data(data: Any, config: DataConfig, name: str, max_images: int | None 
     if isinstance(data, LabeledImages):
         return data
     config = replace(config, max_images=None, streaming=False)
-    source = as_source(data, config, name, labels=True, only_image=True)
-    return label_source(source, config, max_images=max_images)
+    labels = _only_classes(kinds) or not isinstance(data, str | os.PathLike)
+    source = as_source(data, config, name, labels=labels, only_image=True)
+    return label_source(source, config, max_images=max_images, kinds=kinds)
 
 
 def balanced_rows(labels: np.ndarray, count: int, *key: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -30,7 +30,7 @@ from hf_ssl.evaluation.features import (
 )
 from hf_ssl.evaluation.inputs import Inputs, LabeledData, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
-from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
+from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
@@ -99,7 +99,7 @@ def evaluate_encoder(
             f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
         )
     if isinstance(train, LabeledImages):
-        _check_protocols(config, train.has_several_labels)
+        _check_protocols(config, train.kinds)
     seconds: dict[str, float] = {}
     rule, size, further = inspect_encoder(model, processor, test.iter_batches(1), device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
@@ -133,6 +133,8 @@ def evaluate_encoder(
     inputs.train.further = {name: bank[name] for name in requested}
     inputs.test.further = {name: queries[name] for name in requested}
     inputs.train.images, inputs.test.images = train, test
+    for split in (inputs.train, inputs.test):
+        split.targets = getattr(split.images, "targets", {})  # not in all implementations of `LabeledData`
     result = _run(config, inputs)
     result["seconds"] = seconds | result["seconds"]
     result["precision"], result["pooling"], result["image_size"] = precision, pooling, size
@@ -226,7 +228,7 @@ def evaluate_features(
         UserError: a split has fewer than 2 images, or the labels, the features or a setting are invalid.
     """
     config = EvaluationConfig.of(config)
-    _check_protocols(config, has_several_labels(train_labels))
+    _check_protocols(config, {"several" if has_several_labels(train_labels) else "one"})
     data = (train_features, train_labels, test_features, test_labels)
     return _run(config, _inputs(config, *data, device, description))
 
@@ -261,7 +263,7 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
     there are no others, the error is raised.
     """
     train, test = inputs.train, inputs.test
-    kind = "several" if has_several_labels(train.labels) else "one"
+    kinds = train.kinds & test.kinds
     results: list[ProtocolResult] = []
     errors: list[UserError] = []
     for name, protocol in PROTOCOLS.items():
@@ -270,9 +272,8 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
         if protocol.needs_encoder and inputs.encoder is None:
             inputs.skipped.append(f"{protocol.title}: it needs an encoder, and only features were given")
             continue
-        if kind not in protocol.labels:
-            needed = " or ".join(protocol.labels)
-            inputs.skipped.append(f"{protocol.title}: it needs images with {needed} label(s)")
+        if not kinds & set(protocol.labels):
+            inputs.skipped.append(f"{protocol.title}: it needs images with {_words(protocol.labels)}")
             continue
         try:
             with _timed(inputs.seconds, name):
@@ -288,7 +289,7 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
         images={"train": len(train), "test": len(test)},
         revision=None,
         classes=int(torch.cat([train.labels, test.labels]).unique().numel())
-        if kind == "one"
+        if train.labels.ndim == 1
         else train.labels.shape[1],
         feature_size=train.features.shape[1],
         skipped=inputs.skipped,
@@ -300,15 +301,20 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
     return result
 
 
-def _check_protocols(config: EvaluationConfig, several: bool) -> None:
-    """Raise UserError if no protocol of the settings is for these labels."""
-    kind = "several" if several else "one"
-    if not any(kind in PROTOCOLS[name].labels for name in config.protocols):
-        names = [name for name, protocol in PROTOCOLS.items() if kind in protocol.labels]
-        advice = "multi_label" if several else "knn"
+def _words(kinds: Iterable[str]) -> str:
+    """Return kinds of labels in words."""
+    return " or ".join({"one": "one label", "several": "several labels"}.get(kind, kind) for kind in kinds)
+
+
+def _check_protocols(config: EvaluationConfig, kinds: set[str]) -> None:
+    """Raise UserError if no protocol of the settings is for images with these kinds of labels."""
+    if not kinds & set(label_kinds(config.protocols)):
+        names = [name for name, protocol in PROTOCOLS.items() if kinds & set(protocol.labels)]
+        advice = "knn" if "one" in kinds else names[-1] if names else "knn"
         raise UserError(
-            f"evaluation.protocols: expected one of {', '.join(names)} for images with {kind} label(s), got "
-            f"{', '.join(config.protocols)}; use evaluation.protocols=[{advice}]"
+            f"evaluation.protocols: expected one of {', '.join(names)} for images with "
+            f"{_words(sorted(kinds))}, got {', '.join(config.protocols)}; use "
+            f"evaluation.protocols=[{advice}]"
         )
 
 
@@ -327,10 +333,11 @@ def _labeled(
 ) -> tuple[LabeledData, LabeledData]:
     """Return the labeled images of both splits, with the same numbers of classes."""
     data = replace(data, label_column=config.label_column or data.label_column)
+    kinds = label_kinds(config.protocols)
     if not hasattr(train, "iter_batches"):
-        train = label_data(train, data, "train", config.max_train_images)
+        train = label_data(train, data, "train", config.max_train_images, kinds)
     if not hasattr(test, "iter_batches"):
-        test = label_data(test, data, "test", config.max_test_images)
+        test = label_data(test, data, "test", config.max_test_images, kinds)
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.classified_by(train)
     return train, test

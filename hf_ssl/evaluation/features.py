@@ -7,6 +7,7 @@ Legend: B images in a batch, N images in total, C channels, H height, W width, T
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -158,9 +159,15 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device, **o
 
 
 def first_output(
-    model: nn.Module, processor: Any, images: list[Tensor], device: torch.device
+    model: nn.Module,
+    processor: Any,
+    images: list[Tensor],
+    device: torch.device,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Tensor, Mapping[str, Any]]:
     """Return the processed images and the output of an encoder, in evaluation mode and without gradient.
+
+    The arguments are further ones of the encoder.
 
     Raises:
         UserError: the processor or the encoder fails, as an encoder for texts or another image size does, or
@@ -172,7 +179,7 @@ def first_output(
             pixels = pixel_values(processor, images, device).to(dtype_of(model))
             place, expected = "model", f"an encoder of images {tuple(pixels.shape)}"
             got = type(model).__name__
-            outputs = model(pixel_values=pixels)
+            outputs = model(pixel_values=pixels, **arguments)
     except UserError:
         raise
     except Exception as error:
@@ -273,12 +280,14 @@ def extract_poolings(
     dtype: torch.dtype | None = None,
     total: int | None = None,
     description: str | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Return the features (N, D) for each pooling and each further feature from one pass.
 
     Args:
         poolings: values of `Pooling`, and names of `FEATURES` that the encoder has. "tokens" (N, P, D) are in
             half precision if they take more than 256 MiB.
+        arguments: further arguments of the encoder.
         Others: as for `extract_features`.
 
     Raises:
@@ -299,7 +308,7 @@ def extract_poolings(
                     continue
                 pixels = pixel_values(processor, images, device).to(weights, memory_format=memory_format)
                 with autocast(device, dtype):
-                    outputs = model(pixel_values=pixels)
+                    outputs = model(pixel_values=pixels, **arguments)
                     read = {name: further.read(outputs, name) for name in further_names}
                 for name, found in rows.items():
                     given = read[name] if name in read else pool(outputs, cast(Pooling, name), model)

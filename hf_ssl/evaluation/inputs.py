@@ -4,7 +4,7 @@
 Legend: M training images, N test images, D features, C classes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -27,7 +27,9 @@ HELD_OUT = 0.1
 class LabeledData(Protocol):
     """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
 
-    The evaluation reads the labels after the images, because a broken image also removes its label.
+    The evaluation reads the labels after the images, because a broken image also removes its label. The data
+    can also have `targets`: {"masks": N masks (H, W) of class numbers}. Data without classes have labels
+    (N, 0).
     """
 
     @property
@@ -46,11 +48,13 @@ class Split:
 
     Attributes:
         features: (N, D) float32, the evaluated features.
-        labels: (N,) int64; or (N, C) for images with several labels, 1: yes, 0: no, -1: ignored.
+        labels: (N,) int64; or (N, C) for images with several labels, 1: yes, 0: no, -1: ignored. Images
+            without classes, which have only `targets`, have C = 0.
         name: name of the split.
         further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
             name is missing if the encoder does not have these features.
         images: the images, a `LabeledData`; None: only features were given.
+        targets: further labels of the images, by their kind of `hf_ssl.data.targets`: "masks".
     """
 
     features: Tensor
@@ -58,12 +62,19 @@ class Split:
     name: str
     further: dict[str, Tensor] = field(default_factory=dict)
     images: Any = None
+    targets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __str__(self) -> str:
         return f"{len(self):,} images of split {self.name}"
+
+    @property
+    def kinds(self) -> set[str]:
+        """Return the kinds of labels that the images have, see `hf_ssl.evaluation.protocols.Protocol`."""
+        classes = {"several"} if has_several_labels(self.labels) else {"one"}
+        return set(self.targets) | (classes if self.labels.ndim == 1 or self.labels.shape[1] else set())
 
 
 @dataclass

@@ -38,18 +38,24 @@ QUICK = {
     "fine_tune": {
         "optimizer": "adamw", "epochs": 6, "learning_rates": [0.0001, 0.003], "batch_size": 32, **WHOLE,
     },
+    "segmentation": {"epochs": 5, "learning_rates": [0.003, 0.03], "batch_size": 60},
 }  # fmt: skip
 # `quality` measures without labels, so it gives no accuracy. Others need several labels per image.
 OF_CLASSES = [name for name, each in PROTOCOLS.items() if "one" in each.labels and name != "quality"]
+OF_MASKS = [name for name, each in PROTOCOLS.items() if "masks" in each.labels and name != "quality"]
 OF_FEATURES = [name for name in OF_CLASSES if not PROTOCOLS[name].needs_encoder]
 
 
 class Images:
-    """Images of 2 x 2 pixels made of features (N, 12), for protocols that need an encoder."""
+    """Images of 2 x 2 pixels made of features (N, 12), for protocols that need an encoder.
+
+    Their masks show where the first channel is bright.
+    """
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         self.images = (128 + 25 * features).round().clamp(0, 255).to(torch.uint8).view(-1, 3, 2, 2)
         self.labels = labels
+        self.targets = {"masks": (self.images[:, 0] > 128).to(torch.uint8)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -94,7 +100,7 @@ def run(name: str, data: tuple, **settings) -> list[ProtocolResult]:
     return evaluate_encoder(model, Images(*data[:2]), Images(*data[2:]), config, processor)["protocols"]
 
 
-@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("name", OF_CLASSES + OF_MASKS)
 def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
     results = run(name, data)
     assert results, name
@@ -111,7 +117,7 @@ def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
     assert run(name, data) == results
 
 
-@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("name", OF_CLASSES + OF_MASKS)
 def test_nothing_is_selected_on_test_images(name: str, data) -> None:
     """Other test images change the value, and nothing that was selected."""
     train, train_labels, test, test_labels = data
@@ -157,7 +163,7 @@ def test_settings_are_checked_before_anything_is_measured(name: str, data) -> No
     assert fields(config)
 
 
-@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("name", OF_CLASSES + OF_MASKS)
 def test_a_card_shows_every_number(name: str, data) -> None:
     facts = new_facts()
     result = facts["results"]["trained"]
@@ -204,7 +210,9 @@ def test_a_protocol_changes_neither_the_encoder_nor_the_global_random_state(name
     assert random.getstate() == python
 
 
-@pytest.mark.parametrize("name", [name for name, each in PROTOCOLS.items() if each.needs_encoder])
+@pytest.mark.parametrize(
+    "name", [name for name, each in PROTOCOLS.items() if each.needs_encoder and "one" in each.labels]
+)
 def test_features_alone_are_not_enough_for_a_protocol_that_needs_an_encoder(name: str, data) -> None:
     result = evaluate_features({"protocols": [name]}, *data)
     assert result["protocols"] == []

@@ -11,6 +11,7 @@ A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`.
   `hf_ssl.modeling.pooling.FEATURES`.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ class Protocol(NamedTuple):
         takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it computes with the
             encoder in each of many epochs.
         needs_encoder: whether the protocol needs an encoder. If only features are given, it is skipped.
-        labels: whether the images have "one" class or "several" labels, or either.
+        labels: kinds of labels, of which the images need one: "one" class, "several" classes, or targets of
+            `hf_ssl.data.targets` such as "masks".
     """
 
     title: str
@@ -42,6 +44,9 @@ PROTOCOLS: dict[str, Protocol] = {
     "knn": Protocol("k-NN", "The nearest training images vote for the class.", of_pixels=True),
     "few_label_knn": Protocol(
         "k-NN with few labels", "The nearest one of a few labeled images gives the class.", of_pixels=True
+    ),
+    "retrieval": Protocol(
+        "retrieval", "Each test image ranks the training images by cosine similarity.", of_pixels=True
     ),
     "linear": Protocol("linear probe", "SGD trains a linear classifier on frozen features."),
     "attentive": Protocol(
@@ -73,16 +78,33 @@ PROTOCOLS: dict[str, Protocol] = {
         "quality without labels",
         "LiDAR and alignment of augmented views of each image.",
         needs_encoder=True,
-        labels=("one", "several"),
+        labels=("one", "several", "masks"),
     ),
     "multi_label": Protocol(
         "multi-label probe",
         "A logistic regression for each class gives the mean average precision.",
         labels=("several",),
     ),
+    "segmentation": Protocol(
+        "segmentation",
+        "A linear classifier of frozen patch tokens gives the class of each pixel.",
+        needs_encoder=True,
+        labels=("masks",),
+    ),
+    "attention_masks": Protocol(
+        "attention masks",
+        "The attention of the class token is compared with the masks of the objects.",
+        needs_encoder=True,
+        labels=("masks",),
+    ),
 }
 
 DEFAULT_PROTOCOLS = ("knn", "linear")
+
+
+def label_kinds(names: Iterable[str]) -> list[str]:
+    """Return the kinds of labels that some protocols can use, see `Protocol.labels`."""
+    return sorted({kind for name in names if name in PROTOCOLS for kind in PROTOCOLS[name].labels})
 
 
 def load_protocol(name: str) -> Any:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch tokens and masks for the evaluation of dense features (layer 1).
+
+The protocols for masks resize each image to a square, without a crop, so that the patches cover the complete
+mask. Predictions are enlarged to the size of the mask. The mask itself keeps its size for the test.
+
+Legend: N images, B images in a batch, C channels, H, W pixels of a mask, S side of the square in pixels, h, w
+rows and columns of patches, P = h * w patches, D features.
+"""
+
+from collections.abc import Iterable, Iterator
+from inspect import signature
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.features import extract_poolings, first_output
+from hf_ssl.evaluation.inputs import Inputs, Split
+from hf_ssl.modeling.backbones import normalization
+from hf_ssl.modeling.further_features import FurtherFeatures
+
+IGNORED = 255
+"""Number of the pixels that do not count in PASCAL VOC and most other data sets."""
+_MASKING = "vit_mae"  # model type of an encoder that masks patches at inference
+
+
+class SquareProcessor:
+    """An image processor that resizes complete images to a square, and normalizes as another one does.
+
+    Args:
+        processor: the image processor of the encoder.
+        side: S.
+    """
+
+    def __init__(self, processor: Any, side: int) -> None:
+        self.mean, self.std = normalization(processor)
+        self.side = side
+
+    def __call__(
+        self, images: list[Tensor], *, device: torch.device | str = "cpu", **options: Any
+    ) -> dict[str, Tensor]:
+        """Return `pixel_values` (B, C, S, S) of uint8 images (C, H, W), resized bilinearly with antialias.
+
+        Args:
+            images: of any sizes.
+            device: device of the result.
+            options: arguments of other processors, without effect.
+        """
+        size = (self.side, self.side)
+        resized = [
+            F.interpolate(image[None].to(device).float(), size, mode="bilinear", antialias=True)
+            for image in images
+        ]
+        pixels = torch.cat(resized) / 255
+        mean, std = (
+            pixels.new_tensor(values or [default])[:, None, None]
+            for values, default in ((self.mean, 0.0), (self.std, 1.0))
+        )
+        return {"pixel_values": (pixels - mean) / std}
+
+
+def patch_features(
+    inputs: Inputs, split: Split, side: int | None, protocol: str
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Return the patch tokens (N, P, D) of the images of a split, and the sizes (H, W) of the images.
+
+    The tokens are the positions of the feature map for an encoder without tokens. The grid is a square.
+
+    Args:
+        inputs, split: the encoder and the images.
+        side: S; None: the size of the images of the image processor.
+        protocol: name for messages and progress bars.
+
+    Raises:
+        UserError: the encoder has no patch tokens, or does not accept images of this size.
+    """
+    encoder = inputs.encoder
+    if getattr(getattr(encoder, "config", None), "model_type", None) == _MASKING:
+        raise UserError(f"{protocol}: expected an encoder without random masks, got one of MAE; load a ViT")
+    processor = SquareProcessor(inputs.processor, side or inputs.image_size)
+    # Position embeddings of another size are interpolated, if the encoder supports it.
+    known = signature(type(encoder).forward).parameters
+    interpolated = side not in (None, inputs.image_size) and "interpolate_pos_encoding" in known
+    arguments = {"interpolate_pos_encoding": True} if interpolated else {}
+    first = next(iter(split.images.iter_batches(1)))
+    with FurtherFeatures(encoder, ["tokens"]) as further:
+        _, outputs = first_output(encoder, processor, first, inputs.device, arguments)
+        if "tokens" not in further.available(outputs):
+            raise UserError(
+                f"{protocol}: expected an encoder that returns patch tokens or a feature map, got "
+                f"{type(encoder).__name__}; use a ViT, ResNet, ConvNeXt or Swin"
+            )
+    sizes: list[tuple[int, int]] = []
+
+    def batches() -> Iterator[list[Tensor]]:
+        for batch in split.images.iter_batches(inputs.batch_size):
+            sizes.extend((image.shape[-2], image.shape[-1]) for image in batch)
+            yield batch
+
+    text = None if inputs.description is None else f"{inputs.description}, patch tokens, {split.name}"
+    tokens = extract_poolings(
+        encoder, processor, batches(), poolings=["tokens"], device=inputs.device, dtype=inputs.dtype,
+        total=len(split), description=text, arguments=arguments,
+    )["tokens"]  # fmt: skip
+    grid_side(tokens, protocol)
+    return tokens, sizes
+
+
+def grid_side(tokens: Tensor, protocol: str) -> int:
+    """Return h = w of patch tokens (N, P, D), or raise UserError if they are no square."""
+    side = isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1]:
+        raise UserError(f"{protocol}: expected a square grid of patch tokens, got {tokens.shape[1]} tokens")
+    return side
+
+
+def read_mask(split: Split, row: int, size: tuple[int, int]) -> Tensor:
+    """Return the mask (H, W) uint8 of an image.
+
+    Args:
+        split: has the masks.
+        row: number of the image.
+        size: of the image.
+
+    Raises:
+        UserError: the mask has another size than its image, or cannot be read.
+    """
+    mask = torch.as_tensor(split.targets["masks"][row])
+    if tuple(mask.shape) != tuple(size):
+        raise UserError(
+            f"data.mask_column: expected a mask of the size of its image, {size[0]} x {size[1]} pixels, got "
+            f"{' x '.join(map(str, mask.shape))} in image {row} of split {split.name}; resize it"
+        )
+    return mask
+
+
+def nearest_pixels(values: Tensor, height: int, width: int) -> Tensor:
+    """Return values (..., H, W), resized to (..., height, width) by the nearest pixel of the source.
+
+    The centers of pixels are compared, as in the mode "nearest-exact" of torch.
+    """
+    rows, columns = (
+        ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new).long().to(values.device)
+        for new, old in ((height, values.shape[-2]), (width, values.shape[-1]))
+    )
+    return values[..., rows[:, None], columns]
+
+
+def check_ignored(where: str, ignored: Iterable[int]) -> list[int]:
+    """Return numbers of ignored pixels, or raise UserError for one outside of 0 to 255."""
+    numbers = list(ignored)
+    if not all(0 <= number <= 255 for number in numbers):
+        raise UserError(f"{where}.ignored: expected numbers from 0 to 255, got {numbers}")
+    return numbers

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation from attention: the Jaccard index of masks that the attention of the last block gives.
+
+As in DINO (2104.14294, section 4.2.2 and figure 4), the mask of a head is the smallest set of patches that
+has 60 % of the attention of the class token. The figure reports the best head. Neither the paper nor its code
+states how it is chosen. Naseer et al. (2105.10497) choose it in each image by the test mask. Because this
+uses the answer, the main number here is that of one head, which is chosen on training images. The number with
+the best head of each image is a second result with its own column.
+
+Differences from the code of Naseer et al.: pixels that do not count belong neither to the intersection nor to
+the union; the patches are compared with the mask at its own size. It compares each class of an image
+separately (`objects: classes`).
+
+Legend: N images, A heads, h, w rows and columns of patches, H, W pixels of a mask.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import UserError, check_name, check_values
+from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
+from hf_ssl.evaluation.dense import IGNORED, SquareProcessor, check_ignored, nearest_pixels, read_mask
+from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.inputs import Inputs, Split
+from hf_ssl.evaluation.results import ProtocolResult, result_id
+
+VERSION = 1
+OBJECTS = ("foreground", "classes")
+
+
+@dataclass
+class Config:
+    """Settings.
+
+    Attributes:
+        mass: share of the attention in the mask of a head.
+        size: side in pixels of the square to which images are resized; null: that of the image processor.
+        objects: "foreground": all pixels of other classes than the background are one object; "classes": the
+            value of an image is the mean over its classes, each of which has its own best head.
+        background: class number of the background.
+        ignored: class numbers of pixels that do not count.
+        train_images: largest number of training images for the choice of the head, evenly spaced.
+    """
+
+    mass: float = 0.6
+    size: int | None = None
+    objects: str = "foreground"
+    background: int = 0
+    ignored: list[int] = field(default_factory=lambda: [IGNORED])
+    train_images: int = 500
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a value outside of its range."""
+        check_name(f"{where}.objects", self.objects, OBJECTS, "foreground or classes")
+        check_values(
+            where,
+            ("mass", self.mass, 0 < self.mass <= 1, "a share above 0 and at most 1"),
+            ("size", self.size, self.size is None or self.size > 0, "a positive number or null"),
+            ("background", self.background, 0 <= self.background <= 255, "a number from 0 to 255"),
+            ("train_images", self.train_images, self.train_images > 0, "a positive number"),
+        )
+        check_ignored(where, self.ignored)
+
+
+def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
+    """Return the mean Jaccard index of the head that is the best one on training images, and of the best
+    head of each test image.
+
+    Raises:
+        UserError: the encoder has no attention maps, a mask does not fit to its image, or no mask of a split
+            shows an object.
+    """
+    patch = patch_size(inputs.encoder)  # raises for an encoder without attention maps
+    if (side := config.size or inputs.image_size) % patch:
+        raise UserError(
+            f"evaluation.settings.attention_masks.size: expected a multiple of the patch size {patch}, got "
+            f"{side}"
+        )
+    train = head_scores(inputs, inputs.train, config, config.train_images)
+    test = head_scores(inputs, inputs.test, config)
+    head = int(train.fixed.mean(dim=0).argmax())
+    size = config.size or inputs.image_size
+    objects = (
+        "all pixels of objects" if config.objects == "foreground" else "the pixels of each class, averaged,"
+    )
+    missing = len(inputs.test) - len(test.fixed)
+    without = f" {missing:,} test images without an object are left out." if missing else ""
+    text = (
+        f"Jaccard index of {objects} and the patches with {100 * config.mass:g} % of the attention of the "
+        f"{train.query} in the last block. Whole images are resized to {size} x {size} pixels."
+    )
+    settings = asdict(config)
+    return [
+        _result(
+            settings,
+            test.fixed[:, head],
+            key="attention_jaccard",
+            title="Jaccard index of attention masks",
+            column="attention masks, one head",
+            text=f"{text} The head {head + 1} of {train.fixed.shape[1]} had the highest value on "
+            f"{len(train.fixed):,} training images. Tested on {inputs.test}.{without}",
+            metrics={
+                "mean_of_heads": float(test.fixed.mean()),
+                "whole_image": float(test.whole.mean()),  # of a mask of all patches
+            },
+            selection={"head": head},
+            selected_on=f"{len(train.fixed):,} training images",
+            details={
+                "train_jaccard": train.fixed.mean(dim=0).tolist(),
+                "test_jaccard": test.fixed.mean(dim=0).tolist(),
+            },
+        ),
+        _result(
+            settings,
+            test.best,
+            key="attention_jaccard_best_head",
+            title="Jaccard index of attention masks of the best head of each test image",
+            column="attention masks, best head by test mask",
+            text=f"{text} The best one of {train.fixed.shape[1]} heads is chosen in each test image by its "
+            f"mask, as in publications, so the value is too optimistic. Tested on {inputs.test}.{without}",
+            metrics={},
+            selection={"head": "the best one of each test image"},
+            selected_on="the masks of the test images",
+            details={},
+        ),
+    ]
+
+
+def _result(settings: dict[str, object], values: Tensor, **others: object) -> ProtocolResult:
+    """Return a result with the mean of the values (N,) of the images."""
+    result = others | {
+        "protocol": "attention_masks",
+        "id": result_id("attention_masks", VERSION, settings | {"key": others["key"]}),
+        "value": float(values.mean()),
+        "standard_error": float(values.std() / len(values) ** 0.5),
+    }
+    return ProtocolResult(**result)  # type: ignore[typeddict-item]
+
+
+@dataclass
+class HeadScores:
+    """Jaccard indices of the images with an object, float64.
+
+    Attributes:
+        fixed: (N, A), of each head.
+        best: (N,), of the best head of each object, averaged over the objects of the image.
+        whole: (N,), of a mask of all patches.
+        query: the query of the attention, "class token" or "mean of the patches".
+    """
+
+    fixed: Tensor
+    best: Tensor
+    whole: Tensor
+    query: str
+
+
+def head_scores(inputs: Inputs, split: Split, config: Config, most: int | None = None) -> HeadScores:
+    """Return the Jaccard indices of images of a split.
+
+    Args:
+        inputs, split, config: the encoder, the images and the settings.
+        most: largest number of images, which are evenly spaced; None: all.
+
+    Raises:
+        UserError: fewer than two images have an object, or a mask does not fit to its image.
+    """
+    processor = SquareProcessor(inputs.processor, config.size or inputs.image_size)
+    images = len(split) if most is None else min(most, len(split))
+    wanted = set((torch.arange(images) * len(split) // images).tolist())
+    rows: list[tuple[Tensor, float, Tensor]] = []
+    row, query = 0, ""
+    with inputs.progress(f"attention masks, {split.name}", images) as bar:
+        for batch in split.images.iter_batches(min(inputs.batch_size, 32)):
+            chosen = [(row + number, image) for number, image in enumerate(batch) if row + number in wanted]
+            row += len(batch)
+            if not chosen:
+                continue
+            pixels = pixel_values(processor, [image for _, image in chosen], inputs.device)
+            maps = attention_maps(inputs.encoder, pixels)
+            query = maps.query
+            for (number, image), kept in zip(
+                chosen, threshold_attention(maps.heads, config.mass), strict=True
+            ):
+                mask = read_mask(split, number, (image.shape[-2], image.shape[-1]))
+                if (scores := object_scores(kept, mask, config)) is not None:
+                    rows.append((scores.mean(dim=0), float(scores.amax(dim=1).mean()), _whole(mask, config)))
+            bar.update(len(chosen))
+    if len(rows) < 2:
+        raise UserError(
+            f"attention masks: expected at least 2 images of split {split.name} with pixels of objects, got "
+            f"{len(rows)}; use other masks, or evaluation.settings.attention_masks.background or ignored"
+        )
+    fixed, best, whole = zip(*rows, strict=True)
+    return HeadScores(torch.stack(fixed), torch.tensor(best, dtype=torch.float64), torch.stack(whole), query)
+
+
+def object_masks(mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Return the masks of the objects (O, H, W) of a mask, and its pixels that count (H, W), both bool."""
+    ignored = torch.tensor(list(config.ignored), dtype=mask.dtype)
+    counted = ~torch.isin(mask, ignored)
+    shown = counted & (mask != config.background)
+    if config.objects == "foreground":
+        return shown[None][: int(shown.any())], counted
+    numbers = mask[shown].unique()
+    return mask[None] == numbers[:, None, None], counted
+
+
+def object_scores(kept: Tensor, mask: Tensor, config: Config) -> Tensor | None:
+    """Return the Jaccard indices (O, A) of the objects of a mask and of each head, or None without objects.
+
+    Args:
+        kept: (A, h, w) bool, the patches in the mask of each head.
+        mask: (H, W) uint8.
+        config: the settings.
+    """
+    objects, counted = object_masks(mask, config)
+    if not len(objects):
+        return None
+    predicted = (nearest_pixels(kept, *mask.shape) & counted).flatten(1).double()
+    truth = objects.flatten(1).double()
+    intersection = truth @ predicted.T
+    return intersection / (truth.sum(dim=1)[:, None] + predicted.sum(dim=1) - intersection)
+
+
+def _whole(mask: Tensor, config: Config) -> Tensor:
+    """Return the Jaccard index of a mask of all patches, a number in a tensor."""
+    scores = object_scores(torch.ones(1, 1, 1, dtype=torch.bool), mask, config)
+    return torch.zeros((), dtype=torch.float64) if scores is None else scores.mean()

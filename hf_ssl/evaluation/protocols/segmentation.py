@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semantic segmentation: the mean intersection over union of a linear classifier of frozen patch tokens.
+
+As in DINOv2 (2304.07193, section 7.4), a BatchNorm and one linear layer turn each patch token into logits of
+the classes, which are enlarged bilinearly. The tokens are cached, so the statistics of this BatchNorm are
+those of all training tokens, and there is no augmentation. The whole image is one input: it is resized to a
+square without a crop, and there are no sliding windows. Published numbers use larger images and
+augmentation, so compare encoders only by this protocol.
+
+Legend: N images, C classes, P patches.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import UserError, check_values
+from hf_ssl.evaluation.config import are_positive
+from hf_ssl.evaluation.dense import (
+    IGNORED,
+    check_ignored,
+    grid_side,
+    nearest_pixels,
+    patch_features,
+    read_mask,
+)
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, Split, check_finite, hold_out
+from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.segmentation import VOID, Heads, class_iou, mean_iou, pixel_counts, train_heads
+
+VERSION = 1
+_SAMPLES = 100
+
+
+@dataclass
+class Config:
+    """Settings.
+
+    Attributes:
+        size: side in pixels of the square to which images are resized; null: that of the image processor. A
+            larger one gives more patches. Convolutional encoders accept any, and many transformers too.
+        learning_rates: initial learning rates for this batch size, which are trained simultaneously.
+        epochs, batch_size: of the training.
+        pixels: number of pixels per side of a patch at which the loss is computed.
+        classes: number of classes, from 0; null: as many as the masks contain. It is only checked.
+        ignored: class numbers of pixels that do not count. With [0, 255], the background does not count.
+    """
+
+    size: int | None = None
+    learning_rates: list[float] = field(default_factory=lambda: [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1])
+    epochs: int = 20
+    batch_size: int = 16
+    pixels: int = 4
+    classes: int | None = None
+    ignored: list[int] = field(default_factory=lambda: [IGNORED])
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a value outside of its range."""
+        rates = list(self.learning_rates)
+        numbers = [(key, getattr(self, key)) for key in ("epochs", "batch_size", "pixels")]
+        check_values(
+            where,
+            ("size", self.size, self.size is None or self.size > 0, "a positive number or null"),
+            ("learning_rates", rates, are_positive(rates), "one or more positive numbers"),
+            *((key, number, number > 0, "a positive number") for key, number in numbers),
+            ("classes", self.classes, self.classes is None or self.classes > 1, "at least 2 or null"),
+        )
+        check_ignored(where, self.ignored)
+
+
+def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
+    """Return the mean intersection over union on the test images, with the accuracy of the pixels.
+
+    All learning rates are trained on 90 % of the training images. The best one on the other 10 % is trained
+    again on all training images. The standard error is that of a bootstrap over test images.
+
+    Raises:
+        UserError: the encoder has no patch tokens, a mask does not fit to its image, or there are fewer than
+            two classes.
+    """
+    device, name = inputs.device, "segmentation"
+    train, test = (
+        _Images(split, *patch_features(inputs, split, config.size, name))
+        for split in (inputs.train, inputs.test)
+    )
+    side = grid_side(train.tokens, name) * config.pixels
+    with inputs.progress("masks", len(train.sizes) + len(test.sizes)) as bar:
+        small, seen = _read_masks(train, config, side, bar.update)
+        numbers = torch.nonzero(seen | _read_masks(test, config, 1, bar.update)[1])[:, 0]
+    counted = numbers[~torch.isin(numbers, torch.tensor(list(config.ignored), dtype=torch.long))]
+    if len(counted) < 2:
+        raise UserError(
+            f"segmentation: expected masks with at least 2 classes, got {counted.tolist()} beside "
+            f"{list(config.ignored)}, which do not count; use evaluation.settings.segmentation.ignored=[] "
+            "if they are classes"
+        )
+    table = torch.full((256,), VOID, dtype=torch.int16)
+    table[counted] = torch.arange(len(counted), dtype=torch.int16)
+    targets, classes = table[small.long()], len(counted)
+    kept, chosen = hold_out(len(targets), inputs.seed)
+    generator = torch.Generator().manual_seed(inputs.seed)
+    settings = (config.epochs, config.batch_size, generator)
+    rates = sorted(set(config.learning_rates))
+    with inputs.progress(name, 2 * config.epochs, "epoch") as bar:
+        heads = train_heads(train.tokens, targets, classes, rates, *settings, kept, device, bar.update)
+        found = mean_iou(train.counts(heads, chosen, table, classes).sum(dim=0)).nan_to_num(0.0).tolist()
+        validation = dict(zip(rates, found, strict=True))
+        best = max(rates, key=lambda rate: validation[rate])
+        rows = torch.arange(len(targets))
+        heads = train_heads(train.tokens, targets, classes, [best], *settings, rows, device, bar.update)
+    check_finite(heads.weights, best, "evaluation.settings.segmentation.learning_rates")
+    counts = test.counts(heads, torch.arange(len(test.sizes)), table, classes)[:, 0]
+    return [_result(inputs, config, counts, counted, validation, train.tokens)]
+
+
+class _Images(NamedTuple):
+    """The split, the patch tokens (N, P, D) and the sizes (H, W) of some images."""
+
+    split: Split
+    tokens: Tensor
+    sizes: list[tuple[int, int]]
+
+    def counts(self, heads: Heads, rows: Tensor, table: Tensor, classes: int) -> Tensor:
+        """Return `pixel_counts` of some images. The table (256,) contains the class of each number."""
+        masks = (table[read_mask(self.split, row, self.sizes[row]).long()] for row in rows.tolist())
+        return pixel_counts(heads, self.tokens[rows], masks, classes)
+
+
+def _read_masks(
+    images: _Images, config: Config, side: int, advance: Callable[[int], object]
+) -> tuple[Tensor, Tensor]:
+    """Return the masks (N, side, side), and which numbers they contain at their own size (256,).
+
+    Raises:
+        UserError: a number is not below the number of classes.
+    """
+    small = torch.empty(len(images.sizes), side, side, dtype=torch.uint8)
+    seen = torch.zeros(256, dtype=torch.bool)
+    for row, size in enumerate(images.sizes):
+        mask = read_mask(images.split, row, size)
+        found = mask.flatten().bincount(minlength=256) > 0
+        found[list(config.ignored)] = False
+        if config.classes is not None and bool(found[config.classes :].any()):
+            raise UserError(
+                f"segmentation: expected class numbers below {config.classes} in the masks, got "
+                f"{int(torch.nonzero(found)[-1])} in image {row} of split {images.split.name}; use "
+                "evaluation.settings.segmentation.classes or ignored"
+            )
+        seen |= found
+        small[row] = nearest_pixels(mask, side, side)
+        advance(1)
+    return small, seen
+
+
+def _result(
+    inputs: Inputs,
+    config: Config,
+    counts: Tensor,
+    numbers: Tensor,
+    validation: dict[float, float],
+    tokens: Tensor,
+) -> ProtocolResult:
+    """Return the result.
+
+    Args:
+        inputs, config: the images and the settings.
+        counts: (N, 3, C), numbers of pixels of the test images.
+        numbers: (C,), the class numbers in the masks.
+        validation: mean intersection over union on held-out images for each learning rate.
+        tokens: the training tokens.
+    """
+    rates, best = list(validation), max(validation, key=lambda rate: validation[rate])
+    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    edge = " (at the edge of the sweep)" if at_edge else ""
+    total = counts.sum(dim=0)
+    iou, pixels = class_iou(total), int(total[2].sum())
+    side, grid = config.size or inputs.image_size, grid_side(tokens, "segmentation")
+    selected_on = f"{100 * HELD_OUT:g} % of the training images"
+    return ProtocolResult(
+        protocol="segmentation",
+        id=result_id("segmentation", VERSION, asdict(config) | {"seed": inputs.seed}),
+        key="segmentation_miou",
+        title="Mean intersection over union of a linear segmentation head",
+        column="segmentation mIoU",
+        text=f"a linear layer on {grid} x {grid} frozen, standardized patch tokens gives the logits of "
+        f"{len(numbers)} classes. Whole images are resized to {side} x {side} pixels, and logits bilinearly "
+        f"to the size of the mask. Optimizer: AdamW, {config.epochs} epochs, batch size {config.batch_size}, "
+        f"cosine schedule, without augmentation. The learning rate {best:g}{edge} had the highest value on a "
+        f"held-out {selected_on} ({len(rates)} tested). The final layer was trained on all {inputs.train} "
+        f"and tested on the pixels that count of {inputs.test}",
+        value=float(mean_iou(total)),
+        standard_error=_standard_error(counts, inputs.seed),
+        metrics={
+            "pixel_accuracy": int(total[0].sum()) / pixels,
+            "mean_class_accuracy": float((total[0].double() / total[2]).nanmean()),
+        },
+        selection={"learning_rate": best},
+        selected_on=selected_on,
+        details={
+            "at_edge": at_edge,
+            "validation_miou": validation[best],
+            "validation": {str(rate): value for rate, value in validation.items()},
+            "class_iou": {
+                str(number): None if math.isnan(value) else value
+                for number, value in zip(numbers.tolist(), iou.tolist(), strict=True)
+            },
+            "patches": tokens.shape[1],
+        },
+    )
+
+
+def _standard_error(counts: Tensor, seed: int) -> float:
+    """Return the standard deviation of the value over samples of the test images with replacement.
+
+    Args:
+        counts: (N, 3, C).
+        seed: seed of the samples.
+    """
+    images = len(counts)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(images, (_SAMPLES, images), generator=generator)
+    times = torch.zeros(_SAMPLES, images, dtype=torch.float64)
+    times.scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
+    sums = (times @ counts.double().flatten(1)).unflatten(1, counts.shape[1:])
+    return float(mean_iou(sums).std())

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean average precision and recall at k of image retrieval with class labels (layer 1).
+
+Legend: M gallery images, N queries, B queries in a chunk, D features, R relevant gallery images of a query.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.knn import prepare
+
+CHUNK_NUMBERS = 2**24
+"""Largest number of similarities of a chunk, which take 64 MiB, and as much again while they are sorted."""
+
+
+class Retrieval(NamedTuple):
+    """Result of `retrieval_scores`, in the order of the queries.
+
+    Attributes:
+        average_precision: (N,) float64, NaN for a query without a relevant gallery image.
+        first_rank: (N,) int64, the rank from 1 of the first relevant image: one more than the number of
+            other gallery images that are at least as similar. It is 0 for a query without a relevant image.
+    """
+
+    average_precision: Tensor
+    first_rank: Tensor
+
+    def mean_average_precision(self) -> float:
+        """Return the mean over the queries with a relevant gallery image."""
+        return float(self.average_precision[self.first_rank > 0].mean())
+
+    def recall(self, k: int) -> float:
+        """Return the share of the queries with a relevant gallery image that find one among the first k."""
+        ranks = self.first_rank[self.first_rank > 0]
+        return float((ranks <= k).double().mean())
+
+
+def retrieval_scores(
+    gallery_features: Tensor,
+    gallery_labels: Any,
+    query_features: Tensor | None = None,
+    query_labels: Any = None,
+    *,
+    device: torch.device | str | None = None,
+    advance: Callable[[int], object] = lambda queries: None,
+) -> Retrieval:
+    """Return the average precision of each query, and the rank of its first relevant gallery image.
+
+    The gallery is ranked by the cosine of the features. A gallery image is relevant if it has the class of
+    the query. Gallery images with equal cosines have no order:
+
+    - Average precision is the mean, over the relevant images, of the precision among all images that are at
+      least as similar as this one. It equals `average_precision_score` of scikit-learn. There is neither
+      interpolation nor a limit on the rank.
+    - The other images come first in the rank of the first relevant image. An encoder with equal features for
+      all images therefore finds nothing.
+
+    Args:
+        gallery_features, gallery_labels: (M, D) and (M,).
+        query_features, query_labels: (N, D) and (N,). None: each gallery image is a query for all other
+            gallery images (leave-one-out).
+        device: device of the computation; None: the device of the gallery.
+        advance: callback for a progress bar, called with numbers of queries.
+
+    Raises:
+        UserError: no query has a relevant gallery image, the number of labels is wrong, or features are not
+            finite.
+
+    Source: Oh Song et al. 2016 (1511.06452), section 5, for recall at k: 1 if one of the k nearest images is
+    relevant. Difference: the paper does not define ties.
+    """
+    device = torch.device(device) if device is not None else torch.as_tensor(gallery_features).device
+    gallery, classes = prepare(gallery_features, gallery_labels, "retrieval, gallery", device)
+    leave_one_out = query_features is None
+    if query_features is None:
+        queries, targets = gallery, classes
+    else:
+        queries, targets = prepare(
+            query_features, query_labels, "retrieval, queries", device, gallery.shape[1]
+        )
+    # Queries of one class have the same relevant images, which are neighbors in the sorted gallery.
+    order = classes.argsort(stable=True)
+    gallery, classes = gallery[order], classes[order]
+    precision = torch.full((len(queries),), torch.nan, dtype=torch.float64)
+    ranks = torch.zeros(len(queries), dtype=torch.int64)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+    rows = max(1, CHUNK_NUMBERS // len(gallery))
+    for label in targets.unique().tolist():
+        first, end = (int(torch.searchsorted(classes, label, right=right)) for right in (False, True))
+        members = torch.nonzero(targets == label)[:, 0]
+        if end - first > leave_one_out:  # otherwise, there is no relevant image, or only the query itself
+            for index in members.split(rows):
+                cosines = queries[index] @ gallery.T
+                if leave_one_out:
+                    cosines.scatter_(1, place[index][:, None], -torch.inf)
+                found = _scores(cosines, first, end, leave_one_out)
+                precision[index.cpu()], ranks[index.cpu()] = (each.cpu() for each in found)
+        advance(len(members))
+    if not bool((ranks > 0).any()):
+        raise UserError(
+            "retrieval: expected gallery images of the classes of the queries, got none; add images"
+        )
+    return Retrieval(precision, ranks)
+
+
+def _scores(cosines: Tensor, first: int, end: int, leave_one_out: bool) -> tuple[Tensor, Tensor]:
+    """Return the average precisions and the ranks of the first relevant images (B,).
+
+    Args:
+        cosines: (B, M). The columns from `first` to `end` are those of the relevant images.
+        leave_one_out: whether the cosine of one relevant image, the query itself, is -infinity.
+    """
+    relevant = _sorted(cosines[:, first:end].clone())[:, int(leave_one_out) :].contiguous()
+    ranked = _sorted(cosines)
+    # The numbers of images, and of relevant images, that are at least as similar as each relevant image.
+    above = ranked.shape[1] - torch.searchsorted(ranked, relevant)
+    hits = relevant.shape[1] - torch.searchsorted(relevant, relevant)
+    # MPS has no float64.
+    kind = torch.float32 if cosines.device.type == "mps" else torch.float64
+    precision = (hits.to(kind) / above.to(kind)).mean(dim=1)
+    return precision, above[:, -1] - hits[:, -1] + 1
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Return rows in ascending order. On a CPU, the vectorized `sort` of NumPy works in place."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    values.numpy().sort(axis=1)
+    return values
+
+
+def usable_ranks(wanted: Sequence[int], gallery: int) -> list[int]:
+    """Return the values of k that are smaller than the number of gallery images, or 1, in ascending order."""
+    return sorted({k for k in wanted if k < gallery}) or [1]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear heads for semantic segmentation on cached patch tokens, and the intersection over union (layer 1).
+
+Legend: N images, B images in a step, P = h * w patches, D features, C classes, R heads that are trained
+simultaneously, H, W pixels of a mask.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+VOID = -100
+"""Class of the pixels that do not count, as in `cross_entropy`."""
+WEIGHT_DECAY = 1e-4
+
+
+class Heads(NamedTuple):
+    """Linear heads on standardized tokens.
+
+    Attributes:
+        mean, deviation: (D,), of the tokens.
+        weights, biases: (R, D, C) and (R, C).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    weights: Tensor
+    biases: Tensor
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, R, C, h, w) of tokens (B, P, D) on a square grid."""
+        rows = (tokens.to(self.mean) - self.mean) / self.deviation
+        found = torch.einsum("bpd,rdc->brcp", rows, self.weights) + self.biases[:, :, None]
+        side = math.isqrt(tokens.shape[1])
+        return found.unflatten(3, (side, side))
+
+
+def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (D,) float32 over all patch tokens (N, P, D)."""
+    count = tokens.shape[0] * tokens.shape[1]
+    total = square = torch.zeros(tokens.shape[2], dtype=torch.float64)
+    for part in tokens.split(256):
+        total = total + part.double().sum(dim=(0, 1)).cpu()
+    mean = total / count
+    for part in tokens.split(256):
+        square = square + (part.double() - mean.to(part.device)).square().sum(dim=(0, 1)).cpu()
+    return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
+
+
+def train_heads(
+    tokens: Tensor,
+    targets: Tensor,
+    classes: int,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    rows: Tensor,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda epochs: None,
+) -> Heads:
+    """Return one head for each learning rate, trained on the same batches with AdamW and a cosine schedule.
+
+    The loss is the mean cross entropy over the pixels of a batch that count, between the bilinearly enlarged
+    logits and the targets. The weights start at zero.
+
+    Args:
+        tokens: (N, P, D).
+        targets: class numbers (N, H, W) of all images at one size, or `VOID`.
+        classes: C.
+        learning_rates: initial learning rates of the R heads.
+        epochs, batch_size: settings of the training.
+        generator: generator for the order of the images.
+        rows: numbers of the training images.
+        device: device of the computation.
+        advance: called with 1 after each epoch.
+    """
+    mean, deviation = (each.to(device) for each in token_statistics(tokens))
+    size, count = tokens.shape[2], len(learning_rates)
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = [torch.zeros(size, classes, device=device, requires_grad=True) for _ in learning_rates]
+        biases = [torch.zeros(classes, device=device, requires_grad=True) for _ in learning_rates]
+        groups = [
+            {"params": list(pair), "lr": rate}
+            for *pair, rate in zip(weights, biases, learning_rates, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+        step, steps = 0, epochs * math.ceil(len(rows) / batch_size)
+        for _ in range(epochs):
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            for index in order.split(batch_size):
+                for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                batch, labels = tokens[index].to(device), targets[index].to(device).long()
+                heads = Heads(mean, deviation, torch.stack(weights), torch.stack(biases))
+                enlarged = F.interpolate(
+                    heads.logits(batch).flatten(0, 1), tuple(labels.shape[1:]), mode="bilinear"
+                )
+                wanted = labels.repeat_interleave(count, dim=0)
+                counted = max(1, int((labels != VOID).sum()))
+                loss = F.cross_entropy(enlarged, wanted, ignore_index=VOID, reduction="sum") / counted
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+            advance(1)
+    return Heads(mean, deviation, torch.stack(weights).detach(), torch.stack(biases).detach())
+
+
+def pixel_counts(heads: Heads, tokens: Tensor, masks: Iterator[Tensor], classes: int) -> Tensor:
+    """Return the numbers of pixels (N, R, 3, C) of each class: right ones, predicted ones and true ones.
+
+    The logits are enlarged bilinearly to the size of each mask. Pixels of the class `VOID` do not count.
+
+    Args:
+        heads: R heads.
+        tokens: (N, P, D).
+        masks: N masks of class numbers (H, W).
+        classes: C.
+    """
+    device, found = heads.weights.device, []
+    for token, mask in zip(tokens, masks, strict=True):
+        (logits,) = heads.logits(token[None].to(device))
+        target = mask.to(device)
+        counted = target != VOID
+        truth = target[counted].long()
+        rows = []
+        for each in logits.split(1):  # one head at a time, because the enlarged logits can be large
+            enlarged = F.interpolate(each, tuple(target.shape), mode="bilinear")
+            guess = enlarged.argmax(dim=1)[0][counted]
+            right = truth[guess == truth]
+            parts = (right, guess, truth)
+            rows.append(torch.stack([part.bincount(minlength=classes) for part in parts]))
+        found.append(torch.stack(rows).cpu())
+    return torch.stack(found)
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """Return the intersection over union (..., C) float64; NaN for classes neither true nor predicted.
+
+    Args:
+        counts: (..., 3, C), sums over images of `pixel_counts`.
+    """
+    right, predicted, true = counts.double().unbind(dim=-2)
+    return right / (predicted + true - right)
+
+
+def mean_iou(counts: Tensor) -> Tensor:
+    """Return the mean (...) of `class_iou` over the classes that are true or predicted.
+
+    Source: Everingham et al., The PASCAL VOC Challenge, 2015, section 3.2. The pixels of all images are
+    summed before the division.
+    """
+    return class_iou(counts).nanmean(dim=-1)
