@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from datasets import Dataset, List
 from transformers import TrainerCallback, set_seed
 
 from hf_ssl.data import (
@@ -185,6 +186,29 @@ def open_labeled_splits(
     if len(test) < 2:
         raise UserError(f"labels: expected at least 2 images in {test.description}, got {len(test)}")
     return train, test
+
+
+def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
+    """Return whether the images of the evaluation can have several labels, without reading the labels.
+
+    Only a column that the user names has several labels. If the data cannot be opened, return False; the
+    evaluation reports the reason.
+
+    Args:
+        data: the section `data` of a recipe.
+        evaluation: the section `evaluation`.
+    """
+    streams = evaluation.path is None and data.streaming
+    data = evaluation.data(data)
+    if data.label_column is None or streams:
+        return False
+    try:
+        source = open_source(data, evaluation.train_split, labels=True, only_image=True)
+    except UserError:
+        return False
+    return isinstance(source.dataset, Dataset) and isinstance(
+        source.dataset.features[source.label_column], List
+    )
 
 
 def _choose_sizes(

@@ -8,14 +8,17 @@ import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hf_ssl import commands
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
+from hf_ssl.names import DeprecatedSetting
 from hf_ssl.resources import MAX_IMAGES, PORT
 
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parsed(argv)
     try:
-        with _ends_on_sigterm():
+        with _ends_on_sigterm(), _short_deprecations():
             arguments.run(arguments)
             sys.stdout.flush()
     except UserError as error:
@@ -46,6 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hf-ssl: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _short_deprecations() -> Iterator[None]:
+    """Show the warning about a deprecated key in one line, without a line of code."""
+    usual = warnings.formatwarning
+
+    def short(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, DeprecatedSetting):
+            return f"hf-ssl: {message}\n"
+        return usual(message, category, *where, **line)
+
+    setattr(warnings, "formatwarning", short)  # noqa: B010  mypy rejects the assignment
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _output_is_closed() -> bool:
@@ -140,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder for results.json and pictures of the results"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for results.json, which hf-ssl compare reads, and pictures of the results",
     )
 
     compare = command("compare", commands.compare)
@@ -148,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RESULTS",
-        help="results files, output folders of runs, folders of such folders, and Hub ids (user/name)",
+        help="output folders of pretrain, evaluate --output and supervise, folders of such folders, results "
+        "files and Hub ids (user/name)",
     )
     compare.add_argument(
         "--output", type=Path, default=Path("comparison"), metavar="FOLDER",
@@ -168,8 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="data.path=..., training.output_dir=..., and evaluation.settings.fine_tune.key=value with the "
-        "keys recipe (default: scratch), epochs, learning_rates, batch_size, weight_decay, mixup, ...",
+        help="data.path=..., training.KEY=value with the keys output_dir, seed, num_train_epochs, "
+        "batch_size, learning_rate, weight_decay, warmup_epochs, precision, ..., and "
+        "evaluation.settings.fine_tune.KEY=value with the keys recipe (default: scratch), mixup, flip, ...",
     )
 
     export = command("export", commands.export)

@@ -68,9 +68,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate an encoder by standard protocols: k-NN, linear probe and others."""
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
+        from hf_ssl.recipe.source import apply_overrides
 
         overrides = list(arguments.overrides)
         if arguments.protocols is not None:
+            given = apply_overrides({}, overrides, ("data", "evaluation"))["evaluation"].get("protocols")
+            if given is not None:
+                raise UserError(
+                    f"--protocols {arguments.protocols}: expected no further list, got "
+                    f"evaluation.protocols={given}; use only one of them"
+                )
             quick = [name for name, protocol in PROTOCOLS.items() if not protocol.takes_long]
             names = ",".join(quick) if arguments.protocols == "all" else arguments.protocols
             overrides.append(f"evaluation.protocols=[{names}]")

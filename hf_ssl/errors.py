@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception for mistakes of the user, and the parts of its messages that modules share (layer 0)."""
+"""The exception for mistakes of the user, and parts of messages and texts that modules share (layer 0)."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -73,6 +73,18 @@ def check_values(section: str, *rows: tuple[Any, ...]) -> None:
         if not valid:
             sentence = f"{section}.{key}: expected {expected}, got {value!r}"
             raise UserError("; use ".join((sentence, *advice)))
+
+
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 image", "50,000 images".
+
+    Args:
+        number: the number.
+        noun: the singular of the noun, for example "labeled image".
+        plural: its plural; None: the singular with "s".
+    """
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun if number == 1 else plural or noun + 's'}"
 
 
 def one_line(message: BaseException | str) -> str:

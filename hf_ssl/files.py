@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, one_line
 
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
@@ -67,7 +67,7 @@ def replaced_file(final: Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     staging = staging_path(final)
-    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name}"):
+    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name or final.parent}"):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield staging
@@ -87,7 +87,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     """
     staging = staging_path(final)
     shutil.rmtree(staging, ignore_errors=True)
-    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name}"):
+    with disk_errors_as_user_errors(f"{final.name} to {final.parent.name or final.parent}"):
         try:
             staging.mkdir(parents=True)
             yield staging
@@ -206,7 +206,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"cannot read {path.name} in {path.parent.name}: {disk_error_reason(error)}"
+            f"{path}: expected a readable file, got an error: {disk_error_reason(error)}"
         ) from error
     except ValueError as error:
-        raise UserError(f"expected JSON in {path.name} in {path.parent.name}, got: {error}") from error
+        raise UserError(f"{path}: expected JSON, got an error: {one_line(error)}") from error

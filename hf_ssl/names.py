@@ -32,6 +32,22 @@ def renamed_keys(*sections: str) -> dict[str, str]:
     return {old[2]: new[2] for old, new in split if old[0] in sections}
 
 
+class DeprecatedSetting(FutureWarning):
+    """A deprecated key or argument. The command line shows its message without a line of code."""
+
+
+def warn_deprecated(message: str) -> None:
+    """Issue a `DeprecatedSetting` warning for the line of the user's code, which called hf_ssl."""
+    package, level = str(Path(__file__).parent), 2
+    frame = sys._getframe(1)
+    # The constructor of a dataclass has the file name <string>.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith((package, "<string>")) or "omegaconf" in frame.f_code.co_filename
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, DeprecatedSetting, stacklevel=level)
+
+
 def lazy_names(
     package: str,
     file: str,

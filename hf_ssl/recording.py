@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_ssl import __version__
-from hf_ssl.cards import Facts, environment, last_part
+from hf_ssl.cards import Facts, environment, last_part, remove_private
 from hf_ssl.cards.facts import (
     BackboneFacts,
     DataFacts,
@@ -21,9 +21,11 @@ from hf_ssl.cards.facts import (
     TrainingFacts,
 )
 from hf_ssl.cards.privacy import folder_name
+from hf_ssl.cards.result_files import recorded_training
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import DIGITS, locate
-from hf_ssl.evaluation import EncoderResult, plots
+from hf_ssl.evaluation import EncoderResult, EvaluationConfig, plots
+from hf_ssl.evaluation.feature_cache import encoder_fingerprint
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
@@ -62,7 +64,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
     }
     return Facts(
         hf_ssl_version=__version__,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=current_date(),
         name=repo_id or folder_name(folder),
         repo_id=repo_id,
         title=recipe.publish.title or f"{method.title} {backbone['class_name']} on {data['name']}",
@@ -81,7 +83,9 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         training=_training_facts(recipe, trainer),
         monitor=_monitor_facts(trainer),
         environment=environment(trainer.args.device, trainer.args.world_size),
-        evaluation=_evaluation_facts(recipe, measured),
+        evaluation=None
+        if measured.train is None or measured.test is None
+        else evaluation_facts(recipe.data, recipe.evaluation, measured.train, measured.test),
         unmeasured=measured.skip_reason,
         results=measured.results,
         pictures={name: text for name, text in captions.items() if (folder / name).exists()},
@@ -195,20 +199,78 @@ def _monitor_facts(trainer: SSLTrainer) -> MonitorFacts:
     )
 
 
-def _evaluation_facts(recipe: Recipe, measured: EvaluationOutcome) -> EvaluationFacts | None:
-    if measured.train is None or measured.test is None:
-        return None
-    data = recipe.evaluation.data(recipe.data)
+def evaluation_facts(
+    data: DataConfig, evaluation: EvaluationConfig, train: LabeledImages, test: LabeledImages
+) -> EvaluationFacts:
+    """Return the facts of the labeled images.
+
+    Args:
+        data: the section `data`.
+        evaluation: the section `evaluation`.
+        train, test: the images.
+    """
+    data = evaluation.data(data)
     name, hub_id = public_name(data)
     return EvaluationFacts(
         name=name,
         hub_id=hub_id,
         config=data.name,
-        revision=measured.test.revision,
-        train_split=recipe.evaluation.train_split,
-        test_split=recipe.evaluation.test_split,
-        broken=len(measured.train.broken) + len(measured.test.broken),
+        revision=test.revision,
+        train_split=evaluation.train_split,
+        test_split=evaluation.test_split,
+        broken=len(train.broken) + len(test.broken),
     )
+
+
+def evaluated_encoder(
+    model: str, encoder: Any, evaluation: EvaluationFacts, image_size: int, device: torch.device
+) -> dict[str, Any]:
+    """Return the entry of an evaluated encoder (see `hf_ssl.cards.result_files`) without its results.
+
+    If the encoder is in the output folder of a run, the entry contains the facts of its training.
+
+    Args:
+        model: folder or Hub id of the encoder.
+        encoder: the encoder.
+        evaluation: the labeled images.
+        image_size: side of the images from the image processor in pixels.
+        device: device of the evaluation.
+    """
+    folder = Path(model).expanduser()
+    is_local = folder.is_dir()
+    entry: dict[str, Any] = {
+        "date": current_date(),
+        "hf_ssl_version": __version__,
+        "model": folder_name(folder) if is_local else model,
+        "weights": encoder_fingerprint(encoder),
+        "recipe": None,
+        "overrides": [],
+        "seed": None,
+        "method": None,
+        "backbone": encoder_facts(encoder, image_size),
+        "data": None,
+        "training": None,
+        "collapse": None,
+        "environment": environment(device),
+        "evaluation": evaluation,
+    }
+    plain: dict[str, Any] = remove_private(entry | (recorded_training(folder) if is_local else {}))
+    return plain
+
+
+def encoder_facts(encoder: Any, image_size: int) -> dict[str, Any]:
+    """Return the facts of an encoder that distinguish runs: class, parameters, size of its images."""
+    part = encoder.parts[0] if isinstance(encoder, ParallelEncoders) else encoder
+    return {
+        "class_name": type(part).__name__,
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "image_size": image_size,
+    }
+
+
+def current_date() -> str:
+    """Return the date and the time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def public_name(data: DataConfig) -> tuple[str, str | None]:

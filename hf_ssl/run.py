@@ -12,10 +12,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.building import build_model, build_trainer, draw_pictures, open_labeled_splits
+from hf_ssl.building import build_model, build_trainer, draw_pictures, has_label_lists, open_labeled_splits
 from hf_ssl.cards import append_result, write_card, write_facts
+from hf_ssl.cards.result_files import EVALUATED, EVALUATION
 from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
+from hf_ssl.data.targets import TARGETS
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EncoderResult,
@@ -25,7 +27,9 @@ from hf_ssl.evaluation import (
     fastest_device,
     load_encoder,
 )
+from hf_ssl.evaluation.evaluate import check_protocols
 from hf_ssl.evaluation.plots import write_plots
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS
 from hf_ssl.files import disk_errors_as_user_errors, write_json
 from hf_ssl.modeling.gather import finish_communication, joined_processes, process_rank, wait_for_all
 from hf_ssl.output_folder import (
@@ -37,12 +41,10 @@ from hf_ssl.output_folder import (
 )
 from hf_ssl.progress import hidden_progress, progress
 from hf_ssl.recipe import Recipe, load_recipe
-from hf_ssl.recording import EvaluationOutcome, collect_facts
+from hf_ssl.recording import EvaluationOutcome, collect_facts, evaluated_encoder, evaluation_facts
 from hf_ssl.trainer.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
-
-RESULTS = "results.json"
 
 
 def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSLTrainer:
@@ -111,6 +113,9 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         UserError: see `train`. The error is also raised if the disk is full.
     """
     transformers_logging.disable_progress_bar()  # hides the bars of loading and saving files
+    several = has_label_lists(recipe.data, recipe.evaluation)
+    chosen = recipe.is_overridden("evaluation.protocols")
+    recipe = replace(recipe, evaluation=protocols_for_labels(recipe.evaluation, several, chosen))
     trainer = train(recipe)
     folder = recipe.output_dir
     with hidden_progress(trainer.args.hides_progress):
@@ -135,6 +140,28 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         if trainer.args.push_to_hub and trainer.is_world_process_zero():
             trainer.publish_output()
         return dict(facts)
+
+
+def protocols_for_labels(evaluation: EvaluationConfig, several: bool, chosen: bool) -> EvaluationConfig:
+    """Return the settings of an evaluation with protocols for these labels, and report a change.
+
+    Args:
+        evaluation: the settings.
+        several: whether an image can have several labels.
+        chosen: whether the user chose the protocols.
+
+    Raises:
+        UserError: the user chose protocols, and none of them is for these labels.
+    """
+    fitting = evaluation.for_labels(several, chosen)
+    if fitting is not evaluation:
+        logger.warning(
+            "evaluation.protocols: %s replaces %s, because the images have several labels",
+            ", ".join(fitting.protocols), ", ".join(evaluation.protocols),
+        )  # fmt: skip
+    if several:
+        check_protocols(fitting, {"several", *TARGETS})
+    return fitting
 
 
 def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> EvaluationOutcome:
@@ -207,32 +234,34 @@ def evaluate(
     with joined_processes(fastest_device().type):
         is_main = process_rank() == 0
         with hidden_progress(not is_main):
-            results, revision = _evaluate(model, data, evaluation)
+            results, evaluated = _evaluate(model, data, evaluation)
     if is_main:
         print(terminal_text(results))
-        print(f"revision of the images: {revision}")
+        print(f"revision of the images: {evaluated['evaluation']['revision']}")
     if is_main and output is not None:
-        write_json(output / RESULTS, results)
+        write_json(output / EVALUATION, results | {EVALUATED: evaluated})
         written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"})
-        print(f"{', '.join([RESULTS, *written])} in {output}")
+        print(f"{', '.join([EVALUATION, *written])} in {output}")
     return dict(results)
 
 
 def _evaluate(
     model: str, data: DataConfig, evaluation: EvaluationConfig
-) -> tuple[dict[str, EncoderResult], str | None]:
-    """Return the results of `evaluate` and the revision of the test images."""
+) -> tuple[dict[str, EncoderResult], dict[str, Any]]:
+    """Return the results of `evaluate`, and what was evaluated (`evaluated_encoder`)."""
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
     splits = open_labeled_splits(replace(data, streaming=False), evaluation)
-    measured = evaluate_encoder(
-        encoder, *splits, evaluation, processor, device=fastest_device(), description=model
-    )
+    chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
+    evaluation = protocols_for_labels(evaluation, splits[0].has_several_labels, chosen)
+    device = fastest_device()
+    measured = evaluate_encoder(encoder, *splits, evaluation, processor, device=device, description=model)
     results = {"encoder": measured}
     if evaluation.baselines:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
-    return results, splits[1].revision
+    images = evaluation_facts(data, evaluation, *splits)
+    return results, evaluated_encoder(model, encoder, images, measured["image_size"], device)
 
 
 def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:

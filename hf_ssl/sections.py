@@ -10,7 +10,6 @@ import dataclasses
 import re
 import types
 import typing
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum, EnumType
@@ -21,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_keys, one_line
-from hf_ssl.names import renamed_keys
+from hf_ssl.names import renamed_keys, warn_deprecated
 
 _WORDS = {
     int: "a whole number",
@@ -76,7 +75,7 @@ def as_section(cls: type[Section], given: Any, where: str) -> Section:
     values = dict(given or {})
     for old, new in renamed_keys(where).items():
         if old in values:
-            warnings.warn(f"{where}.{old} is deprecated; use {where}.{new}", FutureWarning, stacklevel=4)
+            warn_deprecated(f"{where}.{old} is deprecated; use {where}.{new}")
             values[new] = values.pop(old)
     return cls(**convert_values(cls, values, where))
 

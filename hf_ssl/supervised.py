@@ -8,15 +8,18 @@ measure both.
 
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from hf_ssl import __version__
 from hf_ssl.building import build_model, open_labeled_splits
-from hf_ssl.errors import UserError
+from hf_ssl.cards import environment, remove_private
+from hf_ssl.cards.result_files import EVALUATED, SUPERVISED
+from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation import fastest_device
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import inspect_encoder
@@ -24,40 +27,81 @@ from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
-from hf_ssl.modeling.gather import joined_processes, process_rank
+from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
+from hf_ssl.precision import DTYPES, fastest_precision
 from hf_ssl.progress import hidden_progress
 from hf_ssl.recipe import Recipe
+from hf_ssl.recipe.source import apply_overrides
+from hf_ssl.recording import current_date, encoder_facts, evaluation_facts
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 DEFAULT_RECIPE = "scratch"
-RESULT = "supervised.json"
 CHECKPOINTS = "_checkpoints"  # `hf-ssl publish` uploads no name with a leading underscore
+_SETTINGS = "evaluation.settings.fine_tune"
+_EQUIVALENT = {
+    "batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "learning_rate": "learning_rates",
+    "weight_decay": "weight_decay",
+    "warmup_epochs": "warmup_epochs",
+    "optimizer": "optimizer",
+    "layer_decay": "layer_decay",
+    "label_smoothing_factor": "label_smoothing",
+}
+"""Key of `training` -> the setting of the protocol `fine_tune` with the same meaning."""
+_USED = {
+    "training": ("output_dir", "seed", "precision", "bf16", "fp16", "use_cpu", "disable_tqdm", *_EQUIVALENT),
+    "views": ("size", "enlarge", "interpolation", "mean", "std"),
+    "evaluation": (
+        "path", "train_split", "test_split", "label_column", "max_train_images", "max_test_images",
+        "batch_size", "settings",
+    ),
+    "method": (),
+    "publish": (),
+}  # fmt: skip
+"""The keys of each section that have an effect. All keys of `data` and `backbone` have one."""
+_ADVICE = {
+    "training.max_steps": "training.num_train_epochs",
+    "training.epochs": "training.num_train_epochs",
+    "training.per_device_train_batch_size": "training.batch_size",
+    "training.base_learning_rate": "training.learning_rate",
+    "training.warmup_steps": "training.warmup_epochs",
+    "evaluation.protocols": "hf-ssl evaluate on the trained encoder",
+    "evaluation.seed": "training.seed",
+    "evaluation.precision": "training.precision",
+    "evaluation.settings": _SETTINGS,
+}
 
 
 def supervise(recipe: Recipe) -> dict[str, Any]:
     """Train, test and export a supervised encoder, and return the test result of its classifier.
 
     The encoder, the images, their size and the seed are those of the recipe, which trains no method here. The
-    settings of the training are those of the protocol `fine_tune`, whose recipe is "scratch" by default. The
-    same command resumes an interrupted training.
+    settings of the training are those of the protocol `fine_tune`, whose recipe is "scratch" by default. Keys
+    of `training` with the same meaning replace them if they are on the command line. Those in the recipe do
+    not, because they are for its method. The same command resumes an interrupted training.
 
     Args:
         recipe: the result of `hf_ssl.recipe.load_recipe`. `training.output_dir` is the output folder.
 
     Raises:
-        UserError: the data have no labels, a setting is not possible here, or the output folder is not empty.
+        UserError: the data do not have one label for each image, a setting has no effect here or is not
+            possible, or the output folder is not empty.
     """
     transformers_logging.disable_progress_bar()
-    with joined_processes(fastest_device().type), hidden_progress(process_rank() > 0):
-        return _supervise(recipe)
+    args = recipe.training_arguments()
+    device = torch.device("cpu") if args.use_cpu else fastest_device()
+    with joined_processes(device.type), hidden_progress(process_rank() > 0 or bool(args.disable_tqdm)):
+        return _supervise(recipe, device)
 
 
-def _supervise(recipe: Recipe) -> dict[str, Any]:
+def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     folder = recipe.output_dir
     unfinished = folder / CHECKPOINTS
+    evaluation = with_settings(recipe)
+    config = evaluation.of_protocol("fine_tune")
     if not unfinished.exists():
         check_new_or_empty(folder, "training.output_dir")
-    evaluation = with_settings(recipe.evaluation)
-    config = evaluation.of_protocol("fine_tune")
     config.folder = config.folder or str(unfinished)
     if config.freeze != "none" or list(config.fractions) != [1.0] or config.labels_per_class:
         raise UserError(
@@ -66,19 +110,28 @@ def _supervise(recipe: Recipe) -> dict[str, Any]:
             f"labels_per_class={list(config.labels_per_class)}"
         )
     train, test = open_labeled_splits(recipe.data, evaluation)
-    device, seed = fastest_device(), recipe.training_arguments().seed
+    train.require_one_label("hf-ssl supervise")
+    args = recipe.training_arguments()
+    seed, precision = args.seed, _precision(recipe, args, device)
     encoder: Any = build_model(recipe, seed).exported_encoder
     encoder.to(device)
     processor = image_processor(recipe.views, recipe.data.channels)
-    pooling = inspect_encoder(encoder, processor, test.iter_batches(1), device)[0]
+    pooling, size, _ = inspect_encoder(encoder, processor, test.iter_batches(1), device)
     splits = [
         Split(torch.empty(len(images.labels), 0), images.labels, name, images=images)
         for images, name in ((train, evaluation.train_split), (test, evaluation.test_split))
     ]
     inputs = Inputs(
         splits[0], splits[1], device, seed, description=f"{recipe.name}, supervised", encoder=encoder,
-        processor=processor, batch_size=evaluation.batch_size, pooling=pooling,
+        processor=processor, batch_size=evaluation.batch_size, pooling=pooling, dtype=DTYPES[precision],
     )  # fmt: skip
+    settings, rates = config.optimization(1.0, len(train))
+    if process_rank() == 0:
+        print(
+            f"training with labels: {counted(settings.epochs, 'epoch')}, batch size {settings.batch_size}, "
+            f"{settings.optimizer}, learning rate {', '.join(f'{rate:g}' for rate in rates)}, {precision}, "
+            f"seed {seed}"
+        )
     start = time.perf_counter()
     task = Task.of(inputs, config, native=False)
     model, result = train_and_test(task, 1.0, np.arange(len(train)))
@@ -86,10 +139,26 @@ def _supervise(recipe: Recipe) -> dict[str, Any]:
     words = {"key": "supervised", "title": "Accuracy of the supervised classifier", "column": "supervised"}
     result.update(words | {"text": text})  # type: ignore[typeddict-item]
     if process_rank() == 0:
-        export_encoder(model.encoder.cpu().eval(), processor, folder)
+        encoder = model.encoder.cpu().eval()
+        export_encoder(encoder, processor, folder)
         seconds = round(time.perf_counter() - start, 1)
-        facts = {"recipe": recipe.name, "revision": train.revision, "result": result, "seconds": seconds}
-        write_json(folder / RESULT, facts)
+        settings = replace(settings, learning_rate=result["selection"].get("learning_rate", rates[0]))
+        steps = settings.epochs * -(-len(train) // settings.batch_size)
+        training = {"steps": steps, "seed": seed, "precision": precision, "seconds": seconds}
+        entry = _entry(recipe, asdict(settings) | training, encoder_facts(encoder, size), device)
+        images = evaluation_facts(recipe.data, evaluation, train, test)
+        source = {"name": images["name"], "revision": train.revision, "split": evaluation.train_split}
+        entry |= {"data": source | {"images": len(train)}, "evaluation": images}
+        record = {
+            "recipe": recipe.name,
+            "revision": train.revision,
+            "result": result,
+            "seconds": seconds,
+            "images": {"train": len(train), "test": len(test)},
+            "pooling": pooling,
+            EVALUATED: entry,
+        }
+        write_json(folder / SUPERVISED, record)
         shutil.rmtree(unfinished, ignore_errors=True)
         accuracy, error = 100 * result["value"], 100 * result["standard_error"]
         print(f"accuracy of the classifier on {splits[1]}: {accuracy:.1f} % (standard error {error:.1f} %)")
@@ -97,8 +166,87 @@ def _supervise(recipe: Recipe) -> dict[str, Any]:
     return dict(result)
 
 
-def with_settings(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Return the settings with the recipe "scratch" for `fine_tune`, unless they set another one."""
-    settings = {name: dict(values) for name, values in evaluation.settings.items()}
-    settings["fine_tune"] = {"recipe": DEFAULT_RECIPE} | settings.get("fine_tune", {})
-    return replace(evaluation, settings=settings)
+def _entry(
+    recipe: Recipe, training: dict[str, Any], backbone: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return the entry of the training for `hf-ssl compare`, without data, evaluation and results.
+
+    `hf_ssl.cards.result_files` reads it.
+    """
+    return {
+        "date": current_date(),
+        "hf_ssl_version": __version__,
+        "recipe": recipe.name,
+        "overrides": remove_private(recipe.overrides),
+        "seed": training["seed"],
+        "method": "supervised",
+        "backbone": backbone,
+        "training": training | {"processes": process_count()},
+        "collapse": None,
+        "environment": environment(device, process_count()),
+    }
+
+
+def with_settings(recipe: Recipe) -> EvaluationConfig:
+    """Return the section `evaluation` with all settings of the training as those of the protocol `fine_tune`.
+
+    Its recipe is "scratch", unless the settings contain another one.
+
+    Raises:
+        UserError: the command line sets a value that has no effect, or one value in two places.
+    """
+    given = apply_overrides({}, recipe.overrides)
+    _check_used(recipe, given)
+    settings = {name: dict(values or {}) for name, values in recipe.evaluation.settings.items()}
+    own = settings.setdefault("fine_tune", {})
+    for key, equivalent in _EQUIVALENT.items():
+        value = given["training"].get(key)
+        if value is None:
+            continue
+        if equivalent in own:
+            raise UserError(
+                f"training.{key}: expected no value, because {_SETTINGS}.{equivalent}={own[equivalent]} has "
+                f"the same meaning, got {value}; set only one of them"
+            )
+        own[equivalent] = [value] if equivalent == "learning_rates" else value
+    settings["fine_tune"] = {"recipe": DEFAULT_RECIPE} | own
+    return replace(recipe.evaluation, settings=settings)
+
+
+def _check_used(recipe: Recipe, given: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError for a value on the command line that has no effect.
+
+    Args:
+        recipe: the recipe.
+        given: the sections with the values on the command line.
+    """
+    if recipe.init_from is not None:
+        raise UserError(
+            f"backbone.init_from: expected none, because hf-ssl supervise starts from random weights, got "
+            f"{recipe.init_from}; use hf-ssl evaluate {recipe.init_from} --protocols fine_tune"
+        )
+    keys = [
+        (f"{section}.{key}", value)
+        for section, used in _USED.items()
+        for key, value in given[section].items()
+        if key not in used and not (section == "method" and recipe.model_class.takes_image_columns)
+    ]
+    for name in given["evaluation"].get("settings") or {}:
+        if name != "fine_tune":
+            keys.append((f"evaluation.settings.{name}", given["evaluation"]["settings"][name]))
+    for key, value in keys:
+        section = key.partition(".")[0]
+        usable = [f"{section}.{name}" for name in _USED.get(section, ())]
+        advice = _ADVICE.get(key.rpartition(".")[0] if key.count(".") > 1 else key)
+        advice = advice or (f"one of {', '.join(usable)}" if usable else "hf-ssl pretrain")
+        raise UserError(
+            f"{key}: expected no value, because it has no effect in hf-ssl supervise, got {value}; use "
+            f"{advice}"
+        )
+
+
+def _precision(recipe: Recipe, args: SSLTrainingArguments, device: torch.device) -> str:
+    """Return the precision of the training: float32, unless the command line sets another one."""
+    if not any(recipe.is_overridden(f"training.{key}") for key in ("precision", "bf16", "fp16")):
+        return "float32"
+    return fastest_precision(device.type).name if args.precision == "auto" else args.precision

@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,13 +16,14 @@ from messages import missing
 from omegaconf import OmegaConf
 
 from hf_ssl import evaluation, run, space
-from hf_ssl.cli import main
+from hf_ssl.cli import _short_deprecations, main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
+from hf_ssl.names import DeprecatedSetting
 from hf_ssl.resources import recipe_files
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +67,20 @@ def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch)
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
     assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None)]
+
+
+def test_two_lists_of_protocols_are_a_mistake(capsys) -> None:
+    assert main(["evaluate", "folder", "--protocols", "knn,ridge", "evaluation.protocols=[linear]"]) == 2
+    error = capsys.readouterr().err
+    assert not missing(error, "--protocols", "knn,ridge", "evaluation.protocols", "linear")
+
+
+def test_the_warning_about_a_deprecated_key_is_one_line() -> None:
+    warning = DeprecatedSetting("old is deprecated; use new")
+    with _short_deprecations():
+        assert warnings.formatwarning(warning, DeprecatedSetting, "file.py", 3) == f"hf-ssl: {warning}\n"
+        assert "file.py:3" in warnings.formatwarning(UserWarning("x"), UserWarning, "file.py", 3, line="")
+    assert "file.py:3" in warnings.formatwarning(warning, DeprecatedSetting, "file.py", 3, line="")
 
 
 def test_all_protocols_are_those_that_take_no_training_of_many_epochs(monkeypatch) -> None:

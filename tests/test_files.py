@@ -7,7 +7,7 @@ import pytest
 from messages import mentions
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import check_new_or_empty, delete_old_checkpoints
+from hf_ssl.files import check_new_or_empty, delete_old_checkpoints, read_json
 
 
 def test_new_and_empty_folders_pass_and_others_are_named(tmp_path: Path) -> None:
@@ -44,3 +44,12 @@ def test_old_checkpoints_are_deleted_and_other_folders_stay(tmp_path: Path) -> N
     assert left() == ["checkpoint-11", "checkpoint-8"]
     delete_old_checkpoints(tmp_path, 1, None)
     assert left() == ["checkpoint-11"]
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text("{")
+    Path("b.json").write_bytes(b"\xff")
+    for name, part in (("a.json", "JSON"), ("b.json", "JSON"), ("c.json", "No such file")):
+        with pytest.raises(UserError, match=mentions(f"{name}: expected", part)):
+            read_json(Path(name))

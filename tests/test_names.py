@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 
 import hf_ssl
+from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.names import lazy_names, renamed_arguments
+from hf_ssl.recipe import load_recipe
 
 ROOT = Path(hf_ssl.__file__).parent
 LAZY = sorted(
@@ -99,3 +101,13 @@ def test_old_names_of_the_evaluation_work(old: str, new: str) -> None:
     evaluation = import_module("hf_ssl.evaluation")
     with pytest.warns(DeprecationWarning, match=new):
         assert getattr(evaluation, old) is getattr(evaluation, new)
+
+
+def test_the_warning_about_a_deprecated_setting_has_the_line_of_the_user() -> None:
+    for given in (lambda: EvaluationConfig(draws=3), lambda: EvaluationConfig.of({"draws": 3})):
+        with pytest.warns(FutureWarning, match="evaluation.draws") as found:
+            given()
+        assert [item.filename for item in found] == [__file__]
+    with pytest.warns(FutureWarning, match="evaluation.neighbours") as found:
+        load_recipe("smoke/simclr", ["evaluation.neighbours=[3]"])
+    assert {item.filename for item in found} == {__file__}

@@ -10,22 +10,25 @@ from messages import mentions
 from transformers import AutoModel
 
 from hf_ssl import supervised
+from hf_ssl.cards.result_files import SUPERVISED
 from hf_ssl.cli import main
+from hf_ssl.comparing import compare_runs
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import load_encoder
 from hf_ssl.recipe import load_recipe
 
 SMALL = ["evaluation.max_train_images=200", "evaluation.max_test_images=100"]
-FINE = "evaluation.settings.fine_tune={epochs: 3, batch_size: 20, smallest_crop: 0.8, flip: 0.0}"
+_SETTINGS = "epochs: 3, warmup_epochs: 1, batch_size: 20, smallest_crop: 0.8, flip: 0.0"
+FINE = f"evaluation.settings.fine_tune={{{_SETTINGS}}}"
 
 
 def test_the_encoder_is_exported_and_measured_as_every_other_one(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "reference"
     assert main(["supervise", "smoke/simclr", f"training.output_dir={folder}", *SMALL, FINE]) == 0
-    record = json.loads((folder / supervised.RESULT).read_text())
+    record = json.loads((folder / SUPERVISED).read_text())
     result = record["result"]
     assert result["value"] > 0.2, "the ten digits are learned, if badly"
-    assert "from random weights" in result["text"] and "warmup 5 epochs" in result["text"]
+    assert "from random weights" in result["text"] and "warmup 1 epoch," in result["text"]
     assert f"{100 * result['value']:.1f} %" in capsys.readouterr().out
     assert not (folder / supervised.CHECKPOINTS).exists()
     encoder, _ = load_encoder(str(folder))
@@ -33,8 +36,61 @@ def test_the_encoder_is_exported_and_measured_as_every_other_one(tmp_path: Path,
     assert type(encoder) is type(fresh) and encoder.config.hidden_sizes == [8, 16]
     assert main(["evaluate", str(folder), "data.path=digits", *SMALL, "--protocols", "knn"]) == 0
     assert "20-NN" in capsys.readouterr().out
+    output = tmp_path / "evaluated"
+    more = ["data.path=digits", *SMALL, "--protocols", "knn", "--output", str(output)]
+    assert main(["evaluate", str(folder), *more]) == 0
+    comparison = compare_runs([str(folder), str(output), str(tmp_path)], None, baselines=True)
+    assert [row.label for row in comparison.rows] == ["supervised", "raw pixels"]
+    row = comparison.rows[0]
+    cells = {column.key: cell.values for column, cell in row.cells.items()}
+    assert len(row.seeds) == 1 and cells["supervised"] == [result["value"]] and len(cells["knn_20"]) == 1
+    assert str(tmp_path) not in (output / "results.json").read_text(), "no folder of this machine"
     with pytest.raises(UserError, match=mentions("training.output_dir")):
         supervised.supervise(load_recipe("smoke/simclr", [f"training.output_dir={folder}", *SMALL, FINE]))
+
+
+KEYS = ["training.num_train_epochs=1", "training.batch_size=50", "training.learning_rate=0.25"]
+KEYS += [
+    "training.warmup_epochs=0",
+    "training.optimizer=adamw",
+    "training.seed=7",
+    "training.precision=bfloat16",
+]
+
+
+def test_keys_of_the_training_have_an_effect(tmp_path: Path, capsys) -> None:
+    output = f"training.output_dir={tmp_path / 'run'}"
+    assert main(["supervise", "smoke/simclr", output, *SMALL, *KEYS]) == 0
+    text = json.loads((tmp_path / "run" / SUPERVISED).read_text())["result"]["text"]
+    assert all(part in text for part in ("1 epoch,", "batch size 50", "learning rate 0.25", "AdamW"))
+    printed = capsys.readouterr().out
+    assert "bfloat16, seed 7" in printed and "1 epoch," in printed
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.max_steps=3", ["training.max_steps", "training.num_train_epochs"]),
+        ("training.save_steps=3", ["training.save_steps", "training.seed"]),
+        ("evaluation.protocols=[knn]", ["evaluation.protocols", "hf-ssl evaluate"]),
+        (
+            "evaluation.settings.knn.neighbors=[3]",
+            ["evaluation.settings.knn", "evaluation.settings.fine_tune"],
+        ),
+        ("evaluation.seed=3", ["evaluation.seed", "training.seed"]),
+        ("method.temperature=0.1", ["method.temperature"]),
+        ("views.blur=0.1", ["views.blur"]),
+        ("publish.repo_id=a/b", ["publish.repo_id"]),
+        ("training.batch_size=9", ["training.batch_size", "evaluation.settings.fine_tune.batch_size"]),
+    ],
+)
+def test_values_without_an_effect_end_in_one_sentence(
+    override: str, parts: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=mentions(*parts)):
+        supervised.supervise(load_recipe("smoke/simclr", [f"training.output_dir={folder}", FINE, override]))
+    assert not folder.exists()
 
 
 def test_an_interrupted_training_resumes(tmp_path: Path, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from hf_ssl.cards import text
 from hf_ssl.cards.facts import Facts, public_facts
 from hf_ssl.cards.usage import usage
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.plots import CAPTIONS
 from hf_ssl.files import METHOD_MODEL, disk_errors_as_user_errors, write_text
 from hf_ssl.resources import resource
@@ -86,7 +86,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal):
+    for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal, counted):
         templates.filters[filter_function.__name__] = filter_function
     try:
         return templates.get_template("card.md").render(

@@ -5,12 +5,14 @@ All functions are pure. `hf_ssl.comparing` reads the runs and writes the files.
 """
 
 import json
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ssl.cards.text import ENCODERS
+from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.methods import METHODS
@@ -21,6 +23,7 @@ _IGNORED = (
     "training.disable_tqdm", "training.dataloader_num_workers", "training.push_to_hub",
     "training.hub_model_id", "data.path", "data.cache", "evaluation", "publish",
 )  # fmt: skip
+_NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Column:
         key: the key of the number.
         data: name, revision, split and number of the test images.
         heading: a text that differs from the headings of all other columns.
-        text: how the number of the first run was measured.
+        text: how the numbers were measured. Parts that differ between the runs are a range, or all values.
     """
 
     id: str
@@ -52,7 +55,10 @@ class Cell:
 
     Attributes:
         values: one accuracy for each run.
-        standard_errors: of each run, over the test images.
+        standard_errors: of each run, over the test images. They are not independent, because all runs have
+            the same test images.
+        seeds: the seed of each run.
+        selections: for each run, the settings that its protocol selected: {"learning_rate": 0.1}.
         right: for each run, which test images were classified correctly; empty if a run did not record it.
         difference: mean of this row minus that of the best row; None: this is the best row, or there are no
             predictions to compare.
@@ -60,6 +66,8 @@ class Cell:
 
     values: list[float]
     standard_errors: list[float]
+    seeds: list[int | None] = field(default_factory=list)
+    selections: list[dict[str, Any]] = field(default_factory=list)
     right: list[Any] = field(default_factory=list)
     difference: Difference | None = None
 
@@ -72,24 +80,41 @@ class Cell:
         """Return the standard deviation (n - 1) over the runs; None for a single run."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    @property
+    def error_over_runs(self) -> float | None:
+        """Return the standard error of the mean over the runs; None for a single run."""
+        deviation = self.deviation
+        return None if deviation is None else deviation / len(self.values) ** 0.5
+
 
 @dataclass
 class Row:
-    """Runs that differ only in the seed. `cells` has no entry for a column that was not measured."""
+    """Runs that differ only in the seed. `cells` has no entry for a column that was not measured.
+
+    The seed is None for an encoder that was not trained by hf_ssl.
+    """
 
     label: str
-    seeds: list[int]
+    seeds: list[int | None]
     cells: dict[Column, Cell]
     is_baseline: bool = False
 
 
 @dataclass
 class Comparison:
-    """The rows and the columns of a comparison, and entries without a result, in words."""
+    """The rows and the columns of a comparison.
+
+    Attributes:
+        rows: the rows.
+        columns: the columns.
+        skipped: runs without a number, with the reason, in words.
+        repeated: runs that were given several times and count once, in words.
+    """
 
     rows: list[Row]
     columns: list[Column]
     skipped: list[str]
+    repeated: list[str]
 
     def best(self, column: Column) -> Row:
         """Return the row with the highest mean in a column. Baselines count only if there is no other row."""
@@ -98,56 +123,156 @@ class Comparison:
         return max(trained or rows, key=lambda row: row.cells[column].mean)
 
 
+@dataclass
+class _Run:
+    """One encoder of a training.
+
+    Attributes:
+        name: its key in the results: "trained", "start", "untrained" or "raw_pixels".
+        entries: the entries that evaluated it, with other protocols or images; the newest one is the first.
+    """
+
+    name: str
+    entries: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int | None:
+        seed: int | None = self.entries[0]["seed"]
+        return seed
+
+    def numbers(self) -> Iterator[tuple[ProtocolResult, tuple[str, str, str, int]]]:
+        """Yield each number once, with its test images. Of repeated measurements, the newest one counts."""
+        found = set()
+        for entry in self.entries:
+            data = _tested(entry, self.name)
+            for number in entry["results"][self.name]["protocols"]:
+                place = number["id"], number["key"], data
+                if place not in found:
+                    found.add(place)
+                    yield number, data
+
+    def equals(self, other: "_Run") -> bool:
+        """Return whether a baseline is that of another run: raw pixels, or the same random weights."""
+        if self.name == "raw_pixels":
+            return True
+        own, others = (
+            {(number["id"], number["key"], data): number["value"] for number, data in run.numbers()}
+            for run in (self, other)
+        )
+        shared = own.keys() & others.keys()
+        return self.seed == other.seed and bool(shared) and all(own[at] == others[at] for at in shared)
+
+
 def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Comparison:
     """Return the comparison of runs.
 
     Args:
-        entries: what `hf_ssl.cards.facts.result_entry` returns for each run. Equal entries count once.
+        entries: what `hf_ssl.cards.result_files.read_results` returns for each run. A run counts once, also
+            if several entries contain its results: copies, or further evaluations of its encoder.
         baselines: whether the encoders before training and raw pixels are further rows.
     """
-    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    skipped = []
-    for name in ["trained", *(("start", "untrained", "raw_pixels") if baselines else ())]:
-        for entry in _unique(entries):
-            if entry["results"].get(name) is not None and entry["evaluation"] is not None:
-                groups.setdefault(_group(name, entry), []).append((name, entry))
-            elif name == "trained":
-                skipped.append(f"{entry['recipe']}, seed {entry['seed']}: it was not evaluated")
-    for runs in groups.values():
-        if runs[0][0] == "raw_pixels":  # the same in all runs
-            del runs[1:]
-        elif runs[0][0] == "untrained":  # runs with the same seed have the same encoder before training
-            numbers = [(entry["seed"], entry["results"][name]["protocols"]) for name, entry in runs]
-            runs[:] = [run for place, run in enumerate(runs) if numbers[place] not in numbers[:place]]
+    skipped, repeated = [], []
+    groups: dict[str, list[_Run]] = {}
+    trainings: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        trainings.setdefault(_training(entry), []).append(entry)
+    for given in trainings.values():
+        different = list({json.dumps(entry, sort_keys=True): entry for entry in given}.values())
+        different.sort(key=lambda entry: str(entry["date"]), reverse=True)
+        evaluated = [entry for entry in different if _has_numbers(entry)]
+        measured = sum(
+            len(entry["results"]["trained"]["protocols"]) for entry in given if _has_numbers(entry)
+        )
+        if measured > len(list(_Run("trained", evaluated).numbers())):
+            repeated.append(f"{_described(given[0])}: its results were given several times and count once")
+        if not evaluated:
+            skipped.append(f"{_described(different[0])}: {_reason(different[0])}")
+        else:
+            groups.setdefault(_group("trained", evaluated[0]), []).append(_Run("trained", evaluated))
+    for name in ("start", "untrained", "raw_pixels") if baselines else ():
+        for given in trainings.values():
+            _add_baseline(groups, name, given)
     columns = _columns([run for runs in groups.values() for run in runs])
     rows = [
-        Row(label, [entry["seed"] for _, entry in runs], _cells(runs, columns), runs[0][0] != "trained")
+        Row(label, [run.seed for run in runs], _cells(runs, columns), runs[0].name != "trained")
         for label, runs in zip(_labels(list(groups.values())), groups.values(), strict=True)
     ]
-    comparison = Comparison(rows, columns, skipped)
+    comparison = Comparison([row for row in rows if row.cells], columns, skipped, repeated)
     for column in columns:
         _add_differences(comparison, column)
     return comparison
 
 
-def _unique(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries without repetitions: a run may be in facts.json and in a results file."""
-    return list({json.dumps(entry, sort_keys=True): entry for entry in entries}.values())
+def _training(entry: dict[str, Any]) -> str:
+    """Return a text that is equal for entries of the same encoder, which may be in several places.
+
+    Time and loss of a training are recorded with all digits, so two trainings never have the same text. The
+    number of interruptions does not count, because a finished run may be started again.
+    """
+    if entry["training"] is None:  # an encoder that hf_ssl did not train
+        encoder = ["weights", entry["weights"]] if entry["weights"] else ["model", entry["model"]]
+        return json.dumps([*encoder, _pooling(entry)])
+    training = {key: value for key, value in entry["training"].items() if key not in ("resumed", "choices")}
+    keys = ("recipe", "seed", "method", "backbone")
+    source = [entry["data"].get(key) for key in ("name", "revision", "split", "images")]
+    values = [*(entry[key] for key in keys), _overrides(entry), source, training, _pooling(entry)]
+    return json.dumps(values, sort_keys=True)
+
+
+def _pooling(entry: dict[str, Any]) -> str | None:
+    """Return the pooling of the evaluated features. One encoder with several poolings has several rows."""
+    pooling: str | None = entry["results"].get("trained", {}).get("pooling")
+    return pooling
+
+
+def _described(entry: dict[str, Any]) -> str:
+    """Return the name of a run in a sentence."""
+    return entry["model"] if entry["training"] is None else f"{entry['recipe']}, seed {entry['seed']}"
+
+
+def _has_numbers(entry: dict[str, Any], name: str = "trained") -> bool:
+    result = entry["results"].get(name)
+    return entry["evaluation"] is not None and result is not None and bool(result["protocols"])
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    """Return why a run has no number."""
+    trained = entry["results"].get("trained")
+    if entry["evaluation"] is None or trained is None:
+        return "it was not evaluated; use hf-ssl evaluate FOLDER --output RESULTS"
+    measured = "only LiDAR and alignment, which are no accuracies" if "quality" in trained else "no accuracy"
+    return f"its evaluation contains {measured}; use a further protocol, such as --protocols quality,knn"
+
+
+def _add_baseline(groups: dict[str, list[_Run]], name: str, entries: list[dict[str, Any]]) -> None:
+    """Add the evaluations of a baseline in the entries of a training."""
+    own: dict[str, _Run] = {}
+    for entry in (entry for entry in entries if _has_numbers(entry, name)):
+        own.setdefault(group := _group(name, entry), _Run(name, [])).entries.append(entry)
+        groups.setdefault(group, [])
+    for group, run in own.items():
+        same = [known for known in groups[group] if name != "start" and known.equals(run)]
+        if same:
+            same[0].entries += run.entries
+        else:
+            groups[group].append(run)
 
 
 def _group(name: str, entry: dict[str, Any]) -> str:
     """Return a text that is equal for runs that differ only in the seed."""
-    tested = _tested(entry, entry["results"][name])
-    backbone = [entry["backbone"].get(key) for key in ("class_name", "parameters", "image_size")]
     if name == "raw_pixels":
-        return json.dumps([name, tested])
+        return json.dumps([name, _tested(entry, name)])
+    backbone = [entry["backbone"].get(key) for key in ("class_name", "parameters", "image_size")]
     if name == "untrained":
-        return json.dumps([name, tested, backbone])
+        return json.dumps([name, _tested(entry, name), backbone])
+    if entry["training"] is None:
+        return json.dumps([name, entry["model"], entry["weights"], _pooling(entry)])
     data, training = entry["data"], entry["training"]
     keys = ("steps", "batch_size", "optimizer", "learning_rate", "precision")
     trained = [training.get(key) for key in keys]
     source = [data.get(key) for key in ("name", "revision", "split", "images")]
-    return json.dumps([name, entry["method"], entry["recipe"], _overrides(entry), backbone, source, trained])
+    run = [entry["method"], entry["recipe"], _overrides(entry), backbone, source, trained]
+    return json.dumps([name, *run, _pooling(entry)])
 
 
 def _overrides(entry: dict[str, Any]) -> list[str]:
@@ -159,72 +284,103 @@ def _overrides(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tested(entry: dict[str, Any], result: dict[str, Any]) -> tuple[str, str, str, int]:
-    images = entry["evaluation"]
+def _tested(entry: dict[str, Any], name: str) -> tuple[str, str, str, int]:
+    images, result = entry["evaluation"], entry["results"][name]
     revision = result.get("revision") or images["revision"]
     return images["name"], revision, images["test_split"], result["images"]["test"]
 
 
-def _columns(runs: list[tuple[str, dict[str, Any]]]) -> list[Column]:
+def _columns(runs: list[_Run]) -> list[Column]:
     """Return the columns in the order of the first run that has them, with different headings."""
-    found: dict[tuple[Any, ...], tuple[ProtocolResult, tuple[str, str, str, int]]] = {}
-    for name, entry in runs:
-        result = entry["results"][name]
-        data = _tested(entry, result)
-        for number in result["protocols"]:
-            found.setdefault((number["id"], number["key"], data), (number, data))
+    found: dict[tuple[str, str, tuple[str, str, str, int]], list[ProtocolResult]] = {}
+    for run in runs:
+        for number, data in run.numbers():
+            found.setdefault((number["id"], number["key"], data), []).append(number)
     # The parts of a heading; each is used only if a heading would be ambiguous without it.
-    images = [f"{data[3]:,} images of {data[2]}, revision {data[1][:8]}" for _, data in found.values()]
     headings = distinguished(
         [
-            [number["column"], f"on {data[0]}", text, number["id"]]
-            for text, (number, data) in zip(images, found.values(), strict=True)
+            [
+                numbers[0]["column"],
+                f"on {name}",
+                f"{counted(images, 'image')} of {split}, revision {revision[:8]}",
+                protocol_id,
+            ]
+            for (protocol_id, _, (name, revision, split, images)), numbers in found.items()
         ]
     )
     return [
-        Column(number["id"], number["key"], data, heading, number["text"])
-        for heading, (number, data) in zip(headings, found.values(), strict=True)
+        Column(protocol_id, key, data, heading, joined([number["text"] for number in numbers]))
+        for heading, ((protocol_id, key, data), numbers) in zip(headings, found.items(), strict=True)
     ]
 
 
-def _cells(runs: list[tuple[str, dict[str, Any]]], columns: list[Column]) -> dict[Column, Cell]:
+def joined(texts: Sequence[str]) -> str:
+    """Return one text for several texts. Numbers that differ, such as selected settings, become "0.1 to 1".
+
+    If the texts differ in other words, the result contains all of them.
+    """
+    different = list(dict.fromkeys(texts))
+    parts = [_NUMBER.split(text) for text in different]
+    if len({tuple(each[::2]) for each in parts}) > 1:
+        return "; or: ".join(different)
+    return "".join(map(_range, zip(*parts, strict=True)))
+
+
+def _range(same: tuple[str, ...]) -> str:
+    """Return the numbers of several texts at the same place, or their common words."""
+    if len(set(same)) == 1:
+        return same[0]
+    ordered = sorted(same, key=lambda number: float(number.replace(",", "")))
+    return f"{ordered[0]} to {ordered[-1]}"
+
+
+def _cells(runs: list[_Run], columns: list[Column]) -> dict[Column, Cell]:
+    measured = [{(each["id"], each["key"], data): each for each, data in run.numbers()} for run in runs]
     cells: dict[Column, Cell] = {}
     for column in columns:
-        numbers = [
-            number
-            for name, entry in runs
-            for number in entry["results"][name]["protocols"]
-            if (number["id"], number["key"], _tested(entry, entry["results"][name])) == column.place
-        ]
+        having = [place for place, found in enumerate(measured) if column.place in found]
+        numbers = [measured[place][column.place] for place in having]
         if numbers:
-            cell = Cell([each["value"] for each in numbers], [each["standard_error"] for each in numbers])
-            packed = [each["details"].get("right") for each in numbers]
+            cell = Cell(
+                [each["value"] for each in numbers],
+                [each["standard_error"] for each in numbers],
+                [runs[place].seed for place in having],
+                [each["selection"] for each in numbers],
+            )
+            packed: list[Any] = [each["details"].get("right") for each in numbers]
             if None not in packed:
                 cell.right = [unpack_right(text, column.data[3]) for text in packed]
             cells[column] = cell
     return cells
 
 
-def _labels(groups: list[list[tuple[str, dict[str, Any]]]]) -> list[str]:
+def _labels(groups: list[list[_Run]]) -> list[str]:
     """Return a different name for each group: its method, and as much more as is needed."""
-    parts = []
-    for (name, entry), *_ in groups:
-        method = METHODS[entry["method"]].title if entry["method"] in METHODS else entry["method"]
-        backbone, data, training = entry["backbone"], entry["data"], entry["training"]
-        network = [backbone["class_name"].removesuffix("Model"), f"{backbone['parameters']:,} parameters"]
-        run = [
-            f"on {data['name']}",
-            f"{training['steps']:,} steps",
-            f"recipe {entry['recipe']}",
-            ", ".join(_overrides(entry)),
-            f"revision {data['revision'][:8]}, batch size {training['batch_size']}, {training['precision']}",
-        ]
-        if name in ("untrained", "raw_pixels"):  # they do not depend on the training
-            method, run = ENCODERS[name], [f"on {entry['evaluation']['name']}", "", "", "", ""]
-        elif name == "start":
-            method = f"{ENCODERS[name]} of {method}"
-        parts.append([method, *(network if name != "raw_pixels" else ["", ""]), *run])
-    return distinguished(parts)
+    return distinguished([_label_parts(runs[0].name, runs[0].entries[0]) for runs in groups])
+
+
+def _label_parts(name: str, entry: dict[str, Any]) -> list[str]:
+    """Return the method, and what distinguishes the run from others of this method."""
+    backbone, data, training = entry["backbone"], entry["data"], entry["training"]
+    network = [backbone["class_name"].removesuffix("Model"), f"{backbone['parameters']:,} parameters"]
+    if name in ("untrained", "raw_pixels"):  # they do not depend on the training
+        network = network if name == "untrained" else ["", ""]
+        return [ENCODERS[name], *network, f"on {entry['evaluation']['name']}", *[""] * 5]
+    pooling = f"pooling {_pooling(entry)}"
+    if training is None:
+        weights = (entry["weights"] or "unknown")[:8]
+        return [entry["model"], *network, f"weights {weights}", pooling, *[""] * 4]
+    method = METHODS[entry["method"]].title if entry["method"] in METHODS else entry["method"]
+    return [
+        f"{ENCODERS[name]} of {method}" if name == "start" else method,
+        *network,
+        f"on {data['name']}",
+        pooling,
+        counted(training["steps"], "step"),
+        f"recipe {entry['recipe']}",
+        ", ".join(_overrides(entry)),
+        f"revision {data['revision'][:8]}, batch size {training['batch_size']}, {training['precision']}",
+    ]
 
 
 def distinguished(parts: list[list[str]]) -> list[str]:

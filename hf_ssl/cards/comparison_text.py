@@ -5,6 +5,7 @@ import csv
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 from hf_ssl.cards.comparison import Cell, Column, Comparison, Row
 
@@ -43,8 +44,11 @@ def markdown(comparison: Comparison) -> str:
         ]
         lines.append(_line([row.label, *cells, str(len(row.seeds))]))
     lines += ["", "Accuracy in percent; mean ± standard deviation over runs with different seeds.", ""]
-    lines += [f"- {column.heading}: {column.text} (`{column.id}`)." for column in columns]
+    for column in columns:
+        lines.append(f"- {column.heading}: {column.text} (`{column.id}`).")
+        lines += _selected(comparison, column)
     lines += [f"- not compared: {sentence}." for sentence in comparison.skipped]
+    lines += [f"- {sentence}." for sentence in comparison.repeated]
     for column in columns:
         compared = [(row, row.cells[column]) for row in comparison.rows if column in row.cells]
         differences = [(row, cell.difference) for row, cell in compared if cell.difference is not None]
@@ -75,6 +79,27 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _selected(comparison: Comparison, column: Column) -> list[str]:
+    """Return a line for each row with the settings that its runs selected, if the runs of a column differ."""
+    rows = [(row.label, row.cells[column].selections) for row in comparison.rows if column in row.cells]
+    keys = dict.fromkeys(key for _, selections in rows for each in selections for key in each)
+    different = [key for key in keys if len({str(run.get(key)) for _, runs in rows for run in runs}) > 1]
+    lines = []
+    for label, selections in rows:
+        selected = [
+            f"{key.replace('_', ' ')} {', '.join(_setting(run.get(key)) for run in selections)}"
+            for key in different
+            if any(key in run for run in selections)
+        ]
+        order = ", in the order of its runs" if len(selections) > 1 else ""
+        lines += [f"  - {label}{order}: {'; '.join(selected)}."] if selected else []
+    return lines
+
+
+def _setting(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
@@ -86,21 +111,28 @@ def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """Return one line for each number: row, column, values of the runs, mean, deviation and difference."""
+    """Return one line for each number: row, column, values of the runs, mean, deviation and difference.
+
+    `std` and `standard_error_over_runs` (of the mean) show how much runs with other seeds differ. They are
+    empty for a single run. `standard_error_over_images` is that of a single run, the largest one of the row.
+    The error of a mean over runs is not much smaller, because all of them have the same test images.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
-        "row column protocol_id key data revision split images runs seeds values mean std standard_error "
-        "difference_to_best low high p".split()
+        "row column protocol_id key data revision split images runs seeds values mean std "
+        "standard_error_over_runs standard_error_over_images difference_to_best low high p".split()
     )
     for row in comparison.rows:
         for column, cell in row.cells.items():
             found = cell.difference
+            over_runs = cell.deviation, cell.error_over_runs
             writer.writerow(
                 [
                     row.label, column.heading, column.id, column.key, *column.data, len(cell.values),
-                    " ".join(map(str, row.seeds)), " ".join(f"{value:.6f}" for value in cell.values),
-                    f"{cell.mean:.6f}", "" if cell.deviation is None else f"{cell.deviation:.6f}",
+                    " ".join("-" if seed is None else str(seed) for seed in cell.seeds),
+                    " ".join(f"{value:.6f}" for value in cell.values), f"{cell.mean:.6f}",
+                    *("" if each is None else f"{each:.6f}" for each in over_runs),
                     f"{max(cell.standard_errors):.6f}",
                     *(("",) * 4 if found is None else (f"{number:.6f}" for number in found)),
                 ]
@@ -154,8 +186,8 @@ def draw(comparison: Comparison, path: Path) -> None:
             if cell is None:
                 continue
             color = _COLORS[place % len(_COLORS)]
-            deviation, count = cell.deviation, len(cell.values)
-            error = cell.standard_errors[0] if deviation is None else deviation / count**0.5
+            count = len(cell.values)
+            error = cell.standard_errors[0] if cell.error_over_runs is None else cell.error_over_runs
             axes.errorbar(
                 100 * cell.mean,
                 place,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts, local_path
+from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
 
@@ -280,10 +281,12 @@ def limitations(facts: Facts) -> list[str]:
             )
         if evaluation["broken"]:
             sentences.append(
-                f"{whole(evaluation['broken'])} labeled images could not be read and were left out."
+                f"{counted(evaluation['broken'], 'labeled image')} could not be read and "
+                f"{'was' if evaluation['broken'] == 1 else 'were'} left out."
             )
     if data["broken"]:
-        sentences.append(f"{whole(data['broken'])} training images could not be read and were skipped.")
+        were = "was" if data["broken"] == 1 else "were"
+        sentences.append(f"{counted(data['broken'], 'training image')} could not be read and {were} skipped.")
     segmented = [column for column, kind in data["further_columns"].items() if kind == "classes"]
     if segmented:
         sentences.append(
@@ -311,8 +314,8 @@ def _selection(facts: Facts, split: str) -> str:
     )
     if test_images:
         return (
-            f"The monitor measured k-NN accuracy on {whole(test_images)} labeled images of {split} during "
-            f"training. The run did not use it to select a checkpoint or a setting. {weights}"
+            f"The monitor measured k-NN accuracy on {counted(test_images, 'labeled image')} of {split} "
+            f"during training. The run did not use it to select a checkpoint or a setting. {weights}"
         )
     return f"Nothing was selected on {split}. {weights}"
 

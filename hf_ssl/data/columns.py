@@ -68,7 +68,7 @@ _LABELS = _Role(
         "string large_string string_view"
     ).split(),
     [],
-    "classes (ClassLabel, whole numbers or strings)",
+    "classes (ClassLabel, whole numbers, strings or lists of ClassLabel)",
     "NAME, or one folder per class, all at the same depth",
     LABEL_NAMES,
 )
@@ -178,6 +178,12 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
             if len(candidates) == 1:
                 return candidates[0]
         in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"
+        lists = [name for name, feature in features.items() if _is_label_list(feature)]
+        if role is _LABELS and not found and lists:
+            raise UserError(
+                f"{role.key}: expected one class for each image in {where}, got none in "
+                f"{_listing(features)}; for lists of classes use {role.key}={lists[0]}{in_python}"
+            )
         raise UserError(
             f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
             f"in {_listing(features)}; use {role.key}={found[0] if found else role.example}{in_python}"
@@ -185,13 +191,28 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     feature = features.get(requested)
     if isinstance(feature, role.kind) or _has_type(feature, role):
         return requested
-    if role is _LABELS and isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+    if role is _LABELS and _is_label_list(feature):
         return requested  # images with several labels
     problem = "is missing" if feature is None else f"has the type {_type_name(feature)}"
+    usable = {
+        name: feature
+        for name, feature in features.items()
+        if isinstance(feature, role.kind)
+        or _has_type(feature, role)
+        or (role is _LABELS and _is_label_list(feature))
+    }
+    advice = f"use one of {_listing(usable)}" if usable else f"the columns are {_listing(features)}"
+    if role is _LABELS and isinstance(feature, List):
+        advice = f"for several labels of an image, cast {requested!r} to List(ClassLabel(names=[...]))"
     raise UserError(
         f"{role.key}: expected a column of {role.content} in {where}, got {requested!r}, which {problem}; "
-        f"use one of {_listing(features)}"
+        f"{advice}"
     )
+
+
+def _is_label_list(feature: Any) -> bool:
+    """Return whether the rows of a column are lists of classes, of images with several labels."""
+    return isinstance(feature, List) and isinstance(feature.feature, ClassLabel)
 
 
 def _has_type(feature: Any, role: _Role) -> bool:
@@ -319,4 +340,6 @@ def _listing(features: Mapping[str, Any]) -> str:
 
 
 def _type_name(feature: Any) -> str:
+    if isinstance(feature, List):
+        return f"List of {_type_name(feature.feature)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__

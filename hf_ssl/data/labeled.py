@@ -18,7 +18,7 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.random import permutation
 
 _CHUNK = 256
@@ -81,7 +81,7 @@ class LabeledImages:
         if len(np.unique(other._labels)) < 2:
             raise UserError(
                 f"labels: expected images of at least 2 classes in {other.description}, got "
-                f"{len(other._labels)} of 1 class; use another split or column"
+                f"{counted(len(other._labels), 'image')} of one class; use another split or column"
             )
         names = other.class_names
         used = [self.class_names[label] for label in np.unique(self._labels)]
@@ -102,7 +102,13 @@ class LabeledImages:
             UserError: only one of the two has several labels for an image, or their classes differ.
         """
         names, own = other.class_names, self.class_names
-        if self.has_several_labels != other.has_several_labels or sorted(names) != sorted(own):
+        if self.has_several_labels != other.has_several_labels:
+            pair = (self, other) if self.has_several_labels else (other, self)
+            raise UserError(
+                "labels: expected one class for each image in both splits, or lists of classes in both, got "
+                f"lists in {pair[0].description} and one class in {pair[1].description}; use other columns"
+            )
+        if sorted(names) != sorted(own):
             raise UserError(
                 f"labels: expected lists of the {len(names)} classes of {other.description}, got others "
                 f"in {self.description}; use data sets with the same classes"
@@ -126,7 +132,7 @@ class LabeledImages:
         if self.has_several_labels:
             raise UserError(
                 f"data.label_column: expected one class for each image of {self.description} for {what}, got "
-                "lists of classes; use another column"
+                "lists of classes; use a column with one class, if there is one"
             )
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForIma
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.modeling.backbones import freeze_unused
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parameter_groups import assign_parameter_groups, layer_depths
@@ -88,7 +88,7 @@ class Classifier:
             return
         depths = self.depths
         if part != ENCODER and int(part) > self.blocks:
-            found = f"{self.blocks} blocks" if self.blocks else "no numbered blocks"
+            found = counted(self.blocks, "block") if self.blocks else "no numbered blocks"
             raise UserError(
                 f"{where}: expected a number of blocks that the encoder has, got {part} for "
                 f"{type(self.model).__name__} with {found}; use {'a smaller one or ' * (self.blocks > 0)}all"

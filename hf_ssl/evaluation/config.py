@@ -5,16 +5,20 @@ This module does not import torch, because recipes and cards need none.
 """
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name, check_values
-from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, load_protocol
+from hf_ssl.evaluation.protocols import (
+    DEFAULT_PROTOCOLS,
+    PROTOCOLS,
+    SEVERAL_LABELS_PROTOCOLS,
+    load_protocol,
+)
 from hf_ssl.modeling.pooling import Pooling
-from hf_ssl.names import renamed_arguments
+from hf_ssl.names import renamed_arguments, warn_deprecated
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
@@ -91,8 +95,11 @@ class EvaluationConfig:
         keys = ", ".join(f"evaluation.{name}" for name in moved)
         new = ", ".join(f"evaluation.settings.{DEPRECATED[name]}" for name in moved if name != "linear")
         new = ", ".join(filter(None, (new, "evaluation.protocols" if "linear" in moved else "")))
-        warnings.warn(f"{keys}: deprecated; use {new}", FutureWarning, stacklevel=3)
-        settings = {name: dict(values) for name, values in self.settings.items()}
+        warn_deprecated(f"{keys}: deprecated; use {new}")
+        settings = {
+            name: dict(values) if isinstance(values, Mapping) else values
+            for name, values in self.settings.items()
+        }
         names = [name for name in self.protocols if name != "linear" or self.linear is not False]
         if self.few_labels and "few_label_knn" not in names:
             names.insert(1, "few_label_knn")
@@ -101,7 +108,9 @@ class EvaluationConfig:
         for name in moved:
             protocol, _, key = DEPRECATED[name].partition(".")
             if name != "linear" and not (name == "few_labels" and not self.few_labels):
-                settings.setdefault(protocol, {}).setdefault(key, getattr(self, name))
+                own = settings.setdefault(protocol, {})
+                if isinstance(own, dict):  # `check` reports other values
+                    own.setdefault(key, getattr(self, name))
             setattr(self, name, None)
         self.protocols, self.settings = names, settings
 
@@ -154,17 +163,31 @@ class EvaluationConfig:
         for name in self.settings:
             self.of_protocol(name)
 
+    def for_labels(self, several: bool, chosen: bool) -> "EvaluationConfig":
+        """Return the settings with another protocol if all of them need one label, and images have several.
+
+        Args:
+            several: whether an image can have several labels.
+            chosen: whether the user chose the protocols, which then stay.
+        """
+        if chosen or not several or any("several" in PROTOCOLS[name].labels for name in self.protocols):
+            return self
+        return replace(self, protocols=list(SEVERAL_LABELS_PROTOCOLS))
+
     def of_protocol(self, name: str) -> Any:
         """Return the checked settings of a protocol, an instance of its `Config`. This imports torch.
 
         Raises:
             UserError: the protocol or a key is unknown, or a value is invalid.
         """
-        from hf_ssl.sections import as_section
+        from hf_ssl.sections import as_section, wrong_type
 
         where = f"evaluation.settings.{name}"
         check_name("evaluation.settings", name, PROTOCOLS, "a known protocol")
-        settings = as_section(load_protocol(name).Config, self.settings.get(name), where)
+        cls, values = load_protocol(name).Config, self.settings.get(name)
+        if not isinstance(values, Mapping | cls | None):
+            raise UserError(f"{wrong_type(where, dict, values)}; use {where}={{key: value}}")
+        settings = as_section(cls, values, where)
         settings.check(where)
         return settings
 

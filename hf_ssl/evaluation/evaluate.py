@@ -99,7 +99,7 @@ def evaluate_encoder(
             f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
         )
     if isinstance(train, LabeledImages):
-        _check_protocols(config, train.kinds)
+        check_protocols(config, train.kinds)
     seconds: dict[str, float] = {}
     rule, size, further = inspect_encoder(model, processor, test.iter_batches(1), device)
     # `config.check` has checked this value. The cast is necessary because OmegaConf does not support Literal.
@@ -228,7 +228,7 @@ def evaluate_features(
         UserError: a split has fewer than 2 images, or the labels, the features or a setting are invalid.
     """
     config = EvaluationConfig.of(config)
-    _check_protocols(config, {"several" if has_several_labels(train_labels) else "one"})
+    check_protocols(config, {"several" if has_several_labels(train_labels) else "one"})
     data = (train_features, train_labels, test_features, test_labels)
     return _run(config, _inputs(config, *data, device, description))
 
@@ -306,7 +306,7 @@ def _words(kinds: Iterable[str]) -> str:
     return " or ".join({"one": "one label", "several": "several labels"}.get(kind, kind) for kind in kinds)
 
 
-def _check_protocols(config: EvaluationConfig, kinds: set[str]) -> None:
+def check_protocols(config: EvaluationConfig, kinds: set[str]) -> None:
     """Raise UserError if no protocol of the settings is for images with these kinds of labels."""
     if not kinds & set(label_kinds(config.protocols)):
         names = [name for name, protocol in PROTOCOLS.items() if kinds & set(protocol.labels)]

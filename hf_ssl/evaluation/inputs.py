@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.bootstrap import MOST_PACKED, pack_right
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult, Quality, result_id, standard_error
@@ -68,7 +68,7 @@ class Split:
         return len(self.labels)
 
     def __str__(self) -> str:
-        return f"{len(self):,} images of split {self.name}"
+        return f"{counted(len(self), 'image')} of split {self.name}"
 
     @property
     def kinds(self) -> set[str]:
@@ -160,7 +160,8 @@ def _label_matrix(labels: Any, images: int, where: str) -> Tensor:
     matrix = torch.as_tensor(labels)
     if len(matrix) != images or not bool(((matrix == 0) | (matrix == 1) | (matrix == -1)).all()):
         raise UserError(
-            f"{where}: expected labels 1, 0 or -1 (ignored) of {images} images, got {tuple(matrix.shape)}"
+            f"{where}: expected labels 1, 0 or -1 (ignored) of {counted(images, 'image')}, got "
+            f"{tuple(matrix.shape)}"
         )
     return matrix.long()
 
@@ -246,8 +247,8 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     broken = int(scores.isnan().any(dim=1).sum()) if len(scores) else 0
     if broken or not len(scores):
         raise UserError(
-            f"scores: expected a number for each class, got NaN in {broken} of {len(scores)} images; check "
-            "the model"
+            f"scores: expected a number for each class, got NaN in {broken} of "
+            f"{counted(len(scores), 'image')}; check the model"
         )
     if int(labels.min()) < 0:
         raise UserError(

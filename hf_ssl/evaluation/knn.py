@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, first_line
+from hf_ssl.errors import UserError, counted, first_line
 from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES, are_positive
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.names import renamed_arguments
@@ -41,7 +41,9 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     if not bool((tensor == given).all()):
         raise UserError(f"{where}: expected class numbers, got fractions or NaN; number the classes")
     if tensor.shape != (images,):
-        raise UserError(f"{where}: expected one label for each of {images} images, got {tuple(tensor.shape)}")
+        raise UserError(
+            f"{where}: expected one label for each of {counted(images, 'image')}, got {tuple(tensor.shape)}"
+        )
     if images and int(tensor.min()) < 0:
         raise UserError(f"{where}: expected class numbers from 0, got {int(tensor.min())}; label all images")
     return tensor
@@ -67,13 +69,15 @@ def check_features(features: Any, where: str, width: int | None = None) -> Tenso
         raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}")
     if width not in (None, features.shape[1]):
         raise UserError(
-            f"{where}: expected {width} features, got {features.shape[1]}; use one encoder for both"
+            f"{where}: expected {counted(width or 0, 'feature')}, got {features.shape[1]}; use one encoder "
+            "for both"
         )
     # A NaN or an infinity makes the sum of its row NaN or infinite. Testing the sums saves one pass.
     broken = int((~torch.isfinite(features.sum(dim=1, dtype=torch.float32))).sum())
     if broken:
         raise UserError(
-            f"{where}: expected finite features, got NaN or infinite in {broken} of {len(features)} images"
+            f"{where}: expected finite features, got NaN or infinite in {broken} of "
+            f"{counted(len(features), 'image')}"
         )
     return features
 

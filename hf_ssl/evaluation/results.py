@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
+from hf_ssl.errors import counted
+
 
 class ProtocolResult(TypedDict):
     """One number of one protocol, with everything that is needed to understand and to repeat it.
@@ -111,8 +113,8 @@ def with_current_layout(result: Any) -> Any:
                 protocol="few_label_knn",
                 id="few_label_knn-0",
                 key=f"few_labels_{labels}",
-                title=f"1-NN accuracy, {labels} labeled image{'s'[: labels != 1]} per class",
-                column=f"1-NN, {labels} label{'s'[: labels != 1]} per class",
+                title=f"1-NN accuracy, {counted(labels, 'labeled image')} per class",
+                column=f"1-NN, {counted(labels, 'label')} per class",
                 text=words["few_labels"],
                 value=draw["mean"],
                 standard_error=draw["std"] / draw["draws"] ** 0.5,

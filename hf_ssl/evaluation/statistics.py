@@ -66,6 +66,9 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
     rows = torch.as_tensor(features).double()
     if not torch.isfinite(rows).all():
         return math.nan  # the eigenvalues cannot be computed
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    if largest and not 1e-100 < largest < 1e100:  # squares would be infinite or zero
+        rows = rows / largest
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     return _effective_rank(singular, eps)

@@ -3,11 +3,12 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import datasets
 import evaluate
 
-from hf_ssl.errors import UserError, check_keys
+from hf_ssl.errors import UserError, check_keys, counted
 
 
 class WithOptions:
@@ -30,6 +31,68 @@ class WithOptions:
         parameters = inspect.signature(self.measure).parameters.values()
         known = [each.name for each in parameters if each.kind == each.KEYWORD_ONLY]
         check_keys(options, known, type(self).__name__)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> Any:
+        """Return the numbers for all rows; see `evaluate.EvaluationModule.compute`.
+
+        Raises:
+            UserError: there are no rows, an argument is missing, or the shapes are wrong.
+        """
+        module: Any = self
+        given = {"predictions": predictions, "references": references}
+        given = {name: rows for name, rows in given.items() if rows is not None}
+        self._check_rows(given)
+        if not given and module.num_process == 1 and module.writer is None:
+            raise UserError(
+                f"{self._label}: expected {self._wanted}, got none; give them to compute, or to add_batch "
+                "before"
+            )
+        return super().compute(**given, **options)  # type: ignore[misc]
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **others: Any) -> None:
+        """Add rows; see `evaluate.EvaluationModule.add_batch`. Raises UserError for wrong shapes."""
+        given = {"predictions": predictions, "references": references}
+        given = {name: rows for name, rows in given.items() if rows is not None}
+        self._check_rows(given)
+        super().add_batch(**given, **others)  # type: ignore[misc]
+
+    @property
+    def _label(self) -> str:
+        return str(cast(Any, self).name)
+
+    @property
+    def _wanted(self) -> str:
+        return " and ".join(cast(Any, self)._feature_names())
+
+    def _check_rows(self, given: dict[str, Any]) -> None:
+        """Raise UserError for missing arguments, different numbers of rows, or wrong shapes."""
+        module: Any = self
+        layouts = module.features if isinstance(module.features, list) else [module.features]
+        names = module._feature_names()
+        if not given:
+            return
+        if missing := [name for name in names if name not in given]:
+            raise UserError(f"{self._label}: expected {self._wanted}, got no {missing[0]}; give both")
+        for name in names:
+            rows = given[name]
+            if not hasattr(rows, "__len__") or (getattr(rows, "ndim", 1) == 0):
+                raise UserError(f"{self._label}: expected {name} of several images, got {rows!r}; use a list")
+            if len(rows) == 0:
+                raise UserError(f"{self._label}: expected {name} of at least one image, got none")
+            kinds = {2 if isinstance(layout[name], datasets.List) else 1 for layout in layouts}
+            found = _dimensions(rows)
+            if found not in kinds:
+                shapes = {1: "one number for each image (N,)", 2: "a row of numbers for each image (N, D)"}
+                wanted = " or ".join(shapes[kind] for kind in sorted(kinds))
+                raise UserError(
+                    f"{self._label}: expected {name} with {wanted}, got {counted(found, 'dimension')}; use "
+                    "another shape"
+                )
+        sizes = [len(given[name]) for name in names]
+        if len(set(sizes)) > 1:
+            raise UserError(
+                f"{self._label}: expected {self._wanted} of the same images, got {sizes[0]} and {sizes[1]}"
+            )
 
     def _compute(self, predictions: Any, references: Any = None, **options: Any) -> dict[str, float]:
         """Return the numbers for all collected rows; the library calls this method."""
@@ -55,3 +118,14 @@ class WithOptions:
                 )
             inputs["references"] = prediction.label_ids
         return module.compute(**inputs)
+
+
+def _dimensions(rows: Any) -> int:
+    """Return the number of dimensions of an array, a tensor or nested lists."""
+    if hasattr(rows, "ndim"):
+        return int(rows.ndim)
+    return (
+        1 + _dimensions(rows[0])
+        if isinstance(rows, list | tuple) and len(rows)
+        else int(hasattr(rows, "__len__"))
+    )

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `backbone` of a recipe: a config of transformers, or a trained encoder (`init_from`)."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.errors import UserError, check_name, one_line
 from hf_ssl.evaluation.config import check_patch_grid
+from hf_ssl.modeling.encoder_parts import PARTS, SUBFOLDER
 from hf_ssl.sections import config_fields, to_dataclass
 from hf_ssl.views.preset import ViewPreset
 
@@ -81,6 +84,7 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             "backbone.init_from: expected a folder or the Hub id of an encoder, got nothing; set "
             "backbone.init_from=..."
         )
+    _check_whole(init_from)
     from hf_ssl.modeling.backbones import input_channels
 
     config: Any = pretrained_config(init_from)
@@ -102,6 +106,16 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             f"{data.channels}; use data.channels={channels}"
         )
     return {"model_type": config.model_type, "init_from": init_from}
+
+
+def _check_whole(init_from: str) -> None:
+    """Raise UserError for one of the encoders of single color views, which CMC writes to subfolders."""
+    folder = Path(init_from).expanduser()
+    if re.fullmatch(SUBFOLDER, folder.name) and (folder.parent / PARTS).is_file():
+        raise UserError(
+            f"backbone.init_from: expected a whole encoder, got {init_from}, which encodes one color view; "
+            f"use backbone.init_from={folder.parent} with the method cmc"
+        )
 
 
 def pretrained_views(init_from: str, given: dict[str, Any], data: DataConfig) -> ViewPreset:

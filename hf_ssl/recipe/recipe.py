@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ssl.data.config import DataConfig
+from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
@@ -85,6 +85,7 @@ class Recipe:
         method: `name` and fields of the config of that method.
         backbone: `model_type` and fields of that transformers config, or `init_from`, a trained encoder. If
             the config has `num_channels` and `image_size`, they follow from `data.channels` and the views.
+            `backbone.init_from` on the command line replaces all keys of this section in the file.
         training: arguments of `SSLTrainingArguments`, which always include `output_dir`.
         overrides: the overrides `section.key=value` from the command line.
     """
@@ -208,7 +209,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     from hf_ssl.trainer.transformers_arguments import check_metric
 
     name, path = find_recipe(str(name_or_path))
-    plain = apply_overrides(read_yaml(path), overrides)
+    plain = apply_overrides(_without_replaced_backbone(read_yaml(path), overrides), overrides)
+    if plain["backbone"].get("init_from", MISSING) is None:
+        del plain["backbone"]["init_from"]  # null: random weights
     for section, choice in (("method", "name"), ("backbone", "model_type")):
         if choice not in plain[section] and "init_from" not in plain[section]:
             raise UserError(f"{section}.{choice}: expected a name in {path}, got nothing")
@@ -262,6 +265,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         recipe.training["dataloader_num_workers"] = args.dataloader_num_workers
     check_metric(args.metric_for_best_model)
     return recipe
+
+
+def _without_replaced_backbone(
+    plain: dict[str, dict[str, Any]], overrides: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the sections of a recipe file, without its encoder if the user starts from another one."""
+    own = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "backbone"]
+    starts = own and apply_overrides({}, own)["backbone"].get("init_from") is not None
+    return plain | {"backbone": {}} if starts else plain
 
 
 def check_method(

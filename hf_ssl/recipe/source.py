@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a recipe file and overrides as plain nested values. It checks only the names of the sections."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_name, one_line, suggestion
-from hf_ssl.names import RENAMED_KEYS
+from hf_ssl.names import RENAMED_KEYS, warn_deprecated
 from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
@@ -102,7 +101,7 @@ def _replace_renamed(tree: DictConfig) -> None:
         section, _, key = old.partition(".")
         values = tree.get(section)
         if OmegaConf.is_dict(values) and key in values:
-            warnings.warn(f"{old} is deprecated; use {new}", FutureWarning, stacklevel=4)
+            warn_deprecated(f"{old} is deprecated; use {new}")
             OmegaConf.update(tree, new, values.pop(key), merge=False, force_add=True)
 
 

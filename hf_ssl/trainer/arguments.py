@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.evaluation.config import MAIN_KNN
-from hf_ssl.names import renamed_arguments, renamed_keys
+from hf_ssl.names import renamed_arguments, renamed_keys, warn_deprecated
 from hf_ssl.precision import DTYPES
 from hf_ssl.sections import as_number, to_dataclass
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
@@ -183,7 +183,7 @@ class SSLTrainingArguments(TrainingArguments):
         self.dataloader_num_workers = workers = as_number(self.dataloader_num_workers, int)
         check_arguments(self)
         if self.nesterov:
-            warnings.warn("training.nesterov is deprecated; leave it out", FutureWarning, stacklevel=4)
+            warn_deprecated("training.nesterov is deprecated; leave it out")
         self._read_optimizer()
         self._read_precision()
         self._check_values()

@@ -20,7 +20,7 @@ from transformers import set_seed
 from hf_ssl.data import Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import holds_batch, too_few_images
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.modeling.activation_checkpoints import supports_checkpointing
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
@@ -95,7 +95,7 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     if args.dataloader_prefetch_factor is not None or args.dataloader_multiprocessing_context is not None:
         number = max(1, number)  # both arguments have an effect only with workers
     use = ", which training also uses" if on_cpu else ""
-    reason = f"{'small' if small else 'large'} images, {cores} cores{use}"
+    reason = f"{'small' if small else 'large'} images, {counted(cores, 'core')}{use}"
     choice = from_first_process(Choice(value=max(0, number), reason=reason))
     args.dataloader_num_workers = choice["value"]
     return {"training.dataloader_num_workers": choice}
@@ -119,16 +119,19 @@ def choose_batch_size(
     micro_batches = args.micro_batches
     limits: list[tuple[float, str]] = []
     if images is not None:
-        limits.append((images, f"there are {images:,} images"))
+        limits.append((images, f"there {'is' if images == 1 else 'are'} {counted(images, 'image')}"))
     if args.contrastive_chunk_size is None and cost.step_bytes > 0:
         fitting = cost.fitting_images(free_bytes)
         gib = free_bytes / 2**30
         limits.append(
-            (fitting * micro_batches, f"{gib:.1f} GiB of free memory hold {max(0, fitting):,.0f} images")
+            (
+                fitting * micro_batches,
+                f"{gib:.1f} GiB of free memory hold {counted(round(max(0, fitting)), 'image')}",
+            )
         )
     if args.device.type == "cpu" and cost.step_seconds > 0:
         timely = STEP_SECONDS / (_STEP_MARGIN * cost.step_seconds)
-        reason = f"a step of {timely:,.0f} images takes {STEP_SECONDS:.0f} seconds on this CPU"
+        reason = f"a step of {counted(round(timely), 'image')} takes {STEP_SECONDS:.0f} seconds on this CPU"
         limits.append((timely * args.world_size, reason))
     limit, reason = min(limits, default=(float("inf"), ""))
     chosen = (

@@ -60,7 +60,7 @@ class KNNClassifier:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        self.bank.require_one_label("k-NN")
+        self.bank.require_one_label("k-NN during training")
         self.tested.classified_by(self.bank)
 
     @property

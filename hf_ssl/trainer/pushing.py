@@ -7,7 +7,6 @@ training checkpoint, which is the method model, over the encoder, and would writ
 
 import logging
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -27,6 +26,7 @@ from hf_ssl.hub.export import export_model
 from hf_ssl.hub.publish import encoder_files, is_owned, publish
 from hf_ssl.hub.remote import Files, Published, Remote, hub_errors, open_repo, update_repo
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.names import warn_deprecated
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.checkpoints import CheckpointTrainer
 from hf_ssl.trainer.transformers_arguments import reject_argument
@@ -163,11 +163,9 @@ class PushingTrainer(CheckpointTrainer):
     def _replace_deprecated_strategy(self) -> None:
         strategy = HubStrategy(self.args.hub_strategy)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            warnings.warn(
+            warn_deprecated(
                 f"training.hub_strategy: expected end or every_save, got {strategy.value}, which is "
-                "deprecated and now means every_save; checkpoints stay on this machine",
-                FutureWarning,
-                stacklevel=2,
+                "deprecated and now means every_save; checkpoints stay on this machine"
             )
             self.args.hub_strategy = HubStrategy.EVERY_SAVE
 

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from messages import mentions
 
-from hf_ssl.cards.comparison import compare, distinguished
+from hf_ssl.cards.comparison import compare, distinguished, joined
 from hf_ssl.cards.comparison_text import csv_text, latex, latex_escaped, markdown
 from hf_ssl.cards.facts import append_result, result_entry, write_facts
 from hf_ssl.cli import main
@@ -166,6 +166,85 @@ def test_csv_has_a_line_for_each_number(six) -> None:
     assert {row["row"] for row in rows if row["difference_to_best"]} <= {"SimCLR", "BYOL"}
 
 
+def rows_of(entries: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Return {row: {key: values of the runs}}."""
+    return {
+        row.label: {column.key: cell.values for column, cell in row.cells.items()}
+        for row in compare(entries).rows
+    }
+
+
+def test_a_run_counts_once_in_whatever_form_it_is_given(six) -> None:
+    """Later evaluations of an encoder, also with other protocols, are not further runs."""
+    again = copy.deepcopy(six[0]) | {"date": "2026-12-01T00:00:00+00:00"}
+    again["training"]["resumed"] = 1
+    for number in again["results"]["trained"]["protocols"]:
+        number["value"] += 0.001
+    other = copy.deepcopy(six[0])
+    (first, *_) = other["results"]["trained"]["protocols"]
+    other["results"]["trained"]["protocols"] = [
+        first | {"protocol": "ridge", "id": "ridge-1-0", "key": "ridge"}
+    ]
+    expected = rows_of(six)["SimCLR"]
+    found = rows_of([*six, again, other])["SimCLR"]
+    for key, values in expected.items():
+        assert found[key] == [values[0] + 0.001, *values[1:]], "the newest number counts"
+    assert found["ridge"] == [first["value"]]
+    comparison = compare([*six, again])
+    assert any("seed 0" in text for text in comparison.repeated) and "count once" in markdown(comparison)
+    assert not compare(six).repeated and not compare([six[0], other]).repeated
+    seeds = {
+        row["key"]: row["seeds"] for row in csv.DictReader(io.StringIO(csv_text(compare([*six, other]))))
+    }
+    assert seeds["ridge"] == "0" and seeds[first["key"]] == "0 1 2", "the seeds are those of the values"
+
+
+def test_other_poolings_of_an_encoder_are_other_rows() -> None:
+    first, second = entry(), entry()
+    for run, pooling in ((first, "cls"), (second, "mean")):
+        run["results"]["trained"]["pooling"] = pooling
+    assert list(rows_of([first, second])) == ["SimCLR, pooling cls", "SimCLR, pooling mean"]
+
+
+def test_the_baseline_of_a_run_counts_once(six) -> None:
+    again = copy.deepcopy(six[0]) | {"date": "2026-12-01T00:00:00+00:00"}
+    comparison = compare([*six, again], baselines=True)
+    assert [len(row.seeds) for row in comparison.rows] == [3, 3, 3, 1]
+
+
+def test_selected_settings_are_those_of_all_runs(six) -> None:
+    runs = copy.deepcopy(six)
+    for run, rate in zip(runs, (0.1, 1.0, 0.1, 10.0, 10.0, 1000.0), strict=True):
+        number = run["results"]["trained"]["protocols"][-1]
+        number["selection"] = {"learning_rate": rate}
+        number["text"] = f"The learning rate {rate:g} was the best of 13"
+    text = markdown(compare(runs))
+    assert "The learning rate 0.1 to 1000 was the best of 13" in text
+    assert "SimCLR, in the order of its runs: learning rate 0.1, 1, 0.1." in text
+    assert "BYOL, in the order of its runs: learning rate 10, 10, 1000." in text
+    assert joined(["a 1,000 b", "a 2 b"]) == "a 2 to 1,000 b" and joined(["a 1", "a 1"]) == "a 1"
+    assert joined(["a 1", "b 1"]) == "a 1; or: b 1"
+
+
+def test_standard_errors_say_what_they_are_of(six) -> None:
+    (row, *_) = csv.DictReader(io.StringIO(csv_text(compare(six))))
+    values = [float(value) for value in row["values"].split()]
+    assert float(row["standard_error_over_runs"]) == pytest.approx(
+        statistics.stdev(values) / 3**0.5, abs=1e-6
+    )
+    largest = max(value * (1 - value) / 40 for value in values) ** 0.5
+    assert float(row["standard_error_over_images"]) == pytest.approx(largest, abs=1e-6)
+    (single, *_) = csv.DictReader(io.StringIO(csv_text(compare(six[:1]))))
+    assert single["std"] == single["standard_error_over_runs"] == ""
+
+
+def test_a_run_with_quality_alone_says_so() -> None:
+    run = entry("byol")
+    run["results"] = {"trained": run["results"]["trained"] | {"protocols": [], "quality": {"lidar": 3.0}}}
+    (sentence,) = compare([entry(), run]).skipped
+    assert "LiDAR" in sentence and "knn" in sentence and "not evaluated" not in sentence
+
+
 def test_names_are_as_short_as_they_can_be() -> None:
     assert distinguished([["a", "x", "1"], ["b", "x", "2"]]) == ["a", "b"]
     assert distinguished([["a", "x", "1"], ["a", "y", "1"], ["b", "z", "1"]]) == ["a, x", "a, y", "b"]
@@ -232,6 +311,21 @@ def test_other_files_end_in_one_sentence(place, content, parts, tmp_path: Path, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in parts)
     assert not Path("comparison").exists()
+
+
+def test_folders_of_results_files_and_nested_folders_are_read(folder: Path, caplog) -> None:
+    (folder / "results" / "other.json").write_text("{}")
+    assert len(entries_of(str(folder / "results"))) == 1
+    assert "other.json" in caplog.text, "what is not read is reported"
+    (folder / "results").rename(folder / "_results")
+    assert entries_of(str(folder)) == entries_of(str(folder / "runs")), "runs in a folder of a folder"
+
+
+@pytest.mark.parametrize("content", [{"encoder": {}}, {"recipe": "a", "result": {}, "seconds": 1.0}])
+def test_files_of_an_older_version_end_in_one_sentence(content: dict, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=mentions("results.json", "older", "again")):
+        entries_of(str(tmp_path))
 
 
 def in_old_layout(result: dict) -> dict:

@@ -231,6 +231,11 @@ def test_partners_of_mixup() -> None:
         ({"optimizer": "adam"}, ["fine_tune.optimizer", "adamw"]),
         ({"learning_rates": [1e30], "epochs": 2}, ["fine_tune.learning_rates", "1e+30", "converges"]),
         ({"layer_decay": 0.0}, ["fine_tune.layer_decay"]),
+        ({"fractions": [0.5, 0.5]}, ["fine_tune.fractions", "different"]),
+        ({"labels_per_class": [2, 2]}, ["fine_tune.labels_per_class", "different"]),
+        ({"fractions": [0.15], "labels_per_class": [2]}, ["fine_tune.fractions and labels_per_class", 6]),
+        ({"warmup_epochs": 1.0}, ["fine_tune.warmup_epochs", "1 epoch", 1.0]),
+        ({"recipe": "mae"}, ["fine_tune.warmup_epochs", "1 epoch", 5.0]),
     ],
 )
 def test_bad_settings_end_in_one_sentence(settings: dict, parts: list, data) -> None:

@@ -3,6 +3,7 @@
 report a mistake."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,9 @@ from hf_ssl.data.labeled import label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder, evaluate_features, mean_average_precision
 from hf_ssl.evaluation.protocols.multi_label import fit
+from hf_ssl.recipe import load_recipe
+from hf_ssl.run import pretrain
+from hf_ssl.supervised import supervise
 
 NAMES = ["bird", "cat", "dog"]
 
@@ -66,6 +70,19 @@ def test_the_result_is_complete_and_nothing_is_selected_on_test_images(data) -> 
     (other,) = evaluate_features(config, *data[:3], data[3].flip(0))["protocols"]
     assert other["selection"] == number["selection"] and other["id"] == number["id"]
     assert other["value"] < number["value"] - 0.2, "wrong labels"
+
+
+def test_the_text_names_the_classes_that_count(data) -> None:
+    config = {
+        "protocols": ["multi_label"],
+        "settings": {"multi_label": {"penalties": [0.1], "iterations": 5}},
+    }
+    (number,) = evaluate_features(config, *data)["protocols"]
+    assert "3 classes" in number["text"]
+    labels = data[3].clone()
+    labels[:, 2] = 0
+    (number,) = evaluate_features(config, *data[:3], labels)["protocols"]
+    assert "2 of 3 classes" in number["text"]
 
 
 def test_the_bootstrap_is_the_error_over_samples_of_images(data) -> None:
@@ -127,9 +144,12 @@ def test_a_column_of_lists_becomes_a_matrix() -> None:
     assert len(read(dataset, max_images=7)) == 7
     with pytest.raises(UserError, match=mentions("data.label_column")):
         label_data(dataset, DataConfig(), "test")
+    with pytest.raises(UserError, match=mentions("data.label_column=objects")):
+        label_data(dataset, DataConfig(), "test")
     texts = dataset.remove_columns("objects").add_column("objects", [["a"]] * 20)
-    with pytest.raises(UserError, match=mentions("objects")):
+    with pytest.raises(UserError, match=mentions("objects", "List of string", "List(ClassLabel")) as raised:
         read(texts)
+    assert "use one of" not in str(raised.value), "no column of these data has labels"
     assert isinstance(texts.features["objects"].feature, Value)
 
 
@@ -138,6 +158,11 @@ def test_classes_are_compared_by_name() -> None:
     expected = read(pictures(20, seed=1)).labels
     test.classified_by(train)
     assert torch.equal(test.labels, expected) and test.class_names == NAMES
+    one = copy.copy(train)
+    one._labels = one._labels.argmax(axis=1)
+    for pair in ((one, train), (train, one)):
+        with pytest.raises(UserError, match=mentions("lists in", "one class in")):
+            pair[0].classified_by(pair[1])
     other = read(pictures(20, ["bird", "cat", "dog", "fox"]))
     with pytest.raises(UserError, match=mentions(3)):
         other.classified_by(train)
@@ -153,6 +178,35 @@ def test_an_encoder_is_evaluated_on_a_data_set_with_lists() -> None:
     assert result["quality"]["lidar"] > 1
     with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label")):
         evaluate_encoder(*arguments, None, processor(), data=data)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Path:
+    """A folder with pictures that have several labels."""
+    folder = tmp_path_factory.mktemp("shown")
+    for number, split in enumerate(("train", "test")):
+        pictures(40, seed=number).to_parquet(folder / split / "0.parquet")
+    return folder
+
+
+RUN = "training.max_steps=1 training.disable_tqdm=true training.monitor_steps=0 training.batch_size=8".split()
+
+
+def test_a_run_on_images_with_several_labels_is_evaluated(shown: Path, tmp_path: Path, caplog) -> None:
+    data = [f"data.path={shown}", "data.label_column=objects", "views.size=8", "views.enlarge=16"]
+    output = f"training.output_dir={tmp_path / 'run'}"
+    few = "evaluation.settings.multi_label={penalties: [0.1], iterations: 3}"
+    facts = pretrain(load_recipe("smoke/simclr", [*data, *RUN, output, few]))
+    assert [each["protocol"] for each in facts["results"]["trained"]["protocols"]] == ["multi_label"]
+    assert "multi_label replaces knn" in caplog.text
+    assert "multi_label" in str(facts["recipe"]["differences"]["evaluation.protocols"])
+    chosen = [f"training.output_dir={tmp_path / 'other'}", "evaluation.protocols=[ridge]"]
+    with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label", "ridge")):
+        pretrain(load_recipe("smoke/simclr", [*data, *RUN, *chosen]))
+    assert not (tmp_path / "other").exists(), "an error before the training"
+    with pytest.raises(UserError, match=mentions("data.label_column", "hf-ssl supervise", "one class")):
+        supervise(load_recipe("smoke/simclr", [*data, f"training.output_dir={tmp_path / 'other'}"]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_monitor_and_a_space_need_one_class_for_each_image() -> None:

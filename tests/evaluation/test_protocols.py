@@ -283,3 +283,17 @@ def test_scores_of_a_diverged_model_are_an_error_and_not_right(scores, labels, p
     with pytest.raises(UserError, match=mentions(*parts)):
         class_metrics(scores, torch.tensor(labels, dtype=torch.long))
     assert class_metrics(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))["top_1"] == 1
+
+
+def test_settings_that_are_no_mapping_name_their_key(data) -> None:
+    for value in (5, [5], "5"):
+        with pytest.raises(
+            UserError, match=mentions("evaluation.settings.knn", "mapping", "{key: value}")
+        ) as raised:
+            evaluate_features({"settings": {"knn": value}}, *data)
+        assert "Config" not in str(raised.value)
+    with (
+        pytest.warns(FutureWarning, match="neighbors"),
+        pytest.raises(UserError, match=mentions("evaluation.settings.knn")),
+    ):
+        evaluate_features({"neighbors": [3], "settings": {"knn": 5}}, *data)

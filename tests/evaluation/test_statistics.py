@@ -179,3 +179,9 @@ def test_arrays_give_the_statistics_of_tensors(dtype: type) -> None:
     for statistic in (alpha_req, embedding_std, rank_me, uniformity):
         assert statistic(first) == statistic(torch.from_numpy(first))
     assert alignment(first, second) == alignment(torch.from_numpy(first), torch.from_numpy(second))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_rank_me_does_not_depend_on_the_size_of_the_features(size: float) -> None:
+    rows = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert rank_me(size * rows) == pytest.approx(rank_me(rows))

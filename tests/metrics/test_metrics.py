@@ -2,6 +2,7 @@
 """The modules of the `evaluate` library: they load without network and equal our functions."""
 
 import doctest
+import math
 import os
 import re
 import subprocess
@@ -207,6 +208,52 @@ def test_mistakes_end_in_one_sentence(data) -> None:
         load_metric("linear_probe").compute(predictions=data[2], references=data[3])
     with pytest.raises(UserError, match=mentions("views", 3)):
         load_metric("lidar").compute(predictions=data[2][:5], references=[0, 0, 1, 1, 1])
+
+
+WRONG = {
+    "nothing": ("rank_me", {}, ["predictions", "add_batch"]),
+    "no references": ("knn_accuracy", {"predictions": [[1.0]]}, ["references"]),
+    "no predictions": ("knn_accuracy", {"references": [1]}, ["predictions"]),
+    "no rows": ("rank_me", {"predictions": []}, ["predictions", "none"]),
+    "a number": ("rank_me", {"predictions": 3.0}, ["predictions", 3.0]),
+    "a flat list": ("rank_me", {"predictions": [1.0, 2.0]}, ["predictions", 1, "(N, D)"]),
+    "a cube": ("rank_me", {"predictions": np.zeros((2, 3, 4))}, ["predictions", 3, "(N, D)"]),
+    "NaN": ("rank_me", {"predictions": [[1.0, math.nan]]}, ["predictions", "finite"]),
+    "other lengths": ("lidar", {"predictions": [[1.0]] * 3, "references": [0]}, [3, 1]),
+    "a matrix of labels": ("lidar", {"predictions": [[1.0]], "references": [[0]]}, ["references", "(N,)"]),
+    "ragged rows": ("rank_me", {"predictions": [[1.0], [1.0, 2.0]]}, ["predictions", "(N, D)"]),
+    "no views": ("lidar", {"predictions": [[1.0]], "references": [0]}, ["1 image"]),
+    "no delta": ("lidar", {"predictions": [[1.0]], "references": [0], "delta": 0}, ["delta", 0]),
+    "half a bank": (
+        "knn_accuracy", {"predictions": [[1.0]], "references": [0], "train_labels": [1]},
+        ["train_features", "train_labels"],
+    ),
+    "half of the images": (
+        "linear_probe", {"predictions": [[1.0]], "references": [0], "train_features": [[1.0]]},
+        ["train_labels"],
+    ),
+    "flat labels": (
+        "mean_average_precision", {"predictions": [[0.5]], "references": [1]}, ["references", "(N, D)"],
+    ),
+    "negative classes": (
+        "mean_per_class_accuracy", {"predictions": [-1, 0], "references": [0, 0]}, ["predictions", -1],
+    ),
+}  # fmt: skip
+"""Name of a mistake -> metric, arguments of `compute`, and parts of the message."""
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_arguments_say_what_to_pass(mistake: str) -> None:
+    name, arguments, parts = WRONG[mistake]
+    with pytest.raises(UserError, match=mentions(*parts)) as raised:
+        load_metric(name).compute(**arguments)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_rows_that_are_added_are_checked() -> None:
+    metric = load_metric("knn_accuracy")
+    with pytest.raises(UserError, match=mentions("knn_accuracy", 2, 1)):
+        metric.add_batch(predictions=[[1.0], [2.0]], references=[0])
 
 
 def test_the_command_does_not_import_the_library() -> None:

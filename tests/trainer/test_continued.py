@@ -249,6 +249,21 @@ def test_impossible_settings_raise_an_error(finished_run, backbone, parts):
         load_recipe("smoke/simclr", ["backbone=" + backbone.replace("%s", str(finished_run))])
 
 
+def test_a_start_replaces_the_encoder_of_the_recipe(finished_run, tmp_path):
+    for override in (f"backbone.init_from={finished_run}", f"backbone={{init_from: {finished_run}}}"):
+        recipe = load_recipe("smoke/simclr", [override])
+        assert recipe.backbone == {"model_type": "resnet", "init_from": str(finished_run)}
+    with pytest.raises(UserError, match=mentions("backbone.depths", "backbone.init_from")):
+        load_recipe("smoke/simclr", [f"backbone.init_from={finished_run}", "backbone.depths=[1]"])
+    random = load_recipe("smoke/simclr", ["backbone.init_from=null"])
+    assert random.init_from is None and random.backbone == load_recipe("smoke/simclr").backbone
+    part = tmp_path / "run" / "view_l"
+    shutil.copytree(finished_run, part)
+    (part.parent / "encoders.json").write_text("{}")
+    with pytest.raises(UserError, match=mentions(f"backbone.init_from={part.parent}", "cmc")):
+        load_recipe("smoke/simclr", [f"backbone.init_from={part}"])
+
+
 def test_grey_data_need_an_encoder_of_grey_images(finished_run):
     with pytest.raises(UserError, match=mentions("data.channels", "backbone.init_from", 3, 1)):
         continued(finished_run, "data.channels=1", "views.mean=[0.5]", "views.std=[0.5]")

@@ -100,6 +100,8 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 DEFAULT_PROTOCOLS = ("knn", "linear")
+SEVERAL_LABELS_PROTOCOLS = ("multi_label",)
+"""What the commands measure by default if images have several labels."""
 
 
 def label_kinds(names: Iterable[str]) -> list[str]:

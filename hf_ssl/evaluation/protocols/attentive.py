@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
 from hf_ssl.evaluation.results import ProtocolResult
@@ -136,12 +136,13 @@ def _result(
         key="attentive_probe",
         title="Attentive probe accuracy",
         column="attentive probe",
-        text=f"cross-attention of one learned query over {patches} frozen patch tokens ({heads} "
-        f"head{'s'[: heads != 1]}) and a linear classifier, without "
-        f"augmentation. Optimizer: AdamW, {config.epochs} epochs, batch size {config.batch_size}, warm-up "
-        f"and cosine schedule. The learning rate {rate:g}{edge} and the weight decay {decay:g} had the "
-        f"highest accuracy on a held-out {selected_on} ({len(pairs)} pairs tested). The final probe was "
-        f"trained on all {train} and tested on {inputs.test}",
+        text=f"cross-attention of one learned query over {patches} frozen patch tokens ("
+        f"{counted(heads, 'head')}) and a linear classifier, without "
+        f"augmentation. Optimizer: AdamW, {counted(config.epochs, 'epoch')}, batch size "
+        f"{config.batch_size}, warm-up and cosine schedule. The learning rate {rate:g}{edge} and the weight "
+        f"decay {decay:g} had the highest accuracy on a held-out {selected_on} "
+        f"({counted(len(pairs), 'pair')} tested). The final probe was trained on all {train} and tested "
+        f"on {inputs.test}",
         selection={"learning_rate": rate, "weight_decay": decay},
         selected_on=selected_on,
         details={

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, list_error, read_list, rows_hash
@@ -131,7 +131,7 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
         if count < len(used):
             inputs.skipped.append(
                 f"linear classifier with {percent} of the labels: that is less than one of "
-                f"{len(labels):,} images for each of {len(used):,} classes"
+                f"{counted(len(labels), 'image')} for each of {len(used):,} classes"
             )
             continue
         draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
@@ -141,19 +141,19 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     for count in config.labels:
         if count > int(used.min()):
             inputs.skipped.append(
-                f"linear classifier, {count} labels per class: the smallest class has {int(used.min())}"
+                f"linear classifier, {counted(count, 'label')} per class: the smallest class has "
+                f"{int(used.min())}"
             )
             continue
         draws = [draw_rows(labels, count * len(used), inputs.seed, draw) for draw in range(config.draws)]
-        plural = "s"[: count != 1]
-        column = f"{count} label{plural} per class"
-        words = f"{count} image{plural} of each class"
+        column = f"{counted(count, 'label')} per class"
+        words = f"{counted(count, 'image')} of each class"
         found.append(Choice(str(count), column, words, {"labels": count}, draws))
     for path in config.lists:
         names, digest = read_list(path)
         rows = find_rows(names, inputs.train.images, path)
         title = LISTS[digest].title if digest in LISTS else Path(path).name
-        words = f"the {len(rows):,} images of {title} (SHA-256 {digest[:12]})"
+        words = f"the {counted(len(rows), 'image')} of {title} (SHA-256 {digest[:12]})"
         found.append(Choice(digest[:12], title, words, {"list": digest}, [rows], drawn=False))
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import check_name, check_values
+from hf_ssl.errors import check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
 from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
@@ -117,6 +117,9 @@ class Config:
         fractions, counts = list(self.fractions), list(self.labels_per_class)
         rates = None if self.learning_rates is None else list(self.learning_rates)
         freeze = self.freeze
+        recipe = RECIPES[self.recipe]
+        epochs = min(recipe.epochs.values()) if self.epochs is None else self.epochs
+        warmup = recipe.warmup_epochs if self.warmup_epochs is None else self.warmup_epochs
         known = freeze in (NOTHING, ENCODER) or (freeze.isdecimal() and int(freeze) > 0)
 
         def between(key: str, low: float, high: float, expected: str) -> tuple[Any, ...]:
@@ -129,6 +132,8 @@ class Config:
             ("fractions", fractions, all(0 < each <= 1 for each in fractions), "numbers above 0, at most 1"),
             ("labels_per_class", counts, all(each > 0 for each in counts), "positive numbers"),
             ("fractions", fractions, bool(fractions or counts), "one or more", "[1]"),
+            ("fractions", fractions, len(set(fractions)) == len(fractions), "different numbers"),
+            ("labels_per_class", counts, len(set(counts)) == len(counts), "different numbers"),
             ("learning_rates", rates, rates is None or are_positive(rates), "one or more positive numbers"),
             between("weight_decay", 0, 1, "a number between 0 and 1"),
             between("mixup", 0, 100, "a number from 0 to 100"),
@@ -136,6 +141,8 @@ class Config:
             between("layer_decay", 1e-6, 1, "a number above 0, at most 1"),
             between("epochs", 1, 10**6, "a positive number"),
             between("warmup_epochs", 0, 10**6, "a number of at least 0"),
+            ("warmup_epochs", warmup, warmup < epochs,
+             f"fewer than the {counted(epochs, 'epoch')} of the training", f"{where}.warmup_epochs=0"),
             between("batch_size", 2, 10**6, "at least 2"),
             between("smallest_crop", 1e-6, 1, "a number above 0, at most 1"),
             between("flip", 0, 1, "a probability"),
@@ -177,8 +184,11 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     wanted += [(each * classes / len(labels), each * classes) for each in config.labels_per_class]
     fewest = min(count for _, count in wanted)
     most = max(config.labels_per_class, default=0)
+    numbers = [count for _, count in wanted]
     check_values(
         _WHERE,
+        ("fractions and labels_per_class", numbers, len(set(numbers)) == len(numbers),
+         "different numbers of labeled images", "each number once"),
         ("fractions", list(config.fractions), fewest >= classes,
          f"a labeled image for each of {classes} classes of {len(labels):,} images", "a larger fraction"),
         ("labels_per_class", list(config.labels_per_class), most <= smallest,
@@ -324,20 +334,23 @@ def describe(
     if validation:
         rate += f" (the best of {len(validation)} on a held-out {selected_on}; then trained on all)"
     parts = {NOTHING: "All parameters", ENCODER: "The head"}
-    trained = parts.get(settings.frozen, f"All but the stem and the first {settings.frozen} blocks")
+    first = "block" if settings.frozen == "1" else f"{settings.frozen} blocks"
+    trained = parts.get(settings.frozen, f"All but the stem and the first {first}")
     verb = "is" if settings.frozen == ENCODER else "are"
     extras = [
         f"weight decay {settings.weight_decay:g}",
         f"layer decay {settings.layer_decay:g}" * (settings.layer_decay != 1),
         f"mixup {settings.mixup:g}" * (settings.mixup > 0),
         f"label smoothing {settings.label_smoothing:g}" * (settings.label_smoothing > 0),
-        f"warmup {settings.warmup_epochs:g} epochs" * (settings.warmup_epochs > 0),
+        f"warmup {counted(settings.warmup_epochs, 'epoch')}" * (settings.warmup_epochs > 0),
     ]
     name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
     list_name = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
     listed = f", hash of the labeled rows: {list_name}" if percent else ""
     labeled = (
-        f"{count:,} labeled images with balanced classes ({percent}{listed})" if percent else "all labels"
+        f"{counted(count, 'labeled image')} with balanced classes ({percent}{listed})"
+        if percent
+        else "all labels"
     )
     tested = settings.learning_rate if not validation else sorted(validation)
     identity = asdict(settings) | {
@@ -355,10 +368,10 @@ def describe(
         title=f"Accuracy after {what.lower()}" + (f", {percent} of the labels" if percent else ""),
         column=what.lower() + (f", {percent} of the labels" if percent else ""),
         text=f"{what}, recipe of {RECIPES[config.recipe].source}. Here: {name}, {rate}, "
-        f"{', '.join(filter(None, extras))}, {settings.epochs} epochs, batch size {settings.batch_size}, "
-        f"cosine schedule, random crops of at least {100 * config.smallest_crop:g} % of the area, flips "
-        f"with probability {config.flip:g}. {trained} of {kind} {verb} trained on {labeled} of the "
-        f"{inputs.train}, and tested on {inputs.test}",
+        f"{', '.join(filter(None, extras))}, {counted(settings.epochs, 'epoch')}, batch size "
+        f"{settings.batch_size}, cosine schedule, random crops of at least {100 * config.smallest_crop:g} % "
+        f"of the area, flips with probability {config.flip:g}. {trained} of {kind} {verb} trained on "
+        f"{labeled} of the {inputs.train}, and tested on {inputs.test}",
         selection={"learning_rate": settings.learning_rate} if validation else {},
         selected_on=selected_on,
         details={

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import MAIN_KNN, NEIGHBORS, TEMPERATURES, are_positive
 from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, held_out_images
 from hf_ssl.evaluation.knn import Votes, vote
@@ -91,8 +91,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             title="k-NN accuracy with the selected k",
             column="k-NN, selected k",
             text=f"k-NN by cosine similarity, votes weighted by exp(cosine / T). k {k} and T {temperature:g} "
-            f"had the highest accuracy on {selected_on} ({len(counts)} values of k, {counts[0]:,} to "
-            f"{counts[-1]:,}). Bank: {train}, tested on {test}",
+            f"had the highest accuracy on {selected_on} ({counted(len(counts), 'value')} of k, "
+            f"{counts[0]:,} to {counts[-1]:,}). Bank: {train}, tested on {test}",
             selection={"neighbors": k, "temperature": temperature},
             selected_on=selected_on,
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, check_name, check_values
+from hf_ssl.errors import UserError, check_name, check_values, counted
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
 from hf_ssl.evaluation.knn import as_labels, check_features
@@ -116,9 +116,9 @@ def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor
         title="Linear probe accuracy with the selected feature" if grid else "Linear probe accuracy",
         column=f"linear probe, best of {len(grid)} features" if grid else "linear probe",
         text=f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, "
-        f"momentum {MOMENTUM:g}, no weight decay, {probe.epochs} epochs, batch size {probe.batch_size}, "
-        f"cosine schedule. {selected} had the highest accuracy on a held-out {selected_on} ({tested}). The "
-        f"final classifier was trained on all {train} and tested on {test}",
+        f"momentum {MOMENTUM:g}, no weight decay, {counted(probe.epochs, 'epoch')}, batch size "
+        f"{probe.batch_size}, cosine schedule. {selected} had the highest accuracy on a held-out "
+        f"{selected_on} ({tested}). The final classifier was trained on all {train} and tested on {test}",
         selection={"learning_rate": probe.learning_rate} | ({"feature": feature} if grid else {}),
         selected_on=selected_on,
         details={
@@ -241,7 +241,8 @@ def _fit(
     rates = sorted(set(learning_rates))
     if not are_positive(rates) or epochs < 1 or batch_size < 1:
         raise UserError(
-            f"linear probe: expected positive settings, got {rates}, {epochs} epochs, batch {batch_size}"
+            f"linear probe: expected positive settings, got {rates}, {counted(epochs, 'epoch')}, batch "
+            f"{batch_size}"
         )
     pairs = [_prepare(*pair, standardize, device) for pair in features]
     train, test = pairs[0]

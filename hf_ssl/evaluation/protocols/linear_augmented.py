@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import check_name, check_values
+from hf_ssl.errors import check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.features import dtype_of, is_convolutional
@@ -128,8 +128,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             text=f"softmax regression on the frozen encoder, recipe {config.recipe} ({recipe.source}). Here: "
             f"random crops of at least {100 * config.smallest_crop:g} % of the area and flips with "
             f"probability {config.flip:g} in each epoch, SGD, {'Nesterov ' * recipe.nesterov}momentum "
-            f"{MOMENTUM:g}, weight decay {recipe.weight_decay:g}, {epochs} epochs, batch size {size}, "
-            f"{schedule}, {chosen}. The tested classifier was trained on all {train} and tested on {test}",
+            f"{MOMENTUM:g}, weight decay {recipe.weight_decay:g}, {counted(epochs, 'epoch')}, batch size "
+            f"{size}, {schedule}, {chosen}. The tested classifier was trained on all {train} and tested "
+            f"on {test}",
             selection={"learning_rate": best} if validation else {},
             selected_on=selected_on,
             details={

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, held_out_images
@@ -75,6 +75,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         heads = fit(features, labels, best, config.iterations)
         bar.update(1)
     scores, targets = (queries @ heads[:-1] + heads[-1]).cpu(), test.labels.cpu()
+    shown = int((targets == 1).any(dim=0).sum())
+    of_classes = counted(shown, "class", "classes")
+    if shown < labels.shape[1]:
+        of_classes = f"{shown:,} of {labels.shape[1]:,} classes, those that a test image shows,"
     selected_on = f"{100 * HELD_OUT:g} % of the training images"
     return [
         ProtocolResult(
@@ -83,10 +87,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             key="mean_average_precision",
             title="Mean average precision",
             column="mAP, several labels",
-            text=f"11-point mean average precision (VOC2007) of {labels.shape[1]} logistic regressions on "
-            f"frozen, standardized features, trained with L-BFGS. The penalty {best:g} was the best of "
-            f"{len(penalties)} on a held-out {selected_on}. The final classifiers were trained on {train} "
-            f"and tested on {test}",
+            text=f"11-point mean average precision (VOC2007) over {of_classes} of one logistic regression "
+            f"for each class on frozen, standardized features, trained with L-BFGS. The penalty {best:g} was "
+            f"the best of {len(penalties)} on a held-out {selected_on}. The final classifiers were trained "
+            f"on {train} and tested on {test}",
             value=mean_average_precision(scores, targets),
             standard_error=_standard_error(scores, targets, inputs.seed),
             metrics={"area": mean_average_precision(scores, targets, None)},

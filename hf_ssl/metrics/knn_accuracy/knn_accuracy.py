@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MAIN_KNN
-from hf_ssl.evaluation.knn import knn_accuracy, leave_one_out_knn
+from hf_ssl.evaluation.knn import check_features, knn_accuracy, leave_one_out_knn
 from hf_ssl.metrics.options import WithOptions
 
 _DESCRIPTION = """\
@@ -72,7 +72,13 @@ class KnnAccuracy(WithOptions, evaluate.Metric):
         neighbors: int = MAIN_KNN[0],
         temperature: float = MAIN_KNN[1],
     ) -> dict[str, float]:
-        rows = torch.as_tensor(predictions)
+        rows = check_features(predictions, "knn_accuracy: predictions")
+        if (train_features is None) != (train_labels is None):
+            given = "train_labels" if train_features is None else "train_features"
+            raise UserError(
+                f"knn_accuracy: expected train_features and train_labels, got only {given}; give both, or "
+                "none to classify every image by all others"
+            )
         if train_features is None:
             value = leave_one_out_knn(rows, references, neighbors=neighbors, temperature=temperature)
         else:

@@ -8,9 +8,9 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
+from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.statistics import lidar
 from hf_ssl.metrics.options import WithOptions
 
@@ -62,12 +62,15 @@ class Lidar(WithOptions, evaluate.Metric):
         )
 
     def measure(self, predictions: Any, references: Any, *, delta: float = 1e-4) -> dict[str, float]:
-        rows, images = torch.as_tensor(predictions), torch.as_tensor(references)
+        rows = check_features(predictions, "lidar: predictions")
+        images = as_labels(references, len(rows), "lidar: references")
+        if not delta > 0:
+            raise UserError(f"lidar: expected delta above 0, got {delta}; use 0.0001")
         counts = images.unique(return_counts=True)[1]
         if len(counts) < 2 or int(counts.min()) < 2 or int(counts.min()) != int(counts.max()):
             raise UserError(
                 "lidar: expected 2 or more images with the same number of views, at least 2, got "
-                f"{len(counts)} images with {int(counts.min())} to {int(counts.max())} views"
+                f"{counted(len(counts), 'image')} with {int(counts.min())} to {int(counts.max())} views"
             )
         views = rows[images.argsort(stable=True)].view(len(counts), int(counts[0]), -1)
         return {"lidar": lidar(views, delta=delta)}

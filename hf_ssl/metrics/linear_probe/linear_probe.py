@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import LEARNING_RATES
+from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.protocols.linear import linear_probe
 from hf_ssl.metrics.options import WithOptions
 
@@ -81,14 +81,19 @@ class LinearProbe(WithOptions, evaluate.Metric):
         seed: int = 0,
     ) -> dict[str, float]:
         if train_features is None or train_labels is None:
+            missing = " and ".join(
+                name
+                for name, value in (("train_features", train_features), ("train_labels", train_labels))
+                if value is None
+            )
             raise UserError(
-                "linear_probe: expected train_features and train_labels, got none; give them to load_metric "
-                "or to compute"
+                f"linear_probe: expected train_features and train_labels, got no {missing}; give them to "
+                "load_metric or to compute"
             )
         found = linear_probe(
             train_features,
             train_labels,
-            torch.as_tensor(predictions),
+            check_features(predictions, "linear_probe: predictions"),
             references,
             learning_rates=learning_rates,
             epochs=epochs,

@@ -10,6 +10,7 @@ import datasets
 import evaluate
 
 from hf_ssl.evaluation.average_precision import VOC_POINTS, mean_average_precision
+from hf_ssl.evaluation.knn import as_features
 from hf_ssl.metrics.options import WithOptions
 
 _DESCRIPTION = """\
@@ -62,4 +63,6 @@ class MeanAveragePrecision(WithOptions, evaluate.Metric):
     def measure(
         self, predictions: Any, references: Any, *, points: int | None = VOC_POINTS
     ) -> dict[str, float]:
-        return {"mean_average_precision": mean_average_precision(predictions, references, points)}
+        scores = as_features(predictions, "mean_average_precision: predictions")
+        labels = as_features(references, "mean_average_precision: references")
+        return {"mean_average_precision": mean_average_precision(scores, labels, points)}

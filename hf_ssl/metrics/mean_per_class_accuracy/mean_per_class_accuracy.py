@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 from torch.nn.functional import one_hot
 
 from hf_ssl.evaluation.inputs import class_metrics
+from hf_ssl.evaluation.knn import as_features, as_labels
 from hf_ssl.metrics.options import WithOptions
 
 _DESCRIPTION = """\
@@ -66,7 +66,10 @@ class MeanPerClassAccuracy(WithOptions, evaluate.Metric):
         )
 
     def measure(self, predictions: Any, references: Any) -> dict[str, float]:
-        given, labels = torch.as_tensor(predictions), torch.as_tensor(references)
+        given = as_features(predictions, "mean_per_class_accuracy: predictions")
+        if given.ndim == 1:
+            given = as_labels(given, len(given), "mean_per_class_accuracy: predictions")
+        labels = as_labels(references, len(given), "mean_per_class_accuracy: references")
         found = class_metrics(one_hot(given) if given.ndim == 1 else given, labels)
         value = {"mean_per_class_accuracy": found["mean_per_class"]}
         return value if given.ndim == 1 else value | {key: found[key] for key in ("top_1", "top_5")}

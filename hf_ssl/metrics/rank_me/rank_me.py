@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 
+from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import rank_me
 from hf_ssl.metrics.options import WithOptions
 
@@ -53,4 +53,4 @@ class RankMe(WithOptions, evaluate.Metric):
         )
 
     def measure(self, predictions: Any) -> dict[str, float]:
-        return {"rank_me": rank_me(torch.as_tensor(predictions))}
+        return {"rank_me": rank_me(check_features(predictions, "rank_me: predictions"))}

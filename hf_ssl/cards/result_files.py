@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the results of runs and evaluations from all files that contain them (layer 3).
+
+`facts.json` is written by `hf-ssl pretrain`, and results files are lists of its entries. `results.json` is
+written by `hf-ssl evaluate --output`, and `supervised.json` by `hf-ssl supervise`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts import read_entries, read_facts, result_entry
+from hf_ssl.errors import UserError
+from hf_ssl.files import read_json
+
+EVALUATION = "results.json"
+SUPERVISED = "supervised.json"
+FILES = (FACTS, SUPERVISED, EVALUATION)
+"""Names of the files with results in the folders that commands write."""
+EVALUATED = "evaluated"
+"""Key of the entry, without its results, in `results.json` and `supervised.json`."""
+EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
+_TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
+_DEPTH = 3
+"""Folders are searched to this depth: `runs` contains `runs/supervised/NAME`."""
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the entries (`hf_ssl.cards.facts.result_entry`) of a file with results.
+
+    An entry of an encoder that hf_ssl did not train has the further keys `model` and `weights`, a hash of its
+    weights. Its `training`, `method`, `data`, `recipe` and `seed` are None.
+
+    Raises:
+        UserError: the file contains something else, or was written by an older version without the data.
+    """
+    stored = read_json(path)
+    if not isinstance(stored, dict) or {"method", "training"} <= stored.keys():
+        return read_entries(path)
+    if isinstance(stored.get(EVALUATED), dict):
+        if "result" in stored:
+            images, result = stored["images"], stored["result"]
+            results = {"trained": {"protocols": [result], "images": images, "pooling": stored["pooling"]}}
+        else:
+            results = {name: result for name, result in stored.items() if name not in ("encoder", EVALUATED)}
+            results = {"trained": stored["encoder"], **results}
+        return [stored[EVALUATED] | {"results": results}]
+    if "encoder" in stored or {"recipe", "result", "seconds"} <= stored.keys():
+        command = "hf-ssl evaluate --output" if "encoder" in stored else "hf-ssl supervise"
+        raise UserError(
+            f"{path}: expected the name of the evaluated images, got a file of an older version without it; "
+            f"run {command} again"
+        )
+    raise UserError(f"{path}: expected {EXPECTED}, got other data")
+
+
+def result_files(folder: Path, depth: int = _DEPTH) -> list[Path]:
+    """Return the files with results in a folder, or, if it has none, in its folders."""
+    own = [folder / name for name in FILES if (folder / name).is_file()]
+    if own or depth == 0:
+        return own
+    inner = [
+        path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(("_", "."))
+    ]
+    return [file for path in inner for file in result_files(path, depth - 1)]
+
+
+def recorded_training(folder: Path) -> dict[str, Any]:
+    """Return the part of the entry of a run that describes its training; {} if the folder contains no run."""
+    if (folder / FACTS).is_file():
+        entry: dict[str, Any] = result_entry(read_facts(folder))
+    elif (folder / SUPERVISED).is_file():
+        (entry,) = read_results(folder / SUPERVISED)
+    else:
+        return {}
+    return {key: entry[key] for key in _TRAINING}
