@@ -19,7 +19,7 @@ from hf_ssl import commands
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.names import DeprecatedSetting
-from hf_ssl.resources import MAX_IMAGES, PORT
+from hf_ssl.resources import MAP_IMAGES, MAX_IMAGES, PORT
 
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
@@ -165,6 +165,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder for results.json, which hf-ssl compare reads, and pictures of the results",
     )
+    _add_layer(evaluate)
+
+    plot = command("plot", commands.plot)
+    plot.add_argument(
+        "models",
+        nargs="+",
+        metavar="ENCODER",
+        help="folders or Hub ids of encoders, which are drawn side by side, and settings (data.path=...)",
+    )
+    plot.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
+    plot.add_argument(
+        "--kinds",
+        metavar="NAME,...",
+        help="tsne, umap (needs umap-learn), page (HTML with the maps and small images), confusion, "
+        "neighbors, k_curve, curves (of the loss and its terms, from the logs of runs) (default: all that "
+        "are possible)",
+    )
+    plot.add_argument(
+        "--images",
+        type=int,
+        default=MAP_IMAGES,
+        metavar="N",
+        help=f"largest number of test images in a map, with balanced classes (default: {MAP_IMAGES:,})",
+    )
+    _add_layer(plot)
+    plot.set_defaults(overrides=[])
 
     compare = command("compare", commands.compare)
     compare.add_argument(
@@ -263,6 +289,16 @@ def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.Argumen
         return added
 
     return add
+
+
+def _add_layer(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layer",
+        choices=["encoder", "projector"],
+        default="encoder",
+        help="projector: also the output z = g(h) of the projector, beside the features h of the encoder; "
+        "the model must be the output folder of a run (default: encoder)",
+    )
 
 
 def _add_space(space: argparse.ArgumentParser) -> None:

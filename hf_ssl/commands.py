@@ -84,7 +84,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
         data, evaluation = read_sections(overrides)
         from hf_ssl import run
 
-    run.evaluate(arguments.model, data, evaluation, arguments.output)
+    run.evaluate(arguments.model, data, evaluation, arguments.output, arguments.layer)
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw the features of encoders: t-SNE, UMAP, confusion matrices, neighbors and curves."""
+    settings = [text for text in arguments.models if "=" in text and not Path(text).exists()]
+    models = [text for text in arguments.models if text not in settings]
+    if not models:
+        raise UserError(f"plot: expected an encoder, got only the setting {settings[0]}; add its folder")
+    with progress("loading torch and transformers"), quick_imports():
+        from hf_ssl.recipe import read_sections
+
+        data, evaluation = read_sections([*settings, *arguments.overrides])
+        from hf_ssl.plotting import KINDS
+        from hf_ssl.plotting import plot as draw
+
+    kinds = list(KINDS) if arguments.kinds is None else arguments.kinds.split(",")
+    draw(models, data, evaluation, arguments.output, kinds, arguments.layer, arguments.images)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from hf_ssl.cards.result_files import EVALUATED, EVALUATION
 from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.targets import TARGETS
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import (
     EncoderResult,
     EvaluationConfig,
@@ -40,6 +40,7 @@ from hf_ssl.output_folder import (
     stored_revision,
 )
 from hf_ssl.progress import hidden_progress, progress
+from hf_ssl.projector import LAYERS, load_projected_encoder, projector_settings
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recording import EvaluationOutcome, collect_facts, evaluated_encoder, evaluation_facts
 from hf_ssl.trainer.trainer import SSLTrainer
@@ -211,7 +212,11 @@ def _evaluate_splits(
 
 
 def evaluate(
-    model: str, data: DataConfig, evaluation: EvaluationConfig, output: Path | None = None
+    model: str,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    output: Path | None = None,
+    layer: str = "encoder",
 ) -> dict[str, Any]:
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
@@ -223,6 +228,7 @@ def evaluate(
         data: the images, unless `evaluation.path` is set. `streaming` has no effect.
         evaluation: settings of the evaluation.
         output: folder for the results as `results.json` and for their pictures; None: no files.
+        layer: "projector" also evaluates the output of the projector, for the output folder of a run.
 
     Raises:
         UserError: the encoder cannot be loaded, the data have no labels, or a file cannot be written.
@@ -234,7 +240,7 @@ def evaluate(
     with joined_processes(fastest_device().type):
         is_main = process_rank() == 0
         with hidden_progress(not is_main):
-            results, evaluated = _evaluate(model, data, evaluation)
+            results, evaluated = _evaluate(model, data, evaluation, layer)
     if is_main:
         print(terminal_text(results))
         print(f"revision of the images: {evaluated['evaluation']['revision']}")
@@ -246,11 +252,13 @@ def evaluate(
 
 
 def _evaluate(
-    model: str, data: DataConfig, evaluation: EvaluationConfig
+    model: str, data: DataConfig, evaluation: EvaluationConfig, layer: str
 ) -> tuple[dict[str, EncoderResult], dict[str, Any]]:
     """Return the results of `evaluate`, and what was evaluated (`evaluated_encoder`)."""
+    check_name("--layer", layer, LAYERS, "encoder or projector")
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
+        projected = load_projected_encoder(model) if layer == "projector" else None
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
     splits = open_labeled_splits(replace(data, streaming=False), evaluation)
     chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
@@ -258,6 +266,11 @@ def _evaluate(
     device = fastest_device()
     measured = evaluate_encoder(encoder, *splits, evaluation, processor, device=device, description=model)
     results = {"encoder": measured}
+    if projected is not None:
+        settings, words = projector_settings(evaluation), f"{model}, projector"
+        results["projector"] = evaluate_encoder(
+            projected, *splits, settings, processor, device=device, description=words
+        )
     if evaluation.baselines:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     images = evaluation_facts(data, evaluation, *splits)

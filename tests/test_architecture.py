@@ -47,6 +47,8 @@ LAYERS = {
     "hf_ssl.building": 5,
     "hf_ssl.comparing": 5,
     "hf_ssl.output_folder": 5,
+    "hf_ssl.plotting": 5,
+    "hf_ssl.projector": 5,
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
@@ -58,7 +60,13 @@ LAYERS = {
 }
 
 # Distributions whose module has another name.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "faiss": "faiss-cpu",
+    "umap": "umap-learn",
+}
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,7 @@ def test_names_say_what_is_inside() -> None:
 
 def test_every_import_is_declared(sources: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [name for extra in ("timm", "demo") for name in project["optional-dependencies"][extra]]
+    extras = [name for extra in ("timm", "demo", "plots") for name in project["optional-dependencies"][extra]]
     requirements = [*project["dependencies"], *extras]
     declared = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in requirements}
     assert undeclared(sources, declared) == set()

@@ -66,7 +66,7 @@ def test_pretrain_hands_over_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None
 def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
-    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None)]
+    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None, "encoder")]
 
 
 def test_two_lists_of_protocols_are_a_mistake(capsys) -> None:
@@ -99,7 +99,7 @@ def test_settings_may_follow_options(
     after = ["evaluate", "folder", "--protocols", "knn", "data.path=digits", "--output", "results"]
     assert main(before) == main(after) == 0
     config = EvaluationConfig(protocols=["knn"])
-    assert calls == [("folder", DataConfig(path="digits"), config, Path("results"))] * 2
+    assert calls == [("folder", DataConfig(path="digits"), config, Path("results"), "encoder")] * 2
     for wrong in (["--output", "results", "other"], ["--outptu=results"]):
         with pytest.raises(SystemExit):
             main(["evaluate", "folder", "data.path=digits", *wrong])

@@ -17,6 +17,7 @@ ENCODERS = {
     "untrained": "the same network without training",
     "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
+    "projector": "its projector's output",
 }
 # A text that YAML reads as the same text, except for the words in _NOT_STRINGS.
 _PLAIN = re.compile(r"(\./)?[A-Za-z][\w./-]*")

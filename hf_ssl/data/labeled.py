@@ -264,6 +264,25 @@ def _only_classes(kinds: Collection[str]) -> bool:
     return set(kinds) <= set(CLASS_KINDS)
 
 
+def unlabeled_images(
+    config: DataConfig, split: str, *, max_images: int | None = None, seed: int = 0
+) -> LabeledImages:
+    """Open images whose labels are missing or are not used: all have the class 0, without a name.
+
+    Args and errors, except those about labels: see `labeled_images`. `max_images` images are chosen
+    at random.
+    """
+    source = open_source(replace(config, max_images=None, streaming=False), split, only_image=True)
+    source.require_rows()
+    count = len(source.dataset)
+    if max_images is not None and max_images < count:
+        source = source.select(np.sort(permutation(count, seed)[:max_images]))
+        count = max_images
+    rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
+    labels = np.zeros(count, dtype=np.int64)
+    return LabeledImages(source, rows, labels, [], config.max_broken_fraction, config.channels)
+
+
 def label_source(
     source: Source,
     config: DataConfig,

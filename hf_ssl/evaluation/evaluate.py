@@ -19,8 +19,8 @@ from hf_ssl.evaluation.config import MAIN_KNN, EvaluationConfig
 from hf_ssl.evaluation.feature_cache import cached_features
 from hf_ssl.evaluation.features import (
     PatchGrid,
+    chosen_precision,
     device_of,
-    dtype_of,
     fastest_device,
     first_output,
     inspect_encoder,
@@ -36,7 +36,7 @@ from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
-from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.precision import DTYPES
 from hf_ssl.views import ViewPreset
 
 
@@ -89,15 +89,7 @@ def evaluate_encoder(
     device = device_of(model, device)
     processor = load_processor(processor, model)
     train, test = _labeled(train, test, config, data)
-    precision, weights = config.precision, str(dtype_of(model)).removeprefix("torch.")
-    if precision == "auto" and weights == "float32":
-        precision = fastest_precision(device.type).name
-    elif precision == "auto":  # an encoder without autocast computes in the type of its weights
-        precision = weights
-    elif weights not in (precision, "float32"):
-        raise UserError(
-            f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
-        )
+    precision = chosen_precision(config, model, device)
     if isinstance(train, LabeledImages):
         check_protocols(config, train.kinds)
     seconds: dict[str, float] = {}
@@ -118,11 +110,10 @@ def evaluate_encoder(
             if config.patch_grid is not None:
                 raise
             skipped = [str(error)]  # the image processor is not that of the encoder
+    splits = {"train": train, "test": test}
     with _timed(seconds, "features"):
         (bank, queries), *of_grid = (
-            cached_features(
-                config, encoder, processor, (train, test), poolings, precision, device, description
-            )
+            cached_features(config, encoder, processor, splits, poolings, precision, device, description)
             for encoder, poolings in encoders.items()
         )
     inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)

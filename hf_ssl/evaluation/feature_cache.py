@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_ssl.data import LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
-from hf_ssl.evaluation.features import PatchGrid, extract_poolings
+from hf_ssl.evaluation.features import PatchGrid, chosen_precision, extract_poolings, inspect_encoder
 from hf_ssl.evaluation.inputs import LabeledData
 from hf_ssl.files import remove_incomplete, replaced_file
 from hf_ssl.precision import DTYPES
@@ -275,15 +275,19 @@ def cached_features(
     config: EvaluationConfig,
     encoder: nn.Module,
     processor: Any,
-    splits: tuple[LabeledData, LabeledData],
+    splits: Mapping[str, LabeledData],
     poolings: list[str],
     precision: str,
     device: torch.device,
     description: str | None,
 ) -> list[dict[str, Tensor]]:
-    """Return the features of both splits, which are read from the cache if they are stored there."""
+    """Return the features of each split, which are read from the cache if they are stored there.
+
+    Args:
+        splits: the images by the name of their part, "train" or "test", for messages.
+    """
     cache = FeatureCache.of(config)
-    cached = [isinstance(images, LabeledImages) for images in splits]
+    cached = [isinstance(images, LabeledImages) for images in splits.values()]
     fingerprint = None
     if cache is not None and any(cached):  # hashing the weights takes time
         if isinstance(encoder, PatchGrid):
@@ -292,7 +296,7 @@ def cached_features(
         else:
             fingerprint = encoder_fingerprint(encoder)
     found = []
-    for part, images in zip(("train", "test"), splits, strict=True):
+    for part, images in splits.items():
         words = None if description is None else f"{description}, {part} features"
 
         def extract(names: list[str], images: LabeledData = images, words: str | None = words) -> Any:
@@ -313,3 +317,20 @@ def cached_features(
             notice(f"{words}: {len(images):,} images from the cache {cache.folder}")
         found.append(features)
     return found
+
+
+def published_features(
+    config: EvaluationConfig,
+    encoder: nn.Module,
+    processor: Any,
+    splits: Mapping[str, LabeledData],
+    device: torch.device,
+    description: str | None,
+) -> dict[str, Tensor]:
+    """Return the evaluated feature (N, D) of each split, as `evaluate_encoder` extracts it."""
+    first = next(iter(splits.values()))
+    rule = inspect_encoder(encoder, processor, first.iter_batches(1), device).pooling
+    pooling = rule if config.pooling == "auto" else config.pooling
+    precision = chosen_precision(config, encoder, device)
+    found = cached_features(config, encoder, processor, splits, [pooling], precision, device, description)
+    return {part: features[pooling] for part, features in zip(splits, found, strict=True)}

@@ -19,12 +19,12 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from hf_ssl.allocation import kept_memory
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.evaluation.config import check_patch_grid
+from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
 from hf_ssl.modeling.backbones import load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
 from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, Pooling, pool, pooling_rule
-from hf_ssl.precision import autocast
+from hf_ssl.precision import autocast, fastest_precision
 from hf_ssl.progress import progress
 
 FULL_TOKENS = 2**28  # bytes of tokens that are kept in float32
@@ -118,6 +118,22 @@ def device_of(model: Any, device: torch.device | str | int | None = None) -> tor
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the type of the weights of an encoder."""
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+
+
+def chosen_precision(config: EvaluationConfig, model: nn.Module, device: torch.device) -> str:
+    """Return the name of the precision in which an encoder computes its features.
+
+    Raises:
+        UserError: `evaluation.precision` is not possible with the type of the weights.
+    """
+    precision, weights = config.precision, str(dtype_of(model)).removeprefix("torch.")
+    if precision == "auto":  # an encoder without autocast computes in the type of its weights
+        return fastest_precision(device.type).name if weights == "float32" else weights
+    if weights not in (precision, "float32"):
+        raise UserError(
+            f"evaluation.precision: expected {weights}, the type of the weights, got {precision}; use auto"
+        )
+    return precision
 
 
 def is_convolutional(model: nn.Module) -> bool:

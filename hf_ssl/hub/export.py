@@ -107,6 +107,16 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
     """
     transformers_logging.disable_progress_bar()
     check_new_or_empty(directory, "export")
+    export_model(load_method_model(checkpoint), directory)
+    print(f"encoder: {directory}, method model: {directory / METHOD_MODEL}")
+
+
+def load_method_model(checkpoint: Path) -> SSLPreTrainedModel:
+    """Return the model in a training checkpoint or in the folder `pretraining/` of a run.
+
+    Raises:
+        UserError: the folder cannot be read or is not a method of hf_ssl.
+    """
     try:
         model = AutoModelForPreTraining.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -117,8 +127,7 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
         raise UserError(
             f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use another one"
         )
-    export_model(model, directory)
-    print(f"encoder: {directory}, method model: {directory / METHOD_MODEL}")
+    return model
 
 
 def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitImageProcessor:

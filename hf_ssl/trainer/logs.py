@@ -4,16 +4,17 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MEASUREMENTS
-from hf_ssl.files import replaced_file
+from hf_ssl.files import newest_checkpoint, read_json, replaced_file
 from hf_ssl.modeling.gather import mean_over_processes
 from hf_ssl.modeling.outputs import SSLOutput
 
@@ -158,3 +159,66 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
             axes.legend(fontsize=7, frameon=False)
     with replaced_file(path) as staging:
         figure.savefig(staging, format="png")
+
+
+class RunLog(NamedTuple):
+    """The log of a run: the type of its model, and `trainer.state.log_history`."""
+
+    method: str
+    history: list[dict[str, Any]]
+
+
+def read_log(folder: Path) -> RunLog:
+    """Return the log in the newest checkpoint of a run.
+
+    Raises:
+        UserError: the folder contains no checkpoint, or a file of it cannot be read.
+    """
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"curves: expected the output folder of a run with a checkpoint, got {folder}")
+    state, config = read_json(checkpoint / "trainer_state.json"), read_json(checkpoint / "config.json")
+    return RunLog(config["model_type"].removeprefix("ssl_"), state["log_history"])
+
+
+def loss_terms(runs: Mapping[str, RunLog]) -> Any:
+    """Return a figure with the curves of the loss and of each of its terms.
+
+    Runs of one method share the panels of a row. The losses of different methods are not comparable, so each
+    method has its own row.
+
+    Args:
+        runs: the logs by the name of the run.
+
+    Raises:
+        UserError: no run logged a loss.
+    """
+    from matplotlib.figure import Figure  # pyplot would need global state
+
+    rows: dict[str, list[str]] = {}
+    for run in runs.values():
+        logged = {key for record in run.history for key in record if _is_number(record[key])}
+        terms = sorted(key for key in logged if key == "loss" or key.startswith("term_"))  # the loss is first
+        row = rows.setdefault(run.method, [])
+        row += [key for key in terms if key not in row]
+    columns = max(map(len, rows.values()), default=0)
+    if columns == 0:
+        raise UserError("curves: expected a run with a logged loss, got none; train for more steps")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * len(rows)), layout="constrained", dpi=110)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for (method, keys), line in zip(rows.items(), panels, strict=True):
+        for axes, key in zip(line, keys, strict=False):
+            for number, (name, run) in enumerate(runs.items()):
+                points = [(each["step"], each[key]) for each in run.history if _is_number(each.get(key))]
+                if run.method == method and points:
+                    steps, values = zip(*points, strict=True)
+                    axes.plot(steps, values, color=f"C{number}", label=name, linewidth=1.2)
+            title = "training loss" if key == "loss" else f"term {_label(key)}"
+            axes.set_title(f"{method}: {title}", fontsize=9)
+            axes.set_xlabel("step", fontsize=7)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=7, frameon=False)
+        for axes in line[len(keys) :]:
+            axes.axis("off")
+    return figure

@@ -24,7 +24,6 @@ from hf_ssl import SimCLRConfig, SimCLRForPreTraining
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     EvaluationConfig,
-    evaluate,
     evaluate_encoder,
     evaluate_features,
     evaluate_pixels,
@@ -93,7 +92,8 @@ def knn_of(result) -> float:
 
 @pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
 def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, monkeypatch, fastest):
-    monkeypatch.setattr(evaluate, "fastest_precision", lambda device: Precision(fastest, "measured"))
+    measured = Precision(fastest, "measured")
+    monkeypatch.setattr("hf_ssl.evaluation.features.fastest_precision", lambda device: measured)
     seen = []
     hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
     images, labels = digits

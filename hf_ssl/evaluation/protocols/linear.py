@@ -200,6 +200,24 @@ def linear_probe(
     return _fit(features, train_labels, test_labels, *settings).probe
 
 
+def predict_scores(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    config: Config,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the logits (N, C) of the test images from the head of `linear_probe`."""
+    settings = asdict(config)
+    del settings["features"]
+    return _fit(
+        [(train_features, test_features)], train_labels, test_labels, **settings,
+        seed=seed, device=device, advance=lambda epochs: None,
+    ).scores  # fmt: skip
+
+
 class _Fit(NamedTuple):
     """Result of `_fit`.
 

@@ -58,6 +58,7 @@ class CMCForPreTraining(MemoryBankModel):
     minimum_views = maximum_views = 1
     takes_image_columns = True
     backbone_types = DIVISIBLE_TYPES
+    exported_projector = "heads"
 
     def __init__(self, config: CMCConfig) -> None:
         super().__init__(config)

@@ -35,6 +35,7 @@ class DINOForPreTraining(MomentumModel):
     collapsed_below = COLLAPSED_PROTOTYPES
     student_teacher = (*MomentumModel.student_teacher, ("last_layer", "teacher_last_layer"))
     exported = "teacher_backbone"
+    exported_projector = "teacher_projector"
     memory_inputs = ("teacher",)
 
     teacher_temperature: Tensor

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps of features: t-SNE and UMAP place similar images near each other in 2-D or 3-D (layer 1).
+
+Legend: N images, D features, C classes.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.knn import check_features
+from hf_ssl.evaluation.statistics import unit_rows
+from hf_ssl.resources import INSTALL_PLOTS
+
+TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
+COLORS = (
+    "#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee",
+    "#882255", "#44aa99", "#999933", "#aa4499", "#666666",
+)  # fmt: skip
+"""Paul Tol's colors "muted", which color-blind readers can distinguish, with a darker yellow and gray."""
+MARKERS = ("o", "^", "s", "D")
+LEGEND_CLASSES = 20
+LEAST_IMAGES = 5
+PERPLEXITY, NEIGHBORS = 30.0, 15  # the defaults of scikit-learn and umap-learn
+_COMPONENTS = 50  # of the PCA before t-SNE, as van der Maaten and Hinton (2008) recommend
+
+
+def map_points(features_ND: Tensor, method: str, dimensions: int, seed: int = 0) -> np.ndarray:
+    """Return the points (N, 2) or (N, 3) of a map of features, float64.
+
+    The features are L2-normalized, so that distances follow cosines as in k-NN. t-SNE begins with a PCA. The
+    seed determines the result on one machine.
+
+    Args:
+        features_ND: (N, D) features.
+        method: "tsne" or "umap".
+        dimensions: 2 or 3.
+        seed: seed of the method.
+
+    Raises:
+        UserError: there are fewer than 5 images, the features are not finite, or umap-learn is missing.
+    """
+    rows = unit_rows(check_features(features_ND, "maps").float()).cpu().double().numpy()
+    if len(rows) < LEAST_IMAGES:
+        raise UserError(
+            f"{TITLES[method]}: expected at least {LEAST_IMAGES} images, got {len(rows)}; use more images"
+        )
+    if np.ptp(rows, axis=0).max() < 1e-6:  # a collapsed encoder
+        return np.zeros((len(rows), dimensions))
+    return _tsne(rows, dimensions, seed) if method == "tsne" else _umap(rows, dimensions, seed)
+
+
+def perplexity(images: int) -> float:
+    """Return the perplexity of t-SNE: 30, or a third of the number of other images if this is smaller."""
+    return min(PERPLEXITY, (images - 1) / 3)
+
+
+def _tsne(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
+    from sklearn.decomposition import PCA  # slow to import
+    from sklearn.manifold import TSNE
+
+    if rows.shape[1] < dimensions:  # PCA cannot find more directions than there are
+        rows = np.pad(rows, ((0, 0), (0, dimensions - rows.shape[1])))
+    if min(rows.shape) > _COMPONENTS:
+        rows = PCA(_COMPONENTS, svd_solver="full").fit_transform(rows)
+    tsne = TSNE(
+        dimensions, perplexity=perplexity(len(rows)), init="pca", learning_rate="auto", random_state=seed
+    )
+    return tsne.fit_transform(rows).astype(np.float64)
+
+
+def _umap(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
+    check_umap()
+    from umap import UMAP
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed prevents parallel work
+        # The spectral start needs a few more images than dimensions.
+        start = "spectral" if len(rows) > 2 * NEIGHBORS else "random"
+        neighbors = min(NEIGHBORS, len(rows) - 1)
+        fit = UMAP(neighbors, dimensions, init=start, random_state=seed, n_jobs=1).fit_transform(rows)
+    return np.asarray(fit, dtype=np.float64)
+
+
+def check_umap() -> None:
+    """Raise UserError if umap-learn, an optional package, cannot be imported."""
+    try:
+        import umap  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"UMAP: expected the package umap-learn, got none; {INSTALL_PLOTS}") from error
+
+
+def draw_maps(
+    maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], title: str
+) -> Any:
+    """Return a figure with one panel per encoder.
+
+    Args:
+        maps: points (N, 2) or (N, 3) by the title of the panel.
+        labels: (N,) class numbers.
+        class_names: names of the classes; none: all points have one color.
+        title: title of the figure.
+    """
+    from matplotlib.figure import Figure  # pyplot would need global state
+
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    shown = _shown_classes(labels, class_names)
+    width = 4.4 * columns + (1.8 if shown else 0)
+    height = 4.4 * max(map(_height, maps.values())) + 0.3
+    figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize=11)
+    panel: Any = None
+    for position, (name, points) in enumerate(maps.items(), start=1):
+        is_flat = points.shape[1] == 2
+        panel = figure.add_subplot(rows, columns, position, projection=None if is_flat else "3d")
+        for number in np.unique(labels):
+            panel.scatter(
+                *points[labels == number].T,
+                s=12, linewidths=0, alpha=0.8,
+                color=color_of(number), marker=MARKERS[shape_of(number)],
+            )  # fmt: skip
+        panel.set_title(name, fontsize=9)
+        if is_flat:  # the units have no meaning
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_aspect("equal", adjustable="box", anchor="N")
+        else:
+            for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
+                axis.set_ticklabels([])
+            panel.set_box_aspect((1, 1, 1), zoom=1.05)
+    if shown:
+        figure.legend(
+            handles=_legend(shown, class_names), loc="outside right upper", fontsize=8, frameon=False,
+            title=_legend_title(labels, shown), title_fontsize=8,
+        )  # fmt: skip
+    return figure
+
+
+def _height(points: np.ndarray) -> float:
+    """Return the height of a panel as a multiple of its width."""
+    if points.shape[1] == 3:
+        return 1.0
+    width, height = np.ptp(points, axis=0)
+    return float(np.clip(height / width, 0.5, 1.3)) if width > 0 else 1.0
+
+
+def _shown_classes(labels: np.ndarray, class_names: Sequence[str]) -> list[int]:
+    """Return the class numbers in the legend; none without class names."""
+    return [int(number) for number in np.unique(labels)][:LEGEND_CLASSES] if class_names else []
+
+
+def _legend_title(labels: np.ndarray, shown: Sequence[int]) -> str | None:
+    total = len(np.unique(labels))
+    return f"the first {len(shown)} of {total} classes" if total > len(shown) else None
+
+
+def _legend(shown: Sequence[int], class_names: Sequence[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D(
+            [], [], linestyle="", markersize=5, label=shortened(class_names[number]),
+            color=color_of(number), marker=MARKERS[shape_of(number)],
+        )
+        for number in shown
+    ]  # fmt: skip
+
+
+def color_of(number: int) -> str:
+    """Return the color of a class number."""
+    return COLORS[number % len(COLORS)]
+
+
+def shape_of(number: int) -> int:
+    """Return the index of the marker of a class number. Color and marker together distinguish 40 classes."""
+    return (number + number // len(COLORS)) % len(MARKERS)
+
+
+def shortened(name: str, most: int = 22) -> str:
+    """Return a class name with at most `most` characters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
