@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for results.json, which hf-ssl compare reads, and pictures of the results",
     )
     _add_layer(evaluate)
+    _add_suite(evaluate)
 
     plot = command("plot", commands.plot)
     plot.add_argument(
@@ -269,6 +270,25 @@ def _parser() -> argparse.ArgumentParser:
     command("methods", commands.methods)
     command("recipes", commands.recipes)
     return parser
+
+
+def _add_suite(evaluate: argparse.ArgumentParser) -> None:
+    """Add the options of `hf-ssl evaluate` for suites of data sets."""
+    suite = evaluate.add_argument_group(
+        "suites of data sets", "Settings then apply to all data sets. A second call continues."
+    )
+    suite.add_argument(
+        "--suite", metavar="NAME", help="a YAML file, or one of transfer_ericsson and transfer_small"
+    )
+    suite.add_argument(
+        "--root", metavar="FOLDER", help="folder of the data sets; the paths of the suite are relative to it"
+    )
+    suite.add_argument(
+        "--list-jobs", action="store_true", help="only list the jobs, which can run separately"
+    )
+    suite.add_argument(
+        "--job", type=int, metavar="N", help="run one job; a last call without --job writes the table"
+    )
 
 
 def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:

@@ -71,20 +71,45 @@ def evaluate(arguments: argparse.Namespace) -> None:
         from hf_ssl.recipe.source import apply_overrides
 
         overrides = list(arguments.overrides)
-        if arguments.protocols is not None:
+        is_suite = arguments.suite is not None
+        if arguments.protocols is not None and not is_suite:
             given = apply_overrides({}, overrides, ("data", "evaluation"))["evaluation"].get("protocols")
             if given is not None:
                 raise UserError(
                     f"--protocols {arguments.protocols}: expected no further list, got "
                     f"evaluation.protocols={given}; use only one of them"
                 )
+        if arguments.protocols is not None and not (is_suite and arguments.protocols == "all"):
             quick = [name for name, protocol in PROTOCOLS.items() if not protocol.takes_long]
             names = ",".join(quick) if arguments.protocols == "all" else arguments.protocols
             overrides.append(f"evaluation.protocols=[{names}]")
-        data, evaluation = read_sections(overrides)
-        from hf_ssl import run
+        _check_suite_options(arguments)
+        if arguments.suite is not None:
+            from hf_ssl import suites
 
-    run.evaluate(arguments.model, data, evaluation, arguments.output, arguments.layer)
+            suite = suites.load_suite(arguments.suite, overrides, arguments.root)
+        else:
+            data, evaluation = read_sections(overrides)
+            from hf_ssl import run
+
+    if is_suite and arguments.list_jobs:
+        print("\n".join(suites.list_jobs(suite, arguments.output)))
+    elif is_suite:
+        suites.run_suite(arguments.model, suite, arguments.output, arguments.job)
+    else:
+        run.evaluate(arguments.model, data, evaluation, arguments.output, arguments.layer)
+
+
+def _check_suite_options(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that needs another one, or that has no effect with another one."""
+    for option in ("root", "job", "list_jobs"):
+        value = getattr(arguments, option)
+        if arguments.suite is None and value not in (None, False):
+            raise UserError(f"--{option.replace('_', '-')}: expected --suite NAME with it, got none")
+    if arguments.suite is not None and arguments.layer != "encoder":
+        raise UserError(f"--layer {arguments.layer}: expected no suite with it, got {arguments.suite}")
+    if arguments.suite is not None and arguments.output is None and not arguments.list_jobs:
+        raise UserError("--output: expected the folder of the results of the suite, got none")
 
 
 def plot(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the files outside the package and the cores of the machine (layer 0).
 
-The files are recipes, card templates, the Space, and `constraints.txt`.
+The files are recipes, suites, card templates, the Space, and `constraints.txt`.
 
 A wheel contains them in a data folder inside the package. In a source tree, and so in an editable install,
 they lie beside the package. The working directory has no influence.
@@ -24,6 +24,7 @@ INSTALL_PLOTS = 'run pip install -c constraints.txt ".[plots]" in a checkout of 
 # Name in the data folder of a wheel -> place in the source tree.
 FOLDERS = {
     "recipes": "training/recipes",
+    "suites": "training/suites",
     "model_cards": "model_cards",
     "spaces": "spaces",
     "constraints.txt": "constraints.txt",
@@ -54,6 +55,11 @@ def recipe_files() -> dict[str, Path]:
     root = resource("recipes")
     files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
     return dict(sorted(files.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def suite_files() -> dict[str, Path]:
+    """Return the file of each suite of data sets by its name, sorted."""
+    return {path.stem: path for path in sorted(resource("suites").glob("*.yaml"))}
 
 
 def usable_cores() -> int:

@@ -221,7 +221,8 @@ def evaluate(
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
     The evaluation uses the accelerator if there is one. Under torchrun or accelerate launch, the processes
-    share the protocols that need the encoder, and the result is that of one process up to rounding.
+    share the extraction of features and the trainings of the encoder. The result is that of one process up to
+    rounding.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.

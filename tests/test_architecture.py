@@ -52,6 +52,7 @@ LAYERS = {
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
+    "hf_ssl.suites": 5,
     "hf_ssl.supervised": 5,
     "hf_ssl.cli": 5,
     "hf_ssl.commands": 5,
@@ -281,7 +282,9 @@ def test_files_fit_in_a_head() -> None:
 
 
 def test_every_file_has_its_license() -> None:
-    recipes = (ROOT / "training" / "recipes").rglob("*.yaml")
+    recipes = [
+        path for folder in ("recipes", "suites") for path in (ROOT / "training" / folder).rglob("*.yaml")
+    ]
     files = [*python_files(), *recipes]
     assert [str(path) for path in files if path.read_text(encoding="utf-8").split("\n", 1)[0] != SPDX] == []
 

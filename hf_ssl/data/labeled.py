@@ -219,6 +219,20 @@ class LabeledImages:
         if waiting:
             yield waiting
 
+    def iter_rows(self, rows: range, batch_size: int, broken: dict[int, str]) -> Iterator[list[Tensor]]:
+        """Yield some images in lists of `batch_size`. Call `omit_broken` when all rows have been read.
+
+        Args:
+            rows: positions in the split, which also count broken images.
+            batch_size: number of rows that become one list.
+            broken: dict to which the broken images among these rows are added.
+        """
+        for start in rows[::batch_size]:
+            read = np.arange(start, min(start + batch_size, rows.stop))
+            images, found = self._rows.read(read)
+            broken.update({start + position: text for position, text in found.items()})
+            yield [image for position, image in enumerate(images) if position not in found]
+
     def _readable(self) -> np.ndarray:
         """Return the positions of the images that can be read."""
         if not self._complete:

@@ -32,7 +32,14 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import PatchGrid, chosen_precision, extract_poolings, inspect_encoder
 from hf_ssl.evaluation.inputs import LabeledData
+from hf_ssl.evaluation.shared_extraction import extract_together
 from hf_ssl.files import remove_incomplete, replaced_file
+from hf_ssl.modeling.gather import (
+    from_every_process,
+    is_first_on_machine,
+    process_count,
+    work_is_shared,
+)
 from hf_ssl.precision import DTYPES
 from hf_ssl.progress import notice
 
@@ -172,8 +179,11 @@ def read_or_extract(
     read = {name: cache.read(key, name, total) for name in names}
     stored = {name: entry for name, entry in read.items() if entry is not None}
     missing = [name for name in names if name not in stored]
+    if work_is_shared():  # a feature that one process misses is extracted by all of them
+        missed = {name for process in from_every_process(missing) for name in process}
+        missing = [name for name in names if name in missed]
     extracted = extract(missing) if missing else {}
-    for name, features in extracted.items():
+    for name, features in extracted.items() if is_first_on_machine() else ():
         cache.write(key, name, Entry(features, images.broken_rows))
     if not missing:
         images.omit_broken(next(iter(stored.values())).broken)
@@ -283,6 +293,8 @@ def cached_features(
 ) -> list[dict[str, Tensor]]:
     """Return the features of each split, which are read from the cache if they are stored there.
 
+    The processes of `joined_processes` share the extraction.
+
     Args:
         splits: the images by the name of their part, "train" or "test", for messages.
     """
@@ -300,16 +312,20 @@ def cached_features(
         words = None if description is None else f"{description}, {part} features"
 
         def extract(names: list[str], images: LabeledData = images, words: str | None = words) -> Any:
-            return extract_poolings(
-                encoder,
-                processor,
-                images.iter_batches(config.batch_size),
-                poolings=names,
-                device=device,
-                dtype=DTYPES.get(precision),
-                total=len(images),
-                description=words,
-            )
+            def extract_batches(batches: Iterable[list[Tensor]]) -> dict[str, Tensor]:
+                return extract_poolings(
+                    encoder,
+                    processor,
+                    batches,
+                    poolings=names,
+                    device=device,
+                    dtype=DTYPES.get(precision),
+                    total=len(images),
+                    description=words,
+                    processes=process_count() if work_is_shared() else 1,
+                )
+
+            return extract_together(extract_batches, images, config.batch_size, names, device)
 
         key = feature_key(fingerprint, processor, images, precision, device)
         features, stored = read_or_extract(cache, key, images, poolings, extract)

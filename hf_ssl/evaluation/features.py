@@ -297,6 +297,7 @@ def extract_poolings(
     total: int | None = None,
     description: str | None = None,
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    processes: int = 1,
 ) -> dict[str, Tensor]:
     """Return the features (N, D) for each pooling and each further feature from one pass.
 
@@ -304,6 +305,7 @@ def extract_poolings(
         poolings: values of `Pooling`, and names of `FEATURES` that the encoder has. "tokens" (N, P, D) are in
             half precision if they take more than 256 MiB.
         arguments: further arguments of the encoder.
+        processes: number of processes that share the `total` images, for the progress bar.
         Others: as for `extract_features`.
 
     Raises:
@@ -329,7 +331,7 @@ def extract_poolings(
                 for name, found in rows.items():
                     given = read[name] if name in read else pool(outputs, cast(Pooling, name), model)
                     found.append(given)
-                bar.update(len(images))
+                bar.update(processes * len(images))
     features = {name: found.tensor() for name, found in rows.items()}
     if wide is not None:
         size = features[wide].shape[1] // (LAST_BLOCKS + 1)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _SECONDS_TO_FREE = 0.5
+_BYTES_AT_ONCE = 2**26
+_shares_work = False
 
 
 def process_count() -> int:
@@ -39,14 +41,30 @@ def joined_processes(device_type: str) -> Iterator[None]:
     if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    global _shares_work
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    _shares_work = True
     try:
         yield
         finish_communication()
     finally:
+        _shares_work = False
         dist.destroy_process_group()
+
+
+def work_is_shared() -> bool:
+    """Return whether this is a process of `joined_processes`, so that all of them call the same functions.
+
+    In other process groups, a single process may call a function.
+    """
+    return _shares_work and process_count() > 1
+
+
+def is_first_on_machine() -> bool:
+    """Return whether no other process of this machine has a lower rank."""
+    return process_count() == 1 or os.environ.get("LOCAL_RANK", str(process_rank())) == "0"
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -156,6 +174,38 @@ def from_first_process(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_every_process(value: Any) -> list[Any]:
+    """Return the values of all processes in the order of ranks. They must be picklable."""
+    values = [value] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def join_rows(rows: Tensor | None, device: torch.device) -> Tensor:
+    """Return the rows of all processes on the CPU, concatenated in the order of ranks, without gradient.
+
+    Args:
+        rows: (N, ...) on the CPU. N may differ between processes. None: this process has no rows.
+        device: device of this process, for the communication.
+    """
+    shapes = from_every_process(None if rows is None else (rows.shape, rows.dtype))
+    size, dtype = next(shape for shape in shapes if shape is not None)
+    counts = [0 if shape is None else shape[0][0] for shape in shapes]
+    joined = torch.empty(sum(counts), *size[1:], dtype=dtype)
+    at_once = max(1, _BYTES_AT_ONCE // max(1, joined[:1].nbytes))
+    channel = device if process_count() > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
+    for rank, own in enumerate(joined.split(counts)):
+        if rank == process_rank() and rows is not None:
+            own.copy_(rows)
+        if process_count() > 1:
+            for part in own.split(at_once) if len(own) else ():
+                moved = part.to(channel)
+                dist.broadcast(moved, src=rank)
+                part.copy_(moved)
+    return joined
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -327,13 +327,15 @@ def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:
                 )
 
 
-def read_sections(overrides: Sequence[str]) -> tuple[DataConfig, EvaluationConfig]:
-    """Return the sections `data` and `evaluation` from overrides alone.
+def read_sections(
+    overrides: Sequence[str], given: dict[str, dict[str, Any]] | None = None
+) -> tuple[DataConfig, EvaluationConfig]:
+    """Return the sections `data` and `evaluation` from overrides, and from given values, if any.
 
     Raises:
         UserError: a key is unknown or a value is wrong.
     """
-    plain = apply_overrides({}, overrides, ("data", "evaluation"))
+    plain = apply_overrides(given or {}, overrides, ("data", "evaluation"))
     data = to_dataclass(DataConfig, plain["data"], "data")
     evaluation = to_dataclass(EvaluationConfig, plain["evaluation"], "evaluation")
     data.check()

@@ -36,8 +36,8 @@ def find_recipe(name_or_path: str) -> tuple[str, Path]:
     raise UserError(f"recipe: expected {what}, got {name_or_path}; {hint}")
 
 
-def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections of a recipe file. Missing sections are empty.
+def read_yaml(path: Path, sections: Sequence[str] = SECTIONS) -> dict[str, dict[str, Any]]:
+    """Return the sections of a recipe file, or of a file with other sections. Missing sections are empty.
 
     Raises:
         UserError: the file cannot be read, is not valid YAML, or contains something other than sections.
@@ -52,8 +52,8 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: expected a readable recipe, got an error: {error.strerror}") from error
     plain = OmegaConf.to_container(tree)
     if not isinstance(plain, dict):
-        raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {type(plain).__name__}")
-    return _sections(plain, SECTIONS, str(path))
+        raise UserError(f"{path}: expected the sections {', '.join(sections)}, got {type(plain).__name__}")
+    return _sections(plain, sections, str(path))
 
 
 def apply_overrides(

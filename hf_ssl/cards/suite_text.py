@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and a plot of the results of a suite. All functions but `draw` are pure (layer 3)."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_ssl.evaluation.protocols import PROTOCOLS
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+
+COLUMNS = {
+    "top_1": "top-1",
+    "top_5": "top-5",
+    "mean_per_class": "mean per class",
+    "mean_average_precision": "mAP, 11 points",
+}
+"""Name of a metric of an entry -> its name in the table."""
+
+
+class Measured(NamedTuple):
+    """A job of a suite.
+
+    Attributes:
+        entry, group, metric: names.
+        protocols: protocol of the group -> the protocol that runs.
+        result: the result; None if there is none.
+        error: why there is no result.
+    """
+
+    entry: str
+    group: str
+    metric: str
+    protocols: dict[str, str]
+    result: EncoderResult | None
+    error: str | None
+
+
+class Cell(NamedTuple):
+    """A number of a data set, or the reason why it is missing."""
+
+    value: float | None
+    protocol: str
+    id: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Column:
+    """A number of a protocol on all data sets of its group.
+
+    Attributes:
+        heading: a text that differs from those of other columns.
+        group: name of the group.
+        protocol: protocol of the group.
+        cells: the numbers by entry.
+    """
+
+    heading: str
+    group: str
+    protocol: str
+    cells: dict[str, Cell]
+
+    @property
+    def values(self) -> list[float]:
+        return [cell.value for cell in self.cells.values() if cell.value is not None]
+
+    @property
+    def average(self) -> float | None:
+        """Return the mean over the data sets with a number; None if there is none."""
+        return statistics.mean(self.values) if self.values else None
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Return the data sets without a number, with the reasons."""
+        return {name: cell.reason for name, cell in self.cells.items() if cell.value is None}
+
+    @property
+    def sentence(self) -> str:
+        """Return which data sets the average includes."""
+        count, total = len(self.values), len(self.cells)
+        if not self.missing:
+            return f"{self.heading}: average over all {total} data sets"
+        names = "; ".join(f"{name} ({reason})" for name, reason in self.missing.items())
+        return f"{self.heading}: average over {count} of {total} data sets; missing: {names}"
+
+
+@dataclass
+class Summary:
+    """The results of a suite: title, name of the encoder, metric of each entry, and the columns."""
+
+    title: str
+    encoder: str
+    metrics: dict[str, str]
+    columns: list[Column]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "title": self.title,
+            "encoder": self.encoder,
+            "metrics": self.metrics,
+            "columns": [
+                {
+                    "heading": column.heading,
+                    "group": column.group,
+                    "protocol": column.protocol,
+                    "average": column.average,
+                    "data_sets": len(column.values),
+                    "of": len(column.cells),
+                    "missing": column.missing,
+                    "entries": {
+                        name: {"value": cell.value, "protocol": cell.protocol, "id": cell.id}
+                        for name, cell in column.cells.items()
+                        if cell.value is not None
+                    },
+                }
+                for column in self.columns
+            ],
+        }
+
+
+def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary:
+    """Return the numbers of all jobs in columns.
+
+    A protocol with several numbers has several columns.
+    """
+    columns: list[Column] = []
+    places = dict.fromkeys((job.group, protocol) for job in measured for protocol in job.protocols)
+    for group, protocol in places:
+        jobs = [job for job in measured if job.group == group and protocol in job.protocols]
+        found = {job.entry: _numbers(job, protocol) for job in jobs}
+        for position in range(max(1, *map(len, found.values()))):
+            own = [
+                numbers[position]["column"]
+                for numbers in found.values()
+                if position < len(numbers) and numbers[position]["protocol"] == protocol
+            ]
+            heading = own[0] if len(set(own)) == 1 else PROTOCOLS[protocol].title
+            if heading in [column.heading for column in columns]:
+                heading = f"{heading} ({group}, {position + 1})"
+            cells = {job.entry: _cell(job, protocol, found[job.entry][position:]) for job in jobs}
+            columns.append(Column(heading, group, protocol, cells))
+    return Summary(title, encoder, {job.entry: job.metric for job in measured}, columns)
+
+
+def _numbers(job: Measured, protocol: str) -> list[ProtocolResult]:
+    return [] if job.result is None else find_results(job.result, job.protocols[protocol])
+
+
+def _cell(job: Measured, protocol: str, numbers: list[ProtocolResult]) -> Cell:
+    """Return the first number in the metric of its entry."""
+    run = job.protocols[protocol]
+    if job.result is None:
+        return Cell(None, run, reason=job.error or "it was not measured")
+    if not numbers:
+        start = f"{PROTOCOLS[run].title}: "
+        skipped = [text.removeprefix(start) for text in job.result["skipped"] if text.startswith(start)]
+        return Cell(None, run, reason=(skipped or ["the protocol does not return this number"])[0])
+    value = metric_value(numbers[0], job.metric)
+    if value is None:
+        return Cell(None, run, reason=f"{PROTOCOLS[run].title} does not measure {job.metric}")
+    return Cell(value, run, numbers[0]["id"])
+
+
+def metric_value(result: ProtocolResult, metric: str) -> float | None:
+    """Return a metric of a result; None if the protocol does not measure it."""
+    is_accuracy = result["key"] != "mean_average_precision"
+    if metric == "top_1":
+        return result["value"] if is_accuracy else None
+    return result["value"] if result["key"] == metric else result["metrics"].get(metric)
+
+
+def markdown(summary: Summary) -> str:
+    """Return the table in Markdown, in percent, with a sentence about each average."""
+    columns = summary.columns
+    rows = [
+        ["data set", "metric", *(column.heading for column in columns)],
+        ["---"] * 2 + ["---:"] * len(columns),
+    ]
+    for name, metric in summary.metrics.items():
+        cells = [column.cells.get(name) for column in columns]
+        rows.append([name, COLUMNS[metric], *(_text(None if cell is None else cell.value) for cell in cells)])
+    averages = [_text(column.average) + _share(column) for column in columns]
+    rows.append(["**average**", "", *averages])
+    lines = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", *(f"- {column.sentence}." for column in columns), *replacements(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def replacements(summary: Summary) -> list[str]:
+    """Return a line for each data set that was measured by another protocol than the others."""
+    return [
+        f"- {name}: {PROTOCOLS[cell.protocol].title} in place of {PROTOCOLS[column.protocol].title}."
+        for column in summary.columns
+        for name, cell in column.cells.items()
+        if cell.protocol != column.protocol and cell.value is not None
+    ]
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _share(column: Column) -> str:
+    return f" ({len(column.values)} of {len(column.cells)})" if column.missing and column.values else ""
+
+
+def csv_text(summary: Summary) -> str:
+    """Return the numbers as CSV, one row for each data set and column, and for each average."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["encoder", "data_set", "metric", "group", "column", "protocol", "id", "value", "missing"]
+    )
+    for column in summary.columns:
+        for name, cell in column.cells.items():
+            value = "" if cell.value is None else f"{cell.value:.6f}"
+            about = [summary.metrics[name], column.group, column.heading, cell.protocol, cell.id]
+            writer.writerow([summary.encoder, name, *about, value, cell.reason])
+        average = "" if column.average is None else f"{column.average:.6f}"
+        about = ["", column.group, column.heading, column.protocol, ""]
+        missing = " ".join(column.missing)
+        writer.writerow([summary.encoder, "average", *about, average, missing])
+    return stream.getvalue()
+
+
+def draw(summary: Summary, path: Path) -> None:
+    """Draw a group of bars for each data set, and the averages."""
+    from matplotlib.figure import Figure
+
+    names, columns = list(summary.metrics), summary.columns
+    width = 0.8 / len(columns)
+    figure = Figure(
+        figsize=(2.5 + 0.28 * (len(names) + 1) * (len(columns) + 1), 3.8), layout="constrained", dpi=130
+    )
+    axes = figure.subplots()
+    for place, column in enumerate(columns):
+        cells = [column.cells.get(name) for name in names]
+        values = [cell.value if cell is not None else None for cell in cells] + [column.average]
+        offset = (place - (len(columns) - 1) / 2) * width
+        shown = [(number, value) for number, value in enumerate(values) if value is not None]
+        axes.bar(
+            [number + offset for number, _ in shown], [100 * value for _, value in shown], width,
+            label=column.heading + _share(column), color=f"C{place}",
+        )  # fmt: skip
+    axes.axvline(len(names) - 0.5, color="gray", linewidth=0.8, linestyle="--")
+    labels = [f"{name}\n{COLUMNS[metric]}" for name, metric in summary.metrics.items()]
+    axes.set_xticks(range(len(names) + 1), [*labels, "average"], fontsize=7, rotation=30, ha="right")
+    axes.set_ylabel("percent", fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_title(f"{summary.title}: {summary.encoder}", fontsize=9)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(
+        fontsize=7, frameon=False, ncols=min(3, len(columns)), loc="upper center", bbox_to_anchor=(0.5, -0.3)
+    )
+    figure.savefig(path, format="png")

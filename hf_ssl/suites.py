@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates an encoder on the data sets of a suite, in jobs that can run separately (layer 5).
+
+A suite is a YAML file with the sections `suite`, `groups`, `data`, `evaluation` and `entries`. An entry is a
+data set with its metric. A group is a list of protocols, such as those with a frozen encoder. Each pair of
+entry and group is a job. Its result is the file `<entry>/<group>.json` in the output folder. A later call
+reads it, so an interrupted suite continues.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from hf_ssl.building import open_labeled_splits
+from hf_ssl.cards import remove_private
+from hf_ssl.cards.suite_text import COLUMNS, Measured, csv_text, draw, markdown, summarize
+from hf_ssl.data import DataConfig, LabeledImages
+from hf_ssl.data.config import MISSING
+from hf_ssl.errors import UserError, check_name
+from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
+from hf_ssl.evaluation.feature_cache import encoder_fingerprint
+from hf_ssl.evaluation.protocols import load_protocol
+from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
+from hf_ssl.modeling.gather import from_every_process, from_first_process, joined_processes, process_rank
+from hf_ssl.progress import hidden_progress, notice, progress
+from hf_ssl.recipe import read_sections
+from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
+from hf_ssl.resources import suite_files
+from hf_ssl.sections import default_values, to_dataclass
+
+SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
+FORMAT = 1
+# Settings that change no number, or only its last digits.
+_WITHOUT_EFFECT = ("cache", "cache_dir", "cache_size", "results_dir", "batch_size", "baselines")
+
+
+@dataclass
+class Heading:
+    """The section `suite`.
+
+    Attributes:
+        title: heading of the table.
+        root: folder of the data sets. `data.path` of each entry is relative to it. null: the paths are
+            independent. `--root` replaces it.
+    """
+
+    title: str = MISSING
+    root: str | None = None
+
+
+@dataclass
+class Group:
+    """A value of the section `groups`.
+
+    Attributes:
+        protocols: names of `PROTOCOLS`.
+        settings: their settings, as in `evaluation.settings`.
+    """
+
+    protocols: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Entry:
+    """A value of the section `entries`: one data set.
+
+    Attributes:
+        metric: the metric of its numbers, a key of `COLUMNS`.
+        data, evaluation: keys of these sections. They replace those of the whole suite.
+        groups: names of the groups to run; null: all.
+        instead: protocols that replace those of the groups, {logistic_regression: multi_label}.
+    """
+
+    metric: str = "top_1"
+    data: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    groups: list[str] | None = None
+    instead: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The protocols of one group on one data set.
+
+    Attributes:
+        entry, group: names in the suite.
+        metric: see `Entry`.
+        protocols: protocol of the group -> the protocol that runs.
+        data, evaluation: all settings.
+        settings: the settings that determine the numbers, by name. Paths are relative to the root.
+    """
+
+    entry: str
+    group: str
+    metric: str
+    protocols: dict[str, str]
+    data: DataConfig
+    evaluation: EvaluationConfig
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry}, {self.group}"
+
+    def file(self, output: Path) -> Path:
+        """Return the file of the result."""
+        return output / self.entry / f"{self.group}.json"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked suite: its name, its title, and all jobs in their order."""
+
+    name: str
+    title: str
+    jobs: list[Job]
+
+    def job(self, number: int) -> Job:
+        """Return the job with a number, from 1."""
+        if not 1 <= number <= len(self.jobs):
+            raise UserError(f"--job: expected a number from 1 to {len(self.jobs)}, got {number}")
+        return self.jobs[number - 1]
+
+
+def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | None = None) -> Suite:
+    """Return a suite.
+
+    Args:
+        name_or_path: a file of `training/suites` without its extension, or a path.
+        overrides: `data.key=value` and `evaluation.key=value` for all entries; also `entries.NAME...` and
+            `groups.NAME...`. `evaluation.protocols=[...]` keeps only these protocols.
+        root: folder of the data sets; None: that of the suite.
+
+    Raises:
+        UserError: the suite does not exist, or contains a mistake.
+    """
+    known = suite_files()
+    path = known.get(name_or_path, Path(name_or_path))
+    if name_or_path not in known and not (path.suffix in ENDINGS and path.is_file()):
+        check_name("--suite", name_or_path, known, "a YAML file or a known suite")
+    of_jobs = [text for text in overrides if text.startswith(("data.", "evaluation."))]
+    others = [text for text in overrides if text not in of_jobs]
+    plain = apply_overrides(read_yaml(path, SECTIONS), others, SECTIONS)
+    _check_parts(plain)
+    if root is not None:
+        plain["suite"]["root"] = root
+    if plain["suite"].get("root") == MISSING:
+        raise UserError(
+            f"--root: expected the folder of the data sets of {path.stem}, got none; add --root FOLDER"
+        )
+    heading: Heading = to_dataclass(Heading, plain["suite"], "suite")
+    groups = {name: to_dataclass(Group, of, f"groups.{name}") for name, of in plain["groups"].items()}
+    entries = {name: to_dataclass(Entry, of, f"entries.{name}") for name, of in plain["entries"].items()}
+    _check_chosen(of_jobs, groups, entries)
+    jobs = []
+    for name, entry in entries.items():
+        check_name(f"entries.{name}.metric", entry.metric, COLUMNS, "a known metric")
+        for group in groups if entry.groups is None else entry.groups:
+            check_name(f"entries.{name}.groups", group, groups, "a group of the suite")
+            job = _job(plain, (name, entry), (group, groups[group]), of_jobs, heading.root)
+            if job.protocols:
+                jobs.append(job)
+    return Suite(path.stem, heading.title, jobs)
+
+
+def _check_parts(plain: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError for a group or an entry without keys, or with a name that is no name of a file."""
+    for section in ("groups", "entries"):
+        for name, values in plain[section].items():
+            if not isinstance(values, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
+                raise UserError(
+                    f"{section}: expected names of letters and digits with keys, got {name}: {values!r}"
+                )
+
+
+def _check_chosen(overrides: Sequence[str], groups: dict[str, Group], entries: dict[str, Entry]) -> None:
+    """Raise UserError if `evaluation.protocols` names a protocol that the suite does not contain."""
+    chosen = apply_overrides({}, overrides, ("data", "evaluation"))["evaluation"].get("protocols", [])
+    known = [name for group in groups.values() for name in group.protocols]
+    known += [name for entry in entries.values() for name in entry.instead.values()]
+    for name in chosen if isinstance(chosen, list) else [chosen]:
+        if name not in known:
+            raise UserError(
+                f"--protocols: expected protocols of the suite, {', '.join(dict.fromkeys(known))}, got "
+                f"{name}; to run others, use groups.{next(iter(groups), 'NAME')}.protocols=[...]"
+            )
+
+
+def _job(
+    plain: dict[str, dict[str, Any]],
+    named_entry: tuple[str, Entry],
+    named_group: tuple[str, Group],
+    overrides: Sequence[str],
+    root: str | None,
+) -> Job:
+    (name, entry), (group_name, group) = named_entry, named_group
+    protocols = {each: entry.instead.get(each, each) for each in group.protocols}
+    given = {
+        "data": _merged(plain["data"], entry.data),
+        "evaluation": _merged(
+            plain["evaluation"],
+            {"settings": group.settings},
+            entry.evaluation,
+            {"protocols": list(dict.fromkeys(protocols.values()))},
+        ),
+    }
+    try:
+        data, evaluation = read_sections(overrides, given)
+    except UserError as error:
+        raise UserError(f"entries.{name}: {error}") from error
+    chosen = evaluation.protocols
+    protocols = {each: run for each, run in protocols.items() if each in chosen or run in chosen}
+    run = list(dict.fromkeys(protocols.values()))
+    own = {each: values for each, values in evaluation.settings.items() if each in run}
+    evaluation = replace(evaluation, protocols=run, settings=own)
+    settings = {"metric": entry.metric} | _differences(data, evaluation)
+    if root is not None:
+        data = replace(data, path=str(Path(root).expanduser() / data.path))
+    return Job(name, group_name, entry.metric, protocols, data, evaluation, settings)
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings as one. A later value replaces an earlier one."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _differences(data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Return the settings that are not the defaults and can change a number, and the protocols' versions."""
+    found: dict[str, Any] = {}
+    for section, values in (("data", data), ("evaluation", evaluation)):
+        defaults = default_values(type(values))
+        for each in fields(values):
+            value = getattr(values, each.name)
+            if value != defaults.get(each.name) and each.name not in (*_WITHOUT_EFFECT, "settings"):
+                found[f"{section}.{each.name}"] = value
+    for name in evaluation.protocols:
+        found[f"version of {name}"] = load_protocol(name).VERSION
+        for key, value in evaluation.settings.get(name, {}).items():
+            if key != "folder":
+                found[f"evaluation.settings.{name}.{key}"] = value
+    return found
+
+
+def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
+    """Return a line for each job: its number, entry, group, state and protocols.
+
+    Args:
+        suite: the suite.
+        output: the folder of the results, for the states.
+    """
+    width = max(len(job.entry) for job in suite.jobs)
+    groups = max(len(job.group) for job in suite.jobs)
+    lines = []
+    for number, job in enumerate(suite.jobs, start=1):
+        stored = None if output is None else _read(job.file(output))
+        state = "to do" if stored is None else "failed" if stored["result"] is None else "finished"
+        protocols = ",".join(job.protocols.values())
+        lines.append(f"{number:>3}  {job.entry:{width}}  {job.group:{groups}}  {state:8}  {protocols}")
+    return lines
+
+
+def run_suite(model: str, suite: Suite, output: Path, number: int | None = None) -> dict[str, Any]:
+    """Run the jobs of a suite that have no result yet, and write the table of all results.
+
+    The files are `suite.md`, `suite.csv`, `suite.png` and `results.json`. A job that fails, for example
+    because its data set is missing, is named in the table; the others run. Under torchrun or accelerate
+    launch, the processes share each job.
+
+    Args:
+        model: a folder or the Hub id of an encoder with its image processor.
+        suite: the suite.
+        output: the folder of the results.
+        number: run only this job, from 1, and write no table.
+
+    Returns:
+        The content of `results.json`; of a single job, the content of its file.
+
+    Raises:
+        UserError: the encoder cannot be loaded, the folder contains results of another encoder or of other
+            settings, or a single job or all jobs fail.
+    """
+    transformers_logging.disable_progress_bar()
+    jobs = suite.jobs if number is None else [suite.job(number)]
+    with disk_errors_as_user_errors(str(output)):
+        output.mkdir(parents=True, exist_ok=True)
+    with joined_processes(fastest_device().type):
+        is_main = process_rank() == 0
+        with hidden_progress(not is_main):
+            with progress(f"loading {model}"):
+                encoder, processor = load_encoder(model)
+            place = Path(model).expanduser()
+            name = place.resolve().name if place.is_dir() else model
+            fingerprint = encoder_fingerprint(encoder, processor.to_dict()) or f"unknown code of {name}"
+            about = {"name": name, "fingerprint": fingerprint}
+            stored = from_first_process([_read(job.file(output)) for job in jobs])
+            for job, record in zip(jobs, stored, strict=True):
+                _check_stored(job, record, about)
+            records = []
+            for job, record in zip(jobs, stored, strict=True):
+                found = _run_job(job, record, encoder, processor, output)
+                found = remove_private(found) | {"format": FORMAT, "suite": suite.name, "encoder": about}
+                if is_main and found != record:
+                    write_json(job.file(output), found)
+                records.append(found)
+    if number is not None:
+        if records[0]["result"] is None:
+            raise UserError(f"job {number}, {jobs[0].name}: {records[0]['error']}")
+        return records[0]
+    return _merge(suite, records, name, output) if is_main else {}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a stored record; None if there is none, or if another version wrote it."""
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def _check_stored(job: Job, record: dict[str, Any] | None, about: dict[str, str]) -> None:
+    """Raise UserError if a stored result belongs to another encoder or to other settings."""
+    if record is None or record["result"] is None:
+        return
+    if record["encoder"]["fingerprint"] != about["fingerprint"]:
+        raise UserError(
+            f"--output: expected an empty folder or results of {about['name']}, got results of another "
+            f"encoder, {record['encoder']['name']}, for {job.name}; use another folder"
+        )
+    before, now = record["settings"], remove_private(job.settings)
+    changed = [key for key in (*before, *now) if before.get(key, "-") != now.get(key, "-")]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{key}: expected {before.get(key, 'the default')}, as in the stored result of {job.name}, got "
+            f"{now.get(key, 'the default')}; use another folder, or delete {job.file(Path())}"
+        )
+
+
+def _run_job(
+    job: Job, stored: dict[str, Any] | None, encoder: Any, processor: Any, output: Path
+) -> dict[str, Any]:
+    """Return the stored record if it is valid, otherwise the record of a new measurement."""
+    kept = stored if stored is not None and stored["result"] is not None else None
+    record = {"entry": job.entry, "group": job.group, "settings": job.settings}
+    try:
+        splits = _open(job)
+        images = {split: _identity(part) for split, part in zip(("train", "test"), splits, strict=True)}
+        if kept is not None and kept["images"] == images:
+            return kept
+        if kept is not None:
+            notice(f"{job.name}: the images changed since the stored result; they are measured again")
+        evaluation, checkpoints = _with_checkpoints(job, output)
+        result = evaluate_encoder(
+            encoder, *splits, evaluation, processor, device=fastest_device(), description=job.name
+        )
+    except UserError as error:
+        notice(f"{job.name}: {error}" + ("" if kept is None else "; the stored result is kept"))
+        failed = record | {"images": None, "result": None, "error": str(error)}
+        return failed if kept is None else kept
+    if process_rank() == 0 and checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    numbers = ", ".join(f"{each['column']} {100 * each['value']:.1f} %" for each in result["protocols"])
+    notice(f"{job.name}: {numbers}")
+    return record | {"images": images, "result": result, "error": None}
+
+
+def _open(job: Job) -> tuple[LabeledImages, LabeledImages]:
+    """Return both splits. If one process cannot open them, all processes raise UserError."""
+    problem = None
+    try:
+        splits = open_labeled_splits(replace(job.data, streaming=False), job.evaluation)
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in from_every_process(problem) if text is not None]
+    if problems:
+        raise UserError(problems[0])
+    return splits
+
+
+def _identity(images: LabeledImages) -> list[Any]:
+    """Return what must stay the same for a stored result: the revision and the number of images."""
+    return [images.revision, len(images)]
+
+
+def _with_checkpoints(job: Job, output: Path) -> tuple[EvaluationConfig, Path | None]:
+    """Return the settings with a folder for the checkpoints of fine-tuning, and this folder.
+
+    An interrupted fine-tuning then resumes. The folder is None if the user has set another one.
+    """
+    settings = job.evaluation.settings
+    tuning = settings.get("fine_tune", {})
+    if "fine_tune" not in job.evaluation.protocols or tuning.get("folder") is not None:
+        return job.evaluation, None
+    folder = output / job.entry / f"_checkpoints_{job.group}"
+    changed = settings | {"fine_tune": {**tuning, "folder": str(folder)}}
+    return replace(job.evaluation, settings=changed), folder
+
+
+def _merge(suite: Suite, records: list[dict[str, Any]], encoder: str, output: Path) -> dict[str, Any]:
+    """Write the table, the file and the plot of all results, and return the content of `results.json`."""
+    measured = [
+        Measured(job.entry, job.group, job.metric, job.protocols, record["result"], record["error"])
+        for job, record in zip(suite.jobs, records, strict=True)
+    ]
+    if all(each.result is None for each in measured):
+        raise UserError(
+            f"{suite.name}: expected one data set that can be read, got none: {measured[0].error}"
+        )
+    summary = summarize(suite.title, encoder, measured)
+    plain = {"suite": suite.name, "fingerprint": records[0]["encoder"]["fingerprint"]} | summary.to_dict()
+    write_json(output / "results.json", plain)
+    write_text(output / "suite.md", markdown(summary))
+    write_text(output / "suite.csv", csv_text(summary))
+    with replaced_file(output / "suite.png") as staging:
+        draw(summary, staging)
+    print(markdown(summary), end="")
+    print(f"results.json, suite.md, suite.csv and suite.png in {output}")
+    return plain
