@@ -27,7 +27,7 @@ from hf_ssl.hub import image_processor
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import from_first_process
-from hf_ssl.precision import DTYPES
+from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -128,7 +128,7 @@ def build_trainer(
         count = choices.get("monitor.probe_images", {"value": MONITOR_IMAGES})["value"]
         with progress("loading images for the monitor"):
             images = load_monitor_images(source, recipe.views, recipe.data, args, count)
-        monitor = Monitor(images, knn, DTYPES[args.precision])
+        monitor = Monitor(images, knn, autocast_dtype(args.precision))
     return SSLTrainer(
         model,
         args,

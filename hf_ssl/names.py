@@ -17,6 +17,7 @@ Anything = TypeVar("Anything", bound=Callable[..., Any])
 
 RENAMED_KEYS = {
     "evaluation.neighbours": "evaluation.neighbors",
+    "evaluation.settings.few_label_knn.labels": "evaluation.settings.few_label_knn.labels_per_class",
     "training.monitor_neighbours": "training.monitor_neighbors",
     "training.lars_trust_coefficient": "training.lars.trust_coefficient",
     "training.lars_variant": "training.lars.variant",
@@ -27,9 +28,12 @@ RENAMED_KEYS = {
 
 
 def renamed_keys(*sections: str) -> dict[str, str]:
-    """Return {deprecated key: its replacement} of these sections, without the name of the section."""
-    split = [(old.partition("."), new.partition(".")) for old, new in RENAMED_KEYS.items()]
-    return {old[2]: new[2] for old, new in split if old[0] in sections}
+    """Return {deprecated key: its replacement} of these sections, without the name of the section.
+
+    The section is all but the last part of the deprecated key, such as "evaluation.settings.few_label_knn".
+    """
+    split = [(*old.rpartition(".")[::2], new) for old, new in RENAMED_KEYS.items()]
+    return {key: new.removeprefix(f"{section}.") for section, key, new in split if section in sections}
 
 
 class DeprecatedSetting(FutureWarning):

@@ -15,8 +15,8 @@ from hf_ssl.files import (
     write_json,
 )
 from hf_ssl.names import with_current_keys
+from hf_ssl.precision import AUTO
 from hf_ssl.recipe import Recipe
-from hf_ssl.trainer.arguments import AUTO
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.machine_settings import Choices

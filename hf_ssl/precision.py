@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the fastest precision of a device, for `training.precision=auto` and `evaluation.precision=auto`
-(layer 0).
+"""The names of precisions, and the fastest one of a device, for `training.precision=auto` and
+`evaluation.precision=auto` (layer 0). This module does not import torch at once, because recipes need none.
 """
 
 import time
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
 
-DTYPES: dict[str, torch.dtype | None] = {
-    "float32": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""The dtype of autocast for each precision; None means no autocast."""
+AUTO = "auto"
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""All precisions, the only list of them. Training and evaluation also accept `AUTO`."""
 
 _GAIN = 1.2
 _REPEATS = 3
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Return a context for a forward pass on the device; `dtype` is a value of `DTYPES`."""
+def autocast_dtype(precision: str) -> "torch.dtype | None":
+    """Return the dtype of autocast for a precision. None means no autocast, also for weights in float64."""
+    import torch
+
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
+def autocast(device: "torch.device", dtype: "torch.dtype | None") -> "torch.autocast":
+    """Return a context for a forward pass on the device; `dtype` is a result of `autocast_dtype`."""
+    import torch
+
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -30,7 +36,7 @@ class Precision(NamedTuple):
     """A choice of precision."""
 
     name: str
-    """A key of `DTYPES`."""
+    """One of `PRECISIONS`."""
     reason: str
     """The reason as a clause: "bfloat16 is 2.4 times as fast as float32 on this CPU"."""
 
@@ -49,6 +55,8 @@ def fastest_precision(device_type: str) -> Precision:
     Args:
         device_type: "cpu", "cuda", "mps", ...
     """
+    import torch
+
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability()
         name = "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
@@ -64,6 +72,9 @@ def _seconds(device_type: str) -> tuple[float, float]:
 
     Each number is the shortest of three measurements.
     """
+    import torch
+    from torch import nn
+
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).to(device_type)
         linear = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256)).to(device_type)

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts plain values to typed sections, and raises an error with one sentence for a mistake.
+"""Converts plain values to typed settings, and raises an error with one sentence for a mistake.
+
+`as_setting` and `check_finite` are the rules for the values of all settings: sections of recipes, dataclasses
+and training arguments in Python, and configs of methods.
 
 OmegaConf checks our dataclasses, and `@strict` of huggingface_hub checks the configs of transformers. Their
 messages do not contain the key, the expected type and the given value. So this module checks one key at a
-time and writes the message itself.
+time and writes the message itself. It imports OmegaConf only when a section is read, because that is slow.
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum, EnumType
+from functools import lru_cache
 from numbers import Real
 from typing import Any, TypeVar
-
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_keys, one_line
 from hf_ssl.names import renamed_keys, warn_deprecated
@@ -29,6 +31,8 @@ _WORDS = {
     str: "text",
     types.NoneType: "null",
 }
+_TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_MISSING = "???"  # OmegaConf's mark for a value that the user must give
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 Section = TypeVar("Section")
@@ -45,6 +49,8 @@ def to_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type.
     """
+    from omegaconf import OmegaConf
+
     config = _merged(cls, values, where)
     for key in OmegaConf.missing_keys(config):
         raise UserError(
@@ -66,7 +72,7 @@ def as_section(cls: type[Section], given: Any, where: str) -> Section:
         UserError: `given` is something else, a key is unknown, or a value has the wrong type.
     """
     if isinstance(given, cls):
-        given = {name: value for name, value in vars(given).items() if value != MISSING}
+        given = {name: value for name, value in vars(given).items() if value != _MISSING}
     elif not isinstance(given, Mapping | None):
         raise UserError(
             f"{where}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}; use "
@@ -81,10 +87,12 @@ def as_section(cls: type[Section], given: Any, where: str) -> Section:
 
 
 def convert_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return `values`, converted to the types of their fields. An int becomes a float for a float field.
+    """Return `values`, converted to the types of their fields as `as_setting` describes.
 
     Arguments and errors are those of `to_dataclass`, but no instance is created.
     """
+    from omegaconf import OmegaConf
+
     config = _merged(cls, values, where)
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(values)))
     return plain
@@ -92,18 +100,25 @@ def convert_values(cls: type, values: dict[str, Any], where: str) -> dict[str, A
 
 def _merged(cls: type, values: dict[str, Any], where: str) -> Any:
     """Return the OmegaConf config of a dataclass, after each value was merged into it separately."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     config = OmegaConf.structured(cls)
     for path, value, annotation in _leaves(cls, values, where):
         options = (annotation, *typing.get_args(annotation))
         has_no = any(isinstance(enum, EnumType) and "NO" in enum.__members__ for enum in options)
         # YAML reads `no` as False
-        nested = "no" if value is False and has_no else as_number(value, annotation)
+        nested = "no" if value is False and has_no else as_setting(value, annotation)
+        key = ".".join((where, *path))
+        check_finite(key, nested)
+        if not _is_plain(nested, annotation):
+            raise UserError(wrong_type(key, annotation, value))
         for name in reversed(path):
             nested = {name: nested}
         try:
             config.merge_with(nested)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(wrong_type(".".join((where, *path)), annotation, value)) from error
+            raise UserError(wrong_type(key, annotation, value)) from error
     return config
 
 
@@ -145,7 +160,7 @@ def _dataclass_of(annotation: Any) -> type | None:
 def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: Any) -> Any:
     """Return an instance of a transformers config.
 
-    A float field accepts a whole number (`as_number`), for which `@strict` alone would raise an error. An
+    `as_setting` converts the values, because `@strict` alone would raise an error for 1 as a float. An
     unknown key raises an error, although `PreTrainedConfig` accepts it without a message.
 
     Args:
@@ -161,9 +176,11 @@ def transformers_config(cls: type, values: dict[str, Any], where: str, **parts: 
 
     annotations = config_fields(cls, without=parts)
     check_keys(values, annotations, where)
-    numbers = {key: as_number(value, annotations[key]) for key, value in values.items()}
+    settings = {key: as_setting(value, annotations[key]) for key, value in values.items()}
+    for key, value in settings.items():
+        check_finite(f"{where}.{key}", value)
     try:
-        return cls(**numbers, **parts)
+        return cls(**settings, **parts)
     except StrictDataclassError as error:
         field = re.search(r"error for field '(\w+)'", str(error))
         if field is not None and field[1] in values:
@@ -189,19 +206,26 @@ def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def as_number(value: Any, annotation: Any) -> Any:
-    """Return a number as the type of its field: 1.0 or 1e-3 for 1 or "1e-3", and 4 for 4.0 or "4".
+def as_setting(value: Any, annotation: Any) -> Any:
+    """Return a value as the type of its field.
 
-    Other values, and numbers of another type, stay as they are. All settings follow this rule: sections of
-    recipes, configs of methods, and training arguments in Python.
+    - A field for numbers: 1.0 or 1e-3 for 1 or "1e-3", and 4 for 4.0 or "4".
+    - A field for true or false: True or False for 1 or 0, and for the words true, yes, on, false, no and off.
+    - A field for text: "5" for 5, because YAML reads the text 5 as a number.
+
+    Other values, and values of another type, stay as they are.
 
     Args:
         value: the value, or a list of values.
         annotation: the type of the field, or its source text.
     """
     if isinstance(value, list | tuple):
-        return type(value)(as_number(item, annotation) for item in value)
-    kinds = set(re.findall(r"\w+", str(annotation))) & {"int", "float", "str", "bool"}
+        return type(value)(as_setting(item, annotation) for item in value)
+    kinds = _kinds(str(annotation))
+    if kinds == {"bool"}:
+        if isinstance(value, str):
+            return _TRUTH.get(value.lower(), value)
+        return bool(value) if isinstance(value, Real) and value in (0, 1) else value
     if isinstance(value, str) and kinds in ({"int"}, {"float"}):
         with suppress(ValueError):
             value = float(value)  # YAML reads 1e-3 as a text
@@ -210,7 +234,36 @@ def as_number(value: Any, annotation: Any) -> Any:
             return float(value)
         if kinds == {"int"} and not isinstance(value, int) and float(value).is_integer():
             return int(float(value))
+        if kinds == {"str"} and math.isfinite(value):
+            return str(value)
     return value
+
+
+@lru_cache
+def _kinds(annotation: str) -> frozenset[str]:
+    """Return the names of the plain types in the source text of an annotation."""
+    return frozenset(re.findall(r"\w+", annotation)) & {"int", "float", "str", "bool", "dict"}
+
+
+def check_finite(key: str, value: Any) -> None:
+    """Raise UserError for a setting that is infinite or NaN, or contains such a number at any depth."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            check_finite(f"{key}.{name}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_finite(key, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: expected a finite number, got {value}")
+
+
+def _is_plain(value: Any, annotation: Any) -> bool:
+    """Return whether a value is none that only OmegaConf would convert: 5 to True, or True to "True"."""
+    kinds = _kinds(str(annotation))
+    items = value if isinstance(value, list | tuple) else [value]
+    if kinds == {"bool"}:
+        return all(isinstance(item, bool | None) for item in items)
+    return kinds != {"str"} or not any(isinstance(item, bool) for item in items)
 
 
 def _prefixed(where: str, error: BaseException) -> str:

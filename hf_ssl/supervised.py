@@ -28,7 +28,7 @@ from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
-from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.precision import autocast_dtype, fastest_precision
 from hf_ssl.progress import hidden_progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.recipe.source import apply_overrides
@@ -123,7 +123,8 @@ def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     ]
     inputs = Inputs(
         splits[0], splits[1], device, seed, description=f"{recipe.name}, supervised", encoder=encoder,
-        processor=processor, batch_size=evaluation.batch_size, pooling=pooling, dtype=DTYPES[precision],
+        processor=processor, batch_size=evaluation.batch_size, pooling=pooling,
+        dtype=autocast_dtype(precision),
     )  # fmt: skip
     settings, rates = config.optimization(1.0, len(train))
     if process_rank() == 0:

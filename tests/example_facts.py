@@ -17,7 +17,7 @@ def measured(seed: int, signal: float) -> EncoderResult:
     config = EvaluationConfig(
         protocols=["knn", "few_label_knn", "linear"],
         settings={
-            "few_label_knn": {"labels": [1, 5], "draws": 3},
+            "few_label_knn": {"labels_per_class": [1, 5], "draws": 3},
             "linear": {"epochs": 3, "learning_rates": [0.1, 1.0]},
         },
     )

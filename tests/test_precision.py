@@ -3,9 +3,14 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from messages import mentions
 
 from hf_ssl import precision
-from hf_ssl.evaluation.config import PRECISIONS
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig
+from hf_ssl.modeling.configuration import BankConfig
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 
 @pytest.fixture(autouse=True)
@@ -51,5 +56,19 @@ def test_the_measurement_does_not_change_the_random_state_and_grad_mode():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_recipe_knows_the_same_precisions():
-    assert PRECISIONS == ("auto", *precision.DTYPES)
+@pytest.mark.parametrize(
+    ("key", "check"),
+    [
+        ("evaluation.precision", lambda name, folder: EvaluationConfig(precision=name).check()),
+        ("training.precision", lambda name, folder: SSLTrainingArguments(output_dir=folder, precision=name)),
+        (
+            "method.bank_precision",
+            lambda name, folder: BankConfig(backbone_config={"model_type": "resnet"}, bank_precision=name),
+        ),
+    ],
+)
+def test_all_settings_accept_the_same_precisions(key, check, tmp_path) -> None:
+    for name in precision.PRECISIONS:
+        check(name, str(tmp_path))
+    with pytest.raises((UserError, StrictDataclassError), match=mentions(key, "half", *precision.PRECISIONS)):
+        check("half", str(tmp_path))

@@ -2,11 +2,13 @@
 """The READMEs: generated parts are up to date, the first one is short, and links lead to files."""
 
 import re
+from dataclasses import fields
 
 import pytest
 import transformers
 from test_architecture import ROOT
 
+from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.methods import METHODS
 from training.update_readmes import PARTS, READMES, updated
 
@@ -27,6 +29,18 @@ def test_every_part_and_every_method_is_shown() -> None:
     text = "".join((ROOT / name).read_text() for name in READMES)
     assert {part for part in PARTS if f"<!-- begin {part} -->" in text} == set(PARTS)
     assert all(f"| [{method.title}](" in text for method in METHODS.values())
+
+
+def test_the_table_of_protocols_has_every_setting() -> None:
+    lines = {line.split(" | ")[0].strip("| `"): line for line in PARTS["protocols"]().splitlines()[2:]}
+    assert lines.keys() == PROTOCOLS.keys()
+    for name, line in lines.items():
+        keys = [field.name for field in fields(load_protocol(name).Config)]
+        assert re.findall(r"`(\w+)`", line) == [name, *keys]
+    assert "`epochs` 100, `batch_size` 256, `standardize` false" in lines["linear"]
+    assert "`labels_per_class` [1, 5, 10], `draws` 20" in lines["few_label_knn"]
+    assert "`neighbors` null, `temperatures` [0.07, 0.1]" in lines["knn"]
+    assert "`strengths` 45 values from 1e-06 to 100000" in lines["logistic_regression"]
 
 
 def test_an_outdated_part_is_replaced() -> None:

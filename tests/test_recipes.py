@@ -2,6 +2,7 @@
 """Every recipe loads and builds its configs; every mistake in one gets a sentence that names it."""
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from messages import mentions
 from transformers import ResNetConfig
 
@@ -19,10 +21,10 @@ from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.methods import METHODS
-from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
+from hf_ssl.methods.pirl.configuration_pirl import PIRLConfig
 from hf_ssl.recipe import Recipe, load_recipe, read_sections
 from hf_ssl.resources import recipe_files
-from hf_ssl.sections import convert_values, transformers_config
+from hf_ssl.sections import convert_values, to_dataclass, transformers_config
 from hf_ssl.trainer.arguments import DEFAULT_BATCH_SIZE, SSLTrainingArguments
 from hf_ssl.views import ViewPreset
 
@@ -148,26 +150,51 @@ def test_an_encoder_without_positions_can_have_any_image_size(given: object) -> 
     [
         (float, "1e-1", 0.1), (float, 1, 1.0), (float, np.float32(0.5), 0.5), (float, True, None),
         (float, "warm", None), (int, 3.0, 3), (int, "3", 3), (int, np.int64(3), 3), (int, 2.5, None),
-        (int, True, None), (int, "two", None),
+        (int, True, None), (int, "two", None), (float, math.inf, None), (float, math.nan, None),
+        (float, "inf", None), (bool, "true", True), (bool, "No", False), (bool, 0, False), (bool, 1.0, True),
+        (bool, 2, None), (bool, "maybe", None), (str, 5, "5"), (str, 0.5, "0.5"), (str, True, None),
+        (str, math.inf, None),
     ],
 )  # fmt: skip
-def test_numbers_of_all_settings_follow_one_rule(kind, given, expected, tmp_path) -> None:
-    in_data, in_method, in_training = {
-        float: ("max_broken_fraction", "temperature", "weight_decay"),
-        int: ("max_images", "projection_layers", "max_steps"),
+def test_values_of_all_settings_follow_one_rule(kind, given, expected, tmp_path) -> None:
+    """In recipes and in Python: data, evaluation, protocols, views, methods and training."""
+    in_data, in_evaluation, in_protocol, in_views, in_method, in_training = {
+        float: (
+            "max_broken_fraction",
+            "cache_size",
+            ("fine_tune", "flip"),
+            "flip",
+            "temperature",
+            "weight_decay",
+        ),
+        int: ("max_images", "batch_size", ("mlp", "epochs"), "size", "negatives", "max_steps"),
+        bool: ("streaming", "cache", ("mlp", "standardize"), None, "patch_augmentation", "channels_last"),
+        str: ("name", "cache_dir", ("fine_tune", "folder"), None, None, "run_name"),
     }[kind]
-    section, output = {in_training: given}, str(tmp_path)
-    makes = (
-        lambda: vars(DataConfig.of({in_data: given, "path": "x"}))[in_data],
-        lambda: vars(
-            transformers_config(SimCLRConfig, {in_method: given}, "method", backbone_config=ResNetConfig())
-        )[in_method],
+    section, (protocol, key) = {in_training: given}, in_protocol
+    backbone = {"backbone_config": ResNetConfig()}
+    makes = [
+        lambda: vars(DataConfig.of({in_data: given}))[in_data],
+        lambda: vars(DataConfig.of(DataConfig(**{in_data: given})))[in_data],
+        lambda: vars(to_dataclass(DataConfig, {in_data: given, "path": "x"}, "data"))[in_data],
+        lambda: vars(EvaluationConfig.of({in_evaluation: given}))[in_evaluation],
+        lambda: vars(EvaluationConfig(settings={protocol: {key: given}}).of_protocol(protocol))[key],
         lambda: convert_values(SSLTrainingArguments, section, "training")[in_training],
-        lambda: vars(SSLTrainingArguments(output_dir=output, **section))[in_training],
-    )
+        lambda: vars(SSLTrainingArguments(output_dir=str(tmp_path), **section))[in_training],
+    ]
+    if in_method is not None:
+        values = {in_method: given}
+        makes.append(lambda: vars(PIRLConfig(**values, **backbone))[in_method])
+        makes.append(lambda: vars(transformers_config(PIRLConfig, values, "method", **backbone))[in_method])
+    if in_views is not None:
+        for preset in (
+            lambda: ViewPreset(**{in_views: given}),
+            lambda: ViewPreset.from_dict({in_views: given}),
+        ):
+            makes.append(lambda preset=preset: preset().check(3) or vars(preset())[in_views])
     for make in makes:
         if expected is None:
-            with pytest.raises(UserError):
+            with pytest.raises((UserError, StrictDataclassError)):
                 make()
         else:
             found = make()
@@ -179,7 +206,7 @@ def test_differences_are_what_the_defaults_are_not() -> None:
     assert found["method.temperature"] == 0.5
     assert found["views.enlarge"] == 16
     assert found["training.max_steps"] == 8
-    assert found["evaluation.settings"]["few_label_knn"]["labels"] == [5]
+    assert found["evaluation.settings"]["few_label_knn"]["labels_per_class"] == [5]
     same = load(
         SMOKE, "method.projection_layers=3", "views.size=224", "views.enlarge=null", "training.max_steps=-1"
     )

@@ -6,15 +6,19 @@ with the output of this program.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_ssl.evaluation.config import MEASUREMENTS
+from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
+from hf_ssl.sections import default_values
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 
@@ -66,6 +70,25 @@ def measurements() -> str:
     return "\n".join(lines + [f"| `eval_{name}` | {each.text} |" for name, each in MEASUREMENTS.items()])
 
 
+def protocols() -> str:
+    """Return a Markdown table of the evaluation protocols with their settings and default values."""
+    lines = ["| protocol | measurement | settings and default values |", "|---|---|---|"]
+    for name, protocol in PROTOCOLS.items():
+        values = default_values(load_protocol(name).Config).items()
+        settings = ", ".join(f"`{key}` {_default(value)}" for key, value in values)
+        lines.append(f"| `{name}` | {protocol.title}: {protocol.summary} | {settings} |")
+    return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    """Return a default value in YAML. Of a long list, return the number of values and the outer ones."""
+    if isinstance(value, list) and len(value) > 8 and not isinstance(value[0], str):
+        return f"{len(value)} values from {value[0]:g} to {value[-1]:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_default, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _result(name: str) -> Callable[[], str]:
     return lambda: (ROOT / "training" / name).read_text(encoding="utf-8").strip()
 
@@ -81,6 +104,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "example": example,
     "arguments": arguments,
     "measurements": measurements,
+    "protocols": protocols,
     "compare": _result("results/compare.md"),
     "benchmarks": _result("benchmarks/results/cpu.md"),
 }

@@ -11,6 +11,7 @@ from hf_ssl.cards.facts import Facts, local_path
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.modeling.pooling import POOLED
 
 ENCODERS = {
     "trained": "this encoder",
@@ -150,9 +151,7 @@ def _poolings(result: EncoderResult) -> str:
     return f"{k}-NN accuracy {', '.join(parts)}"
 
 
-_POOLINGS = {
-    "cls": "the class token",
-    "mean": "the mean of all tokens",
+_POOLINGS = POOLED | {
     "image": "the whole image, the published feature",
     "grid": "the mean over a grid of patches",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_ssl.errors import UserError, check_name, check_values
+from hf_ssl.sections import as_section
 
 MISSING = "???"  # OmegaConf's mark for a value that the user must give
 CACHES = ("auto", "none", "memory", "memmap", "device")
@@ -76,8 +77,6 @@ class DataConfig:
         Raises:
             UserError: a key is unknown, or a value has the wrong type or is outside its range.
         """
-        from hf_ssl.sections import as_section  # OmegaConf is slow to import
-
         config = as_section(cls, given, "data")
         replace(config, path="in Python").check()
         return config

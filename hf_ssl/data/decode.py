@@ -9,8 +9,12 @@ if both libraries use libjpeg-turbo and libwebp, as their wheels do. (PNG files 
 torchvision 0.29 gains little and crashes the process on a damaged file.)
 
 The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
-(`BitImageProcessor` would clip it at 255). Floating-point images and files with more than four channels raise
-BrokenImage.
+(`BitImageProcessor` would clip it at 255). Files of floating-point numbers and files with more than four
+channels raise BrokenImage.
+
+A file whose pixels Pillow opens as 32-bit integers (mode "I") has 16 bits. In memory, integers other than
+uint16 are 0 to 255 and floating-point numbers are 0 to 1. This holds for arrays, for tensors and for images
+of Pillow that were not read from a file.
 
 `read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
@@ -151,7 +155,8 @@ def _stored_image(item: Any) -> StoredImage:
     if isinstance(item, dict) and item.keys() >= {"bytes", "path"}:
         return EncodedImage(item["bytes"], item["path"])
     if isinstance(item, PIL.Image.Image):
-        return ImageObject(item)
+        is_array = item.mode in ("I", "F") and item.format is None
+        return ImageObject(_as_integers(np.asarray(item)) if is_array else item)
     if isinstance(item, Tensor):
         item = item.detach().cpu().numpy()
         item = np.moveaxis(item, 0, 2) if item.ndim == 3 else item
@@ -178,7 +183,10 @@ def _as_integers(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8 or (is_gray and values.dtype == np.uint16):  # 16-bit gray
         return values
     if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
-        raise BrokenImage(f"expected whole numbers from 0 to 255 as pixels, got other ones of {values.dtype}")
+        raise BrokenImage(
+            f"expected whole numbers from 0 to 255 as pixels, got other ones of {values.dtype}; convert "
+            "pixels of 16 bits to uint16"
+        )
     return values.astype(np.uint8)
 
 

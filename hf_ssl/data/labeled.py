@@ -394,8 +394,14 @@ def balanced_rows(labels: np.ndarray, count: int, *key: int) -> np.ndarray:
     depends only on the labels, the count and the key, so all encoders use the same images.
     """
     shuffled = permutation(len(labels), *key)
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    order = np.lexsort((labels[shuffled], rank_in_class(labels[shuffled])))
+    return np.sort(shuffled[order[:count]])
+
+
+def rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """Return how many earlier images have the same class, for each image: (N,) int64."""
+    by_class = np.argsort(labels, kind="stable")
     sorted_labels = labels[by_class]
-    starts = np.searchsorted(sorted_labels, sorted_labels)
-    rank_in_class = np.arange(len(by_class)) - starts
-    return np.sort(by_class[np.argsort(rank_in_class, kind="stable")[:count]])
+    ranks = np.empty_like(by_class)
+    ranks[by_class] = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return ranks

@@ -2,7 +2,7 @@
 """Image classifiers on top of an encoder: their Python class, and which of their parameters are trained
 (layer 1).
 
-Legend: B images, D features, C classes, L blocks of the encoder.
+Legend: B images, D features, C channels, K classes, L blocks of the encoder.
 """
 
 import copy
@@ -37,7 +37,7 @@ class FeatureClassifier(nn.Module):
         encoder: a vision encoder of transformers.
         pooling: its feature, see `hf_ssl.modeling.pooling.pool`.
         features: D.
-        classes: C.
+        classes: K.
     """
 
     def __init__(self, encoder: Any, pooling: Pooling, features: int, classes: int) -> None:
@@ -46,7 +46,7 @@ class FeatureClassifier(nn.Module):
         self.classifier = nn.Linear(features, classes)
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
-        """Return the logits (B, C) of images (B, C, H, W)."""
+        """Return the logits (B, K) of images (B, C, H, W)."""
         features = pool(self.encoder(pixel_values=pixel_values), self.pooling, self.encoder)
         return ImageClassifierOutput(logits=self.classifier(features))
 
@@ -162,7 +162,7 @@ def new_classifier(
 
     Args:
         encoder: the encoder, which does not change.
-        classes: C.
+        classes: K.
         pixels: a processed image (1, C, H, W).
         pooling: the evaluated feature.
         native: False always selects `FeatureClassifier`, whose encoder can be exported.

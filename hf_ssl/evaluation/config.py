@@ -7,7 +7,7 @@ This module does not import torch, because recipes and cards need none.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name, check_values
@@ -17,8 +17,10 @@ from hf_ssl.evaluation.protocols import (
     SEVERAL_LABELS_PROTOCOLS,
     load_protocol,
 )
-from hf_ssl.modeling.pooling import Pooling
+from hf_ssl.modeling.pooling import POOLINGS
 from hf_ssl.names import renamed_arguments, warn_deprecated
+from hf_ssl.precision import AUTO, PRECISIONS
+from hf_ssl.sections import as_section, wrong_type
 
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
@@ -26,12 +28,10 @@ LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 
 NEIGHBORS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 TEMPERATURES = (0.07, 0.1)
 MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-POOLINGS = get_args(Pooling)
 DEPRECATED = {
     "neighbors": "knn.neighbors",
     "temperatures": "knn.temperatures",
-    "few_labels": "few_label_knn.labels",
+    "few_labels": "few_label_knn.labels_per_class",
     "draws": "few_label_knn.draws",
     "linear": "linear",
     "linear_epochs": "linear.epochs",
@@ -59,7 +59,7 @@ class EvaluationConfig:
     batch_size: int = 256  # images in one forward pass
     # Precision of the features: float32, bfloat16 or float16 (autocast). auto: the fastest one on the device.
     precision: str = "auto"
-    pooling: str = "auto"  # see POOLINGS
+    pooling: str = "auto"  # see `hf_ssl.modeling.pooling.pool`
     compare_poolings: bool = False  # k-NN both by class token and by mean of tokens
     # [patch, stride] in pixels of processed images: also k-NN by the mean feature of a grid of patches. None:
     # the grid of the method (CPC; other methods have none). []: no grid
@@ -124,8 +124,6 @@ class EvaluationConfig:
         Raises:
             UserError: a key is unknown, or a value has the wrong type or is outside its range.
         """
-        from hf_ssl.sections import as_section  # OmegaConf is slow to import
-
         config = as_section(cls, given, "evaluation")
         config.check()
         return config
@@ -141,6 +139,7 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
+        precisions = (AUTO, *PRECISIONS)
         split, other = self.test_split, self.test_split != self.train_split
         grid = self.patch_grid
         is_grid = not grid or (len(grid) == 2 and are_positive(grid))
@@ -150,7 +149,7 @@ class EvaluationConfig:
         check_values(
             "evaluation",
             ("test_split", split, other, "a split other than train_split", advice),
-            ("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("precision", self.precision, self.precision in precisions, f"one of {', '.join(precisions)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], [] for none, or null"),
             ("protocols", list(self.protocols), bool(self.protocols), "one or more protocols"),
@@ -180,8 +179,6 @@ class EvaluationConfig:
         Raises:
             UserError: the protocol or a key is unknown, or a value is invalid.
         """
-        from hf_ssl.sections import as_section, wrong_type
-
         where = f"evaluation.settings.{name}"
         check_name("evaluation.settings", name, PROTOCOLS, "a known protocol")
         cls, values = load_protocol(name).Config, self.settings.get(name)

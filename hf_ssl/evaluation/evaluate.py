@@ -35,8 +35,8 @@ from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_result
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.pooling import Pooling, declared_patch_grid
-from hf_ssl.precision import DTYPES
+from hf_ssl.modeling.pooling import POOLED, Pooling, declared_patch_grid
+from hf_ssl.precision import autocast_dtype
 from hf_ssl.views import ViewPreset
 
 
@@ -117,7 +117,7 @@ def evaluate_encoder(
             for encoder, poolings in encoders.items()
         )
     inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
-    inputs.encoder, inputs.processor, inputs.dtype = model, processor, DTYPES.get(precision)
+    inputs.encoder, inputs.processor, inputs.dtype = model, processor, autocast_dtype(precision)
     inputs.batch_size, inputs.skipped, inputs.pooling = config.batch_size, skipped, pooling
     inputs.preset, inputs.image_size = preset, size
     inputs.channels = len(next(iter(test.iter_batches(1)))[0])
@@ -147,8 +147,9 @@ def evaluate_encoder(
             )[k, temperature]
             for name, (train_features, test_features) in shown.items()
         }
-    words = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}[pooling]
-    result["features"] = f"{words}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
+    result["features"] = (
+        f"{POOLED[pooling]}, {result['feature_size']} numbers, images of {size} pixels, {precision}"
+    )
     result["revision"] = getattr(test, "revision", None)
     return result
 

@@ -40,7 +40,7 @@ from hf_ssl.modeling.gather import (
     process_count,
     work_is_shared,
 )
-from hf_ssl.precision import DTYPES
+from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import notice
 
 logger = logging.getLogger(__name__)
@@ -319,7 +319,7 @@ def cached_features(
                     batches,
                     poolings=names,
                     device=device,
-                    dtype=DTYPES.get(precision),
+                    dtype=autocast_dtype(precision),
                     total=len(images),
                     description=words,
                     processes=process_count() if work_is_shared() else 1,

@@ -23,7 +23,7 @@ from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
 from hf_ssl.modeling.backbones import load_weights, loading_errors
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
-from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, Pooling, pool, pooling_rule
+from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, POOLINGS, Pooling, pool, pooling_rule
 from hf_ssl.precision import autocast, fastest_precision
 from hf_ssl.progress import progress
 
@@ -318,7 +318,7 @@ def extract_poolings(
     rows = {name: _Rows(total) for name in poolings if wide is None or name not in COLUMNS}
     if wide is not None:
         rows[wide] = _Rows(total)
-    further_names = [name for name in rows if name in FEATURES]
+    further_names = [name for name in rows if name in FEATURES and name not in POOLINGS]
     with FurtherFeatures(model, further_names) as further, evaluation_mode(model):
         with kept_memory(device.type), progress(description, total) as bar:
             for images in image_batches:

@@ -4,7 +4,7 @@
 Two processes compute the same as one up to rounding: they share the batches, BatchNorm is synchronized, and
 both images of a mixup are in the same process.
 
-Legend: B images in a batch of all processes, M labeled images, N images, C classes.
+Legend: B images in a batch of all processes, M labeled images, N images, C channels, K classes.
 """
 
 import os
@@ -284,17 +284,17 @@ def predict(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the logits (N, C) of processed images, on the CPU. The processes share the batches.
+    """Return the logits (N, K) of processed images, on the CPU. The processes share the batches.
 
     Args:
         model: a classifier of `new_classifier`.
         processor: the image processor of the encoder.
         image_batches: lists of uint8 tensors (C, H, W).
-        count, classes: N and C.
+        count, classes: N and K.
         device: device of the model.
         dtype: precision of autocast; None: float32.
     """
-    logits_NC = torch.zeros(count, classes, device=device)
+    logits_NK = torch.zeros(count, classes, device=device)
     first = 0
     with evaluation_mode(model):
         for number, images in enumerate(image_batches):
@@ -303,8 +303,8 @@ def predict(
             if number % process_count() == process_rank():
                 pixels = pixel_values(processor, images, device).to(dtype_of(model))
                 with autocast(device, dtype):
-                    logits_NC[rows] = model(pixel_values=pixels).logits.float()
-    return sum_over_processes(logits_NC).cpu()
+                    logits_NK[rows] = model(pixel_values=pixels).logits.float()
+    return sum_over_processes(logits_NK).cpu()
 
 
 def _complete_checkpoint(folder: Path) -> Path | None:

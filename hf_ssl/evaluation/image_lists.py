@@ -39,6 +39,12 @@ LISTS = {
 10 % of the labels of ImageNet use them."""
 
 
+def class_sizes(labels: Tensor) -> Tensor:
+    """Return the number of images of each class that has images."""
+    counts = labels.bincount()
+    return counts[counts > 0]
+
+
 def draw_rows(labels: Tensor, count: int, seed: int, draw: int = 0) -> Tensor:
     """Return the sorted row numbers of `count` random images with balanced classes, on the CPU.
 

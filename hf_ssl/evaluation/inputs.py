@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every protocol receives: the features and the labels of both splits (layer 1).
 
-Legend: M training images, N test images, D features, C classes.
+Legend: M training images, N test images, D features, K classes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,14 +22,16 @@ from hf_ssl.random import permutation
 
 HELD_OUT = 0.1
 """Share of the training images on which protocols select their settings."""
+SELECTED_ON = f"{100 * HELD_OUT:g} % of the training images"
+EDGE = " (at the edge of the sweep)"
 
 
 class LabeledData(Protocol):
     """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
 
-    The evaluation reads the labels after the images, because a broken image also removes its label. The data
-    can also have `targets`: {"masks": N masks (H, W) of class numbers}. Data without classes have labels
-    (N, 0).
+    The evaluation reads the labels after the images, because a broken image also removes its label. There are
+    only images with labels: -1, which means "no label" in a data set, is an error here. The data can also
+    have `targets`: {"masks": N masks (H, W) of class numbers}. Data without classes have labels (N, 0).
     """
 
     @property
@@ -48,8 +50,8 @@ class Split:
 
     Attributes:
         features: (N, D) float32, the evaluated features.
-        labels: (N,) int64; or (N, C) for images with several labels, 1: yes, 0: no, -1: ignored. Images
-            without classes, which have only `targets`, have C = 0.
+        labels: (N,) int64; or (N, K) for images with several labels, 1: yes, 0: no, -1: ignored. Images
+            without classes, which have only `targets`, have K = 0.
         name: name of the split.
         further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
             name is missing if the encoder does not have these features.
@@ -117,7 +119,7 @@ class Inputs:
 
     @property
     def classes(self) -> int:
-        """Return the number of classes C, which is one more than the largest class number."""
+        """Return the number of classes K, which is one more than the largest class number."""
         return int(max(self.train.labels.max(), self.test.labels.max())) + 1
 
     @contextmanager
@@ -134,7 +136,7 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
 
     Args:
         features, labels: (N, D) and (N,), tensors, arrays or lists. Labels of images with several labels are
-            a tensor or an array (N, C).
+            a tensor or an array (N, K).
         name: name of the split.
         argument: name of the argument with the features, for messages.
         width: expected D.
@@ -152,7 +154,7 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
 
 
 def has_several_labels(labels: Any) -> bool:
-    """Return whether labels are a matrix (N, C), for images with several labels."""
+    """Return whether labels are a matrix (N, K), for images with several labels."""
     return isinstance(labels, Tensor | np.ndarray) and labels.ndim == 2
 
 
@@ -171,15 +173,16 @@ def held_out_images(images: int) -> int:
     return max(1, round(HELD_OUT * images))
 
 
-def hold_out(images: int, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(images: int, seed: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the row numbers of the training images to train on, and of those to select settings on.
 
     Args:
         images: number of training images, at least 2. 10 % of them and at least one are held out.
         seed: seed of the random choice.
+        most: largest number of held-out images.
     """
     order = torch.from_numpy(permutation(images, seed))
-    held_out = held_out_images(images)
+    held_out = min(held_out_images(images), images if most is None else most)
     return order[held_out:], order[:held_out]
 
 
@@ -195,7 +198,7 @@ def accuracy_result(
 
     Args:
         protocol, version, settings: see `result_id`.
-        scores: (N, C) of the test images. Of equal scores, the lower class number is predicted.
+        scores: (N, K) of the test images. Of equal scores, the lower class number is predicted.
         labels: (N,) class numbers.
         others: the other fields of `ProtocolResult`; selection, selected_on and details may be missing.
     """
@@ -216,11 +219,86 @@ def accuracy_result(
     return cast(ProtocolResult, found)
 
 
-def check_finite(scores: Tensor, learning_rate: float, key: str) -> None:
+def swept_result(
+    inputs: Inputs,
+    protocol: str,
+    version: int,
+    settings: dict[str, Any],
+    scores: Tensor,
+    *,
+    method: str,
+    setting: str,
+    values: Sequence[float],
+    validation: Sequence[float],
+    best: int,
+    selected_on: str = SELECTED_ON,
+    selection: dict[str, float],
+    unit: str = "",
+    details: dict[str, Any] | None = None,
+    **names: str,
+) -> ProtocolResult:
+    """Return the result of a classifier whose setting was selected from several values on training images.
+
+    Args:
+        inputs: the images.
+        protocol, version, settings, scores: see `accuracy_result`.
+        method: the classifier and its training, as a sentence without its full stop.
+        setting: name of the setting at the start of a sentence, such as "C".
+        values: the tested values, ascending.
+        validation: accuracy for each value.
+        best: position of the selected value.
+        selected_on: the images on which it was selected. `SELECTED_ON` are held-out images.
+        selection: {name: the selected value}.
+        unit: unit of the tested values in text, if it is not that of the selected one.
+        details: further details.
+        names: key, title and column of the result.
+    """
+    (value,) = selection.values()
+    at_edge = is_at_edge(values, values[best])
+    where = f"{'a held-out ' * (selected_on == SELECTED_ON)}{selected_on}"
+    return accuracy_result(
+        protocol,
+        version,
+        settings,
+        scores,
+        inputs.test.labels.to(scores.device),
+        text=f"{method}. {setting} {value:.3g}{EDGE * at_edge} had the highest accuracy on {where} "
+        f"({len(values)} tested, {values[0]:.3g} to {values[-1]:.3g}{unit}). The final classifier was "
+        f"trained on all {inputs.train} and tested on {inputs.test}",
+        selection=selection,
+        selected_on=selected_on,
+        details={
+            "at_edge": at_edge,
+            "validation": {f"{each:.4g}": found for each, found in zip(values, validation, strict=True)},
+        }
+        | (details or {}),
+        **names,
+    )
+
+
+def is_at_edge(values: Sequence[float], value: float) -> bool:
+    """Return whether a selected value is the lowest or the highest one of several tested values."""
+    return min(values) < max(values) and value in (min(values), max(values))
+
+
+def is_right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return whether the class with the highest score is the right one (...,).
+
+    Infinite or NaN scores of a training that diverged are wrong. They could otherwise select its settings.
+
+    Args:
+        scores: (..., K). Of equal scores, the lower class number is predicted. -inf excludes a class.
+        labels: (...,) class numbers, or of a shape that can be broadcast to it.
+    """
+    highest = scores.max(dim=-1)
+    return (highest.indices == labels) & highest.values.isfinite()
+
+
+def check_converged(scores: Tensor, learning_rate: float, key: str) -> None:
     """Raise UserError for a training that diverged.
 
     Args:
-        scores: (N, C) of the test images.
+        scores: (N, K) of the test images.
         learning_rate: learning rate of the training.
         key: key of the learning rates, for the message.
     """
@@ -234,26 +312,23 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the accuracies of predicted classes: `top_1`, `top_5` and `mean_per_class`.
 
     Args:
-        scores: (N, C). Of equal scores, the lower class number ranks first.
-        labels: (N,) class numbers. A label of at least C is always wrong.
+        scores: (N, K). Of equal scores, the lower class number ranks first.
+        labels: (N,) class numbers. A label of at least K is always wrong.
 
     Raises:
-        UserError: there is no image, a score is NaN, or a label is negative.
+        UserError: there is no image, a score is NaN, or `as_labels` raises: a label is no class number.
 
     Source: top-5 as in ImageNet; mean per class as in Kornblith et al. (1805.08974), for Aircraft,
     Caltech101, Flowers and Pets.
     """
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
+    scores = torch.as_tensor(scores)
     broken = int(scores.isnan().any(dim=1).sum()) if len(scores) else 0
     if broken or not len(scores):
         raise UserError(
             f"scores: expected a number for each class, got NaN in {broken} of "
             f"{counted(len(scores), 'image')}; check the model"
         )
-    if int(labels.min()) < 0:
-        raise UserError(
-            f"labels: expected class numbers from 0, got {int(labels.min())}; leave these images out"
-        )
+    labels = as_labels(labels, len(scores), "labels")
     rank = _ranks(scores, labels)
     labels = labels.to(rank.device)
     top = {k: rank < k for k in (1, 5)}

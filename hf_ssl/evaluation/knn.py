@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classification by nearest neighbors. It trains nothing, so its accuracy depends only on the features.
 
-Legend: M bank images, N queries, B queries in a chunk, D features, C classes, K neighbors.
+Legend: M bank images, N queries, B queries in a chunk, D features, K classes, k neighbors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,9 @@ _LINEAR = (
 def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
+    -1 means "no label", as in `hf_ssl.data.columns.label_values`. Data sets leave out images without a label.
+    Features and predictions without a label must be left out by the caller.
+
     Raises:
         UserError: the number of labels differs from the number of images, a label is not a whole number, or
             is negative (no label).
@@ -45,7 +48,11 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
             f"{where}: expected one label for each of {counted(images, 'image')}, got {tuple(tensor.shape)}"
         )
     if images and int(tensor.min()) < 0:
-        raise UserError(f"{where}: expected class numbers from 0, got {int(tensor.min())}; label all images")
+        missing = int((tensor < 0).sum())
+        raise UserError(
+            f"{where}: expected class numbers from 0, got {int(tensor.min())} (no label) for {missing} of "
+            f"{images} images; use only the rows with labels >= 0"
+        )
     return tensor
 
 
@@ -83,21 +90,21 @@ def check_features(features: Any, where: str, width: int | None = None) -> Tenso
 
 
 def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
-    """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, K), best first.
+    """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, k), best first.
 
     Of bank rows with equal cosines, the lower one comes first.
 
     Args:
         bank: (M, D) float32, L2-normalized, with M >= neighbors.
         queries: (N, D) float32, L2-normalized.
-        neighbors: K.
+        neighbors: k.
     """
     cosines, rows = zip(*_nearest_in_chunks(bank, queries, neighbors), strict=True)
     return torch.cat(cosines), torch.cat(rows)
 
 
 def _nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `nearest` returns for chunks of queries, so that memory holds K neighbors of few queries."""
+    """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
     buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * min(BANK_CHUNK, len(bank)))
     for chunk in queries.split(QUERY_CHUNK):
         best, best_rows = (
@@ -206,7 +213,7 @@ class Votes(NamedTuple):
 
     Attributes:
         accuracies: {(k, temperature): accuracy in [0, 1]}.
-        scores: {(k, temperature): sums of votes (N, C)} for the settings that were to be kept.
+        scores: {(k, temperature): sums of votes (N, K)} for the settings that were to be kept.
         labels: (N,) class numbers of the queries.
     """
 
@@ -263,18 +270,18 @@ def vote(
 def _sums_of_votes(
     cosines: Tensor, voters: Tensor, counts: Sequence[int], temperature: float, classes: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield each k with the sums (B, C) of the votes, in one tensor that the next k changes.
+    """Yield each k with the sums (B, K) of the votes, in one tensor that the next k changes.
 
     The sums for k are those for the previous k plus the additional votes, because the neighbors are sorted.
     They are in float64. Sums of the same votes are then equal in any order, which an accelerator does not
     define.
 
     Args:
-        cosines: (B, K) float32, best first.
-        voters: (B, K) class numbers of the neighbors.
+        cosines: (B, k) float32, best first.
+        voters: (B, k) class numbers of the neighbors.
         counts: values of k in ascending order.
         temperature: a positive number.
-        classes: C.
+        classes: K.
     """
     # The weights are relative to that of the nearest image, so that `exp` does not overflow.
     weights = ((cosines - cosines[:, :1]) / temperature).exp()

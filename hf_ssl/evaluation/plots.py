@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, standard_error
 from hf_ssl.files import replaced_file
 
 K_CURVE, PROBE_EPOCHS = "knn_curve.png", "probe_epochs.png"
@@ -56,7 +56,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     for (name, cells), color in zip(lines.items(), _COLORS, strict=False):
         images = results[name]["images"]["test"]
         counts, values = zip(*sorted(cells.items()), strict=True)
-        errors = [(value * (1 - value) / images) ** 0.5 for value in values]
+        errors = [standard_error(value, images) for value in values]
         low, high = (
             [value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1)
         )

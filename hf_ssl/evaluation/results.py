@@ -3,8 +3,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from hf_ssl.errors import counted
 
@@ -78,6 +79,30 @@ def standard_error(accuracy: float, images: int) -> float:
     return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
+class Draws(NamedTuple):
+    """The accuracy over several random choices of the labeled images.
+
+    Attributes:
+        mean: the mean accuracy.
+        standard_error: of the mean over the choices; of one choice: over the test images.
+        details: `draws`, the number of choices. If there are several, also their standard deviation `std`
+            (n - 1).
+    """
+
+    mean: float
+    standard_error: float
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float], images: int) -> "Draws":
+        """Return the summary of the accuracies of all choices on this number of test images."""
+        draws, value = len(accuracies), mean(accuracies)
+        if draws == 1:
+            return cls(value, standard_error(value, images), {"draws": 1})
+        spread = stdev(accuracies)
+        return cls(value, spread / draws**0.5, {"draws": draws, "std": spread})
+
+
 def with_current_layout(result: Any) -> Any:
     """Return a result in the layout of `EncoderResult`, also one that version 0.1 stored.
 
@@ -121,7 +146,7 @@ def with_current_layout(result: Any) -> Any:
                 metrics={},
                 selection={},
                 selected_on=None,
-                details={"labels": labels, "std": draw["std"], "draws": draw["draws"]},
+                details={"labels_per_class": labels, "std": draw["std"], "draws": draw["draws"]},
             )
         )
     if linear is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax regression with a penalty on the squares of the weights, solved by L-BFGS on any device.
 
-Legend: N images, A coordinates, C classes, P classes that have training images.
+Legend: N images, A coordinates, K classes, P classes that have training images.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class Problem:
 
     Args:
         features, labels: (N, D) and (N,) on the device of the computation, which must have float64.
-        classes: C.
+        classes: K.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
@@ -68,7 +68,7 @@ class Problem:
         return torch.cat([self.axes.project(part).float() for part in row_chunks(features)])
 
     def scores(self, solution: Solution, features: Tensor) -> Tensor:
-        """Return the logits (N, C) of features (N, D), which are -inf for classes without training images."""
+        """Return the logits (N, K) of features (N, D), which are -inf for classes without training images."""
         scores = features.new_full((len(features), self.classes), -torch.inf, dtype=torch.float32)
         scores[:, self.present] = logits(solution.weights, self._project(features))
         return scores

@@ -21,8 +21,7 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
 
     `alpha_req` is missing if the features have too few dimensions.
     """
-    rows = min(len(features), STATISTICS_ROWS)
-    index = torch.arange(rows) * len(features) // rows
+    index = evenly_spaced(len(features), STATISTICS_ROWS)
     sample = features[index]
     alpha = alpha_req(sample)
     return {
@@ -30,8 +29,14 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
         "rank_me": rank_me(sample),
         **({"alpha_req": alpha} if math.isfinite(alpha) else {}),
         "uniformity": uniformity(sample),
-        "images": rows,
+        "images": len(index),
     }
+
+
+def evenly_spaced(images: int, most: int) -> Tensor:
+    """Return the row numbers of at most `most` of the images, with equal distances."""
+    count = min(images, most)
+    return torch.arange(count) * images // count
 
 
 def embedding_std(features: Tensor) -> float:
@@ -190,6 +195,23 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
         potential[own, own + start] = 0
         total += potential.sum(dtype=torch.float64)
     return float(torch.log(total / (images * (images - 1))))
+
+
+def standardized(train: Tensor, test: Tensor, *, center: bool = True) -> tuple[Tensor, Tensor]:
+    """Return features (M, D) and (N, D), scaled to standard deviation 1 over the training images.
+
+    A feature that is constant in the training images, up to rounding, keeps its scale. A small deviation
+    would otherwise make its values in the test images huge.
+
+    Args:
+        train, test: features of the training images and of the test images.
+        center: whether the mean over the training images is subtracted.
+    """
+    deviation = train.std(dim=0)
+    varies = deviation > 1e-6 * train.abs().amax(dim=0)
+    scale = torch.where(varies, deviation, 1.0)
+    mean = train.mean(dim=0) if center else torch.zeros_like(scale)
+    return (train - mean) / scale, (test - mean) / scale
 
 
 def unit_rows(features: Tensor) -> Tensor:

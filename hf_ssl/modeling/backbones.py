@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
-from hf_ssl.modeling.encoder_folders import find_parts
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
+from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import pool
 
 logger = logging.get_logger(__name__)  # of transformers, which can warn once

@@ -5,14 +5,16 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub import dataclasses as hub_dataclasses
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.losses.upcasting import SMALLEST_TEMPERATURE
+from hf_ssl.precision import PRECISIONS
+from hf_ssl.sections import as_setting, check_finite
 from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
@@ -20,7 +22,29 @@ CLS_POOLER_TYPES = ("vit", "deit")
 
 SCHEDULES = ("constant", "linear", "cosine")
 BANK_STARTS = ("unit", "uniform", "images")
-BANK_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+if TYPE_CHECKING:
+    from huggingface_hub.dataclasses import strict
+else:
+
+    def strict(cls: type) -> type:
+        """Return a config class that checks its fields, as `strict` of huggingface_hub.
+
+        The fields follow the rules of all settings: `as_setting` converts their values, and numbers must be
+        finite. The original alone would raise an error for 1 as a float.
+        """
+        cls = hub_dataclasses.strict(cls)
+        checked, annotations = cls.__setattr__, {item.name: item.type for item in fields(cls)}
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            if name in annotations:
+                value = as_setting(value, annotations[name])
+                check_finite(f"method.{name}", value)
+            checked(self, name, value)
+
+        cls.__setattr__ = __setattr__
+        return cls
 
 
 @strict
@@ -122,12 +146,7 @@ class BankConfig(SSLConfig):
             ("negatives", self.negatives, self.negatives >= 1, "at least 1"),
             ("bank_momentum", momentum, 0 <= momentum < 1, "at least 0 and less than 1"),
             ("bank_start", start, start in BANK_STARTS, f"one of {', '.join(BANK_STARTS)}"),
-            (
-                "bank_precision",
-                precision,
-                precision in BANK_PRECISIONS,
-                f"one of {', '.join(BANK_PRECISIONS)}",
-            ),
+            ("bank_precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         )
 
 

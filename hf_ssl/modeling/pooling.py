@@ -6,7 +6,7 @@ and describe the same feature. This module imports neither torch nor transformer
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_ssl.errors import UserError
 
@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Pooling = Literal["auto", "pooler", "cls", "mean"]
+POOLINGS = get_args(Pooling)
+POOLED = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}
+"""The feature that each pooling except "auto" returns, in words."""
 LAST_BLOCKS = 4
-FEATURES = ("cls", "cls_mean", "cls_last4", "cls_last4_mean", "tokens")
+VECTORS = {
+    "cls": POOLED["cls"],
+    "cls_mean": "the class token and the mean of the patch tokens",
+    "cls_last4": "the class tokens of the last four blocks",
+    "cls_last4_mean": "the class tokens of the last four blocks and the mean of the patch tokens",
+}
+"""The features of DINOv2's linear probe, in words."""
+FEATURES = (*VECTORS, "tokens")
 """Further features, which protocols can request; see `hf_ssl.modeling.further_features.FurtherFeatures`.
 
-The first four are those of DINOv2's linear probe: class token of the last block or of the last four blocks,
-without or with the mean of the patch tokens. "tokens" are the patch tokens themselves.
+"cls" is also a pooling. "tokens" are the patch tokens themselves.
 """
 
 
@@ -66,7 +75,7 @@ def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:
         outputs: an output of the encoder.
     """
     declared = getattr(getattr(model, "config", None), "published_feature", None)
-    if declared in ("pooler", "cls", "mean"):
+    if declared in POOLED:
         return declared
     if outputs.get("pooler_output") is not None:
         return "pooler"
@@ -112,4 +121,4 @@ def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Modul
         if values.ndim != 3:
             raise UserError(f"pooling: expected tokens (B, T, D) for 'cls', got {tuple(values.shape)}")
         return values[:, 0]
-    raise UserError(f"pooling: expected 'auto', 'pooler', 'cls' or 'mean', got {pooling!r}")
+    raise UserError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")

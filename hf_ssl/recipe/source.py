@@ -98,8 +98,8 @@ def apply_overrides(
 def _replace_renamed(tree: DictConfig) -> None:
     """Move the values of deprecated keys to their replacements, with a FutureWarning for each."""
     for old, new in RENAMED_KEYS.items():
-        section, _, key = old.partition(".")
-        values = tree.get(section)
+        section, _, key = old.rpartition(".")
+        values = OmegaConf.select(tree, section)
         if OmegaConf.is_dict(values) and key in values:
             warn_deprecated(f"{old} is deprecated; use {new}")
             OmegaConf.update(tree, new, values.pop(key), merge=False, force_add=True)

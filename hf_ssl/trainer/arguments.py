@@ -16,8 +16,8 @@ from transformers.training_args import OptimizerNames
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.evaluation.config import MAIN_KNN
 from hf_ssl.names import renamed_arguments, renamed_keys, warn_deprecated
-from hf_ssl.precision import DTYPES
-from hf_ssl.sections import as_number, to_dataclass
+from hf_ssl.precision import AUTO, PRECISIONS
+from hf_ssl.sections import as_setting, to_dataclass
 from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
@@ -29,7 +29,6 @@ from hf_ssl.trainer.transformers_arguments import (
     warn_once,
 )
 
-AUTO = "auto"
 # torch 2.14 warns in every process, because accelerate (1.12 to 1.15) passes this deprecated argument.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 
@@ -180,7 +179,7 @@ class SSLTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._read_lars()
-        self.dataloader_num_workers = workers = as_number(self.dataloader_num_workers, int)
+        self.dataloader_num_workers = workers = as_setting(self.dataloader_num_workers, int)
         check_arguments(self)
         if self.nesterov:
             warn_deprecated("training.nesterov is deprecated; leave it out")
@@ -254,7 +253,7 @@ class SSLTrainingArguments(TrainingArguments):
         cosine, schedule = self.cosine_variant, SchedulerType(self.lr_scheduler_type)
         whole = isinstance(workers := self.dataloader_num_workers, int) and workers >= 0
         choices = {
-            "precision": (AUTO, *DTYPES),
+            "precision": (AUTO, *PRECISIONS),
             "learning_rate_rule": RULES,
             "on_collapse": ("warn", "stop"),
             "on_worse": ("warn", "stop"),

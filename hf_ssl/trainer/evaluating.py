@@ -15,7 +15,7 @@ from transformers.trainer_utils import PredictionOutput
 from hf_ssl.data import DataConfig, Source, all_images, as_source
 from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
-from hf_ssl.precision import DTYPES
+from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
 from hf_ssl.trainer.gradient_cache import check_chunking, warn_about_accumulation
@@ -188,7 +188,7 @@ class EvaluatingTrainer(PushingTrainer):
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        return DTYPES[self.args.precision]
+        return autocast_dtype(self.args.precision)
 
     def _classifiers_of(self, data: Any) -> dict[str, KNNClassifier]:
         named = [name for name in self.classifiers if name]

@@ -26,9 +26,9 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.fast_layers import choose_attention, use_fast_convnext_layers
 from hf_ssl.modeling.gather import from_first_process
-from hf_ssl.precision import fastest_precision
+from hf_ssl.precision import AUTO, fastest_precision
 from hf_ssl.resources import usable_cores
-from hf_ssl.trainer.arguments import AUTO, SSLTrainingArguments
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost, checkpoints_activations
 
 STEP_SECONDS = 30.0

@@ -18,7 +18,7 @@ from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import from_first_process
-from hf_ssl.precision import DTYPES, autocast
+from hf_ssl.precision import autocast, autocast_dtype
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 
 MEASURED_IMAGES = 32
@@ -148,7 +148,7 @@ def _use_checkpoints(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SS
 
     if args.device.type != "cuda":
         model._set_gradient_checkpointing(True, count, every)
-        with _saved_storages(storages), autocast(args.device, DTYPES[args.precision]):
+        with _saved_storages(storages), autocast(args.device, autocast_dtype(args.precision)):
             model.embed(inputs)
     model._set_gradient_checkpointing(True, partial(checkpoint, **options), every)
     return float(max(sizes))
@@ -172,7 +172,7 @@ def _pass(
 
     On CUDA, these are the bytes at the peak. Elsewhere, they are the tensors saved for the backward pass.
     """
-    on_cuda, storages, dtype = args.device.type == "cuda", dict[int, int](), DTYPES[args.precision]
+    on_cuda, storages, dtype = args.device.type == "cuda", dict[int, int](), autocast_dtype(args.precision)
     clock, before = _clock(args.device), 0
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -194,7 +194,7 @@ def _pass(
 
 def _feature_seconds(model: SSLPreTrainedModel, inputs: dict[str, Any], args: SSLTrainingArguments) -> float:
     """Return the seconds of the exported encoder's forward pass on one view of each image."""
-    dtype, images, clock = DTYPES[args.precision], inputs["pixel_values"][:, 0], _clock(args.device)
+    dtype, images, clock = autocast_dtype(args.precision), inputs["pixel_values"][:, 0], _clock(args.device)
     model.eval()
     seconds = []
     for _ in range(2):

@@ -28,7 +28,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
-from hf_ssl.sections import as_number, default_values, describe
+from hf_ssl.sections import as_setting, check_finite, default_values, describe
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
@@ -137,7 +137,7 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
 
     The caller runs this before transformers' `__post_init__`.
 
-    A whole number that is a float (64.0) becomes an int.
+    The values are converted as `as_setting` describes, but a whole number remains an int (eval_steps=50).
 
     Args:
         args: the arguments.
@@ -157,10 +157,15 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
             value = "no"  # YAML reads `no` as False
         if isinstance(value, np.generic | np.ndarray | torch.Tensor):
             value = value.tolist()
+        converted = as_setting(value, hints[field.name])
+        keeps = isinstance(value, _FURTHER_TYPES.get(field.name, ())) or (
+            type(value) is int and isinstance(converted, float)
+        )
+        value = value if keeps else converted
         setattr(args, field.name, value)
         if value == default or (default == "no" and value is False):
             continue
-        setattr(args, field.name, value := _checked_type(field.name, value, hints[field.name]))
+        _check_type(field.name, value, hints[field.name])
         if field.name in REJECTED and value is not None:
             raise UserError(f"training.{field.name}: expected {default}, got {value}; {REJECTED[field.name]}")
         if field.name in WITHOUT_EFFECT and value is not None:
@@ -187,14 +192,13 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
     _check_trackers(args.report_to)
 
 
-def _checked_type(name: str, value: Any, annotation: Any) -> Any:
-    """Return the value as `as_number` does, but an int as it is. Raise `UserError` for another type."""
-    value = value if isinstance(value, int) else as_number(value, annotation)  # eval_steps=50 remains 50
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Raise `UserError` for a value of another type, or one that is not finite."""
     if name in _CHOICES:
         check_name(f"training.{name}", value, [item.value for item in _CHOICES[name]], "a known name")
+    check_finite(f"training.{name}", value)
     valid = isinstance(value, _FURTHER_TYPES.get(name, ())) or _fits(value, annotation)
     check_values("training", (name, value, valid, describe(annotation)))
-    return value
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -204,7 +208,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, option) for option in arguments)
     if kind in (int, float):
         allowed = int | float if kind is float else int
-        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, allowed) and not isinstance(value, bool)
     if kind is typing.Literal:
         return value in arguments
     if kind is list:

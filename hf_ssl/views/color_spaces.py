@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_ssl.views.preset import IMAGENET_MEAN, IMAGENET_STD
+
 Row = tuple[float, float, float]
 Matrix = tuple[Row, Row, Row]
 
@@ -78,8 +80,8 @@ COLOR_SPACES: dict[str, ColorSpace] = {
     "rgb": ColorSpace(
         channels=("r", "g", "b"),
         groups=(1, 1, 1),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         matrix=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
     ),
 }

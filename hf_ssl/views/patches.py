@@ -23,7 +23,7 @@ from hf_ssl.random import GOLDEN, UInt64Array, uniforms
 from hf_ssl.views.operations import to_device
 from hf_ssl.views.parameters import CHANGE_NUMBERS, COLUMNS, sample_changes
 from hf_ssl.views.pipeline import Sampled, change_pixels, sort_for_jitter
-from hf_ssl.views.preset import ViewSettings, check_settings
+from hf_ssl.views.preset import ViewSettings, check_settings, color_probability
 
 Size = tuple[int, int]
 PATCH_COLUMNS = (
@@ -36,7 +36,7 @@ PATCH_COLUMNS = (
     "shear_x",  # factors, see `rotate_and_shear`
     "shear_y",
 )
-_CELLS = 3  # rows and columns of the jigsaw
+JIGSAW_SIDE = 3  # rows and columns of the jigsaw
 _PAPER_CELL, _PAPER_SUB_CROP = 85, 64  # of the jigsaw, for views of 255 pixels
 
 # Positions in the stream of an image: after the numbers of all views, before those of methods.
@@ -179,7 +179,7 @@ def jigsaw_layout(
     Source: Misra and van der Maaten, arXiv:1912.01991, section 3.2 and appendix (views of 255 pixels).
     """
     channels, height, width = image_shape
-    cell = (height // _CELLS, width // _CELLS)
+    cell = (height // JIGSAW_SIDE, width // JIGSAW_SIDE)
     if sub_crop is None:
         sub_crop = min(cell) * _PAPER_SUB_CROP // _PAPER_CELL
         if sub_crop < 1:
@@ -188,10 +188,10 @@ def jigsaw_layout(
             )
     return PatchLayout(
         image_shape=image_shape,
-        shape=(_CELLS, _CELLS),
+        shape=(JIGSAW_SIDE, JIGSAW_SIDE),
         cell=cell,
         step=cell,
-        first=((height - _CELLS * cell[0]) // 2, (width - _CELLS * cell[1]) // 2),
+        first=((height - JIGSAW_SIDE * cell[0]) // 2, (width - JIGSAW_SIDE * cell[1]) // 2),
         sub_crop=sub_crop,
         size=sub_crop,
         shuffled=True,
@@ -410,14 +410,10 @@ def _checked(
     Raises:
         UserError: a setting is outside its limits.
     """
-    if channels == 3:
-        probability = "a probability between 0 and 1"
-    else:
-        probability = f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color"
     check_values(
         "patches",
         ("sub_crop", sub_crop, 1 <= sub_crop <= cell, f"1 to {cell} pixels, the side of a cell"),
-        ("color_dropping", color_dropping, 0 <= color_dropping <= (channels == 3), probability),
+        color_probability("color_dropping", color_dropping, channels),
     )
     if settings is None:
         return None

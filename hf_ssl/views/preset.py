@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, NoReturn, get_type_hints
 
 from hf_ssl.errors import UserError, check_keys
+from hf_ssl.sections import as_setting
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -111,9 +112,17 @@ class ViewSettings:
         return max(3, 2 * (self.size // 20) + 1) if self.blur_kernel is None else self.blur_kernel
 
 
+def _convert(settings: Any) -> None:
+    """Convert the values of a dataclass, in place, as `as_setting` describes."""
+    for item in fields(settings):
+        setattr(settings, item.name, as_setting(getattr(settings, item.name), item.type))
+
+
 # mypy sees `Any`, so that it accepts all settings as arguments. The types of the fields exist at run time.
 _OptionalSettings: Any = make_dataclass(
-    "_OptionalSettings", [(name, hint | None, None) for name, hint in get_type_hints(ViewSettings).items()]
+    "_OptionalSettings",
+    [(name, hint | None, None) for name, hint in get_type_hints(ViewSettings).items()],
+    namespace={"__post_init__": _convert},
 )
 
 
@@ -142,6 +151,9 @@ class ViewPreset(ViewSettings):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        _convert(self)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViewPreset":
         """Return the preset of a dict made by `to_dict`. Absent keys keep their defaults.
@@ -164,6 +176,7 @@ class ViewPreset(ViewSettings):
         if channels < 1:
             raise UserError(f"channels: expected at least 1, got {channels}")
         _check_whole("views.count", self.count)
+        _check_whole("views.size", self.size)  # the default of `blur_kernel` depends on it
         _check_overrides(self)
         views = self.expand()
         kinds: list[tuple[ViewSettings, ViewOverrides | None, str]] = [(views[0], None, "views")]
@@ -228,6 +241,8 @@ def _check_overrides(preset: ViewPreset) -> None:
             _fail("views.count", "at least 2 because views.second is given", preset.count)
     if preset.local is not None:
         _check_whole("views.local.count", preset.local.count)
+        if preset.local.size is not None:
+            _check_whole("views.local.size", preset.local.size)
 
 
 def check_settings(
@@ -250,7 +265,6 @@ def check_settings(
         inherited = overrides is not None and getattr(overrides, name) is None
         _fail(f"views.{name}" if inherited else f"{section}.{name}", expected, getattr(settings, name))
 
-    # The size is first, because the default of `blur_kernel` depends on it.
     for item in fields(ViewSettings):
         if not item.metadata["holds"](getattr(settings, item.name)):
             fail(item.name, item.metadata["expected"])
@@ -264,7 +278,7 @@ def check_settings(
     else:
         needs_color = ["jitter"] if strengths else []
     for name in needs_color + (["gray"] if settings.gray else []):
-        fail(name, f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color")
+        fail(name, without_color(channels))
 
 
 def check_output(preset: ViewPreset, channels: int) -> None:
@@ -285,6 +299,18 @@ def check_output(preset: ViewPreset, channels: int) -> None:
     if preset.local_count and preset.local_size * preset.enlarge % preset.size:
         expected = f"a side that enlarges local views of {preset.local_size} pixels to whole pixels"
         _fail("views.enlarge", expected, preset.enlarge)
+
+
+def color_probability(key: str, value: float, channels: int) -> tuple[str, float, bool, str]:
+    """Return the row of `check_values` for the probability of an operation that needs three channels."""
+    if channels == 3:
+        return key, value, 0 <= value <= 1, "a probability between 0 and 1"
+    return key, value, value == 0, without_color(channels)
+
+
+def without_color(channels: int) -> str:
+    """Return the expected value of a setting that needs color, with the reason."""
+    return f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color"
 
 
 def _check_whole(key: str, value: Any) -> None:

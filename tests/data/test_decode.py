@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from messages import mentions
 from transformers import BitImageProcessor
 
 from hf_ssl.data import decode as decode_module
-from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape, size_in_header
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape, size_in_header, stored_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision and Pillow
 
@@ -112,6 +113,35 @@ def test_32_bit_integers_are_read_if_they_fit_into_16_bits(encode):
     outside = PIL.Image.fromarray(np.array([[0, 65536]], np.int32))
     with pytest.raises(BrokenImage, match=mentions(16, 0, 65536)):
         decode(encode(outside, "TIFF"), 1)
+
+
+@pytest.mark.parametrize(
+    "kept", [np.asarray, torch.from_numpy, PIL.Image.fromarray, lambda pixels: pixels.astype(np.uint8)]
+)
+def test_32_bit_integers_in_memory_are_not_scaled(kept):
+    values = np.array([[0, 100, 255]], np.int32)
+    assert decode(stored_image(kept(values)).read(), 1).tolist() == [[[0, 100, 255]]]
+
+
+@pytest.mark.parametrize("kept", [np.asarray, torch.from_numpy, PIL.Image.fromarray])
+def test_floating_point_numbers_in_memory_are_0_to_1(kept):
+    values = np.array([[0, 0.4, 1]], np.float32)
+    assert decode(stored_image(kept(values)).read(), 1).tolist() == [[[0, 102, 255]]]
+    with pytest.raises(BrokenImage, match=mentions(0, 1, "1.5")):
+        stored_image(kept(values + 0.5)).read()
+
+
+@pytest.mark.parametrize("kept", [np.asarray, torch.from_numpy, PIL.Image.fromarray])
+def test_large_32_bit_integers_in_memory_are_broken(kept):
+    with pytest.raises(BrokenImage, match=mentions(255, "int32", "uint16")):
+        stored_image(kept(np.array([[0, 256]], np.int32))).read()
+
+
+def test_32_bit_integers_of_a_file_are_equal_before_and_after_pillow_opens_it(encode):
+    content = encode(PIL.Image.fromarray(np.array([[0, 200, 65535]], np.int32)), "TIFF")
+    opened = PIL.Image.open(io.BytesIO(content))
+    pixels = [decode(stored_image(each).read(), 1).tolist() for each in (content, opened)]
+    assert pixels == [[[[0, 1, 255]]]] * 2
 
 
 def test_floating_point_images_are_broken(encode):

@@ -73,7 +73,7 @@ def encoder():
 def small(**changes) -> EvaluationConfig:
     protocols = {
         "knn": {"neighbors": [1, 20]},
-        "few_label_knn": {"labels": [1, 5, 500], "draws": 4},
+        "few_label_knn": {"labels_per_class": [1, 5, 500], "draws": 4},
         "linear": {"epochs": 3, "learning_rates": [0.1, 1.0], "standardize": True},
     }
     settings = {"protocols": list(protocols), "settings": protocols, "batch_size": 100, "raw_pixel_size": 8}
@@ -190,7 +190,7 @@ def test_a_default_k_above_the_bank_is_left_out_and_a_given_one_is_an_error(digi
         ({"settings": {"knn": {"k": 3}}}, ["evaluation.settings.knn.k", "neighbors"]),
         ({"settings": {"knn": {"neighbors": []}}}, ["evaluation.settings.knn.neighbors", "[]"]),
         ({"settings": {"knn": {"temperatures": [-0.1]}}}, ["evaluation.settings.knn.temperatures", "-0.1"]),
-        ({"settings": {"few_label_knn": {"labels": [0]}}}, ["evaluation.settings.few_label_knn.labels", 0]),
+        ({"settings": {"few_label_knn": {"labels_per_class": [0]}}}, ["few_label_knn.labels_per_class", 0]),
         ({"settings": {"few_label_knn": {"draws": 0}}}, ["evaluation.settings.few_label_knn.draws", 0]),
         ({"settings": {"linear": {"epochs": 0}}}, ["evaluation.settings.linear.epochs", 0]),
         ({"settings": {"linear": {"learning_rates": [float("nan")]}}}, ["linear.learning_rates", "nan"]),
@@ -465,7 +465,7 @@ def test_deprecated_settings_still_work(digits) -> None:
         found = evaluate_features(old, *data)
     new = {
         "knn": {"neighbors": [5], "temperatures": [0.1]},
-        "few_label_knn": {"labels": [1], "draws": 2},
+        "few_label_knn": {"labels_per_class": [1], "draws": 2},
         "linear": {"epochs": 1, "batch_size": 30, "standardize": True, "learning_rates": [0.5]},
     }
     expected = evaluate_features({"protocols": list(new), "settings": new}, *data)

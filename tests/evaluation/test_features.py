@@ -80,6 +80,13 @@ def test_pooling_of_each_class(name: str) -> None:
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_class_token_of_a_feature_map_is_an_error() -> None:
+    """The extraction of features follows `pool`, also for the name "cls", which further features have too."""
+    config = ResNetConfig(hidden_sizes=[4, 8], depths=[1, 1], embedding_size=4)
+    with pytest.raises(UserError, match=mentions("pooling", "cls", "(B, T, D)")):
+        extract_features(ResNetModel(config), processor(), [photos(2)], pooling="cls")
+
+
 def test_timm_wrapper() -> None:
     pytest.importorskip("timm")
     from transformers import TimmWrapperConfig, TimmWrapperModel

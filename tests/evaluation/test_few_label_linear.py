@@ -13,10 +13,11 @@ from messages import mentions
 from sklearn.linear_model import LogisticRegression
 
 from hf_ssl.data import DataConfig, label_data
+from hf_ssl.data.labeled import rank_in_class
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import evaluate_features
+from hf_ssl.evaluation import evaluate_features, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, read_list, rows_hash
-from hf_ssl.evaluation.protocols.few_label_linear import STRENGTH, Config, rank_in_class
+from hf_ssl.evaluation.protocols.few_label_linear import STRENGTH, Config
 
 NAME = "few_label_linear"
 
@@ -55,41 +56,41 @@ def test_these_rows_never_change() -> None:
 
 
 def test_the_rank_in_a_class_is_the_number_of_earlier_images() -> None:
-    labels = torch.tensor([2, 0, 2, 2, 0, 5])
+    labels = np.array([2, 0, 2, 2, 0, 5])
     assert rank_in_class(labels).tolist() == [0, 0, 1, 2, 1, 0]
 
 
 def test_every_number_of_labels_and_its_words(data) -> None:
-    result = run(data, fractions=[0.001, 0.05, 0.5], labels=[1, 5, 101])
+    result = run(data, fractions=[0.001, 0.05, 0.5], labels_per_class=[1, 5, 101])
     numbers = {each["key"].removeprefix(f"{NAME}_"): each for each in result["protocols"]}
     assert list(numbers) == ["5_percent", "50_percent", "1", "5"]
     assert [each["details"]["images"] for each in numbers.values()] == [20, 200, 4, 20]
     assert numbers["1"]["value"] < numbers["5"]["value"] < numbers["50_percent"]["value"]
     assert [len(each["selection"].get("C", [])) for each in numbers.values()] == [2, 2, 0, 2]
     for each in numbers.values():
-        assert each["details"]["rows"] in each["text"] and "2 draws (seed 0)" in each["text"]
+        assert each["details"]["rows_hash"] in each["text"] and "2 draws (seed 0)" in each["text"]
         assert each["metrics"]["top_5"] == 1.0, "there are four classes"
         assert each["standard_error"] == pytest.approx(each["details"]["std"] / 2**0.5)
     percent, many = result["skipped"]
     assert "0.1 %" in percent and "400" in percent and "4 classes" in percent
     assert "101" in many and "100" in many
     with pytest.raises(UserError, match=mentions(400)):
-        run(data, fractions=[0.001], labels=[101])
+        run(data, fractions=[0.001], labels_per_class=[101])
 
 
 def test_the_labeled_images_are_part_of_the_id(data) -> None:
-    (one,), (other,) = (run(data, seed, labels=[5], fractions=[])["protocols"] for seed in (0, 1))
-    assert one["id"] != other["id"] and one["details"]["rows"] != other["details"]["rows"]
+    (one,), (other,) = (run(data, seed, labels_per_class=[5], fractions=[])["protocols"] for seed in (0, 1))
+    assert one["id"] != other["id"] and one["details"]["rows_hash"] != other["details"]["rows_hash"]
     moved = (data[0], data[1].roll(1), *data[2:])
-    (third,) = run(moved, labels=[5], fractions=[])["protocols"]
+    (third,) = run(moved, labels_per_class=[5], fractions=[])["protocols"]
     assert third["id"] != one["id"], "other labels"
-    (one_draw,) = run(data, labels=[5], fractions=[], draws=1)["protocols"]
+    (one_draw,) = run(data, labels_per_class=[5], fractions=[], draws=1)["protocols"]
     assert "std" not in one_draw["details"] and one_draw["standard_error"] > 0
 
 
 def test_the_classifier_is_that_of_scikit_learn(data) -> None:
     train, labels, test, test_labels = data
-    (result,) = run(data, labels=[1], fractions=[], draws=1)["protocols"]
+    (result,) = run(data, labels_per_class=[1], fractions=[], draws=1)["protocols"]
     rows = draw_rows(labels, int(labels.max()) + 1, 0, 0)
     unit, unit_test = (torch.nn.functional.normalize(each, dim=1).double().numpy() for each in (train, test))
     model = LogisticRegression(C=STRENGTH, max_iter=5000, tol=1e-8).fit(unit[rows], labels[rows].numpy())
@@ -114,7 +115,7 @@ def test_a_list_names_the_labeled_images(data, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("n00000001_17.JPEG", 2)):
         find_rows(listed, SimpleNamespace(names=[*names, names[17]]), str(path))
     with pytest.raises(UserError, match=mentions("few.txt")):
-        run(data, lists=[str(path)], labels=[], fractions=[])
+        run(data, lists=[str(path)], labels_per_class=[], fractions=[])
     assert len(digest) == 64 and digest not in LISTS
 
 
@@ -139,8 +140,8 @@ def test_names_of_images_are_read_without_the_images() -> None:
     ("settings", "parts"),
     [
         ({"fractions": [1.5]}, ["fractions", 1.5]),
-        ({"labels": [0]}, ["labels", 0]),
-        ({"labels": [], "fractions": []}, ["labels"]),
+        ({"labels_per_class": [0]}, ["labels_per_class", 0]),
+        ({"labels_per_class": [], "fractions": []}, ["labels_per_class"]),
         ({"strengths": []}, ["strengths"]),
         ({"lists": ["missing.txt"]}, ["lists", "missing.txt"]),
     ],
@@ -154,3 +155,26 @@ def test_an_empty_list_is_an_error(tmp_path: Path) -> None:
     path = write_list(tmp_path / "empty.txt", [])
     with pytest.raises(UserError, match=mentions("lists", "empty")):
         Config(lists=[str(path)]).check("there")
+
+
+def test_all_protocols_with_few_labels_share_their_images(data) -> None:
+    train, labels, test, test_labels = data
+    draws = [draw_rows(labels, 8, 3, draw) for draw in range(2)]
+    expected = [
+        knn_accuracy(train[rows], labels[rows], test, test_labels, neighbors=[1], temperatures=[0.1])[1, 0.1]
+        for rows in draws
+    ]
+    found = few_label_knn(*data, labels_per_class=2, draws=2, seed=3)
+    assert found.mean == pytest.approx(sum(expected) / 2)
+    assert found.std == pytest.approx(abs(expected[0] - expected[1]) / 2**0.5)
+    (linear,) = run(data, 3, fractions=[], labels_per_class=[2], draws=2)["protocols"]
+    assert linear["details"]["rows_hash"] == rows_hash(draws, labels)
+
+
+@pytest.mark.parametrize("name", ["few_label_knn", NAME])
+def test_the_standard_error_of_one_draw_is_that_over_test_images(name: str, data) -> None:
+    settings = {"labels_per_class": [2], "draws": 1} | ({"fractions": []} if name == NAME else {})
+    (result,) = evaluate_features({"protocols": [name], "settings": {name: settings}}, *data)["protocols"]
+    value = result["value"]
+    assert result["standard_error"] == pytest.approx((value * (1 - value) / 400) ** 0.5)
+    assert "std" not in result["details"] and "deviation" not in result["text"]

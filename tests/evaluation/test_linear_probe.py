@@ -12,7 +12,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import knn_accuracy, linear_probe
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.knn import leave_one_out_knn
-from hf_ssl.evaluation.protocols.linear import GRID, Config, run, train_heads
+from hf_ssl.evaluation.protocols.linear import Config, run, train_heads
+from hf_ssl.modeling.pooling import VECTORS
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
@@ -176,18 +177,18 @@ def grid_inputs(seed: int, names: list[str], signal: str) -> Inputs:
     return Inputs(*splits, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("signal", GRID)
+@pytest.mark.parametrize("signal", VECTORS)
 def test_the_grid_finds_the_feature_that_shows_the_class(signal: str) -> None:
-    inputs, config = grid_inputs(0, list(GRID), signal), Config(epochs=5)
+    inputs, config = grid_inputs(0, list(VECTORS), signal), Config(epochs=5)
     published, grid = run(inputs, config)
     assert published["key"] == "linear_probe" and grid["key"] == "linear_grid"
     assert published["value"] < 0.5 < 0.9 < grid["value"]
     assert grid["selection"]["feature"] == signal
-    assert f"the feature {signal} ({GRID[signal]})" in grid["text"]
+    assert f"the feature {signal} ({VECTORS[signal]})" in grid["text"]
     assert "13 learning rates, 0.0001 to 100, of cls, cls_mean, cls_last4, cls_last4_mean" in grid["text"]
     assert "120 images of split test" in grid["text"]
     validation = grid["details"]["validation"]
-    assert list(validation) == list(GRID)
+    assert list(validation) == list(VECTORS)
     best = max(value for rates in validation.values() for value in rates.values())
     assert validation[signal][str(grid["selection"]["learning_rate"])] == best
     for result in (published, grid):
@@ -198,9 +199,9 @@ def test_the_grid_finds_the_feature_that_shows_the_class(signal: str) -> None:
 
 def test_each_feature_of_the_grid_is_trained_as_if_it_were_alone() -> None:
     """And the heads are those of torch's SGD, feature by feature and rate by rate."""
-    inputs, config = grid_inputs(1, list(GRID), "cls_mean"), Config(epochs=2, learning_rates=[0.03, 1.0])
+    inputs, config = grid_inputs(1, list(VECTORS), "cls_mean"), Config(epochs=2, learning_rates=[0.03, 1.0])
     (_, grid), labels = run(inputs, config), inputs.train.labels
-    for name in GRID:
+    for name in VECTORS:
         rows = inputs.train.further[name]
         alone = linear_probe(
             rows, labels, inputs.test.further[name], inputs.test.labels, epochs=2, learning_rates=[0.03, 1.0]
@@ -220,7 +221,7 @@ def test_each_feature_of_the_grid_is_trained_as_if_it_were_alone() -> None:
 
 
 def test_the_grid_needs_several_features_and_leaves_the_published_number_unchanged() -> None:
-    inputs, config = grid_inputs(2, list(GRID), "cls"), Config(epochs=2)
+    inputs, config = grid_inputs(2, list(VECTORS), "cls"), Config(epochs=2)
     published, grid = run(inputs, config)
     for features, keys in (([], 1), (["cls"], 1), (["cls", "cls_last4"], 2)):
         results = run(inputs, Config(epochs=2, features=features))
@@ -235,7 +236,7 @@ def test_the_grid_needs_several_features_and_leaves_the_published_number_unchang
 
 
 def test_the_test_labels_choose_no_feature() -> None:
-    inputs, config = grid_inputs(3, list(GRID), ""), Config(epochs=2)
+    inputs, config = grid_inputs(3, list(VECTORS), ""), Config(epochs=2)
     honest = run(inputs, config)[1]
     inputs.test.labels = (inputs.test.labels + 1) % 3
     wrong = run(inputs, config)[1]

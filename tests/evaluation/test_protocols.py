@@ -20,20 +20,34 @@ from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
 from hf_ssl.cards.text import terminal_text
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import PROTOCOLS, ProtocolResult, class_metrics, evaluate_encoder, evaluate_features
+from hf_ssl.evaluation import (
+    PROTOCOLS,
+    EvaluationConfig,
+    ProtocolResult,
+    class_metrics,
+    evaluate_encoder,
+    evaluate_features,
+    few_label_knn,
+    knn_accuracy,
+    linear_probe,
+)
+from hf_ssl.evaluation.inputs import is_right
 from hf_ssl.evaluation.protocols import load_protocol
+from hf_ssl.evaluation.protocols.linear import heads_accuracy
 from hf_ssl.evaluation.results import with_current_layout
+from hf_ssl.evaluation.statistics import standardized
 from hf_ssl.modeling.backbones import set_identity_pooler
+from hf_ssl.recipe import read_sections
 
 # Small settings; a protocol without an entry runs with its defaults.
 # The images of these tests have four pixels, so a crop or a flip would change their class.
 WHOLE = {"smallest_crop": 1.0, "flip": 0.0}
 QUICK = {
     "linear": {"epochs": 3},
-    "few_label_knn": {"labels": [1, 5], "draws": 3},
+    "few_label_knn": {"labels_per_class": [1, 5], "draws": 3},
     "logistic_regression": {"strengths": [1e-4, 0.01, 1.0]},
     "mlp": {"epochs": 5, "hidden_size": 16},
-    "few_label_linear": {"fractions": [0.1], "labels": [1, 5], "draws": 3},
+    "few_label_linear": {"fractions": [0.1], "labels_per_class": [1, 5], "draws": 3},
     "linear_augmented": {"epochs": 8, "learning_rates": [0.01, 1.0], "batch_size": 64, **WHOLE},
     "fine_tune": {
         "optimizer": "adamw", "epochs": 6, "learning_rates": [0.0001, 0.003], "batch_size": 32, **WHOLE,
@@ -297,3 +311,67 @@ def test_settings_that_are_no_mapping_name_their_key(data) -> None:
         pytest.raises(UserError, match=mentions("evaluation.settings.knn")),
     ):
         evaluate_features({"neighbors": [3], "settings": {"knn": 5}}, *data)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "logistic_regression"])
+def test_a_constant_feature_keeps_its_scale(name: str, data) -> None:
+    """A feature that is zero in the training images must not decide about test images, where it is not."""
+    train, labels, test, test_labels = data
+    further = torch.zeros(len(train), 1), 0.1 * torch.randn(len(test), 1, generator=torch.manual_seed(0))
+    wider = torch.cat([train, further[0]], 1), labels, torch.cat([test, further[1]], 1), test_labels
+    (before,), (after,) = run(name, data, standardize=True), run(name, wider, standardize=True)
+    assert after["value"] == pytest.approx(before["value"], abs=0.03)
+
+
+def test_standardized_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = 3 + 2 * torch.randn(50, 4, generator=generator), torch.ones(2, 4)
+    train[:, 1] = 7.1  # its deviation is not zero, but rounding
+    scaled, others = standardized(train, test)
+    kept = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scaled[:, kept].std(0), torch.ones(3))
+    torch.testing.assert_close(others[:, 1], torch.full((2,), 1 - 7.1))
+    scaled, others = standardized(train, test, center=False)
+    torch.testing.assert_close(scaled[:, kept], train[:, kept] / train[:, kept].std(0))
+    assert torch.equal(others[:, 1], test[:, 1])
+
+
+def test_scores_of_a_diverged_training_are_not_right() -> None:
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[nan, nan], [nan, 1.0], [inf, 0.0], [-inf, -inf], [-inf, 0.0], [1.0, 1.0]])
+    assert is_right(scores, torch.tensor([0, 0, 0, 0, 1, 0])).tolist() == [False] * 4 + [True] * 2
+    heads = torch.full((3, 1, 2), nan)
+    assert heads_accuracy(heads, torch.ones(4, 2), torch.zeros(4, dtype=torch.long)) == [0.0]
+
+
+def test_a_missing_label_is_an_error_that_says_what_to_do(data) -> None:
+    train, labels, test, test_labels = data
+    unlabeled = labels.clone()
+    unlabeled[:2] = -1
+    callers = (
+        lambda: evaluate_features({"protocols": ["knn"]}, train, unlabeled, test, test_labels),
+        lambda: evaluate_features({"protocols": ["knn"]}, test, test_labels, train, unlabeled),
+        lambda: knn_accuracy(train, unlabeled, test, test_labels),
+        lambda: few_label_knn(train, unlabeled, test, test_labels, labels_per_class=1),
+        lambda: linear_probe(train, unlabeled, test, test_labels, epochs=1),
+        lambda: class_metrics(train, unlabeled),
+    )
+    for caller in callers:
+        with pytest.raises(UserError, match=mentions("-1", "no label", "2 of 240", "labels >= 0")):
+            caller()
+    kept = unlabeled >= 0
+    assert class_metrics(train[kept], unlabeled[kept])["top_5"] > 0
+
+
+@pytest.mark.parametrize("where", ["recipe", "Python"])
+def test_the_former_key_of_few_labels_works(where: str) -> None:
+    with pytest.warns(
+        FutureWarning, match=mentions("few_label_knn.labels", "few_label_knn.labels_per_class")
+    ):
+        if where == "recipe":
+            _, config = read_sections(["data.path=x", "evaluation.settings.few_label_knn.labels=[3]"])
+        else:
+            config = EvaluationConfig(settings={"few_label_knn": {"labels": [3]}})
+        settings = config.of_protocol("few_label_knn")
+    assert settings.labels_per_class == [3]

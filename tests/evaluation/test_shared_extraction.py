@@ -20,8 +20,8 @@ from hf_ssl.modeling.gather import join_rows, joined_processes
 
 CPU = torch.device("cpu")
 SETTINGS = {
-    "few_label_knn": {"labels": [1], "draws": 2},
-    "few_label_linear": {"fractions": [], "labels": [2], "draws": 2},
+    "few_label_knn": {"labels_per_class": [1], "draws": 2},
+    "few_label_linear": {"fractions": [], "labels_per_class": [2], "draws": 2},
     "ridge": {},
 }
 

@@ -42,8 +42,7 @@ from hf_ssl.modeling.backbones import encode, encode_without_columns, feature_si
 from hf_ssl.modeling.encoder_parts import PARTS, describe_views
 from hf_ssl.modeling.fast_layers import choose_attention
 from hf_ssl.modeling.narrow_encoders import feature_width, joined_config, narrow_configs
-from hf_ssl.modeling.parallel_encoders import ParallelEncoders
-from hf_ssl.modeling.parallel_resnets import ParallelResNets
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders, ParallelResNets
 from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.views import COLOR_SPACES, to_color_space

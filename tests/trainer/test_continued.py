@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that begin with a trained encoder: its weights, layer-wise rates, the head's warm-up, the guard."""
+"""Runs that begin with a trained encoder: its weights, layer-wise rates, the head's warmup, the guard."""
 
 import json
 import shutil

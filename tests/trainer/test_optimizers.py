@@ -118,7 +118,7 @@ def test_groups_follow_rules_and_the_schedule_spares_fixed_rates(tmp_path, name)
         optimizer.step()
         scheduler.step()
     assert {rate for rate, _, _ in rates} == {0.8}
-    assert rates[0][1:] == (0.0, 0.0)  # warm-up of half an epoch: 10 steps from 0
+    assert rates[0][1:] == (0.0, 0.0)  # warmup of half an epoch: 10 steps from 0
     assert rates[5][2] == pytest.approx(0.2)
     assert rates[10][2] == pytest.approx(0.4)
     assert rates[55][2] == pytest.approx(0.2)  # half of the cosine

@@ -14,7 +14,7 @@ from hf_ssl.evaluation.config import LEARNING_RATES
 from hf_ssl.evaluation.knn import nearest
 from hf_ssl.evaluation.protocols.linear import train_heads
 from hf_ssl.hub import image_processor
-from hf_ssl.precision import DTYPES, fastest_precision
+from hf_ssl.precision import autocast_dtype, fastest_precision
 from hf_ssl.views import ViewPreset
 from training.benchmarks.images import as_tensor, small_images
 from training.benchmarks.pairs import Pair
@@ -30,7 +30,7 @@ def features(device: torch.device) -> Pair:
     hf_ssl uses the precision that `evaluation.precision=auto` chooses. The peer gets images that are already
     normalized.
     """
-    dtype = DTYPES[fastest_precision(device.type).name]
+    dtype = autocast_dtype(fastest_precision(device.type).name)
     encoder = AutoModel.from_config(ResNetConfig(**RESNET18)).to(device).eval()
     plain = AutoModel.from_config(encoder.config).to(device).eval()
     plain.load_state_dict(encoder.state_dict())

@@ -28,7 +28,7 @@ from hf_ssl.methods.mae.modeling_mae import MAEForPreTraining
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.fast_layers import choose_attention
-from hf_ssl.precision import DTYPES, autocast, fastest_precision
+from hf_ssl.precision import autocast, autocast_dtype, fastest_precision
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.machine_settings import prepare_model
 from hf_ssl.trainer.optimizers import build_optimizer
@@ -68,7 +68,7 @@ def resnet18_step(*, auto: bool, batch: int = 64) -> Any:
 
     def build(device: torch.device) -> Pair:
         torch.manual_seed(0)
-        dtype = DTYPES[fastest_precision(device.type).name] if auto else None
+        dtype = autocast_dtype(fastest_precision(device.type).name) if auto else None
         views = torch.randn(batch, 2, 3, SIDE, SIDE, device=device)
         config = SimCLRConfig(
             backbone_config=ResNetConfig(**RESNET18), projection_layers=2, projection_size=128

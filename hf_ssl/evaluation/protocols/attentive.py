@@ -4,12 +4,12 @@
 It is the probe of CAPI (2502.08769; its `eval_classification.py`): a query vector, one linear layer for keys
 and values, heads of 64 dimensions, and a linear classifier. There is neither an output projection nor an MLP,
 which the probe of V-JEPA (2404.08471) has. The optimizer is CAPI's: AdamW with betas 0.9 and 0.95, linear
-warm-up over 10 % of the steps, then a cosine to zero; sweeps of learning rate and weight decay, selected on
+warmup over 10 % of the steps, then a cosine to zero; sweeps of learning rate and weight decay, selected on
 10 % of the training images. Differences: the tokens are cached, so there is no augmentation, and the learning
 rates are those at the batch size, not scaled.
 
 Legend: N images, B images in a step, P patch tokens, D features, H attention heads, E = D / H features of a
-head, A probes that are trained simultaneously, C classes.
+head, A probes that are trained simultaneously, K classes.
 """
 
 import math
@@ -23,7 +23,15 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
+from hf_ssl.evaluation.inputs import (
+    EDGE,
+    SELECTED_ON,
+    Inputs,
+    accuracy_result,
+    hold_out,
+    is_at_edge,
+    is_right,
+)
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
@@ -84,9 +92,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     labels, targets = (split.labels.to(inputs.device) for split in (train, test))
     pairs = [(rate, decay) for rate in sorted(set(config.learning_rates)) for decay in config.weight_decays]
     generator = torch.Generator().manual_seed(inputs.seed)
-    order = torch.randperm(len(train), generator=generator)
-    held_out = held_out_images(len(train))
-    chosen, kept = order[:held_out], order[held_out:]
+    kept, chosen = hold_out(len(train), inputs.seed)
     curves: dict[str, list[float]] = {"train": [], "test": []}
 
     def record(probes: Probes) -> None:
@@ -123,10 +129,8 @@ def _result(
     heads = attention_heads(size)
     accuracy = max(validation)
     rate, decay = pairs[validation.index(accuracy)]
-    rates = sorted({each for each, _ in pairs})
-    at_edge = len(rates) > 1 and rate in (rates[0], rates[-1])
-    edge = " (at the edge of the sweep)" if at_edge else ""
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
+    rates = [each for each, _ in pairs]
+    at_edge = is_at_edge(rates, rate)
     return accuracy_result(
         "attentive",
         VERSION,
@@ -139,12 +143,12 @@ def _result(
         text=f"cross-attention of one learned query over {patches} frozen patch tokens ("
         f"{counted(heads, 'head')}) and a linear classifier, without "
         f"augmentation. Optimizer: AdamW, {counted(config.epochs, 'epoch')}, batch size "
-        f"{config.batch_size}, warm-up and cosine schedule. The learning rate {rate:g}{edge} and the weight "
-        f"decay {decay:g} had the highest accuracy on a held-out {selected_on} "
+        f"{config.batch_size}, warmup and cosine schedule. The learning rate {rate:g}{EDGE * at_edge} and "
+        f"the weight decay {decay:g} had the highest accuracy on a held-out {SELECTED_ON} "
         f"({counted(len(pairs), 'pair')} tested). The final probe was trained on all {train} and tested "
         f"on {inputs.test}",
         selection={"learning_rate": rate, "weight_decay": decay},
-        selected_on=selected_on,
+        selected_on=SELECTED_ON,
         details={
             "at_edge": at_edge,
             "validation_accuracy": accuracy,
@@ -169,7 +173,7 @@ class Probes(NamedTuple):
         keys, values: (A, D, D), rows are outputs. Keys have no bias, because it would add the same number to
             the scores of all tokens.
         value_bias: (A, D).
-        weight, bias: of the classifiers, (A, D, C) and (A, C).
+        weight, bias: of the classifiers, (A, D, K) and (A, K).
     """
 
     query: Tensor
@@ -180,7 +184,7 @@ class Probes(NamedTuple):
     bias: Tensor
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, A, C) for float32 tokens (B, P, D).
+        """Return the logits (B, A, K) for float32 tokens (B, P, D).
 
         The result is that of keys and values of all tokens, but they are not computed. With a single query,
         the score of a token x is q . (K x) = (K^T q) . x. Because the attention weights of a head sum to 1,
@@ -194,7 +198,7 @@ class Probes(NamedTuple):
         scores = tokens @ (queries.flatten(0, 1) * split[2] ** -0.5).T
         pooled = (scores.softmax(dim=1).transpose(1, 2) @ tokens).unflatten(1, split[:2])
         values = torch.einsum("bahd,ahed->bahe", pooled, self.values.view(*split, size)).flatten(2)
-        return torch.einsum("bae,aec->bac", values + self.value_bias, self.weight) + self.bias
+        return torch.einsum("bae,aek->bak", values + self.value_bias, self.weight) + self.bias
 
 
 def new_probes(count: int, size: int, classes: int, device: torch.device, seed: int) -> Probes:
@@ -222,7 +226,7 @@ class Training:
     Attributes:
         tokens: (N, P, D), float16 or float32, on the device of the labels or on the CPU.
         labels: (N,), on the device of the computation.
-        classes: C.
+        classes: K.
         epochs, batch_size: settings of a training.
         advance: called with 1 after each epoch.
     """
@@ -273,7 +277,7 @@ class Training:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: linear warm-up over 10 % of the steps, then cosine to zero."""
+    """Return the factor of the learning rate: linear warmup over 10 % of the steps, then cosine to zero."""
     warmup = round(WARMUP * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -321,8 +325,8 @@ def accuracies(probes: Probes, tokens: Tensor, labels: Tensor, rows: Tensor, bat
     """Return the accuracy of each probe on some images, A numbers in [0, 1]."""
     right = torch.zeros(len(probes.query), dtype=torch.long, device=labels.device)
     for index in rows.split(batch_size):
-        found = probes.logits(_rows(tokens, index, labels.device)).argmax(dim=2)
-        right += (found == labels[index.to(labels.device)][:, None]).sum(dim=0)
+        scores = probes.logits(_rows(tokens, index, labels.device))
+        right += is_right(scores, labels[index.to(labels.device)][:, None]).sum(dim=0)
     return (right.cpu().double() / len(rows)).tolist()
 
 

@@ -2,17 +2,19 @@
 """1-NN with few labels: the class of the nearest one of n labeled images of each class."""
 
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values
+from hf_ssl.evaluation.image_lists import class_sizes, draw_rows
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.knn import as_features, check_classes, nearest, prepare
-from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -20,19 +22,19 @@ class Config:
     """Settings.
 
     Attributes:
-        labels: numbers of labeled images of each class.
+        labels_per_class: numbers of labeled images of each class.
         draws: number of random choices of the labeled images.
     """
 
-    labels: list[int] = field(default_factory=lambda: [1, 5, 10])
+    labels_per_class: list[int] = field(default_factory=lambda: [1, 5, 10])
     draws: int = 20
 
     def check(self, where: str) -> None:
         """Raise UserError for a value outside of its range."""
-        labels = list(self.labels)
+        numbers = list(self.labels_per_class)
         check_values(
             where,
-            ("labels", labels, min(labels, default=0) > 0, "one or more positive numbers"),
+            ("labels_per_class", numbers, min(numbers, default=0) > 0, "one or more positive numbers"),
             ("draws", self.draws, self.draws > 0, "a positive number"),
         )
 
@@ -40,18 +42,20 @@ class Config:
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the mean accuracy over the draws for each number of labels."""
     train, test = inputs.train, inputs.test
-    smallest = int(train.labels.bincount()[train.labels.unique()].min())
+    smallest = int(class_sizes(train.labels).min())
     results = []
-    for labels in config.labels:
+    for labels in config.labels_per_class:
         if labels > smallest:
             inputs.skipped.append(f"{labels} labels per class: the smallest class has {smallest}")
             continue
-        found = few_label_knn(
-            train.features, train.labels, test.features, test.labels,
-            labels_per_class=labels, draws=config.draws, seed=inputs.seed, device=inputs.device,
+        accuracies = _accuracies(
+            train.features, train.labels, test.features, test.labels, labels, config.draws, inputs.seed,
+            inputs.device,
         )  # fmt: skip
+        found = Draws.of(accuracies, len(test))
+        spread = f": mean and standard deviation of {config.draws} draws" if config.draws > 1 else ""
         images = f"labeled image{'s'[: labels != 1]}"
-        settings = {"labels": labels, "draws": config.draws, "seed": inputs.seed}
+        settings = {"labels_per_class": labels, "draws": config.draws, "seed": inputs.seed}
         results.append(
             ProtocolResult(
                 protocol="few_label_knn",
@@ -60,14 +64,13 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
                 title=f"1-NN accuracy, {labels} {images} per class",
                 column=f"1-NN, {labels} label{'s'[: labels != 1]} per class",
                 text=f"1-NN by cosine similarity among {labels} {images} of each class, drawn at random from "
-                f"the {train}: mean and standard deviation of {config.draws} draws (seed {inputs.seed}), "
-                f"tested on {test}",
+                f"the {train}{spread} (seed {inputs.seed}), tested on {test}",
                 value=found.mean,
-                standard_error=found.std / found.draws**0.5,
+                standard_error=found.standard_error,
                 metrics={},
                 selection={},
                 selected_on=None,
-                details={"labels": labels, "std": found.std, "draws": found.draws},
+                details={"labels_per_class": labels} | found.details,
             )
         )
     return results
@@ -104,12 +107,28 @@ def few_label_knn(
         test_features, test_labels: (N, D) and (N,).
         labels_per_class: images in each class of a subset.
         draws: number of subsets.
-        seed: seed of a separate generator. The global random state does not change.
+        seed: the subsets of another seed are others. The global random state does not change.
         device: device of the computation; None: the device of the test features.
 
     Raises:
         UserError: a class has fewer images than `labels_per_class`, or `knn_accuracy` would raise.
     """
+    data = (train_features, train_labels, test_features, test_labels)
+    accuracies = _accuracies(*data, labels_per_class, draws, seed, device)
+    return FewLabel(labels_per_class, mean(accuracies), stdev(accuracies) if draws > 1 else 0.0, draws)
+
+
+def _accuracies(
+    train_features: Tensor,
+    train_labels: Any,
+    test_features: Tensor,
+    test_labels: Any,
+    labels_per_class: int,
+    draws: int,
+    seed: int,
+    device: torch.device | str | None,
+) -> list[float]:
+    """Return the accuracy of each draw; `few_label_knn` explains the arguments."""
     device = torch.device(device) if device is not None else as_features(test_features, "k-NN queries").device
     bank, bank_labels = prepare(train_features, train_labels, "few-label bank", device)
     check_classes(bank_labels, "few-label bank")
@@ -118,20 +137,16 @@ def few_label_knn(
         raise UserError(
             f"few labels: expected at least 1 label and 1 draw, got {labels_per_class} and {draws}"
         )
-    generator = torch.Generator().manual_seed(seed)
-    labels_on_cpu = bank_labels.cpu()
-    members = [torch.nonzero(labels_on_cpu == number)[:, 0] for number in labels_on_cpu.unique().tolist()]
-    smallest = min(len(rows) for rows in members)
-    if smallest < labels_per_class:
+    labels = bank_labels.cpu()
+    sizes = class_sizes(labels)
+    if (smallest := int(sizes.min())) < labels_per_class:
         raise UserError(
             f"few labels: expected {labels_per_class} images in each class, got {smallest} in one class"
         )
     accuracies = []
-    for _ in range(draws):
-        chosen = [rows[torch.randperm(len(rows), generator=generator)[:labels_per_class]] for rows in members]
-        subset = torch.cat(chosen).to(device)
+    for draw in range(draws):
+        subset = draw_rows(labels, labels_per_class * len(sizes), seed, draw).to(device)
         _, index = nearest(bank[subset], queries, 1)
         predicted = bank_labels[subset][index[:, 0]]
         accuracies.append(int((predicted == query_labels).sum()) / len(queries))
-    values = torch.tensor(accuracies, dtype=torch.float64)
-    return FewLabel(labels_per_class, float(values.mean()), float(values.std()) if draws > 1 else 0.0, draws)
+    return accuracies

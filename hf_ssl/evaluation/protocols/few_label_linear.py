@@ -3,18 +3,27 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_ssl.data.labeled import rank_in_class
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, list_error, read_list, rows_hash
-from hf_ssl.evaluation.inputs import Inputs, class_metrics
-from hf_ssl.evaluation.results import ProtocolResult, result_id, standard_error
+from hf_ssl.evaluation.image_lists import (
+    LISTS,
+    class_sizes,
+    draw_rows,
+    find_rows,
+    list_error,
+    read_list,
+    rows_hash,
+)
+from hf_ssl.evaluation.inputs import Inputs, class_metrics, is_right
+from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
 from hf_ssl.evaluation.softmax_regression import Problem
 from hf_ssl.evaluation.statistics import unit_rows
 
@@ -30,7 +39,7 @@ class Config:
 
     Attributes:
         fractions: shares of the training images whose labels are used, the same number in each class.
-        labels: numbers of labeled images of each class.
+        labels_per_class: numbers of labeled images of each class.
         lists: files with one image name per line, the labeled images of published results (`image_lists`).
         draws: number of random choices of the labeled images for each fraction and number.
         strengths: values of C (see `logistic_regression`) for features of length 1.
@@ -38,7 +47,7 @@ class Config:
     """
 
     fractions: list[float] = field(default_factory=lambda: [0.01, 0.1])
-    labels: list[int] = field(default_factory=lambda: [1, 5, 10])
+    labels_per_class: list[int] = field(default_factory=lambda: [1, 5, 10])
     lists: list[str] = field(default_factory=list)
     draws: int = 5
     strengths: list[float] = field(default_factory=lambda: list(STRENGTHS))
@@ -46,14 +55,15 @@ class Config:
 
     def check(self, where: str) -> None:
         """Raise UserError for a value outside of its range, or a list that cannot be read."""
-        fractions, labels, strengths = list(self.fractions), list(self.labels), list(self.strengths)
-        given = bool(fractions or labels or list(self.lists))
+        fractions, numbers = list(self.fractions), list(self.labels_per_class)
+        strengths = list(self.strengths)
+        given = bool(fractions or numbers or list(self.lists))
         shares = all(0 < share <= 1 for share in fractions)
         check_values(
             where,
             ("fractions", fractions, shares, "numbers above 0, at most 1"),
-            ("labels", labels, min(labels, default=1) > 0, "positive numbers"),
-            ("labels", labels, given, "one or more numbers, or fractions or lists"),
+            ("labels_per_class", numbers, min(numbers, default=1) > 0, "positive numbers"),
+            ("labels_per_class", numbers, given, "one or more numbers, or fractions or lists"),
             ("draws", self.draws, self.draws > 0, "a positive number"),
             ("strengths", strengths, are_positive(strengths), "one or more positive numbers"),
             ("iterations", self.iterations, self.iterations > 0, "a positive number"),
@@ -122,33 +132,32 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
 def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     """Return the labeled images of all measurements, and note in `inputs.skipped` which are impossible."""
     labels = inputs.train.labels.cpu()
-    counts = labels.bincount()
-    used = counts[counts > 0]
+    sizes = class_sizes(labels)
     found = []
     for share in config.fractions:
         count = round(share * len(labels))
         percent = f"{100 * share:g} %"
-        if count < len(used):
+        if count < len(sizes):
             inputs.skipped.append(
                 f"linear classifier with {percent} of the labels: that is less than one of "
-                f"{counted(len(labels), 'image')} for each of {len(used):,} classes"
+                f"{counted(len(labels), 'image')} for each of {len(sizes):,} classes"
             )
             continue
         draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
         words = f"{percent} of the images ({count:,} with balanced classes)"
         key = f"{100 * share:g}_percent".replace(".", "_")
         found.append(Choice(key, f"{percent} of the labels", words, {"fraction": share}, draws))
-    for count in config.labels:
-        if count > int(used.min()):
+    for count in config.labels_per_class:
+        if count > int(sizes.min()):
             inputs.skipped.append(
                 f"linear classifier, {counted(count, 'label')} per class: the smallest class has "
-                f"{int(used.min())}"
+                f"{int(sizes.min())}"
             )
             continue
-        draws = [draw_rows(labels, count * len(used), inputs.seed, draw) for draw in range(config.draws)]
+        draws = [draw_rows(labels, count * len(sizes), inputs.seed, draw) for draw in range(config.draws)]
         column = f"{counted(count, 'label')} per class"
         words = f"{counted(count, 'image')} of each class"
-        found.append(Choice(str(count), column, words, {"labels": count}, draws))
+        found.append(Choice(str(count), column, words, {"labels_per_class": count}, draws))
     for path in config.lists:
         names, digest = read_list(path)
         rows = find_rows(names, inputs.train.images, path)
@@ -156,16 +165,6 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
         words = f"the {counted(len(rows), 'image')} of {title} (SHA-256 {digest[:12]})"
         found.append(Choice(digest[:12], title, words, {"list": digest}, [rows], drawn=False))
     return found
-
-
-def rank_in_class(labels: Tensor) -> Tensor:
-    """Return how many earlier images have the same class, for each image: (N,) int64."""
-    by_class = labels.argsort(stable=True)
-    sorted_labels = labels[by_class]
-    starts = torch.searchsorted(sorted_labels, sorted_labels)
-    ranks = torch.empty_like(by_class)
-    ranks[by_class] = torch.arange(len(labels), device=labels.device) - starts
-    return ranks
 
 
 def _classify(
@@ -181,19 +180,19 @@ def _classify(
     """
     problem = Problem(rows, labels, classes)
     strengths = sorted(set(config.strengths))
-    counts = labels.bincount()
-    if int(counts[counts > 0].min()) < 2 or len(strengths) < 2:
+    if int(class_sizes(labels).min()) < 2 or len(strengths) < 2:
         strength = STRENGTH if len(strengths) > 1 else strengths[0]
         (final,) = problem.solve([strength], iterations=config.iterations)
         return problem.scores(final, test), None
     # The row numbers are sorted. The held-out images of a class are those with the lowest row numbers.
-    held_out = rank_in_class(labels) < (counts // SHARE).clamp_min(1)[labels]
+    ranks = torch.from_numpy(rank_in_class(labels.cpu().numpy())).to(labels.device)
+    held_out = ranks < (labels.bincount() // SHARE).clamp_min(1)[labels]
     solutions = problem.subset(~held_out).solve(strengths, iterations=config.iterations)
     targets = labels[held_out]
     quality = []
     for solution in solutions:
         scores = problem.scores(solution, rows[held_out])
-        right = int((scores.argmax(dim=1) == targets).sum())
+        right = int(is_right(scores, targets).sum())
         quality.append((right, -float(torch.nn.functional.cross_entropy(scores, targets))))
     best = max(range(len(strengths)), key=lambda number: quality[number])
     start = solutions[best].weights
@@ -208,21 +207,16 @@ def _result(
     measured: list[dict[str, float]],
     selected: list[float | None],
 ) -> ProtocolResult:
-    values = [each["top_1"] for each in measured]
-    draws, value = len(values), mean(values)
-    spread = stdev(values) if draws > 1 else None
-    lists = rows_hash(choice.draws, inputs.train.labels.cpu())
+    found, draws = Draws.of([each["top_1"] for each in measured], len(inputs.test)), len(measured)
+    hashed = rows_hash(choice.draws, inputs.train.labels.cpu())
     strengths = [strength for strength in selected if strength is not None]
     how = "C was selected on a held-out fifth of the labeled images of each class" if strengths else "fixed C"
     of = f"drawn at random from the {inputs.train}" if choice.drawn else f"in the {inputs.train}"
-    several = (
-        f": mean and standard deviation of {draws} draws (seed {inputs.seed})" if spread is not None else ""
-    )
-    settings = {
-        key: each for key, each in asdict(config).items() if key not in ("fractions", "labels", "lists")
-    }
-    settings |= choice.settings | {"rows": lists} | ({"seed": inputs.seed} if choice.drawn else {})
-    details: dict[str, Any] = {"rows": lists, "draws": draws, "images": len(choice.draws[0])}
+    several = f": mean and standard deviation of {draws} draws (seed {inputs.seed})" if draws > 1 else ""
+    kept = ("draws", "strengths", "iterations")
+    settings = {key: each for key, each in asdict(config).items() if key in kept}
+    settings |= choice.settings | {"rows_hash": hashed} | ({"seed": inputs.seed} if choice.drawn else {})
+    details = {"rows_hash": hashed, "images": len(choice.draws[0])} | found.details
     return ProtocolResult(
         protocol="few_label_linear",
         id=result_id("few_label_linear", VERSION, settings),
@@ -230,11 +224,11 @@ def _result(
         title=f"Linear classifier accuracy, {choice.words}",
         column=f"linear, {choice.column}",
         text=f"logistic regression on frozen features of length 1, {how}. Labeled images: {choice.words}, "
-        f"{of}{several}, tested on {inputs.test}. Hash of the labeled rows: {lists}",
-        value=value,
-        standard_error=(standard_error(value, len(inputs.test)) if spread is None else spread / draws**0.5),
+        f"{of}{several}, tested on {inputs.test}. Hash of the labeled rows: {hashed}",
+        value=found.mean,
+        standard_error=found.standard_error,
         metrics={key: mean(each[key] for each in measured) for key in ("top_5", "mean_per_class")},
         selection={"C": strengths} if strengths else {},
         selected_on="a held-out fifth of the labeled images of each draw" if strengths else None,
-        details=details if spread is None else details | {"std": spread},
+        details=details,
     )

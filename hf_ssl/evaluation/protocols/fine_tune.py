@@ -17,10 +17,16 @@ from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.fine_tuning import OPTIMIZERS, Optimization, predict, train_classifier
-from hf_ssl.evaluation.image_lists import draw_rows, rows_hash
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, check_finite, held_out_images
+from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, rows_hash
+from hf_ssl.evaluation.inputs import (
+    HELD_OUT,
+    Inputs,
+    accuracy_result,
+    check_converged,
+    hold_out,
+    is_right,
+)
 from hf_ssl.evaluation.results import ProtocolResult
-from hf_ssl.random import permutation
 
 VERSION = 1
 _WHERE = "evaluation.settings.fine_tune"
@@ -178,8 +184,8 @@ class Config:
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the accuracy after fine-tuning with each fraction and each number of labels."""
     labels = inputs.train.labels
-    counts = labels.bincount()
-    classes, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
+    sizes = class_sizes(labels)
+    classes, smallest = len(sizes), int(sizes.min())
     wanted = [(fraction, round(fraction * len(labels))) for fraction in config.fractions]
     wanted += [(each * classes / len(labels), each * classes) for each in config.labels_per_class]
     fewest = min(count for _, count in wanted)
@@ -262,9 +268,7 @@ class Task(NamedTuple):
         advance: Callable[[int], object],
     ) -> dict[float, float]:
         """Return the accuracy on held-out rows for each learning rate."""
-        order = rows[permutation(len(rows), self.inputs.seed, len(rows))]
-        held_out = held_out_images(len(rows))
-        chosen, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
+        kept, chosen = (np.sort(rows[part.numpy()]) for part in hold_out(len(rows), self.inputs.seed))
         truth = self.labels[torch.from_numpy(chosen)]
         size = self.inputs.batch_size
         accuracies = {}
@@ -272,8 +276,7 @@ class Task(NamedTuple):
             model = self.train(kept, replace(settings, learning_rate=rate), advance)
             batches = (self.images.read(chosen[at : at + size]) for at in range(0, len(chosen), size))
             scores = self.predict(model, batches, len(chosen))
-            finite = scores.isfinite().all(dim=1)
-            accuracies[rate] = float(((scores.argmax(dim=1) == truth) & finite).double().mean())
+            accuracies[rate] = float(is_right(scores, truth).double().mean())
         return accuracies
 
     def predict(self, model: Any, batches: Any, count: int) -> Tensor:
@@ -303,7 +306,7 @@ def train_and_test(task: Task, fraction: float, rows: np.ndarray) -> tuple[Any, 
         model = task.train(rows, settings, bar.update)
     test = inputs.test
     logits = task.predict(model, test.images.iter_batches(inputs.batch_size), len(test))
-    check_finite(logits, settings.learning_rate, f"{_WHERE}.learning_rates")
+    check_converged(logits, settings.learning_rate, f"{_WHERE}.learning_rates")
     scores = torch.full((len(test), inputs.classes), -torch.inf)
     scores[:, task.classes] = logits
     return model, describe(inputs, config, settings, validation, rows, scores, type(model).__name__)
@@ -324,7 +327,7 @@ def describe(
         inputs, config, settings: the training.
         validation: accuracy on held-out images for each learning rate; {} if there was only one rate.
         rows: row numbers of the labeled images.
-        scores: (N, C) of the test images.
+        scores: (N, K) of the test images.
         kind: name of the class of the classifier.
     """
     count, whole = len(rows), len(inputs.train)
@@ -345,8 +348,8 @@ def describe(
         f"warmup {counted(settings.warmup_epochs, 'epoch')}" * (settings.warmup_epochs > 0),
     ]
     name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
-    list_name = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
-    listed = f", hash of the labeled rows: {list_name}" if percent else ""
+    hashed = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
+    listed = f", hash of the labeled rows: {hashed}" if percent else ""
     labeled = (
         f"{counted(count, 'labeled image')} with balanced classes ({percent}{listed})"
         if percent
@@ -354,7 +357,7 @@ def describe(
     )
     tested = settings.learning_rate if not validation else sorted(validation)
     identity = asdict(settings) | {
-        "learning_rate": tested, "labels": count, "crop": config.smallest_crop, "flip": config.flip,
+        "learning_rate": tested, "images": count, "crop": config.smallest_crop, "flip": config.flip,
         "seed": inputs.seed,
     }  # fmt: skip
     what = "Fine-tuning" if settings.frozen != ENCODER else "Training of the head"
@@ -376,8 +379,8 @@ def describe(
         selected_on=selected_on,
         details={
             "class": kind,
-            "labels": count,
-            "list": list_name,
+            "images": count,
+            "rows_hash": hashed,
             "validation": {str(each): value for each, value in validation.items()},
         },
     )

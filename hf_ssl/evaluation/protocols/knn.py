@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import MAIN_KNN, NEIGHBORS, TEMPERATURES, are_positive
-from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, held_out_images
+from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, hold_out
 from hf_ssl.evaluation.knn import Votes, vote
 from hf_ssl.evaluation.results import ProtocolResult
-from hf_ssl.random import permutation
 
 VERSION = 1
 _MAX_HELD_OUT = 5000
@@ -139,15 +138,13 @@ def _select(
     Return None if there is nothing to select, or if there are too few images.
     """
     train = inputs.train
-    order = permutation(len(train), inputs.seed)
-    held_out = min(_MAX_HELD_OUT, held_out_images(len(train)))
-    chosen, kept = order[:held_out], order[held_out:]
+    kept, chosen = hold_out(len(train), inputs.seed, _MAX_HELD_OUT)
     bank, queries = (Split(train.features[rows], train.labels[rows], train.name) for rows in (kept, chosen))
     usable = [k for k in counts if k <= len(bank)]
     if len(usable) * len(temperatures) < 2 or len(bank.labels.unique()) < 2:
         return None
     grid = _vote(inputs, bank, queries, usable, temperatures).accuracies
-    return max(grid, key=lambda setting: grid[setting]), held_out
+    return max(grid, key=lambda setting: grid[setting]), len(chosen)
 
 
 def main_setting(counts: Sequence[int], temperatures: Sequence[float]) -> tuple[int, float]:

@@ -4,7 +4,7 @@
 The first number is that of the published feature. For an encoder with a class token, the second number is
 that of DINOv2's grid: the best one of several features and learning rates.
 
-Legend: N training rows, B rows in a step, D features, C classes, R learning rates trained simultaneously.
+Legend: N training rows, B rows in a step, D features, K classes, R learning rates trained simultaneously.
 """
 
 import math
@@ -17,18 +17,22 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, check_name, check_values, counted
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, held_out_images
+from hf_ssl.evaluation.inputs import (
+    EDGE,
+    SELECTED_ON,
+    Inputs,
+    accuracy_result,
+    held_out_images,
+    is_at_edge,
+    is_right,
+)
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.statistics import standardized
+from hf_ssl.modeling.pooling import VECTORS
 
 VERSION = 1
 MOMENTUM = 0.9
-GRID = {
-    "cls": "the class token",
-    "cls_mean": "the class token and the mean of the patch tokens",
-    "cls_last4": "the class tokens of the last four blocks",
-    "cls_last4_mean": "the class tokens of the last four blocks and the mean of the patch tokens",
-}
 
 
 @dataclass
@@ -39,14 +43,14 @@ class Config:
         learning_rates: initial learning rates for this batch size, which are trained simultaneously.
         epochs, batch_size: of the training.
         standardize: see `linear_probe`.
-        features: features of DINOv2's grid, names of `GRID`; []: only the published feature.
+        features: features of DINOv2's grid, names of `VECTORS`; []: only the published feature.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
     epochs: int = 100
     batch_size: int = 256
     standardize: bool = False
-    features: list[str] = field(default_factory=lambda: list(GRID))
+    features: list[str] = field(default_factory=lambda: list(VECTORS))
 
     def check(self, where: str) -> None:
         """Raise UserError for a value outside of its range."""
@@ -58,7 +62,7 @@ class Config:
             ("batch_size", self.batch_size, self.batch_size > 0, "a positive number"),
         )
         for name in self.features:
-            check_name(f"{where}.features", name, GRID, "known features")
+            check_name(f"{where}.features", name, VECTORS, "known features")
 
 
 def features(config: Config) -> list[str]:
@@ -74,7 +78,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """
     results = [_result(inputs, config, {})]
     train, test = inputs.train.further, inputs.test.further
-    grid = {name: (train[name], test[name]) for name in GRID if name in config.features and name in train}
+    grid = {name: (train[name], test[name]) for name in VECTORS if name in config.features and name in train}
     if len(grid) > 1:
         results.append(_result(inputs, config, grid))
     return results
@@ -95,12 +99,10 @@ def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor
     probe, feature = fit.probe, list(candidates)[fit.feature]
     rates = sorted(set(config.learning_rates))
     state = "standardized" if config.standardize else "not standardized"
-    edge = " (at the edge of the sweep)" if probe.at_edge else ""
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
-    selected = f"The learning rate {probe.learning_rate:g}{edge}"
+    selected = f"The learning rate {probe.learning_rate:g}{EDGE * probe.at_edge}"
     tested = f"{len(rates)} tested, {rates[0]:g} to {rates[-1]:g}"
     if grid:
-        selected += f" and the feature {feature} ({GRID[feature]})"
+        selected += f" and the feature {feature} ({VECTORS[feature]})"
         tested = f"{len(rates)} learning rates, {rates[0]:g} to {rates[-1]:g}, of {', '.join(grid)}"
     validation = {
         name: {str(rate): value for rate, value in found.items()}
@@ -109,7 +111,11 @@ def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor
     return accuracy_result(
         "linear",
         VERSION,
-        settings | {"seed": inputs.seed} | ({"features": list(grid)} if grid else {}),
+        settings
+        | {"seed": inputs.seed}
+        | ({"features": list(grid)} if grid else {})
+        # True was the value while features that are constant in the training images changed their scale.
+        | ({"standardize": "but constant features"} if config.standardize else {}),
         fit.scores,
         test.labels,
         key="linear_grid" if grid else "linear_probe",
@@ -118,9 +124,9 @@ def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor
         text=f"softmax regression on frozen features, {state}, without augmentation. Optimizer: SGD, "
         f"momentum {MOMENTUM:g}, no weight decay, {counted(probe.epochs, 'epoch')}, batch size "
         f"{probe.batch_size}, cosine schedule. {selected} had the highest accuracy on a held-out "
-        f"{selected_on} ({tested}). The final classifier was trained on all {train} and tested on {test}",
+        f"{SELECTED_ON} ({tested}). The final classifier was trained on all {train} and tested on {test}",
         selection={"learning_rate": probe.learning_rate} | ({"feature": feature} if grid else {}),
-        selected_on=selected_on,
+        selected_on=SELECTED_ON,
         details={
             "at_edge": probe.at_edge,
             "validation_accuracy": probe.validation_accuracy,
@@ -226,7 +232,7 @@ class _Fit(NamedTuple):
         feature: number of the best feature.
         validation: accuracy on the held-out rows for each feature and each learning rate.
         epochs: {"train": .., "test": ..}, the accuracies of the final head after each epoch.
-        scores: logits of the test images (N, C).
+        scores: logits of the test images (N, K).
     """
 
     probe: LinearProbe
@@ -293,7 +299,7 @@ def _fit(
 
     head = train_heads(train, labels, classes, [best], epochs, batch_size, generator, advance, record)
     scores = torch.cat([logits(head, rows)[:, 0] for rows in test.split(4096)])
-    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    at_edge = is_at_edge(rates, best)
     found = validation[feature]
     probe = LinearProbe(curves["test"][-1], best, found[best], found, at_edge, epochs, batch_size)
     return _Fit(probe, feature, validation, curves, scores)
@@ -307,10 +313,7 @@ def _prepare(
     test = check_features(test, "linear probe, test", train.shape[1])
     device = torch.device(device) if device is not None else train.device
     train, test = (rows.to(device=device, dtype=torch.float32) for rows in (train, test))
-    if standardize:
-        mean, deviation = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
-        train, test = (train - mean) / deviation, (test - mean) / deviation
-    return train, test
+    return standardized(train, test) if standardize else (train, test)
 
 
 def train_heads(
@@ -324,7 +327,7 @@ def train_heads(
     advance: Callable[[int], object] = lambda epochs: None,
     after_epoch: Callable[[Tensor], object] = lambda heads: None,
 ) -> Tensor:
-    """Return one linear head per learning rate, trained on the same batches, as one tensor (D + 1, R, C).
+    """Return one linear head per learning rate, trained on the same batches, as one tensor (D + 1, R, K).
 
     The last row holds the biases. One tensor holds all heads, so that a step needs only two matrix products.
     The gradient of the mean cross entropy with respect to the logits is (softmax - one hot) / B.
@@ -332,7 +335,7 @@ def train_heads(
     Args:
         features: float32 (N, D).
         labels: int64 (N,).
-        classes: C.
+        classes: K.
         learning_rates: R initial learning rates.
         epochs, batch_size: settings of the training.
         generator: generator for the order of the rows.
@@ -366,7 +369,7 @@ def train_heads(
 
 
 def logits(heads: Tensor, features: Tensor) -> Tensor:
-    """Return the logits (B, R, C) for heads (D + 1, R, C) and features (B, D)."""
+    """Return the logits (B, R, K) for heads (D + 1, R, K) and features (B, D)."""
     width = features.shape[1]
     return torch.addmm(heads[-1].flatten(), features, heads[:-1].view(width, -1)).view(
         len(features), *heads.shape[1:]
@@ -377,5 +380,5 @@ def heads_accuracy(heads: Tensor, features: Tensor, labels: Tensor) -> list[floa
     """Return the accuracy of each head, R numbers in [0, 1]."""
     right = torch.zeros(heads.shape[1], dtype=torch.long, device=features.device)
     for rows, targets in zip(features.split(4096), labels.split(4096), strict=True):
-        right += (logits(heads, rows).argmax(dim=2) == targets[:, None]).sum(dim=0)
+        right += is_right(logits(heads, rows), targets[:, None]).sum(dim=0)
     return (right.cpu().double() / len(labels)).tolist()

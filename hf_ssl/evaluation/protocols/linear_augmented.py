@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear probe with crops and flips: in each epoch, the frozen encoder computes the features of new crops.
 
-Legend: B images in a batch, D features, C classes, R learning rates trained simultaneously.
+Legend: B images in a batch, D features, K classes, R learning rates trained simultaneously.
 """
 
 import math
@@ -17,16 +17,24 @@ from hf_ssl.errors import check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
 from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
 from hf_ssl.evaluation.features import dtype_of, is_convolutional
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, check_finite, held_out_images
+from hf_ssl.evaluation.inputs import (
+    EDGE,
+    SELECTED_ON,
+    Inputs,
+    accuracy_result,
+    check_converged,
+    hold_out,
+    is_at_edge,
+    is_right,
+)
+from hf_ssl.evaluation.protocols.linear import MOMENTUM, logits
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather, process_count
 from hf_ssl.modeling.pooling import pool
 from hf_ssl.precision import autocast
-from hf_ssl.random import permutation
 
 VERSION = 1
-MOMENTUM = 0.9
 
 
 class Recipe(NamedTuple):
@@ -102,14 +110,14 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     rates = sorted(set(given))
     heads, validation = _train(inputs, config, rates, epochs)
     best = max(rates, key=lambda rate: validation.get(rate, 0.0))
-    logits = heads.logits(test.features.to(inputs.device))[:, rates.index(best)].cpu()
-    check_finite(logits, best, "evaluation.settings.linear_augmented.learning_rates")
-    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-    selected_on = f"{100 * HELD_OUT:g} % of the training images" if validation else None
+    scores = heads.logits(test.features.to(inputs.device))[:, rates.index(best)].cpu()
+    check_converged(scores, best, "evaluation.settings.linear_augmented.learning_rates")
+    at_edge = is_at_edge(rates, best)
+    selected_on = SELECTED_ON if validation else None
     chosen = f"learning rate {best:g}"
     if validation:
         chosen += (
-            f"{' (at the edge of the sweep)' * at_edge}, which had the highest accuracy on a held-out "
+            f"{EDGE * at_edge}, which had the highest accuracy on a held-out "
             f"{selected_on} ({len(rates)} tested, {rates[0]:g} to {rates[-1]:g})"
         )
     drops = " and ".join(f"{100 * each:g} %" for each in recipe.drops)
@@ -120,7 +128,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             "linear_augmented",
             VERSION,
             settings,
-            logits,
+            scores,
             test.labels,
             key="linear_augmented",
             title="Accuracy of the linear probe with crops and flips",
@@ -155,8 +163,7 @@ def _train(
     loader = images.loader(np.arange(len(train)), config.batch_size, device)
     held_out = torch.zeros(len(train), dtype=torch.bool, device=device)
     if len(rates) > 1:
-        count = held_out_images(len(train))
-        held_out[torch.from_numpy(permutation(len(train), inputs.seed)[:count]).to(device)] = True
+        held_out[hold_out(len(train), inputs.seed)[1].to(device)] = True
     labels, width = train.labels.to(device), train.features.shape[1]
     heads, partial = (Heads(width, inputs.classes, rates, recipe, device) for _ in range(2))
     with inputs.progress("linear probe with crops", epochs, "epoch") as bar:
@@ -173,7 +180,7 @@ def _train(
     if len(rates) == 1:
         return heads, {}
     scores = partial.logits(train.features.to(device)[held_out])
-    right = (scores.argmax(dim=2) == labels[held_out][:, None]) & scores.isfinite().all(dim=2)
+    right = is_right(scores, labels[held_out][:, None])
     return heads, dict(zip(rates, right.double().mean(dim=0).tolist(), strict=True))
 
 
@@ -205,7 +212,7 @@ class Heads:
     (softmax - one hot) / B.
 
     Args:
-        width, classes: D and C.
+        width, classes: D and K.
         rates: R initial learning rates.
         recipe: the other settings.
         device: device of the weights.
@@ -220,9 +227,8 @@ class Heads:
         self.recipe = recipe
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits (B, R, C) of features (B, D)."""
-        weights, bias = self.weights[:-1].flatten(1), self.weights[-1].flatten()
-        return torch.addmm(bias, features, weights).view(len(features), *self.weights.shape[1:])
+        """Return the logits (B, R, K) of features (B, D)."""
+        return logits(self.weights, features)
 
     def step(self, features: Tensor, labels: Tensor, progress: float) -> None:
         """Update the weights.
@@ -236,7 +242,7 @@ class Heads:
         error = self.logits(features).softmax(dim=2)
         target = labels[:, None, None].expand(-1, error.shape[1], 1)
         error = error.scatter_add(2, target, error.new_full(target.shape, -1.0)) / len(labels)
-        gradient = torch.cat([torch.einsum("bd,brc->drc", features, error), error.sum(dim=0)[None]])
+        gradient = torch.cat([torch.einsum("bd,brk->drk", features, error), error.sum(dim=0)[None]])
         if self.recipe.weight_decay:
             gradient += self.recipe.weight_decay * self.weights
         self.velocity = MOMENTUM * self.velocity + gradient

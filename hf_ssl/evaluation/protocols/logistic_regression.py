@@ -3,14 +3,13 @@
 
 from dataclasses import asdict, dataclass, field
 
-import torch
-
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, hold_out
+from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.softmax_regression import Problem
+from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1
 STRENGTHS = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))
@@ -59,9 +58,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     rows, labels = train.features.to(device), train.labels.to(device)
     queries = test.features.to(device)
     if config.standardize:
-        deviation = rows.std(dim=0)
-        deviation = torch.where(deviation > 0, deviation, 1.0)
-        rows, queries = rows / deviation, queries / deviation
+        rows, queries = standardized(rows, queries, center=False)
     kept, chosen = (index.to(device) for index in hold_out(len(train), inputs.seed))
     if len(labels[kept].unique()) < 2:
         raise UserError(
@@ -73,7 +70,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     with inputs.progress("logistic regression", len(strengths) + 1, "value of C") as bar:
         solutions = problem.subset(kept).solve(strengths, iterations=config.iterations, advance=bar.update)
         validation = [
-            int((problem.scores(solution, rows[chosen]).argmax(dim=1) == labels[chosen]).sum()) / len(chosen)
+            int(is_right(problem.scores(solution, rows[chosen]), labels[chosen]).sum()) / len(chosen)
             for solution in solutions
         ]
         best = max(range(len(strengths)), key=lambda number: validation[number])
@@ -83,31 +80,24 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             start=solutions[best].weights,
             advance=bar.update,
         )
-    at_edge = len(strengths) > 1 and best in (0, len(strengths) - 1)
-    edge = " (at the edge of the sweep)" if at_edge else ""
     state = "standardized" if config.standardize else "not standardized"
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
     return [
-        accuracy_result(
+        swept_result(
+            inputs,
             "logistic_regression",
             VERSION,
             asdict(config) | {"seed": inputs.seed},
             problem.scores(final, queries),
-            test.labels.to(device),
             key="logistic_regression",
             title="Logistic regression accuracy",
             column="logistic regression",
-            text=f"softmax regression on frozen features, {state}, by L-BFGS with the penalty |W|^2 / (2 C). "
-            f"C {final.strength:.3g}{edge} had the highest accuracy on a held-out {selected_on} "
-            f"({len(strengths)} tested, {strengths[0]:.3g} to {strengths[-1]:.3g}). The final classifier was "
-            f"trained on all {train} and tested on {test}",
+            method=f"softmax regression on frozen features, {state}, by L-BFGS with the penalty "
+            "|W|^2 / (2 C)",
+            setting="C",
+            values=strengths,
+            validation=validation,
+            best=best,
             selection={"C": final.strength},
-            selected_on=selected_on,
-            details={
-                "at_edge": at_edge,
-                "converged": final.converged,
-                "loss": final.loss,
-                "validation": {f"{c:.4g}": value for c, value in zip(strengths, validation, strict=True)},
-            },
+            details={"converged": final.converged, "loss": final.loss},
         )
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MLP probe: the accuracy of a classifier with one hidden layer on frozen features.
 
-Legend: N training images, B images in a step, D features, H hidden units, C classes, R learning rates trained
+Legend: N training images, B images in a step, D features, H hidden units, K classes, R learning rates trained
 simultaneously.
 """
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, accuracy_result, hold_out
+from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
+from hf_ssl.evaluation.protocols.linear import MOMENTUM
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1
-MOMENTUM = 0.9
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _EPSILON = 1e-5
 
@@ -73,47 +74,37 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     rows, labels = train.features.to(device), train.labels.to(device)
     queries = test.features.to(device)
     if config.standardize:
-        mean, deviation = rows.mean(dim=0), rows.std(dim=0)
-        deviation = torch.where(deviation > 0, deviation, 1.0)
-        rows, queries = (rows - mean) / deviation, (queries - mean) / deviation
+        rows, queries = standardized(rows, queries)
     kept, chosen = (index.to(device) for index in hold_out(len(train), inputs.seed))
     rates = sorted(set(config.learning_rates))
     generator = torch.Generator().manual_seed(inputs.seed)
     settings = (config.hidden_size, config.epochs, config.batch_size, generator)
     with inputs.progress("MLP probe", 2 * config.epochs, "epoch") as bar:  # of the sweep, and of the best
         probes = train_probes(rows[kept], labels[kept], inputs.classes, rates, *settings, bar.update)
-        right = (probes.logits(rows[chosen]).argmax(dim=2) == labels[chosen]).double().mean(dim=1)
-        validation = right.tolist()
+        right = is_right(probes.logits(rows[chosen]), labels[chosen])
+        validation = right.double().mean(dim=1).tolist()
         best = max(range(len(rates)), key=lambda number: validation[number])
         final = train_probes(rows, labels, inputs.classes, [rates[best]], *settings, bar.update)
         scores = final.logits(queries)[0]
-    at_edge = len(rates) > 1 and best in (0, len(rates) - 1)
-    edge = " (at the edge of the sweep)" if at_edge else ""
     state = "standardized" if config.standardize else "not standardized"
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
     return [
-        accuracy_result(
+        swept_result(
+            inputs,
             "mlp",
             VERSION,
             asdict(config) | {"seed": inputs.seed},
             scores,
-            test.labels.to(device),
             key="mlp_probe",
             title="MLP probe accuracy",
             column="MLP probe",
-            text=f"classifier with {config.hidden_size} hidden units, BatchNorm and ReLU on frozen features, "
-            f"{state}, without augmentation. Optimizer: SGD, momentum {MOMENTUM:g}, no weight decay, "
-            f"{config.epochs} "
-            f"epochs, batch size {config.batch_size}, cosine schedule. The learning rate "
-            f"{rates[best]:g}{edge} had the highest accuracy on a held-out {selected_on} ({len(rates)} "
-            f"tested, {rates[0]:g} to {rates[-1]:g}). The final classifier was trained on all "
-            f"{train} and tested on {test}",
+            method=f"classifier with {config.hidden_size} hidden units, BatchNorm and ReLU on frozen "
+            f"features, {state}, without augmentation. Optimizer: SGD, momentum {MOMENTUM:g}, no weight "
+            f"decay, {config.epochs} epochs, batch size {config.batch_size}, cosine schedule",
+            setting="The learning rate",
+            values=rates,
+            validation=validation,
+            best=best,
             selection={"learning_rate": rates[best]},
-            selected_on=selected_on,
-            details={
-                "at_edge": at_edge,
-                "validation": {f"{rate:g}": value for rate, value in zip(rates, validation, strict=True)},
-            },
         )
     ]
 
@@ -123,7 +114,7 @@ class Probes:
 
     Attributes:
         parameters: the weights (R, D, H) of the hidden layer, the gains and the biases (R, 1, H) of
-            BatchNorm, and the weights (R, H, C) and the biases (R, 1, C) of the last layer.
+            BatchNorm, and the weights (R, H, K) and the biases (R, 1, K) of the last layer.
         mean, variance: (R, 1, H), the moving averages of BatchNorm with momentum 0.1.
     """
 
@@ -146,7 +137,7 @@ class Probes:
         return self
 
     def forward(self, rows: Tensor, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
-        """Return the logits (R, B, C) of rows (B, D). The default statistics are those of the batch."""
+        """Return the logits (R, B, K) of rows (B, D). The default statistics are those of the batch."""
         first, gain, bias, last, last_bias = self.parameters
         hidden = torch.matmul(rows, first)
         if mean is None or variance is None:
@@ -160,7 +151,7 @@ class Probes:
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
-        """Return the logits (R, N, C) of rows (N, D) in evaluation mode."""
+        """Return the logits (R, N, K) of rows (N, D) in evaluation mode."""
         return torch.cat([self.forward(part, self.mean, self.variance) for part in rows.split(4096)], dim=1)
 
 
@@ -183,7 +174,7 @@ def train_probes(
     Args:
         features: float32 (N, D), N >= 2.
         labels: int64 (N,).
-        classes: C.
+        classes: K.
         learning_rates: R initial learning rates. They decay to zero by a cosine over the steps.
         hidden_size, epochs, batch_size: settings.
         generator: generator for the first weights and the order of the rows.

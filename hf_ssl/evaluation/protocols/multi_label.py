@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, held_out_images
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult, result_id
-from hf_ssl.random import permutation
+from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1
 PENALTIES = (1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
@@ -52,14 +52,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     bootstrap over test images.
     """
     train, test = inputs.train, inputs.test
-    mean, deviation = train.features.mean(dim=0), train.features.std(dim=0).clamp_min(1e-6)
-    features, queries = (
-        ((split.features - mean) / deviation).to(inputs.device, torch.float32) for split in (train, test)
-    )
+    both = standardized(train.features, test.features)
+    features, queries = (rows.to(inputs.device, torch.float32) for rows in both)
     labels = train.labels.to(inputs.device)
-    order = torch.from_numpy(permutation(len(train), inputs.seed)).to(inputs.device)
-    held_out = held_out_images(len(train))
-    chosen, kept = order[:held_out], order[held_out:]
+    kept, chosen = (rows.to(inputs.device) for rows in hold_out(len(train), inputs.seed))
     if not bool((labels[chosen] == 1).any()) or not bool((labels[kept] == 1).any()):
         raise UserError("multi_label: expected labels in both parts of the training images; add images")
     penalties = sorted(set(config.penalties), reverse=True)
@@ -79,7 +75,6 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     of_classes = counted(shown, "class", "classes")
     if shown < labels.shape[1]:
         of_classes = f"{shown:,} of {labels.shape[1]:,} classes, those that a test image shows,"
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
     return [
         ProtocolResult(
             protocol="multi_label",
@@ -89,13 +84,13 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             column="mAP, several labels",
             text=f"11-point mean average precision (VOC2007) over {of_classes} of one logistic regression "
             f"for each class on frozen, standardized features, trained with L-BFGS. The penalty {best:g} was "
-            f"the best of {len(penalties)} on a held-out {selected_on}. The final classifiers were trained "
+            f"the best of {len(penalties)} on a held-out {SELECTED_ON}. The final classifiers were trained "
             f"on {train} and tested on {test}",
             value=mean_average_precision(scores, targets),
             standard_error=_standard_error(scores, targets, inputs.seed),
             metrics={"area": mean_average_precision(scores, targets, None)},
             selection={"penalty": best},
-            selected_on=selected_on,
+            selected_on=SELECTED_ON,
             details={"validation": {str(penalty): value for penalty, value in validation.items()}},
         )
     ]

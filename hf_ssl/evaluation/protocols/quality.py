@@ -16,7 +16,7 @@ from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.results import ProtocolResult, Quality, result_id
-from hf_ssl.evaluation.statistics import alignment, lidar
+from hf_ssl.evaluation.statistics import alignment, evenly_spaced, lidar
 from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset, augment, sample_parameters
 
@@ -66,8 +66,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     # Without normalization: the image processor normalizes the views, as it does with every image.
     zeros, ones = (0.0,) * inputs.channels, (1.0,) * inputs.channels
     preset = replace(preset, count=config.views, second=None, local=None, mean=zeros, std=ones)
-    images = min(config.images, len(inputs.test))
-    rows = torch.arange(images) * len(inputs.test) // images
+    rows = evenly_spaced(len(inputs.test), config.images)
+    images = len(rows)
     with inputs.progress("views", images * config.views) as bar:
         features = extract_features(
             inputs.encoder,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ridge regression: a linear classifier in closed form, whose penalty is selected by leave-one-out.
 
-Legend: N training images, A principal axes, C classes, L penalties.
+Legend: N training images, A principal axes, K classes, L penalties.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from hf_ssl.errors import check_values
 from hf_ssl.evaluation.axes import Axes, float64_device, principal_axes, row_chunks
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import Inputs, accuracy_result
+from hf_ssl.evaluation.inputs import Inputs, swept_result
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
@@ -58,30 +58,25 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         validation = fit.leave_one_out_accuracy(train.features.to(device), labels, penalties)
         best = max(range(len(relative)), key=lambda number: (validation[number], number))
         scores = fit.scores(test.features.to(device), penalties[best])
-    at_edge = len(relative) > 1 and best in (0, len(relative) - 1)
-    edge = " (at the edge of the sweep)" if at_edge else ""
-    selected_on = "all training images by leave-one-out"
     return [
-        accuracy_result(
+        swept_result(
+            inputs,
             "ridge",
             VERSION,
             asdict(config),
             scores,
-            test.labels.to(device),
             key="ridge",
             title="Ridge regression accuracy",
             column="ridge regression",
-            text=f"ridge regression of one-hot classes on frozen features, in closed form. The penalty "
-            f"lambda {penalties[best]:.3g}{edge} had the highest accuracy on {selected_on} "
-            f"({len(relative)} tested, {relative[0]:.3g} to {relative[-1]:.3g} times the mean summed "
-            f"square of a feature). The classifier was trained on {train} and tested on {test}",
+            method="ridge regression of one-hot classes on frozen features, in closed form",
+            setting="The penalty lambda",
+            values=relative,
+            validation=validation,
+            best=best,
+            selected_on="all training images by leave-one-out",
             selection={"lambda": penalties[best]},
-            selected_on=selected_on,
-            details={
-                "at_edge": at_edge,
-                "relative_lambda": relative[best],
-                "validation": {f"{c:.4g}": value for c, value in zip(relative, validation, strict=True)},
-            },
+            unit=" times the mean summed square of a feature",
+            details={"relative_lambda": relative[best]},
         )
     ]
 
@@ -91,8 +86,8 @@ class RidgeFit(NamedTuple):
 
     Attributes:
         axes: principal axes of the training features.
-        targets: (A, C), products of the coordinates and the one-hot targets, summed over the images.
-        shares: (C,) share of the images in each class, which are the intercepts.
+        targets: (A, K), products of the coordinates and the one-hot targets, summed over the images.
+        shares: (K,) share of the images in each class, which are the intercepts.
     """
 
     axes: Axes
@@ -110,7 +105,7 @@ class RidgeFit(NamedTuple):
         return cls(axes, (sums @ axes.axes).T, labels.bincount(minlength=classes).double() / len(labels))
 
     def scores(self, features: Tensor, penalty: float) -> Tensor:
-        """Return the outputs (N, C) for features (N, D)."""
+        """Return the outputs (N, K) for features (N, D)."""
         weights = self.axes.axes @ (self.targets / (self.axes.squares + penalty)[:, None])
         return torch.cat([(part.double() - self.axes.mean) @ weights for part in row_chunks(features)]) + (
             self.shares

@@ -28,7 +28,7 @@ from hf_ssl.evaluation.dense import (
     patch_features,
     read_mask,
 )
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, Split, check_finite, hold_out
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, Split, check_converged, hold_out
 from hf_ssl.evaluation.results import ProtocolResult, result_id
 from hf_ssl.evaluation.segmentation import VOID, Heads, class_iou, mean_iou, pixel_counts, train_heads
 
@@ -112,7 +112,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         best = max(rates, key=lambda rate: validation[rate])
         rows = torch.arange(len(targets))
         heads = train_heads(train.tokens, targets, classes, [best], *settings, rows, device, bar.update)
-    check_finite(heads.weights, best, "evaluation.settings.segmentation.learning_rates")
+    check_converged(heads.weights, best, "evaluation.settings.segmentation.learning_rates")
     counts = test.counts(heads, torch.arange(len(test.sizes)), table, classes)[:, 0]
     return [_result(inputs, config, counts, counted, validation, train.tokens)]
 

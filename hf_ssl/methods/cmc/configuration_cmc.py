@@ -4,12 +4,11 @@
 import re
 from typing import Any, cast
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.errors import UserError, check_name
-from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused
+from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused, strict
 from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, narrow_configs
 from hf_ssl.views.color_spaces import COLOR_SPACES, ColorViews
 from hf_ssl.views.preset import ViewPreset

@@ -21,13 +21,11 @@ from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
 from hf_ssl.modeling.activation_checkpoints import checkpoint_segments
 from hf_ssl.modeling.backbones import encode, freeze_unused
-from hf_ssl.modeling.encoder_folders import find_parts
 from hf_ssl.modeling.heads import MLPHead, projector_sizes
 from hf_ssl.modeling.memory_bank import MemoryBank, MemoryBankModel, NCEConstants
 from hf_ssl.modeling.narrow_encoders import DIVISIBLE_TYPES, feature_width, further_config
 from hf_ssl.modeling.outputs import SSLOutput
-from hf_ssl.modeling.parallel_encoders import ParallelEncoders
-from hf_ssl.modeling.parallel_resnets import new_parallel_encoders
+from hf_ssl.modeling.parallel_encoders import ParallelEncoders, find_parts, new_parallel_encoders
 from hf_ssl.views.color_spaces import gradient_magnitude
 
 # The mean gradient is 0.048 per pixel in Imagenette (160 pixels) and 0.074 in CIFAR-10, so the values are

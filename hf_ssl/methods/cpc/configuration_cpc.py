@@ -3,13 +3,12 @@
 
 from typing import TYPE_CHECKING, ClassVar, cast, get_type_hints
 
-from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ssl.errors import UserError, check_keys
-from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_unused
-from hf_ssl.views.preset import ViewPreset, ViewSettings, check_settings
+from hf_ssl.modeling.configuration import SSLConfig, check_fields, check_unused, strict
+from hf_ssl.views.preset import ViewPreset, ViewSettings, check_settings, color_probability
 
 if TYPE_CHECKING:
     from hf_ssl.views.patches import PatchLayout
@@ -135,15 +134,12 @@ class CPCConfig(SSLConfig):
     def _check_patches(self) -> None:
         preset, crop = self.preset, self.patch_crop
         channels, size = len(preset.mean), preset.size
-        probability = "a probability between 0 and 1"
-        if channels != 3:
-            probability = f"0, because images with {channels} channel{'s' * (channels > 1)} have no color"
         crops = crop is None or 1 <= crop <= self.patch
         check_fields(
             ("patch_size", self.patch_size, 1 <= self.patch <= size, f"1 to {size} pixels, the views' side"),
             ("patch_stride", self.patch_stride, self.stride >= 1, "at least 1 pixel"),
             ("patch_crop", crop, crops, f"1 to {self.patch} pixels, the side of a patch"),
-            ("color_dropping", self.color_dropping, 0 <= self.color_dropping <= (channels == 3), probability),
+            color_probability("color_dropping", self.color_dropping, channels),
             ("patch_rotation", self.patch_rotation, 0 <= self.patch_rotation <= 180, "0 to 180 degrees"),
             ("patch_shear", self.patch_shear, 0 <= self.patch_shear < 1, "at least 0 and less than 1"),
         )

@@ -3,11 +3,10 @@
 
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import TeacherConfig, check_fields, patch_grid, width_field
+from hf_ssl.modeling.configuration import TeacherConfig, check_fields, patch_grid, strict, width_field
 from hf_ssl.views.masks import Size, block_size
 
 DISTANCES = ("smooth_l1", "squared_l2")

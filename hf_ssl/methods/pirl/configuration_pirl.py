@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of PIRL."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused
+from hf_ssl.modeling.configuration import BankConfig, check_fields, check_unused, strict
 
 PRETEXTS = {"jigsaw": ("jigsaw",), "rotation": ("rotation",), "jigsaw_rotation": ("jigsaw", "rotation")}
 """The transformations of each value of `pretext`."""

@@ -25,11 +25,11 @@ from hf_ssl.modeling.memory_bank import MemoryBankModel, NCEConstants
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.random import FIRST_METHOD_NUMBER, uniforms
 from hf_ssl.views import PatchLayout, ViewPreset, cut_patches, jigsaw_layout, sample_patches
+from hf_ssl.views.patches import JIGSAW_SIDE
 
 _EPSILON = 2.0**-23  # VISSL adds it to the denominators of the NCE loss
 _FIRST_ROTATION_NUMBER = FIRST_METHOD_NUMBER + 2**40  # after the negatives
-_CELLS_IN_ROW = 3
-_CELLS = _CELLS_IN_ROW**2
+_CELLS = JIGSAW_SIDE**2
 _LARGE_SIDE = 256
 
 
@@ -208,7 +208,7 @@ def _layout(config: PIRLConfig) -> PatchLayout:
     channels = input_channels(config.backbone_config)
     shape, sub_crop = (channels, preset.final_size, preset.final_size), config.sub_crop
     if sub_crop is not None:
-        cell = preset.size // _CELLS_IN_ROW
+        cell = preset.size // JIGSAW_SIDE
         fits = 1 <= sub_crop <= cell
         check_fields(("sub_crop", sub_crop, fits, f"1 to {cell} pixels, the side of a cell"))
         sub_crop = sub_crop * preset.final_size // preset.size  # the jigsaw is cut from enlarged views

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of VICReg."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_ssl.modeling.configuration import SSLConfig
+from hf_ssl.modeling.configuration import SSLConfig, strict
 
 
 @strict
