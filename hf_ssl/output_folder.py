@@ -14,11 +14,11 @@ from hf_ssl.files import (
     remove_incomplete,
     write_json,
 )
+from hf_ssl.modeling.lars import LARSConfig
 from hf_ssl.names import with_current_keys
 from hf_ssl.precision import AUTO
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.checkpoints import load_state
-from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.machine_settings import Choices
 from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
 
@@ -34,7 +34,7 @@ _FREE_KEYS = {
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
         "on_worse", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "logging_strategy",
         "per_device_eval_batch_size", "run_name", "push_to_hub", "hub_strategy", "hub_always_push",
-        "hub_revision", *WITHOUT_EFFECT,
+        "hub_revision", "online_probe", "online_probe_learning_rate", *WITHOUT_EFFECT,
     },
 }  # fmt: skip
 

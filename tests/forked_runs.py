@@ -6,7 +6,7 @@ holds a list of groups; the runs of a group are the ranks of one process group a
 groups go one after another. A run is {"recipe": name, "overrides": [...], "kill_at": step or null,
 "weights": path or null}; with "curves": true it draws its curves, which takes longer than the rest of such a
 small run. A killed run gets SIGKILL, as by `kill -9`, right after an optimizer step; the others write their
-final weights and the history of their losses.
+final weights, the history of their losses, and the weights of the online probe.
 """
 
 import json
@@ -45,7 +45,8 @@ def run(job: dict, rank: int, world_size: int, port: int) -> None:
     callbacks = [] if job["kill_at"] is None else [KillAt(job["kill_at"])]
     trainer = train(load_recipe(job["recipe"], job["overrides"]), callbacks)
     losses = {record["step"]: record["loss"] for record in trainer.state.log_history if "loss" in record}
-    torch.save({"weights": trainer.model.state_dict(), "losses": losses}, job["weights"])
+    probe = None if trainer.online_probe is None else trainer.online_probe.classifier.state_dict()
+    torch.save({"weights": trainer.model.state_dict(), "losses": losses, "probe": probe}, job["weights"])
 
 
 def fork(job: dict, rank: int, world_size: int, port: int) -> int:

@@ -7,7 +7,8 @@ method are not independent, so the correlation over the means is the more reliab
 
 The records of `training.compare` contain the measurements of the monitor, among them RankMe of the encoder.
 They contain neither alpha-ReQ nor LiDAR. Results files contain alpha-ReQ, and LiDAR if the protocol `quality`
-was run.
+was run. `training.quality_of_runs` measures both for finished runs. The last column of the table contains the
+number of runs and the methods, because a measurement may be known for some methods only.
 """
 
 import argparse
@@ -65,8 +66,14 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             for accuracy in ACCURACIES
             for pairs in (pairs_of(known, key, accuracy), means_of(known, key, accuracy))
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(known)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {_covered(known)} |")
     return "\n".join(lines) + "\n"
+
+
+def _covered(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the number of runs, and the names of the methods or, if there are many, their number."""
+    names = sorted({row["method"] for row in rows})
+    return f"{len(rows)} ({', '.join(names) if len(names) <= 5 else f'{len(names)} methods'})"
 
 
 def _text(value: float) -> str:

@@ -78,6 +78,7 @@ class LoadedBatch:
         position: position of the stream of this process after this batch, as JSON data; None for map-style
             data.
         mirrored: channels whose values a horizontal flip reverses.
+        labels: (B,) int64 labels of a stream that were requested, -1 for an image without one; else None.
     """
 
     images: Tensor | Crops | DeviceRows
@@ -87,6 +88,7 @@ class LoadedBatch:
     broken: list[str] = field(default_factory=list)
     position: dict[str, Any] | None = None
     mirrored: tuple[int, ...] = ()
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -99,6 +101,7 @@ class LoadedBatch:
             parameters=self.parameters[samples],
             seeds=self.seeds[samples],
             sample_index=None if self.sample_index is None else self.sample_index[samples],
+            labels=None if self.labels is None else self.labels[samples],
         )
 
     def split(self, size: int) -> "list[LoadedBatch]":
@@ -134,12 +137,13 @@ class LoadedBatch:
         return {name: value for name, value in named.items() if value is not None} | moved
 
     def pin_memory(self) -> "LoadedBatch":
-        index = self.sample_index
+        index, labels = self.sample_index, self.labels
         return replace(
             self,
             images=self.images.pin_memory(),
             parameters=self.parameters.pin_memory(),
             sample_index=None if index is None else index.pin_memory(),
+            labels=None if labels is None else labels.pin_memory(),
         )
 
 

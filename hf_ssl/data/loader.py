@@ -53,6 +53,7 @@ def train_loader(
     start_method: str | None = None,
     device: torch.device | str = "cpu",
     has_all_rows: bool = False,
+    label_column: str | None = None,
 ) -> "DataLoader[LoadedBatch]":
     """Return the training loader of one process.
 
@@ -84,6 +85,8 @@ def train_loader(
         start_method: how worker processes start, "fork", "spawn" or "forkserver"; None for torch's default.
         device: the device of the model, which stores the images for `data.cache=device`.
         has_all_rows: whether each epoch has all rows of map-style data, see `RowBatchSampler`.
+        label_column: the column of classes that the batches of a stream also contain; None for no labels. It
+            has no effect for map-style data, whose batches contain row numbers.
 
     Raises:
         UserError: there are fewer images than a batch, no image can be read, or the sizes of images differ
@@ -105,7 +108,7 @@ def train_loader(
     if not holds_batch(source, share):
         raise too_few_images(source, batch_size * world_size, "a smaller one")
     if source.streaming:
-        return make_stream_loader(source, preset, config, share, start_batch, position, options)
+        return make_stream_loader(source, preset, config, share, start_batch, position, options, label_column)
     sampler = partial(RowBatchSampler, share=share, start=start_batch, has_all_rows=has_all_rows)
     return _map_loader(source, preset, config, share, sampler, torch.device(device), options)
 

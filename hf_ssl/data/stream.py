@@ -43,19 +43,24 @@ _SHARDS, _ROWS, _WINDOW = 1, 2, 3  # keys of the random orders
 
 
 class StreamRow(NamedTuple):
-    """An image of a stream, with the epoch, the shard, and the number of its row in the shard."""
+    """An image of a stream, with the epoch, the shard, the number of its row in the shard, and its label.
+
+    The label is -1 if the image has none or if labels were not requested.
+    """
 
     epoch: int
     shard: int
     number: int
     image: AnyStored
+    label: int = -1
 
 
 class Block(NamedTuple):
-    """Consecutive images of a shard, and the bytes of memory that they need."""
+    """Consecutive images of a shard, the bytes of memory that they need, and their labels if requested."""
 
     images: list[AnyStored]
     nbytes: int
+    labels: list[int] | None = None
 
 
 @dataclass
@@ -97,9 +102,11 @@ class StreamShards:
         source: a stream.
         open_shards: largest number of open shards of a reader. If the first shard shows that they would need
             more than 1 GiB, the reader opens fewer, at least two.
+        label_column: a column of class numbers that is also read, of a stream with known columns; or None.
 
     Attributes:
         count: number of shards.
+        label_column: see above.
         further: the further columns of images, {name: kind}.
         first_images: the first encoded images of the first shard that is not empty, at most 64.
         first_places: the place of each of these images, for messages.
@@ -110,11 +117,13 @@ class StreamShards:
         UserError: the first shard is empty or cannot be read.
     """
 
-    def __init__(self, source: Source, open_shards: int) -> None:
+    def __init__(self, source: Source, open_shards: int, label_column: str | None = None) -> None:
         if not isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected a stream, got the map-style data {source.description}")
         self._column, self.further = source.image_column, source.further_columns
+        self.label_column = label_column
         columns = [source.image_column, *source.further_columns]
+        columns += [] if label_column is None else [label_column]
         self._encoded = source.dataset.features is not None
         if self._encoded:
             self.dataset = source.dataset.select_columns(columns).with_format("arrow")
@@ -143,6 +152,14 @@ class StreamShards:
     def describe(self, shard: int, row: int) -> str:
         """Return the data set, the shard and the row of an image, for messages."""
         return f"{self.description} shard {shard} row {row}"
+
+    def _block(self, table: pa.Table) -> Block:
+        """Return the rows of a table."""
+        labels = None
+        if self.label_column is not None:
+            labels = table.column(self.label_column).fill_null(-1).to_pylist()
+            table = table.drop_columns([self.label_column])  # `nbytes` must not depend on it
+        return Block(table_rows(table, self._column, self.further), table.nbytes, labels)
 
     def _shard(self, shard: int) -> IterableDataset:
         """Return one shard.
@@ -177,7 +194,7 @@ class StreamShards:
             # `__iter__` would divide the data set between the workers of torch; `iter` does not
             for block in self._shard(shard).iter(batch_size=self._block_rows):
                 if self._encoded:
-                    yield Block(table_rows(block, self._column, self.further), block.nbytes)
+                    yield self._block(block)
                 else:
                     further = {
                         name: [stored_further_image(item, kind) for item in block[name]]
@@ -227,17 +244,19 @@ class OpenShard:
             block = next(self._unread, None)
             if block is None:
                 return []
-            self._shuffle(block.images)
+            self._shuffle(block)
         rows = [self._block.popleft() for _ in range(min(count, len(self._block)))]
         self.taken += len(rows)
         return rows
 
-    def _shuffle(self, images: list[AnyStored]) -> None:
+    def _shuffle(self, block: Block) -> None:
         """Put the own rows of the next block into random order."""
+        images, labels = block.images, block.labels or [-1] * len(block.images)
         own = range(-(self._read + self._offset) % self._every, len(images), self._every)
         order = permutation(len(own), *self._key, self._blocks)
         self._block.extend(
-            StreamRow(self._epoch, self.shard, self._read + own[i], images[own[i]]) for i in order.tolist()
+            StreamRow(self._epoch, self.shard, self._read + own[i], images[own[i]], labels[own[i]])
+            for i in order.tolist()
         )
         self._read += len(images)
         self._blocks += 1

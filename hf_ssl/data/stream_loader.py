@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -41,13 +42,14 @@ def make_stream_loader(
     start_batch: int,
     position: dict[str, Any] | None,
     options: dict[str, Any],
+    label_column: str | None = None,
 ) -> "StreamLoader":
     """Return the loader of a stream; `hf_ssl.data.loader.train_loader` explains the arguments.
 
     Args:
         options: further arguments of torch's DataLoader.
     """
-    shards = StreamShards(source, config.open_shards)
+    shards = StreamShards(source, config.open_shards, label_column)
     readers = max(1, options["num_workers"])
     # The conditions under which a stream resumes exactly. Checkpoints contain these names.
     layout = {
@@ -127,6 +129,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
         images: list[Tensor] = []
         epochs: list[int] = []
         keys: list[int] = []
+        labels: list[int] = []
         broken: list[str] = []
         while len(images) < self.share.batch_size:
             row = reader.next_row()
@@ -144,9 +147,12 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
             else:
                 epochs.append(row.epoch)
                 keys.append(image_hash(data))
+                labels.append(row.label)
         seeds = image_seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
         position = {"reader": name, "place": reader.position.state_dict()}
         fields = {"broken": broken, "position": position, "mirrored": self.mirrored}
+        if self.shards.label_column is not None:
+            fields["labels"] = torch.tensor(labels)
         return make_batch(images, seeds, self.preset, small=self.small, **fields)
 
 

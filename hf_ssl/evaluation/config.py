@@ -232,6 +232,11 @@ class Description(NamedTuple):
 _STD, _PROTOTYPES = "standard deviation (isotropic: 1, collapsed: 0)", "prototypes (used equally: entropy 1)"
 MEASUREMENTS = {
     "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
+    "online_probe": Description(
+        "accuracy of the online probe on images of the test split (a classifier trained beside the encoder; "
+        "not comparable with the linear probe)",
+        panel="accuracy of the online probe",
+    ),
     # The loss of the monitor is not comparable with the training loss: the number of images differs.
     "loss": Description("loss on fixed images", panel="", lower_is_better=True),
     "embedding_std": Description("standard deviation of embeddings (isotropic: 1, collapsed: 0)", _STD),

@@ -15,10 +15,10 @@ from transformers.training_args import OptimizerNames
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.evaluation.config import MAIN_KNN
+from hf_ssl.modeling.lars import VARIANTS, LARSConfig
 from hf_ssl.names import renamed_arguments, renamed_keys, warn_deprecated
 from hf_ssl.precision import AUTO, PRECISIONS
 from hf_ssl.sections import as_setting, to_dataclass
-from hf_ssl.trainer.lars import VARIANTS, LARSConfig
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
     REJECTED,
@@ -74,7 +74,7 @@ class SSLTrainingArguments(TrainingArguments):
         decay_all_parameters: whether weight decay also applies to biases, normalization layers and tokens.
             Authors who use plain SGD do this.
         clip_each_tensor: the largest norm of the gradient of each parameter (DINO); 0 disables clipping.
-        lars: settings of LARS, as a `hf_ssl.trainer.lars.LARSConfig` or a dict of its fields.
+        lars: settings of LARS, as a `hf_ssl.modeling.lars.LARSConfig` or a dict of its fields.
         warmup_epochs: epochs of linear warmup of the learning rate. It takes precedence over `warmup_steps`.
         minimum_learning_rate_ratio: final value of the cosine schedule, as a fraction of the learning rate.
         cosine_variant: authors whose form of `lr_scheduler_type=cosine_warmup_with_min_lr` is used: `swav` or
@@ -102,6 +102,10 @@ class SSLTrainingArguments(TrainingArguments):
         on_worse: what happens if the features of a run from a trained backbone become worse than at its
             start: `warn` or `stop`.
         on_collapse: what happens if the monitor finds that the embeddings have collapsed: `warn` or `stop`.
+        online_probe: whether a linear classifier on the features of labeled training images is trained beside
+            the encoder, which it does not change (`hf_ssl.trainer.online_probe`). Its accuracy is logged as
+            `online_probe_train`, and measured on the images of the monitor as `eval_online_probe`.
+        online_probe_learning_rate: first learning rate of this classifier.
     """
 
     # These defaults differ from those of transformers. The comments give the reasons.
@@ -156,6 +160,8 @@ class SSLTrainingArguments(TrainingArguments):
     head_warmup_epochs: float = 0.0
     on_worse: str = "warn"
     on_collapse: str = "warn"
+    online_probe: bool = False
+    online_probe_learning_rate: float = 0.1  # solo-learn, scripts/pretrain/cifar/byol.yaml: classifier_lr
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments | None) -> "SSLTrainingArguments":

@@ -37,6 +37,7 @@ from hf_ssl.files import (
 from hf_ssl.modeling.gather import wait_for_all
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
+from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
 from hf_ssl.trainer.transformers_arguments import as_bool
 
@@ -62,6 +63,7 @@ class CheckpointTrainer(OptimizingTrainer):
     stopwatch: Stopwatch
     broken: BrokenCounter
     resumed: int
+    online_probe: OnlineProbe | None
     source: Source
     _position: dict[str, Any] | None  # of a stream
     _resumed_step: int | None
@@ -131,6 +133,8 @@ class CheckpointTrainer(OptimizingTrainer):
             (staging / _data_state_name(self.args.process_index)).write_text(json.dumps(self.data_state()))
             self._record_state(root)  # every process loads the best checkpoint at the end
             if writes:
+                if self.online_probe is not None:
+                    self.online_probe.save(staging)
                 use_normal_permissions(staging)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             wait_for_all()
@@ -212,6 +216,8 @@ class CheckpointTrainer(OptimizingTrainer):
         self._resumed_metric = state.get("metric_for_best_model")
         with _readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.online_probe is not None:
+                self.online_probe.load(Path(resume_from_checkpoint), self.args.device)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Also raise `UserError` if the checkpoint has more steps than the run."""

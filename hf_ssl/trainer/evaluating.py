@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
-from hf_ssl.data import DataConfig, Source, all_images, as_source
+from hf_ssl.data import DataConfig, LoadedBatch, Source, all_images, as_source
+from hf_ssl.data.training_labels import training_labels
 from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
+from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
 from hf_ssl.trainer.gradient_cache import check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch
@@ -30,6 +33,7 @@ from hf_ssl.trainer.monitor import (
     knn_classifiers,
     load_monitor_images,
 )
+from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import check_optimization
 from hf_ssl.trainer.pushing import PushingTrainer
 from hf_ssl.views import ViewPreset
@@ -64,6 +68,7 @@ class EvaluatingTrainer(PushingTrainer):
         monitor: measures the model; None until the first measurement.
         classifiers: the k-NN classifiers of `eval_dataset`, by name.
         alarms: judge the measurements of the monitor, and warn or stop the run.
+        online_probe: a linear classifier that is trained beside the encoder; None without it.
     """
 
     source: Source
@@ -161,7 +166,7 @@ class EvaluatingTrainer(PushingTrainer):
                     if eval_dataset is not None:
                         metrics = classify(
                             self._classifiers_of(eval_dataset), self.method, self._dtype,
-                            self.compute_metrics, metric_key_prefix,
+                            self.compute_metrics, metric_key_prefix, self.online_probe,
                         )  # fmt: skip
                     else:
                         metrics = self._built_monitor().measure(self.method, metric_key_prefix)
@@ -198,6 +203,33 @@ class EvaluatingTrainer(PushingTrainer):
             raise UserError(f"eval_dataset: expected a known name, got {data}; {suggestion(data, named)}")
         return knn_classifiers(data, self.data, self.processor, self.args)
 
+    def _make_online_probe(self, args: SSLTrainingArguments) -> OnlineProbe | None:
+        if not args.online_probe:
+            return None
+        labels = training_labels(self.source, self.data)
+        return OnlineProbe(labels, args.online_probe_learning_rate, lambda: self._dtype)
+
+    def _train_online_probe(self, batch: Any, inputs: Mapping[str, Tensor] | None = None) -> None:
+        """Train the online probe, if there is one, with a micro-batch.
+
+        Args:
+            batch: the batch of the loader.
+            inputs: the model inputs of the batch. None computes the views again, in chunks.
+        """
+        if self.online_probe is None:
+            return
+        if not isinstance(batch, LoadedBatch):
+            raise UserError(
+                "training.online_probe: expected batches of SSLTrainer's own loader, got "
+                f"{type(batch).__name__}; use training.online_probe=false"
+            )
+        for part in batch.split(self.args.contrastive_chunk_size or len(batch)):
+            views = part.views(self.args.device).pixel_values if inputs is None else inputs["pixel_values"]
+            labels = self.online_probe.labels.of(part)
+            self.online_probe.add(self.method.exported_encoder, views[:, 0], labels)
+        if self.method.ends_batch:
+            self.online_probe.step(self.state.global_step / max(1, self.state.max_steps))
+
     def _built_monitor(self) -> Monitor:
         """Return the monitor; build it at the first measurement."""
         if self.monitor is None:
@@ -205,6 +237,7 @@ class EvaluatingTrainer(PushingTrainer):
                 logger.warning("compute_metrics has no effect without labeled images as eval_dataset")
             images = load_monitor_images(self.source, self.preset, self.data, self.args)
             self.monitor = Monitor(images, self.classifiers, self._dtype, self.compute_metrics)
+        self.monitor.online_probe = self.online_probe
         return self.monitor
 
     def predict(

@@ -111,7 +111,7 @@ def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
     panels = {"training loss": ["loss"]}
     for name, described in MEASUREMENTS.items():
         title = described.text if described.panel is None else described.panel
-        panels.setdefault(title, []).append(f"eval_{name}")
+        panels.setdefault(title, []).extend((f"eval_{name}", f"{name}_train"))
     panels |= {_label(key): [key] for key in ("learning_rate", "weight_decay", "images_per_second")}
     known = {key for keys in panels.values() for key in keys}
     panels |= {_label(key): [key] for key in sorted(logged - known) if key.startswith("eval_")}

@@ -27,6 +27,7 @@ from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.machine_settings import MONITOR_IMAGES
+from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.views import ViewPreset
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,15 @@ class KNNClassifier:
         model: SSLPreTrainedModel,
         dtype: torch.dtype | None,
         compute_metrics: ComputeMetrics | None = None,
+        online_probe: OnlineProbe | None = None,
     ) -> dict[str, float]:
-        """Return the accuracy from 0 to 1 as `knn`, and the results of `compute_metrics`.
+        """Return the accuracies from 0 to 1 as `knn` and `online_probe`, and results of `compute_metrics`.
 
         Args:
             model: the model whose exported encoder is measured.
             dtype: autocast precision; None disables autocast.
             compute_metrics: receives the features (N, D) and labels (N,) of the classified images.
+            online_probe: also classifies the images; None without it.
 
         Raises:
             UserError: the bank has fewer than two classes, or `compute_metrics` fails (see `_own_metrics`).
@@ -95,10 +98,13 @@ class KNNClassifier:
                 bank, self.bank.labels, tested, self.queries.labels,
                 neighbors=(k,), temperatures=MAIN_KNN[1:],
             )[k, MAIN_KNN[1]]  # fmt: skip
+        measured = {"knn": accuracy}
+        if online_probe is not None:
+            measured["online_probe"] = online_probe.accuracy(tested, self.tested)
         if compute_metrics is None:
-            return {"knn": accuracy}
+            return measured
         prediction = EvalPrediction(predictions=tested.numpy(), label_ids=self.tested.labels.numpy())
-        return {"knn": accuracy, **_own_metrics(compute_metrics, prediction)}
+        return measured | _own_metrics(compute_metrics, prediction)
 
     def _features(
         self, model: SSLPreTrainedModel, images: LabeledImages, name: str, dtype: torch.dtype | None
@@ -248,6 +254,7 @@ def classify(
     dtype: torch.dtype | None,
     compute_metrics: ComputeMetrics | None = None,
     prefix: str = "eval",
+    online_probe: OnlineProbe | None = None,
 ) -> dict[str, float]:
     """Return the measurements of k-NN classifiers: `eval_knn`, or `eval_NAME_knn` for several.
 
@@ -255,12 +262,13 @@ def classify(
         classifiers: the classifiers by name. The name of a single one is "".
         model, dtype, compute_metrics: see `KNNClassifier.measure`.
         prefix: prefix of the names.
+        online_probe: see `KNNClassifier.measure`.
     """
     with evaluation_mode(model):
         metrics = {}
         for name, classifier in classifiers.items():
             start = "_".join(str(part) for part in (prefix, name) if part not in (None, ""))
-            for key, value in classifier.measure(model, dtype, compute_metrics).items():
+            for key, value in classifier.measure(model, dtype, compute_metrics, online_probe).items():
                 # A name that begins with the prefix keeps it, as in transformers.
                 short = key.removeprefix(f"{start}_").removeprefix(f"{prefix}_")
                 metrics["_".join(filter(None, (start, short)))] = value
@@ -277,6 +285,9 @@ class Monitor:
         knn: the k-NN classifier; a dict of several ones by name; or None without labeled images.
         dtype: autocast precision of the measurement; None disables autocast.
         compute_metrics: see `KNNClassifier.measure`.
+
+    Attributes:
+        online_probe: see `KNNClassifier.measure`. The trainer sets it.
     """
 
     def __init__(
@@ -290,6 +301,7 @@ class Monitor:
         self.classifiers = {"": knn} if isinstance(knn, KNNClassifier) else dict(knn or {})
         self.dtype = dtype
         self.compute_metrics = compute_metrics
+        self.online_probe: OnlineProbe | None = None
 
     @property
     def knn(self) -> KNNClassifier | None:
@@ -308,7 +320,8 @@ class Monitor:
         with evaluation_mode(model):
             metrics = self._measure_images(model)
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        return named | classify(self.classifiers, model, self.dtype, self.compute_metrics, prefix)
+        further = self.compute_metrics, prefix, self.online_probe
+        return named | classify(self.classifiers, model, self.dtype, *further)
 
     def _measure_images(self, model: SSLPreTrainedModel) -> dict[str, float]:
         features: list[Tensor] = []

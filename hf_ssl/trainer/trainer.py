@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
 from hf_ssl.allocation import kept_memory
@@ -81,8 +80,8 @@ class SSLTrainer(EvaluatingTrainer):
     Args:
         model: the model of a method; `model.config.views` contains its augmentation settings.
         args: training arguments; a plain `TrainingArguments` gets the defaults of `SSLTrainingArguments`.
-        train_dataset: the images, without labels or with labels that are ignored (`hf_ssl.data.as_source`): a
-            `Dataset` or `IterableDataset` of `datasets`, a torch data set, a list of files, or a folder.
+        train_dataset: the images (`hf_ssl.data.as_source`): a `Dataset` or `IterableDataset` of `datasets`, a
+            torch data set, a list of files, or a folder. Only `args.online_probe` reads labels.
         eval_dataset: labeled images for the k-NN accuracy of the monitor, or a dict of them
             (`hf_ssl.trainer.monitor.knn_classifiers`).
         model_init: returns the model; it is called once, with the seed of `args`.
@@ -147,6 +146,7 @@ class SSLTrainer(EvaluatingTrainer):
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
         self.source = as_source(train_dataset, data)
         self.processor = image_processor(self.preset, data.channels)
+        self.online_probe = self._make_online_probe(args)
         self.monitor = monitor
         self.classifiers = {} if monitor is None else monitor.classifiers
         if monitor is None and eval_dataset is not None:
@@ -234,6 +234,7 @@ class SSLTrainer(EvaluatingTrainer):
             start_method=self.args.dataloader_multiprocessing_context,
             device=self.args.device,
             has_all_rows=has_all_rows,
+            label_column=None if self.online_probe is None else self.online_probe.labels.stream_column,
         )
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
@@ -282,6 +283,7 @@ class SSLTrainer(EvaluatingTrainer):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, batch) / share
             self.accelerator.backward(loss)
+            self._train_online_probe(inputs, batch)
             return loss.detach()
         self._note(inputs)
         output = cached_backward(
@@ -293,15 +295,8 @@ class SSLTrainer(EvaluatingTrainer):
         if self.accelerator.sync_gradients:
             average_gradients(self.method.parameters())
         self._terms.add(output)
+        self._train_online_probe(inputs)
         return output.loss / share
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm only if it is logged or known from clipping: it takes 1 ms for 200 tensors."""
-        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step > 0
-        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
-        if grad_norm is None and by_steps and not logged and not self.args.fp16:
-            return None
-        return super()._get_grad_norm(model, grad_norm)
 
     # Logging and the monitor.
 
@@ -318,6 +313,7 @@ class SSLTrainer(EvaluatingTrainer):
                     "lower training.learning_rate or raise training.warmup_epochs, and start the run again"
                 )
             logs |= {f"term_{name}": value for name, value in self._terms.take().items()}
+            logs |= {} if self.online_probe is None else self.online_probe.take()
             logs["images_per_second"] = (
                 self.stopwatch.steps_per_second(self.state.global_step) * self.args.batch_size
             )

@@ -93,7 +93,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
     "a positive number": (
         lambda value: value > 0,
-        ("predictor_learning_rate_factor", "num_train_epochs", "save_steps", "logging_steps", "ddp_timeout"),
+        ("predictor_learning_rate_factor", "num_train_epochs", "save_steps", "logging_steps", "ddp_timeout",
+         "online_probe_learning_rate"),
     ),
     "a positive number, or -1 for all epochs": (lambda value: value == -1 or value > 0, ("max_steps",)),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "momentum")),

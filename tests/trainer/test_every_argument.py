@@ -32,10 +32,10 @@ from transformers.integrations import TensorBoardCallback
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.activation_checkpoints import find_segments
+from hf_ssl.modeling.lars import LARSConfig
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback
-from hf_ssl.trainer.lars import LARSConfig
 from hf_ssl.trainer.optimizers import check_optimization
 from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
 

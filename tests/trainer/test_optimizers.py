@@ -13,12 +13,12 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hf_ssl.errors import UserError
 from hf_ssl.methods.simclr.configuration_simclr import SimCLRConfig
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
+from hf_ssl.modeling.lars import LARS, LARSConfig
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, train
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import WeightDecaySchedule
-from hf_ssl.trainer.lars import LARS, LARSConfig
 from hf_ssl.trainer.optimizers import build_optimizer, transformers_optimizer
 from hf_ssl.trainer.schedules import build_scheduler, largest_weight_decay, schedule_weight_decay
 

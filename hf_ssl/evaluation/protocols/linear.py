@@ -330,7 +330,9 @@ def train_heads(
     """Return one linear head per learning rate, trained on the same batches, as one tensor (D + 1, R, K).
 
     The last row holds the biases. One tensor holds all heads, so that a step needs only two matrix products.
-    The gradient of the mean cross entropy with respect to the logits is (softmax - one hot) / B.
+    The gradient of the mean cross entropy with respect to the logits is (softmax - one hot) / B. During
+    training, the first dimension is that of the classes: on a CPU, torch's softmax over ten classes takes 20
+    times as long if they are the last dimension, as long as a product with 500 features.
 
     Args:
         features: float32 (N, D).
@@ -343,8 +345,9 @@ def train_heads(
         after_epoch: called with the heads after each epoch.
     """
     rows, width = features.shape
-    heads = features.new_zeros(width + 1, len(learning_rates), classes)
-    velocity = torch.zeros_like(heads)
+    weights = features.new_zeros(classes, len(learning_rates), width)
+    biases = features.new_zeros(classes, len(learning_rates), 1)
+    velocity, bias_velocity = torch.zeros_like(weights), torch.zeros_like(biases)
     buffer = features.new_empty(min(batch_size, rows), width)  # new memory pages would cost a tenth of a step
     rates = torch.tensor(learning_rates, device=features.device, dtype=features.dtype)[None, :, None]
     steps_in_epoch = math.ceil(rows / batch_size)
@@ -353,16 +356,19 @@ def train_heads(
         order = torch.randperm(rows, generator=generator).to(features.device)
         for index in order.split(batch_size):
             batch = torch.index_select(features, 0, index, out=buffer[: len(index)])
-            error = logits(heads, batch).softmax(dim=2)
-            target = labels[index][:, None, None].expand(-1, len(learning_rates), 1)
-            error.scatter_add_(2, target, error.new_full(target.shape, -1.0))
+            scores = torch.addmm(biases.view(-1, 1), weights.view(-1, width), batch.T)
+            error = scores.view(classes, -1, len(index)).softmax(dim=0)
+            target = labels[index].expand(1, len(learning_rates), -1)
+            error.scatter_add_(0, target, error.new_full(target.shape, -1.0))
             error /= len(index)
             # The product of the gradient also multiplies the velocity by the momentum and adds it.
-            velocity[:-1].view(width, -1).addmm_(batch.T, error.flatten(1), beta=MOMENTUM)
-            velocity[-1].mul_(MOMENTUM).add_(error.sum(dim=0))
+            velocity.view(-1, width).addmm_(error.flatten(0, 1), batch, beta=MOMENTUM)
+            bias_velocity.mul_(MOMENTUM).add_(error.sum(dim=2, keepdim=True))
             factor = 0.5 * (1 + math.cos(math.pi * step / steps))
-            heads.addcmul_(velocity, rates * factor, value=-1)
+            weights.addcmul_(velocity, rates * factor, value=-1)
+            biases.addcmul_(bias_velocity, rates * factor, value=-1)
             step += 1
+        heads = torch.cat([weights, biases], dim=2).permute(2, 1, 0).contiguous()
         after_epoch(heads)
         advance(1)
     return heads
