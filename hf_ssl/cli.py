@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--protocols",
         metavar="NAME,...",
-        help=f"what is measured: {', '.join(PROTOCOLS)}, or all, which are those without fine_tune and "
-        f"linear_augmented (default: {','.join(DEFAULT_PROTOCOLS)})",
+        help=f"what is measured: {', '.join(PROTOCOLS)}, or all, which are those without "
+        f"linear_augmented, fine_tune and detection (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
     evaluate.add_argument(

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parent.parent
 PORT = 7860  # of a Space on this machine
 MAX_IMAGES = 10_000  # of the gallery of a Space
 MAP_IMAGES = 2_000  # of a map of `hf-ssl plot`
+INSTALL_DETECTION = 'run pip install -c constraints.txt ".[detection]" in a checkout of hf_ssl'
 INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
 """The advice if a package of the extra `demo` is missing."""
 INSTALL_PLOTS = 'run pip install -c constraints.txt ".[plots]" in a checkout of hf_ssl'

@@ -29,8 +29,9 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.evaluate import check_protocols
 from hf_ssl.evaluation.plots import write_plots
-from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.files import disk_errors_as_user_errors, write_json
+from hf_ssl.modeling.backbones import with_new_weights
 from hf_ssl.modeling.gather import finish_communication, joined_processes, process_rank, wait_for_all
 from hf_ssl.output_folder import (
     is_finished,
@@ -129,7 +130,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
             return {}
         measured = evaluate_run(recipe, trainer, folder)
         with progress("writing the card"):
-            write_plots(folder, measured.results, ENCODERS)
+            write_plots(folder, measured.results, ENCODERS, measured.test)
             facts = collect_facts(recipe, trainer, measured)
             write_facts(folder, facts)
             results = Path(recipe.evaluation.results_dir or folder / "results").expanduser()
@@ -161,7 +162,7 @@ def protocols_for_labels(evaluation: EvaluationConfig, several: bool, chosen: bo
             ", ".join(fitting.protocols), ", ".join(evaluation.protocols),
         )  # fmt: skip
     if several:
-        check_protocols(fitting, {"several", *TARGETS})
+        check_protocols(fitting, {"several", "boxes", *TARGETS})
     return fitting
 
 
@@ -241,21 +242,21 @@ def evaluate(
     with joined_processes(fastest_device().type):
         is_main = process_rank() == 0
         with hidden_progress(not is_main):
-            results, evaluated = _evaluate(model, data, evaluation, layer)
+            results, evaluated, test = _evaluate(model, data, evaluation, layer)
     if is_main:
         print(terminal_text(results))
-        print(f"revision of the images: {evaluated['evaluation']['revision']}")
+        print(f"revision of the images: {test.revision}")
     if is_main and output is not None:
         write_json(output / EVALUATION, results | {EVALUATED: evaluated})
-        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"})
+        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"}, test)
         print(f"{', '.join([EVALUATION, *written])} in {output}")
     return dict(results)
 
 
 def _evaluate(
     model: str, data: DataConfig, evaluation: EvaluationConfig, layer: str
-) -> tuple[dict[str, EncoderResult], dict[str, Any]]:
-    """Return the results of `evaluate`, and what was evaluated (`evaluated_encoder`)."""
+) -> tuple[dict[str, EncoderResult], dict[str, Any], LabeledImages]:
+    """Return the results of `evaluate`, what was evaluated (`evaluated_encoder`), and the test images."""
     check_name("--layer", layer, LAYERS, "encoder or projector")
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)
@@ -272,10 +273,21 @@ def _evaluate(
         results["projector"] = evaluate_encoder(
             projected, *splits, settings, processor, device=device, description=words
         )
-    if evaluation.baselines:
+    detectors = [name for name in evaluation.protocols if "boxes" in PROTOCOLS[name].labels]
+    if evaluation.baselines and detectors and splits[0].has_boxes:
+        results["untrained"] = evaluate_encoder(
+            with_new_weights(encoder, evaluation.seed),
+            *splits,
+            replace(evaluation, protocols=detectors, cache=False),  # these weights are evaluated once
+            processor,
+            device=device,
+            description=f"{model} without training",
+        )
+    elif evaluation.baselines:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     images = evaluation_facts(data, evaluation, *splits)
-    return results, evaluated_encoder(model, encoder, images, measured["image_size"], device)
+    evaluated = evaluated_encoder(model, encoder, images, measured["image_size"], device)
+    return results, evaluated, splits[1]
 
 
 def demo(overrides: list[str], space: bool = False) -> dict[str, Any]:

@@ -295,7 +295,11 @@ def test_names_say_what_is_inside() -> None:
 
 def test_every_import_is_declared(sources: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [name for extra in ("timm", "demo", "plots") for name in project["optional-dependencies"][extra]]
+    extras = [
+        name
+        for extra in ("timm", "demo", "plots", "detection")
+        for name in project["optional-dependencies"][extra]
+    ]
     requirements = [*project["dependencies"], *extras]
     declared = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in requirements}
     assert undeclared(sources, declared) == set()

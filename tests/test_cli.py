@@ -88,7 +88,7 @@ def test_all_protocols_are_those_that_take_no_training_of_many_epochs(monkeypatc
     assert main(["evaluate", "folder", "data.path=digits", "--protocols", "all"]) == 0
     chosen = calls[0][2].protocols
     assert {"knn", "linear", "attentive", "ridge", "quality"} <= set(chosen)
-    assert set(PROTOCOLS) - set(chosen) == {"linear_augmented", "fine_tune"}
+    assert set(PROTOCOLS) - set(chosen) == {"linear_augmented", "fine_tune", "detection"}
 
 
 def test_settings_may_follow_options(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from torch import Tensor
 
+from hf_ssl.data.boxes import object_columns
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import EncodedImage, StoredImage, stored_image
 from hf_ssl.errors import UserError
@@ -153,15 +154,26 @@ def find_mask_column(features: Mapping[str, Any], requested: str | None, image: 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
-    The rules, the arguments and the errors are those of `find_image_column`.
+    The rules, the arguments and the errors are those of `find_image_column`. Without such a column, it is the
+    only one that contains boxes (`hf_ssl.data.boxes`).
     """
+    boxes = object_columns(features)
+    if requested is not None and requested in boxes:
+        return requested
+    has_labels = any(isinstance(each, ClassLabel) for each in features.values())
+    if requested is None and len(boxes) == 1 and not has_labels and not features.keys() & set(LABEL_NAMES):
+        return boxes[0]
     return _find_column(features, requested, where, _LABELS)
 
 
 def find_optional_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str | None:
-    """Return the column of `find_label_column`; None if no column is requested and no unique one exists."""
+    """Return the column of `find_label_column`; None if no column is requested and no unique one exists.
+
+    A column of boxes must be requested.
+    """
     try:
-        return find_label_column(features, requested, where)
+        found = find_label_column(features, requested, where)
+        return None if requested is None and found in object_columns(features) else found
     except UserError:
         if requested is not None:
             raise

@@ -12,6 +12,7 @@ from hf_ssl.sections import as_section
 MISSING = "???"  # OmegaConf's mark for a value that the user must give
 CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
+BOX_FORMATS = ("xywh", "xyxy")
 COLUMN_KINDS = {"gray": 1, "rgb": 3, "normals": 3, "classes": 3}
 """Kind of a further image column -> number of channels. `hf_ssl.data.further_columns` describes the kinds."""
 
@@ -36,7 +37,10 @@ class DataConfig:
             have the same size. Kinds: "gray" (depth or any other single channel), "rgb", "normals" (surface
             normals; red is the horizontal part) and "classes" (class numbers of pixels).
             `hf_ssl.data.further_columns` describes how they become pixels.
-        label_column: the column of classes. It is required if labels are needed and the data set has several.
+        label_column: the column of classes, or of boxes for the protocol `detection`. It is required if
+            labels are needed and the data set has several.
+        box_format: format of the boxes, in pixels: "xywh" (x, y, width, height; COCO) or "xyxy" (x1, y1, x2,
+            y2; PASCAL VOC). `hf_ssl.data.boxes` describes the column.
         mask_column: the column of masks, images of class numbers, for the evaluation of segmentation.
             It is required if no column has a usual name (`hf_ssl.data.columns.MASK_NAMES`).
         channels: 3 (color; gray images get three equal channels) or 1 (gray).
@@ -58,6 +62,7 @@ class DataConfig:
     image_column: str | None = None
     further_image_columns: dict[str, str] = field(default_factory=dict)
     label_column: str | None = None
+    box_format: str = "xywh"
     mask_column: str | None = None
     channels: int = 3
     cache: str = "auto"
@@ -90,6 +95,7 @@ class DataConfig:
             "data",
             ("path", path, path, "a data set on the Hub, a folder, files or digits", "data.path=FOLDER"),
             ("channels", self.channels, self.channels in CHANNELS, "3 (RGB) or 1 (gray)", "data.channels=3"),
+            ("box_format", self.box_format, self.box_format in BOX_FORMATS, " or ".join(BOX_FORMATS)),
             ("cache", self.cache, self.cache in CACHES, f"one of {', '.join(CACHES)}", "data.cache=auto"),
             ("dtype", self.dtype, self.dtype == "uint8", "uint8", "data.dtype=uint8, also for 16-bit images"),
             ("max_broken_fraction", share, 0 <= share <= 1, "a share from 0 to 1", "the default"),

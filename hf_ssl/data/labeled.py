@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import BrokenCounter
+from hf_ssl.data.boxes import Objects, object_columns, read_objects
 from hf_ssl.data.columns import find_label_column, label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
@@ -38,6 +39,8 @@ class LabeledImages:
         max_broken_fraction: largest share of images that may be unreadable.
         channels: number of channels of the images.
         targets: kind, of `hf_ssl.data.targets.TARGETS` -> N targets of the images.
+        objects: the boxes of the N images. `labels` are then the classes that each image shows. None: no
+            boxes.
 
     Attributes:
         class_names: names of the classes; label i has the name at index i.
@@ -55,8 +58,9 @@ class LabeledImages:
         max_broken_fraction: float,
         channels: int = 3,
         targets: Mapping[str, Sequence[Any]] | None = None,
+        objects: Objects | None = None,
     ) -> None:
-        self._targets = dict(targets or {})
+        self._targets, self._objects = dict(targets or {}), objects
         self.class_names = class_names
         self.revision = source.revision
         self.description = source.description
@@ -75,6 +79,9 @@ class LabeledImages:
         Raises:
             UserError: the other images have only one class, or do not know the class of an image.
         """
+        if self._objects is not None and other._objects is not None:
+            self._match_objects(self._objects, other)
+            return
         if self.has_several_labels or other.has_several_labels:
             self._match_columns(other)
             return
@@ -84,16 +91,27 @@ class LabeledImages:
                 f"{counted(len(other._labels), 'image')} of one class; use another split or column"
             )
         names = other.class_names
-        used = [self.class_names[label] for label in np.unique(self._labels)]
+        self._require_classes([self.class_names[label] for label in np.unique(self._labels)], other)
+        if self.class_names != names:
+            numbers = np.array([names.index(name) if name in names else -1 for name in self.class_names])
+            self._labels, self.class_names = numbers[self._labels], list(names)
+
+    def _require_classes(self, used: list[str], other: "LabeledImages") -> None:
+        """Raise UserError if other images do not have all used classes of these images."""
+        names = other.class_names
         missing = [name for name in used if name not in names]
         if missing:
             raise UserError(
                 f"labels: expected the classes of {other.description}, {', '.join(names[:20])}, got "
                 f"{missing[0]} in {self.description}; use data sets with the same classes"
             )
-        if self.class_names != names:
-            numbers = np.array([names.index(name) if name in names else -1 for name in self.class_names])
-            self._labels, self.class_names = numbers[self._labels], list(names)
+
+    def _match_objects(self, objects: Objects, other: "LabeledImages") -> None:
+        """Number the classes of the boxes as in other images. The errors are those of `_require_classes`."""
+        shown = np.flatnonzero((self._labels == 1).any(axis=0))
+        self._require_classes([self.class_names[label] for label in shown], other)
+        self._objects = objects.renumbered(other.class_names)
+        self._labels, self.class_names = self._objects.matrix(), list(other.class_names)
 
     def _match_columns(self, other: "LabeledImages") -> None:
         """Order the columns of labels as in other images.
@@ -116,6 +134,16 @@ class LabeledImages:
         self._labels, self.class_names = self._labels[:, [own.index(name) for name in names]], list(names)
 
     @property
+    def objects(self) -> Objects | None:
+        """The boxes of the images that can be read; None if the images have no boxes."""
+        return None if self._objects is None else self._objects.select(self._readable())
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the images have boxes of objects."""
+        return self._objects is not None
+
+    @property
     def has_several_labels(self) -> bool:
         """Whether an image can have several labels. `labels` are then a matrix (N, K)."""
         return self._labels.ndim == 2
@@ -123,9 +151,10 @@ class LabeledImages:
     @property
     def kinds(self) -> set[str]:
         """The kinds of labels that the images have, of `hf_ssl.data.targets`."""
+        found = {*self._targets, *(["boxes"] if self.has_boxes else [])}
         if not self.has_several_labels:
-            return {"one", *self._targets}
-        return {"several", *self._targets} if self._labels.shape[1] else set(self._targets)
+            return found | {"one"}
+        return found | {"several"} if self._labels.shape[1] else found
 
     def require_one_label(self, what: str) -> None:
         """Raise UserError if an image can have several labels, which `what` cannot use."""
@@ -319,12 +348,12 @@ def label_source(
         UserError: the source is a stream or has no labels.
     """
     source.require_rows()
-    targets = find_targets(source, config, kinds)
+    targets, objects = find_targets(source, config, kinds), None
     try:
         if targets and not isinstance(source.dataset, Dataset):
             # The second part of an item may be a mask. One item is enough to find out.
-            _class_labels(source.select(np.arange(1)), config)
-        labels, class_names = _class_labels(source, config)
+            _class_labels(source.select(np.arange(1)), config, kinds)
+        labels, class_names, objects = _class_labels(source, config, kinds)
     except UserError:
         if not targets or config.label_column is not None:
             raise
@@ -344,20 +373,33 @@ def label_source(
         source = source.select(chosen)
         targets = {kind: SelectedRows(each, chosen) for kind, each in targets.items()}
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
+    chosen_objects = None if objects is None else objects.select(chosen)
+    share = config.max_broken_fraction
     return LabeledImages(
-        source, rows, labels[chosen], class_names, config.max_broken_fraction, config.channels, targets
+        source, rows, labels[chosen], class_names, share, config.channels, targets, chosen_objects
     )
 
 
-def _class_labels(source: Source, config: DataConfig) -> tuple[np.ndarray, list[str]]:
-    """Return the labels of all rows, and the names of the classes, see `label_values`."""
+def _class_labels(
+    source: Source, config: DataConfig, kinds: Collection[str]
+) -> tuple[np.ndarray, list[str], Objects | None]:
+    """Return the labels of all rows, the names of the classes, and the boxes if the column has some.
+
+    If only boxes are wanted, the only column of boxes precedes columns of classes.
+    """
     dataset, where = source.dataset, source.description
     column = config.label_column or source.label_column
     if not isinstance(dataset, Dataset):
-        return dataset.labels(column, where)
-    if column is None or column != source.label_column:
+        return *dataset.labels(column, where), None
+    boxes = object_columns(dataset.features)
+    if config.label_column is None and set(kinds) == {"boxes"} and len(boxes) == 1:
+        column = boxes[0]
+    elif column is None or column != source.label_column:
         column = find_label_column(dataset.features, column, where)
-    return label_values(dataset, column, where)
+    if column in boxes:
+        objects = read_objects(dataset, column, config.box_format, where)
+        return objects.matrix(), objects.class_names, objects
+    return *label_values(dataset, column, where), None
 
 
 def label_data(

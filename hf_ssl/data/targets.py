@@ -14,8 +14,8 @@ from hf_ssl.data.masks import find_masks
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 
-CLASS_KINDS = ("one", "several")
-"""Kinds of class labels: one class of each image, or several."""
+CLASS_KINDS = ("one", "several", "boxes")
+"""Kinds of class labels: one class of each image, several, or boxes with classes."""
 
 TARGETS: dict[str, Callable[[Source, DataConfig], Any]] = {"masks": find_masks}
 """Kind of targets -> function that returns the targets of a source, a sequence with one item for each row.

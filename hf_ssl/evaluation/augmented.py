@@ -158,7 +158,7 @@ class AugmentedImages(Dataset[TrainBatch]):
         return EpochLoader(self, **options)
 
 
-class EpochLoader(DataLoader[TrainBatch]):
+class EpochLoader(DataLoader[Any]):
     """A loader whose epoch transformers' Trainer sets."""
 
     def set_epoch(self, epoch: int) -> None:

@@ -295,19 +295,23 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
 
 def _words(kinds: Iterable[str]) -> str:
     """Return kinds of labels in words."""
-    return " or ".join({"one": "one label", "several": "several labels"}.get(kind, kind) for kind in kinds)
+    words = {"one": "one label", "several": "several labels"}
+    return " or ".join(words.get(kind, kind) for kind in kinds)
 
 
 def check_protocols(config: EvaluationConfig, kinds: set[str]) -> None:
     """Raise UserError if no protocol of the settings is for images with these kinds of labels."""
-    if not kinds & set(label_kinds(config.protocols)):
-        names = [name for name, protocol in PROTOCOLS.items() if kinds & set(protocol.labels)]
-        advice = "knn" if "one" in kinds else names[-1] if names else "knn"
-        raise UserError(
-            f"evaluation.protocols: expected one of {', '.join(names)} for images with "
-            f"{_words(sorted(kinds))}, got {', '.join(config.protocols)}; use "
-            f"evaluation.protocols=[{advice}]"
-        )
+    if kinds & set(label_kinds(config.protocols)):
+        return
+    names = [name for name, protocol in PROTOCOLS.items() if kinds & set(protocol.labels)]
+    advice = "knn" if "one" in kinds else names[-1] if names else "knn"
+    advice = f"use evaluation.protocols=[{advice}]"
+    if "boxes" in label_kinds(config.protocols):
+        advice += ", or data.label_column=NAME for a column of boxes"
+    raise UserError(
+        f"evaluation.protocols: expected one of {', '.join(names)} for images with "
+        f"{_words(sorted(kinds))}, got {', '.join(config.protocols)}; {advice}"
+    )
 
 
 def requested_features(config: EvaluationConfig) -> list[str]:

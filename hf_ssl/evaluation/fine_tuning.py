@@ -7,12 +7,7 @@ both images of a mixup are in the same process.
 Legend: B images in a batch of all processes, M labeled images, N images, C channels, K classes.
 """
 
-import os
-import random
-import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
-from hf_ssl.errors import UserError
 from hf_ssl.evaluation.augmented import AugmentedImages, EpochLoader, TrainBatch
 from hf_ssl.evaluation.classifiers import Classifier
 from hf_ssl.evaluation.features import dtype_of, pixel_values
+from hf_ssl.evaluation.label_trainer import LabelTrainer, training_arguments
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
-from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
+from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
 from hf_ssl.precision import autocast
-
-OPTIMIZERS = ("sgd", "adamw")
-MOMENTUM = 0.9  # Nesterov, as in SimCLR and BYOL
-BETAS = (0.9, 0.999)
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
 
 
 @dataclass(frozen=True)
@@ -112,40 +99,24 @@ def train_classifier(
     if process_count() > 1:
         synchronize_batch_norm(classifier.model)
     loader = images.loader(rows, settings.batch_size, device, pairs=settings.mixup > 0)
-    with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
-        args = TrainingArguments(
-            output_dir=str(folder or unused),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,  # the loader, not this number, sets B
-            lr_scheduler_type="cosine",
-            warmup_steps=round(settings.warmup_epochs * len(loader)),
-            max_grad_norm=0.0,
-            seed=seed,
-            use_cpu=device.type == "cpu",
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16 and device.type != "cpu",
-            save_strategy="no" if folder is None else "epoch",
-            save_total_limit=2,  # the older one is complete while the newer one is written
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            ddp_broadcast_buffers=False,
-        )
-        _ = args.device  # determines the number of GPUs
-        args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
-        trainer = FineTuner(classifier, args, loader, labels, settings, groups, advance)
-        checkpoint = None if folder is None else _complete_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with training_arguments(
+        folder=folder,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        warmup_steps=round(settings.warmup_epochs * len(loader)),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    ) as args:
+        FineTuner(classifier, args, loader, labels, settings, groups, advance).run(folder)
 
 
-class FineTuner(Trainer):
-    """transformers' Trainer with the batches, the losses and the learning rates of fine-tuning.
+class FineTuner(LabelTrainer):
+    """The losses of fine-tuning.
 
     Args:
         classifier: the classifier.
-        args: arguments of transformers.
+        args: arguments of `training_arguments`.
         loader: the batches of this process.
         labels: class numbers of all rows.
         settings: settings of the training.
@@ -163,33 +134,9 @@ class FineTuner(Trainer):
         groups: list[dict[str, Any]],
         advance: Callable[[int], object],
     ) -> None:
-        super().__init__(classifier.model, args)
-        self.remove_callback(PrinterCallback)
-        self.add_callback(_Advance(advance))
-        self._loader, self._labels = loader, labels.to(args.device)
-        self._settings, self._groups = settings, groups
+        super().__init__(classifier.model, args, loader, settings.optimizer, groups, advance)
+        self._labels, self._settings = labels.to(args.device), settings
         self._frozen = classifier.frozen_modules()
-
-    def get_train_dataloader(self) -> Any:
-        """Return the loader, which accelerate does not change."""
-        return self._loader
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
-        """Return the next batches. The loss needs no number of items."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, None
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return the optimizer of the settings."""
-        if self.optimizer is None:
-            if self._settings.optimizer == "sgd":
-                self.optimizer = SGD(self._groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
-            else:
-                self.optimizer = AdamW(self._groups, lr=1.0, betas=BETAS)
-        return self.optimizer
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -218,46 +165,6 @@ class FineTuner(Trainer):
                 )
         loss = loss * (process_count() / batch.size)
         return (loss, outputs) if return_outputs else loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The estimate of transformers is one for language models."""
-        return 0
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the weights with the names of the modules.
-
-        transformers (5.20 to 5.24) writes those of a ViT with their old names, which its Trainer cannot load
-        (issue 43701).
-        """
-        model: Any = self.accelerator.unwrap_model(self.model)
-        original = getattr(model, "save_pretrained", None)
-        if original is None:  # a FeatureClassifier
-            return super()._save(output_dir, state_dict)
-        model.save_pretrained = lambda *args, **named: original(
-            *args, **(named | {"save_original_format": False})
-        )
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.save_pretrained
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise UserError(
-                f"checkpoint: expected the weights of this classifier, got missing keys "
-                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}; use "
-                "another folder"
-            )
-
-
-class _Advance(TrainerCallback):
-    """Updates a progress bar after each epoch."""
-
-    def __init__(self, advance: Callable[[int], object]) -> None:
-        self.advance = advance
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self.advance(1)
 
 
 def mixup_weight(alpha: float, seed: int, number: int) -> float:
@@ -305,38 +212,3 @@ def predict(
                 with autocast(device, dtype):
                     logits_NK[rows] = model(pixel_values=pixels).logits.float()
     return sum_over_processes(logits_NK).cpu()
-
-
-def _complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in a folder, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE}")]
-    numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(numbered, key=lambda path: int(path.name.partition("-")[2]), default=None)
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Restore all global random states after the block, because the Trainer seeds them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with unchanged_random_state(device):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def _one_process_unless_joined() -> Iterator[None]:
-    """Hide the variables of a launcher if this process has not joined the others.
-
-    The Trainer would otherwise wait for processes that do not train: after a pretraining under torchrun, only
-    the main process evaluates.
-    """
-    hidden = (
-        {} if process_count() > 1 else {key: os.environ.pop(key) for key in _LAUNCHER if key in os.environ}
-    )
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

@@ -76,7 +76,10 @@ class Split:
     def kinds(self) -> set[str]:
         """Return the kinds of labels that the images have, see `hf_ssl.evaluation.protocols.Protocol`."""
         classes = {"several"} if has_several_labels(self.labels) else {"one"}
-        return set(self.targets) | (classes if self.labels.ndim == 1 or self.labels.shape[1] else set())
+        if self.labels.ndim == 2 and self.labels.shape[1] == 0:
+            classes = set()
+        boxes = {"boxes"} if getattr(self.images, "has_boxes", False) else set()
+        return classes | boxes | set(self.targets)
 
 
 @dataclass

@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of evaluation results: the k curve of k-NN, and the accuracy of probes per epoch (layer 1)."""
+"""Pictures of evaluation results: the k curve of k-NN, accuracy of probes per epoch, detections (layer 1)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, standard_error
 from hf_ssl.files import replaced_file
 
-K_CURVE, PROBE_EPOCHS = "knn_curve.png", "probe_epochs.png"
+K_CURVE, PROBE_EPOCHS, DETECTIONS = "knn_curve.png", "probe_epochs.png", "detections.png"
 CAPTIONS = {
     K_CURVE: "Accuracy of weighted k-NN on test images for each k. The ring marks the k that was selected on "
     "held-out training images.",
     PROBE_EPOCHS: "Accuracy of the final probes on training images (dashed) and on test images after each "
     "epoch. No epoch was selected.",
+    DETECTIONS: "Boxes in test images: the objects (dashed, white) and the detections with a score of at "
+    "least 0.5 (one color for each class).",
 }
 """Name of each picture -> its caption."""
 _COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
-def write_plots(folder: Path, results: Mapping[str, EncoderResult], names: Mapping[str, str]) -> list[str]:
+def write_plots(
+    folder: Path, results: Mapping[str, EncoderResult], names: Mapping[str, str], test: Any = None
+) -> list[str]:
     """Write the pictures of results and return their names. Pictures of earlier results are removed.
 
     Args:
-        folder: existing folder for `K_CURVE` and `PROBE_EPOCHS`.
+        folder: existing folder for the pictures of `CAPTIONS`.
         results: the results by encoder: "trained", "raw_pixels", ...
         names: names of the encoders in the legends; a missing name is the key itself.
+        test: the test images, a `LabeledImages`, which `DETECTIONS` needs.
     """
     written = []
-    draw: dict[str, Callable[..., Any]] = {K_CURVE: k_curve, PROBE_EPOCHS: probe_epochs}
+    draw: dict[str, Callable[..., Any]] = {
+        K_CURVE: k_curve,
+        PROBE_EPOCHS: probe_epochs,
+        DETECTIONS: partial(detections, test=test),
+    }
     for picture, function in draw.items():
         figure = function({names.get(key, key): result for key, result in results.items()})
         if figure is None:
@@ -113,6 +123,62 @@ def probe_epochs(results: Mapping[str, EncoderResult]) -> Any:
 
 def _probes(result: EncoderResult) -> list[ProtocolResult]:
     return [each for each in result["protocols"] if each["details"].get("epochs")]
+
+
+def detections(results: Mapping[str, EncoderResult], test: Any) -> Any:
+    """Return a figure with one row of test images for each detector of the first encoder, or None.
+
+    Args:
+        results: the results by name of the encoder.
+        test: the test images, a `LabeledImages`; None: no picture.
+    """
+    rows = [each for result in list(results.values())[:1] for each in find_results(result, "detection")]
+    if not rows or test is None or not test.has_boxes:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns, names = len(rows[0]["details"]["examples"]), rows[0]["details"]["classes"]
+    figure = Figure(figsize=(2.2 * columns, 2.1 * len(rows) + 0.3), layout="constrained", dpi=110)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    shown: set[int] = set()
+    for result, line in zip(rows, panels, strict=True):
+        for example, axes in zip(result["details"]["examples"], line, strict=True):
+            axes.imshow(test[example["row"]].permute(1, 2, 0).numpy(), cmap="gray")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for box in test.objects.images[example["row"]].boxes.tolist():
+                _draw_box(axes, box, "white", "--")
+            for *box, number, _ in example["boxes"]:
+                _draw_box(axes, box, _color(number), "-")
+                shown.add(number)
+        line[0].set_ylabel(result["column"], fontsize=8)
+    legend = [Patch(facecolor="none", edgecolor=_color(k), label=names[k]) for k in sorted(shown)]
+    if legend:
+        options: Any = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
+        figure.legend(handles=legend[: len(_COLORS)], **options)
+    return figure
+
+
+def _draw_box(axes: Any, box: Sequence[float], color: str, style: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    axes.add_patch(
+        Rectangle(
+            (left, top),
+            right - left,
+            bottom - top,
+            fill=False,
+            edgecolor=color,
+            linestyle=style,
+            linewidth=0.9,
+        )
+    )
+
+
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
 
 
 def _new_figure(panels: int) -> tuple[Any, list[Any]]:

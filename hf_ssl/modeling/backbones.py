@@ -4,6 +4,7 @@
 They can also record the outputs of their layers.
 """
 
+import copy
 import inspect
 import os
 import re
@@ -26,7 +27,7 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
-from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode
+from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import pool
 
@@ -458,6 +459,17 @@ def initialize_as_timm(backbone: Any) -> None:
             **(backbone.config.model_args or {}),
         )
         backbone.timm_model.load_state_dict(fresh.state_dict())
+
+
+def with_new_weights(backbone: Any, seed: int) -> Any:
+    """Return an encoder with the same configuration and new random weights, in evaluation mode."""
+    device = next(backbone.parameters()).device
+    with unchanged_random_state(torch.device("cpu")):
+        torch.manual_seed(seed)
+        created = type(backbone)(copy.deepcopy(backbone.config))
+        initialize_as_timm(created)
+    set_identity_pooler(created)
+    return created.eval().to(device)
 
 
 def freeze_patch_embedding(backbone: PreTrainedModel) -> None:

@@ -54,9 +54,10 @@ QUICK = {
     },
     "segmentation": {"epochs": 5, "learning_rates": [0.003, 0.03], "batch_size": 60},
 }  # fmt: skip
-# `quality` measures without labels, so it gives no accuracy. Others need several labels per image.
+# `quality` measures without labels, so it gives no accuracy. Others need several labels per image or boxes.
 OF_CLASSES = [name for name, each in PROTOCOLS.items() if "one" in each.labels and name != "quality"]
 OF_MASKS = [name for name, each in PROTOCOLS.items() if "masks" in each.labels and name != "quality"]
+WITH_ENCODER = [name for name, each in PROTOCOLS.items() if each.needs_encoder and "one" in each.labels]
 OF_FEATURES = [name for name in OF_CLASSES if not PROTOCOLS[name].needs_encoder]
 
 
@@ -213,7 +214,7 @@ def test_one_image_per_class(name: str, data) -> None:
         assert all(0 <= result["value"] <= 1 for result in results)
 
 
-@pytest.mark.parametrize("name", [name for name, each in PROTOCOLS.items() if each.needs_encoder])
+@pytest.mark.parametrize("name", WITH_ENCODER)
 def test_a_protocol_changes_neither_the_encoder_nor_the_global_random_state(name: str, data) -> None:
     model, _ = encoder()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -224,9 +225,7 @@ def test_a_protocol_changes_neither_the_encoder_nor_the_global_random_state(name
     assert random.getstate() == python
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, each in PROTOCOLS.items() if each.needs_encoder and "one" in each.labels]
-)
+@pytest.mark.parametrize("name", WITH_ENCODER)
 def test_features_alone_are_not_enough_for_a_protocol_that_needs_an_encoder(name: str, data) -> None:
     result = evaluate_features({"protocols": [name]}, *data)
     assert result["protocols"] == []

@@ -28,8 +28,8 @@ class Protocol(NamedTuple):
         takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it computes with the
             encoder in each of many epochs.
         needs_encoder: whether the protocol needs an encoder. If only features are given, it is skipped.
-        labels: kinds of labels, of which the images need one: "one" class, "several" classes, or targets of
-            `hf_ssl.data.targets` such as "masks".
+        labels: kinds of labels, of which the images need one: "one" class, "several" classes, "boxes" with
+            classes (such images also have several), or targets of `hf_ssl.data.targets` such as "masks".
     """
 
     title: str
@@ -96,6 +96,13 @@ PROTOCOLS: dict[str, Protocol] = {
         "The attention of the class token is compared with the masks of the objects.",
         needs_encoder=True,
         labels=("masks",),
+    ),
+    "detection": Protocol(
+        "object detection",
+        "Faster R-CNN with a feature pyramid learns boxes, on the frozen and on the fine-tuned encoder.",
+        needs_encoder=True,
+        takes_long=True,
+        labels=("boxes",),
     ),
 }
 

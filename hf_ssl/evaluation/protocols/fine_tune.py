@@ -16,7 +16,7 @@ from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
 from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
-from hf_ssl.evaluation.fine_tuning import OPTIMIZERS, Optimization, predict, train_classifier
+from hf_ssl.evaluation.fine_tuning import Optimization, predict, train_classifier
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, rows_hash
 from hf_ssl.evaluation.inputs import (
     HELD_OUT,
@@ -26,6 +26,7 @@ from hf_ssl.evaluation.inputs import (
     hold_out,
     is_right,
 )
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1

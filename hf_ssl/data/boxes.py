@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the boxes of objects from a column, as data sets for detection on the Hub have it.
+
+The column (usually `objects`) is a struct of lists or a list of structs, with one entry for each object of
+the image. The names of the fields are those of `BOX_NAMES`, `CLASS_NAMES` and `CROWD_NAMES`. Other fields,
+such as `id` and `area`, are ignored. Without a field of classes, all objects have the class "object".
+
+A box is [x, y, width, height] in pixels of the image (COCO; cppe-5), or [x1, y1, x2, y2] (PASCAL VOC) with
+`data.box_format=xyxy`. Images are rotated as their EXIF tag says, and boxes refer to the rotated image.
+
+Legend: N images, O objects of an image.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+
+from hf_ssl.data.config import BOX_FORMATS
+from hf_ssl.errors import UserError, check_name
+
+logger = logging.getLogger(__name__)
+
+BOX_NAMES = ("bbox", "bboxes", "box", "boxes")
+CLASS_NAMES = (
+    "category", "categories", "category_id", "category_ids", "label", "labels", "label_id", "class",
+    "classes",
+)  # fmt: skip
+CROWD_NAMES = ("iscrowd", "is_crowd", "crowd")
+_OBJECT = "object"
+_MOST_OUTSIDE = 0.5
+
+
+class ImageObjects(NamedTuple):
+    """The objects of an image.
+
+    Attributes:
+        boxes: (O, 4) float32, [x1, y1, x2, y2] in pixels.
+        classes: (O,) int64 class numbers.
+        crowd: (O,) bool, whether a box contains many objects. Such a box is not trained, and a detection in
+            it is neither right nor wrong, as in COCO.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+
+
+@dataclass
+class Objects:
+    """The objects of N images.
+
+    Attributes:
+        images: the objects of each image; None for an image whose objects are not known.
+        class_names: names of the classes.
+        box_format: the format of the column, for messages.
+        where: name of the data set, for messages.
+    """
+
+    images: list[ImageObjects | None]
+    class_names: list[str]
+    box_format: str
+    where: str
+
+    def matrix(self) -> np.ndarray:
+        """Return which classes an image shows (N, K) int64: 1 or 0; -1 if its objects are not known."""
+        found = np.zeros((len(self.images), len(self.class_names)), np.int64)
+        for row, image in enumerate(self.images):
+            if image is None:
+                found[row] = -1
+            else:
+                found[row, image.classes] = 1
+        return found
+
+    def select(self, rows: np.ndarray) -> "Objects":
+        """Return the objects of some images, in the given order."""
+        chosen = [self.images[row] for row in rows.tolist()]
+        return Objects(chosen, self.class_names, self.box_format, self.where)
+
+    def renumbered(self, class_names: list[str]) -> "Objects":
+        """Return the objects with the numbers of other classes, which contain all classes of the objects."""
+        known = {name: number for number, name in enumerate(class_names)}
+        numbers = np.array([known.get(name, -1) for name in self.class_names])
+        images = [
+            None if image is None else image._replace(classes=numbers[image.classes]) for image in self.images
+        ]
+        return Objects(images, list(class_names), self.box_format, self.where)
+
+    def inside(self, sizes: np.ndarray) -> list[ImageObjects]:
+        """Return the objects of each image with boxes that end at the border of the image.
+
+        Args:
+            sizes: (N, 2), height and width of each image in pixels.
+
+        Raises:
+            UserError: a box lies outside of its image, or most boxes reach over the border, which shows that
+                they have another format.
+        """
+        found, outside, total = [], 0, 0
+        other = "xyxy" if self.box_format == "xywh" else "xywh"
+        for row, (image, (height, width)) in enumerate(zip(self.images, sizes.tolist(), strict=True)):
+            assert image is not None  # `LabeledImages` omits the others
+            limits = np.array([width, height, width, height], np.float32)
+            clipped = image.boxes.clip(0, limits)
+            total += len(clipped)
+            outside += int((np.abs(clipped - image.boxes) > 1).any(axis=1).sum())
+            empty = (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
+            if empty.any():
+                box = [round(float(each), 1) for each in image.boxes[empty][0]]
+                raise UserError(
+                    f"objects: expected boxes inside of the images of {self.where}, got [x1, y1, x2, y2] = "
+                    f"{box} in image {row} of {width} x {height} pixels; correct it, or use "
+                    f"data.box_format={other}"
+                )
+            found.append(image._replace(boxes=clipped))
+        if outside > _MOST_OUTSIDE * total:
+            raise UserError(
+                f"data.box_format: expected the format of the boxes of {self.where}, got {self.box_format}, "
+                f"with which {outside:,} of {total:,} boxes reach over the border of their image; use {other}"
+            )
+        return found
+
+
+def object_fields(feature: Any) -> dict[str, Any] | None:
+    """Return the fields of an object with their types; None if a column with this type has no boxes."""
+    fields: Any = None
+    if isinstance(feature, List | LargeList) and isinstance(feature.feature, Mapping):
+        fields = feature.feature
+    elif isinstance(feature, Mapping):
+        lists = {name: each for name, each in feature.items() if isinstance(each, List | LargeList)}
+        fields = {name: each.feature for name, each in lists.items()}
+    if fields is None:
+        return None
+    name = _first(BOX_NAMES, fields)
+    box = None if name is None else fields[name]
+    is_box = isinstance(box, List | LargeList) and isinstance(box.feature, Value)
+    return dict(fields) if is_box else None
+
+
+def object_columns(features: Mapping[str, Any]) -> list[str]:
+    """Return the names of the columns that contain boxes."""
+    return [name for name, feature in features.items() if object_fields(feature) is not None]
+
+
+def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> Objects:
+    """Return the objects of all rows.
+
+    Args:
+        dataset, column: the data set, and a column with boxes.
+        box_format: "xywh" or "xyxy".
+        where: name of the data set, for messages.
+
+    Raises:
+        UserError: a box has a negative size or no four finite numbers, an object has no class, or a class
+            number does not exist.
+    """
+    check_name("data.box_format", box_format, BOX_FORMATS, " or ".join(BOX_FORMATS))
+    fields = object_fields(dataset.features[column])
+    assert fields is not None
+    key, class_key, crowd_key = (_first(names, fields) for names in (BOX_NAMES, CLASS_NAMES, CROWD_NAMES))
+    rows = dataset.select_columns([column]).with_format(None)[:][column]
+    tables = [_lists(row, [name for name in (key, class_key, crowd_key) if name is not None]) for row in rows]
+    boxes = [
+        None if table is None else _boxes(table[str(key)], box_format, f"row {row} of {where}")
+        for row, table in enumerate(tables)
+    ]
+    values = [None if table is None or class_key is None else table[class_key] for table in tables]
+    for row, (found, given) in enumerate(zip(boxes, values, strict=True)):
+        if found is not None and class_key is not None and len(found) != len(given or []):
+            raise UserError(
+                f"objects: expected a class for each of {len(found)} boxes in row {row} of {where}, got "
+                f"{len(given or [])}; correct the column {column}"
+            )
+    if class_key is None:
+        names = [_OBJECT]
+        classes = [np.zeros(len(found if found is not None else []), np.int64) for found in boxes]
+    else:
+        names, classes = _class_numbers(values, fields[class_key], column, where)
+    images: list[ImageObjects | None] = []
+    dropped = 0
+    for found, numbers, table in zip(boxes, classes, tables, strict=True):
+        if found is None or table is None:
+            images.append(None)
+            continue
+        crowd = np.array(table[crowd_key] if crowd_key is not None else [0] * len(found), bool)
+        kept = (found[:, 2:] > found[:, :2]).all(axis=1)
+        dropped += int((~kept).sum())
+        images.append(ImageObjects(found[kept], numbers[kept], crowd[kept]))
+    if dropped:
+        logger.warning("%d boxes of %s are not used, because their width or height is 0", dropped, where)
+    return Objects(images, names, box_format, where)
+
+
+def _first(names: Sequence[str], fields: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in fields), None)
+
+
+def _lists(row: Any, names: list[str]) -> dict[str, list[Any]] | None:
+    """Return the fields of the objects of a row as lists; None if the row has no value."""
+    if row is None:
+        return None
+    if isinstance(row, Mapping):
+        return {name: list(row[name] or []) for name in names}
+    return {name: [each[name] for each in row] for name in names}
+
+
+def _boxes(given: list[Any], box_format: str, where: str) -> np.ndarray:
+    """Return checked boxes (O, 4) float32 [x1, y1, x2, y2]."""
+    if not given:
+        return np.zeros((0, 4), np.float32)
+    if any(box is None or len(box) != 4 or None in box for box in given):
+        raise UserError(f"objects: expected boxes of four numbers in {where}, got others; correct them")
+    boxes = np.array(given, np.float32)
+    if box_format == "xywh":
+        sizes = boxes[:, 2:].copy()
+        boxes[:, 2:] += boxes[:, :2]
+    else:
+        sizes = boxes[:, 2:] - boxes[:, :2]
+    wrong = ~np.isfinite(boxes).all(axis=1) | (sizes < 0).any(axis=1)
+    if wrong.any():
+        number = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"objects: expected finite boxes of positive width and height in {where}, got {given[number]} as "
+            f"{box_format}; correct it, or use data.box_format={'xywh' if box_format == 'xyxy' else 'xyxy'}"
+        )
+    return boxes
+
+
+def _class_numbers(
+    values: list[list[Any] | None], feature: Any, column: str, where: str
+) -> tuple[list[str], list[np.ndarray]]:
+    """Return the names of the classes, and the class numbers of the objects of each row."""
+    flat = [each for row in values if row is not None for each in row]
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+        wrong = [each for each in flat if each is None or not 0 <= each < len(names)]
+    else:
+        kinds = sorted({each for each in flat if isinstance(each, int | str)})  # all have one type
+        names = [str(each) for each in kinds]
+        numbers = {kind: number for number, kind in enumerate(kinds)}
+        wrong = [each for each in flat if each not in numbers or (isinstance(each, int) and each < 0)]
+    if wrong:
+        raise UserError(
+            f"objects: expected a class number from 0 or a name for each object in {column} of {where}, got "
+            f"{wrong[0]} with the {len(names)} classes {', '.join(names[:5])}; correct the column"
+        )
+    if not isinstance(feature, ClassLabel):
+        values = [None if row is None else [numbers[each] for each in row] for row in values]
+    return names, [np.array(row or [], np.int64) for row in values]

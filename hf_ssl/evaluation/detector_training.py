@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a detector by transformers' Trainer, and detects objects (layer 1).
+
+The batches and flips depend only on the seed and the epoch. The detector samples regions with torch's global
+random state, which the Trainer seeds and stores in checkpoints. So one process repeats and resumes a training
+exactly. Several processes share the batches and sample other regions than one process.
+
+Legend: B images in a batch of all processes, M training images, N images, D detections of an image.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hf_ssl.data.boxes import ImageObjects
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation.augmented import MOST_WORKERS, BatchRows, EpochLoader, EpochSampler
+from hf_ssl.evaluation.box_metrics import Detections
+from hf_ssl.evaluation.detector import MOST_DETECTIONS
+from hf_ssl.evaluation.label_trainer import LabelTrainer, training_arguments
+from hf_ssl.modeling.batch_norm import synchronize_batch_norm
+from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
+from hf_ssl.modeling.parameter_groups import assign_parameter_groups
+from hf_ssl.random import image_seeds, uniforms
+from hf_ssl.resources import usable_cores
+
+_LONGEST_WARMUP = 500
+_SMALL_SET = 2000
+
+
+@dataclass(frozen=True)
+class DetectorOptimization:
+    """Settings of a training. All of them change its result.
+
+    Attributes:
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        learning_rate: learning rate after the warmup, which takes 10 % of the steps, but at most 500. It
+            decays to zero by a cosine over the steps.
+        weight_decay: it does not apply to biases, gains, tokens and position tables.
+        epochs, batch_size: B is smaller if there are fewer images.
+        flip: probability of a horizontal flip.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    flip: float
+
+
+@dataclass(frozen=True)
+class BoxBatch:
+    """The share of a batch that this process computes.
+
+    Attributes:
+        images: images (C, H, W) uint8 of any size.
+        targets: for each image, its `boxes` (O, 4) float32 [x1, y1, x2, y2] and `labels` (O,) int64 from 1.
+        size: B.
+    """
+
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    size: int
+
+    def pin_memory(self) -> "BoxBatch":
+        return BoxBatch([image.pin_memory() for image in self.images], self.targets, self.size)
+
+
+class BoxImages(Dataset[BoxBatch]):
+    """The training images with their boxes, randomly flipped. It reads what `EpochSampler` yields.
+
+    Args:
+        images: a `LabeledImages`.
+        objects: the objects of each image.
+        flip: probability of a horizontal flip.
+        seed: seed of the flips and of the order.
+    """
+
+    def __init__(self, images: Any, objects: Sequence[ImageObjects], flip: float, seed: int) -> None:
+        self.images, self.objects, self.flip, self.seed = images, objects, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __getitems__(self, batch: BatchRows) -> BoxBatch:
+        """Return a batch. torch's DataLoader calls this method."""
+        seeds = image_seeds(self.seed, batch.epoch, batch.rows.astype(np.uint64))
+        flipped = uniforms(seeds, 0, 1)[:, 0] < self.flip
+        images, targets = [], []
+        for row, image, is_flipped in zip(
+            batch.rows.tolist(), self.images.read(batch.rows), flipped, strict=True
+        ):
+            own = self.objects[row]
+            boxes = torch.from_numpy(own.boxes[~own.crowd])
+            if is_flipped:
+                image = image.flip(-1)
+                left, top, right, bottom = boxes.unbind(1)
+                boxes = torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], dim=1)
+            images.append(image)
+            targets.append({"boxes": boxes, "labels": torch.from_numpy(own.classes[~own.crowd] + 1)})
+        return BoxBatch(images, targets, batch.size)
+
+    def loader(self, batch_size: int, device: torch.device) -> EpochLoader:
+        """Return a loader of the batches of this process."""
+        sampler = EpochSampler(np.arange(len(self)), batch_size, self.seed)
+        options: dict[str, Any] = {
+            "batch_sampler": sampler,
+            "collate_fn": _unchanged,
+            "num_workers": 0 if len(self) < _SMALL_SET else min(usable_cores() - 1, MOST_WORKERS),
+            "pin_memory": device.type == "cuda",
+            "generator": torch.Generator().manual_seed(0),  # see `AugmentedImages.loader`
+        }
+        return EpochLoader(self, **options)
+
+
+def train_detector(
+    detector: nn.Module,
+    images: BoxImages,
+    settings: DetectorOptimization,
+    *,
+    where: str,
+    device: torch.device,
+    folder: Path | None = None,
+    advance: Callable[[int], object] = lambda epochs: None,
+) -> None:
+    """Train a detector in place. The global random states do not change.
+
+    Args:
+        detector: a detector of `new_detector`.
+        images: the training images.
+        settings: settings of the training.
+        where: section of the settings, for messages.
+        device: device of the computation.
+        folder: folder for one checkpoint per epoch. If it contains one, the training resumes, and gives the
+            same weights as without the interruption. None: no checkpoints.
+        advance: called with 1 after each epoch.
+
+    Raises:
+        UserError: the training diverged, or a process has no image.
+    """
+    body: Any = detector.backbone
+    if process_count() > 1 and body.batch_statistics and not body.frozen:
+        synchronize_batch_norm(body)
+    loader = images.loader(settings.batch_size, device)
+    steps = settings.epochs * len(loader)
+    with training_arguments(
+        folder=folder,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        warmup_steps=min(_LONGEST_WARMUP, steps // 10),
+        seed=images.seed,
+        device=device,
+        dtype=None,  # the detector itself decides which parts use autocast
+    ) as args:
+        groups = _groups(detector, settings)
+        trainer = DetectorTrainer(detector, args, loader, settings.optimizer, groups, advance)
+        trainer.where = where
+        trainer.run(folder)
+
+
+class DetectorTrainer(LabelTrainer):
+    """The losses of a detector.
+
+    Attributes:
+        where: section of the settings, for messages.
+    """
+
+    where = ""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the share of this process in the loss of the batch, times the number of processes."""
+        batch: BoxBatch = inputs
+        device = self.args.device
+        targets = [{name: each.to(device) for name, each in target.items()} for target in batch.targets]
+        losses = model(_pixels(batch.images, device), targets)
+        loss = torch.stack(list(losses.values())).sum() * (process_count() * len(batch.images) / batch.size)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"{self.where}.learning_rate: expected a rate with which training converges, got "
+                f"{max(group['lr'] for group in self._groups):g}; use a smaller one"
+            )
+        return (loss, losses) if return_outputs else loss
+
+
+def detect(
+    detector: nn.Module, images: Any, batch_size: int, device: torch.device, advance: Callable[[int], object]
+) -> list[Detections]:
+    """Return the detections of N images. The processes share the batches.
+
+    Args:
+        detector: a trained detector.
+        images: a `LabeledImages`.
+        batch_size: number of images that are processed together.
+        device: device of the detector.
+        advance: called with the number of images after each batch.
+    """
+    table = torch.zeros(len(images), MOST_DETECTIONS, 7, dtype=torch.float64, device=device)
+    first = 0
+    with evaluation_mode(detector):
+        for number, batch in enumerate(images.iter_batches(batch_size)):
+            if number % process_count() == process_rank():
+                for row, each in enumerate(detector(_pixels(batch, device)), first):
+                    count = len(each["scores"])
+                    table[row, :count, :4] = each["boxes"].double()
+                    table[row, :count, 4] = each["labels"].double() - 1
+                    table[row, :count, 5] = each["scores"].double()
+                    table[row, :count, 6] = 1
+            first += len(batch)
+            advance(len(batch))
+    rows = sum_over_processes(table).cpu()
+    chosen = [row[row[:, 6] > 0] for row in rows]
+    return [Detections(row[:, :4].float(), row[:, 4].long(), row[:, 5].float()) for row in chosen]
+
+
+def _groups(detector: nn.Module, settings: DetectorOptimization) -> list[dict[str, Any]]:
+    """Return the parameter groups of the trained parameters, with and without weight decay."""
+    parameters = dict(detector.named_parameters())
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for name, group in assign_parameter_groups(detector, []).items():
+        groups.setdefault(group.decay, []).append(parameters[name])
+    return [
+        {
+            "params": members,
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for decays, members in groups.items()
+    ]
+
+
+def _pixels(images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return images (C, H, W) in [0, 1] for uint8 images, on a device."""
+    return [image.to(device, non_blocking=True).float() / 255 for image in images]
+
+
+def _unchanged(batch: BoxBatch) -> BoxBatch:
+    return batch

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer for protocols that train with labels, with their own batches (layer 1)."""
+
+import os
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import SGD, AdamW
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hf_ssl.errors import UserError
+from hf_ssl.modeling.eval_mode import unchanged_random_state
+from hf_ssl.modeling.gather import process_count
+
+OPTIMIZERS = ("sgd", "adamw")
+MOMENTUM = 0.9  # Nesterov, as in SimCLR and BYOL
+BETAS = (0.9, 0.999)
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
+
+
+@contextmanager
+def training_arguments(
+    *,
+    folder: Path | None,
+    epochs: int,
+    batch_size: int,
+    warmup_steps: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Iterator[TrainingArguments]:
+    """Return the arguments of a training inside the block, which restores all global random states.
+
+    Args:
+        folder: folder for one checkpoint per epoch; None: no checkpoints.
+        epochs, warmup_steps: the learning rate rises from zero during the warmup. It then decays to zero by a
+            cosine over the steps.
+        batch_size: number of images in a batch of all processes.
+        seed: seed of the global random states during training.
+        device: device of the computation.
+        dtype: precision of autocast; None: float32.
+    """
+    with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
+        args = TrainingArguments(
+            output_dir=str(folder or unused),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,  # the loader, not this number, sets the batches
+            lr_scheduler_type="cosine",
+            warmup_steps=warmup_steps,
+            max_grad_norm=0.0,
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16 and device.type != "cpu",
+            save_strategy="no" if folder is None else "epoch",
+            save_total_limit=2,  # the older one is complete while the newer one is written
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_broadcast_buffers=False,
+        )
+        _ = args.device  # determines the number of GPUs
+        args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
+        yield args
+
+
+class LabelTrainer(Trainer):
+    """transformers' Trainer with the batches and the learning rates of a protocol.
+
+    Args:
+        model: the model.
+        args: arguments of `training_arguments`.
+        loader: the batches of this process.
+        optimizer: a name of `OPTIMIZERS`.
+        groups: parameter groups of the optimizer.
+        advance: called with 1 after each epoch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        loader: Any,
+        optimizer: str,
+        groups: list[dict[str, Any]],
+        advance: Callable[[int], object],
+    ) -> None:
+        super().__init__(model, args)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Advance(advance))
+        self._loader, self._optimizer_name, self._groups = loader, optimizer, groups
+
+    def run(self, folder: Path | None) -> None:
+        """Train, from the newest complete checkpoint in the folder if there is one."""
+        checkpoint = None if folder is None else _complete_checkpoint(folder)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader, which accelerate does not change."""
+        return self._loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
+        """Return the next batches. The loss needs no number of items."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer of the settings."""
+        if self.optimizer is None:
+            if self._optimizer_name == "sgd":
+                self.optimizer = SGD(self._groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
+            else:
+                self.optimizer = AdamW(self._groups, lr=1.0, betas=BETAS)
+        return self.optimizer
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. The estimate of transformers is one for language models."""
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the weights with the names of the modules.
+
+        transformers (5.20 to 5.24) writes those of a ViT with their old names, which its Trainer cannot load
+        (issue 43701).
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        original = getattr(model, "save_pretrained", None)
+        if original is None:  # a FeatureClassifier
+            return super()._save(output_dir, state_dict)
+        model.save_pretrained = lambda *args, **named: original(
+            *args, **(named | {"save_original_format": False})
+        )
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise UserError(
+                f"checkpoint: expected the weights of this classifier, got missing keys "
+                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}; use "
+                "another folder"
+            )
+
+
+class _Advance(TrainerCallback):
+    """Updates a progress bar after each epoch."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.advance(1)
+
+
+def _complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, or None."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE}")]
+    numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(numbered, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Restore all global random states after the block, because the Trainer seeds them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with unchanged_random_state(device):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _one_process_unless_joined() -> Iterator[None]:
+    """Hide the variables of a launcher if this process has not joined the others.
+
+    The Trainer would otherwise wait for processes that do not train: after a pretraining under torchrun, only
+    the main process evaluates.
+    """
+    hidden = (
+        {} if process_count() > 1 else {key: os.environ.pop(key) for key in _LAUNCHER if key in os.environ}
+    )
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
