@@ -234,6 +234,7 @@ def test_a_training_learns_and_depends_on_the_seed() -> None:
     assert learned["standard_error"] == pytest.approx(np.std(values, ddof=1) / 2**0.5)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_is_trained_with_its_own_recipe() -> None:
     (result,) = measure(vit(), modes=["tuned"], epochs=1, recipe=None)
     assert "ViTDet" in result["text"] and result["details"]["settings"]["optimizer"] == "adamw"
