@@ -73,27 +73,27 @@ def measurements(result: EncoderResult) -> list[Measurement]:
 
 
 def results_table(results: Mapping[str, EncoderResult]) -> list[list[str]]:
-    """Return the results as rows of cells, one row per encoder.
+    """Return the results as rows of cells, one row per measurement and one column per encoder.
 
-    The first row is the heading. The first encoder determines the columns. A column contains only numbers
+    The first row is the heading. The first encoder determines the measurements. A row contains only numbers
     with the same protocol id. The list is empty without results.
     """
     if not results:
         return []
-    columns = next(iter(results.values()))["protocols"]
+    measured = next(iter(results.values()))["protocols"]
     unlabeled = _unlabeled(next(iter(results.values())))
-    table = [["", *(column["column"] for column in columns), "RankMe", *unlabeled]]
+    columns = [["", *(each["column"] for each in measured), "RankMe", *unlabeled]]
     for key, result in results.items():
         own = {each["id"]: each for each in result["protocols"]}
-        row = [_cell(own[column["id"]]) if column["id"] in own else "-" for column in columns]
+        cells = [_cell(own[each["id"]]) if each["id"] in own else "-" for each in measured]
         rank = f"{result['statistics']['rank_me']:.1f} of {whole(result['feature_size'])}"
         own_unlabeled = _unlabeled(result)
         others = [
             own_unlabeled[name][1] if name in own_unlabeled and own_unlabeled[name][0] == first_id else "-"
             for name, (first_id, _) in unlabeled.items()
         ]
-        table.append([ENCODERS.get(key, key), *row, rank, *others])
-    return table
+        columns.append([ENCODERS.get(key, key), *cells, rank, *others])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _unlabeled(result: EncoderResult) -> dict[str, tuple[str | None, str]]:

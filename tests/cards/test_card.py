@@ -413,7 +413,7 @@ def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) ->
     write_card(tmp_path, facts)
     card, terminal = readme(tmp_path), terminal_text(facts["results"])
     rows = results_table(facts["results"])
-    assert [row[0] for row in rows[:3]] == ["", "this encoder", "the same network without training"]
+    assert rows[0][:3] == ["", "this encoder", "the same network without training"]
     lines = terminal.splitlines()
     (skipped,) = {text for result in facts["results"].values() for text in result["skipped"]}
     assert lines[-1] == f"(not measured: {skipped})"

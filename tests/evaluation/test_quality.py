@@ -104,7 +104,7 @@ def test_card_and_terminal_show_the_numbers() -> None:
     facts["results"]["untrained"]["quality"] = quality | {"id": "quality-1-0"}
     card = render_card(check_facts(facts), has_pretraining=False)
     rows = {line.split(" | ")[0]: line for line in card.splitlines() if line.startswith("| ")}
-    assert f"| {quality['lidar']:.1f} | {quality['alignment']:.3f} |" in rows["| **this encoder**"]
-    assert rows["| the same network without training"].endswith("| - | - |"), "another id"
+    assert rows["| LiDAR"].startswith(f"| LiDAR | {quality['lidar']:.1f} | - |"), "another id"
+    assert rows["| alignment"].startswith(f"| alignment | {quality['alignment']:.3f} | - |")
     assert quality["text"] in card and "alpha-ReQ" in card
     assert "LiDAR" in terminal_text(facts["results"])
