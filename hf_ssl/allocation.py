@@ -13,7 +13,7 @@ from typing import Any
 # Parameters of mallopt: /usr/include/malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never trim
-_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_MAX: 2**16}  # the greatest thresholds that glibc chooses itself
+_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_MAX: 2**16}  # the largest values that glibc chooses itself
 
 _lock = threading.Lock()
 _depth = 0
@@ -23,7 +23,7 @@ _depth = 0
 def kept_memory(device_type: str) -> Iterator[None]:
     """Keep freed memory for the next tensors inside the block, on a CPU with glibc.
 
-    glibc returns large buffers to the kernel as soon as they are freed (2.36; its limits grow only slowly).
+    glibc 2.36 returns large buffers to the kernel as soon as they are freed. Its thresholds grow slowly.
     The next buffer then causes a page fault for each 4 KiB. For the activations of a ResNet-18, these faults
     take 10 to 15 % of a training step and 25 % of feature extraction. At the end of the outermost block, free
     memory is returned.

@@ -191,8 +191,8 @@ def open_labeled_splits(
 def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     """Return whether the images of the evaluation can have several labels, without reading the labels.
 
-    Only a column that the user names has several labels. If the data cannot be opened, return False; the
-    evaluation reports the reason.
+    Only `data.label_column` is checked. If the data cannot be opened, the result is False, and the evaluation
+    reports the reason later.
 
     Args:
         data: the section `data` of a recipe.

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _short_deprecations() -> Iterator[None]:
-    """Show the warning about a deprecated key in one line, without a line of code."""
+    """Show warnings about deprecated keys as one line, without the source line that Python adds."""
     usual = warnings.formatwarning
 
     def short(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--protocols",
         metavar="NAME,...",
-        help=f"what is measured: {', '.join(PROTOCOLS)}, or all, which are those without "
+        help=f"protocols of the evaluation: {', '.join(PROTOCOLS)}; all: each one except "
         f"linear_augmented, fine_tune and detection (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "models",
         nargs="+",
         metavar="ENCODER",
-        help="folders or Hub ids of encoders, which are drawn side by side, and settings (data.path=...)",
+        help="folders or Hub ids of encoders to draw side by side, and settings such as data.path=...",
     )
     plot.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
     plot.add_argument(
@@ -275,7 +275,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_suite(evaluate: argparse.ArgumentParser) -> None:
     """Add the options of `hf-ssl evaluate` for suites of data sets."""
     suite = evaluate.add_argument_group(
-        "suites of data sets", "Settings then apply to all data sets. A second call continues."
+        "suites of data sets",
+        "Settings apply to all data sets. After an interruption, the same command continues.",
     )
     suite.add_argument(
         "--suite", metavar="NAME", help="a YAML file, or one of transfer_ericsson and transfer_small"
@@ -284,10 +285,13 @@ def _add_suite(evaluate: argparse.ArgumentParser) -> None:
         "--root", metavar="FOLDER", help="folder of the data sets; the paths of the suite are relative to it"
     )
     suite.add_argument(
-        "--list-jobs", action="store_true", help="only list the jobs, which can run separately"
+        "--list-jobs", action="store_true", help="list the jobs with their numbers, and run none"
     )
     suite.add_argument(
-        "--job", type=int, metavar="N", help="run one job; a last call without --job writes the table"
+        "--job",
+        type=int,
+        metavar="N",
+        help="run one job; a last call without --job writes the table",
     )
 
 
@@ -316,8 +320,8 @@ def _add_layer(command: argparse.ArgumentParser) -> None:
         "--layer",
         choices=["encoder", "projector"],
         default="encoder",
-        help="projector: also the output z = g(h) of the projector, beside the features h of the encoder; "
-        "the model must be the output folder of a run (default: encoder)",
+        help="projector: measure the projector's output z = g(h) beside the encoder's features h; the "
+        "model must be the output folder of a run (default: encoder)",
     )
 
 

@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             given = apply_overrides({}, overrides, ("data", "evaluation"))["evaluation"].get("protocols")
             if given is not None:
                 raise UserError(
-                    f"--protocols {arguments.protocols}: expected no further list, got "
+                    f"--protocols: expected no evaluation.protocols with it, got {arguments.protocols} and "
                     f"evaluation.protocols={given}; use only one of them"
                 )
         if arguments.protocols is not None and not (is_suite and arguments.protocols == "all"):
@@ -105,19 +105,23 @@ def _check_suite_options(arguments: argparse.Namespace) -> None:
     for option in ("root", "job", "list_jobs"):
         value = getattr(arguments, option)
         if arguments.suite is None and value not in (None, False):
-            raise UserError(f"--{option.replace('_', '-')}: expected --suite NAME with it, got none")
+            raise UserError(f"--{option.replace('_', '-')}: expected a suite, got none; add --suite NAME")
     if arguments.suite is not None and arguments.layer != "encoder":
-        raise UserError(f"--layer {arguments.layer}: expected no suite with it, got {arguments.suite}")
+        raise UserError(
+            f"--layer: expected encoder for the suite {arguments.suite}, got {arguments.layer}; leave it out"
+        )
     if arguments.suite is not None and arguments.output is None and not arguments.list_jobs:
-        raise UserError("--output: expected the folder of the results of the suite, got none")
+        raise UserError("--output: expected a folder for the suite's results, got none; add --output FOLDER")
 
 
 def plot(arguments: argparse.Namespace) -> None:
-    """Draw the features of encoders: t-SNE, UMAP, confusion matrices, neighbors and curves."""
+    """Draw encoders side by side: t-SNE, UMAP, confusion matrices, neighbors and curves."""
     settings = [text for text in arguments.models if "=" in text and not Path(text).exists()]
     models = [text for text in arguments.models if text not in settings]
     if not models:
-        raise UserError(f"plot: expected an encoder, got only the setting {settings[0]}; add its folder")
+        raise UserError(
+            f"plot: expected an encoder, got only the setting {settings[0]}; add its folder or its Hub id"
+        )
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
 

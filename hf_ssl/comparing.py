@@ -57,7 +57,7 @@ def entries_of(place: str) -> list[dict[str, Any]]:
         return _entries_of_folder(path)
     repo, _, revision = place.partition("@")
     if place.startswith((".", "/", "~")) or repo.count("/") != 1 or place.endswith(".json"):
-        raise UserError(f"{place}: expected {EXPECTED}, a folder with one, or a Hub id, got none of them")
+        raise UserError(f"{place}: expected {EXPECTED}, a folder with one, or a Hub id, got none of these")
     with hub_errors(repo):
         try:
             return read_results(Path(hf_hub_download(repo, FACTS, revision=revision or None)))
@@ -66,7 +66,7 @@ def entries_of(place: str) -> list[dict[str, Any]]:
 
 
 def _entries_of_folder(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of the folders that commands wrote, or else of the results files in a folder."""
+    """Return the entries of the output folders in a folder, or, if there are none, of its results files."""
     if files := result_files(folder):
         return [entry for file in files for entry in read_results(file)]
     entries, problems = [], []

@@ -37,11 +37,11 @@ def renamed_keys(*sections: str) -> dict[str, str]:
 
 
 class DeprecatedSetting(FutureWarning):
-    """A deprecated key or argument. The command line shows its message without a line of code."""
+    """A warning about a deprecated key or argument. The command line shows it without a source line."""
 
 
 def warn_deprecated(message: str) -> None:
-    """Issue a `DeprecatedSetting` warning for the line of the user's code, which called hf_ssl."""
+    """Issue a `DeprecatedSetting` warning for the line of the user's code that called hf_ssl."""
     package, level = str(Path(__file__).parent), 2
     frame = sys._getframe(1)
     # The constructor of a dataclass has the file name <string>.

@@ -40,7 +40,7 @@ KINDS = {
     "k_curve": "accuracy of k-NN for each k",
     "curves": "curves of the loss and its terms, from the logs of runs",
 }
-"""Name in `--kinds` -> what is drawn."""
+"""Name in `--kinds` -> description of the picture."""
 PAGE, CONFUSION, SHEET, TERMS = "points.html", "confusion.png", "neighbors.png", "loss_terms.png"
 MOST_ENCODERS = 10  # colors of curves
 _LETTERS = {"encoder": "", "projector": ", z = g(h)"}
@@ -55,17 +55,17 @@ class Features(NamedTuple):
 
 @dataclass
 class Scene:
-    """What all pictures share.
+    """The images, features and settings that all pictures share.
 
     Attributes:
-        test, train: the images. Without labels there is only `test`.
+        test, train: the images; `train` is None for images without labels.
         labels: (N,) class numbers of the test images.
-        class_names: names of the classes; none without labels.
-        features: the features by the name of the encoder.
+        class_names: names of the classes; an empty list for images without labels.
+        features: {name of the encoder: features}.
         evaluation: settings of the classifiers.
         split: name of the split of the test images.
         most: largest number of images in a map.
-        maps: points of each map by (method, dimensions), then by encoder. They are computed once.
+        maps: {(method, dimensions): {name of the encoder: points}}. Each map is computed once.
     """
 
     test: LabeledImages
@@ -85,7 +85,7 @@ class Scene:
         return balanced_rows(self.labels, min(self.most, len(self.labels)), seed)
 
     def points(self, method: str, dimensions: int) -> dict[str, np.ndarray]:
-        """Return the points of a map by the name of the encoder."""
+        """Return {name of the encoder: points (n, dimensions) of the rows in `rows`}."""
         key = method, dimensions
         if key not in self.maps:
             rows, found = self.rows, {}
@@ -103,13 +103,16 @@ class Scene:
         return f"{count:,} images of split {self.split}{setting}, seed {self.evaluation.seed}"
 
     def splits(self) -> dict[str, tuple[Tensor, Any, Tensor, Any]]:
-        """Return features and labels of both splits by the name of the encoder.
+        """Return {name of the encoder: (train features, train labels, test features, test labels)}.
 
         Raises:
             UserError: the images have no labels.
         """
         if self.train is None or not self.class_names:
-            raise UserError("expected images with one class each, in two splits")
+            raise UserError(
+                "expected one class for each image, in two splits, got images without classes; use "
+                "data.label_column=NAME"
+            )
         labels = self.train.labels, self.test.labels
         return {
             name: (found.train, labels[0], found.test, labels[1])
@@ -127,19 +130,19 @@ def plot(
     layer: str = "encoder",
     most: int = MAP_IMAGES,
 ) -> list[str]:
-    """Draw pictures of one or more encoders, print and return the names of the files.
+    """Draw pictures of one or more encoders, and return the names of the files.
 
-    A picture that is not possible is left out, and the reason is printed. The features come from the cache of
-    `hf-ssl evaluate`.
+    If a picture is not possible, the function prints the reason and draws the others. It shares the stored
+    features with `hf-ssl evaluate`.
 
     Args:
         models: folders or Hub ids of encoders.
         data: the images, unless `evaluation.path` is set.
-        evaluation: settings of features and classifiers. The confusion matrices are those of the protocols
-            knn and linear, as far as `evaluation.protocols` contains them.
+        evaluation: settings of features and classifiers. There is a confusion matrix for each of the
+            protocols knn and linear that `evaluation.protocols` contains.
         output: folder of the pictures, which is created. Pictures of the same names are replaced.
         kinds: names of `KINDS`.
-        layer: "projector" also draws the projector's output z = g(h) beside the features h of each encoder.
+        layer: "projector" also draws the projector's output z = g(h), beside the features h of each encoder.
         most: largest number of images in a map.
 
     Raises:
@@ -175,14 +178,14 @@ def plot(
 
 
 def encoder_names(models: Sequence[str]) -> list[str]:
-    """Return short names of encoders: the last part of a folder or Hub id, or all of it if this is ambiguous.
+    """Return short names of encoders: the last part of a folder or Hub id, or all of it if names repeat.
 
     Raises:
-        UserError: an encoder is named twice.
+        UserError: an encoder is given twice.
     """
     twice = [model for number, model in enumerate(models) if model in models[:number]]
     if twice:
-        raise UserError(f"plot: expected different encoders, got {twice[0]} twice")
+        raise UserError(f"plot: expected different encoders, got {twice[0]} twice; give it once")
     short = [Path(model).name or model for model in models]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
@@ -196,7 +199,7 @@ def open_scene(
         UserError: an encoder or the images cannot be loaded, or a run has no projector.
     """
     if most < 2:
-        raise UserError(f"--images: expected at least 2, got {most}")
+        raise UserError(f"--images: expected at least 2, got {most}; use --images {MAP_IMAGES}")
     train, test, split = _open_images(data, evaluation)
     splits = {"test": test} if train is None else {"train": train, "test": test}
     device = fastest_device()
@@ -223,7 +226,7 @@ def _open_images(
 ) -> tuple[LabeledImages | None, LabeledImages, str]:
     """Return the training images, the test images and the name of their split.
 
-    Without labels, or with one class, there are only test images, which have no classes.
+    Without labels, or with a single class, there are only test images, whose classes are not used.
     """
     try:
         train, test = open_labeled_splits(data, evaluation)
@@ -235,7 +238,7 @@ def _open_images(
                 images = unlabeled_images(settings, split, max_images=evaluation.max_test_images)
             except UserError:
                 continue
-            notice(f"the images have no classes in the pictures: {error}")
+            notice(f"the pictures show no classes: {error}")
             return None, images, split
         raise
 
@@ -248,7 +251,7 @@ def _save(figure: Any, path: Path) -> str:
 
 def _draw_map(method: str, scene: Scene, output: Path) -> list[str]:
     if method == "umap":
-        check_umap()  # before t-SNE-like work for the other encoders
+        check_umap()  # before the first map is computed
     written = []
     for dimensions in (2, 3):
         maps = scene.points(method, dimensions)
@@ -294,7 +297,10 @@ def _draw_confusion(scene: Scene, output: Path) -> list[str]:
             for key, found in scores.items()
         }
     if not any(matrices.values()):
-        raise UserError("evaluation.protocols: expected knn or linear, got others")
+        raise UserError(
+            f"evaluation.protocols: expected knn or linear, got {', '.join(evaluation.protocols)}; use "
+            "evaluation.protocols=[knn,linear]"
+        )
     count = f"{len(scene.test):,} images of split {scene.split}"
     title = f"{count} by class (row) and predicted class (column)"
     return [_save(draw_confusion(matrices, scene.class_names, title), output / CONFUSION)]
@@ -327,7 +333,9 @@ def _draw_k_curve(scene: Scene, output: Path) -> list[str]:
     }
     figure = k_curve(results)
     if figure is None:
-        raise UserError("evaluation.settings.knn.neighbors: expected two values of k, got fewer")
+        raise UserError(
+            "evaluation.settings.knn.neighbors: expected several values of k, got fewer than 2; use [1,5,20]"
+        )
     return [_save(figure, output / K_CURVE)]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of precisions, and the fastest one of a device, for `training.precision=auto` and
-`evaluation.precision=auto` (layer 0). This module does not import torch at once, because recipes need none.
+`evaluation.precision=auto` (layer 0). Only the functions import torch, because recipes need no torch.
 """
 
 import time
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16", "float16")
-"""All precisions, the only list of them. Training and evaluation also accept `AUTO`."""
+"""All precisions. Training and evaluation also accept `AUTO`."""
 
 _GAIN = 1.2
 _REPEATS = 3
 
 
 def autocast_dtype(precision: str) -> "torch.dtype | None":
-    """Return the dtype of autocast for a precision. None means no autocast, also for weights in float64."""
+    """Return the dtype of autocast for a precision; None: no autocast (float32, float64)."""
     import torch
 
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)

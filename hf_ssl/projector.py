@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the projector of a run, so that its output z = g(h) is evaluated like the features h of the encoder
-(layer 5)."""
+"""Loads the encoder and the projector of a run, to evaluate the projector's output z = g(h) (layer 5)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ LAYERS = ("encoder", "projector")
 class ProjectedEncoder(PreTrainedModel):
     """The published encoder of a method and its projector. `pooler_output` is the projector's output (B, P).
 
-    z is the output of the projector before the normalization of the loss, which k-NN repeats.
+    The output is not L2-normalized. k-NN normalizes it, as many losses do.
 
     Args:
         model: a method with a projector.
@@ -43,8 +42,8 @@ class ProjectedEncoder(PreTrainedModel):
         projectors = dict(model.named_children()).get(model.exported_projector)
         if projectors is None:
             raise UserError(
-                f"--layer projector: expected a method with a projector, got {model.method_name()}, whose "
-                "loss needs none; use --layer encoder"
+                f"--layer projector: expected a method with a projector, got {model.method_name()} "
+                "without one; use --layer encoder"
             )
         super().__init__(model.config)
         self.encoder: Any = model.get_submodule(model.exported)
@@ -54,11 +53,11 @@ class ProjectedEncoder(PreTrainedModel):
     def forward(self, pixel_values: Tensor) -> ModelOutput:
         """Return `pooler_output` (B, P) of images (B, C, H, W).
 
-        If there is one projector for each narrow encoder (CMC), the result contains their outputs in order.
+        If each narrow encoder has its own projector (CMC), the result is the concatenation of their outputs.
         """
         h_BD = encode(self.encoder, pixel_values)
         sizes = self.encoder.feature_sizes if len(self.projectors) > 1 else [h_BD.shape[1]]
-        # Projectors of views that are not published come last. They receive nothing.
+        # Projectors of views whose encoders are not published come last and are not used.
         parts = zip(self.projectors, h_BD.split(sizes, dim=1), strict=False)
         return ModelOutput(pooler_output=torch.cat([projector(part) for projector, part in parts], dim=1))
 
@@ -81,7 +80,7 @@ def load_projected_encoder(folder: str) -> ProjectedEncoder:
 def projector_settings(evaluation: EvaluationConfig) -> EvaluationConfig:
     """Return the settings for the projector's output, which has one vector per image and no tokens.
 
-    Protocols that train or augment with an encoder do not apply.
+    Protocols that need the encoder itself are omitted.
 
     Raises:
         UserError: no protocol is left.
@@ -89,7 +88,7 @@ def projector_settings(evaluation: EvaluationConfig) -> EvaluationConfig:
     names = [name for name in evaluation.protocols if not PROTOCOLS[name].needs_encoder]
     if not names:
         raise UserError(
-            "--layer projector: expected a protocol for given features, such as knn or linear, got "
-            f"{', '.join(evaluation.protocols)}"
+            "--layer projector: expected a protocol that needs only features, got "
+            f"{', '.join(evaluation.protocols)}; use --protocols knn,linear"
         )
     return replace(evaluation, protocols=names, pooling="auto", compare_poolings=False, patch_grid=[])

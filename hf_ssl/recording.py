@@ -233,7 +233,7 @@ def evaluated_encoder(
         model: folder or Hub id of the encoder.
         encoder: the encoder.
         evaluation: the labeled images.
-        image_size: side of the images from the image processor in pixels.
+        image_size: side in pixels of the images from the image processor.
         device: device of the evaluation.
     """
     folder = Path(model).expanduser()
@@ -259,7 +259,7 @@ def evaluated_encoder(
 
 
 def encoder_facts(encoder: Any, image_size: int) -> dict[str, Any]:
-    """Return the facts of an encoder that distinguish runs: class, parameters, size of its images."""
+    """Return the facts of an encoder that distinguish runs: class, number of parameters, image size."""
     part = encoder.parts[0] if isinstance(encoder, ParallelEncoders) else encoder
     return {
         "class_name": type(part).__name__,

@@ -15,8 +15,9 @@ SOURCE = Path(__file__).parent.parent
 
 PORT = 7860  # of a Space on this machine
 MAX_IMAGES = 10_000  # of the gallery of a Space
-MAP_IMAGES = 2_000  # of a map of `hf-ssl plot`
+MAP_IMAGES = 2_000  # the largest number of images in a map of `hf-ssl plot`
 INSTALL_DETECTION = 'run pip install -c constraints.txt ".[detection]" in a checkout of hf_ssl'
+"""The advice if a package of the extra `detection` is missing."""
 INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
 """The advice if a package of the extra `demo` is missing."""
 INSTALL_PLOTS = 'run pip install -c constraints.txt ".[plots]" in a checkout of hf_ssl'
@@ -59,7 +60,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def suite_files() -> dict[str, Path]:
-    """Return the file of each suite of data sets by its name, sorted."""
+    """Return {name of a suite of data sets: its file}, sorted by name."""
     return {path.stem: path for path in sorted(resource("suites").glob("*.yaml"))}
 
 

@@ -145,7 +145,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 
 
 def protocols_for_labels(evaluation: EvaluationConfig, several: bool, chosen: bool) -> EvaluationConfig:
-    """Return the settings of an evaluation with protocols for these labels, and report a change.
+    """Return the settings of an evaluation with protocols for these labels, and log a changed setting.
 
     Args:
         evaluation: the settings.
@@ -153,7 +153,7 @@ def protocols_for_labels(evaluation: EvaluationConfig, several: bool, chosen: bo
         chosen: whether the user chose the protocols.
 
     Raises:
-        UserError: the user chose protocols, and none of them is for these labels.
+        UserError: the user chose protocols, and none of these protocols accepts the labels.
     """
     fitting = evaluation.for_labels(several, chosen)
     if fitting is not evaluation:
@@ -222,15 +222,15 @@ def evaluate(
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
     The evaluation uses the accelerator if there is one. Under torchrun or accelerate launch, the processes
-    share the extraction of features and the trainings of the encoder. The result is that of one process up to
-    rounding.
+    share the extraction of features and the trainings of the encoder. Up to rounding, the result equals that
+    of one process.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
         data: the images, unless `evaluation.path` is set. `streaming` has no effect.
         evaluation: settings of the evaluation.
         output: folder for the results as `results.json` and for their pictures; None: no files.
-        layer: "projector" also evaluates the output of the projector, for the output folder of a run.
+        layer: "projector" also evaluates the projector's output, if `model` is an output folder.
 
     Raises:
         UserError: the encoder cannot be loaded, the data have no labels, or a file cannot be written.
@@ -256,7 +256,7 @@ def evaluate(
 def _evaluate(
     model: str, data: DataConfig, evaluation: EvaluationConfig, layer: str
 ) -> tuple[dict[str, EncoderResult], dict[str, Any], LabeledImages]:
-    """Return the results of `evaluate`, what was evaluated (`evaluated_encoder`), and the test images."""
+    """Return the results of `evaluate`, the entry of `evaluated_encoder`, and the test images."""
     check_name("--layer", layer, LAYERS, "encoder or projector")
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts plain values to typed settings, and raises an error with one sentence for a mistake.
 
-`as_setting` and `check_finite` are the rules for the values of all settings: sections of recipes, dataclasses
-and training arguments in Python, and configs of methods.
+`as_setting` and `check_finite` apply to the values of all settings: sections of recipes, dataclasses and
+training arguments in Python, and configs of methods.
 
 OmegaConf checks our dataclasses, and `@strict` of huggingface_hub checks the configs of transformers. Their
 messages do not contain the key, the expected type and the given value. So this module checks one key at a
@@ -207,11 +207,12 @@ def config_fields(cls: Any, without: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def as_setting(value: Any, annotation: Any) -> Any:
-    """Return a value as the type of its field.
+    """Return a value, converted to the type of its field if this is possible without loss.
 
-    - A field for numbers: 1.0 or 1e-3 for 1 or "1e-3", and 4 for 4.0 or "4".
-    - A field for true or false: True or False for 1 or 0, and for the words true, yes, on, false, no and off.
-    - A field for text: "5" for 5, because YAML reads the text 5 as a number.
+    - Field for numbers: 1 becomes 1.0, "1e-3" becomes 1e-3, and 4.0 and "4" become 4.
+    - Field for true or false: 1, 0 and the words true, yes, on, false, no and off become True or False.
+    - Field for text: 5 becomes "5", because YAML reads the text 5 as a number.
+
 
     Other values, and values of another type, stay as they are.
 
@@ -246,7 +247,7 @@ def _kinds(annotation: str) -> frozenset[str]:
 
 
 def check_finite(key: str, value: Any) -> None:
-    """Raise UserError for a setting that is infinite or NaN, or contains such a number at any depth."""
+    """Raise UserError for a setting that is, or contains at any depth, an infinite number or NaN."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             check_finite(f"{key}.{name}", item)
@@ -258,7 +259,7 @@ def check_finite(key: str, value: Any) -> None:
 
 
 def _is_plain(value: Any, annotation: Any) -> bool:
-    """Return whether a value is none that only OmegaConf would convert: 5 to True, or True to "True"."""
+    """Return whether a value needs no conversion that only OmegaConf makes (5 to True, True to "True")."""
     kinds = _kinds(str(annotation))
     items = value if isinstance(value, list | tuple) else [value]
     if kinds == {"bool"}:

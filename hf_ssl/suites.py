@@ -3,8 +3,8 @@
 
 A suite is a YAML file with the sections `suite`, `groups`, `data`, `evaluation` and `entries`. An entry is a
 data set with its metric. A group is a list of protocols, such as those with a frozen encoder. Each pair of
-entry and group is a job. Its result is the file `<entry>/<group>.json` in the output folder. A later call
-reads it, so an interrupted suite continues.
+entry and group is a job. Its result is stored in the file `<entry>/<group>.json` of the output folder. A
+later call reads the stored results, so an interrupted suite continues.
 """
 
 import re
@@ -35,7 +35,7 @@ from hf_ssl.sections import default_values, to_dataclass
 
 SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
 FORMAT = 1
-# Settings that change no number, or only its last digits.
+# Settings that do not change a number, or change it only by rounding.
 _WITHOUT_EFFECT = ("cache", "cache_dir", "cache_size", "results_dir", "batch_size", "baselines")
 
 
@@ -45,8 +45,8 @@ class Heading:
 
     Attributes:
         title: heading of the table.
-        root: folder of the data sets. `data.path` of each entry is relative to it. null: the paths are
-            independent. `--root` replaces it.
+        root: folder of the data sets. `data.path` of each entry is relative to it. null: `data.path` is used
+            as it is. `--root` replaces this value.
     """
 
     title: str = MISSING
@@ -59,7 +59,7 @@ class Group:
 
     Attributes:
         protocols: names of `PROTOCOLS`.
-        settings: their settings, as in `evaluation.settings`.
+        settings: settings of the protocols, as in `evaluation.settings`.
     """
 
     protocols: list[str] = field(default_factory=list)
@@ -71,10 +71,10 @@ class Entry:
     """A value of the section `entries`: one data set.
 
     Attributes:
-        metric: the metric of its numbers, a key of `COLUMNS`.
-        data, evaluation: keys of these sections. They replace those of the whole suite.
-        groups: names of the groups to run; null: all.
-        instead: protocols that replace those of the groups, {logistic_regression: multi_label}.
+        metric: the metric in the table, a key of `COLUMNS`.
+        data, evaluation: keys of these sections. They replace the same keys of the whole suite.
+        groups: names of the groups to run; null: all groups.
+        instead: {protocol of a group: protocol that replaces it}, such as {logistic_regression: multi_label}.
     """
 
     metric: str = "top_1"
@@ -91,9 +91,9 @@ class Job:
     Attributes:
         entry, group: names in the suite.
         metric: see `Entry`.
-        protocols: protocol of the group -> the protocol that runs.
+        protocols: {protocol of the group: protocol that runs}.
         data, evaluation: all settings.
-        settings: the settings that determine the numbers, by name. Paths are relative to the root.
+        settings: {key: value} of the settings that determine the numbers. Paths are relative to the root.
     """
 
     entry: str
@@ -122,9 +122,11 @@ class Suite:
     jobs: list[Job]
 
     def job(self, number: int) -> Job:
-        """Return the job with a number, from 1."""
+        """Return a job by its number, from 1."""
         if not 1 <= number <= len(self.jobs):
-            raise UserError(f"--job: expected a number from 1 to {len(self.jobs)}, got {number}")
+            raise UserError(
+                f"--job: expected a number from 1 to {len(self.jobs)}, got {number}; use --list-jobs"
+            )
         return self.jobs[number - 1]
 
 
@@ -133,9 +135,9 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
 
     Args:
         name_or_path: a file of `training/suites` without its extension, or a path.
-        overrides: `data.key=value` and `evaluation.key=value` for all entries; also `entries.NAME...` and
-            `groups.NAME...`. `evaluation.protocols=[...]` keeps only these protocols.
-        root: folder of the data sets; None: that of the suite.
+        overrides: `data.key=value` and `evaluation.key=value` apply to all entries. `entries.NAME...` and
+            `groups.NAME...` change one of them. `evaluation.protocols=[...]` keeps only these protocols.
+        root: folder of the data sets; None: `suite.root`.
 
     Raises:
         UserError: the suite does not exist, or contains a mistake.
@@ -170,12 +172,13 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
 
 
 def _check_parts(plain: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError for a group or an entry without keys, or with a name that is no name of a file."""
+    """Raise UserError for a group or an entry without keys, or with a name that cannot be a file name."""
     for section in ("groups", "entries"):
         for name, values in plain[section].items():
             if not isinstance(values, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
                 raise UserError(
-                    f"{section}: expected names of letters and digits with keys, got {name}: {values!r}"
+                    f"{section}: expected names of letters and digits with keys, got {name}: {values!r}; use "
+                    f"{section}.NAME.KEY=VALUE"
                 )
 
 
@@ -187,8 +190,8 @@ def _check_chosen(overrides: Sequence[str], groups: dict[str, Group], entries: d
     for name in chosen if isinstance(chosen, list) else [chosen]:
         if name not in known:
             raise UserError(
-                f"--protocols: expected protocols of the suite, {', '.join(dict.fromkeys(known))}, got "
-                f"{name}; to run others, use groups.{next(iter(groups), 'NAME')}.protocols=[...]"
+                f"--protocols: expected protocols of the suite ({', '.join(dict.fromkeys(known))}), got "
+                f"{name}; for others, use groups.{next(iter(groups), 'NAME')}.protocols=[...]"
             )
 
 
@@ -226,7 +229,7 @@ def _job(
 
 
 def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested mappings as one. A later value replaces an earlier one."""
+    """Return one nested mapping with the keys of all. A later value replaces an earlier value."""
     merged: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
@@ -236,7 +239,7 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Return the settings that are not the defaults and can change a number, and the protocols' versions."""
+    """Return the settings that differ from the defaults and can change a number, and protocol versions."""
     found: dict[str, Any] = {}
     for section, values in (("data", data), ("evaluation", evaluation)):
         defaults = default_values(type(values))
@@ -253,11 +256,11 @@ def _differences(data: DataConfig, evaluation: EvaluationConfig) -> dict[str, An
 
 
 def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
-    """Return a line for each job: its number, entry, group, state and protocols.
+    """Return one line for each job: its number, entry, group, state and protocols.
 
     Args:
         suite: the suite.
-        output: the folder of the results, for the states.
+        output: the folder of the results, which determine the states; None: no job has a result.
     """
     width = max(len(job.entry) for job in suite.jobs)
     groups = max(len(job.group) for job in suite.jobs)
@@ -273,9 +276,9 @@ def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
 def run_suite(model: str, suite: Suite, output: Path, number: int | None = None) -> dict[str, Any]:
     """Run the jobs of a suite that have no result yet, and write the table of all results.
 
-    The files are `suite.md`, `suite.csv`, `suite.png` and `results.json`. A job that fails, for example
-    because its data set is missing, is named in the table; the others run. Under torchrun or accelerate
-    launch, the processes share each job.
+    The files are `suite.md`, `suite.csv`, `suite.png` and `results.json`. If a job fails, for example because
+    its data set is missing, the table names it, and the other jobs run. Under torchrun or accelerate launch,
+    the processes share each job.
 
     Args:
         model: a folder or the Hub id of an encoder with its image processor.
@@ -284,7 +287,8 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
         number: run only this job, from 1, and write no table.
 
     Returns:
-        The content of `results.json`; of a single job, the content of its file.
+        The content of `results.json`, or of the file of a single job. In all processes but the main one, the
+        result of a whole suite is empty.
 
     Raises:
         UserError: the encoder cannot be loaded, the folder contains results of another encoder or of other
@@ -321,7 +325,7 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return a stored record; None if there is none, or if another version wrote it."""
+    """Return a stored record; None if there is none, or if it has another `FORMAT`."""
     if not path.is_file():
         return None
     record = read_json(path)
@@ -342,7 +346,7 @@ def _check_stored(job: Job, record: dict[str, Any] | None, about: dict[str, str]
     if changed:
         key = changed[0]
         raise UserError(
-            f"{key}: expected {before.get(key, 'the default')}, as in the stored result of {job.name}, got "
+            f"{key}: expected {before.get(key, 'the default')} as in the stored result of {job.name}, got "
             f"{now.get(key, 'the default')}; use another folder, or delete {job.file(Path())}"
         )
 
@@ -359,7 +363,7 @@ def _run_job(
         if kept is not None and kept["images"] == images:
             return kept
         if kept is not None:
-            notice(f"{job.name}: the images changed since the stored result; they are measured again")
+            notice(f"{job.name}: the images differ from those of the stored result; the job runs again")
         evaluation, checkpoints = _with_checkpoints(job, output)
         result = evaluate_encoder(
             encoder, *splits, evaluation, processor, device=fastest_device(), description=job.name
@@ -389,14 +393,15 @@ def _open(job: Job) -> tuple[LabeledImages, LabeledImages]:
 
 
 def _identity(images: LabeledImages) -> list[Any]:
-    """Return what must stay the same for a stored result: the revision and the number of images."""
+    """Return the revision and the number of images. A stored result is valid only for equal values."""
     return [images.revision, len(images)]
 
 
 def _with_checkpoints(job: Job, output: Path) -> tuple[EvaluationConfig, Path | None]:
     """Return the settings with a folder for the checkpoints of fine-tuning, and this folder.
 
-    An interrupted fine-tuning then resumes. The folder is None if the user has set another one.
+    An interrupted fine-tuning then resumes. The folder is None if the job has no fine-tuning, or if the user
+    has set another folder.
     """
     settings = job.evaluation.settings
     tuning = settings.get("fine_tune", {})
@@ -408,14 +413,15 @@ def _with_checkpoints(job: Job, output: Path) -> tuple[EvaluationConfig, Path | 
 
 
 def _merge(suite: Suite, records: list[dict[str, Any]], encoder: str, output: Path) -> dict[str, Any]:
-    """Write the table, the file and the plot of all results, and return the content of `results.json`."""
+    """Write the tables and the plot of all results, and return the content of `results.json`."""
     measured = [
         Measured(job.entry, job.group, job.metric, job.protocols, record["result"], record["error"])
         for job, record in zip(suite.jobs, records, strict=True)
     ]
     if all(each.result is None for each in measured):
         raise UserError(
-            f"{suite.name}: expected one data set that can be read, got none: {measured[0].error}"
+            f"{suite.name}: expected at least one job with a result, got none; error of the first "
+            f"job: {measured[0].error}"
         )
     summary = summarize(suite.title, encoder, measured)
     plain = {"suite": suite.name, "fingerprint": records[0]["encoder"]["fingerprint"]} | summary.to_dict()

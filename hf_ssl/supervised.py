@@ -48,7 +48,7 @@ _EQUIVALENT = {
     "layer_decay": "layer_decay",
     "label_smoothing_factor": "label_smoothing",
 }
-"""Key of `training` -> the setting of the protocol `fine_tune` with the same meaning."""
+"""Key of `training` -> setting of the protocol `fine_tune` with the same meaning."""
 _USED = {
     "training": ("output_dir", "seed", "precision", "bf16", "fp16", "use_cpu", "disable_tqdm", *_EQUIVALENT),
     "views": ("size", "enlarge", "interpolation", "mean", "std"),
@@ -59,7 +59,7 @@ _USED = {
     "method": (),
     "publish": (),
 }  # fmt: skip
-"""The keys of each section that have an effect. All keys of `data` and `backbone` have one."""
+"""Keys of each section that have an effect. All keys of `data` and `backbone` have an effect."""
 _ADVICE = {
     "training.max_steps": "training.num_train_epochs",
     "training.epochs": "training.num_train_epochs",
@@ -77,9 +77,10 @@ def supervise(recipe: Recipe) -> dict[str, Any]:
     """Train, test and export a supervised encoder, and return the test result of its classifier.
 
     The encoder, the images, their size and the seed are those of the recipe, which trains no method here. The
-    settings of the training are those of the protocol `fine_tune`, whose recipe is "scratch" by default. Keys
-    of `training` with the same meaning replace them if they are on the command line. Those in the recipe do
-    not, because they are for its method. The same command resumes an interrupted training.
+    settings of the training are those of the protocol `fine_tune`, with its recipe "scratch" by default. On
+    the command line, keys of `training` with the same meaning replace them. The keys of `training` in the
+    recipe file have no effect, because they are for its method. The same command resumes an interrupted
+    training.
 
     Args:
         recipe: the result of `hf_ssl.recipe.load_recipe`. `training.output_dir` is the output folder.
@@ -189,12 +190,12 @@ def _entry(
 
 
 def with_settings(recipe: Recipe) -> EvaluationConfig:
-    """Return the section `evaluation` with all settings of the training as those of the protocol `fine_tune`.
+    """Return the section `evaluation`, whose settings of `fine_tune` contain all settings of the training.
 
-    Its recipe is "scratch", unless the settings contain another one.
+    The recipe of `fine_tune` is "scratch" by default.
 
     Raises:
-        UserError: the command line sets a value that has no effect, or one value in two places.
+        UserError: a value on the command line has no effect, or two keys with the same meaning are set.
     """
     given = apply_overrides({}, recipe.overrides)
     _check_used(recipe, given)
@@ -207,7 +208,7 @@ def with_settings(recipe: Recipe) -> EvaluationConfig:
         if equivalent in own:
             raise UserError(
                 f"training.{key}: expected no value, because {_SETTINGS}.{equivalent}={own[equivalent]} has "
-                f"the same meaning, got {value}; set only one of them"
+                f"the same meaning, got {value}; use only one of them"
             )
         own[equivalent] = [value] if equivalent == "learning_rates" else value
     settings["fine_tune"] = {"recipe": DEFAULT_RECIPE} | own

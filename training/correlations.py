@@ -8,7 +8,7 @@ method are not independent, so the correlation over the means is the more reliab
 The records of `training.compare` contain the measurements of the monitor, among them RankMe of the encoder.
 They contain neither alpha-ReQ nor LiDAR. Results files contain alpha-ReQ, and LiDAR if the protocol `quality`
 was run. `training.quality_of_runs` measures both for finished runs. The last column of the table contains the
-number of runs and the methods, because a measurement may be known for some methods only.
+number of runs and their methods, because some methods may lack a measurement.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 """Measures LiDAR, alignment and alpha-ReQ of finished runs, for `training.correlations`.
 
 `python -m training.quality_of_runs RUN ... --data imagenette160 --output FILE.json` reads the encoder and
-`facts.json` in each folder of a run, and writes one record per run: the method, the accuracies of the run and
-the new measurements. All encoders see the same test images and the same augmentation (`standard_preset` of
-the protocol `quality`), so the numbers are comparable between methods.
+`facts.json` in the output folder of each run. It writes one record per run, with the method, the accuracies
+of the run and the new measurements. All encoders see the same test images and the same augmentation
+(`standard_preset` of the protocol `quality`), so the numbers are comparable between methods.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from hf_ssl.files import read_json, write_json
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of hf-ssl pretrain")
-    parser.add_argument("--data", required=True, help="labeled images, as data.path")
-    parser.add_argument("--images", type=int, default=200, help="test images of LiDAR")
-    parser.add_argument("--views", type=int, default=10, help="views of each image")
-    parser.add_argument("--output", type=Path, required=True, help="file of the records")
+    parser.add_argument("--data", required=True, help="labeled images, in the form of data.path")
+    parser.add_argument("--images", type=int, default=200, help="number of test images for LiDAR")
+    parser.add_argument("--views", type=int, default=10, help="number of views of each image")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the records")
     arguments = parser.parse_args()
     config = EvaluationConfig(
         protocols=["quality"],
@@ -45,11 +45,16 @@ def main() -> None:
 
 
 def record(facts: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the method, the accuracies of a run, and its new measurements, as `correlations` reads them."""
+    """Return the method, the accuracies and the new measurements of a run, in the form for `correlations`.
+
+    Args:
+        facts: the content of `facts.json`.
+        measured: the result of `evaluate_encoder` with `statistics` and `quality`.
+    """
     old = facts["results"]["trained"]
     method = facts["method"]
     trained = {key: old[key] for key in ("knn", "linear", "protocols") if old.get(key) is not None}
-    for key in ("knn", "linear"):  # as earlier versions stored them
+    for key in ("knn", "linear"):  # earlier versions stored a dict
         if isinstance(trained.get(key), dict):
             trained[key] = trained[key]["accuracy"]
     if "protocols" in trained:

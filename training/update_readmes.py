@@ -81,7 +81,7 @@ def protocols() -> str:
 
 
 def _default(value: Any) -> str:
-    """Return a default value in YAML. Of a long list, return the number of values and the outer ones."""
+    """Return a default value in YAML. For a long list, return its length, its first and its last value."""
     if isinstance(value, list) and len(value) > 8 and not isinstance(value[0], str):
         return f"{len(value)} values from {value[0]:g} to {value[-1]:g}"
     if isinstance(value, list):

@@ -35,7 +35,7 @@ class Column:
         key: the key of the number.
         data: name, revision, split and number of the test images.
         heading: a text that differs from the headings of all other columns.
-        text: how the numbers were measured. Parts that differ between the runs are a range, or all values.
+        text: how the numbers were measured. Numbers that differ between the runs are given as a range.
     """
 
     id: str
@@ -55,8 +55,8 @@ class Cell:
 
     Attributes:
         values: one accuracy for each run.
-        standard_errors: of each run, over the test images. They are not independent, because all runs have
-            the same test images.
+        standard_errors: the standard error of each run, in most protocols over the test images. They are not
+            independent, because all runs have the same test images.
         seeds: the seed of each run.
         selections: for each run, the settings that its protocol selected: {"learning_rate": 0.1}.
         right: for each run, which test images were classified correctly; empty if a run did not record it.
@@ -129,7 +129,7 @@ class _Run:
 
     Attributes:
         name: its key in the results: "trained", "start", "untrained" or "raw_pixels".
-        entries: the entries that evaluated it, with other protocols or images; the newest one is the first.
+        entries: its evaluations, with different protocols or images; the newest one is the first.
     """
 
     name: str
@@ -152,7 +152,7 @@ class _Run:
                     yield number, data
 
     def equals(self, other: "_Run") -> bool:
-        """Return whether a baseline is that of another run: raw pixels, or the same random weights."""
+        """Return whether two baselines are equal: both are raw pixels, or have the same random weights."""
         if self.name == "raw_pixels":
             return True
         own, others = (
@@ -204,10 +204,10 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
 
 
 def _training(entry: dict[str, Any]) -> str:
-    """Return a text that is equal for entries of the same encoder, which may be in several places.
+    """Return a text that is equal for all entries of the same encoder, which may be in several folders.
 
-    Time and loss of a training are recorded with all digits, so two trainings never have the same text. The
-    number of interruptions does not count, because a finished run may be started again.
+    The duration and the loss of a training are recorded with all digits, so two trainings have different
+    texts. The number of interruptions is not part of the text, because a finished run may be started again.
     """
     if entry["training"] is None:  # an encoder that hf_ssl did not train
         encoder = ["weights", entry["weights"]] if entry["weights"] else ["model", entry["model"]]
@@ -240,7 +240,7 @@ def _reason(entry: dict[str, Any]) -> str:
     trained = entry["results"].get("trained")
     if entry["evaluation"] is None or trained is None:
         return "it was not evaluated; use hf-ssl evaluate FOLDER --output RESULTS"
-    measured = "only LiDAR and alignment, which are no accuracies" if "quality" in trained else "no accuracy"
+    measured = "only LiDAR and alignment, which are not accuracies" if "quality" in trained else "no accuracy"
     return f"its evaluation contains {measured}; use a further protocol, such as --protocols quality,knn"
 
 
@@ -315,9 +315,9 @@ def _columns(runs: list[_Run]) -> list[Column]:
 
 
 def joined(texts: Sequence[str]) -> str:
-    """Return one text for several texts. Numbers that differ, such as selected settings, become "0.1 to 1".
+    """Return one text for several texts. Numbers that differ become a range, such as "0.1 to 1".
 
-    If the texts differ in other words, the result contains all of them.
+    If the texts differ in more than numbers, the result contains all different texts.
     """
     different = list(dict.fromkeys(texts))
     parts = [_NUMBER.split(text) for text in different]
@@ -327,7 +327,7 @@ def joined(texts: Sequence[str]) -> str:
 
 
 def _range(same: tuple[str, ...]) -> str:
-    """Return the numbers of several texts at the same place, or their common words."""
+    """Return the text that several texts have at one position, or the range of their numbers."""
     if len(set(same)) == 1:
         return same[0]
     ordered = sorted(same, key=lambda number: float(number.replace(",", "")))
@@ -360,7 +360,7 @@ def _labels(groups: list[list[_Run]]) -> list[str]:
 
 
 def _label_parts(name: str, entry: dict[str, Any]) -> list[str]:
-    """Return the method, and what distinguishes the run from others of this method."""
+    """Return the method and the properties that can distinguish the run from others of this method."""
     backbone, data, training = entry["backbone"], entry["data"], entry["training"]
     network = [backbone["class_name"].removesuffix("Model"), f"{backbone['parameters']:,} parameters"]
     if name in ("untrained", "raw_pixels"):  # they do not depend on the training

@@ -80,7 +80,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _selected(comparison: Comparison, column: Column) -> list[str]:
-    """Return a line for each row with the settings that its runs selected, if the runs of a column differ."""
+    """Return one line per row with the selected settings of its runs, if the runs of the column differ."""
     rows = [(row.label, row.cells[column].selections) for row in comparison.rows if column in row.cells]
     keys = dict.fromkeys(key for _, selections in rows for each in selections for key in each)
     different = [key for key in keys if len({str(run.get(key)) for _, runs in rows for run in runs}) > 1]
@@ -113,9 +113,9 @@ def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:
 def csv_text(comparison: Comparison) -> str:
     """Return one line for each number: row, column, values of the runs, mean, deviation and difference.
 
-    `std` and `standard_error_over_runs` (of the mean) show how much runs with other seeds differ. They are
-    empty for a single run. `standard_error_over_images` is that of a single run, the largest one of the row.
-    The error of a mean over runs is not much smaller, because all of them have the same test images.
+    `std` and `standard_error_over_runs` (of the mean) describe the variation over seeds. They are empty for a
+    single run. `standard_error_over_images` is the largest standard error of the single runs of the row. The
+    error of their mean is not much smaller, because all runs have the same test images.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

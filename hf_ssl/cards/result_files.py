@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the results of runs and evaluations from all files that contain them (layer 3).
 
-`facts.json` is written by `hf-ssl pretrain`, and results files are lists of its entries. `results.json` is
-written by `hf-ssl evaluate --output`, and `supervised.json` by `hf-ssl supervise`.
+`hf-ssl pretrain` writes `facts.json`, `hf-ssl evaluate --output` writes `results.json`, and
+`hf-ssl supervise` writes `supervised.json`. A results file is a list of entries, one for each run.
 """
 
 from pathlib import Path
@@ -22,17 +22,17 @@ EVALUATED = "evaluated"
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
 _DEPTH = 3
-"""Folders are searched to this depth: `runs` contains `runs/supervised/NAME`."""
+"""Depth of the search in folders. It finds `runs/supervised/NAME` in `runs`."""
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Return the entries (`hf_ssl.cards.facts.result_entry`) of a file with results.
 
-    An entry of an encoder that hf_ssl did not train has the further keys `model` and `weights`, a hash of its
-    weights. Its `training`, `method`, `data`, `recipe` and `seed` are None.
+    For an encoder that hf_ssl did not train, the entry also has the keys `model` and `weights` (a hash of the
+    weights). Its `training`, `method`, `data`, `recipe` and `seed` are None.
 
     Raises:
-        UserError: the file contains something else, or was written by an older version without the data.
+        UserError: the file contains other data, or an older version wrote it without the name of the images.
     """
     stored = read_json(path)
     if not isinstance(stored, dict) or {"method", "training"} <= stored.keys():
@@ -51,11 +51,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             f"{path}: expected the name of the evaluated images, got a file of an older version without it; "
             f"run {command} again"
         )
-    raise UserError(f"{path}: expected {EXPECTED}, got other data")
+    raise UserError(f"{path}: expected {EXPECTED}, got other data; give the output folder of a run")
 
 
 def result_files(folder: Path, depth: int = _DEPTH) -> list[Path]:
-    """Return the files with results in a folder, or, if it has none, in its folders."""
+    """Return the files with results in a folder. If there are none, search its subfolders down to a depth."""
     own = [folder / name for name in FILES if (folder / name).is_file()]
     if own or depth == 0:
         return own

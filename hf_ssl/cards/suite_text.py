@@ -18,17 +18,17 @@ COLUMNS = {
     "mean_per_class": "mean per class",
     "mean_average_precision": "mAP, 11 points",
 }
-"""Name of a metric of an entry -> its name in the table."""
+"""Value of `metric` in an entry -> its name in the table."""
 
 
 class Measured(NamedTuple):
-    """A job of a suite.
+    """A job of a suite with its result.
 
     Attributes:
-        entry, group, metric: names.
+        entry, group, metric: names of the entry (data set), of the group of protocols, and of the metric.
         protocols: protocol of the group -> the protocol that runs.
-        result: the result; None if there is none.
-        error: why there is no result.
+        result: the result; None if the job failed or did not run.
+        error: the reason for a missing result.
     """
 
     entry: str
@@ -50,10 +50,10 @@ class Cell(NamedTuple):
 
 @dataclass
 class Column:
-    """A number of a protocol on all data sets of its group.
+    """One number of a protocol, for all data sets of its group.
 
     Attributes:
-        heading: a text that differs from those of other columns.
+        heading: a text that differs from the headings of all other columns.
         group: name of the group.
         protocol: protocol of the group.
         cells: the numbers by entry.
@@ -124,9 +124,12 @@ class Summary:
 
 
 def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary:
-    """Return the numbers of all jobs in columns.
+    """Return the numbers of all jobs in columns. A protocol with several numbers has several columns.
 
-    A protocol with several numbers has several columns.
+    Args:
+        title: title of the suite.
+        encoder: name of the encoder.
+        measured: the jobs with their results.
     """
     columns: list[Column] = []
     places = dict.fromkeys((job.group, protocol) for job in measured for protocol in job.protocols)
@@ -152,7 +155,7 @@ def _numbers(job: Measured, protocol: str) -> list[ProtocolResult]:
 
 
 def _cell(job: Measured, protocol: str, numbers: list[ProtocolResult]) -> Cell:
-    """Return the first number in the metric of its entry."""
+    """Return the first of the numbers, as the metric of the entry."""
     run = job.protocols[protocol]
     if job.result is None:
         return Cell(None, run, reason=job.error or "it was not measured")
@@ -193,7 +196,7 @@ def markdown(summary: Summary) -> str:
 
 
 def replacements(summary: Summary) -> list[str]:
-    """Return a line for each data set that was measured by another protocol than the others."""
+    """Return one line for each data set that has another protocol than the rest of its column."""
     return [
         f"- {name}: {PROTOCOLS[cell.protocol].title} in place of {PROTOCOLS[column.protocol].title}."
         for column in summary.columns
@@ -230,7 +233,7 @@ def csv_text(summary: Summary) -> str:
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Draw a group of bars for each data set, and the averages."""
+    """Write a bar plot to a PNG file: one group of bars for each data set, and one for the averages."""
     from matplotlib.figure import Figure
 
     names, columns = list(summary.metrics), summary.columns

@@ -78,7 +78,8 @@ class LoadedBatch:
         position: position of the stream of this process after this batch, as JSON data; None for map-style
             data.
         mirrored: channels whose values a horizontal flip reverses.
-        labels: (B,) int64 labels of a stream that were requested, -1 for an image without one; else None.
+        labels: (B,) int64 class numbers of a stream, -1 for an image without a label; None if the loader was
+            created without `label_column`, and for map-style data.
     """
 
     images: Tensor | Crops | DeviceRows

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the boxes of objects from a column, as data sets for detection on the Hub have it.
+"""Reads the boxes of objects from a column, in the usual forms of detection data sets on the Hub.
 
 The column (usually `objects`) is a struct of lists or a list of structs, with one entry for each object of
-the image. The names of the fields are those of `BOX_NAMES`, `CLASS_NAMES` and `CROWD_NAMES`. Other fields,
+the image. `BOX_NAMES`, `CLASS_NAMES` and `CROWD_NAMES` list the possible names of the fields. Other fields,
 such as `id` and `area`, are ignored. Without a field of classes, all objects have the class "object".
 
 A box is [x, y, width, height] in pixels of the image (COCO; cppe-5), or [x1, y1, x2, y2] (PASCAL VOC) with
@@ -40,8 +40,8 @@ class ImageObjects(NamedTuple):
     Attributes:
         boxes: (O, 4) float32, [x1, y1, x2, y2] in pixels.
         classes: (O,) int64 class numbers.
-        crowd: (O,) bool, whether a box contains many objects. Such a box is not trained, and a detection in
-            it is neither right nor wrong, as in COCO.
+        crowd: (O,) bool, whether a box contains many objects (`iscrowd` of COCO). The training ignores such
+            a box. A detection in it counts neither as correct nor as wrong, as in COCO.
     """
 
     boxes: np.ndarray
@@ -66,7 +66,7 @@ class Objects:
     where: str
 
     def matrix(self) -> np.ndarray:
-        """Return which classes an image shows (N, K) int64: 1 or 0; -1 if its objects are not known."""
+        """Return which classes each image shows, (N, K) int64: 1 or 0; -1 if its objects are not known."""
         found = np.zeros((len(self.images), len(self.class_names)), np.int64)
         for row, image in enumerate(self.images):
             if image is None:
@@ -76,12 +76,12 @@ class Objects:
         return found
 
     def select(self, rows: np.ndarray) -> "Objects":
-        """Return the objects of some images, in the given order."""
+        """Return the objects of the images with these row numbers, in the given order."""
         chosen = [self.images[row] for row in rows.tolist()]
         return Objects(chosen, self.class_names, self.box_format, self.where)
 
     def renumbered(self, class_names: list[str]) -> "Objects":
-        """Return the objects with the numbers of other classes, which contain all classes of the objects."""
+        """Return the objects with the class numbers of another list of names, which has all used classes."""
         known = {name: number for number, name in enumerate(class_names)}
         numbers = np.array([known.get(name, -1) for name in self.class_names])
         images = [
@@ -90,14 +90,14 @@ class Objects:
         return Objects(images, list(class_names), self.box_format, self.where)
 
     def inside(self, sizes: np.ndarray) -> list[ImageObjects]:
-        """Return the objects of each image with boxes that end at the border of the image.
+        """Return the objects of each image, with boxes clipped to the image.
 
         Args:
             sizes: (N, 2), height and width of each image in pixels.
 
         Raises:
-            UserError: a box lies outside of its image, or most boxes reach over the border, which shows that
-                they have another format.
+            UserError: a box lies outside of its image, or more than half of the boxes extend beyond their
+                image by more than one pixel. They probably have another format.
         """
         found, outside, total = [], 0, 0
         other = "xyxy" if self.box_format == "xywh" else "xywh"
@@ -119,13 +119,13 @@ class Objects:
         if outside > _MOST_OUTSIDE * total:
             raise UserError(
                 f"data.box_format: expected the format of the boxes of {self.where}, got {self.box_format}, "
-                f"with which {outside:,} of {total:,} boxes reach over the border of their image; use {other}"
+                f"with which {outside:,} of {total:,} boxes extend beyond their image; use {other}"
             )
         return found
 
 
 def object_fields(feature: Any) -> dict[str, Any] | None:
-    """Return the fields of an object with their types; None if a column with this type has no boxes."""
+    """Return {field: type} for the objects of a column of this type; None if the column has no boxes."""
     fields: Any = None
     if isinstance(feature, List | LargeList) and isinstance(feature.feature, Mapping):
         fields = feature.feature
@@ -154,8 +154,8 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         where: name of the data set, for messages.
 
     Raises:
-        UserError: a box has a negative size or no four finite numbers, an object has no class, or a class
-            number does not exist.
+        UserError: a box has a negative size or is not a list of four finite numbers, an object has no class,
+            or a class number does not exist.
     """
     check_name("data.box_format", box_format, BOX_FORMATS, " or ".join(BOX_FORMATS))
     fields = object_fields(dataset.features[column])
@@ -190,7 +190,7 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         dropped += int((~kept).sum())
         images.append(ImageObjects(found[kept], numbers[kept], crowd[kept]))
     if dropped:
-        logger.warning("%d boxes of %s are not used, because their width or height is 0", dropped, where)
+        logger.warning("%d boxes of %s are left out, because their width or height is 0", dropped, where)
     return Objects(images, names, box_format, where)
 
 
@@ -212,7 +212,9 @@ def _boxes(given: list[Any], box_format: str, where: str) -> np.ndarray:
     if not given:
         return np.zeros((0, 4), np.float32)
     if any(box is None or len(box) != 4 or None in box for box in given):
-        raise UserError(f"objects: expected boxes of four numbers in {where}, got others; correct them")
+        raise UserError(
+            f"objects: expected boxes of four numbers in {where}, got another box; correct the column"
+        )
     boxes = np.array(given, np.float32)
     if box_format == "xywh":
         sizes = boxes[:, 2:].copy()
@@ -245,7 +247,7 @@ def _class_numbers(
     if wrong:
         raise UserError(
             f"objects: expected a class number from 0 or a name for each object in {column} of {where}, got "
-            f"{wrong[0]} with the {len(names)} classes {', '.join(names[:5])}; correct the column"
+            f"{wrong[0]} beside the {len(names)} classes {', '.join(names[:5])}; correct the column"
         )
     if not isinstance(feature, ClassLabel):
         values = [None if row is None else [numbers[each] for each in row] for row in values]

@@ -50,7 +50,7 @@ MASK_NAMES = (
     "mask", "masks", "label_mask", "annotation", "annotations", "segmentation", "segmentation_mask",
     "semantic_mask", "label", "labels",
 )  # fmt: skip
-"""Usual names of a column of masks; a column of classes with the last two names has another type."""
+"""Usual names of a column of masks. A column of classes can have the last two names, but another type."""
 _IMAGE_DTYPES = ["binary", "large_binary", "Array2D", "Array3D"]
 _IMAGES = _Role(
     "data.image_column",
@@ -78,8 +78,8 @@ _LABELS = _Role(
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type Image, or a column with a usual name.
 
-    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned, or else the
-    only one with a name that is not in `MASK_NAMES`. If no
+    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If there is
+    none, the only one whose name is not in `MASK_NAMES` is returned. If no
     column has the type, it is one of bytes, arrays or strings with such a name, or else the only one of
     bytes or arrays.
 
@@ -154,8 +154,8 @@ def find_mask_column(features: Mapping[str, Any], requested: str | None, image: 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
-    The rules, the arguments and the errors are those of `find_image_column`. Without such a column, it is the
-    only one that contains boxes (`hf_ssl.data.boxes`).
+    The rules, the arguments and the errors are those of `find_image_column`. If there is no such column, the
+    result is the only column that contains boxes (`hf_ssl.data.boxes`).
     """
     boxes = object_columns(features)
     if requested is not None and requested in boxes:
@@ -169,7 +169,7 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, where:
 def find_optional_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str | None:
     """Return the column of `find_label_column`; None if no column is requested and no unique one exists.
 
-    A column of boxes must be requested.
+    A column of boxes is returned only if it is requested.
     """
     try:
         found = find_label_column(features, requested, where)
@@ -194,7 +194,7 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
         if role is _LABELS and not found and lists:
             raise UserError(
                 f"{role.key}: expected one class for each image in {where}, got none in "
-                f"{_listing(features)}; for lists of classes use {role.key}={lists[0]}{in_python}"
+                f"{_listing(features)}; to use lists of classes, set {role.key}={lists[0]}{in_python}"
             )
         raise UserError(
             f"{role.key}: expected one column of the type {role.kind.__name__} in {where}, got {len(found)} "
@@ -223,7 +223,7 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
 
 
 def _is_label_list(feature: Any) -> bool:
-    """Return whether the rows of a column are lists of classes, of images with several labels."""
+    """Return whether a column has lists of classes, for images with several labels."""
     return isinstance(feature, List) and isinstance(feature.feature, ClassLabel)
 
 

@@ -38,10 +38,10 @@ class DataConfig:
             normals; red is the horizontal part) and "classes" (class numbers of pixels).
             `hf_ssl.data.further_columns` describes how they become pixels.
         label_column: the column of classes, or of boxes for the protocol `detection`. It is required if
-            labels are needed and the data set has several.
+            labels are needed and several columns are possible.
         box_format: format of the boxes, in pixels: "xywh" (x, y, width, height; COCO) or "xyxy" (x1, y1, x2,
             y2; PASCAL VOC). `hf_ssl.data.boxes` describes the column.
-        mask_column: the column of masks, images of class numbers, for the evaluation of segmentation.
+        mask_column: the column of masks (images of class numbers), for segmentation protocols.
             It is required if no column has a usual name (`hf_ssl.data.columns.MASK_NAMES`).
         channels: 3 (color; gray images get three equal channels) or 1 (gray).
         cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on

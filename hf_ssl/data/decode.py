@@ -184,7 +184,7 @@ def _as_integers(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
         raise BrokenImage(
-            f"expected whole numbers from 0 to 255 as pixels, got other ones of {values.dtype}; convert "
+            f"expected whole numbers from 0 to 255 as pixels, got other values of {values.dtype}; convert "
             "pixels of 16 bits to uint16"
         )
     return values.astype(np.uint8)

@@ -235,7 +235,7 @@ def _classes(image: PIL.Image.Image) -> np.ndarray:
 
 
 def class_numbers(image: PIL.Image.Image) -> np.ndarray:
-    """Return the class numbers (H, W) uint8 of the pixels; those of a palette image are its indices.
+    """Return the class numbers (H, W) uint8 of the pixels. For a palette image, these are the indices.
 
     Raises:
         BrokenImage: the image has several channels, or numbers above 255.

@@ -34,12 +34,12 @@ class LabeledImages:
     Args:
         source: N rows of map-style data.
         rows: reads the N images.
-        labels: (N,) int64; or (N, K) of images with several labels, 1: yes, 0: no; (N, 0) without classes.
+        labels: (N,) int64. For images with several labels: (N, K), 1: yes, 0: no. Without classes: (N, 0).
         class_names: names of the classes; label i has the name at index i.
         max_broken_fraction: largest share of images that may be unreadable.
         channels: number of channels of the images.
-        targets: kind, of `hf_ssl.data.targets.TARGETS` -> N targets of the images.
-        objects: the boxes of the N images. `labels` are then the classes that each image shows. None: no
+        targets: {kind: N targets of the images}, with the kinds of `hf_ssl.data.targets.TARGETS`.
+        objects: the boxes of the N images; `labels` then contain the classes that each image shows. None: no
             boxes.
 
     Attributes:
@@ -107,7 +107,7 @@ class LabeledImages:
             )
 
     def _match_objects(self, objects: Objects, other: "LabeledImages") -> None:
-        """Number the classes of the boxes as in other images. The errors are those of `_require_classes`."""
+        """Use the class numbers of other images for the boxes. The errors are those of `_require_classes`."""
         shown = np.flatnonzero((self._labels == 1).any(axis=0))
         self._require_classes([self.class_names[label] for label in shown], other)
         self._objects = objects.renumbered(other.class_names)
@@ -249,12 +249,12 @@ class LabeledImages:
             yield waiting
 
     def iter_rows(self, rows: range, batch_size: int, broken: dict[int, str]) -> Iterator[list[Tensor]]:
-        """Yield some images in lists of `batch_size`. Call `omit_broken` when all rows have been read.
+        """Yield images (C, H, W) uint8 in lists. Call `omit_broken` after all rows have been read.
 
         Args:
-            rows: positions in the split, which also count broken images.
-            batch_size: number of rows that become one list.
-            broken: dict to which the broken images among these rows are added.
+            rows: positions in the split, including broken images.
+            batch_size: number of rows in one list. A list with broken images is shorter.
+            broken: a dict. The method adds the reason for each broken image among these rows.
         """
         for start in rows[::batch_size]:
             read = np.arange(start, min(start + batch_size, rows.stop))
@@ -303,17 +303,17 @@ def labeled_images(
 
 
 def _only_classes(kinds: Collection[str]) -> bool:
-    """Return whether images need classes, because there is no other kind of labels."""
+    """Return whether all requested kinds of labels are classes, so that the images must have classes."""
     return set(kinds) <= set(CLASS_KINDS)
 
 
 def unlabeled_images(
     config: DataConfig, split: str, *, max_images: int | None = None, seed: int = 0
 ) -> LabeledImages:
-    """Open images whose labels are missing or are not used: all have the class 0, without a name.
+    """Open images without reading labels. All images have the class 0, which has no name.
 
-    Args and errors, except those about labels: see `labeled_images`. `max_images` images are chosen
-    at random.
+    The arguments and the errors are those of `labeled_images`, without the errors about labels.
+    `max_images` images are chosen at random.
     """
     source = open_source(replace(config, max_images=None, streaming=False), split, only_image=True)
     source.require_rows()
@@ -341,8 +341,8 @@ def label_source(
     Args:
         source: the images.
         config, max_images, seed: see `labeled_images`.
-        kinds: kinds of labels, of `CLASS_KINDS` and `TARGETS` in `hf_ssl.data.targets`. The images need at
-            least one of them. Without classes, `labels` has no columns.
+        kinds: kinds of labels from `CLASS_KINDS` and `TARGETS` in `hf_ssl.data.targets`. The images need at
+            least one of them. If they have no classes, `labels` has the shape (N, 0).
 
     Raises:
         UserError: the source is a stream or has no labels.
@@ -385,7 +385,7 @@ def _class_labels(
 ) -> tuple[np.ndarray, list[str], Objects | None]:
     """Return the labels of all rows, the names of the classes, and the boxes if the column has some.
 
-    If only boxes are wanted, the only column of boxes precedes columns of classes.
+    If only boxes are requested, a single column of boxes takes precedence over columns of classes.
     """
     dataset, where = source.dataset, source.description
     column = config.label_column or source.label_column
@@ -441,7 +441,7 @@ def balanced_rows(labels: np.ndarray, count: int, *key: int) -> np.ndarray:
 
 
 def rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """Return how many earlier images have the same class, for each image: (N,) int64."""
+    """Return for each image how many earlier images have the same class, (N,) int64."""
     by_class = np.argsort(labels, kind="stable")
     sorted_labels = labels[by_class]
     ranks = np.empty_like(by_class)

@@ -85,8 +85,8 @@ def train_loader(
         start_method: how worker processes start, "fork", "spawn" or "forkserver"; None for torch's default.
         device: the device of the model, which stores the images for `data.cache=device`.
         has_all_rows: whether each epoch has all rows of map-style data, see `RowBatchSampler`.
-        label_column: the column of classes that the batches of a stream also contain; None for no labels. It
-            has no effect for map-style data, whose batches contain row numbers.
+        label_column: the column of classes whose values the batches of a stream contain; None: no labels. It
+            has no effect on map-style data, whose batches contain row numbers.
 
     Raises:
         UserError: there are fewer images than a batch, no image can be read, or the sizes of images differ

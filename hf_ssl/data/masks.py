@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks of segmentation: the class number of each pixel of an image, from a second column of images.
 
-A mask is an image with one channel, or with a palette whose indices are the class numbers. Its numbers are
-from 0 to 255. Masks have the orientation and the size of their images.
+A mask is an image with one channel, or with a palette whose indices are the class numbers. Class numbers are
+from 0 to 255. A mask has the orientation and the size of its image.
 """
 
 from typing import Any
@@ -41,14 +41,14 @@ class Masks:
         """Return the mask of a row, (H, W) uint8.
 
         Raises:
-            UserError: the mask is missing, cannot be read, or has colors or other numbers.
+            UserError: the mask is missing, cannot be read, has colors, or has class numbers above 255.
         """
         try:
             return read_with_pillow(self._stored(int(row)).read(), class_numbers)[0]
         except BrokenImage as error:
             raise UserError(
                 f"data.mask_column: expected a mask of class numbers in {self._where} row {row}, column "
-                f"{self._column}, got another image: {error}"
+                f"{self._column}, got another image ({error}); correct it, or use data.mask_column=NAME"
             ) from error
 
     def _stored(self, row: int) -> StoredImage:
@@ -94,7 +94,7 @@ def find_masks(source: Source, config: DataConfig) -> Masks:
 
 
 def _is_mask(item: Any) -> bool:
-    """Return whether an item is an image with one channel. A class number in a tensor is none."""
+    """Return whether an item is an image with one channel, and not, for example, a class number."""
     try:
         read_with_pillow(_stored_mask(item).read(), class_numbers)
     except BrokenImage:

@@ -56,7 +56,7 @@ class StreamRow(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive images of a shard, the bytes of memory that they need, and their labels if requested."""
+    """Consecutive images of a shard, their size in memory in bytes, and their labels if requested."""
 
     images: list[AnyStored]
     nbytes: int
@@ -102,7 +102,7 @@ class StreamShards:
         source: a stream.
         open_shards: largest number of open shards of a reader. If the first shard shows that they would need
             more than 1 GiB, the reader opens fewer, at least two.
-        label_column: a column of class numbers that is also read, of a stream with known columns; or None.
+        label_column: a column of class numbers to read in addition, of a stream with known columns; or None.
 
     Attributes:
         count: number of shards.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of labels of images: classes, and targets such as masks, which have one item for each image.
+"""The kinds of labels of images: classes, and targets (one item for each image, such as its mask).
 
-A new kind of targets is one file and one line in `TARGETS`.
+A new kind of targets needs one file and one line in `TARGETS`.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -15,17 +15,17 @@ from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 
 CLASS_KINDS = ("one", "several", "boxes")
-"""Kinds of class labels: one class of each image, several, or boxes with classes."""
+"""Kinds of class labels: one class for each image, several classes, or boxes with classes."""
 
 TARGETS: dict[str, Callable[[Source, DataConfig], Any]] = {"masks": find_masks}
-"""Kind of targets -> function that returns the targets of a source, a sequence with one item for each row.
+"""Kind of targets -> function that returns the targets of a source as a sequence, one item for each row.
 
-The function raises UserError if the source has none. The items are read when they are requested.
+The function raises UserError if the source has no such targets. The sequence reads an item on request.
 """
 
 
 class SelectedRows(Sequence[Any]):
-    """Some rows of targets, in the given order, which are read when they are requested.
+    """Targets of selected rows, in the given order. An item is read on request.
 
     Args:
         targets: N targets.
@@ -47,10 +47,10 @@ def find_targets(source: Source, config: DataConfig, kinds: Collection[str]) -> 
 
     Args:
         source, config: the data.
-        kinds: the wanted kinds of labels, of `CLASS_KINDS` and `TARGETS`.
+        kinds: the requested kinds of labels, from `CLASS_KINDS` and `TARGETS`.
 
     Raises:
-        UserError: classes are not among the wanted kinds, and the source has no targets of any wanted kind.
+        UserError: no kind of classes is requested, and the source has no targets of any requested kind.
     """
     found: dict[str, Sequence[Any]] = {}
     errors = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The labels of training images. Only the online probe uses them; no method does."""
+"""The labels of training images. Only the online probe uses them; methods do not."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -44,10 +44,10 @@ def training_labels(source: Source, config: DataConfig) -> TrainingLabels:
 
     Args:
         source: the training images.
-        config: `label_column` is used if `source` has no column of labels.
+        config: has `label_column`, which is used if `source` has no column of labels.
 
     Raises:
-        UserError: there are no labels, an image can have several ones, or a stream does not declare its
+        UserError: there are no labels, an image can have several labels, or a stream does not declare its
             classes.
     """
     where = source.description
@@ -68,7 +68,7 @@ def training_labels(source: Source, config: DataConfig) -> TrainingLabels:
     if not isinstance(feature, ClassLabel) or not feature.names:
         raise UserError(
             f"training.online_probe: expected a column of the type ClassLabel in the stream {where}, got "
-            f"{column}, which does not declare its classes; use data.streaming=false, or cast the column"
+            f"{column} without class names; use data.streaming=false, or cast the column"
         )
     return TrainingLabels(list(feature.names), stream_column=column)
 
@@ -86,6 +86,6 @@ def _of_rows(labels: Any, names: list[str], where: str) -> TrainingLabels:
 
 def _no_labels(where: str) -> UserError:
     return UserError(
-        f"training.online_probe: expected training images with one column of labels, got none or several in "
+        f"training.online_probe: expected one column of labels for training, got none or several in "
         f"{where}; {_ADVICE}"
     )

@@ -18,11 +18,11 @@ from hf_ssl.errors import UserError
 from hf_ssl.resources import INSTALL_DETECTION
 
 SAMPLES = 100
-"""Number of samples of the bootstrap."""
+"""Number of bootstrap samples."""
 
 
 class Detections(NamedTuple):
-    """What a detector found in an image.
+    """The detections in an image.
 
     Attributes:
         boxes: (D, 4) float32, [x1, y1, x2, y2] in pixels.
@@ -36,12 +36,12 @@ class Detections(NamedTuple):
 
 
 class BoxScores(NamedTuple):
-    """Average precisions in [0, 1], with at most 100 detections for each image.
+    """Average precisions (AP) in [0, 1], with at most 100 detections for each image.
 
     Attributes:
-        ap: mean over the intersections over union 0.50, 0.55, ..., 0.95 and over the classes with objects.
-        ap50, ap75: mean over the classes at 0.50 and 0.75.
-        classes: the mean over the intersections over union of each class with objects, {class number: value}.
+        ap: mean AP over the IoU thresholds 0.50, 0.55, ..., 0.95 and over the classes with objects.
+        ap50, ap75: mean AP over these classes, at the IoU thresholds 0.50 and 0.75.
+        classes: {class number: mean AP over the IoU thresholds}, for each class with objects.
     """
 
     ap: float
@@ -92,9 +92,15 @@ def box_scores(found: Sequence[Detections], truth: Sequence[ImageObjects]) -> Bo
 def bootstrap_error(
     found: Sequence[Detections], truth: Sequence[ImageObjects], seed: int, samples: int = SAMPLES
 ) -> float:
-    """Return the standard deviation of AP over samples of the N images with replacement.
+    """Return the bootstrap standard error of AP: its standard deviation over samples of the N images.
 
-    pycocotools matches the detections of each image once. A sample only repeats the matches of its images.
+    Images are sampled with replacement. pycocotools matches the detections of each image only once. All
+    samples use these matches.
+
+    Args:
+        found, truth: see `box_scores`.
+        seed: seed of the samples.
+        samples: number of samples.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -163,11 +163,13 @@ class EvaluationConfig:
             self.of_protocol(name)
 
     def for_labels(self, several: bool, chosen: bool) -> "EvaluationConfig":
-        """Return the settings with another protocol if all of them need one label, and images have several.
+        """Return the settings, with `SEVERAL_LABELS_PROTOCOLS` if the images have several labels.
+
+        The protocols stay if the user chose them, or if one of them accepts several labels.
 
         Args:
             several: whether an image can have several labels.
-            chosen: whether the user chose the protocols, which then stay.
+            chosen: whether the user chose the protocols.
         """
         if chosen or not several or any("several" in PROTOCOLS[name].labels for name in self.protocols):
             return self

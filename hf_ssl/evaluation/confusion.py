@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Confusion matrices of classifiers on frozen features (layer 1).
 
-Legend: N images, C classes.
+Legend: N images, K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,17 @@ from torch import Tensor
 from hf_ssl.evaluation.maps import shortened
 
 MOST_CLASSES = 50
-"""With more classes, the figure lists the most confused pairs."""
+"""With more classes, the figure shows the most confused pairs of classes instead of a matrix."""
 SHOWN_PAIRS = 25
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor, classes: int) -> np.ndarray:
-    """Return the number of images of each class (row) that are predicted as each class (column), (C, C).
+    """Return the number of images of each class (row) that are predicted as each class (column), (K, K).
 
     Args:
-        scores: (N, at most C). Of equal scores, the lower class number is predicted.
+        scores: (N, at most K). If scores are equal, the lowest class number is predicted.
         labels: (N,) class numbers.
-        classes: C.
+        classes: K.
     """
     predicted = scores.argmax(dim=1).cpu().numpy()
     counts = np.zeros((classes, classes), dtype=np.int64)
@@ -35,7 +35,7 @@ def most_confused(counts: np.ndarray, most: int = SHOWN_PAIRS) -> list[tuple[int
     """Return (class, predicted class, images) of the most frequent errors, most frequent first.
 
     Args:
-        counts: (C, C), see `confusion_matrix`.
+        counts: (K, K), see `confusion_matrix`.
         most: largest number of pairs.
     """
     errors = counts - np.diag(np.diag(counts))
@@ -49,11 +49,11 @@ def draw_confusion(
 ) -> Any:
     """Return a figure with one column per encoder and one row per classifier.
 
-    The colors are the shares of the images of a class, and the numbers are images.
+    A color shows a share of the images of a class, and a number is a number of images.
 
     Args:
-        matrices: {encoder: {classifier: (C, C)}}. All encoders have the same classifiers.
-        class_names: C names.
+        matrices: {encoder: {classifier: (K, K)}}. All encoders have the same classifiers.
+        class_names: K names.
         title: title of the figure.
     """
     from matplotlib.figure import Figure  # pyplot would need global state
@@ -104,4 +104,4 @@ def _draw_pairs(axes: Any, counts: np.ndarray, class_names: Sequence[str]) -> No
     axes.set_yticks(range(len(pairs)), words, fontsize=6)
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel("images of a class that are predicted as another class", fontsize=8)
+    axes.set_xlabel("images of a class (left) that are predicted as another class (right)", fontsize=8)

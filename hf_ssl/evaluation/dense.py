@@ -2,7 +2,7 @@
 """Patch tokens and masks for the evaluation of dense features (layer 1).
 
 The protocols for masks resize each image to a square, without a crop, so that the patches cover the complete
-mask. Predictions are enlarged to the size of the mask. The mask itself keeps its size for the test.
+mask. For the test, the mask keeps its size, and predictions are upsampled to this size.
 
 Legend: N images, B images in a batch, C channels, H, W pixels of a mask, S side of the square in pixels, h, w
 rows and columns of patches, P = h * w patches, D features.
@@ -24,15 +24,15 @@ from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.further_features import FurtherFeatures
 
 IGNORED = 255
-"""Number of the pixels that do not count in PASCAL VOC and most other data sets."""
+"""Class number of ignored pixels in PASCAL VOC and most other data sets."""
 _MASKING = "vit_mae"  # model type of an encoder that masks patches at inference
 
 
 class SquareProcessor:
-    """An image processor that resizes complete images to a square, and normalizes as another one does.
+    """An image processor that resizes complete images to a square.
 
     Args:
-        processor: the image processor of the encoder.
+        processor: the image processor of the encoder, which gives the mean and the standard deviation.
         side: S.
     """
 
@@ -48,7 +48,7 @@ class SquareProcessor:
         Args:
             images: of any sizes.
             device: device of the result.
-            options: arguments of other processors, without effect.
+            options: arguments that only other processors use.
         """
         size = (self.side, self.side)
         resized = [
@@ -68,7 +68,7 @@ def patch_features(
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return the patch tokens (N, P, D) of the images of a split, and the sizes (H, W) of the images.
 
-    The tokens are the positions of the feature map for an encoder without tokens. The grid is a square.
+    For a convolutional network, the positions of its feature map are the tokens. The grid is a square.
 
     Args:
         inputs, split: the encoder and the images.
@@ -80,9 +80,9 @@ def patch_features(
     """
     encoder = inputs.encoder
     if getattr(getattr(encoder, "config", None), "model_type", None) == _MASKING:
-        raise UserError(f"{protocol}: expected an encoder without random masks, got one of MAE; load a ViT")
+        raise UserError(f"{protocol}: expected an encoder without random masks, got ViTMAE; load a ViTModel")
     processor = SquareProcessor(inputs.processor, side or inputs.image_size)
-    # Position embeddings of another size are interpolated, if the encoder supports it.
+    # Position embeddings are interpolated to another size if the encoder supports it.
     known = signature(type(encoder).forward).parameters
     interpolated = side not in (None, inputs.image_size) and "interpolate_pos_encoding" in known
     arguments = {"interpolate_pos_encoding": True} if interpolated else {}
@@ -111,10 +111,12 @@ def patch_features(
 
 
 def grid_side(tokens: Tensor, protocol: str) -> int:
-    """Return h = w of patch tokens (N, P, D), or raise UserError if they are no square."""
+    """Return h = w of patch tokens (N, P, D), or raise UserError if they do not form a square."""
     side = isqrt(tokens.shape[1])
     if side**2 != tokens.shape[1]:
-        raise UserError(f"{protocol}: expected a square grid of patch tokens, got {tokens.shape[1]} tokens")
+        raise UserError(
+            f"{protocol}: expected a square grid of patch tokens, got {tokens.shape[1]}; use another encoder"
+        )
     return side
 
 
@@ -124,7 +126,7 @@ def read_mask(split: Split, row: int, size: tuple[int, int]) -> Tensor:
     Args:
         split: has the masks.
         row: number of the image.
-        size: of the image.
+        size: (H, W) of the image.
 
     Raises:
         UserError: the mask has another size than its image, or cannot be read.
@@ -139,9 +141,9 @@ def read_mask(split: Split, row: int, size: tuple[int, int]) -> Tensor:
 
 
 def nearest_pixels(values: Tensor, height: int, width: int) -> Tensor:
-    """Return values (..., H, W), resized to (..., height, width) by the nearest pixel of the source.
+    """Return values (..., H, W), resized to (..., height, width) by nearest-neighbor interpolation.
 
-    The centers of pixels are compared, as in the mode "nearest-exact" of torch.
+    The distance is that of the centers of pixels, as in the mode "nearest-exact" of torch.
     """
     rows, columns = (
         ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new).long().to(values.device)
@@ -151,7 +153,7 @@ def nearest_pixels(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def check_ignored(where: str, ignored: Iterable[int]) -> list[int]:
-    """Return numbers of ignored pixels, or raise UserError for one outside of 0 to 255."""
+    """Return the class numbers of ignored pixels, or raise UserError for one outside of 0 to 255."""
     numbers = list(ignored)
     if not all(0 <= number <= 255 for number in numbers):
         raise UserError(f"{where}.ignored: expected numbers from 0 to 255, got {numbers}")

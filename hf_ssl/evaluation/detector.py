@@ -2,8 +2,8 @@
 """torchvision's Faster R-CNN with a feature pyramid on an encoder (layer 1).
 
 The pyramid of an encoder with stages is an FPN (1612.03144). A plain vision transformer gets the simple
-feature pyramid of ViTDet (2203.16527). Levels without an own map are pooled from the last one. GroupNorm and
-LayerNorm in the pyramids adapt to the scale of the features, which pretraining without labels does not fix.
+feature pyramid of ViTDet (2203.16527). Missing levels are pooled from the last one. The pyramids contain
+GroupNorm and LayerNorm, because the scale of the features differs between pretraining methods.
 
 Legend: B images, C channels, H height and W width of an image, L levels of the pyramid.
 """
@@ -39,16 +39,16 @@ class Architecture:
     """Settings of a detector. All of them change its result.
 
     Attributes:
-        image_size: shorter side of the resized images in pixels. The longer one is at most 5/3 of it.
-        smallest_stride: least stride of the pyramid in pixels.
+        image_size: shorter side of the resized images in pixels. The longer side is at most 5/3 of it.
+        smallest_stride: smallest stride of the pyramid in pixels.
         levels: L.
-        anchor_scale: side of the square anchor of a level in units of its stride.
+        anchor_scale: side of the square anchor of a level, in units of its stride.
         channels: C of the levels.
-        head_size: number of units of both hidden layers of the head.
-        proposals: number of regions for each image after the RPN.
-        sampled_regions: number of regions for each image with which the head is trained.
-        batch_statistics: whether the BatchNorm of a trained encoder normalizes with the statistics of the
-            batch. Otherwise it uses those of the pretraining, as that of a frozen encoder always does.
+        head_size: number of units in each of the two hidden layers of the box head.
+        proposals: number of proposals of the RPN for each test image; twice as many in training.
+        sampled_regions: number of regions per image that train the box head.
+        batch_statistics: whether the BatchNorm of a fine-tuned encoder normalizes with the statistics of the
+            batch. Otherwise, and always in a frozen encoder, it uses the statistics of the pretraining.
     """
 
     image_size: int
@@ -130,7 +130,7 @@ class Body(nn.Module):
     Args:
         maps: the maps of the encoder.
         settings: the architecture.
-        frozen: whether the encoder is not trained. It is then always in evaluation mode.
+        frozen: whether the encoder is frozen. A frozen encoder is always in evaluation mode.
         dtype: precision of the encoder under autocast; None: float32. The other parts compute in float32.
     """
 
@@ -155,7 +155,7 @@ class Body(nn.Module):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Body":
-        """Set the mode of all modules but those that keep the evaluation mode."""
+        """Set the mode of all modules, except those that stay in evaluation mode."""
         super().train(mode)
         for module in self.maps.encoder.modules():
             fixed = isinstance(module, nn.modules.batchnorm._BatchNorm) and not self.batch_statistics
@@ -176,7 +176,7 @@ class Body(nn.Module):
 class Anchors(AnchorGenerator):
     """torchvision's anchors with the strides of the pyramid.
 
-    torchvision divides the sides of the image by those of the map and rounds down: 3 instead of 3.5 pixels.
+    torchvision would compute integer strides from the sizes of image and map: 3 instead of 3.5 pixels.
 
     Args:
         strides: strides of the levels in pixels.
@@ -207,11 +207,11 @@ def new_detector(
     frozen: bool,
     dtype: torch.dtype | None = None,
 ) -> FasterRCNN:
-    """Return a detector on feature maps, which become a part of it. New layers use the global random state.
+    """Return a detector that contains the feature maps. New layers use the global random state.
 
     Args:
         maps: the maps of the encoder.
-        processor: its image processor, of which only mean and standard deviation are used.
+        processor: the image processor of the encoder, which gives the mean and the standard deviation.
         classes: number of classes. Class k of the data has the label k + 1, because 0 is the background.
         settings: the architecture.
         frozen, dtype: see `Body`.
@@ -247,6 +247,6 @@ def new_detector(
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Return GroupNorm with 32 groups, or fewer ones of 8 channels."""
+    """Return GroupNorm with 32 groups. With few channels, there are fewer groups of at least 8 channels."""
     groups = next(count for count in range(min(32, max(1, channels // 8)), 0, -1) if channels % count == 0)
     return nn.GroupNorm(groups, channels)

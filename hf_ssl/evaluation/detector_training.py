@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a detector by transformers' Trainer, and detects objects (layer 1).
+"""Trains a detector with transformers' Trainer, and detects objects (layer 1).
 
 The batches and flips depend only on the seed and the epoch. The detector samples regions with torch's global
-random state, which the Trainer seeds and stores in checkpoints. So one process repeats and resumes a training
-exactly. Several processes share the batches and sample other regions than one process.
+random state, which the Trainer seeds and stores in checkpoints. Therefore, a training in one process can be
+repeated and resumed exactly. Several processes share the batches, but sample other regions than one process.
 
 Legend: B images in a batch of all processes, M training images, N images, D detections of an image.
 """
@@ -42,10 +42,11 @@ class DetectorOptimization:
 
     Attributes:
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
-        learning_rate: learning rate after the warmup, which takes 10 % of the steps, but at most 500. It
-            decays to zero by a cosine over the steps.
-        weight_decay: it does not apply to biases, gains, tokens and position tables.
-        epochs, batch_size: B is smaller if there are fewer images.
+        learning_rate: learning rate after the warmup, which takes 10 % of the steps, but at most 500 steps.
+            It then decays to zero along a cosine.
+        weight_decay: weight decay, which does not apply to biases, gains, tokens and position tables.
+        epochs: number of epochs.
+        batch_size: B. It is smaller if there are fewer images.
         flip: probability of a horizontal flip.
     """
 
@@ -59,7 +60,7 @@ class DetectorOptimization:
 
 @dataclass(frozen=True)
 class BoxBatch:
-    """The share of a batch that this process computes.
+    """The part of a batch that this process computes.
 
     Attributes:
         images: images (C, H, W) uint8 of any size.
@@ -76,10 +77,10 @@ class BoxBatch:
 
 
 class BoxImages(Dataset[BoxBatch]):
-    """The training images with their boxes, randomly flipped. It reads what `EpochSampler` yields.
+    """The training images with their boxes, randomly flipped. `EpochSampler` yields the indices of batches.
 
     Args:
-        images: a `LabeledImages`.
+        images: the M training images, a `LabeledImages`.
         objects: the objects of each image.
         flip: probability of a horizontal flip.
         seed: seed of the flips and of the order.
@@ -145,7 +146,7 @@ def train_detector(
         advance: called with 1 after each epoch.
 
     Raises:
-        UserError: the training diverged, or a process has no image.
+        UserError: the training diverged, or a process has no images.
     """
     body: Any = detector.backbone
     if process_count() > 1 and body.batch_statistics and not body.frozen:
@@ -168,7 +169,7 @@ def train_detector(
 
 
 class DetectorTrainer(LabelTrainer):
-    """The losses of a detector.
+    """A `LabelTrainer` with the losses of a detector.
 
     Attributes:
         where: section of the settings, for messages.
@@ -179,7 +180,7 @@ class DetectorTrainer(LabelTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the share of this process in the loss of the batch, times the number of processes."""
+        """Return this process's part of the loss of the batch, times the number of processes."""
         batch: BoxBatch = inputs
         device = self.args.device
         targets = [{name: each.to(device) for name, each in target.items()} for target in batch.targets]
@@ -240,7 +241,7 @@ def _groups(detector: nn.Module, settings: DetectorOptimization) -> list[dict[st
 
 
 def _pixels(images: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Return images (C, H, W) in [0, 1] for uint8 images, on a device."""
+    """Return uint8 images (C, H, W) as float32 in [0, 1] on a device."""
     return [image.to(device, non_blocking=True).float() / 255 for image in images]
 
 

@@ -294,17 +294,17 @@ def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
 
 
 def _words(kinds: Iterable[str]) -> str:
-    """Return kinds of labels in words."""
+    """Return a text for kinds of labels, such as "one label or masks"."""
     words = {"one": "one label", "several": "several labels"}
     return " or ".join(words.get(kind, kind) for kind in kinds)
 
 
 def check_protocols(config: EvaluationConfig, kinds: set[str]) -> None:
-    """Raise UserError if no protocol of the settings is for images with these kinds of labels."""
+    """Raise UserError if no protocol of the settings accepts images with these kinds of labels."""
     if kinds & set(label_kinds(config.protocols)):
         return
     names = [name for name, protocol in PROTOCOLS.items() if kinds & set(protocol.labels)]
-    advice = "knn" if "one" in kinds else names[-1] if names else "knn"
+    advice = next((name for name in ("knn", "multi_label", *names[-1:]) if name in names), "knn")
     advice = f"use evaluation.protocols=[{advice}]"
     if "boxes" in label_kinds(config.protocols):
         advice += ", or data.label_column=NAME for a column of boxes"

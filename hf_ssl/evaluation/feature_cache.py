@@ -179,7 +179,7 @@ def read_or_extract(
     read = {name: cache.read(key, name, total) for name in names}
     stored = {name: entry for name, entry in read.items() if entry is not None}
     missing = [name for name in names if name not in stored]
-    if work_is_shared():  # a feature that one process misses is extracted by all of them
+    if work_is_shared():  # if one process misses a feature, all processes extract it
         missed = {name for process in from_every_process(missing) for name in process}
         missing = [name for name in names if name in missed]
     extracted = extract(missing) if missing else {}
@@ -291,12 +291,12 @@ def cached_features(
     device: torch.device,
     description: str | None,
 ) -> list[dict[str, Tensor]]:
-    """Return the features of each split, which are read from the cache if they are stored there.
+    """Return the features of each split, from the cache if they are stored there.
 
-    The processes of `joined_processes` share the extraction.
+    The processes of `joined_processes` share the extraction of the missing features.
 
     Args:
-        splits: the images by the name of their part, "train" or "test", for messages.
+        splits: {"train" or "test": images}. Messages contain these names.
     """
     cache = FeatureCache.of(config)
     cached = [isinstance(images, LabeledImages) for images in splits.values()]

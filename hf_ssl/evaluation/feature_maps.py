@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature maps of an encoder for images of any size, for protocols that need positions (layer 1).
+"""Feature maps of an encoder for images of any size, for protocols that localize objects (layer 1).
 
 Legend: B images, C channels, H height and W width of an image.
 """
@@ -20,22 +20,22 @@ from hf_ssl.modeling.configuration import as_pair
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
 
 _PROBE = 256
-"""Least side in pixels of the image that measures the strides. 128 would be too small for Swin."""
+"""Smallest side in pixels of the test input that measures the strides. 128 is too small for Swin."""
 _MOST_PREFIX_TOKENS = 16
 
 
 class FeatureMaps(nn.Module):
-    """Base class: `forward` returns one map (B, C, H / stride, W / stride) per stride.
+    """Base class: `forward` returns one feature map (B, C, H / stride, W / stride) per stride.
 
     Args:
-        encoder: the encoder or its backbone. It belongs to this module.
+        encoder: the encoder or its backbone, which becomes a submodule.
         divisor: see below.
 
     Attributes:
         divisor: a number that must divide H and W.
-        strides: ascending, in pixels.
+        strides: stride of each map in pixels, ascending.
         channels: C of each map.
-        kept: numbers of the maps of `all_maps` that `forward` returns.
+        kept: indices of the maps of `all_maps` that `forward` returns.
     """
 
     def __init__(self, encoder: Any, divisor: int = 1) -> None:
@@ -47,7 +47,7 @@ class FeatureMaps(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the encoder is a transformer without stages, which has one map."""
+        """Whether the encoder is a plain vision transformer, which has one map."""
         return isinstance(self, TokenMap)
 
     def all_maps(self, pixel_values: Tensor) -> list[Tensor]:
@@ -64,14 +64,16 @@ class FeatureMaps(nn.Module):
         return list(self.encoder.parameters())
 
     def choose(self, pixel_values: Tensor, smallest_stride: float) -> None:
-        """Choose the last map of each stride from the smallest one on, or the last map if all are smaller.
+        """Choose the last map of each stride that is not below the smallest stride.
+
+        If all strides are smaller, choose the map with the largest stride.
 
         Args:
-            pixel_values: a square image, which measures the strides.
-            smallest_stride: strides are compared after rounding to powers of two.
+            pixel_values: a square image (1, C, H, H), which measures the strides.
+            smallest_stride: in pixels. Strides are compared after rounding to powers of two.
 
         Raises:
-            UserError: there is no map with the sides of the image divided by a stride.
+            UserError: there is no map, or a map is not square.
         """
         with evaluation_mode(self):
             found = self.all_maps(pixel_values)
@@ -87,11 +89,11 @@ class FeatureMaps(nn.Module):
 
 
 class StageMaps(FeatureMaps):
-    """The maps of the stages, by the class of `AutoBackbone` (ResNet, ConvNeXt, Swin and others).
+    """The maps of the stages, from the class of `AutoBackbone` (ResNet, ConvNeXt, Swin and others).
 
-    Some of these classes have a new LayerNorm for each map. That of Swin's last map gets the weights of the
-    encoder's final LayerNorm. The others start as the identity. They are no part of the encoder, so they are
-    also trained if the encoder is frozen.
+    Some of these classes add a new LayerNorm for each map. For the last map of Swin, it gets the weights of
+    the encoder's final LayerNorm. The others start with weight 1 and bias 0. These layers are not part of
+    the encoder, so they are also trained if the encoder is frozen.
 
     Args:
         encoder: the encoder, which does not change.
@@ -116,7 +118,7 @@ class StageMaps(FeatureMaps):
         self.stages = chosen
         norms = getattr(backbone, "hidden_states_norms", {})
         self._new = {id(each) for norm in norms.values() for each in norm.parameters()}
-        if target is not backbone:  # Swin: the whole encoder, whose final LayerNorm the maps do not pass
+        if target is not backbone:  # Swin: the maps do not pass the final LayerNorm of the encoder
             target.layernorm.requires_grad_(False)
             if config.stage_names[-1] in norms:
                 norms[config.stage_names[-1]].load_state_dict(target.layernorm.state_dict())
@@ -126,7 +128,7 @@ class StageMaps(FeatureMaps):
         return list(self.encoder(pixel_values=pixel_values).feature_maps)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that come from the encoder, all but those of the new LayerNorms."""
+        """Return the parameters that come from the encoder, without those of the new LayerNorms."""
         return [each for each in self.encoder.parameters() if id(each) not in self._new]
 
 
@@ -168,7 +170,7 @@ class TokenMap(FeatureMaps):
 
 
 def feature_maps(encoder: Any, smallest_stride: float) -> FeatureMaps:
-    """Return the feature maps of an encoder, whose weights are copied. The encoder does not change.
+    """Return the feature maps of a copy of an encoder. The encoder itself does not change.
 
     Args:
         encoder: a vision encoder of transformers.
@@ -209,7 +211,7 @@ def feature_maps(encoder: Any, smallest_stride: float) -> FeatureMaps:
     except Exception as error:  # the code of another library may raise anything
         raise UserError(
             f"detection: expected an encoder that accepts images of {side} pixels, got "
-            f"{type(encoder).__name__} with the error: {first_line(error)[:150]}"
+            f"{type(encoder).__name__} with the error: {first_line(error)[:150]}; use another encoder"
         ) from error
     return maps
 

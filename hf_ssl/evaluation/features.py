@@ -183,7 +183,7 @@ def first_output(
 ) -> tuple[Tensor, Mapping[str, Any]]:
     """Return the processed images and the output of an encoder, in evaluation mode and without gradient.
 
-    The arguments are further ones of the encoder.
+    `arguments` are further arguments of the encoder.
 
     Raises:
         UserError: the processor or the encoder fails, as an encoder for texts or another image size does, or

@@ -112,7 +112,7 @@ def train_classifier(
 
 
 class FineTuner(LabelTrainer):
-    """The losses of fine-tuning.
+    """A `LabelTrainer` with the losses of fine-tuning.
 
     Args:
         classifier: the classifier.

@@ -29,9 +29,9 @@ EDGE = " (at the edge of the sweep)"
 class LabeledData(Protocol):
     """Interface of the data of an evaluation; `hf_ssl.data.labeled_images` implements it.
 
-    The evaluation reads the labels after the images, because a broken image also removes its label. There are
-    only images with labels: -1, which means "no label" in a data set, is an error here. The data can also
-    have `targets`: {"masks": N masks (H, W) of class numbers}. Data without classes have labels (N, 0).
+    The evaluation reads the labels after the images, because a broken image also removes its label. All
+    images must have labels. The label -1, which means "no label" in a data set, raises an error. The data can
+    also have `targets`: {"masks": N masks (H, W) of class numbers}. Data without classes have labels (N, 0).
     """
 
     @property
@@ -50,13 +50,13 @@ class Split:
 
     Attributes:
         features: (N, D) float32, the evaluated features.
-        labels: (N,) int64; or (N, K) for images with several labels, 1: yes, 0: no, -1: ignored. Images
-            without classes, which have only `targets`, have K = 0.
+        labels: (N,) int64. For images with several labels: (N, K), 1: yes, 0: no, -1: ignored. For images
+            without classes, which have only `targets`: (N, 0).
         name: name of the split.
         further: further features (N, ...) that a protocol has requested with `features(config)`, by name. A
             name is missing if the encoder does not have these features.
         images: the images, a `LabeledData`; None: only features were given.
-        targets: further labels of the images, by their kind of `hf_ssl.data.targets`: "masks".
+        targets: {kind: N further labels}, with the kinds of `hf_ssl.data.targets`, such as "masks".
     """
 
     features: Tensor
@@ -201,7 +201,7 @@ def accuracy_result(
 
     Args:
         protocol, version, settings: see `result_id`.
-        scores: (N, K) of the test images. Of equal scores, the lower class number is predicted.
+        scores: (N, K) of the test images. If scores are equal, the lowest class number is predicted.
         labels: (N,) class numbers.
         others: the other fields of `ProtocolResult`; selection, selected_on and details may be missing.
     """
@@ -245,14 +245,14 @@ def swept_result(
     Args:
         inputs: the images.
         protocol, version, settings, scores: see `accuracy_result`.
-        method: the classifier and its training, as a sentence without its full stop.
+        method: a sentence about the classifier and its training, without a full stop.
         setting: name of the setting at the start of a sentence, such as "C".
         values: the tested values, ascending.
         validation: accuracy for each value.
-        best: position of the selected value.
-        selected_on: the images on which it was selected. `SELECTED_ON` are held-out images.
+        best: index of the selected value.
+        selected_on: the images on which it was selected. `SELECTED_ON` means held-out images.
         selection: {name: the selected value}.
-        unit: unit of the tested values in text, if it is not that of the selected one.
+        unit: text after the tested values, if their unit differs from that of the selected value.
         details: further details.
         names: key, title and column of the result.
     """
@@ -280,18 +280,19 @@ def swept_result(
 
 
 def is_at_edge(values: Sequence[float], value: float) -> bool:
-    """Return whether a selected value is the lowest or the highest one of several tested values."""
+    """Return whether a selected value is the lowest or the highest of several tested values."""
     return min(values) < max(values) and value in (min(values), max(values))
 
 
 def is_right(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return whether the class with the highest score is the right one (...,).
+    """Return whether the class with the highest score is the correct one, (...,) bool.
 
-    Infinite or NaN scores of a training that diverged are wrong. They could otherwise select its settings.
+    If the highest score is infinite or NaN, the training diverged, and the prediction counts as wrong.
+    Otherwise, the settings of such a training could be selected.
 
     Args:
-        scores: (..., K). Of equal scores, the lower class number is predicted. -inf excludes a class.
-        labels: (...,) class numbers, or of a shape that can be broadcast to it.
+        scores: (..., K). If scores are equal, the lowest class number is predicted. -inf excludes a class.
+        labels: class numbers, (...,) or of a shape that can be broadcast to it.
     """
     highest = scores.max(dim=-1)
     return (highest.indices == labels) & highest.values.isfinite()
@@ -315,7 +316,7 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the accuracies of predicted classes: `top_1`, `top_5` and `mean_per_class`.
 
     Args:
-        scores: (N, K). Of equal scores, the lower class number ranks first.
+        scores: (N, K). If scores are equal, the lower class number ranks first.
         labels: (N,) class numbers. A label of at least K is always wrong.
 
     Raises:

@@ -28,7 +28,7 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
     -1 means "no label", as in `hf_ssl.data.columns.label_values`. Data sets leave out images without a label.
-    Features and predictions without a label must be left out by the caller.
+    The caller must leave out features and predictions without a label.
 
     Raises:
         UserError: the number of labels differs from the number of images, a label is not a whole number, or
@@ -84,7 +84,7 @@ def check_features(features: Any, where: str, width: int | None = None) -> Tenso
     if broken:
         raise UserError(
             f"{where}: expected finite features, got NaN or infinite in {broken} of "
-            f"{counted(len(features), 'image')}"
+            f"{counted(len(features), 'image')}; check the encoder"
         )
     return features
 
@@ -213,7 +213,7 @@ class Votes(NamedTuple):
 
     Attributes:
         accuracies: {(k, temperature): accuracy in [0, 1]}.
-        scores: {(k, temperature): sums of votes (N, K)} for the settings that were to be kept.
+        scores: {(k, temperature): sums of votes (N, K)} for the settings in `keep`.
         labels: (N,) class numbers of the queries.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Trainer for protocols that train with labels, with their own batches (layer 1)."""
+"""transformers' Trainer for protocols that train with labels and make their own batches (layer 1)."""
 
 import os
 import random
@@ -38,12 +38,15 @@ def training_arguments(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Iterator[TrainingArguments]:
-    """Return the arguments of a training inside the block, which restores all global random states.
+    """Return the arguments of a training, which must run inside the block.
+
+    At the end of the block, all global random states are restored.
 
     Args:
         folder: folder for one checkpoint per epoch; None: no checkpoints.
-        epochs, warmup_steps: the learning rate rises from zero during the warmup. It then decays to zero by a
-            cosine over the steps.
+        epochs: number of epochs.
+        warmup_steps: number of steps in which the learning rate rises from zero. It then decays to zero along
+            a cosine.
         batch_size: number of images in a batch of all processes.
         seed: seed of the global random states during training.
         device: device of the computation.
@@ -102,12 +105,12 @@ class LabelTrainer(Trainer):
         self._loader, self._optimizer_name, self._groups = loader, optimizer, groups
 
     def run(self, folder: Path | None) -> None:
-        """Train, from the newest complete checkpoint in the folder if there is one."""
+        """Train. If the folder contains a complete checkpoint, resume from the newest one."""
         checkpoint = None if folder is None else _complete_checkpoint(folder)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader, which accelerate does not change."""
+        """Return the loader itself. The Trainer would return one that accelerate changed."""
         return self._loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
@@ -128,14 +131,14 @@ class LabelTrainer(Trainer):
         return inputs
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The estimate of transformers is one for language models."""
+        """Return 0. The estimate of transformers is for language models."""
         return 0
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the weights with the names of the modules.
 
-        transformers (5.20 to 5.24) writes those of a ViT with their old names, which its Trainer cannot load
-        (issue 43701).
+        transformers 5.20 to 5.24 writes the weights of a ViT with their old names, which its Trainer cannot
+        load (issue 43701).
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         original = getattr(model, "save_pretrained", None)
@@ -152,7 +155,7 @@ class LabelTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:
             raise UserError(
-                f"checkpoint: expected the weights of this classifier, got missing keys "
+                f"checkpoint: expected the weights of this model, got missing keys "
                 f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}; use "
                 "another folder"
             )
@@ -189,10 +192,10 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _one_process_unless_joined() -> Iterator[None]:
-    """Hide the variables of a launcher if this process has not joined the others.
+    """Hide the environment variables of a launcher if this process has not joined the others.
 
-    The Trainer would otherwise wait for processes that do not train: after a pretraining under torchrun, only
-    the main process evaluates.
+    After a pretraining under torchrun, only the main process evaluates. With these variables, the Trainer
+    would wait for processes that do not train.
     """
     hidden = (
         {} if process_count() > 1 else {key: os.environ.pop(key) for key in _LAUNCHER if key in os.environ}

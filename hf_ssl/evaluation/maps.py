@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of features: t-SNE and UMAP place similar images near each other in 2-D or 3-D (layer 1).
 
-Legend: N images, D features, C classes.
+Legend: N images, D features.
 """
 
 import warnings
@@ -21,7 +21,7 @@ COLORS = (
     "#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee",
     "#882255", "#44aa99", "#999933", "#aa4499", "#666666",
 )  # fmt: skip
-"""Paul Tol's colors "muted", which color-blind readers can distinguish, with a darker yellow and gray."""
+"""Paul Tol's "muted" colors, with a darker yellow and gray. Color-blind readers can distinguish them."""
 MARKERS = ("o", "^", "s", "D")
 LEGEND_CLASSES = 20
 LEAST_IMAGES = 5
@@ -42,7 +42,7 @@ def map_points(features_ND: Tensor, method: str, dimensions: int, seed: int = 0)
         seed: seed of the method.
 
     Raises:
-        UserError: there are fewer than 5 images, the features are not finite, or umap-learn is missing.
+        UserError: there are fewer than 5 images, the features are not finite, or umap-learn is not installed.
     """
     rows = unit_rows(check_features(features_ND, "maps").float()).cpu().double().numpy()
     if len(rows) < LEAST_IMAGES:
@@ -55,7 +55,7 @@ def map_points(features_ND: Tensor, method: str, dimensions: int, seed: int = 0)
 
 
 def perplexity(images: int) -> float:
-    """Return the perplexity of t-SNE: 30, or a third of the number of other images if this is smaller."""
+    """Return the perplexity of t-SNE: 30, or (images - 1) / 3 if this is smaller."""
     return min(PERPLEXITY, (images - 1) / 3)
 
 
@@ -63,7 +63,7 @@ def _tsne(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA  # slow to import
     from sklearn.manifold import TSNE
 
-    if rows.shape[1] < dimensions:  # PCA cannot find more directions than there are
+    if rows.shape[1] < dimensions:  # PCA cannot return more components than features
         rows = np.pad(rows, ((0, 0), (0, dimensions - rows.shape[1])))
     if min(rows.shape) > _COMPONENTS:
         rows = PCA(_COMPONENTS, svd_solver="full").fit_transform(rows)
@@ -78,8 +78,8 @@ def _umap(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
     from umap import UMAP
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed prevents parallel work
-        # The spectral start needs a few more images than dimensions.
+        warnings.simplefilter("ignore")  # UMAP warns that a seed prevents parallel computation
+        # The spectral initialization needs more images than dimensions.
         start = "spectral" if len(rows) > 2 * NEIGHBORS else "random"
         neighbors = min(NEIGHBORS, len(rows) - 1)
         fit = UMAP(neighbors, dimensions, init=start, random_state=seed, n_jobs=1).fit_transform(rows)
@@ -87,7 +87,7 @@ def _umap(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
 
 
 def check_umap() -> None:
-    """Raise UserError if umap-learn, an optional package, cannot be imported."""
+    """Raise UserError if the optional package umap-learn cannot be imported."""
     try:
         import umap  # noqa: F401
     except ImportError as error:
@@ -100,9 +100,9 @@ def draw_maps(
     """Return a figure with one panel per encoder.
 
     Args:
-        maps: points (N, 2) or (N, 3) by the title of the panel.
+        maps: {title of the panel: points (N, 2) or (N, 3)}.
         labels: (N,) class numbers.
-        class_names: names of the classes; none: all points have one color.
+        class_names: names of the classes; an empty list: no legend.
         title: title of the figure.
     """
     from matplotlib.figure import Figure  # pyplot would need global state
@@ -150,7 +150,7 @@ def _height(points: np.ndarray) -> float:
 
 
 def _shown_classes(labels: np.ndarray, class_names: Sequence[str]) -> list[int]:
-    """Return the class numbers in the legend; none without class names."""
+    """Return the class numbers in the legend; an empty list without class names."""
     return [int(number) for number in np.unique(labels)][:LEGEND_CLASSES] if class_names else []
 
 
@@ -182,5 +182,5 @@ def shape_of(number: int) -> int:
 
 
 def shortened(name: str, most: int = 22) -> str:
-    """Return a class name with at most `most` characters."""
+    """Return a class name, cut to at most `most` characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"

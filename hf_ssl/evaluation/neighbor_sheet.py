@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sheet of test images beside the training images that each encoder finds most similar (layer 1)."""
+"""A picture of test images beside their nearest training images for each encoder (layer 1).
+
+Legend: M bank images, N images, Q queries, K neighbors, D features.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,13 +23,13 @@ LEGEND = "left: the query; blue frame: same class, orange frame: another class"
 
 
 def find_neighbors(bank: Tensor, features: Tensor, queries: Sequence[int], *, is_bank: bool) -> np.ndarray:
-    """Return the rows (Q, K) of the bank images with the largest cosines, best first.
+    """Return the row numbers (Q, K) of the bank images with the largest cosines, best first.
 
     Args:
         bank: (M, D) features of the bank.
         features: (N, D) features of the images that contain the queries.
         queries: Q row numbers of `features`.
-        is_bank: whether the queries are images of the bank. An image is then no neighbor of itself.
+        is_bank: whether the queries are images of the bank. If so, an image is not its own neighbor.
     """
     rows = unit_rows(check_features(bank, "neighbors").float())
     wanted = unit_rows(check_features(features, "neighbors").float())[list(queries)]
@@ -47,10 +50,10 @@ def draw_neighbors(
     *,
     labeled: bool,
 ) -> Image.Image:
-    """Return the sheet: one row for each query, and one block of columns for each encoder.
+    """Return the picture: one row for each query, and one block of columns for each encoder.
 
     Args:
-        found: the rows of the neighbors (Q, K) by the name of the encoder.
+        found: {name of the encoder: row numbers of the neighbors (Q, K)}.
         images: the images that contain the queries.
         queries: Q row numbers.
         bank: the images that contain the neighbors.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page with the maps of several encoders, which a reader can rotate (layer 1).
+"""An HTML page with interactive maps of several encoders (layer 1).
 
-The page contains its data and small images, and it loads nothing. `points.html` is its code.
+The page contains its data and small images, and loads no other files. `points.html` is its template.
 """
 
 import base64
@@ -29,11 +29,10 @@ def points_page(
     """Return the text of the page.
 
     Args:
-        maps: points (N, 2) or (N, 3) by {encoder: {name of the map: points}}. All encoders have the same
-            maps.
+        maps: {encoder: {name of the map: points (N, 2) or (N, 3)}}. All encoders have the same maps.
         images: N images, uint8 (1 or 3, H, W).
         labels: (N,) class numbers.
-        class_names: names of the classes; none: all points have one color.
+        class_names: names of the classes; an empty list: no legend.
         title: title of the page.
     """
     data = {

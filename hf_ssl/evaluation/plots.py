@@ -31,7 +31,7 @@ def write_plots(
         folder: existing folder for the pictures of `CAPTIONS`.
         results: the results by encoder: "trained", "raw_pixels", ...
         names: names of the encoders in the legends; a missing name is the key itself.
-        test: the test images, a `LabeledImages`, which `DETECTIONS` needs.
+        test: the test images, a `LabeledImages`. Without them, `DETECTIONS` is not drawn.
     """
     written = []
     draw: dict[str, Callable[..., Any]] = {

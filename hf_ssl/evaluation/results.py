@@ -84,9 +84,9 @@ class Draws(NamedTuple):
 
     Attributes:
         mean: the mean accuracy.
-        standard_error: of the mean over the choices; of one choice: over the test images.
-        details: `draws`, the number of choices. If there are several, also their standard deviation `std`
-            (n - 1).
+        standard_error: standard error of this mean. For a single choice, it is computed over the test images.
+        details: `draws`, the number of choices. If there are several, also `std`, their standard deviation
+            (with n - 1).
     """
 
     mean: float

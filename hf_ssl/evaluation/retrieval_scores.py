@@ -14,7 +14,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import prepare
 
 CHUNK_NUMBERS = 2**24
-"""Largest number of similarities of a chunk, which take 64 MiB, and as much again while they are sorted."""
+"""Largest number of similarities in a chunk. They need 64 MiB, and another 64 MiB during sorting."""
 
 
 class Retrieval(NamedTuple):
@@ -22,8 +22,8 @@ class Retrieval(NamedTuple):
 
     Attributes:
         average_precision: (N,) float64, NaN for a query without a relevant gallery image.
-        first_rank: (N,) int64, the rank from 1 of the first relevant image: one more than the number of
-            other gallery images that are at least as similar. It is 0 for a query without a relevant image.
+        first_rank: (N,) int64, the rank of the first relevant image, from 1. It is one more than the number
+            of irrelevant images that are at least as similar. 0: the query has no relevant image.
     """
 
     average_precision: Tensor
@@ -51,27 +51,26 @@ def retrieval_scores(
     """Return the average precision of each query, and the rank of its first relevant gallery image.
 
     The gallery is ranked by the cosine of the features. A gallery image is relevant if it has the class of
-    the query. Gallery images with equal cosines have no order:
+    the query. Gallery images with equal cosines are treated as follows:
 
-    - Average precision is the mean, over the relevant images, of the precision among all images that are at
-      least as similar as this one. It equals `average_precision_score` of scikit-learn. There is neither
-      interpolation nor a limit on the rank.
-    - The other images come first in the rank of the first relevant image. An encoder with equal features for
-      all images therefore finds nothing.
+    - Average precision: for each relevant image, the precision is computed over all images that are at least
+      as similar. The result is the mean of these precisions. It equals `average_precision_score` of
+      scikit-learn. There is neither interpolation nor a limit on the rank.
+    - First rank: irrelevant images precede relevant images with equal cosines. An encoder with equal features
+      for all images therefore has the lowest possible recall.
 
     Args:
         gallery_features, gallery_labels: (M, D) and (M,).
         query_features, query_labels: (N, D) and (N,). None: each gallery image is a query for all other
             gallery images (leave-one-out).
         device: device of the computation; None: the device of the gallery.
-        advance: callback for a progress bar, called with numbers of queries.
+        advance: callback for a progress bar, called with the number of finished queries.
 
     Raises:
         UserError: no query has a relevant gallery image, the number of labels is wrong, or features are not
             finite.
 
-    Source: Oh Song et al. 2016 (1511.06452), section 5, for recall at k: 1 if one of the k nearest images is
-    relevant. Difference: the paper does not define ties.
+    Source: Oh Song et al. 2016 (1511.06452), section 5, for recall at k. The paper does not define ties.
     """
     device = torch.device(device) if device is not None else torch.as_tensor(gallery_features).device
     gallery, classes = prepare(gallery_features, gallery_labels, "retrieval, gallery", device)
@@ -92,7 +91,7 @@ def retrieval_scores(
     for label in targets.unique().tolist():
         first, end = (int(torch.searchsorted(classes, label, right=right)) for right in (False, True))
         members = torch.nonzero(targets == label)[:, 0]
-        if end - first > leave_one_out:  # otherwise, there is no relevant image, or only the query itself
+        if end - first > leave_one_out:  # otherwise, no image but the query itself is relevant
             for index in members.split(rows):
                 cosines = queries[index] @ gallery.T
                 if leave_one_out:
@@ -134,5 +133,5 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def usable_ranks(wanted: Sequence[int], gallery: int) -> list[int]:
-    """Return the values of k that are smaller than the number of gallery images, or 1, in ascending order."""
+    """Return the values of k below the number of gallery images, ascending, or [1] if there are none."""
     return sorted({k for k in wanted if k < gallery}) or [1]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear heads for semantic segmentation on cached patch tokens, and the intersection over union (layer 1).
 
-Legend: N images, B images in a step, P = h * w patches, D features, C classes, R heads that are trained
+Legend: N images, B images in a step, P = h * w patches, D features, K classes, R heads that are trained
 simultaneously, H, W pixels of a mask.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 VOID = -100
-"""Class of the pixels that do not count, as in `cross_entropy`."""
+"""Class number of ignored pixels, the default `ignore_index` of torch's `cross_entropy`."""
 WEIGHT_DECAY = 1e-4
 
 
@@ -22,8 +22,8 @@ class Heads(NamedTuple):
     """Linear heads on standardized tokens.
 
     Attributes:
-        mean, deviation: (D,), of the tokens.
-        weights, biases: (R, D, C) and (R, C).
+        mean, deviation: (D,), mean and standard deviation of the training tokens.
+        weights, biases: (R, D, K) and (R, K).
     """
 
     mean: Tensor
@@ -32,7 +32,7 @@ class Heads(NamedTuple):
     biases: Tensor
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, R, C, h, w) of tokens (B, P, D) on a square grid."""
+        """Return the logits (B, R, K, h, w) of tokens (B, P, D) on a square grid."""
         rows = (tokens.to(self.mean) - self.mean) / self.deviation
         found = torch.einsum("bpd,rdc->brcp", rows, self.weights) + self.biases[:, :, None]
         side = math.isqrt(tokens.shape[1])
@@ -65,13 +65,13 @@ def train_heads(
 ) -> Heads:
     """Return one head for each learning rate, trained on the same batches with AdamW and a cosine schedule.
 
-    The loss is the mean cross entropy over the pixels of a batch that count, between the bilinearly enlarged
-    logits and the targets. The weights start at zero.
+    The loss is the cross entropy between the bilinearly upsampled logits and the targets. It is the mean over
+    the pixels of a batch that are not ignored. The weights start at zero.
 
     Args:
         tokens: (N, P, D).
-        targets: class numbers (N, H, W) of all images at one size, or `VOID`.
-        classes: C.
+        targets: (N, H, W), class numbers or `VOID`. All masks have the same size.
+        classes: K.
         learning_rates: initial learning rates of the R heads.
         epochs, batch_size: settings of the training.
         generator: generator for the order of the images.
@@ -112,15 +112,15 @@ def train_heads(
 
 
 def pixel_counts(heads: Heads, tokens: Tensor, masks: Iterator[Tensor], classes: int) -> Tensor:
-    """Return the numbers of pixels (N, R, 3, C) of each class: right ones, predicted ones and true ones.
+    """Return the numbers of correct, predicted and true pixels of each class, (N, R, 3, K) int64.
 
-    The logits are enlarged bilinearly to the size of each mask. Pixels of the class `VOID` do not count.
+    The logits are upsampled bilinearly to the size of each mask. Pixels of the class `VOID` are ignored.
 
     Args:
         heads: R heads.
         tokens: (N, P, D).
-        masks: N masks of class numbers (H, W).
-        classes: C.
+        masks: N masks of class numbers (H, W), which can differ in size.
+        classes: K.
     """
     device, found = heads.weights.device, []
     for token, mask in zip(tokens, masks, strict=True):
@@ -129,7 +129,7 @@ def pixel_counts(heads: Heads, tokens: Tensor, masks: Iterator[Tensor], classes:
         counted = target != VOID
         truth = target[counted].long()
         rows = []
-        for each in logits.split(1):  # one head at a time, because the enlarged logits can be large
+        for each in logits.split(1):  # one head at a time, because upsampled logits can need much memory
             enlarged = F.interpolate(each, tuple(target.shape), mode="bilinear")
             guess = enlarged.argmax(dim=1)[0][counted]
             right = truth[guess == truth]
@@ -140,17 +140,17 @@ def pixel_counts(heads: Heads, tokens: Tensor, masks: Iterator[Tensor], classes:
 
 
 def class_iou(counts: Tensor) -> Tensor:
-    """Return the intersection over union (..., C) float64; NaN for classes neither true nor predicted.
+    """Return the intersection over union (..., K) float64; NaN for classes neither true nor predicted.
 
     Args:
-        counts: (..., 3, C), sums over images of `pixel_counts`.
+        counts: (..., 3, K), sums over images of `pixel_counts`.
     """
     right, predicted, true = counts.double().unbind(dim=-2)
     return right / (predicted + true - right)
 
 
 def mean_iou(counts: Tensor) -> Tensor:
-    """Return the mean (...) of `class_iou` over the classes that are true or predicted.
+    """Return the mean (...) of `class_iou` over the classes that are true or predicted in any pixel.
 
     Source: Everingham et al., The PASCAL VOC Challenge, 2015, section 3.2. The pixels of all images are
     summed before the division.

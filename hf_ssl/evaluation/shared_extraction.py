@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divides the extraction of features among processes, which then hold all features (layer 1)."""
+"""Divides the extraction of features among processes. Each process then holds all features (layer 1)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
@@ -22,9 +22,9 @@ def extract_together(
 ) -> dict[str, Tensor]:
     """Return the features (N, ...) of all images by name, on every process.
 
-    If the processes share the work (`joined_processes`), each one reads and encodes consecutive batches. The
-    batches are those of one process, unless images are broken, so the features are equal. A process without
-    images waits for the others.
+    If the processes share the work (`joined_processes`), each one reads and encodes consecutive batches.
+    Without broken images, the batches and the features are exactly those of a single process. A process
+    without images waits for the others.
 
     Args:
         extract: returns the features of batches of images by name. It raises UserError if there is no batch.
@@ -58,7 +58,7 @@ def extract_together(
 
 
 def _own_batches(images: LabeledData, batch_size: int, broken: dict[int, str]) -> Iterator[list[Tensor]]:
-    """Yield the batches of this process. Only `LabeledImages` can read them without the others."""
+    """Yield the batches of this process. Only `LabeledImages` can skip the other batches without reading."""
     if not isinstance(images, LabeledImages):
         share = own_share(-(-len(images) // batch_size))
         yield from islice(images.iter_batches(batch_size), share.start, share.stop)

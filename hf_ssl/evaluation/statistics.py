@@ -34,7 +34,7 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
 
 
 def evenly_spaced(images: int, most: int) -> Tensor:
-    """Return the row numbers of at most `most` of the images, with equal distances."""
+    """Return at most `most` row numbers of the images, evenly spaced, int64."""
     count = min(images, most)
     return torch.arange(count) * images // count
 
@@ -200,8 +200,8 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 def standardized(train: Tensor, test: Tensor, *, center: bool = True) -> tuple[Tensor, Tensor]:
     """Return features (M, D) and (N, D), scaled to standard deviation 1 over the training images.
 
-    A feature that is constant in the training images, up to rounding, keeps its scale. A small deviation
-    would otherwise make its values in the test images huge.
+    A feature that is constant in the training images (up to rounding) keeps its scale. A division by its tiny
+    deviation would make its values in the test images huge.
 
     Args:
         train, test: features of the training images and of the test images.

@@ -44,8 +44,8 @@ class WithOptions:
         self._check_rows(given)
         if not given and module.num_process == 1 and module.writer is None:
             raise UserError(
-                f"{self._label}: expected {self._wanted}, got none; give them to compute, or to add_batch "
-                "before"
+                f"{self._label}: expected {self._wanted}, got none; give them to compute, or call add_batch "
+                "first"
             )
         return super().compute(**given, **options)  # type: ignore[misc]
 
@@ -91,7 +91,8 @@ class WithOptions:
         sizes = [len(given[name]) for name in names]
         if len(set(sizes)) > 1:
             raise UserError(
-                f"{self._label}: expected {self._wanted} of the same images, got {sizes[0]} and {sizes[1]}"
+                f"{self._label}: expected {self._wanted} of the same images, got {sizes[0]} and {sizes[1]}; "
+                "give both for each image"
             )
 
     def _compute(self, predictions: Any, references: Any = None, **options: Any) -> dict[str, float]:

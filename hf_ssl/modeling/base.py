@@ -80,8 +80,8 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         student_teacher: pairs of attribute names. A teacher starts as a copy of its student and is frozen;
             the method updates it.
         exported: name of the published encoder: the backbone or its teacher.
-        exported_projector: name of the projector behind the published encoder, or of the list of projectors
-            behind its parts. A method without such a submodule has no projector.
+        exported_projector: name of the submodule that projects the features of the published encoder, or of
+            the list of such submodules for its parts. A method without this submodule has no projector.
         published_feature: which output of the published encoder is its feature, see
             `hf_ssl.modeling.pooling.pool`. "auto" is the pooler if the encoder has one. Any value except
             "auto" is stored in the encoder's config. The monitor, evaluation, card and Space use it.

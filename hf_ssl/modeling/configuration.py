@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 else:
 
     def strict(cls: type) -> type:
-        """Return a config class that checks its fields, as `strict` of huggingface_hub.
+        """Return a config class that checks its fields, like `strict` of huggingface_hub.
 
-        The fields follow the rules of all settings: `as_setting` converts their values, and numbers must be
-        finite. The original alone would raise an error for 1 as a float.
+        The rules for all settings also apply to these fields: `as_setting` converts their values, and numbers
+        must be finite. Without the conversion, `strict` would raise an error for 1 in a field of type float.
         """
         cls = hub_dataclasses.strict(cls)
         checked, annotations = cls.__setattr__, {item.name: item.type for item in fields(cls)}

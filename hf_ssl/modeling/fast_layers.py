@@ -66,9 +66,9 @@ class FastGRN(ConvNextV2GRN):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A depthwise convolution that leaves out the weights that only meet the padding of a small map.
+    """A depthwise convolution that omits the kernel weights that read only the padding of a small map.
 
-    For a map of one position, 1 of 49 weights of ConvNeXt's kernel meets it. For two by two positions, 9 do.
+    Of the 49 weights of ConvNeXt's kernel, 1 remains on a map of 1 x 1, and 9 remain on a map of 2 x 2.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def use_fast_convnext_layers(model: nn.Module) -> None:
 
 
 def _keeps_size_and_channels(layer: nn.Conv2d) -> bool:
-    """Return whether a convolution is depthwise, and its zero padding keeps the size of each map."""
+    """Return whether a convolution is depthwise and keeps the size of its input by zero padding."""
     same = layer.padding == tuple(size // 2 for size in layer.kernel_size) and layer.padding_mode == "zeros"
     odd = all(size % 2 == 1 for size in layer.kernel_size) and layer.kernel_size != (1, 1)
     depthwise = layer.groups == layer.in_channels == layer.out_channels

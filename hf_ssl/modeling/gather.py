@@ -55,9 +55,10 @@ def joined_processes(device_type: str) -> Iterator[None]:
 
 
 def work_is_shared() -> bool:
-    """Return whether this is a process of `joined_processes`, so that all of them call the same functions.
+    """Return whether this process runs in `joined_processes` with others.
 
-    In other process groups, a single process may call a function.
+    All these processes call the same functions. In other process groups, one process may call a function
+    alone.
     """
     return _shares_work and process_count() > 1
 
@@ -177,7 +178,7 @@ def from_first_process(value: Any) -> Any:
 
 
 def from_every_process(value: Any) -> list[Any]:
-    """Return the values of all processes in the order of ranks. They must be picklable."""
+    """Return the values of all processes in the order of ranks. The values must be picklable."""
     values = [value] * process_count()
     if process_count() > 1:
         dist.all_gather_object(values, value)

@@ -109,7 +109,7 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
 
 
 def _check_whole(init_from: str) -> None:
-    """Raise UserError for one of the encoders of single color views, which CMC writes to subfolders."""
+    """Raise UserError for the encoder of a single color view, which CMC writes to a subfolder."""
     folder = Path(init_from).expanduser()
     if re.fullmatch(SUBFOLDER, folder.name) and (folder.parent / PARTS).is_file():
         raise UserError(

@@ -270,7 +270,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def _without_replaced_backbone(
     plain: dict[str, dict[str, Any]], overrides: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the sections of a recipe file, without its encoder if the user starts from another one."""
+    """Return the sections of a recipe file, with an empty `backbone` if the overrides set `init_from`."""
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "backbone"]
     starts = own and apply_overrides({}, own)["backbone"].get("init_from") is not None
     return plain | {"backbone": {}} if starts else plain
@@ -330,7 +330,7 @@ def merge_repo(training: dict[str, Any], publish: dict[str, Any]) -> None:
 def read_sections(
     overrides: Sequence[str], given: dict[str, dict[str, Any]] | None = None
 ) -> tuple[DataConfig, EvaluationConfig]:
-    """Return the sections `data` and `evaluation` from overrides, and from given values, if any.
+    """Return the sections `data` and `evaluation` from overrides and from given values, if any.
 
     Raises:
         UserError: a key is unknown or a value is wrong.

@@ -102,10 +102,10 @@ class SSLTrainingArguments(TrainingArguments):
         on_worse: what happens if the features of a run from a trained backbone become worse than at its
             start: `warn` or `stop`.
         on_collapse: what happens if the monitor finds that the embeddings have collapsed: `warn` or `stop`.
-        online_probe: whether a linear classifier on the features of labeled training images is trained beside
-            the encoder, which it does not change (`hf_ssl.trainer.online_probe`). Its accuracy is logged as
-            `online_probe_train`, and measured on the images of the monitor as `eval_online_probe`.
-        online_probe_learning_rate: first learning rate of this classifier.
+        online_probe: whether to train a linear classifier beside the encoder, on features of labeled training
+            images (`hf_ssl.trainer.online_probe`). It does not change the encoder. Its accuracy is logged as
+            `online_probe_train` on training views, and as `eval_online_probe` on images of the monitor.
+        online_probe_learning_rate: initial learning rate of this classifier.
     """
 
     # These defaults differ from those of transformers. The comments give the reasons.

@@ -214,7 +214,7 @@ class EvaluatingTrainer(PushingTrainer):
 
         Args:
             batch: the batch of the loader.
-            inputs: the model inputs of the batch. None computes the views again, in chunks.
+            inputs: the model inputs of the batch; None: the views are computed again, in chunks.
         """
         if self.online_probe is None:
             return

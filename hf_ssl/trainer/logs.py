@@ -176,7 +176,9 @@ def read_log(folder: Path) -> RunLog:
     """
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        raise UserError(f"curves: expected the output folder of a run with a checkpoint, got {folder}")
+        raise UserError(
+            f"curves: expected the output folder of a run with a checkpoint, got {folder}; use another one"
+        )
     state, config = read_json(checkpoint / "trainer_state.json"), read_json(checkpoint / "config.json")
     return RunLog(config["model_type"].removeprefix("ssl_"), state["log_history"])
 
@@ -188,7 +190,7 @@ def loss_terms(runs: Mapping[str, RunLog]) -> Any:
     method has its own row.
 
     Args:
-        runs: the logs by the name of the run.
+        runs: {name of the run: its log}.
 
     Raises:
         UserError: no run logged a loss.

@@ -33,14 +33,16 @@ class OnlineProbe:
     gradient, as in an evaluation. This costs one more forward pass of one view. All processes train the same
     classifier on the images of all processes.
 
-    The classifier is trained with SGD, momentum 0.9, without weight decay, and the learning rate follows half
-    a cosine over the run. It starts at zero. Source: solo-learn, solo/methods/base.py. Its online classifier
-    has no weight decay and the schedule of the encoder. Differences: its features are those in training
-    mode of all large views, and its optimizer is that of the encoder.
+    The weights start at zero. They are trained with SGD, momentum 0.9, without weight decay. The learning
+    rate decays to zero along a cosine over the run.
+
+    Source: solo-learn, solo/methods/base.py, whose online classifier also has no weight decay. Differences:
+    solo-learn uses the features of all large views in training mode, and the optimizer and the schedule of
+    the encoder.
 
     Args:
         labels: the labels of the training images.
-        learning_rate: the first learning rate (`classifier_lr` of solo-learn).
+        learning_rate: initial learning rate (`classifier_lr` of solo-learn).
         dtype: returns the autocast precision of the encoder; None disables autocast.
     """
 
@@ -108,7 +110,7 @@ class OnlineProbe:
     def accuracy(self, features: Tensor, images: LabeledImages) -> float:
         """Return the accuracy, from 0 to 1, on images that are not augmented.
 
-        It is that of a random guess before the first step.
+        Before the first step, it is the accuracy of a random guess, 1 / K.
 
         Args:
             features: (N, D) of the encoder that is exported.
@@ -131,7 +133,7 @@ class OnlineProbe:
         return (predictions.cpu() == numbers[labels]).double().mean().item()
 
     def save(self, folder: Path) -> None:
-        """Write the state to a checkpoint. Nothing is written before the first step."""
+        """Write the state to a checkpoint. Before the first step, the method writes nothing."""
         if self.classifier is not None:
             state = {
                 "classifier": self.classifier.state_dict(),
@@ -153,7 +155,7 @@ class OnlineProbe:
         self.classifier = None
         self._reset()
         if not (folder / FILE).exists():
-            logger.warning("the online probe starts without training, because %s contains none", folder.name)
+            logger.warning("the online probe starts from zero weights, because %s contains none", folder.name)
             return
         state: dict[str, Any] = torch.load(folder / FILE, map_location=device, weights_only=True)
         classifier, optimizer = self._build(state["classifier"]["weight"].shape[1], device)

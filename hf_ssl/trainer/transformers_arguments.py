@@ -138,7 +138,7 @@ def check_arguments(args: TrainingArguments, names: Container[str] | None = None
 
     The caller runs this before transformers' `__post_init__`.
 
-    The values are converted as `as_setting` describes, but a whole number remains an int (eval_steps=50).
+    `as_setting` converts the values, but a whole number remains an int (eval_steps=50).
 
     Args:
         args: the arguments.

@@ -309,7 +309,7 @@ def color_probability(key: str, value: float, channels: int) -> tuple[str, float
 
 
 def without_color(channels: int) -> str:
-    """Return the expected value of a setting that needs color, with the reason."""
+    """Return a text: the value 0 that a setting for color must have, with the reason."""
     return f"0, because images with {channels} channel{'s' if channels > 1 else ''} have no color"
 
 

@@ -78,7 +78,7 @@ def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, An
     )  # the CPU time of a process excludes the accelerator
     torch.set_num_threads(row.threads or threads)
     try:
-        # Steps run as in the Trainer. The other library gains as well.
+        # SSLTrainer keeps freed memory during training. The other library gets the same advantage.
         with kept_memory(device.type if row.unit == "step" else "none"):
             timing = compare(row.build(device), repeats or row.repeats, clock, device)
     finally:

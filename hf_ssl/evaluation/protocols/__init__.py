@@ -28,8 +28,8 @@ class Protocol(NamedTuple):
         takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it computes with the
             encoder in each of many epochs.
         needs_encoder: whether the protocol needs an encoder. If only features are given, it is skipped.
-        labels: kinds of labels, of which the images need one: "one" class, "several" classes, "boxes" with
-            classes (such images also have several), or targets of `hf_ssl.data.targets` such as "masks".
+        labels: kinds of labels. The images need at least one of them: "one" class, "several" classes, "boxes"
+            with classes (such images also have "several"), or a kind of `hf_ssl.data.targets`, as "masks".
     """
 
     title: str
@@ -87,7 +87,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "segmentation": Protocol(
         "segmentation",
-        "A linear classifier of frozen patch tokens gives the class of each pixel.",
+        "A linear classifier on frozen patch tokens predicts the class of each pixel.",
         needs_encoder=True,
         labels=("masks",),
     ),
@@ -99,7 +99,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "detection": Protocol(
         "object detection",
-        "Faster R-CNN with a feature pyramid learns boxes, on the frozen and on the fine-tuned encoder.",
+        "Faster R-CNN with a feature pyramid is trained on the frozen and on the fine-tuned encoder.",
         needs_encoder=True,
         takes_long=True,
         labels=("boxes",),
@@ -108,11 +108,11 @@ PROTOCOLS: dict[str, Protocol] = {
 
 DEFAULT_PROTOCOLS = ("knn", "linear")
 SEVERAL_LABELS_PROTOCOLS = ("multi_label",)
-"""What the commands measure by default if images have several labels."""
+"""Protocols that the commands run by default if images have several labels."""
 
 
 def label_kinds(names: Iterable[str]) -> list[str]:
-    """Return the kinds of labels that some protocols can use, see `Protocol.labels`."""
+    """Return the kinds of labels that the protocols with these names accept, see `Protocol.labels`."""
     return sorted({kind for name in names if name in PROTOCOLS for kind in PROTOCOLS[name].labels})
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation from attention: the Jaccard index of masks that the attention of the last block gives.
+"""Segmentation from attention: the Jaccard index of masks from the attention of the last block.
 
-As in DINO (2104.14294, section 4.2.2 and figure 4), the mask of a head is the smallest set of patches that
+As in DINO (2104.14294, section 4.2.2 and figure 4), each head gives a mask: the smallest set of patches that
 has 60 % of the attention of the class token. The figure reports the best head. Neither the paper nor its code
-states how it is chosen. Naseer et al. (2105.10497) choose it in each image by the test mask. Because this
-uses the answer, the main number here is that of one head, which is chosen on training images. The number with
-the best head of each image is a second result with its own column.
+states how this head is selected. Naseer et al. (2105.10497) select it in each image by the test mask. Such a
+selection uses the ground truth. Therefore, the main number here is that of one head, which is selected on
+training images. The number with the best head of each test image is a second result with its own column.
 
-Differences from the code of Naseer et al.: pixels that do not count belong neither to the intersection nor to
-the union; the patches are compared with the mask at its own size. It compares each class of an image
-separately (`objects: classes`).
+Differences from the code of Naseer et al.: ignored pixels belong neither to the intersection nor to the
+union. The patches are compared with the mask at its own size. Their code compares each class of an
+image separately, as `objects: classes` does here.
 
-Legend: N images, A heads, h, w rows and columns of patches, H, W pixels of a mask.
+Legend: N images, O objects of an image, A heads, h, w rows and columns of patches, H, W pixels of a mask.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -36,12 +36,12 @@ class Config:
 
     Attributes:
         mass: share of the attention in the mask of a head.
-        size: side in pixels of the square to which images are resized; null: that of the image processor.
+        size: side in pixels of the square to which images are resized; null: the size of the image processor.
         objects: "foreground": all pixels of other classes than the background are one object; "classes": the
             value of an image is the mean over its classes, each of which has its own best head.
         background: class number of the background.
-        ignored: class numbers of pixels that do not count.
-        train_images: largest number of training images for the choice of the head, evenly spaced.
+        ignored: class numbers of ignored pixels.
+        train_images: largest number of training images that select the head, evenly spaced in the split.
     """
 
     mass: float = 0.6
@@ -65,31 +65,31 @@ class Config:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the mean Jaccard index of the head that is the best one on training images, and of the best
-    head of each test image.
+    """Return the mean Jaccard index of two selections: the best head on training images, and the best head
+    of each test image.
 
     Raises:
-        UserError: the encoder has no attention maps, a mask does not fit to its image, or no mask of a split
-            shows an object.
+        UserError: the encoder has no attention maps, `size` is not a multiple of the patch size, a mask has
+            another size than its image, or fewer than two images of a split have an object.
     """
     patch = patch_size(inputs.encoder)  # raises for an encoder without attention maps
     if (side := config.size or inputs.image_size) % patch:
         raise UserError(
             f"evaluation.settings.attention_masks.size: expected a multiple of the patch size {patch}, got "
-            f"{side}"
+            f"{side}; use {max(1, round(side / patch)) * patch}"
         )
     train = head_scores(inputs, inputs.train, config, config.train_images)
     test = head_scores(inputs, inputs.test, config)
     head = int(train.fixed.mean(dim=0).argmax())
     size = config.size or inputs.image_size
     objects = (
-        "all pixels of objects" if config.objects == "foreground" else "the pixels of each class, averaged,"
+        "all pixels of objects" if config.objects == "foreground" else "the pixels of each class (averaged)"
     )
     missing = len(inputs.test) - len(test.fixed)
     without = f" {missing:,} test images without an object are left out." if missing else ""
     text = (
-        f"Jaccard index of {objects} and the patches with {100 * config.mass:g} % of the attention of the "
-        f"{train.query} in the last block. Whole images are resized to {size} x {size} pixels."
+        f"Jaccard index between {objects} and the patches with {100 * config.mass:g} % of the attention of "
+        f"the {train.query} in the last block. Whole images are resized to {size} x {size} pixels."
     )
     settings = asdict(config)
     return [
@@ -118,8 +118,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             key="attention_jaccard_best_head",
             title="Jaccard index of attention masks of the best head of each test image",
             column="attention masks, best head by test mask",
-            text=f"{text} The best one of {train.fixed.shape[1]} heads is chosen in each test image by its "
-            f"mask, as in publications, so the value is too optimistic. Tested on {inputs.test}.{without}",
+            text=f"{text} The best one of {train.fixed.shape[1]} heads is selected for each test image by "
+            f"its mask, as in publications, so the value is too optimistic. Tested on {inputs.test}."
+            f"{without}",
             metrics={},
             selection={"head": "the best one of each test image"},
             selected_on="the masks of the test images",
@@ -144,9 +145,9 @@ class HeadScores:
     """Jaccard indices of the images with an object, float64.
 
     Attributes:
-        fixed: (N, A), of each head.
-        best: (N,), of the best head of each object, averaged over the objects of the image.
-        whole: (N,), of a mask of all patches.
+        fixed: (N, A), for each head.
+        best: (N,), for the best head of each object, averaged over the objects of the image.
+        whole: (N,), for a mask of all patches.
         query: the query of the attention, "class token" or "mean of the patches".
     """
 
@@ -164,7 +165,7 @@ def head_scores(inputs: Inputs, split: Split, config: Config, most: int | None =
         most: largest number of images, which are evenly spaced; None: all.
 
     Raises:
-        UserError: fewer than two images have an object, or a mask does not fit to its image.
+        UserError: fewer than two images have an object, or a mask has another size than its image.
     """
     processor = SquareProcessor(inputs.processor, config.size or inputs.image_size)
     images = len(split) if most is None else min(most, len(split))
@@ -197,7 +198,7 @@ def head_scores(inputs: Inputs, split: Split, config: Config, most: int | None =
 
 
 def object_masks(mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Return the masks of the objects (O, H, W) of a mask, and its pixels that count (H, W), both bool."""
+    """Return the masks of the objects (O, H, W), and the pixels that are not ignored (H, W), both bool."""
     ignored = torch.tensor(list(config.ignored), dtype=mask.dtype)
     counted = ~torch.isin(mask, ignored)
     shown = counted & (mask != config.background)
@@ -208,7 +209,7 @@ def object_masks(mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def object_scores(kept: Tensor, mask: Tensor, config: Config) -> Tensor | None:
-    """Return the Jaccard indices (O, A) of the objects of a mask and of each head, or None without objects.
+    """Return the Jaccard indices (O, A) of each object and each head; None if the mask has no objects.
 
     Args:
         kept: (A, h, w) bool, the patches in the mask of each head.
@@ -225,6 +226,6 @@ def object_scores(kept: Tensor, mask: Tensor, config: Config) -> Tensor | None:
 
 
 def _whole(mask: Tensor, config: Config) -> Tensor:
-    """Return the Jaccard index of a mask of all patches, a number in a tensor."""
+    """Return the Jaccard index of a mask of all patches, as a scalar tensor."""
     scores = object_scores(torch.ones(1, 1, 1, dtype=torch.bool), mask, config)
     return torch.zeros((), dtype=torch.float64) if scores is None else scores.mean()

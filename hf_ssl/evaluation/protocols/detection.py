@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Object detection: Faster R-CNN with a feature pyramid, on the frozen and on the fine-tuned encoder.
 
-Published rows of MoCo and PIRL are not comparable: they use the C4 architecture, whose head is the last stage
-of the ResNet, instead of a pyramid.
+Published results of MoCo and PIRL are not comparable. They use the architecture C4 of Faster R-CNN, whose
+head is the last stage of the ResNet, instead of a feature pyramid.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ _LEAST_SCORE = 0.5  # of the drawn detections
 
 
 class Recipe(NamedTuple):
-    """Settings for a kind of encoder. `Config` explains those with the same names.
+    """Settings for a kind of encoder. `Config` explains the fields with the same names.
 
     Attributes:
-        learning_rate: learning rate for `batch_size` images. It is proportional to the number of images.
-        source: the source, and the differences from it.
+        learning_rate: learning rate for `batch_size` images. It is proportional to the batch size.
+        source: the source of the settings, and the differences from it.
     """
 
     optimizer: str
@@ -58,8 +58,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "fpn": Recipe(
         "sgd", 0.02, 1e-4, 12, 16, 800, 8.0, 256, 1024, 1000, 512,
-        "Faster R-CNN with FPN (1612.03144), schedule 1x of Detectron2, there with a learning rate that "
-        "decreases in steps and without GroupNorm",
+        "Faster R-CNN with FPN (1612.03144), schedule 1x of Detectron2, there without GroupNorm, and with a "
+        "learning rate that decreases in steps",
     ),
     "vitdet": Recipe(
         "adamw", 1e-4, 0.1, 100, 64, 1024, 8.0, 256, 1024, 1000, 512,
@@ -70,31 +70,33 @@ RECIPES = {
         "hf_ssl, for a few hundred images and CPUs",
     ),
 }  # fmt: skip
-"""Name -> settings."""
+"""Name of a recipe -> its settings."""
 
 
 @dataclass
 class Config:
-    """Settings. Those that are null have the value of the recipe.
+    """Settings. Null means the value of the recipe.
 
     Attributes:
         recipe: a key of `RECIPES`. Null: "vitdet" for a vision transformer without stages, else "fpn".
-        modes: "frozen": only the detector is trained; "tuned": the encoder too. Each gives a result.
+        modes: "frozen": the encoder is frozen; "tuned": the encoder is fine-tuned. Each mode gives a result.
         seeds: number of trainings of each mode. Their seeds are `evaluation.seed`, `evaluation.seed` + 1, ...
         optimizer: sgd (Nesterov momentum 0.9) or adamw.
-        learning_rate: learning rate for this batch size.
-        weight_decay: it does not apply to biases, gains, tokens and position tables.
-        epochs, batch_size, flip: settings of the training. `flip` is the probability of a horizontal flip.
-        image_size: shorter side of the resized images in pixels. The longer one is at most 5/3 of it.
-        smallest_stride: least stride of the pyramid in pixels. Larger maps of the encoder are left out.
-        levels: number of levels of the pyramid. Each has twice the stride of the one before it.
-        anchor_scale: side of the square anchor of a level in units of its stride.
+        learning_rate: learning rate after the warmup, for this batch size.
+        weight_decay: weight decay, which does not apply to biases, gains, tokens and position tables.
+        epochs: number of epochs.
+        batch_size: number of images in a batch.
+        flip: probability of a horizontal flip.
+        image_size: shorter side of the resized images in pixels. The longer side is at most 5/3 of it.
+        smallest_stride: smallest stride of the pyramid in pixels. Maps with a smaller stride are left out.
+        levels: number of levels of the pyramid. Each level has twice the stride of the level before it.
+        anchor_scale: side of the square anchor of a level, in units of its stride.
         channels: channels of each level.
-        head_size: number of units of both hidden layers of the head.
-        proposals: number of regions for each test image after the RPN. In training, it is twice this number.
-        sampled_regions: number of regions for each image with which the head is trained.
+        head_size: number of units in each of the two hidden layers of the box head.
+        proposals: number of proposals of the RPN for each test image; twice as many in training.
+        sampled_regions: number of regions per image that train the box head.
         batch_statistics: whether the BatchNorm of a fine-tuned encoder normalizes with the statistics of the
-            batch. Otherwise it uses those of the pretraining, as that of a frozen encoder always does.
+            batch. Otherwise, and always in a frozen encoder, it uses the statistics of the pretraining.
         folder: folder for checkpoints. An interrupted training resumes, and a finished one is not repeated.
     """
 
@@ -186,7 +188,7 @@ class Config:
 
 @dataclass
 class Task:
-    """What all trainings of one evaluation share.
+    """The data and the settings that all trainings of one evaluation share.
 
     Attributes:
         inputs: the images and the encoder.
@@ -207,14 +209,14 @@ class Task:
 
     @classmethod
     def of(cls, inputs: Inputs, config: Config) -> "Task":
-        """Return the task of an evaluation, whose boxes and encoder are checked."""
+        """Return the task of an evaluation, after a check of the boxes and of the encoder."""
         maps = feature_maps(inputs.encoder, config.smallest_stride)
         train, test = (_read_objects(inputs, split) for split in (inputs.train, inputs.test))
         settings = config.resolved(maps.is_plain, len(train))
         return cls(inputs, config, train, test, inputs.train.images.class_names, *settings)
 
     def run(self, mode: str, seed: int) -> list[Detections]:
-        """Return the detections in the test images after a training."""
+        """Train a detector, and return its detections in the test images."""
         inputs, frozen = self.inputs, mode == FROZEN
         # In float16, gradients would need a scaled loss.
         dtype = None if inputs.dtype is torch.float16 and not frozen else inputs.dtype
@@ -236,7 +238,7 @@ class Task:
             )
 
     def _folder(self, detector: Any, mode: str, seed: int) -> Path | None:
-        """Return the folder of a training, whose name contains everything that determines its result."""
+        """Return the folder of a training. Its name is a hash of everything that determines the result."""
         if self.config.folder is None:
             return None
         digest = hashlib.sha256(f"{mode} {seed} {self.architecture} {self.optimization}".encode())
@@ -248,7 +250,12 @@ class Task:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the average precision on the test images after training with each mode."""
+    """Return the average precision on the test images for each mode.
+
+    Raises:
+        UserError: a package is missing, the encoder has no feature maps, a box is wrong, or a training
+            diverged.
+    """
     require_packages()
     task = Task.of(inputs, config)
     seeds = [inputs.seed + number for number in range(config.seeds)]
@@ -261,7 +268,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
 
 
 def _read_objects(inputs: Inputs, split: Split) -> list[ImageObjects]:
-    """Return the objects of the images of a split, whose boxes end at the border of the image."""
+    """Return the objects of the images of a split, with boxes clipped to the image."""
     sizes = []
     with inputs.progress(f"sizes of the {split.name} images", len(split)) as bar:
         for batch in split.images.iter_batches(inputs.batch_size):
@@ -271,7 +278,7 @@ def _read_objects(inputs: Inputs, split: Split) -> list[ImageObjects]:
     if not any((~each.crowd).any() for each in found):
         raise UserError(
             f"detection: expected boxes in the images of split {split.name}, got none in {len(found)} "
-            "images; use another split or data.label_column"
+            "images; use another split, or data.label_column=NAME"
         )
     return found
 

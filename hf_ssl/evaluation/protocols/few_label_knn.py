@@ -22,7 +22,7 @@ class Config:
     """Settings.
 
     Attributes:
-        labels_per_class: numbers of labeled images of each class.
+        labels_per_class: numbers of labeled images per class.
         draws: number of random choices of the labeled images.
     """
 
@@ -107,7 +107,7 @@ def few_label_knn(
         test_features, test_labels: (N, D) and (N,).
         labels_per_class: images in each class of a subset.
         draws: number of subsets.
-        seed: the subsets of another seed are others. The global random state does not change.
+        seed: seed of the random subsets. The global random state does not change.
         device: device of the computation; None: the device of the test features.
 
     Raises:

@@ -39,7 +39,7 @@ class Config:
 
     Attributes:
         fractions: shares of the training images whose labels are used, the same number in each class.
-        labels_per_class: numbers of labeled images of each class.
+        labels_per_class: numbers of labeled images per class.
         lists: files with one image name per line, the labeled images of published results (`image_lists`).
         draws: number of random choices of the labeled images for each fraction and number.
         strengths: values of C (see `logistic_regression`) for features of length 1.

@@ -215,7 +215,15 @@ def predict_scores(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return the logits (N, C) of the test images from the head of `linear_probe`."""
+    """Return the logits (N, K) of the test images from the head of `linear_probe`.
+
+    Args:
+        train_features, train_labels: (M, D) and (M,).
+        test_features, test_labels: (N, D) and (N,).
+        config: settings of the protocol; `features` has no effect.
+        seed: seed of the batches and of the held-out images.
+        device: device of the computation; None: the device of the features.
+    """
     settings = asdict(config)
     del settings["features"]
     return _fit(
@@ -331,8 +339,8 @@ def train_heads(
 
     The last row holds the biases. One tensor holds all heads, so that a step needs only two matrix products.
     The gradient of the mean cross entropy with respect to the logits is (softmax - one hot) / B. During
-    training, the first dimension is that of the classes: on a CPU, torch's softmax over ten classes takes 20
-    times as long if they are the last dimension, as long as a product with 500 features.
+    training, the first dimension is that of the classes. On a CPU, torch's softmax over ten classes takes 20
+    times as long over the last dimension. This is the time of a matrix product with 500 features.
 
     Args:
         features: float32 (N, D).

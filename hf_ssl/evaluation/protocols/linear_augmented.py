@@ -39,18 +39,19 @@ VERSION = 1
 
 
 class Recipe(NamedTuple):
-    """Published settings of SGD or LARS with momentum 0.9. `Config` explains those with the same names.
+    """Published settings of SGD or LARS with momentum 0.9. `Config` explains the fields with the same names.
 
     Attributes:
         learning_rates: learning rates for batches of 256 images. They are proportional to the batch size.
         source: the paper, and the differences from it.
-        drops: fractions of the training after which the rate is multiplied by `drop`; (): a cosine to zero.
+        drops: fractions of the training after which the learning rate is multiplied by `drop`; (): a cosine
+            to zero.
         drop: see above.
-        warmup: fraction of the training in which the rate increases from zero. The schedule follows.
+        warmup: fraction of the training in which the learning rate rises from zero, before this schedule.
         lars: variant of LARS (`hf_ssl.modeling.lars.VARIANTS`); None for SGD.
-        adapts_bias: whether LARS also adapts the rate of the bias, which then has weight decay.
-        start: standard deviation of the first weights; 0: zeros.
-        batch_norm: whether BatchNorm without gain and bias comes before the classifier.
+        adapts_bias: whether LARS also adapts the learning rate of the bias, which then has weight decay.
+        start: standard deviation of the initial weights; 0: zeros.
+        batch_norm: whether a BatchNorm without gain and bias precedes the classifier.
     """
 
     learning_rates: tuple[float, ...]
@@ -106,7 +107,8 @@ class Config:
     Attributes:
         recipe: a key of `RECIPES`.
         learning_rates: learning rates for this batch size, which are trained simultaneously.
-        epochs, batch_size: of the training. The batches are not larger than the training set.
+        epochs: number of epochs.
+        batch_size: number of images in a batch, at most the number of training images.
         smallest_crop: smallest fraction of the area of a random crop.
         flip: probability of a horizontal flip.
     """
@@ -258,7 +260,7 @@ class Heads:
         rates: R initial learning rates.
         recipe: the other settings.
         device: device of the weights.
-        seed: seed of the first weights.
+        seed: seed of the initial weights.
     """
 
     def __init__(

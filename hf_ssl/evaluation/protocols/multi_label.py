@@ -74,7 +74,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     shown = int((targets == 1).any(dim=0).sum())
     of_classes = counted(shown, "class", "classes")
     if shown < labels.shape[1]:
-        of_classes = f"{shown:,} of {labels.shape[1]:,} classes, those that a test image shows,"
+        of_classes = f"{shown:,} of {labels.shape[1]:,} classes (those with a test image)"
     return [
         ProtocolResult(
             protocol="multi_label",

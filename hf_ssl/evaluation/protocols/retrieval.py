@@ -2,9 +2,9 @@
 """Image retrieval: each test image queries a gallery, in which the images of its class are relevant.
 
 The gallery consists of the training images, as for hashing and for k-NN classification, because the classes
-of both splits are the same. With `gallery: test`, each test image queries all other test images, as in metric
-learning (Oh Song et al. 2016, 1511.06452), where the classes of the splits differ. `retrieval_scores` defines
-average precision, recall at k and ties.
+of both splits are the same. With `gallery: test`, each test image queries all other test images. Metric
+learning does this, because the classes of its splits differ (Oh Song et al. 2016, 1511.06452).
+`retrieval_scores` defines average precision, recall at k and ties.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ class Config:
 
     Attributes:
         gallery: "train": the training images; "test": all other test images (leave-one-out).
-        recall: values of k of recall at k. Those that are not smaller than the gallery are left out.
+        recall: values of k for recall at k. Values that are not smaller than the gallery are left out.
     """
 
     gallery: str = "train"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Semantic segmentation: the mean intersection over union of a linear classifier of frozen patch tokens.
+"""Semantic segmentation: the mean intersection over union (IoU) of a linear layer on frozen patch tokens.
 
-As in DINOv2 (2304.07193, section 7.4), a BatchNorm and one linear layer turn each patch token into logits of
-the classes, which are enlarged bilinearly. The tokens are cached, so the statistics of this BatchNorm are
-those of all training tokens, and there is no augmentation. The whole image is one input: it is resized to a
-square without a crop, and there are no sliding windows. Published numbers use larger images and
-augmentation, so compare encoders only by this protocol.
+As in DINOv2 (2304.07193, section 7.4), a BatchNorm and one linear layer map each patch token to the logits of
+the classes, which are upsampled bilinearly. Differences: the tokens are cached, so the BatchNorm uses the
+statistics of all training tokens, and there is no augmentation. The complete image is resized to a square,
+without a crop and without sliding windows. Published numbers use larger images and augmentation, so they are
+not comparable.
 
-Legend: N images, C classes, P patches.
+Legend: N images, K classes, P patches, D features, H, W pixels of a mask.
 """
 
 import math
@@ -41,13 +41,14 @@ class Config:
     """Settings.
 
     Attributes:
-        size: side in pixels of the square to which images are resized; null: that of the image processor. A
-            larger one gives more patches. Convolutional encoders accept any, and many transformers too.
-        learning_rates: initial learning rates for this batch size, which are trained simultaneously.
-        epochs, batch_size: of the training.
-        pixels: number of pixels per side of a patch at which the loss is computed.
-        classes: number of classes, from 0; null: as many as the masks contain. It is only checked.
-        ignored: class numbers of pixels that do not count. With [0, 255], the background does not count.
+        size: side in pixels of the square to which images are resized; null: the size of the image processor.
+            A larger size gives more patches. Convolutional networks and many transformers accept any size.
+        learning_rates: initial learning rates. A head for each of them is trained on the same batches.
+        epochs: number of epochs.
+        batch_size: number of images in a batch.
+        pixels: side of a patch in pixels at the size of the masks in the loss.
+        classes: number of classes. A class number that is not below it raises an error; null: no check.
+        ignored: class numbers of ignored pixels. With [0, 255], the background is ignored.
     """
 
     size: int | None = None
@@ -73,14 +74,15 @@ class Config:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the mean intersection over union on the test images, with the accuracy of the pixels.
+    """Return the mean IoU on the test images, with the pixel accuracy and the mean class accuracy.
 
-    All learning rates are trained on 90 % of the training images. The best one on the other 10 % is trained
-    again on all training images. The standard error is that of a bootstrap over test images.
+    One head for each learning rate is trained on 90 % of the training images. A head with the best learning
+    rate on the other 10 % is then trained on all training images. The standard error is that of a bootstrap
+    over test images.
 
     Raises:
-        UserError: the encoder has no patch tokens, a mask does not fit to its image, or there are fewer than
-            two classes.
+        UserError: the encoder has no patch tokens, a mask has another size than its image, there are fewer
+            than two classes, or the training diverged.
     """
     device, name = inputs.device, "segmentation"
     train, test = (
@@ -94,9 +96,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     counted = numbers[~torch.isin(numbers, torch.tensor(list(config.ignored), dtype=torch.long))]
     if len(counted) < 2:
         raise UserError(
-            f"segmentation: expected masks with at least 2 classes, got {counted.tolist()} beside "
-            f"{list(config.ignored)}, which do not count; use evaluation.settings.segmentation.ignored=[] "
-            "if they are classes"
+            f"segmentation: expected masks with at least 2 classes, got {counted.tolist()}, without the "
+            f"ignored {list(config.ignored)}; if these are classes, use "
+            "evaluation.settings.segmentation.ignored=[]"
         )
     table = torch.full((256,), VOID, dtype=torch.int16)
     table[counted] = torch.arange(len(counted), dtype=torch.int16)
@@ -125,7 +127,7 @@ class _Images(NamedTuple):
     sizes: list[tuple[int, int]]
 
     def counts(self, heads: Heads, rows: Tensor, table: Tensor, classes: int) -> Tensor:
-        """Return `pixel_counts` of some images. The table (256,) contains the class of each number."""
+        """Return `pixel_counts` of some images. The table (256,) maps class numbers to positions."""
         masks = (table[read_mask(self.split, row, self.sizes[row]).long()] for row in rows.tolist())
         return pixel_counts(heads, self.tokens[rows], masks, classes)
 
@@ -133,10 +135,10 @@ class _Images(NamedTuple):
 def _read_masks(
     images: _Images, config: Config, side: int, advance: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
-    """Return the masks (N, side, side), and which numbers they contain at their own size (256,).
+    """Return the resized masks (N, side, side), and which class numbers the original masks contain (256,).
 
     Raises:
-        UserError: a number is not below the number of classes.
+        UserError: a class number is not below `config.classes`.
     """
     small = torch.empty(len(images.sizes), side, side, dtype=torch.uint8)
     seen = torch.zeros(256, dtype=torch.bool)
@@ -168,9 +170,9 @@ def _result(
 
     Args:
         inputs, config: the images and the settings.
-        counts: (N, 3, C), numbers of pixels of the test images.
-        numbers: (C,), the class numbers in the masks.
-        validation: mean intersection over union on held-out images for each learning rate.
+        counts: (N, 3, K), numbers of pixels of the test images.
+        numbers: (K,), the class numbers in the masks.
+        validation: {learning rate: mean IoU on held-out images}.
         tokens: the training tokens.
     """
     rates, best = list(validation), max(validation, key=lambda rate: validation[rate])
@@ -187,11 +189,11 @@ def _result(
         title="Mean intersection over union of a linear segmentation head",
         column="segmentation mIoU",
         text=f"a linear layer on {grid} x {grid} frozen, standardized patch tokens gives the logits of "
-        f"{len(numbers)} classes. Whole images are resized to {side} x {side} pixels, and logits bilinearly "
-        f"to the size of the mask. Optimizer: AdamW, {config.epochs} epochs, batch size {config.batch_size}, "
-        f"cosine schedule, without augmentation. The learning rate {best:g}{edge} had the highest value on a "
-        f"held-out {selected_on} ({len(rates)} tested). The final layer was trained on all {inputs.train} "
-        f"and tested on the pixels that count of {inputs.test}",
+        f"{len(numbers)} classes. Whole images are resized to {side} x {side} pixels. Logits are upsampled "
+        f"bilinearly to the size of the mask. Optimizer: AdamW, {config.epochs} epochs, batch size "
+        f"{config.batch_size}, cosine schedule, without augmentation. The learning rate {best:g}{edge} had "
+        f"the highest value on a held-out {selected_on} ({len(rates)} tested). The final layer was trained "
+        f"on all {inputs.train} and tested on {inputs.test}, without ignored pixels",
         value=float(mean_iou(total)),
         standard_error=_standard_error(counts, inputs.seed),
         metrics={
@@ -214,10 +216,10 @@ def _result(
 
 
 def _standard_error(counts: Tensor, seed: int) -> float:
-    """Return the standard deviation of the value over samples of the test images with replacement.
+    """Return the standard deviation of the mean IoU over bootstrap samples of the test images.
 
     Args:
-        counts: (N, 3, C).
+        counts: (N, 3, K), see `pixel_counts`.
         seed: seed of the samples.
     """
     images = len(counts)

@@ -77,7 +77,7 @@ class KnnAccuracy(WithOptions, evaluate.Metric):
             given = "train_labels" if train_features is None else "train_features"
             raise UserError(
                 f"knn_accuracy: expected train_features and train_labels, got only {given}; give both, or "
-                "none to classify every image by all others"
+                "neither of them to classify each image by all other images"
             )
         if train_features is None:
             value = leave_one_out_knn(rows, references, neighbors=neighbors, temperature=temperature)
