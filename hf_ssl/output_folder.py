@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.files import (
     check_new_or_empty,
@@ -18,6 +19,7 @@ from hf_ssl.modeling.lars import LARSConfig
 from hf_ssl.names import with_current_keys
 from hf_ssl.precision import AUTO
 from hf_ssl.recipe import Recipe
+from hf_ssl.sections import default_values
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.machine_settings import Choices
 from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
@@ -28,7 +30,7 @@ IDENTITY = "_run.json"  # is never published, because it contains the path of th
 # Sections and keys that may differ when a run resumes, because they do not affect the weights.
 _FREE_SECTIONS = ("evaluation", "publish", "name")
 _FREE_KEYS = {
-    "data": {"cache", "max_broken_fraction"},
+    "data": {"cache", "max_broken_fraction", "mask_column", "box_format"},
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
         "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
@@ -110,7 +112,8 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     training = with_current_keys(run.get("training", {}))
     if "lars" in training:  # older versions stored only the values that were set
         training["lars"] = asdict(LARSConfig(**training["lars"]))
-    run = {**run, "training": training}
+    # A run of a version without a setting had what is the default now.
+    run = {**run, "training": training, "data": default_values(DataConfig) | run.get("data", {})}
     if _CHOICES in run:
         return run
     had, given = dict(run["training"]), now["training"]

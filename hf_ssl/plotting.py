@@ -153,8 +153,12 @@ def plot(
         check_name("--kinds", kind, KINDS, "known kinds of pictures")
     check_name("--layer", layer, LAYERS, "encoder or projector")
     names = encoder_names(models)
-    if len(models) * (1 + (layer == "projector")) > MOST_ENCODERS:
-        raise UserError(f"plot: expected at most {MOST_ENCODERS} encoders, got {len(models)}; draw fewer")
+    most_models = MOST_ENCODERS // (1 + (layer == "projector"))
+    if len(models) > most_models:
+        raise UserError(
+            f"plot: expected at most {most_models} encoders with --layer {layer}, got {len(models)}; "
+            "draw fewer"
+        )
     written: list[str] = []
     reasons: list[str] = []
     scene = None
@@ -270,7 +274,8 @@ def _draw_page(scene: Scene, output: Path) -> list[str]:
         name: {f"{TITLES[method]}, {size}-D": found[name] for (method, size), found in scene.maps.items()}
         for name in scene.features
     }
-    images = [image for part in np.array_split(rows, -(-len(rows) // 256)) for image in scene.test.read(part)]
+    # Only one part of the images is in memory. The page holds their thumbnails.
+    images = (image for part in np.array_split(rows, -(-len(rows) // 256)) for image in scene.test.read(part))
     title = f"Features of {len(rows):,} images of split {scene.split}"
     text = points_page(maps, images, scene.labels[rows], scene.class_names, title)
     write_text(output / PAGE, text)

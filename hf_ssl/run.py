@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, has_label_lists, open_labeled_splits
-from hf_ssl.cards import append_result, write_card, write_facts
+from hf_ssl.cards import append_result, remove_private, write_card, write_facts
 from hf_ssl.cards.result_files import EVALUATED, EVALUATION
 from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
@@ -247,7 +247,8 @@ def evaluate(
         print(terminal_text(results))
         print(f"revision of the images: {test.revision}")
     if is_main and output is not None:
-        write_json(output / EVALUATION, results | {EVALUATED: evaluated})
+        # A number that is not finite becomes null, so that the others are kept.
+        write_json(output / EVALUATION, remove_private(results) | {EVALUATED: evaluated})
         written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"}, test)
         print(f"{', '.join([EVALUATION, *written])} in {output}")
     return dict(results)

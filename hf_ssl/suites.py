@@ -7,7 +7,6 @@ entry and group is a job. Its result is stored in the file `<entry>/<group>.json
 later call reads the stored results, so an interrupted suite continues.
 """
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards import remove_private
+from hf_ssl.cards.facts import EvaluationFacts
+from hf_ssl.cards.result_files import EVALUATED
 from hf_ssl.cards.suite_text import COLUMNS, Measured, csv_text, draw, markdown, summarize
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.config import MISSING
@@ -30,8 +31,10 @@ from hf_ssl.modeling.gather import from_every_process, from_first_process, joine
 from hf_ssl.progress import hidden_progress, notice, progress
 from hf_ssl.recipe import read_sections
 from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
+from hf_ssl.recording import evaluated_encoder, evaluation_facts
 from hf_ssl.resources import suite_files
 from hf_ssl.sections import default_values, to_dataclass
+from hf_ssl.suite_checks import check_overrides, check_parts
 
 SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
 FORMAT = 1
@@ -149,7 +152,7 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
     of_jobs = [text for text in overrides if text.startswith(("data.", "evaluation."))]
     others = [text for text in overrides if text not in of_jobs]
     plain = apply_overrides(read_yaml(path, SECTIONS), others, SECTIONS)
-    _check_parts(plain)
+    check_parts(plain)
     if root is not None:
         plain["suite"]["root"] = root
     if plain["suite"].get("root") == MISSING:
@@ -159,7 +162,9 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
     heading: Heading = to_dataclass(Heading, plain["suite"], "suite")
     groups = {name: to_dataclass(Group, of, f"groups.{name}") for name, of in plain["groups"].items()}
     entries = {name: to_dataclass(Entry, of, f"entries.{name}") for name, of in plain["entries"].items()}
-    _check_chosen(of_jobs, groups, entries)
+    known_protocols = [each for group in groups.values() for each in group.protocols]
+    known_protocols += [each for entry in entries.values() for each in entry.instead.values()]
+    check_overrides(of_jobs, list(groups), list(entries), known_protocols)
     jobs = []
     for name, entry in entries.items():
         check_name(f"entries.{name}.metric", entry.metric, COLUMNS, "a known metric")
@@ -168,31 +173,9 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
             job = _job(plain, (name, entry), (group, groups[group]), of_jobs, heading.root)
             if job.protocols:
                 jobs.append(job)
+    if not jobs:
+        raise UserError(f"entries: expected a data set with protocols in {path}, got none; add one")
     return Suite(path.stem, heading.title, jobs)
-
-
-def _check_parts(plain: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError for a group or an entry without keys, or with a name that cannot be a file name."""
-    for section in ("groups", "entries"):
-        for name, values in plain[section].items():
-            if not isinstance(values, dict) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
-                raise UserError(
-                    f"{section}: expected names of letters and digits with keys, got {name}: {values!r}; use "
-                    f"{section}.NAME.KEY=VALUE"
-                )
-
-
-def _check_chosen(overrides: Sequence[str], groups: dict[str, Group], entries: dict[str, Entry]) -> None:
-    """Raise UserError if `evaluation.protocols` names a protocol that the suite does not contain."""
-    chosen = apply_overrides({}, overrides, ("data", "evaluation"))["evaluation"].get("protocols", [])
-    known = [name for group in groups.values() for name in group.protocols]
-    known += [name for entry in entries.values() for name in entry.instead.values()]
-    for name in chosen if isinstance(chosen, list) else [chosen]:
-        if name not in known:
-            raise UserError(
-                f"--protocols: expected protocols of the suite ({', '.join(dict.fromkeys(known))}), got "
-                f"{name}; for others, use groups.{next(iter(groups), 'NAME')}.protocols=[...]"
-            )
 
 
 def _job(
@@ -217,6 +200,11 @@ def _job(
         data, evaluation = read_sections(overrides, given)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
+    if evaluation.path is not None:
+        raise UserError(
+            f"evaluation.path: expected no value, because each data set has its own path, got "
+            f"{evaluation.path}; use entries.{name}.data.path={evaluation.path}"
+        )
     chosen = evaluation.protocols
     protocols = {each: run for each, run in protocols.items() if each in chosen or run in chosen}
     run = list(dict.fromkeys(protocols.values()))
@@ -312,7 +300,7 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
                 _check_stored(job, record, about)
             records = []
             for job, record in zip(jobs, stored, strict=True):
-                found = _run_job(job, record, encoder, processor, output)
+                found = _run_job(job, record, (model, encoder, processor), output)
                 found = remove_private(found) | {"format": FORMAT, "suite": suite.name, "encoder": about}
                 if is_main and found != record:
                     write_json(job.file(output), found)
@@ -352,16 +340,24 @@ def _check_stored(job: Job, record: dict[str, Any] | None, about: dict[str, str]
 
 
 def _run_job(
-    job: Job, stored: dict[str, Any] | None, encoder: Any, processor: Any, output: Path
+    job: Job, stored: dict[str, Any] | None, loaded: tuple[str, Any, Any], output: Path
 ) -> dict[str, Any]:
-    """Return the stored record if it is valid, otherwise the record of a new measurement."""
+    """Return the stored record if it is valid, otherwise the record of a new measurement.
+
+    Args:
+        job: the job.
+        stored: the record in its file, if any.
+        loaded: folder or Hub id of the encoder, the encoder, and its image processor.
+        output: the folder of the results.
+    """
+    model, encoder, processor = loaded
     kept = stored if stored is not None and stored["result"] is not None else None
     record = {"entry": job.entry, "group": job.group, "settings": job.settings}
     try:
         splits = _open(job)
         images = {split: _identity(part) for split, part in zip(("train", "test"), splits, strict=True)}
         if kept is not None and kept["images"] == images:
-            return kept
+            return _described(kept, model, encoder, evaluation_facts(job.data, job.evaluation, *splits))
         if kept is not None:
             notice(f"{job.name}: the images differ from those of the stored result; the job runs again")
         evaluation, checkpoints = _with_checkpoints(job, output)
@@ -376,7 +372,16 @@ def _run_job(
         shutil.rmtree(checkpoints, ignore_errors=True)
     numbers = ", ".join(f"{each['column']} {100 * each['value']:.1f} %" for each in result["protocols"])
     notice(f"{job.name}: {numbers}")
-    return record | {"images": images, "result": result, "error": None}
+    facts = evaluation_facts(job.data, job.evaluation, *splits)  # with the number of broken images
+    return _described(record | {"images": images, "result": result, "error": None}, model, encoder, facts)
+
+
+def _described(record: dict[str, Any], model: str, encoder: Any, facts: EvaluationFacts) -> dict[str, Any]:
+    """Return a record with the entry of the encoder, which `hf-ssl compare` reads."""
+    if EVALUATED in record:
+        return record
+    size = record["result"]["image_size"]
+    return record | {EVALUATED: evaluated_encoder(model, encoder, facts, size, fastest_device())}
 
 
 def _open(job: Job) -> tuple[LabeledImages, LabeledImages]:

@@ -59,7 +59,9 @@ _USED = {
     "method": (),
     "publish": (),
 }  # fmt: skip
-"""Keys of each section that have an effect. All keys of `data` and `backbone` have an effect."""
+"""The keys of each section that have an effect. All keys of `backbone` have one."""
+_UNUSED = ("split", "max_images")
+"""The keys of `data` without an effect."""
 _ADVICE = {
     "training.max_steps": "training.num_train_epochs",
     "training.epochs": "training.num_train_epochs",
@@ -68,6 +70,8 @@ _ADVICE = {
     "training.warmup_steps": "training.warmup_epochs",
     "evaluation.protocols": "hf-ssl evaluate on the trained encoder",
     "evaluation.seed": "training.seed",
+    "data.split": "evaluation.train_split",
+    "data.max_images": "evaluation.max_train_images",
     "evaluation.precision": "training.precision",
     "evaluation.settings": _SETTINGS,
 }
@@ -233,6 +237,7 @@ def _check_used(recipe: Recipe, given: dict[str, dict[str, Any]]) -> None:
         for key, value in given[section].items()
         if key not in used and not (section == "method" and recipe.model_class.takes_image_columns)
     ]
+    keys += [(f"data.{key}", given["data"][key]) for key in _UNUSED if key in given["data"]]
     for name in given["evaluation"].get("settings") or {}:
         if name != "fine_tune":
             keys.append((f"evaluation.settings.{name}", given["evaluation"]["settings"][name]))

@@ -2,13 +2,15 @@
 """The command: what it prints, what it calls, and that a mistake ends in one sentence and status 2."""
 
 import errno
+import json
+import math
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from forks import Forks
@@ -67,6 +69,20 @@ def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch)
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
     assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None, "encoder")]
+
+
+def test_a_number_that_is_not_finite_keeps_the_other_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = {"encoder": {"protocols": [{"value": math.nan}, {"value": 0.5}], "skipped": ["no file /a/b/c"]}}
+    measured = results, {"model": "x"}, SimpleNamespace(revision="1")
+    monkeypatch.setattr(run, "_evaluate", lambda *arguments: measured)
+    monkeypatch.setattr(run, "terminal_text", str)
+    monkeypatch.setattr(run, "write_plots", lambda *arguments: [])
+    run.evaluate("x", DataConfig(), EvaluationConfig(), tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["encoder"] == {"protocols": [{"value": None}, {"value": 0.5}], "skipped": ["no file c"]}
+    assert stored["evaluated"] == {"model": "x"}
 
 
 def test_two_lists_of_protocols_are_a_mistake(capsys) -> None:

@@ -90,6 +90,27 @@ def test_a_class_name_cannot_end_the_data_of_the_page() -> None:
     assert data["encoders"][0]["maps"]["flat"] == [[-0.6, -0.8], [0.6, 0.8]]
 
 
+def test_the_page_holds_one_part_of_the_images_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+
+    def read(rows: np.ndarray) -> list[torch.Tensor]:
+        seen.append(len(rows))
+        return [torch.zeros(3, 8, 8, dtype=torch.uint8)] * len(rows)
+
+    def page(maps: dict, images, *others) -> str:
+        next(iter(images))
+        assert seen == [150]
+        return str(1 + len(list(images)))
+
+    scene = SimpleNamespace(
+        maps={("tsne", 2): {"a": np.zeros((300, 2))}}, rows=np.arange(300), features={"a": None},
+        test=SimpleNamespace(read=read), labels=np.zeros(300, int), class_names=[], split="test",
+    )  # fmt: skip
+    monkeypatch.setattr(plotting, "points_page", page)
+    plotting._draw_page(scene, tmp_path)
+    assert (tmp_path / "points.html").read_text() == "300"
+
+
 def test_maps_are_reproducible_and_separate_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(60) % 3

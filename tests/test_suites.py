@@ -17,8 +17,10 @@ from messages import mentions, missing
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl import suites
+from hf_ssl.cards.result_files import EVALUATED
 from hf_ssl.cards.suite_text import Measured, csv_text, markdown, summarize
 from hf_ssl.cli import main
+from hf_ssl.comparing import compare_runs
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder
@@ -154,6 +156,19 @@ def test_the_table_names_a_missing_data_set(place: Path, finished: Path) -> None
     ]
 
 
+def test_the_comparison_has_a_row_for_the_encoder_and_a_column_for_each_number(finished: Path) -> None:
+    comparison = compare_runs([str(finished)], None)
+    (row,) = comparison.rows
+    found = {(column.data[0], column.key): cell.values for column, cell in row.cells.items()}
+    stored = {}
+    for entry in ("color", "gray"):
+        for group in ("frozen", "fine_tuned"):
+            record = json.loads((finished / entry / f"{group}.json").read_text())
+            stored |= {(entry, each["key"]): [each["value"]] for each in record["result"]["protocols"]}
+    assert row.label == "encoder" and len(stored) == 6 and found == stored
+    assert len({column.heading for column in comparison.columns}) == 6
+
+
 def test_the_numbers_are_those_of_a_single_evaluation(place: Path, finished: Path) -> None:
     config = {
         "protocols": ["knn", "ridge"], "precision": "float32", "cache": False,
@@ -177,11 +192,19 @@ def test_a_second_call_measures_only_what_is_missing(
         shutil.copytree(place / name, root / name)
     write_set(root / "other", seed=2)
     seen, encoder = measured_jobs(monkeypatch), str(place / "encoder")
+    record = json.loads((output / "color" / "frozen.json").read_text())
+    described = record.pop(EVALUATED)  # as an earlier version stored it
+    (output / "color" / "frozen.json").write_text(json.dumps(record))
     suite = three(place, "entries.other.groups=[frozen]", "entries.gray.groups=[frozen]", root=root)
     merged = run_suite(encoder, suite, output)
     assert seen == ["other, frozen"]  # although the folder of the data changed
     assert [column["missing"] for column in merged["columns"]] == [{}, {}, {}]
-    assert "average over all 3 data sets" in (output / "suite.md").read_text()
+    assert [column["outside"] for column in merged["columns"]] == [[], [], ["gray", "other"]]
+    text = (output / "suite.md").read_text()
+    assert "average over all 3 data sets" in text
+    assert "average over 1 of 3 data sets; not in the group fine_tuned: gray, other" in text
+    again = json.loads((output / "color" / "frozen.json").read_text())[EVALUATED]
+    assert again["weights"] == described["weights"]
     seen.clear()
     shutil.rmtree(root / "gray")  # what was measured before is kept
     assert run_suite(encoder, suite, output) == merged and seen == []
@@ -290,6 +313,24 @@ def test_some_protocols_of_a_suite(place: Path) -> None:
         ("[knn, ridge]", "[knn, rigde]", ("entries.color", "ridge")),
         ("  color:", "  ../color:", ("entries", "../color")),
         ("title: Three sets", "titel: Three sets", ("suite.titel", "suite.title")),
+        ("  color:", "  2012:", ("entries", 2012)),
+        ("{path: color}", "{path: color}, instead: {rigde: knn}", ("entries.color.instead", "ridge")),
+        (
+            "cache: false}",
+            "cache: false, protocols: [mlp]}",
+            ("evaluation.protocols", "groups.NAME.protocols"),
+        ),
+        (
+            "{path: color}",
+            "{path: color}, evaluation: {protocols: [mlp]}",
+            ("entries.color.evaluation.protocols", "groups.NAME.protocols"),
+        ),
+        (
+            "{path: color}",
+            "{path: color}, evaluation: {path: a}",
+            ("evaluation.path", "entries.color.data.path=a"),
+        ),
+        ("\n".join(SUITE.splitlines()[-3:]), "  a: {data: {path: a}, groups: []}", ("entries",)),
         ("groups:", "group:", ("group", "groups")),
     ],
 )
@@ -332,6 +373,20 @@ def test_help_lists_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
         main(["evaluate", "--help"])
     text = capsys.readouterr().out
     assert [name for name in suite_files() if name not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.path=elsewhere", ("data.path", "entries.color.data.path=elsewhere")),
+        ("evaluation.path=elsewhere", ("evaluation.path", "entries.color.data.path=elsewhere")),
+        ("evaluation.settings.mlp.epochs=3", ("evaluation.settings.mlp", "ridge")),
+    ],
+)
+def test_overrides_without_a_meaning_for_all_data_sets(tmp_path: Path, override: str, parts: tuple) -> None:
+    (tmp_path / "three.yaml").write_text(SUITE)
+    with pytest.raises(UserError, match=mentions(*parts)):
+        load_suite(str(tmp_path / "three.yaml"), [override], root="data")
 
 
 def test_transfer_ericsson_has_the_sets_and_metrics_of_the_paper() -> None:
@@ -403,6 +458,18 @@ def test_a_summary_of_different_protocols_and_metrics() -> None:
     assert "| voc | mAP, 11 points | - | 20.0 |" in text and "| 30.0 (2 of 4) | 40.0 (2 of 4) |" in text
     assert "voc: multi-label probe in place of linear probe" in text
     assert csv_text(summary).splitlines()[-1].endswith("0.400000,b gone")
+
+
+def test_numbers_with_other_labels_are_not_averaged() -> None:
+    def job(entry: str, labels: dict[int, float | None]) -> Measured:
+        few = [number("few_label_knn", value) | {"key": f"few_labels_{n}"} for n, value in labels.items()]
+        result: Any = {"protocols": few, "skipped": []}
+        return Measured(entry, "frozen", "top_1", {"few_label_knn": "few_label_knn"}, result, None)
+
+    jobs = [job("a", {10: 0.9, 1: 0.1}), job("small", {1: 0.2}), job("nan", {10: None, 1: 0.3})]
+    ten, one = summarize("Title", "encoder", jobs).columns
+    assert (ten.values, one.values) == ([0.9], [0.1, 0.2, 0.3])
+    assert "finite" in ten.missing["nan"] and "does not return" in ten.missing["small"]
 
 
 def test_a_data_set_on_the_hub(

@@ -81,6 +81,8 @@ def test_keys_of_the_training_have_an_effect(tmp_path: Path, capsys) -> None:
         ("method.temperature=0.1", ["method.temperature"]),
         ("views.blur=0.1", ["views.blur"]),
         ("publish.repo_id=a/b", ["publish.repo_id"]),
+        ("data.max_images=50", ["data.max_images", "evaluation.max_train_images"]),
+        ("data.split=test", ["data.split", "evaluation.train_split"]),
         ("training.batch_size=9", ["training.batch_size", "evaluation.settings.fine_tune.batch_size"]),
     ],
 )

@@ -26,6 +26,10 @@ _IGNORED = (
 _NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
+Tested = tuple[str, str, str, int, int | None]
+"""See `Column.data`. Another column of labels of the same images usually has another number of classes."""
+
+
 @dataclass(frozen=True)
 class Column:
     """Numbers that can be compared: of one protocol id, measured on the same test images.
@@ -33,14 +37,14 @@ class Column:
     Attributes:
         id: see `hf_ssl.evaluation.results.result_id`.
         key: the key of the number.
-        data: name, revision, split and number of the test images.
+        data: name, revision, split and number of the test images, and the number of classes if it is known.
         heading: a text that differs from the headings of all other columns.
         text: how the numbers were measured. Numbers that differ between the runs are given as a range.
     """
 
     id: str
     key: str
-    data: tuple[str, str, str, int]
+    data: Tested
     heading: str
     text: str
 
@@ -140,14 +144,17 @@ class _Run:
         seed: int | None = self.entries[0]["seed"]
         return seed
 
-    def numbers(self) -> Iterator[tuple[ProtocolResult, tuple[str, str, str, int]]]:
-        """Yield each number once, with its test images. Of repeated measurements, the newest one counts."""
+    def numbers(self) -> Iterator[tuple[ProtocolResult, Tested]]:
+        """Yield each number once, with its test images. Of repeated measurements, the newest one counts.
+
+        Numbers that are not finite are omitted. A number that was not finite is null in a file.
+        """
         found = set()
         for entry in self.entries:
             data = _tested(entry, self.name)
             for number in entry["results"][self.name]["protocols"]:
                 place = number["id"], number["key"], data
-                if place not in found:
+                if place not in found and number["value"] is not None:
                     found.add(place)
                     yield number, data
 
@@ -181,7 +188,7 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
         different.sort(key=lambda entry: str(entry["date"]), reverse=True)
         evaluated = [entry for entry in different if _has_numbers(entry)]
         measured = sum(
-            len(entry["results"]["trained"]["protocols"]) for entry in given if _has_numbers(entry)
+            len(list(_Run("trained", [entry]).numbers())) for entry in given if _has_numbers(entry)
         )
         if measured > len(list(_Run("trained", evaluated).numbers())):
             repeated.append(f"{_described(given[0])}: its results were given several times and count once")
@@ -284,15 +291,15 @@ def _overrides(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tested(entry: dict[str, Any], name: str) -> tuple[str, str, str, int]:
+def _tested(entry: dict[str, Any], name: str) -> Tested:
     images, result = entry["evaluation"], entry["results"][name]
     revision = result.get("revision") or images["revision"]
-    return images["name"], revision, images["test_split"], result["images"]["test"]
+    return images["name"], revision, images["test_split"], result["images"]["test"], result.get("classes")
 
 
 def _columns(runs: list[_Run]) -> list[Column]:
     """Return the columns in the order of the first run that has them, with different headings."""
-    found: dict[tuple[str, str, tuple[str, str, str, int]], list[ProtocolResult]] = {}
+    found: dict[tuple[str, str, Tested], list[ProtocolResult]] = {}
     for run in runs:
         for number, data in run.numbers():
             found.setdefault((number["id"], number["key"], data), []).append(number)
@@ -303,9 +310,10 @@ def _columns(runs: list[_Run]) -> list[Column]:
                 numbers[0]["column"],
                 f"on {name}",
                 f"{counted(images, 'image')} of {split}, revision {revision[:8]}",
+                "" if classes is None else counted(classes, "class", "classes"),
                 protocol_id,
             ]
-            for (protocol_id, _, (name, revision, split, images)), numbers in found.items()
+            for (protocol_id, _, (name, revision, split, images, classes)), numbers in found.items()
         ]
     )
     return [

@@ -2,7 +2,9 @@
 """Reads the results of runs and evaluations from all files that contain them (layer 3).
 
 `hf-ssl pretrain` writes `facts.json`, `hf-ssl evaluate --output` writes `results.json`, and
-`hf-ssl supervise` writes `supervised.json`. A results file is a list of entries, one for each run.
+`hf-ssl supervise` writes `supervised.json`. A results file is a list of entries, one for each run. The
+`results.json` of a suite names its jobs. Their files `ENTRY/GROUP.json` contain evaluations of one encoder on
+several data sets.
 """
 
 from pathlib import Path
@@ -18,7 +20,7 @@ SUPERVISED = "supervised.json"
 FILES = (FACTS, SUPERVISED, EVALUATION)
 """Names of the files with results in the folders that commands write."""
 EVALUATED = "evaluated"
-"""Key of the entry, without its results, in `results.json` and `supervised.json`."""
+"""Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
 _DEPTH = 3
@@ -37,8 +39,15 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     stored = read_json(path)
     if not isinstance(stored, dict) or {"method", "training"} <= stored.keys():
         return read_entries(path)
+    if {"suite", "columns"} <= stored.keys():
+        places = {
+            f"{name}/{each['group']}.json": None for each in stored["columns"] for name in each["entries"]
+        }
+        return [entry for place in places for entry in read_results(path.parent / place)]
     if isinstance(stored.get(EVALUATED), dict):
-        if "result" in stored:
+        if "group" in stored:
+            results = {"trained": stored["result"]}
+        elif "result" in stored:
             images, result = stored["images"], stored["result"]
             results = {"trained": {"protocols": [result], "images": images, "pooling": stored["pooling"]}}
         else:
@@ -46,7 +55,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             results = {"trained": stored["encoder"], **results}
         return [stored[EVALUATED] | {"results": results}]
     if "encoder" in stored or {"recipe", "result", "seconds"} <= stored.keys():
-        command = "hf-ssl evaluate --output" if "encoder" in stored else "hf-ssl supervise"
+        command = "hf-ssl evaluate --suite" if "suite" in stored else "hf-ssl evaluate --output"
+        command = command if "encoder" in stored else "hf-ssl supervise"
         raise UserError(
             f"{path}: expected the name of the evaluated images, got a file of an older version without it; "
             f"run {command} again"

@@ -5,7 +5,7 @@ import csv
 import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +57,19 @@ class Column:
         group: name of the group.
         protocol: protocol of the group.
         cells: the numbers by entry.
+        outside: the entries of the suite that do not belong to the group.
     """
 
     heading: str
     group: str
     protocol: str
     cells: dict[str, Cell]
+    outside: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Return the number of data sets in the suite."""
+        return len(self.cells) + len(self.outside)
 
     @property
     def values(self) -> list[float]:
@@ -81,11 +88,16 @@ class Column:
     @property
     def sentence(self) -> str:
         """Return which data sets the average includes."""
-        count, total = len(self.values), len(self.cells)
-        if not self.missing:
+        count, total = len(self.values), self.total
+        if count == total:
             return f"{self.heading}: average over all {total} data sets"
-        names = "; ".join(f"{name} ({reason})" for name, reason in self.missing.items())
-        return f"{self.heading}: average over {count} of {total} data sets; missing: {names}"
+        text = f"{self.heading}: average over {count} of {total} data sets"
+        if self.missing:
+            names = "; ".join(f"{name} ({reason})" for name, reason in self.missing.items())
+            text += f"; missing: {names}"
+        if self.outside:
+            text += f"; not in the group {self.group}: {', '.join(self.outside)}"
+        return text
 
 
 @dataclass
@@ -110,8 +122,9 @@ class Summary:
                     "protocol": column.protocol,
                     "average": column.average,
                     "data_sets": len(column.values),
-                    "of": len(column.cells),
+                    "of": column.total,
                     "missing": column.missing,
+                    "outside": column.outside,
                     "entries": {
                         name: {"value": cell.value, "protocol": cell.protocol, "id": cell.id}
                         for name, cell in column.cells.items()
@@ -132,41 +145,62 @@ def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary
         measured: the jobs with their results.
     """
     columns: list[Column] = []
+    metrics = {job.entry: job.metric for job in measured}
     places = dict.fromkeys((job.group, protocol) for job in measured for protocol in job.protocols)
     for group, protocol in places:
         jobs = [job for job in measured if job.group == group and protocol in job.protocols]
-        found = {job.entry: _numbers(job, protocol) for job in jobs}
+        found = _aligned({job.entry: _numbers(job, protocol) for job in jobs})
+        outside = [name for name in metrics if name not in found]
         for position in range(max(1, *map(len, found.values()))):
+            at = {name: numbers[position] for name, numbers in found.items() if position < len(numbers)}
             own = [
-                numbers[position]["column"]
-                for numbers in found.values()
-                if position < len(numbers) and numbers[position]["protocol"] == protocol
+                number["column"]
+                for number in at.values()
+                if number is not None and number["protocol"] == protocol
             ]
             heading = own[0] if len(set(own)) == 1 else PROTOCOLS[protocol].title
             if heading in [column.heading for column in columns]:
                 heading = f"{heading} ({group}, {position + 1})"
-            cells = {job.entry: _cell(job, protocol, found[job.entry][position:]) for job in jobs}
-            columns.append(Column(heading, group, protocol, cells))
-    return Summary(title, encoder, {job.entry: job.metric for job in measured}, columns)
+            cells = {job.entry: _cell(job, protocol, at.get(job.entry)) for job in jobs}
+            columns.append(Column(heading, group, protocol, cells, outside))
+    return Summary(title, encoder, metrics, columns)
+
+
+def _aligned(found: dict[str, list[ProtocolResult]]) -> dict[str, list[ProtocolResult | None]]:
+    """Return the numbers of each data set, with None for those that only other data sets have.
+
+    A data set may lack numbers, such as those with more labels than its smallest class has. Numbers have the
+    same place if their keys are equal. Keys that contain a number of images differ between data sets; such
+    numbers have the places of their order.
+    """
+    keys = [number["key"] for number in max(found.values(), key=len)]
+    aligned: dict[str, list[ProtocolResult | None]] = {}
+    for name, numbers in found.items():
+        by_key = {number["key"]: number for number in numbers}
+        known = by_key.keys() <= set(keys)
+        aligned[name] = [by_key.get(key) for key in keys] if known else [*numbers]
+    return aligned
 
 
 def _numbers(job: Measured, protocol: str) -> list[ProtocolResult]:
     return [] if job.result is None else find_results(job.result, job.protocols[protocol])
 
 
-def _cell(job: Measured, protocol: str, numbers: list[ProtocolResult]) -> Cell:
-    """Return the first of the numbers, as the metric of the entry."""
+def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
+    """Return a number in the metric of its entry."""
     run = job.protocols[protocol]
     if job.result is None:
         return Cell(None, run, reason=job.error or "it was not measured")
-    if not numbers:
+    if number is None:
         start = f"{PROTOCOLS[run].title}: "
         skipped = [text.removeprefix(start) for text in job.result["skipped"] if text.startswith(start)]
         return Cell(None, run, reason=(skipped or ["the protocol does not return this number"])[0])
-    value = metric_value(numbers[0], job.metric)
+    if number["value"] is None:  # how a file stores a number that is not finite
+        return Cell(None, run, reason=f"the number of {PROTOCOLS[run].title} is not finite")
+    value = metric_value(number, job.metric)
     if value is None:
         return Cell(None, run, reason=f"{PROTOCOLS[run].title} does not measure {job.metric}")
-    return Cell(value, run, numbers[0]["id"])
+    return Cell(value, run, number["id"])
 
 
 def metric_value(result: ProtocolResult, metric: str) -> float | None:
@@ -210,7 +244,8 @@ def _text(value: float | None) -> str:
 
 
 def _share(column: Column) -> str:
-    return f" ({len(column.values)} of {len(column.cells)})" if column.missing and column.values else ""
+    count = len(column.values)
+    return f" ({count} of {column.total})" if 0 < count < column.total else ""
 
 
 def csv_text(summary: Summary) -> str:
@@ -227,7 +262,7 @@ def csv_text(summary: Summary) -> str:
             writer.writerow([summary.encoder, name, *about, value, cell.reason])
         average = "" if column.average is None else f"{column.average:.6f}"
         about = ["", column.group, column.heading, column.protocol, ""]
-        missing = " ".join(column.missing)
+        missing = " ".join([*column.missing, *column.outside])
         writer.writerow([summary.encoder, "average", *about, average, missing])
     return stream.getvalue()
 

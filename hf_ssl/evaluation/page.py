@@ -6,7 +6,7 @@ The page contains its data and small images, and loads no other files. `points.h
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ _TEMPLATE = Path(__file__).with_name("points.html")
 
 def points_page(
     maps: Mapping[str, Mapping[str, np.ndarray]],
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     labels: np.ndarray,
     class_names: Sequence[str],
     title: str,

@@ -48,12 +48,14 @@ def extract_together(
             found = extract(chain([first], batches))
     except UserError as error:
         problem = str(error)
-    of_all = from_every_process((broken, problem))
-    for _, problem in of_all:
+    of_all = from_every_process((broken, problem, bool(found)))
+    for _, problem, _ in of_all:
         if problem is not None:
             raise UserError(problem)
     if isinstance(images, LabeledImages):
-        images.omit_broken({row: text for each, _ in of_all for row, text in each.items()})
+        images.omit_broken({row: text for each, *_ in of_all for row, text in each.items()})
+    if not any(has_images for *_, has_images in of_all):
+        raise UserError("images: expected at least one, got no image")
     return {name: join_rows(found.get(name), device) for name in names}
 
 

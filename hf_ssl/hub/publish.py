@@ -221,8 +221,9 @@ def run_files(folder: Path, repo_id: str) -> Files:
     """Return the files of a finished run for the repository `repo_id`.
 
     These are the encoder, image processor, card, facts, results, pictures, and the method model in
-    `pretraining/`. Card, facts and results contain the name of the repository instead of that of the folder.
-    A card that a user edited stays unchanged.
+    `pretraining/`. The results are all JSON files in `results/`, also those of suites and of `hf-ssl evaluate
+    --output`. Card, facts and the results of the card contain the name of the repository instead of that of
+    the folder. A card that a user edited stays unchanged.
 
     Raises:
         UserError: the folder is not a finished run (the message names the missing files), or a file is
@@ -234,8 +235,9 @@ def run_files(folder: Path, repo_id: str) -> Files:
     if (folder / EVALUATION_RESULTS).is_file():
         files[EVALUATION_RESULTS] = folder / EVALUATION_RESULTS
     for path in sorted((folder / "results").rglob("*.json")):
-        if not path.name.startswith("_"):
-            files[path.relative_to(folder).as_posix()] = path
+        name = path.relative_to(folder)
+        if not any(part.startswith("_") for part in name.parts):  # such as the checkpoints of a suite
+            files[name.as_posix()] = path
     files |= picture_files(folder, facts) | _renamed(folder, facts, repo_id)
     _check_card(files[CARD])
     return dict(sorted(files.items()))

@@ -48,9 +48,10 @@ def joined_processes(device_type: str) -> Iterator[None]:
     _shares_work = True
     try:
         yield
-        finish_communication()
-    finally:
+        wait_for_all()
+    finally:  # also after an error, which most often stops all processes at the same place
         _shares_work = False
+        _wait_for_threads()
         dist.destroy_process_group()
 
 
@@ -153,10 +154,13 @@ def finish_communication() -> None:
     Otherwise gloo can hang (torch 2.6, on a busy machine). The destruction of the group waits for a thread of
     gloo. That thread waits for the interpreter lock, because it frees a tensor of the last operation.
     """
-    if process_count() > 1:
-        dist.barrier()
-        if dist.get_backend() == "gloo":
-            time.sleep(_SECONDS_TO_FREE)
+    wait_for_all()
+    _wait_for_threads()
+
+
+def _wait_for_threads() -> None:
+    if process_count() > 1 and dist.get_backend() == "gloo":
+        time.sleep(_SECONDS_TO_FREE)
 
 
 def min_over_processes(number: int, device: torch.device) -> int:

@@ -73,7 +73,7 @@ def test_other_settings_are_other_rows() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["id", "revision", "images", "split"])
+@pytest.mark.parametrize("change", ["id", "revision", "images", "split", "classes"])
 def test_other_ids_and_images_never_share_a_column(change: str) -> None:
     first, second = entry(), entry("byol")
     result = second["results"]["trained"]
@@ -86,6 +86,8 @@ def test_other_ids_and_images_never_share_a_column(change: str) -> None:
         result["images"]["test"] += 1
         for number in result["protocols"]:
             number["details"].pop("right", None)
+    elif change == "classes":  # another column of labels, such as the coarse classes of CIFAR-100
+        result["classes"] += 1
     else:
         second["evaluation"]["test_split"] = "validation"
     comparison = compare([first, second])
@@ -96,6 +98,15 @@ def test_other_ids_and_images_never_share_a_column(change: str) -> None:
         len([row for row in comparison.rows if column in row.cells]) == 1 for column in comparison.columns
     )
     assert "| - |" in markdown(comparison)
+
+
+def test_a_number_that_is_not_finite_is_omitted() -> None:
+    first, second = entry(), entry("byol")
+    second["results"]["trained"]["protocols"][0]["value"] = None
+    comparison = compare([first, second])
+    rows = [len([row for row in comparison.rows if column in row.cells]) for column in comparison.columns]
+    assert rows == [1] + [2] * (len(rows) - 1) and len(rows) > 1
+    assert not comparison.repeated
 
 
 def test_differences_are_those_of_the_paired_bootstrap(six) -> None:

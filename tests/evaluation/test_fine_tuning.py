@@ -5,6 +5,8 @@ processes."""
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from hf_ssl.evaluation.fine_tuning import (
     predict,
     train_classifier,
 )
+from hf_ssl.evaluation.protocols import fine_tune
 from hf_ssl.modeling.backbones import set_identity_pooler
 from hf_ssl.modeling.pooling import declare_feature, pool, pooling_rule
 
@@ -100,6 +103,20 @@ def fine_tuned(kind: str, data, folder: Path | None = None, encoder=None, kill_a
 
 def same(first, second, **tolerance) -> None:
     torch.testing.assert_close(first.state_dict(), second.state_dict(), **tolerance)
+
+
+def test_checkpoints_belong_to_the_images() -> None:
+    """Other images with the same labels do not resume a training."""
+    config, labels = fine_tune.Config(folder="folder"), torch.tensor([0, 1])
+    folders = []
+    for revision in ("a", "a", "b"):
+        train = SimpleNamespace(images=SimpleNamespace(revision=revision))
+        inputs: Any = SimpleNamespace(train=train, seed=0)
+        images: Any = SimpleNamespace(preset=None)
+        task = fine_tune.Task(inputs, config, images, torch.zeros(1), labels, labels)
+        torch.manual_seed(0)
+        folders.append(task._folder(torch.nn.Linear(2, 2), np.arange(2), SETTINGS))
+    assert folders[0] == folders[1] != folders[2]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import evaluate_encoder
+from hf_ssl.evaluation import evaluate_encoder, shared_extraction
 from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.evaluation.shared_extraction import extract_together
 from hf_ssl.modeling.gather import join_rows, joined_processes
@@ -136,3 +136,11 @@ def test_a_single_process_reads_all_batches() -> None:
         patch.delenv("WORLD_SIZE", raising=False)
         features(labeled(), seen=seen)
     assert seen == [40] and torch.equal(join_rows(torch.ones(2, 3), CPU), torch.ones(2, 3))
+
+
+def test_no_image_on_any_process_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_extraction, "work_is_shared", lambda: True)
+    images = OnlyBatches(labeled())
+    images.images = []
+    with pytest.raises(UserError, match="no image"):
+        features(images)

@@ -11,7 +11,7 @@ from hub_server import HubServer
 from messages import missing
 
 from hf_ssl.errors import UserError
-from hf_ssl.hub.publish import publish
+from hf_ssl.hub.publish import publish, run_files
 from hf_ssl.hub.remote import UNCHANGED
 
 REPO = "someone/digits"
@@ -85,6 +85,15 @@ def test_a_second_publication_uploads_only_changes(
     assert online.count("PUT /lfs/") == puts + 1
     assert all(repo.head.files[name].data == data for name, data in own.items())
     assert "deleted: pretraining/config.json, pretraining/model.safetensors" in capsys.readouterr().out
+
+
+def test_results_of_a_suite_are_published_without_its_checkpoints(run: Path) -> None:
+    suite = run / "results" / "transfer"
+    for name in ("color/frozen.json", "color/_checkpoints_fine_tuned/checkpoint-1/trainer_state.json"):
+        (suite / name).parent.mkdir(parents=True, exist_ok=True)
+        (suite / name).write_text("{}")
+    new = set(run_files(run, REPO)) - FILES
+    assert new == {"results/transfer/color/frozen.json"}
 
 
 def test_sharded_weights_replace_a_single_file(online: HubServer, run: Path) -> None:

@@ -2,10 +2,13 @@
 """Values that two gloo processes compute together."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from forks import Forks
 
+from hf_ssl.modeling import gather
 from hf_ssl.modeling.gather import any_process, min_over_processes
 
 SCRIPT = """
@@ -31,3 +34,23 @@ def test_one_process_gets_its_own_values():
     cpu = torch.device("cpu")
     assert [any_process(flag, cpu) for flag in (True, False)] == [True, False]
     assert min_over_processes(7, cpu) == 7
+
+
+def test_threads_of_gloo_end_before_its_group_also_after_an_error(monkeypatch):
+    seen, fake = (
+        [],
+        SimpleNamespace(
+            is_available=lambda: True,
+            is_initialized=lambda: "start" in seen,
+            init_process_group=lambda backend: seen.append("start"),
+            get_world_size=lambda: 2,
+            get_backend=lambda: "gloo",
+            destroy_process_group=lambda: seen.append("end"),
+        ),
+    )
+    monkeypatch.setattr(gather, "dist", fake)
+    monkeypatch.setattr(gather.time, "sleep", lambda seconds: seen.append("wait"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KeyError), gather.joined_processes("cpu"):
+        raise KeyError
+    assert seen == ["start", "wait", "end"] and not gather.work_is_shared()

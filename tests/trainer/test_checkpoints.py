@@ -153,6 +153,19 @@ def test_a_run_of_an_older_version_keeps_what_it_had(tmp_path, had, precision, k
     assert choices == {f"training.{name}": value for name, value in kept.items()}
 
 
+@pytest.mark.parametrize("key", ["shuffle_window", "box_format", "max_broken_fraction", "mask_column"])
+def test_a_run_of_a_version_without_a_setting_of_the_data_resumes(tmp_path, key):
+    settings = recipe(tmp_path)
+    mark_output_folder(settings, {}, "revision")
+    run = json.loads((tmp_path / "_run.json").read_text())
+    del run["data"][key]
+    (tmp_path / "_run.json").write_text(json.dumps(run))
+    assert last_checkpoint(settings) is None
+    if key == "shuffle_window":
+        with pytest.raises(UserError, match=mentions("data.shuffle_window", 7)):
+            last_checkpoint(recipe(tmp_path, "data.shuffle_window=7"))
+
+
 def test_a_run_of_an_older_version_with_another_precision_is_refused(tmp_path):
     settings = recipe(tmp_path, "training.precision=bfloat16")
     write_as_an_older_version(tmp_path, settings, {})

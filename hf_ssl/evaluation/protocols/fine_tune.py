@@ -255,7 +255,8 @@ class Task(NamedTuple):
         """Return the folder of a training, whose name contains everything that determines its result."""
         if self.config.folder is None:
             return None
-        digest = hashlib.sha256(f"{settings} {self.images.preset} {self.inputs.seed}".encode())
+        revision = getattr(self.inputs.train.images, "revision", None)  # not in all kinds of `LabeledData`
+        digest = hashlib.sha256(f"{settings} {self.images.preset} {self.inputs.seed} {revision}".encode())
         labels = self.labels[torch.from_numpy(rows)]
         for array in (rows, labels.numpy(), *(each.cpu().numpy() for each in model.state_dict().values())):
             digest.update(np.ascontiguousarray(array).tobytes())
