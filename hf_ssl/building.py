@@ -18,6 +18,7 @@ from hf_ssl.data import (
     open_source,
     train_loader,
 )
+from hf_ssl.data.boxes import object_columns
 from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
@@ -191,8 +192,8 @@ def open_labeled_splits(
 def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     """Return whether the images of the evaluation can have several labels, without reading the labels.
 
-    Only `data.label_column` is checked. If the data cannot be opened, the result is False, and the evaluation
-    reports the reason later.
+    Only `data.label_column` is checked. Boxes are several labels, too. If the data cannot be opened, the
+    result is False, and the evaluation reports the reason later.
 
     Args:
         data: the section `data` of a recipe.
@@ -206,9 +207,10 @@ def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
         source = open_source(data, evaluation.train_split, labels=True, only_image=True)
     except UserError:
         return False
-    return isinstance(source.dataset, Dataset) and isinstance(
-        source.dataset.features[source.label_column], List
-    )
+    if not isinstance(source.dataset, Dataset):
+        return False
+    features, column = source.dataset.features, source.label_column
+    return isinstance(features[column], List) or column in object_columns(features)
 
 
 def _choose_sizes(

@@ -29,7 +29,7 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.evaluate import check_protocols
 from hf_ssl.evaluation.plots import write_plots
-from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, uses_image_labels
 from hf_ssl.files import disk_errors_as_user_errors, write_json
 from hf_ssl.modeling.backbones import with_new_weights
 from hf_ssl.modeling.gather import finish_communication, joined_processes, process_rank, wait_for_all
@@ -274,17 +274,20 @@ def _evaluate(
         results["projector"] = evaluate_encoder(
             projected, *splits, settings, processor, device=device, description=words
         )
-    detectors = [name for name in evaluation.protocols if "boxes" in PROTOCOLS[name].labels]
-    if evaluation.baselines and detectors and splits[0].has_boxes:
+    kinds = splits[0].kinds & splits[1].kinds
+    fitting = [name for name in evaluation.protocols if kinds & set(PROTOCOLS[name].labels)]
+    # Raw pixels are no baseline for protocols of boxes and masks, which need feature maps.
+    of_positions = [name for name in fitting if not uses_image_labels(name)]
+    if evaluation.baselines and of_positions:
         results["untrained"] = evaluate_encoder(
             with_new_weights(encoder, evaluation.seed),
             *splits,
-            replace(evaluation, protocols=detectors, cache=False),  # these weights are evaluated once
+            replace(evaluation, protocols=of_positions, cache=False),  # these weights are evaluated once
             processor,
             device=device,
             description=f"{model} without training",
         )
-    elif evaluation.baselines:
+    if evaluation.baselines and fitting != of_positions:
         results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
     images = evaluation_facts(data, evaluation, *splits)
     evaluated = evaluated_encoder(model, encoder, images, measured["image_size"], device)

@@ -32,6 +32,7 @@ CLASS_NAMES = (
 CROWD_NAMES = ("iscrowd", "is_crowd", "crowd")
 _OBJECT = "object"
 _MOST_OUTSIDE = 0.5
+_ROWS_AT_ONCE = 1000
 
 
 class ImageObjects(NamedTuple):
@@ -154,26 +155,36 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         where: name of the data set, for messages.
 
     Raises:
-        UserError: a box has a negative size or is not a list of four finite numbers, an object has no class,
-            or a class number does not exist.
+        UserError: a box has a negative size or is not a list of four finite numbers, all boxes lie within one
+            pixel, an object has no class, or a class number does not exist.
     """
     check_name("data.box_format", box_format, BOX_FORMATS, " or ".join(BOX_FORMATS))
     fields = object_fields(dataset.features[column])
     assert fields is not None
     key, class_key, crowd_key = (_first(names, fields) for names in (BOX_NAMES, CLASS_NAMES, CROWD_NAMES))
-    rows = dataset.select_columns([column]).with_format(None)[:][column]
-    tables = [_lists(row, [name for name in (key, class_key, crowd_key) if name is not None]) for row in rows]
+    names = [name for name in (key, class_key, crowd_key) if name is not None]
+    # In parts, because other fields, such as polygons, can be large.
+    parts = dataset.select_columns([column]).with_format(None).iter(_ROWS_AT_ONCE)
+    tables = [_lists(row, names) for part in parts for row in part[column]]
     boxes = [
         None if table is None else _boxes(table[str(key)], box_format, f"row {row} of {where}")
         for row, table in enumerate(tables)
     ]
-    values = [None if table is None or class_key is None else table[class_key] for table in tables]
-    for row, (found, given) in enumerate(zip(boxes, values, strict=True)):
-        if found is not None and class_key is not None and len(found) != len(given or []):
+    largest = max((float(each.max(initial=0)) for each in boxes if each is not None), default=0)
+    if 0 < largest <= 1:
+        raise UserError(
+            f"objects: expected boxes in pixels in {where}, got numbers up to {largest:.3g}, shares of the "
+            f"sides of the image; multiply the column {column} by the sides"
+        )
+    for row, table in enumerate(tables):
+        counts = {name: len(each) for name, each in (table or {}).items()}
+        if len(set(counts.values())) > 1:
+            words = ", ".join(f"{count} of {name}" for name, count in counts.items())
             raise UserError(
-                f"objects: expected a class for each of {len(found)} boxes in row {row} of {where}, got "
-                f"{len(given or [])}; correct the column {column}"
+                f"objects: expected one value of each field for an object in row {row} of {where}, got "
+                f"{words}; correct the column {column}"
             )
+    values = [None if table is None or class_key is None else table[class_key] for table in tables]
     if class_key is None:
         names = [_OBJECT]
         classes = [np.zeros(len(found if found is not None else []), np.int64) for found in boxes]
@@ -204,7 +215,7 @@ def _lists(row: Any, names: list[str]) -> dict[str, list[Any]] | None:
         return None
     if isinstance(row, Mapping):
         return {name: list(row[name] or []) for name in names}
-    return {name: [each[name] for each in row] for name in names}
+    return {name: [None if each is None else each[name] for each in row] for name in names}
 
 
 def _boxes(given: list[Any], box_format: str, where: str) -> np.ndarray:

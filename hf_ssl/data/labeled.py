@@ -18,7 +18,7 @@ from hf_ssl.data.columns import find_label_column, label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.sources import Source, open_source
-from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets
+from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets, uses_classes
 from hf_ssl.errors import UserError, counted
 from hf_ssl.random import permutation
 
@@ -342,22 +342,25 @@ def label_source(
         source: the images.
         config, max_images, seed: see `labeled_images`.
         kinds: kinds of labels from `CLASS_KINDS` and `TARGETS` in `hf_ssl.data.targets`. The images need at
-            least one of them. If they have no classes, `labels` has the shape (N, 0).
+            least one of them. If they have no classes, or if no requested kind is one of `CLASS_KINDS`,
+            `labels` has the shape (N, 0).
 
     Raises:
         UserError: the source is a stream or has no labels.
     """
     source.require_rows()
     targets, objects = find_targets(source, config, kinds), None
-    try:
-        if targets and not isinstance(source.dataset, Dataset):
-            # The second part of an item may be a mask. One item is enough to find out.
-            _class_labels(source.select(np.arange(1)), config, kinds)
-        labels, class_names, objects = _class_labels(source, config, kinds)
-    except UserError:
-        if not targets or config.label_column is not None:
-            raise
-        labels, class_names = np.zeros((len(source.dataset), 0), np.int64), []
+    labels = np.zeros((len(source.dataset), 0), np.int64)
+    class_names: list[str] = []
+    if uses_classes(kinds):  # otherwise, images without a class are also used
+        try:
+            if targets and not isinstance(source.dataset, Dataset):
+                # The second part of an item may be a mask. One item is enough to find out.
+                _class_labels(source.select(np.arange(1)), config, kinds)
+            labels, class_names, objects = _class_labels(source, config, kinds)
+        except UserError:
+            if not targets or config.label_column is not None:
+                raise
     chosen = np.flatnonzero(labels >= 0 if labels.ndim == 1 else (labels >= 0).all(axis=1))
     if not len(chosen):
         raise UserError(
@@ -385,14 +388,15 @@ def _class_labels(
 ) -> tuple[np.ndarray, list[str], Objects | None]:
     """Return the labels of all rows, the names of the classes, and the boxes if the column has some.
 
-    If only boxes are requested, a single column of boxes takes precedence over columns of classes.
+    If boxes are the only requested kind of class labels, a single column of boxes takes precedence over
+    columns of classes.
     """
     dataset, where = source.dataset, source.description
     column = config.label_column or source.label_column
     if not isinstance(dataset, Dataset):
         return *dataset.labels(column, where), None
     boxes = object_columns(dataset.features)
-    if config.label_column is None and set(kinds) == {"boxes"} and len(boxes) == 1:
+    if config.label_column is None and {*kinds} & {*CLASS_KINDS} == {"boxes"} and len(boxes) == 1:
         column = boxes[0]
     elif column is None or column != source.label_column:
         column = find_label_column(dataset.features, column, where)

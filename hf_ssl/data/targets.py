@@ -5,7 +5,7 @@ A new kind of targets needs one file and one line in `TARGETS`.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +17,27 @@ from hf_ssl.errors import UserError
 CLASS_KINDS = ("one", "several", "boxes")
 """Kinds of class labels: one class for each image, several classes, or boxes with classes."""
 
-TARGETS: dict[str, Callable[[Source, DataConfig], Any]] = {"masks": find_masks}
-"""Kind of targets -> function that returns the targets of a source as a sequence, one item for each row.
 
-The function raises UserError if the source has no such targets. The sequence reads an item on request.
-"""
+class TargetKind(NamedTuple):
+    """A kind of targets.
+
+    Attributes:
+        find: returns the targets of a source as a sequence, one item for each row. The sequence reads an item
+            on request. The function raises UserError if the source has no such targets.
+        column: returns the column that the user names; None: it is found by its name.
+    """
+
+    find: Callable[[Source, DataConfig], Any]
+    column: Callable[[DataConfig], str | None]
+
+
+TARGETS = {"masks": TargetKind(find_masks, lambda config: config.mask_column)}
+"""Name of a kind of targets -> its functions."""
+
+
+def uses_classes(kinds: Collection[str]) -> bool:
+    """Return whether class labels are among the requested kinds of labels."""
+    return not set(kinds).isdisjoint(CLASS_KINDS)
 
 
 class SelectedRows(Sequence[Any]):
@@ -50,15 +66,18 @@ def find_targets(source: Source, config: DataConfig, kinds: Collection[str]) -> 
         kinds: the requested kinds of labels, from `CLASS_KINDS` and `TARGETS`.
 
     Raises:
-        UserError: no kind of classes is requested, and the source has no targets of any requested kind.
+        UserError: the source has no targets in a column that the user names; or no kind of classes is
+            requested, and the source has no targets of any requested kind.
     """
     found: dict[str, Sequence[Any]] = {}
     errors = []
     for kind in (kind for kind in TARGETS if kind in kinds):
         try:
-            found[kind] = TARGETS[kind](source, config)
+            found[kind] = TARGETS[kind].find(source, config)
         except UserError as error:
+            if TARGETS[kind].column(config) is not None:
+                raise
             errors.append(error)
-    if errors and not found and not set(kinds) & set(CLASS_KINDS):
+    if errors and not found and not uses_classes(kinds):
         raise errors[0]
     return found

@@ -70,7 +70,15 @@ def box_scores(found: Sequence[Detections], truth: Sequence[ImageObjects]) -> Bo
     """
     from torchmetrics.detection import MeanAveragePrecision
 
-    metric = MeanAveragePrecision("xywh", class_metrics=True, backend="pycocotools")
+    metric = MeanAveragePrecision(
+        "xywh",
+        # Those of pycocotools. torchmetrics rounds them to float32, and a recall of 0.6 is then below 0.6.
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        class_metrics=True,
+        backend="pycocotools",
+        sync_on_compute=False,  # every process has the detections of all images
+    )
     metric.warn_on_many_detections = False
     metric.update(
         [{"boxes": _with_sizes(each.boxes), "scores": each.scores, "labels": each.classes} for each in found],

@@ -8,7 +8,6 @@ repeated and resumed exactly. Several processes share the batches, but sample ot
 Legend: B images in a batch of all processes, M training images, N images, D detections of an image.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,13 +179,16 @@ class DetectorTrainer(LabelTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return this process's part of the loss of the batch, times the number of processes."""
+        """Return this process's part of the loss of the batch, times the number of processes.
+
+        All processes raise UserError if the loss of one is not finite. The others would wait for it.
+        """
         batch: BoxBatch = inputs
         device = self.args.device
         targets = [{name: each.to(device) for name, each in target.items()} for target in batch.targets]
         losses = model(_pixels(batch.images, device), targets)
         loss = torch.stack(list(losses.values())).sum() * (process_count() * len(batch.images) / batch.size)
-        if not math.isfinite(loss.item()):
+        if not sum_over_processes(loss.detach()).isfinite():
             raise UserError(
                 f"{self.where}.learning_rate: expected a rate with which training converges, got "
                 f"{max(group['lr'] for group in self._groups):g}; use a smaller one"

@@ -88,6 +88,9 @@ def evaluate_encoder(
         model = model.exported_encoder
     device = device_of(model, device)
     processor = load_processor(processor, model)
+    for name in config.protocols:  # before the images are read
+        if (require_packages := getattr(load_protocol(name), "require_packages", None)) is not None:
+            require_packages()
     train, test = _labeled(train, test, config, data)
     precision = chosen_precision(config, model, device)
     if isinstance(train, LabeledImages):

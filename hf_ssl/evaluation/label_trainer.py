@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer for protocols that train with labels and make their own batches (layer 1)."""
 
+import hashlib
 import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,37 @@ MOMENTUM = 0.9  # Nesterov, as in SimCLR and BYOL
 BETAS = (0.9, 0.999)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
+
+
+def training_folder(
+    folder: str | None,
+    protocol: str,
+    settings: Any,
+    model: torch.nn.Module,
+    images: Any,
+    labels: Iterable[Any],
+) -> Path | None:
+    """Return the folder of a training, whose name contains a hash of everything that determines its result.
+
+    Args:
+        folder: the folder of all trainings; None: no checkpoints.
+        protocol: name of the protocol.
+        settings: all settings of the training, also those of the images, as values with a `repr`.
+        model: the model with its initial weights.
+        images: the training images, which `read(rows)` returns. At most 16 of M are hashed.
+        labels: arrays, of which the first one contains the M row numbers of the training.
+    """
+    if folder is None:
+        return None
+    digest = hashlib.sha256(repr(settings).encode())
+    rows, *others = labels
+    sample = rows[np.unique(np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int))]
+    pixels = [image.cpu().numpy() for image in images.read(sample)]
+    weights = [each.cpu().numpy() for each in model.state_dict().values()]
+    for array in (rows, *others, *pixels, *weights):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Path(folder).expanduser() / f"{protocol}-{digest.hexdigest()[:16]}"
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def retrieval_scores(
         UserError: no query has a relevant gallery image, the number of labels is wrong, or features are not
             finite.
 
-    Source: Oh Song et al. 2016 (1511.06452), section 5, for recall at k. The paper does not define ties.
+    Source: Oh Song et al. 2016 (1511.06452), for recall at k. The paper does not define ties.
     """
     device = torch.device(device) if device is not None else torch.as_tensor(gallery_features).device
     gallery, classes = prepare(gallery_features, gallery_labels, "retrieval, gallery", device)

@@ -6,7 +6,7 @@ simultaneously, H, W pixels of a mask.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,15 +39,20 @@ class Heads(NamedTuple):
         return found.unflatten(3, (side, side))
 
 
-def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (D,) float32 over all patch tokens (N, P, D)."""
-    count = tokens.shape[0] * tokens.shape[1]
+def token_statistics(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (D,) float32 over the patch tokens of some images.
+
+    Args:
+        tokens: (N, P, D).
+        rows: numbers of the images.
+    """
+    count = len(rows) * tokens.shape[1]
     total = square = torch.zeros(tokens.shape[2], dtype=torch.float64)
-    for part in tokens.split(256):
-        total = total + part.double().sum(dim=(0, 1)).cpu()
+    for part in rows.split(256):
+        total = total + tokens[part].double().sum(dim=(0, 1)).cpu()
     mean = total / count
-    for part in tokens.split(256):
-        square = square + (part.double() - mean.to(part.device)).square().sum(dim=(0, 1)).cpu()
+    for part in rows.split(256):
+        square = square + (tokens[part].double() - mean.to(tokens.device)).square().sum(dim=(0, 1)).cpu()
     return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
 
 
@@ -75,11 +80,11 @@ def train_heads(
         learning_rates: initial learning rates of the R heads.
         epochs, batch_size: settings of the training.
         generator: generator for the order of the images.
-        rows: numbers of the training images.
+        rows: numbers of the training images. The tokens of other images have no effect.
         device: device of the computation.
         advance: called with 1 after each epoch.
     """
-    mean, deviation = (each.to(device) for each in token_statistics(tokens))
+    mean, deviation = (each.to(device) for each in token_statistics(tokens, rows))
     size, count = tokens.shape[2], len(learning_rates)
     with torch.inference_mode(False), torch.enable_grad():
         weights = [torch.zeros(size, classes, device=device, requires_grad=True) for _ in learning_rates]
@@ -111,14 +116,14 @@ def train_heads(
     return Heads(mean, deviation, torch.stack(weights).detach(), torch.stack(biases).detach())
 
 
-def pixel_counts(heads: Heads, tokens: Tensor, masks: Iterator[Tensor], classes: int) -> Tensor:
+def pixel_counts(heads: Heads, tokens: Iterable[Tensor], masks: Iterable[Tensor], classes: int) -> Tensor:
     """Return the numbers of correct, predicted and true pixels of each class, (N, R, 3, K) int64.
 
     The logits are upsampled bilinearly to the size of each mask. Pixels of the class `VOID` are ignored.
 
     Args:
         heads: R heads.
-        tokens: (N, P, D).
+        tokens: (N, P, D), or N tensors (P, D).
         masks: N masks of class numbers (H, W), which can differ in size.
         classes: K.
     """
@@ -152,7 +157,7 @@ def class_iou(counts: Tensor) -> Tensor:
 def mean_iou(counts: Tensor) -> Tensor:
     """Return the mean (...) of `class_iou` over the classes that are true or predicted in any pixel.
 
-    Source: Everingham et al., The PASCAL VOC Challenge, 2015, section 3.2. The pixels of all images are
-    summed before the division.
+    Source: Everingham et al., The PASCAL Visual Object Classes Challenge: A Retrospective, 2015, section 2.4.
+    The pixels of all images are summed before the division.
     """
     return class_iou(counts).nanmean(dim=-1)

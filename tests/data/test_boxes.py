@@ -10,9 +10,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from messages import mentions
 
+from hf_ssl.building import has_label_lists
 from hf_ssl.data import DataConfig, LabeledImages, as_source, label_data
 from hf_ssl.data.boxes import ImageObjects, Objects, object_columns, read_objects
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig
 
 NAMES = ["cell", "platelet"]
 NUMBERS = List(Value("float32"), length=4)
@@ -105,8 +107,17 @@ def test_the_column_of_classes_has_precedence() -> None:
     assert not read(dataset).has_boxes
     assert read(dataset, label_column="objects").has_boxes
     assert object_columns(dataset.features) == ["objects"]
+    for kinds in (["boxes"], ["boxes", "masks"]):
+        assert label_data(dataset, DataConfig(), "train", kinds=kinds).has_boxes, "no other labels are wanted"
     assert as_source(data_set(lists()), DataConfig()).label_column is None, "training needs no boxes"
     assert object_columns({"objects": List(ClassLabel(names=NAMES)), "size": {"width": Value("int64")}}) == []
+
+
+@pytest.mark.parametrize("feature", [LISTS, STRUCTS])
+def test_a_named_column_of_boxes_has_several_labels(feature, tmp_path) -> None:
+    data_set([None, None], feature).to_parquet(tmp_path / "train.parquet")
+    config = DataConfig(path=str(tmp_path), label_column="objects")
+    assert has_label_lists(config, EvaluationConfig())
 
 
 def test_classes_are_compared_by_name() -> None:
@@ -147,6 +158,7 @@ def test_boxes_outside_of_the_image_end_in_one_sentence(boxes, parts) -> None:
         ({"id": [0], "bbox": [[1.0, 1.0, float("nan"), 3.0]], "category": [0]}, ["finite"]),
         ({"id": [0], "bbox": [None], "category": [0]}, ["four"]),
         ({"id": [0, 1], "bbox": [[1.0, 1.0, 2.0, 3.0]], "category": [0, 1]}, [1, 2, "objects"]),
+        ({"id": [0], "bbox": [[1.0, 1.0, 2.0, 3.0]], "category": None}, [1, 0, "bbox", "category"]),
         ({"id": [0], "bbox": [[1.0, 1.0, 2.0, 3.0]], "category": [None]}, ["None", "cell"]),
         ({"id": [0], "bbox": [[1.0, 1.0, 2.0, 3.0]], "category": [-1]}, [-1, "cell"]),
     ],
@@ -155,6 +167,18 @@ def test_wrong_objects_end_in_one_sentence(row, parts) -> None:
     with pytest.raises(UserError, match=mentions(*parts)) as error:
         read(data_set([row, *lists()]))
     assert len(str(error.value)) <= 300
+
+
+def test_incomplete_structs_and_shares_of_the_image_end_in_one_sentence() -> None:
+    feature = {"bbox": List(NUMBERS), "iscrowd": List(Value("bool"))}
+    with pytest.raises(UserError, match=mentions("2 of bbox", "1 of iscrowd")):
+        read(data_set([{"bbox": BOXES[0], "iscrowd": [True]}], feature))
+    with pytest.raises(UserError, match=mentions("four")):
+        read(data_set([[None]], STRUCTS))
+    shares = [[[0.2, 0.1, 0.5, 0.5]], [], [[0.0, 0.0, 1.0, 1.0]]]
+    for box_format in ("xywh", "xyxy"):
+        with pytest.raises(UserError, match=mentions("pixels", "objects")):
+            read(data_set(lists(shares, ((1,), (), (1,)))), box_format=box_format)
 
 
 def test_a_class_number_without_a_name_and_a_negative_number() -> None:

@@ -69,6 +69,9 @@ def test_masks_of_any_name_and_classes() -> None:
     assert images.kinds == {"one", "masks"}
     assert images.labels.tolist() == [label for label in labels if label >= 0]
     assert label_data(data, DataConfig(mask_column="regions"), "test").kinds == {"one"}, "not requested"
+    images = label_data(data, config, "test", kinds=["masks"])
+    check(images, list(range(8)))
+    assert images.kinds == {"masks"} and images.labels.shape == (8, 0), "no class is needed"
 
 
 def test_masks_follow_a_choice_of_images_and_broken_images() -> None:
@@ -122,6 +125,8 @@ def test_mistakes_are_one_sentence() -> None:
         read(plain, tuple(KINDS))
     with pytest.raises(UserError, match=mentions("data.mask_column", "size", "int64")):
         read(plain, mask_column="size")
+    with pytest.raises(UserError, match=mentions("data.mask_column", "typo", "missing")):
+        read(table(label=[0, 1] * 4), tuple(KINDS), mask_column="typo")
     with pytest.raises(UserError, match=mentions("data.mask_column", "masks")):
         read(with_column(table(), "masks", [mask(row) for row in range(8)]))
     with pytest.raises(UserError, match=mentions("data.mask_column", "tuple")):

@@ -5,9 +5,12 @@ training repeats and resumes exactly, and each mistake ends in one sentence."""
 import copy
 import io
 import json
+import os
 import shutil
 from contextlib import redirect_stdout
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -35,10 +38,11 @@ from hf_ssl.evaluation import (
 from hf_ssl.evaluation.augmented import BatchRows
 from hf_ssl.evaluation.box_metrics import Detections, bootstrap_error, box_scores
 from hf_ssl.evaluation.detector import Anchors, Architecture, new_detector
-from hf_ssl.evaluation.detector_training import BoxImages
+from hf_ssl.evaluation.detector_training import BoxImages, DetectorTrainer, detect
 from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.plots import DETECTIONS, write_plots
 from hf_ssl.evaluation.protocols import detection
+from hf_ssl.modeling.gather import joined_processes, process_rank
 from hf_ssl.run import evaluate
 
 SIDE = 32
@@ -334,6 +338,85 @@ def test_a_training_resumes_from_its_checkpoint(tmp_path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in first.iterdir()} == times and last.exists()
 
 
+def test_the_folder_of_a_training_depends_on_all_that_changes_it(tmp_path, monkeypatch) -> None:
+    """Pixels with the same boxes, the normalization and the precision are other trainings."""
+    found: list[Any] = []
+    monkeypatch.setattr(detection, "train_detector", lambda *args, folder, **options: found.append(folder))
+    monkeypatch.setattr(detection, "detect", lambda *args: random_detections(2, 0)[0])
+    other = processor()
+    other.image_mean = [0.3] * 3
+    dark = pictures(2).map(lambda item: {"image": item["image"].point(lambda value: value // 2)})
+    for data, process, precision in (
+        (pictures(2), processor(), "float32"),
+        (pictures(2), processor(), "float32"),
+        (dark, processor(), "float32"),
+        (pictures(2), other, "float32"),
+        (pictures(2), processor(), "bfloat16"),
+    ):
+        settings = SMALL | {"modes": ["frozen"], "folder": str(tmp_path)}
+        config = {"protocols": ["detection"], "settings": {"detection": settings}, "precision": precision}
+        evaluate_encoder(resnet(), data, pictures(2, 1), config | {"cache": False}, process)
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+def test_each_process_measures_the_precision_of_all_detections(monkeypatch) -> None:
+    """torchmetrics would add the detections of other processes, which have the same images."""
+    import torchmetrics.metric
+
+    monkeypatch.setattr(torchmetrics.metric, "jit_distributed_available", lambda: True)
+    found, truth = random_detections(4, 0)
+    assert box_scores(found, truth).ap == pytest.approx(coco_stats(found, truth)[0], rel=1e-6)
+
+
+TWO = """
+import os, sys, torch
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/evaluation"]
+os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": sys.argv[3]}
+from test_detection import measure_in_two_processes
+torch.save(measure_in_two_processes(), sys.argv[4] + sys.argv[1])
+"""
+
+
+def measure_in_two_processes() -> dict[str, Any]:
+    """Return the detections of shared batches, and the error after a loss that diverges on one process."""
+    with joined_processes("cpu"):
+        found: dict[str, Any] = {"detections": untrained_detections(), "error": ""}
+        loss = torch.tensor(float("inf") if process_rank() else 1.0)
+        trainer: Any = SimpleNamespace(
+            args=SimpleNamespace(device=torch.device("cpu")), where="section", _groups=[{"lr": 0.5}]
+        )
+        batch = BoxImages(split(12, 0), split(12, 0).objects.images, 0.0, 0).__getitems__(
+            BatchRows(np.arange(2), 0, 0, 4)
+        )
+        try:
+            DetectorTrainer.compute_loss(trainer, lambda images, targets: {"loss": loss}, batch)
+        except UserError as error:
+            found["error"] = str(error)
+        return found
+
+
+def untrained_detections() -> list[torch.Tensor]:
+    maps = feature_maps(resnet(), 4)
+    torch.manual_seed(0)
+    detector = new_detector(maps, processor(), 2, ARCHITECTURE, frozen=True)
+    found = detect(detector, split(6, 1), 2, torch.device("cpu"), lambda count: None)
+    return [torch.cat([each.boxes, each.classes[:, None], each.scores[:, None]], 1) for each in found]
+
+
+def test_two_processes_share_the_test_images_and_raise_the_same_error(forks, tmp_path) -> None:
+    port, file = str(25700 + os.getpid() % 2000), str(tmp_path / "rank")
+    each = [[rank, str(Path(__file__).parent.parent), port, file] for rank in "01"]
+    for process in forks.together("hf_ssl", TWO, each):
+        assert process.returncode == 0, process.stderr[-2000:]
+    one = untrained_detections()
+    assert sum(map(len, one)) > 6
+    for rank in "01":
+        two = torch.load(file + rank, weights_only=False)
+        assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(two["detections"], one, strict=True))
+        assert "section.learning_rate" in two["error"]
+
+
 def test_the_picture_shows_test_images(tmp_path) -> None:
     result: Any = {"protocols": measured(), "images": {"test": 6}}
     assert write_plots(tmp_path, {"encoder": result}, {}, split(6, 1)) == [DETECTIONS]
@@ -394,6 +477,7 @@ def test_mistakes_end_in_one_sentence_before_the_training(monkeypatch) -> None:
         raise UserError("detection: expected the packages")
 
     monkeypatch.setattr(detection, "require_packages", missing)
+    monkeypatch.setattr(LabeledImages, "iter_batches", None)  # no image is read
     with pytest.raises(UserError, match="expected the packages"):
         measure()
 

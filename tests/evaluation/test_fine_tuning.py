@@ -109,10 +109,10 @@ def test_checkpoints_belong_to_the_images() -> None:
     """Other images with the same labels do not resume a training."""
     config, labels = fine_tune.Config(folder="folder"), torch.tensor([0, 1])
     folders = []
-    for revision in ("a", "a", "b"):
-        train = SimpleNamespace(images=SimpleNamespace(revision=revision))
-        inputs: Any = SimpleNamespace(train=train, seed=0)
-        images: Any = SimpleNamespace(preset=None)
+    inputs: Any = SimpleNamespace(seed=0, dtype=None)
+    for value in (1.0, 1.0, 2.0):
+        pixels = torch.full((2, 3, 4, 4), value)
+        images: Any = SimpleNamespace(preset=None, read=lambda rows, pixels=pixels: list(pixels[rows]))
         task = fine_tune.Task(inputs, config, images, torch.zeros(1), labels, labels)
         torch.manual_seed(0)
         folders.append(task._folder(torch.nn.Linear(2, 2), np.arange(2), SETTINGS))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, ViTConfig, ViTModel
 
+import hf_ssl.run
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
@@ -119,6 +120,22 @@ def test_the_command_reads_masks_if_a_protocol_needs_them(data, tmp_path) -> Non
         evaluate_encoder(Pooled(), train, test, {"protocols": ["knn"], "cache": False}, PROCESSOR)
 
 
+def test_the_command_also_measures_random_weights(data, tmp_path, monkeypatch) -> None:
+    """Raw pixels are no baseline, because they have no patch tokens."""
+    for name, split in zip(("train", "test"), data, strict=True):
+        split.select(range(4)).to_parquet(tmp_path / f"{name}-00000-of-00001.parquet")
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16,
+        patch_size=4,
+    )  # fmt: skip
+    monkeypatch.setattr(hf_ssl.run, "load_encoder", lambda model: (ViTModel(config).eval(), PROCESSOR))
+    settings = {"segmentation": {"epochs": 1, "learning_rates": [0.01]}}
+    evaluation = EvaluationConfig(protocols=["segmentation"], settings=settings, cache=False)
+    results = hf_ssl.run.evaluate("vit", DataConfig(path=str(tmp_path)), evaluation)
+    assert list(results) == ["encoder", "untrained"]
+    assert [len(each["protocols"]) for each in results.values()] == [1, 1]
+
+
 def test_a_transformer_sees_larger_images(data) -> None:
     torch.manual_seed(0)
     config = ViTConfig(
@@ -172,8 +189,9 @@ def test_heads_are_trained_as_one_after_the_other() -> None:
 
     both, alone = train([0.01, 0.3]), train([0.3])
     torch.testing.assert_close(both.weights[1:], alone.weights)
-    mean, deviation = tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0, correction=0)
-    torch.testing.assert_close(token_statistics(tokens), (mean, deviation))
+    trained = tokens[rows].flatten(0, 1)
+    mean, deviation = trained.mean(0), trained.std(0, correction=0)
+    torch.testing.assert_close(token_statistics(tokens, rows), (mean, deviation))
     layer = nn.Conv2d(3, 2, 1)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.3, weight_decay=WEIGHT_DECAY)
@@ -212,10 +230,12 @@ def test_mistakes_are_one_sentence(data) -> None:
     small = test.map(
         lambda item, row: {"mask": item["mask"].resize((5, 5))} if row == 3 else {}, with_indices=True
     )
+    ignored = test.map(lambda item: {"mask": PIL.Image.new("L", item["mask"].size, 255)})
     cases = [
         ((train, small, None, {}), ["data.mask_column", "5 x 5", "12 x 16", "image 3", "test"]),
         ((train, test, None, {"classes": 3}), [3, 7, "train"]),
         ((train, test, None, {"ignored": [0, 1, 2, 255]}), [7, 255, "segmentation"]),
+        ((train, ignored, None, {}), ["segmentation", "pixels that count", "test", 255]),
         ((train, test, None, {"ignored": [256]}), ["evaluation.settings.segmentation.ignored", 256]),
         ((train, test, Pooled(tokens=False), {}), ["segmentation", "Pooled"]),
         ((train, test.remove_columns("mask"), None, {}), ["data.mask_column"]),
@@ -226,5 +246,5 @@ def test_mistakes_are_one_sentence(data) -> None:
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
     masked = Pooled()
     masked.config = SimpleNamespace(model_type="vit_mae")
-    with pytest.raises(UserError, match=mentions("MAE")):
+    with pytest.raises(UserError, match=mentions("ViTMAE", "ViTModel")):
         run(train, test, masked)

@@ -8,7 +8,9 @@ A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`.
 - `run(inputs, config)`, which receives `hf_ssl.evaluation.inputs.Inputs` and returns a list of
   `ProtocolResult` (an empty one, if it measures no accuracy);
 - optionally `features(config)`, the names of further features (`Split.further`): those of
-  `hf_ssl.modeling.pooling.FEATURES`.
+  `hf_ssl.modeling.pooling.FEATURES`;
+- optionally `require_packages()`, which raises UserError before the images are read if an optional package is
+  missing.
 """
 
 from collections.abc import Iterable
@@ -114,6 +116,11 @@ SEVERAL_LABELS_PROTOCOLS = ("multi_label",)
 def label_kinds(names: Iterable[str]) -> list[str]:
     """Return the kinds of labels that the protocols with these names accept, see `Protocol.labels`."""
     return sorted({kind for name in names if name in PROTOCOLS for kind in PROTOCOLS[name].labels})
+
+
+def uses_image_labels(name: str) -> bool:
+    """Return whether a protocol can use class labels of whole images, instead of boxes or masks."""
+    return not {"one", "several"}.isdisjoint(PROTOCOLS[name].labels)
 
 
 def load_protocol(name: str) -> Any:

@@ -5,7 +5,6 @@ Published results of MoCo and PIRL are not comparable. They use the architecture
 head is the last stage of the ResNet, instead of a feature pyramid.
 """
 
-import hashlib
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +15,15 @@ import torch
 
 from hf_ssl.data.boxes import ImageObjects
 from hf_ssl.errors import UserError, check_name, check_values
-from hf_ssl.evaluation.box_metrics import BoxScores, Detections, bootstrap_error, box_scores, require_packages
+from hf_ssl.evaluation.box_metrics import BoxScores, Detections, bootstrap_error, box_scores
+from hf_ssl.evaluation.box_metrics import require_packages as require_packages  # see `PROTOCOLS`
 from hf_ssl.evaluation.detector import Architecture, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorOptimization, detect, train_detector
 from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.inputs import Inputs, Split
-from hf_ssl.evaluation.label_trainer import OPTIMIZERS
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS, training_folder
 from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 
 VERSION = 1
@@ -58,12 +59,14 @@ class Recipe(NamedTuple):
 RECIPES = {
     "fpn": Recipe(
         "sgd", 0.02, 1e-4, 12, 16, 800, 8.0, 256, 1024, 1000, 512,
-        "Faster R-CNN with FPN (1612.03144), schedule 1x of Detectron2, there without GroupNorm, and with a "
+        "Faster R-CNN with FPN (1612.03144), schedule 1x of Detectron2, there without GroupNorm and Nesterov "
+        "momentum, with shorter sides of 640 to 800 pixels in training, with frozen first stages, and with a "
         "learning rate that decreases in steps",
     ),
     "vitdet": Recipe(
         "adamw", 1e-4, 0.1, 100, 64, 1024, 8.0, 256, 1024, 1000, 512,
-        "ViTDet (2203.16527), there with large-scale jitter, layer decay, drop path and attention in windows",
+        "ViTDet (2203.16527), there with a learning rate that decreases in steps, large-scale jitter to "
+        "longer sides of 1024 pixels, layer decay, drop path, attention in windows and a convolutional head",
     ),
     "small": Recipe(
         "adamw", 5e-4, 0.05, 12, 4, 192, 4.0, 64, 256, 200, 64,
@@ -238,25 +241,21 @@ class Task:
             )
 
     def _folder(self, detector: Any, mode: str, seed: int) -> Path | None:
-        """Return the folder of a training. Its name is a hash of everything that determines the result."""
-        if self.config.folder is None:
-            return None
-        digest = hashlib.sha256(f"{mode} {seed} {self.architecture} {self.optimization}".encode())
-        arrays = [each for image in self.train for each in image]
-        arrays += [each.cpu().numpy() for each in detector.state_dict().values()]
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return Path(self.config.folder).expanduser() / f"detection-{digest.hexdigest()[:16]}"
+        """Return the folder of a training."""
+        inputs = self.inputs
+        words = (mode, seed, inputs.dtype, *normalization(inputs.processor))
+        settings = (*words, self.architecture, self.optimization)
+        labels = (np.arange(len(self.train)), *(each for image in self.train for each in image))
+        images = inputs.train.images
+        return training_folder(self.config.folder, "detection", settings, detector, images, labels)
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the average precision on the test images for each mode.
 
     Raises:
-        UserError: a package is missing, the encoder has no feature maps, a box is wrong, or a training
-            diverged.
+        UserError: the encoder has no feature maps, a box is wrong, or a training diverged.
     """
-    require_packages()
     task = Task.of(inputs, config)
     seeds = [inputs.seed + number for number in range(config.seeds)]
     results = []

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning: the encoder is trained with labels, all of it, its head, or all but its first blocks."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from hf_ssl.evaluation.inputs import (
     hold_out,
     is_right,
 )
-from hf_ssl.evaluation.label_trainer import OPTIMIZERS
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS, training_folder
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
@@ -252,15 +251,10 @@ class Task(NamedTuple):
         return classifier.model
 
     def _folder(self, model: Any, rows: np.ndarray, settings: Optimization) -> Path | None:
-        """Return the folder of a training, whose name contains everything that determines its result."""
-        if self.config.folder is None:
-            return None
-        revision = getattr(self.inputs.train.images, "revision", None)  # not in all kinds of `LabeledData`
-        digest = hashlib.sha256(f"{settings} {self.images.preset} {self.inputs.seed} {revision}".encode())
-        labels = self.labels[torch.from_numpy(rows)]
-        for array in (rows, labels.numpy(), *(each.cpu().numpy() for each in model.state_dict().values())):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return Path(self.config.folder).expanduser() / f"fine_tune-{digest.hexdigest()[:16]}"
+        """Return the folder of a training."""
+        inputs, labels = self.inputs, self.labels[torch.from_numpy(rows)].numpy()
+        words = (settings, self.images.preset, inputs.seed, inputs.dtype)
+        return training_folder(self.config.folder, "fine_tune", words, model, self.images, (rows, labels))
 
     def select(
         self,

@@ -92,8 +92,14 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     side = grid_side(train.tokens, name) * config.pixels
     with inputs.progress("masks", len(train.sizes) + len(test.sizes)) as bar:
         small, seen = _read_masks(train, config, side, bar.update)
-        numbers = torch.nonzero(seen | _read_masks(test, config, 1, bar.update)[1])[:, 0]
-    counted = numbers[~torch.isin(numbers, torch.tensor(list(config.ignored), dtype=torch.long))]
+        seen_test = _read_masks(test, config, 1, bar.update)[1]
+    for images, present in ((train, seen), (test, seen_test)):
+        if not present.any():
+            raise UserError(
+                f"segmentation: expected pixels that count in the masks of split {images.split.name}, got "
+                f"only {list(config.ignored)}; use another split, or evaluation.settings.segmentation.ignored"
+            )
+    counted = torch.nonzero(seen | seen_test)[:, 0]
     if len(counted) < 2:
         raise UserError(
             f"segmentation: expected masks with at least 2 classes, got {counted.tolist()}, without the "
@@ -112,8 +118,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         found = mean_iou(train.counts(heads, chosen, table, classes).sum(dim=0)).nan_to_num(0.0).tolist()
         validation = dict(zip(rates, found, strict=True))
         best = max(rates, key=lambda rate: validation[rate])
-        rows = torch.arange(len(targets))
-        heads = train_heads(train.tokens, targets, classes, [best], *settings, rows, device, bar.update)
+        every = torch.arange(len(targets))
+        heads = train_heads(train.tokens, targets, classes, [best], *settings, every, device, bar.update)
     check_converged(heads.weights, best, "evaluation.settings.segmentation.learning_rates")
     counts = test.counts(heads, torch.arange(len(test.sizes)), table, classes)[:, 0]
     return [_result(inputs, config, counts, counted, validation, train.tokens)]
@@ -129,13 +135,16 @@ class _Images(NamedTuple):
     def counts(self, heads: Heads, rows: Tensor, table: Tensor, classes: int) -> Tensor:
         """Return `pixel_counts` of some images. The table (256,) maps class numbers to positions."""
         masks = (table[read_mask(self.split, row, self.sizes[row]).long()] for row in rows.tolist())
-        return pixel_counts(heads, self.tokens[rows], masks, classes)
+        tokens = (self.tokens[row] for row in rows.tolist())  # `self.tokens[rows]` would copy them all
+        return pixel_counts(heads, tokens, masks, classes)
 
 
 def _read_masks(
     images: _Images, config: Config, side: int, advance: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
-    """Return the resized masks (N, side, side), and which class numbers the original masks contain (256,).
+    """Return the resized masks (N, side, side), and which numbers the originals contain (256,).
+
+    Ignored numbers are left out of the second tensor.
 
     Raises:
         UserError: a class number is not below `config.classes`.
