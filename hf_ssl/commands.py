@@ -68,7 +68,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate an encoder by standard protocols: k-NN, linear probe and others."""
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
-        from hf_ssl.recipe.source import apply_overrides
+        from hf_ssl.recipe.source import apply_overrides, is_overridden
 
         overrides = list(arguments.overrides)
         is_suite = arguments.suite is not None
@@ -90,6 +90,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             suite = suites.load_suite(arguments.suite, overrides, arguments.root)
         else:
             data, evaluation = read_sections(overrides)
+            chosen = is_overridden(overrides, "evaluation.protocols")
             from hf_ssl import run
 
     if is_suite and arguments.list_jobs:
@@ -97,7 +98,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     elif is_suite:
         suites.run_suite(arguments.model, suite, arguments.output, arguments.job)
     else:
-        run.evaluate(arguments.model, data, evaluation, arguments.output, arguments.layer)
+        run.evaluate(arguments.model, data, evaluation, arguments.output, arguments.layer, chosen)
 
 
 def _check_suite_options(arguments: argparse.Namespace) -> None:

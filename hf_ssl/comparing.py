@@ -13,7 +13,7 @@ from hf_ssl.cards.comparison_text import csv_text, draw, latex, markdown
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.result_files import EXPECTED, read_results, result_files
 from hf_ssl.errors import UserError
-from hf_ssl.files import replaced_file, write_text
+from hf_ssl.files import local_folder, replaced_file, write_text
 from hf_ssl.hub.remote import hub_errors
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def entries_of(place: str) -> list[dict[str, Any]]:
     path = Path(place).expanduser()
     if path.is_file():
         return read_results(path)
-    if path.is_dir():
-        return _entries_of_folder(path)
+    if folder := local_folder(place):
+        return _entries_of_folder(folder)
     repo, _, revision = place.partition("@")
     if place.startswith((".", "/", "~")) or repo.count("/") != 1 or place.endswith(".json"):
         raise UserError(f"{place}: expected {EXPECTED}, a folder with one, or a Hub id, got none of these")

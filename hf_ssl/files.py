@@ -24,6 +24,15 @@ SAVED_FILES = "all files that were saved before are complete"
 _DISK_FULL = ("No space left", "os error 28", "PytorchStreamWriter", "write failed")
 
 
+def local_folder(place: str | Path) -> Path | None:
+    """Return the local folder that a place names, with "~" as the home folder; None for a Hub id.
+
+    A folder precedes a repository on the Hub with the same name.
+    """
+    folder = Path(place).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def staging_path(final: Path) -> Path:
     """Return the path where a file or folder is written before it gets its name."""
     return final.with_name(f"{STAGING_PREFIX}{final.name}")
@@ -143,9 +152,15 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the last one of `all_checkpoints`, or None."""
-    return next(reversed(all_checkpoints(folder)), None)
+def newest_checkpoint(folder: Path, last_file: str | None = None) -> Path | None:
+    """Return the last one of `all_checkpoints`, or None.
+
+    Args:
+        folder: the output folder of a run.
+        last_file: the file that a writer of checkpoints writes last. Checkpoints without it do not count.
+    """
+    found = reversed(all_checkpoints(folder))
+    return next((path for path in found if last_file is None or (path / last_file).exists()), None)
 
 
 def delete_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:

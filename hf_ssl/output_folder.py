@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.data import DataConfig
+from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import UserError
 from hf_ssl.files import (
     check_new_or_empty,
@@ -26,19 +27,6 @@ from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
-
-# Sections and keys that may differ when a run resumes, because they do not affect the weights.
-_FREE_SECTIONS = ("evaluation", "publish", "name")
-_FREE_KEYS = {
-    "data": {"cache", "max_broken_fraction", "mask_column", "box_format"},
-    "training": {
-        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm",
-        "monitor_steps", "monitor_bank_images", "monitor_query_images", "monitor_neighbors", "on_collapse",
-        "on_worse", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "logging_strategy",
-        "per_device_eval_batch_size", "run_name", "push_to_hub", "hub_strategy", "hub_always_push",
-        "hub_revision", "online_probe", "online_probe_learning_rate", *WITHOUT_EFFECT,
-    },
-}  # fmt: skip
 
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 
@@ -136,11 +124,11 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` if a value that affects the weights differs."""
     for section, values in now.items():
-        if section in _FREE_SECTIONS:
+        if effect(section) != WEIGHTS:
             continue
         values, earlier = _flat(values), _flat(before.get(section, {}))
         for key in sorted(values.keys() | earlier.keys(), key=lambda key: (key != "name", key)):
-            if key in _FREE_KEYS.get(section, ()):
+            if effect(f"{section}.{key}") != WEIGHTS or (section == "training" and key in WITHOUT_EFFECT):
                 continue
             if values.get(key) != earlier.get(key):
                 was, is_now = (

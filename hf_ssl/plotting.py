@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import open_labeled_splits
+from hf_ssl.cards.privacy import encoder_name, last_part
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.labeled import balanced_rows, unlabeled_images
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features, fastest_device, load_encoder
-from hf_ssl.evaluation.config import MAIN_KNN, usable_neighbors
+from hf_ssl.evaluation.config import main_knn
 from hf_ssl.evaluation.confusion import confusion_matrix, draw_confusion
 from hf_ssl.evaluation.feature_cache import published_features
 from hf_ssl.evaluation.knn import vote
@@ -190,7 +191,7 @@ def encoder_names(models: Sequence[str]) -> list[str]:
     twice = [model for number, model in enumerate(models) if model in models[:number]]
     if twice:
         raise UserError(f"plot: expected different encoders, got {twice[0]} twice; give it once")
-    short = [Path(model).name or model for model in models]
+    short = [last_part(encoder_name(model)) for model in models]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 
@@ -288,9 +289,8 @@ def _draw_confusion(scene: Scene, output: Path) -> list[str]:
     for name, split in scene.splits().items():
         scores: dict[str, Tensor] = {}
         if "knn" in evaluation.protocols:
-            [k] = usable_neighbors([MAIN_KNN[0]], len(split[0]))
-            setting = k, MAIN_KNN[1]
-            votes = vote(*split, neighbors=[k], temperatures=[setting[1]], keep=[setting], device=device)
+            k, temperature = setting = main_knn(evaluation.of_protocol("knn"), len(split[0]))
+            votes = vote(*split, neighbors=[k], temperatures=[temperature], keep=[setting], device=device)
             scores[f"{k}-NN"] = votes.scores[setting]
         if "linear" in evaluation.protocols:
             with progress(f"linear probe, {name}"):

@@ -4,7 +4,6 @@
 import math
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,13 @@ from hf_ssl.cards.facts import (
     RecipeFacts,
     TrainingFacts,
 )
-from hf_ssl.cards.privacy import folder_name
+from hf_ssl.cards.privacy import encoder_name, folder_name
 from hf_ssl.cards.result_files import recorded_training
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.location import DIGITS, locate
 from hf_ssl.evaluation import EncoderResult, EvaluationConfig, plots
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
+from hf_ssl.files import local_folder
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.configuration import SSLConfig
@@ -139,7 +139,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
         channels=recipe.data.channels,
         pooling=pooling,
         parts=None if joined is None else describe_views(joined.views),
-        base_model=None if recipe.init_from is None or Path(recipe.init_from).is_dir() else recipe.init_from,
+        base_model=None if recipe.init_from is None or local_folder(recipe.init_from) else recipe.init_from,
     )
 
 
@@ -236,12 +236,11 @@ def evaluated_encoder(
         image_size: side in pixels of the images from the image processor.
         device: device of the evaluation.
     """
-    folder = Path(model).expanduser()
-    is_local = folder.is_dir()
+    folder = local_folder(model)
     entry: dict[str, Any] = {
         "date": current_date(),
         "hf_ssl_version": __version__,
-        "model": folder_name(folder) if is_local else model,
+        "model": encoder_name(model),
         "weights": encoder_fingerprint(encoder),
         "recipe": None,
         "overrides": [],
@@ -254,7 +253,7 @@ def evaluated_encoder(
         "environment": environment(device),
         "evaluation": evaluation,
     }
-    plain: dict[str, Any] = remove_private(entry | (recorded_training(folder) if is_local else {}))
+    plain: dict[str, Any] = remove_private(entry | ({} if folder is None else recorded_training(folder)))
     return plain
 
 

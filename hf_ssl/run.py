@@ -218,6 +218,7 @@ def evaluate(
     evaluation: EvaluationConfig,
     output: Path | None = None,
     layer: str = "encoder",
+    chosen: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate a vision encoder of transformers on labeled images, print a table and return the result.
 
@@ -231,6 +232,8 @@ def evaluate(
         evaluation: settings of the evaluation.
         output: folder for the results as `results.json` and for their pictures; None: no files.
         layer: "projector" also evaluates the projector's output, if `model` is an output folder.
+        chosen: whether the user chose the protocols, which then stay also for images with several labels;
+            None: they are chosen if they are not the default ones.
 
     Raises:
         UserError: the encoder cannot be loaded, the data have no labels, or a file cannot be written.
@@ -242,7 +245,7 @@ def evaluate(
     with joined_processes(fastest_device().type):
         is_main = process_rank() == 0
         with hidden_progress(not is_main):
-            results, evaluated, test = _evaluate(model, data, evaluation, layer)
+            results, evaluated, test = _evaluate(model, data, evaluation, layer, chosen)
     if is_main:
         print(terminal_text(results))
         print(f"revision of the images: {test.revision}")
@@ -255,7 +258,7 @@ def evaluate(
 
 
 def _evaluate(
-    model: str, data: DataConfig, evaluation: EvaluationConfig, layer: str
+    model: str, data: DataConfig, evaluation: EvaluationConfig, layer: str, chosen: bool | None
 ) -> tuple[dict[str, EncoderResult], dict[str, Any], LabeledImages]:
     """Return the results of `evaluate`, the entry of `evaluated_encoder`, and the test images."""
     check_name("--layer", layer, LAYERS, "encoder or projector")
@@ -264,7 +267,8 @@ def _evaluate(
         projected = load_projected_encoder(model) if layer == "projector" else None
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
     splits = open_labeled_splits(replace(data, streaming=False), evaluation)
-    chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
+    if chosen is None:
+        chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
     evaluation = protocols_for_labels(evaluation, splits[0].has_several_labels, chosen)
     device = fastest_device()
     measured = evaluate_encoder(encoder, *splits, evaluation, processor, device=device, description=model)

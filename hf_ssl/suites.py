@@ -18,10 +18,12 @@ from transformers.utils import logging as transformers_logging
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards import remove_private
 from hf_ssl.cards.facts import EvaluationFacts
+from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATED
 from hf_ssl.cards.suite_text import COLUMNS, Measured, csv_text, draw, markdown, summarize
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.config import MISSING
+from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
@@ -38,8 +40,7 @@ from hf_ssl.suite_checks import check_overrides, check_parts
 
 SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
 FORMAT = 1
-# Settings that do not change a number, or change it only by rounding.
-_WITHOUT_EFFECT = ("cache", "cache_dir", "cache_size", "results_dir", "batch_size", "baselines")
+WITH_CHECKPOINTS = ("fine_tune", "detection")  # protocols with the setting `folder`
 
 
 @dataclass
@@ -233,8 +234,9 @@ def _differences(data: DataConfig, evaluation: EvaluationConfig) -> dict[str, An
         defaults = default_values(type(values))
         for each in fields(values):
             value = getattr(values, each.name)
-            if value != defaults.get(each.name) and each.name not in (*_WITHOUT_EFFECT, "settings"):
-                found[f"{section}.{each.name}"] = value
+            key = f"{section}.{each.name}"
+            if value != defaults.get(each.name) and each.name != "settings" and effect(key) != NOTHING:
+                found[key] = value
     for name in evaluation.protocols:
         found[f"version of {name}"] = load_protocol(name).VERSION
         for key, value in evaluation.settings.get(name, {}).items():
@@ -291,8 +293,7 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
         with hidden_progress(not is_main):
             with progress(f"loading {model}"):
                 encoder, processor = load_encoder(model)
-            place = Path(model).expanduser()
-            name = place.resolve().name if place.is_dir() else model
+            name = encoder_name(model)
             fingerprint = encoder_fingerprint(encoder, processor.to_dict()) or f"unknown code of {name}"
             about = {"name": name, "fingerprint": fingerprint}
             stored = from_first_process([_read(job.file(output)) for job in jobs])
@@ -330,7 +331,8 @@ def _check_stored(job: Job, record: dict[str, Any] | None, about: dict[str, str]
             f"encoder, {record['encoder']['name']}, for {job.name}; use another folder"
         )
     before, now = record["settings"], remove_private(job.settings)
-    changed = [key for key in (*before, *now) if before.get(key, "-") != now.get(key, "-")]
+    keys = [key for key in (*before, *now) if effect(key) != NOTHING]
+    changed = [key for key in keys if before.get(key, "-") != now.get(key, "-")]
     if changed:
         key = changed[0]
         raise UserError(
@@ -403,18 +405,17 @@ def _identity(images: LabeledImages) -> list[Any]:
 
 
 def _with_checkpoints(job: Job, output: Path) -> tuple[EvaluationConfig, Path | None]:
-    """Return the settings with a folder for the checkpoints of fine-tuning, and this folder.
+    """Return the settings with a folder for the checkpoints of trained encoders, and this folder.
 
-    An interrupted fine-tuning then resumes. The folder is None if the job has no fine-tuning, or if the user
-    has set another folder.
+    An interrupted training then resumes. The folder is None if the job has no training, or if the user has
+    set another folder.
     """
-    settings = job.evaluation.settings
-    tuning = settings.get("fine_tune", {})
-    if "fine_tune" not in job.evaluation.protocols or tuning.get("folder") is not None:
+    settings, folder = job.evaluation.settings, output / job.entry / f"_checkpoints_{job.group}"
+    own = {name: settings.get(name, {}) for name in WITH_CHECKPOINTS if name in job.evaluation.protocols}
+    changed = {name: {**each, "folder": str(folder)} for name, each in own.items() if not each.get("folder")}
+    if not changed:
         return job.evaluation, None
-    folder = output / job.entry / f"_checkpoints_{job.group}"
-    changed = settings | {"fine_tune": {**tuning, "folder": str(folder)}}
-    return replace(job.evaluation, settings=changed), folder
+    return replace(job.evaluation, settings=settings | changed), folder
 
 
 def _merge(suite: Suite, records: list[dict[str, Any]], encoder: str, output: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hf_ssl.cards import environment, remove_private
 from hf_ssl.cards.result_files import EVALUATED, SUPERVISED
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation import fastest_device
+from hf_ssl.evaluation.augmented import epoch_batches
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import inspect_encoder
 from hf_ssl.evaluation.inputs import Inputs, Split
@@ -28,12 +29,13 @@ from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
-from hf_ssl.precision import autocast_dtype, fastest_precision
+from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.recipe.source import apply_overrides
 from hf_ssl.recording import current_date, encoder_facts, evaluation_facts
 from hf_ssl.trainer.arguments import SSLTrainingArguments
+from hf_ssl.trainer.machine_settings import choose_precision
 
 DEFAULT_RECIPE = "scratch"
 CHECKPOINTS = "_checkpoints"  # `hf-ssl publish` uploads no name with a leading underscore
@@ -117,7 +119,7 @@ def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     train, test = open_labeled_splits(recipe.data, evaluation)
     train.require_one_label("hf-ssl supervise")
     args = recipe.training_arguments()
-    seed, precision = args.seed, _precision(recipe, args, device)
+    seed, precision = args.seed, _precision(recipe, args)
     encoder: Any = build_model(recipe, seed).exported_encoder
     encoder.to(device)
     processor = image_processor(recipe.views, recipe.data.channels)
@@ -149,7 +151,7 @@ def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         export_encoder(encoder, processor, folder)
         seconds = round(time.perf_counter() - start, 1)
         settings = replace(settings, learning_rate=result["selection"].get("learning_rate", rates[0]))
-        steps = settings.epochs * -(-len(train) // settings.batch_size)
+        steps = settings.epochs * epoch_batches(len(train), settings.batch_size)
         training = {"steps": steps, "seed": seed, "precision": precision, "seconds": seconds}
         entry = _entry(recipe, asdict(settings) | training, encoder_facts(encoder, size), device)
         images = evaluation_facts(recipe.data, evaluation, train, test)
@@ -252,8 +254,9 @@ def _check_used(recipe: Recipe, given: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def _precision(recipe: Recipe, args: SSLTrainingArguments, device: torch.device) -> str:
+def _precision(recipe: Recipe, args: SSLTrainingArguments) -> str:
     """Return the precision of the training: float32, unless the command line sets another one."""
     if not any(recipe.is_overridden(f"training.{key}") for key in ("precision", "bf16", "fp16")):
         return "float32"
-    return fastest_precision(device.type).name if args.precision == "auto" else args.precision
+    choose_precision(args)
+    return args.precision

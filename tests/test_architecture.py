@@ -24,6 +24,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 # Imports run from a higher number to a lower one, or stay within it.
 LAYERS = {
     "hf_ssl.allocation": 0,
+    "hf_ssl.effects": 0,
     "hf_ssl.errors": 0,
     "hf_ssl.files": 0,
     "hf_ssl.resources": 0,

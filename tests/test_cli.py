@@ -22,7 +22,7 @@ from hf_ssl.cli import _short_deprecations, main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
-from hf_ssl.evaluation.protocols import PROTOCOLS
+from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
 from hf_ssl.names import DeprecatedSetting
@@ -68,7 +68,14 @@ def test_pretrain_hands_over_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None
 def test_evaluate_hands_over_model_and_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = record(monkeypatch, "evaluate")
     assert main(["evaluate", "folder", "data.path=digits", "evaluation.draws=2"]) == 0
-    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None, "encoder")]
+    assert calls == [("folder", DataConfig(path="digits"), EvaluationConfig(draws=2), None, "encoder", False)]
+
+
+def test_the_default_protocols_are_chosen_if_the_command_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, "evaluate")
+    default = f"evaluation.protocols=[{','.join(DEFAULT_PROTOCOLS)}]"
+    assert main(["evaluate", "folder", "data.path=digits", default]) == 0
+    assert calls[0][2] == EvaluationConfig() and calls[0][-1] is True
 
 
 def test_a_number_that_is_not_finite_keeps_the_other_results(
@@ -115,7 +122,7 @@ def test_settings_may_follow_options(
     after = ["evaluate", "folder", "--protocols", "knn", "data.path=digits", "--output", "results"]
     assert main(before) == main(after) == 0
     config = EvaluationConfig(protocols=["knn"])
-    assert calls == [("folder", DataConfig(path="digits"), config, Path("results"), "encoder")] * 2
+    assert calls == [("folder", DataConfig(path="digits"), config, Path("results"), "encoder", True)] * 2
     for wrong in (["--output", "results", "other"], ["--outptu=results"]):
         with pytest.raises(SystemExit):
             main(["evaluate", "folder", "data.path=digits", *wrong])

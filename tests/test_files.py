@@ -7,7 +7,7 @@ import pytest
 from messages import mentions
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import check_new_or_empty, delete_old_checkpoints, read_json
+from hf_ssl.files import check_new_or_empty, delete_old_checkpoints, newest_checkpoint, read_json
 
 
 def test_new_and_empty_folders_pass_and_others_are_named(tmp_path: Path) -> None:
@@ -53,3 +53,12 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     for name, part in (("a.json", "JSON"), ("b.json", "JSON"), ("c.json", "No such file")):
         with pytest.raises(UserError, match=mentions(f"{name}: expected", part)):
             read_json(Path(name))
+
+
+def test_the_newest_checkpoint_can_be_a_complete_one(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9" / "last.json").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path, "last.json") == tmp_path / "checkpoint-9"
+    assert newest_checkpoint(tmp_path, "other.json") is None

@@ -18,14 +18,14 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl import suites
 from hf_ssl.cards.result_files import EVALUATED
-from hf_ssl.cards.suite_text import Measured, csv_text, markdown, summarize
+from hf_ssl.cards.suite_text import Measured, csv_text, markdown, metric_value, summarize
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import evaluate_encoder
+from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
 from hf_ssl.resources import suite_files
-from hf_ssl.suites import list_jobs, load_suite, run_suite
+from hf_ssl.suites import Job, list_jobs, load_suite, run_suite
 
 SUITE = """
 suite:
@@ -428,6 +428,24 @@ def number(protocol: str, value: float, **metrics: float) -> dict[str, Any]:
         "protocol": protocol, "id": f"{protocol}-1", "key": key, "column": f"by {protocol}", "value": value,
         "metrics": metrics,
     }  # fmt: skip
+
+
+def test_a_top_1_is_an_accuracy() -> None:
+    accuracy, area = number("knn", 0.5), number("segmentation", 0.6) | {"metric": "mean_iou"}
+    assert [metric_value(each, "top_1") for each in (accuracy, area)] == [0.5, None]
+
+
+@pytest.mark.parametrize("protocol", ["fine_tune", "detection"])
+def test_an_interrupted_training_of_a_job_has_a_folder(protocol: str, tmp_path: Path) -> None:
+    def folders(**settings: Any) -> tuple[Any, Path | None]:
+        config = EvaluationConfig(protocols=[protocol], settings={protocol: settings})
+        job = Job("a", "b", "top_1", {protocol: protocol}, DataConfig(path="x"), config, {})
+        changed, folder = suites._with_checkpoints(job, tmp_path)
+        return changed.settings[protocol], folder
+
+    expected = tmp_path / "a" / "_checkpoints_b"
+    assert folders(epochs=1) == ({"epochs": 1, "folder": str(expected)}, expected)
+    assert folders(folder="mine") == ({"folder": "mine"}, None)
 
 
 def test_a_summary_of_different_protocols_and_metrics() -> None:

@@ -10,11 +10,12 @@ from messages import mentions
 from transformers import AutoModel
 
 from hf_ssl import supervised
-from hf_ssl.cards.result_files import SUPERVISED
+from hf_ssl.cards.result_files import EVALUATED, SUPERVISED
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import load_encoder
+from hf_ssl.precision import Precision
 from hf_ssl.recipe import load_recipe
 
 SMALL = ["evaluation.max_train_images=200", "evaluation.max_test_images=100"]
@@ -49,7 +50,7 @@ def test_the_encoder_is_exported_and_measured_as_every_other_one(tmp_path: Path,
         supervised.supervise(load_recipe("smoke/simclr", [f"training.output_dir={folder}", *SMALL, FINE]))
 
 
-KEYS = ["training.num_train_epochs=1", "training.batch_size=50", "training.learning_rate=0.25"]
+KEYS = ["training.num_train_epochs=1", "training.batch_size=60", "training.learning_rate=0.25"]
 KEYS += [
     "training.warmup_epochs=0",
     "training.optimizer=adamw",
@@ -61,10 +62,23 @@ KEYS += [
 def test_keys_of_the_training_have_an_effect(tmp_path: Path, capsys) -> None:
     output = f"training.output_dir={tmp_path / 'run'}"
     assert main(["supervise", "smoke/simclr", output, *SMALL, *KEYS]) == 0
-    text = json.loads((tmp_path / "run" / SUPERVISED).read_text())["result"]["text"]
-    assert all(part in text for part in ("1 epoch,", "batch size 50", "learning rate 0.25", "AdamW"))
+    record = json.loads((tmp_path / "run" / SUPERVISED).read_text())
+    assert record[EVALUATED]["training"]["steps"] == 3, "the last 20 of 200 images fill no batch"
+    text = record["result"]["text"]
+    assert all(part in text for part in ("1 epoch,", "batch size 60", "learning rate 0.25", "AdamW"))
     printed = capsys.readouterr().out
     assert "bfloat16, seed 7" in printed and "1 epoch," in printed
+
+
+def test_an_excluded_precision_is_not_chosen(tmp_path: Path, monkeypatch) -> None:
+    fast = Precision("bfloat16", "it is fast")
+    monkeypatch.setattr("hf_ssl.trainer.machine_settings.fastest_precision", lambda device: fast)
+    for override, expected in (("bf16=false", "float32"), ("precision=auto", "bfloat16")):
+        recipe = load_recipe(
+            "smoke/simclr",
+            [f"training.output_dir={tmp_path}", "training.use_cpu=true", f"training.{override}"],
+        )
+        assert supervised._precision(recipe, recipe.training_arguments()) == expected
 
 
 @pytest.mark.parametrize(

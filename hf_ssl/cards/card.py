@@ -155,7 +155,7 @@ def model_index(facts: Facts) -> list[EvalResult]:
             dataset_config=evaluation["config"],
             dataset_split=evaluation["test_split"],
             dataset_revision=evaluation["revision"],
-            metric_type="accuracy",
+            metric_type=measurement.metric,
             metric_name=measurement.name,
             metric_value=measurement.value,
             metric_args={"protocol": measurement.protocol},

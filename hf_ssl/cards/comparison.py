@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ssl.cards.text import ENCODERS
+from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.methods import METHODS
 
-# Overrides that do not distinguish runs: they do not change the weights, or their effect is recorded.
-_IGNORED = (
-    "training.seed", "training.output_dir", "training.run_name", "training.report_to",
-    "training.disable_tqdm", "training.dataloader_num_workers", "training.push_to_hub",
-    "training.hub_model_id", "data.path", "data.cache", "evaluation", "publish",
-)  # fmt: skip
+# These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
+_IGNORED = ("training.seed", "training.dataloader_num_workers", "training.hub_model_id", "data.path")
 _NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
@@ -287,7 +284,7 @@ def _overrides(entry: dict[str, Any]) -> list[str]:
     return [
         text
         for text in entry["overrides"]
-        if (key := text.partition("=")[0]) not in _IGNORED and key.partition(".")[0] not in _IGNORED
+        if (key := text.partition("=")[0]) not in _IGNORED and effect(key) == WEIGHTS
     ]
 
 

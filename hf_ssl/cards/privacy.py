@@ -21,6 +21,7 @@ import numpy as np
 from huggingface_hub import get_token
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import local_folder
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
@@ -88,6 +89,12 @@ def last_part(path: str) -> str:
 def folder_name(folder: str | Path) -> str:
     """Return the name of a folder, also of "."; for a link, this is the name of the link."""
     return last_part(os.path.abspath(folder))
+
+
+def encoder_name(place: str) -> str:
+    """Return the name of an encoder in tables and pictures: that of its folder, or its Hub id."""
+    folder = local_folder(place)
+    return place if folder is None else folder_name(folder)
 
 
 def _is_tensor(value: Any) -> bool:

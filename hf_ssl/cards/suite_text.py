@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_ssl.evaluation.protocols import PROTOCOLS
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.evaluation.results import ACCURACY, EncoderResult, ProtocolResult, find_results, metric_of
 
 COLUMNS = {
     "top_1": "top-1",
@@ -205,10 +205,8 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
 
 def metric_value(result: ProtocolResult, metric: str) -> float | None:
     """Return a metric of a result; None if the protocol does not measure it."""
-    is_accuracy = result["key"] != "mean_average_precision"
-    if metric == "top_1":
-        return result["value"] if is_accuracy else None
-    return result["value"] if result["key"] == metric else result["metrics"].get(metric)
+    is_value = metric_of(result) == ACCURACY if metric == "top_1" else result["key"] == metric
+    return result["value"] if is_value else result["metrics"].get(metric)
 
 
 def markdown(summary: Summary) -> str:

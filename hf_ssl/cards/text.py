@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hf_ssl.cards.facts import Facts, local_path
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, metric_of
 from hf_ssl.modeling.pooling import POOLED
 
 ENCODERS = {
@@ -26,12 +26,13 @@ _NOT_STRINGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null", "no
 
 
 class Measurement(NamedTuple):
-    """An accuracy in [0, 1], with its name for readers, its key for programs and its protocol."""
+    """A number in [0, 1] with its names for readers and programs, its protocol and its kind (`metric_of`)."""
 
     key: str
     name: str
     value: float
     protocol: str
+    metric: str
 
 
 def percent(value: float) -> str:
@@ -67,7 +68,13 @@ def literal(text: str) -> str:
 def measurements(result: EncoderResult) -> list[Measurement]:
     """Return the numbers of all protocols for the metadata."""
     return [
-        Measurement(each["key"], each["title"], round(each["value"], 4), each["text"])
+        Measurement(
+            each["key"],
+            each["title"],
+            round(each["value"], 4),
+            each["text"],
+            metric_of(each),
+        )
         for each in result["protocols"]
     ]
 
@@ -147,7 +154,8 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
 
 def _poolings(result: EncoderResult) -> str:
     parts = [f"of {_POOLINGS[name]}: {percent(value)}" for name, value in result["poolings"].items()]
-    k = next((knn["details"]["neighbors"] for knn in find_results(result, "knn")), MAIN_KNN[0])
+    measured = (knn["details"]["neighbors"] for knn in find_results(result, "knn"))
+    k = result.get("pooling_neighbors") or next(measured, MAIN_KNN[0])  # older results lack the first
     return f"{k}-NN accuracy {', '.join(parts)}"
 
 

@@ -83,8 +83,7 @@ class Objects:
 
     def renumbered(self, class_names: list[str]) -> "Objects":
         """Return the objects with the class numbers of another list of names, which has all used classes."""
-        known = {name: number for number, name in enumerate(class_names)}
-        numbers = np.array([known.get(name, -1) for name in self.class_names])
+        numbers = class_numbers(self.class_names, class_names)
         images = [
             None if image is None else image._replace(classes=numbers[image.classes]) for image in self.images
         ]
@@ -123,6 +122,12 @@ class Objects:
                 f"with which {outside:,} of {total:,} boxes extend beyond their image; use {other}"
             )
         return found
+
+
+def class_numbers(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Return the number (K,) int64 of each class name in other classes, -1 for a class that is not there."""
+    known = {name: number for number, name in enumerate(classes)}
+    return np.array([known.get(name, -1) for name in names], np.int64)
 
 
 def object_fields(feature: Any) -> dict[str, Any] | None:

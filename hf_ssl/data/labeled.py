@@ -4,7 +4,7 @@
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import BrokenCounter
-from hf_ssl.data.boxes import Objects, object_columns, read_objects
-from hf_ssl.data.columns import find_label_column, label_values
+from hf_ssl.data.boxes import Objects, class_numbers, object_columns, read_objects
+from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
-from hf_ssl.data.sources import Source, open_source
+from hf_ssl.data.sources import Source, label_column, open_source
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets, uses_classes
 from hf_ssl.errors import UserError, counted
 from hf_ssl.random import permutation
@@ -93,8 +93,8 @@ class LabeledImages:
         names = other.class_names
         self._require_classes([self.class_names[label] for label in np.unique(self._labels)], other)
         if self.class_names != names:
-            numbers = np.array([names.index(name) if name in names else -1 for name in self.class_names])
-            self._labels, self.class_names = numbers[self._labels], list(names)
+            self._labels = class_numbers(self.class_names, names)[self._labels]
+            self.class_names = list(names)
 
     def _require_classes(self, used: list[str], other: "LabeledImages") -> None:
         """Raise UserError if other images do not have all used classes of these images."""
@@ -392,14 +392,11 @@ def _class_labels(
     columns of classes.
     """
     dataset, where = source.dataset, source.description
-    column = config.label_column or source.label_column
     if not isinstance(dataset, Dataset):
-        return *dataset.labels(column, where), None
+        return *dataset.labels(label_column(source, config), where), None
     boxes = object_columns(dataset.features)
-    if config.label_column is None and {*kinds} & {*CLASS_KINDS} == {"boxes"} and len(boxes) == 1:
-        column = boxes[0]
-    elif column is None or column != source.label_column:
-        column = find_label_column(dataset.features, column, where)
+    only_boxes = config.label_column is None and {*kinds} & {*CLASS_KINDS} == {"boxes"} and len(boxes) == 1
+    column = boxes[0] if only_boxes else cast(str, label_column(source, config))
     if column in boxes:
         objects = read_objects(dataset, column, config.box_format, where)
         return objects.matrix(), objects.class_names, objects

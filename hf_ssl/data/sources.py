@@ -91,6 +91,21 @@ class Source:
             )
 
 
+def label_column(source: Source, config: DataConfig) -> str | None:
+    """Return the column of the labels: `data.label_column`, or else the one that `source` found.
+
+    None is possible only for items in Python, whose labels need no name.
+
+    Raises:
+        UserError: the errors of `find_label_column`, for data whose columns are known or streamed.
+    """
+    column = config.label_column or source.label_column
+    known = source.streaming or isinstance(source.dataset, Dataset)
+    if known and (column is None or column != source.label_column):
+        column = find_label_column(source.dataset.features or {}, column, source.description)
+    return column
+
+
 def open_source(
     config: DataConfig,
     split: str | None = None,
@@ -139,13 +154,13 @@ def open_source(
             "declared; use data.streaming=false"
         )
     image_column, further = find_image_columns(features, config, where, only_image=only_image)
-    label_column = find_label_column(features, config.label_column, where) if labels else None
+    column = find_label_column(features, config.label_column, where) if labels else None
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     return Source(
         dataset=without_decoding(opened.dataset, image_column, *further),
         image_column=image_column,
-        label_column=label_column,
+        label_column=column,
         streaming=streaming,
         num_rows=opened.num_rows,
         revision=revision,

@@ -9,9 +9,9 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from hf_ssl.data.batch import LoadedBatch
-from hf_ssl.data.columns import find_label_column, label_values
+from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.sources import Source
+from hf_ssl.data.sources import Source, label_column
 from hf_ssl.errors import UserError
 
 _ADVICE = "set data.label_column=NAME, or training.online_probe=false"
@@ -44,27 +44,26 @@ def training_labels(source: Source, config: DataConfig) -> TrainingLabels:
 
     Args:
         source: the training images.
-        config: has `label_column`, which is used if `source` has no column of labels.
+        config: `label_column`, see `hf_ssl.data.sources.label_column`.
 
     Raises:
         UserError: there are no labels, an image can have several labels, or a stream does not declare its
             classes.
     """
     where = source.description
-    if not source.streaming and not isinstance(source.dataset, Dataset):
-        try:
-            labels, names = source.dataset.labels(source.label_column or config.label_column, where)
-        except UserError as error:
-            raise _no_labels(where) from error
-        return _of_rows(labels, names, where)
-    features: Any = source.dataset.features
     try:
-        column = source.label_column or find_label_column(features or {}, config.label_column, where)
+        column = label_column(source, config)
+        if not source.streaming and not isinstance(source.dataset, Dataset):
+            labels, names = source.dataset.labels(column, where)
     except UserError as error:
+        if config.label_column is not None:
+            raise
         raise _no_labels(where) from error
     if not source.streaming:
-        return _of_rows(*label_values(source.dataset, column, where), where)
-    feature = (features or {}).get(column)
+        if isinstance(source.dataset, Dataset):
+            labels, names = label_values(source.dataset, cast(str, column), where)
+        return _of_rows(labels, names, where)
+    feature = (source.dataset.features or {}).get(column)
     if not isinstance(feature, ClassLabel) or not feature.names:
         raise UserError(
             f"training.online_probe: expected a column of the type ClassLabel in the stream {where}, got "

@@ -68,11 +68,18 @@ class BatchRows:
     size: int
 
 
+def epoch_batches(images: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch. Images that do not fill a batch are omitted.
+
+    If there are fewer images than `batch_size`, they are one batch.
+    """
+    return images // min(batch_size, images)
+
+
 class EpochSampler(Sampler[BatchRows]):
     """A batch sampler whose order depends only on the seed and the epoch, which `set_epoch` sets.
 
-    An epoch omits the images that do not fill a batch. If there are fewer images than `batch_size`, they are
-    one batch.
+    `epoch_batches` explains the number of batches.
 
     Args:
         rows: the row numbers that are read.
@@ -102,7 +109,7 @@ class EpochSampler(Sampler[BatchRows]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.rows) // self.size
+        return epoch_batches(len(self.rows), self.size)
 
     def __iter__(self) -> Iterator[BatchRows]:
         order = self.rows[permutation(len(self.rows), self.seed, self.epoch)]

@@ -217,6 +217,23 @@ def usable_neighbors(wanted: Sequence[int], images: int) -> list[int]:
     return [k for k in wanted if k <= images] or [max((k for k in NEIGHBORS if k <= most), default=1)]
 
 
+def main_knn(settings: Any, images: int) -> tuple[int, float]:
+    """Return the main k and temperature, which are the same wherever one k-NN accuracy is measured.
+
+    k is the largest usable one up to 20, or the smallest one if all are above 20. The temperature is 0.07 if
+    it is among the settings, otherwise the first one.
+
+    Args:
+        settings: settings of the protocol `knn`.
+        images: number of images in the bank.
+    """
+    counts = usable_neighbors(settings.neighbors or NEIGHBORS, images)
+    below = [k for k in counts if k <= MAIN_KNN[0]]
+    temperatures = settings.temperatures
+    temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
+    return max(below) if below else min(counts), temperature
+
+
 class Description(NamedTuple):
     """How cards and curves describe a measurement that is made during training.
 

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.config import MAIN_KNN, EvaluationConfig
+from hf_ssl.evaluation.config import EvaluationConfig, main_knn
 from hf_ssl.evaluation.feature_cache import cached_features
 from hf_ssl.evaluation.features import (
     PatchGrid,
@@ -31,7 +31,7 @@ from hf_ssl.evaluation.features import (
 from hf_ssl.evaluation.inputs import Inputs, LabeledData, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -137,7 +137,8 @@ def evaluate_encoder(
         shown["image"] = [bank[pooling], queries[pooling]]
         shown["grid"] = [features["pooler"] for features in grid]
     if shown:
-        k, temperature = _main_setting(result, len(train))
+        k, temperature = main_knn(config.of_protocol("knn"), len(train))
+        result["pooling_neighbors"] = k
         result["poolings"] = {
             name: knn_accuracy(
                 train_features,
@@ -155,13 +156,6 @@ def evaluate_encoder(
     )
     result["revision"] = getattr(test, "revision", None)
     return result
-
-
-def _main_setting(result: EncoderResult, bank: int) -> tuple[int, float]:
-    """Return k and the temperature of the k-NN accuracy of the result, or the usual ones."""
-    for knn in find_results(result, "knn"):
-        return knn["details"]["neighbors"], knn["details"]["temperature"]
-    return min(MAIN_KNN[0], bank), MAIN_KNN[1]
 
 
 def evaluate_pixels(

@@ -272,11 +272,16 @@ def swept_result(
         selected_on=selected_on,
         details={
             "at_edge": at_edge,
-            "validation": {f"{each:.4g}": found for each, found in zip(values, validation, strict=True)},
+            "validation": by_setting(dict(zip(values, validation, strict=True))),
         }
         | (details or {}),
         **names,
     )
+
+
+def by_setting(validation: Mapping[float, float]) -> dict[str, float]:
+    """Return the value of each tested setting for JSON, {"0.03": 0.61}, as `details["validation"]` has it."""
+    return {f"{setting:.6g}": value for setting, value in validation.items()}
 
 
 def is_at_edge(values: Sequence[float], value: float) -> bool:

@@ -4,7 +4,6 @@
 import hashlib
 import os
 import random
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ssl.errors import UserError
+from hf_ssl.files import newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import process_count
 
@@ -138,7 +138,7 @@ class LabelTrainer(Trainer):
 
     def run(self, folder: Path | None) -> None:
         """Train. If the folder contains a complete checkpoint, resume from the newest one."""
-        checkpoint = None if folder is None else _complete_checkpoint(folder)
+        checkpoint = None if folder is None else newest_checkpoint(folder, _STATE)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> Any:
@@ -201,13 +201,6 @@ class _Advance(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.advance(1)
-
-
-def _complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in a folder, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{_STATE}")]
-    numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(numbered, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from hf_ssl.errors import counted
 
+ACCURACY = "accuracy"
+
 
 class ProtocolResult(TypedDict):
     """One number of one protocol, with everything that is needed to understand and to repeat it.
@@ -19,6 +21,7 @@ class ProtocolResult(TypedDict):
     protocol: str  # its name in PROTOCOLS: "knn"
     id: str  # "knn-1-3fb2a9c4": name, version and fingerprint of the settings
     key: str  # the number's name for programs: "knn_20"
+    metric: NotRequired[str]  # what `value` is: "mean_average_precision"; missing: ACCURACY
     title: str  # the number's name in a sentence: "20-NN accuracy"
     column: str  # the heading of its column: "20-NN, all labels"
     text: str  # how it was measured
@@ -60,12 +63,19 @@ class EncoderResult(TypedDict):
     pooling: NotRequired[str]
     # main k-NN accuracy by "cls" and "mean", by "image" (the published feature) and "grid", if compared
     poolings: NotRequired[dict[str, float]]
+    pooling_neighbors: NotRequired[int]  # k of `poolings`
     image_size: NotRequired[int]
 
 
 def find_results(result: EncoderResult, protocol: str) -> list[ProtocolResult]:
     """Return the numbers of a protocol, which are none if it was not run."""
     return [each for each in result["protocols"] if each["protocol"] == protocol]
+
+
+def metric_of(result: ProtocolResult) -> str:
+    """Return what the value of a result is, also of one that an older version stored."""
+    multi_label = "mean_average_precision"
+    return result.get("metric", multi_label if result["key"] == multi_label else ACCURACY)
 
 
 def result_id(protocol: str, version: int, settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ They can also record the outputs of their layers.
 
 import copy
 import inspect
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
+from hf_ssl.files import local_folder
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parallel_encoders import find_parts
@@ -66,7 +66,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
     Raises:
         UserError: there is no encoder, or a method model instead of one.
     """
-    folder = os.path.expanduser(place)
+    folder = str(local_folder(place) or place)
     with loading_errors(f"an encoder, got {place!r}", where):
         parts = find_parts(folder, **options)
         if parts is not None:
@@ -77,7 +77,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
     """Return the configuration in the folder or repository itself, which is not in parts."""
     with loading_errors(f"an encoder, got {place!r}", where):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(os.path.expanduser(place), **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(local_folder(place) or place), **options)
     if method_of(config.model_type) is not None:
         raise UserError(
             f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
@@ -92,7 +92,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     All functions that load encoders call this one. If the encoder consists of parts in subfolders
     (`hf_ssl.modeling.encoder_parts`), the result joins them.
     """
-    folder = os.path.expanduser(place)
+    folder = str(local_folder(place) or place)
     with loading_errors(f"an encoder, got {place!r}", where):
         parts = find_parts(folder, **options)
         if parts is not None:
@@ -113,8 +113,8 @@ def view_settings(place: str, revision: str | None = None) -> dict[str, Any]:
         revision: commit on the Hub.
     """
     try:
-        place = os.path.expanduser(place)
-        processor: Any = AutoImageProcessor.from_pretrained(place, revision=revision)
+        folder = str(local_folder(place) or place)
+        processor: Any = AutoImageProcessor.from_pretrained(folder, revision=revision)
     except (ImportError, OSError, ValueError) as error:
         logger.warning(
             "views: size, mean and std do not follow the encoder, because its image processor cannot be "

@@ -26,7 +26,7 @@ from hf_ssl.recipe.backbone import (
     pretrained_config,
     pretrained_views,
 )
-from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, read_yaml
+from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, is_overridden, read_yaml
 from hf_ssl.resources import resource
 from hf_ssl.sections import convert_values, default_values, to_dataclass, transformers_config
 from hf_ssl.views.preset import ViewPreset
@@ -123,8 +123,7 @@ class Recipe:
 
     def is_overridden(self, key: str) -> bool:
         """Return whether the user set `section.key` on the command line, not in the recipe's file."""
-        section, _, name = key.partition(".")
-        return name in apply_overrides({}, self.overrides)[section]
+        return is_overridden(self.overrides, key)
 
     def backbone_config(self) -> "PreTrainedConfig":
         """Return the config of the encoder.

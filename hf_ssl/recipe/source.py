@@ -56,6 +56,12 @@ def read_yaml(path: Path, sections: Sequence[str] = SECTIONS) -> dict[str, dict[
     return _sections(plain, sections, str(path))
 
 
+def is_overridden(overrides: Sequence[str], key: str) -> bool:
+    """Return whether `section.key` is among the overrides `section.key=value` of the user."""
+    section, _, name = key.partition(".")
+    return name in apply_overrides({}, overrides)[section]
+
+
 def apply_overrides(
     plain: dict[str, dict[str, Any]], overrides: Sequence[str], sections: Sequence[str] = SECTIONS
 ) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
-from hf_ssl.cards.privacy import folder_name, remove_private
+from hf_ssl.cards.privacy import encoder_name, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
 from hf_ssl.data.images import EncodedRows, decoded_rows
@@ -34,7 +34,7 @@ from hf_ssl.evaluation import (
     load_encoder,
     thumbnail,
 )
-from hf_ssl.files import check_new_or_empty, replaced_folder, write_json
+from hf_ssl.files import check_new_or_empty, local_folder, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
@@ -169,8 +169,7 @@ def _facts(
     title: str | None,
     pooling: Pooling,
 ) -> dict[str, Any]:
-    local = Path(model).is_dir()
-    name = folder_name(model) if local else model
+    local, name = local_folder(model) is not None, encoder_name(model)
     facts = {
         "title": title or f"Nearest neighbors by {name}",
         "model": {

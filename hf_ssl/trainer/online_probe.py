@@ -15,8 +15,10 @@ from torch.optim import SGD
 from transformers import PreTrainedModel
 
 from hf_ssl.data import LabeledImages
+from hf_ssl.data.boxes import class_numbers
 from hf_ssl.data.training_labels import TrainingLabels
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.inputs import is_right
 from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather
@@ -90,7 +92,7 @@ class OnlineProbe:
         classifier, optimizer = self._build(features.shape[1], features.device)
         optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * fraction)) / 2
         logits, known = classifier(features), (labels >= 0).sum()
-        counts = torch.stack([(logits.argmax(1) == labels).sum(), known])
+        counts = torch.stack([is_right(logits, labels).sum(), known])
         self._counts = counts if self._counts is None else self._counts + counts
         loss = cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known.clamp_min(1)
         optimizer.zero_grad()
@@ -128,9 +130,9 @@ class OnlineProbe:
             )
         if self.classifier is None:
             return 1 / len(own)
-        numbers = torch.tensor([own.index(name) if name in own else -1 for name in images.class_names])
-        predictions = self.classifier(features.to(self.classifier.weight.device)).argmax(1)
-        return (predictions.cpu() == numbers[labels]).double().mean().item()
+        numbers = torch.from_numpy(class_numbers(images.class_names, own))
+        scores = self.classifier(features.to(self.classifier.weight.device)).cpu()
+        return is_right(scores, numbers[labels]).double().mean().item()
 
     def save(self, folder: Path) -> None:
         """Write the state to a checkpoint. Before the first step, the method writes nothing."""

@@ -74,8 +74,10 @@ def readme(folder: Path) -> str:
 def test_metadata(facts: dict, tmp_path: Path) -> None:
     facts["data"]["hub_id"] = "uoft-cs/cifar10"
     facts["backbone"]["base_model"] = "microsoft/resnet-18"
+    facts["results"]["trained"]["protocols"][-1]["metric"] = "mean_iou"
     write_card(tmp_path, facts)
     data = ModelCard.load(tmp_path / "README.md").data
+    assert [result.metric_type for result in data.eval_results] == ["accuracy"] * 4 + ["mean_iou"]
     assert (data.library_name, data.pipeline_tag, data.license) == (
         "transformers",
         "image-feature-extraction",

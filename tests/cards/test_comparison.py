@@ -67,6 +67,7 @@ def test_other_settings_are_other_rows() -> None:
     changed["overrides"] = [*changed["overrides"], "method.temperature=0.5"]
     other = entry(seed=1)
     other["overrides"] = [*other["overrides"], "evaluation.batch_size=7", "training.output_dir=x"]
+    other["overrides"] += ["training.monitor_steps=7", "data.max_broken_fraction=0.5"]
     rows = compare([entry(), changed, other]).rows
     assert [(row.label, row.seeds) for row in rows] == [
         ("SimCLR", [0, 1]), ("SimCLR, method.temperature=0.5", [0]),

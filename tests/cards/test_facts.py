@@ -24,8 +24,9 @@ from hf_ssl.cards import (
     write_facts,
 )
 from hf_ssl.cards.facts import check_facts, public_facts
-from hf_ssl.cards.privacy import folder_name
+from hf_ssl.cards.privacy import encoder_name, folder_name
 from hf_ssl.errors import UserError
+from hf_ssl.files import local_folder
 
 
 def test_facts_are_read_as_they_were_written(facts: dict, tmp_path: Path) -> None:
@@ -195,6 +196,13 @@ def test_the_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     names = [folder_name(path) for path in (".", "photos", "a/b/..", Path("a"))]
     assert names == [tmp_path.name, "photos", "a", "a"]
+
+
+def test_the_home_folder_is_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "enc").mkdir()
+    assert local_folder("~/enc") == tmp_path / "enc" and local_folder("user/enc") is None
+    assert [encoder_name(place) for place in ("~/enc", "user/enc")] == ["enc", "user/enc"]
 
 
 def test_last_part() -> None:

@@ -12,7 +12,7 @@ from messages import mentions
 
 from hf_ssl.building import has_label_lists
 from hf_ssl.data import DataConfig, LabeledImages, as_source, label_data
-from hf_ssl.data.boxes import ImageObjects, Objects, object_columns, read_objects
+from hf_ssl.data.boxes import ImageObjects, Objects, class_numbers, object_columns, read_objects
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 
@@ -198,3 +198,8 @@ def test_boxes_without_an_area_are_not_used(caplog) -> None:
 def test_the_format_is_checked() -> None:
     with pytest.raises(UserError, match=mentions("data.box_format", "xywh", "yolo")):
         read(data_set(lists()), box_format="yolo")
+
+
+def test_classes_are_numbered_by_name() -> None:
+    found = class_numbers(["dog", "cat", "owl"], ["cat", "ant", "dog"])
+    assert (found.tolist(), found.dtype) == ([2, 0, -1], np.int64)

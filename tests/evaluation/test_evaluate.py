@@ -31,6 +31,7 @@ from hf_ssl.evaluation import (
     knn_accuracy,
     linear_probe,
 )
+from hf_ssl.evaluation.config import main_knn
 from hf_ssl.evaluation.features import PatchGrid
 from hf_ssl.precision import Precision
 
@@ -130,7 +131,7 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert "4 draws (seed 0)" in one["text"]
     assert result["skipped"][0].startswith("500 labels per class: the smallest class has ")
     assert linear["value"] > 0.5
-    assert set(linear["details"]["validation"]) == {"0.1", "1.0"}
+    assert set(linear["details"]["validation"]) == {"0.1", "1"}
     assert "3 epochs, batch size 256" in linear["text"]
     assert "features, standardized, without augmentation" in linear["text"]
     assert "(at the edge of the sweep) had the highest accuracy" in linear["text"]
@@ -164,6 +165,13 @@ def test_the_main_setting_follows_the_settings(digits) -> None:
         assert (knn["details"]["neighbors"], knn["details"]["temperature"]) == main
         expected = knn_accuracy(*data, neighbors=[main[0]], temperatures=[main[1]])
         assert knn["value"] == expected[main]
+
+
+def test_the_main_k_of_few_images_is_a_usual_one_everywhere() -> None:
+    config = EvaluationConfig()
+    assert main_knn(config.of_protocol("knn"), 15) == (10, 0.07)
+    given = EvaluationConfig(settings={"knn": {"neighbors": [3, 40], "temperatures": [0.2]}})
+    assert main_knn(given.of_protocol("knn"), 50) == (3, 0.2)
 
 
 def test_a_default_k_above_the_bank_is_left_out_and_a_given_one_is_an_error(digits) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import knn_accuracy, linear_probe
-from hf_ssl.evaluation.inputs import Inputs, Split
+from hf_ssl.evaluation.inputs import Inputs, Split, by_setting
 from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.evaluation.protocols.linear import Config, run, train_heads
 from hf_ssl.modeling.pooling import VECTORS
@@ -190,7 +190,7 @@ def test_the_grid_finds_the_feature_that_shows_the_class(signal: str) -> None:
     validation = grid["details"]["validation"]
     assert list(validation) == list(VECTORS)
     best = max(value for rates in validation.values() for value in rates.values())
-    assert validation[signal][str(grid["selection"]["learning_rate"])] == best
+    assert validation[signal][f"{grid['selection']['learning_rate']:g}"] == best
     for result in (published, grid):
         curves = result["details"]["epochs"]
         assert len(curves["train"]) == len(curves["test"]) == 5
@@ -206,9 +206,7 @@ def test_each_feature_of_the_grid_is_trained_as_if_it_were_alone() -> None:
         alone = linear_probe(
             rows, labels, inputs.test.further[name], inputs.test.labels, epochs=2, learning_rates=[0.03, 1.0]
         )
-        assert grid["details"]["validation"][name] == {
-            str(key): value for key, value in alone.validation.items()
-        }
+        assert grid["details"]["validation"][name] == by_setting(alone.validation)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(300, generator=generator)
         chosen, kept = order[:30], order[30:]

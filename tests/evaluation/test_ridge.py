@@ -56,7 +56,7 @@ def test_the_protocol_does_not_depend_on_the_scale_of_the_features(data) -> None
     assert other["value"] == one["value"]
     assert other["details"]["validation"] == one["details"]["validation"]
     assert other["selection"]["lambda"] == pytest.approx(1e4 * one["selection"]["lambda"], rel=1e-4)
-    assert one["details"]["validation"][f"{one['details']['relative_lambda']:.4g}"] == max(
+    assert one["details"]["validation"][f"{one['details']['relative_lambda']:.6g}"] == max(
         one["details"]["validation"].values()
     )
 

@@ -2,6 +2,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_ssl.cards.text import monitor_table
 from hf_ssl.data import DataConfig, as_source, open_source, train_loader
+from hf_ssl.data.labeled import label_data
 from hf_ssl.data.training_labels import TrainingLabels, training_labels
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import encode_without_columns
@@ -185,6 +187,18 @@ def test_labels_of_rows_are_found_by_row_number():
     assert (found.by_row.tolist(), found.class_names) == ([1, 0, 0, 1], ["ant", "zebra"])
 
 
+@pytest.mark.parametrize("form", ["table", "items"])
+def test_the_probe_and_the_evaluation_use_the_same_column(form):
+    table = image_table([0, 1, 1, 0], ClassLabel(names=["a", "b"])).add_column("grade", [7, 7, 3, 5])
+    data = table if form == "table" else list(table)
+    config = DataConfig(path="unused", label_column="grade")
+    found = training_labels(as_source(data, config), config)
+    assert found.class_names == ["3", "5", "7"] == label_data(data, config, "test").class_names
+    assert found.by_row.tolist() == [2, 2, 0, 1]
+    with pytest.raises(UserError, match=mentions("data.label_column", "grade")):
+        training_labels(as_source(table.remove_columns("grade"), config), config)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -209,6 +223,15 @@ def test_data_without_labels_are_an_error(data, words):
     with pytest.raises(UserError, match=mentions(*words)) as error:
         training_labels(as_source(given, config), config)
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+
+
+def test_nan_scores_are_wrong():
+    probe = OnlineProbe(TrainingLabels(["a", "b"]), 0.1, lambda: None)
+    probe.classifier = nn.Linear(2, 2)
+    images = SimpleNamespace(labels=torch.tensor([0, 0, 1]), class_names=["a", "b"], description="test")
+    nn.init.eye_(probe.classifier.weight), nn.init.zeros_(probe.classifier.bias)
+    features = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.0, 1.0]])
+    assert probe.accuracy(features, images) == pytest.approx(2 / 3)
 
 
 def test_test_images_have_the_classes_of_the_training_images(finished):

@@ -133,6 +133,7 @@ def _result(settings: dict[str, object], values: Tensor, **others: object) -> Pr
     """Return a result with the mean of the values (N,) of the images."""
     result = others | {
         "protocol": "attention_masks",
+        "metric": "jaccard_index",
         "id": result_id("attention_masks", VERSION, settings | {"key": others["key"]}),
         "value": float(values.mean()),
         "standard_error": float(values.std() / len(values) ** 0.5),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_ssl.data.boxes import ImageObjects
-from hf_ssl.errors import UserError, check_name, check_values
+from hf_ssl.errors import UserError, check_name, check_values, counted
 from hf_ssl.evaluation.box_metrics import BoxScores, Detections, bootstrap_error, box_scores
 from hf_ssl.evaluation.box_metrics import require_packages as require_packages  # see `PROTOCOLS`
 from hf_ssl.evaluation.detector import Architecture, new_detector
@@ -297,7 +297,7 @@ def _describe(
     sampled = bootstrap_error(found[first], task.test, inputs.seed)
     error, error_text = sampled, "a bootstrap over test images"
     if len(values) > 1:
-        error, error_text = statistics.stdev(values) / len(values) ** 0.5, f"{len(values)} seeds"
+        error, error_text = statistics.stdev(values) / len(values) ** 0.5, counted(len(values), "seed")
     identity = asdict(architecture) | asdict(optimization) | {"mode": mode, "seeds": list(scores)}
     trained = "frozen" if mode == FROZEN else "fine-tuned"
     classes = sorted(set.intersection(*(set(each.classes) for each in scores.values())))
@@ -305,16 +305,17 @@ def _describe(
         protocol="detection",
         id=result_id("detection", VERSION, identity),
         key=f"detection_{mode}",
+        metric="average_precision",
         title=f"Box AP of Faster R-CNN, {trained} encoder",
         column=f"box AP, {trained}",
         text=f"Average precision of COCO (IoU 0.50 to 0.95) by Faster R-CNN with a feature pyramid on the "
-        f"{trained} encoder, mean of {len(values)} training run(s). Recipe: {task.source}. Here: "
+        f"{trained} encoder, mean of {counted(len(values), 'training run')}. Recipe: {task.source}. Here: "
         f"{optimization.optimizer}, learning rate {optimization.learning_rate:g}, weight decay "
-        f"{optimization.weight_decay:g}, {optimization.epochs} epochs, batch size {optimization.batch_size}, "
-        f"cosine schedule, flips with probability {optimization.flip:g}, shorter side "
-        f"{architecture.image_size} pixels, {architecture.channels} channels. Trained on {inputs.train} and "
-        f"tested on {inputs.test}. Standard error: {error_text}. Published results of the C4 architecture "
-        "(MoCo, PIRL) are not comparable",
+        f"{optimization.weight_decay:g}, {counted(optimization.epochs, 'epoch')}, batch size "
+        f"{optimization.batch_size}, cosine schedule, flips with probability {optimization.flip:g}, shorter "
+        f"side {architecture.image_size} pixels, {architecture.channels} channels. Trained on "
+        f"{inputs.train} and tested on {inputs.test}. Standard error: {error_text}. Published "
+        "results of the C4 architecture (MoCo, PIRL) are not comparable",
         value=mean(values),
         standard_error=error,
         metrics={"ap50": mean(each.ap50 for each in scores.values())}

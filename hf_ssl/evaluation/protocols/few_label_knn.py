@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.knn import as_features, check_classes, nearest, prepare
@@ -46,24 +46,26 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     results = []
     for labels in config.labels_per_class:
         if labels > smallest:
-            inputs.skipped.append(f"{labels} labels per class: the smallest class has {smallest}")
+            inputs.skipped.append(f"{counted(labels, 'label')} per class: the smallest class has {smallest}")
             continue
         accuracies = _accuracies(
             train.features, train.labels, test.features, test.labels, labels, config.draws, inputs.seed,
             inputs.device,
         )  # fmt: skip
         found = Draws.of(accuracies, len(test))
-        spread = f": mean and standard deviation of {config.draws} draws" if config.draws > 1 else ""
-        images = f"labeled image{'s'[: labels != 1]}"
+        spread = (
+            f": mean and standard deviation of {counted(config.draws, 'draw')}" if config.draws > 1 else ""
+        )
+        images = counted(labels, "labeled image")
         settings = {"labels_per_class": labels, "draws": config.draws, "seed": inputs.seed}
         results.append(
             ProtocolResult(
                 protocol="few_label_knn",
                 id=result_id("few_label_knn", VERSION, settings),
                 key=f"few_labels_{labels}",
-                title=f"1-NN accuracy, {labels} {images} per class",
-                column=f"1-NN, {labels} label{'s'[: labels != 1]} per class",
-                text=f"1-NN by cosine similarity among {labels} {images} of each class, drawn at random from "
+                title=f"1-NN accuracy, {images} per class",
+                column=f"1-NN, {counted(labels, 'label')} per class",
+                text=f"1-NN by cosine similarity among {images} of each class, drawn at random from "
                 f"the {train}{spread} (seed {inputs.seed}), tested on {test}",
                 value=found.mean,
                 standard_error=found.standard_error,

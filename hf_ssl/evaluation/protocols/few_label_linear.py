@@ -212,7 +212,9 @@ def _result(
     strengths = [strength for strength in selected if strength is not None]
     how = "C was selected on a held-out fifth of the labeled images of each class" if strengths else "fixed C"
     of = f"drawn at random from the {inputs.train}" if choice.drawn else f"in the {inputs.train}"
-    several = f": mean and standard deviation of {draws} draws (seed {inputs.seed})" if draws > 1 else ""
+    several = (
+        f": mean and standard deviation of {counted(draws, 'draw')} (seed {inputs.seed})" if draws > 1 else ""
+    )
     kept = ("draws", "strengths", "iterations")
     settings = {key: each for key, each in asdict(config).items() if key in kept}
     settings |= choice.settings | {"rows_hash": hashed} | ({"seed": inputs.seed} if choice.drawn else {})

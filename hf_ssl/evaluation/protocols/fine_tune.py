@@ -21,6 +21,7 @@ from hf_ssl.evaluation.inputs import (
     HELD_OUT,
     Inputs,
     accuracy_result,
+    by_setting,
     check_converged,
     hold_out,
     is_right,
@@ -377,6 +378,6 @@ def describe(
             "class": kind,
             "images": count,
             "rows_hash": hashed,
-            "validation": {str(each): value for each, value in validation.items()},
+            "validation": by_setting(validation),
         },
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError, check_values, counted
-from hf_ssl.evaluation.config import MAIN_KNN, NEIGHBORS, TEMPERATURES, are_positive
+from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES, are_positive, main_knn
 from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, hold_out
 from hf_ssl.evaluation.knn import Votes, vote
 from hf_ssl.evaluation.results import ProtocolResult
@@ -41,7 +41,7 @@ class Config:
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the accuracy with k 20 and temperature 0.07, and with the selected k and temperature.
 
-    The first is DINO's setting, which is fixed. If it is not among the settings, `main_setting` explains
+    The first is DINO's setting, which is fixed. If it is not among the settings, `main_knn` explains
     which one replaces it. The second has the best accuracy on held-out training images: 10 % of them, at most
     5,000, classified by the others.
 
@@ -50,7 +50,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """
     train, test = inputs.train, inputs.test
     counts = _counts(inputs, config)
-    main = main_setting(counts, config.temperatures)
+    main = main_knn(config, len(train))
     with inputs.progress("k-NN"):
         selected = _select(inputs, counts, config.temperatures)
         best = () if selected is None else (selected[0],)
@@ -145,14 +145,3 @@ def _select(
         return None
     grid = _vote(inputs, bank, queries, usable, temperatures).accuracies
     return max(grid, key=lambda setting: grid[setting]), len(chosen)
-
-
-def main_setting(counts: Sequence[int], temperatures: Sequence[float]) -> tuple[int, float]:
-    """Return the main k and temperature of the measured ones, which are chosen independently.
-
-    k is the largest one up to 20, or the smallest one if all are above 20. The temperature is 0.07 if it was
-    measured, otherwise the first one.
-    """
-    below = [k for k in counts if k <= MAIN_KNN[0]]
-    temperature = MAIN_KNN[1] if MAIN_KNN[1] in temperatures else temperatures[0]
-    return max(below) if below else min(counts), temperature

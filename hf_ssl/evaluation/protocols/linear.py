@@ -22,6 +22,7 @@ from hf_ssl.evaluation.inputs import (
     SELECTED_ON,
     Inputs,
     accuracy_result,
+    by_setting,
     held_out_images,
     is_at_edge,
     is_right,
@@ -104,10 +105,7 @@ def _result(inputs: Inputs, config: Config, grid: dict[str, tuple[Tensor, Tensor
     if grid:
         selected += f" and the feature {feature} ({VECTORS[feature]})"
         tested = f"{len(rates)} learning rates, {rates[0]:g} to {rates[-1]:g}, of {', '.join(grid)}"
-    validation = {
-        name: {str(rate): value for rate, value in found.items()}
-        for name, found in zip(candidates, fit.validation, strict=True)
-    }
+    validation = {name: by_setting(found) for name, found in zip(candidates, fit.validation, strict=True)}
     return accuracy_result(
         "linear",
         VERSION,

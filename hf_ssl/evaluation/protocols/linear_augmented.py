@@ -22,6 +22,7 @@ from hf_ssl.evaluation.inputs import (
     SELECTED_ON,
     Inputs,
     accuracy_result,
+    by_setting,
     check_converged,
     hold_out,
     is_at_edge,
@@ -183,7 +184,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             selected_on=selected_on,
             details={
                 "at_edge": at_edge,
-                "validation": {str(rate): each for rate, each in validation.items()},
+                "validation": by_setting(validation),
             },
         )
     ]

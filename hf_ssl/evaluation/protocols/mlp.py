@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
 from hf_ssl.evaluation.protocols.linear import MOMENTUM
@@ -97,9 +97,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             key="mlp_probe",
             title="MLP probe accuracy",
             column="MLP probe",
-            method=f"classifier with {config.hidden_size} hidden units, BatchNorm and ReLU on frozen "
-            f"features, {state}, without augmentation. Optimizer: SGD, momentum {MOMENTUM:g}, no weight "
-            f"decay, {config.epochs} epochs, batch size {config.batch_size}, cosine schedule",
+            method=f"classifier with {counted(config.hidden_size, 'hidden unit')}, BatchNorm and ReLU on "
+            f"frozen features, {state}, without augmentation. Optimizer: SGD, momentum {MOMENTUM:g}, no "
+            f"weight decay, {counted(config.epochs, 'epoch')}, batch size "
+            f"{config.batch_size}, cosine schedule",
             setting="The learning rate",
             values=rates,
             validation=validation,

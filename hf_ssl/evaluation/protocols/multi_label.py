@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, by_setting, hold_out
 from hf_ssl.evaluation.results import ProtocolResult, result_id
 from hf_ssl.evaluation.statistics import standardized
 
@@ -80,6 +80,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             protocol="multi_label",
             id=result_id("multi_label", VERSION, asdict(config) | {"seed": inputs.seed}),
             key="mean_average_precision",
+            metric="mean_average_precision",
             title="Mean average precision",
             column="mAP, several labels",
             text=f"11-point mean average precision (VOC2007) over {of_classes} of one logistic regression "
@@ -91,7 +92,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             metrics={"area": mean_average_precision(scores, targets, None)},
             selection={"penalty": best},
             selected_on=SELECTED_ON,
-            details={"validation": {str(penalty): value for penalty, value in validation.items()}},
+            details={"validation": by_setting(validation)},
         )
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import check_values
+from hf_ssl.errors import check_values, counted
 from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.knn import check_features
@@ -81,8 +81,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     settings = {"images": images, "preset": preset.to_dict(), "seed": inputs.seed}
     inputs.quality = Quality(
         id=result_id("quality", VERSION, settings),
-        text=f"{config.views} views of {images:,} images of split {inputs.test.name}, {source}, views of "
-        f"{preset.size} pixels",
+        text=f"{counted(config.views, 'view')} of {counted(images, 'image')} of split {inputs.test.name}, "
+        f"{source}, views of {preset.size} pixels",
         lidar=lidar(views),
         alignment=alignment(views[:, 0], views[:, 1]),
         images=images,

@@ -65,6 +65,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             protocol="retrieval",
             id=result_id("retrieval", VERSION, asdict(config)),
             key="retrieval_map" if config.gallery == "train" else "retrieval_map_leave_one_out",
+            metric="mean_average_precision",
             title="Mean average precision of retrieval",
             column="retrieval mAP" if config.gallery == "train" else "retrieval mAP, leave-one-out",
             text=f"each of {test} queries {gallery}, ranked by cosine similarity. Images of the class of the "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values
+from hf_ssl.errors import counted as words
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.dense import (
     IGNORED,
@@ -28,7 +29,16 @@ from hf_ssl.evaluation.dense import (
     patch_features,
     read_mask,
 )
-from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, Split, check_converged, hold_out
+from hf_ssl.evaluation.inputs import (
+    EDGE,
+    SELECTED_ON,
+    Inputs,
+    Split,
+    by_setting,
+    check_converged,
+    hold_out,
+    is_at_edge,
+)
 from hf_ssl.evaluation.results import ProtocolResult, result_id
 from hf_ssl.evaluation.segmentation import VOID, Heads, class_iou, mean_iou, pixel_counts, train_heads
 
@@ -185,24 +195,24 @@ def _result(
         tokens: the training tokens.
     """
     rates, best = list(validation), max(validation, key=lambda rate: validation[rate])
-    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-    edge = " (at the edge of the sweep)" if at_edge else ""
-    total = counts.sum(dim=0)
+    at_edge = is_at_edge(rates, best)
+    total, of_epochs = counts.sum(dim=0), words(config.epochs, "epoch")
     iou, pixels = class_iou(total), int(total[2].sum())
     side, grid = config.size or inputs.image_size, grid_side(tokens, "segmentation")
-    selected_on = f"{100 * HELD_OUT:g} % of the training images"
     return ProtocolResult(
         protocol="segmentation",
         id=result_id("segmentation", VERSION, asdict(config) | {"seed": inputs.seed}),
         key="segmentation_miou",
+        metric="mean_iou",
         title="Mean intersection over union of a linear segmentation head",
         column="segmentation mIoU",
         text=f"a linear layer on {grid} x {grid} frozen, standardized patch tokens gives the logits of "
         f"{len(numbers)} classes. Whole images are resized to {side} x {side} pixels. Logits are upsampled "
-        f"bilinearly to the size of the mask. Optimizer: AdamW, {config.epochs} epochs, batch size "
-        f"{config.batch_size}, cosine schedule, without augmentation. The learning rate {best:g}{edge} had "
-        f"the highest value on a held-out {selected_on} ({len(rates)} tested). The final layer was trained "
-        f"on all {inputs.train} and tested on {inputs.test}, without ignored pixels",
+        f"bilinearly to the size of the mask. Optimizer: AdamW, {of_epochs}, batch size "
+        f"{config.batch_size}, cosine schedule, without augmentation. The learning rate "
+        f"{best:g}{EDGE * at_edge} had the highest value on a held-out {SELECTED_ON} ({len(rates)} tested). "
+        f"The final layer was trained on all {inputs.train} and tested on {inputs.test}, without ignored "
+        "pixels",
         value=float(mean_iou(total)),
         standard_error=_standard_error(counts, inputs.seed),
         metrics={
@@ -210,11 +220,11 @@ def _result(
             "mean_class_accuracy": float((total[0].double() / total[2]).nanmean()),
         },
         selection={"learning_rate": best},
-        selected_on=selected_on,
+        selected_on=SELECTED_ON,
         details={
             "at_edge": at_edge,
             "validation_miou": validation[best],
-            "validation": {str(rate): value for rate, value in validation.items()},
+            "validation": by_setting(validation),
             "class_iou": {
                 str(number): None if math.isnan(value) else value
                 for number, value in zip(numbers.tolist(), iou.tolist(), strict=True)
