@@ -78,6 +78,11 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
+def random_rows(size: int, count: int, *key: int) -> np.ndarray:
+    """Return `count` different numbers from 0 to size - 1 in ascending order that depend only on the key."""
+    return np.sort(permutation(size, *key)[:count])
+
+
 def random_index(size: int, *key: int) -> int:
     """Return a random number from 0 to size - 1 that depends only on the key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(size))

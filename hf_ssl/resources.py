@@ -68,3 +68,13 @@ def usable_cores() -> int:
     """Return the number of cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def processes_here() -> int:
+    """Return the number of processes of this run on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def own_cores() -> int:
+    """Return the number of cores for each process of this run on this machine, at least 1."""
+    return max(1, usable_cores() // processes_here())

@@ -15,7 +15,7 @@ from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
-from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.results import ProtocolResult, mean_error
 from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
@@ -84,8 +84,7 @@ class Cell:
     @property
     def error_over_runs(self) -> float | None:
         """Return the standard error of the mean over the runs; None for a single run."""
-        deviation = self.deviation
-        return None if deviation is None else deviation / len(self.values) ** 0.5
+        return mean_error(self.values) if len(self.values) > 1 else None
 
 
 @dataclass

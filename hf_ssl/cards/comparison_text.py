@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards.comparison import Cell, Column, Comparison, Row
+from hf_ssl.cards.text import markdown_row
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     character: f"\\{character}" for character in "&%$#_{}"
@@ -34,7 +35,7 @@ def markdown(comparison: Comparison) -> str:
     """Return the table, how its columns were measured, and the differences to the best rows."""
     columns = comparison.columns
     lines = [
-        _line(["", *(column.heading for column in columns), "runs"]),
+        markdown_row(["", *(column.heading for column in columns), "runs"]),
         "|---|" + "---:|" * (len(columns) + 1),
     ]
     for row in comparison.rows:
@@ -42,7 +43,7 @@ def markdown(comparison: Comparison) -> str:
             f"**{cell_text(cell)}**" if _is_best(comparison, row, column) else cell_text(cell)
             for column, cell in ((column, row.cells.get(column)) for column in columns)
         ]
-        lines.append(_line([row.label, *cells, str(len(row.seeds))]))
+        lines.append(markdown_row([row.label, *cells, str(len(row.seeds))]))
     lines += ["", "Accuracy in percent; mean ± standard deviation over runs with different seeds.", ""]
     for column in columns:
         lines.append(f"- {column.heading}: {column.text} (`{column.id}`).")
@@ -60,11 +61,11 @@ def markdown(comparison: Comparison) -> str:
             f"Difference to {best.label} in {column.heading}, in points (95 % interval of a paired bootstrap "
             "over test images and runs):",
             "",
-            _line(["", "difference", "interval", "p"]),
+            markdown_row(["", "difference", "interval", "p"]),
             "|---|---:|---:|---:|",
         ]
         lines += [
-            _line(
+            markdown_row(
                 [
                     row.label,
                     f"{100 * found.value:+.1f}",
@@ -98,10 +99,6 @@ def _selected(comparison: Comparison, column: Column) -> list[str]:
 
 def _setting(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_ssl.cards.text import markdown_row
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.evaluation.results import ACCURACY, EncoderResult, ProtocolResult, find_results, metric_of
 
@@ -222,7 +223,7 @@ def markdown(summary: Summary) -> str:
     averages = [_text(column.average) + _share(column) for column in columns]
     rows.append(["**average**", "", *averages])
     lines = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += [markdown_row(row) for row in rows]
     lines += ["", *(f"- {column.sentence}." for column in columns), *replacements(summary)]
     return "\n".join(lines) + "\n"
 

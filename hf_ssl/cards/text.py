@@ -4,7 +4,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts, local_path
@@ -33,6 +33,11 @@ class Measurement(NamedTuple):
     value: float
     protocol: str
     metric: str
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def percent(value: float) -> str:

@@ -12,6 +12,7 @@ FEATURES = {
     # The mean of tokens (B, T, D), or of the positions of a feature map (B, D, H, W).
     "mean": "outputs.last_hidden_state.mean(dim=1 if outputs.last_hidden_state.ndim == 3 else (2, 3))",
 }
+_TIMM_AXES = '(1, 2) if getattr(encoder.timm_model, "output_fmt", "") == "NHWC" else (2, 3)'
 # The constants are those of `hf_ssl.views.color_spaces`. A test compares the features.
 _LAB = '''def to_lab(rgb):
     """Return L, a and b (B, 3, H, W) of colors in [0, 1], as skimage.color.rgb2lab does."""
@@ -36,7 +37,9 @@ def usage(facts: Facts) -> str:
     opened = 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
     if backbone["channels"] == 1:
         opened += '.convert("L")'
-    size = backbone["feature_size"]
+    size, feature = backbone["feature_size"], FEATURES[backbone["pooling"]]
+    if backbone["class_name"] == "TimmWrapperModel":
+        feature = feature.replace("(2, 3)", _TIMM_AXES)
     lines = [
         "import torch",
         "from PIL import Image, ImageOps",
@@ -51,11 +54,10 @@ def usage(facts: Facts) -> str:
             f"image = {opened}  # EXIF rotation, as in training",
             "with torch.inference_mode():",
             '    outputs = encoder(**processor(image, return_tensors="pt"))',
-            f"features = {FEATURES[backbone['pooling']]}  # (1, {size})",
+            f"features = {feature}  # (1, {size})",
         ]
     else:
         lines += _of_parts(backbone["parts"], backbone["class_name"], opened)
-        feature = FEATURES[backbone["pooling"]]
         lines.append(f"features = torch.cat([{feature} for outputs in parts], dim=1)  # (1, {size})")
     return "\n".join(lines)
 

@@ -13,12 +13,12 @@ import torch.utils.data
 from datasets import Array2D, Dataset, Image, IterableDataset, Value
 from torch import Tensor
 
+from hf_ssl.data.class_numbers import number_classes
 from hf_ssl.data.columns import (
     LABEL_NAMES,
     find_image_columns,
     find_optional_label_column,
     label_values,
-    number_classes,
     without_decoding,
 )
 from hf_ssl.data.config import DataConfig

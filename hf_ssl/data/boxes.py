@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
+from hf_ssl.data.class_numbers import class_numbers, matching_numbers, number_classes
 from hf_ssl.data.config import BOX_FORMATS
 from hf_ssl.errors import UserError, check_name
 
@@ -83,7 +84,7 @@ class Objects:
 
     def renumbered(self, class_names: list[str]) -> "Objects":
         """Return the objects with the class numbers of another list of names, which has all used classes."""
-        numbers = class_numbers(self.class_names, class_names)
+        numbers = matching_numbers(self.class_names, class_names)
         images = [
             None if image is None else image._replace(classes=numbers[image.classes]) for image in self.images
         ]
@@ -122,12 +123,6 @@ class Objects:
                 f"with which {outside:,} of {total:,} boxes extend beyond their image; use {other}"
             )
         return found
-
-
-def class_numbers(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Return the number (K,) int64 of each class name in other classes, -1 for a class that is not there."""
-    known = {name: number for number, name in enumerate(classes)}
-    return np.array([known.get(name, -1) for name in names], np.int64)
 
 
 def object_fields(feature: Any) -> dict[str, Any] | None:
@@ -254,17 +249,14 @@ def _class_numbers(
     flat = [each for row in values if row is not None for each in row]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
-        wrong = [each for each in flat if each is None or not 0 <= each < len(names)]
+        numbers = class_numbers(flat, len(names), f"{column} of {where}")
     else:
-        kinds = sorted({each for each in flat if isinstance(each, int | str)})  # all have one type
-        names = [str(each) for each in kinds]
-        numbers = {kind: number for number, kind in enumerate(kinds)}
-        wrong = [each for each in flat if each not in numbers or (isinstance(each, int) and each < 0)]
-    if wrong:
+        numbers, names = number_classes(flat, f"{column} of {where}")
+    if (numbers < 0).any():
+        wrong = flat[int(numbers.argmin())]
         raise UserError(
             f"objects: expected a class number from 0 or a name for each object in {column} of {where}, got "
-            f"{wrong[0]} beside the {len(names)} classes {', '.join(names[:5])}; correct the column"
+            f"{wrong} beside the {len(names)} classes {', '.join(names[:5])}; correct the column"
         )
-    if not isinstance(feature, ClassLabel):
-        values = [None if row is None else [numbers[each] for each in row] for row in values]
-    return names, [np.array(row or [], np.int64) for row in values]
+    ends = np.cumsum([len(row or []) for row in values], dtype=np.int64)
+    return names, np.split(numbers, ends)[: len(values)]

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
-from torch import Tensor
 
 from hf_ssl.data.boxes import object_columns
+from hf_ssl.data.class_numbers import class_numbers, number_classes
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import EncodedImage, StoredImage, stored_image
 from hf_ssl.errors import UserError
@@ -254,15 +253,15 @@ def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray,
             a ClassLabel, are numbered in sorted order.
 
     Raises:
-        UserError: a label is neither a whole number nor text.
+        UserError: a label is neither a whole number nor text, or a class number does not exist.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     feature = dataset.features[column]
     if isinstance(feature, List):
         return _label_matrix(values.to_pylist(), feature.feature.names, where)
     if isinstance(feature, ClassLabel):
-        labels = values.fill_null(-1).to_numpy().astype(np.int64)
-        return labels, list(feature.names or map(str, range(labels.max(initial=-1) + 1)))
+        names = list(feature.names)
+        return class_numbers(values.to_pylist(), len(names), where), names
     return number_classes(values.to_pylist(), where)
 
 
@@ -273,45 +272,8 @@ def _label_matrix(rows: list[Any], names: list[str], where: str) -> tuple[np.nda
         if classes is None:
             matrix[number] = -1
             continue
-        if any(label is None or not 0 <= label < len(names) for label in classes):
-            raise UserError(f"{where}: expected class numbers below {len(names)} in the lists, got {classes}")
-        matrix[number, classes] = 1
+        matrix[number, class_numbers(classes, len(names), where, missing=False)] = 1
     return matrix, list(names)
-
-
-def number_classes(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names of classes as `label_values` does.
-
-    Args:
-        values: numbers, also in tensors and arrays, and texts. None, NaN or a negative number marks a missing
-            label.
-        where: name of the data set, for messages.
-
-    Raises:
-        UserError: a label is something else.
-    """
-    checked = [_class(value, where) for value in values]
-    known = np.array([value is not None for value in checked], bool)
-    present = [value for value in checked if value is not None]
-    classes, positions = np.unique(np.asarray(present), return_inverse=True)
-    labels = np.full(len(checked), -1, np.int64)
-    labels[known] = positions
-    return labels, [str(value) for value in classes]
-
-
-def _class(label: Any, where: str) -> int | str | None:
-    """Return a class number or a name; None for a missing label."""
-    if isinstance(label, Tensor | np.ndarray | np.generic) and len(label.reshape(-1)) == 1:
-        label = label.item()
-    if label is None or isinstance(label, str | bool):
-        return label
-    if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
-        label = -1 if math.isnan(label) else int(label)
-    if isinstance(label, int):
-        return int(label) if label >= 0 else None
-    raise UserError(
-        f"{where}: expected whole numbers or texts as labels, got {label!r}; return one class for each image"
-    )
 
 
 def encoded_images(

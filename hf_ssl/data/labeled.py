@@ -13,14 +13,15 @@ from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import BrokenCounter
-from hf_ssl.data.boxes import Objects, class_numbers, object_columns, read_objects
+from hf_ssl.data.boxes import Objects, object_columns, read_objects
+from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.sources import Source, label_column, open_source
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets, uses_classes
 from hf_ssl.errors import UserError, counted
-from hf_ssl.random import permutation
+from hf_ssl.random import permutation, random_rows
 
 _CHUNK = 256
 
@@ -93,7 +94,7 @@ class LabeledImages:
         names = other.class_names
         self._require_classes([self.class_names[label] for label in np.unique(self._labels)], other)
         if self.class_names != names:
-            self._labels = class_numbers(self.class_names, names)[self._labels]
+            self._labels = matching_numbers(self.class_names, names)[self._labels]
             self.class_names = list(names)
 
     def _require_classes(self, used: list[str], other: "LabeledImages") -> None:
@@ -319,7 +320,7 @@ def unlabeled_images(
     source.require_rows()
     count = len(source.dataset)
     if max_images is not None and max_images < count:
-        source = source.select(np.sort(permutation(count, seed)[:max_images]))
+        source = source.select(random_rows(count, max_images, seed))
         count = max_images
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
     labels = np.zeros(count, dtype=np.int64)
@@ -371,7 +372,7 @@ def label_source(
         if labels.ndim == 1:
             chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
         else:
-            chosen = np.sort(chosen[permutation(len(chosen), seed)[:max_images]])
+            chosen = chosen[random_rows(len(chosen), max_images, seed)]
     if len(chosen) < len(labels):
         source = source.select(chosen)
         targets = {kind: SelectedRows(each, chosen) for kind, each in targets.items()}

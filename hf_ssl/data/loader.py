@@ -95,15 +95,9 @@ def train_loader(
     preset.check(config.channels)
     share = ProcessShare(seed % 2**64, batch_size, rank, world_size)
     options: dict[str, Any] = {
-        "num_workers": num_workers,
-        "pin_memory": pin_memory,
+        **worker_options(num_workers, pin_memory),
         "prefetch_factor": prefetch_factor if num_workers else None,
         "multiprocessing_context": start_method if num_workers else None,
-        "collate_fn": _unchanged,
-        # Without it, torch draws a seed for workers from the global generator and changes its state. hf_ssl
-        # does not use that seed.
-        "generator": torch.Generator().manual_seed(0),
-        "worker_init_fn": _ignore_signals,
     }
     if not holds_batch(source, share):
         raise too_few_images(source, batch_size * world_size, "a smaller one")
@@ -111,6 +105,19 @@ def train_loader(
         return make_stream_loader(source, preset, config, share, start_batch, position, options, label_column)
     sampler = partial(RowBatchSampler, share=share, start=start_batch, has_all_rows=has_all_rows)
     return _map_loader(source, preset, config, share, sampler, torch.device(device), options)
+
+
+def worker_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    """Return the arguments of all loaders of training images, whose data set returns complete batches."""
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": _unchanged,
+        # Without it, torch draws a seed for workers from the global generator and changes its state. hf_ssl
+        # does not use that seed.
+        "generator": torch.Generator().manual_seed(0),
+        "worker_init_fn": _ignore_signals,
+    }
 
 
 def holds_batch(source: Source, share: ProcessShare) -> bool:
@@ -317,7 +324,7 @@ class MapBatchDataset(Dataset[LoadedBatch]):
         )
 
 
-def _unchanged(batch: LoadedBatch | WorkerFailure) -> LoadedBatch | WorkerFailure:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

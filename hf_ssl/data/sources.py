@@ -29,7 +29,7 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.random import permutation
+from hf_ssl.random import permutation, random_rows
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Source:
         """Return a fixed random choice of `count` rows, in their order; all rows of a stream or for None."""
         if count is None or self.num_rows is None or self.streaming:
             return self
-        return self.select(np.sort(permutation(self.num_rows, 0)[:count]))
+        return self.select(random_rows(self.num_rows, count, 0))
 
     def require_rows(self) -> None:
         """Raise UserError if the data are a stream."""

@@ -22,6 +22,7 @@ import pyarrow as pa
 from datasets import IterableDataset
 
 from hf_ssl.data.batch import UnreadableData
+from hf_ssl.data.class_numbers import class_numbers
 from hf_ssl.data.decode import stored_image
 from hf_ssl.data.further_columns import (
     AnyStored,
@@ -124,7 +125,8 @@ class StreamShards:
         self.label_column = label_column
         columns = [source.image_column, *source.further_columns]
         columns += [] if label_column is None else [label_column]
-        self._encoded = source.dataset.features is not None
+        self._features: Any = source.dataset.features
+        self._encoded = self._features is not None
         if self._encoded:
             self.dataset = source.dataset.select_columns(columns).with_format("arrow")
         else:  # Python functions make the images
@@ -157,7 +159,9 @@ class StreamShards:
         """Return the rows of a table."""
         labels = None
         if self.label_column is not None:
-            labels = table.column(self.label_column).fill_null(-1).to_pylist()
+            count = len(self._features[self.label_column].names)
+            given = table.column(self.label_column).to_pylist()
+            labels = class_numbers(given, count, self.description).tolist()
             table = table.drop_columns([self.label_column])  # `nbytes` must not depend on it
         return Block(table_rows(table, self._column, self.further), table.nbytes, labels)
 

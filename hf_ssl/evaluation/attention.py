@@ -8,7 +8,6 @@ token, distillation token, registers), T = S + h * w tokens, Q queries, D featur
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.backbones import input_channels, normalization
-from hf_ssl.modeling.configuration import as_pair
+from hf_ssl.modeling.configuration import as_pair, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import has_class_token
@@ -100,7 +99,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Atte
         raise UserError(f"layer: expected a number from {-layers} to {layers - 1}, got {layer}")
     images = images.to(next(encoder.parameters()))  # to its device and precision
     with evaluation_mode(encoder), eager_attention(encoder):
-        outputs = encoder(images, output_attentions=True, **_arguments(encoder, len(images), grid))
+        outputs = encoder(images, output_attentions=True, **_arguments(encoder, images, grid))
     # The clones are normal tensors on the CPU, so that a caller can compute gradients with them.
     attentions = [weights.float().cpu().clone() for weights in outputs.attentions]
     features = outputs.last_hidden_state.float().cpu().clone()
@@ -244,14 +243,11 @@ def _patch_grid(model: PreTrainedModel, images: Tensor) -> tuple[int, int]:
     return images.shape[2] // side, images.shape[3] // side
 
 
-def _arguments(model: PreTrainedModel, batch: int, grid: tuple[int, int]) -> dict[str, Any]:
+def _arguments(model: PreTrainedModel, images: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
     """Return the arguments that allow any image size and keep the order of the patches."""
-    known = signature(type(model).forward).parameters
-    arguments: dict[str, Any] = {}
-    if "interpolate_pos_encoding" in known:
-        arguments["interpolate_pos_encoding"] = True
+    arguments: dict[str, Any] = dict(size_arguments(model, images))
     if model.config.model_type == _MASKING:  # the encoder orders the patches by this noise
-        arguments["noise"] = torch.arange(grid[0] * grid[1], device=model.device).expand(batch, -1)
+        arguments["noise"] = torch.arange(grid[0] * grid[1], device=model.device).expand(len(images), -1)
     return arguments
 
 
@@ -319,7 +315,7 @@ def attention_pictures(
         pixels = _at_size(processor, photo, size, patch_size(model), device)
     maps = attention_maps(model, pixels, layer=layer)
     height, width = (count * patch_size(model) for count in maps.heads.shape[-2:])
-    mean, std = _normalization(processor, pixels.shape[1])
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalization(processor, pixels.shape[1]))
     seen = _enlarge(_as_picture(pixels[0, :, :height, :width].cpu().float() * std + mean), shown_side)
     attention = maps.mean[0]
     colors = pca_colors(maps.patches)[0].permute(2, 0, 1)
@@ -452,14 +448,6 @@ def _at_size(processor: Any, photo: Tensor, size: int, patch: int, device: torch
     height, width = (max(round(edge * size / short) // patch, 1) * patch for edge in photo.shape[1:])
     exact = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
     return pixel_values(processor, [photo], device, **exact)
-
-
-def _normalization(processor: Any, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation (C, 1, 1) that the processor uses for values in [0, 1]."""
-    given = zip(normalization(processor), (0.0, 1.0), strict=True)
-    values = (torch.tensor(value or [default])[:, None, None] for value, default in given)
-    mean, std = (value.expand(channels, 1, 1) for value in values)
-    return mean, std
 
 
 def _enlarge(photo: Image.Image, side: int) -> Image.Image:

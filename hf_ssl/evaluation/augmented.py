@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_ssl.data import LabeledImages
 from hf_ssl.data.batch import LoadedBatch, is_small, make_batch
+from hf_ssl.data.loader import worker_options
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.gather import own_share, process_count
 from hf_ssl.random import image_seeds, permutation
-from hf_ssl.resources import usable_cores
+from hf_ssl.resources import own_cores
 from hf_ssl.views import ViewPreset
 
 MOST_WORKERS = 8  # more do not make a loader of one device faster
@@ -154,28 +155,23 @@ class AugmentedImages(Dataset[TrainBatch]):
         self, rows: np.ndarray, batch_size: int, device: torch.device, pairs: bool = False
     ) -> "EpochLoader":
         """Return a loader of batches of some rows; `EpochSampler` explains the arguments."""
-        options: dict[str, Any] = {
-            "batch_sampler": EpochSampler(rows, batch_size, self.seed, pairs),
-            "collate_fn": _unchanged,
-            "num_workers": 0 if self.small else min(usable_cores() - 1, MOST_WORKERS),
-            "pin_memory": device.type == "cuda",
-            # Without it, torch draws a seed for workers from the global generator and changes its state.
-            "generator": torch.Generator().manual_seed(0),
-        }
-        return EpochLoader(self, **options)
+        return EpochLoader.of(self, EpochSampler(rows, batch_size, self.seed, pairs), device, self.small)
 
 
 class EpochLoader(DataLoader[Any]):
     """A loader whose epoch transformers' Trainer sets."""
 
+    @classmethod
+    def of(cls, images: Any, sampler: "EpochSampler", device: torch.device, is_fast: bool) -> "EpochLoader":
+        """Return a loader for a model on a device. It has no worker processes if reading is fast."""
+        workers = 0 if is_fast else min(own_cores() - 1, MOST_WORKERS)
+        batches: Any = sampler  # with `BatchRows` in place of lists
+        return cls(images, batch_sampler=batches, **worker_options(workers, device.type == "cuda"))
+
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch of the next `iter()`."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
-
-
-def _unchanged(batch: TrainBatch) -> TrainBatch:
-    return batch
 
 
 def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float) -> ViewPreset:
@@ -189,12 +185,12 @@ def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float
         smallest_crop: smallest fraction of the image's area that a crop keeps.
         flip: probability of the flip.
     """
-    mean, std = normalization(processor)
     first = next(iter(images.iter_batches(1)))
     size = pixel_values(processor, first, torch.device("cpu")).shape[-1]
     # timm's processors have no `resample`.
     bicubic = int(getattr(processor, "resample", None) or 0) == 3
     channels = first[0].shape[0]
+    mean, std = normalization(processor, channels)
     preset = ViewPreset(
         size=size,
         count=1,
@@ -204,8 +200,8 @@ def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float
         jitter=0.0,
         gray=0.0,
         blur=0.0,
-        mean=tuple(mean or [0.0] * channels),
-        std=tuple(std or [1.0] * channels),
+        mean=tuple(mean),
+        std=tuple(std),
     )
     preset.check(channels)
     return preset

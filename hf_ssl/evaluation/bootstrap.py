@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences between encoders on the same test images, with a paired bootstrap. It does not import torch.
+"""The bootstrap over test images: standard errors, and differences between encoders on the same test images.
+
+This module does not import torch.
 
 Legend: R runs, N images, S samples.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +15,9 @@ from numpy.typing import NDArray
 
 MOST_PACKED = 100_000
 """The largest number of test images whose predictions are stored: 25,000 characters."""
+
+SAMPLES = 100
+"""Number of samples of `bootstrap_error`."""
 
 _CHUNK = 200
 
@@ -49,6 +55,24 @@ def unpack_right(text: str, images: int) -> NDArray[np.bool_]:
     if len(packed) != -(-images // 8):
         raise ValueError(f"predictions: expected {images} images, got {8 * len(packed)} bits")
     return np.unpackbits(packed, count=images).astype(bool)
+
+
+def bootstrap_error(
+    statistic: Callable[[NDArray[np.int64]], float], count: int, seed: int, samples: int = SAMPLES
+) -> float:
+    """Return the standard deviation (n - 1) of a statistic over samples of the images with replacement.
+
+    Args:
+        statistic: returns the value of the images with these row numbers (N,), or NaN if they have none. Such
+            samples are left out. With fewer than two others, the result is 0.
+        count: N.
+        seed: seed of the samples. Protocols use the seed of the evaluation.
+        samples: number of samples.
+    """
+    generator = np.random.default_rng(seed)
+    values = [float(statistic(generator.integers(count, size=count))) for _ in range(samples)]
+    values = [value for value in values if not math.isnan(value)]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def paired_bootstrap(

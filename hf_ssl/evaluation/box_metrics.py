@@ -5,6 +5,7 @@ Legend: N images, D detections of an image, O objects of an image, K classes.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
@@ -15,10 +16,8 @@ from torch import Tensor
 
 from hf_ssl.data.boxes import ImageObjects
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.bootstrap import SAMPLES, bootstrap_error
 from hf_ssl.resources import INSTALL_DETECTION
-
-SAMPLES = 100
-"""Number of bootstrap samples."""
 
 
 class Detections(NamedTuple):
@@ -97,7 +96,7 @@ def box_scores(found: Sequence[Detections], truth: Sequence[ImageObjects]) -> Bo
     return BoxScores(float(values["map"]), float(values["map_50"]), float(values["map_75"]), by_class)
 
 
-def bootstrap_error(
+def average_precision_error(
     found: Sequence[Detections], truth: Sequence[ImageObjects], seed: int, samples: int = SAMPLES
 ) -> float:
     """Return the bootstrap standard error of AP: its standard deviation over samples of the N images.
@@ -125,16 +124,14 @@ def bootstrap_error(
         evaluator.evaluate()
         matches = evaluator.evalImgs
         order = np.arange(len(matches)).reshape(-1, len(truth))  # classes, images
-        generator = np.random.default_rng(seed)
-        values = []
-        for _ in range(samples):
-            rows = generator.integers(len(truth), size=len(truth))
+
+        def value(rows: np.ndarray) -> float:
             evaluator.evalImgs = [matches[number] for number in order[:, rows].reshape(-1)]
             evaluator.accumulate()
             precision = evaluator.eval["precision"]
-            if (precision > -1).any():
-                values.append(precision[precision > -1].mean())
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            return precision[precision > -1].mean() if (precision > -1).any() else math.nan
+
+        return bootstrap_error(value, len(truth), seed, samples)
 
 
 def coco_data(truth: Sequence[ImageObjects], found: Sequence[Detections]) -> dict[str, Any]:

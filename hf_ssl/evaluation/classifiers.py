@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, counted
 from hf_ssl.modeling.backbones import freeze_unused
+from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
-from hf_ssl.modeling.parameter_groups import assign_parameter_groups, layer_depths
+from hf_ssl.modeling.parameter_groups import block_count, layer_depths, layer_scales, optimizer_groups
 from hf_ssl.modeling.pooling import Pooling, pool
 
 NOTHING, ENCODER = "none", "all"
@@ -47,7 +48,8 @@ class FeatureClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
         """Return the logits (B, K) of images (B, C, H, W)."""
-        features = pool(self.encoder(pixel_values=pixel_values), self.pooling, self.encoder)
+        outputs = self.encoder(pixel_values=pixel_values, **size_arguments(self.encoder, pixel_values))
+        features = pool(outputs, self.pooling, self.encoder)
         return ImageClassifierOutput(logits=self.classifier(features))
 
 
@@ -72,7 +74,7 @@ class Classifier:
     @property
     def blocks(self) -> int:
         """Return L, or 0 for an encoder without numbered blocks."""
-        return max(self.depths[name] for name in self.head) - 1
+        return block_count(name for name, _ in self.model.named_parameters())
 
     def freeze(self, part: str, where: str) -> None:
         """Freeze parameters.
@@ -100,38 +102,21 @@ class Classifier:
     def parameter_groups(
         self, learning_rate: float, weight_decay: float, layer_decay: float, where: str
     ) -> list[dict[str, Any]]:
-        """Return the parameter groups of the trained parameters.
-
-        Weight decay does not apply to biases, gains, tokens and position tables.
+        """Return the parameter groups of the trained parameters (`optimizer_groups`).
 
         Args:
             learning_rate: learning rate of the head.
             weight_decay: weight decay of weights.
-            layer_decay: the factor on the learning rate at depth d is `layer_decay ** (L + 1 - d)` (MAE).
+            layer_decay: see `layer_scales`.
             where: key of this value, for messages.
 
         Raises:
             UserError: layer decay is not 1 for an encoder without numbered blocks.
         """
-        if layer_decay != 1 and not self.blocks:
-            raise UserError(
-                f"{where}: expected 1 for {type(self.model).__name__}, whose encoder has no numbered blocks, "
-                f"got {layer_decay:g}; leave it out"
-            )
-        depths, last = self.depths, self.blocks + 1
-        parameters = dict(self.model.named_parameters())
-        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for name, group in assign_parameter_groups(self.model, []).items():
-            depth = last if name in self.head else depths[name]
-            groups.setdefault((depth, group.decay), []).append(parameters[name])
-        return [
-            {
-                "params": members,
-                "lr": learning_rate * layer_decay ** (last - depth),
-                "weight_decay": weight_decay if decays else 0.0,
-            }
-            for (depth, decays), members in groups.items()
-        ]
+        names = [name for name, _ in self.model.named_parameters()]
+        scales = layer_scales(names, layer_decay, where, type(self.model).__name__)
+        scales |= dict.fromkeys(self.head, 1.0)
+        return optimizer_groups(self.model, learning_rate, weight_decay, scales)
 
     def frozen_modules(self) -> list[nn.Module]:
         """Return the largest modules all of whose parameters are frozen. Training keeps them in eval mode."""
@@ -170,9 +155,11 @@ def new_classifier(
     device = pixels.device
     with evaluation_mode(encoder):
         weights = next(encoder.parameters()).dtype
-        feature = pool(encoder(pixel_values=pixels.to(weights)), pooling, encoder).float()
+        arguments = size_arguments(encoder, pixels)
+        feature = pool(encoder(pixel_values=pixels.to(weights), **arguments), pooling, encoder).float()
     with unchanged_random_state(device):  # new layers draw weights, which become zero below
-        found = _class_of_transformers(encoder, classes, pixels, feature) if native else None
+        fits = native and not any(arguments.values())  # the class gets no arguments
+        found = _class_of_transformers(encoder, classes, pixels, feature) if fits else None
         if found is None:
             copied = copy.deepcopy(encoder).float().requires_grad_(True)
             freeze_unused(copied)

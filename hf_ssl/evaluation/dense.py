@@ -9,7 +9,6 @@ rows and columns of patches, P = h * w patches, D features.
 """
 
 from collections.abc import Iterable, Iterator
-from inspect import signature
 from math import isqrt
 from typing import Any
 
@@ -37,8 +36,7 @@ class SquareProcessor:
     """
 
     def __init__(self, processor: Any, side: int) -> None:
-        self.mean, self.std = normalization(processor)
-        self.side = side
+        self.processor, self.side = processor, side
 
     def __call__(
         self, images: list[Tensor], *, device: torch.device | str = "cpu", **options: Any
@@ -57,8 +55,8 @@ class SquareProcessor:
         ]
         pixels = torch.cat(resized) / 255
         mean, std = (
-            pixels.new_tensor(values or [default])[:, None, None]
-            for values, default in ((self.mean, 0.0), (self.std, 1.0))
+            pixels.new_tensor(values)[:, None, None]
+            for values in normalization(self.processor, pixels.shape[1])
         )
         return {"pixel_values": (pixels - mean) / std}
 
@@ -82,13 +80,9 @@ def patch_features(
     if getattr(getattr(encoder, "config", None), "model_type", None) == _MASKING:
         raise UserError(f"{protocol}: expected an encoder without random masks, got ViTMAE; load a ViTModel")
     processor = SquareProcessor(inputs.processor, side or inputs.image_size)
-    # Position embeddings are interpolated to another size if the encoder supports it.
-    known = signature(type(encoder).forward).parameters
-    interpolated = side not in (None, inputs.image_size) and "interpolate_pos_encoding" in known
-    arguments = {"interpolate_pos_encoding": True} if interpolated else {}
     first = next(iter(split.images.iter_batches(1)))
     with FurtherFeatures(encoder, ["tokens"]) as further:
-        _, outputs = first_output(encoder, processor, first, inputs.device, arguments)
+        _, outputs = first_output(encoder, processor, first, inputs.device)
         if "tokens" not in further.available(outputs):
             raise UserError(
                 f"{protocol}: expected an encoder that returns patch tokens or a feature map, got "
@@ -104,7 +98,7 @@ def patch_features(
     text = None if inputs.description is None else f"{inputs.description}, patch tokens, {split.name}"
     tokens = extract_poolings(
         encoder, processor, batches(), poolings=["tokens"], device=inputs.device, dtype=inputs.dtype,
-        total=len(split), description=text, arguments=arguments,
+        total=len(split), description=text,
     )["tokens"]  # fmt: skip
     grid_side(tokens, protocol)
     return tokens, sizes

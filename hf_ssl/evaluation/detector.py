@@ -217,8 +217,7 @@ def new_detector(
         frozen, dtype: see `Body`.
     """
     body = Body(maps, settings, frozen, dtype)
-    mean, std = normalization(processor)
-    channels = input_channels(body.maps.encoder.config)
+    mean, std = normalization(processor, input_channels(body.maps.encoder.config))
     own = [str(number) for number in range(body.own_levels)]
     align = MultiScaleRoIAlign(own, _REGION_SIDE, 2)
     strides = body.strides[: body.own_levels]
@@ -230,8 +229,8 @@ def new_detector(
         body,
         min_size=settings.image_size,
         max_size=round(settings.image_size * 5 / 3),
-        image_mean=mean or [0.0] * channels,
-        image_std=std or [1.0] * channels,
+        image_mean=mean,
+        image_std=std,
         size_divisible=divisor,
         rpn_anchor_generator=Anchors(body.strides, settings.anchor_scale),
         rpn_pre_nms_top_n_train=2 * settings.proposals,

@@ -20,16 +20,15 @@ from torch.utils.data import Dataset
 
 from hf_ssl.data.boxes import ImageObjects
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.augmented import MOST_WORKERS, BatchRows, EpochLoader, EpochSampler
+from hf_ssl.evaluation.augmented import BatchRows, EpochLoader, EpochSampler
 from hf_ssl.evaluation.box_metrics import Detections
 from hf_ssl.evaluation.detector import MOST_DETECTIONS
 from hf_ssl.evaluation.label_trainer import LabelTrainer, training_arguments
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
-from hf_ssl.modeling.parameter_groups import assign_parameter_groups
+from hf_ssl.modeling.parameter_groups import optimizer_groups
 from hf_ssl.random import image_seeds, uniforms
-from hf_ssl.resources import usable_cores
 
 _LONGEST_WARMUP = 500
 _SMALL_SET = 2000
@@ -112,14 +111,7 @@ class BoxImages(Dataset[BoxBatch]):
     def loader(self, batch_size: int, device: torch.device) -> EpochLoader:
         """Return a loader of the batches of this process."""
         sampler = EpochSampler(np.arange(len(self)), batch_size, self.seed)
-        options: dict[str, Any] = {
-            "batch_sampler": sampler,
-            "collate_fn": _unchanged,
-            "num_workers": 0 if len(self) < _SMALL_SET else min(usable_cores() - 1, MOST_WORKERS),
-            "pin_memory": device.type == "cuda",
-            "generator": torch.Generator().manual_seed(0),  # see `AugmentedImages.loader`
-        }
-        return EpochLoader(self, **options)
+        return EpochLoader.of(self, sampler, device, len(self) < _SMALL_SET)
 
 
 def train_detector(
@@ -161,7 +153,7 @@ def train_detector(
         device=device,
         dtype=None,  # the detector itself decides which parts use autocast
     ) as args:
-        groups = _groups(detector, settings)
+        groups = optimizer_groups(detector, settings.learning_rate, settings.weight_decay)
         trainer = DetectorTrainer(detector, args, loader, settings.optimizer, groups, advance)
         trainer.where = where
         trainer.run(folder)
@@ -226,26 +218,6 @@ def detect(
     return [Detections(row[:, :4].float(), row[:, 4].long(), row[:, 5].float()) for row in chosen]
 
 
-def _groups(detector: nn.Module, settings: DetectorOptimization) -> list[dict[str, Any]]:
-    """Return the parameter groups of the trained parameters, with and without weight decay."""
-    parameters = dict(detector.named_parameters())
-    groups: dict[bool, list[nn.Parameter]] = {}
-    for name, group in assign_parameter_groups(detector, []).items():
-        groups.setdefault(group.decay, []).append(parameters[name])
-    return [
-        {
-            "params": members,
-            "lr": settings.learning_rate,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for decays, members in groups.items()
-    ]
-
-
 def _pixels(images: list[Tensor], device: torch.device) -> list[Tensor]:
     """Return uint8 images (C, H, W) as float32 in [0, 1] on a device."""
     return [image.to(device, non_blocking=True).float() / 255 for image in images]
-
-
-def _unchanged(batch: BoxBatch) -> BoxBatch:
-    return batch

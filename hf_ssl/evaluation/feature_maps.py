@@ -5,7 +5,6 @@ Legend: B images, C channels, H height and W width of an image.
 """
 
 import copy
-import inspect
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.backbones import freeze_unused, input_channels
-from hf_ssl.modeling.configuration import as_pair
+from hf_ssl.modeling.configuration import as_pair, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
 
 _PROBE = 256
@@ -164,7 +163,7 @@ class TokenMap(FeatureMaps):
     def all_maps(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the map of images (B, C, H, W) in a list."""
         height, width = (side // self.patch for side in pixel_values.shape[-2:])
-        outputs = self.encoder(pixel_values=pixel_values, **_any_size(self.encoder))
+        outputs = self.encoder(pixel_values=pixel_values, **size_arguments(self.encoder, pixel_values))
         patches = outputs.last_hidden_state[:, -height * width :]  # after the class token and registers
         return [patches.transpose(1, 2).unflatten(2, (height, width))]
 
@@ -188,7 +187,7 @@ def feature_maps(encoder: Any, smallest_stride: float) -> FeatureMaps:
     try:
         probed = copy.deepcopy(encoder).float()  # the forward pass of Swin changes its windows
         with evaluation_mode(probed):
-            outputs = probed(pixel_values=pixels, output_hidden_states=True, **_any_size(probed))
+            outputs = probed(pixel_values=pixels, output_hidden_states=True, **size_arguments(probed, pixels))
             last = outputs.get("last_hidden_state")
         del probed
         shape = () if last is None else tuple(last.shape)
@@ -227,9 +226,3 @@ def _trainable_copy(encoder: Any) -> Any:
     copied = copy.deepcopy(encoder).float().requires_grad_(True)
     freeze_unused(copied)
     return copied
-
-
-def _any_size(encoder: Any) -> dict[str, Any]:
-    """Return the argument that interpolates position tables, if the encoder has it."""
-    name = "interpolate_pos_encoding"
-    return {name: True} if name in inspect.signature(encoder.forward).parameters else {}

@@ -7,7 +7,6 @@ Legend: B images in a batch, N images in total, C channels, H height, W width, T
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -22,6 +21,7 @@ from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
 from hf_ssl.files import local_folder
 from hf_ssl.modeling.backbones import load_weights, loading_errors
+from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
 from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, POOLINGS, Pooling, pool, pooling_rule
@@ -184,11 +184,8 @@ def first_output(
     processor: Any,
     images: list[Tensor],
     device: torch.device,
-    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Tensor, Mapping[str, Any]]:
     """Return the processed images and the output of an encoder, in evaluation mode and without gradient.
-
-    `arguments` are further arguments of the encoder.
 
     Raises:
         UserError: the processor or the encoder fails, as an encoder for texts or another image size does, or
@@ -200,7 +197,7 @@ def first_output(
             pixels = pixel_values(processor, images, device).to(dtype_of(model))
             place, expected = "model", f"an encoder of images {tuple(pixels.shape)}"
             got = type(model).__name__
-            outputs = model(pixel_values=pixels, **arguments)
+            outputs = model(pixel_values=pixels, **size_arguments(model, pixels))
     except UserError:
         raise
     except Exception as error:
@@ -301,7 +298,6 @@ def extract_poolings(
     dtype: torch.dtype | None = None,
     total: int | None = None,
     description: str | None = None,
-    arguments: Mapping[str, Any] = MappingProxyType({}),
     processes: int = 1,
 ) -> dict[str, Tensor]:
     """Return the features (N, D) for each pooling and each further feature from one pass.
@@ -309,7 +305,6 @@ def extract_poolings(
     Args:
         poolings: values of `Pooling`, and names of `FEATURES` that the encoder has. "tokens" (N, P, D) are in
             half precision if they take more than 256 MiB.
-        arguments: further arguments of the encoder.
         processes: number of processes that share the `total` images, for the progress bar.
         Others: as for `extract_features`.
 
@@ -331,7 +326,7 @@ def extract_poolings(
                     continue
                 pixels = pixel_values(processor, images, device).to(weights, memory_format=memory_format)
                 with autocast(device, dtype):
-                    outputs = model(pixel_values=pixels, **arguments)
+                    outputs = model(pixel_values=pixels, **size_arguments(model, pixels))
                     read = {name: further.read(outputs, name) for name in further_names}
                 for name, found in rows.items():
                     given = read[name] if name in read else pool(outputs, cast(Pooling, name), model)
@@ -372,7 +367,8 @@ class PatchGrid(nn.Module):
         patches = windows.flatten(0, 2)
         # The patches have more pixels than the images, so they are encoded in several passes.
         at_once = max(1, pixel_values[:, 0].numel() // patch**2)
-        outputs = (self.encoder(pixel_values=part) for part in patches.split(at_once))
+        arguments = size_arguments(self.encoder, patches)
+        outputs = (self.encoder(pixel_values=part, **arguments) for part in patches.split(at_once))
         encoded = torch.cat([pool(each, self.pooling, self.encoder) for each in outputs])
         return {"pooler_output": encoded.unflatten(0, (len(pixel_values), -1)).mean(1)}
 

@@ -89,6 +89,11 @@ def standard_error(accuracy: float, images: int) -> float:
     return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
+def mean_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of at least two values: of images, draws or seeds."""
+    return stdev(values) / len(values) ** 0.5
+
+
 class Draws(NamedTuple):
     """The accuracy over several random choices of the labeled images.
 
@@ -109,8 +114,7 @@ class Draws(NamedTuple):
         draws, value = len(accuracies), mean(accuracies)
         if draws == 1:
             return cls(value, standard_error(value, images), {"draws": 1})
-        spread = stdev(accuracies)
-        return cls(value, spread / draws**0.5, {"draws": draws, "std": spread})
+        return cls(value, mean_error(accuracies), {"draws": draws, "std": stdev(accuracies)})
 
 
 def with_current_layout(result: Any) -> Any:
@@ -152,7 +156,9 @@ def with_current_layout(result: Any) -> Any:
                 column=f"1-NN, {counted(labels, 'label')} per class",
                 text=words["few_labels"],
                 value=draw["mean"],
-                standard_error=draw["std"] / draw["draws"] ** 0.5,
+                standard_error=draw["std"] / draw["draws"] ** 0.5
+                if draw["draws"] > 1
+                else standard_error(draw["mean"], images),
                 metrics={},
                 selection={},
                 selected_on=None,

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ssl.evaluation.statistics import scale_of
+from hf_ssl.modeling.configuration import cosine_factor
+
 VOID = -100
 """Class number of ignored pixels, the default `ignore_index` of torch's `cross_entropy`."""
 WEIGHT_DECAY = 1e-4
@@ -22,7 +25,7 @@ class Heads(NamedTuple):
     """Linear heads on standardized tokens.
 
     Attributes:
-        mean, deviation: (D,), mean and standard deviation of the training tokens.
+        mean, deviation: (D,), of `token_statistics`.
         weights, biases: (R, D, K) and (R, K).
     """
 
@@ -40,20 +43,21 @@ class Heads(NamedTuple):
 
 
 def token_statistics(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (D,) float32 over the patch tokens of some images.
+    """Return the mean and the scale (`scale_of`) of the features (D,) float32 over tokens of some images.
 
     Args:
         tokens: (N, P, D).
         rows: numbers of the images.
     """
     count = len(rows) * tokens.shape[1]
-    total = square = torch.zeros(tokens.shape[2], dtype=torch.float64)
+    total = square = largest = torch.zeros(tokens.shape[2], dtype=torch.float64)
     for part in rows.split(256):
         total = total + tokens[part].double().sum(dim=(0, 1)).cpu()
+        largest = largest.maximum(tokens[part].abs().amax(dim=(0, 1)).double().cpu())
     mean = total / count
     for part in rows.split(256):
         square = square + (tokens[part].double() - mean.to(tokens.device)).square().sum(dim=(0, 1)).cpu()
-    return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
+    return mean.float(), scale_of((square / count).sqrt(), largest).float()
 
 
 def train_heads(
@@ -99,7 +103,7 @@ def train_heads(
             order = rows[torch.randperm(len(rows), generator=generator)]
             for index in order.split(batch_size):
                 for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["lr"] = rate * cosine_factor(step, steps)
                 batch, labels = tokens[index].to(device), targets[index].to(device).long()
                 heads = Heads(mean, deviation, torch.stack(weights), torch.stack(biases))
                 enlarged = F.interpolate(

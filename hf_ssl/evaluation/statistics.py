@@ -71,7 +71,7 @@ def rank_me(features: Tensor, eps: float = 1e-7) -> float:
     rows = torch.as_tensor(features).double()
     if not torch.isfinite(rows).all():
         return math.nan  # the eigenvalues cannot be computed
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    largest = float(rows.detach().abs().max()) if rows.numel() else 0.0
     if largest and not 1e-100 < largest < 1e100:  # squares would be infinite or zero
         rows = rows / largest
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
@@ -200,18 +200,28 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 def standardized(train: Tensor, test: Tensor, *, center: bool = True) -> tuple[Tensor, Tensor]:
     """Return features (M, D) and (N, D), scaled to standard deviation 1 over the training images.
 
-    A feature that is constant in the training images (up to rounding) keeps its scale. A division by its tiny
-    deviation would make its values in the test images huge.
+    A feature that is constant in the training images keeps its scale, see `scale_of`.
 
     Args:
         train, test: features of the training images and of the test images.
         center: whether the mean over the training images is subtracted.
     """
-    deviation = train.std(dim=0)
-    varies = deviation > 1e-6 * train.abs().amax(dim=0)
-    scale = torch.where(varies, deviation, 1.0)
+    scale = scale_of(train.std(dim=0), train.abs().amax(dim=0))
     mean = train.mean(dim=0) if center else torch.zeros_like(scale)
     return (train - mean) / scale, (test - mean) / scale
+
+
+def scale_of(deviation: Tensor, largest: Tensor) -> Tensor:
+    """Return the divisors (D,) that standardize features: their standard deviations, but 1 for constant ones.
+
+    A feature is constant if it varies only by rounding. Its small deviation would make its values in other
+    images huge.
+
+    Args:
+        deviation: standard deviation of each feature.
+        largest: largest absolute value of each feature.
+    """
+    return torch.where(deviation > 1e-6 * largest, deviation, 1.0)
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy
 
+from hf_ssl.losses.contrastive import exact_softplus, softmax_loss
 from hf_ssl.losses.soft_targets import check_temperature
 from hf_ssl.losses.upcasting import full_precision, upcast, without_autocast
 
@@ -83,7 +84,7 @@ def cpc_info_nce(
         return cross_entropy(score_NM, positive_N)
     _check_indices("cpc_info_nce.negative_NK", negative_NK, predictions)
     positive_score_N = score_NM.gather(1, positive_N[:, None])[:, 0]
-    return _softmax_loss(positive_score_N, score_NM.gather(1, negative_NK))
+    return softmax_loss(positive_score_N, score_NM.gather(1, negative_NK))
 
 
 @without_autocast
@@ -157,8 +158,10 @@ def memory_nce(
     log_z = z.detach().log() if isinstance(z, Tensor) else math.log(z)
     noise = negative_scores_BK.shape[1] / num_rows
     log_noise, log_rest = math.log(noise), math.log(noise + epsilon)
-    of_positive_B = _softplus(log_rest + log_z - positive_scores_B / temperature)
-    of_negative_BK = _softplus(negative_scores_BK / temperature - (log_rest + log_z)) + (log_rest - log_noise)
+    of_positive_B = exact_softplus(log_rest + log_z - positive_scores_B / temperature)
+    of_negative_BK = exact_softplus(negative_scores_BK / temperature - (log_rest + log_z)) + (
+        log_rest - log_noise
+    )
     return (of_positive_B + of_negative_BK.sum(1)).mean()
 
 
@@ -210,17 +213,7 @@ def memory_softmax(
     same scale.
     """
     _check_scores("memory_softmax", positive_scores_B, negative_scores_BK, temperature)
-    return _softmax_loss(positive_scores_B / temperature, negative_scores_BK / temperature)
-
-
-def _softmax_loss(positive_B: Tensor, negative_BK: Tensor) -> Tensor:
-    """Return the mean of log(exp(positive) + sum of exp(negatives)) - positive."""
-    return _softplus(negative_BK.logsumexp(-1) - positive_B).mean()
-
-
-def _softplus(values: Tensor) -> Tensor:
-    """Return log(1 + exp(values)). Torch's threshold of 20 would make an error of 2e-9 in float64."""
-    return softplus(values, threshold=50)
+    return softmax_loss(positive_scores_B / temperature, negative_scores_BK / temperature)
 
 
 class _MemoryScores(torch.autograd.Function):

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, first_line, one_line
 from hf_ssl.files import local_folder
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of, size_arguments
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import pool
@@ -103,13 +103,14 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
         return encoder
 
 
-def view_settings(place: str, revision: str | None = None) -> dict[str, Any]:
+def view_settings(place: str, channels: int, revision: str | None = None) -> dict[str, Any]:
     """Return the fields of the views that follow from the image processor beside the files of an encoder.
 
     They are `size`, `mean` and `std`. Without a processor, log a warning and return {}.
 
     Args:
         place: a folder or a Hub id.
+        channels: number of channels of the images.
         revision: commit on the Hub.
     """
     try:
@@ -121,24 +122,27 @@ def view_settings(place: str, revision: str | None = None) -> dict[str, Any]:
             "loaded: %s", first_line(error),
         )  # fmt: skip
         return {}
-    mean, std = normalization(processor)
+    mean, std = normalization(processor, channels)
     if hasattr(processor, "data_config"):
         side = processor.data_config["input_size"][-1]
     else:
         size = dict(getattr(processor, "crop_size", None) or processor.size or {})
         side = size.get("height", size.get("shortest_edge"))
-    known = {"size": side, "mean": mean, "std": std}
-    return {name: value for name, value in known.items() if value is not None}
+    return {"mean": mean, "std": std} | ({} if side is None else {"size": side})
 
 
-def normalization(processor: Any) -> tuple[list[float] | None, list[float] | None]:
-    """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor."""
-    if hasattr(processor, "data_config"):  # of timm
-        return list(processor.data_config["mean"]), list(processor.data_config["std"])
-    mean, std = processor.image_mean, processor.image_std
-    if not processor.do_normalize:
-        return [0.0] * len(mean or [0] * 3), [1.0] * len(std or [0] * 3)
-    return mean, std
+def normalization(processor: Any, channels: int) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor.
+
+    They are 0 and 1 for a processor that does not normalize or names no numbers. One number is that of all
+    channels.
+    """
+    given = getattr(processor, "data_config", None)  # of timm
+    if given is None:
+        used = getattr(processor, "do_normalize", False)
+        given = {"mean": processor.image_mean, "std": processor.image_std} if used else {}
+    mean, std = list(given.get("mean") or [0.0]), list(given.get("std") or [1.0])
+    return mean * (channels if len(mean) == 1 else 1), std * (channels if len(std) == 1 else 1)
 
 
 def input_channels(config: Any) -> int:
@@ -254,12 +258,8 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
     channels-last format. Convolutions are fastest with it (1.3 times on a CPU), other layers are not
     affected.
     """
-    arguments: dict[str, object] = {}
-    if "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
-        own = as_pair(backbone.config.image_size)
-        arguments["interpolate_pos_encoding"] = tuple(images.shape[-2:]) != own
-    outputs = backbone(pixel_values=images.contiguous(memory_format=torch.channels_last), **arguments)
-    return pool(outputs, model=backbone)
+    pixels = images.contiguous(memory_format=torch.channels_last)
+    return pool(backbone(pixel_values=pixels, **size_arguments(backbone, images)), model=backbone)
 
 
 def encode_without_columns(backbone: PreTrainedModel, images: Tensor) -> Tensor:

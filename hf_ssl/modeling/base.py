@@ -21,6 +21,7 @@ from hf_ssl.modeling.backbones import (
     encode,
     freeze_unused,
     initialize_as_timm,
+    input_channels,
     load_weights,
     set_identity_pooler,
     view_settings,
@@ -462,7 +463,8 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         if not isinstance(encoder, PreTrainedModel):
             encoder = load_weights(os.fspath(encoder), "encoder")
         if encoder.name_or_path:
-            known = view_settings(encoder.name_or_path, getattr(encoder.config, "_commit_hash", None))
+            commit = getattr(encoder.config, "_commit_hash", None)
+            known = view_settings(encoder.name_or_path, input_channels(encoder.config), commit)
             settings["views"] = known | (settings.get("views") or {})
         model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
         model.start_from(encoder)

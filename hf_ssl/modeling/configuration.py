@@ -2,6 +2,7 @@
 """The base configuration of all methods, the schedules that configurations name, and sizes in patches."""
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -165,6 +166,23 @@ def patch_grid(backbone: Any) -> tuple[int, int]:
     """Return the rows and columns of patches in an image, from the config of a vision transformer."""
     (height, width), (rows, columns) = as_pair(backbone.image_size), as_pair(backbone.patch_size)
     return height // rows, width // columns
+
+
+def size_arguments(encoder: Any, images: Any) -> dict[str, bool]:
+    """Return the argument that interpolates position tables for images (N, C, H, W) of another size.
+
+    It is empty for an encoder without this argument.
+    """
+    name = "interpolate_pos_encoding"
+    if name not in inspect.signature(encoder.forward).parameters:
+        return {}
+    own = getattr(encoder.config, "image_size", None)
+    return {name: own is None or tuple(images.shape[-2:]) != as_pair(own)}
+
+
+def cosine_factor(step: float, steps: float, warmup: float = 0) -> float:
+    """Return the factor of half a cosine on a learning rate: 1 after the warmup, 0 after all steps."""
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def scheduled_value(start: float, end: float, schedule: str, fraction: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_ssl.modeling.backbones import layers
-from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, has_class_token
+from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, has_class_token, map_axes
 
 _SPECIAL_TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
 _POOLED_FIRST = "dinov3_convnext"  # model type whose first token is the mean of the positions
@@ -114,15 +114,13 @@ def patch_tokens(model: nn.Module, last_hidden_state: Tensor, special: int) -> T
 
     Args:
         model: the encoder.
-        last_hidden_state: tokens (B, S + P, D) or a feature map (B, D, H, W). Some models of timm return
-            (B, H, W, D).
+        last_hidden_state: tokens (B, S + P, D) or a feature map, whose axes `map_axes` returns.
         special: S, see `special_tokens`.
     """
     if last_hidden_state.ndim == 3:
         return last_hidden_state[:, special:]
-    if getattr(getattr(model, "timm_model", None), "output_fmt", "NCHW") == "NHWC":
-        return last_hidden_state.flatten(1, 2)
-    return last_hidden_state.flatten(2).transpose(1, 2)
+    first, last = map_axes(model)
+    return last_hidden_state.flatten(first, last).movedim(first, 1)
 
 
 def _final_norm(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@
 """
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import write_json
-from hf_ssl.modeling.configuration import as_pair
+from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.encoder_parts import PARTS, describe_views, described_views, listed_subfolders
 from hf_ssl.modeling.narrow_encoders import feature_width, joined_config, narrow_configs
 from hf_ssl.modeling.pooling import pool
@@ -83,9 +82,7 @@ class ParallelEncoders(PreTrainedModel):
         first: Any = self.parts[0]
         if output_attentions and "attentions" in (type(first)._can_record_outputs or {}):
             wanted["output_attentions"] = True
-        if "interpolate_pos_encoding" in inspect.signature(first.forward).parameters:
-            own = as_pair(cast(Any, self.config).image_size)
-            wanted["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != own
+        wanted |= size_arguments(first, pixel_values)
         outputs = [
             part(pixel_values=view, **wanted)
             for part, view in zip(self.parts, self.views.divide(pixel_values), strict=True)

@@ -2,10 +2,13 @@
 """Parameter groups: learning rate, weight decay and freezing of each parameter, and its depth."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
+
+from hf_ssl.errors import UserError
 
 # Tables of embeddings: parameters that are no weights of a layer (ViT, DINOv2, MAE, Swin ...).
 _TABLE_NAMES = (
@@ -118,6 +121,60 @@ def layer_depths(names: Iterable[str]) -> dict[str, int]:
         name: order[block] if block is not None else (0 if _FIRST.search(name) else last)
         for name, block in blocks.items()
     }
+
+
+def block_count(names: Iterable[str]) -> int:
+    """Return the number L of blocks of an encoder, or 0 if its blocks are not numbered."""
+    return len({_block(name) for name in names} - {None})
+
+
+def layer_scales(names: Collection[str], decay: float, where: str, encoder: str) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter: `decay ** (L + 1 - depth)`.
+
+    Heads have the factor 1, and so have parameters after the last block. The last block has `decay`, also in
+    an encoder without parameters after it (ResNet).
+
+    Args:
+        names: names of all parameters of the encoder.
+        decay: factor from each block to the one before it.
+        where: key of this value, for messages.
+        encoder: name of the class of the encoder, for messages.
+
+    Raises:
+        UserError: decay is not 1 for an encoder without numbered blocks.
+
+    Source: BEiT (2106.08254), `optim_factory.py`, and MAE, `util/lr_decay.py`.
+    """
+    blocks = block_count(names)
+    if decay != 1 and not blocks:
+        raise UserError(
+            f"{where}: expected an encoder with numbered blocks, got {encoder} with no numbered blocks; "
+            "leave it out"
+        )
+    return {name: decay ** (blocks + 1 - depth) for name, depth in layer_depths(names).items()}
+
+
+def optimizer_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of the trained parameters for an optimizer of torch.
+
+    Weight decay does not apply to biases, gains, tokens and position tables.
+
+    Args:
+        model: the model.
+        learning_rate, weight_decay: settings of weights.
+        scales: factor on the learning rate of each parameter; None: 1.
+    """
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, group in assign_parameter_groups(model, []).items():
+        scale = 1.0 if scales is None else scales[name]
+        groups.setdefault((scale, group.decay), []).append(parameters[name])
+    return [
+        {"params": members, "lr": learning_rate * scale, "weight_decay": weight_decay if decays else 0.0}
+        for (scale, decays), members in groups.items()
+    ]
 
 
 def _block(name: str) -> tuple[int, int] | None:

@@ -87,6 +87,15 @@ def has_class_token(model: "nn.Module") -> bool:
     return any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
 
 
+def map_axes(model: "nn.Module | None") -> tuple[int, int]:
+    """Return the axes of the positions in the feature map of an encoder.
+
+    They are (2, 3), for maps (B, D, H, W), except for some models of timm (Swin), which return (B, H, W, D).
+    """
+    timm_model = getattr(model, "timm_model", None)
+    return (1, 2) if getattr(timm_model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
+
+
 def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Module | None" = None) -> "Tensor":
     """Return one feature vector per image from the output of an encoder.
 
@@ -95,7 +104,8 @@ def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Modul
         pooling: "pooler": `pooler_output`, flattened because that of a ResNet is (B, D, 1, 1); "cls": the
             first token; "mean": the mean of all tokens (B, T, D), or of all positions of a feature map
             (B, D, H, W); "auto": see `pooling_rule`.
-        model: the encoder, which "auto" needs if `outputs` contains no `pooler_output`.
+        model: the encoder, which "auto" needs if `outputs` contains no `pooler_output`, and "mean" for a
+            feature map of timm.
 
     Returns:
         Features (B, D) in the precision of the output.
@@ -116,7 +126,8 @@ def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Modul
     if pooling == "pooler":
         return values.flatten(1)
     if pooling == "mean":
-        return values.mean(dim=1) if values.ndim == 3 else values.flatten(2).mean(dim=2)
+        first, last = (1, 1) if values.ndim == 3 else map_axes(model)
+        return values.flatten(first, last).mean(dim=first)
     if pooling == "cls":
         if values.ndim != 3:
             raise UserError(f"pooling: expected tokens (B, T, D) for 'cls', got {tuple(values.shape)}")

@@ -24,12 +24,11 @@ from transformers.models.vit.modeling_vit import ViTLayer, eager_attention_forwa
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import feature_size, layers
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import SSLConfig, as_pair, patch_grid
+from hf_ssl.modeling.configuration import SSLConfig, as_pair, patch_grid, size_arguments
+from hf_ssl.modeling.further_features import special_tokens
 from hf_ssl.modeling.memory import PersistentBuffers
 
-_SPECIAL_TOKENS = {"vit": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1}
-_WITH_INNER_ENCODER = ("dinov2", "dinov2_with_registers")
-PATCH_SELECTION_TYPES = tuple(_SPECIAL_TOKENS)
+PATCH_SELECTION_TYPES = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers")
 """Model types of the encoders that can encode some patches only.
 
 Each adds positions before the first block, so the position of a token does not depend on the omitted tokens.
@@ -37,7 +36,7 @@ DINOv3's blocks compute rotary positions instead.
 """
 
 
-def special_tokens(backbone: PreTrainedModel) -> int:
+def checked_special_tokens(backbone: PreTrainedModel) -> int:
     """Return the number of tokens before those of patches: class token, registers, distillation token.
 
     Raises:
@@ -49,8 +48,7 @@ def special_tokens(backbone: PreTrainedModel) -> int:
             f"backbone.model_type: expected one of {', '.join(PATCH_SELECTION_TYPES)}, which can encode some "
             f"patches only, got {config.model_type}"
         )
-    registers = config.num_register_tokens if config.model_type == "dinov2_with_registers" else 0
-    return _SPECIAL_TOKENS[config.model_type] + registers
+    return special_tokens(backbone)
 
 
 def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tensor | None = None) -> Tensor:
@@ -71,7 +69,7 @@ def encode_patches(backbone: PreTrainedModel, images_NCHW: Tensor, kept_NK: Tens
     Raises:
         UserError: the model type is not in `PATCH_SELECTION_TYPES`.
     """
-    num_special_tokens = special_tokens(backbone)
+    num_special_tokens = checked_special_tokens(backbone)
     tokens = embed_patches(backbone, images_NCHW)
     if kept_NK is not None:
         patches = select_patches(tokens[:, num_special_tokens:], kept_NK)
@@ -91,10 +89,7 @@ def embed_patches(backbone: Any, images_NCHW: Tensor) -> Tensor:
     """Return all tokens (N, S + P, D) before the first block: projected, with positions."""
     projection = backbone.embeddings.patch_embeddings.projection
     images_NCHW = images_NCHW.to(projection.weight.dtype)
-    if backbone.config.model_type in _WITH_INNER_ENCODER:
-        return backbone.embeddings(images_NCHW)  # this always interpolates if needed
-    own = tuple(images_NCHW.shape[-2:]) == tuple(backbone.embeddings.image_size)
-    return backbone.embeddings(images_NCHW, interpolate_pos_encoding=not own)
+    return backbone.embeddings(images_NCHW, **size_arguments(backbone, images_NCHW))
 
 
 def patchify(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -206,7 +201,7 @@ class PatchSelectionModel(FixedPositions):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
-        self.num_special_tokens = special_tokens(self.backbone)
+        self.num_special_tokens = checked_special_tokens(self.backbone)
         self.grid = patch_grid(self.backbone.config)
 
     def check_grid(self, images_NCHW: Tensor) -> None:
@@ -294,7 +289,7 @@ class PatchPredictor(nn.Module):
     def __init__(self, encoder: PreTrainedModel, config: ViTConfig, depth: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.num_special_tokens = special_tokens(encoder)
+        self.num_special_tokens = checked_special_tokens(encoder)
         self.embed = nn.Linear(feature_size(encoder), size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
         self.positions = PositionTable(self.num_special_tokens, *patch_grid(encoder.config), size)

@@ -125,7 +125,7 @@ def pretrained_views(init_from: str, given: dict[str, Any], data: DataConfig) ->
     """
     from hf_ssl.modeling.backbones import view_settings
 
-    views = to_dataclass(ViewPreset, view_settings(init_from) | given, "views")
+    views = to_dataclass(ViewPreset, view_settings(init_from, data.channels) | given, "views")
     views.check(data.channels)
     return views
 

@@ -23,8 +23,7 @@ from hf_ssl import __version__
 from hf_ssl.cards.privacy import encoder_name, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
-from hf_ssl.data.images import EncodedRows, decoded_rows
-from hf_ssl.data.labeled import balanced_rows
+from hf_ssl.data.labeled import balanced_rows, unlabeled_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
@@ -136,7 +135,7 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     """Return images of a split. If the data have no labels, all labels are 0 and there are no class names."""
     if data.streaming:
         raise UserError("data.streaming: expected false for a Space, got true; leave it out")
-    source = open_source(replace(data, max_images=count), split, only_image=True)
+    source = open_source(replace(data, max_images=1), split, only_image=True)
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         try:
             images = labeled_images(data, split, max_images=count)
@@ -146,8 +145,7 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
             if data.label_column is not None:
                 raise
             logger.warning("the Space shows no labels: %s", error)
-    rows = decoded_rows(source, data.channels, data.cache) or EncodedRows(source, data.channels)
-    return LabeledImages(source, rows, np.zeros(len(rows), np.int64), [], data.max_broken_fraction)
+    return unlabeled_images(data, split, max_images=count)
 
 
 def _labels(images: LabeledImages) -> list[str] | None:

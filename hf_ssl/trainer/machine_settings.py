@@ -9,7 +9,6 @@ the same one.
 
 import inspect
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,7 +26,7 @@ from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.fast_layers import choose_attention, use_fast_convnext_layers
 from hf_ssl.modeling.gather import from_first_process
 from hf_ssl.precision import AUTO, fastest_precision
-from hf_ssl.resources import usable_cores
+from hf_ssl.resources import own_cores, processes_here
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost, checkpoints_activations
 
@@ -88,7 +87,7 @@ def choose_workers(args: SSLTrainingArguments, *, small: bool) -> Choices:
     """
     if args.dataloader_num_workers != AUTO:
         return {}
-    cores = usable_cores() // _processes_here()
+    cores = own_cores()
     on_cpu = args.device.type == "cpu"
     most = (0 if small else 2) if on_cpu else (2 if small else _MOST_WORKERS)
     number = min(most, cores - 1)
@@ -243,7 +242,7 @@ def free_memory(device: torch.device) -> float:
     import psutil
 
     free = psutil.virtual_memory().available  # psutil ignores the limits of containers
-    return min(float(free), _left_in_control_group()) / _processes_here()
+    return min(float(free), _left_in_control_group()) / processes_here()
 
 
 def _left_in_control_group() -> float:
@@ -260,11 +259,6 @@ def _left_in_control_group() -> float:
         return math.inf if limit == "max" else float(int(limit) - used + reclaimable)
     except (OSError, ValueError):
         return math.inf
-
-
-def _processes_here() -> int:
-    """Return the number of processes of this run on this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _planned_seconds(args: SSLTrainingArguments, cost: StepCost, images: int | None) -> float:

@@ -19,6 +19,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import alignment, embedding_std, extract_features, knn_accuracy, rank_me, uniformity
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS, usable_neighbors
 from hf_ssl.evaluation.knn import leave_one_out_knn
+from hf_ssl.evaluation.results import standard_error
 from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
@@ -455,7 +456,7 @@ class FeatureGuard(Alarm):
         if len(measured) < 3:
             return None
         (_, start), (_, before), (step, now) = measured[0], *measured[-2:]
-        error = math.sqrt((start * (1 - start) + now * (1 - now)) / self.queries)
+        error = math.hypot(standard_error(start, self.queries), standard_error(now, self.queries))
         if max(before, now) >= start - 2 * error or now > before:
             return None
         return (

@@ -2,7 +2,6 @@
 """An online probe: a linear classifier that is trained beside the encoder and does not change it."""
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from torch.optim import SGD
 from transformers import PreTrainedModel
 
 from hf_ssl.data import LabeledImages
-from hf_ssl.data.boxes import class_numbers
+from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.data.training_labels import TrainingLabels
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.inputs import is_right
 from hf_ssl.modeling.backbones import encode_without_columns
+from hf_ssl.modeling.configuration import cosine_factor
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather
 from hf_ssl.precision import autocast
@@ -90,7 +90,7 @@ class OnlineProbe:
         features, labels = (gather(torch.cat(parts)) for parts in zip(*self._parts, strict=True))
         self._parts = []
         classifier, optimizer = self._build(features.shape[1], features.device)
-        optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * fraction)) / 2
+        optimizer.param_groups[0]["lr"] = self.learning_rate * cosine_factor(fraction, 1)
         logits, known = classifier(features), (labels >= 0).sum()
         counts = torch.stack([is_right(logits, labels).sum(), known])
         self._counts = counts if self._counts is None else self._counts + counts
@@ -130,7 +130,7 @@ class OnlineProbe:
             )
         if self.classifier is None:
             return 1 / len(own)
-        numbers = torch.from_numpy(class_numbers(images.class_names, own))
+        numbers = torch.from_numpy(matching_numbers(images.class_names, own))
         scores = self.classifier(features.to(self.classifier.weight.device)).cpu()
         return is_right(scores, numbers[labels]).double().mean().item()
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.lars import LARS, LARSConfig
-from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_depths
+from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_scales
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
 from hf_ssl.trainer.logs import Stopwatch
@@ -275,12 +275,9 @@ def parameter_groups_by_name(
     """
     found = assign_parameter_groups(model, model.parameter_rules, decay_all=args.decay_all_parameters)
     inside = {name: name.removeprefix("backbone.") for name in found if name.startswith("backbone.")}
-    depth = layer_depths([name for name, _ in model.backbone.named_parameters()])
-    if args.layer_decay is not None and max(depth.values()) <= 1:  # all parameters are "after the blocks"
-        raise UserError(
-            "training.layer_decay: expected an encoder with numbered blocks, got "
-            f"{type(model.backbone).__name__}; leave it out"
-        )
+    names = [name for name, _ in model.backbone.named_parameters()]
+    decay = 1.0 if args.layer_decay is None else args.layer_decay
+    scales = layer_scales(names, decay, "training.layer_decay", type(model.backbone).__name__)
     factor = args.predictor_learning_rate_factor
     predictor = [name for name in found if name.startswith("predictor.")]
     if factor != 1 and not predictor:
@@ -292,10 +289,10 @@ def parameter_groups_by_name(
         scale = found[name].learning_rate_scale * factor
         found[name] = replace(found[name], learning_rate_scale=scale)
     for name, own in inside.items():
-        group, scale = found[name], (args.layer_decay or 1.0) ** (max(depth.values()) - depth[own])
+        group = found[name]
         found[name] = replace(
             group,
-            learning_rate_scale=group.learning_rate_scale * scale,
+            learning_rate_scale=group.learning_rate_scale * scales[own],
             frozen_epochs=max(group.frozen_epochs, args.head_warmup_epochs),
         )
     return found

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules of the learning rate and of weight decay."""
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.configuration import scheduled_value
+from hf_ssl.modeling.configuration import cosine_factor, scheduled_value
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.transformers_arguments import warn_once
 
@@ -115,7 +114,7 @@ def warmup_and_cosine(
         if position < warmup:
             return start + (1 - start) * position / intervals
         progress = (position - warmup) / max(1, total - warmup)
-        return end + (1 - end) * (1 + math.cos(2 * math.pi * cycles * progress)) / 2
+        return end + (1 - end) * cosine_factor(2 * cycles * progress, 1)
 
     return factor
 

@@ -12,7 +12,8 @@ from messages import mentions
 
 from hf_ssl.building import has_label_lists
 from hf_ssl.data import DataConfig, LabeledImages, as_source, label_data
-from hf_ssl.data.boxes import ImageObjects, Objects, class_numbers, object_columns, read_objects
+from hf_ssl.data.boxes import ImageObjects, Objects, object_columns, read_objects
+from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 
@@ -201,5 +202,5 @@ def test_the_format_is_checked() -> None:
 
 
 def test_classes_are_numbered_by_name() -> None:
-    found = class_numbers(["dog", "cat", "owl"], ["cat", "ant", "dog"])
+    found = matching_numbers(["dog", "cat", "owl"], ["cat", "ant", "dog"])
     assert (found.tolist(), found.dtype) == ([2, 0, -1], np.int64)

@@ -9,7 +9,8 @@ import torch
 from messages import mentions
 
 from hf_ssl.evaluation import class_metrics, evaluate_features
-from hf_ssl.evaluation.bootstrap import pack_right, paired_bootstrap, unpack_right
+from hf_ssl.evaluation.bootstrap import bootstrap_error, pack_right, paired_bootstrap, unpack_right
+from hf_ssl.evaluation.results import find_results, mean_error, standard_error, with_current_layout
 
 
 def runs(count: int, accuracy: float, images: int = 2000, seed: int = 0) -> list[np.ndarray]:
@@ -83,3 +84,20 @@ def test_results_contain_the_predictions() -> None:
 def test_a_label_without_a_score_is_wrong() -> None:
     found = class_metrics(torch.eye(2), torch.tensor([0, 7]))
     assert found == {"top_1": 0.5, "top_5": 0.5, "mean_per_class": 0.5}
+
+
+def test_the_bootstrap_of_a_mean_has_the_error_of_the_mean() -> None:
+    values = np.random.default_rng(0).random(500)
+    assert mean_error(values.tolist()) == pytest.approx(values.std(ddof=1) / 500**0.5)
+    found = bootstrap_error(lambda rows: values[rows].mean(), 500, seed=1, samples=2000)
+    assert found == pytest.approx(mean_error(values.tolist()), rel=0.05)
+    assert bootstrap_error(lambda rows: math.nan, 500, seed=1) == 0
+
+
+def test_an_old_result_of_one_draw_has_the_error_over_images() -> None:
+    few = {"labels_per_class": 1, "mean": 0.6, "std": 0.0, "draws": 1}
+    knn = {"neighbors": 1, "temperature": 0.1, "accuracy": 0.5, "grid": {}}
+    words = {"knn": "", "few_labels": "", "features": ""}
+    old = {"protocol": words, "knn": knn, "linear": None, "few_labels": [few], "images": {"test": 100}}
+    (result,) = find_results(with_current_layout(old), "few_label_knn")
+    assert result["standard_error"] == standard_error(0.6, 100) > 0.04

@@ -36,7 +36,7 @@ from hf_ssl.evaluation import (
     evaluate_features,
 )
 from hf_ssl.evaluation.augmented import BatchRows
-from hf_ssl.evaluation.box_metrics import Detections, bootstrap_error, box_scores
+from hf_ssl.evaluation.box_metrics import Detections, average_precision_error, box_scores
 from hf_ssl.evaluation.detector import Anchors, Architecture, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorTrainer, detect
 from hf_ssl.evaluation.feature_maps import feature_maps
@@ -192,7 +192,7 @@ def test_perfect_and_missing_detections_have_the_precisions_1_and_0() -> None:
     parts = [(torch.from_numpy(each.boxes), torch.from_numpy(each.classes)) for each in truth]
     perfect = [Detections(boxes, classes, torch.ones(len(boxes))) for boxes, classes in parts]
     assert box_scores(perfect, truth)[:3] == (1, 1, 1)
-    assert bootstrap_error(perfect, truth, 0) == pytest.approx(0, abs=1e-9)
+    assert average_precision_error(perfect, truth, 0) == pytest.approx(0, abs=1e-9)
     nothing = [Detections(boxes[:0], classes[:0], torch.ones(0)) for boxes, classes in parts]
     assert box_scores(nothing, truth)[:3] == (0, 0, 0)
 
@@ -202,7 +202,9 @@ def test_a_sample_of_the_bootstrap_is_the_precision_of_repeated_images() -> None
     generator = np.random.default_rng(5)
     drawn = [generator.integers(8, size=8) for _ in range(3)]
     values = [coco_stats([found[k] for k in rows], [truth[k] for k in rows])[0] for rows in drawn]
-    assert bootstrap_error(found, truth, 5, samples=3) == pytest.approx(np.std(values, ddof=1), rel=1e-6)
+    assert average_precision_error(found, truth, 5, samples=3) == pytest.approx(
+        np.std(values, ddof=1), rel=1e-6
+    )
 
 
 def test_a_result_is_complete() -> None:

@@ -192,6 +192,8 @@ def test_heads_are_trained_as_one_after_the_other() -> None:
     trained = tokens[rows].flatten(0, 1)
     mean, deviation = trained.mean(0), trained.std(0, correction=0)
     torch.testing.assert_close(token_statistics(tokens, rows), (mean, deviation))
+    constant = token_statistics(torch.full((3, 4, 2), 7.1), torch.arange(3))
+    assert constant[1].tolist() == [1, 1], "constant up to rounding"
     layer = nn.Conv2d(3, 2, 1)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.3, weight_decay=WEIGHT_DECAY)

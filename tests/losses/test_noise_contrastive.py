@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from hf_ssl.losses import (
     cpc_info_nce,
+    info_nce,
     memory_nce,
     memory_nce_constant,
     memory_scores,
@@ -372,3 +373,11 @@ def test_a_bank_with_the_positive_first_gives_the_loss_of_both_parts():
         logits = torch.stack([anchor @ bank[row] / 0.07 for row in (positive, *others)])
         slow = slow + logits.logsumexp(0) - logits[0]
     assert_equal_with_gradients(loss, slow / 4, [anchors])
+
+
+def test_all_info_nce_losses_are_exact_for_a_far_positive() -> None:
+    """Torch's softplus replaces log(1 + exp(x)) by x above 20."""
+    query, key = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[-1.0, 0.0]]).double()
+    loss = info_nce(query, key, query, temperature=2 / 21)
+    assert loss == memory_softmax(-torch.ones(1).double(), torch.ones(1, 1).double(), temperature=2 / 21)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(21)), rel=1e-13) != pytest.approx(21, rel=1e-13)

@@ -172,7 +172,8 @@ def test_the_last_blocks_are_those_of_dinov2(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet", "convnextv2", "timm_swin"])
 def test_positions_of_a_feature_map_are_tokens(name: str) -> None:
     model = encoder(name)
-    tokens = extract_poolings(model, processor(), [photos(2)], poolings=["tokens", "pooler"])
+    tokens = extract_poolings(model, processor(), [photos(2)], poolings=["tokens", "pooler", "mean"])
+    torch.testing.assert_close(tokens["tokens"].mean(1), tokens["mean"], atol=1e-5, rtol=1e-4)
     assert tokens["tokens"].mean(1).shape == tokens["pooler"].shape
     if name != "convnextv2":  # which normalizes the mean
         torch.testing.assert_close(tokens["tokens"].mean(1), tokens["pooler"], atol=1e-5, rtol=1e-4)

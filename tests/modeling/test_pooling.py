@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, evaluation and cards use the same feature of an encoder, also without a pooler."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from messages import mentions
 from transformers import (
     AutoModel,
+    BitImageProcessor,
     IJepaConfig,
     IJepaModel,
     ResNetConfig,
@@ -18,8 +21,11 @@ from transformers import (
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features
+from hf_ssl.evaluation.classifiers import new_classifier
+from hf_ssl.evaluation.dense import SquareProcessor
+from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.hub import image_processor
-from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.backbones import encode, normalization
 from hf_ssl.modeling.pooling import declare_feature, pool, pooling_rule
 from hf_ssl.views import ViewPreset
 
@@ -78,3 +84,35 @@ def test_the_declared_feature_is_stored_with_the_encoder(tmp_path):
     torch.testing.assert_close(pool(outputs, model=loaded), torch.zeros(1, 32))
     loaded.config.published_feature = "unknown"  # of another program
     assert pooling_rule(loaded, outputs) == "pooler"
+
+
+def test_images_of_another_size_have_features_in_training_and_evaluation() -> None:
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    encoder = ViTModel(ViTConfig(image_size=16, patch_size=8, **size)).eval()
+    larger = BitImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
+    pixels = larger([image], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = encode(encoder, pixels)
+    features = extract_poolings(encoder, larger, [[image]], poolings=["auto", "tokens"])
+    torch.testing.assert_close(features["auto"], expected)
+    assert features["tokens"].shape == (1, 9, 8)
+    head = new_classifier(encoder, 2, pixels, "auto").model
+    assert head(pixel_values=pixels).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "channels", "expected"),
+    [
+        ({"do_normalize": False, "image_mean": None, "image_std": None}, 1, ([0.0], [1.0])),
+        ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}, 1, ([0.0], [1.0])),
+        ({"image_mean": [0.5], "image_std": [0.2]}, 3, ([0.5] * 3, [0.2] * 3)),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2] * 3}, 3, ([0.1, 0.2, 0.3], [0.2] * 3)),
+    ],
+)
+def test_the_normalization_of_a_processor_is_complete(given: dict, channels: int, expected: tuple) -> None:
+    processor = SimpleNamespace(**({"do_normalize": True} | given))
+    assert normalization(processor, channels) == expected
+    images = [torch.full((channels, 4, 4), 255, dtype=torch.uint8)]
+    (value,) = SquareProcessor(processor, 2)(images)["pixel_values"][:, 0, 0, 0]
+    assert value == pytest.approx((1 - expected[0][0]) / expected[1][0])

@@ -138,6 +138,19 @@ def test_data_without_labels(spaces: dict[str, Path], tmp_path: Path) -> None:
     assert Gallery.load(tmp_path / "space").labels is None
 
 
+def test_gray_images_without_labels_have_one_channel(tmp_path: Path) -> None:
+    table = Dataset.from_dict(
+        {"image": [{"bytes": png(seed), "path": None} for seed in range(4)]},
+        Features({"image": ImageFeature()}),
+    )
+    (tmp_path / "gray").mkdir()
+    table.to_parquet(tmp_path / "gray" / "train.parquet")
+    images = build._images(DataConfig(path=str(tmp_path / "gray"), channels=1), "train", 3)
+    (batch,) = images.iter_batches(8)
+    assert [image.shape for image in batch] == [(1, 12, 12)] * 3
+    assert images.fingerprint.endswith(" 1"), "stored features of gray and color images differ"
+
+
 def test_examples_of_another_split(spaces: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "space"
     build_space(

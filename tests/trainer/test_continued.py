@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainingArguments
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.classifiers import new_classifier
 from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer, pretrain, train
@@ -93,6 +94,19 @@ def test_depth_of_parameters_of_timm(architecture, first, middle, last):
     found = layer_depths([name for name, _ in encoder.named_parameters()])
     depths = [found[f"timm_model.{name}"] for name in (first, middle, last)]
     assert depths == [0, 2, max(found.values())]
+
+
+@pytest.mark.parametrize("depths", [[2, 2], [1]])
+def test_the_last_block_has_the_decay_in_pretraining_and_in_fine_tuning(depths, tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16][: len(depths)], "layer_type": "basic"}
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ResNetConfig(**sizes, depths=depths)))
+    found = parameter_groups_by_name(model, SSLTrainingArguments(str(tmp_path), layer_decay=0.75))
+    name = f"encoder.stages.{len(depths) - 1}.layers.{depths[-1] - 1}.layer.1.convolution.weight"
+    classifier = new_classifier(model.backbone, 3, torch.zeros(1, 3, 16, 16), "pooler", native=False)
+    groups = classifier.parameter_groups(1.0, 0.0, 0.75, "fine_tune.layer_decay")
+    weight = classifier.model.encoder.get_parameter(name)
+    (rate,) = [group["lr"] for group in groups if any(each is weight for each in group["params"])]
+    assert found[f"backbone.{name}"].learning_rate_scale == rate == 0.75
 
 
 @pytest.mark.parametrize("architecture", ["vgg11", "densenet121"])

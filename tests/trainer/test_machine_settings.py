@@ -5,12 +5,16 @@ import json
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from hf_ssl import resources
 from hf_ssl.building import build_model, build_trainer
 from hf_ssl.data import open_source
+from hf_ssl.data.loader import worker_options
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.augmented import EpochLoader, EpochSampler
 from hf_ssl.methods import METHODS
 from hf_ssl.precision import Precision
 from hf_ssl.recipe import load_recipe
@@ -90,7 +94,7 @@ def test_the_chosen_precision_reaches_the_forward_pass(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_workers_follow_cores_device_and_image_size(monkeypatch, cores, device, small, workers):
-    monkeypatch.setattr(machine_settings, "usable_cores", lambda: cores)
+    monkeypatch.setattr(resources, "usable_cores", lambda: cores)
     monkeypatch.setattr(SSLTrainingArguments, "device", torch.device(device))
     args = SSLTrainingArguments(output_dir="unused")
     machine_settings.choose_workers(args, small=small)
@@ -98,11 +102,15 @@ def test_workers_follow_cores_device_and_image_size(monkeypatch, cores, device, 
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(machine_settings, "usable_cores", lambda: 16)
+    monkeypatch.setattr(resources, "usable_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     args = arguments()
     machine_settings.choose_workers(args, small=False)
     assert args.dataloader_num_workers == 1
+    sampler = EpochSampler(np.arange(8), 4, 0)
+    loader = EpochLoader.of(list(range(8)), sampler, torch.device("cpu"), is_fast=False)
+    assert loader.num_workers == 1, "label trainings share the cores, too"
+    assert loader.worker_init_fn is worker_options(1, False)["worker_init_fn"]
 
 
 def test_a_number_of_workers_set_by_the_user_stays():

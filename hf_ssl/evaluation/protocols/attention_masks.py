@@ -24,7 +24,8 @@ from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_at
 from hf_ssl.evaluation.dense import IGNORED, SquareProcessor, check_ignored, nearest_pixels, read_mask
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.inputs import Inputs, Split
-from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
+from hf_ssl.evaluation.statistics import evenly_spaced
 
 VERSION = 1
 OBJECTS = ("foreground", "classes")
@@ -136,7 +137,7 @@ def _result(settings: dict[str, object], values: Tensor, **others: object) -> Pr
         "metric": "jaccard_index",
         "id": result_id("attention_masks", VERSION, settings | {"key": others["key"]}),
         "value": float(values.mean()),
-        "standard_error": float(values.std() / len(values) ** 0.5),
+        "standard_error": mean_error(values.tolist()),
     }
     return ProtocolResult(**result)  # type: ignore[typeddict-item]
 
@@ -169,11 +170,10 @@ def head_scores(inputs: Inputs, split: Split, config: Config, most: int | None =
         UserError: fewer than two images have an object, or a mask has another size than its image.
     """
     processor = SquareProcessor(inputs.processor, config.size or inputs.image_size)
-    images = len(split) if most is None else min(most, len(split))
-    wanted = set((torch.arange(images) * len(split) // images).tolist())
+    wanted = set(evenly_spaced(len(split), len(split) if most is None else most).tolist())
     rows: list[tuple[Tensor, float, Tensor]] = []
     row, query = 0, ""
-    with inputs.progress(f"attention masks, {split.name}", images) as bar:
+    with inputs.progress(f"attention masks, {split.name}", len(wanted)) as bar:
         for batch in split.images.iter_batches(min(inputs.batch_size, 32)):
             chosen = [(row + number, image) for number, image in enumerate(batch) if row + number in wanted]
             row += len(batch)

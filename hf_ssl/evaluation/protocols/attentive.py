@@ -33,6 +33,7 @@ from hf_ssl.evaluation.inputs import (
     is_right,
 )
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.modeling.configuration import cosine_factor
 
 VERSION = 1
 BETAS, EPSILON = (0.9, 0.95), 1e-8
@@ -281,7 +282,7 @@ def schedule(step: int, steps: int) -> float:
     warmup = round(WARMUP * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return cosine_factor(step, steps, warmup)
 
 
 class _AdamW:

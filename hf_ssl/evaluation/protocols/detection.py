@@ -15,14 +15,14 @@ import torch
 
 from hf_ssl.data.boxes import ImageObjects
 from hf_ssl.errors import UserError, check_name, check_values, counted
-from hf_ssl.evaluation.box_metrics import BoxScores, Detections, bootstrap_error, box_scores
+from hf_ssl.evaluation.box_metrics import BoxScores, Detections, average_precision_error, box_scores
 from hf_ssl.evaluation.box_metrics import require_packages as require_packages  # see `PROTOCOLS`
 from hf_ssl.evaluation.detector import Architecture, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorOptimization, detect, train_detector
 from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.label_trainer import OPTIMIZERS, training_folder
-from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
 from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 
@@ -243,7 +243,7 @@ class Task:
     def _folder(self, detector: Any, mode: str, seed: int) -> Path | None:
         """Return the folder of a training."""
         inputs = self.inputs
-        words = (mode, seed, inputs.dtype, *normalization(inputs.processor))
+        words = (mode, seed, inputs.dtype, *normalization(inputs.processor, inputs.channels))
         settings = (*words, self.architecture, self.optimization)
         labels = (np.arange(len(self.train)), *(each for image in self.train for each in image))
         images = inputs.train.images
@@ -294,10 +294,10 @@ def _describe(
 
     values = [each.ap for each in scores.values()]
     first = next(iter(scores))
-    sampled = bootstrap_error(found[first], task.test, inputs.seed)
+    sampled = average_precision_error(found[first], task.test, inputs.seed)
     error, error_text = sampled, "a bootstrap over test images"
     if len(values) > 1:
-        error, error_text = statistics.stdev(values) / len(values) ** 0.5, counted(len(values), "seed")
+        error, error_text = mean_error(values), counted(len(values), "seed")
     identity = asdict(architecture) | asdict(optimization) | {"mode": mode, "seeds": list(scores)}
     trained = "frozen" if mode == FROZEN else "fine-tuned"
     classes = sorted(set.intersection(*(set(each.classes) for each in scores.values())))

@@ -30,6 +30,7 @@ from hf_ssl.evaluation.inputs import (
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.statistics import standardized
+from hf_ssl.modeling.configuration import cosine_factor
 from hf_ssl.modeling.pooling import VECTORS
 
 VERSION = 1
@@ -370,7 +371,7 @@ def train_heads(
             # The product of the gradient also multiplies the velocity by the momentum and adds it.
             velocity.view(-1, width).addmm_(error.flatten(0, 1), batch, beta=MOMENTUM)
             bias_velocity.mul_(MOMENTUM).add_(error.sum(dim=2, keepdim=True))
-            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+            factor = cosine_factor(step, steps)
             weights.addcmul_(velocity, rates * factor, value=-1)
             biases.addcmul_(bias_velocity, rates * factor, value=-1)
             step += 1

@@ -4,7 +4,6 @@
 Legend: B images in a batch, D features, K classes, R learning rates trained simultaneously.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from hf_ssl.evaluation.inputs import (
 )
 from hf_ssl.evaluation.protocols.linear import MOMENTUM, logits
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.modeling.configuration import cosine_factor, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather, process_count
 from hf_ssl.modeling.lars import LARS
@@ -239,7 +239,7 @@ def encode_batch(inputs: Inputs, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         for part in batch.images.split(inputs.batch_size):
             pixels = part.views(device).pixel_values[:, 0].to(dtype_of(encoder), memory_format=order)
             with autocast(device, inputs.dtype):
-                outputs = encoder(pixel_values=pixels)
+                outputs = encoder(pixel_values=pixels, **size_arguments(encoder, pixels))
             parts.append(pool(outputs, inputs.pooling, encoder).float())
         features = torch.cat(parts)
         rows = batch.rows.to(device)
@@ -334,4 +334,4 @@ class Heads:
         warmup = self.recipe.warmup
         if progress < warmup:
             return progress / warmup
-        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        return cosine_factor(progress, 1, warmup)

@@ -18,6 +18,7 @@ from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
 from hf_ssl.evaluation.protocols.linear import MOMENTUM
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.statistics import standardized
+from hf_ssl.modeling.configuration import cosine_factor
 
 VERSION = 1
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -196,7 +197,7 @@ def train_probes(
                 target = labels[index].repeat(len(learning_rates))
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
                 gradients = torch.autograd.grad(loss / len(index), parameters)
-                now = rates * (0.5 * (1 + math.cos(math.pi * step / steps)))
+                now = rates * cosine_factor(step, steps)
                 with torch.no_grad():
                     for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
                         velocity.mul_(MOMENTUM).add_(gradient)

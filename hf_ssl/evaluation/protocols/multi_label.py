@@ -4,15 +4,17 @@
 Legend: N images, D features, K classes.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.average_precision import mean_average_precision
+from hf_ssl.evaluation.bootstrap import bootstrap_error
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, by_setting, hold_out
 from hf_ssl.evaluation.results import ProtocolResult, result_id
@@ -20,7 +22,6 @@ from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1
 PENALTIES = (1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001)
-_SAMPLES = 100
 
 
 @dataclass
@@ -127,12 +128,11 @@ def fit(
     return heads.detach()
 
 
-def _standard_error(scores: Tensor, labels: Tensor, seed: int, samples: int = _SAMPLES) -> float:
-    """Return the standard deviation of the value over samples of the test images with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    values: Sequence[float] = [
-        mean_average_precision(scores[rows], labels[rows])
-        for _ in range(samples)
-        if bool((labels[rows := torch.randint(len(scores), (len(scores),), generator=generator)] == 1).any())
-    ]
-    return float(torch.tensor(values).std())
+def _standard_error(scores: Tensor, labels: Tensor, seed: int) -> float:
+    """Return the bootstrap error of the mean average precision over test images."""
+
+    def value(rows: np.ndarray) -> float:
+        known = bool((labels[rows] == 1).any())
+        return mean_average_precision(scores[rows], labels[rows]) if known else math.nan
+
+    return bootstrap_error(value, len(scores), seed)

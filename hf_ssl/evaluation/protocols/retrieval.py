@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from hf_ssl.errors import UserError, check_name, check_values
 from hf_ssl.evaluation.inputs import Inputs
-from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
 from hf_ssl.evaluation.retrieval_scores import retrieval_scores, usable_ranks
 
 VERSION = 1
@@ -74,7 +74,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             "Recall at k is the share of the queries with at least one relevant image among the k most "
             f"similar ones.{without}",
             value=found.mean_average_precision(),
-            standard_error=float(precisions.std() / len(precisions) ** 0.5),
+            standard_error=mean_error(precisions.tolist()),
             metrics={f"recall_{k}": found.recall(k) for k in ranks},
             selection={},
             selected_on=None,

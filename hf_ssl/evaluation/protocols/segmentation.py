@@ -15,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.errors import counted as words
+from hf_ssl.evaluation.bootstrap import bootstrap_error
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.dense import (
     IGNORED,
@@ -43,7 +45,6 @@ from hf_ssl.evaluation.results import ProtocolResult, result_id
 from hf_ssl.evaluation.segmentation import VOID, Heads, class_iou, mean_iou, pixel_counts, train_heads
 
 VERSION = 1
-_SAMPLES = 100
 
 
 @dataclass
@@ -235,16 +236,11 @@ def _result(
 
 
 def _standard_error(counts: Tensor, seed: int) -> float:
-    """Return the standard deviation of the mean IoU over bootstrap samples of the test images.
+    """Return the bootstrap error of the mean IoU over test images, from `pixel_counts` (N, 3, K)."""
+    flat = counts.double().flatten(1)
 
-    Args:
-        counts: (N, 3, K), see `pixel_counts`.
-        seed: seed of the samples.
-    """
-    images = len(counts)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(images, (_SAMPLES, images), generator=generator)
-    times = torch.zeros(_SAMPLES, images, dtype=torch.float64)
-    times.scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
-    sums = (times @ counts.double().flatten(1)).unflatten(1, counts.shape[1:])
-    return float(mean_iou(sums).std())
+    def value(rows: np.ndarray) -> float:
+        times = torch.from_numpy(np.bincount(rows, minlength=len(counts))).double()
+        return float(mean_iou((times @ flat).unflatten(0, counts.shape[1:])))
+
+    return bootstrap_error(value, len(counts), seed)
