@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-ssl plot`: its pictures have the right content, and what is not possible is left out with a reason."""
+"""`hf-ssl plot`: its pictures have the right content, and it names the pictures that it leaves out, with the reason."""
 
 import base64
 import io

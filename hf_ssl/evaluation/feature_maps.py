@@ -51,7 +51,7 @@ class FeatureMaps(nn.Module):
 
     def all_maps(self, pixel_values: Tensor) -> list[Tensor]:
         """Return all maps of images (B, C, H, W)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no all_maps")
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the chosen maps of images (B, C, H, W)."""
