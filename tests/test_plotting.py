@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-ssl plot`: its pictures have the right content, and it names the pictures that it leaves out, with the reason."""
+"""`hf-ssl plot`: the pictures have the right content, and the command names those that it cannot draw."""
 
 import base64
 import io

@@ -328,7 +328,7 @@ def test_other_files_end_in_one_sentence(place, content, parts, tmp_path: Path, 
 def test_folders_of_results_files_and_nested_folders_are_read(folder: Path, caplog) -> None:
     (folder / "results" / "other.json").write_text("{}")
     assert len(entries_of(str(folder / "results"))) == 1
-    assert "other.json" in caplog.text, "what is not read is reported"
+    assert "other.json" in caplog.text, "files that are not read are reported"
     (folder / "results").rename(folder / "_results")
     assert entries_of(str(folder)) == entries_of(str(folder / "runs")), "runs in a folder of a folder"
 
