@@ -50,7 +50,7 @@ QUICK = {
     "few_label_linear": {"fractions": [0.1], "labels_per_class": [1, 5], "draws": 3},
     "linear_augmented": {"epochs": 8, "learning_rates": [0.01, 1.0], "batch_size": 64, **WHOLE},
     "fine_tune": {
-        "optimizer": "adamw", "epochs": 2, "learning_rates": [0.0001, 0.003], "batch_size": 64, **WHOLE,
+        "optimizer": "adamw", "epochs": 5, "learning_rates": [0.0001, 0.003], "batch_size": 32, **WHOLE,
     },
     "segmentation": {"epochs": 5, "learning_rates": [0.003, 0.03], "batch_size": 60},
 }  # fmt: skip

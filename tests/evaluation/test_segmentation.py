@@ -170,7 +170,9 @@ def test_the_intersection_over_union_equals_scikit_learn() -> None:
             logits = F.interpolate(rows.T.view(1, 4, 3, 3), mask.shape, mode="bilinear")[0]
             guesses.append(logits.argmax(0)[mask != VOID])
             truths.append(mask[mask != VOID])
-        expected = jaccard_score(torch.cat(truths), torch.cat(guesses), average=None, labels=[0, 1, 2, 3])
+        expected = jaccard_score(
+            torch.cat(truths).numpy(), torch.cat(guesses).numpy(), average=None, labels=[0, 1, 2, 3]
+        )
         total = counts[:, number].sum(dim=0)
         assert class_iou(total)[:4].numpy() == pytest.approx(expected)
         assert float(mean_iou(total)) == pytest.approx(expected.mean()), "class 4 does not count"
