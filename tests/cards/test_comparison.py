@@ -356,13 +356,13 @@ def in_old_layout(result: dict) -> dict:
 
 def test_results_of_version_0_1_are_compared(tmp_path: Path) -> None:
     root = Path(__file__).parents[2] / "training" / "results"
-    files = [tmp_path / "simclr_cifar10_cpu.json", tmp_path / "mae_vit_tiny_imagenette.json"]
+    files = [tmp_path / "simclr_chest_xray.json", tmp_path / "mae_vit_tiny_imagenette.json"]
     for file in files:
         record = json.loads((root / file.name).read_text())[0]
         record["results"] = {name: in_old_layout(result) for name, result in record["results"].items()}
         file.write_text(json.dumps([record]))
     comparison = compare([run for file in files for run in entries_of(str(file))])
     stored = json.loads(files[0].read_text())[0]["results"]["trained"]["knn"]["accuracy"]
-    column = next(column for column in comparison.columns if "cifar10" in column.data[0])
+    column = next(column for column in comparison.columns if "chest_xray" in column.data[0])
     assert comparison.rows[0].cells[column].values == [stored]
-    assert {column.data[0] for column in comparison.columns} == {"cifar10", "imagenette160"}
+    assert {column.data[0] for column in comparison.columns} == {"chest_xray", "imagenette160"}
