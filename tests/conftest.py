@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from hub_server import HubServer
 
 # The files whose tests take longest. They run first, so that no worker starts a long one at the end.
 LONG = ("test_resume_and_processes", "test_collapse", "test_registration", "test_page", "test_methods")
+sys.path.append(str(Path(__file__).parents[1]))  # for `training`; last, so that an installed hf_ssl is tested
 MOST_WORKERS = 4  # each worker needs about 1 GiB
 
 
