@@ -146,7 +146,7 @@ def image_table(labels, feature, size=8):
 
 
 def test_every_image_of_a_stream_keeps_its_label(tmp_path):
-    """The brightness of an image tells its row; readers, windows and splitting must not mix the labels."""
+    """The brightness of an image shows its row number. The loader must keep each label with its image."""
     labels = [None if row == 5 else row % 3 for row in range(36)]
     table = image_table(labels, ClassLabel(names=["a", "b", "c"]))
     table.to_parquet(tmp_path / "train-0.parquet", batch_size=6)
