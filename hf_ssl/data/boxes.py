@@ -93,14 +93,17 @@ class Objects:
     def inside(self, sizes: np.ndarray) -> list[ImageObjects]:
         """Return the objects of each image, with boxes clipped to the image.
 
+        A box that lies completely outside of its image is left out, and a warning gives the number of such
+        boxes.
+
         Args:
             sizes: (N, 2), height and width of each image in pixels.
 
         Raises:
-            UserError: a box lies outside of its image, or more than half of the boxes extend beyond their
-                image by more than one pixel. They probably have another format.
+            UserError: more than half of the boxes extend beyond their image by more than one pixel. They
+                probably have another format.
         """
-        found, outside, total = [], 0, 0
+        found, outside, total, left_out = [], 0, 0, []
         other = "xyxy" if self.box_format == "xywh" else "xywh"
         for row, (image, (height, width)) in enumerate(zip(self.images, sizes.tolist(), strict=True)):
             assert image is not None  # `LabeledImages` omits the others
@@ -108,20 +111,20 @@ class Objects:
             clipped = image.boxes.clip(0, limits)
             total += len(clipped)
             outside += int((np.abs(clipped - image.boxes) > 1).any(axis=1).sum())
-            empty = (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
-            if empty.any():
-                box = [round(float(each), 1) for each in image.boxes[empty][0]]
-                raise UserError(
-                    f"objects: expected boxes inside of the images of {self.where}, got [x1, y1, x2, y2] = "
-                    f"{box} in image {row} of {width} x {height} pixels; correct it, or use "
-                    f"data.box_format={other}"
-                )
-            found.append(image._replace(boxes=clipped))
+            inside = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+            for each in image.boxes[~inside].round(1).tolist():
+                left_out.append(f"[x1, y1, x2, y2] = {each} in image {row} of {width} x {height} pixels")
+            found.append(ImageObjects(clipped[inside], image.classes[inside], image.crowd[inside]))
         if outside > _MOST_OUTSIDE * total:
             raise UserError(
                 f"data.box_format: expected the format of the boxes of {self.where}, got {self.box_format}, "
                 f"with which {outside:,} of {total:,} boxes extend beyond their image; use {other}"
             )
+        if left_out:
+            logger.warning(
+                "%s of %s boxes of %s are left out, because they lie outside of their image; the first is %s",
+                f"{len(left_out):,}", f"{total:,}", self.where, left_out[0],
+            )  # fmt: skip
         return found
 
 

@@ -25,6 +25,7 @@ from hf_ssl.sections import as_section, wrong_type
 # The steps are half-decades. Published settings lie between 0.02 (VICReg) and 30 (MoCo). The norms of
 # features differ by as much.
 LEARNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+MOMENTUM = 0.9  # of SGD in all protocols
 NEIGHBORS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 TEMPERATURES = (0.07, 0.1)
 MAIN_KNN = (20, 0.07)  # k and T that DINO recommends; a card shows this accuracy first

@@ -176,15 +176,22 @@ def held_out_images(images: int) -> int:
     return max(1, round(HELD_OUT * images))
 
 
-def hold_out(images: int, seed: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def hold_out(
+    images: int, seed: int, most: int | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the row numbers of the training images to train on, and of those to select settings on.
 
     Args:
         images: number of training images, at least 2. 10 % of them and at least one are held out.
         seed: seed of the random choice.
         most: largest number of held-out images.
+        generator: it draws the images in place of the seed. Only `linear` passes one: its published results
+            were selected with these images, and another choice would change them.
     """
-    order = torch.from_numpy(permutation(images, seed))
+    if generator is None:
+        order = torch.from_numpy(permutation(images, seed))
+    else:
+        order = torch.randperm(images, generator=generator)
     held_out = min(held_out_images(images), images if most is None else most)
     return order[held_out:], order[:held_out]
 

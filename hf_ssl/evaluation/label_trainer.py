@@ -17,12 +17,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.config import MOMENTUM
 from hf_ssl.files import newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import process_count
 
 OPTIMIZERS = ("sgd", "adamw")
-MOMENTUM = 0.9  # Nesterov, as in SimCLR and BYOL
 BETAS = (0.9, 0.999)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete

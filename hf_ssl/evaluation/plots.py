@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_ssl.evaluation.maps import COLORS, color_of
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, standard_error
 from hf_ssl.files import replaced_file
 
@@ -19,7 +20,6 @@ CAPTIONS = {
     "least 0.5 (one color for each class).",
 }
 """Name of each picture -> its caption."""
-_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 
 
 def write_plots(
@@ -63,7 +63,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     if not lines:
         return None
     figure, (axes,) = _new_figure(1)
-    for (name, cells), color in zip(lines.items(), _COLORS, strict=False):
+    for (name, cells), color in zip(lines.items(), COLORS, strict=False):
         images = results[name]["images"]["test"]
         counts, values = zip(*sorted(cells.items()), strict=True)
         errors = [standard_error(value, images) for value in values]
@@ -109,7 +109,7 @@ def probe_epochs(results: Mapping[str, EncoderResult]) -> Any:
         return None
     figure, panels = _new_figure(len(probes))
     for (name, found), axes in zip(probes.items(), panels, strict=True):
-        for probe, color in zip(found, _COLORS, strict=False):
+        for probe, color in zip(found, COLORS, strict=False):
             curves = probe["details"]["epochs"]
             for split, style in (("train", "--"), ("test", "-")):
                 values = curves[split]
@@ -150,13 +150,13 @@ def detections(results: Mapping[str, EncoderResult], test: Any) -> Any:
             for box in test.objects.images[example["row"]].boxes.tolist():
                 _draw_box(axes, box, "white", "--")
             for *box, number, _ in example["boxes"]:
-                _draw_box(axes, box, _color(number), "-")
+                _draw_box(axes, box, color_of(number), "-")
                 shown.add(number)
         line[0].set_ylabel(result["column"], fontsize=8)
-    legend = [Patch(facecolor="none", edgecolor=_color(k), label=names[k]) for k in sorted(shown)]
+    legend = [Patch(facecolor="none", edgecolor=color_of(k), label=names[k]) for k in sorted(shown)]
     if legend:
         options: Any = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
-        figure.legend(handles=legend[: len(_COLORS)], **options)
+        figure.legend(handles=legend[: len(COLORS)], **options)
     return figure
 
 
@@ -175,10 +175,6 @@ def _draw_box(axes: Any, box: Sequence[float], color: str, style: str) -> None:
             linewidth=0.9,
         )
     )
-
-
-def _color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
 
 
 def _new_figure(panels: int) -> tuple[Any, list[Any]]:

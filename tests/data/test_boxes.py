@@ -2,6 +2,7 @@
 """Columns of boxes: both layouts and formats, classes by name, and one sentence for each mistake."""
 
 import logging
+import re
 
 import numpy as np
 import PIL.Image
@@ -139,10 +140,19 @@ def test_boxes_end_at_the_border_of_the_image() -> None:
     assert [each.boxes.tolist() for each in found] == [[[0, 1, 5, 8]], [[1, 1, 2, 2]], [[1, 1, 2, 2]]]
 
 
+def test_a_box_outside_of_its_image_is_left_out_with_a_warning(caplog) -> None:
+    boxes = np.array([[1, 1, 2, 2], [12, 1, 15, 4], [10, 1, 15, 4], [2, 2, 9, 7]], np.float32)
+    image = ImageObjects(boxes, np.arange(4), np.array([False, False, True, True]))
+    (found,) = Objects([image], list("abcd"), "xyxy", "here").inside(np.array([[8, 10]]))
+    assert found.boxes.tolist() == boxes[[0, 3]].tolist()
+    assert found.classes.tolist() == [0, 3] and found.crowd.tolist() == [False, True]
+    assert re.search(r"2 of 4 boxes of here .*12\.0, 1\.0, 15\.0, 4\.0.* image 0 of 10 x 8", caplog.text)
+
+
 @pytest.mark.parametrize(
     ("boxes", "parts"),
     [
-        ([[12.0, 1.0, 3.0, 3.0]], ["xyxy", 10, 8, 1]),  # outside of the second image
+        ([[12.0, 1.0, 3.0, 3.0], [1.0, 9.0, 3.0, 3.0]], ["data.box_format", 2, 3, "xyxy"]),  # both outside
         ([[4.0, 4.0, 9.0, 7.0], [3.0, 2.0, 8.0, 8.0]], ["data.box_format", 2, 3, "xyxy"]),  # two corners
     ],
 )

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, check_name, check_values, counted
-from hf_ssl.evaluation.config import LEARNING_RATES, are_positive
+from hf_ssl.evaluation.config import LEARNING_RATES, MOMENTUM, are_positive
 from hf_ssl.evaluation.inputs import (
     EDGE,
     SELECTED_ON,
     Inputs,
     accuracy_result,
     by_setting,
-    held_out_images,
+    hold_out,
     is_at_edge,
     is_right,
 )
@@ -34,7 +34,6 @@ from hf_ssl.modeling.configuration import cosine_factor
 from hf_ssl.modeling.pooling import VECTORS
 
 VERSION = 1
-MOMENTUM = 0.9
 
 
 @dataclass
@@ -284,9 +283,7 @@ def _fit(
     classes = int(torch.maximum(labels.max(), targets.max())) + 1
 
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train), generator=generator).to(train.device)
-    held_out = held_out_images(len(train))
-    chosen, kept = order[:held_out], order[held_out:]
+    kept, chosen = (index.to(train.device) for index in hold_out(len(train), seed, generator=generator))
     validation = []
     state = generator.get_state()
     for rows, _ in pairs:
