@@ -22,10 +22,29 @@ from hf_ssl.files import newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import process_count
 
-OPTIMIZERS = ("sgd", "adamw")
+# A learning rate that suits one of them changes the weights by too much or too little with the other.
+OPTIMIZERS = {"sgd": "0.01", "adamw": "1e-4"}
+"""Name of an optimizer -> a learning rate to begin with, for messages."""
 BETAS = (0.9, 0.999)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
+
+
+def check_rate(where: str, key: str, rate: Any, optimizer: str | None, recipe: str, published: str) -> None:
+    """Raise UserError if a setting changes the optimizer of a recipe, but not its learning rate.
+
+    Args:
+        where: the section of the settings.
+        key, rate: name and value of the setting of the learning rate; None: that of the recipe.
+        optimizer: the optimizer of the settings; None: that of the recipe.
+        recipe, published: name of the recipe, and its optimizer.
+    """
+    if rate is None and optimizer not in (None, published):
+        value = f"[{OPTIMIZERS[str(optimizer)]}]" if key.endswith("s") else OPTIMIZERS[str(optimizer)]
+        raise UserError(
+            f"{where}.{key}: expected a learning rate for {optimizer}, because that of the recipe {recipe} is "
+            f"for {published}, got null; add, for example, {where}.{key}={value}"
+        )
 
 
 def training_folder(

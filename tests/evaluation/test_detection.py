@@ -522,3 +522,12 @@ def test_settings_that_are_null_follow_the_encoder() -> None:
     architecture, optimization, _ = config.resolved(True, 4)
     assert (architecture.image_size, optimization.optimizer, optimization.batch_size) == (1024, "adamw", 4)
     assert optimization.learning_rate == pytest.approx(1e-4 * 4 / 64)
+
+
+def test_another_optimizer_needs_a_learning_rate() -> None:
+    config = detection.Config(optimizer="adamw")
+    assert config.resolved(True, 1000)[1].optimizer == "adamw"  # also in the recipe of a ViT
+    with pytest.raises(UserError, match=mentions("detection.learning_rate", "adamw", "fpn", "sgd", "1e-4")):
+        config.resolved(False, 1000)
+    config = detection.Config(optimizer="adamw", learning_rate=2e-4)
+    assert config.resolved(False, 1000)[1].learning_rate == 2e-4

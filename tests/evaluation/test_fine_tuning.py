@@ -246,6 +246,7 @@ def test_partners_of_mixup() -> None:
         ({"labels_per_class": [14]}, ["fine_tune.labels_per_class", 14, 13]),
         ({"recipe": "sim"}, ["fine_tune.recipe", "simclr"]),
         ({"optimizer": "adam"}, ["fine_tune.optimizer", "adamw"]),
+        ({"optimizer": "adamw"}, ["fine_tune.learning_rates", "adamw", "simclr", "sgd", "[1e-4]"]),
         ({"learning_rates": [1e30], "epochs": 2}, ["fine_tune.learning_rates", "1e+30", "converges"]),
         ({"layer_decay": 0.0}, ["fine_tune.layer_decay"]),
         ({"fractions": [0.5, 0.5]}, ["fine_tune.fractions", "different"]),

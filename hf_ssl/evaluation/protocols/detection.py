@@ -21,7 +21,7 @@ from hf_ssl.evaluation.detector import Architecture, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorOptimization, detect, train_detector
 from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.inputs import Inputs, Split
-from hf_ssl.evaluation.label_trainer import OPTIMIZERS, training_folder
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
 from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
 from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.eval_mode import unchanged_random_state
@@ -162,8 +162,13 @@ class Config:
         Args:
             is_plain: whether the encoder is a vision transformer without stages.
             images: number of training images.
+
+        Raises:
+            UserError: the optimizer is not that of the recipe, and the learning rate is null.
         """
-        recipe = RECIPES[self.recipe or ("vitdet" if is_plain else "fpn")]
+        name = self.recipe or ("vitdet" if is_plain else "fpn")
+        recipe = RECIPES[name]
+        check_rate(_WHERE, "learning_rate", self.learning_rate, self.optimizer, name, recipe.optimizer)
 
         def chosen(key: str) -> Any:
             own = getattr(self, key)

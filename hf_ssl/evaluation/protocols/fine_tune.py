@@ -26,7 +26,7 @@ from hf_ssl.evaluation.inputs import (
     hold_out,
     is_right,
 )
-from hf_ssl.evaluation.label_trainer import OPTIMIZERS, training_folder
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
@@ -125,6 +125,7 @@ class Config:
         rates = None if self.learning_rates is None else list(self.learning_rates)
         freeze = self.freeze
         recipe = RECIPES[self.recipe]
+        check_rate(where, "learning_rates", rates, self.optimizer, self.recipe, recipe.optimizer)
         epochs = min(recipe.epochs.values()) if self.epochs is None else self.epochs
         warmup = recipe.warmup_epochs if self.warmup_epochs is None else self.warmup_epochs
         known = freeze in (NOTHING, ENCODER) or (freeze.isdecimal() and int(freeze) > 0)
