@@ -478,6 +478,20 @@ def test_a_summary_of_different_protocols_and_metrics() -> None:
     assert csv_text(summary).splitlines()[-1].endswith("0.400000,b gone")
 
 
+def test_the_table_names_jobs_with_another_precision() -> None:
+    def job(entry: str, precision: str) -> Measured:
+        result: Any = {"protocols": [number("knn", 0.5)], "precision": precision}
+        return Measured(entry, "frozen", "top_1", {"knn": "knn"}, result, None)
+
+    mixed = summarize("Title", "encoder", [job("a", "float32"), job("b", "bfloat16"), job("c", "float32")])
+    assert mixed.to_dict()["precisions"] == {"float32": ["a/frozen", "c/frozen"], "bfloat16": ["b/frozen"]}
+    last = markdown(mixed).splitlines()[-1]
+    parts = ("float32 (a/frozen, c/frozen)", "bfloat16 (b/frozen)", "evaluation.precision=float32")
+    assert missing(last, *parts) == []
+    same = summarize("Title", "encoder", [job("a", "float32"), job("b", "float32")])
+    assert "precision" not in markdown(same)
+
+
 def test_numbers_with_other_labels_are_not_averaged() -> None:
     def job(entry: str, labels: dict[int, float | None]) -> Measured:
         few = [number("few_label_knn", value) | {"key": f"few_labels_{n}"} for n, value in labels.items()]

@@ -103,12 +103,16 @@ class Column:
 
 @dataclass
 class Summary:
-    """The results of a suite: title, name of the encoder, metric of each entry, and the columns."""
+    """The results of a suite: title, name of the encoder, metric of each entry, and the columns.
+
+    `precisions` contains the names of the jobs with each precision of the features.
+    """
 
     title: str
     encoder: str
     metrics: dict[str, str]
     columns: list[Column]
+    precisions: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -116,6 +120,7 @@ class Summary:
             "title": self.title,
             "encoder": self.encoder,
             "metrics": self.metrics,
+            "precisions": self.precisions,
             "columns": [
                 {
                     "heading": column.heading,
@@ -164,7 +169,11 @@ def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary
                 heading = f"{heading} ({group}, {position + 1})"
             cells = {job.entry: _cell(job, protocol, at.get(job.entry)) for job in jobs}
             columns.append(Column(heading, group, protocol, cells, outside))
-    return Summary(title, encoder, metrics, columns)
+    precisions: dict[str, list[str]] = {}
+    for job in measured:
+        if job.result is not None and "precision" in job.result:
+            precisions.setdefault(job.result["precision"], []).append(f"{job.entry}/{job.group}")
+    return Summary(title, encoder, metrics, columns, precisions)
 
 
 def _aligned(found: dict[str, list[ProtocolResult]]) -> dict[str, list[ProtocolResult | None]]:
@@ -224,7 +233,8 @@ def markdown(summary: Summary) -> str:
     rows.append(["**average**", "", *averages])
     lines = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
     lines += [markdown_row(row) for row in rows]
-    lines += ["", *(f"- {column.sentence}." for column in columns), *replacements(summary)]
+    lines += ["", *(f"- {column.sentence}." for column in columns)]
+    lines += [*replacements(summary), *different_precisions(summary)]
     return "\n".join(lines) + "\n"
 
 
@@ -235,6 +245,20 @@ def replacements(summary: Summary) -> list[str]:
         for column in summary.columns
         for name, cell in column.cells.items()
         if cell.protocol != column.protocol and cell.value is not None
+    ]
+
+
+def different_precisions(summary: Summary) -> list[str]:
+    """Return a line if jobs have different precisions.
+
+    With `evaluation.precision=auto`, each machine chooses the fastest one.
+    """
+    if len(summary.precisions) < 2:
+        return []
+    jobs = "; ".join(f"{name} ({', '.join(found)})" for name, found in summary.precisions.items())
+    return [
+        f"- The precision of the features differs between jobs: {jobs}. To have one precision, repeat the "
+        "suite in another folder with evaluation.precision=float32."
     ]
 
 

@@ -42,8 +42,8 @@ def check_rate(where: str, key: str, rate: Any, optimizer: str | None, recipe: s
     if rate is None and optimizer not in (None, published):
         value = f"[{OPTIMIZERS[str(optimizer)]}]" if key.endswith("s") else OPTIMIZERS[str(optimizer)]
         raise UserError(
-            f"{where}.{key}: expected a learning rate for {optimizer}, because that of the recipe {recipe} is "
-            f"for {published}, got null; add, for example, {where}.{key}={value}"
+            f"{where}.{key}: expected a learning rate for {optimizer}, because the rate of recipe {recipe} "
+            f"is for {published}, got null; add, for example, {where}.{key}={value}"
         )
 
 
