@@ -215,8 +215,8 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
 
 def metric_value(result: ProtocolResult, metric: str) -> float | None:
     """Return a metric of a result; None if the protocol does not measure it."""
-    is_value = metric_of(result) == ACCURACY if metric == "top_1" else result["key"] == metric
-    return result["value"] if is_value else result["metrics"].get(metric)
+    wanted = ACCURACY if metric == "top_1" else metric
+    return result["value"] if metric_of(result) == wanted else result["metrics"].get(metric)
 
 
 def markdown(summary: Summary) -> str:

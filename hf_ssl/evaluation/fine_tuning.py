@@ -10,7 +10,7 @@ Legend: B images in a batch of all processes, M labeled images, N images, C chan
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,48 @@ from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
 from hf_ssl.precision import autocast
+
+
+class Recipe(NamedTuple):
+    """Published settings. `Config` of the protocol `fine_tune` explains those with the same names.
+
+    Attributes:
+        learning_rates: learning rates for 256 images. They are proportional to the batch size.
+        epochs: {largest fraction of labels: number of epochs}, ascending.
+        source: the paper, and the differences from it.
+    """
+
+    optimizer: str
+    learning_rates: tuple[float, ...]
+    weight_decay: float
+    layer_decay: float
+    mixup: float
+    label_smoothing: float
+    epochs: dict[float, int]
+    warmup_epochs: float
+    source: str
+
+
+RECIPES = {
+    "simclr": Recipe(
+        "sgd", (0.05,), 0.0, 1.0, 0.0, 0.0, {0.01: 60, 1.0: 30}, 0.0,
+        "SimCLR (2002.05709, section B.5; epochs also in 2006.10029), there with batches of 4,096 images",
+    ),
+    "byol": Recipe(
+        "sgd", (0.00125, 0.0025, 0.005, 0.0125, 0.025), 0.0, 1.0, 0.0, 0.0, {1.0: 50}, 0.0,
+        "BYOL (2006.07733, appendix C.2), there with batches of 1,024 images and also 30 epochs",
+    ),
+    "mae": Recipe(
+        "adamw", (1e-3,), 0.05, 0.75, 0.8, 0.1, {1.0: 50}, 5.0,
+        "MAE, ViT-L (2111.06377, FINETUNE.md), there with batches of 1,024 images and also with CutMix, "
+        "RandAugment, random erasing and drop path",
+    ),
+    "scratch": Recipe(
+        "sgd", (0.1,), 1e-4, 1.0, 0.0, 0.0, {1.0: 90}, 5.0,
+        "supervised training of ResNet-50 (1706.02677), there with a learning rate that decreases in steps",
+    ),
+}  # fmt: skip
+"""Name -> published settings. Source of SimCLR and BYOL: the papers; of MAE: the authors' code."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +121,8 @@ def train_classifier(
         classifier: the classifier.
         images: the augmented training images.
         rows: row numbers of the M labeled images.
-        labels: class numbers of all rows of `images`.
+        labels: class numbers (M,) of all rows of `images`. For images with several labels: (M, K), 1: yes,
+            0: no, -1: ignored.
         settings: settings of the training.
         where: section of the settings, for messages.
         seed: seed of all random choices.
@@ -118,7 +161,7 @@ class FineTuner(LabelTrainer):
         classifier: the classifier.
         args: arguments of `training_arguments`.
         loader: the batches of this process.
-        labels: class numbers of all rows.
+        labels: labels of all rows, see `train_classifier`.
         settings: settings of the training.
         groups: parameter groups of the optimizer.
         advance: called with 1 after each epoch.
@@ -143,6 +186,8 @@ class FineTuner(LabelTrainer):
     ) -> Any:
         """Return the share of this process in the cross entropy of the batch, times the number of processes.
 
+        For images with several labels, this is the mean of the binary cross entropy over classes.
+
         DDP averages the gradients over the processes, so the gradient is that of the mean over all B images.
         """
         for module in self._frozen:  # the Trainer calls `train()` before each step
@@ -159,12 +204,28 @@ class FineTuner(LabelTrainer):
         logits, smoothing = outputs.logits.float(), self._settings.label_smoothing
         loss = torch.zeros((), device=logits.device)
         for share, classes in ((weight, targets), (1 - weight, partner)):
-            if share:
+            if share and classes.ndim == 2:
+                loss = loss + share * binary_cross_entropy(logits, classes)
+            elif share:
                 loss = loss + share * F.cross_entropy(
                     logits, classes, reduction="sum", label_smoothing=smoothing
                 )
         loss = loss * (process_count() / batch.size)
         return (loss, outputs) if return_outputs else loss
+
+
+def binary_cross_entropy(logits_BK: Tensor, labels_BK: Tensor) -> Tensor:
+    """Return the sum over images of the mean binary cross entropy of their classes.
+
+    Args:
+        logits_BK: (B, K).
+        labels_BK: (B, K), 1: yes, 0: no, -1: the class is ignored. An ignored class adds zero to the mean
+            over all K classes.
+    """
+    known = (labels_BK >= 0).to(logits_BK.dtype)
+    targets = labels_BK.clamp_min(0).to(logits_BK.dtype)
+    entropy = F.binary_cross_entropy_with_logits(logits_BK, targets, weight=known, reduction="none")
+    return entropy.mean(dim=1).sum()
 
 
 def mixup_weight(alpha: float, seed: int, number: int) -> float:

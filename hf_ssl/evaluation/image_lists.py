@@ -63,11 +63,12 @@ def rows_hash(draws: Sequence[Tensor], labels: Tensor) -> str:
 
     Args:
         draws: sorted row numbers of each draw.
-        labels: (N,).
+        labels: (N,), or (N, K) for images with several labels.
     """
     digest = hashlib.sha256()
     for rows in draws:
-        digest.update(torch.stack([rows, labels.cpu()[rows]]).numpy().astype("<i8").tobytes())
+        chosen = labels.cpu()[rows].reshape(len(rows), -1)
+        digest.update(torch.cat([rows[None], chosen.T]).numpy().astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@
 Legend: M training images, N test images, D features, K classes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, counted
-from hf_ssl.evaluation.bootstrap import MOST_PACKED, pack_right
+from hf_ssl.evaluation.average_precision import mean_average_precision
+from hf_ssl.evaluation.bootstrap import MOST_PACKED, bootstrap_error, pack_right
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult, Quality, result_id, standard_error
 from hf_ssl.progress import progress
@@ -308,6 +310,55 @@ def is_right(scores: Tensor, labels: Tensor) -> Tensor:
     """
     highest = scores.max(dim=-1)
     return (highest.indices == labels) & highest.values.isfinite()
+
+
+def precision_result(
+    protocol: str,
+    version: int,
+    settings: dict[str, Any],
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    **others: Any,
+) -> ProtocolResult:
+    """Return the result of a classifier of images with several labels: the 11-point mean average precision.
+
+    The standard error is that of a bootstrap over test images.
+
+    Args:
+        protocol, version, settings: see `result_id`.
+        scores: (N, K) of the test images.
+        labels: (N, K), see `Split`.
+        seed: seed of the bootstrap.
+        others: the other fields of `ProtocolResult`; selection, selected_on and details may be missing.
+    """
+    scores, labels = scores.cpu(), labels.cpu()
+
+    def value(rows: np.ndarray) -> float:
+        known = bool((labels[rows] == 1).any())
+        return mean_average_precision(scores[rows], labels[rows]) if known else math.nan
+
+    found = mean_average_precision(scores, labels)
+    area = mean_average_precision(scores, labels, None)
+    result: Any = {"selection": {}, "selected_on": None, "details": {}} | others
+    return result | {
+        "protocol": protocol,
+        "id": result_id(protocol, version, settings),
+        "metric": "mean_average_precision",
+        "value": found,
+        "standard_error": bootstrap_error(value, len(scores), seed),
+        "metrics": {"area": area},
+    }
+
+
+def metric_words(labels: Tensor) -> str:
+    """Return the name of the metric of `precision_result` for test labels (N, K)."""
+    shown, classes = int((labels == 1).any(dim=0).sum()), labels.shape[1]
+    words = counted(shown, "class", "classes")
+    if shown < classes:
+        words = f"{shown:,} of {classes:,} classes (those with a test image)"
+    return f"11-point mean average precision (VOC2007) over {words}"
 
 
 def check_converged(scores: Tensor, learning_rate: float, key: str) -> None:

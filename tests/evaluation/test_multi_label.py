@@ -3,6 +3,7 @@
 report a mistake."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from messages import mentions
 from pixel_encoder import Pixels, processor
 from sklearn.linear_model import LogisticRegression
+from transformers import ResNetConfig, ResNetModel
 
+from hf_ssl.cards.suite_text import metric_value
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.labeled import label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder, evaluate_features, mean_average_precision
+from hf_ssl.evaluation.fine_tuning import binary_cross_entropy
 from hf_ssl.evaluation.protocols.multi_label import fit
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import pretrain
@@ -178,6 +182,69 @@ def test_an_encoder_is_evaluated_on_a_data_set_with_lists() -> None:
     assert result["quality"]["lidar"] > 1
     with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label")):
         evaluate_encoder(*arguments, None, processor(), data=data)
+
+
+def resnet() -> ResNetModel:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    return ResNetModel(config).eval()
+
+
+def fine_tuned(settings: dict, *pair: Dataset) -> dict:
+    few = {"epochs": 4, "batch_size": 16, "smallest_crop": 0.8, "learning_rates": [0.05]}
+    config = {"protocols": ["fine_tune"], "settings": {"fine_tune": few | settings}, "precision": "float32"}
+    data = DataConfig(label_column="objects")
+    (number,) = evaluate_encoder(resnet(), *pair, config, processor(), data=data)["protocols"]
+    return number
+
+
+def test_an_encoder_is_fine_tuned_on_images_with_several_labels() -> None:
+    """The loss is a binary cross entropy of each class, and the metric is the mean average precision."""
+    pair = pictures(150), pictures(80, seed=1)
+    number = fine_tuned({"learning_rates": [1e-6, 0.05], "mixup": 0.2}, *pair)
+    prior = float((read(pair[1]).labels == 1).double().mean())
+    assert number["value"] > prior + 0.2
+    assert number["metric"] == "mean_average_precision" and number["column"] == "fine-tuning, mAP"
+    assert number["selection"] == {"learning_rate": 0.05} and number["details"]["images"] == 149
+    assert 0 < number["standard_error"] < 0.15 and "3 classes" in number["text"]
+    assert metric_value(number, "mean_average_precision") == number["value"]
+    assert metric_value(number, "top_1") is None
+
+
+def test_the_order_of_classes_changes_nothing_but_their_order() -> None:
+    number, other = (
+        fine_tuned({}, pictures(60, names), pictures(40, names, seed=1)) for names in (NAMES, NAMES[::-1])
+    )
+    assert other["value"] == pytest.approx(number["value"], abs=1e-3)
+    assert other["details"]["rows_hash"] != number["details"]["rows_hash"]
+
+
+def test_ignored_labels_add_nothing_to_the_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(-1, 2, (5, 3), generator=generator)
+    expected = 0.0
+    for row, truth in zip(logits.tolist(), labels.tolist(), strict=True):
+        for logit, label in zip(row, truth, strict=True):
+            chance = 1 / (1 + math.exp(-logit))
+            expected -= 0.0 if label < 0 else math.log(chance if label else 1 - chance) / 3
+    assert (labels == -1).any()
+    assert float(binary_cross_entropy(logits, labels)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"fractions": [0.1]}, ["fine_tune.fractions", 0.1, "[1.0]"]),
+        ({"labels_per_class": [2]}, ["fine_tune.labels_per_class", 2, "[]"]),
+        ({"label_smoothing": 0.1}, ["fine_tune.label_smoothing=0", 0.1]),
+        ({"recipe": "mae", "epochs": 9}, ["fine_tune.label_smoothing=0", 0.1]),
+        ({"learning_rates": [1e30, 1e31]}, ["fine_tune.learning_rates", "1e+30", "smaller"]),
+    ],
+)
+def test_settings_of_one_label_end_in_one_sentence(settings: dict, parts: list) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
+        fine_tuned(settings, pictures(30), pictures(20, seed=1))
 
 
 @pytest.fixture(scope="module")

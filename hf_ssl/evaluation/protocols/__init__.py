@@ -75,6 +75,7 @@ PROTOCOLS: dict[str, Protocol] = {
         "The encoder itself is trained with all or few labels.",
         needs_encoder=True,
         takes_long=True,
+        labels=("one", "several"),
     ),
     "quality": Protocol(
         "quality without labels",

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning: the encoder is trained with labels, all of it, its head, or all but its first blocks."""
+"""Fine-tuning: the encoder is trained with labels, all of it, its head, or all but its first blocks.
+
+For images with several labels, the loss is the binary cross entropy of each class, and the result is the
+11-point mean average precision, as in Ericsson et al., 2021 (arXiv:2011.13377).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ssl.errors import check_name, check_values, counted
+from hf_ssl.errors import UserError, check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
+from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
-from hf_ssl.evaluation.fine_tuning import Optimization, predict, train_classifier
+from hf_ssl.evaluation.fine_tuning import RECIPES, Optimization, predict, train_classifier
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, rows_hash
 from hf_ssl.evaluation.inputs import (
     HELD_OUT,
@@ -23,56 +29,17 @@ from hf_ssl.evaluation.inputs import (
     accuracy_result,
     by_setting,
     check_converged,
+    has_several_labels,
     hold_out,
     is_right,
+    metric_words,
+    precision_result,
 )
 from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
 from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
 _WHERE = "evaluation.settings.fine_tune"
-
-
-class Recipe(NamedTuple):
-    """Published settings. `Config` explains those with the same names.
-
-    Attributes:
-        learning_rates: learning rates for 256 images. They are proportional to the batch size.
-        epochs: {largest fraction of labels: number of epochs}, ascending.
-        source: the paper, and the differences from it.
-    """
-
-    optimizer: str
-    learning_rates: tuple[float, ...]
-    weight_decay: float
-    layer_decay: float
-    mixup: float
-    label_smoothing: float
-    epochs: dict[float, int]
-    warmup_epochs: float
-    source: str
-
-
-RECIPES = {
-    "simclr": Recipe(
-        "sgd", (0.05,), 0.0, 1.0, 0.0, 0.0, {0.01: 60, 1.0: 30}, 0.0,
-        "SimCLR (2002.05709, section B.5; epochs also in 2006.10029), there with batches of 4,096 images",
-    ),
-    "byol": Recipe(
-        "sgd", (0.00125, 0.0025, 0.005, 0.0125, 0.025), 0.0, 1.0, 0.0, 0.0, {1.0: 50}, 0.0,
-        "BYOL (2006.07733, appendix C.2), there with batches of 1,024 images and also 30 epochs",
-    ),
-    "mae": Recipe(
-        "adamw", (1e-3,), 0.05, 0.75, 0.8, 0.1, {1.0: 50}, 5.0,
-        "MAE, ViT-L (2111.06377, FINETUNE.md), there with batches of 1,024 images and also with CutMix, "
-        "RandAugment, random erasing and drop path",
-    ),
-    "scratch": Recipe(
-        "sgd", (0.1,), 1e-4, 1.0, 0.0, 0.0, {1.0: 90}, 5.0,
-        "supervised training of ResNet-50 (1706.02677), there with a learning rate that decreases in steps",
-    ),
-}  # fmt: skip
-"""Name -> published settings. Source of SimCLR and BYOL: the papers; of MAE: the authors' code."""
 
 
 @dataclass
@@ -184,8 +151,14 @@ class Config:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the accuracy after fine-tuning with each fraction and each number of labels."""
+    """Return the accuracy after fine-tuning with each fraction and each number of labels.
+
+    For images with several labels, return the mean average precision after fine-tuning with all labels.
+    """
     labels = inputs.train.labels
+    if has_several_labels(labels):
+        _check_several(config)
+        return [train_and_test(Task.of(inputs, config), 1.0, np.arange(len(labels)))[1]]
     sizes = class_sizes(labels)
     classes, smallest = len(sizes), int(sizes.min())
     wanted = [(fraction, round(fraction * len(labels))) for fraction in config.fractions]
@@ -209,6 +182,20 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     ]
 
 
+def _check_several(config: Config) -> None:
+    """Raise UserError for settings that are defined only for images with one label."""
+    recipe = RECIPES[config.recipe]
+    smoothing = recipe.label_smoothing if config.label_smoothing is None else config.label_smoothing
+    fractions, counts = list(config.fractions), list(config.labels_per_class)
+    expected = "for images with several labels"
+    check_values(
+        _WHERE,
+        ("fractions", fractions, fractions == [1.0], f"[1.0] {expected}", f"{_WHERE}.fractions=[1.0]"),
+        ("labels_per_class", counts, not counts, f"[] {expected}", f"{_WHERE}.labels_per_class=[]"),
+        ("label_smoothing", smoothing, not smoothing, f"0 {expected}", f"{_WHERE}.label_smoothing=0"),
+    )
+
+
 class Task(NamedTuple):
     """What all trainings of one evaluation share.
 
@@ -218,7 +205,8 @@ class Task(NamedTuple):
         images: the augmented training images.
         pixels: a processed image.
         classes: the class numbers of the training images, sorted. The classifier has one output for each.
-        labels: (M,) indices of the training images in `classes`.
+        labels: (M,) indices of the training images in `classes`. For images with several labels: (M, K), see
+            `Split`.
         native: see `new_classifier`.
     """
 
@@ -236,7 +224,11 @@ class Task(NamedTuple):
         preset = crop_and_flip(inputs.processor, inputs.train.images, config.smallest_crop, config.flip)
         images = AugmentedImages(inputs.train.images, preset, inputs.seed)
         pixels = pixel_values(inputs.processor, images.read(np.array([0])), inputs.device)
-        classes, labels = inputs.train.labels.unique(return_inverse=True)
+        labels = inputs.train.labels
+        if has_several_labels(labels):
+            classes = torch.arange(labels.shape[1])
+        else:
+            classes, labels = labels.unique(return_inverse=True)
         return cls(inputs, config, images, pixels, classes, labels, native)
 
     def train(self, rows: np.ndarray, settings: Optimization, advance: Callable[[int], object]) -> Any:
@@ -265,16 +257,26 @@ class Task(NamedTuple):
         rates: Sequence[float],
         advance: Callable[[int], object],
     ) -> dict[float, float]:
-        """Return the accuracy on held-out rows for each learning rate."""
+        """Return the accuracy, or the mean average precision, on held-out rows for each learning rate."""
         kept, chosen = (np.sort(rows[part.numpy()]) for part in hold_out(len(rows), self.inputs.seed))
-        truth = self.labels[torch.from_numpy(chosen)]
+        truth = self.labels[torch.from_numpy(chosen)].cpu()
+        several = has_several_labels(truth)
+        if several and not bool((truth == 1).any()):
+            raise UserError(
+                "fine_tune: expected labels in both parts of the training images, got none in the held-out "
+                "ones; add images, or use one learning rate"
+            )
         size = self.inputs.batch_size
         accuracies = {}
         for rate in rates:
             model = self.train(kept, replace(settings, learning_rate=rate), advance)
             batches = (self.images.read(chosen[at : at + size]) for at in range(0, len(chosen), size))
             scores = self.predict(model, batches, len(chosen))
-            accuracies[rate] = float(is_right(scores, truth).double().mean())
+            if several:
+                check_converged(scores, rate, f"{_WHERE}.learning_rates")
+                accuracies[rate] = mean_average_precision(scores, truth)
+            else:
+                accuracies[rate] = float(is_right(scores, truth).double().mean())
         return accuracies
 
     def predict(self, model: Any, batches: Any, count: int) -> Tensor:
@@ -305,8 +307,10 @@ def train_and_test(task: Task, fraction: float, rows: np.ndarray) -> tuple[Any, 
     test = inputs.test
     logits = task.predict(model, test.images.iter_batches(inputs.batch_size), len(test))
     check_converged(logits, settings.learning_rate, f"{_WHERE}.learning_rates")
-    scores = torch.full((len(test), inputs.classes), -torch.inf)
-    scores[:, task.classes] = logits
+    scores = logits
+    if not has_several_labels(test.labels):
+        scores = torch.full((len(test), inputs.classes), -torch.inf)
+        scores[:, task.classes] = logits
     return model, describe(inputs, config, settings, validation, rows, scores, type(model).__name__)
 
 
@@ -359,20 +363,26 @@ def describe(
         "seed": inputs.seed,
     }  # fmt: skip
     what = "Fine-tuning" if settings.frozen != ENCODER else "Training of the head"
-    return accuracy_result(
+    make_result: Callable[..., ProtocolResult] = accuracy_result
+    title, metric, loss = "Accuracy", "", ""
+    if has_several_labels(inputs.test.labels):
+        make_result = partial(precision_result, seed=inputs.seed)
+        title, metric = "Mean average precision", ", mAP"
+        loss = f" with binary cross entropy. The metric is the {metric_words(inputs.test.labels)}"
+    return make_result(
         "fine_tune",
         VERSION,
         identity,
         scores,
         inputs.test.labels,
         key="fine_tune" if not percent else f"fine_tune_{count}",
-        title=f"Accuracy after {what.lower()}" + (f", {percent} of the labels" if percent else ""),
-        column=what.lower() + (f", {percent} of the labels" if percent else ""),
+        title=f"{title} after {what.lower()}" + (f", {percent} of the labels" if percent else ""),
+        column=what.lower() + metric + (f", {percent} of the labels" if percent else ""),
         text=f"{what}, recipe of {RECIPES[config.recipe].source}. Here: {name}, {rate}, "
         f"{', '.join(filter(None, extras))}, {counted(settings.epochs, 'epoch')}, batch size "
         f"{settings.batch_size}, cosine schedule, random crops of at least {100 * config.smallest_crop:g} % "
         f"of the area, flips with probability {config.flip:g}. {trained} of {kind} {verb} trained on "
-        f"{labeled} of the {inputs.train}, and tested on {inputs.test}",
+        f"{labeled} of the {inputs.train}, and tested on {inputs.test}{loss}",
         selection={"learning_rate": settings.learning_rate} if validation else {},
         selected_on=selected_on,
         details={

@@ -4,20 +4,24 @@
 Legend: N images, D features, K classes.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ssl.errors import UserError, check_values, counted
+from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.average_precision import mean_average_precision
-from hf_ssl.evaluation.bootstrap import bootstrap_error
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, by_setting, hold_out
-from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.inputs import (
+    SELECTED_ON,
+    Inputs,
+    by_setting,
+    hold_out,
+    metric_words,
+    precision_result,
+)
+from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1
@@ -71,26 +75,22 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         best = max(penalties, key=lambda penalty: validation[penalty])
         heads = fit(features, labels, best, config.iterations)
         bar.update(1)
-    scores, targets = (queries @ heads[:-1] + heads[-1]).cpu(), test.labels.cpu()
-    shown = int((targets == 1).any(dim=0).sum())
-    of_classes = counted(shown, "class", "classes")
-    if shown < labels.shape[1]:
-        of_classes = f"{shown:,} of {labels.shape[1]:,} classes (those with a test image)"
+    scores = (queries @ heads[:-1] + heads[-1]).cpu()
     return [
-        ProtocolResult(
-            protocol="multi_label",
-            id=result_id("multi_label", VERSION, asdict(config) | {"seed": inputs.seed}),
+        precision_result(
+            "multi_label",
+            VERSION,
+            asdict(config) | {"seed": inputs.seed},
+            scores,
+            test.labels,
+            seed=inputs.seed,
             key="mean_average_precision",
-            metric="mean_average_precision",
             title="Mean average precision",
             column="mAP, several labels",
-            text=f"11-point mean average precision (VOC2007) over {of_classes} of one logistic regression "
-            f"for each class on frozen, standardized features, trained with L-BFGS. The penalty {best:g} was "
-            f"the best of {len(penalties)} on a held-out {SELECTED_ON}. The final classifiers were trained "
-            f"on {train} and tested on {test}",
-            value=mean_average_precision(scores, targets),
-            standard_error=_standard_error(scores, targets, inputs.seed),
-            metrics={"area": mean_average_precision(scores, targets, None)},
+            text=f"{metric_words(test.labels)} of one logistic regression for each class on frozen, "
+            f"standardized features, trained with L-BFGS. The penalty {best:g} was the best of "
+            f"{len(penalties)} on a held-out {SELECTED_ON}. The final classifiers were trained on {train} "
+            f"and tested on {test}",
             selection={"penalty": best},
             selected_on=SELECTED_ON,
             details={"validation": by_setting(validation)},
@@ -126,13 +126,3 @@ def fit(
 
         optimizer.step(loss)
     return heads.detach()
-
-
-def _standard_error(scores: Tensor, labels: Tensor, seed: int) -> float:
-    """Return the bootstrap error of the mean average precision over test images."""
-
-    def value(rows: np.ndarray) -> float:
-        known = bool((labels[rows] == 1).any())
-        return mean_average_precision(scores[rows], labels[rows]) if known else math.nan
-
-    return bootstrap_error(value, len(scores), seed)
