@@ -326,7 +326,10 @@ def measure(kind: str) -> dict:
     result = evaluate_encoder(new_encoder(kind), train, test, config, PROCESSOR)["protocols"]
     model = fine_tuned(kind, (train, labels[:30]), mixup=0.8, batch_size=7)
     logits = predict(model, PROCESSOR, test.iter_batches(4), 15, 3, CPU)
-    return {"result": result, "logits": logits, "weights": model.state_dict()}
+    several = fine_tuned(kind, (train, torch.eye(3).long()[labels[:30]]), mixup=0.8, batch_size=7)
+    return {
+        "result": result, "logits": logits, "weights": model.state_dict(), "several": several.state_dict(),
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -339,4 +342,5 @@ def test_two_processes_compute_what_one_computes(kind: str, forks, tmp_path: Pat
     two, one = torch.load(file, weights_only=False), measure(kind)
     assert two["result"] == one["result"]
     torch.testing.assert_close(two["logits"], one["logits"], atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(two["weights"], one["weights"], atol=1e-4, rtol=1e-3)
+    for weights in ("weights", "several"):
+        torch.testing.assert_close(two[weights], one[weights], atol=1e-4, rtol=1e-3)

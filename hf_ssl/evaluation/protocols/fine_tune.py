@@ -368,7 +368,7 @@ def describe(
     if has_several_labels(inputs.test.labels):
         make_result = partial(precision_result, seed=inputs.seed)
         title, metric = "Mean average precision", ", mAP"
-        loss = f" with binary cross entropy. The metric is the {metric_words(inputs.test.labels)}"
+        loss = f". The loss is the binary cross entropy. The metric is the {metric_words(inputs.test.labels)}"
     return make_result(
         "fine_tune",
         VERSION,
