@@ -198,6 +198,29 @@ class Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
+class NearestLevel(LevelMapper):
+    """torchvision's rule for the level of a region, also for strides that do not double from level to level.
+
+    torchvision 0.29 counts the levels from the first to the last power of two. If a power of two is missing,
+    it gives large regions a level that does not exist, and their features are zero.
+
+    Args:
+        strides: strides of the levels in pixels, ascending.
+        scale, level: side of a region in pixels, and the logarithm of the stride of its level.
+    """
+
+    def __init__(self, strides: list[float], scale: int, level: int) -> None:
+        numbers = [round(math.log2(stride)) for stride in strides]
+        super().__init__(numbers[0], numbers[-1], scale, level)
+        self.numbers = numbers
+
+    def __call__(self, boxlists: list[Tensor]) -> Tensor:
+        """Return the level of each box, an index of `strides`. Of two equally near levels, the first one."""
+        wanted = super().__call__(boxlists) + self.k_min
+        numbers = torch.tensor(self.numbers, device=wanted.device)
+        return (wanted[:, None] - numbers).abs().argmin(dim=1)
+
+
 def new_detector(
     maps: FeatureMaps,
     processor: Any,
@@ -221,9 +244,8 @@ def new_detector(
     own = [str(number) for number in range(body.own_levels)]
     align = MultiScaleRoIAlign(own, _REGION_SIDE, 2)
     strides = body.strides[: body.own_levels]
-    levels = [round(math.log2(stride)) for stride in strides]
     align.scales = [1 / stride for stride in strides]  # torchvision would round them to powers of two
-    align.map_levels = LevelMapper(levels[0], levels[-1], align.canonical_scale, align.canonical_level)
+    align.map_levels = NearestLevel(strides, align.canonical_scale, align.canonical_level)
     divisor = 2 * maps.divisor if maps.is_plain else math.ceil(strides[-1])
     return FasterRCNN(
         body,

@@ -21,6 +21,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from example_facts import new_facts
 from messages import mentions
 from pixel_encoder import Pixels
+from torchvision.ops.poolers import LevelMapper
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_ssl.cards.card import render_card
@@ -37,7 +38,7 @@ from hf_ssl.evaluation import (
 )
 from hf_ssl.evaluation.augmented import BatchRows
 from hf_ssl.evaluation.box_metrics import Detections, average_precision_error, box_scores
-from hf_ssl.evaluation.detector import Anchors, Architecture, new_detector
+from hf_ssl.evaluation.detector import Anchors, Architecture, NearestLevel, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorTrainer, detect
 from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.plots import DETECTIONS, write_plots
@@ -522,6 +523,15 @@ def test_settings_that_are_null_follow_the_encoder() -> None:
     architecture, optimization, _ = config.resolved(True, 4)
     assert (architecture.image_size, optimization.optimizer, optimization.batch_size) == (1024, "adamw", 4)
     assert optimization.learning_rate == pytest.approx(1e-4 * 4 / 64)
+
+
+def test_each_region_has_a_level_that_exists() -> None:
+    sides = torch.tensor([4.0, 60.0, 111.0, 113.0, 223.0, 225.0, 449.0, 2000.0])
+    boxes = [torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)]
+    usual = NearestLevel([4, 8, 16, 32], 224, 4)(boxes)
+    assert usual.tolist() == LevelMapper(2, 5)(boxes).tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert NearestLevel([4, 16, 32], 224, 4)(boxes).tolist() == [0, 0, 0, 0, 0, 1, 2, 2]
+    assert LevelMapper(2, 5)(boxes).max() == 3, "torchvision would give a fourth level"
 
 
 def test_another_optimizer_needs_a_learning_rate() -> None:
