@@ -28,6 +28,7 @@ from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
 from hf_ssl.evaluation.protocols import load_protocol
+from hf_ssl.evaluation.results import percent
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.modeling.gather import from_every_process, from_first_process, joined_processes, process_rank
 from hf_ssl.progress import hidden_progress, notice, progress
@@ -372,7 +373,7 @@ def _run_job(
         return failed if kept is None else kept
     if process_rank() == 0 and checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    numbers = ", ".join(f"{each['column']} {100 * each['value']:.1f} %" for each in result["protocols"])
+    numbers = ", ".join(f"{each['column']} {percent(each['value'])}" for each in result["protocols"])
     notice(f"{job.name}: {numbers}")
     facts = evaluation_facts(job.data, job.evaluation, *splits)  # with the number of broken images
     return _described(record | {"images": images, "result": result, "error": None}, model, encoder, facts)

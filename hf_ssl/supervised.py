@@ -26,6 +26,7 @@ from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import inspect_encoder
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
+from hf_ssl.evaluation.results import percent
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
@@ -168,8 +169,8 @@ def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         }
         write_json(folder / SUPERVISED, record)
         shutil.rmtree(unfinished, ignore_errors=True)
-        accuracy, error = 100 * result["value"], 100 * result["standard_error"]
-        print(f"accuracy of the classifier on {splits[1]}: {accuracy:.1f} % (standard error {error:.1f} %)")
+        accuracy, error = percent(result["value"]), percent(result["standard_error"])
+        print(f"accuracy of the classifier on {splits[1]}: {accuracy} (standard error {error})")
         print(f"the encoder is in {folder}; hf-ssl evaluate {folder} measures it as every other encoder")
     return dict(result)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_ssl.cards.comparison import Cell, Column, Comparison, Row
 from hf_ssl.cards.text import markdown_row
+from hf_ssl.evaluation.results import in_percent
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     character: f"\\{character}" for character in "&%$#_{}"
@@ -28,7 +29,7 @@ def cell_text(cell: Cell | None, plus_minus: str = " ± ") -> str:
     if cell is None:
         return "-"
     deviation = cell.deviation
-    return f"{100 * cell.mean:.1f}" + ("" if deviation is None else f"{plus_minus}{100 * deviation:.1f}")
+    return in_percent(cell.mean) + ("" if deviation is None else plus_minus + in_percent(deviation))
 
 
 def markdown(comparison: Comparison) -> str:

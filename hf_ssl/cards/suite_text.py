@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from hf_ssl.cards.text import markdown_row
 from hf_ssl.evaluation.protocols import PROTOCOLS
-from hf_ssl.evaluation.results import ACCURACY, EncoderResult, ProtocolResult, find_results, metric_of
+from hf_ssl.evaluation.results import (
+    ACCURACY,
+    EncoderResult,
+    ProtocolResult,
+    find_results,
+    in_percent,
+    metric_of,
+)
 
 COLUMNS = {
     "top_1": "top-1",
@@ -263,7 +270,7 @@ def different_precisions(summary: Summary) -> list[str]:
 
 
 def _text(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    return "-" if value is None else in_percent(value)
 
 
 def _share(column: Column) -> str:

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 from hf_ssl.cards.facts import Facts, local_path
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, metric_of
+from hf_ssl.evaluation.results import (
+    EncoderResult,
+    ProtocolResult,
+    find_results,
+    in_percent,
+    metric_of,
+    percent,
+)
 from hf_ssl.modeling.pooling import POOLED
 
 ENCODERS = {
@@ -38,11 +45,6 @@ class Measurement(NamedTuple):
 def markdown_row(cells: Sequence[str]) -> str:
     """Return a row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def percent(value: float) -> str:
-    """Return a fraction as a percentage: "61.2 %" for 0.6123."""
-    return f"{100 * value:.1f} %"
 
 
 def whole(value: float) -> str:
@@ -123,7 +125,7 @@ def _unlabeled(result: EncoderResult) -> dict[str, tuple[str | None, str]]:
 def _cell(result: ProtocolResult) -> str:
     """Return an accuracy, with its standard deviation over random choices of the labeled images, if any."""
     spread = result["details"].get("std")
-    return percent(result["value"]) + ("" if spread is None else f" ± {100 * spread:.1f}")
+    return percent(result["value"]) + ("" if spread is None else f" ± {in_percent(spread)}")
 
 
 def main_number(facts: Facts) -> ProtocolResult | None:

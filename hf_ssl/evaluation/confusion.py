@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_ssl.evaluation.maps import shortened
+from hf_ssl.evaluation.results import percent
 
 MOST_CLASSES = 50
 """With more classes, the figure shows the most confused pairs of classes instead of a matrix."""
@@ -70,7 +71,7 @@ def draw_confusion(
         for row, (classifier, counts) in enumerate(by_classifier.items()):
             axes = panels[row, column]
             accuracy = np.trace(counts) / max(1, counts.sum())
-            axes.set_title(f"{encoder}\n{classifier}, accuracy {100 * accuracy:.1f} %", fontsize=9)
+            axes.set_title(f"{encoder}\n{classifier}, accuracy {percent(accuracy)}", fontsize=9)
             if classes > MOST_CLASSES:
                 _draw_pairs(axes, counts, class_names)
             else:

@@ -12,6 +12,16 @@ from hf_ssl.errors import counted
 ACCURACY = "accuracy"
 
 
+def in_percent(value: float) -> str:
+    """Return a fraction in percent, for tables that name the unit: "61.2" for 0.6123."""
+    return f"{100 * value:.1f}"
+
+
+def percent(value: float) -> str:
+    """Return a fraction as a percentage: "61.2 %" for 0.6123."""
+    return f"{in_percent(value)} %"
+
+
 class ProtocolResult(TypedDict):
     """One number of one protocol, with everything that is needed to understand and to repeat it.
 
