@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walls of the house: who may import whom, and what no file may be. Read from the sources; nothing is
-imported."""
+"""Who may import whom, and the limits of files. The tests read the sources and import nothing."""
 
 import ast
 import io
