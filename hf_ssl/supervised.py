@@ -9,6 +9,7 @@ measure both.
 import shutil
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,13 @@ def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     config = evaluation.of_protocol("fine_tune")
     if not unfinished.exists():
         check_new_or_empty(folder, "training.output_dir")
-    config.folder = config.folder or str(unfinished)
+    if config.folder is None:
+        config.folder = str(unfinished)
+    elif Path(config.folder).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{_SETTINGS}.folder: expected a folder outside of training.output_dir={folder}, which contains "
+            f"only the finished encoder, got {config.folder}; use {_SETTINGS}.folder=null"
+        )
     if config.freeze != "none" or list(config.fractions) != [1.0] or config.labels_per_class:
         raise UserError(
             "evaluation.settings.fine_tune: expected all parameters and all labels, because training starts "

@@ -132,3 +132,13 @@ def test_a_training_from_random_weights_has_all_parameters_and_labels(setting: s
     with pytest.raises(UserError, match=mentions("evaluation.settings.fine_tune", "random weights")):
         supervised.supervise(load_recipe("smoke/simclr", overrides))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_checkpoints_of_an_own_folder_are_outside_of_the_encoder(inside: str, tmp_path: Path) -> None:
+    """Otherwise, an interrupted training would not resume, and the checkpoints would be published."""
+    output = tmp_path / "run"
+    folder = f"evaluation.settings.fine_tune={{epochs: 1, warmup_epochs: 0, folder: '{output / inside}'}}"
+    with pytest.raises(UserError, match=mentions("fine_tune.folder", "training.output_dir", "null")):
+        supervised.supervise(load_recipe("smoke/simclr", [f"training.output_dir={output}", *SMALL, folder]))
+    assert not output.exists()
