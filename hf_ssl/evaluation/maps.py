@@ -13,15 +13,11 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import check_features
+from hf_ssl.evaluation.plots import COLORS, color_of
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.resources import INSTALL_PLOTS
 
 TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
-COLORS = (
-    "#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee",
-    "#882255", "#44aa99", "#999933", "#aa4499", "#666666",
-)  # fmt: skip
-"""Paul Tol's "muted" colors, with a darker yellow and gray. Color-blind readers can distinguish them."""
 MARKERS = ("o", "^", "s", "D")
 LEGEND_CLASSES = 20
 LEAST_IMAGES = 5
@@ -169,11 +165,6 @@ def _legend(shown: Sequence[int], class_names: Sequence[str]) -> list[Any]:
         )
         for number in shown
     ]  # fmt: skip
-
-
-def color_of(number: int) -> str:
-    """Return the color of a class number."""
-    return COLORS[number % len(COLORS)]
 
 
 def shape_of(number: int) -> int:

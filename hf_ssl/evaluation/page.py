@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hf_ssl.evaluation.maps import color_of, shape_of
+from hf_ssl.evaluation.maps import shape_of
+from hf_ssl.evaluation.plots import color_of
 from hf_ssl.evaluation.retrieval import thumbnail
 
 THUMBNAIL_SIDE = 48  # a JPEG of about 2 kB

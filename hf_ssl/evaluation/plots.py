@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_ssl.evaluation.maps import COLORS, color_of
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, find_results, standard_error
 from hf_ssl.files import replaced_file
 
@@ -20,6 +19,11 @@ CAPTIONS = {
     "least 0.5 (one color for each class).",
 }
 """Name of each picture -> its caption."""
+COLORS = (
+    "#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee",
+    "#882255", "#44aa99", "#999933", "#aa4499", "#666666",
+)  # fmt: skip
+"""Paul Tol's "muted" colors, with a darker yellow and gray. Color-blind readers can distinguish them."""
 
 
 def write_plots(
@@ -175,6 +179,11 @@ def _draw_box(axes: Any, box: Sequence[float], color: str, style: str) -> None:
             linewidth=0.9,
         )
     )
+
+
+def color_of(number: int) -> str:
+    """Return the color of a class number."""
+    return COLORS[number % len(COLORS)]
 
 
 def _new_figure(panels: int) -> tuple[Any, list[Any]]:
