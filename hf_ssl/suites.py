@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards import remove_private
+from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATED
@@ -267,7 +268,8 @@ def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
 def run_suite(model: str, suite: Suite, output: Path, number: int | None = None) -> dict[str, Any]:
     """Run the jobs of a suite that have no result yet, and write the table of all results.
 
-    The files are `suite.md`, `suite.csv`, `suite.png` and `results.json`. If a job fails, for example because
+    The files are `suite.md`, `suite.csv`, `suite.png` and `results.json`. If `model` is a run and
+    `output` is in its folder `results/`, its card shows the table too. If a job fails, for example because
     its data set is missing, the table names it, and the other jobs run. Under torchrun or accelerate launch,
     the processes share each job.
 
@@ -311,7 +313,11 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
         if records[0]["result"] is None:
             raise UserError(f"job {number}, {jobs[0].name}: {records[0]['error']}")
         return records[0]
-    return _merge(suite, records, name, output) if is_main else {}
+    if not is_main:
+        return {}
+    merged = _merge(suite, records, name, output)
+    update_card(Path(model).expanduser(), output)
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any] | None:

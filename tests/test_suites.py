@@ -17,13 +17,15 @@ from messages import mentions, missing
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl import suites
+from hf_ssl.cards import read_facts, write_card, write_facts
 from hf_ssl.cards.result_files import EVALUATED
-from hf_ssl.cards.suite_text import Measured, csv_text, markdown, metric_value, summarize
+from hf_ssl.cards.suite_text import Measured, Summary, csv_text, markdown, metric_value, summarize, table
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
+from hf_ssl.hub.publish import run_files
 from hf_ssl.resources import suite_files
 from hf_ssl.suites import Job, list_jobs, load_suite, run_suite
 
@@ -247,6 +249,43 @@ def test_jobs_that_run_separately_give_the_same_table(
     ]
 
 
+def test_the_card_of_a_run_shows_the_suites_in_its_results(
+    place: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def published(repo: str = "someone/digits") -> str:
+        card = run_files(run, repo)["README.md"]
+        return card.decode() if isinstance(card, bytes) else card.read_text()
+
+    run = Path(shutil.copytree(finished_run, tmp_path / "digits"))
+    card, suite = run / "README.md", three(place, "evaluation.protocols=[ridge]")
+    before, output = card.read_text(), run / "results" / "three"
+    merged = run_suite(str(run), suite, tmp_path / "elsewhere")
+    assert card.read_text() == before and "other data sets" not in published()
+    shutil.copytree(tmp_path / "elsewhere", output)
+    assert "### Three sets" in published(), "results that were copied are published"
+    run_suite(str(run), suite, output)
+    shown = card.read_text()
+    assert f"{card} shows these results" in capsys.readouterr().out
+    value = merged["columns"][0]["entries"]["color"]
+    parts = [f"{100 * value[key]:.1f}" for key in ("value", "standard_error")]
+    assert f"| color | top-1 | {parts[0]} ± {parts[1]} |" in shown and "| gray | mean per class |" in shown
+    assert shown.count("## Results on other data sets") == 1 and "missing: other (data.path" in shown
+    assert published().count("### Three sets") == 1 and str(tmp_path) not in published()
+    run_suite(str(place / "encoder"), suite, run / "results" / "foreign")
+    write_card(run, read_facts(run))
+    assert card.read_text() == shown, "results of another encoder are not shown"
+    facts = read_facts(run)
+    facts["training"]["resumed"] += 1  # the command was called again
+    write_facts(run, facts | {"repo_id": "someone/digits", "name": "someone/digits"})
+    write_card(run, read_facts(run))
+    shutil.rmtree(output)
+    assert "Three sets" in card.read_text() and "Three sets" not in published()
+    card.write_text(before + "\nMore about it.\n")
+    run_suite(str(run), suite, output)
+    assert card.read_text() == published() == before + "\nMore about it.\n"
+    assert "because it was edited" in capsys.readouterr().out
+
+
 def test_an_interrupted_suite_continues(
     place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,7 +465,7 @@ def number(protocol: str, value: float, **metrics: float) -> dict[str, Any]:
     key = "mean_average_precision" if protocol == "multi_label" else protocol
     return {
         "protocol": protocol, "id": f"{protocol}-1", "key": key, "column": f"by {protocol}", "value": value,
-        "metrics": metrics,
+        "standard_error": 0.02, "metrics": metrics,
     }  # fmt: skip
 
 
@@ -473,9 +512,16 @@ def test_a_summary_of_different_protocols_and_metrics() -> None:
     assert (linear.heading, linear.average) == ("by linear", pytest.approx(0.4))
     assert linear.missing == {"b": "linear probe does not measure mean_per_class", "gone": "no such folder"}
     text = markdown(summary)
-    assert "| voc | mAP, 11 points | - | 20.0 |" in text and "| 30.0 (2 of 4) | 40.0 (2 of 4) |" in text
+    assert "| voc | mAP, 11 points | - | 20.0 ± 2.0 |" in text and "| 30.0 (2 of 4) | 40.0 (2 of 4) |" in text
+    assert "| b | mean per class | 10.0 | - |" in text, "the standard error is that of the accuracy"
     assert "voc: multi-label probe in place of linear probe" in text
     assert csv_text(summary).splitlines()[-1].endswith("0.400000,b gone")
+    stored = json.loads(json.dumps(summary.to_dict()))
+    assert table(Summary.from_dict(stored)) == table(summary)
+    for column in stored["columns"]:  # as an earlier version stored it
+        for cell in column["entries"].values():
+            del cell["standard_error"]
+    assert "| voc | mAP, 11 points | - | 20.0 |" in table(Summary.from_dict(stored))
 
 
 def test_the_table_names_jobs_with_another_precision() -> None:

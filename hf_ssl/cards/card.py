@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the model card (README.md with its metadata) and `.eval_results/` from recorded facts alone."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
 
 from hf_ssl.cards import text
-from hf_ssl.cards.facts import Facts, public_facts
+from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts import Facts, public_facts, read_facts
+from hf_ssl.cards.result_files import RESULTS, suite_results
+from hf_ssl.cards.suite_text import Summary, table
 from hf_ssl.cards.usage import usage
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.plots import CAPTIONS
@@ -20,6 +24,7 @@ from hf_ssl.resources import resource
 CARD = "README.md"
 EVALUATION_RESULTS = ".eval_results/hf_ssl.yaml"
 _PICTURES = (".png", ".jpg", ".webp", ".svg")
+_SUITES = re.compile(r"^## Results on other data sets\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 TAGS = ("self-supervised-learning", "hf_ssl")
 
 
@@ -27,10 +32,11 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     """Write the card of the encoder in `directory`, and its results for the leaderboards of the Hub.
 
     The layout is in `model_cards/card.md`, the text about the method in `model_cards/methods/<method>.md`.
-    All numbers and names come from `facts`, without private information.
+    All numbers and names come from `facts`, without private information, and from the results of suites.
 
     Args:
-        directory: folder with the output of `export_encoder` and the pictures that `facts` names.
+        directory: folder with the output of `export_encoder` and the pictures that `facts` names. The card
+            contains the table of each suite in its folder `results/`.
         facts: the facts of the run, see `hf_ssl.cards.facts`.
 
     Raises:
@@ -39,12 +45,43 @@ def write_card(directory: str | Path, facts: Facts) -> None:
     """
     directory, facts = Path(directory), public_facts(facts)
     picture_files(directory, facts)
-    texts = card_texts(facts, has_pretraining=(directory / METHOD_MODEL).is_dir())
+    has_pretraining = (directory / METHOD_MODEL).is_dir()
+    texts = card_texts(facts, has_pretraining=has_pretraining, suites=suite_results(directory, facts))
     if EVALUATION_RESULTS not in texts:
         with disk_errors_as_user_errors(f"{EVALUATION_RESULTS} to {directory.name}"):
             (directory / EVALUATION_RESULTS).unlink(missing_ok=True)  # the file of an earlier card
     for name, content in texts.items():
         write_text(directory / name, content)
+
+
+def update_card(directory: Path, output: Path) -> None:
+    """Write the card of a finished run again if new results of a suite belong to it, and print this.
+
+    A card that a user edited stays unchanged. For an encoder that is no run, nothing happens.
+
+    Args:
+        directory: folder of the evaluated encoder.
+        output: folder of the results. They belong to the card if it is in the folder `results/` of the run.
+
+    Raises:
+        UserError: see `write_card`.
+    """
+    card, results = directory / CARD, (directory / RESULTS).resolve()
+    if not ((directory / FACTS).is_file() and card.is_file() and output.resolve().is_relative_to(results)):
+        return
+    facts = read_facts(directory)
+    has_pretraining = (directory / METHOD_MODEL).is_dir()
+    if is_generated(card.read_text(encoding="utf-8"), facts, has_pretraining):
+        write_card(directory, facts)
+        print(f"{card} shows these results")
+    else:
+        print(f"{card} does not show these results, because it was edited")
+
+
+def is_generated(card: str, facts: Facts, has_pretraining: bool) -> bool:
+    """Return whether a card is the text of the facts, with any results of suites."""
+    own = render_card(facts, has_pretraining=has_pretraining)
+    return _SUITES.sub("", card) == own
 
 
 def picture_files(directory: Path, facts: Facts) -> dict[str, Path]:
@@ -62,21 +99,22 @@ def picture_files(directory: Path, facts: Facts) -> dict[str, Path]:
     return files
 
 
-def card_texts(facts: Facts, *, has_pretraining: bool) -> dict[str, str]:
+def card_texts(facts: Facts, *, has_pretraining: bool, suites: Sequence[Summary] = ()) -> dict[str, str]:
     """Return the content of each file that `write_card` writes; the card is the last one.
 
     Args:
         facts: public facts.
         has_pretraining: whether the folder contains the method model in `pretraining/`.
+        suites: the results of suites.
     """
     texts = {}
     entries = evaluation_entries(facts)
     if entries:
         texts[EVALUATION_RESULTS] = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-    return texts | {CARD: render_card(facts, has_pretraining=has_pretraining)}
+    return texts | {CARD: render_card(facts, has_pretraining=has_pretraining, suites=suites)}
 
 
-def render_card(facts: Facts, *, has_pretraining: bool) -> str:
+def render_card(facts: Facts, *, has_pretraining: bool, suites: Sequence[Summary] = ()) -> str:
     """Return the text of README.md; the arguments are those of `card_texts`."""
     templates = Environment(
         loader=FileSystemLoader(resource("model_cards")),
@@ -92,6 +130,7 @@ def render_card(facts: Facts, *, has_pretraining: bool) -> str:
         return templates.get_template("card.md").render(
             metadata=metadata(facts).to_yaml(),
             usage=usage(facts),
+            suites=[(suite.title, table(suite)) for suite in suites],
             main=text.main_number(facts),
             results=text.results_table(facts["results"]),
             grids=text.grids(facts),

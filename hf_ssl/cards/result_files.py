@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import read_entries, read_facts, result_entry
+from hf_ssl.cards.facts import Facts, read_entries, read_facts, result_entry
+from hf_ssl.cards.suite_text import Summary
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json
 
@@ -23,6 +24,14 @@ EVALUATED = "evaluated"
 """Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
+_OF_A_CALL = (
+    "seconds",
+    "images_per_second",
+    "resumed",
+    "choices",
+)  # another call of the command changes them
+RESULTS = "results"
+"""Folder of a run for results that its card shows and `hf-ssl publish` uploads."""
 _DEPTH = 3
 """Depth of the search in folders. It finds `runs/supervised/NAME` in `runs`."""
 
@@ -39,7 +48,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     stored = read_json(path)
     if not isinstance(stored, dict) or {"method", "training"} <= stored.keys():
         return read_entries(path)
-    if {"suite", "columns"} <= stored.keys():
+    if _is_suite(stored):
         places = {
             f"{name}/{each['group']}.json": None for each in stored["columns"] for name in each["entries"]
         }
@@ -73,6 +82,36 @@ def result_files(folder: Path, depth: int = _DEPTH) -> list[Path]:
         path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(("_", "."))
     ]
     return [file for path in inner for file in result_files(path, depth - 1)]
+
+
+def suite_results(folder: Path, facts: Facts) -> list[Summary]:
+    """Return the results of suites in the folder `results/` of a run, without those of other encoders.
+
+    Args:
+        folder: the output folder of the run.
+        facts: its facts. Results belong to its encoder if they contain the same training.
+
+    Raises:
+        UserError: a file cannot be read, or the file of a job is missing.
+    """
+    training = _weights_of(facts["training"])
+    found = []
+    for path in sorted((folder / RESULTS).rglob(EVALUATION)):
+        stored = read_json(path)
+        if isinstance(stored, dict) and _is_suite(stored):
+            entries = read_results(path)
+            if all(each["training"] and _weights_of(each["training"]) == training for each in entries):
+                found.append(Summary.from_dict(stored))
+    return found
+
+
+def _is_suite(stored: dict[str, Any]) -> bool:
+    return {"suite", "columns"} <= stored.keys()
+
+
+def _weights_of(training: Any) -> dict[str, Any]:
+    """Return the facts of a training that determine its weights."""
+    return {key: value for key, value in training.items() if key not in _OF_A_CALL}
 
 
 def recorded_training(folder: Path) -> dict[str, Any]:

@@ -48,12 +48,13 @@ class Measured(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A number of a data set, or the reason why it is missing."""
+    """A number of a data set, with its standard error if it is known, or the reason why it is missing."""
 
     value: float | None
     protocol: str
     id: str = ""
     reason: str = ""
+    standard_error: float | None = None
 
 
 @dataclass
@@ -139,7 +140,12 @@ class Summary:
                     "missing": column.missing,
                     "outside": column.outside,
                     "entries": {
-                        name: {"value": cell.value, "protocol": cell.protocol, "id": cell.id}
+                        name: {
+                            "value": cell.value,
+                            "standard_error": cell.standard_error,
+                            "protocol": cell.protocol,
+                            "id": cell.id,
+                        }
                         for name, cell in column.cells.items()
                         if cell.value is not None
                     },
@@ -147,6 +153,24 @@ class Summary:
                 for column in self.columns
             ],
         }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Summary":
+        """Return the summary that `to_dict` stored, also one of a version without standard errors."""
+        columns = []
+        for each in plain["columns"]:
+            cells = {
+                name: Cell(
+                    found["value"], found["protocol"], found["id"],
+                    standard_error=found.get("standard_error"),
+                )
+                for name, found in each["entries"].items()
+            }  # fmt: skip
+            cells |= {
+                name: Cell(None, each["protocol"], reason=text) for name, text in each["missing"].items()
+            }
+            columns.append(Column(each["heading"], each["group"], each["protocol"], cells, each["outside"]))
+        return cls(plain["title"], plain["encoder"], plain["metrics"], columns, plain.get("precisions", {}))
 
 
 def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary:
@@ -217,17 +241,28 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
     value = metric_value(number, job.metric)
     if value is None:
         return Cell(None, run, reason=f"{PROTOCOLS[run].title} does not measure {job.metric}")
-    return Cell(value, run, number["id"])
+    error = number["standard_error"] if _is_value(number, job.metric) else None
+    return Cell(value, run, number["id"], standard_error=error)
 
 
 def metric_value(result: ProtocolResult, metric: str) -> float | None:
     """Return a metric of a result; None if the protocol does not measure it."""
-    wanted = ACCURACY if metric == "top_1" else metric
-    return result["value"] if metric_of(result) == wanted else result["metrics"].get(metric)
+    return result["value"] if _is_value(result, metric) else result["metrics"].get(metric)
+
+
+def _is_value(result: ProtocolResult, metric: str) -> bool:
+    """Return whether the value of a result, to which its standard error belongs, is this metric."""
+    return metric_of(result) == (ACCURACY if metric == "top_1" else metric)
 
 
 def markdown(summary: Summary) -> str:
-    """Return the table in Markdown, in percent, with a sentence about each average."""
+    """Return the page of a suite in Markdown: title, encoder and table."""
+    start = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
+    return "\n".join([*start, *table(summary)]) + "\n"
+
+
+def table(summary: Summary) -> list[str]:
+    """Return the lines of the table in Markdown, in percent, with a sentence about each average."""
     columns = summary.columns
     rows = [
         ["data set", "metric", *(column.heading for column in columns)],
@@ -235,14 +270,12 @@ def markdown(summary: Summary) -> str:
     ]
     for name, metric in summary.metrics.items():
         cells = [column.cells.get(name) for column in columns]
-        rows.append([name, COLUMNS[metric], *(_text(None if cell is None else cell.value) for cell in cells)])
+        rows.append([name, COLUMNS[metric], *map(_cell_text, cells)])
     averages = [_text(column.average) + _share(column) for column in columns]
     rows.append(["**average**", "", *averages])
-    lines = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
-    lines += [markdown_row(row) for row in rows]
+    lines = [markdown_row(row) for row in rows]
     lines += ["", *(f"- {column.sentence}." for column in columns)]
-    lines += [*replacements(summary), *different_precisions(summary)]
-    return "\n".join(lines) + "\n"
+    return [*lines, *replacements(summary), *different_precisions(summary)]
 
 
 def replacements(summary: Summary) -> list[str]:
@@ -267,6 +300,13 @@ def different_precisions(summary: Summary) -> list[str]:
         f"- The precision of the features differs between jobs: {jobs}. To have one precision, repeat the "
         "suite in another folder with evaluation.precision=float32."
     ]
+
+
+def _cell_text(cell: Cell | None) -> str:
+    """Return a number with its standard error: "61.2 ± 0.4"."""
+    if cell is None or cell.standard_error is None:
+        return _text(None if cell is None else cell.value)
+    return f"{_text(cell.value)} ± {in_percent(cell.standard_error)}"
 
 
 def _text(value: float | None) -> str:

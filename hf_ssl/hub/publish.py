@@ -14,10 +14,11 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts, picture_files
+from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts, is_generated, picture_files
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
+from hf_ssl.cards.result_files import RESULTS, suite_results
 from hf_ssl.errors import UserError, one_line
 from hf_ssl.files import METHOD_MODEL, json_text, newest_checkpoint, read_json
 from hf_ssl.hub.remote import (
@@ -223,7 +224,8 @@ def run_files(folder: Path, repo_id: str) -> Files:
     These are the encoder, image processor, card, facts, results, pictures, and the method model in
     `pretraining/`. The results are all JSON files in `results/`, also those of suites and of `hf-ssl evaluate
     --output`. Card, facts and the results of the card contain the name of the repository instead of that of
-    the folder. A card that a user edited stays unchanged.
+    the folder. The card contains the tables of the suites in `results/`. A card that a user edited stays
+    unchanged.
 
     Raises:
         UserError: the folder is not a finished run (the message names the missing files), or a file is
@@ -234,7 +236,7 @@ def run_files(folder: Path, repo_id: str) -> Files:
     files = encoder_files(folder) | {FACTS: folder / FACTS, CARD: folder / CARD}
     if (folder / EVALUATION_RESULTS).is_file():
         files[EVALUATION_RESULTS] = folder / EVALUATION_RESULTS
-    for path in sorted((folder / "results").rglob("*.json")):
+    for path in sorted((folder / RESULTS).rglob("*.json")):
         name = path.relative_to(folder)
         if not any(part.startswith("_") for part in name.parts):  # such as the checkpoints of a suite
             files[name.as_posix()] = path
@@ -303,15 +305,20 @@ def _check_complete(path: Path) -> None:
 
 
 def _renamed(folder: Path, facts: Facts, repo_id: str) -> Files:
-    """Return card, facts and results with the name of the repository; {} if they contain it already."""
-    if facts["repo_id"] == repo_id:
-        return {}
-    renamed = cast(Facts, {**facts, "repo_id": repo_id, "name": repo_id})
+    """Return the card with the current results of suites, and facts and results of another repository.
+
+    Facts and results are left out if they contain the name of this repository already. The card is left out
+    if a user edited it.
+    """
     has_pretraining = (folder / METHOD_MODEL).is_dir()
-    before, after = (card_texts(each, has_pretraining=has_pretraining) for each in (facts, renamed))
-    if (folder / CARD).read_text(encoding="utf-8") != before[CARD]:
-        del after[CARD]  # a user edited the card
-    texts = {FACTS: json_text(renamed), **after}
+    renamed = cast(Facts, {**facts, "repo_id": repo_id, "name": repo_id})
+    texts = card_texts(renamed, has_pretraining=has_pretraining, suites=suite_results(folder, facts))
+    if not is_generated((folder / CARD).read_text(encoding="utf-8"), facts, has_pretraining):
+        del texts[CARD]
+    if facts["repo_id"] == repo_id:
+        texts = {name: text for name, text in texts.items() if name == CARD}
+    else:
+        texts[FACTS] = json_text(renamed)
     return {name: text.encode() for name, text in texts.items()}
 
 
