@@ -24,12 +24,8 @@ EVALUATED = "evaluated"
 """Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
-_OF_A_CALL = (
-    "seconds",
-    "images_per_second",
-    "resumed",
-    "choices",
-)  # another call of the command changes them
+_OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices")
+"""Facts of a training that another call of the same command changes."""
 RESULTS = "results"
 """Folder of a run for results that its card shows and `hf-ssl publish` uploads."""
 _DEPTH = 3

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         load_encoder,
         raw_pixels,
     )
-    from hf_ssl.evaluation.inputs import LabeledData, class_metrics
+    from hf_ssl.evaluation.inputs import LabeledData
     from hf_ssl.evaluation.knn import knn_accuracy
     from hf_ssl.evaluation.protocols import PROTOCOLS
     from hf_ssl.evaluation.protocols.few_label_knn import FewLabel, few_label_knn
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         embed_gallery,
         thumbnail,
     )
+    from hf_ssl.evaluation.scores import class_metrics
     from hf_ssl.evaluation.statistics import (
         alignment,
         alpha_req,

@@ -17,7 +17,7 @@ from hf_ssl.data import LabeledImages
 from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.data.training_labels import TrainingLabels
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.inputs import is_right
+from hf_ssl.evaluation.scores import is_right
 from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.configuration import cosine_factor
 from hf_ssl.modeling.eval_mode import evaluation_mode

@@ -150,9 +150,12 @@ def test_a_vit_whose_feature_is_the_mean_gets_a_head_on_the_mean() -> None:
     assert not found.model.encoder.pooler.dense.weight.requires_grad, "no loss depends on it"
 
 
-def test_training_equals_a_loop_of_torch(data) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_training_equals_a_loop_of_torch(data, several: bool) -> None:
     """Soft labels, mixup, layer decay, warmup and the cosine, written again with torch alone."""
     changes = {"mixup": 0.8, "label_smoothing": 0.1, "layer_decay": 0.5, "warmup_epochs": 1.0}
+    if several:  # each image has its class and the next one
+        data = data[0], (F.one_hot(data[1], 3) + F.one_hot((data[1] + 1) % 3, 3))
     trained = fine_tuned("vit", data, **changes)
     found = classifier(new_encoder("vit"))
     model, images, labels = found.model.train(), augmented(data), data[1]
@@ -173,11 +176,19 @@ def test_training_equals_a_loop_of_torch(data) -> None:
             scale = step / 5 if step < 5 else 0.5 * (1 + np.cos(np.pi * (step - 5) / 5))
             for group, rate in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = rate * scale
-            pixels, target = batch.pixels(CPU), F.one_hot(labels[batch.rows], 3) * 0.9 + 0.1 / 3
+            pixels = batch.pixels(CPU)
+            if several:
+                target = labels[batch.rows].float()
+            else:
+                target = F.one_hot(labels[batch.rows], 3) * 0.9 + 0.1 / 3
             weight, order = mixup_weight(0.8, 0, step), [1, 0, 3, 2, 5, 4, 7, 6]
             pixels = weight * pixels + (1 - weight) * pixels[order]
             target = weight * target + (1 - weight) * target[order]
-            loss = -(target * model(pixel_values=pixels).logits.log_softmax(1)).sum(1).mean()
+            logits = model(pixel_values=pixels).logits
+            if several:
+                loss = F.binary_cross_entropy_with_logits(logits, target)
+            else:
+                loss = -(target * logits.log_softmax(1)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

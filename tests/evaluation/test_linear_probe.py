@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import knn_accuracy, linear_probe
-from hf_ssl.evaluation.inputs import Inputs, Split, by_setting
+from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.knn import leave_one_out_knn
 from hf_ssl.evaluation.protocols.linear import Config, run, train_heads
+from hf_ssl.evaluation.scores import by_setting
 from hf_ssl.modeling.pooling import VECTORS
 
 

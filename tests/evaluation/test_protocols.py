@@ -31,10 +31,10 @@ from hf_ssl.evaluation import (
     knn_accuracy,
     linear_probe,
 )
-from hf_ssl.evaluation.inputs import is_right
 from hf_ssl.evaluation.protocols import load_protocol
 from hf_ssl.evaluation.protocols.linear import heads_accuracy
 from hf_ssl.evaluation.results import with_current_layout
+from hf_ssl.evaluation.scores import is_right
 from hf_ssl.evaluation.statistics import standardized
 from hf_ssl.modeling.backbones import set_identity_pooler
 from hf_ssl.recipe import read_sections

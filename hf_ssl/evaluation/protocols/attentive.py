@@ -23,16 +23,9 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import (
-    EDGE,
-    SELECTED_ON,
-    Inputs,
-    accuracy_result,
-    hold_out,
-    is_at_edge,
-    is_right,
-)
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import EDGE, accuracy_result, is_at_edge, is_right
 from hf_ssl.modeling.configuration import cosine_factor
 
 VERSION = 1

@@ -22,8 +22,9 @@ from hf_ssl.evaluation.image_lists import (
     read_list,
     rows_hash,
 )
-from hf_ssl.evaluation.inputs import Inputs, class_metrics, is_right
+from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
+from hf_ssl.evaluation.scores import class_metrics, is_right
 from hf_ssl.evaluation.softmax_regression import Problem
 from hf_ssl.evaluation.statistics import unit_rows
 

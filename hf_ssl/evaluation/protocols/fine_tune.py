@@ -23,20 +23,17 @@ from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.fine_tuning import RECIPES, Optimization, predict, train_classifier
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, rows_hash
-from hf_ssl.evaluation.inputs import (
-    HELD_OUT,
-    Inputs,
+from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, has_several_labels, hold_out
+from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
+from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import (
     accuracy_result,
     by_setting,
     check_converged,
-    has_several_labels,
-    hold_out,
     is_right,
     metric_words,
     precision_result,
 )
-from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
-from hf_ssl.evaluation.results import ProtocolResult
 
 VERSION = 1
 _WHERE = "evaluation.settings.fine_tune"

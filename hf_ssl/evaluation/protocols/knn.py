@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES, are_positive, main_knn
-from hf_ssl.evaluation.inputs import Inputs, Split, accuracy_result, hold_out
+from hf_ssl.evaluation.inputs import Inputs, Split, hold_out
 from hf_ssl.evaluation.knn import Votes, vote
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import accuracy_result
 
 VERSION = 1
 _MAX_HELD_OUT = 5000

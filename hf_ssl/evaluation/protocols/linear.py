@@ -17,18 +17,10 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, check_name, check_values, counted
 from hf_ssl.evaluation.config import LEARNING_RATES, MOMENTUM, are_positive
-from hf_ssl.evaluation.inputs import (
-    EDGE,
-    SELECTED_ON,
-    Inputs,
-    accuracy_result,
-    by_setting,
-    hold_out,
-    is_at_edge,
-    is_right,
-)
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import EDGE, accuracy_result, by_setting, is_at_edge, is_right
 from hf_ssl.evaluation.statistics import standardized
 from hf_ssl.modeling.configuration import cosine_factor
 from hf_ssl.modeling.pooling import VECTORS

@@ -16,19 +16,10 @@ from hf_ssl.errors import check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
 from hf_ssl.evaluation.config import LEARNING_RATES, MOMENTUM, are_positive
 from hf_ssl.evaluation.features import dtype_of, is_convolutional
-from hf_ssl.evaluation.inputs import (
-    EDGE,
-    SELECTED_ON,
-    Inputs,
-    accuracy_result,
-    by_setting,
-    check_converged,
-    hold_out,
-    is_at_edge,
-    is_right,
-)
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.protocols.linear import logits
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import EDGE, accuracy_result, by_setting, check_converged, is_at_edge, is_right
 from hf_ssl.modeling.configuration import cosine_factor, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import gather, process_count

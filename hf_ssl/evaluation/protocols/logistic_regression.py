@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
+from hf_ssl.evaluation.inputs import Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import is_right, swept_result
 from hf_ssl.evaluation.softmax_regression import Problem
 from hf_ssl.evaluation.statistics import standardized
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import MOMENTUM, are_positive
-from hf_ssl.evaluation.inputs import Inputs, hold_out, is_right, swept_result
+from hf_ssl.evaluation.inputs import Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import is_right, swept_result
 from hf_ssl.evaluation.statistics import standardized
 from hf_ssl.modeling.configuration import cosine_factor
 

@@ -13,15 +13,9 @@ from torch.nn import functional as F
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.inputs import (
-    SELECTED_ON,
-    Inputs,
-    by_setting,
-    hold_out,
-    metric_words,
-    precision_result,
-)
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult
+from hf_ssl.evaluation.scores import by_setting, metric_words, precision_result
 from hf_ssl.evaluation.statistics import standardized
 
 VERSION = 1

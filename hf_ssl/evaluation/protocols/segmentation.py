@@ -31,17 +31,9 @@ from hf_ssl.evaluation.dense import (
     patch_features,
     read_mask,
 )
-from hf_ssl.evaluation.inputs import (
-    EDGE,
-    SELECTED_ON,
-    Inputs,
-    Split,
-    by_setting,
-    check_converged,
-    hold_out,
-    is_at_edge,
-)
+from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, Split, hold_out
 from hf_ssl.evaluation.results import ProtocolResult, result_id
+from hf_ssl.evaluation.scores import EDGE, by_setting, check_converged, is_at_edge
 from hf_ssl.evaluation.segmentation import VOID, Heads, class_iou, mean_iou, pixel_counts, train_heads
 
 VERSION = 1

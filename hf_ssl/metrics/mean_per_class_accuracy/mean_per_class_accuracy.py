@@ -10,8 +10,8 @@ import datasets
 import evaluate
 from torch.nn.functional import one_hot
 
-from hf_ssl.evaluation.inputs import class_metrics
 from hf_ssl.evaluation.knn import as_features, as_labels
+from hf_ssl.evaluation.scores import class_metrics
 from hf_ssl.metrics.options import WithOptions
 
 _DESCRIPTION = """\
