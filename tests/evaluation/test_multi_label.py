@@ -211,6 +211,11 @@ def test_an_encoder_is_fine_tuned_on_images_with_several_labels() -> None:
     assert metric_value(number, "top_1") is None
 
 
+def test_a_learning_rate_with_which_training_diverges_is_not_selected() -> None:
+    number = fine_tuned({"learning_rates": [0.05, 1e30], "epochs": 2}, pictures(40), pictures(20, seed=1))
+    assert number["selection"] == {"learning_rate": 0.05} and number["details"]["validation"]["1e+30"] == 0
+
+
 def test_the_order_of_classes_changes_nothing_but_their_order() -> None:
     number, other = (
         fine_tuned({}, pictures(60, names), pictures(40, names, seed=1)) for names in (NAMES, NAMES[::-1])

@@ -269,9 +269,9 @@ class Task(NamedTuple):
             model = self.train(kept, replace(settings, learning_rate=rate), advance)
             batches = (self.images.read(chosen[at : at + size]) for at in range(0, len(chosen), size))
             scores = self.predict(model, batches, len(chosen))
-            if several:
-                check_converged(scores, rate, f"{_WHERE}.learning_rates")
-                accuracies[rate] = mean_average_precision(scores, truth)
+            if several:  # a training that diverged is not selected, as for one label
+                converged = bool(scores.isfinite().all())
+                accuracies[rate] = mean_average_precision(scores, truth) if converged else 0.0
             else:
                 accuracies[rate] = float(is_right(scores, truth).double().mean())
         return accuracies
