@@ -86,8 +86,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _check_suite_options(arguments)
         if arguments.suite is not None:
             from hf_ssl import suites
+            from hf_ssl.suite_file import load_suite
 
-            suite = suites.load_suite(arguments.suite, overrides, arguments.root)
+            suite = load_suite(arguments.suite, overrides, arguments.root)
         else:
             data, evaluation = read_sections(overrides)
             chosen = is_overridden(overrides, "evaluation.protocols")

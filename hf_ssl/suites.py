@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates an encoder on the data sets of a suite, in jobs that can run separately (layer 5).
 
-A suite is a YAML file with the sections `suite`, `groups`, `data`, `evaluation` and `entries`. An entry is a
-data set with its metric. A group is a list of protocols, such as those with a frozen encoder. Each pair of
-entry and group is a job. Its result is stored in the file `<entry>/<group>.json` of the output folder. A
-later call reads the stored results, so an interrupted suite continues.
+The result of each job is stored in the file `<entry>/<group>.json` of the output folder. A later call reads
+the stored results, so an interrupted suite continues.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers.utils import logging as transformers_logging
 
@@ -21,230 +18,22 @@ from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATED
-from hf_ssl.cards.suite_text import COLUMNS, Measured, csv_text, draw, markdown, summarize
-from hf_ssl.data import DataConfig, LabeledImages
-from hf_ssl.data.config import MISSING
+from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, summarize
+from hf_ssl.data import LabeledImages
 from hf_ssl.effects import NOTHING, effect
-from hf_ssl.errors import UserError, check_name
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
-from hf_ssl.evaluation.protocols import load_protocol
-from hf_ssl.evaluation.results import percent
+from hf_ssl.evaluation.protocols import PROTOCOLS
+from hf_ssl.evaluation.results import EncoderResult, percent
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.modeling.gather import from_every_process, from_first_process, joined_processes, process_rank
 from hf_ssl.progress import hidden_progress, notice, progress
-from hf_ssl.recipe import read_sections
-from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
 from hf_ssl.recording import evaluated_encoder, evaluation_facts
-from hf_ssl.resources import suite_files
-from hf_ssl.sections import default_values, to_dataclass
-from hf_ssl.suite_checks import check_overrides, check_parts
+from hf_ssl.suite_file import Job, Suite
 
-SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
 FORMAT = 1
 WITH_CHECKPOINTS = ("fine_tune", "detection")  # protocols with the setting `folder`
-
-
-@dataclass
-class Heading:
-    """The section `suite`.
-
-    Attributes:
-        title: heading of the table.
-        root: folder of the data sets. `data.path` of each entry is relative to it. null: `data.path` is used
-            as it is. `--root` replaces this value.
-    """
-
-    title: str = MISSING
-    root: str | None = None
-
-
-@dataclass
-class Group:
-    """A value of the section `groups`.
-
-    Attributes:
-        protocols: names of `PROTOCOLS`.
-        settings: settings of the protocols, as in `evaluation.settings`.
-    """
-
-    protocols: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Entry:
-    """A value of the section `entries`: one data set.
-
-    Attributes:
-        metric: the metric in the table, a key of `COLUMNS`.
-        data, evaluation: keys of these sections. They replace the same keys of the whole suite.
-        groups: names of the groups to run; null: all groups.
-        instead: {protocol of a group: protocol that replaces it}, such as {logistic_regression: multi_label}.
-    """
-
-    metric: str = "top_1"
-    data: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    groups: list[str] | None = None
-    instead: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """The protocols of one group on one data set.
-
-    Attributes:
-        entry, group: names in the suite.
-        metric: see `Entry`.
-        protocols: {protocol of the group: protocol that runs}.
-        data, evaluation: all settings.
-        settings: {key: value} of the settings that determine the numbers. Paths are relative to the root.
-    """
-
-    entry: str
-    group: str
-    metric: str
-    protocols: dict[str, str]
-    data: DataConfig
-    evaluation: EvaluationConfig
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.entry}, {self.group}"
-
-    def file(self, output: Path) -> Path:
-        """Return the file of the result."""
-        return output / self.entry / f"{self.group}.json"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A checked suite: its name, its title, and all jobs in their order."""
-
-    name: str
-    title: str
-    jobs: list[Job]
-
-    def job(self, number: int) -> Job:
-        """Return a job by its number, from 1."""
-        if not 1 <= number <= len(self.jobs):
-            raise UserError(
-                f"--job: expected a number from 1 to {len(self.jobs)}, got {number}; use --list-jobs"
-            )
-        return self.jobs[number - 1]
-
-
-def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | None = None) -> Suite:
-    """Return a suite.
-
-    Args:
-        name_or_path: a file of `training/suites` without its extension, or a path.
-        overrides: `data.key=value` and `evaluation.key=value` apply to all entries. `entries.NAME...` and
-            `groups.NAME...` change one of them. `evaluation.protocols=[...]` keeps only these protocols.
-        root: folder of the data sets; None: `suite.root`.
-
-    Raises:
-        UserError: the suite does not exist, or contains a mistake.
-    """
-    known = suite_files()
-    path = known.get(name_or_path, Path(name_or_path))
-    if name_or_path not in known and not (path.suffix in ENDINGS and path.is_file()):
-        check_name("--suite", name_or_path, known, "a YAML file or a known suite")
-    of_jobs = [text for text in overrides if text.startswith(("data.", "evaluation."))]
-    others = [text for text in overrides if text not in of_jobs]
-    plain = apply_overrides(read_yaml(path, SECTIONS), others, SECTIONS)
-    check_parts(plain)
-    if root is not None:
-        plain["suite"]["root"] = root
-    if plain["suite"].get("root") == MISSING:
-        raise UserError(
-            f"--root: expected the folder of the data sets of {path.stem}, got none; add --root FOLDER"
-        )
-    heading: Heading = to_dataclass(Heading, plain["suite"], "suite")
-    groups = {name: to_dataclass(Group, of, f"groups.{name}") for name, of in plain["groups"].items()}
-    entries = {name: to_dataclass(Entry, of, f"entries.{name}") for name, of in plain["entries"].items()}
-    known_protocols = [each for group in groups.values() for each in group.protocols]
-    known_protocols += [each for entry in entries.values() for each in entry.instead.values()]
-    check_overrides(of_jobs, list(groups), list(entries), known_protocols)
-    jobs = []
-    for name, entry in entries.items():
-        check_name(f"entries.{name}.metric", entry.metric, COLUMNS, "a known metric")
-        for group in groups if entry.groups is None else entry.groups:
-            check_name(f"entries.{name}.groups", group, groups, "a group of the suite")
-            job = _job(plain, (name, entry), (group, groups[group]), of_jobs, heading.root)
-            if job.protocols:
-                jobs.append(job)
-    if not jobs:
-        raise UserError(f"entries: expected a data set with protocols in {path}, got none; add one")
-    return Suite(path.stem, heading.title, jobs)
-
-
-def _job(
-    plain: dict[str, dict[str, Any]],
-    named_entry: tuple[str, Entry],
-    named_group: tuple[str, Group],
-    overrides: Sequence[str],
-    root: str | None,
-) -> Job:
-    (name, entry), (group_name, group) = named_entry, named_group
-    protocols = {each: entry.instead.get(each, each) for each in group.protocols}
-    given = {
-        "data": _merged(plain["data"], entry.data),
-        "evaluation": _merged(
-            plain["evaluation"],
-            {"settings": group.settings},
-            entry.evaluation,
-            {"protocols": list(dict.fromkeys(protocols.values()))},
-        ),
-    }
-    try:
-        data, evaluation = read_sections(overrides, given)
-    except UserError as error:
-        raise UserError(f"entries.{name}: {error}") from error
-    if evaluation.path is not None:
-        raise UserError(
-            f"evaluation.path: expected no value, because each data set has its own path, got "
-            f"{evaluation.path}; use entries.{name}.data.path={evaluation.path}"
-        )
-    chosen = evaluation.protocols
-    protocols = {each: run for each, run in protocols.items() if each in chosen or run in chosen}
-    run = list(dict.fromkeys(protocols.values()))
-    own = {each: values for each, values in evaluation.settings.items() if each in run}
-    evaluation = replace(evaluation, protocols=run, settings=own)
-    settings = {"metric": entry.metric} | _differences(data, evaluation)
-    if root is not None:
-        data = replace(data, path=str(Path(root).expanduser() / data.path))
-    return Job(name, group_name, entry.metric, protocols, data, evaluation, settings)
-
-
-def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one nested mapping with the keys of all. A later value replaces an earlier value."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-            merged[key] = _merged(merged[key], value) if both else value
-    return merged
-
-
-def _differences(data: DataConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Return the settings that differ from the defaults and can change a number, and protocol versions."""
-    found: dict[str, Any] = {}
-    for section, values in (("data", data), ("evaluation", evaluation)):
-        defaults = default_values(type(values))
-        for each in fields(values):
-            value = getattr(values, each.name)
-            key = f"{section}.{each.name}"
-            if value != defaults.get(each.name) and each.name != "settings" and effect(key) != NOTHING:
-                found[key] = value
-    for name in evaluation.protocols:
-        found[f"version of {name}"] = load_protocol(name).VERSION
-        for key, value in evaluation.settings.get(name, {}).items():
-            if key != "folder":
-                found[f"evaluation.settings.{name}.{key}"] = value
-    return found
 
 
 def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
@@ -259,10 +48,20 @@ def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
     lines = []
     for number, job in enumerate(suite.jobs, start=1):
         stored = None if output is None else _read(job.file(output))
-        state = "to do" if stored is None else "failed" if stored["result"] is None else "finished"
+        if stored is None or stored["result"] is None:
+            state = "to do" if stored is None else "failed"
+        else:
+            state = "partial" if _skipped(job, stored["result"]) else "finished"
         protocols = ",".join(job.protocols.values())
         lines.append(f"{number:>3}  {job.entry:{width}}  {job.group:{groups}}  {state:8}  {protocols}")
     return lines
+
+
+def _skipped(job: Job, result: EncoderResult) -> list[str]:
+    """Return the protocols of a job without a number in its result, for example without a package."""
+    names = list(dict.fromkeys(job.protocols.values()))
+    measured = {each["protocol"] for each in result["protocols"]} | {"quality"} & result.keys()
+    return [name for name in names if name not in measured]
 
 
 def run_suite(model: str, suite: Suite, output: Path, number: int | None = None) -> dict[str, Any]:
@@ -365,14 +164,23 @@ def _run_job(
     try:
         splits = _open(job)
         images = {split: _identity(part) for split, part in zip(("train", "test"), splits, strict=True)}
-        if kept is not None and kept["images"] == images:
-            return _described(kept, model, encoder, evaluation_facts(job.data, job.evaluation, *splits))
-        if kept is not None:
-            notice(f"{job.name}: the images differ from those of the stored result; the job runs again")
         evaluation, checkpoints = _with_checkpoints(job, output)
+        before: EncoderResult | None = None
+        if kept is not None and kept["images"] == images:
+            kept = _described(kept, model, encoder, evaluation_facts(job.data, job.evaluation, *splits))
+            before = kept["result"]
+            if not (skipped := _skipped(job, before)):
+                return kept
+            notice(f"{job.name}: the stored result lacks {', '.join(skipped)}; only this is measured")
+            precision = before.get("precision", evaluation.precision)  # `auto` can differ between machines
+            evaluation = replace(evaluation, protocols=skipped, precision=precision)
+        elif kept is not None:
+            notice(f"{job.name}: the images differ from those of the stored result; the job runs again")
         result = evaluate_encoder(
             encoder, *splits, evaluation, processor, device=fastest_device(), description=job.name
         )
+        if before is not None:
+            result = _completed(before, result, evaluation.protocols)
     except UserError as error:
         notice(f"{job.name}: {error}" + ("" if kept is None else "; the stored result is kept"))
         failed = record | {"images": None, "result": None, "error": str(error)}
@@ -383,6 +191,22 @@ def _run_job(
     notice(f"{job.name}: {numbers}")
     facts = evaluation_facts(job.data, job.evaluation, *splits)  # with the number of broken images
     return _described(record | {"images": images, "result": result, "error": None}, model, encoder, facts)
+
+
+def _completed(before: EncoderResult, new: EncoderResult, protocols: list[str]) -> EncoderResult:
+    """Return a result to which the protocols that it lacked were added, in the order of `PROTOCOLS`."""
+    starts = tuple(f"{PROTOCOLS[name].title}: " for name in protocols)
+    order = list(PROTOCOLS)
+    numbers = sorted(
+        [*before["protocols"], *new["protocols"]], key=lambda each: order.index(each["protocol"])
+    )
+    skipped = [text for text in before["skipped"] if not text.startswith(starts)]
+    result = before | {
+        "protocols": numbers,
+        "skipped": list(dict.fromkeys([*skipped, *new["skipped"]])),
+        "seconds": new["seconds"] | before["seconds"],
+    }
+    return cast(EncoderResult, result | ({"quality": new["quality"]} if "quality" in new else {}))
 
 
 def _described(record: dict[str, Any], model: str, encoder: Any, facts: EvaluationFacts) -> dict[str, Any]:

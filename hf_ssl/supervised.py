@@ -50,7 +50,6 @@ _EQUIVALENT = {
     "warmup_epochs": "warmup_epochs",
     "optimizer": "optimizer",
     "layer_decay": "layer_decay",
-    "label_smoothing_factor": "label_smoothing",
 }
 """Key of `training` -> setting of the protocol `fine_tune` with the same meaning."""
 _USED = {
@@ -98,16 +97,16 @@ def supervise(recipe: Recipe) -> dict[str, Any]:
             possible, or the output folder is not empty.
     """
     transformers_logging.disable_progress_bar()
+    evaluation = with_settings(recipe)  # first: its errors name the keys of this command
     args = recipe.training_arguments()
     device = torch.device("cpu") if args.use_cpu else fastest_device()
     with joined_processes(device.type), hidden_progress(process_rank() > 0 or bool(args.disable_tqdm)):
-        return _supervise(recipe, device)
+        return _supervise(recipe, evaluation, device)
 
 
-def _supervise(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
     folder = recipe.output_dir
     unfinished = folder / CHECKPOINTS
-    evaluation = with_settings(recipe)
     config = evaluation.of_protocol("fine_tune")
     if not unfinished.exists():
         check_new_or_empty(folder, "training.output_dir")

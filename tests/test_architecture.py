@@ -52,7 +52,7 @@ LAYERS = {
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
-    "hf_ssl.suite_checks": 5,
+    "hf_ssl.suite_file": 5,
     "hf_ssl.suites": 5,
     "hf_ssl.supervised": 5,
     "hf_ssl.cli": 5,

@@ -27,7 +27,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
 from hf_ssl.hub.publish import run_files
 from hf_ssl.resources import suite_files
-from hf_ssl.suites import Job, list_jobs, load_suite, run_suite
+from hf_ssl.suite_file import Job, Suite, load_suite
+from hf_ssl.suites import list_jobs, run_suite
 
 SUITE = """
 suite:
@@ -92,7 +93,7 @@ def place(made_once) -> Path:
     return made_once("suites", make)
 
 
-def three(place: Path, *overrides: str, root: Path | None = None) -> suites.Suite:
+def three(place: Path, *overrides: str, root: Path | None = None) -> Suite:
     return load_suite(str(place / "three.yaml"), overrides, str(root or place))
 
 
@@ -146,7 +147,8 @@ def test_the_table_names_a_missing_data_set(place: Path, finished: Path) -> None
         assert (found[protocol]["data_sets"], found[protocol]["of"]) == (2, 3)
         assert "other" in found[protocol]["missing"]["other"]
     text = (finished / "suite.md").read_text()
-    assert "average over 2 of 3 data sets; missing: other (data.path: expected" in text
+    assert "average over 2 of 3 data sets; missing: other.\n" in text
+    assert text.count("- other: data.path: expected") == 1, "not once for each column"
     for file in finished.rglob("*.json"):  # they can be published
         assert str(place) not in file.read_text()
     assert "| gray | mean per class |" in text and (finished / "suite.png").stat().st_size > 10_000
@@ -215,6 +217,36 @@ def test_a_second_call_measures_only_what_is_missing(
     assert seen == ["gray, frozen"]
 
 
+def test_a_protocol_that_was_skipped_is_measured_by_a_later_call(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, its package was missing, or the disk was full."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    suite, encoder = three(place), str(place / "encoder")
+    file = tmp_path / "color" / "frozen.json"
+    whole = json.loads(file.read_text())
+    partial = json.loads(file.read_text())
+    knn, ridge = partial["result"]["protocols"]
+    partial["result"] |= {"protocols": [ridge], "skipped": ["k-NN: the disk is full", "another text"]}
+    file.write_text(json.dumps(partial))
+    assert [line.split()[3] for line in list_jobs(suite, tmp_path)][:2] == ["partial", "finished"]
+    used: list[Any] = []
+    measure = suites.evaluate_encoder
+
+    def spy(encoder: Any, train: Any, test: Any, config: Any, *arguments: Any, **options: Any) -> Any:
+        used.append((config.protocols, config.precision))
+        return measure(encoder, train, test, config, *arguments, **options)
+
+    monkeypatch.setattr(suites, "evaluate_encoder", spy)
+    run_suite(encoder, suite, tmp_path)
+    assert used == [(["knn"], "float32")]
+    again = json.loads(file.read_text())
+    assert again["result"]["protocols"] == [knn, ridge]
+    assert again["result"]["skipped"] == ["another text"]
+    assert again[EVALUATED]["weights"] == whole[EVALUATED]["weights"]
+    assert (tmp_path / "suite.md").read_text() == (finished / "suite.md").read_text()
+
+
 def test_jobs_that_run_separately_give_the_same_table(
     place: Path,
     finished: Path,
@@ -269,7 +301,7 @@ def test_the_card_of_a_run_shows_the_suites_in_its_results(
     value = merged["columns"][0]["entries"]["color"]
     parts = [f"{100 * value[key]:.1f}" for key in ("value", "standard_error")]
     assert f"| color | top-1 | {parts[0]} ± {parts[1]} |" in shown and "| gray | mean per class |" in shown
-    assert shown.count("## Results on other data sets") == 1 and "missing: other (data.path" in shown
+    assert shown.count("## Results on other data sets") == 1 and "- other: data.path" in shown
     assert published().count("### Three sets") == 1 and str(tmp_path) not in published()
     run_suite(str(place / "encoder"), suite, run / "results" / "foreign")
     write_card(run, read_facts(run))

@@ -97,6 +97,10 @@ def test_an_excluded_precision_is_not_chosen(tmp_path: Path, monkeypatch) -> Non
         ("publish.repo_id=a/b", ["publish.repo_id"]),
         ("data.max_images=50", ["data.max_images", "evaluation.max_train_images"]),
         ("data.split=test", ["data.split", "evaluation.train_split"]),
+        (
+            "training.label_smoothing_factor=0.1",
+            ["label_smoothing_factor", "fine_tune.label_smoothing"],
+        ),
         ("training.batch_size=9", ["training.batch_size", "evaluation.settings.fine_tune.batch_size"]),
     ],
 )

@@ -15,7 +15,7 @@ from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
-from hf_ssl.evaluation.results import ProtocolResult, mean_error
+from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, mean_error, metric_of
 from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
@@ -37,6 +37,7 @@ class Column:
         data: name, revision, split and number of the test images, and the number of classes if it is known.
         heading: a text that differs from the headings of all other columns.
         text: how the numbers were measured. Numbers that differ between the runs are given as a range.
+        metric: see `hf_ssl.evaluation.results.metric_of`.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Column:
     data: Tested
     heading: str
     text: str
+    metric: str = ACCURACY
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -55,7 +57,7 @@ class Cell:
     """The numbers of the runs of one row in one column.
 
     Attributes:
-        values: one accuracy for each run.
+        values: one number for each run.
         standard_errors: the standard error of each run, in most protocols over the test images. They are not
             independent, because all runs have the same test images.
         seeds: the seed of each run.
@@ -115,6 +117,11 @@ class Comparison:
     columns: list[Column]
     skipped: list[str]
     repeated: list[str]
+
+    @property
+    def quantity(self) -> str:
+        """Return what the numbers are: "accuracy", or "numbers" if a column has another metric."""
+        return "accuracy" if all(column.metric == ACCURACY for column in self.columns) else "numbers"
 
     def best(self, column: Column) -> Row:
         """Return the row with the highest mean in a column. Baselines count only if there is no other row."""
@@ -313,7 +320,9 @@ def _columns(runs: list[_Run]) -> list[Column]:
         ]
     )
     return [
-        Column(protocol_id, key, data, heading, joined([number["text"] for number in numbers]))
+        Column(
+            protocol_id, key, data, heading, joined([each["text"] for each in numbers]), metric_of(numbers[0])
+        )
         for heading, ((protocol_id, key, data), numbers) in zip(headings, found.items(), strict=True)
     ]
 

@@ -45,7 +45,8 @@ def markdown(comparison: Comparison) -> str:
             for column, cell in ((column, row.cells.get(column)) for column in columns)
         ]
         lines.append(markdown_row([row.label, *cells, str(len(row.seeds))]))
-    lines += ["", "Accuracy in percent; mean ± standard deviation over runs with different seeds.", ""]
+    quantity = comparison.quantity.capitalize()
+    lines += ["", f"{quantity} in percent; mean ± standard deviation over runs with different seeds.", ""]
     for column in columns:
         lines.append(f"- {column.heading}: {column.text} (`{column.id}`).")
         lines += _selected(comparison, column)
@@ -142,7 +143,8 @@ def latex(comparison: Comparison) -> str:
     """Return a `tabular`, which needs the package booktabs."""
     columns = comparison.columns
     lines = [
-        "% needs \\usepackage{booktabs}; accuracy in percent, mean and standard deviation over runs",
+        f"% needs \\usepackage{{booktabs}}; {comparison.quantity} in percent, mean and standard deviation "
+        "over runs",
         f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
         "\\toprule",
         " & ".join(["", *(latex_escaped(column.heading) for column in columns)]) + r" \\",
@@ -206,5 +208,6 @@ def draw(comparison: Comparison, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
     for axes in panels[len(columns) :]:
         axes.set_visible(False)
-    figure.supxlabel("accuracy in percent, with twice the standard error (small dots: runs)", fontsize=8)
+    quantity = f"{comparison.quantity} in percent"
+    figure.supxlabel(f"{quantity}, with twice the standard error (small dots: runs)", fontsize=8)
     figure.savefig(path)

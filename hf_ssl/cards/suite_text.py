@@ -102,8 +102,7 @@ class Column:
             return f"{self.heading}: average over all {total} data sets"
         text = f"{self.heading}: average over {count} of {total} data sets"
         if self.missing:
-            names = "; ".join(f"{name} ({reason})" for name, reason in self.missing.items())
-            text += f"; missing: {names}"
+            text += f"; missing: {', '.join(self.missing)}"
         if self.outside:
             text += f"; not in the group {self.group}: {', '.join(self.outside)}"
         return text
@@ -275,7 +274,21 @@ def table(summary: Summary) -> list[str]:
     rows.append(["**average**", "", *averages])
     lines = [markdown_row(row) for row in rows]
     lines += ["", *(f"- {column.sentence}." for column in columns)]
-    return [*lines, *replacements(summary), *different_precisions(summary)]
+    return [*lines, *missing_reasons(summary), *replacements(summary), *different_precisions(summary)]
+
+
+def missing_reasons(summary: Summary) -> list[str]:
+    """Return one line for each reason why a data set has no number, with its columns if it has others."""
+    columns: dict[tuple[str, str], list[str]] = {}
+    for column in summary.columns:
+        for name, reason in column.missing.items():
+            columns.setdefault((name, reason), []).append(column.heading)
+    lines = []
+    for (name, reason), headings in columns.items():
+        everywhere = [column.heading for column in summary.columns if name in column.cells] == headings
+        where = "" if everywhere else f" ({', '.join(headings)})"
+        lines.append(f"- {name}{where}: {reason.rstrip('.')}.")
+    return lines
 
 
 def replacements(summary: Summary) -> list[str]:

@@ -50,7 +50,8 @@ REJECTED = {
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint without it",
     "ignore_data_skip": "a run resumes with its next image, and reads no earlier ones",
     "include_num_input_tokens_seen": "images_per_second and epoch are logged",
-    "label_smoothing_factor": "the losses have no labels",
+    "label_smoothing_factor": "the losses have no labels; hf-ssl supervise uses "
+    "evaluation.settings.fine_tune.label_smoothing",
     "neftune_noise_alpha": "the augmentation is set in the section views",
     "optim_target_modules": "the rules of the method select the parameters",
     "save_only_model": "the encoder in the output folder contains no optimizer state; set save_total_limit=1",
