@@ -27,7 +27,7 @@ from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.evaluation.features import inspect_encoder
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
-from hf_ssl.evaluation.results import percent
+from hf_ssl.evaluation.results import ACCURACY, metric_of, percent
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
@@ -93,8 +93,8 @@ def supervise(recipe: Recipe) -> dict[str, Any]:
         recipe: the result of `hf_ssl.recipe.load_recipe`. `training.output_dir` is the output folder.
 
     Raises:
-        UserError: the data do not have one label for each image, a setting has no effect here or is not
-            possible, or the output folder is not empty.
+        UserError: the data have no labels, a setting has no effect here or is not possible, or the output
+            folder is not empty.
     """
     transformers_logging.disable_progress_bar()
     evaluation = with_settings(recipe)  # first: its errors name the keys of this command
@@ -123,8 +123,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
             f"from random weights, got freeze={config.freeze}, fractions={list(config.fractions)}, "
             f"labels_per_class={list(config.labels_per_class)}"
         )
-    train, test = open_labeled_splits(recipe.data, evaluation)
-    train.require_one_label("hf-ssl supervise")
+    train, test = open_labeled_splits(recipe.data, replace(evaluation, protocols=["fine_tune"]))
     args = recipe.training_arguments()
     seed, precision = args.seed, _precision(recipe, args)
     encoder: Any = build_model(recipe, seed).exported_encoder
@@ -151,8 +150,11 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
     task = Task.of(inputs, config, native=False)
     model, result = train_and_test(task, 1.0, np.arange(len(train)))
     text = result["text"].replace("Fine-tuning", "Training from random weights", 1)
-    words = {"key": "supervised", "title": "Accuracy of the supervised classifier", "column": "supervised"}
-    result.update(words | {"text": text})  # type: ignore[typeddict-item]
+    metric = "" if metric_of(result) == ACCURACY else ", mAP"
+    quantity = "mean average precision" if metric else "accuracy"
+    title = f"{quantity.capitalize()} of the supervised classifier"
+    words = {"key": "supervised", "title": title, "column": f"supervised{metric}", "text": text}
+    result.update(words)  # type: ignore[typeddict-item]
     if process_rank() == 0:
         encoder = model.encoder.cpu().eval()
         export_encoder(encoder, processor, folder)
@@ -175,8 +177,8 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
         }
         write_json(folder / SUPERVISED, record)
         shutil.rmtree(unfinished, ignore_errors=True)
-        accuracy, error = percent(result["value"]), percent(result["standard_error"])
-        print(f"accuracy of the classifier on {splits[1]}: {accuracy} (standard error {error})")
+        value, error = percent(result["value"]), percent(result["standard_error"])
+        print(f"{quantity} of the classifier on {splits[1]}: {value} (standard error {error})")
         print(f"the encoder is in {folder}; hf-ssl evaluate {folder} measures it as every other encoder")
     return dict(result)
 

@@ -4,12 +4,16 @@
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from messages import mentions
 from transformers import AutoModel
 
 from hf_ssl import supervised
+from hf_ssl.cards.comparison_text import latex, markdown
 from hf_ssl.cards.result_files import EVALUATED, SUPERVISED
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
@@ -146,3 +150,32 @@ def test_checkpoints_of_an_own_folder_are_outside_of_the_encoder(inside: str, tm
     with pytest.raises(UserError, match=mentions("fine_tune.folder", "training.output_dir", "null")):
         supervised.supervise(load_recipe("smoke/simclr", [f"training.output_dir={output}", *SMALL, folder]))
     assert not output.exists()
+
+
+def test_images_with_several_labels_give_the_mean_average_precision(tmp_path: Path, capsys) -> None:
+    """A bright square at the left, at the right, or both: each image has one or two labels."""
+    random = np.random.default_rng(0)
+    kinds = {"image": datasets.Image(), "labels": datasets.List(datasets.ClassLabel(names=["left", "right"]))}
+    for split, count in (("train", 90), ("test", 30)):
+        rows: dict[str, list] = {"image": [], "labels": []}
+        for number in range(count):
+            labels = [[0], [1], [0, 1]][number % 3]
+            pixels = random.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+            for label in labels:
+                pixels[8:24, 16 * label + 2 : 16 * label + 14] = 220
+            rows["image"].append(PIL.Image.fromarray(pixels))
+            rows["labels"].append(labels)
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+        table.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    folder = tmp_path / "run"
+    settings = "epochs: 6, warmup_epochs: 0, batch_size: 10, smallest_crop: 1, flip: 0"
+    fine = f"evaluation.settings.fine_tune={{{settings}}}"
+    where = [f"data.path={tmp_path / 'data'}", "data.label_column=labels"]
+    overrides = [*where, f"training.output_dir={folder}", fine]
+    assert main(["supervise", "smoke/simclr", *overrides]) == 0
+    result = json.loads((folder / SUPERVISED).read_text())["result"]
+    assert result["metric"] == "mean_average_precision" and result["column"] == "supervised, mAP"
+    assert "binary cross entropy" in result["text"] and result["value"] > 0.9
+    assert "mean average precision of the classifier on 30 images" in capsys.readouterr().out
+    comparison = compare_runs([str(folder)], None)
+    assert "Numbers in percent" in markdown(comparison) and "numbers in percent" in latex(comparison)
