@@ -88,7 +88,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
     if others and not ("overrides" in arguments and all(_is_setting(text) for text in others)):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        text = " ".join(others)
+        advice = f'; put a value with blanks in quotes: "{text}"' if _is_setting(text) else ""
+        parser.error(f"unrecognized arguments: {text}{advice}")
     if others:
         arguments.overrides += others
     return arguments

@@ -114,6 +114,15 @@ def test_all_protocols_are_those_that_take_no_training_of_many_epochs(monkeypatc
     assert set(PROTOCOLS) - set(chosen) == {"linear_augmented", "fine_tune", "detection"}
 
 
+def test_a_value_with_blanks_needs_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The shell splits it, and the message must not show only the text that the user has typed."""
+    with pytest.raises(SystemExit):
+        main(
+            ["evaluate", "folder", "data.path=digits", "--protocols", "knn", "evaluation.draws=[20,", "200]"]
+        )
+    assert 'in quotes: "evaluation.draws=[20, 200]"' in capsys.readouterr().err
+
+
 def test_settings_may_follow_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

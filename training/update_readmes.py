@@ -14,7 +14,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_ssl.cards.text import markdown_row
 from hf_ssl.evaluation.config import MEASUREMENTS
+from hf_ssl.evaluation.fine_tuning import RECIPES
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
@@ -80,6 +82,25 @@ def protocols() -> str:
     return "\n".join(lines)
 
 
+def fine_tuning() -> str:
+    """Return a Markdown table of the recipes of fine-tuning."""
+    lines = [
+        "| `recipe` | optimizer | learning rate for 256 images | weight decay | epochs | warmup epochs "
+        "| others |",
+        "|---|---|---|---:|---|---:|---|",
+    ]
+    for name, recipe in RECIPES.items():
+        rates = ", ".join(f"{rate:g}" for rate in recipe.learning_rates)
+        *few, (_, most) = recipe.epochs.items()
+        of_few = [f", {number} with at most {100 * part:g} % of the labels" for part, number in few]
+        epochs = f"{most}{''.join(of_few)}"
+        factors = ("layer_decay", 1.0), ("mixup", 0.0), ("label_smoothing", 0.0)
+        others = [f"`{key}` {getattr(recipe, key):g}" for key, off in factors if getattr(recipe, key) != off]
+        cells = [f"`{name}`", recipe.optimizer, rates, f"{recipe.weight_decay:g}", epochs]
+        lines.append(markdown_row([*cells, f"{recipe.warmup_epochs:g}", ", ".join(others) or "-"]))
+    return "\n".join(lines)
+
+
 def _default(value: Any) -> str:
     """Return a default value in YAML. For a long list, return its length, its first and its last value."""
     if isinstance(value, list) and len(value) > 8 and not isinstance(value[0], str):
@@ -105,6 +126,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "measurements": measurements,
     "protocols": protocols,
+    "fine_tuning": fine_tuning,
     "compare": _result("results/compare.md"),
     "benchmarks": _result("benchmarks/results/cpu.md"),
 }

@@ -150,7 +150,9 @@ def terminal_text(results: Mapping[str, EncoderResult]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += [f"({each['text']})" for each in next(iter(results.values()))["protocols"][:1]]
+    first = next(iter(results.values()))
+    lines += [f"({each['text']})" for each in first["protocols"][:1]]
+    lines.append(f"(features: {first['features']})")
     for key, result in results.items():
         if "poolings" in result:
             lines.append(f"({ENCODERS.get(key, key)}: {_poolings(result)})")

@@ -11,8 +11,8 @@ from hf_ssl.files import replaced_file
 
 K_CURVE, PROBE_EPOCHS, DETECTIONS = "knn_curve.png", "probe_epochs.png", "detections.png"
 CAPTIONS = {
-    K_CURVE: "Accuracy of weighted k-NN on test images for each k. The ring marks the k that was selected on "
-    "held-out training images.",
+    K_CURVE: "Accuracy of weighted k-NN on test images for each k. The ring marks the k and the temperature "
+    "that were selected on held-out training images; it is not on the curve if the temperature differs.",
     PROBE_EPOCHS: "Accuracy of the final probes on training images (dashed) and on test images after each "
     "epoch. No epoch was selected.",
     DETECTIONS: "Boxes in test images: the objects (dashed, white) and the detections with a score of at "
@@ -67,6 +67,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     if not lines:
         return None
     figure, (axes,) = _new_figure(1)
+    labeled = False
     for (name, cells), color in zip(lines.items(), COLORS, strict=False):
         images = results[name]["images"]["test"]
         counts, values = zip(*sorted(cells.items()), strict=True)
@@ -79,7 +80,10 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
         for selected in find_results(results[name], "knn"):
             k = selected["selection"].get("neighbors")
             if k in cells:
-                axes.plot(k, cells[k], marker="o", markersize=9, color=color, fillstyle="none")
+                style = {"marker": "o", "markersize": 9, "linestyle": "none", "fillstyle": "none"}
+                label = None if labeled else "selected k and temperature"
+                axes.plot(k, selected["value"], color=color, label=label, **style)
+                labeled = True
     temperature = find_results(results[next(iter(lines))], "knn")[0]["details"]["temperature"]
     ticks = sorted({k for cells in lines.values() for k in cells})
     axes.set_xscale("log")

@@ -419,9 +419,11 @@ def test_terminal_and_card_show_the_same_results(facts: dict, tmp_path: Path) ->
     lines = terminal.splitlines()
     (skipped,) = {text for result in facts["results"].values() for text in result["skipped"]}
     assert lines[-1] == f"(not measured: {skipped})"
-    assert len(lines) == len(rows) + 4  # a rule, the protocol, the poolings, what was not measured
+    # a rule, the protocol, the features, the poolings, what was not measured
+    assert len(lines) == len(rows) + 5
     for row, line in zip(rows, [lines[0], *lines[2:]], strict=False):
         assert re.split(r"\s{2,}", line.strip()) == [cell for cell in row if cell]
         assert " | ".join(row[1:]) in card
-    assert facts["results"]["trained"]["protocols"][0]["text"] in lines[-3]
+    assert facts["results"]["trained"]["protocols"][0]["text"] in lines[-4]
+    assert facts["results"]["trained"]["features"] in lines[-3]
     assert "this encoder" in lines[-2] and "class token: 40.0 %" in lines[-2]

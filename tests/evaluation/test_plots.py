@@ -31,7 +31,7 @@ def test_the_k_curve_shows_every_encoder_and_the_selected_k(result) -> None:
         cell["accuracy"] /= 2
     (axes,) = k_curve({"trained": result, "raw pixels": other}).axes
     shown = lines(axes)
-    assert list(shown) == ["trained", "raw pixels"]
+    assert list(shown) == ["trained", "selected k and temperature", "raw pixels"]
     main, selected = result["protocols"][:2]
     grid = {
         cell["neighbors"]: cell["accuracy"] for cell in main["details"]["grid"] if cell["temperature"] == 0.07
@@ -41,8 +41,16 @@ def test_the_k_curve_shows_every_encoder_and_the_selected_k(result) -> None:
     assert {5, 10, 20, 50, 100, 200} <= set(grid)
     ring = next(line for line in axes.get_lines() if line.get_markersize() > 5)
     k = selected["selection"]["neighbors"]
-    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([k], [grid[k]])
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([k], [selected["value"]])
     assert axes.get_xscale() == "log" and "0.07" in axes.get_title()
+
+
+def test_the_ring_has_the_accuracy_of_the_selected_temperature(result) -> None:
+    """The curve has the main temperature, so the ring is beside it if another one was selected."""
+    changed = copy.deepcopy(result)
+    changed["protocols"][1] |= {"value": 0.123, "selection": {"neighbors": 5, "temperature": 0.1}}
+    (axes,) = k_curve({"trained": changed}).axes
+    assert lines(axes)["selected k and temperature"] == ([5], [0.123])
 
 
 def test_probes_per_epoch_show_both_splits(result) -> None:
