@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_ssl.cards.facts import facts_of_weights
 from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
@@ -216,15 +217,15 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
 def _training(entry: dict[str, Any]) -> str:
     """Return a text that is equal for all entries of the same encoder, which may be in several folders.
 
-    The duration and the loss of a training are recorded with all digits, so two trainings have different
-    texts. The number of interruptions is not part of the text, because a finished run may be started again.
+    The loss is recorded with all digits. Two trainings with equal settings, seed and loss count once, because
+    they have equal weights.
     """
     if entry["training"] is None:  # an encoder that hf_ssl did not train
         encoder = ["weights", entry["weights"]] if entry["weights"] else ["model", entry["model"]]
         return json.dumps([*encoder, _pooling(entry)])
-    training = {key: value for key, value in entry["training"].items() if key not in ("resumed", "choices")}
     keys = ("recipe", "seed", "method", "backbone")
     source = [entry["data"].get(key) for key in ("name", "revision", "split", "images")]
+    training = facts_of_weights(entry["training"])
     values = [*(entry[key] for key in keys), _overrides(entry), source, training, _pooling(entry)]
     return json.dumps(values, sort_keys=True)
 

@@ -404,3 +404,12 @@ def result_entry(facts: Facts) -> dict[str, Any]:
         "evaluation": facts["evaluation"],
         "results": facts["results"],
     }
+
+
+_OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices")
+"""Facts of a training that change if a finished run is started again."""
+
+
+def facts_of_weights(training: Any) -> dict[str, Any]:
+    """Return the facts of a training that determine its weights."""
+    return {key: value for key, value in training.items() if key not in _OF_A_CALL}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import Facts, read_entries, read_facts, result_entry
+from hf_ssl.cards.facts import Facts, facts_of_weights, read_entries, read_facts, result_entry
 from hf_ssl.cards.suite_text import Summary
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json
@@ -24,8 +24,6 @@ EVALUATED = "evaluated"
 """Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
-_OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices")
-"""Facts of a training that another call of the same command changes."""
 RESULTS = "results"
 """Folder of a run for results that its card shows and `hf-ssl publish` uploads."""
 _DEPTH = 3
@@ -90,24 +88,19 @@ def suite_results(folder: Path, facts: Facts) -> list[Summary]:
     Raises:
         UserError: a file cannot be read, or the file of a job is missing.
     """
-    training = _weights_of(facts["training"])
+    training = facts_of_weights(facts["training"])
     found = []
     for path in sorted((folder / RESULTS).rglob(EVALUATION)):
         stored = read_json(path)
         if isinstance(stored, dict) and _is_suite(stored):
             entries = read_results(path)
-            if all(each["training"] and _weights_of(each["training"]) == training for each in entries):
+            if all(each["training"] and facts_of_weights(each["training"]) == training for each in entries):
                 found.append(Summary.from_dict(stored))
     return found
 
 
 def _is_suite(stored: dict[str, Any]) -> bool:
     return {"suite", "columns"} <= stored.keys()
-
-
-def _weights_of(training: Any) -> dict[str, Any]:
-    """Return the facts of a training that determine its weights."""
-    return {key: value for key, value in training.items() if key not in _OF_A_CALL}
 
 
 def recorded_training(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import progress, redrawn
-from hf_ssl.trainer.logs import draw_curves
+from hf_ssl.trainer.logs import Stopwatch, draw_curves
 from hf_ssl.trainer.optimizers import parameter_groups_by_name
 from hf_ssl.trainer.schedules import schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
@@ -198,10 +198,13 @@ class PictureCallback(TrainerCallback):
     """Draws pictures after measurements of the monitor and at the end of training.
 
     After a measurement, it draws only if drawing takes at most 1/20 of the training time.
+
+    Args:
+        stopwatch: the measured time of training, which does not include drawing.
     """
 
-    def __init__(self) -> None:
-        self._next = 0.0
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch, self._next = stopwatch, 0.0
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         if time.monotonic() >= self._next:
@@ -213,7 +216,7 @@ class PictureCallback(TrainerCallback):
     def _draw(self, args, state) -> None:
         if state.is_world_process_zero and state.global_step > 0:
             start = time.monotonic()
-            with progress("drawing curves and pictures"):
+            with self.stopwatch.paused(), progress("drawing curves and pictures"):
                 self.draw(args, state)
             end = time.monotonic()
             self._next = end + 20 * (end - start)
@@ -236,6 +239,7 @@ class MethodPicturesCallback(PictureCallback):
     Trackers receive these pictures. The first time, they also receive `views.png`.
 
     Args:
+        stopwatch: see `PictureCallback`.
         model: the model; most methods have no pictures.
         images: the images in the pictures. Their augmentation and noise are always the same.
         preset: the augmentation settings, which are needed to convert normalized pixels to colors.
@@ -244,12 +248,13 @@ class MethodPicturesCallback(PictureCallback):
 
     def __init__(
         self,
+        stopwatch: Stopwatch,
         model: SSLPreTrainedModel,
         images: LoadedBatch,
         preset: ViewPreset,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(stopwatch)
         self.model, self.images, self.preset, self.callbacks = model, images, preset, callbacks
         self._sent_views = False
 

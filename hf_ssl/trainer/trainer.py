@@ -191,7 +191,7 @@ class SSLTrainer(EvaluatingTrainer):
             ),
             WeightDecaySchedule(),
             self.stop_signal,
-            CurvesCallback(),
+            CurvesCallback(self.stopwatch),
             *self.alarms,
         ):
             self.add_callback(callback)
@@ -201,7 +201,9 @@ class SSLTrainer(EvaluatingTrainer):
         """Draw the method's own pictures of these images during training, e.g. reconstructions."""
         callbacks = self.callback_handler.callbacks
         # At the end of training, trackers close their run, so they must receive the last pictures before.
-        callbacks.insert(0, MethodPicturesCallback(self.method, images, self.preset, callbacks))
+        callbacks.insert(
+            0, MethodPicturesCallback(self.stopwatch, self.method, images, self.preset, callbacks)
+        )
 
     # Data: the batch of the loader becomes the batch of the model, on the device.
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 
 from hf_ssl.trainer import logs
+from hf_ssl.trainer.callbacks import PictureCallback
 from hf_ssl.trainer.logs import Stopwatch
 
 
@@ -23,3 +26,16 @@ def test_only_training_counts(monkeypatch):
     watch.stop()
     now = 999.0
     assert watch.seconds == 11
+
+
+def test_drawing_does_not_count_as_training() -> None:
+    watch, running = Stopwatch(), []
+
+    class Drawing(PictureCallback):
+        def draw(self, args, state) -> None:
+            running.append(watch._started)
+
+    watch.start(0)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    Drawing(watch).on_train_end(None, state, None)
+    assert running == [None] and watch._started is not None
