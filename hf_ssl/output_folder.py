@@ -23,7 +23,6 @@ from hf_ssl.recipe import Recipe
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.machine_settings import Choices
-from hf_ssl.trainer.transformers_arguments import WITHOUT_EFFECT
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -128,7 +127,7 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
             continue
         values, earlier = _flat(values), _flat(before.get(section, {}))
         for key in sorted(values.keys() | earlier.keys(), key=lambda key: (key != "name", key)):
-            if effect(f"{section}.{key}") != WEIGHTS or (section == "training" and key in WITHOUT_EFFECT):
+            if effect(f"{section}.{key}") != WEIGHTS:
                 continue
             if values.get(key) != earlier.get(key):
                 was, is_now = (

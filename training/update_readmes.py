@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ssl.cards.text import markdown_row
+from hf_ssl.effects import WITHOUT_EFFECT
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.fine_tuning import RECIPES
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
@@ -22,7 +23,7 @@ from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.arguments import SSLTrainingArguments
-from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
+from hf_ssl.trainer.transformers_arguments import REJECTED
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "training/README.md")

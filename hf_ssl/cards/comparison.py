@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from hf_ssl.cards.facts import facts_of_weights
 from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
@@ -20,7 +22,7 @@ from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, mean_error, metr
 from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
-_IGNORED = ("training.seed", "training.dataloader_num_workers", "training.hub_model_id", "data.path")
+_IGNORED = ("training.seed", "data.path")
 _NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
@@ -63,6 +65,7 @@ class Cell:
             independent, because all runs have the same test images.
         seeds: the seed of each run.
         selections: for each run, the settings that its protocol selected: {"learning_rate": 0.1}.
+        precisions: the precisions of the features, if they are known.
         right: for each run, which test images were classified correctly; empty if a run did not record it.
         difference: mean of this row minus that of the best row; None: this is the best row, or there are no
             predictions to compare.
@@ -72,6 +75,7 @@ class Cell:
     standard_errors: list[float]
     seeds: list[int | None] = field(default_factory=list)
     selections: list[dict[str, Any]] = field(default_factory=list)
+    precisions: set[str] = field(default_factory=set)
     right: list[Any] = field(default_factory=list)
     difference: Difference | None = None
 
@@ -149,9 +153,15 @@ class _Run:
         return seed
 
     def numbers(self) -> Iterator[tuple[ProtocolResult, Tested]]:
-        """Yield each number once, with its test images. Of repeated measurements, the newest one counts.
+        """Yield each number once, with its test images. See `measured`."""
+        for number, data, _ in self.measured():
+            yield number, data
 
-        Numbers that are not finite are omitted. A number that was not finite is null in a file.
+    def measured(self) -> Iterator[tuple[ProtocolResult, Tested, str | None]]:
+        """Yield each number once, with its test images and the precision of the features (None: unknown).
+
+        Of repeated measurements, the newest one counts. Numbers that are not finite are omitted. A number
+        that was not finite is null in a file.
         """
         found = set()
         for entry in self.entries:
@@ -160,7 +170,7 @@ class _Run:
                 place = number["id"], number["key"], data
                 if place not in found and number["value"] is not None:
                     found.add(place)
-                    yield number, data
+                    yield number, data, entry["results"][self.name].get("precision")
 
     def equals(self, other: "_Run") -> bool:
         """Return whether two baselines are equal: both are raw pixels, or have the same random weights."""
@@ -195,7 +205,10 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
             len(list(_Run("trained", [entry]).numbers())) for entry in given if _has_numbers(entry)
         )
         if measured > len(list(_Run("trained", evaluated).numbers())):
-            repeated.append(f"{_described(given[0])}: its results were given several times and count once")
+            repeated.append(
+                f"{_described(given[0])}: its results were given several times and count once; of "
+                "each number, the newest one"
+            )
         if not evaluated:
             skipped.append(f"{_described(different[0])}: {_reason(different[0])}")
         else:
@@ -290,9 +303,19 @@ def _overrides(entry: dict[str, Any]) -> list[str]:
     """Return the overrides that distinguish a run from others of its recipe."""
     return [
         text
-        for text in entry["overrides"]
+        for override in entry["overrides"]
+        for text in _single_keys(override)
         if (key := text.partition("=")[0]) not in _IGNORED and effect(key) == WEIGHTS
     ]
+
+
+def _single_keys(override: str) -> list[str]:
+    """Return an override with one text for each key: "data={a: 1, b: 2}" sets two keys."""
+    section, _, value = override.partition("=")
+    values = yaml.safe_load(value) if "." not in section else None
+    if not isinstance(values, dict):
+        return [override]
+    return [f"{section}.{key}={each}" for key, each in values.items()]
 
 
 def _tested(entry: dict[str, Any], name: str) -> Tested:
@@ -349,17 +372,22 @@ def _range(same: tuple[str, ...]) -> str:
 
 
 def _cells(runs: list[_Run], columns: list[Column]) -> dict[Column, Cell]:
-    measured = [{(each["id"], each["key"], data): each for each, data in run.numbers()} for run in runs]
+    measured = [
+        {(each["id"], each["key"], data): (each, precision) for each, data, precision in run.measured()}
+        for run in runs
+    ]
     cells: dict[Column, Cell] = {}
     for column in columns:
         having = [place for place, found in enumerate(measured) if column.place in found]
-        numbers = [measured[place][column.place] for place in having]
+        numbers = [measured[place][column.place][0] for place in having]
+        precisions = {measured[place][column.place][1] for place in having}
         if numbers:
             cell = Cell(
                 [each["value"] for each in numbers],
                 [each["standard_error"] for each in numbers],
                 [runs[place].seed for place in having],
                 [each["selection"] for each in numbers],
+                precisions={each for each in precisions if each is not None},
             )
             packed: list[Any] = [each["details"].get("right") for each in numbers]
             if None not in packed:

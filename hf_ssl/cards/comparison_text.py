@@ -46,10 +46,12 @@ def markdown(comparison: Comparison) -> str:
         ]
         lines.append(markdown_row([row.label, *cells, str(len(row.seeds))]))
     quantity = comparison.quantity.capitalize()
-    lines += ["", f"{quantity} in percent; mean ± standard deviation over runs with different seeds.", ""]
+    words = f"{quantity} in percent; mean ± standard deviation over runs with different seeds."
+    lines += ["", words + " Bold: the highest mean of a column." * (len(comparison.rows) > 1), ""]
     for column in columns:
         lines.append(f"- {column.heading}: {column.text} (`{column.id}`).")
         lines += _selected(comparison, column)
+    lines += _precisions(comparison)
     lines += [f"- not compared: {sentence}." for sentence in comparison.skipped]
     lines += [f"- {sentence}." for sentence in comparison.repeated]
     for column in columns:
@@ -99,14 +101,29 @@ def _selected(comparison: Comparison, column: Column) -> list[str]:
     return lines
 
 
+def _precisions(comparison: Comparison) -> list[str]:
+    """Return a line with the rows of each precision of the features, if there are several."""
+    rows: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        for precision in sorted(set().union(*(cell.precisions for cell in row.cells.values()))):
+            rows.setdefault(precision, []).append(row.label)
+    if len(rows) < 2:
+        return []
+    words = "; ".join(f"{name} ({', '.join(labels)})" for name, labels in rows.items())
+    return [
+        f"- The precision of the features differs: {words}. To have one precision, use hf-ssl evaluate with "
+        "evaluation.precision=float32 for all of them."
+    ]
+
+
 def _setting(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:
     """Return whether a row has the highest mean of several rows in a column."""
-    others = [each for each in comparison.rows if column in each.cells]
-    return len(others) > 1 and column in row.cells and comparison.best(column) is row
+    means = [each.cells[column].mean for each in comparison.rows if column in each.cells]
+    return len(means) > 1 and column in row.cells and row.cells[column].mean == max(means)
 
 
 def csv_text(comparison: Comparison) -> str:

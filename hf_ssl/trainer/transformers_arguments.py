@@ -26,6 +26,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from hf_ssl.effects import LANGUAGE, WITHOUT_EFFECT
 from hf_ssl.errors import UserError, check_keys, check_name, check_values
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.sections import as_setting, check_finite, default_values, describe
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
 
 _ONE_GPU = "each process holds the whole model; start one process per GPU with torchrun"
-_FEATURES = "the monitor measures features of whole images"
-_LANGUAGE = "it is meant for language models"
 
 REJECTED = {
     "auto_find_batch_size": "hf-ssl pretrain finds a batch size that fits; in Python, set batch_size",
@@ -56,28 +55,9 @@ REJECTED = {
     "optim_target_modules": "the rules of the method select the parameters",
     "save_only_model": "the encoder in the output folder contains no optimizer state; set save_total_limit=1",
     "train_sampling_strategy": "batches are random samples, because losses compare their images",
-    "use_liger_kernel": _LANGUAGE,
+    "use_liger_kernel": LANGUAGE,
 }
 """Argument of transformers that raises a `UserError` -> the reason or the alternative."""
-
-WITHOUT_EFFECT = {
-    "average_tokens_across_devices": "the losses are means over images",
-    "batch_eval_metrics": _FEATURES,
-    "do_eval": "only scripts read it; the trainer measures every monitor_steps steps",
-    "do_predict": "only scripts read it; use hf-ssl evaluate",
-    "do_train": "only scripts read it",
-    "eval_accumulation_steps": _FEATURES,
-    "eval_do_concat_batches": _FEATURES,
-    "eval_use_gather_object": _FEATURES,
-    "include_for_metrics": "compute_metrics receives features and labels",
-    "label_names": "training needs no labels; data.label_column names those of the monitor",
-    "length_column_name": _LANGUAGE,
-    "liger_kernel_config": _LANGUAGE,
-    "prediction_loss_only": _FEATURES,
-    "remove_unused_columns": "only the columns of images and labels are read",
-    "use_cache": _LANGUAGE,
-}
-"""Argument of transformers that only causes a warning -> the reason."""
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 1": (

@@ -68,10 +68,21 @@ def test_other_settings_are_other_rows() -> None:
     other = entry(seed=1)
     other["overrides"] = [*other["overrides"], "evaluation.batch_size=7", "training.output_dir=x"]
     other["overrides"] += ["training.monitor_steps=7", "data.max_broken_fraction=0.5"]
+    other["overrides"] += ["training.log_level=info", "training={dataloader_num_workers: 3, do_train: true}"]
     rows = compare([entry(), changed, other]).rows
     assert [(row.label, row.seeds) for row in rows] == [
         ("SimCLR", [0, 1]), ("SimCLR, method.temperature=0.5", [0]),
     ]  # fmt: skip
+
+
+def test_different_precisions_of_the_features_are_named() -> None:
+    """`hf-ssl evaluate` chooses the fastest one of the machine, and a recipe may set another one."""
+    first, second = entry(), entry("byol")
+    first["results"]["trained"]["precision"] = second["results"]["trained"]["precision"] = "float32"
+    assert "precision" not in markdown(compare([first, second]))
+    second["results"]["trained"]["precision"] = "bfloat16"
+    words = "The precision of the features differs: float32 (SimCLR); bfloat16 (BYOL)."
+    assert words in markdown(compare([first, second]))
 
 
 @pytest.mark.parametrize("change", ["id", "revision", "images", "split", "classes"])

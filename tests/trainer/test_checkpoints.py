@@ -93,7 +93,19 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
 def test_values_that_do_not_affect_the_weights_may_change(tmp_path):
     mark_output_folder(recipe(tmp_path), {}, "revision")
     changes = ("on_worse=stop", "on_collapse=stop", "do_train=true", "prediction_loss_only=true")
+    changes += ("dataloader_num_workers=1", "dataloader_pin_memory=false", "log_level=error")
+    changes += ("logging_first_step=false", "ddp_timeout=100", "skip_memory_metrics=false")
     assert last_checkpoint(recipe(tmp_path, *(f"training.{change}" for change in changes))) is None
+
+
+def test_a_run_resumes_on_a_machine_with_another_number_of_workers(tmp_path):
+    whole = run.train(recipe(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        run.train(recipe(tmp_path / "stopped"), [Terminate()])
+    resumed = run.train(recipe(tmp_path / "stopped", "training.dataloader_num_workers=1"))
+    assert (resumed.state.global_step, resumed.resumed) == (4, 1)
+    for name, value in whole.method.state_dict().items():
+        assert value.equal(resumed.method.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("key", "value"), [("max_steps", 9), ("num_train_epochs", 9.0)])

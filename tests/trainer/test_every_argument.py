@@ -30,6 +30,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
+from hf_ssl.effects import WITHOUT_EFFECT
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.activation_checkpoints import find_segments
 from hf_ssl.modeling.lars import LARSConfig
@@ -37,7 +38,7 @@ from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import transformers_arguments
 from hf_ssl.trainer.callbacks import CurvesCallback
 from hf_ssl.trainer.optimizers import check_optimization
-from hf_ssl.trainer.transformers_arguments import REJECTED, WITHOUT_EFFECT
+from hf_ssl.trainer.transformers_arguments import REJECTED
 
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
