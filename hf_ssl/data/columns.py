@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -237,6 +237,21 @@ def without_decoding(data: AnyDataset, *columns: str) -> AnyDataset:
         if isinstance(features[column], Image):
             data = data.cast_column(column, Image(decode=False))
     return data
+
+
+def named_files(dataset: Dataset, columns: Iterable[str]) -> list[str]:
+    """Return the files that columns of images name in place of containing them, in the order of the rows."""
+    files: list[str] = []
+    for column in columns:
+        kind = dataset.features[column]
+        if isinstance(kind, Image):
+            chunks = dataset.data.column(column).chunks
+            if sum(chunk.field("bytes").null_count for chunk in chunks):
+                paths = dataset.select_columns([column]).flatten().with_format(None)
+                files += [path for path in paths[f"{column}.path"][:] if path]
+        elif isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
+            files += [path for path in dataset.select_columns([column]).with_format(None)[column][:] if path]
+    return files
 
 
 def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray, list[str]]:

@@ -37,6 +37,7 @@ from hf_ssl.data.location import (
     Listing,
     Location,
     file_kind,
+    file_state,
     fingerprint,
     is_utf8,
     list_folder,
@@ -255,7 +256,7 @@ def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[
 
 def _file_with_status(path: str) -> File:
     status = os.stat(path)
-    return File(path, status.st_size, status.st_mtime_ns)
+    return File(path, status.st_size, file_state(status))
 
 
 def _infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
@@ -382,5 +383,5 @@ def _identity(files: Iterable[File], label_names: list[str] | None, root: str, s
     """Return a fingerprint for `Dataset`. It changes if a file is added, removed, renamed or replaced."""
     digest = hashlib.blake2b(f"{root}\n{split}\n{label_names}\n".encode(), digest_size=8)
     for file in files:
-        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\0".encode())
+        digest.update(f"{file.path}\0{file.state}\0".encode())
     return digest.hexdigest()

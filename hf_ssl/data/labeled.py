@@ -196,7 +196,7 @@ class LabeledImages:
         source = self._source
         if not isinstance(source.dataset, Dataset):
             return None
-        return f"{source.revision} {source.dataset._fingerprint} {source.image_column} {self._channels}"
+        return f"{source.revision} {source.identity} {source.image_column} {self._channels}"
 
     @property
     def names(self) -> list[str]:

@@ -55,11 +55,20 @@ class Location:
 
 
 class File(NamedTuple):
-    """A file with its size in bytes and the time of its last change, both from the time of the listing."""
+    """A file with its size in bytes and its `state`, both from the time of the listing."""
 
     path: str
     size: int
-    mtime_ns: int
+    state: str
+
+
+def file_state(status: os.stat_result) -> str:
+    """Return a text that changes if a file is replaced or rewritten, from its size and its times.
+
+    The time of the last change of the status (ctime) is necessary: `rsync -t` and the layers of containers
+    give a new file the modification time of the old one.
+    """
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[s
         directories.append(entry.path)
     elif entry.is_file():
         status = entry.stat()
-        files.append(File(entry.path, status.st_size, status.st_mtime_ns))
+        files.append(File(entry.path, status.st_size, file_state(status)))
 
 
 def is_utf8(name: str) -> bool:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens images from any place as a Hugging Face data set with one column of encoded images."""
 
+import hashlib
 import logging
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
@@ -24,10 +25,10 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hf_ssl.data.columns import find_image_columns, find_label_column, without_decoding
+from hf_ssl.data.columns import find_image_columns, find_label_column, named_files, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
-from hf_ssl.data.location import IMAGE, Location, file_kind, fingerprint, locate
+from hf_ssl.data.location import IMAGE, Location, file_kind, file_state, fingerprint, locate
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation, random_rows
 
@@ -55,6 +56,7 @@ class Source:
         whole_shards: whether a reader loads whole shards. It does so if reading one row loads the whole shard
             anyway, or if the rows are only file names.
         further_columns: further columns of images, {name: kind} in the order of their names.
+        is_listed: whether the fingerprint of `dataset` covers the files of its rows, as for a folder.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
@@ -68,8 +70,24 @@ class Source:
     description: str
     whole_shards: bool = True
     further_columns: dict[str, str] = field(default_factory=dict)
+    is_listed: bool = False
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """A fingerprint of the rows of a `Dataset` and of the files that they name, for caches of images.
+
+        The fingerprint of `Dataset` covers only the names of the files. A file may be replaced.
+        """
+        dataset = cast(Dataset, self.dataset)
+        if self.is_listed:
+            return dataset._fingerprint
+        digest = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
+        for path in named_files(dataset, [self.image_column, *self.further_columns]):
+            with suppress(OSError):  # a missing file is a broken image
+                digest.update(f"{path} {file_state(os.stat(path))}\n".encode())
+        return digest.hexdigest()
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
@@ -133,6 +151,7 @@ def open_source(
     streaming = config.streaming if streaming is None else streaming
     location = locate(config.path)
     where = f"{config.path} ({split})"
+    is_listed = location.kind == "digits"
     if location.kind == "digits":
         _check_split(list(digits()), split, streaming, config)
         with _as_user_errors(config.path, location):
@@ -144,6 +163,7 @@ def open_source(
             if found.images and config.name is None:
                 _check_split(list(found.images), split, streaming, config)
                 table, revision = select_split(found.images, split)
+                is_listed = True
                 opened = _open_table(_shuffled(table) if streaming else table, streaming)
             else:
                 opened, revision = _open_with_datasets(location, config, found, split, streaming)
@@ -167,6 +187,7 @@ def open_source(
         description=where,
         whole_shards=opened.whole_shards,
         further_columns=further,
+        is_listed=is_listed,
     ).limited(config.max_images)
 
 
@@ -207,7 +228,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
     if found.files and config.name is None:
         options["data_files"] = DataFilesDict(
             {
-                name: DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
+                name: DataFilesList(files, [(file_state(os.stat(file)),) for file in files])
                 for name, files in found.files.items()
             }
         )

@@ -18,6 +18,7 @@ from hf_ssl.names import renamed_arguments
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
 _PRODUCT_CHUNK = 4096
+_MOST_CLASSES = 2**17  # each class number needs memory, also one without images
 _TIED_ROWS = 64  # whose similarities are copied at once
 _LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -36,12 +37,13 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
     """
     try:
         given = torch.as_tensor(labels)
+        tensor = given.long()
+        is_whole = bool((tensor.to(given.dtype) == given).all())  # torch does not compare uint64 with int64
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{where}: expected class numbers, got {first_line(error)}; number the classes"
         ) from error
-    tensor = given.long()
-    if not bool((tensor == given).all()):
+    if not is_whole:
         raise UserError(f"{where}: expected class numbers, got fractions or NaN; number the classes")
     if tensor.shape != (images,):
         raise UserError(
@@ -52,6 +54,11 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
         raise UserError(
             f"{where}: expected class numbers from 0, got {int(tensor.min())} (no label) for {missing} of "
             f"{images} images; use only the rows with labels >= 0"
+        )
+    if images and int(tensor.max()) >= _MOST_CLASSES:
+        raise UserError(
+            f"{where}: expected class numbers below {_MOST_CLASSES:,}, got {int(tensor.max())}; number the "
+            "classes of both splits from 0, such as by numpy.unique(labels, return_inverse=True)"
         )
     return tensor
 
@@ -69,21 +76,24 @@ def check_features(features: Any, where: str, width: int | None = None) -> Tenso
     """Return features, which may be an array, as a tensor (N, D).
 
     Raises:
-        UserError: the shape is not (N, D) with N > 0, D differs from `width`, or the features are not finite.
+        UserError: the shape is not (N, D) with N > 0 and D > 0, D differs from `width`, or the norm of a
+            row is not finite.
     """
     features = as_features(features, where)
-    if features.ndim != 2 or len(features) == 0:
-        raise UserError(f"{where}: expected features (N, D) with N > 0, got {tuple(features.shape)}")
+    if features.ndim != 2 or features.numel() == 0:
+        shape = tuple(features.shape)
+        raise UserError(f"{where}: expected features (N, D) with N > 0 and D > 0, got {shape}")
     if width not in (None, features.shape[1]):
         raise UserError(
             f"{where}: expected {counted(width or 0, 'feature')}, got {features.shape[1]}; use one encoder "
             "for both"
         )
-    # A NaN or an infinity makes the sum of its row NaN or infinite. Testing the sums saves one pass.
-    broken = int((~torch.isfinite(features.sum(dim=1, dtype=torch.float32))).sum())
+    # A NaN or an infinity makes the norm of its row NaN or infinite. Testing the norms saves one pass.
+    norms = torch.linalg.vector_norm(features.float(), dim=1)
+    broken = int((~torch.isfinite(norms)).sum())
     if broken:
         raise UserError(
-            f"{where}: expected finite features, got NaN or infinite in {broken} of "
+            f"{where}: expected features with a finite norm in float32, got NaN or infinite in {broken} of "
             f"{counted(len(features), 'image')}; check the encoder"
         )
     return features

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MOMENTUM
-from hf_ssl.files import newest_checkpoint
+from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import process_count
 
@@ -102,6 +102,9 @@ def training_arguments(
         seed: seed of the global random states during training.
         device: device of the computation.
         dtype: precision of autocast; None: float32.
+
+    Raises:
+        UserError: the block cannot write a checkpoint.
     """
     with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
         args = TrainingArguments(
@@ -126,7 +129,8 @@ def training_arguments(
         )
         _ = args.device  # determines the number of GPUs
         args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
-        yield args
+        with disk_errors_as_user_errors(f"checkpoints to {args.output_dir}"):
+            yield args
 
 
 class LabelTrainer(Trainer):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import pickle
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,6 +27,37 @@ def test_images_decoded_in_advance_equal_images_decoded_each_time(cache, channel
     assert broken == expected_broken and sorted(broken) == [1, 3, 5]
     for position in (0, 2, 4):
         assert torch.equal(pixels[position], expected[position])
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "names"])
+def test_replaced_files_with_their_old_times_are_read_again(kind: str, tmp_path, datasets_cache):
+    """`rsync -t` and the layers of containers keep the time of the file, and its size may be equal too."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    image, table = folder / "one.bmp", folder / "table.parquet"
+
+    def write(value: int) -> None:
+        PIL.Image.new("RGB", (8, 8), (value,) * 3).save(image)
+        if kind == "parquet":
+            rows = [{"bytes": image.read_bytes(), "path": None}]
+            image.unlink()
+        else:
+            rows = [{"bytes": None, "path": str(image)}]
+        if kind != "folder" and not (kind == "names" and table.exists()):
+            datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image()).to_parquet(
+                table
+            )
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+
+    def value() -> int:
+        source = open_source(DataConfig(path=str(folder if kind == "folder" else table), cache="memmap"))
+        return int(decoded_rows(source, 3, "memmap").read(np.array([0]))[0][0].float().mean())
+
+    write(40)
+    assert value() == 40
+    write(41)
+    assert value() == 41
 
 
 def test_a_cache_file_is_written_once_and_reused(numbered, datasets_cache, monkeypatch):

@@ -263,3 +263,29 @@ def test_a_run_stores_the_features_of_its_trained_encoder_only(tmp_path, extract
     data, evaluation = read_sections(["data.path=digits", *cache, "evaluation.baselines=false"])
     evaluate_folder(str(tmp_path / "run"), data, replace(evaluation, protocols=["ridge"]))
     assert len(extractions) == 4
+
+
+def test_a_replaced_file_of_a_row_is_extracted_again(tmp_path, extractions) -> None:
+    """The fingerprint of `Dataset` covers only the name of the file, and `rsync -t` keeps its time."""
+    files = [tmp_path / f"{row}.bmp" for row in range(8)]
+
+    def write(seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 255, (8, 16, 16, 3), np.uint8)
+        for file, image in zip(files, pixels, strict=True):
+            PIL.Image.fromarray(image).save(file)
+            os.utime(file, (1e9, 1e9))
+
+    def named() -> Dataset:
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        rows = {"image": list(map(str, files)), "label": [row % 2 for row in range(8)]}
+        return Dataset.from_dict(rows, features=features)
+
+    cache = tmp_path / "cache"
+    write(0)
+    first = measure(cache, train=named())
+    del extractions[:]
+    assert measure(cache, train=named())["protocols"] == first["protocols"] and not extractions
+    write(1)
+    again = measure(cache, train=named())
+    assert len(extractions) == 1
+    assert again["protocols"] == measure(cache, train=named(), cache=False)["protocols"]

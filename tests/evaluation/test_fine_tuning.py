@@ -105,18 +105,18 @@ def same(first, second, **tolerance) -> None:
     torch.testing.assert_close(first.state_dict(), second.state_dict(), **tolerance)
 
 
-def test_checkpoints_belong_to_the_images() -> None:
-    """Other images with the same labels do not resume a training."""
+def test_checkpoints_belong_to_the_images_and_the_feature() -> None:
+    """Other images with the same labels do not resume a training, nor does a head on another feature."""
     config, labels = fine_tune.Config(folder="folder"), torch.tensor([0, 1])
     folders = []
-    inputs: Any = SimpleNamespace(seed=0, dtype=None)
-    for value in (1.0, 1.0, 2.0):
+    for value, pooling in ((1.0, "cls"), (1.0, "cls"), (2.0, "cls"), (1.0, "mean")):
+        inputs: Any = SimpleNamespace(seed=0, dtype=None, pooling=pooling)
         pixels = torch.full((2, 3, 4, 4), value)
         images: Any = SimpleNamespace(preset=None, read=lambda rows, pixels=pixels: list(pixels[rows]))
         task = fine_tune.Task(inputs, config, images, torch.zeros(1), labels, labels)
         torch.manual_seed(0)
         folders.append(task._folder(torch.nn.Linear(2, 2), np.arange(2), SETTINGS))
-    assert folders[0] == folders[1] != folders[2]
+    assert folders[0] == folders[1] and len(set(folders)) == 3
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,24 @@ def test_bad_settings_end_in_one_sentence(settings: dict, parts: list, data) -> 
     config = {"protocols": ["fine_tune"], "settings": {"fine_tune": {"epochs": 1} | settings}}
     with pytest.raises(UserError, match=mentions(*parts)):
         evaluate_encoder(new_encoder("vit"), data[0], data[0], config, PROCESSOR)
+
+
+def test_a_folder_that_cannot_be_written_keeps_the_other_numbers(data, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = {"epochs": 1, "folder": str(tmp_path / "file" / "checkpoints")}
+    config = {"protocols": ["knn", "fine_tune"], "settings": {"fine_tune": settings}}
+    found = evaluate_encoder(new_encoder("resnet"), data[0], data[0], config, PROCESSOR)
+    assert {each["protocol"] for each in found["protocols"]} == {"knn"}
+    (reason,) = [text for text in found["skipped"] if text.startswith("fine-tuning")]
+    assert "cannot write checkpoints" in reason
+
+
+def test_two_labeled_images_cannot_select_a_learning_rate() -> None:
+    pairs = [(torch.full((3, 16, 16), 80 * label, dtype=torch.uint8), label) for label in (0, 1)]
+    images = label_data(pairs, DataConfig(), "train")
+    config = {"protocols": ["fine_tune"], "settings": {"fine_tune": {"epochs": 1, "recipe": "byol"}}}
+    with pytest.raises(UserError, match=mentions("at least 3 labeled images", 5, "one learning rate")):
+        evaluate_encoder(new_encoder("resnet"), images, images, config, PROCESSOR)
 
 
 @pytest.mark.parametrize("changes", [{"frozen": "1"}, {"layer_decay": 0.5}])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import few_label_knn, knn_accuracy
-from hf_ssl.evaluation.knn import leave_one_out_knn, nearest, vote
+from hf_ssl.evaluation.knn import as_labels, leave_one_out_knn, nearest, vote
 
 
 def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,6 +183,9 @@ def test_half_precision_and_arrays_are_taken() -> None:
         ({"test_labels": -torch.ones(60)}, [0, "-1"]),
         ({"train_features": torch.full((60, 16), torch.nan)}, ["60 of 60"]),
         ({"test_features": torch.ones(60)}, ["(N, D)", "(60,)"]),
+        ({"train_features": torch.ones(60, 0), "test_features": torch.ones(60, 0)}, ["D > 0", "(60, 0)"]),
+        ({"train_features": torch.full((60, 16), 1e25)}, ["finite norm", "60 of 60"]),
+        ({"train_labels": torch.arange(60) + 10**7}, ["below 131,072", 10000059, "number the classes"]),
     ],
 )
 def test_bad_input_is_refused_in_words(change: dict, parts: list) -> None:
@@ -193,6 +196,11 @@ def test_bad_input_is_refused_in_words(change: dict, parts: list) -> None:
     } | change  # fmt: skip
     with pytest.raises(UserError, match=mentions(*parts)):
         knn_accuracy(**arguments)
+
+
+def test_unsigned_class_numbers_are_taken() -> None:
+    labels = np.array([0, 1, 2], np.uint64)
+    assert as_labels(labels, 3, "test").tolist() == [0, 1, 2]
 
 
 def test_few_labels_closed_forms() -> None:

@@ -244,7 +244,7 @@ class Task(NamedTuple):
     def _folder(self, model: Any, rows: np.ndarray, settings: Optimization) -> Path | None:
         """Return the folder of a training."""
         inputs, labels = self.inputs, self.labels[torch.from_numpy(rows)].numpy()
-        words = (settings, self.images.preset, inputs.seed, inputs.dtype)
+        words = (settings, self.images.preset, inputs.seed, inputs.dtype, inputs.pooling)
         return training_folder(self.config.folder, "fine_tune", words, model, self.images, (rows, labels))
 
     def select(
@@ -256,6 +256,11 @@ class Task(NamedTuple):
     ) -> dict[float, float]:
         """Return the accuracy, or the mean average precision, on held-out rows for each learning rate."""
         kept, chosen = (np.sort(rows[part.numpy()]) for part in hold_out(len(rows), self.inputs.seed))
+        if len(kept) < 2:
+            raise UserError(
+                "fine_tune: expected at least 3 labeled images to select one of "
+                f"{len(rates)} learning rates, got {len(rows)}; use one learning rate"
+            )
         truth = self.labels[torch.from_numpy(chosen)].cpu()
         several = has_several_labels(truth)
         if several and not bool((truth == 1).any()):
