@@ -25,7 +25,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
 from hf_ssl.evaluation.protocols import PROTOCOLS
-from hf_ssl.evaluation.results import EncoderResult, percent
+from hf_ssl.evaluation.results import EncoderResult, check_result, percent
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.modeling.gather import from_every_process, from_first_process, joined_processes, process_rank
 from hf_ssl.progress import hidden_progress, notice, progress
@@ -120,11 +120,22 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return a stored record; None if there is none, or if it has another `FORMAT`."""
+    """Return a stored record; None if there is none, or if it has another `FORMAT`.
+
+    Raises:
+        UserError: the file contains other data, or a part is missing.
+    """
     if not path.is_file():
         return None
     record = read_json(path)
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return None
+    parts = (("settings", dict), ("encoder", dict), ("images", dict | None), ("error", str | None))
+    if any(key not in record or not isinstance(record[key], kind) for key, kind in parts):
+        check_result(None, str(path))
+    if record.get("result") is not None or "result" not in record:
+        check_result(record.get("result"), str(path))
+    return record
 
 
 def _check_stored(job: Job, record: dict[str, Any] | None, about: dict[str, str]) -> None:

@@ -335,6 +335,21 @@ def test_an_interrupted_suite_continues(
     assert own == {"ridge": other["ridge"]} == columns(merged)
 
 
+@pytest.mark.parametrize("change", [{"settings": None}, {"encoder": "x"}, {"result": {}}, {"images": 3}])
+def test_an_edited_result_ends_in_one_sentence(
+    change: dict[str, Any], place: Path, finished: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "color" / "frozen.json"
+    file.parent.mkdir()
+    record = json.loads((finished / "color" / "frozen.json").read_text())
+    file.write_text(json.dumps(record | change))
+    with pytest.raises(UserError, match=mentions("frozen.json", "delete the file")):
+        run_suite(str(place / "encoder"), three(place), tmp_path)
+    file.write_text(json.dumps({key: value for key, value in record.items() if key not in change}))
+    with pytest.raises(UserError, match=mentions("frozen.json", "delete the file")):
+        list_jobs(three(place), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("encoder", "override", "parts"),
     [

@@ -9,7 +9,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,7 +18,7 @@ from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
-from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, mean_error, metric_of
+from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, is_measured, mean_error, metric_of
 from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
@@ -26,8 +26,23 @@ _IGNORED = ("training.seed", "data.path")
 _NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
-Tested = tuple[str, str, str, int, int | None]
-"""See `Column.data`. Another column of labels of the same images usually has another number of classes."""
+class Tested(NamedTuple):
+    """The images of a number. Numbers are comparable only if all these values are equal.
+
+    Attributes:
+        name, revision, split, images: name, revision, split and number of the test images.
+        classes: number of classes, None if it is not known. Another column of labels of the same images
+            usually has another one.
+        train_split, train_images: split and number of the training images.
+    """
+
+    name: str
+    revision: str
+    split: str
+    images: int
+    classes: int | None
+    train_split: str
+    train_images: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Column:
     Attributes:
         id: see `hf_ssl.evaluation.results.result_id`.
         key: the key of the number.
-        data: name, revision, split and number of the test images, and the number of classes if it is known.
+        data: the images.
         heading: a text that differs from the headings of all other columns.
         text: how the numbers were measured. Numbers that differ between the runs are given as a range.
         metric: see `hf_ssl.evaluation.results.metric_of`.
@@ -160,15 +175,18 @@ class _Run:
     def measured(self) -> Iterator[tuple[ProtocolResult, Tested, str | None]]:
         """Yield each number once, with its test images and the precision of the features (None: unknown).
 
-        Of repeated measurements, the newest one counts. Numbers that are not finite are omitted. A number
-        that was not finite is null in a file.
+        Of repeated measurements, the newest one counts. Numbers that are not finite are omitted.
         """
         found = set()
         for entry in self.entries:
             data = _tested(entry, self.name)
             for number in entry["results"][self.name]["protocols"]:
                 place = number["id"], number["key"], data
-                if place not in found and number["value"] is not None:
+                if (
+                    place not in found
+                    and is_measured(number["value"])
+                    and is_measured(number["standard_error"])
+                ):
                     found.add(place)
                     yield number, data, entry["results"][self.name].get("precision")
 
@@ -321,7 +339,9 @@ def _single_keys(override: str) -> list[str]:
 def _tested(entry: dict[str, Any], name: str) -> Tested:
     images, result = entry["evaluation"], entry["results"][name]
     revision = result.get("revision") or images["revision"]
-    return images["name"], revision, images["test_split"], result["images"]["test"], result.get("classes")
+    counts, classes = result["images"], result.get("classes")
+    test = images["name"], revision, images["test_split"], counts["test"], classes
+    return Tested(*test, images["train_split"], counts["train"])
 
 
 def _columns(runs: list[_Run]) -> list[Column]:
@@ -335,12 +355,13 @@ def _columns(runs: list[_Run]) -> list[Column]:
         [
             [
                 numbers[0]["column"],
-                f"on {name}",
-                f"{counted(images, 'image')} of {split}, revision {revision[:8]}",
-                "" if classes is None else counted(classes, "class", "classes"),
+                f"on {data.name}",
+                f"{counted(data.images, 'image')} of {data.split}, revision {data.revision[:8]}",
+                "" if data.classes is None else counted(data.classes, "class", "classes"),
+                f"with {counted(data.train_images, 'training image')} of {data.train_split}",
                 protocol_id,
             ]
-            for (protocol_id, _, (name, revision, split, images, classes)), numbers in found.items()
+            for (protocol_id, _, data), numbers in found.items()
         ]
     )
     return [
@@ -391,7 +412,7 @@ def _cells(runs: list[_Run], columns: list[Column]) -> dict[Column, Cell]:
             )
             packed: list[Any] = [each["details"].get("right") for each in numbers]
             if None not in packed:
-                cell.right = [unpack_right(text, column.data[3]) for text in packed]
+                cell.right = [unpack_right(text, column.data.images) for text in packed]
             cells[column] = cell
     return cells
 

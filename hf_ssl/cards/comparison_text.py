@@ -136,7 +136,8 @@ def csv_text(comparison: Comparison) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
-        "row column protocol_id key data revision split images classes runs seeds values mean std "
+        "row column protocol_id key data revision split images classes train_split train_images runs seeds "
+        "values mean std "
         "standard_error_over_runs standard_error_over_images difference_to_best low high p".split()
     )
     for row in comparison.rows:

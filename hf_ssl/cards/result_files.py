@@ -14,6 +14,7 @@ from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, facts_of_weights, read_entries, read_facts, result_entry
 from hf_ssl.cards.suite_text import Summary
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.results import check_result
 from hf_ssl.files import read_json
 
 EVALUATION = "results.json"
@@ -23,6 +24,7 @@ FILES = (FACTS, SUPERVISED, EVALUATION)
 EVALUATED = "evaluated"
 """Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
+_ENTRY = ("date", "seed", "method", "backbone", "data", "training", "recipe", "overrides", "evaluation")
 _TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
 RESULTS = "results"
 """Folder of a run for results that its card shows and `hf-ssl publish` uploads."""
@@ -49,13 +51,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         return [entry for place in places for entry in read_results(path.parent / place)]
     if isinstance(stored.get(EVALUATED), dict):
         if "group" in stored:
-            results = {"trained": stored["result"]}
+            results = {"trained": stored.get("result")}
         elif "result" in stored:
-            images, result = stored["images"], stored["result"]
-            results = {"trained": {"protocols": [result], "images": images, "pooling": stored["pooling"]}}
+            images, result, pooling = (stored.get(key) for key in ("images", "result", "pooling"))
+            results = {"trained": {"protocols": [result], "images": images, "pooling": pooling}}
         else:
             results = {name: result for name, result in stored.items() if name not in ("encoder", EVALUATED)}
-            results = {"trained": stored["encoder"], **results}
+            results = {"trained": stored.get("encoder"), **results}
+        for result in results.values():
+            check_result(result, str(path))
+        if missing := [key for key in _ENTRY if key not in stored[EVALUATED]]:
+            raise UserError(f"{path}: expected results as hf_ssl wrote them, got none for {missing[0]}")
         return [stored[EVALUATED] | {"results": results}]
     if "encoder" in stored or {"recipe", "result", "seconds"} <= stored.keys():
         command = "hf-ssl evaluate --suite" if "suite" in stored else "hf-ssl evaluate --output"

@@ -17,6 +17,7 @@ from hf_ssl.evaluation.results import (
     ProtocolResult,
     find_results,
     in_percent,
+    is_measured,
     metric_of,
 )
 
@@ -235,7 +236,7 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
         start = f"{PROTOCOLS[run].title}: "
         skipped = [text.removeprefix(start) for text in job.result["skipped"] if text.startswith(start)]
         return Cell(None, run, reason=(skipped or ["the protocol does not return this number"])[0])
-    if number["value"] is None:  # how a file stores a number that is not finite
+    if not is_measured(number["value"]):
         return Cell(None, run, reason=f"the number of {PROTOCOLS[run].title} is not finite")
     value = metric_value(number, job.metric)
     if value is None:

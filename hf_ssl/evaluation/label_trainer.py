@@ -27,7 +27,7 @@ OPTIMIZERS = {"sgd": "0.01", "adamw": "1e-4"}
 """Name of an optimizer -> a learning rate to begin with, for messages."""
 BETAS = (0.9, 0.999)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is complete
+_COMPLETE = "complete"  # written last, because the Trainer does not write its files atomically
 
 
 def check_rate(where: str, key: str, rate: Any, optimizer: str | None, recipe: str, published: str) -> None:
@@ -161,7 +161,7 @@ class LabelTrainer(Trainer):
 
     def run(self, folder: Path | None) -> None:
         """Train. If the folder contains a complete checkpoint, resume from the newest one."""
-        checkpoint = None if folder is None else newest_checkpoint(folder, _STATE)
+        checkpoint = None if folder is None else newest_checkpoint(folder, _COMPLETE)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> Any:
@@ -206,6 +206,11 @@ class LabelTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del model.save_pretrained
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys or load_result.unexpected_keys:

@@ -3,11 +3,12 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from hf_ssl.errors import counted
+from hf_ssl.errors import UserError, counted
 
 ACCURACY = "accuracy"
 
@@ -75,6 +76,33 @@ class EncoderResult(TypedDict):
     poolings: NotRequired[dict[str, float]]
     pooling_neighbors: NotRequired[int]  # k of `poolings`
     image_size: NotRequired[int]
+
+
+def check_result(result: Any, where: str) -> None:
+    """Raise UserError unless a stored result has the parts of an `EncoderResult` that tables read.
+
+    Args:
+        result: the content of a file, which may have been edited.
+        where: name of the file, for the message.
+    """
+    numbers = result.get("protocols") if isinstance(result, dict) else None
+    images = result.get("images") if isinstance(result, dict) else None
+    is_result = isinstance(numbers, list) and isinstance(images, dict) and {"train", "test"} <= images.keys()
+    if not is_result or any(not isinstance(each, dict) or _NUMBER - each.keys() for each in numbers or []):
+        raise UserError(
+            f"{where}: expected results as hf_ssl wrote them, got other data; delete the file, and run the "
+            "command again that wrote it"
+        )
+
+
+_NUMBER = frozenset(
+    ("protocol", "id", "key", "column", "text", "value", "standard_error", "metrics", "selection", "details")
+)
+
+
+def is_measured(value: Any) -> bool:
+    """Return whether a stored value is a finite number. A file contains null for any other value."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def find_results(result: EncoderResult, protocol: str) -> list[ProtocolResult]:

@@ -85,7 +85,7 @@ def test_different_precisions_of_the_features_are_named() -> None:
     assert words in markdown(compare([first, second]))
 
 
-@pytest.mark.parametrize("change", ["id", "revision", "images", "split", "classes"])
+@pytest.mark.parametrize("change", ["id", "revision", "images", "split", "classes", "bank"])
 def test_other_ids_and_images_never_share_a_column(change: str) -> None:
     first, second = entry(), entry("byol")
     result = second["results"]["trained"]
@@ -98,6 +98,8 @@ def test_other_ids_and_images_never_share_a_column(change: str) -> None:
         result["images"]["test"] += 1
         for number in result["protocols"]:
             number["details"].pop("right", None)
+    elif change == "bank":
+        result["images"]["train"] -= 1
     elif change == "classes":  # another column of labels, such as the coarse classes of CIFAR-100
         result["classes"] += 1
     else:
@@ -112,9 +114,10 @@ def test_other_ids_and_images_never_share_a_column(change: str) -> None:
     assert "| - |" in markdown(comparison)
 
 
-def test_a_number_that_is_not_finite_is_omitted() -> None:
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5"])
+def test_a_number_that_is_not_finite_is_omitted(value) -> None:
     first, second = entry(), entry("byol")
-    second["results"]["trained"]["protocols"][0]["value"] = None
+    second["results"]["trained"]["protocols"][0]["value"] = value
     comparison = compare([first, second])
     rows = [len([row for row in comparison.rows if column in row.cells]) for column in comparison.columns]
     assert rows == [1] + [2] * (len(rows) - 1) and len(rows) > 1
@@ -323,6 +326,13 @@ def test_runs_are_read_from_the_hub(online: HubServer, folder: Path) -> None:
         ("a.json", "[]", ["a.json", "facts.json"]),
         ("a.json", '[{"knn": 1}]', ["a.json"]),
         ("a.json", "{", ["a.json"]),
+        ("results.json", '{"evaluated": {}, "encoder": {"protocols": []}}', ["results.json", "delete"]),
+        ("results.json", '{"evaluated": {}, "encoder": null}', ["results.json", "delete"]),
+        (
+            "results.json",
+            '{"evaluated": {}, "encoder": {"protocols": [], "images": {"train": 2, "test": 2}}}',
+            ["results.json", "date"],
+        ),
         (".", None, ["facts.json"]),
     ],
 )
