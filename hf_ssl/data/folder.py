@@ -93,12 +93,19 @@ class LocalData:
 
     Attributes:
         images: the splits of a folder of plain images; else empty.
-        files: the files of each split, which `datasets` opens; else empty. If both are empty, `datasets`
-            searches the folder itself.
+        files: the files of each split, which `datasets` opens; else empty.
+        searched: all files of a folder that `datasets` searches itself; else empty.
     """
 
     images: dict[str, ImageSplit] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
+    searched: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all files."""
+        images = (path for split in self.images.values() for path in split.paths)
+        return [*images, *(path for files in self.files.values() for path in files), *self.searched]
 
 
 _folder_cache: dict[str, tuple[Listing, LocalData]] = {}
@@ -186,7 +193,7 @@ def _data_in_listing(listing: Listing) -> LocalData:
     kinds = {file: file_kind(file.path) for file in listing.files if file not in named}
     kind = most_common_kind(kinds.values())
     if kind is None or _declares_its_files(listing.root):
-        return LocalData()
+        return LocalData(searched=[file.path for file in listing.files])
     metadata = [file for file in named if _describes_images(file.path)]
     wanted = (IMAGE, ZIP) if kind == ZIP else (kind,)
     files = [file for file, own in kinds.items() if own in wanted]

@@ -6,7 +6,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -83,11 +83,8 @@ class Source:
         dataset = cast(Dataset, self.dataset)
         if self.is_listed:
             return dataset._fingerprint
-        digest = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
-        for path in named_files(dataset, [self.image_column, *self.further_columns]):
-            with suppress(OSError):  # a missing file is a broken image
-                digest.update(f"{path} {file_state(os.stat(path))}\n".encode())
-        return digest.hexdigest()
+        files = named_files(dataset, [self.image_column, *self.further_columns])
+        return f"{dataset._fingerprint}-{_state_of_files(files)}" if files else dataset._fingerprint
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
@@ -224,7 +221,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
     if location.kind == "hub":
         return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
     options: dict[str, Any] = {"name": config.name}
-    state: tuple = (id(found),)  # does not change as long as the folder does not change
+    state: tuple[Any, ...]
     if found.files and config.name is None:
         options["data_files"] = DataFilesDict(
             {
@@ -233,12 +230,27 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
             }
         )
         state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
+    else:
+        # `datasets` (seen with 5.2) names the cache of a folder that declares its files only by the last part
+        # of the path and by the patterns in the README. Another folder with this name, or new files in the
+        # same folder, would give the earlier images.
+        state = (_state_of_files(found.paths),)
+        options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
         builder = load_dataset_builder(location.loader, **options)
         _last_builder.clear()
         _last_builder[key] = (found, builder)
     return _last_builder[key][1]
+
+
+def _state_of_files(paths: Iterable[str]) -> str:
+    """Return a hash of the paths and the states of files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with suppress(OSError):  # a missing file is a broken image
+            digest.update(f"{path} {file_state(os.stat(path))}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import shutil
 import zipfile
 
 import datasets
 import fsspec
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from messages import mentions
@@ -279,3 +281,29 @@ def test_a_message_lists_only_the_first_of_many_columns():
     with pytest.raises(UserError, match=mentions("column_0 (string)", "data.image_column=NAME")) as error:
         find_image_column(features, None, "here")
     assert len(str(error.value)) < 300
+
+
+def test_folders_that_declare_their_files_have_own_caches(tmp_path):
+    """`datasets` 5.2 names their cache only by the last part of the path and by the patterns in README.md."""
+    files = "[{split: train, path: data/*.parquet}]"
+    block = f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
+
+    def write(place: str, value: int) -> None:
+        folder = tmp_path / place / "photos"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(block)
+        images = [PIL.Image.new("RGB", (8, 8), (value,) * 3)]
+        kinds = datasets.Features(image=datasets.Image())
+        rows = datasets.Dataset.from_dict({"image": images}, features=kinds)
+        rows.to_parquet(folder / "data" / "train.parquet")
+        os.utime(folder / "data" / "train.parquet", (1e9, 1e9))
+
+    def value(place: str) -> int:
+        source = open_source(DataConfig(path=str(tmp_path / place / "photos")))
+        return int(EncodedRows(source, 3).read(np.array([0]))[0][0].float().mean())
+
+    write("one", 10)
+    write("two", 20)
+    assert (value("one"), value("two")) == (10, 20)
+    write("one", 30)
+    assert value("one") == 30
