@@ -192,8 +192,8 @@ def open_labeled_splits(
 def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     """Return whether the images of the evaluation can have several labels, without reading the labels.
 
-    Only `data.label_column` is checked. Boxes are several labels, too. If the data cannot be opened, the
-    result is False, and the evaluation reports the reason later.
+    Boxes are several labels, too. If the data cannot be opened, the result is False, and the evaluation
+    reports the reason later.
 
     Args:
         data: the section `data` of a recipe.
@@ -201,7 +201,7 @@ def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:
     """
     streams = evaluation.path is None and data.streaming
     data = evaluation.data(data)
-    if data.label_column is None or streams:
+    if streams:
         return False
     try:
         source = open_source(data, evaluation.train_split, labels=True, only_image=True)

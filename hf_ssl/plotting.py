@@ -2,7 +2,7 @@
 """Draws the features of one or more encoders on the same images: `hf-ssl plot` (layer 5)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards.privacy import encoder_name, last_part
-from hf_ssl.data import DataConfig, LabeledImages
+from hf_ssl.data import DataConfig, LabeledImages, open_source
 from hf_ssl.data.labeled import balanced_rows, unlabeled_images
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features, fastest_device, load_encoder
@@ -232,7 +232,11 @@ def _open_images(
     """Return the training images, the test images and the name of their split.
 
     Without labels, or with a single class, there are only test images, whose classes are not used.
+
+    Raises:
+        UserError: the images cannot be read, or the column of labels that the user named does not exist.
     """
+    data = replace(data, streaming=False)  # as for hf-ssl evaluate
     try:
         train, test = open_labeled_splits(data, evaluation)
         return train, test, evaluation.test_split
@@ -243,6 +247,8 @@ def _open_images(
                 images = unlabeled_images(settings, split, max_images=evaluation.max_test_images)
             except UserError:
                 continue
+            if settings.label_column is not None:
+                open_source(settings, split, labels=True)  # a column that does not exist is an error
             notice(f"the pictures show no classes: {error}")
             return None, images, split
         raise

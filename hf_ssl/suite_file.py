@@ -153,6 +153,10 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
     jobs = []
     for name, entry in entries.items():
         check_name(f"entries.{name}.metric", entry.metric, COLUMNS, "a known metric")
+        if entry.groups == []:
+            raise UserError(
+                f"entries.{name}.groups: expected names of groups, got []; use null for all groups"
+            )
         for group in groups if entry.groups is None else entry.groups:
             check_name(f"entries.{name}.groups", group, groups, "a group of the suite")
             job = _job(plain, (name, entry), (group, groups[group]), of_jobs, heading.root)
@@ -251,9 +255,11 @@ def _check_parts(plain: dict[str, dict[str, Any]]) -> None:
                 f"{where}evaluation.protocols: expected no value in the file, because the groups name the "
                 f"protocols, got {values['protocols']}; use groups.NAME.protocols"
             )
+    known = {protocol for values in plain["groups"].values() for protocol in values.get("protocols") or []}
     for name, values in plain["entries"].items():
         for protocol in values.get("instead") or {}:
             check_name(f"entries.{name}.instead", protocol, PROTOCOLS, "known protocols")
+            check_name(f"entries.{name}.instead", protocol, known, "protocols of the groups")
 
 
 def _check_overrides(

@@ -148,7 +148,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
         )
     start = time.perf_counter()
     task = Task.of(inputs, config, native=False)
-    model, result = train_and_test(task, 1.0, np.arange(len(train)))
+    model, result = train_and_test(task, 1.0, np.arange(len(train)), is_run=True)
     text = result["text"].replace("Fine-tuning", "Training from random weights", 1)
     metric = "" if metric_of(result) == ACCURACY else ", mAP"
     quantity = "mean average precision" if metric else "accuracy"

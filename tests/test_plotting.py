@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -230,6 +231,13 @@ def test_images_without_classes_are_drawn(
     assert "no classes" in errors and "confusion is not drawn" in errors
     data = page_data((output / "points.html").read_text(encoding="utf-8"))
     assert data["classes"] == [] and data["labels"] == [0] * 8
+
+
+def test_a_wrong_name_of_the_labels_is_a_mistake(finished_run: Path, tmp_path: Path) -> None:
+    """Otherwise, all pictures would show no classes."""
+    data = replace(DIGITS, label_column="lable")
+    with pytest.raises(UserError, match=mentions("label_column", "lable")):
+        plot([str(finished_run)], data, SMALL, tmp_path, ["neighbors"])
 
 
 def test_images_with_several_labels_have_no_frames(

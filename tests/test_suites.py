@@ -401,6 +401,8 @@ def test_some_protocols_of_a_suite(place: Path) -> None:
         ("title: Three sets", "titel: Three sets", ("suite.titel", "suite.title")),
         ("  color:", "  2012:", ("entries", 2012)),
         ("{path: color}", "{path: color}, instead: {rigde: knn}", ("entries.color.instead", "ridge")),
+        ("{path: color}", "{path: color}, instead: {mlp: knn}", ("entries.color.instead", "mlp", "groups")),
+        ("{path: color}", "{path: color}, groups: []", ("entries.color.groups", "null")),
         (
             "cache: false}",
             "cache: false, protocols: [mlp]}",
@@ -517,8 +519,25 @@ def number(protocol: str, value: float, **metrics: float) -> dict[str, Any]:
 
 
 def test_a_top_1_is_an_accuracy() -> None:
-    accuracy, area = number("knn", 0.5), number("segmentation", 0.6) | {"metric": "mean_iou"}
-    assert [metric_value(each, "top_1") for each in (accuracy, area)] == [0.5, None]
+    accuracy, several = number("knn", 0.5), number("multi_label", 0.6)
+    assert [metric_value(each, "top_1") for each in (accuracy, several)] == [0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "metric"),
+    [
+        ("retrieval", "mean_average_precision"),
+        ("segmentation", "mean_iou"),
+        ("detection", "average_precision"),
+    ],
+)
+def test_protocols_without_classes_show_their_own_metric(protocol: str, metric: str) -> None:
+    result: Any = {"protocols": [number(protocol, 0.6) | {"metric": metric}], "skipped": [], "quality": {}}
+    protocols = {protocol: protocol, "quality": "quality"}
+    summary = summarize("A", "b", [Measured("one", "all", "top_1", protocols, result, None)])
+    (column,) = summary.columns
+    assert column.values == [0.6] and column.cells["one"].standard_error == 0.02
+    assert f"- by {protocol}: the metric of this protocol" in markdown(summary)
 
 
 @pytest.mark.parametrize("protocol", ["fine_tune", "detection"])

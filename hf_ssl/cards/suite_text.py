@@ -21,6 +21,9 @@ from hf_ssl.evaluation.results import (
     metric_of,
 )
 
+_OF_CLASSES = ("top_1", "top_5", "mean_per_class")
+_OWN_METRIC = ("retrieval", "segmentation", "attention_masks", "detection")
+"""Protocols that do not predict the class of an image. Their columns contain their own metric."""
 COLUMNS = {
     "top_1": "top-1",
     "top_5": "top-5",
@@ -186,6 +189,8 @@ def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary
     places = dict.fromkeys((job.group, protocol) for job in measured for protocol in job.protocols)
     for group, protocol in places:
         jobs = [job for job in measured if job.group == group and protocol in job.protocols]
+        if protocol == "quality":  # it measures no accuracy; see the files of the jobs
+            continue
         found = _aligned({job.entry: _numbers(job, protocol) for job in jobs})
         outside = [name for name in metrics if name not in found]
         for position in range(max(1, *map(len, found.values()))):
@@ -246,13 +251,20 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
 
 
 def metric_value(result: ProtocolResult, metric: str) -> float | None:
-    """Return a metric of a result; None if the protocol does not measure it."""
+    """Return a metric of a result; None if the protocol does not measure it.
+
+    Accuracies are metrics of classifiers. The metric of retrieval, detection or segmentation is always that
+    of the protocol.
+    """
     return result["value"] if _is_value(result, metric) else result["metrics"].get(metric)
 
 
 def _is_value(result: ProtocolResult, metric: str) -> bool:
-    """Return whether the value of a result, to which its standard error belongs, is this metric."""
-    return metric_of(result) == (ACCURACY if metric == "top_1" else metric)
+    """Return whether the value of a result, to which its standard error belongs, is shown for this metric."""
+    measured = metric_of(result)
+    if measured == ACCURACY:
+        return metric == "top_1"
+    return metric == measured or (metric in _OF_CLASSES and result["protocol"] in _OWN_METRIC)
 
 
 def markdown(summary: Summary) -> str:
@@ -275,6 +287,8 @@ def table(summary: Summary) -> list[str]:
     rows.append(["**average**", "", *averages])
     lines = [markdown_row(row) for row in rows]
     lines += ["", *(f"- {column.sentence}." for column in columns)]
+    own = [column.heading for column in columns if column.protocol in _OWN_METRIC]
+    lines += [f"- {heading}: the metric of this protocol, for each data set." for heading in own]
     return [*lines, *missing_reasons(summary), *replacements(summary), *different_precisions(summary)]
 
 

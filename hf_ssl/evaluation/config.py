@@ -4,7 +4,6 @@
 This module does not import torch, because recipes and cards need none.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -208,8 +207,8 @@ def check_patch_grid(patch: int, stride: int, *sides: int) -> None:
 
 
 def are_positive(values: Sequence[float]) -> bool:
-    """Return whether there are values, and all of them are positive and finite."""
-    return bool(values) and all(0 < value < math.inf for value in values)
+    """Return whether there are values, and all of them are positive and far from the limits of float32."""
+    return bool(values) and all(1e-35 <= value <= 1e35 for value in values)
 
 
 def usable_neighbors(wanted: Sequence[int], images: int) -> list[int]:

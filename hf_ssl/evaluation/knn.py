@@ -25,7 +25,7 @@ _LINEAR = (
 )
 
 
-def as_labels(labels: Any, images: int, where: str) -> Tensor:
+def as_labels(labels: Any, images: int, where: str, *, limit: int | None = _MOST_CLASSES) -> Tensor:
     """Return class numbers from an array, list or tensor as an int64 tensor (N,).
 
     -1 means "no label", as in `hf_ssl.data.columns.label_values`. Data sets leave out images without a label.
@@ -55,9 +55,9 @@ def as_labels(labels: Any, images: int, where: str) -> Tensor:
             f"{where}: expected class numbers from 0, got {int(tensor.min())} (no label) for {missing} of "
             f"{images} images; use only the rows with labels >= 0"
         )
-    if images and int(tensor.max()) >= _MOST_CLASSES:
+    if images and limit is not None and int(tensor.max()) >= limit:
         raise UserError(
-            f"{where}: expected class numbers below {_MOST_CLASSES:,}, got {int(tensor.max())}; number the "
+            f"{where}: expected class numbers below {limit:,}, got {int(tensor.max())}; number the "
             "classes of both splits from 0, such as by numpy.unique(labels, return_inverse=True)"
         )
     return tensor

@@ -2,13 +2,23 @@
 """What all modules share: options that are given when a module is loaded, and the call by a Trainer."""
 
 import inspect
+import numbers
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import datasets
 import evaluate
+import numpy as np
 
 from hf_ssl.errors import UserError, check_keys, counted
+
+_KINDS: tuple[tuple[type, Any, str], ...] = (
+    (bool, bool, "True or False"),
+    (int, numbers.Integral, "a whole number"),
+    (float, numbers.Real, "a number"),
+    (tuple, (list, tuple), "a list"),
+)
+"""Type of a default value, accepted types, and these types in words."""
 
 
 class WithOptions:
@@ -29,8 +39,20 @@ class WithOptions:
 
     def _check(self, options: dict[str, Any]) -> None:
         parameters = inspect.signature(self.measure).parameters.values()
-        known = [each.name for each in parameters if each.kind == each.KEYWORD_ONLY]
+        known = {each.name: each for each in parameters if each.kind == each.KEYWORD_ONLY}
         check_keys(options, known, type(self).__name__)
+        for name, value in options.items():
+            default, annotation = known[name].default, known[name].annotation
+            if value is None and (default is None or type(None) in get_args(annotation)):
+                continue
+            for kind, accepted, words in _KINDS:
+                if isinstance(default, kind):
+                    if not isinstance(value, accepted) or isinstance(value, bool) is not (kind is bool):
+                        raise UserError(
+                            f"{type(self).__name__}: expected {words} for {name}, got {value!r}; the default "
+                            f"is {default}"
+                        )
+                    break
 
     def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> Any:
         """Return the numbers for all rows; see `evaluate.EvaluationModule.compute`.
@@ -79,6 +101,15 @@ class WithOptions:
                 raise UserError(f"{self._label}: expected {name} of several images, got {rows!r}; use a list")
             if len(rows) == 0:
                 raise UserError(f"{self._label}: expected {name} of at least one image, got none")
+            scalars = [layout[name] for layout in layouts if not isinstance(layout[name], datasets.List)]
+            are_classes = bool(scalars) and all(each.dtype == "int64" for each in scalars)
+            if (
+                are_classes
+                and _dimensions(rows) == 1
+                and (np.mod(np.asarray(rows, np.float64), 1) != 0).any()
+            ):
+                # The library would cut the fractions.
+                raise UserError(f"{self._label}: expected class numbers as {name}, got fractions or NaN")
             kinds = {2 if isinstance(layout[name], datasets.List) else 1 for layout in layouts}
             found = _dimensions(rows)
             if found not in kinds:

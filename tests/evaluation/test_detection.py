@@ -24,6 +24,7 @@ from pixel_encoder import Pixels
 from torchvision.ops.poolers import LevelMapper
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
+from hf_ssl.building import has_label_lists
 from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
 from hf_ssl.data import DataConfig, LabeledImages, label_data
@@ -448,6 +449,13 @@ def test_the_command_also_measures_random_weights(tmp_path, capsys, monkeypatch)
     assert results["encoder"]["statistics"] != results["untrained"]["statistics"]
     assert sorted(each.name for each in (tmp_path / "results").iterdir()) == [DETECTIONS, "results.json"]
     assert "the same network without training" in capsys.readouterr().out
+
+
+def test_a_column_of_boxes_is_found_before_a_training(tmp_path) -> None:
+    """Otherwise, the training ends without an evaluation, because k-NN needs one class for each image."""
+    for name, images in (("train", pictures(8)), ("test", pictures(6, 1))):
+        images.to_parquet(tmp_path / f"{name}.parquet")
+    assert has_label_lists(DataConfig(path=str(tmp_path)), EvaluationConfig())
 
 
 def empty(count: int) -> LabeledImages:

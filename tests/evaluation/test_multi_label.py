@@ -25,7 +25,6 @@ from hf_ssl.evaluation.fine_tuning import binary_cross_entropy
 from hf_ssl.evaluation.protocols.multi_label import fit
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import pretrain
-from hf_ssl.supervised import supervise
 
 NAMES = ["bird", "cat", "dog"]
 
@@ -276,9 +275,6 @@ def test_a_run_on_images_with_several_labels_is_evaluated(shown: Path, tmp_path:
     with pytest.raises(UserError, match=mentions("evaluation.protocols", "multi_label", "ridge")):
         pretrain(load_recipe("smoke/simclr", [*data, *RUN, *chosen]))
     assert not (tmp_path / "other").exists(), "an error before the training"
-    with pytest.raises(UserError, match=mentions("data.label_column", "hf-ssl supervise", "one class")):
-        supervise(load_recipe("smoke/simclr", [*data, f"training.output_dir={tmp_path / 'other'}"]))
-    assert not (tmp_path / "other").exists()
 
 
 def test_the_monitor_and_a_space_need_one_class_for_each_image() -> None:

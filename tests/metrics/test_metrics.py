@@ -238,6 +238,25 @@ WRONG = {
     "negative classes": (
         "mean_per_class_accuracy", {"predictions": [-1, 0], "references": [0, 0]}, ["predictions", -1],
     ),
+    "fractions as classes": (
+        "mean_per_class_accuracy", {"predictions": [0.5, 1], "references": [0, 1]},
+        ["predictions", "fractions"],
+    ),
+    "half a neighbor": (
+        "knn_accuracy", {"predictions": [[1.0]], "references": [0], "neighbors": 2.5}, ["neighbors", 2.5],
+    ),
+    "no temperature": (
+        "knn_accuracy", {"predictions": [[1.0]], "references": [0], "temperature": None}, ["temperature"],
+    ),
+    "one rate": (
+        "linear_probe", {"predictions": [[1.0]], "references": [0], "learning_rates": 0.1},
+        ["learning_rates"],
+    ),
+    "a tiny delta": ("lidar", {"predictions": [[1.0]], "references": [0], "delta": 1e-30}, ["delta", 1e-30]),
+    "half a point": (
+        "mean_average_precision", {"predictions": [[0.5]], "references": [[1]], "points": 2.5},
+        ["points", 2.5],
+    ),
 }  # fmt: skip
 """Name of a mistake -> metric, arguments of `compute`, and parts of the message."""
 

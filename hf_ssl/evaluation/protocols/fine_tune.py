@@ -289,13 +289,17 @@ class Task(NamedTuple):
         )
 
 
-def train_and_test(task: Task, fraction: float, rows: np.ndarray) -> tuple[Any, ProtocolResult]:
+def train_and_test(
+    task: Task, fraction: float, rows: np.ndarray, *, is_run: bool = False
+) -> tuple[Any, ProtocolResult]:
     """Return a classifier that was trained with the labels of some rows, and its test result.
 
     Args:
         task: the images, the encoder and the settings.
         fraction: fraction of the training images that these rows are.
         rows: row numbers of the labeled images.
+        is_run: whether trainings with different seeds are runs of one experiment. The id of the result then
+            does not depend on the seed.
     """
     inputs, config = task.inputs, task.config
     settings, rates = config.optimization(fraction, len(rows))
@@ -313,7 +317,8 @@ def train_and_test(task: Task, fraction: float, rows: np.ndarray) -> tuple[Any, 
     if not has_several_labels(test.labels):
         scores = torch.full((len(test), inputs.classes), -torch.inf)
         scores[:, task.classes] = logits
-    return model, describe(inputs, config, settings, validation, rows, scores, type(model).__name__)
+    seed = None if is_run else inputs.seed
+    return model, describe(inputs, config, settings, validation, rows, scores, type(model).__name__, seed)
 
 
 def describe(
@@ -324,6 +329,7 @@ def describe(
     rows: np.ndarray,
     scores: Tensor,
     kind: str,
+    seed: int | None,
 ) -> ProtocolResult:
     """Return the result of a trained classifier.
 
@@ -333,6 +339,7 @@ def describe(
         rows: row numbers of the labeled images.
         scores: (N, K) of the test images.
         kind: name of the class of the classifier.
+        seed: the seed on which the id of the result depends, if any.
     """
     count, whole = len(rows), len(inputs.train)
     percent = "" if count == whole else f"{100 * count / whole:.3g} %"
@@ -362,7 +369,7 @@ def describe(
     tested = settings.learning_rate if not validation else sorted(validation)
     identity = asdict(settings) | {
         "learning_rate": tested, "images": count, "crop": config.smallest_crop, "flip": config.flip,
-        "seed": inputs.seed,
+        "seed": seed,
     }  # fmt: skip
     what = "Fine-tuning" if settings.frozen != ENCODER else "Training of the head"
     make_result: Callable[..., ProtocolResult] = accuracy_result

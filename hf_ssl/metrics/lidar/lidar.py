@@ -63,9 +63,9 @@ class Lidar(WithOptions, evaluate.Metric):
 
     def measure(self, predictions: Any, references: Any, *, delta: float = 1e-4) -> dict[str, float]:
         rows = check_features(predictions, "lidar: predictions")
-        images = as_labels(references, len(rows), "lidar: references")
-        if not delta > 0:
-            raise UserError(f"lidar: expected delta above 0, got {delta}; use 0.0001")
+        images = as_labels(references, len(rows), "lidar: references", limit=None)
+        if not 1e-10 <= delta <= 1e10:
+            raise UserError(f"lidar: expected delta from 1e-10 to 1e10, got {delta}; use 0.0001")
         counts = images.unique(return_counts=True)[1]
         if len(counts) < 2 or int(counts.min()) < 2 or int(counts.min()) != int(counts.max()):
             raise UserError(
