@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 
     attention = command("attention", commands.attention)
     attention.add_argument(
-        "model", help="a folder with an exported encoder, or one of the ViT family on the Hub"
+        "model", help="a folder with an exported encoder, or the Hub id of an encoder of the ViT family"
     )
     attention.add_argument("images", nargs="+", type=Path, metavar="image", help="photos")
     attention.add_argument(
@@ -344,5 +344,5 @@ def _add_space(space: argparse.ArgumentParser) -> None:
     serve.add_argument("folder", type=Path, help="a folder of `hf-ssl space build`")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows connections from other machines")
     serve.add_argument(
-        "--port", type=int, default=PORT, help=f"port, or the next free port (default: {PORT})"
+        "--port", type=int, default=PORT, help=f"port; if it is in use, the next free port (default: {PORT})"
     )

@@ -136,7 +136,7 @@ def plot(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Compare runs in a table and a plot: means over seeds, with differences."""
+    """Compare runs in a table and a plot: means over seeds, and differences from the best row."""
     from hf_ssl.cards.comparison_text import markdown
     from hf_ssl.comparing import compare_runs
 
@@ -166,7 +166,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    """Publish a finished run on the Hub: encoder, card, results and pictures, one commit."""
+    """Publish a finished run on the Hub: encoder, card, results and pictures, in one commit."""
     from hf_ssl.hub.publish import is_private, publish, publish_space, recorded_repo
 
     repo = arguments.repo or recorded_repo(arguments.folder)

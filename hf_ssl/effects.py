@@ -24,7 +24,7 @@ _MACHINE = (
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend", "ddp_timeout",
     "torch_empty_cache_steps",
 )  # fmt: skip
-_FEATURES = "the monitor measures features of whole images"
+_FEATURES = "the monitor computes features of images, and collects no predictions of the model"
 LANGUAGE = "it is meant for language models"
 WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the losses are means over images",

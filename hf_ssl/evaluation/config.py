@@ -212,7 +212,10 @@ def are_positive(values: Sequence[float]) -> bool:
 
 
 def usable_neighbors(wanted: Sequence[int], images: int) -> list[int]:
-    """Return the values of k up to the number of images. Without any, return one of `NEIGHBORS` up to 20."""
+    """Return the values of k that do not exceed the number of images.
+
+    If there are none, return the largest of `NEIGHBORS` that exceeds neither this number nor 20.
+    """
     most = min(images, MAIN_KNN[0])
     return [k for k in wanted if k <= images] or [max((k for k in NEIGHBORS if k <= most), default=1)]
 
@@ -275,7 +278,7 @@ MEASUREMENTS = {
     ),
     "dimension_std": Description("mean standard deviation of the dimensions"),
     "explained_variance": Description("share of the targets' variance that is predicted"),
-    "queue_age": Description("steps that a key stays in the queue"),
+    "queue_age": Description("number of steps that a key stays in the queue"),
     "queue_filled": Description("share of the queue that holds keys"),
 }
 """Name of a measurement of the monitor, without `eval_` -> its description. Methods may make further ones."""

@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
         title="VICReg",
         classes="vicreg.VICReg",
         paper="Bardes et al., 2021, arXiv:2105.04906",
-        summary="Views become similar, each dimension keeps a minimum variance, covariances approach zero.",
+        summary="Views become similar, each dimension keeps a minimum variance, and covariances approach 0.",
     ),
     "swav": Method(
         title="SwAV",
@@ -131,13 +131,14 @@ METHODS: dict[str, Method] = {
         title="CPC",
         classes="cpc.CPC",
         paper="van den Oord et al., 2018, arXiv:1807.03748; v2: Henaff et al., 2019, arXiv:1905.09272",
-        summary="Contexts of patches predict the encodings of patches below them among all other patches.",
+        summary="Contexts predict the encodings of the patches below them; other patches are the negatives.",
     ),
     "cmc": Method(
         title="CMC",
         classes="cmc.CMC",
         paper="Tian et al., 2019, arXiv:1906.05849",
-        summary="Views of one image's luminance and colors become similar; each has its own encoder.",
+        summary="The luminance view and the color view of an image become similar. Each view has its own "
+        "encoder.",
     ),
     "triplet": Method(
         title="Triplet",

@@ -48,8 +48,8 @@ REJECTED = {
     "parallelism_config": _ONE_GPU,
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint without it",
     "ignore_data_skip": "a run resumes with its next image, and reads no earlier ones",
-    "include_num_input_tokens_seen": "images_per_second and epoch are logged",
-    "label_smoothing_factor": "the losses have no labels; hf-ssl supervise uses "
+    "include_num_input_tokens_seen": "images have no tokens; images_per_second and epoch are logged instead",
+    "label_smoothing_factor": "the losses use no labels; hf-ssl supervise uses "
     "evaluation.settings.fine_tune.label_smoothing",
     "neftune_noise_alpha": "the augmentation is set in the section views",
     "optim_target_modules": "the rules of the method select the parameters",
@@ -271,7 +271,7 @@ def check_early_stopping(args: TrainingArguments, callbacks: Iterable[Any]) -> N
 
 
 def as_bool(value: Any) -> Any:
-    """Return True or False for these words in a text, as a command line gives them, else the value."""
+    """Return True for "true" and False for "false", in any case. Return other values unchanged."""
     words = {"true": True, "false": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -356,6 +356,6 @@ def warn_once(message: str) -> None:
 
 
 def reject_argument(name: str, value: Any, advice: str) -> None:
-    """Raise `UserError` unless an argument of transformers' Trainer without a meaning here is None."""
+    """Raise `UserError` if an argument of transformers' Trainer that has no meaning here is not None."""
     if value is not None:
         raise UserError(f"{name}: expected None, got {type(value).__name__}; {advice}")

@@ -27,11 +27,11 @@ class Protocol(NamedTuple):
         title: name of the protocol in text, for example "linear probe".
         summary: one line about the protocol.
         of_pixels: whether the protocol is also run for raw pixels.
-        takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it computes with the
-            encoder in each of many epochs.
+        takes_long: whether `hf-ssl evaluate --protocols all` leaves it out, because it runs the encoder in
+            each of many epochs.
         needs_encoder: whether the protocol needs an encoder. If only features are given, it is skipped.
         labels: kinds of labels. The images need at least one of them: "one" class, "several" classes, "boxes"
-            with classes (such images also have "several"), or a kind of `hf_ssl.data.targets`, as "masks".
+            with classes (such images also have "several"), or a kind of `hf_ssl.data.targets` ("masks").
     """
 
     title: str
@@ -45,7 +45,7 @@ class Protocol(NamedTuple):
 PROTOCOLS: dict[str, Protocol] = {
     "knn": Protocol("k-NN", "The nearest training images vote for the class.", of_pixels=True),
     "few_label_knn": Protocol(
-        "k-NN with few labels", "The nearest one of a few labeled images gives the class.", of_pixels=True
+        "k-NN with few labels", "The nearest of a few labeled images gives the class.", of_pixels=True
     ),
     "retrieval": Protocol(
         "retrieval", "Each test image ranks the training images by cosine similarity.", of_pixels=True
@@ -55,10 +55,10 @@ PROTOCOLS: dict[str, Protocol] = {
         "attentive probe", "A learned query attends to frozen patch tokens.", needs_encoder=True
     ),
     "logistic_regression": Protocol(
-        "logistic regression", "L-BFGS finds the best linear classifier with a penalty on its weights."
+        "logistic regression", "L-BFGS minimizes the cross entropy plus a penalty on the weights."
     ),
     "ridge": Protocol(
-        "ridge regression", "A closed form gives the linear classifier with the least squares."
+        "ridge regression", "A closed form minimizes the squared error plus a penalty on the weights."
     ),
     "mlp": Protocol("MLP probe", "SGD trains a classifier with one hidden layer on frozen features."),
     "few_label_linear": Protocol(
@@ -66,7 +66,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "linear_augmented": Protocol(
         "linear probe with crops and flips",
-        "As linear, on features of cropped and flipped images, which are computed in every epoch.",
+        "SGD or LARS trains a linear classifier on new crops and flips of the images in every epoch.",
         needs_encoder=True,
         takes_long=True,
     ),
@@ -79,7 +79,7 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "quality": Protocol(
         "quality without labels",
-        "LiDAR and alignment of augmented views of each image.",
+        "LiDAR and alignment compare the features of augmented views of each image.",
         needs_encoder=True,
         labels=("one", "several", "masks"),
     ),
