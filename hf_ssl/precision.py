@@ -49,8 +49,8 @@ def fastest_precision(device_type: str) -> Precision:
     on, and float32 below. Volta and Turing (7.0 and 7.5) have no fast bfloat16. On other devices, this
     function measures the forward and backward pass of a convolution and two linear layers, which takes a few
     milliseconds.
-    bfloat16 must be more than 1.2 times as fast as float32. A CPU without AVX512-BF16 or AMX needs 2 to 6
-    times longer in bfloat16.
+    bfloat16 is selected only if it is more than 1.2 times as fast as float32. A CPU without AVX512-BF16 or
+    AMX needs 2 to 6 times longer in bfloat16.
 
     Args:
         device_type: "cpu", "cuda", "mps", ...

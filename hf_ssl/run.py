@@ -280,7 +280,7 @@ def _evaluate(
         )
     kinds = splits[0].kinds & splits[1].kinds
     fitting = [name for name in evaluation.protocols if kinds & set(PROTOCOLS[name].labels)]
-    # Raw pixels are no baseline for protocols of boxes and masks, which need feature maps.
+    # Raw pixels are not a baseline for protocols of boxes and masks, which need feature maps.
     of_positions = [name for name in fitting if not uses_image_labels(name)]
     if evaluation.baselines and of_positions:
         results["untrained"] = evaluate_encoder(

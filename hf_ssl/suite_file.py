@@ -265,7 +265,9 @@ def _check_parts(plain: dict[str, dict[str, Any]]) -> None:
 def _check_overrides(
     overrides: Sequence[str], groups: Sequence[str], entries: Sequence[str], known: Sequence[str]
 ) -> None:
-    """Raise UserError for a path for all data sets, and for protocols or settings of protocols of no group.
+    """Raise UserError if an override sets one path for several data sets, or names an unknown protocol.
+
+    An unknown protocol is one that no group of the suite contains.
 
     Args:
         overrides: the overrides for all entries.

@@ -55,9 +55,9 @@ def write_card(directory: str | Path, facts: Facts) -> None:
 
 
 def update_card(directory: Path, output: Path) -> None:
-    """Write the card of a finished run again if new results of a suite belong to it, and print this.
+    """Write the card of a finished run again if new results of a suite belong to it, and print a message.
 
-    A card that a user edited stays unchanged. For an encoder that is no run, nothing happens.
+    A card that a user edited stays unchanged. The function does nothing for an encoder that is not a run.
 
     Args:
         directory: folder of the evaluated encoder.
@@ -79,7 +79,7 @@ def update_card(directory: Path, output: Path) -> None:
 
 
 def is_generated(card: str, facts: Facts, has_pretraining: bool) -> bool:
-    """Return whether a card is the text of the facts, with any results of suites."""
+    """Return whether a card equals the text of the facts. The results of suites are not compared."""
     own = render_card(facts, has_pretraining=has_pretraining)
     return _SUITES.sub("", card) == own
 

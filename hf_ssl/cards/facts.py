@@ -4,8 +4,8 @@
 To add a fact, declare it here with a `Default` and fill it in `hf_ssl.recording`. To show it, add a line to
 `model_cards/card.md`. Results files copy the sections, and facts of older runs get the default.
 
-Every key without a `Default` is required. None is allowed only where the type contains it. All facts pass
-through `public_facts` before they are written, which removes tokens and the paths of this machine.
+Every key without a `Default` is required. None is allowed only where the type contains it. Before facts are
+written, `public_facts` removes tokens and the paths of this machine.
 """
 
 import copy

@@ -142,8 +142,8 @@ class Secrets:
 def local_secrets(folder: Path, token: str | None = None) -> Secrets:
     """Return the secrets of this machine.
 
-    These are the tokens, the secrets in environment variables, the home folder, the account, and the location
-    of the published folder and of the working directory.
+    These are the tokens, the secrets in environment variables, and the name of the account. The paths of the
+    home folder, the published folder and the working directory are also secrets.
     """
     literal = {}
     for known in (token, get_token()):

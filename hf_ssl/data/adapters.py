@@ -212,7 +212,8 @@ def find_image_keys(
         config, only_image: see `hf_ssl.data.columns.find_image_columns`.
         name: name of the data set, for messages.
 
-    The rules and the errors are those of `find_image_columns`. An example that is no dict is also an error.
+    The rules and the errors are those of `find_image_columns`. An example that is not a dict also raises an
+    error.
     """
     if not isinstance(example, Mapping):
         got = example if isinstance(example, BrokenImage) else type(example).__name__

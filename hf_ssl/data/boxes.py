@@ -6,7 +6,7 @@ the image. `BOX_NAMES`, `CLASS_NAMES` and `CROWD_NAMES` list the possible names 
 such as `id` and `area`, are ignored. Without a field of classes, all objects have the class "object".
 
 A box is [x, y, width, height] in pixels of the image (COCO; cppe-5), or [x1, y1, x2, y2] (PASCAL VOC) with
-`data.box_format=xyxy`. Images are rotated as their EXIF tag says, and boxes refer to the rotated image.
+`data.box_format=xyxy`. Images are rotated according to their EXIF tag, and boxes refer to the rotated image.
 
 Legend: N images, O objects of an image.
 """

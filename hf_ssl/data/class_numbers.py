@@ -21,7 +21,7 @@ def class_numbers(values: Sequence[Any], count: int, where: str, *, missing: boo
         missing: whether labels can be missing. They become -1.
 
     Raises:
-        UserError: a number is not below `count`, or a label is missing and must not be.
+        UserError: a number is not below `count`, or a label is missing although `missing` is False.
     """
     labels = np.array([-1 if value is None else value for value in values], np.int64).clip(-1)
     wrong = (labels >= count) | ((labels < 0) & (not missing))

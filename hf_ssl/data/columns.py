@@ -75,12 +75,12 @@ _LABELS = _Role(
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
-    """Return the requested column, the only column of the type Image, or a column with a usual name.
+    """Return the requested column of images, or the only possible one.
 
-    If several columns have the type Image, the only one with a name in `IMAGE_NAMES` is returned. If there is
-    none, the only one whose name is not in `MASK_NAMES` is returned. If no
-    column has the type, it is one of bytes, arrays or strings with such a name, or else the only one of
-    bytes or arrays.
+    The candidates are the columns of the type Image. If there are none, they are the columns of bytes, arrays
+    or strings with a name in `IMAGE_NAMES`. If there are none of these either, they are all columns of bytes
+    or arrays. The function returns a single candidate. Of several candidates, it returns the only one with a
+    name in `IMAGE_NAMES`, or else the only one whose name is not in `MASK_NAMES`.
 
     Args:
         features: the columns with their types.
@@ -98,7 +98,7 @@ def find_image_columns(
 ) -> tuple[str, dict[str, str]]:
     """Return the column of images, and the further columns {name: kind} in the order of their names.
 
-    The further columns are no candidates for the column of images.
+    The further columns are not candidates for the column of images.
 
     Args:
         features: the columns with their types.
@@ -262,8 +262,8 @@ def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray,
         where: name of the data set, for messages.
 
     Returns:
-        labels: (N,) int64, -1 for a row without a label. For a list of classes, (N, K): 1 for the classes of
-            the row, 0 for the others, or -1 for all if the row has no list.
+        labels: (N,) int64, -1 for a row without a label. For lists of classes, (N, K): 1 for the classes of
+            the row, and 0 for the others. A row without a list contains only -1.
         class_names: names of the classes; label i has the name at index i. Strings, and numbers that are not
             a ClassLabel, are numbered in sorted order.
 

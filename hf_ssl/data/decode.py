@@ -2,11 +2,11 @@
 """Decodes images to uint8 pixels.
 
 Pillow decodes an image, and this module converts it like the image processor of the exported encoder
-(`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later): it blends transparent pixels
+(`BitImageProcessor` with `do_convert_rgb=True`, transformers 5.21 and later). It blends transparent pixels
 with a white background, then converts to RGB. For plain JPEG and WebP files, this module uses torchvision
-instead. If the files are small, torchvision takes less than half the time of Pillow. The pixels are the same
-if both libraries use libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow, because
-torchvision 0.29 gains little and crashes the process on a damaged file.)
+instead of Pillow. If the files are small, torchvision takes less than half the time of Pillow. The pixels are
+the same if both libraries use libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow,
+because torchvision 0.29 gains little and crashes the process on a damaged file.)
 
 The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
 (`BitImageProcessor` would clip it at 255). Files of floating-point numbers and files with more than four
@@ -106,7 +106,7 @@ class ImageObject(NamedTuple):
 
     Attributes:
         value: an image of Pillow; an array (H, W) or (H, W, C) with C of 1 to 4; or the reason why an item of
-            the data set is no image.
+            the data set is not an image.
         path: None; see `EncodedImage`.
     """
 
@@ -117,7 +117,7 @@ class ImageObject(NamedTuple):
         """Return the object, which `decode` accepts.
 
         Raises:
-            BrokenImage: the item is no image.
+            BrokenImage: the item is not an image.
         """
         if isinstance(self.value, BrokenImage):
             raise self.value
@@ -128,7 +128,7 @@ StoredImage: TypeAlias = EncodedImage | ImageObject
 
 
 def stored_image(item: Any) -> StoredImage:
-    """Return the image of an item of a data set. Reading it raises BrokenImage if the item is no image.
+    """Return the image of an item of a data set. `read` raises BrokenImage if the item is not an image.
 
     Args:
         item: an image of Pillow; an array (H, W) or (H, W, C); a tensor (H, W) or (C, H, W) of uint8, or of
@@ -421,7 +421,7 @@ def read_photo(
         max_bytes, max_pixels: largest accepted sizes of the file and of the picture.
 
     Returns:
-        uint8 (channels, H, W), rotated as the EXIF data state, with transparent pixels blended over white.
+        uint8 (channels, H, W), rotated according to the EXIF tag, with transparent pixels blended over white.
 
     Raises:
         UserError: the picture is too large, too narrow or damaged, or the file is not a picture. The message

@@ -138,7 +138,7 @@ def select_split(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, st
     """Return the images of a split, or of a part or a sum of splits (`train[:10%]+test`), and their revision.
 
     Raises:
-        ValueError: the text in brackets is no slice.
+        ValueError: the text in brackets is not a slice.
     """
     chosen = [splits[name] for name in split_names(split)]
     if len(chosen) == 1:
@@ -155,7 +155,7 @@ def select_rows(splits: dict[str, Dataset], split: str) -> Dataset:
     """Return the rows of a split, or of a part or a sum of splits (`train[:10%]+test`).
 
     Raises:
-        ValueError: the text in brackets is no slice.
+        ValueError: the text in brackets is not a slice.
     """
     if split in splits:
         return splits[split]

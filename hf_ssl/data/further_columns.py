@@ -10,9 +10,9 @@ names. Each image of a row must have the same size. The kind of a column determi
 - "rgb", three channels: images are decoded like those of `data.image_column`.
 - "normals", three channels: as "rgb", but an image without colors is an error. Red is the horizontal part of
   the surface normals, 0 for -1 and 255 for 1. A horizontal flip mirrors the scene, so it reverses red.
-- "classes", three channels: each class number from 0 to 255 becomes its color in the color map of PASCAL VOC,
-  also in palette images, whose own colors have no effect. Crops interpolate pixels. They would turn class
-  numbers 1 and 3 into 2 at the border of two segments. Colors mix there as in a photo.
+- "classes", three channels: each class number from 0 to 255 becomes its color in the color map of PASCAL VOC.
+  The colors of an image's own palette have no effect. Crops interpolate pixels. They would turn class numbers
+  1 and 3 into 2 at the border of two segments. Colors mix there as in a photo.
 
 A row is a broken image if one of its columns cannot be read, has another size, or has pixels of another kind.
 """
@@ -174,7 +174,7 @@ def decode(data: ImageData | RowData, channels: int) -> Tensor:
         any kind.
 
     Raises:
-        BrokenImage: an image cannot be decoded, does not fit to its kind, or has another size.
+        BrokenImage: an image cannot be decoded, does not match its kind, or has another size.
     """
     if not isinstance(data, RowData):
         return images.decode(data, channels)

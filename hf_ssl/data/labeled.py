@@ -75,7 +75,9 @@ class LabeledImages:
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
 
     def classified_by(self, other: "LabeledImages") -> None:
-        """Number the classes as in the images that classify these, which can have them in another order.
+        """Use the class numbers of `other`, the images that classify these images.
+
+        The two data sets can have different orders of the classes.
 
         Raises:
             UserError: the other images have only one class, or do not know the class of an image.

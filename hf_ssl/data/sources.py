@@ -254,7 +254,7 @@ def _state_of_files(paths: Iterable[str]) -> str:
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
-    """Raise UserError if a split does not exist or, for a stream, is no whole split."""
+    """Raise UserError if a split does not exist, or if a stream needs a part or a sum of splits."""
     unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
         # If `split` differs from `config.split`, a caller such as the evaluation chose it, not the user.

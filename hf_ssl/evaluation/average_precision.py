@@ -28,7 +28,7 @@ def average_precisions(scores: Any, labels: Any, points: int | None = VOC_POINTS
             None: the sum of precision x increase of recall, as scikit-learn computes it.
 
     Raises:
-        UserError: the shapes differ, a score is not finite, or a label is none of the three numbers.
+        UserError: the shapes differ, a score is not finite, or a label is not one of the three numbers.
 
     Source: Everingham et al., The PASCAL VOC Challenge, 2010, section 4.2 (`VOCevalcls.m` of VOC2007).
     """

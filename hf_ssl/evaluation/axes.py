@@ -62,5 +62,5 @@ def row_chunks(features: Tensor) -> tuple[Tensor, ...]:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return the device of computations in float64: the CPU if the device has no float64, as Apple's GPUs."""
+    """Return the device of computations in float64: the CPU instead of an Apple GPU, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

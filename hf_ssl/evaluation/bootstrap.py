@@ -86,7 +86,7 @@ def paired_bootstrap(
 
     Each sample draws images with replacement, the same ones for all runs. It also draws runs of each group
     with replacement. The interval thus contains the variation over test images and over seeds. For a group of
-    one run, it contains only the first.
+    one run, it contains only the variation over test images.
 
     Args:
         first, second: for each run, which of the same N images were classified correctly (N,).

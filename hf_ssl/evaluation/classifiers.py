@@ -139,11 +139,11 @@ def new_classifier(
 ) -> Classifier:
     """Return a classifier of the evaluated feature of an encoder, on the device of its weights.
 
-    The class is that of `AutoModelForImageClassification` if its head reads the same feature that all other
-    protocols measure, which one image tests. This is the case for ResNet, ConvNeXt, Swin, I-JEPA and ViT with
-    the class token. Otherwise the class is `FeatureClassifier`. Examples are MAE (the class of transformers
-    reads the class token, which no loss trained), DINOv2 (its class also reads the mean of the patches) and
-    encoders without a class for classification.
+    The class is that of `AutoModelForImageClassification` if its head uses the same feature that all other
+    protocols measure. The function tests this with one image. This is the case for ResNet, ConvNeXt, Swin,
+    I-JEPA and ViT with the class token. Otherwise the class is `FeatureClassifier`, for example for MAE and
+    DINOv2. For MAE, the class of transformers uses the class token, which no loss trained. For DINOv2, it
+    also uses the mean of the patches. Some encoders have no class for classification.
 
     Args:
         encoder: the encoder, which does not change.
@@ -173,7 +173,7 @@ def new_classifier(
 
 
 def _class_of_transformers(encoder: Any, classes: int, pixels: Tensor, feature: Tensor) -> Classifier | None:
-    """Return the classifier of transformers, or None if there is none or its head reads another feature."""
+    """Return the classifier of transformers, or None if there is none or its head uses another feature."""
     if type(encoder.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return None
     with tempfile.TemporaryDirectory() as folder, _no_reports():

@@ -151,7 +151,7 @@ def train_detector(
         warmup_steps=min(_LONGEST_WARMUP, steps // 10),
         seed=images.seed,
         device=device,
-        dtype=None,  # the detector itself decides which parts use autocast
+        dtype=None,  # the detector itself selects the parts that use autocast
     ) as args:
         groups = optimizer_groups(detector, settings.learning_rate, settings.weight_decay)
         trainer = DetectorTrainer(detector, args, loader, settings.optimizer, groups, advance)
@@ -173,7 +173,8 @@ class DetectorTrainer(LabelTrainer):
     ) -> Any:
         """Return this process's part of the loss of the batch, times the number of processes.
 
-        All processes raise UserError if the loss of one is not finite. The others would wait for it.
+        All processes raise UserError if the loss of one process is not finite. Otherwise, the other processes
+        would wait for that process.
         """
         batch: BoxBatch = inputs
         device = self.args.device

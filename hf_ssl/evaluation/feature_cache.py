@@ -67,8 +67,8 @@ class Entry(NamedTuple):
 class FeatureCache:
     """Features in a folder, one file for each feature of a split.
 
-    Several processes may use the folder at the same time: a file gets its name after it is complete, and one
-    process at a time writes and deletes.
+    Several processes may use the folder at the same time. A file gets its name after it is complete, and only
+    one process at a time writes and deletes.
 
     Args:
         folder: the folder, which is created when the first file is written.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains image classifiers with labels, by transformers' own Trainer (layer 1).
 
-Two processes compute the same as one up to rounding: they share the batches, BatchNorm is synchronized, and
-both images of a mixup are in the same process.
+Two processes compute the same as one up to rounding. They share the batches and synchronize BatchNorm. Both
+images of a mixup are in the same process.
 
 Legend: B images in a batch of all processes, M labeled images, N images, C channels, K classes.
 """

@@ -143,7 +143,7 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
         width: expected D.
 
     Raises:
-        UserError: there are fewer than 2 images, a number is not finite, or the labels are no class numbers.
+        UserError: there are fewer than 2 images, a number is not finite, or a label is not a class number.
     """
     rows = check_features(features, f"{argument} features", width)
     if len(rows) < 2:

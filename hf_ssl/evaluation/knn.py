@@ -150,8 +150,8 @@ def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest values of each row of (N, M) and their columns, both (N, count), largest first.
 
-    Of equal values, the one in the lower column comes first. `topk` itself chooses and orders them without a
-    rule. Only rows with equal values need further work.
+    Of equal values, the one in the lower column comes first. The choice and the order of equal values in
+    `topk` are undefined. Only rows with equal values need further work.
     """
     wider = min(count + 1, values.shape[1])
     top, columns = values.topk(wider, dim=1)

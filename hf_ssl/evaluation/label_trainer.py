@@ -89,7 +89,7 @@ def training_arguments(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Iterator[TrainingArguments]:
-    """Return the arguments of a training, which must run inside the block.
+    """Yield the arguments of a training. The training must run inside the `with` block.
 
     At the end of the block, all global random states are restored.
 

@@ -34,7 +34,10 @@ class Retrieval(NamedTuple):
         return float(self.average_precision[self.first_rank > 0].mean())
 
     def recall(self, k: int) -> float:
-        """Return the share of the queries with a relevant gallery image that find one among the first k."""
+        """Return the share of the queries with a relevant image among the first k.
+
+        Queries without any relevant gallery image do not count.
+        """
         ranks = self.first_rank[self.first_rank > 0]
         return float((ranks <= k).double().mean())
 

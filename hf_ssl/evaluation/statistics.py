@@ -124,10 +124,10 @@ def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
 def alpha_req(features: Tensor, ranks: tuple[int, int] = (4, 100)) -> float:
     """Return alpha of the power law i^(-alpha) that fits the eigenvalues of the covariance of features.
 
-    A small alpha (0: all directions have the same variance) means that many directions are used, a large one
-    that the features are nearly collapsed. The authors found the best accuracy with an alpha of about 1. The
-    fit is a regression of log eigenvalue on log i with the weights 1 / i. Features with fewer than 2 usable
-    eigenvalues and features that are not finite give NaN.
+    A small alpha (0: all directions have the same variance) means that many directions are used. A large
+    alpha means that the features are nearly collapsed. The authors found the best accuracy with an alpha of
+    about 1. The fit is a regression of log eigenvalue on log i with the weights 1 / i. Features with fewer
+    than 2 usable eigenvalues and features that are not finite give NaN.
 
     Args:
         features: (N, D). The function centers them.

@@ -73,7 +73,7 @@ def info_nce(
 
     With s(q, k) = cos(q, k) / temperature, the loss is the mean over queries i of
     `-s(q_i, k_i) + log(sum of exp(s(q_i, k)) over k_i and the negatives)`. With a queue, only its rows
-    are negatives. Without a queue, the other keys of the batch are.
+    are negatives. Without a queue, the other keys of the batch are the negatives.
 
     Args:
         query_BD, key_BD: embeddings of two views of the same B images. This function normalizes them. The

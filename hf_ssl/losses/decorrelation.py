@@ -144,8 +144,8 @@ def barlow_twins_terms(z1_BD: Tensor, z2_BD: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the arguments are not two matrices of one shape, or the batch has only one image.
 
-    Source: Zbontar et al., arXiv:2103.03230, eq. 1. lightly and the authors' code have the same scale (until
-    June 2021, the authors multiplied by 1/32). solo-learn multiplies by 0.1 for CIFAR and by 0.024 otherwise.
+    Source: Zbontar et al., arXiv:2103.03230, eq. 1. lightly and the authors' code have the same scale. Until
+    June 2021, the authors multiplied by 1/32. solo-learn multiplies by 0.1 for CIFAR and by 0.024 otherwise.
     """
     check_two_views("barlow_twins", z1_BD, z2_BD)
     correlation = _CorrelationByGram if z1_BD.shape[0] < z1_BD.shape[1] else _Correlation

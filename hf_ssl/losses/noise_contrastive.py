@@ -45,9 +45,9 @@ def cpc_info_nce(
             it may be the positive, as in the code of Greedy InfoMax and CPCV2-PyTorch.
 
     Returns:
-        A scalar: the mean over the N predictions. log(candidates) - loss is a lower bound of the mutual
-        information of contexts and targets, where the candidates are M, or K + 1 with `negative_NK`. The loss
-        is log(candidates) if all scores are equal.
+        A scalar: the mean over the N predictions. The number of candidates is M, or K + 1 with `negative_NK`.
+        log(candidates) - loss is a lower bound of the mutual information of contexts and targets. The loss is
+        log(candidates) if all scores are equal.
 
     Raises:
         ValueError: the shapes do not match, the rows are not int64, or there are no negatives.

@@ -68,7 +68,8 @@ def find_segments(backbone: Any) -> list[str]:
     modules whose inner layers have at most `limit` output elements together. The limit with the lowest memory
     is chosen. This memory contains the outputs of segments and of layers outside of them, and the recomputed
     layers of the largest segment. The choice does not depend on the names and the nesting of modules. Modules
-    that receive a list (DenseNet, HRNet) are no segments, because the list can change before the second pass.
+    that receive a list (DenseNet, HRNet) are not segments, because the list can change before the second
+    pass.
 
     Returns:
         Names, first to last; empty if segments save less than a tenth of the memory (VGG), or if operations

@@ -134,8 +134,8 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
 def normalization(processor: Any, channels: int) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor.
 
-    They are 0 and 1 for a processor that does not normalize or names no numbers. One number is that of all
-    channels.
+    They are 0 and 1 for a processor that does not normalize or names no numbers. A single number applies to
+    all channels.
     """
     given = getattr(processor, "data_config", None)  # of timm
     if given is None:
@@ -195,14 +195,14 @@ def check_image_sizes(
     """Check by a forward pass on torch's meta device that an encoder can encode square images of these sizes.
 
     If this pass fails, the function repeats it with zeros on the encoder's device, because operations can
-    depend on values. A transformer would not see the last pixels of an image whose sides are no multiples of
-    its patch size.
+    depend on values. A transformer ignores the last pixels of an image if a side is not a multiple of its
+    patch size.
 
     Args:
         backbone: the encoder, possibly on the device "meta".
         sizes: sides of the images, in pixels.
         channels: number of channels of the images.
-        published_size: side of the images of users of the published encoder, in pixels, if it is checked.
+        published_size: side in pixels of the images that the published encoder receives; None: not checked.
 
     Raises:
         UserError: the encoder cannot encode images of one of these sizes.
@@ -255,7 +255,7 @@ def encode(backbone: PreTrainedModel, images: Tensor) -> Tensor:
     """Return the pooled features (N, D) of images (N, C, H, W).
 
     Position tables are interpolated if the images do not have the encoder's own size. Images are passed in
-    channels-last format. Convolutions are fastest with it (1.3 times on a CPU), other layers are not
+    channels-last format. Convolutions are fastest in this format (1.3 times on a CPU). Other layers are not
     affected.
     """
     pixels = images.contiguous(memory_format=torch.channels_last)
@@ -446,8 +446,8 @@ def initialize_as_timm(backbone: Any) -> None:
 
     transformers' wrapper samples the weights of every layer from N(0, 0.02). In a ResNet, timm's standard
     deviation of a convolution is up to nine times as large. timm also starts the last BatchNorm gain of a
-    residual branch at zero, and the wrapper at one. So timm builds the architecture again, and this function
-    copies its weights.
+    residual branch at zero, and the wrapper at one. Therefore, timm builds the architecture again, and this
+    function copies its weights.
     """
     if backbone.config.model_type == "timm_wrapper" and not next(backbone.parameters()).is_meta:
         import timm

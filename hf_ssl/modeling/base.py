@@ -282,7 +282,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
             context_patches: (B, K) int64 indices, row by row, of the patches that the encoder receives.
             target_patches: (B, M, T) int64 indices of the patches of each target block.
             patch_parameters: (B, P, columns) parameters of patches (`hf_ssl.views.sample_patches`). They stay
-                on the CPU, which alone reads them.
+                on the CPU, because only the CPU reads them.
             rotations: (B,) int64 quarter turns, also on the CPU.
             draw_seeds: (B,) int64, one seed for each image, for random negatives.
             return_dict: False returns a tuple. None uses the value of the config, also for the next two
@@ -376,7 +376,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         self.update_memory({name: torch.cat([part[name] for part in parts]) for name in self.memory_inputs})
 
     def write_memory(self) -> None:
-        """Write what `update_memory` has kept in memory that changes only after the backward pass."""
+        """Write the values that `update_memory` kept in each `DeferredMemory`, after the backward pass."""
         for memory in self._deferred_memories():
             memory.write()
 
@@ -400,9 +400,9 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     def unit_projections(self, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return the unit projections of global and local views.
 
-        The projector receives the features of all views in one batch (`project_views`), so its BatchNorm
-        normalizes them together and updates its statistics once
-        (facebookresearch/swav, src/resnet50.py; facebookresearch/dino, `MultiCropWrapper`).
+        The projector receives the features of all views in one batch (`project_views`). Its BatchNorm thus
+        normalizes them together and updates its statistics once, as in facebookresearch/swav
+        (src/resnet50.py) and facebookresearch/dino (`MultiCropWrapper`).
 
         Args:
             inputs: the inputs of `embed`.

@@ -87,8 +87,8 @@ def unchanged_statistics(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalize as in training, but keep its running statistics.
 
     Use it when the embeddings of a batch are computed a second time. The forward pass then updates copies of
-    the buffers. `track_running_stats=False` would save fewer tensors for the backward pass, which activation
-    checkpointing does not allow.
+    the buffers. With `track_running_stats=False`, it would save fewer tensors for the backward pass than the
+    first one. Activation checkpointing then raises an error.
     """
     originals = [(layer, dict(layer.named_buffers(recurse=False))) for layer in batch_norms(module)]
     for layer, buffers in originals:

@@ -224,7 +224,7 @@ def check_unused(config: SSLConfig, names: Sequence[str], condition: str) -> Non
     Args:
         config: config of a method.
         names: fields without effect.
-        condition: the other setting that makes them so, such as "method.head=linear".
+        condition: the other setting, with which these fields have no effect, such as "method.head=linear".
     """
     defaults = {item.name: item.default for item in fields(config)}
     for name in names:

@@ -66,7 +66,7 @@ class FastGRN(ConvNextV2GRN):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A depthwise convolution that omits the kernel weights that read only the padding of a small map.
+    """A depthwise convolution without the kernel weights that multiply only the padding of a small map.
 
     Of the 49 weights of ConvNeXt's kernel, 1 remains on a map of 1 x 1, and 9 remain on a map of 2 x 2.
     """

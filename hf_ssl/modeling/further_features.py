@@ -22,12 +22,13 @@ _POOLED_FIRST = "dinov3_convnext"  # model type whose first token is the mean of
 class FurtherFeatures:
     """Computes further features from a forward pass of an encoder inside a `with` block.
 
-    Hooks on the last four blocks record their outputs, because transformers returns those of all blocks, and
-    its wrapper of timm returns them without class token.
+    Hooks on the last four blocks record their outputs. transformers would return the outputs of all blocks,
+    and its wrapper of timm returns them without the class token.
 
     Args:
         model: the encoder.
-        names: the wanted features, of `FEATURES`. Without one of the last four blocks, there are no hooks.
+        names: the wanted features, of `FEATURES`. If none of them needs the last four blocks, there are no
+            hooks.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str] = FEATURES) -> None:

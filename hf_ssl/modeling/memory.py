@@ -85,7 +85,7 @@ class DeferredMemory(PersistentBuffers):
 
 
 class Counter(PersistentBuffers):
-    """A count that only grows, known on the host and stored in checkpoints."""
+    """A count that only increases. Checkpoints contain it, and the host also stores it (`HostNumber`)."""
 
     count: Tensor
 

@@ -143,7 +143,7 @@ class NCEConstants(Counter, DeferredMemory):
 
     @torch.no_grad()
     def get(self, number: int, positive_B: Tensor, negative_BK: Tensor, num_rows: int) -> Tensor:
-        """Return constant `number`. Before the first batch has set it, return that of these scores.
+        """Return constant `number`. Before the first batch has set it, return the constant of these scores.
 
         Args:
             number: number of the constant.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of narrow encoders that share the widths of one encoder, and the reverse."""
+"""Divides the config of an encoder into configs of narrow encoders, and joins such configs again."""
 
 import copy
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def narrow_configs(full: Any, groups: Sequence[int]) -> list[PreTrainedConfig]:
 
     Each width of the full encoder is the sum of the widths of the narrow ones. In transformers with
     attention, the narrow encoders share the heads, and each head keeps its width. In other encoders, the
-    widths differ by at most 1, or by 4 in a ResNet of bottlenecks, because the channels inside a bottleneck
-    must add up, too.
+    widths differ by at most 1. In a ResNet of bottlenecks, they differ by at most 4, because the channels
+    inside a bottleneck must add up, too.
 
     Args:
         full: config of an encoder whose model type is one of `DIVISIBLE_TYPES`.

@@ -19,7 +19,7 @@ class SSLOutput(ModelOutput):
         embeddings: (B, V, D) the vectors that the loss compares, for the monitor; of all processes if the
             method gathers.
         hidden_states: with `output_hidden_states`, the input of the backbone's first layer and the output of
-            each layer, of the first images that the backbone encodes (usually all global views).
+            each layer. They belong to the first images that the backbone encodes (usually all global views).
         attentions: with `output_attentions`, the attention weights of each layer for the same images. Only
             the attention implementation "eager" computes them.
     """

@@ -176,7 +176,8 @@ class ParallelResNets(ParallelEncoders):
         """Return whether narrow encoders fold into one encoder with this config.
 
         They must be ResNets of a linear color space, whose activations have no parameters. The first block of
-        all of them must have a shortcut convolution if that of the folded encoder has one, and else none.
+        each narrow encoder must have a shortcut convolution if the first block of the folded encoder has one.
+        Otherwise, it must not have one.
         """
         if config.model_type != "resnet" or views.matrices is None:
             return False
@@ -196,7 +197,7 @@ class ParallelResNets(ParallelEncoders):
         """Return a new `ResNetModel` for RGB images with equal outputs."""
         maps, parts = self._maps(), [part.state_dict() for part in self.parts]
         example, config = parts[0][_FIRST], copy.deepcopy(cast(Any, self.config))
-        config._attn_implementation = "eager"  # `choose_attention` changes it, and a ResNet knows no other
+        config._attn_implementation = "eager"  # `choose_attention` changes it; a ResNet supports only this
         with torch.inference_mode(False):  # the monitor calls this function in inference mode
             with torch.device("meta"):
                 full = ResNetModel(config)

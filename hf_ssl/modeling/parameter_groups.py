@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_ssl.errors import UserError
 
-# Tables of embeddings: parameters that are no weights of a layer (ViT, DINOv2, MAE, Swin ...).
+# Tables of embeddings: parameters that are not weights of a layer (ViT, DINOv2, MAE, Swin ...).
 _TABLE_NAMES = (
     "cls_token", "mask_token", "register_tokens", "reg_token", "distillation_token", "dist_token",
     "position_embeddings", "pos_embed", "relative_position_bias_table",
@@ -69,8 +69,8 @@ def assign_parameter_groups(
 ) -> dict[str, ParameterGroup]:
     """Return the parameter group of each trainable parameter, by name. Later rules override earlier ones.
 
-    By default, weight decay and LARS adaptation do not apply to parameters with at most one dimension
-    (biases, gains of normalization layers), tokens and position tables. A rule can change both, and
+    By default, weight decay and LARS adaptation do not apply to tokens, position tables and parameters with
+    at most one dimension. These are biases and gains of normalization layers. A rule can change both, and
     `decay_all` changes weight decay. transformers' own default decays BatchNorm gains, `cls_token` and
     `position_embeddings`.
 

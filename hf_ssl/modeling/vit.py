@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stock vision transformers lack: encoding of some patches, fixed positions, prediction of patches.
 
-Also the conversion of images to patches, stochastic depth, and the base classes of methods that use these
-(MAE, I-JEPA, MoCo v3).
+This file also contains the conversion of images to patches, stochastic depth, and the base classes of methods
+that use these (MAE, I-JEPA, MoCo v3).
 
 Legend: N, B images, C channels, H, W sides, S special tokens, P patches of an image (row by row), K selected
 patches, X values of a patch, D dims of the encoder, E dims of the predictor, M blocks of patches that are

@@ -35,7 +35,7 @@ def backbone_class(model_type: str) -> type["PreTrainedConfig"]:
 def fitted_backbone(backbone: dict[str, Any], data: DataConfig, views: ViewPreset) -> dict[str, Any]:
     """Return the section `backbone`, completed with channels and image size from `data` and `views`.
 
-    `check_encoder` judges an image size that the section sets.
+    `check_encoder` checks an image size that the section sets.
 
     Raises:
         UserError: the section sets a different number of channels.

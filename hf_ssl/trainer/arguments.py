@@ -95,8 +95,8 @@ class SSLTrainingArguments(TrainingArguments):
             each epoch instead, and `eval_strategy=no` not at all.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
         monitor_neighbors: k of the k-NN classifier.
-        layer_decay: if set, the learning rate of each block of the backbone is this fraction of the rate of
-            the next block (layer-wise decay of BEiT). It is meant for trained backbones.
+        layer_decay: the learning rate of each block of the backbone is this fraction of the rate of the next
+            block (layer-wise decay of BEiT). It is meant for trained backbones. None: equal rates.
         head_warmup_epochs: epochs in which the backbone is frozen and only the heads are trained. The
             BatchNorm statistics of the backbone still change.
         on_worse: what happens if the features of a run from a trained backbone become worse than at its
@@ -240,7 +240,7 @@ class SSLTrainingArguments(TrainingArguments):
         """Check the arguments that changed after they were made.
 
         Raises:
-            UserError: an argument changed from which others follow, or a new value is invalid.
+            UserError: an argument changed that determines other arguments, or a new value is invalid.
         """
         self.eval_delay = self.eval_delay or 0  # `set_evaluate` of transformers 5.24 writes None
         changed = [name for name, value in self._made_with.items() if getattr(self, name) != value]

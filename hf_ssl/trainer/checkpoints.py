@@ -188,7 +188,7 @@ class CheckpointTrainer(OptimizingTrainer):
     def finished_output(self, resume_from_checkpoint: str | bool) -> TrainOutput | None:
         """Load a checkpoint of the last step, and return the result of `train`; None if steps are left.
 
-        If steps are left, later checkpoints of the same folder get other names.
+        If steps are left, checkpoints of later steps in the same folder become `abandoned-checkpoint-N`.
 
         transformers (5.20 to 5.24) makes a further step if the last step is inside an epoch.
         """

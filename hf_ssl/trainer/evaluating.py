@@ -67,7 +67,7 @@ class EvaluatingTrainer(PushingTrainer):
     Attributes:
         monitor: measures the model; None until the first measurement.
         classifiers: the k-NN classifiers of `eval_dataset`, by name.
-        alarms: judge the measurements of the monitor, and warn or stop the run.
+        alarms: check the measurements of the monitor, and warn or stop the run.
         online_probe: a linear classifier that is trained beside the encoder; None without it.
     """
 
@@ -145,7 +145,7 @@ class EvaluatingTrainer(PushingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the model with the monitor. Then the alarms judge the measurements.
+        """Measure the model with the monitor. Then the alarms check the measurements.
 
         Args:
             eval_dataset: other labeled images, in the forms of the constructor, or the name of an entry of

@@ -101,8 +101,8 @@ Panel = tuple[str, tuple[str, ...]]
 def select_panels(log_history: Sequence[dict[str, Any]]) -> list[Panel]:
     """Return the panels of the curves: a title, and the logged keys that share the axis.
 
-    There is one panel per title in `hf_ssl.evaluation.config.MEASUREMENTS`, one for each further
-    measurement (`eval_<name>`), and one for the terms of the loss if there are several.
+    There is one panel per title in `hf_ssl.evaluation.config.MEASUREMENTS`, and one for each further
+    measurement (`eval_<name>`). If the loss has several terms, they share one panel.
 
     Args:
         log_history: see `draw_curves`.

@@ -153,8 +153,8 @@ def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
     """Check that the data hold one micro-batch for each process, and that the length of the run is known.
 
     Raises:
-        UserError: there is one image; there are fewer images than that, and the message gives a batch size
-            that fits; or the length of a stream is not known, and `max_steps` is not set.
+        UserError: there is one image; there are too few images, and the message gives a batch size that fits;
+            or the length of a stream is not known, and `max_steps` is not set.
     """
     if source.num_rows is None:
         if args.max_steps <= 0:

@@ -53,7 +53,7 @@ def check_objects(optimizers: Any, cls_and_kwargs: Any, callbacks: Any) -> None:
     """Check the arguments of `SSLTrainer` that are optimizers or callbacks.
 
     Raises:
-        UserError: one of them has another form, or there are two optimizers.
+        UserError: one of them does not have the expected type, or there are two optimizers.
     """
     pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
     given = pair and optimizers[0] is not None
@@ -90,7 +90,7 @@ def check_optimization(
 
     Raises:
         UserError: the errors of `parameter_groups_by_name`; or a schedule-free optimizer has a warmup that is
-            no number of steps.
+            not a number of steps.
     """
     parameter_groups_by_name(model, args)
     unused: dict[str, type] = {}
@@ -358,7 +358,7 @@ class OptimizingTrainer(Trainer):
         return self.lr_scheduler
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
-        """Store `steps_per_epoch`, and return the numbers of steps and images as transformers' Trainer."""
+        """Store `steps_per_epoch`. Return the numbers of steps and images as transformers' Trainer does."""
         numbers = super().set_initial_training_values(args, dataloader)
         self.steps_per_epoch = numbers[1]
         return numbers

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Publishes the encoder during and after training (`training.push_to_hub`).
 
-The root of the repository always contains the native encoder. transformers' own implementation would copy the
-training checkpoint, which is the method model, over the encoder, and would write a card about fine-tuning.
+The root of the repository always contains the native encoder. transformers' own implementation would replace
+the encoder by the training checkpoint, which is the method model. It would also write a card about
+fine-tuning.
 """
 
 import logging

@@ -18,7 +18,7 @@ _WITHOUT_WARMUP = (SchedulerType.CONSTANT, *_OF_MEASUREMENTS)
 
 
 def is_schedule_free(args: SSLTrainingArguments) -> bool:
-    """Return whether the optimizer is schedule-free. It contains the warmup."""
+    """Return whether the optimizer is schedule-free. Such an optimizer contains the warmup."""
     return args.optimizer.startswith("schedule_free")
 
 

@@ -99,7 +99,7 @@ def measure_step(
         while True:
             inputs = batch[:count].inputs(device, copied.sample_masks)
             # Methods may exchange rows in `embed`, so all processes need the same number of passes. The main
-            # process decides it.
+            # process determines this number.
             seconds, size = from_first_process(_pass(copied, inputs, args))
             size += again * count
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory

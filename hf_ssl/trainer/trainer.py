@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer of all methods: transformers' training loop with augmentation on the device, a monitor, and
-checkpoints that resume exactly on the same machine with the same versions.
+"""The Trainer of all methods: transformers' training loop with augmentation on the device and a monitor.
+
+A run resumes exactly from its checkpoints, on the same machine with the same versions.
 """
 
 import logging

@@ -369,7 +369,7 @@ def reduced(pixels: Tensor, factor: int) -> Tensor:
 
 
 def _cut(images: Tensor, sampled: Sampled, rows: NDArray[np.int64], layout: PatchLayout) -> Tensor:
-    """Return the sub-crops (N, C, S, S) in the order `rows`, flipped where the table says so."""
+    """Return the sub-crops (N, C, S, S) in the order `rows`, flipped according to the table."""
     (channels, height, width), side = layout.image_shape, layout.sub_crop
     top, left, flip = (sampled[name][rows].astype(np.int64) for name in ("top", "left", "flip"))
     image = rows // layout.num_patches

@@ -118,7 +118,7 @@ def _convert(settings: Any) -> None:
         setattr(settings, item.name, as_setting(getattr(settings, item.name), item.type))
 
 
-# mypy sees `Any`, so that it accepts all settings as arguments. The types of the fields exist at run time.
+# mypy uses `Any`, so that it accepts all settings as arguments. The types of the fields exist at run time.
 _OptionalSettings: Any = make_dataclass(
     "_OptionalSettings",
     [(name, hint | None, None) for name, hint in get_type_hints(ViewSettings).items()],

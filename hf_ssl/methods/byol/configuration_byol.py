@@ -16,8 +16,8 @@ class BYOLConfig(TeacherConfig):
             schedule ends at 1 (deepmind-research/byol).
         projection_size, projection_hidden_size: output and hidden width of the projector and the predictor.
             Both are Linear, BatchNorm, ReLU, Linear without bias.
-        predictor_layers: number of Linear layers of the predictor (2). 1 means one linear layer without bias,
-            as in the experiments of DirectPred (arXiv:2102.06810) with a learned linear predictor.
+        predictor_layers: number of Linear layers of the predictor (2). A single layer has no bias, as the
+            learned linear predictor in the experiments of DirectPred (arXiv:2102.06810).
     """
 
     model_type = "ssl_byol"

@@ -63,9 +63,10 @@ class CMCConfig(BankConfig):
     projection_hidden_size: int | None = None
 
     def validate_views_and_encoder(self) -> None:
-        """Raise `ValueError` for an unknown name, or for channels that form no two views.
+        """Raise `ValueError` for an unknown name or for invalid views.
 
-        The function also raises it for an encoder that cannot be divided, and for one without RGB images.
+        Views are invalid if their channels do not sum to 3, or if there are fewer than two views. The
+        function also raises the error for an encoder that cannot be divided, or that expects no RGB images.
         """
         check_name("method.color_space", self.color_space, COLOR_SPACES, "a known color space")
         groups = self.groups

@@ -40,8 +40,8 @@ class CPCConfig(SSLConfig):
         prediction_steps: number of predicted rows below a context (at most 5 in the first paper).
         skip_step: number of rows between a context and its first predicted row. With 1, no predicted patch
             overlaps the patches of the context (loeweX/Greedy_InfoMax, rschwarz15/CPCV2-PyTorch).
-        directions: 1 to 4. Each further direction turns the grid of encodings clockwise by 90 degrees, so
-            that contexts also predict patches to the right of them, above them and to the left (v2).
+        directions: 1 to 4. Each further direction turns the grid of encodings clockwise by 90 degrees.
+            Contexts then also predict patches to the right of them, above them and to the left (v2).
         negatives: number of sampled negatives of each prediction, as in Greedy InfoMax (16). None uses all
             other patches of the batch.
         context: network that computes contexts. "residual" consists of residual blocks with a bottleneck, as

@@ -38,12 +38,12 @@ _LARGEST_FACTOR = 32  # of an enlargement that an error message recommends
 
 
 class CPCForPreTraining(SSLPreTrainedModel):
-    """Contexts of patches predict the encodings of the patches below them, among many other patches.
+    """Contexts predict the encodings of the patches below them. Other patches are the negatives.
 
     The view is cut into a grid of overlapping patches. The backbone encodes each patch separately. A context
-    network of masked convolutions sees the row of a patch and the rows above it. One linear map per step k
-    predicts the encoding k + `skip_step` rows below. InfoNCE compares the prediction with its own target and
-    with the other patches of the same image and of all other images of the batch, or with sampled ones.
+    network of masked convolutions receives the row of a patch and the rows above it. One linear map per step
+    k predicts the encoding k + `skip_step` rows below. InfoNCE compares the prediction with its own target
+    and with negatives. These are all other patches of the batch, or sampled ones.
 
     The loss is the mean over steps and directions. For each step, the term `information_step_k` is
     log M - loss, a lower bound of the mutual information of contexts and targets, in nats.
@@ -56,7 +56,8 @@ class CPCForPreTraining(SSLPreTrainedModel):
     linear classification uses the mean over the grid of patches. The evaluation measures both features.
 
     BatchNorm in the encoder uses statistics of all patches of an image, so an encoding contains information
-    about the other patches. Therefore the papers use none, or LayerNorm. ConvNeXt V2 has LayerNorm.
+    about the other patches. Therefore the papers use no normalization, or LayerNorm. ConvNeXt V2 has
+    LayerNorm.
     """
 
     config_class = CPCConfig
@@ -248,7 +249,10 @@ def step_losses(
 
 
 class ContextNetwork(nn.Module):
-    """Maps encodings (B, R, W, D) to contexts of the same shape, each of its own row and the rows above."""
+    """Maps encodings (B, R, W, D) to contexts of the same shape.
+
+    Each context depends on its own row and the rows above.
+    """
 
     def forward(self, encodings: Tensor) -> Tensor:
         """Return the contexts (B, R, W, D)."""
@@ -268,8 +272,8 @@ class ResidualContext(ContextNetwork):
         layers: number of blocks.
 
     Source: `PixelCNN` of pytorch-lightning-bolts (hidden width 256, 5 blocks). Its code pads the row above
-    with ones, and pads the columns after the 1 x 3 convolution, so that the first and the last column receive
-    no information. Here, zeros pad the input of each convolution.
+    with ones. It pads the columns after the 1 x 3 convolution, so the first and the last column receive no
+    information. Here, zeros pad the input of each convolution.
     """
 
     def __init__(self, width: int, hidden_size: int, layers: int) -> None:
@@ -306,7 +310,7 @@ class ResidualBlock(nn.Module):
 class GatedContext(ContextNetwork):
     """A gated PixelCNN with a vertical and a horizontal stream, equal to that of Greedy InfoMax.
 
-    The horizontal stream sees patches on both sides, because a context may see its whole row.
+    The horizontal stream uses patches on both sides, because a context may depend on its whole row.
 
     Args:
         width: D.

@@ -111,7 +111,7 @@ class IJEPAConfig(TeacherConfig):
         """
         backbone: Any = self.backbone_config
         if not {"image_size", "patch_size"} <= backbone.to_dict().keys():
-            return  # The encoder is no vision transformer. The model raises the error.
+            return  # The encoder is not a vision transformer. The model raises the error.
         check_fields(
             ("target_blocks", self.target_blocks, self.target_blocks >= 1, "at least 1"),
             ("context_more_than", self.context_more_than, self.context_more_than >= 0, "at least 0"),

@@ -48,7 +48,7 @@ class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
     Weight decay does not apply to the mask token; in the authors' code it does.
 
     Encoders with special tokens (class token, registers) are supported. The predictor receives these tokens,
-    but they are no targets.
+    but they are not targets.
     """
 
     config_class = IJEPAConfig
@@ -112,7 +112,7 @@ class IJEPAForPreTraining(PatchSelectionModel, TeacherModel):
         `features` is the mean of the teacher's normalized features over the whole image.
 
         Raises:
-            UserError: the inputs have no masks, or the images another size than the positions.
+            UserError: the inputs have no masks, or the images do not have the size of the position table.
         """
         missing = [name for name in self.mask_inputs if name not in inputs]
         if missing:

@@ -82,7 +82,7 @@ class MAEForPreTraining(PatchSelectionModel):
             initialize_as_authors(self)
 
     def sample_masks(self, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Return the noise (B, P) that decides which patches are visible."""
+        """Return the noise (B, P) that determines which patches are visible."""
         return {"noise": torch.from_numpy(uniforms(seeds, FIRST_METHOD_NUMBER, self.num_patches)).float()}
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,8 +42,9 @@ class PIRLForPreTraining(MemoryBankModel):
     of the image. Each row is a moving average of f(image). Transformed images never enter the bank.
 
     The jigsaw is cut from the last view of an image. With one view, image and jigsaw have the same crop. With
-    two views, the second can have other settings (`views.second`), as in both public codes: crops with 60% of
-    the area or more. Cells and sub-crops follow the size of the view, 85 and 64 of 255 pixels there.
+    two views, the second can have other settings (`views.second`). Both public codes use crops with 60 % of
+    the area or more. Cells and sub-crops are proportional to the view. In both codes, they have 85 and 64
+    pixels in views of 255 pixels.
 
     The backbone encodes the images and the patches in two batches, so BatchNorm has separate statistics for
     both. Its running statistics are averages over both.
