@@ -3,7 +3,7 @@
 
 `python -m training.quality_of_runs RUN ... --data imagenette160 --output FILE.json` reads the encoder and
 `facts.json` in the output folder of each run. It writes one record per run, with the method, the accuracies
-of the run and the new measurements. All encoders see the same test images and the same augmentation
+of the run and the new measurements. All encoders receive the same test images and the same augmentation
 (`standard_preset` of the protocol `quality`), so the numbers are comparable between methods.
 """
 
