@@ -35,7 +35,7 @@ class ProtocolResult(TypedDict):
     metric: NotRequired[str]  # what `value` is: "mean_average_precision"; missing: ACCURACY
     title: str  # the number's name in a sentence: "20-NN accuracy"
     column: str  # the heading of its column: "20-NN, all labels"
-    text: str  # how it was measured
+    text: str  # how it was measured, without a final full stop
     value: float
     standard_error: float
     metrics: dict[str, float]  # further metrics of the same predictions: top_5, mean_per_class, ...
@@ -48,7 +48,7 @@ class Quality(TypedDict):
     """Measurements of the protocol `quality`. Numbers with different `id` are not comparable."""
 
     id: str
-    text: str  # how they were measured
+    text: str  # how they were measured, without a final full stop
     lidar: float  # from 1 to about the number of features
     alignment: float  # from 0 (equal features of both views) to about 2 (unrelated ones)
     images: int
@@ -106,12 +106,12 @@ def is_measured(value: Any) -> bool:
 
 
 def find_results(result: EncoderResult, protocol: str) -> list[ProtocolResult]:
-    """Return the numbers of a protocol, which are none if it was not run."""
+    """Return the results of a protocol. The list is empty if the protocol was not run."""
     return [each for each in result["protocols"] if each["protocol"] == protocol]
 
 
 def metric_of(result: ProtocolResult) -> str:
-    """Return what the value of a result is, also of one that an older version stored."""
+    """Return the name of a result's metric, also for a result that an older version stored."""
     multi_label = "mean_average_precision"
     return result.get("metric", multi_label if result["key"] == multi_label else ACCURACY)
 

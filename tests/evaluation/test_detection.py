@@ -220,6 +220,7 @@ def test_a_result_is_complete() -> None:
         assert 0 <= each["value"] <= each["metrics"]["ap50"] <= 1 and each["standard_error"] >= 0
         assert each["selection"] == {} and each["selected_on"] is None
         assert "6 images of split test" in each["text"] and "C4" in each["text"]
+        assert not each["text"].endswith(".") and "Standard error:" not in each["text"], "the card adds them"
         assert [example["row"] for example in each["details"]["examples"]] == list(range(6))
     facts = new_facts()
     facts["results"] = {"trained": facts["results"]["trained"] | {"protocols": results}}

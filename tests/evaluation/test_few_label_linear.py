@@ -95,7 +95,7 @@ def test_the_classifier_is_that_of_scikit_learn(data) -> None:
     unit, unit_test = (torch.nn.functional.normalize(each, dim=1).double().numpy() for each in (train, test))
     model = LogisticRegression(C=STRENGTH, max_iter=5000, tol=1e-8).fit(unit[rows], labels[rows].numpy())
     assert result["value"] == pytest.approx(model.score(unit_test, test_labels.numpy()), abs=0.005)
-    assert result["selection"] == {} and result["selected_on"] is None and "fixed C" in result["text"]
+    assert result["selection"] == {} and result["selected_on"] is None and "C was fixed" in result["text"]
 
 
 def write_list(path: Path, names: list[str]) -> Path:

@@ -128,6 +128,7 @@ def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
         assert 1 / 3 < result["value"] <= 1, "better than chance"
         assert 0 < result["standard_error"] < 0.1
         assert "120 images of split test" in result["text"]
+        assert not result["text"].endswith("."), "cards and tables add the full stop"
         assert (result["selected_on"] is None) == (not result["selection"])
     assert run(name, data) == results
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation from attention: the Jaccard index of masks from the attention of the last block.
 
-As in DINO (2104.14294, section 4.2.2 and figure 4), each head gives a mask: the smallest set of patches that
-has 60 % of the attention of the class token. The figure reports the best head. Neither the paper nor its code
-states how this head is selected. Naseer et al. (2105.10497) select it in each image by the test mask. Such a
-selection uses the ground truth. Therefore, the main number here is that of one head, which is selected on
-training images. The number with the best head of each test image is a second result with its own column.
+As in DINO (2104.14294, section 4.2.2 and figure 4), each head gives a mask. It is the smallest set of patches
+that has 60 % of the attention of the class token. The figure reports the best head. Neither the paper nor its
+code states how this head is selected. Naseer et al. (2105.10497) select it in each image by the test mask.
+Such a selection uses the ground truth. Therefore, the main number here is that of one head, which is selected
+on training images. The number with the best head of each test image is a second result with its own column.
 
 Differences from the code of Naseer et al.: ignored pixels belong neither to the intersection nor to the
 union. The patches are compared with the mask at its own size. Their code compares each class of an
@@ -87,7 +87,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         "all pixels of objects" if config.objects == "foreground" else "the pixels of each class (averaged)"
     )
     missing = len(inputs.test) - len(test.fixed)
-    without = f" {missing:,} test images without an object are left out." if missing else ""
+    without = f". Test images without an object are left out ({missing:,})" if missing else ""
     text = (
         f"Jaccard index between {objects} and the patches with {100 * config.mass:g} % of the attention of "
         f"the {train.query} in the last block. Whole images are resized to {size} x {size} pixels."
@@ -101,7 +101,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             title="Jaccard index of attention masks",
             column="attention masks, one head",
             text=f"{text} The head {head + 1} of {train.fixed.shape[1]} had the highest value on "
-            f"{len(train.fixed):,} training images. Tested on {inputs.test}.{without}",
+            f"{len(train.fixed):,} training images. Tested on {inputs.test}{without}",
             metrics={
                 "mean_of_heads": float(test.fixed.mean()),
                 "whole_image": float(test.whole.mean()),  # of a mask of all patches
@@ -120,8 +120,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             title="Jaccard index of attention masks of the best head of each test image",
             column="attention masks, best head by test mask",
             text=f"{text} The best one of {train.fixed.shape[1]} heads is selected for each test image by "
-            f"its mask, as in publications, so the value is too optimistic. Tested on {inputs.test}."
-            f"{without}",
+            f"its mask, as in publications, so the value is too optimistic. Tested on {inputs.test}{without}",
             metrics={},
             selection={"head": "the best one of each test image"},
             selected_on="the masks of the test images",

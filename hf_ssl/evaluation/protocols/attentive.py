@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attentive probe: one learned query attends to the frozen patch tokens, and a linear layer classifies.
 
-It is the probe of CAPI (2502.08769; its `eval_classification.py`): a query vector, one linear layer for keys
-and values, heads of 64 dimensions, and a linear classifier. There is neither an output projection nor an MLP,
-which the probe of V-JEPA (2404.08471) has. The optimizer is CAPI's: AdamW with betas 0.9 and 0.95, linear
-warmup over 10 % of the steps, then a cosine to zero; sweeps of learning rate and weight decay, selected on
-10 % of the training images. Differences: the tokens are cached, so there is no augmentation, and the learning
-rates are those at the batch size, not scaled.
+It is the probe of CAPI (2502.08769, `eval_classification.py`). It consists of a query vector, one linear
+layer for keys and values, heads of 64 dimensions, and a linear classifier. Unlike the probe of V-JEPA
+(2404.08471), it has neither an output projection nor an MLP. The optimizer is CAPI's: AdamW with betas 0.9
+and 0.95, a linear warmup over 10 % of the steps, then a cosine to zero. Learning rate and weight decay are
+selected on 10 % of the training images. There are two differences. The tokens are cached, so there is no
+augmentation. The learning rates are not scaled with the batch size.
 
 Legend: N images, B images in a step, P patch tokens, D features, H attention heads, E = D / H features of a
 head, A probes that are trained simultaneously, K classes.
@@ -180,10 +180,11 @@ class Probes(NamedTuple):
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, A, K) for float32 tokens (B, P, D).
 
-        The result is that of keys and values of all tokens, but they are not computed. With a single query,
-        the score of a token x is q . (K x) = (K^T q) . x. Because the attention weights of a head sum to 1,
-        the weighted mean of values V x + b is V applied to the weighted mean of tokens, plus b. One product
-        of D x D then serves all tokens, so that A probes cost less than one.
+        The result equals attention with the keys and the values of all tokens. This method computes neither
+        of them. With a single query, the score of a token x is q . (K x) = (K^T q) . x. The attention weights
+        of a head sum to 1. Therefore, the weighted mean of the values V x + b is V times the weighted mean of
+        the tokens, plus b. One product with a D x D matrix then replaces one product for each token. A probes
+        thus cost less than one probe that computes all keys and values.
         """
         probes, size = self.query.shape
         heads = attention_heads(size)

@@ -302,7 +302,7 @@ def _describe(
     sampled = average_precision_error(found[first], task.test, inputs.seed)
     error, error_text = sampled, "a bootstrap over test images"
     if len(values) > 1:
-        error, error_text = mean_error(values), counted(len(values), "seed")
+        error, error_text = mean_error(values), f"the mean over {counted(len(values), 'seed')}"
     identity = asdict(architecture) | asdict(optimization) | {"mode": mode, "seeds": list(scores)}
     trained = "frozen" if mode == FROZEN else "fine-tuned"
     classes = sorted(set.intersection(*(set(each.classes) for each in scores.values())))
@@ -319,7 +319,7 @@ def _describe(
         f"{optimization.weight_decay:g}, {counted(optimization.epochs, 'epoch')}, batch size "
         f"{optimization.batch_size}, cosine schedule, flips with probability {optimization.flip:g}, shorter "
         f"side {architecture.image_size} pixels, {architecture.channels} channels. Trained on "
-        f"{inputs.train} and tested on {inputs.test}. Standard error: {error_text}. Published "
+        f"{inputs.train} and tested on {inputs.test}. The standard error is that of {error_text}. Published "
         "results of the C4 architecture (MoCo, PIRL) are not comparable",
         value=mean(values),
         standard_error=error,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1-NN with few labels: the class of the nearest one of n labeled images of each class."""
+"""1-NN with few labels: predicts the class of the nearest image, with n labeled images of each class."""
 
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -53,9 +53,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             inputs.device,
         )  # fmt: skip
         found = Draws.of(accuracies, len(test))
-        spread = (
-            f": mean and standard deviation of {counted(config.draws, 'draw')}" if config.draws > 1 else ""
-        )
+        spread = f"Mean and standard deviation are those of {config.draws:,} draws. " * (config.draws > 1)
         images = counted(labels, "labeled image")
         settings = {"labels_per_class": labels, "draws": config.draws, "seed": inputs.seed}
         results.append(
@@ -65,8 +63,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
                 key=f"few_labels_{labels}",
                 title=f"1-NN accuracy, {images} per class",
                 column=f"1-NN, {counted(labels, 'label')} per class",
-                text=f"1-NN by cosine similarity among {images} of each class, drawn at random from "
-                f"the {train}{spread} (seed {inputs.seed}), tested on {test}",
+                text=f"1-NN by cosine similarity among {images} of each class. The labeled images are drawn "
+                f"at random from the {train} (seed {inputs.seed}). {spread}Tested on {test}",
                 value=found.mean,
                 standard_error=found.standard_error,
                 metrics={},

@@ -98,9 +98,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the mean accuracy over the draws for each fraction, number of labels and list.
 
     The features have length 1. The selected C is the best one on a held-out fifth of the images of each
-    class; among equal values, it has the lowest cross entropy there. The final classifier is trained on all
-    labeled images of the draw. If a class has only one labeled image, C is 4,000 and nothing is selected.
-    All encoders use the same labeled images, which depend only on the labels and the seed.
+    class. Of several best values, it is the one with the lowest cross entropy there. The final classifier is
+    trained on all labeled images of the draw. If a class has only one labeled image, C is 4,000 and nothing
+    is selected. All encoders use the same labeled images, which depend only on the labels and the seed.
 
     Raises:
         UserError: no fraction, number or list can be measured.
@@ -131,7 +131,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
 
 
 def _choices(inputs: Inputs, config: Config) -> list[Choice]:
-    """Return the labeled images of all measurements, and note in `inputs.skipped` which are impossible."""
+    """Return the labeled images of all measurements. Add the impossible ones to `inputs.skipped`."""
     labels = inputs.train.labels.cpu()
     sizes = class_sizes(labels)
     found = []
@@ -140,8 +140,8 @@ def _choices(inputs: Inputs, config: Config) -> list[Choice]:
         percent = f"{100 * share:g} %"
         if count < len(sizes):
             inputs.skipped.append(
-                f"linear classifier with {percent} of the labels: that is less than one of "
-                f"{counted(len(labels), 'image')} for each of {len(sizes):,} classes"
+                f"linear classifier with {percent} of the labels: this share of "
+                f"{counted(len(labels), 'image')} is less than one for each of {len(sizes):,} classes"
             )
             continue
         draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
@@ -211,11 +211,9 @@ def _result(
     found, draws = Draws.of([each["top_1"] for each in measured], len(inputs.test)), len(measured)
     hashed = rows_hash(choice.draws, inputs.train.labels.cpu())
     strengths = [strength for strength in selected if strength is not None]
-    how = "C was selected on a held-out fifth of the labeled images of each class" if strengths else "fixed C"
+    how = "selected on a held-out fifth of the labeled images of each class" if strengths else "fixed"
     of = f"drawn at random from the {inputs.train}" if choice.drawn else f"in the {inputs.train}"
-    several = (
-        f": mean and standard deviation of {counted(draws, 'draw')} (seed {inputs.seed})" if draws > 1 else ""
-    )
+    spread = f"Mean and standard deviation are those of {draws:,} draws (seed {inputs.seed}). " * (draws > 1)
     kept = ("draws", "strengths", "iterations")
     settings = {key: each for key, each in asdict(config).items() if key in kept}
     settings |= choice.settings | {"rows_hash": hashed} | ({"seed": inputs.seed} if choice.drawn else {})
@@ -226,8 +224,8 @@ def _result(
         key=f"few_label_linear_{choice.key}",
         title=f"Linear classifier accuracy, {choice.words}",
         column=f"linear, {choice.column}",
-        text=f"logistic regression on frozen features of length 1, {how}. Labeled images: {choice.words}, "
-        f"{of}{several}, tested on {inputs.test}. Hash of the labeled rows: {hashed}",
+        text=f"logistic regression on frozen features of length 1. C was {how}. Labeled images: "
+        f"{choice.words}, {of}. {spread}Tested on {inputs.test}. Hash of the labeled rows: {hashed}",
         value=found.mean,
         standard_error=found.standard_error,
         metrics={key: mean(each[key] for each in measured) for key in ("top_5", "mean_per_class")},

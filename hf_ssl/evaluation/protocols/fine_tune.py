@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning: the encoder is trained with labels, all of it, its head, or all but its first blocks.
+"""Fine-tuning: trains a classifier with labels: all parameters, only the head, or all but the first blocks.
 
-For images with several labels, the loss is the binary cross entropy of each class, and the result is the
-11-point mean average precision, as in Ericsson et al., 2021 (arXiv:2011.13377).
+For images with several labels, the loss is the binary cross entropy of each class. The result is the 11-point
+mean average precision, as in Ericsson et al., 2021 (arXiv:2011.13377).
 """
 
 from collections.abc import Callable, Sequence
@@ -360,11 +360,9 @@ def describe(
     ]
     name = {"sgd": "SGD with Nesterov momentum 0.9", "adamw": "AdamW"}[settings.optimizer]
     hashed = rows_hash([torch.from_numpy(rows)], inputs.train.labels)
-    listed = f", hash of the labeled rows: {hashed}" if percent else ""
+    listed = f". Hash of the labeled rows: {hashed}" if percent else ""
     labeled = (
-        f"{counted(count, 'labeled image')} with balanced classes ({percent}{listed})"
-        if percent
-        else "all labels"
+        f"{counted(count, 'labeled image')} with balanced classes ({percent})" if percent else "all labels"
     )
     tested = settings.learning_rate if not validation else sorted(validation)
     identity = asdict(settings) | {
@@ -391,7 +389,7 @@ def describe(
         f"{', '.join(filter(None, extras))}, {counted(settings.epochs, 'epoch')}, batch size "
         f"{settings.batch_size}, cosine schedule, random crops of at least {100 * config.smallest_crop:g} % "
         f"of the area, flips with probability {config.flip:g}. {trained} of {kind} {verb} trained on "
-        f"{labeled} of the {inputs.train}, and tested on {inputs.test}{loss}",
+        f"{labeled} of the {inputs.train}. Tested on {inputs.test}{listed}{loss}",
         selection={"learning_rate": settings.learning_rate} if validation else {},
         selected_on=selected_on,
         details={

@@ -70,8 +70,8 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             key=f"knn_{k}",
             title=f"{k}-NN accuracy",
             column=f"{k}-NN, all labels",
-            text=f"{k}-NN by cosine similarity, votes weighted by exp(cosine / {temperature:g}), bank: "
-            f"{train}, tested on {test}",
+            text=f"{k}-NN by cosine similarity. Each neighbor votes with the weight exp(cosine / "
+            f"{temperature:g}). Bank: {train}. Tested on {test}",
             details={"neighbors": k, "temperature": temperature, "grid": cells},
         )
     ]
@@ -90,9 +90,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             key="knn_selected",
             title="k-NN accuracy with the selected k",
             column="k-NN, selected k",
-            text=f"k-NN by cosine similarity, votes weighted by exp(cosine / T). k {k} and T {temperature:g} "
-            f"had the highest accuracy on {selected_on} ({counted(len(counts), 'value')} of k, "
-            f"{counts[0]:,} to {counts[-1]:,}). Bank: {train}, tested on {test}",
+            text="k-NN by cosine similarity. Each neighbor votes with the weight exp(cosine / T). k "
+            f"{k} and T {temperature:g} had the highest accuracy on {selected_on} "
+            f"({counted(len(counts), 'value')} of k, {counts[0]:,} to {counts[-1]:,}). Bank: {train}. "
+            f"Tested on {test}",
             selection={"neighbors": k, "temperature": temperature},
             selected_on=selected_on,
         )

@@ -254,7 +254,7 @@ def _fit(
 ) -> _Fit:
     """Return the result of `linear_probe` for the best one of several features.
 
-    The heads of all features see the same batches.
+    The heads of all features receive the same batches.
 
     Args:
         features: training rows and test rows of each feature.

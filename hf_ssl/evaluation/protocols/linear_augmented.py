@@ -63,10 +63,14 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "sweep": Recipe(LEARNING_RATES, 100, "MoCo, SwAV and DINO, with a sweep of the learning rate"),
-    "simclr": Recipe((0.1,), 90, "SimCLR, README, there 4,096 images", nesterov=True, weight_decay=1e-6),
+    "simclr": Recipe(
+        (0.1,), 90, "SimCLR, README, there with batches of 4,096 images", nesterov=True, weight_decay=1e-6
+    ),
     "moco": Recipe((30.0,), 100, "MoCo v1 and v2, main_lincls.py", drops=(0.6, 0.8)),
-    "moco_v3": Recipe((0.1,), 90, "MoCo v3, ResNet-50, main_lincls.py, there 1,024 images"),
-    "moco_v3_vit": Recipe((3.0,), 90, "MoCo v3, vision transformers, README, there 1,024 images"),
+    "moco_v3": Recipe((0.1,), 90, "MoCo v3, ResNet-50, main_lincls.py, there with batches of 1,024 images"),
+    "moco_v3_vit": Recipe(
+        (3.0,), 90, "MoCo v3, vision transformers, README, there with batches of 1,024 images"
+    ),
     "simsiam": Recipe(
         (0.1,), 90, "SimSiam, main_lincls.py --lars", batch_size=4096, lars="larc", adapts_bias=True,
         start=0.01,
@@ -76,18 +80,21 @@ RECIPES = {
         start=0.01, batch_norm=True,
     ),
     "cmc": Recipe(
-        (30.0,), 60, "CMC and PyContrast, ResNet-50, there also crops of at least 20 %", drop=0.2,
+        (30.0,), 60, "CMC and PyContrast, ResNet-50, there also with crops of at least 20 %", drop=0.2,
         drops=(30 / 60, 40 / 60, 50 / 60),
     ),
     "vissl": Recipe(
         (0.01,), 28, "VISSL, eval_resnet_8gpu_transfer_in1k_linear.yaml", drops=(8 / 28, 16 / 28, 24 / 28),
         nesterov=True, weight_decay=5e-4, batch_norm=True,
     ),
-    "byol": Recipe((0.2,), 80, "BYOL, configs/eval.py, there 1,024 images", nesterov=True),
+    "byol": Recipe((0.2,), 80, "BYOL, configs/eval.py, there with batches of 1,024 images", nesterov=True),
     "swav": Recipe((0.3,), 100, "SwAV, eval_linear.py", weight_decay=1e-6),
     "barlow_twins": Recipe((0.3,), 100, "Barlow Twins, evaluate.py", weight_decay=1e-6),
     "vicreg": Recipe((0.02,), 100, "VICReg, README", weight_decay=1e-6),
-    "dino": Recipe((0.001,), 100, "DINO, eval_linear.py, there 1,024 images and the last 4 blocks of ViT-S"),
+    "dino": Recipe(
+        (0.001,), 100,
+        "DINO, eval_linear.py, there with batches of 1,024 images and the last 4 blocks of ViT-S",
+    ),
 }  # fmt: skip
 """Name -> published settings. Source: the code of the authors."""
 
@@ -220,7 +227,7 @@ def encode_batch(inputs: Inputs, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     """Return the features (B, D) and the row numbers (B,) of a batch of all processes.
 
     Each process encodes its share. gather needs equal shapes, so a short share is filled with its first row.
-    All shares before it are full, so the further rows are at the end. The encoder receives at most
+    All shares before it are full, so the added rows are at the end. The encoder receives at most
     `inputs.batch_size` images at once.
     """
     encoder, device = inputs.encoder, inputs.device

@@ -57,7 +57,7 @@ def standard_preset(size: int) -> ViewPreset:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Measure LiDAR and alignment, and store them in `inputs.quality`. They are no accuracies."""
+    """Measure LiDAR and alignment, and store them in `inputs.quality`. Neither is an accuracy."""
     preset = inputs.preset if config.preset == "recipe" else None
     source = "the augmentation of the training" if preset is not None else "standard augmentation"
     preset = preset or standard_preset(inputs.image_size)

@@ -57,7 +57,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             "another test split"
         )
     other = len(test) - len(precisions)
-    without = f" {other:,} test images without a relevant image are left out." if other else ""
+    without = f". Test images without a relevant image are left out ({other:,})" if other else ""
     gallery = f"the {train}" if config.gallery == "train" else "all other test images"
     ranks = usable_ranks(config.recall, len(train) if config.gallery == "train" else len(test) - 1)
     return [
@@ -70,9 +70,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             column="retrieval mAP" if config.gallery == "train" else "retrieval mAP, leave-one-out",
             text=f"each of {test} queries {gallery}, ranked by cosine similarity. Images of the class of the "
             "query are relevant. Average precision is the mean of the precisions at the ranks of all "
-            "relevant images, without a limit on the rank; images with equal similarity share one rank. "
-            "Recall at k is the share of the queries with at least one relevant image among the k most "
-            f"similar ones.{without}",
+            "relevant images, without a limit on the rank. Images with equal similarity share one rank. "
+            "Recall at k is the share of the queries with a relevant image among the k most similar "
+            f"images{without}",
             value=found.mean_average_precision(),
             standard_error=mean_error(precisions.tolist()),
             metrics={f"recall_{k}": found.recall(k) for k in ranks},

@@ -2,10 +2,10 @@
 """Semantic segmentation: the mean intersection over union (IoU) of a linear layer on frozen patch tokens.
 
 As in DINOv2 (2304.07193, section 7.4), a BatchNorm and one linear layer map each patch token to the logits of
-the classes, which are upsampled bilinearly. Differences: the tokens are cached, so the BatchNorm uses the
-statistics of all training tokens, and there is no augmentation. The complete image is resized to a square,
-without a crop and without sliding windows. Published numbers use larger images and augmentation, so they are
-not comparable.
+the classes. The logits are upsampled bilinearly. Differences: the tokens are cached, so the BatchNorm uses
+the statistics of all training tokens, and there is no augmentation. The complete image is resized to a
+square, without a crop and without sliding windows. Published numbers use larger images and augmentation, so
+they are not comparable.
 
 Legend: N images, K classes, P patches, D features, H, W pixels of a mask.
 """
