@@ -2,8 +2,8 @@
 """Trains the reference encoder: with labels, from random weights, with the encoder and the data of a recipe
 (layer 5).
 
-The code is that of fine-tuning. The encoder is exported as that of any method, so that the same protocols
-measure both.
+The code is that of fine-tuning. The encoder is exported like a pretrained encoder, so that the same protocols
+can measure it.
 """
 
 import shutil
@@ -83,8 +83,8 @@ _ADVICE = {
 def supervise(recipe: Recipe) -> dict[str, Any]:
     """Train, test and export a supervised encoder, and return the test result of its classifier.
 
-    The encoder, the images, their size and the seed are those of the recipe, which trains no method here. The
-    settings of the training are those of the protocol `fine_tune`, with its recipe "scratch" by default. On
+    The recipe gives the encoder, the images, their size and the seed. Its method is not used. The settings of
+    the training are those of the protocol `fine_tune`, with its recipe "scratch" by default. On
     the command line, keys of `training` with the same meaning replace them. The keys of `training` in the
     recipe file have no effect, because they are for its method. The same command resumes an interrupted
     training.
@@ -179,7 +179,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
         shutil.rmtree(unfinished, ignore_errors=True)
         value, error = percent(result["value"]), percent(result["standard_error"])
         print(f"{quantity} of the classifier on {splits[1]}: {value} (standard error {error})")
-        print(f"the encoder is in {folder}; hf-ssl evaluate {folder} measures it as every other encoder")
+        print(f"the encoder is in {folder}; hf-ssl evaluate {folder} measures it like every other encoder")
     return dict(result)
 
 

@@ -33,7 +33,7 @@ def cell_text(cell: Cell | None, plus_minus: str = " ± ") -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the table, how its columns were measured, and the differences to the best rows."""
+    """Return the table, how its columns were measured, and the differences from the best rows."""
     columns = comparison.columns
     lines = [
         markdown_row(["", *(column.heading for column in columns), "runs"]),
@@ -62,8 +62,8 @@ def markdown(comparison: Comparison) -> str:
         best = comparison.best(column)
         lines += [
             "",
-            f"Difference to {best.label} in {column.heading}, in points (95 % interval of a paired bootstrap "
-            "over test images and runs):",
+            f"Difference from {best.label} in {column.heading}, in points (95 % interval of a paired "
+            "bootstrap over test images and runs):",
             "",
             markdown_row(["", "difference", "interval", "p"]),
             "|---|---:|---:|---:|",

@@ -242,7 +242,7 @@ def _cell(job: Measured, protocol: str, number: ProtocolResult | None) -> Cell:
         skipped = [text.removeprefix(start) for text in job.result["skipped"] if text.startswith(start)]
         return Cell(None, run, reason=(skipped or ["the protocol does not return this number"])[0])
     if not is_measured(number["value"]):
-        return Cell(None, run, reason=f"the number of {PROTOCOLS[run].title} is not finite")
+        return Cell(None, run, reason=f"the result of {PROTOCOLS[run].title} is not finite")
     value = metric_value(number, job.metric)
     if value is None:
         return Cell(None, run, reason=f"{PROTOCOLS[run].title} does not measure {job.metric}")

@@ -171,8 +171,9 @@ def knn_classifiers(
 
     Args:
         data: labeled images, or a dict of them. The keys `bank` and `query`, `train` and `test`, or `train`
-            and `validation` form one classifier. In any other dict, each entry forms one classifier, and is
-            labeled images or such a pair. Without queries, each image is classified by all others.
+            and `validation` form one classifier. In any other dict, each entry forms one classifier. An entry
+            consists of labeled images or of such a pair. Without queries, each image is classified by all
+            others.
             `hf_ssl.data.as_source` lists the types of images.
         config: `channels`, `cache`, `image_column`, `label_column` and `max_broken_fraction` are used.
         processor: image processor of the exported encoder.
@@ -358,7 +359,7 @@ def monitor_records(log_history: list[dict[str, float]]) -> list[dict[str, float
 
 
 class Alarm(TrainerCallback):
-    """Judges the measurements of the monitor; warns, or stops the run in all processes.
+    """Checks the measurements of the monitor. Warns, or stops the run in all processes.
 
     Attributes:
         argument: name of the training argument whose value is `warn` or `stop`.
@@ -370,18 +371,18 @@ class Alarm(TrainerCallback):
     def __init__(self) -> None:
         self.message: str | None = None
 
-    def judge(self, history: list[dict[str, float]]) -> str | None:
+    def find_problem(self, history: list[dict[str, float]]) -> str | None:
         """Return a message if the last measurements are bad, else None.
 
         Args:
             history: the log records of the monitor, with `step` and the measurements.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define judge")
+        raise NotImplementedError(f"{type(self).__name__} must define find_problem")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, Any] | None = None, **kwargs) -> None:
         if _MONITORED not in (metrics or {}):
             return  # `evaluate` measured other images
-        message = self.judge(monitor_records(state.log_history))
+        message = self.find_problem(monitor_records(state.log_history))
         if any_process(message is not None, args.device):
             self.message = message or "another process reports bad measurements"
             logger.warning("%s", self.message)
@@ -389,9 +390,9 @@ class Alarm(TrainerCallback):
                 control.should_save = control.should_training_stop = True
 
     def last_message(self, log_history: list[dict[str, float]]) -> str | None:
-        """Return the last message of the whole run, also of its parts before it resumed; None without any."""
+        """Return the last message of the whole run, also of its parts before it resumed; None: no message."""
         history = monitor_records(log_history)
-        messages = (self.judge(history[:count]) for count in range(len(history), 0, -1))
+        messages = (self.find_problem(history[:count]) for count in range(len(history), 0, -1))
         return next(filter(None, messages), self.message)
 
     def stop_reason(self, args: SSLTrainingArguments) -> str | None:
@@ -418,7 +419,7 @@ class CollapseAlarm(Alarm):
         super().__init__()
         self.minimum = minimum
 
-    def judge(self, history: list[dict[str, float]]) -> str | None:
+    def find_problem(self, history: list[dict[str, float]]) -> str | None:
         *earlier, last = history
         trained = [record for record in earlier if record["step"] > 0]
         message = None
@@ -436,7 +437,7 @@ class CollapseAlarm(Alarm):
 class FeatureGuard(Alarm):
     """Compares the k-NN accuracy of a continued run with the accuracy before the first step.
 
-    New heads make the features worse at first, so one low measurement is no evidence. The guard fires when
+    New heads make the features worse at first, so one low measurement is not evidence. The guard fires when
     two consecutive measurements are more than two standard errors below the initial one. The second must also
     not be better than the first.
 
@@ -451,7 +452,7 @@ class FeatureGuard(Alarm):
         super().__init__()
         self.queries, self.key = queries, f"eval_{name}_knn" if name else _KNN
 
-    def judge(self, history: list[dict[str, float]]) -> str | None:
+    def find_problem(self, history: list[dict[str, float]]) -> str | None:
         measured = [(record["step"], record[self.key]) for record in history if self.key in record]
         if len(measured) < 3:
             return None

@@ -272,7 +272,9 @@ def test_a_finished_run_keeps_its_best_model(tmp_path):
 
 def test_a_run_that_an_alarm_stopped_stays_stopped(tmp_path, monkeypatch):
     stop = ["training.monitor_steps=1", "training.on_collapse=stop"]
-    monkeypatch.setattr(CollapseAlarm, "judge", lambda self, history: "bad" if len(history) == 5 else None)
+    monkeypatch.setattr(
+        CollapseAlarm, "find_problem", lambda self, history: "bad" if len(history) == 5 else None
+    )
     for _ in range(2):
         with pytest.raises(UserError, match="bad; the run was stopped"):
             run.train(recipe(tmp_path, *stop))

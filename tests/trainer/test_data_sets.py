@@ -452,7 +452,7 @@ def test_a_run_from_a_trained_encoder_is_guarded(table: Dataset, tmp_path: Path)
     settings["eval_dataset"] = {"easy": table, "hard": table}
     guards = SSLTrainer(started, arguments(tmp_path), **settings).alarms[1:]
     records = [{"step": step, "eval_easy_knn": 1.0, "eval_hard_knn": 1 - step} for step in (0.0, 0.5, 1.0)]
-    assert [guard.judge(records) is not None for guard in guards] == [False, True]
+    assert [guard.find_problem(records) is not None for guard in guards] == [False, True]
 
 
 class Measuring(SimCLRForPreTraining):

@@ -101,30 +101,30 @@ def test_weights_with_and_without_a_monitor_are_equal(tmp_path, seed):
         assert torch.equal(value, watched.method.state_dict()[name]), name
 
 
-def judged(*measurements, first_step=0):
+def problem_of(*measurements, first_step=0):
     """Return the alarm's message for (standard deviation, rank) of measurements after every 10 steps."""
     history = [
         {"step": first_step + 10 * number, "eval_embedding_std": std, "eval_embedding_rank": rank}
         for number, (std, rank) in enumerate(measurements)
     ]
-    return CollapseAlarm(SSLPreTrainedModel.collapsed_below).judge(history)
+    return CollapseAlarm(SSLPreTrainedModel.collapsed_below).find_problem(history)
 
 
 def test_alarm_needs_two_low_measurements_that_do_not_recover():
-    assert judged((0.001, 1.0)) is None
-    assert judged((0.001, 1.0), (0.001, 9.0)) is None  # an untrained network may start there
-    assert judged((0.001, 1.0), (0.001, 9.0), (0.010, 9.0)) is None  # recovering
-    assert judged((0.001, 9.0), (0.500, 9.0), (0.010, 9.0)) is None
-    assert "embedding_std is 0.009" in judged((0.5, 9.0), (0.010, 9.0), (0.009, 9.0))
-    assert "at step 20" in judged((0.010, 9.0), (0.009, 9.0), first_step=10)  # none at step 0
+    assert problem_of((0.001, 1.0)) is None
+    assert problem_of((0.001, 1.0), (0.001, 9.0)) is None  # an untrained network may start there
+    assert problem_of((0.001, 1.0), (0.001, 9.0), (0.010, 9.0)) is None  # recovering
+    assert problem_of((0.001, 9.0), (0.500, 9.0), (0.010, 9.0)) is None
+    assert "embedding_std is 0.009" in problem_of((0.5, 9.0), (0.010, 9.0), (0.009, 9.0))
+    assert "at step 20" in problem_of((0.010, 9.0), (0.009, 9.0), first_step=10)  # none at step 0
 
 
 def test_alarm_for_a_lost_dimension_and_for_nan():
-    assert "embedding_rank is 1.1" in judged((0.9, 1.1), (0.9, 1.1), first_step=10)
-    assert "nan" in judged((float("nan"), 5.0))
+    assert "embedding_rank is 1.1" in problem_of((0.9, 1.1), (0.9, 1.1), first_step=10)
+    assert "nan" in problem_of((float("nan"), 5.0))
 
 
-def test_measurements_of_other_images_are_not_judged():
+def test_measurements_of_other_images_are_not_checked():
     alarm = CollapseAlarm(SSLPreTrainedModel.collapsed_below)
     collapsed = {"step": 10, "eval_embedding_std": float("nan"), "eval_embedding_rank": 5.0}
     state, args = SimpleNamespace(log_history=[collapsed]), SimpleNamespace(device="cpu", on_collapse="warn")
