@@ -224,8 +224,8 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
         )
         if measured > len(list(_Run("trained", evaluated).numbers())):
             repeated.append(
-                f"{_described(given[0])}: its results were given several times and count once; of "
-                "each number, the newest one"
+                f"{_described(given[0])}: its results were given several times and count once; the newest "
+                "value of each number counts"
             )
         if not evaluated:
             skipped.append(f"{_described(different[0])}: {_reason(different[0])}")

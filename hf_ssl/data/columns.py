@@ -240,7 +240,7 @@ def without_decoding(data: AnyDataset, *columns: str) -> AnyDataset:
 
 
 def named_files(dataset: Dataset, columns: Iterable[str]) -> list[str]:
-    """Return the files that columns of images name in place of containing them, in the order of the rows."""
+    """Return the paths of the images that are not stored in their columns, in the order of the rows."""
     files: list[str] = []
     for column in columns:
         kind = dataset.features[column]

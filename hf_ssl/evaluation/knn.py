@@ -58,7 +58,7 @@ def as_labels(labels: Any, images: int, where: str, *, limit: int | None = _MOST
     if images and limit is not None and int(tensor.max()) >= limit:
         raise UserError(
             f"{where}: expected class numbers below {limit:,}, got {int(tensor.max())}; number the "
-            "classes of both splits from 0, such as by numpy.unique(labels, return_inverse=True)"
+            "classes of both splits from 0, for example with numpy.unique(labels, return_inverse=True)"
         )
     return tensor
 
