@@ -67,8 +67,8 @@ def _range(default: tuple[float, float], meaning: str, largest: float = LARGEST)
 class ViewSettings:
     """The settings of one view.
 
-    `flip`, `jitter`, `gray`, `blur` and `solarize` are probabilities. The strengths of the color jitter are
-    those of torchvision: `brightness=0.8` samples a factor from [0.2, 1.8].
+    Fields that switch an operation on, such as `flip` and `solarize`, are probabilities. The strengths of the
+    color jitter are those of torchvision: `brightness=0.8` samples a factor from [0.2, 1.8].
     """
 
     size: int = _whole(224)

@@ -21,6 +21,10 @@ REFERENCES = {
     ),
     "solarize": lambda pixels, _, view: tv.solarize(pixels, view.solarize_threshold),
 }
+# Operations with steps: where rounding errors decide on which side of a step a pixel is, as a mask.
+STEPS = {
+    "solarize": lambda pixels, _, view: (pixels - view.solarize_threshold).abs() < 1e-5,
+}
 _MISSING = {operation.parameter for operation in OPERATIONS} - REFERENCES.keys()
 assert not _MISSING, f"add a reference to REFERENCES (tests/views/conftest.py): {_MISSING}"
 
@@ -50,7 +54,7 @@ def torchvision_jitter(pixels, sampled, settings):
 def torchvision_view(pixels, sampled, settings, preset):
     """Return the finished view of a crop, float (C, S, S) in [0, 1], and a mask of pixels that may differ.
 
-    Near the threshold of the solarization, the rounding error decides.
+    Near a step of an operation, the rounding error decides; see `STEPS`.
     """
     if sampled["flip"]:
         pixels = tv.horizontal_flip(pixels)
@@ -60,8 +64,8 @@ def torchvision_view(pixels, sampled, settings, preset):
     for operation in OPERATIONS:
         value = sampled[operation.parameter]
         if value:
-            if operation.parameter == "solarize":
-                unsure = ((pixels - settings.solarize_threshold).abs() < 1e-5).float()
+            if operation.parameter in STEPS:
+                unsure = torch.maximum(unsure, STEPS[operation.parameter](pixels, value, settings).float())
             pixels = REFERENCES[operation.parameter](pixels, value, settings)
     if preset.enlarge:
         side = settings.size * preset.enlarge // preset.size
@@ -70,6 +74,11 @@ def torchvision_view(pixels, sampled, settings, preset):
             for image in (pixels, unsure)
         )
     return tv.normalize(pixels, list(preset.mean), list(preset.std)), unsure > 0
+
+
+@pytest.fixture
+def operations_with_steps():
+    return list(STEPS)
 
 
 @pytest.fixture
