@@ -43,6 +43,8 @@ def main() -> None:
         help="path of the results without an extension",
     )
     arguments = parser.parse_intermixed_args()
+    for method in arguments.methods:
+        check_name("--methods", method, PLAN["methods"], "methods in training/compare.yaml")
     write = partial(write_results, arguments.output, arguments.runs, arguments.methods, arguments.seeds)
     jobs = [
         (method, arguments.runs / f"{method}-{seed}", seed)

@@ -5,7 +5,6 @@ All functions are pure. `hf_ssl.comparing` reads the runs and writes the files.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hf_ssl.cards.facts import facts_of_weights
+from hf_ssl.cards.short_texts import distinguished, joined
 from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import counted
@@ -23,7 +23,6 @@ from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
 _IGNORED = ("training.seed", "data.path")
-_NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
 class Tested(NamedTuple):
@@ -372,26 +371,6 @@ def _columns(runs: list[_Run]) -> list[Column]:
     ]
 
 
-def joined(texts: Sequence[str]) -> str:
-    """Return one text for several texts. Numbers that differ become a range, such as "0.1 to 1".
-
-    If the texts differ in more than numbers, the result contains all different texts.
-    """
-    different = list(dict.fromkeys(texts))
-    parts = [_NUMBER.split(text) for text in different]
-    if len({tuple(each[::2]) for each in parts}) > 1:
-        return "; or: ".join(different)
-    return "".join(map(_range, zip(*parts, strict=True)))
-
-
-def _range(same: tuple[str, ...]) -> str:
-    """Return the text that several texts have at one position, or the range of their numbers."""
-    if len(set(same)) == 1:
-        return same[0]
-    ordered = sorted(same, key=lambda number: float(number.replace(",", "")))
-    return f"{ordered[0]} to {ordered[-1]}"
-
-
 def _cells(runs: list[_Run], columns: list[Column]) -> dict[Column, Cell]:
     measured = [
         {(each["id"], each["key"], data): (each, precision) for each, data, precision in run.measured()}
@@ -444,29 +423,6 @@ def _label_parts(name: str, entry: dict[str, Any]) -> list[str]:
         ", ".join(_overrides(entry)),
         f"revision {data['revision'][:8]}, batch size {training['batch_size']}, {training['precision']}",
     ]
-
-
-def distinguished(parts: list[list[str]]) -> list[str]:
-    """Return different texts: the first part, and those further parts that distinguish equal texts.
-
-    Args:
-        parts: for each text, the same number of parts. Texts whose parts are all equal get numbers.
-    """
-    texts = [first for first, *_ in parts]
-    for number in range(1, max(map(len, parts), default=1)):
-        values: dict[str, set[str]] = {}
-        for text, own in zip(texts, parts, strict=True):
-            values.setdefault(text, set()).add(own[number])
-        texts = [
-            f"{text}, {own[number]}" if len(values[text]) > 1 and own[number] else text
-            for text, own in zip(texts, parts, strict=True)
-        ]
-    seen: dict[str, int] = {}
-    for position, text in enumerate(texts):
-        seen[text] = seen.get(text, 0) + 1
-        if seen[text] > 1:
-            texts[position] = f"{text} ({seen[text]})"
-    return texts
 
 
 def _add_differences(comparison: Comparison, column: Column) -> None:

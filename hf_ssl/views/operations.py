@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The augmentations that change pixels, such as color jitter and Gaussian blur. `OPERATIONS` lists them.
 
-All of them work in place on batches of float32 pixels in [0, 1] (up to rounding), each sample with its own augmentation
-parameters. Each one equals torchvision's operation of the same name to 1e-5, also in its clamping.
+All of them work in place on batches of float32 pixels in [0, 1] (up to rounding), each sample with its own
+augmentation parameters. Each one equals torchvision's operation of the same name to 1e-5, also in its
+clamping.
 
 CONTRIBUTING.md ("Add an augmentation") explains how to add one.
 

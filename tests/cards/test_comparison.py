@@ -15,9 +15,10 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from messages import mentions
 
-from hf_ssl.cards.comparison import compare, distinguished, joined
+from hf_ssl.cards.comparison import compare
 from hf_ssl.cards.comparison_text import csv_text, latex, latex_escaped, markdown
 from hf_ssl.cards.facts import append_result, result_entry, write_facts
+from hf_ssl.cards.short_texts import distinguished, joined
 from hf_ssl.cli import main
 from hf_ssl.comparing import entries_of
 from hf_ssl.errors import UserError

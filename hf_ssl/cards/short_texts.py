@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short names that differ, and one text in place of several similar ones (layer 3)."""
+
+import re
+from collections.abc import Sequence
+
+_NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
+
+
+def distinguished(parts: list[list[str]]) -> list[str]:
+    """Return different texts: the first part, and those further parts that distinguish equal texts.
+
+    Args:
+        parts: for each text, the same number of parts. Texts whose parts are all equal get numbers.
+    """
+    texts = [first for first, *_ in parts]
+    for number in range(1, max(map(len, parts), default=1)):
+        values: dict[str, set[str]] = {}
+        for text, own in zip(texts, parts, strict=True):
+            values.setdefault(text, set()).add(own[number])
+        texts = [
+            f"{text}, {own[number]}" if len(values[text]) > 1 and own[number] else text
+            for text, own in zip(texts, parts, strict=True)
+        ]
+    seen: dict[str, int] = {}
+    for position, text in enumerate(texts):
+        seen[text] = seen.get(text, 0) + 1
+        if seen[text] > 1:
+            texts[position] = f"{text} ({seen[text]})"
+    return texts
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Return one text for several texts. Numbers that differ become a range, such as "0.1 to 1".
+
+    If the texts differ in more than numbers, the result contains all different texts.
+    """
+    different = list(dict.fromkeys(texts))
+    parts = [_NUMBER.split(text) for text in different]
+    if len({tuple(each[::2]) for each in parts}) > 1:
+        return "; or: ".join(different)
+    return "".join(map(_range, zip(*parts, strict=True)))
+
+
+def _range(same: tuple[str, ...]) -> str:
+    """Return the text that several texts have at one position, or the range of their numbers."""
+    if len(set(same)) == 1:
+        return same[0]
+    ordered = sorted(same, key=lambda number: float(number.replace(",", "")))
+    return f"{ordered[0]} to {ordered[-1]}"
