@@ -19,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from hf_ssl.cards import read_facts
+from hf_ssl.errors import check_name
 from hf_ssl.evaluation import EncoderResult, find_results
 from hf_ssl.files import newest_checkpoint, read_json
 from hf_ssl.resources import usable_cores
