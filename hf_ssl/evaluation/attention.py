@@ -22,14 +22,12 @@ from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
-from hf_ssl.modeling.backbones import input_channels, normalization
+from hf_ssl.modeling.backbones import input_channels, normalization, unmasked
 from hf_ssl.modeling.configuration import as_pair, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import has_class_token
 from hf_ssl.names import renamed_arguments
-
-_MASKING = "vit_mae"  # model type of the only encoder class that masks patches at inference
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,14 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Atte
     Raises:
         UserError: the encoder has no attention maps or no such layer, or the images have a wrong shape.
     """
-    encoder = _with_attention(model)
+    encoder = unmasked(_with_attention(model))
     grid = _patch_grid(encoder, images)
     layers: int = encoder.config.num_hidden_layers
     if not -layers <= layer < layers:
         raise UserError(f"layer: expected a number from {-layers} to {layers - 1}, got {layer}")
     images = images.to(next(encoder.parameters()))  # to its device and precision
     with evaluation_mode(encoder), eager_attention(encoder):
-        outputs = encoder(images, output_attentions=True, **_arguments(encoder, images, grid))
+        outputs = encoder(images, output_attentions=True, **size_arguments(encoder, images))
     # The clones are normal tensors on the CPU, so that a caller can compute gradients with them.
     attentions = [weights.float().cpu().clone() for weights in outputs.attentions]
     features = outputs.last_hidden_state.float().cpu().clone()
@@ -192,22 +190,13 @@ def pca_colors(patches_BhwD: Tensor) -> Tensor:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch to eager attention, which returns its weights, and turn off the masking of an MAE encoder.
-
-    The context restores both settings at its end.
-    """
-    config = model.config
-    implementation: str = config._attn_implementation
-    mask_ratio = config.mask_ratio if config.model_type == _MASKING else None
+    """Switch to eager attention, which returns its weights, inside the block."""
+    implementation: str = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    if mask_ratio is not None:
-        config.mask_ratio = 0.0
     try:
         yield
     finally:
         model.set_attn_implementation(implementation)
-        if mask_ratio is not None:
-            config.mask_ratio = mask_ratio
 
 
 def patch_size(model: nn.Module) -> int:
@@ -241,14 +230,6 @@ def _patch_grid(model: PreTrainedModel, images: Tensor) -> tuple[int, int]:
             f"{tuple(images.shape)}"
         )
     return images.shape[2] // side, images.shape[3] // side
-
-
-def _arguments(model: PreTrainedModel, images: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
-    """Return the arguments that allow any image size and keep the order of the patches."""
-    arguments: dict[str, Any] = dict(size_arguments(model, images))
-    if model.config.model_type == _MASKING:  # the encoder orders the patches by this noise
-        arguments["noise"] = torch.arange(grid[0] * grid[1], device=model.device).expand(len(images), -1)
-    return arguments
 
 
 def _maps(

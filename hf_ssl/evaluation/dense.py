@@ -24,7 +24,6 @@ from hf_ssl.modeling.further_features import FurtherFeatures
 
 IGNORED = 255
 """Class number of ignored pixels in PASCAL VOC and most other data sets."""
-_MASKING = "vit_mae"  # model type of an encoder that masks patches at inference
 
 
 class SquareProcessor:
@@ -77,8 +76,6 @@ def patch_features(
         UserError: the encoder has no patch tokens, or does not accept images of this size.
     """
     encoder = inputs.encoder
-    if getattr(getattr(encoder, "config", None), "model_type", None) == _MASKING:
-        raise UserError(f"{protocol}: expected an encoder without random masks, got ViTMAE; load a ViTModel")
     processor = SquareProcessor(inputs.processor, side or inputs.image_size)
     first = next(iter(split.images.iter_batches(1)))
     with FurtherFeatures(encoder, ["tokens"]) as further:

@@ -20,7 +20,7 @@ from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
 from hf_ssl.files import local_folder
-from hf_ssl.modeling.backbones import load_weights, loading_errors
+from hf_ssl.modeling.backbones import load_weights, loading_errors, unmasked
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
@@ -277,7 +277,7 @@ def extract_features(
             `device_of` raises.
     """
     return extract_poolings(
-        model,
+        unmasked(model),
         processor,
         image_batches,
         poolings=[pooling],

@@ -27,7 +27,7 @@ from hf_ssl.files import (
 from hf_ssl.hub.publish import CONFIG, is_encoder_file
 from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, MASKING_TYPE
 from hf_ssl.modeling.encoder_parts import PARTS
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.views import ViewPreset
@@ -177,7 +177,7 @@ def check_exportable(encoder: PreTrainedModel) -> None:
     name, model_type = type(encoder).__name__, encoder.config.model_type
     if not type(encoder).__module__.startswith("transformers."):
         raise UserError(f"encoder: expected a class of transformers, got {name}; use one of transformers")
-    if model_type == "vit_mae":
+    if model_type == MASKING_TYPE:
         raise UserError(f"encoder: expected one without random masks, got {name}; export it as ViTModel")
     if model_type in CLS_POOLER_TYPES:
         _check_pooler(encoder)

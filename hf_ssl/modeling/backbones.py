@@ -21,20 +21,23 @@ from transformers import (
     AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.utils import logging
 
-from hf_ssl.errors import UserError, first_line, one_line
+from hf_ssl.errors import UserError, counted, first_line, one_line
 from hf_ssl.files import local_folder
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, as_pair, method_of, size_arguments
+from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, MASKING_TYPE, as_pair, method_of, size_arguments
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parallel_encoders import find_parts
-from hf_ssl.modeling.pooling import pool
+from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
 
 logger = logging.get_logger(__name__)  # of transformers, which can warn once
 
 _TIMM_STATES = "forward_intermediates"
 """Method of the models of timm that returns hidden states. A few models lack it."""
+_NAMES = ("model_type", "architectures", "transformers_version", "pooler_act")
 _feature_sizes: dict[str, int] = {}
 
 
@@ -71,7 +74,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
         parts = find_parts(folder, **options)
         if parts is not None:
             return parts.config()
-    return _encoder_config(place, where, **options)
+    return _unmasked_config(_encoder_config(place, where, **options))
 
 
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
@@ -90,7 +93,11 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`.
 
     All functions that load encoders call this one. If the encoder consists of parts in subfolders
-    (`hf_ssl.modeling.encoder_parts`), the result joins them.
+    (`hf_ssl.modeling.encoder_parts`), the result joins them. A ViTMAE becomes a ViT (`unmasked`).
+
+    `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
+    was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
+    is then the class token, or the mean of all tokens. Other missing weights raise an error.
     """
     folder = str(local_folder(place) or place)
     with loading_errors(f"an encoder, got {place!r}", where):
@@ -99,8 +106,48 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
             return parts.load()
     config = _encoder_config(place, where, **options)
     with loading_errors(f"an encoder, got {place!r}", where):
-        encoder: PreTrainedModel = AutoModel.from_pretrained(folder, config=config, **options)
-        return encoder
+        encoder, report = AutoModel.from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
+    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith("mask_token")]
+    if others := [key for key in missing if not key.startswith("pooler.")]:
+        raise UserError(
+            f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "
+            f"{counted(len(others), 'tensor')}, such as {others[0]}; they would be random"
+        )
+    if missing and config.model_type in CLS_POOLER_TYPES:
+        encoder.config.pooler_act, encoder.pooler.activation = "linear", nn.Identity()
+        set_identity_pooler(encoder)
+    elif missing:
+        declare_feature(encoder, "cls" if has_class_token(encoder) else "mean")
+    return unmasked(encoder)
+
+
+def _unmasked_config(config: Any) -> Any:
+    """Return the config of the ViT in a ViTMAE; other configs stay."""
+    if config.model_type != MASKING_TYPE:
+        return config
+    given, fields = config.to_dict(), ViTConfig().to_dict()
+    shared = {key: value for key, value in given.items() if key in fields and key not in _NAMES}
+    return ViTConfig(**shared | {"pooler_act": "linear", "published_feature": "mean"})
+
+
+def unmasked(model: Any) -> Any:
+    """Return the ViT in a ViTMAE of transformers, with the same weights; other encoders stay.
+
+    A ViTMAE hides three quarters of the patches also in evaluation mode, other ones in each call. The feature
+    is the mean of all tokens, because MAE does not train the class token.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != MASKING_TYPE:
+        return model
+    config = _unmasked_config(model.config)
+    config.name_or_path = model.name_or_path
+    own = next(model.parameters())
+    with unchanged_random_state(torch.device("cpu")):
+        found = ViTModel(config).to(own.device, own.dtype)
+    set_identity_pooler(found)
+    found.load_state_dict(found.state_dict() | model.state_dict())
+    return found.train(model.training)
 
 
 def view_settings(place: str, channels: int, revision: str | None = None) -> dict[str, Any]:

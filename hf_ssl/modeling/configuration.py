@@ -20,7 +20,8 @@ from hf_ssl.views.preset import ViewPreset
 
 CLS_POOLER_TYPES = ("vit", "deit")
 """Model types whose pooler is a Linear layer and an activation on the class token. No method trains it."""
-
+MASKING_TYPE = "vit_mae"
+"""Model type of the only encoder of transformers that hides patches also in evaluation mode."""
 SCHEDULES = ("constant", "linear", "cosine")
 BANK_STARTS = ("unit", "uniform", "images")
 

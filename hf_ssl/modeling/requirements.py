@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.configuration import method_of
+from hf_ssl.modeling.configuration import MASKING_TYPE, method_of
 
 
 class Requirements:
@@ -31,6 +31,11 @@ class Requirements:
     @classmethod
     def check_backbone(cls, model_type: str) -> None:
         """Raise `UserError` if the method cannot train this type of encoder."""
+        if model_type == MASKING_TYPE:
+            raise UserError(
+                f"backbone.model_type: expected an encoder without random masks, got {model_type}; use vit, "
+                "and method.name=mae for MAE"
+            )
         known = cls.backbone_types
         if known is not None and model_type not in known:
             raise UserError(

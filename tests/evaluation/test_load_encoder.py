@@ -1,14 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders are measured where that is fast."""
+"""Encoders are measured where that is fast, and with the weights that their files contain."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from messages import mentions
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 
 from hf_ssl import run
 from hf_ssl.data import DataConfig
-from hf_ssl.evaluation import EvaluationConfig, fastest_device
+from hf_ssl.errors import UserError
+from hf_ssl.evaluation import EvaluationConfig, extract_features, fastest_device
+from hf_ssl.modeling.backbones import load_config, load_weights
+from hf_ssl.modeling.pooling import pool
+from hf_ssl.recipe import load_recipe
 from hf_ssl.space import build, build_space
 
 
@@ -51,3 +67,90 @@ def test_a_gallery_is_embedded_on_the_accelerator(
     monkeypatch.setattr(build, "embed_gallery", stop)
     with pytest.raises(AskedFor, match="meta"):
         build_space(str(finished_run), tmp_path / "space", DataConfig(path="digits"), images=5)
+
+
+TINY = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+
+
+def new_vit(**options: Any) -> ViTModel:
+    torch.manual_seed(0)
+    return ViTModel(ViTConfig(**TINY), **options).eval()
+
+
+def loaded(place: Path, seed: int) -> Any:
+    torch.manual_seed(seed)
+    return load_weights(str(place))
+
+
+def features_of(encoder: Any, seed: int) -> torch.Tensor:
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        return pool(encoder(images), "auto", encoder)
+
+
+@pytest.mark.parametrize("kind", ["without pooler", "classifier"])
+def test_a_vit_without_its_pooler_gives_the_class_token(kind: str, tmp_path: Path) -> None:
+    """AutoModel makes a random pooler, so each process would have other features."""
+    saved = new_vit(add_pooling_layer=False)
+    if kind == "classifier":
+        ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path)
+        saved = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    else:
+        saved.save_pretrained(tmp_path)
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = saved(images).last_hidden_state[:, 0]
+    found = [features_of(loaded(tmp_path, seed), seed) for seed in (1, 2)]
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], expected)
+    loaded(tmp_path, 1).save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(features_of(AutoModel.from_pretrained(tmp_path / "again"), 0), expected)
+
+
+def test_a_pooler_that_was_saved_is_used(tmp_path: Path) -> None:
+    new_vit().save_pretrained(tmp_path)
+    torch.testing.assert_close(features_of(loaded(tmp_path, 1), 0), features_of(new_vit(), 0))
+
+
+def test_other_missing_weights_are_an_error(tmp_path: Path) -> None:
+    new_vit().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = [name for name in weights if "layer.1." in name or "layers.1." in name]
+    save_file(
+        {name: each for name, each in weights.items() if name not in lost}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=mentions("ViTModel", f"{len(lost)} tensors", "random")):
+        load_weights(str(tmp_path))
+
+
+def test_a_vitmae_is_the_vit_that_it_contains(tmp_path: Path) -> None:
+    """It hides three quarters of the patches in each call, also in evaluation mode."""
+    torch.manual_seed(0)
+    masked = ViTMAEModel(ViTMAEConfig(**TINY)).eval()
+    masked.save_pretrained(tmp_path)
+    found = [features_of(loaded(tmp_path, seed), seed) for seed in (1, 2)]
+    assert torch.equal(found[0], found[1])
+    masked.config.mask_ratio = 0.0
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        tokens = masked(images, noise=torch.arange(16.0).expand(3, -1)).last_hidden_state
+    torch.testing.assert_close(found[0], tokens.mean(dim=1))
+    assert isinstance(loaded(tmp_path, 1), ViTModel) and load_config(str(tmp_path)).model_type == "vit"
+    pixels = [[torch.full((3, 16, 16), 9 * number, dtype=torch.uint8) for number in range(6)]]
+    processor = BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    masked.config.mask_ratio = 0.75
+    first, second = (extract_features(masked, processor, pixels) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_masking_encoder_is_not_trained(tmp_path: Path) -> None:
+    section = (
+        f"backbone={{model_type: vit_mae, {', '.join(f'{key}: {value}' for key, value in TINY.items())}}}"
+    )
+    with pytest.raises(UserError, match=mentions("backbone.model_type", "vit_mae", "method.name=mae")):
+        run.pretrain(load_recipe("smoke/simclr", [section, f"training.output_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation with a linear head: its numbers against loops and other code, and its errors."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,7 +247,3 @@ def test_mistakes_are_one_sentence(data) -> None:
         with pytest.raises(UserError, match=mentions(*parts)) as error:
             run(first, second, encoder, **settings)
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
-    masked = Pooled()
-    masked.config = SimpleNamespace(model_type="vit_mae")
-    with pytest.raises(UserError, match=mentions("ViTMAE", "ViTModel")):
-        run(train, test, masked)
