@@ -270,13 +270,16 @@ def _evaluate(
     if chosen is None:
         chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
     evaluation = protocols_for_labels(evaluation, splits[0].has_several_labels, chosen)
+    of_projector = (
+        evaluation if projected is None else projector_settings(evaluation)
+    )  # raises an error early
     device = fastest_device()
     measured = evaluate_encoder(encoder, *splits, evaluation, processor, device=device, description=model)
     results = {"encoder": measured}
     if projected is not None:
-        settings, words = projector_settings(evaluation), f"{model}, projector"
+        words = f"{model}, projector"
         results["projector"] = evaluate_encoder(
-            projected, *splits, settings, processor, device=device, description=words
+            projected, *splits, of_projector, processor, device=device, description=words
         )
     kinds = splits[0].kinds & splits[1].kinds
     fitting = [name for name in evaluation.protocols if kinds & set(PROTOCOLS[name].labels)]

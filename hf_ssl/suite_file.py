@@ -201,7 +201,8 @@ def _job(
     evaluation = replace(evaluation, protocols=run, settings=own)
     settings = {"metric": entry.metric} | _differences(data, evaluation)
     if root is not None:
-        data = replace(data, path=str(Path(root).expanduser() / data.path))
+        # An absolute path is never a data set on the Hub.
+        data = replace(data, path=str((Path(root).expanduser() / data.path).absolute()))
     return Job(name, group_name, entry.metric, protocols, data, evaluation, settings)
 
 

@@ -18,7 +18,7 @@ from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATED
-from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, summarize
+from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, metric_value, summarize
 from hf_ssl.data import LabeledImages
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError
@@ -107,6 +107,11 @@ def run_suite(model: str, suite: Suite, output: Path, number: int | None = None)
                 found = remove_private(found) | {"format": FORMAT, "suite": suite.name, "encoder": about}
                 if is_main and found != record:
                     write_json(job.file(output), found)
+                elif number is not None and found["result"] is not None:
+                    notice(f"{job.name}: {job.file(output)} contains the result already")
+                is_complete = found["result"] is not None and not _skipped(job, found["result"])
+                if is_main and is_complete:  # until now, checkpoints may be needed again
+                    shutil.rmtree(_checkpoints(job, output), ignore_errors=True)
                 records.append(found)
     if number is not None:
         if records[0]["result"] is None:
@@ -175,7 +180,7 @@ def _run_job(
     try:
         splits = _open(job)
         images = {split: _identity(part) for split, part in zip(("train", "test"), splits, strict=True)}
-        evaluation, checkpoints = _with_checkpoints(job, output)
+        evaluation = _with_checkpoints(job, output)
         before: EncoderResult | None = None
         if kept is not None and kept["images"] == images:
             kept = _described(kept, model, encoder, evaluation_facts(job.data, job.evaluation, *splits))
@@ -196,10 +201,9 @@ def _run_job(
         notice(f"{job.name}: {error}" + ("" if kept is None else "; the stored result is kept"))
         failed = record | {"images": None, "result": None, "error": str(error)}
         return failed if kept is None else kept
-    if process_rank() == 0 and checkpoints is not None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    numbers = ", ".join(f"{each['column']} {percent(each['value'])}" for each in result["protocols"])
-    notice(f"{job.name}: {numbers}")
+    shown = [(each["column"], metric_value(each, job.metric)) for each in result["protocols"]]
+    numbers = [f"{column} {percent(value)}" for column, value in shown if value is not None]
+    notice(f"{job.name}: {', '.join(numbers) or f'no number for the metric {job.metric}'}")
     facts = evaluation_facts(job.data, job.evaluation, *splits)  # with the number of broken images
     return _described(record | {"images": images, "result": result, "error": None}, model, encoder, facts)
 
@@ -246,18 +250,20 @@ def _identity(images: LabeledImages) -> list[Any]:
     return [images.revision, len(images)]
 
 
-def _with_checkpoints(job: Job, output: Path) -> tuple[EvaluationConfig, Path | None]:
-    """Return the settings with a folder for the checkpoints of trained encoders, and this folder.
+def _checkpoints(job: Job, output: Path) -> Path:
+    """Return the folder for the checkpoints of the encoders that a job trains."""
+    return output / job.entry / f"_checkpoints_{job.group}"
 
-    An interrupted training then resumes. The folder is None if the job has no training, or if the user has
-    set another folder.
+
+def _with_checkpoints(job: Job, output: Path) -> EvaluationConfig:
+    """Return the settings with a folder for checkpoints, if the user has set none.
+
+    An interrupted training then resumes.
     """
-    settings, folder = job.evaluation.settings, output / job.entry / f"_checkpoints_{job.group}"
+    settings, folder = job.evaluation.settings, str(_checkpoints(job, output))
     own = {name: settings.get(name, {}) for name in WITH_CHECKPOINTS if name in job.evaluation.protocols}
-    changed = {name: {**each, "folder": str(folder)} for name, each in own.items() if not each.get("folder")}
-    if not changed:
-        return job.evaluation, None
-    return replace(job.evaluation, settings=settings | changed), folder
+    changed = {name: {**each, "folder": folder} for name, each in own.items() if not each.get("folder")}
+    return replace(job.evaluation, settings=settings | changed)
 
 
 def _merge(suite: Suite, records: list[dict[str, Any]], encoder: str, output: Path) -> dict[str, Any]:

@@ -542,15 +542,28 @@ def test_protocols_without_classes_show_their_own_metric(protocol: str, metric: 
 
 @pytest.mark.parametrize("protocol", ["fine_tune", "detection"])
 def test_an_interrupted_training_of_a_job_has_a_folder(protocol: str, tmp_path: Path) -> None:
-    def folders(**settings: Any) -> tuple[Any, Path | None]:
+    def changed(**settings: Any) -> Any:
         config = EvaluationConfig(protocols=[protocol], settings={protocol: settings})
         job = Job("a", "b", "top_1", {protocol: protocol}, DataConfig(path="x"), config, {})
-        changed, folder = suites._with_checkpoints(job, tmp_path)
-        return changed.settings[protocol], folder
+        return suites._with_checkpoints(job, tmp_path).settings[protocol]
 
-    expected = tmp_path / "a" / "_checkpoints_b"
-    assert folders(epochs=1) == ({"epochs": 1, "folder": str(expected)}, expected)
-    assert folders(folder="mine") == ({"folder": "mine"}, None)
+    assert changed(epochs=1) == {"epochs": 1, "folder": str(tmp_path / "a" / "_checkpoints_b")}
+    assert changed(folder="mine") == {"folder": "mine"}
+
+
+def test_checkpoints_stay_until_the_result_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends between both, or a full disk, loses no training."""
+    suite, encoder = three(place), str(place / "encoder")
+    monkeypatch.setattr(suites, "write_json", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(encoder, suite, tmp_path, 2)
+    checkpoints = tmp_path / "color" / "_checkpoints_fine_tuned"
+    assert list(checkpoints.glob("*/checkpoint-*"))
+    monkeypatch.undo()
+    run_suite(encoder, suite, tmp_path, 2)
+    assert not checkpoints.exists() and (tmp_path / "color" / "fine_tuned.json").exists()
 
 
 def test_a_summary_of_different_protocols_and_metrics() -> None:

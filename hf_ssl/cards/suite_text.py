@@ -269,7 +269,8 @@ def _is_value(result: ProtocolResult, metric: str) -> bool:
 
 def markdown(summary: Summary) -> str:
     """Return the page of a suite in Markdown: title, encoder and table."""
-    start = [f"# {summary.title}", "", f"Encoder: `{summary.encoder}`. Numbers in percent.", ""]
+    about = f"Encoder: `{summary.encoder}`. Numbers in percent, with the standard error if it is known."
+    start = [f"# {summary.title}", "", about, ""]
     return "\n".join([*start, *table(summary)]) + "\n"
 
 

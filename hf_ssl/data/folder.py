@@ -42,6 +42,7 @@ from hf_ssl.data.location import (
     is_utf8,
     list_folder,
     most_common_kind,
+    state_of_files,
 )
 from hf_ssl.errors import UserError
 
@@ -108,22 +109,33 @@ class LocalData:
         return [*images, *(path for files in self.files.values() for path in files), *self.searched]
 
 
-_folder_cache: dict[str, tuple[Listing, LocalData]] = {}
+_folder_cache: dict[str, tuple[Listing, LocalData, str]] = {}
+_FEW_FILES = 100_000  # whose states are read in less than a second
 _split_cache: dict[str, ImageSplit] = {}
 
 
 def find_local_data(location: Location) -> LocalData:
-    """Return the data at a local place. A process lists a folder again only if it has changed."""
+    """Return the data at a local place. A process lists a folder again only if it has changed.
+
+    In a folder with many files, a file that was overwritten in place is not noticed in the same process.
+    """
     if location.files:
         return _data_in_files(location)
     root = os.path.realpath(location.loader)
-    if root in _folder_cache and _folder_cache[root][0].is_current():
-        return _folder_cache[root][1]
+    if root in _folder_cache:
+        listing, found, state = _folder_cache[root]
+        if listing.is_current() and state == _state(found):
+            return found
     listing = list_folder(root)
     found = _data_in_listing(listing)
     # The tables hold the files now. A second list of millions of files would waste memory.
-    _store(_folder_cache, root, (replace(listing, files=[]), found))
+    _store(_folder_cache, root, (replace(listing, files=[]), found, _state(found)))
     return found
+
+
+def _state(found: LocalData) -> str:
+    """Return a hash of the states of few files; "" for many files."""
+    return "" if len(found.paths) > _FEW_FILES else state_of_files(found.paths)
 
 
 def _store(cache: dict[str, Any], key: str, value: Any) -> None:

@@ -71,6 +71,15 @@ def file_state(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
+def state_of_files(paths: Iterable[str]) -> str:
+    """Return a hash of the paths and the states of files. A missing file counts as a broken image later."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with suppress(OSError):
+            digest.update(f"{path} {file_state(os.stat(path))}\n".encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Listing:
     """All visible files below a folder.

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens images from any place as a Hugging Face data set with one column of encoded images."""
 
-import hashlib
 import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import metadata
@@ -28,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from hf_ssl.data.columns import find_image_columns, find_label_column, named_files, without_decoding
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
-from hf_ssl.data.location import IMAGE, Location, file_kind, file_state, fingerprint, locate
+from hf_ssl.data.location import IMAGE, Location, file_kind, file_state, fingerprint, locate, state_of_files
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation, random_rows
 
@@ -84,7 +83,7 @@ class Source:
         if self.is_listed:
             return dataset._fingerprint
         files = named_files(dataset, [self.image_column, *self.further_columns])
-        return f"{dataset._fingerprint}-{_state_of_files(files)}" if files else dataset._fingerprint
+        return f"{dataset._fingerprint}-{state_of_files(files)}" if files else dataset._fingerprint
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
@@ -234,7 +233,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         # `datasets` (seen with 5.2) names the cache of a folder that declares its files only by the last part
         # of the path and by the patterns in the README. Another folder with this name, or new files in the
         # same folder, would give the earlier images.
-        state = (_state_of_files(found.paths),)
+        state = (state_of_files(found.paths),)
         options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
@@ -242,15 +241,6 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         _last_builder.clear()
         _last_builder[key] = (found, builder)
     return _last_builder[key][1]
-
-
-def _state_of_files(paths: Iterable[str]) -> str:
-    """Return a hash of the paths and the states of files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        with suppress(OSError):  # a missing file is a broken image
-            digest.update(f"{path} {file_state(os.stat(path))}\n".encode())
-    return digest.hexdigest()
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:

@@ -138,6 +138,11 @@ class AugmentedImages(Dataset[TrainBatch]):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the images, see `LabeledImages.fingerprint`."""
+        return getattr(self.images, "fingerprint", None)
+
     def read(self, rows: np.ndarray) -> list[Tensor]:
         """Return the images (C, H, W) uint8 of some rows, without augmentation."""
         if isinstance(self.images, LabeledImages):

@@ -154,7 +154,7 @@ class EvaluationConfig:
             ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], [] for none, or null"),
             ("protocols", list(self.protocols), bool(self.protocols), "one or more protocols"),
             *((key, number, number > 0, "a positive number") for key, number in numbers),
-            ("seed", self.seed, self.seed >= 0, "0 or a positive number"),
+            ("seed", self.seed, 0 <= self.seed < 2**32, "a number from 0 to 4294967295"),
             *((key, most, most is None or most >= 2, "at least 2", "null for all") for key, most in limits),
         )
         for name in self.protocols:

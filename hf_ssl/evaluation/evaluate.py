@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from hf_ssl.data import DataConfig, LabeledImages, label_data
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.config import EvaluationConfig, main_knn
 from hf_ssl.evaluation.feature_cache import cached_features
 from hf_ssl.evaluation.features import (
@@ -28,7 +28,7 @@ from hf_ssl.evaluation.features import (
     load_processor,
     raw_pixels,
 )
-from hf_ssl.evaluation.inputs import Inputs, LabeledData, has_several_labels, read_split
+from hf_ssl.evaluation.inputs import Inputs, LabeledData, Split, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult
@@ -37,6 +37,7 @@ from hf_ssl.modeling.backbones import load_weights, unmasked
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.pooling import POOLED, Pooling, declared_patch_grid
 from hf_ssl.precision import autocast_dtype
+from hf_ssl.progress import notice
 from hf_ssl.views import ViewPreset
 
 
@@ -239,11 +240,27 @@ def _inputs(
         raise UserError("labels: expected several labels of the images in both splits, or in none")
     if not has_several_labels(train.labels):
         check_classes(train.labels, f"evaluation, split {train.name!r}")
+        _check_shared_classes(train, test)
     elif train.labels.shape[1] != test.labels.shape[1]:
         both = train.labels.shape[1], test.labels.shape[1]
         raise UserError(f"labels: expected {both[0]} classes in split {test.name}, got {both[1]}")
     device = test.features.device if device is None else torch.device(device)
     return Inputs(train, test, device, config.seed, description)
+
+
+def _check_shared_classes(train: Split, test: Split) -> None:
+    """Report test images whose class has no training image, or raise UserError if these are all of them."""
+    unknown = int((~torch.isin(test.labels, train.labels)).sum())
+    if unknown == len(test):
+        raise UserError(
+            f"evaluation: expected classes of the training images in split {test.name!r}, got other classes "
+            f"for all {counted(unknown, 'image')}; if the images are sorted by class, use other splits"
+        )
+    if unknown:
+        notice(
+            f"evaluation: {counted(unknown, 'image')} of {len(test):,} in split {test.name!r} have a class "
+            f"without images in split {train.name!r}, and count as wrong"
+        )
 
 
 def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:

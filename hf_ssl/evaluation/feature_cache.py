@@ -46,7 +46,7 @@ from hf_ssl.progress import notice
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # increase it if the extraction of features changes
-_LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
+_LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "timm")
 _KNOWN_CODE = {"torch", "torchvision", "transformers", "transformers_modules", "timm", "hf_ssl"}
 _LOCK_SECONDS = 60
 _ABOUT = "hf_ssl"
@@ -211,16 +211,23 @@ def feature_key(
         return None
     if not _is_known(type(processor)):
         return None
+    transforms = getattr(processor, "val_transforms", None)  # of timm; not in `to_dict`
     parts = {
         "format": FORMAT,
         "encoder": encoder,
-        "processor": [_place(type(processor)), processor.to_dict()],
+        "processor": [_place(type(processor)), processor.to_dict(), repr(transforms)],
         "images": data,
         "precision": precision,
         "device": device.type,
-        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):  # timm is optional
+        return metadata.version(package)
+    return None
 
 
 def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:

@@ -62,12 +62,15 @@ def training_folder(
         protocol: name of the protocol.
         settings: all settings of the training, also those of the images, as values with a `repr`.
         model: the model with its initial weights.
-        images: the training images, which `read(rows)` returns. At most 16 of M are hashed.
+        images: the training images, which `read(rows)` returns. Their `fingerprint` is hashed. Data sets in
+            Python have none, and at most 16 of M images are hashed.
         labels: arrays, of which the first one contains the M row numbers of the training.
     """
     if folder is None:
         return None
-    digest = hashlib.sha256(repr(settings).encode())
+    config = getattr(model, "config", None)
+    parts = (settings, getattr(images, "fingerprint", None), None if config is None else config.to_dict())
+    digest = hashlib.sha256(repr(parts).encode())
     rows, *others = labels
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int))]
     pixels = [image.cpu().numpy() for image in images.read(sample)]

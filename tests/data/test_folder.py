@@ -393,3 +393,16 @@ def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
     for name in (None, None, "mine", "mine"):
         assert open_source(DataConfig(path=str(root), name=name)).num_rows == 1
     assert len(built) == 2
+
+
+def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_path):
+    """As in a notebook. The time of the folder does not change."""
+    file = tmp_path / "photos" / "one.png"
+    file.parent.mkdir()
+    PIL.Image.new("RGB", (8, 8), (10, 10, 10)).save(file)
+    os.utime(file.parent, (1e9, 1e9))
+    first = open_source(DataConfig(path=str(file.parent)))
+    PIL.Image.new("RGB", (8, 8), (20, 20, 20)).save(file)
+    os.utime(file.parent, (1e9, 1e9))
+    second = open_source(DataConfig(path=str(file.parent)))
+    assert first.identity != second.identity and first.revision != second.revision

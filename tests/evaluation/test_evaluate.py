@@ -566,3 +566,15 @@ def test_the_mean_over_a_grid_of_patches_is_compared(digits, encoder, monkeypatc
     assert extracted == []  # the error comes first
     with pytest.raises(UserError, match=mentions("evaluation.patch_grid", "[16]")):
         small(patch_grid=[16]).check()
+
+
+def test_test_images_with_a_class_without_training_images_are_reported(capsys) -> None:
+    """For example `train[:80%]` and `train[80%:]` of a folder that is sorted by class."""
+    features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) // 10
+    settings = {"protocols": ["knn"]}
+    with pytest.raises(UserError, match=mentions("'test'", "all 10 images", "sorted by class")):
+        evaluate_features(settings, features[:30], labels[:30], features[30:], labels[30:])
+    found = evaluate_features(settings, features[:30], labels[:30], features[20:], labels[20:])
+    assert "10 images of 20 in split 'test' have a class without images" in capsys.readouterr().err
+    assert found["protocols"][0]["value"] <= 0.5
