@@ -30,7 +30,7 @@ def load_metric(name: str, **options: Any) -> Any:
     """Return a metric as a module of the `evaluate` library, without network.
 
     The module has `compute`, `add`, `add_batch` and `evaluate.combine` of the library. It can also be called
-    with the predictions of a `Trainer`: `Trainer(..., compute_metrics=load_metric("rank_me"))`.
+    with the predictions of a `Trainer`: `Trainer(..., compute_metrics=load_metric("knn_accuracy"))`.
 
     Args:
         name: one of `METRICS`.
