@@ -99,6 +99,14 @@ class LabeledImages:
             self._labels = matching_numbers(self.class_names, names)[self._labels]
             self.class_names = list(names)
 
+    def shared_with(self, other: "LabeledImages") -> int:
+        """Return how many of these images are also images of `other`: the same file, or the same content.
+
+        Data sets in Python and very large ones are not compared.
+        """
+        known = set(other._source.image_keys)
+        return sum(key in known for key in self._source.image_keys)
+
     def _require_classes(self, used: list[str], other: "LabeledImages") -> None:
         """Raise UserError if other images do not have all used classes of these images."""
         names = other.class_names

@@ -24,7 +24,13 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hf_ssl.data.columns import find_image_columns, find_label_column, named_files, without_decoding
+from hf_ssl.data.columns import (
+    find_image_columns,
+    find_label_column,
+    image_keys,
+    named_files,
+    without_decoding,
+)
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
 from hf_ssl.data.location import IMAGE, Location, file_kind, file_state, fingerprint, locate, state_of_files
@@ -84,6 +90,11 @@ class Source:
             return dataset._fingerprint
         files = named_files(dataset, [self.image_column, *self.further_columns])
         return f"{dataset._fingerprint}-{state_of_files(files)}" if files else dataset._fingerprint
+
+    @cached_property
+    def image_keys(self) -> list[bytes]:
+        """The keys of the rows (`hf_ssl.data.columns.image_keys`); [] if they are not known."""
+        return image_keys(self.dataset, self.image_column) if isinstance(self.dataset, Dataset) else []
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""

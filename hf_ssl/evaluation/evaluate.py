@@ -351,7 +351,17 @@ def _labeled(
         test = label_data(test, data, "test", config.max_test_images, kinds)
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.classified_by(train)
+        _report_shared_images(train, test)
     return train, test
+
+
+def _report_shared_images(train: LabeledImages, test: LabeledImages) -> None:
+    """Report test images that are also training images, each of which is its own nearest neighbor."""
+    if shared := test.shared_with(train):
+        notice(
+            f"evaluation: {counted(shared, 'image')} of {len(test):,} in {test.description} are also in "
+            f"{train.description}, so all numbers are too high; use other splits"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """The whole protocol on real digits with a small encoder: numbers, words, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -578,3 +579,25 @@ def test_test_images_with_a_class_without_training_images_are_reported(capsys) -
     found = evaluate_features(settings, features[:30], labels[:30], features[20:], labels[20:])
     assert "10 images of 20 in split 'test' have a class without images" in capsys.readouterr().err
     assert found["protocols"][0]["value"] <= 0.5
+
+
+@pytest.mark.parametrize("stored", ["files", "bytes"])
+def test_images_of_both_splits_are_reported(stored: str, encoder, tmp_path, capsys) -> None:
+    """Each is its own nearest neighbor, so the accuracy of k-NN is too high."""
+    random = np.random.default_rng(0)
+    files = [str(tmp_path / f"{number}.png") for number in range(12)]
+    for file in files:
+        PIL.Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(file)
+    images: list = files
+    if stored == "bytes":
+        images = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
+    columns = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    whole = Dataset.from_dict({"image": images, "label": [0, 1] * 6}, features=columns)
+    model, processor = encoder
+    settings = {"protocols": ["ridge"], "cache": False, "precision": "float32"}
+    evaluate_encoder(model, whole, whole.select(range(6)), settings, processor)
+    assert "6 images of 6" in capsys.readouterr().err
+    evaluate_encoder(model, whole.select(range(6)), whole.select(range(4, 12)), settings, processor)
+    assert "2 images of 8" in capsys.readouterr().err
+    evaluate_encoder(model, whole.select(range(6)), whole.select(range(6, 12)), settings, processor)
+    assert "are also in" not in capsys.readouterr().err
