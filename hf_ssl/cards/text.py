@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.facts import Facts, local_path
+from hf_ssl.effects import NUMBERS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS
 from hf_ssl.evaluation.results import (
@@ -250,15 +251,15 @@ def check_command(facts: Facts) -> str:
         location = {"data.path": local_path(images["name"])}
     else:  # the revision that was evaluated, not the current one
         location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
-    data_keys = ["data.channels", "data.max_broken_fraction", "data.mask_column"]
+    keys = ["data.channels", "data.max_broken_fraction"]
     if "evaluation.path" not in differences:  # else these keys describe the training data only
-        data_keys += ["data.name", "data.image_column", "data.further_image_columns", "data.label_column"]
+        keys += ["data.name", "data.image_column", "data.further_image_columns", "data.label_column"]
     settings = {
         key: value
         for key, value in differences.items()
-        if key in data_keys
-        or (key.startswith("evaluation.") and key not in ("evaluation.path", "evaluation.results_dir"))
+        if key in keys or (key.startswith(("data.", "evaluation.")) and effect(key) == NUMBERS)
     }
+    settings.pop("evaluation.path", None)
     precision = facts["results"]["trained"].get("precision")
     if precision is not None:  # `auto` may select another precision on another machine
         settings["evaluation.precision"] = precision

@@ -57,13 +57,22 @@ def test_the_command_contains_settings_that_change_the_results(facts: dict[str, 
         "data.name": "fine",
         "data.label_column": "fine label",
         "data.channels": 1,
+        "data.box_format": "xyxy",
+        "data.max_broken_fraction": 0.5,
         "evaluation.precision": "bfloat16",
         "evaluation.test_split": "train[90%:]",
         "evaluation.protocols": ["knn", "linear"],
         "evaluation.settings": {"linear": {"standardize": True}},
         "evaluation.max_test_images": 100,
     }
-    others = {"data.cache": "memory", "data.split": "unlabeled", "evaluation.results_dir": "tables"}
+    others = {
+        "data.cache": "memory",
+        "data.split": "unlabeled",
+        "training.monitor_steps": 7,
+        "evaluation.results_dir": "tables",
+        "evaluation.cache_dir": "features",
+        "evaluation.batch_size": 32,
+    }
     facts["recipe"]["differences"] |= measured | others
     data, evaluation = read(facts)
     assert data.path == "./cifar10"  # not a data set with this name on the Hub
@@ -72,6 +81,7 @@ def test_the_command_contains_settings_that_change_the_results(facts: dict[str, 
         section, key = setting.split(".")
         assert getattr(sections[section], key) == value
     assert (data.cache, data.split, evaluation.results_dir) == ("auto", "train", None)
+    assert (evaluation.cache_dir, evaluation.batch_size) == (None, 256)
 
 
 @pytest.mark.parametrize(
