@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hf_ssl.data.boxes import ImageObjects
-from hf_ssl.errors import UserError
 from hf_ssl.evaluation.augmented import BatchRows, EpochLoader, EpochSampler
 from hf_ssl.evaluation.box_metrics import Detections
 from hf_ssl.evaluation.detector import MOST_DETECTIONS
 from hf_ssl.evaluation.label_trainer import LabelTrainer, training_arguments
+from hf_ssl.evaluation.scores import check_converged
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import process_count, process_rank, sum_over_processes
@@ -155,7 +155,7 @@ def train_detector(
     ) as args:
         groups = optimizer_groups(detector, settings.learning_rate, settings.weight_decay)
         trainer = DetectorTrainer(detector, args, loader, settings.optimizer, groups, advance)
-        trainer.where = where
+        trainer.where, trainer.learning_rate = where, settings.learning_rate
         trainer.run(folder)
 
 
@@ -164,9 +164,11 @@ class DetectorTrainer(LabelTrainer):
 
     Attributes:
         where: section of the settings, for messages.
+        learning_rate: the one in the settings.
     """
 
     where = ""
+    learning_rate = 0.0
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -181,11 +183,8 @@ class DetectorTrainer(LabelTrainer):
         targets = [{name: each.to(device) for name, each in target.items()} for target in batch.targets]
         losses = model(_pixels(batch.images, device), targets)
         loss = torch.stack(list(losses.values())).sum() * (process_count() * len(batch.images) / batch.size)
-        if not sum_over_processes(loss.detach()).isfinite():
-            raise UserError(
-                f"{self.where}.learning_rate: expected a rate with which training converges, got "
-                f"{max(group['lr'] for group in self._groups):g}; use a smaller one"
-            )
+        summed = sum_over_processes(loss.detach())
+        check_converged(summed, self.learning_rate, f"{self.where}.learning_rate")
         return (loss, losses) if return_outputs else loss
 
 

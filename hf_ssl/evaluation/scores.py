@@ -185,15 +185,15 @@ def metric_words(labels: Tensor) -> str:
     return f"11-point mean average precision (VOC2007) over {words}"
 
 
-def check_converged(scores: Tensor, learning_rate: float, key: str) -> None:
+def check_converged(values: Tensor, learning_rate: float, key: str) -> None:
     """Raise UserError for a training that diverged.
 
     Args:
-        scores: (N, K) of the test images.
-        learning_rate: learning rate of the training.
-        key: key of the learning rates, for the message.
+        values: scores of the test images, weights or a loss, which are finite if the training converged.
+        learning_rate: learning rate in the settings of the training.
+        key: key of the learning rate, for the message.
     """
-    if not scores.isfinite().all():
+    if not values.isfinite().all():
         raise UserError(
             f"{key}: expected a rate with which training converges, got {learning_rate:g}; use a smaller one"
         )

@@ -135,7 +135,8 @@ class Config:
 
         def at_least(key: str, low: float) -> tuple[Any, ...]:
             value = getattr(self, key)
-            return key, value, value is None or low <= value < 10**6, f"a number of at least {low}"
+            is_valid = value is None or low <= value < 10**6
+            return key, value, is_valid, f"a number of at least {low} and below 1,000,000"
 
         check_values(
             where,
