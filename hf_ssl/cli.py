@@ -154,11 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="data.path=... and evaluation.key=value"
     )
+    slow = [name for name, protocol in PROTOCOLS.items() if protocol.takes_long]
     evaluate.add_argument(
         "--protocols",
         metavar="NAME,...",
         help=f"protocols of the evaluation: {', '.join(PROTOCOLS)}; all: each one except "
-        f"linear_augmented, fine_tune and detection (default: {','.join(DEFAULT_PROTOCOLS)})",
+        f"{', '.join(slow)} (default: {','.join(DEFAULT_PROTOCOLS)})",
     )
 
     evaluate.add_argument(

@@ -24,7 +24,7 @@ from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder, fastest_device, load_encoder
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
-from hf_ssl.evaluation.protocols import PROTOCOLS
+from hf_ssl.evaluation.protocols import PROTOCOLS, has_checkpoints
 from hf_ssl.evaluation.results import EncoderResult, check_result, percent
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.modeling.gather import from_every_process, from_first_process, joined_processes, process_rank
@@ -33,7 +33,6 @@ from hf_ssl.recording import evaluated_encoder, evaluation_facts
 from hf_ssl.suite_file import Job, Suite
 
 FORMAT = 1
-WITH_CHECKPOINTS = ("fine_tune", "detection")  # protocols with the setting `folder`
 
 
 def list_jobs(suite: Suite, output: Path | None = None) -> list[str]:
@@ -261,7 +260,7 @@ def _with_checkpoints(job: Job, output: Path) -> EvaluationConfig:
     An interrupted training then resumes.
     """
     settings, folder = job.evaluation.settings, str(_checkpoints(job, output))
-    own = {name: settings.get(name, {}) for name in WITH_CHECKPOINTS if name in job.evaluation.protocols}
+    own = {name: settings.get(name, {}) for name in job.evaluation.protocols if has_checkpoints(name)}
     changed = {name: {**each, "folder": folder} for name, each in own.items() if not each.get("folder")}
     return replace(job.evaluation, settings=settings | changed)
 

@@ -25,6 +25,7 @@ from hf_ssl.comparing import compare_runs
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
+from hf_ssl.evaluation.protocols import has_checkpoints
 from hf_ssl.hub.publish import run_files
 from hf_ssl.resources import suite_files
 from hf_ssl.suite_file import Job, Suite, load_suite
@@ -542,6 +543,8 @@ def test_protocols_without_classes_show_their_own_metric(protocol: str, metric: 
 
 @pytest.mark.parametrize("protocol", ["fine_tune", "detection"])
 def test_an_interrupted_training_of_a_job_has_a_folder(protocol: str, tmp_path: Path) -> None:
+    assert has_checkpoints(protocol) and not has_checkpoints("linear")
+
     def changed(**settings: Any) -> Any:
         config = EvaluationConfig(protocols=[protocol], settings={protocol: settings})
         job = Job("a", "b", "top_1", {protocol: protocol}, DataConfig(path="x"), config, {})

@@ -4,7 +4,8 @@
 A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`. The file contains:
 
 - `VERSION`, which increases with each change that can change the numbers;
-- `Config`, a dataclass with the settings, with `check(where)`;
+- `Config`, a dataclass with the settings, with `check(where)`. The field `folder` is the folder for
+  checkpoints of trainings;
 - `run(inputs, config)`, which receives `hf_ssl.evaluation.inputs.Inputs` and returns a list of
   `ProtocolResult` (an empty one, if it measures no accuracy);
 - optionally `features(config)`, the names of further features (`Split.further`): those of
@@ -14,6 +15,7 @@ A protocol is one file, `<name>.py` in this folder, and one line in `PROTOCOLS`.
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -122,6 +124,11 @@ def label_kinds(names: Iterable[str]) -> list[str]:
 def uses_image_labels(name: str) -> bool:
     """Return whether a protocol can use class labels of whole images, instead of boxes or masks."""
     return not {"one", "several"}.isdisjoint(PROTOCOLS[name].labels)
+
+
+def has_checkpoints(name: str) -> bool:
+    """Return whether a protocol has a setting `folder`, for checkpoints of its trainings."""
+    return any(field.name == "folder" for field in fields(load_protocol(name).Config))
 
 
 def load_protocol(name: str) -> Any:
