@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_ssl.data.labeled import balanced_rows
-from hf_ssl.errors import UserError, first_line
+from hf_ssl.errors import UserError, counted, first_line
+from hf_ssl.evaluation.inputs import Inputs
+from hf_ssl.evaluation.protocols import PROTOCOLS
 
 
 class ImageList(NamedTuple):
@@ -43,6 +45,50 @@ def class_sizes(labels: Tensor) -> Tensor:
     """Return the number of images of each class that has images."""
     counts = labels.bincount()
     return counts[counts > 0]
+
+
+def possible_numbers(
+    inputs: Inputs,
+    protocol: str,
+    labels_per_class: Sequence[int],
+    fractions: Sequence[float] = (),
+    others: int = 0,
+) -> tuple[list[int], list[float]]:
+    """Return the numbers of labels per class and the fractions that the training images allow.
+
+    A number is at most the size of the smallest class. A fraction contains an image of each class. All others
+    are added to `inputs.skipped`.
+
+    Args:
+        inputs: the images, with one label each.
+        protocol: name of the protocol with these settings.
+        labels_per_class, fractions: the settings.
+        others: number of other measurements of the protocol.
+
+    Raises:
+        UserError: no measurement is possible.
+    """
+    labels, where = inputs.train.labels, f"evaluation.settings.{protocol}"
+    sizes = class_sizes(labels)
+    smallest = int(sizes.min())
+    counts = [count for count in labels_per_class if count <= smallest]
+    shares = [share for share in fractions if round(share * len(labels)) >= len(sizes)]
+    problems = [
+        f"{where}.fractions: expected a labeled image for each of {len(sizes):,} classes of "
+        f"{counted(len(labels), 'image')}, got {share:g}; use a larger fraction"
+        for share in fractions
+        if share not in shares
+    ]
+    problems += [
+        f"{where}.labels_per_class: expected at most {smallest:,}, the size of the smallest class, "
+        f"got {count:,}; use a smaller number"
+        for count in labels_per_class
+        if count not in counts
+    ]
+    if not (counts or shares or others):
+        raise UserError("; ".join(problems))
+    inputs.skipped += [f"{PROTOCOLS[protocol].title}: {each}" for each in problems]
+    return counts, shares
 
 
 def draw_rows(labels: Tensor, count: int, seed: int, draw: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from messages import mentions
+from messages import mentions, missing
 from transformers import (
     AutoModel,
     BertConfig,
@@ -130,7 +130,8 @@ def test_every_number_and_its_words(digits, encoder) -> None:
     assert set(selected["selection"]) == {"neighbors", "temperature"}
     assert one["value"] < five["value"] < knn["value"]
     assert "4 draws" in one["text"] and "(seed 0)" in one["text"]
-    assert result["skipped"][0].startswith("500 labels per class: the smallest class has ")
+    assert result["skipped"][0].startswith("k-NN with few labels: ")
+    assert not missing(result["skipped"][0], "few_label_knn.labels_per_class", 500)
     assert linear["value"] > 0.5
     assert set(linear["details"]["validation"]) == {"0.1", "1"}
     assert "3 epochs, batch size 256" in linear["text"]

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from messages import mentions
+from messages import mentions, missing
 from sklearn.linear_model import LogisticRegression
 
 from hf_ssl.data import DataConfig, label_data
@@ -72,9 +72,9 @@ def test_every_number_of_labels_and_its_words(data) -> None:
         assert each["metrics"]["top_5"] == 1.0, "there are four classes"
         assert each["standard_error"] == pytest.approx(each["details"]["std"] / 2**0.5)
     percent, many = result["skipped"]
-    assert "0.1 %" in percent and "400" in percent and "4 classes" in percent
-    assert "101" in many and "100" in many
-    with pytest.raises(UserError, match=mentions(400)):
+    assert not missing(percent, f"{NAME}.fractions", 0.001, "400 images", "4 classes")
+    assert not missing(many, f"{NAME}.labels_per_class", 101, 100)
+    with pytest.raises(UserError, match=mentions("fractions", 0.001, "labels_per_class", 101)):
         run(data, fractions=[0.001], labels_per_class=[101])
 
 

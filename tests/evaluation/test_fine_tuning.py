@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from messages import mentions
+from messages import mentions, missing
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModel, BitImageProcessor
 
@@ -246,6 +246,17 @@ def test_partners_of_mixup() -> None:
     assert np.var(weights) == pytest.approx(1 / (4 * 2.6), abs=0.01)  # of Beta(0.8, 0.8)
 
 
+def test_numbers_of_labels_that_are_too_large_leave_the_others(data) -> None:
+    """As in `few_label_knn` and `few_label_linear`."""
+    given = {"fractions": [0.01], "labels_per_class": [2, 14], "epochs": 1, "learning_rates": [0.1]}
+    config = {"protocols": ["fine_tune"], "settings": {"fine_tune": given}}
+    result = evaluate_encoder(new_encoder("vit"), data[0], data[0], config, PROCESSOR)
+    assert [each["details"]["images"] for each in result["protocols"]] == [6]
+    fraction, number = result["skipped"]
+    assert not missing(fraction, "fine_tune.fractions", 0.01) and fraction.startswith("fine-tuning: ")
+    assert not missing(number, "fine_tune.labels_per_class", 14, 13)
+
+
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
@@ -254,7 +265,7 @@ def test_partners_of_mixup() -> None:
         ({"fractions": [0.01]}, ["fine_tune.fractions", 0.01, "3 classes", "40 images"]),
         ({"fractions": [2.0]}, ["fine_tune.fractions", 2.0]),
         ({"fractions": []}, ["fine_tune.fractions"]),
-        ({"labels_per_class": [14]}, ["fine_tune.labels_per_class", 14, 13]),
+        ({"fractions": [], "labels_per_class": [14]}, ["fine_tune.labels_per_class", 14, 13]),
         ({"recipe": "sim"}, ["fine_tune.recipe", "simclr"]),
         ({"optimizer": "adam"}, ["fine_tune.optimizer", "adamw"]),
         ({"optimizer": "adamw"}, ["fine_tune.learning_rates", "adamw", "simclr", "sgd", "[1e-4]"]),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.errors import UserError, check_values, counted
-from hf_ssl.evaluation.image_lists import class_sizes, draw_rows
+from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, possible_numbers
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.knn import as_features, check_classes, nearest, prepare
 from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
@@ -40,14 +40,15 @@ class Config:
 
 
 def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
-    """Return the mean accuracy over the draws for each number of labels."""
+    """Return the mean accuracy over the draws for each number of labels.
+
+    Raises:
+        UserError: each number is larger than the smallest class.
+    """
     train, test = inputs.train, inputs.test
-    smallest = int(class_sizes(train.labels).min())
     results = []
-    for labels in config.labels_per_class:
-        if labels > smallest:
-            inputs.skipped.append(f"{counted(labels, 'label')} per class: the smallest class has {smallest}")
-            continue
+    counts, _ = possible_numbers(inputs, "few_label_knn", config.labels_per_class)
+    for labels in counts:
         accuracies = _accuracies(
             train.features, train.labels, test.features, test.labels, labels, config.draws, inputs.seed,
             inputs.device,

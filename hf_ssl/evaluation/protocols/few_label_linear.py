@@ -19,6 +19,7 @@ from hf_ssl.evaluation.image_lists import (
     draw_rows,
     find_rows,
     list_error,
+    possible_numbers,
     read_list,
     rows_hash,
 )
@@ -110,8 +111,6 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     selects nothing, and its classifier has no bias.
     """
     choices = _choices(inputs, config)
-    if not choices:
-        raise UserError(f"few labels: expected more training images, got {len(inputs.train)}; add images")
     device = float64_device(inputs.device)
     train, test = (unit_rows(split.features.to(device)) for split in (inputs.train, inputs.test))
     labels = inputs.train.labels.to(device)
@@ -133,29 +132,20 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
 def _choices(inputs: Inputs, config: Config) -> list[Choice]:
     """Return the labeled images of all measurements. Add the impossible ones to `inputs.skipped`."""
     labels = inputs.train.labels.cpu()
-    sizes = class_sizes(labels)
+    classes = len(class_sizes(labels))
+    counts, shares = possible_numbers(
+        inputs, "few_label_linear", config.labels_per_class, config.fractions, len(config.lists)
+    )
     found = []
-    for share in config.fractions:
+    for share in shares:
         count = round(share * len(labels))
         percent = f"{100 * share:g} %"
-        if count < len(sizes):
-            inputs.skipped.append(
-                f"linear classifier with {percent} of the labels: this share of "
-                f"{counted(len(labels), 'image')} is less than one for each of {len(sizes):,} classes"
-            )
-            continue
         draws = [draw_rows(labels, count, inputs.seed, draw) for draw in range(config.draws)]
         words = f"{percent} of the images ({count:,} with balanced classes)"
         key = f"{100 * share:g}_percent".replace(".", "_")
         found.append(Choice(key, f"{percent} of the labels", words, {"fraction": share}, draws))
-    for count in config.labels_per_class:
-        if count > int(sizes.min()):
-            inputs.skipped.append(
-                f"linear classifier, {counted(count, 'label')} per class: the smallest class has "
-                f"{int(sizes.min())}"
-            )
-            continue
-        draws = [draw_rows(labels, count * len(sizes), inputs.seed, draw) for draw in range(config.draws)]
+    for count in counts:
+        draws = [draw_rows(labels, count * classes, inputs.seed, draw) for draw in range(config.draws)]
         column = f"{counted(count, 'label')} per class"
         words = f"{counted(count, 'image')} of each class"
         found.append(Choice(str(count), column, words, {"labels_per_class": count}, draws))

@@ -22,7 +22,7 @@ from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.features import pixel_values
 from hf_ssl.evaluation.fine_tuning import RECIPES, Optimization, predict, train_classifier
-from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, rows_hash
+from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, possible_numbers, rows_hash
 from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, has_several_labels, hold_out
 from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
 from hf_ssl.evaluation.results import ProtocolResult
@@ -151,26 +151,23 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """Return the accuracy after fine-tuning with each fraction and each number of labels.
 
     For images with several labels, return the mean average precision after fine-tuning with all labels.
+
+    Raises:
+        UserError: no fraction or number can be measured, or two of them have equally many labeled images.
     """
     labels = inputs.train.labels
     if has_several_labels(labels):
         _check_several(config)
         return [train_and_test(Task.of(inputs, config), 1.0, np.arange(len(labels)))[1]]
-    sizes = class_sizes(labels)
-    classes, smallest = len(sizes), int(sizes.min())
-    wanted = [(fraction, round(fraction * len(labels))) for fraction in config.fractions]
-    wanted += [(each * classes / len(labels), each * classes) for each in config.labels_per_class]
-    fewest = min(count for _, count in wanted)
-    most = max(config.labels_per_class, default=0)
+    classes = len(class_sizes(labels))
+    counts, fractions = possible_numbers(inputs, "fine_tune", config.labels_per_class, config.fractions)
+    wanted = [(fraction, round(fraction * len(labels))) for fraction in fractions]
+    wanted += [(each * classes / len(labels), each * classes) for each in counts]
     numbers = [count for _, count in wanted]
     check_values(
         _WHERE,
         ("fractions and labels_per_class", numbers, len(set(numbers)) == len(numbers),
          "different numbers of labeled images", "each number once"),
-        ("fractions", list(config.fractions), fewest >= classes,
-         f"a labeled image for each of {classes} classes of {len(labels):,} images", "a larger fraction"),
-        ("labels_per_class", list(config.labels_per_class), most <= smallest,
-         f"at most {smallest}, the size of the smallest class", "a smaller number"),
     )  # fmt: skip
     task = Task.of(inputs, config)
     return [
