@@ -4,10 +4,10 @@
 Legend: M training images, N test images, D features, K classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from hf_ssl.evaluation.results import Quality
 from hf_ssl.progress import progress
 from hf_ssl.random import permutation
 
+Result = TypeVar("Result")
 HELD_OUT = 0.1
 """Share of the training images on which protocols select their settings."""
 SELECTED_ON = f"{100 * HELD_OUT:g} % of the training images"
@@ -130,6 +131,31 @@ class Inputs:
             None if self.description is None else f"{self.description}, {part}", total, unit=unit
         ) as bar:
             yield bar
+
+    def measure_each(self, title: str, measurements: Mapping[str, Callable[[], Result]]) -> list[Result]:
+        """Return the results of several measurements of a protocol, each of which may take long.
+
+        A measurement that raises UserError is skipped with its reason. The others stay.
+
+        Args:
+            title: title of the protocol.
+            measurements: {words for the reason: function that measures}.
+
+        Raises:
+            UserError: all measurements raise. The error is that of the first one.
+        """
+        results: list[Result] = []
+        errors: list[UserError] = []
+        for words, measure in measurements.items():
+            try:
+                results.append(measure())
+            except UserError as error:
+                errors.append(error)
+                self.skipped.append(f"{title}, {words}: {error}")
+        if errors and not results:
+            del self.skipped[-len(errors) :]  # the caller reports the error
+            raise errors[0]
+        return results
 
 
 def read_split(features: Any, labels: Any, name: str, argument: str, width: int | None = None) -> Split:

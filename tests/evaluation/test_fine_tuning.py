@@ -294,6 +294,30 @@ def test_a_folder_that_cannot_be_written_keeps_the_other_numbers(data, tmp_path:
     assert "cannot write checkpoints" in reason
 
 
+def test_a_training_that_fails_keeps_the_numbers_of_the_others(data, monkeypatch) -> None:
+    train = fine_tune.train_and_test
+
+    def fail(task: Any, fraction: float, rows: np.ndarray) -> Any:
+        if fraction == 1.0:
+            raise UserError("fine_tune: it diverged")
+        return train(task, fraction, rows)
+
+    monkeypatch.setattr(fine_tune, "train_and_test", fail)
+    settings = {"epochs": 1, "fractions": [0.5, 1.0]}
+    config: dict[str, Any] = {"protocols": ["fine_tune"], "settings": {"fine_tune": settings}}
+    found = evaluate_encoder(new_encoder("resnet"), data[0], data[0], config, PROCESSOR)
+    assert [each["details"]["images"] for each in found["protocols"]] == [20]
+    assert found["skipped"] == ["fine-tuning, 40 labeled images: fine_tune: it diverged"]
+    with pytest.raises(UserError, match=mentions("it diverged")):
+        evaluate_encoder(
+            new_encoder("resnet"),
+            data[0],
+            data[0],
+            config | {"settings": {"fine_tune": {"epochs": 1}}},
+            PROCESSOR,
+        )
+
+
 def test_two_labeled_images_cannot_select_a_learning_rate() -> None:
     pairs = [(torch.full((3, 16, 16), 80 * label, dtype=torch.uint8), label) for label in (0, 1)]
     images = label_data(pairs, DataConfig(), "train")

@@ -7,6 +7,7 @@ head is the last stage of the ResNet, instead of a feature pyramid.
 
 import statistics
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,12 +265,13 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     """
     task = Task.of(inputs, config)
     seeds = [inputs.seed + number for number in range(config.seeds)]
-    results = []
-    for mode in config.modes:
+
+    def measure(mode: str) -> ProtocolResult:
         found = {seed: task.run(mode, seed) for seed in seeds}
         scores = {seed: box_scores(each, task.test) for seed, each in found.items()}
-        results.append(_describe(task, mode, found, scores))
-    return results
+        return _describe(task, mode, found, scores)
+
+    return inputs.measure_each("object detection", {mode: partial(measure, mode) for mode in config.modes})
 
 
 def _read_objects(inputs: Inputs, split: Split) -> list[ImageObjects]:

@@ -170,10 +170,14 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
          "different numbers of labeled images", "each number once"),
     )  # fmt: skip
     task = Task.of(inputs, config)
-    return [
-        train_and_test(task, fraction, draw_rows(labels, count, inputs.seed).numpy())[1]
-        for fraction, count in wanted
-    ]
+
+    def measure(fraction: float, count: int) -> ProtocolResult:
+        return train_and_test(task, fraction, draw_rows(labels, count, inputs.seed).numpy())[1]
+
+    return inputs.measure_each(
+        "fine-tuning",
+        {counted(count, "labeled image"): partial(measure, fraction, count) for fraction, count in wanted},
+    )
 
 
 def _check_several(config: Config) -> None:
