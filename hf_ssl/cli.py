@@ -149,6 +149,26 @@ def _parser() -> argparse.ArgumentParser:
         "case)",
     )
 
+    sweep = command("sweep", commands.sweep)
+    sweep.add_argument("recipe", help="a recipe, a study of training/studies, or a YAML file of one of them")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="section.key=value",
+        help="settings for all runs; a list of values, such as training.batch_size=[64,128,256], is an axis "
+        "of the grid",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--seeds", type=int, metavar="N", help="number of seeds (default: 1, or that of the study)"
+    )
+    sweep.add_argument(
+        "--output", type=Path, metavar="FOLDER",
+        help="folder of the runs and of the results (default: runs/sweeps/NAME)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--at-once", type=int, default=1, metavar="N",
+        help="number of runs at the same time, which share the cores (default: 1)",
+    )  # fmt: skip
+    _add_jobs(sweep, "run", "make one run; a last call without --job writes the page")
+
     evaluate = command("evaluate", commands.evaluate)
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
     evaluate.add_argument(
@@ -287,15 +307,15 @@ def _add_suite(evaluate: argparse.ArgumentParser) -> None:
     suite.add_argument(
         "--root", metavar="FOLDER", help="folder of the data sets; the paths of the suite are relative to it"
     )
-    suite.add_argument(
-        "--list-jobs", action="store_true", help="list the jobs with their numbers, and run none"
+    _add_jobs(suite, "job", "run one job; a last call without --job writes the table")
+
+
+def _add_jobs(parser: Any, noun: str, help_of_job: str) -> None:
+    """Add the options of a command whose parts a scheduler can start."""
+    parser.add_argument(
+        "--list-jobs", action="store_true", help=f"list the {noun}s with their numbers, and start none"
     )
-    suite.add_argument(
-        "--job",
-        type=int,
-        metavar="N",
-        help="run one job; a last call without --job writes the table",
-    )
+    parser.add_argument("--job", type=int, metavar="N", help=help_of_job)
 
 
 def _commands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:

@@ -64,6 +64,25 @@ def quick_imports() -> Iterator[None]:
         gc.enable()
 
 
+def sweep(arguments: argparse.Namespace) -> None:
+    """Run a grid of settings with several seeds, and write a page with a table and a plot."""
+    with progress("loading torch and transformers"), quick_imports():
+        from hf_ssl import sweeps
+        from hf_ssl.sweep_file import load_sweep
+
+        found = load_sweep(arguments.recipe, arguments.overrides, arguments.seeds)
+    output = arguments.output or Path("runs/sweeps") / Path(arguments.recipe).stem
+    if arguments.list_jobs:
+        print("\n".join(sweeps.list_jobs(found, output)))
+    elif arguments.job is not None:
+        sweeps.run_job(found, output, arguments.job)
+    else:
+        command = sweeps.Command(arguments.recipe, arguments.overrides, arguments.seeds, output)
+        sweeps.run_sweep(found, command, arguments.at_once)
+        print((output / "README.md").read_text(encoding="utf-8"), end="")
+        print(f"README.md, sweep.csv, sweep.png and runs.json in {output}")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate an encoder by standard protocols: k-NN, linear probe and others."""
     with progress("loading torch and transformers"), quick_imports():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the files outside the package and the cores of the machine (layer 0).
 
-The files are recipes, suites, card templates, the Space, and `constraints.txt`.
+The files are recipes, suites, studies, card templates, the Space, and `constraints.txt`.
 
 A wheel contains them in a data folder inside the package. In a source tree, and so in an editable install,
 they lie beside the package. The working directory has no influence.
@@ -27,6 +27,7 @@ INSTALL_PLOTS = 'run pip install -c constraints.txt ".[plots]" in a checkout of 
 FOLDERS = {
     "recipes": "training/recipes",
     "suites": "training/suites",
+    "studies": "training/studies",
     "model_cards": "model_cards",
     "spaces": "spaces",
     "constraints.txt": "constraints.txt",
@@ -62,6 +63,11 @@ def recipe_files() -> dict[str, Path]:
 def suite_files() -> dict[str, Path]:
     """Return {name of a suite of data sets: its file}, sorted by name."""
     return {path.stem: path for path in sorted(resource("suites").glob("*.yaml"))}
+
+
+def study_files() -> dict[str, Path]:
+    """Return {name of a study: its file}, sorted by name."""
+    return {path.stem: path for path in sorted(resource("studies").glob("*.yaml"))}
 
 
 def usable_cores() -> int:

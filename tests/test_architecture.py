@@ -53,6 +53,8 @@ LAYERS = {
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
     "hf_ssl.suite_file": 5,
+    "hf_ssl.sweep_file": 5,
+    "hf_ssl.sweeps": 5,
     "hf_ssl.suites": 5,
     "hf_ssl.supervised": 5,
     "hf_ssl.cli": 5,

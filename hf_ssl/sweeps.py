@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a sweep, and writes a page, a table and a plot of its results (layer 5).
+
+Each run has its own process and its own folder. A later call runs only what is missing, and a run that was
+interrupted continues from its last checkpoint.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_ssl.cards import read_facts, remove_private
+from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts import Facts, result_entry
+from hf_ssl.cards.sweep_text import Measured, csv_text, draw, page
+from hf_ssl.errors import UserError, counted
+from hf_ssl.files import read_json, replaced_file, write_json, write_text
+from hf_ssl.progress import notice
+from hf_ssl.resources import usable_cores
+from hf_ssl.sweep_file import Run, Sweep
+
+PLAN, RUNS = "sweep.json", "runs.json"
+_ERROR = "error.txt"
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command of a sweep, with which each run starts in its own process.
+
+    Attributes:
+        name, overrides: arguments of `load_sweep`.
+        seeds: number of seeds; None: that of the study.
+        output: folder of the results.
+    """
+
+    name: str
+    overrides: Sequence[str]
+    seeds: int | None
+    output: Path
+
+    def of_job(self, number: int) -> list[str]:
+        """Return the command line of one run."""
+        seeds = [] if self.seeds is None else ["--seeds", str(self.seeds)]
+        options = ["--output", str(self.output), "--job", str(number), *seeds]
+        return [sys.executable, "-m", "hf_ssl", "sweep", self.name, *self.overrides, *options]
+
+
+def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
+    """Return one line for each run: its number, name, seed and state."""
+    width = max(len(run.name) for run in sweep.runs)
+    return [
+        f"{number:>3}  {run.name:{width}}  seed {run.seed}  {_state(run, output)}"
+        for number, run in enumerate(sweep.runs, start=1)
+    ]
+
+
+def _state(run: Run, output: Path | None) -> str:
+    folder = None if output is None else run.folder(output)
+    if folder is None or not folder.exists():
+        return "to do"
+    if (folder / FACTS).exists():
+        return "finished"
+    return "failed" if _error_file(folder).exists() else "started"
+
+
+def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured]:
+    """Run what is missing, write the page, and return the results of all finished runs.
+
+    The files are `README.md`, `sweep.csv`, `sweep.png` and `runs.json`, the entries for `hf-ssl compare`. If
+    a run fails, the page names it, and the other runs continue.
+
+    Args:
+        sweep: the sweep.
+        command: the command that gave this sweep.
+        at_once: number of runs at the same time, which share the cores.
+
+    Raises:
+        UserError: the folder contains another sweep, or all runs fail.
+    """
+    output = command.output
+    _check_plan(sweep, output)
+    missing = [
+        number for number, run in enumerate(sweep.runs, start=1) if not (run.folder(output) / FACTS).exists()
+    ]
+    notice(
+        f"{counted(len(sweep.runs), 'run')}, {len(sweep.runs) - len(missing)} finished; results in {output}"
+    )
+    threads = str(max(1, usable_cores() // at_once))
+
+    def start(number: int) -> None:
+        run = sweep.run(number)
+        notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}")
+        environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
+        status = subprocess.run(command.of_job(number), env=environment, check=False).returncode
+        if status < 0 or status > 128:
+            notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
+        if (run.folder(output) / FACTS).exists():
+            _write(sweep, output)
+
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        for _ in pool.map(start, missing):
+            pass
+    return _write(sweep, output)
+
+
+def run_job(sweep: Sweep, output: Path, number: int) -> None:
+    """Make one run in this process, which may be one of several of torchrun or accelerate launch.
+
+    Raises:
+        UserError: the run fails. Its folder keeps the reason for the page.
+    """
+    _check_plan(sweep, output)
+    run = sweep.run(number)
+    folder = run.folder(output)
+    from hf_ssl.recipe import load_recipe
+    from hf_ssl.run import pretrain
+
+    error_file = _error_file(folder)
+    try:
+        pretrain(load_recipe(run.recipe, [*run.overrides, f"training.output_dir={folder}"]))
+    except UserError as error:
+        write_text(error_file, f"{error}\n")
+        raise
+    error_file.unlink(missing_ok=True)
+
+
+def _error_file(folder: Path) -> Path:
+    """Return the file with the reason of a failed run, beside its folder, which may not exist."""
+    return folder.with_name(f"{folder.name}-{_ERROR}")
+
+
+def _check_plan(sweep: Sweep, output: Path) -> None:
+    """Store what all runs share. Raise UserError if the folder contains a sweep with something else."""
+    file, plan = output / PLAN, remove_private(sweep.plan)
+    if not file.exists():
+        write_json(file, plan)
+        return
+    before = read_json(file)
+    if before == plan:
+        return
+    changed = next((key for key in plan if before.get(key) != plan[key]), "settings")
+    raise UserError(
+        f"--output: expected an empty folder or the same sweep, got {output}, whose {changed} are "
+        f"{before.get(changed)} and not {plan.get(changed)}; use another folder (only seeds and values of "
+        "the grid may be added)"
+    )
+
+
+def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, Facts]]:
+    """Yield the finished runs with their facts."""
+    for run in sweep.runs:
+        if (run.folder(output) / FACTS).exists():
+            yield run, read_facts(run.folder(output))
+
+
+def _write(sweep: Sweep, output: Path) -> list[Measured]:
+    """Write the files of all finished runs, and return their results."""
+    found = list(finished_runs(sweep, output))
+    measured = [Measured.of(run.name, run.arm, run.values, facts) for run, facts in found]
+    if not measured:
+        reasons = [_error_file(run.folder(output)) for run in sweep.runs]
+        reason = next((file.read_text().strip() for file in reasons if file.exists()), "no run finished")
+        raise UserError(f"sweep: expected a finished run, got none: {reason}")
+    failed = {
+        f"{run.name}, seed {run.seed}": _reason(run.folder(output)) for run in sweep.runs
+        if not (run.folder(output) / FACTS).exists()
+    }  # fmt: skip
+    plain: Any = [result_entry(facts) for _, facts in found]
+    write_json(output / RUNS, plain)
+    write_text(output / "sweep.csv", csv_text(measured, list(sweep.axes)))
+    with replaced_file(output / "sweep.png") as staging:
+        draw(measured, sweep.axes, staging)
+    write_text(output / "README.md", page(sweep.title, sweep.question, measured, failed))
+    return measured
+
+
+def _reason(folder: Path) -> str:
+    file = _error_file(folder)
+    return file.read_text(encoding="utf-8").strip() if file.exists() else "it has not finished"

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: the grid, baselines that are measured once, missing runs, mistakes, and the page of the results."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from messages import mentions
+
+from hf_ssl import sweeps
+from hf_ssl.cli import main
+from hf_ssl.comparing import compare_runs
+from hf_ssl.errors import UserError
+from hf_ssl.recipe import load_recipe
+from hf_ssl.resources import study_files
+from hf_ssl.sweep_file import load_sweep, takes_list
+from hf_ssl.sweeps import Command, list_jobs, run_sweep
+
+SMALL = [
+    "training.max_steps=2", "training.disable_tqdm=true", "training.monitor_steps=0",
+    "evaluation.protocols=[knn]", "evaluation.max_train_images=100", "evaluation.max_test_images=50",
+    "training.batch_size=[32,64]",
+]  # fmt: skip
+STUDY = """
+study: {title: Two methods, question: Which one?, recipe: smoke/simclr, seeds: 1}
+settings: {training.max_steps: 2}
+grid: {method.temperature: [0.1, 0.5]}
+arms:
+  flip: {}
+  no flip: {settings: {views.flip: 0.0}}
+"""
+
+
+def test_a_grid_has_all_combinations_with_all_seeds() -> None:
+    sweep = load_sweep("smoke/simclr", [*SMALL, "method.temperature=[0.1, 0.5]"], seeds=2)
+    assert [(run.name, run.seed) for run in sweep.runs] == [
+        (f"batch_size {size}, temperature {temperature}", seed)
+        for size in (32, 64) for temperature in (0.1, 0.5) for seed in (0, 1)
+    ]  # fmt: skip
+    for run in sweep.runs:
+        recipe = load_recipe(run.recipe, run.overrides)
+        assert recipe.training["batch_size"] == run.values["training.batch_size"]
+        assert recipe.method["temperature"] == run.values["method.temperature"]
+        assert recipe.training["seed"] == run.seed
+    baselines = [load_recipe(run.recipe, run.overrides).evaluation.baselines for run in sweep.runs]
+    assert baselines == [True] + [False] * 7, "random weights and raw pixels are those of the first run"
+    other = load_sweep("smoke/simclr", ["backbone.hidden_sizes=[[8, 16], [16, 32]]"], seeds=1)
+    assert [run.values["backbone.hidden_sizes"] for run in other.runs] == [[8, 16], [16, 32]]
+    assert all("evaluation.baselines=false" not in run.overrides for run in other.runs), "other networks"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("training.batch_size", False), ("method.temperature", False), ("views.scale", True),
+        ("evaluation.protocols", True), ("backbone.hidden_sizes", True), ("training.precision", False),
+        ("data.max_images", False), ("evaluation.patch_grid", True),
+        ("evaluation.settings.knn.neighbors", True),
+    ],
+)  # fmt: skip
+def test_keys_that_take_a_list(key: str, expected: bool) -> None:
+    recipe = load_recipe("smoke/simclr", ["evaluation.settings.knn.neighbors=[3]"])
+    assert takes_list(recipe, key) == expected
+
+
+def test_a_study_has_arms(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(STUDY)
+    sweep = load_sweep(str(tmp_path / "two.yaml"), [], seeds=None)
+    assert sweep.title == "Two methods" and len(sweep.runs) == 4
+    assert sweep.runs[-1].name == "no flip, temperature 0.5"
+    recipe = load_recipe(sweep.runs[-1].recipe, sweep.runs[-1].overrides)
+    assert (recipe.views.flip, recipe.method["temperature"], recipe.training["max_steps"]) == (0.0, 0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("smoke/simclr", ["training.max_steps=2"]), ["sweep", "training.batch_size=[64,128,256]"]),
+        (("smoke/simclr", ["training.batch_size=[]"]), ["training.batch_size", "different values"]),
+        (("smoke/simclr", ["training.batch_size=[32, 32]"]), ["training.batch_size", "different"]),
+        (("smoke/simclr", ["training.batch_sise=[32, 64]"]), ["training.batch_sise", "batch_size"]),
+        (("smoke/simclr", ["training.batch_size=[32, 1]"]), ["training.batch_size", "at least 2"]),
+        (("smoke/simclr", ["training.seed=[0, 1]"]), ["training.seed", "--seeds"]),
+        (("smoke/simclr", [*SMALL, "training.output_dir=x"]), ["training.output_dir", "--output"]),
+        (("smoke/simclr", SMALL, 0), ["--seeds", 0]),
+        (("smoke/simcl", SMALL), ["sweep", "smoke/simclr"]),
+    ],
+)
+def test_mistakes_are_named_before_the_first_run(arguments: Any, parts: list) -> None:
+    with pytest.raises(UserError, match=mentions(*parts)):
+        load_sweep(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("recipe: smoke/simclr, ", "", ["study.recipe", "flip"]),
+        (
+            "{method.temperature: [0.1, 0.5]}",
+            "{method.temperature: 0.1}",
+            ["grid.method.temperature", "list"],
+        ),
+        ("views.flip: 0.0", "views.flop: 0.0", ["views.flop", "flip"]),
+        ("title: Two", "titel: Two", ["study.titel"]),
+        ("arms:", "arm:", ["arm", "arms"]),
+    ],
+)
+def test_mistakes_in_a_study_are_named(old: str, new: str, parts: list, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(STUDY.replace(old, new))
+    with pytest.raises(UserError, match=mentions(*parts)):
+        load_sweep(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize("name", study_files())
+def test_the_studies_can_be_read(name: str) -> None:
+    sweep = load_sweep(name, ["data.path=digits"])
+    assert sweep.question and len(sweep.runs) > 1
+    assert len({run.folder(Path("x")) for run in sweep.runs}) == len(sweep.runs)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs start in this process, which is faster. The fixture records their commands."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=main(command[3:]))
+
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=run))
+    return commands
+
+
+def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
+    tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert len(in_this_process) == 2
+    text = (tmp_path / "README.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    trained = [row for row in rows if row["encoder"] == "trained" and row["column"].startswith("20-NN")]
+    assert [row["training.batch_size"] for row in trained] == ["32", "64"]
+    for row in trained:
+        assert f"| batch_size {row['training.batch_size']} | {100 * float(row['value']):.1f} |" in text
+    assert text.count("the same network without training") == text.count("| raw pixels |") == 1
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert len(compare_runs([str(tmp_path / "runs.json")], None).rows) == 2
+    assert main([*arguments, "--seeds", "2"]) == 0, "seeds may be added"
+    assert [command[-3] for command in in_this_process[2:]] == ["2", "4"], "the second seeds"
+    assert " ± " in (tmp_path / "README.md").read_text()
+    states = [line.split()[-1] for line in list_jobs(load_sweep("smoke/simclr", SMALL, 2), tmp_path)]
+    assert states == ["finished"] * 4
+    assert main([*arguments, "method.temperature=0.3"]) == 2
+    assert "overrides" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_continue(
+    tmp_path: Path, in_this_process: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = load_sweep("smoke/simclr", SMALL)
+    (sweep.runs[0].folder(tmp_path)).mkdir(parents=True)
+    (sweep.runs[0].folder(tmp_path) / "notes.txt").write_text("something else")
+    command = Command("smoke/simclr", SMALL, None, tmp_path)
+    (measured,) = run_sweep(sweep, command)
+    assert measured.name == "batch_size 64"
+    text = (tmp_path / "README.md").read_text()
+    assert "- Missing: batch_size 32, seed 0: training.output_dir: expected" in text
+    assert [line.split()[-1] for line in list_jobs(sweep, tmp_path)] == ["failed", "finished"]
+    (sweep.runs[0].folder(tmp_path) / "notes.txt").unlink()
+    assert len(run_sweep(sweep, command)) == 2
+    assert "Missing" not in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "sweep.json").read_text())["recipes"] == {"": "smoke/simclr"}
+
+
+def test_the_command_of_a_run_is_the_command_of_the_sweep(tmp_path: Path) -> None:
+    command = Command("smoke/simclr", SMALL, 3, tmp_path).of_job(2)
+    assert command[1:5] == ["-m", "hf_ssl", "sweep", "smoke/simclr"]
+    assert command[5:] == [*SMALL, "--output", str(tmp_path), "--job", "2", "--seeds", "3"]
