@@ -7,12 +7,14 @@ Legend: M training images, N test images, D features, K classes.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ssl.data import LabeledImages
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import Quality
@@ -156,6 +158,30 @@ class Inputs:
             del self.skipped[-len(errors) :]  # the caller reports the error
             raise errors[0]
         return results
+
+
+def read_rows(images: Any, rows: Tensor, batch_size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Yield lists of row numbers with their images (C, H, W) uint8.
+
+    Each list contains the requested images of one batch of `images.iter_batches(batch_size)`. No list is
+    empty. `LabeledImages` decode only the requested images.
+
+    Args:
+        images: a `LabeledData`.
+        rows: the row numbers, ascending.
+        batch_size: number of images in a batch.
+    """
+    if isinstance(images, LabeledImages):
+        for _, group in groupby(rows.tolist(), key=lambda row: row // batch_size):
+            numbers = list(group)
+            yield list(zip(numbers, images.read(np.array(numbers)), strict=True))
+        return
+    wanted, first = set(rows.tolist()), 0
+    for batch in images.iter_batches(batch_size):
+        chosen = [(row, image) for row, image in enumerate(batch, first) if row in wanted]
+        first += len(batch)
+        if chosen:
+            yield chosen
 
 
 def read_split(features: Any, labels: Any, name: str, argument: str, width: int | None = None) -> Split:

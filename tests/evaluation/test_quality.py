@@ -12,8 +12,10 @@ from pixel_encoder import SIZE, Pixels, processor
 from hf_ssl.cards.card import render_card
 from hf_ssl.cards.facts import check_facts
 from hf_ssl.cards.text import terminal_text
+from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import alignment, evaluate_encoder, evaluate_features, lidar
+from hf_ssl.evaluation.inputs import read_rows
 from hf_ssl.evaluation.protocols.quality import standard_preset
 from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset, augment, sample_parameters
@@ -71,6 +73,35 @@ def test_the_numbers_are_those_of_the_views() -> None:
     assert json.loads(json.dumps(result)) == result
     assert measure(images=5, views=4)["quality"] == quality
     assert measure(images=5, views=4, seed=1)["quality"]["id"] != quality["id"]
+
+
+class Counted:
+    """A data set in Python that counts how often each image is read."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.count = images, [0] * len(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int):
+        self.count[row] += 1
+        return self.images.images[row], int(self.images.labels[row])
+
+
+def test_only_the_requested_images_are_decoded() -> None:
+    images = Images(13)
+    counted = Counted(images)
+    labeled = label_data(counted, DataConfig.of({"cache": "none"}), "test")
+    for _ in labeled.iter_batches(4):
+        pass
+    before, rows = list(counted.count), torch.tensor([0, 1, 5, 11, 12])
+    of_all, of_labeled = (list(read_rows(each, rows, 4)) for each in (images, labeled))
+    assert [row for row in range(13) if counted.count[row] > before[row]] == rows.tolist()
+    assert [[row for row, _ in part] for part in of_all] == [[0, 1], [5], [11], [12]]
+    for part, other in zip(of_all, of_labeled, strict=True):
+        for (row, image), (other_row, other_image) in zip(part, other, strict=True):
+            assert row == other_row and torch.equal(image, other_image)
 
 
 def test_the_augmentation_of_the_training_is_used_if_it_is_known() -> None:

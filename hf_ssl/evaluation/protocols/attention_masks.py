@@ -23,7 +23,7 @@ from hf_ssl.errors import UserError, check_name, check_values
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
 from hf_ssl.evaluation.dense import IGNORED, SquareProcessor, check_ignored, nearest_pixels, read_mask
 from hf_ssl.evaluation.features import pixel_values
-from hf_ssl.evaluation.inputs import Inputs, Split
+from hf_ssl.evaluation.inputs import Inputs, Split, read_rows
 from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
 from hf_ssl.evaluation.statistics import evenly_spaced
 
@@ -169,15 +169,11 @@ def head_scores(inputs: Inputs, split: Split, config: Config, most: int | None =
         UserError: fewer than two images have an object, or a mask has another size than its image.
     """
     processor = SquareProcessor(inputs.processor, config.size or inputs.image_size)
-    wanted = set(evenly_spaced(len(split), len(split) if most is None else most).tolist())
+    wanted = evenly_spaced(len(split), len(split) if most is None else most)
     rows: list[tuple[Tensor, float, Tensor]] = []
-    row, query = 0, ""
+    query = ""
     with inputs.progress(f"attention masks, {split.name}", len(wanted)) as bar:
-        for batch in split.images.iter_batches(min(inputs.batch_size, 32)):
-            chosen = [(row + number, image) for number, image in enumerate(batch) if row + number in wanted]
-            row += len(batch)
-            if not chosen:
-                continue
+        for chosen in read_rows(split.images, wanted, min(inputs.batch_size, 32)):
             pixels = pixel_values(processor, [image for _, image in chosen], inputs.device)
             maps = attention_maps(inputs.encoder, pixels)
             query = maps.query

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_ssl.errors import check_values, counted
 from hf_ssl.evaluation.features import extract_features
-from hf_ssl.evaluation.inputs import Inputs
+from hf_ssl.evaluation.inputs import Inputs, read_rows
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.results import ProtocolResult, Quality, result_id
 from hf_ssl.evaluation.statistics import alignment, evenly_spaced, lidar
@@ -93,13 +93,10 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
 
 def _views(inputs: Inputs, preset: ViewPreset, rows: Tensor, bar: object) -> Iterator[list[Tensor]]:
     """Yield the views of each image with one of these row numbers, as uint8 tensors, image after image."""
-    wanted, row = set(rows.tolist()), 0
-    for batch in inputs.test.images.iter_batches(inputs.batch_size):
-        for image in batch:
-            if row in wanted:
-                seeds = image_seeds(inputs.seed, 0, np.array([row], np.uint64))
-                parameters = sample_parameters(seeds, preset, np.array([image.shape[-2:]]))
-                pixels = augment(image[None], parameters).pixel_values[0]
-                yield list((255 * pixels).round().clamp(0, 255).to(torch.uint8))
-                bar.update(preset.count)  # type: ignore[attr-defined]
-            row += 1
+    for batch in read_rows(inputs.test.images, rows, inputs.batch_size):
+        for row, image in batch:
+            seeds = image_seeds(inputs.seed, 0, np.array([row], np.uint64))
+            parameters = sample_parameters(seeds, preset, np.array([image.shape[-2:]]))
+            pixels = augment(image[None], parameters).pixel_values[0]
+            yield list((255 * pixels).round().clamp(0, 255).to(torch.uint8))
+            bar.update(preset.count)  # type: ignore[attr-defined]
