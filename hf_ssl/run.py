@@ -5,6 +5,7 @@ The command line, scripts and notebooks all use these functions.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,34 +183,54 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
 def _evaluate_splits(
     recipe: Recipe, trainer: SSLTrainer, folder: Path, train: LabeledImages, test: LabeledImages
 ) -> EvaluationOutcome:
-    splits = train, test
-    device = trainer.args.device
+    splits, evaluation = (train, test), recipe.evaluation
     encoder, processor = load_encoder(str(folder))
+    options: dict[str, Any] = {
+        "processor": processor, "device": trainer.args.device, "preset": recipe.views
+    }  # fmt: skip
     results = {
-        "trained": evaluate_encoder(
-            encoder,
-            *splits,
-            recipe.evaluation,
-            processor,
-            device=device,
-            description="trained encoder",
-            preset=recipe.views,
-        )
+        "trained": evaluate_encoder(encoder, *splits, evaluation, description="trained encoder", **options)
     }
-    if recipe.evaluation.baselines:
-        initial_encoder = build_model(recipe, trainer.args.seed, trainer.source).exported_encoder
-        key = "untrained" if recipe.init_from is None else "start"
-        results[key] = evaluate_encoder(
-            initial_encoder,
-            *splits,
-            replace(recipe.evaluation, cache=False),  # these weights are evaluated once
-            processor,
-            device=device,
-            description="encoder before training",
-            preset=recipe.views,
-        )
-        results["raw_pixels"] = evaluate_pixels(recipe.evaluation, *splits)
+    results |= _baselines(
+        "untrained" if recipe.init_from is None else "start",
+        lambda: build_model(recipe, trainer.args.seed, trainer.source).exported_encoder,
+        evaluation.protocols,
+        evaluation,
+        splits,
+        description="encoder before training",
+        **options,
+    )
     return EvaluationOutcome(results=results, train=train, test=test)
+
+
+def _baselines(
+    key: str,
+    initial_encoder: Callable[[], Any],
+    names: Sequence[str],
+    evaluation: EvaluationConfig,
+    splits: tuple[LabeledImages, LabeledImages],
+    **options: Any,
+) -> dict[str, EncoderResult]:
+    """Return the results of an encoder before training, and of raw pixels if a protocol measures them.
+
+    Args:
+        key: key of the encoder in the result.
+        initial_encoder: returns the encoder.
+        names: the protocols of the encoder. It is not evaluated without any.
+        evaluation: settings of the evaluation. With `baselines=false`, the result is {}.
+        splits: the images.
+        options: further arguments of `evaluate_encoder`.
+    """
+    if not evaluation.baselines:
+        return {}
+    results = {}
+    if names:
+        settings = replace(evaluation, protocols=list(names), cache=False)  # the weights are evaluated once
+        results[key] = evaluate_encoder(initial_encoder(), *splits, settings, **options)
+    of_pixels = [PROTOCOLS[name] for name in evaluation.protocols if PROTOCOLS[name].of_pixels]
+    if any(splits[0].kinds & splits[1].kinds & set(protocol.labels) for protocol in of_pixels):
+        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
+    return results
 
 
 def evaluate(
@@ -282,20 +303,22 @@ def _evaluate(
             projected, *splits, of_projector, processor, device=device, description=words
         )
     kinds = splits[0].kinds & splits[1].kinds
-    fitting = [name for name in evaluation.protocols if kinds & set(PROTOCOLS[name].labels)]
     # Raw pixels are not a baseline for protocols of boxes and masks, which need feature maps.
-    of_positions = [name for name in fitting if not uses_image_labels(name)]
-    if evaluation.baselines and of_positions:
-        results["untrained"] = evaluate_encoder(
-            with_new_weights(encoder, evaluation.seed),
-            *splits,
-            replace(evaluation, protocols=of_positions, cache=False),  # these weights are evaluated once
-            processor,
-            device=device,
-            description=f"{model} without training",
-        )
-    if evaluation.baselines and fitting != of_positions:
-        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
+    of_positions = [
+        name
+        for name in evaluation.protocols
+        if kinds & set(PROTOCOLS[name].labels) and not uses_image_labels(name)
+    ]
+    results |= _baselines(
+        "untrained",
+        lambda: with_new_weights(encoder, evaluation.seed),
+        of_positions,
+        evaluation,
+        splits,
+        processor=processor,
+        device=device,
+        description=f"{model} without training",
+    )
     images = evaluation_facts(data, evaluation, *splits)
     evaluated = evaluated_encoder(model, encoder, images, measured["image_size"], device)
     return results, evaluated, splits[1]

@@ -2,6 +2,7 @@
 """Encoders are measured where that is fast, and with the weights that their files contain."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,26 @@ def test_a_masking_encoder_is_not_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("backbone.model_type", "vit_mae", "method.name=mae")):
         run.pretrain(load_recipe("smoke/simclr", [section, f"training.output_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("protocols", "expected"),
+    [
+        (["knn", "linear"], {"raw_pixels": ["knn", "linear"], "start": ["knn", "linear"]}),
+        (["linear", "segmentation"], {"start": ["linear", "segmentation"]}),
+        (["multi_label", "retrieval"], {"raw_pixels": ["multi_label", "retrieval"], "start": []}),
+    ],
+)
+def test_raw_pixels_are_a_baseline_of_protocols_that_measure_them(
+    protocols: list[str], expected: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a training, where they were measured without any protocol."""
+    monkeypatch.setattr(run, "evaluate_encoder", lambda encoder, train, test, config: config.protocols)
+    monkeypatch.setattr(run, "evaluate_pixels", lambda config, train, test: config.protocols)
+    images: Any = SimpleNamespace(kinds={"one"})
+    config, splits = EvaluationConfig(protocols=protocols), (images, images)
+    names = expected["start"]
+    found = run._baselines("start", lambda: None, names, config, splits)
+    assert found == {key: value for key, value in expected.items() if value}
+    config = EvaluationConfig(protocols=protocols, baselines=False)
+    assert run._baselines("start", lambda: None, names, config, splits) == {}
