@@ -23,7 +23,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.backbones import input_channels, normalization, unmasked
-from hf_ssl.modeling.configuration import as_pair, size_arguments
+from hf_ssl.modeling.configuration import patch_sides, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import has_class_token
@@ -66,10 +66,10 @@ def has_attention(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     config = model.config.to_dict()
-    patch = config.get("patch_size") or (0, 1)
     return (
         "attentions" in (type(model)._can_record_outputs or {})
-        and len(set(as_pair(patch))) == 1
+        and bool(config.get("patch_size"))
+        and len(set(patch_sides(model.config))) == 1
         and all(isinstance(config.get(key), int) for key in ("num_attention_heads", "num_hidden_layers"))
     )
 
@@ -205,7 +205,7 @@ def patch_size(model: nn.Module) -> int:
     Raises:
         UserError: the encoder has no attention maps.
     """
-    return as_pair(_with_attention(model).config.patch_size)[0]
+    return patch_sides(_with_attention(model).config)[0]
 
 
 def _with_attention(model: nn.Module) -> PreTrainedModel:

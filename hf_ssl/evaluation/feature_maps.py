@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.modeling.backbones import freeze_unused, input_channels
-from hf_ssl.modeling.configuration import as_pair, size_arguments
+from hf_ssl.modeling.configuration import patch_sides, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
 
 _PROBE = 256
@@ -181,7 +181,7 @@ def feature_maps(encoder: Any, smallest_stride: float) -> FeatureMaps:
     config = getattr(encoder, "config", None)
     if config is None:
         raise _no_map(encoder, "a module without config")
-    patch = max(as_pair(config.to_dict().get("patch_size") or 1))
+    patch = max(patch_sides(config))
     side = patch * math.ceil(_PROBE / patch)
     pixels = torch.zeros(1, input_channels(config), side, side, device=next(encoder.parameters()).device)
     try:

@@ -28,7 +28,14 @@ from transformers.utils import logging
 
 from hf_ssl.errors import UserError, counted, first_line, one_line
 from hf_ssl.files import local_folder
-from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, MASKING_TYPE, as_pair, method_of, size_arguments
+from hf_ssl.modeling.configuration import (
+    CLS_POOLER_TYPES,
+    MASKING_TYPE,
+    as_pair,
+    method_of,
+    patch_sides,
+    size_arguments,
+)
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
@@ -255,7 +262,7 @@ def check_image_sizes(
         UserError: the encoder cannot encode images of one of these sizes.
     """
     known, sides = backbone.config.to_dict(), sorted(set(sizes))
-    patch = max(as_pair(known.get("patch_size") or 1))
+    patch = max(patch_sides(backbone.config))
     for side in sides:
         if side % patch:
             raise UserError(

@@ -158,6 +158,11 @@ def method_of(model_type: str) -> str | None:
     return name or first if first == SSLConfig.model_type else None
 
 
+def patch_sides(config: Any) -> tuple[int, int]:
+    """Return height and width of the patches of an encoder; (1, 1) for an encoder without patches."""
+    return as_pair(config.to_dict().get("patch_size") or 1)
+
+
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Return the height and width of a size in the config of an encoder. One number means a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from methods.authors import (
     weights,
 )
 from torch import nn
+from transformers import ViTConfig, ViTModel
 
 from hf_ssl.errors import UserError
 from hf_ssl.methods.pirl.configuration_pirl import PIRLConfig
-from hf_ssl.methods.pirl.modeling_pirl import PIRLForPreTraining, rotate
+from hf_ssl.methods.pirl.modeling_pirl import PIRLForPreTraining, _side_for_encoder, rotate
 from hf_ssl.modeling.memory_bank import MemoryBank
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.random import image_seeds
@@ -314,6 +316,17 @@ def test_patches_are_enlarged_for_the_encoder(backbone, size, sub_crop, side):
     )
     model = PIRLForPreTraining(config)
     assert (model.layout.sub_crop, model.patch_size) == (sub_crop, side)
+
+
+@pytest.mark.parametrize(("patch_size", "side"), [(16, 32), ([16, 16], 32), ([8, 16], 32), ([8, 8], 24)])
+def test_the_patch_size_of_the_encoder_can_be_a_pair(patch_size, side):
+    backbone = ViTModel(
+        ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=96,
+            patch_size=patch_size,
+        )
+    )  # fmt: skip
+    assert _side_for_encoder(backbone, SimpleNamespace(size=24, image_shape=(3, 96, 96))) == side
 
 
 @pytest.mark.parametrize(("enlarge", "side"), [(None, 5), (48, 10), (36, 7)])

@@ -18,7 +18,7 @@ from hf_ssl.losses import memory_nce, memory_scores, memory_softmax
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.methods.pirl.configuration_pirl import PRETEXTS, PIRLConfig
 from hf_ssl.modeling.backbones import check_image_sizes, encode, feature_size, input_channels
-from hf_ssl.modeling.configuration import check_fields
+from hf_ssl.modeling.configuration import check_fields, patch_sides
 from hf_ssl.modeling.eval_mode import copy_without_values
 from hf_ssl.modeling.heads import MLPHead
 from hf_ssl.modeling.memory_bank import MemoryBankModel, NCEConstants
@@ -218,8 +218,7 @@ def _layout(config: PIRLConfig) -> PatchLayout:
 
 def _side_for_encoder(backbone: PreTrainedModel, layout: PatchLayout) -> int:
     """Return the side of patches for the encoder: see `PIRLConfig.patch_size`."""
-    unit = backbone.config.to_dict().get("patch_size")
-    unit = unit if isinstance(unit, int) else 1
+    unit = max(patch_sides(backbone.config))
     return -(-max(layout.size, _stride(backbone, layout.image_shape[0])) // unit) * unit
 
 
