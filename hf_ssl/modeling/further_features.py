@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_ssl.modeling.backbones import layers
-from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, has_class_token, map_axes
+from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, SPECIAL_TOKENS, has_class_token, map_axes
 
-_SPECIAL_TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
 _POOLED_FIRST = "dinov3_convnext"  # model type whose first token is the mean of the positions
 
 
@@ -107,7 +106,7 @@ def special_tokens(model: nn.Module) -> int:
     if getattr(config, "model_type", None) == _POOLED_FIRST:
         return 1
     named = {name.split(".")[-1]: parameter for name, parameter in model.named_parameters()}
-    return sum(named[name].shape[-2] for name in _SPECIAL_TOKENS if name in named)
+    return sum(named[name].shape[-2] for name in SPECIAL_TOKENS if name in named)
 
 
 def patch_tokens(model: nn.Module, last_hidden_state: Tensor, special: int) -> Tensor:

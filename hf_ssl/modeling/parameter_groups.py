@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from hf_ssl.errors import UserError
+from hf_ssl.modeling.pooling import SPECIAL_TOKENS
 
 # Tables of embeddings: parameters that are not weights of a layer (ViT, DINOv2, MAE, Swin ...).
 _TABLE_NAMES = (
-    "cls_token", "mask_token", "register_tokens", "reg_token", "distillation_token", "dist_token",
-    "position_embeddings", "pos_embed", "relative_position_bias_table",
+    *SPECIAL_TOKENS, "mask_token", "position_embeddings", "pos_embed", "relative_position_bias_table"
 )  # fmt: skip
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",

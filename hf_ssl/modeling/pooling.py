@@ -18,6 +18,8 @@ Pooling = Literal["auto", "pooler", "cls", "mean"]
 POOLINGS = get_args(Pooling)
 POOLED = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}
 """The feature that each pooling except "auto" returns, in words."""
+SPECIAL_TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
+"""Names of the parameters of tokens before the patch tokens, in transformers and timm."""
 LAST_BLOCKS = 4
 VECTORS = {
     "cls": POOLED["cls"],
