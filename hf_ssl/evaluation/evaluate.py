@@ -343,7 +343,7 @@ def _labeled(
     train: Any, test: Any, config: EvaluationConfig, data: DataConfig
 ) -> tuple[LabeledData, LabeledData]:
     """Return the labeled images of both splits, with the same numbers of classes."""
-    data = replace(data, label_column=config.label_column or data.label_column)
+    data = replace(config, path=None).data(data)  # the images are given, so `path` has no effect
     kinds = label_kinds(config.protocols)
     if not hasattr(train, "iter_batches"):
         train = label_data(train, data, "train", config.max_train_images, kinds)

@@ -457,7 +457,7 @@ def test_data_sets_give_the_baseline_of_pixels(digits) -> None:
 def test_the_label_column_of_the_settings_is_used(digits, encoder) -> None:
     images, labels = digits
     items = [{"image": images[row], "label": 0, "digit": int(labels[row])} for row in range(40)]
-    settings = only(5, label_column="digit")
+    settings = only(5, label_column="digit", path="elsewhere")  # the path has no effect on given images
     assert evaluate_encoder(encoder[0], items, items, settings, encoder[1])["classes"] == 10
 
 
