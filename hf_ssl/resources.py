@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the files outside the package and the cores of the machine (layer 0).
+"""Finds the files outside the package, optional packages and the cores of the machine (layer 0).
 
 The files are recipes, suites, studies, card templates, the Space, and `constraints.txt`.
 
@@ -8,7 +8,11 @@ they lie beside the package. The working directory has no influence.
 """
 
 import os
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+
+from hf_ssl.errors import UserError, one_line
 
 PACKED = Path(__file__).parent / "_data"
 SOURCE = Path(__file__).parent.parent
@@ -16,12 +20,6 @@ SOURCE = Path(__file__).parent.parent
 PORT = 7860  # of a Space on this machine
 MAX_IMAGES = 10_000  # of the gallery of a Space
 MAP_IMAGES = 2_000  # the largest number of images in a map of `hf-ssl plot`
-INSTALL_DETECTION = 'run pip install -c constraints.txt ".[detection]" in a checkout of hf_ssl'
-"""The advice if a package of the extra `detection` is missing."""
-INSTALL_DEMO = 'run pip install -c constraints.txt ".[demo]" in a checkout of hf_ssl'
-"""The advice if a package of the extra `demo` is missing."""
-INSTALL_PLOTS = 'run pip install -c constraints.txt ".[plots]" in a checkout of hf_ssl'
-"""The advice if umap-learn is missing."""
 
 # Name in the data folder of a wheel -> place in the source tree.
 FOLDERS = {
@@ -32,6 +30,28 @@ FOLDERS = {
     "spaces": "spaces",
     "constraints.txt": "constraints.txt",
 }
+
+
+def install_advice(extra: str) -> str:
+    """Return how to install the packages of an extra of hf_ssl, for messages."""
+    return f'run pip install -c constraints.txt ".[{extra}]" in a checkout of hf_ssl'
+
+
+def require(what: str, extra: str, packages: Mapping[str, str]) -> None:
+    """Raise UserError if an optional package cannot be imported.
+
+    Args:
+        what: what needs the packages, for the message.
+        extra: the extra of hf_ssl with the packages.
+        packages: {name of a package: its module}.
+    """
+    try:
+        for module in packages.values():
+            import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what}: expected {' and '.join(packages)}, got {one_line(error)}; {install_advice(extra)}"
+        ) from error
 
 
 def resource(folder: str, *parts: str) -> Path:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_ssl.data.boxes import ImageObjects
-from hf_ssl.errors import UserError
 from hf_ssl.evaluation.bootstrap import SAMPLES, bootstrap_error
-from hf_ssl.resources import INSTALL_DETECTION
+from hf_ssl.resources import require
 
 
 class Detections(NamedTuple):
@@ -51,13 +50,8 @@ class BoxScores(NamedTuple):
 
 def require_packages() -> None:
     """Raise UserError if the packages of the extra `detection` are not installed."""
-    try:
-        import pycocotools.cocoeval  # noqa: F401
-        import torchmetrics.detection  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"detection: expected the packages torchmetrics and pycocotools, got {error}; {INSTALL_DETECTION}"
-        ) from error
+    modules = {"torchmetrics": "torchmetrics.detection", "pycocotools": "pycocotools.cocoeval"}
+    require("detection", "detection", modules)
 
 
 def box_scores(found: Sequence[Detections], truth: Sequence[ImageObjects]) -> BoxScores:

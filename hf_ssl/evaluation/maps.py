@@ -15,7 +15,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.plots import COLORS, color_of
 from hf_ssl.evaluation.statistics import unit_rows
-from hf_ssl.resources import INSTALL_PLOTS
+from hf_ssl.resources import require
 
 TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
 MARKERS = ("o", "^", "s", "D")
@@ -84,10 +84,7 @@ def _umap(rows: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
 
 def check_umap() -> None:
     """Raise UserError if the optional package umap-learn cannot be imported."""
-    try:
-        import umap  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"UMAP: expected the package umap-learn, got none; {INSTALL_PLOTS}") from error
+    require("UMAP", "plots", {"umap-learn": "umap"})
 
 
 def draw_maps(

@@ -25,7 +25,7 @@ from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.modeling.pooling import Pooling
-from hf_ssl.resources import INSTALL_DEMO
+from hf_ssl.resources import require
 
 INDEX, IMAGES = "index.faiss", "gallery.parquet"
 THUMBNAIL_SIDE = 192
@@ -206,8 +206,7 @@ def _unit_rows(features_ND: Tensor) -> np.ndarray:
 
 
 def _faiss() -> Any:
-    try:
-        import faiss  # optional extra
-    except ImportError as error:
-        raise UserError(f"gallery: expected faiss, got no such package; {INSTALL_DEMO}") from error
+    require("gallery", "demo", {"faiss": "faiss"})
+    import faiss
+
     return faiss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_ssl.errors import UserError
 from hf_ssl.hub.publish import SPACE_FACTS
-from hf_ssl.resources import INSTALL_DEMO, PORT
+from hf_ssl.resources import PORT, install_advice
 
 _PORTS_TRIED = 100
 _SECONDS_TO_END = 10
@@ -20,10 +20,12 @@ _SECONDS_TO_END = 10
 
 def check_packages() -> None:
     """Raise UserError with the names of missing packages if this installation cannot serve a Space."""
+    # `require` would import gradio, which takes seconds. Only the server process needs it.
     missing = [name for name in ("gradio", "faiss") if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"space: expected {' and '.join(missing)}, which {verb} missing; {INSTALL_DEMO}")
+        names = " and ".join(missing)
+        raise UserError(f"space: expected {names}, which {verb} missing; {install_advice('demo')}")
 
 
 def run_space(folder: Path, host: str = "127.0.0.1", port: int = PORT) -> None:
