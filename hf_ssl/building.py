@@ -20,7 +20,7 @@ from hf_ssl.data import (
 )
 from hf_ssl.data.boxes import object_columns
 from hf_ssl.data.config import COLUMN_KINDS
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.evaluation.protocols import label_kinds
 from hf_ssl.files import replaced_file
@@ -184,8 +184,8 @@ def open_labeled_splits(
             )
         )
     test.classified_by(train)
-    if len(test) < 2:
-        raise UserError(f"labels: expected at least 2 images in {test.description}, got {len(test)}")
+    expected = f"at least 2 images in {test.description}"
+    check_values("evaluation", ("test_split", len(test), len(test) >= 2, expected, "another split"))
     return train, test
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_ssl.data import LabeledImages
-from hf_ssl.errors import UserError, counted
+from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.knn import as_labels, check_features
 from hf_ssl.evaluation.results import Quality
 from hf_ssl.progress import progress
@@ -198,8 +198,8 @@ def read_split(features: Any, labels: Any, name: str, argument: str, width: int 
         UserError: there are fewer than 2 images, a number is not finite, or a label is not a class number.
     """
     rows = check_features(features, f"{argument} features", width)
-    if len(rows) < 2:
-        raise UserError(f"evaluation: expected at least 2 images in split {name!r}, got {len(rows)}")
+    enough = f"at least 2 images in split {name!r}"
+    check_values("evaluation", (f"{argument}_split", len(rows), len(rows) >= 2, enough, "another split"))
     where = f"evaluation, split {name!r}"
     if has_several_labels(labels):
         return Split(rows.float(), _label_matrix(labels, len(rows), where), name)

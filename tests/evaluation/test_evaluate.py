@@ -443,6 +443,15 @@ def test_features_can_be_arrays_of_one_width(digits) -> None:
             measure(None, labels[:60], features[60:], labels[60:100])
 
 
+def test_a_split_with_one_image_is_named_by_its_setting(digits) -> None:
+    _, labels = digits
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    for train, test, key in ((60, 1, "test_split"), (1, 60, "train_split")):
+        data = (features[:train], labels[:train], features[:test], labels[:test])
+        with pytest.raises(UserError, match=mentions(f"evaluation.{key}", "at least 2 images", 1)):
+            evaluate_features({"protocols": ["knn"]}, *data)
+
+
 def test_data_sets_give_the_baseline_of_pixels(digits) -> None:
     images, labels = digits
     pairs = [(images[row].permute(1, 2, 0).contiguous().numpy(), int(labels[row])) for row in range(200)]
