@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all modules share: options that are given when a module is loaded, and the call by a Trainer."""
+"""The common part of all modules: their description, options that are given when a module is loaded, and the
+call by a Trainer."""
 
 import inspect
 import numbers
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import datasets
 import evaluate
@@ -12,6 +13,10 @@ import numpy as np
 
 from hf_ssl.errors import UserError, check_keys, counted
 
+ROW = datasets.Sequence(datasets.Value("float32"))
+"""Type of a row of numbers for each image, such as a feature."""
+NUMBER = datasets.Value("int64")
+"""Type of one whole number for each image, such as a class number."""
 _KINDS: tuple[tuple[type, Any, str], ...] = (
     (bool, bool, "True or False"),
     (int, numbers.Integral, "a whole number"),
@@ -26,9 +31,27 @@ class WithOptions:
 
     A subclass defines `measure(predictions, references, *, option=default, ...)`, which returns a dict of
     numbers.
+
+    Attributes:
+        about: description, description of the inputs, BibTeX entry of the paper, and its address.
+        layouts: types of the accepted inputs. With several entries, the first one that fits is used.
     """
 
     measure: Callable[..., dict[str, float]]
+    about: ClassVar[tuple[str, str, str, str]]
+    layouts: ClassVar[tuple[dict[str, Any], ...]] = ({"predictions": ROW, "references": NUMBER},)
+
+    def _info(self) -> evaluate.MetricInfo:
+        description, inputs, citation, address = self.about
+        layouts = [datasets.Features(layout) for layout in self.layouts]
+        return evaluate.MetricInfo(
+            description=description,
+            citation=citation,
+            inputs_description=inputs,
+            features=layouts if len(layouts) > 1 else layouts[0],
+            reference_urls=[address],
+            license="Apache-2.0",
+        )
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
         """Keep the options of `measure`. The other arguments are those of `evaluate.EvaluationModule`."""

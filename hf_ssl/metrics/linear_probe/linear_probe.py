@@ -6,7 +6,6 @@ The library copies this file, so it imports only installed packages, one in each
 
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_ssl.errors import UserError
@@ -52,20 +51,7 @@ _CITATION = """\
 class LinearProbe(WithOptions, evaluate.Metric):
     """Linear probe; `_INPUTS` describes the arguments."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-            reference_urls=["https://arxiv.org/abs/1901.09005"],
-            license="Apache-2.0",
-        )
+    about = (_DESCRIPTION, _INPUTS, _CITATION, "https://arxiv.org/abs/1901.09005")
 
     def measure(
         self,

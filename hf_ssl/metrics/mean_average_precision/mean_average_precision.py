@@ -11,7 +11,7 @@ import evaluate
 
 from hf_ssl.evaluation.average_precision import VOC_POINTS, mean_average_precision
 from hf_ssl.evaluation.knn import as_features
-from hf_ssl.metrics.options import WithOptions
+from hf_ssl.metrics.options import NUMBER, ROW, WithOptions
 
 _DESCRIPTION = """\
 Mean average precision for images with several labels: the mean over the classes of the precision at 11 levels
@@ -45,20 +45,8 @@ _CITATION = """\
 class MeanAveragePrecision(WithOptions, evaluate.Metric):
     """Mean average precision; `_INPUTS` describes the arguments."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-            reference_urls=["http://host.robots.ox.ac.uk/pascal/VOC/pubs/everingham10.pdf"],
-            license="Apache-2.0",
-        )
+    about = (_DESCRIPTION, _INPUTS, _CITATION, "http://host.robots.ox.ac.uk/pascal/VOC/pubs/everingham10.pdf")
+    layouts = ({"predictions": ROW, "references": datasets.Sequence(NUMBER)},)
 
     def measure(
         self, predictions: Any, references: Any, *, points: int | None = VOC_POINTS

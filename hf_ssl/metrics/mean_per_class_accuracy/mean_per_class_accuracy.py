@@ -6,13 +6,12 @@ The library copies this file, so it imports only installed packages, one in each
 
 from typing import Any
 
-import datasets
 import evaluate
 from torch.nn.functional import one_hot
 
 from hf_ssl.evaluation.knn import as_features, as_labels
 from hf_ssl.evaluation.scores import class_metrics
-from hf_ssl.metrics.options import WithOptions
+from hf_ssl.metrics.options import NUMBER, ROW, WithOptions
 
 _DESCRIPTION = """\
 Mean of the accuracies of the classes. Every class has the same weight, however many images it has. This is
@@ -45,25 +44,8 @@ _CITATION = """\
 class MeanPerClassAccuracy(WithOptions, evaluate.Metric):
     """Mean per-class accuracy; `_INPUTS` describes the arguments."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=[
-                datasets.Features(
-                    {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-                ),
-                datasets.Features(
-                    {
-                        "predictions": datasets.Sequence(datasets.Value("float32")),
-                        "references": datasets.Value("int64"),
-                    }
-                ),
-            ],
-            reference_urls=["https://arxiv.org/abs/1805.08974"],
-            license="Apache-2.0",
-        )
+    about = (_DESCRIPTION, _INPUTS, _CITATION, "https://arxiv.org/abs/1805.08974")
+    layouts = ({"predictions": NUMBER, "references": NUMBER}, {"predictions": ROW, "references": NUMBER})
 
     def measure(self, predictions: Any, references: Any) -> dict[str, float]:
         given = as_features(predictions, "mean_per_class_accuracy: predictions")

@@ -6,12 +6,11 @@ The library copies this file, so it imports only installed packages, one in each
 
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.statistics import rank_me
-from hf_ssl.metrics.options import WithOptions
+from hf_ssl.metrics.options import ROW, WithOptions
 
 _DESCRIPTION = """\
 Effective number of dimensions of features: exp of the entropy of the normalized singular values. It needs no
@@ -42,15 +41,8 @@ _CITATION = """\
 class RankMe(WithOptions, evaluate.Metric):
     """RankMe; `_INPUTS` describes the arguments."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
-            reference_urls=["https://arxiv.org/abs/2210.02885"],
-            license="Apache-2.0",
-        )
+    about = (_DESCRIPTION, _INPUTS, _CITATION, "https://arxiv.org/abs/2210.02885")
+    layouts = ({"predictions": ROW},)
 
     def measure(self, predictions: Any) -> dict[str, float]:
         return {"rank_me": rank_me(check_features(predictions, "rank_me: predictions"))}
