@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim import SGD, AdamW
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ssl.errors import UserError
@@ -21,6 +21,7 @@ from hf_ssl.evaluation.config import MOMENTUM
 from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import process_count
+from hf_ssl.modeling.image_trainer import ImageTrainer, save_for_trainer
 
 # A learning rate that suits one of them changes the weights by too much or too little with the other.
 OPTIMIZERS = {"sgd": "0.01", "adamw": "1e-4"}
@@ -136,7 +137,7 @@ def training_arguments(
             yield args
 
 
-class LabelTrainer(Trainer):
+class LabelTrainer(ImageTrainer):
     """transformers' Trainer with the batches and the learning rates of a protocol.
 
     Args:
@@ -188,40 +189,17 @@ class LabelTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The estimate of transformers is for language models."""
-        return 0
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the weights with the names of the modules.
-
-        transformers 5.20 to 5.24 writes the weights of a ViT with their old names, which its Trainer cannot
-        load (issue 43701).
-        """
-        model: Any = self.accelerator.unwrap_model(self.model)
-        original = getattr(model, "save_pretrained", None)
-        if original is None:  # a FeatureClassifier
-            return super()._save(output_dir, state_dict)
-        model.save_pretrained = lambda *args, **named: original(
-            *args, **(named | {"save_original_format": False})
-        )
-        try:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # a FeatureClassifier or a detector
             super()._save(output_dir, state_dict)
-        finally:
-            del model.save_pretrained
+        elif self.args.should_save:
+            save_for_trainer(model, str(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise UserError(
-                f"checkpoint: expected the weights of this model, got missing keys "
-                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}; use "
-                "another folder"
-            )
 
 
 class _Advance(TrainerCallback):

@@ -259,13 +259,6 @@ class CheckpointTrainer(OptimizingTrainer):
             if isinstance(value, int | float | str) and key not in _NO_SETTINGS and value != schedule[key]:
                 _report_kept(f"lr_scheduler_kwargs, {key}", [value])
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise UserError(
-                f"checkpoint: expected the weights of this model, got missing keys "
-                f"{load_result.missing_keys[:3]} and unexpected keys {load_result.unexpected_keys[:3]}"
-            )
-
 
 def _report_kept(name: str, kept: list[Any]) -> None:
     """Log the settings of a checkpoint that replace other ones of the training arguments."""

@@ -120,10 +120,6 @@ class EvaluatingTrainer(PushingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None  # losses are means over images, so there is nothing to count
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The estimate of transformers is one for language models."""
-        return 0
-
     @property
     def stop_reason(self) -> str | None:
         """Why an alarm stopped the run, as a sentence; None if none did."""

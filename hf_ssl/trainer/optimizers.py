@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.image_trainer import ImageTrainer
 from hf_ssl.modeling.lars import LARS, LARSConfig
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_scales
 from hf_ssl.sections import default_values
@@ -220,7 +221,7 @@ def _with_optim_args(
     """Return the class and the arguments that transformers selects with these `optim_args`."""
     args = copy(args)
     args.optim_args = ",".join(f"{name}={value}" for name, value in values.items()) or None
-    return Trainer.get_optimizer_cls_and_kwargs(args)
+    return ImageTrainer.get_optimizer_cls_and_kwargs(args)
 
 
 def parse_optim_args(optim_args: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def parameter_groups_by_name(
     return found
 
 
-class OptimizingTrainer(Trainer):
+class OptimizingTrainer(ImageTrainer):
     """The part of `SSLTrainer` that builds the optimizer and the schedule of the learning rate.
 
     Attributes:

@@ -27,6 +27,7 @@ from hf_ssl.hub.export import export_model
 from hf_ssl.hub.publish import encoder_files, is_owned, publish
 from hf_ssl.hub.remote import Files, Published, Remote, hub_errors, open_repo, update_repo
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.image_trainer import save_for_trainer
 from hf_ssl.names import warn_deprecated
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.checkpoints import CheckpointTrainer
@@ -79,9 +80,7 @@ class PushingTrainer(CheckpointTrainer):
         if output_dir is None or not _internal_call:
             export_model(self.method, str(output_dir or self.args.output_dir))
         else:
-            # transformers would write old key names for a ViT, which its own Trainer cannot load again
-            # (issue 43701)
-            self.method.save_pretrained(output_dir, save_original_format=False)
+            save_for_trainer(self.method, output_dir)
 
     def create_model_card(
         self,

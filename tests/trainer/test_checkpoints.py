@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import time
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.label_trainer import LabelTrainer
 from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.monitor import CollapseAlarm
@@ -41,6 +43,15 @@ def recipe(folder, *overrides):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("trainer", [SSLTrainer, LabelTrainer])
+def test_weights_of_another_model_end_in_a_sentence_with_advice(trainer):
+    result = SimpleNamespace(missing_keys=["head.weight"], unexpected_keys=[])
+    with pytest.raises(
+        UserError, match=mentions("checkpoint", "head.weight", "use the model of the checkpoint")
+    ):
+        trainer._issue_warnings_after_load(None, result)
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_what_was_saved(tmp_path, monkeypatch):
