@@ -33,6 +33,11 @@ def local_folder(place: str | Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def local_or_hub(place: str | Path) -> str:
+    """Return the local folder that a place names, else the Hub id, for `from_pretrained`."""
+    return str(local_folder(place) or place)
+
+
 def staging_path(final: Path) -> Path:
     """Return the path where a file or folder is written before it gets its name."""
     return final.with_name(f"{STAGING_PREFIX}{final.name}")

@@ -19,7 +19,7 @@ from hf_ssl.allocation import kept_memory
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
-from hf_ssl.files import local_folder
+from hf_ssl.files import local_or_hub
 from hf_ssl.modeling.backbones import load_weights, loading_errors, unmasked
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
@@ -52,9 +52,7 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     options = {} if revision is None else {"revision": revision}
     encoder = load_weights(model, **options)
     with loading_errors(f"an encoder with its image processor, got {model!r}"):
-        return encoder.eval(), AutoImageProcessor.from_pretrained(
-            str(local_folder(model) or model), **options
-        )
+        return encoder.eval(), AutoImageProcessor.from_pretrained(local_or_hub(model), **options)
 
 
 def load_processor(processor: Any, encoder: Any) -> Any:
@@ -77,9 +75,7 @@ def load_processor(processor: Any, encoder: Any) -> Any:
     if isinstance(place, str | PathLike):
         with loading_errors(f"an image processor, got {str(place)!r}", "processor"):
             revision = getattr(encoder.config, "_commit_hash", None) if processor is None else None
-            return AutoImageProcessor.from_pretrained(
-                str(local_folder(str(place)) or place), revision=revision
-            )
+            return AutoImageProcessor.from_pretrained(local_or_hub(str(place)), revision=revision)
     if isinstance(place, type) or not callable(place):
         raise UserError(f"processor: expected an image processor or its folder, got {_name(place)}")
     return place

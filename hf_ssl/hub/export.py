@@ -106,6 +106,7 @@ def export_checkpoint(checkpoint: Path, directory: Path) -> None:
         UserError: the checkpoint cannot be read, is not a method of hf_ssl, or the directory is not empty.
     """
     transformers_logging.disable_progress_bar()
+    checkpoint, directory = checkpoint.expanduser(), directory.expanduser()
     check_new_or_empty(directory, "export")
     export_model(load_method_model(checkpoint), directory)
     print(f"encoder: {directory}, method model: {directory / METHOD_MODEL}")

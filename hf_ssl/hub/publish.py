@@ -68,7 +68,7 @@ def publish(
         UserError: the folder is not a finished run or contains private information, no token has write
             access, the name is not valid, or the Hub does not answer.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
         files = run_files(folder, repo_id)
@@ -118,7 +118,7 @@ def publish_space(
     Raises:
         UserError: the folder is not a Space, or as for `publish`.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
         files = space_files(folder)

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_ssl.errors import UserError, counted, first_line, one_line
-from hf_ssl.files import local_folder
+from hf_ssl.files import local_or_hub
 from hf_ssl.modeling.configuration import (
     CLS_POOLER_TYPES,
     MASKING_TYPE,
@@ -76,7 +76,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
     Raises:
         UserError: there is no encoder, or a method model instead of one.
     """
-    folder = str(local_folder(place) or place)
+    folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
         parts = find_parts(folder, **options)
         if parts is not None:
@@ -87,7 +87,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
     """Return the configuration in the folder or repository itself, which is not in parts."""
     with loading_errors(f"an encoder, got {place!r}", where):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(local_folder(place) or place), **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(local_or_hub(place), **options)
     if method_of(config.model_type) is not None:
         raise UserError(
             f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
@@ -106,7 +106,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
     is then the class token, or the mean of all tokens. Other missing weights raise an error.
     """
-    folder = str(local_folder(place) or place)
+    folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
         parts = find_parts(folder, **options)
         if parts is not None:
@@ -168,8 +168,7 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
         revision: commit on the Hub.
     """
     try:
-        folder = str(local_folder(place) or place)
-        processor: Any = AutoImageProcessor.from_pretrained(folder, revision=revision)
+        processor: Any = AutoImageProcessor.from_pretrained(local_or_hub(place), revision=revision)
     except (ImportError, OSError, ValueError) as error:
         logger.warning(
             "views: size, mean and std do not follow the encoder, because its image processor cannot be "

@@ -113,7 +113,8 @@ def test_a_dry_run_needs_no_token_and_no_network(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-    assert publish(finished_run, "name", private=True, dry_run=True) is None
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    assert publish(f"~/{finished_run.name}", "name", private=True, dry_run=True) is None
     *listed, total = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in listed} == FILES and all(line.endswith("B") for line in listed)
     assert f"{len(FILES)} files, " in total and "to name (private)" in total
