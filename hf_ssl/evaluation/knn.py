@@ -113,6 +113,21 @@ def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tens
     return torch.cat(cosines), torch.cat(rows)
 
 
+def nearest_others(rows_ND: Tensor, chosen_Q: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Return `nearest` for some of the rows among all others, both (Q, k). No row is its own neighbor.
+
+    Args:
+        rows_ND: float32, L2-normalized, with N > neighbors.
+        chosen_Q: row numbers of the queries.
+        neighbors: k.
+    """
+    cosines, found = nearest(rows_ND, rows_ND[chosen_Q], neighbors + 1)
+    own = found == chosen_Q[:, None]
+    own[:, -1] |= ~own.any(dim=1)  # an image with many copies may not be among its own neighbors
+    shape = (len(found), neighbors)
+    return cosines[~own].view(shape), found[~own].view(shape)
+
+
 def _nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
     buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * min(BANK_CHUNK, len(bank)))
@@ -340,10 +355,8 @@ def leave_one_out_knn(features: Tensor, labels: Any, *, neighbors: int, temperat
         raise UserError(f"k-NN: expected a positive temperature, got {temperature}")
     if not 1 <= neighbors < len(features):
         raise UserError(f"k-NN: expected 1 <= k < {len(features)}, the number of images, got {neighbors}")
-    cosines, found = nearest(rows_ND, rows_ND, neighbors + 1)
-    dropped = found == torch.arange(len(found), device=found.device)[:, None]
-    dropped[:, -1] |= ~dropped.any(dim=1)  # an image with many copies may not be among its own neighbors
-    voters = labels_N[found[~dropped].view(-1, neighbors)]
-    kept = cosines[~dropped].view(-1, neighbors)
-    _, sums = next(_sums_of_votes(kept, voters, [neighbors], temperature, int(labels_N.max()) + 1))
+    everyone = torch.arange(len(rows_ND), device=rows_ND.device)
+    cosines, found = nearest_others(rows_ND, everyone, neighbors)
+    classes = int(labels_N.max()) + 1
+    _, sums = next(_sums_of_votes(cosines, labels_N[found], [neighbors], temperature, classes))
     return int((sums.argmax(dim=1) == labels_N).sum()) / len(labels_N)

@@ -7,12 +7,13 @@ Legend: M bank images, N images, Q queries, K neighbors, D features.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from hf_ssl.data import LabeledImages
 from hf_ssl.data.decode import as_pillow
-from hf_ssl.evaluation.knn import check_features, nearest
+from hf_ssl.evaluation.knn import check_features, nearest, nearest_others
 from hf_ssl.evaluation.maps import shortened
 from hf_ssl.evaluation.statistics import unit_rows
 
@@ -32,14 +33,13 @@ def find_neighbors(bank: Tensor, features: Tensor, queries: Sequence[int], *, is
         is_bank: whether the queries are images of the bank. If so, an image is not its own neighbor.
     """
     rows = unit_rows(check_features(bank, "neighbors").float())
-    wanted = unit_rows(check_features(features, "neighbors").float())[list(queries)]
-    count = min(NEIGHBORS + is_bank, len(rows))
-    found = nearest(rows, wanted, count)[1].cpu().numpy()
-    if not is_bank:
-        return found
-    own = found == np.asarray(queries)[:, None]
-    own[:, -1] |= ~own.any(axis=1)  # an image with many copies may not be among its neighbors
-    return found[~own].reshape(len(found), count - 1)
+    if is_bank:
+        chosen = torch.as_tensor(queries, device=rows.device)
+        found = nearest_others(rows, chosen, min(NEIGHBORS, len(rows) - 1))
+    else:
+        wanted = unit_rows(check_features(features, "neighbors").float())[list(queries)]
+        found = nearest(rows, wanted, min(NEIGHBORS, len(rows)))
+    return found[1].cpu().numpy()
 
 
 def draw_neighbors(
