@@ -161,15 +161,20 @@ def new_classifier(
         fits = native and not any(arguments.values())  # the class gets no arguments
         found = _class_of_transformers(encoder, classes, pixels, feature) if fits else None
         if found is None:
-            copied = copy.deepcopy(encoder).float().requires_grad_(True)
-            freeze_unused(copied)
-            own = FeatureClassifier(copied, pooling, feature.shape[1], classes).to(device)
+            own = FeatureClassifier(trainable_copy(encoder), pooling, feature.shape[1], classes).to(device)
             found = Classifier(own, {"classifier.weight", "classifier.bias"})
     for name, module in found.model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" in found.head:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return found
+
+
+def trainable_copy(encoder: Any) -> Any:
+    """Return a float32 copy of an encoder, with gradients for all parameters that a loss can depend on."""
+    copied = copy.deepcopy(encoder).float().requires_grad_(True)
+    freeze_unused(copied)
+    return copied
 
 
 def _class_of_transformers(encoder: Any, classes: int, pixels: Tensor, feature: Tensor) -> Classifier | None:

@@ -14,7 +14,8 @@ from transformers import AutoBackbone
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from hf_ssl.errors import UserError, first_line
-from hf_ssl.modeling.backbones import freeze_unused, input_channels
+from hf_ssl.evaluation.classifiers import trainable_copy
+from hf_ssl.modeling.backbones import input_channels
 from hf_ssl.modeling.configuration import patch_sides, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode, unchanged_random_state
 
@@ -139,7 +140,7 @@ class StateMaps(FeatureMaps):
     """
 
     def __init__(self, encoder: Any) -> None:
-        super().__init__(_trainable_copy(encoder))
+        super().__init__(trainable_copy(encoder))
 
     def all_maps(self, pixel_values: Tensor) -> list[Tensor]:
         """Return all maps of images (B, C, H, W)."""
@@ -157,7 +158,7 @@ class TokenMap(FeatureMaps):
     """
 
     def __init__(self, encoder: Any, patch: int) -> None:
-        super().__init__(_trainable_copy(encoder), patch)
+        super().__init__(trainable_copy(encoder), patch)
         self.patch = patch
 
     def all_maps(self, pixel_values: Tensor) -> list[Tensor]:
@@ -220,9 +221,3 @@ def _no_map(encoder: Any, got: str) -> UserError:
         f"detection: expected an encoder with a spatial map of features, got {got} of "
         f"{type(encoder).__name__}; use a convolutional network or a vision transformer"
     )
-
-
-def _trainable_copy(encoder: Any) -> Any:
-    copied = copy.deepcopy(encoder).float().requires_grad_(True)
-    freeze_unused(copied)
-    return copied

@@ -92,7 +92,7 @@ def shuffle_over_processes(tensor: Tensor, *, seed: int) -> tuple[Tensor, Callab
         This process's rows (B, ...) after shuffling, and a function that restores the order: it maps results
         (B, ...) of the shuffled rows to results of the original rows.
     """
-    count, rank = process_count(), dist.get_rank() if process_count() > 1 else 0
+    count, rank = process_count(), process_rank()
     total = len(tensor) * count
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(tensor.device)
 
@@ -112,7 +112,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 def own_share(count: int) -> slice:
     """Return the slice of `count` rows that this process computes, if all processes hold all rows."""
-    rank = dist.get_rank() if process_count() > 1 else 0
+    rank = process_rank()
     size = -(-count // process_count())
     return slice(min(count, rank * size), min(count, (rank + 1) * size))
 
