@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_ssl.data.config import MISSING
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
 from hf_ssl.resources import recipe_files
+from hf_ssl.sections import MISSING
 
 _DATA_PATH = re.compile(r"^data:\n(?:(?: .*)?\n)*?  path: *(\S+)", re.MULTILINE)
 

@@ -32,7 +32,7 @@ _WORDS = {
     types.NoneType: "null",
 }
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-_MISSING = "???"  # OmegaConf's mark for a value that the user must give
+MISSING = "???"  # OmegaConf's mark for a value that the user must give
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 Section = TypeVar("Section")
@@ -72,7 +72,7 @@ def as_section(cls: type[Section], given: Any, where: str) -> Section:
         UserError: `given` is something else, a key is unknown, or a value has the wrong type.
     """
     if isinstance(given, cls):
-        given = {name: value for name, value in vars(given).items() if value != _MISSING}
+        given = {name: value for name, value in vars(given).items() if value != MISSING}
     elif not isinstance(given, Mapping | None):
         raise UserError(
             f"{where}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}; use "

@@ -14,7 +14,6 @@ from typing import Any
 
 from hf_ssl.cards.suite_text import COLUMNS
 from hf_ssl.data import DataConfig
-from hf_ssl.data.config import MISSING
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig
@@ -22,7 +21,7 @@ from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.recipe import read_sections
 from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
 from hf_ssl.resources import suite_files
-from hf_ssl.sections import default_values, to_dataclass
+from hf_ssl.sections import MISSING, default_values, to_dataclass
 
 SECTIONS = ("suite", "groups", "data", "evaluation", "entries")
 

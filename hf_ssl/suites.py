@@ -17,7 +17,7 @@ from hf_ssl.cards import remove_private
 from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
-from hf_ssl.cards.result_files import EVALUATED
+from hf_ssl.cards.result_files import EVALUATED, EVALUATION
 from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, metric_value, summarize
 from hf_ssl.data import LabeledImages
 from hf_ssl.effects import NOTHING, effect
@@ -278,11 +278,11 @@ def _merge(suite: Suite, records: list[dict[str, Any]], encoder: str, output: Pa
         )
     summary = summarize(suite.title, encoder, measured)
     plain = {"suite": suite.name, "fingerprint": records[0]["encoder"]["fingerprint"]} | summary.to_dict()
-    write_json(output / "results.json", plain)
+    write_json(output / EVALUATION, plain)
     write_text(output / "suite.md", markdown(summary))
     write_text(output / "suite.csv", csv_text(summary))
     with replaced_file(output / "suite.png") as staging:
         draw(summary, staging)
     print(markdown(summary), end="")
-    print(f"results.json, suite.md, suite.csv and suite.png in {output}")
+    print(f"{EVALUATION}, suite.md, suite.csv and suite.png in {output}")
     return plain

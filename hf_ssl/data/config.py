@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_ssl.errors import UserError, check_name, check_values
-from hf_ssl.sections import as_section
+from hf_ssl.sections import MISSING, as_section
 
-MISSING = "???"  # OmegaConf's mark for a value that the user must give
 CACHES = ("auto", "none", "memory", "memmap", "device")
 CHANNELS = (1, 3)
 BOX_FORMATS = ("xywh", "xyxy")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ssl.data.config import MISSING, DataConfig
+from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name, one_line
 from hf_ssl.evaluation.config import check_patch_grid
 from hf_ssl.modeling.encoder_parts import PARTS, SUBFOLDER
-from hf_ssl.sections import config_fields, to_dataclass
+from hf_ssl.sections import MISSING, config_fields, to_dataclass
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ssl.data.config import MISSING, DataConfig
+from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.methods import METHODS
@@ -28,7 +28,7 @@ from hf_ssl.recipe.backbone import (
 )
 from hf_ssl.recipe.source import SECTIONS, apply_overrides, find_recipe, is_overridden, read_yaml
 from hf_ssl.resources import resource
-from hf_ssl.sections import convert_values, default_values, to_dataclass, transformers_config
+from hf_ssl.sections import MISSING, convert_values, default_values, to_dataclass, transformers_config
 from hf_ssl.views.preset import ViewPreset
 
 if TYPE_CHECKING:

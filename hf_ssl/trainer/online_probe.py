@@ -17,6 +17,7 @@ from hf_ssl.data import LabeledImages
 from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.data.training_labels import TrainingLabels
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.config import MOMENTUM
 from hf_ssl.evaluation.scores import is_right
 from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.configuration import cosine_factor
@@ -66,7 +67,7 @@ class OnlineProbe:
             self.classifier = skip_init(nn.Linear, size, len(self.labels.class_names), device=device)
             for parameter in self.classifier.parameters():
                 nn.init.zeros_(parameter)
-            self._optimizer = SGD(self.classifier.parameters(), lr=self.learning_rate, momentum=0.9)
+            self._optimizer = SGD(self.classifier.parameters(), lr=self.learning_rate, momentum=MOMENTUM)
         return self.classifier, self._optimizer
 
     def add(self, encoder: PreTrainedModel, images: Tensor, labels: Tensor) -> None:
