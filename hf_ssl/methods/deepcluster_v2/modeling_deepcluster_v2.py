@@ -103,11 +103,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         self.bank.store(embeddings["sample_index"], embeddings["projections"])
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """Return `prototype_entropy` and `prototypes_used` of the first head (see `prototype_usage`).
-
-        `prototype_entropy` is the normalized entropy of the nearest prototypes. It is 1 if all are used
-        equally often. `prototypes_used` is the share of prototypes that are the nearest to any image.
-        """
+        """Return `prototype_usage` for the nearest prototypes of the first head and the first view."""
         first = cast(Prototypes, self.heads[0])
         nearest = first(embeddings["projections"][:, 0]).argmax(dim=-1)
         return prototype_usage(nearest, first.out_features)

@@ -111,12 +111,7 @@ class DINOForPreTraining(MomentumModel):
         self.center.mean.copy_(moved)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """Return `prototype_entropy` and `prototypes_used` of the teacher's outputs (see `prototype_usage`).
-
-        The outputs are centered. `prototype_entropy` is the normalized entropy of the largest output's
-        index. It is 1 if all are used equally often. `prototypes_used` is the share of outputs that are the
-        largest for any image.
-        """
+        """Return `prototype_usage` for the teacher's largest centered outputs of the first view."""
         outputs = self.teacher_last_layer(embeddings["teacher"][:, 0]) - self.center.mean
         return prototype_usage(outputs.argmax(dim=-1), self.config.output_size)
 

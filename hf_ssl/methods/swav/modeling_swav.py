@@ -85,11 +85,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
             queue.enqueue(view)
 
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
-        """Return `prototype_entropy` and `prototypes_used` (see `prototype_usage`).
-
-        `prototype_entropy` is the normalized entropy of the nearest prototypes. It is 1 if all are used
-        equally often. `prototypes_used` is the share of prototypes that are the nearest to any image.
-        """
+        """Return `prototype_usage` for the nearest prototypes of the first view."""
         nearest = self.prototypes(embeddings["projections"][:, 0]).argmax(dim=-1)
         return prototype_usage(nearest, self.config.prototypes)
 
