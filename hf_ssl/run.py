@@ -273,7 +273,7 @@ def evaluate(
     if is_main and output is not None:
         # A number that is not finite becomes null, so that the others are kept.
         write_json(output / EVALUATION, remove_private(results) | {EVALUATED: evaluated})
-        written = write_plots(output, results, ENCODERS | {"encoder": "this encoder"}, test)
+        written = write_plots(output, results, ENCODERS, test)
         print(f"{', '.join([EVALUATION, *written])} in {output}")
     return dict(results)
 

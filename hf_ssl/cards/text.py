@@ -23,6 +23,7 @@ from hf_ssl.modeling.pooling import POOLED
 
 ENCODERS = {
     "trained": "this encoder",
+    "encoder": "this encoder",
     "untrained": "the same network without training",
     "start": "the encoder that training began with",
     "raw_pixels": "raw pixels",
