@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.evaluation.axes import principal_axes, row_chunks
+from hf_ssl.evaluation.statistics import principal_axes, row_chunks
 
 TOLERANCE = 1e-5
 _CHUNK = 1 << 24  # logits in a chunk

@@ -10,10 +10,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from hf_ssl.evaluation import evaluate_features
-from hf_ssl.evaluation.axes import principal_axes
 from hf_ssl.evaluation.inputs import hold_out
 from hf_ssl.evaluation.protocols.logistic_regression import STRENGTHS
 from hf_ssl.evaluation.softmax_regression import Problem
+from hf_ssl.evaluation.statistics import principal_axes
 
 Data = tuple[torch.Tensor, torch.Tensor]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_ssl.data.labeled import rank_in_class
 from hf_ssl.errors import UserError, check_values, counted
-from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.image_lists import (
     LISTS,
@@ -27,7 +26,7 @@ from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
 from hf_ssl.evaluation.scores import class_metrics, is_right
 from hf_ssl.evaluation.softmax_regression import Problem
-from hf_ssl.evaluation.statistics import unit_rows
+from hf_ssl.evaluation.statistics import float64_device, unit_rows
 
 VERSION = 1
 STRENGTHS = tuple(10.0 ** (step / 2) for step in range(-4, 15))  # half-decades from 0.01 to 1e7

@@ -4,13 +4,12 @@
 from dataclasses import asdict, dataclass, field
 
 from hf_ssl.errors import UserError, check_values
-from hf_ssl.evaluation.axes import float64_device
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import Inputs, hold_out
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.scores import is_right, swept_result
 from hf_ssl.evaluation.softmax_regression import Problem
-from hf_ssl.evaluation.statistics import standardized
+from hf_ssl.evaluation.statistics import float64_device, standardized
 
 VERSION = 1
 STRENGTHS = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))

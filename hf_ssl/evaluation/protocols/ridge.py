@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hf_ssl.errors import check_values
-from hf_ssl.evaluation.axes import Axes, float64_device, principal_axes, row_chunks
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.results import ProtocolResult
 from hf_ssl.evaluation.scores import swept_result
+from hf_ssl.evaluation.statistics import Axes, float64_device, principal_axes, row_chunks
 
 VERSION = 1
 PENALTIES = tuple(10.0 ** (step / 2) for step in range(-16, 7))  # half-decades from 1e-8 to 1e3
