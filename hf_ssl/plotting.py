@@ -21,9 +21,8 @@ from hf_ssl.evaluation.config import main_knn
 from hf_ssl.evaluation.confusion import confusion_matrix, draw_confusion
 from hf_ssl.evaluation.feature_cache import published_features
 from hf_ssl.evaluation.knn import vote
-from hf_ssl.evaluation.maps import TITLES, check_umap, draw_maps, map_points, perplexity
+from hf_ssl.evaluation.maps import TITLES, check_umap, draw_maps, map_points, perplexity, points_page
 from hf_ssl.evaluation.neighbor_sheet import QUERIES, draw_neighbors, find_neighbors
-from hf_ssl.evaluation.page import points_page
 from hf_ssl.evaluation.plots import K_CURVE, k_curve
 from hf_ssl.evaluation.protocols.linear import predict_scores
 from hf_ssl.files import replaced_file, write_text

@@ -24,9 +24,8 @@ from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
 from hf_ssl.evaluation.confusion import confusion_matrix, draw_confusion, most_confused
-from hf_ssl.evaluation.maps import LEGEND_CLASSES, color_of, draw_maps, map_points, shape_of
+from hf_ssl.evaluation.maps import LEGEND_CLASSES, color_of, draw_maps, map_points, points_page, shape_of
 from hf_ssl.evaluation.neighbor_sheet import RIGHT, WRONG, draw_neighbors, find_neighbors
-from hf_ssl.evaluation.page import points_page
 from hf_ssl.plotting import KINDS, encoder_names, plot
 from hf_ssl.trainer.logs import RunLog, loss_terms
 

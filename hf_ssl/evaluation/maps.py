@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of features: t-SNE and UMAP place similar images near each other in 2-D or 3-D (layer 1).
 
+A map becomes a picture, or part of an interactive HTML page. The page contains its data and small images, and
+loads no other files. `points.html` is its template.
 Legend: N images, D features.
 """
 
+import base64
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ from torch import Tensor
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.plots import COLORS, color_of
+from hf_ssl.evaluation.retrieval import thumbnail
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.resources import require
 
@@ -22,6 +28,8 @@ MARKERS = ("o", "^", "s", "D")
 LEGEND_CLASSES = 20
 LEAST_IMAGES = 5
 PERPLEXITY, NEIGHBORS = 30.0, 15  # the defaults of scikit-learn and umap-learn
+THUMBNAIL_SIDE = 48  # a JPEG of about 2 kB
+_TEMPLATE = Path(__file__).with_name("points.html")
 _COMPONENTS = 50  # of the PCA before t-SNE, as van der Maaten and Hinton (2008) recommend
 
 
@@ -172,3 +180,48 @@ def shape_of(number: int) -> int:
 def shortened(name: str, most: int = 22) -> str:
     """Return a class name, cut to at most `most` characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def points_page(
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+    images: Iterable[Tensor],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+) -> str:
+    """Return the text of the page.
+
+    Args:
+        maps: {encoder: {name of the map: points (N, 2) or (N, 3)}}. All encoders have the same maps.
+        images: N images, uint8 (1 or 3, H, W).
+        labels: (N,) class numbers.
+        class_names: names of the classes; an empty list: no legend.
+        title: title of the page.
+    """
+    data = {
+        "title": title,
+        "encoders": [
+            {"name": name, "maps": {key: _scaled(points).tolist() for key, points in found.items()}}
+            for name, found in maps.items()
+        ],
+        "labels": [int(label) for label in labels],
+        "classes": list(class_names),
+        "styles": {label: [color_of(label), shape_of(label)] for label in np.unique(labels).tolist()},
+        "thumbnails": [_data_address(image) for image in images],
+    }
+    # A class name may contain "</script>".
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return _TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
+
+
+def _scaled(points: np.ndarray) -> np.ndarray:
+    """Return centered points whose largest distance from the center is 1, with four decimals."""
+    centered = points - (points.max(axis=0) + points.min(axis=0)) / 2
+    largest = np.sqrt((centered**2).sum(axis=1)).max()
+    return np.round(centered / (largest or 1.0), 4)
+
+
+def _data_address(image: Tensor) -> str:
+    content = thumbnail(image, THUMBNAIL_SIDE)
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
