@@ -17,7 +17,6 @@ from hf_ssl.errors import UserError
 from hf_ssl.losses.upcasting import upcast
 from hf_ssl.modeling.activation_checkpoints import checkpoint_segments, supports_checkpointing
 from hf_ssl.modeling.backbones import (
-    RecordedOutputs,
     encode,
     freeze_unused,
     initialize_as_timm,
@@ -35,6 +34,7 @@ from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature, declare_patch_grid
+from hf_ssl.modeling.recorded_outputs import RecordedOutputs
 from hf_ssl.modeling.requirements import Requirements
 
 logger = logging.getLogger(__name__)
