@@ -36,7 +36,7 @@ from hf_ssl import (
     SimCLRForPreTraining,
 )
 from hf_ssl.errors import UserError
-from hf_ssl.modeling import backbones
+from hf_ssl.modeling import recorded_outputs
 from hf_ssl.modeling.activation_checkpoints import _checkpointed, checkpoint_segments, find_segments
 
 VIT = ViTConfig(
@@ -233,14 +233,14 @@ def test_an_index_out_of_range_is_rejected_before_the_memory_changes(index: int)
 
 @pytest.mark.parametrize("method", ["simclr", "mae"])
 def test_missing_attention_weights_are_reported_once(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    backbones.logger.warning_once.cache_clear()
+    recorded_outputs.logger.warning_once.cache_clear()
     model: Any = simclr(VIT)
     if method == "mae":
         model = MAEForPreTraining(MAEConfig(backbone_config=copy.deepcopy(VIT), decoder_hidden_size=32))
     views = torch.randn(4, 2 if method == "simclr" else 1, 3, 32, 32)
     for _ in range(2):  # transformers gives no weights without "eager" either
         assert model(pixel_values=views, output_attentions=True).attentions == ()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == backbones.__name__]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == recorded_outputs.__name__]
     assert re.search(mentions("output_attentions", 'attn_implementation="eager"', "sdpa"), message)
 
 
