@@ -161,10 +161,14 @@ def detections(results: Mapping[str, EncoderResult], test: Any) -> Any:
                 _draw_box(axes, box, color_of(number), "-")
                 shown.add(number)
         line[0].set_ylabel(result["column"], fontsize=8)
-    legend = [Patch(facecolor="none", edgecolor=color_of(k), label=names[k]) for k in sorted(shown)]
-    if legend:
-        options: Any = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
-        figure.legend(handles=legend[: len(COLORS)], **options)
+    found = [
+        Patch(facecolor="none", edgecolor=color_of(number), label=f"detected: {names[number]}")
+        for number in sorted(shown)[: len(COLORS)]
+    ] or [Patch(facecolor="none", label="no detection with a score of 0.5")]
+    objects = Patch(facecolor="lightgray", edgecolor="black", linestyle="--", label="objects (dashed, white)")
+    legend = [objects, *found]
+    options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 8, "frameon": False}
+    figure.legend(handles=legend, **options)
     return figure
 
 

@@ -42,7 +42,7 @@ from hf_ssl.evaluation.box_metrics import Detections, average_precision_error, b
 from hf_ssl.evaluation.detector import Anchors, Architecture, NearestLevel, new_detector
 from hf_ssl.evaluation.detector_training import BoxImages, DetectorTrainer, detect
 from hf_ssl.evaluation.feature_maps import feature_maps
-from hf_ssl.evaluation.plots import DETECTIONS, write_plots
+from hf_ssl.evaluation.plots import DETECTIONS, detections, write_plots
 from hf_ssl.evaluation.protocols import detection
 from hf_ssl.modeling.gather import joined_processes, process_rank
 from hf_ssl.run import evaluate
@@ -428,6 +428,12 @@ def test_the_picture_shows_test_images(tmp_path) -> None:
     width, height = PIL.Image.open(tmp_path / DETECTIONS).size
     assert width > 2 * height > 300
     assert write_plots(tmp_path, {"encoder": result}, {}) == [] and not list(tmp_path.iterdir())
+    for each in result["protocols"]:
+        for example in each["details"]["examples"]:
+            example["boxes"] = []
+    (legend,) = detections({"encoder": result}, split(6, 1)).legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["objects (dashed, white)", "no detection with a score of 0.5"]
 
 
 def test_the_command_also_measures_random_weights(tmp_path, capsys, monkeypatch) -> None:

@@ -240,7 +240,9 @@ def test_missing_attention_weights_are_reported_once(method: str, caplog: pytest
     views = torch.randn(4, 2 if method == "simclr" else 1, 3, 32, 32)
     for _ in range(2):  # transformers gives no weights without "eager" either
         assert model(pixel_values=views, output_attentions=True).attentions == ()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == recorded_outputs.__name__]
+    (message,) = [
+        record.getMessage() for record in caplog.records if record.name == recorded_outputs.__name__
+    ]
     assert re.search(mentions("output_attentions", 'attn_implementation="eager"', "sdpa"), message)
 
 
