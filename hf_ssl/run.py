@@ -213,6 +213,8 @@ def _baselines(
 ) -> dict[str, EncoderResult]:
     """Return the results of an encoder before training, and of raw pixels if a protocol measures them.
 
+    If one of the two cannot be measured, log a warning.
+
     Args:
         key: key of the encoder in the result.
         initial_encoder: returns the encoder.
@@ -223,13 +225,19 @@ def _baselines(
     """
     if not evaluation.baselines:
         return {}
-    results = {}
+    measure: dict[str, Callable[[], EncoderResult]] = {}
     if names:
         settings = replace(evaluation, protocols=list(names), cache=False)  # the weights are evaluated once
-        results[key] = evaluate_encoder(initial_encoder(), *splits, settings, **options)
+        measure[key] = lambda: evaluate_encoder(initial_encoder(), *splits, settings, **options)
     of_pixels = [PROTOCOLS[name] for name in evaluation.protocols if PROTOCOLS[name].of_pixels]
     if any(splits[0].kinds & splits[1].kinds & set(protocol.labels) for protocol in of_pixels):
-        results["raw_pixels"] = evaluate_pixels(evaluation, *splits)
+        measure["raw_pixels"] = lambda: evaluate_pixels(evaluation, *splits)
+    results = {}
+    for name, measured in measure.items():
+        try:
+            results[name] = measured()
+        except UserError as error:  # the numbers of the encoder stay
+            logger.warning("%s: not measured: %s", ENCODERS[name], error)
     return results
 
 

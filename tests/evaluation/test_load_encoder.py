@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from messages import mentions
+from messages import mentions, missing
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -178,3 +178,23 @@ def test_raw_pixels_are_a_baseline_of_protocols_that_measure_them(
     assert found == {key: value for key, value in expected.items() if value}
     config = EvaluationConfig(protocols=protocols, baselines=False)
     assert run._baselines("start", lambda: None, names, config, splits) == {}
+
+
+def test_a_baseline_that_cannot_be_measured_keeps_the_other_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Raw pixels have only the numbers of `few_label_knn`, which is not possible here."""
+    new_vit().save_pretrained(tmp_path)
+    config = EvaluationConfig(
+        protocols=["few_label_knn", "ridge"],
+        settings={"few_label_knn": {"labels_per_class": [500]}},
+        max_train_images=40,
+        max_test_images=20,
+        cache=False,
+    )
+    processor = BitImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False, do_convert_rgb=True)
+    processor.save_pretrained(tmp_path)
+    results = run.evaluate(str(tmp_path), DataConfig(path="digits"), config)
+    assert [each["protocol"] for each in results["encoder"]["protocols"]] == ["ridge"]
+    assert list(results) == ["encoder"]
+    assert not missing(caplog.text, "raw pixels", "few_label_knn.labels_per_class", 500)
