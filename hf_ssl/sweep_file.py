@@ -6,14 +6,22 @@ keys. `settings` are overrides for all runs. `grid` contains lists of values. Ea
 combination of these values.
 """
 
+import hashlib
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from hf_ssl.data.config import MISSING, DataConfig
+from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.recipe import Recipe, load_recipe
@@ -23,6 +31,7 @@ from hf_ssl.sections import to_dataclass
 from hf_ssl.views.preset import ViewPreset
 
 SECTIONS = ("study", "settings", "grid", "arms")
+_LONGEST = 120  # characters of the name of a folder
 _OWN = {"training.seed": "--seeds", "training.output_dir": "--output"}
 """Key that each run sets itself -> the option in its place."""
 
@@ -84,6 +93,8 @@ class Run:
     def folder(self, output: Path) -> Path:
         """Return the output folder of the run."""
         name = "".join(each if each.isalnum() or each in ".-" else "_" for each in self.name)
+        if len(name) > _LONGEST:
+            name = f"{name[:_LONGEST]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
         return output / name / f"seed-{self.seed}"
 
 
@@ -95,7 +106,7 @@ class Sweep:
         title, question: see `Study`; the question is "" for a sweep of the command.
         axes: {"section.key": values} of the grid.
         runs: all runs, in their order: all seeds of the first combination come first.
-        plan: the settings that all runs share, for the check of an existing folder.
+        plan: {arm: its settings without the grid}, for the check of an existing folder.
     """
 
     title: str
@@ -132,29 +143,33 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
         raise UserError(f"--seeds: expected a positive number, got {count}")
     recipes = {arm: _recipe_of(arm, each, study) for arm, each in arms.items()}
     first = next(iter(arms))
-    # A list in an override is an axis if the recipe expects a single value for this key.
-    lists = [text for text in overrides if _value(text).__class__ is list]
-    fixed = _texts(settings) + [text for text in overrides if text not in lists]
-    base = load_recipe(recipes[first], [*fixed, *_texts(arms[first].settings)])
-    for text in lists:
-        key, values = text.partition("=")[0], _value(text)
-        if takes_list(base, key) and not (values and all(isinstance(each, list) for each in values)):
-            fixed.append(text)
+    lists = {text: value for text in overrides if isinstance(value := _value(text), list)}
+    # A recipe may need a value that only an axis has, such as data.path=[one,two].
+    some = [f"{_key(text)}={_quoted(value[0])}" for text, value in lists.items() if value]
+    own = [*_texts(settings), *_texts(arms[first].settings)]
+    own += _texts({key: values[0] for key, values in grid.items() if values})
+    base = _base(recipes[first], own, [text for text in overrides if text not in lists], some)
+    fixed: list[str] = []
+    for text in overrides:  # as in other commands, the last one of equal keys counts
+        key = _key(text)
+        grid.pop(key, None)
+        fixed = [each for each in fixed if _key(each) != key]
+        # A list is an axis if the recipe expects a single value for this key.
+        if text in lists and (not takes_list(base, key) or _are_lists(lists[text])):
+            grid[key] = lists[text]
         else:
-            grid[key] = values
-    _check_axes(grid, fixed, arms)
-    shared = {
-        "recipes": recipes,
-        "overrides": fixed,
-        "arms": {arm: each.settings for arm, each in arms.items()},
-    }
-    runs = []
+            fixed.append(text)
+    _check_axes(grid, [*_texts(settings), *fixed], arms)
+    plan: dict[str, Any] = {}
+    runs: list[Run] = []
     baselines: set[str] = set()
     for arm, each in arms.items():
-        for values in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, values, strict=True))
-            own = [*fixed, *_texts(each.settings), *_texts(chosen)]
-            key = _baseline(load_recipe(recipes[arm], own))  # reports mistakes before the first run
+        for combination in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, combination, strict=True))
+            own = [*_texts(settings), *_texts(each.settings), *_texts(chosen), *fixed]
+            recipe = load_recipe(recipes[arm], own)  # reports mistakes before the first run
+            plan.setdefault(arm, _settings(recipe, grid))
+            key = _baseline(recipe)
             for seed in range(count):
                 is_first = key not in baselines
                 baselines.add(key)
@@ -162,7 +177,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
                     [] if _sets(own, "evaluation.baselines") or is_first else ["evaluation.baselines=false"]
                 )
                 runs.append(Run(arm, chosen, seed, recipes[arm], [*own, *more, f"training.seed={seed}"]))
-    return Sweep(study.title, study.question, grid, runs, shared)
+    _check_folders(runs)
+    return Sweep(study.title, study.question, grid, runs, plan)
 
 
 def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict[str, Arm]]:
@@ -170,7 +186,7 @@ def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict
     known = study_files()
     path = known.get(name, Path(name))
     is_file = path.suffix in ENDINGS and path.is_file()
-    if name not in known and not (is_file and "study:" in path.read_text(encoding="utf-8", errors="replace")):
+    if name not in known and not (is_file and _is_study(path)):
         if name not in recipe_files() and not is_file:
             check_name("sweep", name, [*recipe_files(), *known], "a recipe, a study or a YAML file")
         return Study(f"Sweep of {Path(name).stem}", "", name), {}, {}, {"": Arm()}
@@ -203,14 +219,71 @@ def _check_axes(grid: Mapping[str, list[Any]], fixed: Sequence[str], arms: Mappi
             "sweep: expected a list of values for at least one key, got none; add, for example, "
             "training.batch_size=[64,128,256]"
         )
-    given = {
-        *grid,
-        *(text.partition("=")[0] for text in fixed),
-        *(key for arm in arms.values() for key in arm.settings),
-    }
+    texts = [*fixed, *(text for arm in arms.values() for text in _texts(arm.settings))]
+    given = apply_overrides({}, texts)
     for key, option in _OWN.items():
-        if key in given:
+        section, _, name = key.partition(".")
+        if key in grid or name in given[section]:
             raise UserError(f"{key}: expected no value, because each run has its own, got one; use {option}")
+
+
+def _is_study(path: Path) -> bool:
+    """Return whether a YAML file has the section `study`. `read_yaml` reports mistakes later."""
+    with suppress(yaml.YAMLError, OmegaConfBaseException):
+        tree = OmegaConf.create(path.read_text(encoding="utf-8", errors="replace"))
+        return OmegaConf.is_dict(tree) and "study" in tree
+    return False
+
+
+def _base(recipe: str, own: list[str], fixed: list[str], some: list[str]) -> Recipe:
+    """Return the recipe of the first arm, which shows which keys take a list.
+
+    Args:
+        recipe: name or file.
+        own: the settings of the study and of the arm.
+        fixed: the settings of the command.
+        some: the first value of each list of the command. They are used only if the recipe needs them.
+    """
+    try:
+        return load_recipe(recipe, [*own, *fixed])
+    except UserError:
+        return load_recipe(recipe, [*own, *fixed, *some])
+
+
+def _are_lists(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(each, list) for each in values)
+
+
+def _settings(recipe: Recipe, grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe that change weights or numbers, without the keys of the grid.
+
+    The whole path of the data is a hash, because the file of the sweep may be published.
+    """
+    found: dict[str, Any] = {}
+    for section, values in recipe.to_dict().items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            name = f"{section}.{key}"
+            given = any(each == name or each.startswith(f"{name}.") for each in grid)
+            if not given and section not in grid and effect(name) != NOTHING and name not in _OWN:
+                found[name] = value
+    for name in ("data.path", "evaluation.path", "backbone.init_from"):
+        if found.get(name) is not None:
+            place = os.path.abspath(found[name]) if os.path.exists(found[name]) else str(found[name])
+            found[name] = f"{Path(place).name} ({hashlib.sha256(place.encode()).hexdigest()[:8]})"
+    return found
+
+
+def _check_folders(runs: Sequence[Run]) -> None:
+    """Raise UserError if two runs would have the same folder, or a folder outside of the output folder."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        place = str(run.folder(Path())).casefold()
+        if place in found or Path(place).parent.name in ("", ".."):
+            raise UserError(
+                f"arms: expected names that differ in letters and digits, got {run.name!r} and "
+                f"{found.get(place, run).name!r}; rename an arm"
+            )
+        found[place] = run
 
 
 def takes_list(recipe: Recipe, key: str) -> bool:
@@ -236,33 +309,43 @@ def takes_list(recipe: Recipe, key: str) -> bool:
     return any(word in types.get(name, "") for word in ("list", "tuple", "Sequence", "dict"))
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
 def _value(override: str) -> Any:
-    """Return the value of an override in YAML."""
-    section, _, rest = override.partition(".")
-    key = rest.partition("=")[0]
-    found: Any = apply_overrides({}, [override], (section,))[section] if key else None
-    for part in key.split("."):
+    """Return the value of an override `section.key=value` in YAML; None for a whole section."""
+    section, dot, name = _key(override).partition(".")
+    found: Any = apply_overrides({}, [override], (section,))[section] if dot else None
+    for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found
 
 
 def _texts(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as overrides. JSON is YAML."""
-    return [f"{key}={_written(value)}" for key, value in settings.items()]
+    """Return settings as overrides."""
+    return [f"{key}={_quoted(value)}" for key, value in settings.items()]
+
+
+def _quoted(value: Any) -> str:
+    """Return a value in YAML. JSON is YAML, and keeps texts such as "off" and "1"."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """Return a value for readers."""
+    return value if isinstance(value, str) else _quoted(value)
 
 
 def _sets(overrides: Sequence[str], key: str) -> bool:
-    return any(text.partition("=")[0] == key for text in overrides)
+    return key in map(_key, overrides)
 
 
 def _baseline(recipe: Recipe) -> str:
     """Return a text that is equal for runs whose baselines, random weights and raw pixels, are equal."""
     plain = recipe.to_dict()
     views = {key: plain["views"].get(key) for key in ("size", "enlarge", "mean", "std", "interpolation")}
-    return json.dumps(
-        [plain["backbone"], plain["data"], views, plain["evaluation"]], sort_keys=True, default=str
-    )
+    # CMC divides the encoder into narrow ones.
+    method = recipe.method["name"] if recipe.model_class.takes_image_columns else ""
+    parts = [method, plain["backbone"], plain["data"], views, plain["evaluation"]]
+    return json.dumps(parts, sort_keys=True, default=str)

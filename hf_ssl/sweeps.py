@@ -12,14 +12,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
+
+from huggingface_hub.utils import WeakFileLock as FileLock
 
 from hf_ssl.cards import read_facts, remove_private
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, result_entry
 from hf_ssl.cards.sweep_text import Measured, csv_text, draw, page
 from hf_ssl.errors import UserError, counted
-from hf_ssl.files import read_json, replaced_file, write_json, write_text
+from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
 from hf_ssl.sweep_file import Run, Sweep
@@ -61,11 +64,11 @@ def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
 
 def _state(run: Run, output: Path | None) -> str:
     folder = None if output is None else run.folder(output)
-    if folder is None or not folder.exists():
+    if folder is None:
         return "to do"
     if (folder / FACTS).exists():
         return "finished"
-    return "failed" if _error_file(folder).exists() else "started"
+    return "failed" if _error_file(folder).exists() else "started" if folder.exists() else "to do"
 
 
 def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured]:
@@ -90,21 +93,37 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     notice(
         f"{counted(len(sweep.runs), 'run')}, {len(sweep.runs) - len(missing)} finished; results in {output}"
     )
-    threads = str(max(1, usable_cores() // at_once))
+    threads, lock = str(max(1, usable_cores() // at_once)), Lock()
+
+    running: set[subprocess.Popen] = set()
+    stopped = Event()
 
     def start(number: int) -> None:
         run = sweep.run(number)
+        if stopped.is_set():
+            return
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
-        status = subprocess.run(command.of_job(number), env=environment, check=False).returncode
+        process = subprocess.Popen(command.of_job(number), env=environment)
+        running.add(process)
+        status = process.wait()
+        running.discard(process)
         if status < 0 or status > 128:
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
         if (run.folder(output) / FACTS).exists():
-            _write(sweep, output)
+            with lock:
+                _write(sweep, output)
 
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        for _ in pool.map(start, missing):
-            pass
+        try:
+            for _ in pool.map(start, missing):
+                pass
+        except BaseException as error:
+            stopped.set()
+            if not isinstance(error, KeyboardInterrupt):  # a terminal sends Ctrl-C also to the runs
+                for process in list(running):
+                    process.terminate()  # the run saves a checkpoint
+            raise
     return _write(sweep, output)
 
 
@@ -135,20 +154,30 @@ def _error_file(folder: Path) -> Path:
 
 
 def _check_plan(sweep: Sweep, output: Path) -> None:
-    """Store what all runs share. Raise UserError if the folder contains a sweep with something else."""
+    """Store the settings of the arms. Raise UserError if the folder contains a sweep with other settings.
+
+    Processes and jobs that start at the same time write the file under a lock.
+    """
     file, plan = output / PLAN, remove_private(sweep.plan)
-    if not file.exists():
-        write_json(file, plan)
-        return
-    before = read_json(file)
-    if before == plan:
-        return
-    changed = next((key for key in plan if before.get(key) != plan[key]), "settings")
-    raise UserError(
-        f"--output: expected an empty folder or the same sweep, got {output}, whose {changed} are "
-        f"{before.get(changed)} and not {plan.get(changed)}; use another folder (only seeds and values of "
-        "the grid may be added)"
-    )
+    with disk_errors_as_user_errors(str(output)):
+        output.mkdir(parents=True, exist_ok=True)
+        with FileLock(output / f".{PLAN}.lock"):
+            before = read_json(file) if file.exists() else {}
+            for arm in before.keys() & plan.keys():
+                _check_same(before[arm], plan[arm], output)
+            if plan.keys() - before.keys():
+                write_json(file, before | plan)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Raise UserError for the first setting that differs."""
+    for key in (*now, *before):
+        # A key that is an axis of the grid in one of both is not among its settings.
+        if key in before and key in now and before[key] != now[key]:
+            raise UserError(
+                f"--output: expected an empty folder or the same sweep, got {output}, where {key} was "
+                f"{before[key]} and is now {now[key]}; use another folder (seeds and values may be added)"
+            )
 
 
 def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, Facts]]:
@@ -164,7 +193,8 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
     measured = [Measured.of(run.name, run.arm, run.values, facts) for run, facts in found]
     if not measured:
         reasons = [_error_file(run.folder(output)) for run in sweep.runs]
-        reason = next((file.read_text().strip() for file in reasons if file.exists()), "no run finished")
+        texts = (file.read_text(encoding="utf-8").strip() for file in reasons if file.exists())
+        reason = next(texts, "no run finished")
         raise UserError(f"sweep: expected a finished run, got none: {reason}")
     failed = {
         f"{run.name}, seed {run.seed}": _reason(run.folder(output)) for run in sweep.runs
@@ -173,8 +203,9 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
     plain: Any = [result_entry(facts) for _, facts in found]
     write_json(output / RUNS, plain)
     write_text(output / "sweep.csv", csv_text(measured, list(sweep.axes)))
-    with replaced_file(output / "sweep.png") as staging:
-        draw(measured, sweep.axes, staging)
+    if any(run.numbers() for run in measured):
+        with replaced_file(output / "sweep.png") as staging:
+            draw(measured, sweep.axes, staging)
     write_text(output / "README.md", page(sweep.title, sweep.question, measured, failed))
     return measured
 

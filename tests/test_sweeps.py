@@ -3,6 +3,10 @@
 
 import csv
 import json
+import os
+import signal
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +15,12 @@ import pytest
 from messages import mentions
 
 from hf_ssl import sweeps
+from hf_ssl.cards.sweep_text import Measured, csv_text, draw, page
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import load_recipe
-from hf_ssl.resources import study_files
+from hf_ssl.resources import recipe_files, study_files
 from hf_ssl.sweep_file import load_sweep, takes_list
 from hf_ssl.sweeps import Command, list_jobs, run_sweep
 
@@ -126,11 +131,15 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs start in this process, which is faster. The fixture records their commands."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], env: dict[str, str], check: bool) -> Any:
-        commands.append(command)
-        return SimpleNamespace(returncode=main(command[3:]))
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            commands.append(command)
+            self.status = main(command[3:])
 
-    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=run))
+        def wait(self) -> int:
+            return self.status
+
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(Popen=Process))
     return commands
 
 
@@ -156,7 +165,7 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     states = [line.split()[-1] for line in list_jobs(load_sweep("smoke/simclr", SMALL, 2), tmp_path)]
     assert states == ["finished"] * 4
     assert main([*arguments, "method.temperature=0.3"]) == 2
-    assert "overrides" in capsys.readouterr().err
+    assert "method.temperature" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_others_continue(
@@ -174,7 +183,100 @@ def test_a_run_that_fails_is_named_and_the_others_continue(
     (sweep.runs[0].folder(tmp_path) / "notes.txt").unlink()
     assert len(run_sweep(sweep, command)) == 2
     assert "Missing" not in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "sweep.json").read_text())["recipes"] == {"": "smoke/simclr"}
+    assert json.loads((tmp_path / "sweep.json").read_text())[""]["method.temperature"] == 0.5
+
+
+def test_runs_of_a_changed_recipe_do_not_join_the_finished_ones(
+    tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "out"
+    text = recipe_files()["smoke/simclr"].read_text()
+    recipe.write_text(text)
+    run_sweep(load_sweep(str(recipe), SMALL), Command(str(recipe), SMALL, None, output))
+    recipe.write_text(text.replace("temperature: 0.5", "temperature: 0.4"))
+    with pytest.raises(UserError, match=mentions("method.temperature", 0.5, 0.4, "another folder")):
+        run_sweep(load_sweep(str(recipe), SMALL), Command(str(recipe), SMALL, None, output))
+
+
+def test_arms_with_the_same_folder_are_a_mistake(tmp_path: Path) -> None:
+    for first, second in (("A+B", "A/B"), ("byol", "BYOL"), ("..", "x")):
+        names = {"  flip:": f"  {json.dumps(first)}:", "  no flip:": f"  {json.dumps(second)}:"}
+        text = STUDY.replace("grid: {method.temperature: [0.1, 0.5]}\n", "")
+        for old, new in names.items():
+            text = text.replace(old, new)
+        (tmp_path / "names.yaml").write_text(text)
+        with pytest.raises(UserError, match=mentions("arms", "rename")):
+            load_sweep(str(tmp_path / "names.yaml"))
+
+
+def test_the_command_precedes_the_study(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(STUDY.replace("views.flip: 0.0", "training.batch_size: 16"))
+    sweep = load_sweep(str(tmp_path / "two.yaml"), ["method.temperature=0.7", "training.batch_size=64"])
+    recipes = [load_recipe(run.recipe, run.overrides) for run in sweep.runs]
+    assert [each.method["temperature"] for each in recipes] == [0.7, 0.7]
+    assert [each.training["batch_size"] for each in recipes] == [64, 64]
+    other = load_sweep("smoke/simclr", ["training.batch_size=[32,64]", "method={name: byol, momentum: 0.9}"])
+    assert {load_recipe(run.recipe, run.overrides).method["name"] for run in other.runs} == {"byol"}
+    with pytest.raises(UserError, match=mentions("training.seed", "--seeds")):
+        load_sweep("smoke/simclr", ["training={seed: 3}", "method.temperature=[0.1, 0.5]"])
+
+
+def test_runs_end_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM reaches only the sweep, for example from a scheduler. Its run then saves a checkpoint."""
+    ended = threading.Event()
+    started: list[Any] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(self)
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 143 if ended.wait(60) else 0
+
+        def terminate(self) -> None:
+            ended.set()
+
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(Popen=Process))
+    with pytest.raises(SystemExit) as error:
+        main(["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)])
+    assert error.value.code == 143 and ended.is_set() and len(started) == 1
+
+
+def test_texts_stay_texts_and_axes_may_give_what_a_recipe_lacks(tmp_path: Path) -> None:
+    text = STUDY.replace("views.flip: 0.0", 'training.run_name: "1", views.flip: 0.0')
+    (tmp_path / "texts.yaml").write_text(text)
+    (*_, last) = load_sweep(str(tmp_path / "texts.yaml")).runs
+    assert load_recipe(last.recipe, last.overrides).training["run_name"] == "1"
+    sweep = load_sweep("simclr_resnet10_imagenette", ["data.path=[digits, photos]"])
+    assert [run.values["data.path"] for run in sweep.runs] == ["digits", "photos"]
+
+
+def test_numbers_that_are_not_finite_are_shown_as_missing(tmp_path: Path) -> None:
+    number = {
+        "id": "a-1",
+        "key": "a",
+        "column": "accuracy",
+        "text": "how",
+        "value": None,
+        "standard_error": None,
+    }
+    result: Any = {"protocols": [number], "statistics": {"rank_me": 2.0}}
+    runs = [
+        Measured(
+            "size 1", "", {"x.size": size}, 0, 1.0, {"trained": result, "untrained": result}, None, "photos"
+        )
+        for size in (1, 2)
+    ]
+    assert "| - |" in page("title", "", runs, {})
+    draw(runs, {"x.size": [1, 2]}, tmp_path / "plot.png")
+    assert csv_text(runs, ["x.size"]).count("accuracy,a-1,,,") == 4
+    finite: Any = result | {"protocols": [number | {"value": 0.5, "standard_error": 0.1}]}
+    more = [*runs, replace(runs[0], results={"trained": finite})]
+    assert "| 50.0 (1 of 3) |" in page("title", "", more, {})
+    unlabeled = [replace(run, results={}) for run in runs]
+    assert "no accuracy" in page("title", "", unlabeled, {})
+    assert len(csv_text(unlabeled, ["x.size"]).splitlines()) == 3
 
 
 def test_the_command_of_a_run_is_the_command_of_the_sweep(tmp_path: Path) -> None:

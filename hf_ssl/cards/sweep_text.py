@@ -3,17 +3,17 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from hf_ssl.cards.facts import Facts
 from hf_ssl.cards.short_texts import joined
 from hf_ssl.cards.text import ENCODERS, duration, markdown_row
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, in_percent
+from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, in_percent, is_measured
 
 BASELINES = ("untrained", "start", "raw_pixels")
 _PANELS = 2  # of the plot
@@ -74,12 +74,16 @@ def _columns(runs: Sequence[Measured]) -> dict[str, str]:
     return found
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Return a mean in percent, with the standard deviation (n - 1) of several values."""
+def _mean(values: Sequence[float], runs: int) -> str:
+    """Return a mean in percent, with the standard deviation (n - 1) of several values.
+
+    The text names the number of values if some of the runs have none.
+    """
     if not values:
         return "-"
     deviation = f" ± {in_percent(statistics.stdev(values))}" if len(values) > 1 else ""
-    return in_percent(statistics.mean(values)) + deviation
+    share = f" ({len(values)} of {runs})" if len(values) < runs else ""
+    return in_percent(statistics.mean(values)) + deviation + share
 
 
 def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[str, str]) -> str:
@@ -95,7 +99,7 @@ def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[st
     heading = ["", *columns.values(), "RankMe", "training", "runs"]
     lines += [markdown_row(heading), "|---|" + "---:|" * (len(heading) - 1)]
     for name, group in _groups(runs).items():
-        cells = [_mean(_values(group, key)) for key in columns]
+        cells = [_mean(_values(group, key), len(group)) for key in columns]
         ranks = [run.results["trained"]["statistics"]["rank_me"] for run in group if "trained" in run.results]
         rank = f"{statistics.mean(ranks):.1f}" if ranks else "-"
         seconds = duration(statistics.mean(run.seconds for run in group))
@@ -104,17 +108,17 @@ def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[st
         having = [run for run in runs if run.numbers(encoder)]
         for run in having:
             numbers = run.numbers(encoder)
-            cells = [in_percent(numbers[key]["value"]) if key in numbers else "-" for key in columns]
+            values = [numbers[key]["value"] if key in numbers else None for key in columns]
+            cells = [in_percent(value) if is_measured(value) else "-" for value in values]
             words = ENCODERS[encoder] + (f" ({run.name})" if len(having) > 1 else "")
             rank = f"{run.results[encoder]['statistics']['rank_me']:.1f}"
             lines.append(markdown_row([words, *cells, rank, "-", "1"]))
     images = ", ".join(dict.fromkeys(run.images for run in runs))
-    lines += [
-        "",
-        f"Accuracy in percent on {images}; mean ± standard deviation over seeds. `sweep.csv` has all runs.",
-        "",
-    ]
-    lines += ["![Accuracy of each combination](sweep.png)", ""]
+    about = f"Accuracy in percent on {images}; mean ± standard deviation over seeds."
+    if not columns:
+        about = "The data have no labels, so there is no accuracy."
+    lines += ["", f"{about} `sweep.csv` has all runs.", ""]
+    lines += ["![Accuracy of each combination](sweep.png)", ""] if columns else []
     texts: dict[str, list[str]] = {}
     for number in (number for run in runs for number in run.numbers().values()):
         texts.setdefault(number["column"], []).append(number["text"])
@@ -127,7 +131,7 @@ def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[st
 
 def _values(runs: Sequence[Measured], key: str) -> list[float]:
     numbers = [run.numbers().get(key) for run in runs]
-    return [each["value"] for each in numbers if each is not None and each["value"] is not None]
+    return [each["value"] for each in numbers if each is not None and is_measured(each["value"])]
 
 
 def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
@@ -139,12 +143,14 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
     )
     for run in runs:
         about = [run.name, run.arm, *(run.values.get(key, "") for key in axes), run.seed]
+        seconds = f"{run.seconds:.1f}"
         for encoder in ("trained", *BASELINES):
             for number in run.numbers(encoder).values():
                 values = number["value"], number["standard_error"]
                 texts = ["" if each is None else f"{each:.6f}" for each in values]
-                cells = [encoder, number["column"], number["id"], *texts, f"{run.seconds:.1f}"]
-                writer.writerow([*about, *cells])
+                writer.writerow([*about, encoder, number["column"], number["id"], *texts, seconds])
+        if not run.numbers():
+            writer.writerow([*about, "trained", "", "", "", "", seconds])
     return stream.getvalue()
 
 
@@ -152,7 +158,10 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
     """Draw the first numbers over the first axis: one line for each arm and each value of the other axes.
 
     Without an axis of numbers, the combinations are bars. Error bars are standard deviations over seeds.
+    Without any accuracy, nothing is written.
     """
+    if not _columns(runs):
+        return
     from matplotlib.figure import Figure
 
     columns = list(_columns(runs).items())[:_PANELS]
@@ -175,7 +184,10 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
         panel.grid(alpha=0.3)
     if axis is not None:
         panels[0].set_ylabel("accuracy in percent", fontsize=8)
-        panels[0].legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
+        figure.legend(handles, labels, **options)
     figure.savefig(path, format="png")
 
 
@@ -188,7 +200,7 @@ def _bars(panel: Any, points: Mapping[str, Sequence[float]]) -> None:
         if values:
             error = 100 * statistics.stdev(values) if len(values) > 1 else None
             panel.barh(place, 100 * statistics.mean(values), xerr=error, color=f"C{place % 10}", height=0.6)
-    panel.set_yticks(range(len(points)), list(points), fontsize=8)
+    panel.set_yticks(range(len(points)), [shorten(name, 60) for name in points], fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("accuracy in percent", fontsize=8)
 
@@ -211,6 +223,8 @@ def _lines(
         style = {"marker": "o", "markersize": 4, "capsize": 3}
         panel.errorbar([place for place, _ in found], means, yerr=errors, label=label or None, **style)
     places = sorted({place for found in series.values() for place, _ in found})
+    if not places:  # no finite number
+        return
     if places[0] > 0 and places[-1] / places[0] >= 4:
         panel.set_xscale("log")
         panel.minorticks_off()
@@ -223,5 +237,5 @@ def _baselines(panel: Any, runs: Sequence[Measured], key: str, *, vertical: bool
     line = panel.axvline if vertical else panel.axhline
     for encoder, color in zip(BASELINES, ("gray", "gray", "black"), strict=True):
         values = {run.numbers(encoder)[key]["value"] for run in runs if key in run.numbers(encoder)}
-        if len(values) == 1 and math.isfinite(value := values.pop()):
+        if len(values) == 1 and is_measured(value := values.pop()):
             line(100 * value, color=color, linestyle="--", linewidth=0.8, label=ENCODERS[encoder])

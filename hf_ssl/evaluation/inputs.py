@@ -153,7 +153,7 @@ class Inputs:
                 results.append(measure())
             except UserError as error:
                 errors.append(error)
-                self.skipped.append(f"{title}, {words}: {error}")
+                self.skipped.append(f"{title}: {words}: {error}")
         if errors and not results:
             del self.skipped[-len(errors) :]  # the caller reports the error
             raise errors[0]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 from hf_ssl.errors import UserError, counted
 
@@ -100,7 +100,7 @@ _NUMBER = frozenset(
 )
 
 
-def is_measured(value: Any) -> bool:
+def is_measured(value: Any) -> TypeGuard[float]:
     """Return whether a stored value is a finite number. A file contains null for any other value."""
     return isinstance(value, int | float) and math.isfinite(value)
 

@@ -307,7 +307,7 @@ def test_a_training_that_fails_keeps_the_numbers_of_the_others(data, monkeypatch
     config: dict[str, Any] = {"protocols": ["fine_tune"], "settings": {"fine_tune": settings}}
     found = evaluate_encoder(new_encoder("resnet"), data[0], data[0], config, PROCESSOR)
     assert [each["details"]["images"] for each in found["protocols"]] == [20]
-    assert found["skipped"] == ["fine-tuning, 40 labeled images: fine_tune: it diverged"]
+    assert found["skipped"] == ["fine-tuning: 40 labeled images: fine_tune: it diverged"]
     with pytest.raises(UserError, match=mentions("it diverged")):
         evaluate_encoder(
             new_encoder("resnet"),
