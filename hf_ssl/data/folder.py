@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -109,27 +110,32 @@ class LocalData:
         return [*images, *(path for files in self.files.values() for path in files), *self.searched]
 
 
-_folder_cache: dict[str, tuple[Listing, LocalData, str]] = {}
-_FEW_FILES = 100_000  # whose states are read in less than a second
+_folder_cache: dict[str, tuple[Listing, LocalData, str, float]] = {}
+_FEW_FILES = 100_000
+_FRESH_SECONDS = 30.0  # in which a command opens a folder several times
 _split_cache: dict[str, ImageSplit] = {}
 
 
 def find_local_data(location: Location) -> LocalData:
     """Return the data at a local place. A process lists a folder again only if it has changed.
 
-    In a folder with many files, a file that was overwritten in place is not noticed in the same process.
+    A file that was overwritten in place is noticed after half a minute, and not in a folder with many files.
     """
     if location.files:
         return _data_in_files(location)
     root = os.path.realpath(location.loader)
     if root in _folder_cache:
-        listing, found, state = _folder_cache[root]
-        if listing.is_current() and state == _state(found):
-            return found
+        listing, found, state, checked = _folder_cache[root]
+        if listing.is_current():
+            if time.monotonic() - checked < _FRESH_SECONDS:
+                return found
+            if state == _state(found):
+                _store(_folder_cache, root, (listing, found, state, time.monotonic()))
+                return found
     listing = list_folder(root)
     found = _data_in_listing(listing)
     # The tables hold the files now. A second list of millions of files would waste memory.
-    _store(_folder_cache, root, (replace(listing, files=[]), found, _state(found)))
+    _store(_folder_cache, root, (replace(listing, files=[]), found, _state(found), time.monotonic()))
     return found
 
 

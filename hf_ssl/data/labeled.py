@@ -104,7 +104,10 @@ class LabeledImages:
 
         Data sets in Python and very large ones are not compared.
         """
-        known = set(other._source.image_keys)
+        smaller, larger = sorted((self._source, other._source), key=lambda source: source.num_rows or 0)
+        if not smaller.image_keys:  # before the larger one is read
+            return 0
+        known = set(other._source.image_keys) if larger.image_keys else set()
         return sum(key in known for key in self._source.image_keys)
 
     def _require_classes(self, used: list[str], other: "LabeledImages") -> None:

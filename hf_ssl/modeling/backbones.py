@@ -37,6 +37,8 @@ from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
 
 logger = logging.get_logger(__name__)
 
+_UNUSED = ("mask_token", "num_batches_tracked")
+"""Ends of names of weights that files may lack: they have no effect on features."""
 _NAMES = ("model_type", "architectures", "transformers_version", "pooler_act")
 _feature_sizes: dict[str, int] = {}
 
@@ -109,7 +111,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
         encoder, report = AutoModel.from_pretrained(
             folder, config=config, output_loading_info=True, **options
         )
-    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith("mask_token")]
+    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(_UNUSED)]
     if others := [key for key in missing if not key.startswith("pooler.")]:
         raise UserError(
             f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "
@@ -119,7 +121,8 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
         encoder.config.pooler_act, encoder.pooler.activation = "linear", nn.Identity()
         set_identity_pooler(encoder)
     elif missing:
-        declare_feature(encoder, "cls" if has_class_token(encoder) else "mean")
+        averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
+        declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")
     return unmasked(encoder)
 
 
@@ -140,8 +143,10 @@ def unmasked(model: Any) -> Any:
     """
     if getattr(getattr(model, "config", None), "model_type", None) != MASKING_TYPE:
         return model
+    model = model.base_model  # without the decoder
     config = _unmasked_config(model.config)
     config.name_or_path = model.name_or_path
+    config._commit_hash = getattr(model.config, "_commit_hash", None)  # for the image processor
     own = next(model.parameters())
     with unchanged_random_state(torch.device("cpu")):
         found = ViTModel(config).to(own.device, own.dtype)

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from messages import mentions
 
-from hf_ssl.data import DataConfig, labeled_images, open_source, sources
+from hf_ssl.data import DataConfig, folder, labeled_images, open_source, sources
 from hf_ssl.data.folder import find_local_data
 from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.data.location import fingerprint, list_folder, locate
@@ -395,8 +395,9 @@ def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
     assert len(built) == 2
 
 
-def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_path):
+def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_path, monkeypatch):
     """As in a notebook. The time of the folder does not change."""
+    monkeypatch.setattr(folder, "_FRESH_SECONDS", 0.0)
     file = tmp_path / "photos" / "one.png"
     file.parent.mkdir()
     PIL.Image.new("RGB", (8, 8), (10, 10, 10)).save(file)

@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     BitImageProcessor,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTMAEModel,
     ViTModel,
 )
@@ -128,6 +131,19 @@ def test_other_missing_weights_are_an_error(tmp_path: Path) -> None:
         load_weights(str(tmp_path))
 
 
+def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
+    """Files of old versions of torch lack them. They have no effect on features."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    encoder = ResNetModel(ResNetConfig(**sizes)).eval()
+    encoder.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: each for name, each in weights.items() if not name.endswith("num_batches_tracked")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors")
+    torch.testing.assert_close(features_of(loaded(tmp_path, 1), 0), features_of(encoder, 0))
+
+
 def test_a_vitmae_is_the_vit_that_it_contains(tmp_path: Path) -> None:
     """It hides three quarters of the patches in each call, also in evaluation mode."""
     torch.manual_seed(0)
@@ -144,8 +160,10 @@ def test_a_vitmae_is_the_vit_that_it_contains(tmp_path: Path) -> None:
     pixels = [[torch.full((3, 16, 16), 9 * number, dtype=torch.uint8) for number in range(6)]]
     processor = BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     masked.config.mask_ratio = 0.75
-    first, second = (extract_features(masked, processor, pixels) for _ in range(2))
-    assert torch.equal(first, second)
+    whole = ViTMAEForPreTraining(masked.config).eval()
+    for model in (masked, whole):
+        first, second = (extract_features(model, processor, pixels) for _ in range(2))
+        assert torch.equal(first, second)
 
 
 def test_a_masking_encoder_is_not_trained(tmp_path: Path) -> None:
