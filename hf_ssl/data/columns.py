@@ -264,7 +264,8 @@ def image_keys(dataset: Dataset, column: str, most: int = 2**32) -> list[bytes]:
         most: largest number of bytes to hash.
 
     Returns:
-        The keys; [] if the images are not stored in files or as encoded images, or are too large.
+        The keys, b"" for a row without an image; [] if the images are not stored in files or as encoded
+        images, or are too large.
     """
     kind = dataset.features[column]
     if not isinstance(kind, Image):
@@ -279,7 +280,7 @@ def image_keys(dataset: Dataset, column: str, most: int = 2**32) -> list[bytes]:
                 total += content.size
                 keys.append(hashlib.blake2b(content, digest_size=16).digest())
             else:
-                keys.append(str(path.as_py()).encode())
+                keys.append((path.as_py() or "").encode())
         if total * len(dataset) > most * len(keys):
             return []
     return keys

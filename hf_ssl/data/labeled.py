@@ -100,14 +100,14 @@ class LabeledImages:
             self.class_names = list(names)
 
     def shared_with(self, other: "LabeledImages") -> int:
-        """Return how many of these images are also images of `other`: the same file, or the same content.
+        """Return how many of these images are also in `other`: the same file, or the same stored image.
 
         Data sets in Python and very large ones are not compared.
         """
         smaller, larger = sorted((self._source, other._source), key=lambda source: source.num_rows or 0)
         if not smaller.image_keys:  # before the larger one is read
             return 0
-        known = set(other._source.image_keys) if larger.image_keys else set()
+        known = set(other._source.image_keys) - {b""} if larger.image_keys else set()
         return sum(key in known for key in self._source.image_keys)
 
     def _require_classes(self, used: list[str], other: "LabeledImages") -> None:

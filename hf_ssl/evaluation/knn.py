@@ -18,7 +18,7 @@ from hf_ssl.names import renamed_arguments
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
 _PRODUCT_CHUNK = 4096
-_MOST_CLASSES = 2**17  # each class number needs memory, also one without images
+_MOST_CLASSES = 2**20  # each class number needs memory, also one without images
 _TIED_ROWS = 64  # whose similarities are copied at once
 _LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None

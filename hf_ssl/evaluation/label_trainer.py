@@ -20,7 +20,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MOMENTUM
 from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint
 from hf_ssl.modeling.eval_mode import unchanged_random_state
-from hf_ssl.modeling.gather import process_count
+from hf_ssl.modeling.gather import from_every_process, process_count
 from hf_ssl.modeling.image_trainer import ImageTrainer, save_for_trainer
 
 # A learning rate that suits one of them changes the weights by too much or too little with the other.
@@ -108,7 +108,7 @@ def training_arguments(
         dtype: precision of autocast; None: float32.
 
     Raises:
-        UserError: the block cannot write a checkpoint.
+        UserError: the folder cannot be made.
     """
     with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
         args = TrainingArguments(
@@ -134,7 +134,8 @@ def training_arguments(
         _ = args.device  # determines the number of GPUs
         args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
         with disk_errors_as_user_errors(f"checkpoints to {args.output_dir}"):
-            yield args
+            Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+        yield args
 
 
 class LabelTrainer(ImageTrainer):
@@ -197,9 +198,21 @@ class LabelTrainer(ImageTrainer):
             save_for_trainer(model, str(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+        """Write a checkpoint. If one process cannot write it, all processes raise UserError.
+
+        Otherwise, the others would continue, and wait for this process.
+        """
+        root, problem = Path(str(self.args.output_dir)), None
+        try:
+            with disk_errors_as_user_errors(f"checkpoints to {root}"):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    (root / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+        except UserError as error:
+            problem = str(error)
+        problems = [text for text in from_every_process(problem) if text is not None]
+        if problems:
+            raise UserError(problems[0])
 
 
 class _Advance(TrainerCallback):

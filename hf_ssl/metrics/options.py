@@ -132,7 +132,7 @@ class WithOptions:
                 and (np.mod(np.asarray(rows, np.float64), 1) != 0).any()
             ):
                 # The library would cut the fractions.
-                raise UserError(f"{self._label}: expected class numbers as {name}, got fractions or NaN")
+                raise UserError(f"{self._label}: expected class numbers as {name}, got others")
             kinds = {2 if isinstance(layout[name], datasets.List) else 1 for layout in layouts}
             found = _dimensions(rows)
             if found not in kinds:
@@ -173,6 +173,15 @@ class WithOptions:
                 )
             inputs["references"] = prediction.label_ids
         return module.compute(**inputs)
+
+
+def _are_whole(rows: Any) -> bool:
+    """Return whether all values are whole numbers. Rows can be a tensor on a GPU."""
+    rows = rows.detach().cpu() if hasattr(rows, "detach") else rows
+    try:
+        return bool((np.asarray(rows, np.float64) % 1 == 0).all())
+    except (TypeError, ValueError):  # such as texts
+        return False
 
 
 def _dimensions(rows: Any) -> int:

@@ -115,7 +115,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     if others := [key for key in missing if not key.startswith("pooler.")]:
         raise UserError(
             f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "
-            f"{counted(len(others), 'tensor')}, such as {others[0]}; they would be random"
+            f"{counted(len(others), 'tensor')}, such as {others[0]}; they would be new"
         )
     if missing and config.model_type in CLS_POOLER_TYPES:
         encoder.config.pooler_act, encoder.pooler.activation = "linear", nn.Identity()

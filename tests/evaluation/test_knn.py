@@ -185,7 +185,7 @@ def test_half_precision_and_arrays_are_taken() -> None:
         ({"test_features": torch.ones(60)}, ["(N, D)", "(60,)"]),
         ({"train_features": torch.ones(60, 0), "test_features": torch.ones(60, 0)}, ["D > 0", "(60, 0)"]),
         ({"train_features": torch.full((60, 16), 1e25)}, ["finite norm", "60 of 60"]),
-        ({"train_labels": torch.arange(60) + 10**7}, ["below 131,072", 10000059, "number the classes"]),
+        ({"train_labels": torch.arange(60) + 10**7}, ["below 1,048,576", 10000059, "number the classes"]),
     ],
 )
 def test_bad_input_is_refused_in_words(change: dict, parts: list) -> None:

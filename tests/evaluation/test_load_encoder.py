@@ -127,7 +127,7 @@ def test_other_missing_weights_are_an_error(tmp_path: Path) -> None:
     save_file(
         {name: each for name, each in weights.items() if name not in lost}, tmp_path / "model.safetensors"
     )
-    with pytest.raises(UserError, match=mentions("ViTModel", f"{len(lost)} tensors", "random")):
+    with pytest.raises(UserError, match=mentions("ViTModel", f"{len(lost)} tensors", "new")):
         load_weights(str(tmp_path))
 
 

@@ -240,7 +240,7 @@ WRONG = {
     ),
     "fractions as classes": (
         "mean_per_class_accuracy", {"predictions": [0.5, 1], "references": [0, 1]},
-        ["predictions", "fractions"],
+        ["predictions", "class numbers"],
     ),
     "half a neighbor": (
         "knn_accuracy", {"predictions": [[1.0]], "references": [0], "neighbors": 2.5}, ["neighbors", 2.5],
