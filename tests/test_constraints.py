@@ -62,7 +62,7 @@ def test_pins_are_public_releases() -> None:
 def test_commands_to_install_use_them(name: str) -> None:
     """Without `constraints.txt`, a new release of a dependency may break a first installation."""
     text = (ROOT / name).read_text()
-    commands = re.findall(r"pip install [^`\n]*(?:\"\.\[\w+\]\"|-r requirements\.txt)", text)
+    commands = re.findall(r"pip install [^`\n]*(?:\"\.\[[\w{}]+\]\"|-r requirements\.txt)", text)
     assert commands
     assert [command for command in commands if "-c constraints.txt" not in command] == []
 
