@@ -569,6 +569,21 @@ def test_checkpoints_stay_until_the_result_is_written(
     assert not checkpoints.exists() and (tmp_path / "color" / "fine_tuned.json").exists()
 
 
+def test_checkpoints_of_a_job_that_fails_stay(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, the disk is full. A later call continues the training."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        (tmp_path / "color" / "_checkpoints_fine_tuned" / "checkpoint-1").mkdir(parents=True)
+        raise UserError("cannot write checkpoints")
+
+    monkeypatch.setattr(suites, "evaluate_encoder", fail)
+    with pytest.raises(UserError, match="cannot write checkpoints"):
+        run_suite(str(place / "encoder"), three(place), tmp_path, 2)
+    assert (tmp_path / "color" / "_checkpoints_fine_tuned" / "checkpoint-1").exists()
+
+
 def test_a_summary_of_different_protocols_and_metrics() -> None:
     def job(
         entry: str, metric: str, run: str, *numbers: dict[str, Any], skipped: tuple[str, ...] = ()
