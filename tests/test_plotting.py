@@ -211,6 +211,7 @@ def test_losses_of_a_method_share_panels() -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 1])
+@pytest.mark.slow
 def test_images_without_classes_are_drawn(
     classes: int, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

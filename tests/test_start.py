@@ -106,6 +106,7 @@ def trainer_modules() -> set[str]:
         "transformers.models.timm_wrapper.image_processing_timm_wrapper",
     ],
 )
+@pytest.mark.slow
 def test_a_run_does_not_import_before_its_first_step(package, on_digits, trainer_modules):
     """What transformers' Trainer imports by itself is not counted (5.20: scikit-learn and scipy.stats)."""
     assert "torch" in on_digits["modules"]
@@ -130,6 +131,7 @@ def test_the_collector_works_again_after_an_error(monkeypatch):
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_a_run_lists_each_directory_of_its_images_once(tmp_path):
     generator = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):

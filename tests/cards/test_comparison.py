@@ -378,7 +378,7 @@ def in_old_layout(result: dict) -> dict:
 
 def test_results_of_version_0_1_are_compared(tmp_path: Path) -> None:
     root = Path(__file__).parents[2] / "training" / "results"
-    files = [tmp_path / "simclr_chest_xray.json", tmp_path / "mae_vit_tiny_imagenette.json"]
+    files = [tmp_path / "simclr_chest_xray.json", tmp_path / "ijepa_vit_tiny_imagenette.json"]
     for file in files:
         record = json.loads((root / file.name).read_text())[0]
         record["results"] = {name: in_old_layout(result) for name, result in record["results"].items()}

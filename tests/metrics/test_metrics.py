@@ -145,6 +145,7 @@ print("found", metric.compute())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_collect_one_set_of_rows(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", WORKER]
