@@ -78,9 +78,13 @@ def sweep(arguments: argparse.Namespace) -> None:
         sweeps.run_job(found, output, arguments.job)
     else:
         command = sweeps.Command(arguments.recipe, arguments.overrides, arguments.seeds, output)
-        sweeps.run_sweep(found, command, arguments.at_once)
+        finished = sweeps.run_sweep(found, command, arguments.at_once)
         print((output / "README.md").read_text(encoding="utf-8"), end="")
         print(f"README.md, sweep.csv, sweep.png and runs.json in {output}")
+        if missing := len(found.runs) - len(finished):
+            raise UserError(
+                f"sweep: {missing} of {len(found.runs)} runs have no result; see {output}/README.md"
+            )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -110,6 +110,8 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         running.discard(process)
         if status < 0 or status > 128:
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
+        elif status:
+            notice(f"run {number} failed with status {status}; the other runs continue")
         if (run.folder(output) / FACTS).exists():
             with lock:
                 _write(sweep, output)

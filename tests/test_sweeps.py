@@ -169,7 +169,7 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
 
 
 def test_a_run_that_fails_is_named_and_the_others_continue(
-    tmp_path: Path, in_this_process: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = load_sweep("smoke/simclr", SMALL)
     (sweep.runs[0].folder(tmp_path)).mkdir(parents=True)
@@ -180,6 +180,8 @@ def test_a_run_that_fails_is_named_and_the_others_continue(
     text = (tmp_path / "README.md").read_text()
     assert "- Missing: batch_size 32, seed 0: training.output_dir: expected" in text
     assert [line.split()[-1] for line in list_jobs(sweep, tmp_path)] == ["failed", "finished"]
+    assert main(["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)]) == 2
+    assert "got none of 1 of 2 runs" in capsys.readouterr().err
     (sweep.runs[0].folder(tmp_path) / "notes.txt").unlink()
     assert len(run_sweep(sweep, command)) == 2
     assert "Missing" not in (tmp_path / "README.md").read_text()
