@@ -82,8 +82,9 @@ def sweep(arguments: argparse.Namespace) -> None:
         print((output / "README.md").read_text(encoding="utf-8"), end="")
         print(f"README.md, sweep.csv, sweep.png and runs.json in {output}")
         if missing := len(found.runs) - len(finished):
+            count = f"{missing} of {len(found.runs)} runs"
             raise UserError(
-                f"sweep: {missing} of {len(found.runs)} runs have no result; see {output}/README.md"
+                f"sweep: expected results of all runs, got none of {count}; see {output}/README.md"
             )
 
 
