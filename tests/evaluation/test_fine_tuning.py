@@ -13,7 +13,7 @@ import pytest
 import torch
 from messages import mentions, missing
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, AutoModel, BitImageProcessor
+from transformers import CONFIG_MAPPING, AutoModel, BitImageProcessor, ViTConfig
 
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
@@ -27,6 +27,7 @@ from hf_ssl.evaluation.fine_tuning import (
     predict,
     train_classifier,
 )
+from hf_ssl.evaluation.label_trainer import training_folder
 from hf_ssl.evaluation.protocols import fine_tune
 from hf_ssl.modeling.backbones import set_identity_pooler
 from hf_ssl.modeling.pooling import declare_feature, pool, pooling_rule
@@ -408,3 +409,17 @@ def test_two_processes_compute_what_one_computes(kind: str, forks, tmp_path: Pat
     torch.testing.assert_close(two["logits"], one["logits"], atol=1e-4, rtol=1e-3)
     for weights in ("weights", "several"):
         torch.testing.assert_close(two[weights], one[weights], atol=1e-4, rtol=1e-3)
+
+
+def test_checkpoints_belong_to_all_images_and_to_the_configuration_of_the_encoder() -> None:
+    """At most 16 images are hashed, and two configurations can have equal weights."""
+    folders = set()
+    for fingerprint, heads in (("one", 2), ("one", 2), ("two", 2), ("one", 4)):
+        pixels = torch.zeros(2, 3, 4, 4)
+        read = lambda rows, pixels=pixels: list(pixels[rows])  # noqa: E731
+        images: Any = SimpleNamespace(fingerprint=fingerprint, read=read)
+        torch.manual_seed(0)
+        model: Any = torch.nn.Linear(2, 2)
+        model.config = ViTConfig(hidden_size=16, num_attention_heads=heads)
+        folders.add(training_folder("folder", "fine_tune", SETTINGS, model, images, [np.arange(2)]))
+    assert len(folders) == 3
