@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.data.decode import as_pillow
 from hf_ssl.evaluation import attention_pictures, extract_features, load_encoder
-from hf_ssl.evaluation.knn import nearest
+from hf_ssl.evaluation.neighbor_search import nearest
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.recipe import read_sections
 

@@ -12,17 +12,11 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError, counted, first_line
 from hf_ssl.evaluation.config import NEIGHBORS, TEMPERATURES, are_positive
+from hf_ssl.evaluation.neighbor_search import nearest_in_chunks, nearest_others
 from hf_ssl.evaluation.statistics import unit_rows
 from hf_ssl.names import renamed_arguments
 
-# A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
-QUERY_CHUNK, BANK_CHUNK = 1024, 65536
-_PRODUCT_CHUNK = 4096
 _MOST_CLASSES = 2**20  # each class number needs memory, also one without images
-_TIED_ROWS = 64  # whose similarities are copied at once
-_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
 
 
 def as_labels(labels: Any, images: int, where: str, *, limit: int | None = _MOST_CLASSES) -> Tensor:
@@ -97,102 +91,6 @@ def check_features(features: Any, where: str, width: int | None = None) -> Tenso
             f"{counted(len(features), 'image')}; check the encoder"
         )
     return features
-
-
-def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
-    """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, k), best first.
-
-    Of bank rows with equal cosines, the lower one comes first.
-
-    Args:
-        bank: (M, D) float32, L2-normalized, with M >= neighbors.
-        queries: (N, D) float32, L2-normalized.
-        neighbors: k.
-    """
-    cosines, rows = zip(*_nearest_in_chunks(bank, queries, neighbors), strict=True)
-    return torch.cat(cosines), torch.cat(rows)
-
-
-def nearest_others(rows_ND: Tensor, chosen_Q: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
-    """Return `nearest` for some of the rows among all others, both (Q, k). No row is its own neighbor.
-
-    Args:
-        rows_ND: float32, L2-normalized, with N > neighbors.
-        chosen_Q: row numbers of the queries.
-        neighbors: k.
-    """
-    cosines, found = nearest(rows_ND, rows_ND[chosen_Q], neighbors + 1)
-    own = found == chosen_Q[:, None]
-    own[:, -1] |= ~own.any(dim=1)  # an image with many copies may not be among its own neighbors
-    shape = (len(found), neighbors)
-    return cosines[~own].view(shape), found[~own].view(shape)
-
-
-def _nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
-    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * min(BANK_CHUNK, len(bank)))
-    for chunk in queries.split(QUERY_CHUNK):
-        best, best_rows = (
-            chunk.new_empty(len(chunk), 0),
-            torch.empty(len(chunk), 0, device=chunk.device).long(),
-        )
-        for first in range(0, len(bank), BANK_CHUNK):
-            part = bank[first : first + BANK_CHUNK]
-            # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
-            out = buffer[: len(chunk) * len(part)].view(len(chunk), len(part))
-            _multiply(chunk, part, out)
-            values, index = largest(out, min(neighbors, len(part)))
-            best, best_rows = torch.cat([best, values], dim=1), torch.cat([best_rows, index + first], dim=1)
-            if first > 0:
-                best, rank = largest(best, min(neighbors, best.shape[1]))
-                best_rows = best_rows.gather(1, rank)
-        yield best, best_rows
-
-
-def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
-    """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
-
-    On an AMD CPU, this linear layer of oneDNN is 1.6 times as fast as `torch.mm`, which calls MKL.
-    """
-    if queries.device.type != "cpu" or _LINEAR is None:
-        torch.mm(queries, bank.T, out=out)
-        return
-    for first in range(0, len(bank), _PRODUCT_CHUNK):  # small outputs reuse memory pages
-        part = bank[first : first + _PRODUCT_CHUNK]
-        out[:, first : first + len(part)] = _LINEAR(queries, part, None, "none", [], "")
-
-
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest values of each row of (N, M) and their columns, both (N, count), largest first.
-
-    Of equal values, the one in the lower column comes first. The choice and the order of equal values in
-    `topk` are undefined. Only rows with equal values need further work.
-    """
-    wider = min(count + 1, values.shape[1])
-    top, columns = values.topk(wider, dim=1)
-    tied = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    if wider > count:
-        tied = top[:, count] == top[:, count - 1]  # equal values on both sides of the end
-        for rows in tied.nonzero()[:, 0].split(_TIED_ROWS):
-            candidates = values[rows]
-            columns[rows, :count] = chosen = _first_columns(candidates, top[rows, count - 1], count)
-            top[rows, :count] = candidates.gather(1, chosen)
-    top, columns = top[:, :count], columns[:, :count]
-    tied |= (top[:, 1:] == top[:, :-1]).any(dim=1)
-    rows = tied.nonzero()[:, 0]
-    if len(rows):
-        ascending, order = columns[rows].sort(dim=1)
-        top[rows], rank = top[rows].gather(1, order).sort(dim=1, descending=True, stable=True)
-        columns[rows] = ascending.gather(1, rank)
-    return top, columns
-
-
-def _first_columns(values: Tensor, smallest: Tensor, count: int) -> Tensor:
-    """Return the columns (N, count) of the largest values, ascending; `smallest` (N,) is the last of them."""
-    larger, equal = values > smallest[:, None], values == smallest[:, None]
-    left = count - larger.sum(dim=1, keepdim=True)
-    kept = larger | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= left))
-    return kept.nonzero()[:, 1].view(len(values), count)
 
 
 @renamed_arguments(neighbours="neighbors")
@@ -280,9 +178,10 @@ def vote(
     classes = int(bank_labels.max()) + 1
     right = {(count, temperature): 0 for temperature in temperatures for count in counts}
     kept: dict[tuple[int, float], list[Tensor]] = {setting: [] for setting in keep}
-    found = _nearest_in_chunks(bank, queries, counts[-1])
-    for (cosines, rows), labels in zip(found, query_labels.split(QUERY_CHUNK), strict=True):
-        voters = bank_labels[rows]
+    done = 0
+    for cosines, rows in nearest_in_chunks(bank, queries, counts[-1]):
+        labels, voters = query_labels[done : done + len(rows)], bank_labels[rows]
+        done += len(rows)
         for temperature in temperatures:
             for count, sums in _sums_of_votes(cosines, voters, counts, temperature, classes):
                 right[count, temperature] += int((sums.argmax(dim=1) == labels).sum())

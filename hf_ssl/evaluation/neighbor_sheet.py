@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hf_ssl.data import LabeledImages
 from hf_ssl.data.decode import as_pillow
-from hf_ssl.evaluation.knn import check_features, nearest, nearest_others
+from hf_ssl.evaluation.knn import check_features
 from hf_ssl.evaluation.maps import shortened
+from hf_ssl.evaluation.neighbor_search import nearest, nearest_others
 from hf_ssl.evaluation.statistics import unit_rows
 
 SIDE, FRAME, GAP, CAPTION, HEADING = 96, 5, 6, 15, 22

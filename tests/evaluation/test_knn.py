@@ -2,6 +2,7 @@
 """k-NN: closed forms, an independent loop version, lightly's, and what must be refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from messages import mentions
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import few_label_knn, knn_accuracy
-from hf_ssl.evaluation.knn import as_labels, leave_one_out_knn, nearest, vote
+from hf_ssl.evaluation import few_label_knn, knn_accuracy, neighbor_search
+from hf_ssl.evaluation.knn import as_labels, leave_one_out_knn, vote
+from hf_ssl.evaluation.neighbor_search import nearest
 
 
 def clustered(images: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,8 +85,8 @@ def test_agrees_with_lightly() -> None:
 
 @pytest.mark.parametrize(("query_chunk", "bank_chunk"), [(1, 1), (7, 13), (64, 40), (1000, 1000)])
 def test_chunks_change_nothing(query_chunk: int, bank_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_ssl.evaluation.knn.QUERY_CHUNK", query_chunk)
-    monkeypatch.setattr("hf_ssl.evaluation.knn.BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.QUERY_CHUNK", query_chunk)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.BANK_CHUNK", bank_chunk)
     bank, queries = (
         F.normalize(clustered(101, seed=4)[0], dim=1),
         F.normalize(clustered(30, seed=5)[0], dim=1),
@@ -106,10 +108,10 @@ def with_exact_cosines(images: int, seed: int) -> torch.Tensor:
 def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
     bank_chunk: int, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_ssl.evaluation.knn.QUERY_CHUNK", 11)
-    monkeypatch.setattr("hf_ssl.evaluation.knn.BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr("hf_ssl.evaluation.knn._PRODUCT_CHUNK", 50)
-    monkeypatch.setattr("hf_ssl.evaluation.knn._TIED_ROWS", 3)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.QUERY_CHUNK", 11)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._PRODUCT_CHUNK", 50)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._TIED_ROWS", 3)
     bank = with_exact_cosines(-(-300 // copies), seed=0).repeat(copies, 1)[:300]
     queries = with_exact_cosines(40, seed=1)
     exact = queries.double() @ bank.double().T
@@ -119,6 +121,67 @@ def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
         cosines, rows = nearest(F.normalize(bank, dim=1), F.normalize(queries, dim=1), k)
         assert rows.tolist() == [line[:k] for line in expected]
         torch.testing.assert_close(cosines.double(), exact.gather(1, rows) / 16, rtol=0, atol=0)
+
+
+@pytest.fixture
+def with_candidates(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether candidates sufficed, for each search by products in bfloat16, which all searches try first."""
+    found: list[bool] = []
+
+    def search(*args: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        result = original(*args)
+        found.append(result is not None)
+        return result
+
+    original = neighbor_search._largest_of_candidates
+    monkeypatch.setattr(neighbor_search, "_rounds", lambda *_: True)
+    monkeypatch.setattr(neighbor_search, "_largest_of_candidates", search)
+    return found
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize("bank_chunk", [1003, 4000])
+def test_candidates_in_bfloat16_miss_no_neighbor(
+    bank_chunk: int, offset: float, with_candidates: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The errors of bfloat16 change the order of many neighbors, so only the exact cosines are right."""
+    monkeypatch.setattr(neighbor_search, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(neighbor_search, "QUERY_CHUNK", 30)
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(4000, 24, generator=generator) + offset, dim=1)
+    queries = F.normalize(torch.randn(70, 24, generator=generator) + offset, dim=1)
+    exact = (queries.double() @ bank.double().T).sort(dim=1, descending=True, stable=True)
+    rounded = (queries.bfloat16() @ bank.bfloat16().T).sort(dim=1, descending=True, stable=True)
+    for k in (1, 3, 10):
+        cosines, rows = nearest(bank, queries, k)
+        torch.testing.assert_close(cosines.double(), exact.values[:, :k], atol=1e-6, rtol=0)
+        assert torch.equal(rows, exact.indices[:, :k])
+    assert (rounded.indices[:, :10] != rows).double().mean() > 0.1
+    assert with_candidates and all(with_candidates)
+
+
+def test_similar_features_need_the_float32_product(with_candidates: list[bool]) -> None:
+    """Here bfloat16 does not separate the images; rounding must not change the neighbors."""
+    generator = torch.Generator().manual_seed(1)
+    bank = F.normalize(1 + 0.02 * torch.randn(1000, 24, generator=generator), dim=1)
+    queries = F.normalize(1 + 0.02 * torch.randn(9, 24, generator=generator), dim=1)
+    exact = (queries.double() @ bank.double().T).sort(dim=1, descending=True, stable=True)
+    cosines, _ = nearest(bank, queries, 5)
+    torch.testing.assert_close(cosines.double(), exact.values[:, :5], atol=1e-6, rtol=0)
+    assert with_candidates == [False]
+
+
+@pytest.mark.parametrize("bank_chunk", [513, 5000])
+def test_candidates_in_bfloat16_keep_the_order_of_ties(
+    bank_chunk: int, with_candidates: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of an image tie; the lower row comes first."""
+    monkeypatch.setattr(neighbor_search, "BANK_CHUNK", bank_chunk)
+    rows = F.normalize(torch.randn(1500, 67, generator=torch.Generator().manual_seed(2)), dim=1)
+    bank = torch.cat([rows, rows, rows])
+    _, found = nearest(bank, rows[:9], 3)
+    assert torch.equal(found, torch.arange(9)[:, None] + 1500 * torch.arange(3))
+    assert with_candidates and all(with_candidates)
 
 
 def test_copies_of_any_image_have_equal_cosines() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModel, ResNetConfig
 
 from hf_ssl.evaluation import extract_features, knn_accuracy
 from hf_ssl.evaluation.config import LEARNING_RATES
-from hf_ssl.evaluation.knn import nearest
+from hf_ssl.evaluation.neighbor_search import nearest
 from hf_ssl.evaluation.protocols.linear import train_heads
 from hf_ssl.hub import image_processor
 from hf_ssl.precision import autocast_dtype, fastest_precision

@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, possible_numbers
 from hf_ssl.evaluation.inputs import Inputs
-from hf_ssl.evaluation.knn import as_features, check_classes, nearest, prepare
+from hf_ssl.evaluation.knn import as_features, check_classes, prepare
+from hf_ssl.evaluation.neighbor_search import nearest
 from hf_ssl.evaluation.results import Draws, ProtocolResult, result_id
 
 VERSION = 2

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nearest neighbors of feature vectors by exact search.
+
+Where a CPU multiplies bfloat16 numbers fast, a rounded product finds candidates, and only their cosines are
+computed in float32. A bound of the rounding errors guarantees that no neighbor is missed.
+
+Legend: M bank images, N queries, B queries in a chunk, D features, k neighbors, C candidates.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_ssl.precision import fastest_precision
+
+# A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
+QUERY_CHUNK, BANK_CHUNK = 1024, 65536
+_PRODUCT_CHUNK = 4096
+_TIED_ROWS = 64  # whose similarities are copied at once
+_GROUP = 16  # values whose maximum is compared first
+_GROUPS_PER_NEIGHBOR = 4
+_MOST_CANDIDATES = 1 / 64  # of the bank; with more, the complete float32 product is faster
+_FEWEST_PRODUCTS = 2**32  # M N D of the smallest search with rounded products
+_HALF_UNIT = 2.0**-9  # largest relative error of rounding to bfloat16
+_LINEAR = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
+def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Return the cosines and the bank rows of the nearest neighbors of each query, both (N, k), best first.
+
+    Of bank rows with equal cosines, the lower one comes first.
+
+    Args:
+        bank: (M, D) float32, L2-normalized, with M >= neighbors.
+        queries: (N, D) float32, L2-normalized.
+        neighbors: k.
+    """
+    cosines, rows = zip(*nearest_in_chunks(bank, queries, neighbors), strict=True)
+    return torch.cat(cosines), torch.cat(rows)
+
+
+def nearest_others(rows_ND: Tensor, chosen_Q: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Return `nearest` for some of the rows among all others, both (Q, k). No row is its own neighbor.
+
+    Args:
+        rows_ND: float32, L2-normalized, with N > neighbors.
+        chosen_Q: row numbers of the queries.
+        neighbors: k.
+    """
+    cosines, found = nearest(rows_ND, rows_ND[chosen_Q], neighbors + 1)
+    own = found == chosen_Q[:, None]
+    own[:, -1] |= ~own.any(dim=1)  # an image with many copies may not be among its own neighbors
+    shape = (len(found), neighbors)
+    return cosines[~own].view(shape), found[~own].view(shape)
+
+
+def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
+    parts = bank.split(BANK_CHUNK)
+    rounded = [_round(part) for part in parts] if _rounds(bank, queries, neighbors) else None
+    # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(min(BANK_CHUNK, len(bank))))
+    for chunk in queries.split(QUERY_CHUNK):
+        found = _search(chunk, parts, rounded, neighbors, buffer)
+        if found is None:  # the features are so similar that rounded products do not separate them
+            rounded = None
+            found = _search(chunk, parts, None, neighbors, buffer)
+        assert found is not None
+        yield found
+
+
+class _Rounded(NamedTuple):
+    """A part of the bank minus its mean, which changes no order of neighbors, rounded to bfloat16.
+
+    Attributes:
+        rows: (M, D) bfloat16.
+        norm: largest norm of the rows before and after rounding.
+        error: largest norm of the rounding errors of a row.
+    """
+
+    rows: Tensor
+    norm: float
+    error: float
+
+
+def _search(
+    queries: Tensor,
+    parts: Sequence[Tensor],
+    rounded: list[_Rounded] | None,
+    neighbors: int,
+    buffer: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """Return the cosines and bank rows (B, k) of the neighbors, or None if there are too many candidates."""
+    best = queries.new_empty(len(queries), 0)
+    best_rows = torch.empty(len(queries), 0, device=queries.device).long()
+    first = 0
+    for number, part in enumerate(parts):
+        count = min(neighbors, len(part))
+        found: tuple[Tensor, Tensor] | None
+        if rounded is None:
+            found = _largest_cosines(queries, part, count, buffer)
+        else:
+            found = _largest_of_candidates(queries, part, rounded[number], count, buffer)
+        if found is None:
+            return None
+        best, best_rows = torch.cat([best, found[0]], dim=1), torch.cat([best_rows, found[1] + first], dim=1)
+        if first > 0:
+            best, rank = largest(best, min(neighbors, best.shape[1]))
+            best_rows = best_rows.gather(1, rank)
+        first += len(part)
+    return best, best_rows
+
+
+def _largest_cosines(queries: Tensor, bank: Tensor, count: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest float32 cosines and their bank rows, both (B, count)."""
+    padded, cosines = _table(buffer, len(queries), len(bank))
+    _multiply(queries, bank, cosines)
+    candidates = _candidates(padded, count, lambda bound: bound) if cosines.device.type == "cpu" else None
+    if candidates is None:
+        return largest(cosines, count)
+    return _largest_in_rows(cosines[candidates], *candidates, len(queries), count)
+
+
+def _rounds(bank: Tensor, queries: Tensor, neighbors: int) -> bool:
+    """Return whether rounded products save time."""
+    return (
+        bank.device.type == "cpu"
+        and len(queries) * bank.numel() >= _FEWEST_PRODUCTS
+        and fastest_precision("cpu").name == "bfloat16"
+    )
+
+
+def _round(bank: Tensor) -> _Rounded:
+    centered = bank - bank.mean(dim=0)
+    rows = centered.bfloat16()
+    norms = torch.maximum(_norms(centered), _norms(rows.float()))
+    return _Rounded(rows, float(norms.max()), float(_norms(centered - rows.float()).max()))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def _largest_of_candidates(
+    queries: Tensor, bank: Tensor, rounded: _Rounded, count: int, buffer: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return the largest cosines and their bank rows, both (B, count), or None if it would take too long.
+
+    With queries q + e and rows b + f, where q and b are in bfloat16, the product of q and b differs from the
+    exact one by at most |e| |b + f| + |q| |f|, and by the rounding of the sum. At least `count` products
+    reach the lower bound, so the exact products of the neighbors reach it minus this error, and their
+    products in bfloat16 reach it minus twice this error. Rounding of the result keeps the order of products.
+    """
+    near = queries.bfloat16()
+    norm = torch.maximum(_norms(queries), _norms(near.float()))
+    error = _norms(queries - near.float()) * rounded.norm + norm * rounded.error
+    error += queries.shape[1] * torch.finfo(torch.float32).eps * norm * (1 + rounded.norm)
+
+    def limits(bound: Tensor) -> Tensor:
+        bound = bound.float()
+        limit = bound - _HALF_UNIT * bound.abs() - 2 * error
+        return (limit - 2 * _HALF_UNIT * limit.abs()).bfloat16()  # rounding then does not raise it
+
+    padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank))
+    torch.mm(near, rounded.rows.T, out=products)
+    candidates = _candidates(padded, count, limits)
+    if candidates is None:
+        return None
+    return _largest_in_rows(_cosines_of(queries, bank, *candidates), *candidates, len(queries), count)
+
+
+def _padded(width: int) -> int:
+    return -(-width // _GROUP) * _GROUP
+
+
+def _table(buffer: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return a table of whole groups, with -infinity after the columns, and its part (B, M), in a buffer."""
+    table = buffer[: rows * _padded(columns)].view(rows, -1)
+    table[:, columns:] = -torch.inf
+    return table, table[:, :columns]
+
+
+def _candidates(
+    values: Tensor, count: int, limits: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the rows and columns (C,) of values (B, M) that may be among the `count` largest of their row.
+
+    They are ordered by rows only. Only groups of 16 values whose maximum is large enough are searched.
+
+    Args:
+        values: (B, M) with M a multiple of 16.
+        count: at least this many values of a row reach the bound.
+        limits: function of a bound (B, 1). It returns what a value must reach to be a candidate.
+
+    Returns:
+        None: there are too few values for groups, or too many candidates.
+    """
+    groups = values.unflatten(1, (_GROUP, -1))
+    maxima = bounds = groups.amax(dim=1)
+    if maxima.shape[1] < _GROUPS_PER_NEIGHBOR * count:
+        return None
+    # At least `count` values reach maximum number `count`. With fewer groups it is lower, but found faster.
+    while (size := bounds.shape[1] // (_GROUPS_PER_NEIGHBOR * count)) > 1:
+        bounds = bounds[:, : bounds.shape[1] // size * size].unflatten(1, (size, -1)).amax(dim=1)
+    limit = limits(bounds.topk(count, dim=1).values[:, -1:])
+    rows, places = (maxima >= limit).nonzero(as_tuple=True)
+    if len(rows) > _MOST_CANDIDATES * values.numel():
+        return None
+    found, number = (groups[rows, :, places] >= limit[rows]).nonzero(as_tuple=True)
+    return rows[found], number * groups.shape[2] + places[found]
+
+
+def _cosines_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the float32 products (C,) of queries (B, D) and bank rows, both given by their numbers.
+
+    Each product has the same order of additions, so copies of an image have equal cosines.
+    """
+    ends = torch.bincount(rows, minlength=len(queries)).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch 2.6 to 2.14: "in beta state"
+        wanted = torch.sparse_csr_tensor(
+            torch.cat([ends.new_zeros(1), ends]),
+            columns,
+            queries.new_zeros(len(columns)),
+            (len(queries), len(bank)),
+            check_invariants=False,
+        )
+    return torch.sparse.sampled_addmm(wanted, queries, bank.T, beta=0).values()
+
+
+def _largest_in_rows(
+    values: Tensor, rows: Tensor, columns: Tensor, height: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the largest values and their columns, both (B, count), as `largest` does.
+
+    Args:
+        values, rows, columns: (C,), ordered by rows.
+        height: B.
+        count: each row has at least this many values.
+    """
+    sizes = torch.bincount(rows, minlength=height)
+    place = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
+    table = values.new_full((height, int(sizes.max())), -torch.inf)
+    table[rows, place] = values
+    numbers = columns.new_full(table.shape, torch.iinfo(columns.dtype).max)
+    numbers[rows, place] = columns
+    top, places = table.topk(min(count + 1, table.shape[1]), dim=1)
+    found = numbers.gather(1, places[:, :count])
+    tied = (top[:, 1:] == top[:, :-1]).any(dim=1).nonzero()[:, 0]
+    if len(tied):  # `largest` needs their columns in order
+        ordered, order = numbers[tied].sort(dim=1)
+        top[tied, :count], places = largest(table[tied].gather(1, order), count)
+        found[tied] = ordered.gather(1, places)
+    return top[:, :count], found
+
+
+def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
+    """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
+
+    On three AMD CPUs, this linear layer of oneDNN is 1.6, 1.2 and 1.0 times as fast as `torch.mm` (MKL).
+    """
+    if queries.device.type != "cpu" or _LINEAR is None:
+        torch.mm(queries, bank.T, out=out)
+        return
+    for first in range(0, len(bank), _PRODUCT_CHUNK):  # small outputs reuse memory pages
+        part = bank[first : first + _PRODUCT_CHUNK]
+        out[:, first : first + len(part)] = _LINEAR(queries, part, None, "none", [], "")
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest values of each row of (N, M) and their columns, both (N, count), largest first.
+
+    Of equal values, the one in the lower column comes first. The choice and the order of equal values in
+    `topk` are undefined. Only rows with equal values need further work.
+    """
+    wider = min(count + 1, values.shape[1])
+    top, columns = values.topk(wider, dim=1)
+    tied = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    if wider > count:
+        tied = top[:, count] == top[:, count - 1]  # equal values on both sides of the end
+        for rows in tied.nonzero()[:, 0].split(_TIED_ROWS):
+            candidates = values[rows]
+            columns[rows, :count] = chosen = _first_columns(candidates, top[rows, count - 1], count)
+            top[rows, :count] = candidates.gather(1, chosen)
+    top, columns = top[:, :count], columns[:, :count]
+    tied |= (top[:, 1:] == top[:, :-1]).any(dim=1)
+    rows = tied.nonzero()[:, 0]
+    if len(rows):
+        ascending, order = columns[rows].sort(dim=1)
+        top[rows], rank = top[rows].gather(1, order).sort(dim=1, descending=True, stable=True)
+        columns[rows] = ascending.gather(1, rank)
+    return top, columns
+
+
+def _first_columns(values: Tensor, smallest: Tensor, count: int) -> Tensor:
+    """Return the columns (N, count) of the largest values, ascending; `smallest` (N,) is the last of them."""
+    larger, equal = values > smallest[:, None], values == smallest[:, None]
+    left = count - larger.sum(dim=1, keepdim=True)
+    kept = larger | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= left))
+    return kept.nonzero()[:, 1].view(len(values), count)
