@@ -165,6 +165,7 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
     images = state.global_step * args.batch_size
     seconds = trainer.stopwatch.seconds
     losses = [record["loss"] for record in state.log_history if "loss" in record]
+    memory = [record["memory_gib"] for record in state.log_history if "memory_gib" in record]
     return TrainingFacts(
         steps=state.global_step,
         epochs=state.epoch if trainer.source.num_rows else None,
@@ -183,6 +184,7 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
         resumed=trainer.resumed,
         choices={key: dict(choice) for key, choice in trainer.choices.items()},
         selection=args.metric_for_best_model if args.load_best_model_at_end else None,
+        peak_memory_gib=max(memory, default=None),
     )
 
 

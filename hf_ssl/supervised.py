@@ -6,8 +6,10 @@ The code is that of fine-tuning. The encoder is exported like a pretrained encod
 can measure it.
 """
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,28 @@ def _entry(
         "collapse": None,
         "environment": environment(device, process_count()),
     }
+
+
+def is_used(key: str) -> bool:
+    """Return whether `section.key` has an effect on this training."""
+    section, _, name = key.partition(".")
+    name = name.partition(".")[0]
+    return name in _USED[section] if section in _USED else not (section == "data" and name in _UNUSED)
+
+
+def used(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with an effect on this training, without settings of other protocols."""
+    kept: list[str] = []
+    for text in overrides:
+        section, equals, _ = text.partition("=")
+        parts = {section: text}
+        if equals and section in _USED:  # a whole section
+            values = apply_overrides({}, [text])[section]
+            parts = {f"{section}.{key}": f"{section}.{key}={json.dumps(of)}" for key, of in values.items()}
+        kept += [part for key, part in parts.items() if is_used(key)]
+    own = (apply_overrides({}, kept)["evaluation"].get("settings") or {}).get("fine_tune")
+    kept = [text for text in kept if not text.startswith("evaluation.settings")]
+    return kept if own is None else [*kept, f"{_SETTINGS}={json.dumps(own)}"]
 
 
 def with_settings(recipe: Recipe) -> EvaluationConfig:

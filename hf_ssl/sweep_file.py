@@ -2,8 +2,9 @@
 """Reads a sweep, a grid of settings with several seeds, from the command or from a study file (layer 5).
 
 A study is a YAML file with the sections `study`, `settings`, `grid` and `arms`. `Study` and `Arm` explain the
-keys. `settings` are overrides for all runs. `grid` contains lists of values. Each arm is trained with each
-combination of these values.
+keys. `settings` are overrides for all runs. `grid` contains lists of values. Each arm runs with each
+combination of these values. Keys without an effect on an arm are left out, such as `training.max_steps` for
+an arm that only evaluates an encoder.
 """
 
 import hashlib
@@ -20,10 +21,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hf_ssl.cards.sweep_text import COLUMNS
 from hf_ssl.data.config import MISSING, DataConfig
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_name
-from hf_ssl.evaluation.config import EvaluationConfig
+from hf_ssl.evaluation.config import MEASUREMENTS, EvaluationConfig
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
 from hf_ssl.resources import recipe_files, study_files
@@ -34,6 +36,8 @@ SECTIONS = ("study", "settings", "grid", "arms")
 _LONGEST = 120  # characters of the name of a folder
 _OWN = {"training.seed": "--seeds", "training.output_dir": "--output"}
 """Key that each run sets itself -> the option in its place."""
+PRETRAIN, SUPERVISE, EVALUATE = COMMANDS = ("pretrain", "supervise", "evaluate")
+"""Values of `Arm.command`."""
 
 
 @dataclass
@@ -45,12 +49,17 @@ class Study:
         question: what the study asks, with its source.
         recipe: recipe of all runs, unless an arm has its own.
         seeds: number of seeds, which are 0, 1, ...; `--seeds` replaces it.
+        columns: further columns of the table, keys of `hf_ssl.cards.sweep_text.COLUMNS`, or measurements of
+            the monitor at the last step, such as `queue_age`.
+        curves: measurements of the monitor that `curves.png` shows over the steps, such as `knn`.
     """
 
     title: str = MISSING
     question: str = MISSING
     recipe: str | None = None
     seeds: int = 1
+    columns: list[str] = field(default_factory=list)
+    curves: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -60,10 +69,18 @@ class Arm:
     Attributes:
         recipe: recipe of the runs of this arm; null: `study.recipe`.
         settings: {"section.key": value} for the runs of this arm.
+        command: "pretrain", "supervise" (an encoder trained with labels, and evaluated like the others), or
+            "evaluate" (an encoder that exists; it runs once, and not with each seed).
+        encoder: folder or Hub id of the encoder that "evaluate" measures.
+        start: name of an earlier arm. The run starts from the encoder of that arm with the same values of the
+            grid and the same seed.
     """
 
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    command: str = PRETRAIN
+    encoder: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,8 @@ class Run:
         seed: the seed.
         recipe: name or file of the recipe.
         overrides: all overrides of the recipe.
+        command, encoder: see `Arm`.
+        start: the run whose encoder this run starts from; None: from random weights, or as the recipe says.
     """
 
     arm: str
@@ -83,6 +102,9 @@ class Run:
     seed: int
     recipe: str
     overrides: list[str]
+    command: str = PRETRAIN
+    encoder: str | None = None
+    start: "Run | None" = None
 
     @property
     def name(self) -> str:
@@ -103,7 +125,7 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-        title, question: see `Study`; the question is "" for a sweep of the command.
+        title, question, columns, curves: see `Study`; the question is "" for a sweep of the command.
         axes: {"section.key": values} of the grid.
         runs: all runs, in their order: all seeds of the first combination come first.
         plan: {arm: its settings without the grid}, for the check of an existing folder.
@@ -114,6 +136,8 @@ class Sweep:
     axes: dict[str, list[Any]]
     runs: list[Run]
     plan: dict[str, Any]
+    columns: list[str] = field(default_factory=list)
+    curves: list[str] = field(default_factory=list)
 
     def run(self, number: int) -> Run:
         """Return a run by its number, from 1."""
@@ -163,22 +187,89 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     plan: dict[str, Any] = {}
     runs: list[Run] = []
     baselines: set[str] = set()
-    for arm, each in arms.items():
-        for combination in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, combination, strict=True))
-            own = [*_texts(settings), *_texts(each.settings), *_texts(chosen), *fixed]
-            recipe = load_recipe(recipes[arm], own)  # reports mistakes before the first run
-            plan.setdefault(arm, _settings(recipe, grid))
-            key = _baseline(recipe)
-            for seed in range(count):
-                is_first = key not in baselines
+    for name, arm in arms.items():
+        _check_arm(name, arm, arms)
+        axes = {key: values for key, values in grid.items() if has_effect(arm.command, key)}
+        for combination in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, combination, strict=True))
+            common = [*_texts(settings), *_texts(arm.settings), *_texts(chosen), *fixed]
+            own = [text for text in common if has_effect(arm.command, _key(text))]
+            recipe = _checked(recipes[name], own, arm)  # reports mistakes before the first run
+            plan.setdefault(name, _settings(recipe, grid) | _of_arm(arm))
+            key = f"{arm.command == PRETRAIN} {_baseline(recipe)}"
+            for seed in range(1 if arm.command == EVALUATE else count):
+                more = [] if arm.command == EVALUATE else [f"training.seed={seed}"]
+                if (arm.start is not None or key in baselines) and not _sets(own, "evaluation.baselines"):
+                    more.insert(0, "evaluation.baselines=false")
                 baselines.add(key)
-                more = (
-                    [] if _sets(own, "evaluation.baselines") or is_first else ["evaluation.baselines=false"]
+                start = _start(runs, arm, chosen, seed)
+                runs.append(
+                    Run(name, chosen, seed, recipes[name], [*own, *more], arm.command, arm.encoder, start)
                 )
-                runs.append(Run(arm, chosen, seed, recipes[arm], [*own, *more, f"training.seed={seed}"]))
     _check_folders(runs)
-    return Sweep(study.title, study.question, grid, runs, plan)
+    for key, names, known in (
+        ("columns", study.columns, [*COLUMNS, *MEASUREMENTS]), ("curves", study.curves, MEASUREMENTS)
+    ):  # fmt: skip
+        for each in names:
+            check_name(f"study.{key}", each, known, "a column" if key == "columns" else "a measurement")
+    return Sweep(study.title, study.question, grid, runs, plan, study.columns, study.curves)
+
+
+def has_effect(command: str, key: str) -> bool:
+    """Return whether `section.key` has an effect on an arm with this command."""
+    if command == SUPERVISE:
+        from hf_ssl.supervised import is_used
+
+        return is_used(key) or key.startswith("evaluation.")
+    return command == PRETRAIN or key.partition(".")[0] in ("data", "evaluation")
+
+
+def _check_arm(name: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
+    """Raise UserError for an unknown command, a key without an effect, and a start that is no earlier arm."""
+    check_name(f"arms.{name}.command", arm.command, COMMANDS, ", ".join(COMMANDS))
+    if (arm.encoder is None) == (arm.command == EVALUATE):
+        got = "one" if arm.encoder is not None else "none"
+        expected = "an encoder for evaluate, and only for it"
+        raise UserError(f"arms.{name}.encoder: expected {expected}, got {got}; see arms.{name}.command")
+    for key in arm.settings:
+        if not has_effect(arm.command, key):
+            raise UserError(
+                f"arms.{name}.settings: expected settings with an effect on {arm.command}, got {key}; "
+                "remove it"
+            )
+    if arm.start is None:
+        return
+    earlier = list(arms)[: list(arms).index(name)]
+    earlier = [each for each in earlier if arms[each].command != EVALUATE]
+    check_name(f"arms.{name}.start", arm.start, earlier, "an earlier arm that trains")
+    if arm.command != PRETRAIN:
+        raise UserError(
+            f"arms.{name}.start: expected the command pretrain, got {arm.command}; remove start or command"
+        )
+
+
+def _checked(name: str, overrides: Sequence[str], arm: Arm) -> Recipe:
+    """Return the recipe of an arm. Mistakes that its command would report later raise an error now."""
+    recipe = load_recipe(name, overrides)
+    if arm.command == SUPERVISE:
+        from hf_ssl.supervised import used, with_settings
+
+        with_settings(load_recipe(name, used(overrides)))
+    return recipe
+
+
+def _start(runs: Sequence[Run], arm: Arm, values: Mapping[str, Any], seed: int) -> Run | None:
+    """Return the run of `arm.start` with the same seed and the same values of the axes that it has."""
+    for run in runs:
+        if run.arm == arm.start and run.seed == seed and run.values.items() <= values.items():
+            return run
+    return None
+
+
+def _of_arm(arm: Arm) -> dict[str, Any]:
+    """Return the keys of an arm, besides its settings, that are not the default."""
+    plain = {"command": arm.command, "encoder": arm.encoder, "start": arm.start}
+    return {key: value for key, value in plain.items() if value not in (None, PRETRAIN)}
 
 
 def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict[str, Arm]]:

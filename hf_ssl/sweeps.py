@@ -19,15 +19,16 @@ from huggingface_hub.utils import WeakFileLock as FileLock
 
 from hf_ssl.cards import read_facts, remove_private
 from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import Facts, result_entry
-from hf_ssl.cards.sweep_text import Measured, csv_text, draw, page
+from hf_ssl.cards.facts import result_entry
+from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
+from hf_ssl.cards.sweep_text import Measured, csv_text, draw, draw_curves, page
 from hf_ssl.errors import UserError, counted
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
-from hf_ssl.sweep_file import Run, Sweep
+from hf_ssl.sweep_file import PRETRAIN, SUPERVISE, Run, Sweep
 
-PLAN, RUNS = "sweep.json", "runs.json"
+PLAN, RUNS, CURVES = "sweep.json", "runs.json", "curves.png"
 _ERROR = "error.txt"
 
 
@@ -63,19 +64,24 @@ def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
 
 
 def _state(run: Run, output: Path | None) -> str:
-    folder = None if output is None else run.folder(output)
-    if folder is None:
+    if output is None:
         return "to do"
-    if (folder / FACTS).exists():
+    folder = run.folder(output)
+    if is_finished(run, output):
         return "finished"
     return "failed" if _error_file(folder).exists() else "started" if folder.exists() else "to do"
+
+
+def is_finished(run: Run, output: Path) -> bool:
+    """Return whether a run has written its results."""
+    return (run.folder(output) / (FACTS if run.command == PRETRAIN else EVALUATION)).exists()
 
 
 def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured]:
     """Run what is missing, write the page, and return the results of all finished runs.
 
-    The files are `README.md`, `sweep.csv`, `sweep.png` and `runs.json`, the entries for `hf-ssl compare`. If
-    a run fails, the page names it, and the other runs continue.
+    The files are `README.md`, `sweep.csv`, `sweep.png`, `curves.png` and `runs.json`, the entries for
+    `hf-ssl compare`. If a run fails, the page names it, and the other runs continue.
 
     Args:
         sweep: the sweep.
@@ -87,9 +93,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     """
     output = command.output
     _check_plan(sweep, output)
-    missing = [
-        number for number, run in enumerate(sweep.runs, start=1) if not (run.folder(output) / FACTS).exists()
-    ]
+    missing = [number for number, run in enumerate(sweep.runs, start=1) if not is_finished(run, output)]
     notice(
         f"{counted(len(sweep.runs), 'run')}, {len(sweep.runs) - len(missing)} finished; results in {output}"
     )
@@ -97,11 +101,19 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
 
     running: set[subprocess.Popen] = set()
     stopped = Event()
+    ended = {id(run): Event() for run in sweep.runs}
 
     def start(number: int) -> None:
         run = sweep.run(number)
-        if stopped.is_set():
-            return
+        try:
+            if run.start is not None and not is_finished(run.start, output):
+                ended[id(run.start)].wait()  # it comes earlier in the order, so it runs already
+            if not stopped.is_set():
+                make(number, run)
+        finally:
+            ended[id(run)].set()
+
+    def make(number: int, run: Run) -> None:
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
         process = subprocess.Popen(command.of_job(number), env=environment)
@@ -112,7 +124,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
         elif status:
             notice(f"run {number} failed with status {status}; the other runs continue")
-        if (run.folder(output) / FACTS).exists():
+        if is_finished(run, output):
             with lock:
                 _write(sweep, output)
 
@@ -137,17 +149,40 @@ def run_job(sweep: Sweep, output: Path, number: int) -> None:
     """
     _check_plan(sweep, output)
     run = sweep.run(number)
-    folder = run.folder(output)
-    from hf_ssl.recipe import load_recipe
-    from hf_ssl.run import pretrain
-
-    error_file = _error_file(folder)
+    error_file = _error_file(run.folder(output))
     try:
-        pretrain(load_recipe(run.recipe, [*run.overrides, f"training.output_dir={folder}"]))
+        _make(run, output)
     except UserError as error:
         write_text(error_file, f"{error}\n")
         raise
     error_file.unlink(missing_ok=True)
+
+
+def _make(run: Run, output: Path) -> None:
+    """Make a run: pretrain an encoder, or train it with labels and evaluate it, or only evaluate it."""
+    from hf_ssl.recipe import load_recipe
+    from hf_ssl.run import evaluate, pretrain
+
+    folder = run.folder(output)
+    place = [f"training.output_dir={folder}"]
+    if run.start is not None:
+        if not is_finished(run.start, output):
+            raise UserError(
+                f"{run.name}: expected the finished run {run.start.name}, seed {run.start.seed}, from whose "
+                "encoder it starts, got none; make that run first"
+            )
+        place.append(f"backbone.init_from={run.start.folder(output)}")
+    recipe = load_recipe(run.recipe, [*run.overrides, *place])
+    if run.command == PRETRAIN:
+        pretrain(recipe)
+        return
+    if run.command == SUPERVISE and not (folder / SUPERVISED).exists():
+        from hf_ssl.supervised import supervise, used
+
+        supervise(load_recipe(run.recipe, used([*run.overrides, *place])))
+    chosen = recipe.is_overridden("evaluation.protocols")
+    encoder = str(folder) if run.encoder is None else run.encoder
+    evaluate(encoder, recipe.data, recipe.evaluation, folder, chosen=chosen)
 
 
 def _error_file(folder: Path) -> Path:
@@ -182,17 +217,26 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> No
             )
 
 
-def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, Facts]]:
-    """Yield the finished runs with their facts."""
+def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, dict[str, Any], list[dict[str, Any]]]]:
+    """Yield the finished runs with their entries (`result_entry`) and the measurements of the monitor."""
     for run in sweep.runs:
-        if (run.folder(output) / FACTS).exists():
-            yield run, read_facts(run.folder(output))
+        folder = run.folder(output)
+        if not is_finished(run, output):
+            continue
+        if run.command == PRETRAIN:
+            facts = read_facts(folder)
+            yield run, result_entry(facts), facts["monitor"]["history"]
+        else:
+            [entry] = read_results(folder / EVALUATION)
+            yield run, entry, []
 
 
 def _write(sweep: Sweep, output: Path) -> list[Measured]:
     """Write the files of all finished runs, and return their results."""
     found = list(finished_runs(sweep, output))
-    measured = [Measured.of(run.name, run.arm, run.values, facts) for run, facts in found]
+    measured = [
+        Measured.of(run.name, run.arm, run.values, run.seed, entry, history) for run, entry, history in found
+    ]
     if not measured:
         reasons = [_error_file(run.folder(output)) for run in sweep.runs]
         texts = (file.read_text(encoding="utf-8").strip() for file in reasons if file.exists())
@@ -200,15 +244,20 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
         raise UserError(f"sweep: expected a finished run, got none: {reason}")
     failed = {
         f"{run.name}, seed {run.seed}": _reason(run.folder(output)) for run in sweep.runs
-        if not (run.folder(output) / FACTS).exists()
+        if not is_finished(run, output)
     }  # fmt: skip
-    plain: Any = [result_entry(facts) for _, facts in found]
+    plain: Any = [entry for _, entry, _ in found]
     write_json(output / RUNS, plain)
     write_text(output / "sweep.csv", csv_text(measured, list(sweep.axes)))
     if any(run.numbers() for run in measured):
         with replaced_file(output / "sweep.png") as staging:
             draw(measured, sweep.axes, staging)
-    write_text(output / "README.md", page(sweep.title, sweep.question, measured, failed))
+    curves = [name for name in sweep.curves if any(name in each for run in measured for each in run.history)]
+    if curves:
+        with replaced_file(output / CURVES) as staging:
+            draw_curves(measured, curves, staging)
+    text = page(sweep.title, sweep.question, measured, failed, sweep.columns, [CURVES] if curves else [])
+    write_text(output / "README.md", text)
     return measured
 
 

@@ -168,6 +168,97 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     assert "method.temperature" in capsys.readouterr().err
 
 
+FOUR = """
+study:
+  title: Four ways
+  question: Which one?
+  recipe: smoke/simclr
+  columns: [memory, queue_age, evaluation_seconds]
+  curves: [knn, embedding_rank]
+settings:
+  training.max_steps: 2
+  training.disable_tqdm: true
+  training.monitor_steps: 1
+  evaluation.protocols: [knn]
+  evaluation.max_train_images: 100
+  evaluation.max_test_images: 50
+grid:
+  training.batch_size: [16]
+arms:
+  first: {}
+  second: {start: first, settings: {training.max_steps: 1, evaluation.baselines: true}}
+  labels: {command: supervise, settings: {training.num_train_epochs: 1, training.warmup_epochs: 0}}
+  published: {command: evaluate, encoder: ENCODER}
+"""
+
+
+def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
+    tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    import torch
+    from transformers import AutoModel
+
+    encoder, output = tmp_path / "encoder", tmp_path / "out"
+    assert main(["pretrain", "smoke/simclr", "training.max_steps=1", "training.disable_tqdm=true",
+                 "evaluation.protocols=[knn]", f"training.output_dir={encoder}"]) == 0  # fmt: skip
+    study = tmp_path / "four.yaml"
+    study.write_text(FOUR.replace("ENCODER", str(encoder)))
+    sweep = load_sweep(str(study), [], seeds=2)
+    assert [(run.name, run.seed) for run in sweep.runs] == [
+        ("first, batch_size 16", 0), ("first, batch_size 16", 1), ("second, batch_size 16", 0),
+        ("second, batch_size 16", 1), ("labels, batch_size 16", 0), ("labels, batch_size 16", 1),
+        ("published", 0),
+    ]  # fmt: skip
+    assert [run.start for run in sweep.runs] == [None, None, *sweep.runs[:2], None, None, None]
+    with pytest.raises(UserError, match=mentions("second", "first", "seed 1", "make that run first")):
+        sweeps.run_job(sweep, output, 4)
+    command = Command(str(study), [], 2, output)
+    measured = run_sweep(sweep, command)
+    assert [run.name for run in measured] == [run.name for run in sweep.runs]
+    start, end = (AutoModel.from_pretrained(sweep.runs[number].folder(output)) for number in (1, 3))
+    weights = json.loads((sweep.runs[3].folder(output) / "facts.json").read_text())["recipe"]
+    assert f"backbone.init_from={sweep.runs[1].folder(output).name}" in " ".join(weights["overrides"])
+    moved = [torch.equal(one, two) for one, two in zip(start.parameters(), end.parameters(), strict=True)]
+    assert not all(moved)
+    assert measured[3].results["start"] == {
+        **measured[3].results["start"],
+        "protocols": measured[1].results["trained"]["protocols"],
+    }, "the second training starts where the first one ended"
+    labels, published = measured[5], measured[6]
+    assert labels.training["epochs"] == 1 and labels.seed == 1 and labels.history == []
+    assert published.training["steps"] == 1 and published.numbers().keys() == measured[0].numbers().keys()
+    text = (output / "README.md").read_text()
+    assert text.count("| first, batch_size 16 |") == 2, "once in the table, once in the seconds"
+    assert "peak memory, GiB | number of steps that a key stays in the queue" in text
+    assert "![Measurements during training](curves.png)" in text
+    assert (output / "curves.png").stat().st_size > 10_000
+    assert len(compare_runs([str(output / "runs.json")], None).rows) >= 3
+    commands = len(in_this_process)
+    run_sweep(sweep, command)
+    assert len(in_this_process) == commands, "nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("command: supervise", "command: train", ["arms.labels.command", "supervise"]),
+        ("start: first", "start: labels", ["arms.second.start", "earlier"]),
+        ("{command: supervise", "{start: first, command: supervise", ["arms.labels.start", "pretrain"]),
+        (", encoder: ENCODER", "", ["arms.published.encoder", "none"]),
+        ("first: {}", "first: {encoder: ENCODER}", ["arms.first.encoder", "evaluate"]),
+        ("{command: evaluate,", "{settings: {views.size: 9}, command: evaluate,", ["views.size", "evaluate"]),
+        ("training.warmup_epochs: 0", "method.temperature: 1", ["method.temperature", "supervise"]),
+        ("[knn, embedding_rank]", "[knm]", ["study.curves", "knm", "knn"]),
+        ("[memory,", "[memmory,", ["study.columns", "memmory", "memory"]),
+    ],
+)
+def test_mistakes_in_arms_are_named(old: str, new: str, parts: list[str], tmp_path: Path) -> None:
+    assert old in FOUR
+    (tmp_path / "four.yaml").write_text(FOUR.replace(old, new))
+    with pytest.raises(UserError, match=mentions(*parts)):
+        load_sweep(str(tmp_path / "four.yaml"))
+
+
 def test_a_run_that_fails_is_named_and_the_others_continue(
     tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,7 +357,14 @@ def test_numbers_that_are_not_finite_are_shown_as_missing(tmp_path: Path) -> Non
     result: Any = {"protocols": [number], "statistics": {"rank_me": 2.0}}
     runs = [
         Measured(
-            "size 1", "", {"x.size": size}, 0, 1.0, {"trained": result, "untrained": result}, None, "photos"
+            "size 1",
+            "",
+            {"x.size": size},
+            0,
+            {"seconds": 1.0},
+            {"trained": result, "untrained": result},
+            None,
+            "photos",
         )
         for size in (1, 2)
     ]

@@ -113,6 +113,8 @@ class TrainingFacts(TypedDict):
     # Settings chosen for the machine: {"training.batch_size": {"value": 32, "reason": "..."}}.
     choices: Annotated[dict[str, dict[str, Any]], Default({})]
     selection: str | None  # the metric that selected the checkpoint; None: the last weights
+    # Highest memory of the process, on CUDA of the GPU. None: an older version did not record it.
+    peak_memory_gib: Annotated[float | None, Default(None)]
 
 
 class MonitorFacts(TypedDict):
@@ -406,7 +408,7 @@ def result_entry(facts: Facts) -> dict[str, Any]:
     }
 
 
-_OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices")
+_OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices", "peak_memory_gib")
 """Facts of a training that change if a finished run is started again."""
 
 

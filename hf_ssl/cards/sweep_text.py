@@ -4,15 +4,15 @@
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
+from textwrap import shorten, wrap
 from typing import Any
 
-from hf_ssl.cards.facts import Facts
 from hf_ssl.cards.short_texts import joined
 from hf_ssl.cards.text import ENCODERS, duration, markdown_row
+from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, in_percent, is_measured
 
 BASELINES = ("untrained", "start", "raw_pixels")
@@ -25,36 +25,63 @@ class Measured:
 
     Attributes:
         name: name of the combination, which all seeds share.
-        arm, values: see `hf_ssl.sweep_file.Run`.
-        seed, seconds: seed and duration of the training.
+        arm, values, seed: see `hf_ssl.sweep_file.Run`.
+        training: facts of the training; {} for an encoder that was only evaluated.
         results: the results by encoder.
         alarm: message of the collapse alarm, if any.
         images: name of the test images.
+        history: measurements of the monitor with their `step`, in order.
     """
 
     name: str
     arm: str
     values: dict[str, Any]
     seed: int
-    seconds: float
+    training: dict[str, Any]
     results: dict[str, EncoderResult]
     alarm: str | None
     images: str
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, name: str, arm: str, values: dict[str, Any], facts: Facts) -> "Measured":
-        """Return the run with these facts."""
-        training, evaluation = facts["training"], facts["evaluation"]
-        images = facts["data"]["name"] if evaluation is None else evaluation["name"]
-        return cls(
-            name, arm, values, training["seed"], training["seconds"], facts["results"],
-            facts["monitor"]["alarm"], images,
-        )  # fmt: skip
+    def of(
+        cls, name: str, arm: str, values: dict[str, Any], seed: int, entry: dict[str, Any],
+        history: list[dict[str, Any]],
+    ) -> "Measured":  # fmt: skip
+        """Return the run with this entry (`hf_ssl.cards.facts.result_entry`)."""
+        evaluation = entry["evaluation"]
+        images = entry["data"]["name"] if evaluation is None else evaluation["name"]
+        training, results = entry["training"] or {}, entry["results"]
+        return cls(name, arm, values, seed, training, results, entry["collapse"], images, history)
+
+    @property
+    def seconds(self) -> float | None:
+        """Duration of the training; None without a training."""
+        return self.training.get("seconds")
+
+    def further(self, column: str) -> float | None:
+        """Return the number of a further column: a key of `COLUMNS`, or the last value of a measurement."""
+        if column in COLUMNS:
+            return COLUMNS[column][1](self)
+        return next((each[column] for each in reversed(self.history) if column in each), None)
 
     def numbers(self, encoder: str = "trained") -> dict[str, ProtocolResult]:
         """Return {id and key: number} of an encoder."""
         result = self.results.get(encoder)
         return {} if result is None else {f"{each['id']} {each['key']}": each for each in result["protocols"]}
+
+
+def _evaluation_seconds(run: Measured) -> float | None:
+    seconds = run.results["trained"]["seconds"] if "trained" in run.results else {}
+    return sum(seconds.values()) if seconds else None
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Measured], float | None]]] = {
+    "memory": ("peak memory, GiB", lambda run: run.training.get("peak_memory_gib")),
+    "steps": ("steps", lambda run: run.training.get("steps")),
+    "evaluation_seconds": ("evaluation, s", _evaluation_seconds),
+}
+"""Further column of a study -> its heading and its number."""
 
 
 def _groups(runs: Sequence[Measured]) -> dict[str, list[Measured]]:
@@ -86,39 +113,53 @@ def _mean(values: Sequence[float], runs: int) -> str:
     return in_percent(statistics.mean(values)) + deviation + share
 
 
-def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[str, str]) -> str:
+def page(
+    title: str,
+    question: str,
+    runs: Sequence[Measured],
+    failed: Mapping[str, str],
+    further: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+) -> str:
     """Return the page of a sweep in Markdown: question, plot, table and missing runs.
 
     Args:
         title, question: of the study.
         runs: the finished runs.
         failed: {name of a run without a result: reason}.
+        further: see `hf_ssl.sweep_file.Study.columns`.
+        pictures: names of further files.
     """
     columns = _columns(runs)
     lines = [f"# {title}", "", *([question, ""] if question else [])]
-    heading = ["", *columns.values(), "RankMe", "training", "runs"]
+    headings = [COLUMNS[key][0] if key in COLUMNS else _heading(key) for key in further]
+    heading = ["", *columns.values(), "RankMe", *headings, "training", "runs"]
     lines += [markdown_row(heading), "|---|" + "---:|" * (len(heading) - 1)]
     for name, group in _groups(runs).items():
         cells = [_mean(_values(group, key), len(group)) for key in columns]
-        ranks = [run.results["trained"]["statistics"]["rank_me"] for run in group if "trained" in run.results]
-        rank = f"{statistics.mean(ranks):.1f}" if ranks else "-"
-        seconds = duration(statistics.mean(run.seconds for run in group))
-        lines.append(markdown_row([name, *cells, rank, seconds, str(len(group))]))
+        cells.append(_rank(group, "trained"))
+        for key in further:
+            found = [value for run in group if (value := run.further(key)) is not None]
+            cells.append(f"{statistics.mean(found):.4g}" if found else "-")
+        seconds = [run.seconds for run in group if run.seconds is not None]
+        cells.append(duration(statistics.mean(seconds)) if seconds else "-")
+        lines.append(markdown_row([name, *cells, str(len(group))]))
     for encoder in BASELINES:
-        having = [run for run in runs if run.numbers(encoder)]
-        for run in having:
-            numbers = run.numbers(encoder)
-            values = [numbers[key]["value"] if key in numbers else None for key in columns]
-            cells = [in_percent(value) if is_measured(value) else "-" for value in values]
-            words = ENCODERS[encoder] + (f" ({run.name})" if len(having) > 1 else "")
-            rank = f"{run.results[encoder]['statistics']['rank_me']:.1f}"
-            lines.append(markdown_row([words, *cells, rank, "-", "1"]))
+        having = _groups([run for run in runs if run.numbers(encoder)])
+        for name, group in having.items():
+            cells = [_mean(_values(group, key, encoder), len(group)) for key in columns]
+            cells += [_rank(group, encoder), *["-"] * (len(further) + 1)]
+            words = ENCODERS[encoder] + (f" ({name})" if len(having) > 1 else "")
+            lines.append(markdown_row([words, *cells, str(len(group))]))
+    lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     images = ", ".join(dict.fromkeys(run.images for run in runs))
     about = f"Accuracy in percent on {images}; mean ± standard deviation over seeds."
     if not columns:
         about = "The data have no labels, so there is no accuracy."
     lines += ["", f"{about} `sweep.csv` has all runs.", ""]
-    lines += ["![Accuracy of each combination](sweep.png)", ""] if columns else []
+    shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
+    shown |= dict.fromkeys(pictures, "Measurements during training")
+    lines += [line for file, words in shown.items() for line in (f"![{words}]({file})", "")]
     texts: dict[str, list[str]] = {}
     for number in (number for run in runs for number in run.numbers().values()):
         texts.setdefault(number["column"], []).append(number["text"])
@@ -129,9 +170,36 @@ def page(title: str, question: str, runs: Sequence[Measured], failed: Mapping[st
     return "\n".join(lines) + "\n"
 
 
-def _values(runs: Sequence[Measured], key: str) -> list[float]:
-    numbers = [run.numbers().get(key) for run in runs]
+def _values(runs: Sequence[Measured], key: str, encoder: str = "trained") -> list[float]:
+    numbers = [run.numbers(encoder).get(key) for run in runs]
     return [each["value"] for each in numbers if each is not None and is_measured(each["value"])]
+
+
+def _rank(runs: Sequence[Measured], encoder: str) -> str:
+    results = [run.results[encoder] for run in runs if encoder in run.results]
+    ranks = [each["statistics"]["rank_me"] for each in results]
+    return f"{statistics.mean(ranks):.1f}" if ranks else "-"
+
+
+def _heading(measurement: str) -> str:
+    """Return the words for a measurement of the monitor."""
+    return MEASUREMENTS[measurement].text if measurement in MEASUREMENTS else measurement.replace("_", " ")
+
+
+def _seconds_table(runs: Sequence[Measured]) -> list[str]:
+    """Return the mean seconds of each protocol and of the extraction of features in Markdown."""
+    timed = {
+        name: [run.results["trained"]["seconds"] for run in group if "trained" in run.results]
+        for name, group in _groups(runs).items()
+    }
+    names = list(dict.fromkeys(key for group in timed.values() for each in group for key in each))
+    lines = ["", "Seconds of the evaluation:", "", markdown_row(["", *names])]
+    lines.append("|---|" + "---:|" * len(names))
+    for name, group in timed.items():
+        found = [[each[key] for each in group if key in each] for key in names]
+        cells = [f"{statistics.mean(each):.1f}" if each else "-" for each in found]
+        lines.append(markdown_row([name, *cells]))
+    return lines
 
 
 def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
@@ -143,7 +211,7 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
     )
     for run in runs:
         about = [run.name, run.arm, *(run.values.get(key, "") for key in axes), run.seed]
-        seconds = f"{run.seconds:.1f}"
+        seconds = "" if run.seconds is None else f"{run.seconds:.1f}"
         for encoder in ("trained", *BASELINES):
             for number in run.numbers(encoder).values():
                 values = number["value"], number["standard_error"]
@@ -239,3 +307,28 @@ def _baselines(panel: Any, runs: Sequence[Measured], key: str, *, vertical: bool
         values = {run.numbers(encoder)[key]["value"] for run in runs if key in run.numbers(encoder)}
         if len(values) == 1 and is_measured(value := values.pop()):
             line(100 * value, color=color, linestyle="--", linewidth=0.8, label=ENCODERS[encoder])
+
+
+def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> None:
+    """Draw measurements of the monitor over the steps: one line for each combination, the mean over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 3.6 * len(names), 3.6), layout="constrained", dpi=130)
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for place, (label, group) in enumerate(_groups(runs).items()):
+            points: dict[int, list[float]] = {}
+            for record in (record for run in group for record in run.history):
+                if is_measured(record.get(name)):
+                    points.setdefault(record["step"], []).append(record[name])
+            steps = sorted(points)
+            means = [statistics.mean(points[step]) for step in steps]
+            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
+            panel.plot(steps, means, label=shorten(label, 60), marker=".", linewidth=1.2, **style)
+        panel.set_title("\n".join(wrap(_heading(name), 36)), fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
+    figure.legend(handles, labels, **options)
+    figure.savefig(path, format="png")
