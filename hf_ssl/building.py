@@ -264,8 +264,9 @@ def _knn_classifier(recipe: Recipe, args: SSLTrainingArguments) -> KNNClassifier
     try:
         bank, queries = open_labeled_splits(recipe.data, evaluation)
         return KNNClassifier(
-            bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size
-        )
+            bank, queries, processor, args.monitor_neighbors, args.per_device_eval_batch_size,
+            args.monitor_projector,
+        )  # fmt: skip
     except UserError as error:
         logger.warning("the monitor measures no k-NN accuracy: %s", error)
         return None

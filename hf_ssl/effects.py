@@ -8,7 +8,7 @@ compared as one. A stored result of a suite is valid if no setting that changes 
 WEIGHTS, NUMBERS, NOTHING = "weights", "numbers", "nothing"
 _MONITOR = (
     "eval_delay", "eval_on_start", "eval_steps", "eval_strategy", "monitor_bank_images", "monitor_neighbors",
-    "monitor_query_images", "monitor_steps", "on_collapse", "on_worse", "online_probe",
+    "monitor_projector", "monitor_query_images", "monitor_steps", "on_collapse", "on_worse", "online_probe",
     "online_probe_learning_rate", "per_device_eval_batch_size",
 )  # fmt: skip
 _OUTPUT = (

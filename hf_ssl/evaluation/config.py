@@ -254,6 +254,10 @@ class Description(NamedTuple):
 _STD, _PROTOTYPES = "standard deviation (isotropic: 1, collapsed: 0)", "prototypes (used equally: entropy 1)"
 MEASUREMENTS = {
     "knn": Description("k-NN accuracy on images of the test split", panel="k-NN accuracy while training"),
+    "knn_projector": Description(
+        "k-NN accuracy of the projector's output on images of the test split",
+        panel="k-NN accuracy while training",
+    ),
     "online_probe": Description(
         "accuracy of the online probe on images of the test split (a classifier trained beside the encoder; "
         "not comparable with the linear probe)",

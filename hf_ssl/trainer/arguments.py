@@ -95,6 +95,7 @@ class SSLTrainingArguments(TrainingArguments):
             each epoch instead, and `eval_strategy=no` not at all.
         monitor_bank_images, monitor_query_images: numbers of labeled images of the k-NN classifier.
         monitor_neighbors: k of the k-NN classifier.
+        monitor_projector: whether the monitor also measures the k-NN accuracy of the projector's output.
         layer_decay: the learning rate of each block of the backbone is this fraction of the rate of the next
             block (layer-wise decay of BEiT). It is meant for trained backbones. None: equal rates.
         head_warmup_epochs: epochs in which the backbone is frozen and only the heads are trained. The
@@ -156,6 +157,7 @@ class SSLTrainingArguments(TrainingArguments):
     monitor_bank_images: int = 2000
     monitor_query_images: int = 1000
     monitor_neighbors: int = MAIN_KNN[0]
+    monitor_projector: bool = False
     layer_decay: float | None = None
     head_warmup_epochs: float = 0.0
     on_worse: str = "warn"

@@ -24,6 +24,7 @@ from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process
+from hf_ssl.modeling.projected_encoder import ProjectedEncoder
 from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -53,6 +54,7 @@ class KNNClassifier:
         neighbors: k; with fewer images, k is that of the evaluation (`usable_neighbors`). The neighbors are
             weighted with temperature 0.07.
         batch_size: number of images that are encoded at once.
+        projector: whether the projector's output is also measured, as `knn_projector`.
     """
 
     bank: LabeledImages
@@ -60,6 +62,7 @@ class KNNClassifier:
     processor: BaseImageProcessor
     neighbors: int = MAIN_KNN[0]
     batch_size: int = 256
+    projector: bool = False
 
     def __post_init__(self) -> None:
         self.bank.require_one_label("k-NN during training")
@@ -88,24 +91,27 @@ class KNNClassifier:
         Raises:
             UserError: the bank has fewer than two classes, or `compute_metrics` fails (see `_own_metrics`).
         """
-        bank = self._features(model, self.bank, "bank", dtype)
-        if self.queries is None:
-            tested, [k] = bank, usable_neighbors([self.neighbors], len(bank) - 1)
-            accuracy = leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=MAIN_KNN[1])
-        else:
+        bank = tested = self._features(model, self.bank, "bank", dtype)
+        if self.queries is not None:
             tested = self._features(model, self.queries, "queries", dtype)
-            [k] = usable_neighbors([self.neighbors], len(bank))
-            accuracy = knn_accuracy(
-                bank, self.bank.labels, tested, self.queries.labels,
-                neighbors=(k,), temperatures=MAIN_KNN[1:],
-            )[k, MAIN_KNN[1]]  # fmt: skip
-        measured = {"knn": accuracy}
+        measured = {"knn": self._accuracy(bank, tested)}
+        if self.projector:
+            both = (_projected(model, features, self.batch_size) for features in (bank, tested))
+            measured["knn_projector"] = self._accuracy(*both)
         if online_probe is not None:
             measured["online_probe"] = online_probe.accuracy(tested, self.tested)
         if compute_metrics is None:
             return measured
         prediction = EvalPrediction(predictions=tested.numpy(), label_ids=self.tested.labels.numpy())
         return measured | _own_metrics(compute_metrics, prediction)
+
+    def _accuracy(self, bank: Tensor, tested: Tensor) -> float:
+        if self.queries is None:
+            [k] = usable_neighbors([self.neighbors], len(bank) - 1)
+            return leave_one_out_knn(bank, self.bank.labels, neighbors=k, temperature=MAIN_KNN[1])
+        [k] = usable_neighbors([self.neighbors], len(bank))
+        data = bank, self.bank.labels, tested, self.queries.labels
+        return knn_accuracy(*data, neighbors=(k,), temperatures=MAIN_KNN[1:])[k, MAIN_KNN[1]]
 
     def _features(
         self, model: SSLPreTrainedModel, images: LabeledImages, name: str, dtype: torch.dtype | None
@@ -118,6 +124,15 @@ class KNNClassifier:
             total=len(images),
             description=f"monitor: features of the {name}",
         )
+
+
+@torch.inference_mode()
+def _projected(model: SSLPreTrainedModel, features: Tensor, batch_size: int) -> Tensor:
+    """Return the projector's output (N, P), on the CPU, for features (N, D) of the exported encoder."""
+    options = "training.monitor_projector=true", "training.monitor_projector=false"
+    encoder = ProjectedEncoder(model, *options)
+    parts = [encoder.project(part.to(model.device)).float().cpu() for part in features.split(batch_size)]
+    return torch.cat(parts)
 
 
 def _own_metrics(compute_metrics: ComputeMetrics, prediction: EvalPrediction) -> dict[str, Any]:
@@ -193,8 +208,9 @@ def knn_classifiers(
             first = label_data(part[bank], config, f"{where}[{bank!r}]", bank_images)
             second = label_data(part[query], config, f"{where}[{query!r}]", query_images)
         return KNNClassifier(
-            first, second, processor, args.monitor_neighbors, args.per_device_eval_batch_size
-        )
+            first, second, processor, args.monitor_neighbors, args.per_device_eval_batch_size,
+            args.monitor_projector,
+        )  # fmt: skip
 
     if not isinstance(data, Mapping) or _pair(data, "eval_dataset"):
         return {"": classifier(data, "eval_dataset")}

@@ -11,11 +11,12 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import evaluate_encoder
+from hf_ssl.evaluation import evaluate_encoder, extract_features, knn_accuracy
 from hf_ssl.hub import image_processor
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
+from hf_ssl.modeling.projected_encoder import ProjectedEncoder
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_trainer
 from hf_ssl.trainer.monitor import CollapseAlarm, KNNClassifier
@@ -54,6 +55,27 @@ def test_measurements_change_neither_the_model_nor_any_random_state(tmp_path):
         "eval_uniformity",
     } <= first.keys()
     assert 0 < first["eval_knn"] <= 1
+
+
+def test_the_output_of_the_projector_is_measured_on_request(tmp_path):
+    made = trainer(tmp_path, "training.monitor_projector=true")
+    measured = made.monitor.measure(made.method)
+    knn = made.monitor.knn
+    encoder = ProjectedEncoder(made.method.eval())
+    bank, queries = (
+        extract_features(encoder, knn.processor, images.iter_batches(32))
+        for images in (knn.bank, knn.queries)
+    )
+    labels = knn.bank.labels, knn.queries.labels
+    [expected] = knn_accuracy(
+        bank, labels[0], queries, labels[1], neighbors=[20], temperatures=[0.07]
+    ).values()
+    assert measured["eval_knn_projector"] == expected != measured["eval_knn"]
+    assert "eval_knn_projector" not in trainer(tmp_path / "other").monitor.measure(made.method)
+    recipe = load_recipe("smoke/mae", [*SMALL, "training.monitor_projector=true"])
+    without = build_trainer(recipe, recipe.training_arguments())
+    with pytest.raises(UserError, match=mentions("training.monitor_projector=true", "mae", "=false")):
+        without.monitor.measure(without.method)
 
 
 def labeled_table(labels: list[str]) -> Dataset:
