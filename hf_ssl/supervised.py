@@ -214,7 +214,7 @@ def is_used(key: str) -> bool:
 
 
 def used(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with an effect on this training, without settings of other protocols."""
+    """Return the overrides with an effect on this training, without `evaluation.settings` of protocols."""
     kept: list[str] = []
     for text in overrides:
         section, equals, _ = text.partition("=")
@@ -222,10 +222,8 @@ def used(overrides: Sequence[str]) -> list[str]:
         if equals and section in _USED:  # a whole section
             values = apply_overrides({}, [text])[section]
             parts = {f"{section}.{key}": f"{section}.{key}={json.dumps(of)}" for key, of in values.items()}
-        kept += [part for key, part in parts.items() if is_used(key)]
-    own = (apply_overrides({}, kept)["evaluation"].get("settings") or {}).get("fine_tune")
-    kept = [text for text in kept if not text.startswith("evaluation.settings")]
-    return kept if own is None else [*kept, f"{_SETTINGS}={json.dumps(own)}"]
+        kept += [part for key, part in parts.items() if is_used(key) and key.split(".")[1:2] != ["settings"]]
+    return kept
 
 
 def with_settings(recipe: Recipe) -> EvaluationConfig:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     Args:
         name: a recipe, or a study: a name of `training/studies`, or a YAML file with the section `study`.
         overrides: `section.key=value` for all runs. A list of values for a key that takes one value is an
-            axis of the grid, and so is a list of lists for a key that takes a list.
+            axis of the grid, and so is a list of lists for a key that takes a list. `arms.NAME.section.key`
+            sets a value for one arm, and `arms.NAME.encoder` its encoder.
         seeds: number of seeds; None: 1, or that of the study.
 
     Raises:
@@ -162,6 +163,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
             empty, or the grid and the arms contain a single combination.
     """
     study, settings, grid, arms = _parts(name)
+    last = _of_arms(arms, [text for text in overrides if text.startswith("arms.")])
+    overrides = [text for text in overrides if not text.startswith("arms.")]
     count = study.seeds if seeds is None else seeds
     if count < 1:
         raise UserError(f"--seeds: expected a positive number, got {count}")
@@ -172,7 +175,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     some = [f"{_key(text)}={_quoted(value[0])}" for text, value in lists.items() if value]
     own = [*_texts(settings), *_texts(arms[first].settings)]
     own += _texts({key: values[0] for key, values in grid.items() if values})
-    base = _base(recipes[first], own, [text for text in overrides if text not in lists], some)
+    others = [text for text in overrides if text not in lists]
+    base = _base(recipes[first], own, [*others, *last[first]], some)
     fixed: list[str] = []
     for text in overrides:  # as in other commands, the last one of equal keys counts
         key = _key(text)
@@ -186,22 +190,23 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     _check_axes(grid, [*_texts(settings), *fixed], arms)
     plan: dict[str, Any] = {}
     runs: list[Run] = []
-    baselines: set[str] = set()
+    baselines: set[tuple[str, bool]] = set()  # (images and encoder, whether random weights are measured)
     for name, arm in arms.items():
-        _check_arm(name, arm, arms)
+        _check_arm(name, arm, arms, last[name])
         axes = {key: values for key, values in grid.items() if has_effect(arm.command, key)}
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             common = [*_texts(settings), *_texts(arm.settings), *_texts(chosen), *fixed]
-            own = [text for text in common if has_effect(arm.command, _key(text))]
+            own = [text for text in common if has_effect(arm.command, _key(text))] + last[name]
             recipe = _checked(recipes[name], own, arm)  # reports mistakes before the first run
             plan.setdefault(name, _settings(recipe, grid) | _of_arm(arm))
-            key = f"{arm.command == PRETRAIN} {_baseline(recipe)}"
+            trains, images = arm.command == PRETRAIN, _baseline(recipe)
             for seed in range(1 if arm.command == EVALUATE else count):
                 more = [] if arm.command == EVALUATE else [f"training.seed={seed}"]
-                if (arm.start is not None or key in baselines) and not _sets(own, "evaluation.baselines"):
+                done = (images, True) in baselines or ((images, False) in baselines and not trains)
+                if (arm.start is not None or done) and not _sets(own, "evaluation.baselines"):
                     more.insert(0, "evaluation.baselines=false")
-                baselines.add(key)
+                baselines.add((images, trains))
                 start = _start(runs, arm, chosen, seed)
                 runs.append(
                     Run(name, chosen, seed, recipes[name], [*own, *more], arm.command, arm.encoder, start)
@@ -224,14 +229,14 @@ def has_effect(command: str, key: str) -> bool:
     return command == PRETRAIN or key.partition(".")[0] in ("data", "evaluation")
 
 
-def _check_arm(name: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
+def _check_arm(name: str, arm: Arm, arms: Mapping[str, Arm], last: Sequence[str]) -> None:
     """Raise UserError for an unknown command, a key without an effect, and a start that is no earlier arm."""
     check_name(f"arms.{name}.command", arm.command, COMMANDS, ", ".join(COMMANDS))
     if (arm.encoder is None) == (arm.command == EVALUATE):
         got = "one" if arm.encoder is not None else "none"
         expected = "an encoder for evaluate, and only for it"
         raise UserError(f"arms.{name}.encoder: expected {expected}, got {got}; see arms.{name}.command")
-    for key in arm.settings:
+    for key in (*arm.settings, *map(_key, last)):
         if not has_effect(arm.command, key):
             raise UserError(
                 f"arms.{name}.settings: expected settings with an effect on {arm.command}, got {key}; "
@@ -288,6 +293,26 @@ def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict
         if not isinstance(values, list):
             raise UserError(f"grid.{key}: expected a list of values in {path}, got {values!r}")
     return study, plain["settings"], dict(plain["grid"]), arms or {"": Arm()}
+
+
+def _of_arms(arms: dict[str, Arm], overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return {arm: `section.key=value`} of the overrides `arms.NAME.section.key=value`.
+
+    `arms.NAME.encoder=value` replaces the encoder in `arms`.
+    """
+    found: dict[str, list[str]] = {name: [] for name in arms}
+    for text in overrides:
+        own = text.removeprefix("arms.")
+        name = max((each for each in arms if own.startswith(f"{each}.")), key=len, default=None)
+        if name is None:
+            check_name("arms", own.partition(".")[0], arms, "an arm of this study")
+            raise UserError(f"{text}: expected arms.NAME.KEY=VALUE, got no key; see hf-ssl sweep --help")
+        own = own.removeprefix(f"{name}.")
+        if _key(own) == "encoder":
+            arms[name] = replace(arms[name], encoder=own.partition("=")[2])
+        else:
+            found[name].append(own)
+    return found
 
 
 def _recipe_of(name: str, arm: Arm, study: Study) -> str:

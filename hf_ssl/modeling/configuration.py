@@ -58,12 +58,15 @@ class SSLConfig(PreTrainedConfig):
             through `model_type="timm_wrapper"`. A ViT's pooler is changed to return its class token.
         views: the augmentation preset (`hf_ssl.views.ViewPreset`) as plain data. It is stored here so that a
             checkpoint records the augmentations.
+        may_be_missing: fields `.._layers` that may be 0, which leaves out the part.
     """
 
     model_type = "ssl"
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet")
     }
+
+    may_be_missing: ClassVar[tuple[str, ...]] = ()
 
     backbone_config: dict | PreTrainedConfig | None = None
     views: dict | None = None
@@ -81,9 +84,10 @@ class SSLConfig(PreTrainedConfig):
                 check_fields((name, value, value >= SMALLEST_TEMPERATURE, f"at least {SMALLEST_TEMPERATURE}"))
 
     def validate_layers(self) -> None:
-        """Raise `ValueError` for a field `.._layers` below 1."""
+        """Raise `ValueError` for a field `.._layers` below 1, or below 0 for a part that may be missing."""
         for name in (item.name for item in fields(self) if item.name.endswith("_layers")):
-            check_fields((name, getattr(self, name), getattr(self, name) >= 1, "at least 1"))
+            least = 0 if name in self.may_be_missing else 1
+            check_fields((name, getattr(self, name), getattr(self, name) >= least, f"at least {least}"))
 
     def validate_momentum(self) -> None:
         """Raise `ValueError` for a field `..momentum` or `..momentum_end` outside of 0 to 1."""

@@ -60,6 +60,18 @@ class MLPHead(nn.Sequential):
         super().__init__(*layers)
 
 
+def predictor_of(size: int, hidden_size: int, layers: int, **options: Any) -> nn.Module:
+    """Return a predictor of projections (N, P) with a number of Linear layers; 0: the identity.
+
+    Args:
+        size: P.
+        hidden_size: width of the hidden layers.
+        layers: number of Linear layers.
+        options: further arguments of `MLPHead`.
+    """
+    return MLPHead([size, *[hidden_size] * (layers - 1), size], **options) if layers else nn.Identity()
+
+
 class WeightNormLinear(nn.Linear):
     """A weight-normalized linear layer without bias: maps (..., D) to (..., K).
 

@@ -17,10 +17,12 @@ class BYOLConfig(TeacherConfig):
         projection_size, projection_hidden_size: output and hidden width of the projector and the predictor.
             Both are Linear, BatchNorm, ReLU, Linear without bias.
         predictor_layers: number of Linear layers of the predictor (2). A single layer has no bias, as the
-            learned linear predictor in the experiments of DirectPred (arXiv:2102.06810).
+            learned linear predictor in the experiments of DirectPred (arXiv:2102.06810). 0: no predictor;
+            the embeddings then collapse (table 5b of the paper).
     """
 
     model_type = "ssl_byol"
+    may_be_missing = ("predictor_layers",)
 
     projection_size: int = 256
     projection_hidden_size: int = 4096

@@ -8,7 +8,7 @@ from hf_ssl.evaluation.statistics import rank_me
 from hf_ssl.losses import cosine_regression
 from hf_ssl.methods.byol.configuration_byol import BYOLConfig
 from hf_ssl.modeling.backbones import feature_size
-from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.heads import MLPHead, predictor_of
 from hf_ssl.modeling.momentum import MomentumModel
 from hf_ssl.modeling.outputs import SSLOutput, eigenspace_alignment, loss_of_both_views
 
@@ -31,7 +31,7 @@ class BYOLForPreTraining(MomentumModel):
         sizes = [feature_size(self.backbone), hidden, size]
         self.projector = MLPHead(sizes, bias=True)
         self.teacher_projector = MLPHead(sizes, bias=True)
-        self.predictor = MLPHead([size, *[hidden] * (config.predictor_layers - 1), size], bias=True)
+        self.predictor = predictor_of(size, hidden, config.predictor_layers, bias=True)
         self.post_init()
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,9 +55,9 @@ class BYOLForPreTraining(MomentumModel):
     def measurements(self, embeddings: dict[str, Tensor]) -> dict[str, float]:
         """Return `predictor_rank` and `eigenspace_alignment` of a linear predictor.
 
-        The result is {} for a predictor with hidden layers.
+        The result is {} for a predictor with hidden layers, and without a predictor.
         """
-        if self.config.predictor_layers > 1:
+        if self.config.predictor_layers != 1:
             return {}
         weight = self.predictor.get_parameter("0.weight")
         alignment = eigenspace_alignment(weight, embeddings["projections"])

@@ -8,7 +8,7 @@ from hf_ssl.losses import cosine_regression
 from hf_ssl.methods.simsiam.configuration_simsiam import SimSiamConfig
 from hf_ssl.modeling.backbones import feature_size
 from hf_ssl.modeling.base import SSLPreTrainedModel
-from hf_ssl.modeling.heads import MLPHead
+from hf_ssl.modeling.heads import MLPHead, predictor_of
 from hf_ssl.modeling.outputs import SSLOutput, loss_of_both_views
 from hf_ssl.modeling.parameter_groups import ParameterRule
 
@@ -29,7 +29,8 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
         size = config.projection_size
         sizes = [feature_size(self.backbone), *[size] * config.projection_layers]
         self.projector = MLPHead(sizes, last_norm="batch_without_affine")
-        self.predictor = MLPHead([size, config.predictor_hidden_size, size], last_bias=True)
+        hidden, layers = config.predictor_hidden_size, config.predictor_layers
+        self.predictor = predictor_of(size, hidden, layers, last_bias=True)
         self.post_init()
 
     @property
@@ -45,7 +46,8 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
 
     def objective(self, embeddings: dict[str, Tensor]) -> SSLOutput:
         """Return the mean over both views of -cos(prediction, the other view's projection)."""
-        predictions, targets = embeddings["predictions"], embeddings["projections"].detach()
+        predictions, targets = embeddings["predictions"], embeddings["projections"]
+        targets = targets.detach() if self.config.stop_gradient else targets
         loss, terms = loss_of_both_views(_negative_cosine, predictions, targets)
         return SSLOutput(loss=loss / 2, terms=terms, embeddings=embeddings["projections"])
 
