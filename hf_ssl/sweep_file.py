@@ -52,6 +52,7 @@ class Study:
         columns: further columns of the table, keys of `hf_ssl.cards.sweep_text.COLUMNS`, or measurements of
             the monitor at the last step, such as `queue_age`.
         curves: measurements of the monitor that `curves.png` shows over the steps, such as `knn`.
+        k_curve: whether `k_curve.png` shows the k-NN accuracy over k (first seed of up to ten combinations).
     """
 
     title: str = MISSING
@@ -60,6 +61,7 @@ class Study:
     seeds: int = 1
     columns: list[str] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)
+    k_curve: bool = False
 
 
 @dataclass
@@ -125,19 +127,16 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-        title, question, columns, curves: see `Study`; the question is "" for a sweep of the command.
+        study: title, question and pictures. The question is "" for a sweep of the command.
         axes: {"section.key": values} of the grid.
         runs: all runs, in their order: all seeds of the first combination come first.
         plan: {arm: its settings without the grid}, for the check of an existing folder.
     """
 
-    title: str
-    question: str
+    study: Study
     axes: dict[str, list[Any]]
     runs: list[Run]
     plan: dict[str, Any]
-    columns: list[str] = field(default_factory=list)
-    curves: list[str] = field(default_factory=list)
 
     def run(self, number: int) -> Run:
         """Return a run by its number, from 1."""
@@ -217,7 +216,7 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     ):  # fmt: skip
         for each in names:
             check_name(f"study.{key}", each, known, "a column" if key == "columns" else "a measurement")
-    return Sweep(study.title, study.question, grid, runs, plan, study.columns, study.curves)
+    return Sweep(study, grid, runs, plan)
 
 
 def has_effect(command: str, key: str) -> bool:

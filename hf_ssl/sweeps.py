@@ -23,12 +23,13 @@ from hf_ssl.cards.facts import result_entry
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
 from hf_ssl.cards.sweep_text import Measured, csv_text, draw, draw_curves, page
 from hf_ssl.errors import UserError, counted
+from hf_ssl.evaluation.plots import k_curve
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
-from hf_ssl.sweep_file import PRETRAIN, SUPERVISE, Run, Sweep
+from hf_ssl.sweep_file import PRETRAIN, SUPERVISE, Run, Study, Sweep
 
-PLAN, RUNS, CURVES = "sweep.json", "runs.json", "curves.png"
+PLAN, RUNS, CURVES, K_CURVE = "sweep.json", "runs.json", "curves.png", "k_curve.png"
 _ERROR = "error.txt"
 
 
@@ -252,13 +253,29 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
     if any(run.numbers() for run in measured):
         with replaced_file(output / "sweep.png") as staging:
             draw(measured, sweep.axes, staging)
-    curves = [name for name in sweep.curves if any(name in each for run in measured for each in run.history)]
-    if curves:
-        with replaced_file(output / CURVES) as staging:
-            draw_curves(measured, curves, staging)
-    text = page(sweep.title, sweep.question, measured, failed, sweep.columns, [CURVES] if curves else [])
+    pictures = _pictures(sweep.study, measured, output)
+    study = sweep.study
+    text = page(study.title, study.question, measured, failed, study.columns, pictures)
     write_text(output / "README.md", text)
     return measured
+
+
+def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[str, str]:
+    """Draw the further pictures that the study asks for, and return {file: caption}."""
+    found = {}
+    history = [each for run in measured for each in run.history]
+    names = [name for name in study.curves if any(name in each for each in history)]
+    if names:
+        with replaced_file(output / CURVES) as staging:
+            draw_curves(measured, names, staging)
+        found[CURVES] = "Measurements during training, means over seeds"
+    first = {run.name: run.results["trained"] for run in reversed(measured) if "trained" in run.results}
+    figure = k_curve(dict(reversed(first.items()))) if study.k_curve else None
+    if figure is not None:
+        with replaced_file(output / K_CURVE) as staging:
+            figure.savefig(staging, format="png")
+        found[K_CURVE] = "Accuracy of k-NN over k, first seed"
+    return found
 
 
 def _reason(folder: Path) -> str:

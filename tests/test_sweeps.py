@@ -74,7 +74,7 @@ def test_keys_that_take_a_list(key: str, expected: bool) -> None:
 def test_a_study_has_arms(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(STUDY)
     sweep = load_sweep(str(tmp_path / "two.yaml"), [], seeds=None)
-    assert sweep.title == "Two methods" and len(sweep.runs) == 4
+    assert sweep.study.title == "Two methods" and len(sweep.runs) == 4
     assert sweep.runs[-1].name == "no flip, temperature 0.5"
     recipe = load_recipe(sweep.runs[-1].recipe, sweep.runs[-1].overrides)
     assert (recipe.views.flip, recipe.method["temperature"], recipe.training["max_steps"]) == (0.0, 0.5, 2)
@@ -122,7 +122,7 @@ def test_mistakes_in_a_study_are_named(old: str, new: str, parts: list, tmp_path
 @pytest.mark.parametrize("name", study_files())
 def test_the_studies_can_be_read(name: str) -> None:
     sweep = load_sweep(name, ["data.path=digits"])
-    assert sweep.question and len(sweep.runs) > 1
+    assert sweep.study.question and len(sweep.runs) > 1
     assert len({run.folder(Path("x")) for run in sweep.runs}) == len(sweep.runs)
 
 
@@ -175,6 +175,7 @@ study:
   recipe: smoke/simclr
   columns: [memory, queue_age, evaluation_seconds]
   curves: [knn, embedding_rank]
+  k_curve: true
 settings:
   training.max_steps: 2
   training.disable_tqdm: true
@@ -230,12 +231,52 @@ def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     text = (output / "README.md").read_text()
     assert text.count("| first, batch_size 16 |") == 2, "once in the table, once in the seconds"
     assert "peak memory, GiB | number of steps that a key stays in the queue" in text
-    assert "![Measurements during training](curves.png)" in text
-    assert (output / "curves.png").stat().st_size > 10_000
+    assert "![Measurements during training, means over seeds](curves.png)" in text
+    for picture in ("curves.png", "k_curve.png"):
+        assert f"({picture})" in text and (output / picture).stat().st_size > 10_000
     assert len(compare_runs([str(output / "runs.json")], None).rows) >= 3
     commands = len(in_this_process)
     run_sweep(sweep, command)
     assert len(in_this_process) == commands, "nothing is missing"
+
+
+def test_the_command_changes_single_arms(tmp_path: Path) -> None:
+    (tmp_path / "four.yaml").write_text(FOUR)
+    own = ["arms.second.views.size=9", "arms.published.encoder=other/encoder", "views.size=10"]
+    runs = {run.arm: run for run in load_sweep(str(tmp_path / "four.yaml"), own).runs}
+    sizes = {
+        arm: load_recipe(runs[arm].recipe, runs[arm].overrides).views.size for arm in ("first", "second")
+    }
+    assert sizes == {"first": 10, "second": 9}, "an arm's own value counts more than that of all arms"
+    assert runs["published"].encoder == "other/encoder"
+    for text in ("arms.secnd.views.size=9", "arms.second=9"):
+        with pytest.raises(UserError, match=mentions("arms", "second")):
+            load_sweep(str(tmp_path / "four.yaml"), [text])
+    with pytest.raises(UserError, match=mentions("arms.published", "views.size", "evaluate")):
+        load_sweep(str(tmp_path / "four.yaml"), ["arms.published.views.size=9"])
+
+
+def test_baselines_of_all_seeds_are_one_row() -> None:
+    number = {"id": "a-1", "key": "a", "column": "accuracy", "text": "how", "standard_error": 0.1}
+
+    def result(value: float) -> Any:
+        return {"protocols": [number | {"value": value}], "statistics": {"rank_me": 2.0}}
+
+    runs = [
+        Measured(
+            name,
+            "",
+            {},
+            seed,
+            {"seconds": 1.0},
+            {"trained": result(0.9), "untrained": result(low)},
+            None,
+            "a",
+        )
+        for name, seed, low in (("one", 0, 0.1), ("one", 1, 0.3))
+    ]
+    text = page("title", "", runs, {})
+    assert "| the same network without training | 20.0 ± 14.1 | 2.0 | - | 2 |" in text
 
 
 @pytest.mark.parametrize(

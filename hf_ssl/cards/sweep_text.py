@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten, wrap
+from types import MappingProxyType
 from typing import Any
 
 from hf_ssl.cards.short_texts import joined
@@ -119,7 +120,7 @@ def page(
     runs: Sequence[Measured],
     failed: Mapping[str, str],
     further: Sequence[str] = (),
-    pictures: Sequence[str] = (),
+    pictures: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return the page of a sweep in Markdown: question, plot, table and missing runs.
 
@@ -128,7 +129,7 @@ def page(
         runs: the finished runs.
         failed: {name of a run without a result: reason}.
         further: see `hf_ssl.sweep_file.Study.columns`.
-        pictures: names of further files.
+        pictures: {further file: caption}.
     """
     columns = _columns(runs)
     lines = [f"# {title}", "", *([question, ""] if question else [])]
@@ -158,7 +159,7 @@ def page(
         about = "The data have no labels, so there is no accuracy."
     lines += ["", f"{about} `sweep.csv` has all runs.", ""]
     shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
-    shown |= dict.fromkeys(pictures, "Measurements during training")
+    shown |= pictures
     lines += [line for file, words in shown.items() for line in (f"![{words}]({file})", "")]
     texts: dict[str, list[str]] = {}
     for number in (number for run in runs for number in run.numbers().values()):
