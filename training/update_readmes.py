@@ -21,7 +21,9 @@ from hf_ssl.evaluation.fine_tuning import RECIPES
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
+from hf_ssl.resources import study_files
 from hf_ssl.sections import default_values
+from hf_ssl.sweep_file import load_sweep
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.transformers_arguments import REJECTED
 
@@ -102,6 +104,17 @@ def fine_tuning() -> str:
     return "\n".join(lines)
 
 
+def studies() -> str:
+    """Return a Markdown table of all studies, with the result of those that ran."""
+    lines = ["| study | question | runs of a seed |", "|---|---|---:|"]
+    for name in study_files():
+        sweep = load_sweep(name, ["data.path=digits"], 1)
+        page = f"results/studies/{name}/README.md"
+        title = f"[{sweep.study.title}]({page})" if (ROOT / "training" / page).exists() else sweep.study.title
+        lines.append(f"| [`{name}`](studies/{name}.yaml) | {title} | {len(sweep.runs)} |")
+    return "\n".join(lines)
+
+
 def _default(value: Any) -> str:
     """Return a default value in YAML. For a long list, return its length, its first and its last value."""
     if isinstance(value, list) and len(value) > 8 and not isinstance(value[0], str):
@@ -128,6 +141,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "measurements": measurements,
     "protocols": protocols,
     "fine_tuning": fine_tuning,
+    "studies": studies,
     "compare": _result("results/compare.md"),
     "benchmarks": _result("benchmarks/results/cpu.md"),
 }
