@@ -23,6 +23,7 @@ from hf_ssl.recipe import Recipe
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.machine_settings import Choices
+from hf_ssl.views.preset import ViewPreset
 
 _CHOICES, _REVISION = "choices", "data_revision"
 IDENTITY = "_run.json"  # is never published, because it contains the path of the data
@@ -100,7 +101,9 @@ def _in_current_format(run: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     if "lars" in training:  # older versions stored only the values that were set
         training["lars"] = asdict(LARSConfig(**training["lars"]))
     # A run of a version without a setting had what is the default now.
-    run = {**run, "training": training, "data": default_values(DataConfig) | run.get("data", {})}
+    run = {**run, "training": training}
+    for section, cls in (("data", DataConfig), ("views", ViewPreset)):
+        run[section] = default_values(cls) | run.get(section, {})
     if _CHOICES in run:
         return run
     had, given = dict(run["training"]), now["training"]

@@ -10,6 +10,7 @@ from test_architecture import ROOT
 
 from hf_ssl.evaluation.protocols import PROTOCOLS, load_protocol
 from hf_ssl.methods import METHODS
+from hf_ssl.views import ViewSettings
 from training.update_readmes import PARTS, READMES, updated
 
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -41,6 +42,11 @@ def test_the_table_of_protocols_has_every_setting() -> None:
     assert "`labels_per_class` [1, 5, 10], `draws` 20" in lines["few_label_knn"]
     assert "`neighbors` null, `temperatures` [0.07, 0.1]" in lines["knn"]
     assert "`strengths` 45 values from 1e-06 to 100000" in lines["logistic_regression"]
+
+
+def test_the_table_of_the_augmentation_has_every_setting() -> None:
+    section = (ROOT / "training/README.md").read_text().split("## Augmentation\n")[1].split("\n## ")[0]
+    assert {item.name for item in fields(ViewSettings)} <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_an_outdated_part_is_replaced() -> None:

@@ -9,7 +9,8 @@ names. Each image of a row must have the same size. The kind of a column determi
   highest 255. Pixels that are not finite numbers become 0.
 - "rgb", three channels: images are decoded like those of `data.image_column`.
 - "normals", three channels: as "rgb", but an image without colors is an error. Red is the horizontal part of
-  the surface normals, 0 for -1 and 255 for 1. A horizontal flip mirrors the scene, so it reverses red.
+  the surface normals, 0 for -1 and 255 for 1. A horizontal flip mirrors the scene, so it reverses red. A
+  rotation would also change green, whose sign differs between data sets, so it is an error.
 - "classes", three channels: each class number from 0 to 255 becomes its color in the color map of PASCAL VOC.
   The colors of an image's own palette have no effect. Crops interpolate pixels. They would turn class numbers
   1 and 3 into 2 at the border of two segments. Colors mix there as in a photo.

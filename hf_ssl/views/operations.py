@@ -3,7 +3,7 @@
 
 All of them work in place on batches of float32 pixels in [0, 1] (up to rounding), each sample with its own
 augmentation parameters. Each one equals torchvision's operation of the same name to 1e-5, also in its
-clamping.
+clamping. The rotation differs at the edges, see `rotate_`.
 
 CONTRIBUTING.md ("Add an augmentation") explains how to add one.
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from hf_ssl.views.preset import ViewSettings
 
@@ -225,6 +226,51 @@ def _tiles(side: int, radius: int, device: torch.device) -> list[tuple[slice, sl
     ]
 
 
+# Rotation
+
+
+def quarter_turns_(pixels: Tensor, turns: NDArray[np.float32]) -> None:
+    """Rotate square images (N, C, S, S) counterclockwise by (N,) 1, 2 or 3 quarter turns. This is exact."""
+    for number in np.unique(turns):
+        chosen = to_device(np.flatnonzero(turns == number), pixels.device)
+        pixels.index_copy_(0, chosen, pixels.index_select(0, chosen).rot90(int(number), (2, 3)))
+
+
+def rotate_(pixels: Tensor, degrees: NDArray[np.float32]) -> None:
+    """Rotate square images (N, C, S, S) counterclockwise by (N,) degrees around their centers (bilinear).
+
+    The edges are mirrored, as those of the blur, but the pixel at the edge occurs twice. torchvision fills
+    the corners with a constant color. Constant corners would show the angle, and an edge that no image has.
+    """
+    angle = np.deg2rad(degrees.astype(np.float64))
+    pixels.copy_(mapped(pixels, rotations(angle), "reflection"))
+
+
+def rotations(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the maps (N, 2, 2) for `mapped` that turn the content counterclockwise by (N,) radians."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return np.stack((cosine, -sine, sine, cosine), axis=1).reshape(-1, 2, 2)
+
+
+def mapped(pixels: Tensor, maps: NDArray[np.float64], outside: str) -> Tensor:
+    """Return square images whose coordinates are mapped linearly around their centers (bilinear).
+
+    The pixel at the offset (x, y) from the center, right and down, has the value of the original image at the
+    offset `map @ (x, y)`.
+
+    Args:
+        pixels: (N, C, S, S) float32 or float64.
+        maps: (N, 2, 2).
+        outside: what is outside of the original image, a padding mode of `grid_sample`.
+    """
+    side, single = pixels.shape[-1], pixels.dtype == torch.float32
+    matrices = to_device(maps.astype(np.float32) if single else maps, pixels.device)[:, :, :, None, None]
+    offset = torch.arange(1 - side, side, 2, device=pixels.device, dtype=pixels.dtype) / side
+    # `affine_grid` multiplies matrices, and TF32 would move pixels by a tenth of a pixel.
+    grid = matrices[:, :, 0] * offset + matrices[:, :, 1] * offset[:, None]
+    return grid_sample(pixels, grid.permute(0, 2, 3, 1), padding_mode=outside, align_corners=False)
+
+
 # The table of operations
 
 
@@ -242,6 +288,8 @@ class Operation(NamedTuple):
     """Changes pixels (n, C, S, S) in place, given the parameters (n,) of these samples, none of them 0."""
     batch_settings: tuple[str, ...] = ()
     """The settings that `apply` reads. Views with different values are not in one batch."""
+    moves_pixels: bool = False
+    """Whether it moves pixels. It then also changes the further channels, which must match the image."""
 
 
 OPERATIONS = (
@@ -268,6 +316,26 @@ OPERATIONS = (
         lambda numbers, settings: numbers[0] < settings.solarize,
         lambda pixels, _, settings: solarize_(pixels, settings.solarize_threshold),
         ("solarize_threshold",),
+    ),
+    Operation(
+        "quarter_turns",
+        range(11, 13),
+        lambda numbers, settings: np.where(
+            numbers[0] < settings.quarter_turns, 1 + np.floor(3 * numbers[1]), 0.0
+        ),
+        lambda pixels, turns, settings: quarter_turns_(pixels, turns),
+        moves_pixels=True,
+    ),
+    Operation(
+        "degrees",  # counterclockwise, from 0 to 360
+        range(13, 15),
+        lambda numbers, settings: np.where(
+            numbers[0] < settings.rotation,
+            between(numbers[1], -settings.rotation_degrees, settings.rotation_degrees) % 360,
+            0.0,
+        ),
+        lambda pixels, degrees, settings: rotate_(pixels, degrees),
+        moves_pixels=True,
     ),
 )
 """The operations after the color jitter, in the order in which `augment` applies them."""

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
+from torch.nn.functional import interpolate, pad
 
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.random import GOLDEN, UInt64Array, uniforms
-from hf_ssl.views.operations import to_device
+from hf_ssl.views.operations import mapped, rotations, to_device
 from hf_ssl.views.parameters import CHANGE_NUMBERS, COLUMNS, sample_changes
 from hf_ssl.views.pipeline import Sampled, change_pixels, sort_for_jitter
 from hf_ssl.views.preset import ViewSettings, check_settings, color_probability
@@ -318,16 +318,10 @@ def rotate_and_shear(
         turn: (N,) degrees. Positive angles turn the content counterclockwise.
         shear_x, shear_y: (N,) factors.
     """
-    angle = np.deg2rad(turn.astype(np.float64))
-    one, zero = np.ones_like(angle), np.zeros_like(angle)
-    rotation = np.stack((np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)), 1).reshape(-1, 2, 2)
-    matrix = rotation @ np.stack((one, shear_x, shear_y, one), 1).reshape(-1, 2, 2)
-    matrix = np.concatenate((matrix, np.stack((zero, zero), 1)[:, :, None]), axis=2)
+    shear = np.tile(np.eye(2), (len(turn), 1, 1))
+    shear[:, 0, 1], shear[:, 1, 0] = shear_x, shear_y
     exact = pixels if pixels.dtype == torch.float64 else pixels.float()
-    if exact.dtype == torch.float32:
-        matrix = matrix.astype(np.float32)
-    grid = affine_grid(to_device(matrix, pixels.device), list(pixels.shape), align_corners=False)
-    return grid_sample(exact, grid, mode="bilinear", align_corners=False).to(pixels.dtype)
+    return mapped(exact, rotations(np.deg2rad(turn.astype(np.float64))) @ shear, "zeros").to(pixels.dtype)
 
 
 def enlarged(pixels: Tensor, factor: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from hf_ssl.views.cropping import Crops, crop_batch
-from hf_ssl.views.operations import OPERATIONS, jitter_, jitter_groups, to_device
+from hf_ssl.views.operations import OPERATIONS, Operation, jitter_, jitter_groups, to_device
 from hf_ssl.views.parameters import COLUMNS, ViewParameters
 from hf_ssl.views.preset import COLOR_STRENGTHS, FURTHER_MEAN, FURTHER_STD, ViewPreset, ViewSettings
 
@@ -29,6 +29,8 @@ _DEVICE_CHUNK_PIXELS = 256 * 224 * 224  # limits the memory of intermediate resu
 _batch_settings = attrgetter(
     "size", "interpolation", *(name for operation in OPERATIONS for name in operation.batch_settings)
 )
+
+_MOVING = [operation for operation in OPERATIONS if operation.moves_pixels]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def augment(images: Tensor | Crops, parameters: ViewParameters, mirrored: Sequen
     allowed for float32 products, pixels are exact only to 1e-3.
 
     The preset has a mean for each channel of the image. Further channels, such as depth, follow them. They
-    are cropped, flipped and enlarged like the image, but color jitter and `OPERATIONS` do not change them.
-    Their normalization is `FURTHER_MEAN` and `FURTHER_STD`.
+    are cropped, flipped, rotated and enlarged like the image. Color jitter and those of `OPERATIONS` that
+    move no pixels do not change them. Their normalization is `FURTHER_MEAN` and `FURTHER_STD`.
 
     Args:
         images: (B, C, H, W) uint8 images of one size, which are cropped here, or the `Crops` of stage one.
@@ -192,7 +194,7 @@ def _augment_chunk(
     for channel in mirrored:
         pixels[:, channel] = torch.where(flipped, 1 - pixels[:, channel], pixels[:, channel])
     changed = change_pixels(pixels[:, :colors].contiguous(), sampled, rows, settings)
-    further = _arrange(pixels[:, colors:], rows, np.arange(len(rows)))
+    further = _operate(pixels[:, colors:], sampled, rows, settings, _MOVING)
     return torch.cat((changed, further), dim=1)
 
 
@@ -215,9 +217,20 @@ def change_pixels(
     order = sampled["order"].astype(np.int64)
     factors = np.stack([sampled[name] for name in COLOR_STRENGTHS], axis=1)
     jitter_(pixels, _jitter_groups(sampled)[rows], order[rows], factors[rows])
+    return _operate(pixels, sampled, rows, settings, OPERATIONS)
+
+
+def _operate(
+    pixels: Tensor,
+    sampled: Sampled,
+    rows: NDArray[np.int64],
+    settings: ViewSettings,
+    operations: Sequence[Operation],
+) -> Tensor:
+    """Apply operations to samples in the order `rows`. Return them in ascending order."""
     sorting = _sort_for_operations(sampled)
     pixels = _arrange(pixels, rows, sorting)
-    for operation in OPERATIONS:
+    for operation in operations:
         values = sampled[operation.parameter][sorting]
         for run in _runs(values > 0):
             operation.apply(pixels[run], values[run], settings)

@@ -105,6 +105,15 @@ class ViewSettings:
     solarize_threshold: float = _setting(
         0.5, "a pixel value between 0 and 1", lambda value: _is_between(value, 0, 1)
     )
+    quarter_turns: float = _probability(0.0)
+    """The probability of a rotation by 90, 180 or 270 degrees. The three angles are equally likely. So 0.75
+    makes all four orientations equally likely. SimCLR's paper tests this rotation (section 3.1)."""
+    rotation: float = _probability(0.0)
+    """The probability of a rotation by a random angle. The edges of the view are mirrored."""
+    rotation_degrees: float = _setting(
+        30.0, "an angle between 0 and 180 degrees", lambda value: _is_between(value, 0, 180)
+    )
+    """`rotation_degrees=30` samples an angle from [-30, 30] degrees, as torchvision's RandomRotation(30)."""
 
     @property
     def blur_kernel_size(self) -> int:

@@ -134,6 +134,10 @@ def test_wrong_columns_of_a_config_are_errors(columns, words):
             ],
             ("data.channels", 3, 1),
         ),
+        *(
+            ("smoke/cmc", ["data.further_image_columns.up=normals", f"{key}=0.5"], (key, "up", 0.5))
+            for key in ("views.rotation", "views.quarter_turns")
+        ),
     ],
 )  # fmt: skip
 def test_wrong_columns_of_a_recipe_are_errors(recipe, overrides, words):
@@ -142,7 +146,8 @@ def test_wrong_columns_of_a_recipe_are_errors(recipe, overrides, words):
 
 
 def test_a_recipe_gives_the_columns_to_data_and_method():
-    recipe = load_recipe("smoke/cmc", ["data.further_image_columns={depth: gray, a.png: classes}"])
+    columns = "data.further_image_columns={depth: gray, a.png: classes}"
+    recipe = load_recipe("smoke/cmc", [columns, "views.rotation=0.5"])
     assert recipe.config().columns == {"a.png": "classes", "depth": "gray"}
     assert recipe.differences()["data.further_image_columns"] == {"depth": "gray", "a.png": "classes"}
     assert load_recipe("smoke/cmc").config().columns == {}

@@ -189,6 +189,18 @@ def test_a_run_of_a_version_without_a_setting_of_the_data_resumes(tmp_path, key)
             last_checkpoint(recipe(tmp_path, "data.shuffle_window=7"))
 
 
+def test_a_run_of_a_version_without_rotations_resumes(tmp_path):
+    settings = recipe(tmp_path, "views.second.blur=0.1")
+    mark_output_folder(settings, {}, "revision")
+    run = json.loads((tmp_path / "_run.json").read_text())
+    for key in ("quarter_turns", "rotation", "rotation_degrees"):
+        del run["views"][key], run["views"]["second"][key]
+    (tmp_path / "_run.json").write_text(json.dumps(run))
+    assert last_checkpoint(settings) is None
+    with pytest.raises(UserError, match=mentions("views.rotation", 0.5)):
+        last_checkpoint(recipe(tmp_path, "views.second.blur=0.1", "views.rotation=0.5"))
+
+
 def test_a_run_of_an_older_version_with_another_precision_is_refused(tmp_path):
     settings = recipe(tmp_path, "training.precision=bfloat16")
     write_as_an_older_version(tmp_path, settings, {})

@@ -13,6 +13,14 @@ from hf_ssl.views import sample_parameters
 from hf_ssl.views.operations import JITTER_ORDERS, OPERATIONS
 from hf_ssl.views.parameters import COLUMNS
 
+
+def torchvision_rotation(pixels, degrees):
+    """Rotate an image (C, S, S). The padding by mirrored edges is as large as the corners need."""
+    margin = pixels.shape[-1] // 4 + 2
+    padded = tv.pad(pixels, [margin] * 4, padding_mode="symmetric")
+    return tv.center_crop(tv.rotate(padded, degrees, InterpolationMode.BILINEAR), pixels.shape[-2:])
+
+
 # The reference of each operation: (pixels (C, S, S), parameter, settings of the view) -> pixels.
 REFERENCES = {
     "gray": lambda pixels, _, view: tv.rgb_to_grayscale(pixels, 3),
@@ -20,6 +28,8 @@ REFERENCES = {
         pixels, [settings.blur_kernel] * 2, [sigma] * 2
     ),
     "solarize": lambda pixels, _, view: tv.solarize(pixels, view.solarize_threshold),
+    "quarter_turns": lambda pixels, turns, view: tv.rotate(pixels, 90 * turns),
+    "degrees": lambda pixels, degrees, view: torchvision_rotation(pixels, degrees),
 }
 # Operations with steps: where rounding errors decide on which side of a step a pixel is, as a mask.
 STEPS = {
@@ -67,6 +77,8 @@ def torchvision_view(pixels, sampled, settings, preset):
             if operation.parameter in STEPS:
                 unsure = torch.maximum(unsure, STEPS[operation.parameter](pixels, value, settings).float())
             pixels = REFERENCES[operation.parameter](pixels, value, settings)
+            if operation.moves_pixels:
+                unsure = REFERENCES[operation.parameter](unsure, value, settings)
     if preset.enlarge:
         side = settings.size * preset.enlarge // preset.size
         pixels, unsure = (

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from hf_ssl.views.operations import (
@@ -13,6 +14,8 @@ from hf_ssl.views.operations import (
     jitter_,
     jitter_groups,
     mix_,
+    quarter_turns_,
+    rotate_,
     solarize_,
 )
 
@@ -128,3 +131,37 @@ def test_weights_of_the_blur_sum_to_one_and_are_never_denormal():
     torch.testing.assert_close(2 * weights.sum(1) - weights[:, 0], torch.ones(500))
     assert weights[weights > 0].min() > 1e-21
     assert (weights.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("side", [1, 2, 15, 16])
+def test_quarter_turns_are_exact_and_counterclockwise(side, channels):
+    images = torch.rand(5, channels, side, side, generator=torch.Generator().manual_seed(0))
+    got = images.clone()
+    quarter_turns_(got, np.array([1, 3, 2, 1, 3], np.float32))
+    for view, image, turns in zip(got, images, (1, 3, 2, 1, 3), strict=True):
+        assert torch.equal(view, tv.rotate(image, 90.0 * turns))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("side", [15, 32])
+def test_a_rotation_equals_torchvision_inside_and_mirrors_the_edges(side, channels):
+    images = pixels(8, channels, side)
+    degrees = np.array([1, 12.5, 30, 45, 90, 180, 271, 359.5], np.float32)
+    got = images.clone()
+    rotate_(got, degrees)
+    for view, image, one in zip(got, images, degrees.tolist(), strict=True):
+        constant = tv.rotate(image, one, InterpolationMode.BILINEAR)
+        inside = tv.rotate(torch.ones(1, side, side), one, InterpolationMode.BILINEAR)[0] > 1 - 1e-4
+        torch.testing.assert_close(view[:, inside], constant[:, inside], rtol=0, atol=1e-5)
+        mirrored = tv.rotate(
+            tv.pad(image, [side] * 4, padding_mode="symmetric"), one, InterpolationMode.BILINEAR
+        )
+        torch.testing.assert_close(view, tv.center_crop(mirrored, [side, side]), rtol=0, atol=1e-5)
+
+
+def test_a_rotation_of_2_by_2_pixels_by_hand():
+    """At 45 degrees, the top left pixel has the value above the center, which is that of the top edge."""
+    image = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    rotate_(image, np.array([45], np.float32))
+    torch.testing.assert_close(image, torch.tensor([[[[0.5, 2.5], [1.0, 3.0]]]]))

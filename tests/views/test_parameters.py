@@ -103,11 +103,30 @@ def test_sigma():
     assert_same_distribution(sigma[sigma > 0], expected)
 
 
+@pytest.mark.parametrize("largest", [10.0, 180.0])
+def test_degrees(largest):
+    preset = ViewPreset(count=1, rotation=0.6, rotation_degrees=largest)
+    degrees = sampled(preset).column("degrees")[:, 0].double()
+    assert degrees.min() == 0 and degrees.max() < 360
+    degrees = degrees[degrees > 0]
+    degrees[degrees > 180] -= 360
+    assert degrees.abs().max() <= largest
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = [transforms.RandomRotation.get_params([-largest, largest]) for _ in range(COUNT)]
+    assert_same_distribution(degrees, expected)
+
+
+def test_quarter_turns_of_all_four_orientations_are_equally_likely():
+    turns = sampled(ViewPreset(count=1, quarter_turns=0.75)).column("quarter_turns")[:, 0].numpy()
+    assert_same_frequencies(turns, np.repeat(np.arange(4), COUNT // 4))
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.2, 0.8, 1.0])
 def test_probabilities(probability):
-    names = ("flip", "jitter", "gray", "blur", "solarize")
+    names = ("flip", "jitter", "gray", "blur", "solarize", "quarter_turns", "rotation")
     parameters = sampled(ViewPreset(**dict.fromkeys(names, probability)), count=20000)
-    for name in ("flip", "jitter", "gray", "sigma", "solarize"):
+    for name in ("flip", "jitter", "gray", "sigma", "solarize", "quarter_turns", "degrees"):
         share = (parameters.column(name) > 0).double().mean(0)
         assert (
             (share - probability).abs() <= 4.5 * (probability * (1 - probability) / 20000) ** 0.5
@@ -164,11 +183,11 @@ def test_parameters_depend_only_on_seed_and_size():
 
 def test_parameters_never_change():
     """A change would alter the views of every run that resumes or is repeated."""
-    parameters = sampled(ViewPreset(size=32, solarize=0.5), 300, 400, 2)
+    parameters = sampled(ViewPreset(size=32, solarize=0.5, quarter_turns=1.0, rotation=1.0), 300, 400, 2)
     expected = {
         "top": 98, "left": 71, "height": 182, "width": 218, "flip": 1, "jitter": 1, "order": 21,
         "brightness": 1.45913, "contrast": 0.85432, "saturation": 0.688, "hue": -0.02322,
-        "gray": 0, "sigma": 0, "solarize": 1,
+        "gray": 0, "sigma": 0, "solarize": 1, "quarter_turns": 1, "degrees": 13.66252,
     }  # fmt: skip
     got = {name: parameters.column(name)[1, 1].item() for name in expected}
     assert got == pytest.approx(expected, abs=1e-5)

@@ -38,6 +38,9 @@ CHANGES = ViewSettings(
     gray=0.3,
     blur=0.4,
     solarize=0.3,
+    quarter_turns=0.3,
+    rotation=0.3,
+    rotation_degrees=60,
 )
 FLIPS = ViewSettings(flip=0.5, jitter=0, gray=0, blur=0)
 SEEDS = image_seeds(0, 0, np.arange(3000, dtype=np.uint64))
@@ -75,7 +78,16 @@ def changed(pixels, sampled, settings):
         pixels = tv.rgb_to_grayscale(pixels, 3)
     if sampled["sigma"]:
         pixels = tv.gaussian_blur(pixels, [settings.blur_kernel] * 2, [sampled["sigma"]] * 2)
-    return tv.solarize(pixels, settings.solarize_threshold) if sampled["solarize"] else pixels
+    if sampled["solarize"]:
+        pixels = tv.solarize(pixels, settings.solarize_threshold)
+    if sampled["quarter_turns"]:
+        pixels = tv.rotate(pixels, 90 * sampled["quarter_turns"])
+    if sampled["degrees"]:
+        side = pixels.shape[-1]
+        pixels = tv.pad(pixels, [side] * 4, padding_mode="symmetric")
+        pixels = tv.rotate(pixels, sampled["degrees"], tv.InterpolationMode.BILINEAR)
+        pixels = tv.center_crop(pixels, [side, side])
+    return pixels
 
 
 def slow_patches(images, layout, table):
@@ -150,7 +162,7 @@ def test_each_patch_has_its_own_augmentation(name, count):
     layout = LAYOUTS[name]((3, 25, 29), settings=CHANGES, color_dropping=0.3)
     images = make_views(count, (3, 25, 29))
     table = sample_patches(SEEDS[:count], layout)
-    for parameter in ("flip", "jitter", "gray", "sigma", "solarize", "channel"):
+    for parameter in ("flip", "jitter", "gray", "sigma", "solarize", "quarter_turns", "degrees", "channel"):
         values = table[..., PATCH_COLUMNS.index(parameter)]
         assert (values == 0).any() and (values > 0).any(), f"all patches have the same {parameter}"
     patches = cut(images, layout).view(count, layout.num_patches, 3, layout.size, layout.size)
@@ -300,7 +312,7 @@ def test_parameters_are_those_numbers_of_the_images_streams(name):
             assert cell == sorted(range(9), key=order.__getitem__)[position]
         else:
             assert cell == position
-        numbers = uniforms(seed, first + 64 * cell, 15)[0].tolist()
+        numbers = uniforms(seed, first + 64 * cell, 19)[0].tolist()
         row, column = divmod(cell, layout.shape[1])
         for axis, place, number in zip((0, 1), (row, column), numbers[:2], strict=True):
             corner = layout.first[axis] + place * layout.step[axis]
@@ -313,6 +325,9 @@ def test_parameters_are_those_numbers_of_the_images_streams(name):
         assert sampled["brightness"] == pytest.approx(0.6 + 0.8 * numbers[7], rel=1e-6)
         assert sampled["gray"] == (numbers[11] < CHANGES.gray)
         assert sampled["solarize"] == (numbers[14] < CHANGES.solarize)
+        assert sampled["quarter_turns"] == (1 + int(3 * numbers[16]) if numbers[15] < 0.3 else 0)
+        degrees = (120 * numbers[18] - 60) % 360 if numbers[17] < 0.3 else 0
+        assert sampled["degrees"] == pytest.approx(degrees, rel=1e-6)
 
 
 @each

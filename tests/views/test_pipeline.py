@@ -45,6 +45,10 @@ PRESETS = {
         size=16, enlarge=40, **EVERYTHING, local=ViewOverrides(count=2, size=8, blur=0.9, scale=(0.05, 0.4))
     ),
     "one view, no hue": ViewPreset(size=20, count=1, hue=0.0, saturation=0.0, jitter=1.0),
+    "rotated": ViewPreset(
+        size=33, quarter_turns=0.5, rotation=0.5, rotation_degrees=180,
+        second=ViewOverrides(rotation_degrees=20),
+    ),
     "nothing but crops": ViewPreset(size=20, flip=0, jitter=0, gray=0, blur=0),
 }  # fmt: skip
 
@@ -121,6 +125,25 @@ def test_a_view_does_not_depend_on_its_batch_or_on_chunks(
     monkeypatch.setattr(pipeline, "_CPU_CHUNK_PIXELS", 3 * preset.size**2)
     for got, expected in zip(views(torch.arange(30)), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_rotations_change_no_other_view(in_worker, make_images, sample_for):
+    """All other random numbers stay, and a probability of 0 leaves every bit."""
+    images, preset = make_images(30, 3, 28, 28), ViewPreset(size=24, solarize=0.3)
+    rotated = replace(preset, quarter_turns=0.3, rotation=0.3)
+    parameters = sample_for(images, rotated)
+    still = (parameters.column("quarter_turns") == 0) & (parameters.column("degrees") == 0)
+    assert still.any() and not still.all()
+
+    def views(chosen):
+        sampled = sample_for(images, chosen)
+        return augment(crop(list(images), sampled) if in_worker else images, sampled).pixel_values
+
+    plain = views(preset)
+    assert torch.equal(views(replace(preset, rotation_degrees=180.0)), plain)
+    same = ((views(rotated) - plain).abs().amax((2, 3, 4)) < 2e-6).numpy()
+    assert (same == still.numpy()).all()
 
 
 def test_the_input_does_not_change_and_the_result_is_repeatable(make_images, sample_for):
@@ -226,7 +249,7 @@ def test_montage_of_other_numbers_of_channels(channels, tmp_path):
 
 @pytest.mark.parametrize("in_worker", [False, True])
 @pytest.mark.parametrize("name", ["bicubic", "two kinds of global view", "enlarged"])
-def test_further_channels_are_only_cropped_and_flipped(name, in_worker, make_images, sample_for):
+def test_further_channels_are_only_cropped_flipped_and_rotated(name, in_worker, make_images, sample_for):
     """A flip also reverses the values of mirrored channels. The image itself is as without them."""
     preset, further = PRESETS[name], (FURTHER_MEAN, FURTHER_STD)
     images = make_images(20, 8, 26, 31)
@@ -239,8 +262,8 @@ def test_further_channels_are_only_cropped_and_flipped(name, in_worker, make_ima
         made = augment(crop(list(part), sampled) if in_worker else part, sampled, mirrored)
         return [one for one in (made.pixel_values, made.local_pixel_values) if one is not None]
 
-    # The same crops and flips without other operations: their random numbers do not depend on other settings.
-    nothing = {name: 0.0 for name in PROBABILITIES if name != "flip"}
+    # The same moves without other operations: their random numbers do not depend on other settings.
+    nothing = {name: 0.0 for name in PROBABILITIES if name not in ("flip", "quarter_turns", "rotation")}
     plain = replace(preset, **nothing, mean=(further[0],) * 5, std=(further[1],) * 5)
     for part in ("second", "local"):
         if getattr(preset, part) is not None:

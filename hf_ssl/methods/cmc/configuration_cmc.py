@@ -97,6 +97,18 @@ class CMCConfig(BankConfig):
                 "data.further_image_columns: expected columns with other names before the first dot than "
                 f"those of the other views, got {repeated[0]} twice; rename the column"
             )
+        self._check_normals()
+
+    def _check_normals(self) -> None:
+        """Raise `UserError` if a rotation of the views would turn the directions of surface normals."""
+        normals = [name for name, kind in self.columns.items() if kind == "normals"]
+        for settings in ViewPreset.from_dict(self.views or {}).expand() if normals else ():
+            for name in ("quarter_turns", "rotation"):
+                if value := getattr(settings, name):
+                    raise UserError(
+                        f"views.{name}: expected 0, because a rotation changes the directions of the surface "
+                        f"normals in the column {normals[0]}, got {value}"
+                    )
 
     @property
     def columns(self) -> dict[str, str]:

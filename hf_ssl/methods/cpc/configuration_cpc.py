@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_ssl.views.patches import PatchLayout
 
 CONTEXTS = ("residual", "gated")
-_SWITCHES = ("flip", "jitter", "gray", "blur", "solarize")
+_SWITCHES = ("flip", "jitter", "gray", "blur", "solarize", "quarter_turns", "rotation")
 _OF_CROPS = ("size", "count", "scale", "ratio", "interpolation")
 
 
@@ -31,10 +31,11 @@ class CPCConfig(SSLConfig):
             7 x 7.
         patch_crop: side of the random part of a patch that is kept; zeros replace the rest. None keeps all.
             The first paper has 60 of 64 pixels.
-        patch_augmentation: flip, color jitter, gray, blur and solarization of each patch, as fields of
-            `hf_ssl.views.ViewSettings`. Operations without a probability are off. None changes no patch.
+        patch_augmentation: flip, color jitter, gray, blur, solarization and rotation of each patch, as fields
+            of `hf_ssl.views.ViewSettings`. Operations without a probability are off. None changes no patch.
         color_dropping: probability that a patch keeps only one of its three channels (v2).
-        patch_rotation: largest rotation of a patch in degrees (v2; at most 30 in AutoAugment).
+        patch_rotation: largest rotation of a patch in degrees (v2; at most 30 in AutoAugment). Every patch is
+            rotated, and zeros replace the pixels outside of it. `patch_augmentation` mirrors its edges.
         patch_shear: largest shear of a patch along each axis, as a factor (v2; at most 0.3 in AutoAugment).
             `hf_ssl.views.grid_layout` lists the parts of the augmentation of v2 that are missing.
         prediction_steps: number of predicted rows below a context (at most 5 in the first paper).
