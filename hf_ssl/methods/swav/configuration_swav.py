@@ -16,6 +16,9 @@ class SwAVConfig(SSLConfig):
         temperature: temperature of the softmax over prototypes (0.1).
         epsilon: weight of the entropy of the assignments in Sinkhorn-Knopp (0.05; 0.03 in some settings).
         sinkhorn_iterations: number of Sinkhorn-Knopp iterations (3).
+        hard_codes: whether each view predicts only the prototype with the largest assignment, as in Asano et
+            al. (arXiv:1911.05371). In the paper (section 3.1), hard codes converge fast, but to a worse
+            solution. The README of the authors recommends them if the loss stays at log(prototypes).
         prototypes: number of prototypes (3000).
         prototype_freeze_steps: number of first optimizer steps in which the prototypes are frozen (313; 5005
             with batches of 256).
@@ -32,6 +35,7 @@ class SwAVConfig(SSLConfig):
     temperature: float = 0.1
     epsilon: float = 0.05
     sinkhorn_iterations: int = 3
+    hard_codes: bool = False
     prototypes: int = 3000
     prototype_freeze_steps: int = 313
     queue_size: int = 0

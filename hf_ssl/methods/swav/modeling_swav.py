@@ -68,7 +68,7 @@ class SwAVForPreTraining(SSLPreTrainedModel):
 
     @torch.no_grad()
     def _assign(self, scores_ABK: Tensor) -> Tensor:
-        """Return the soft assignments (A, B, K) of global views, with their queues if these are in use."""
+        """Return the assignments (A, B, K) of global views, with their queues if these are in use."""
         assigned, queues = [], cast("list[Queue]", list(self.queues))
         for view, scores in enumerate(scores_ABK):
             batch = len(scores)
@@ -76,7 +76,10 @@ class SwAVForPreTraining(SSLPreTrainedModel):
                 scores = torch.cat([scores, self.prototypes(queues[view].rows)])
             soft = sinkhorn(scores, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations)
             assigned.append(soft[:batch])
-        return torch.stack(assigned)
+        codes = torch.stack(assigned)
+        if self.config.hard_codes:
+            return torch.zeros_like(codes).scatter_(-1, codes.argmax(-1, keepdim=True), 1)
+        return codes
 
     def update_memory(self, embeddings: dict[str, Tensor]) -> None:
         """Enqueue the projections of global views."""
