@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from messages import mentions
-from transformers import ResNetConfig
+from transformers import ResNetConfig, ResNetModel
 
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
@@ -85,6 +86,18 @@ def test_recipe_says_what_it_is(name: str) -> None:
         *(() if name.startswith("smoke/") else ("Paper:", "Differs:", "Result:")),
     ):
         assert word in header, word
+
+
+WIDE = [name for name in recipe_files() if re.search("resnet50x[24]", name)]
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_encoders_have_the_published_number_of_parameters(name: str) -> None:
+    """94 and 375 million (SimCLR, table 6), as the authors' code of SwAV (resnet50w2, resnet50w4)."""
+    with torch.device("meta"):
+        encoder = ResNetModel(load(name).backbone_config())
+    expected = {"x2": 93_907_072, "x4": 375_378_176}[re.search("x[24]", name)[0]]
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == expected
 
 
 def test_every_method_has_a_smoke_recipe() -> None:
