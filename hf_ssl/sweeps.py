@@ -211,11 +211,18 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> No
     """Raise UserError for the first setting that differs."""
     for key in (*now, *before):
         # A key that is an axis of the grid in one of both is not among its settings.
-        if key in before and key in now and before[key] != now[key]:
+        if key in before and key in now and _given(before[key]) != _given(now[key]):
             raise UserError(
                 f"--output: expected an empty folder or the same sweep, got {output}, where {key} was "
                 f"{before[key]} and is now {now[key]}; use another folder (seeds and values may be added)"
             )
+
+
+def _given(value: Any) -> Any:
+    """Return a mapping without null. Older versions lack the keys of new settings, as in `views.second`."""
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, dict[str, Any], list[dict[str, Any]]]]:

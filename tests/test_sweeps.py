@@ -332,6 +332,18 @@ def test_runs_of_a_changed_recipe_do_not_join_the_finished_ones(
         run_sweep(load_sweep(str(recipe), SMALL), Command(str(recipe), SMALL, None, output))
 
 
+def test_a_sweep_of_a_version_without_a_setting_of_some_views_continues(
+    tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    given = [*SMALL, "views.second={blur: 0.1}"]
+    sweep, command = load_sweep("smoke/simclr", given), Command("smoke/simclr", given, None, tmp_path)
+    run_sweep(sweep, command)
+    plan = json.loads((tmp_path / "sweep.json").read_text())
+    del plan[""]["views.second"]["rotation"], plan[""]["views.rotation"]
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    assert len(run_sweep(sweep, command)) == 2 == len(in_this_process)
+
+
 def test_arms_with_the_same_folder_are_a_mistake(tmp_path: Path) -> None:
     for first, second in (("A+B", "A/B"), ("byol", "BYOL"), ("..", "x")):
         names = {"  flip:": f"  {json.dumps(first)}:", "  no flip:": f"  {json.dumps(second)}:"}
