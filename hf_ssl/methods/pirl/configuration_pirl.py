@@ -38,8 +38,8 @@ class PIRLConfig(BankConfig):
             resized to it (bilinear). None chooses the larger one of two sides: that of the sub-crops, and the
             stride of the encoder (32 pixels for a ResNet). For a vision transformer, None also rounds this
             side up to a multiple of the encoder's own patch size.
-        patch_augmentation: whether each patch has its own flip and colors, with the settings of the first
-            view, as in VISSL. The patches of PyContrast share those of the view.
+        patch_augmentation: whether each patch has its own flip, colors and rotation, with the settings of the
+            first view, as in VISSL. The patches of PyContrast share those of the view.
     """
 
     model_type = "ssl_pirl"
