@@ -14,7 +14,15 @@ from typing import Any
 from hf_ssl.cards.short_texts import joined
 from hf_ssl.cards.text import ENCODERS, duration, markdown_row
 from hf_ssl.evaluation.config import MEASUREMENTS
-from hf_ssl.evaluation.results import EncoderResult, ProtocolResult, in_percent, is_measured
+from hf_ssl.evaluation.protocols import PROTOCOLS
+from hf_ssl.evaluation.results import (
+    ACCURACY,
+    EncoderResult,
+    ProtocolResult,
+    in_percent,
+    is_measured,
+    metric_of,
+)
 
 BASELINES = ("untrained", "start", "raw_pixels")
 _PANELS = 2  # of the plot
@@ -154,7 +162,9 @@ def page(
             lines.append(markdown_row([words, *cells, str(len(group))]))
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     images = ", ".join(dict.fromkeys(run.images for run in runs))
-    about = f"Accuracy in percent on {images}; mean ± standard deviation over seeds."
+    metrics = {metric_of(number) for run in runs for number in run.numbers().values()}
+    words = "Accuracy" if metrics <= {ACCURACY} else "Results"
+    about = f"{words} in percent on {images}; mean ± standard deviation over seeds."
     if not columns:
         about = "The data have no labels, so there is no accuracy."
     lines += ["", f"{about} `sweep.csv` has all runs.", ""]
@@ -194,7 +204,8 @@ def _seconds_table(runs: Sequence[Measured]) -> list[str]:
         for name, group in _groups(runs).items()
     }
     names = list(dict.fromkeys(key for group in timed.values() for each in group for key in each))
-    lines = ["", "Seconds of the evaluation:", "", markdown_row(["", *names])]
+    titles = [PROTOCOLS[key].title if key in PROTOCOLS else key for key in names]
+    lines = ["", "Seconds of the evaluation:", "", markdown_row(["", *titles])]
     lines.append("|---|" + "---:|" * len(names))
     for name, group in timed.items():
         found = [[each[key] for each in group if key in each] for key in names]
@@ -252,7 +263,7 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     if axis is not None:
-        panels[0].set_ylabel("accuracy in percent", fontsize=8)
+        panels[0].set_ylabel("percent", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
@@ -271,7 +282,7 @@ def _bars(panel: Any, points: Mapping[str, Sequence[float]]) -> None:
             panel.barh(place, 100 * statistics.mean(values), xerr=error, color=f"C{place % 10}", height=0.6)
     panel.set_yticks(range(len(points)), [shorten(name, 60) for name in points], fontsize=8)
     panel.invert_yaxis()
-    panel.set_xlabel("accuracy in percent", fontsize=8)
+    panel.set_xlabel("percent", fontsize=8)
 
 
 def _lines(
