@@ -52,6 +52,7 @@ class Study:
         columns: further columns of the table, keys of `hf_ssl.cards.sweep_text.COLUMNS`, or measurements of
             the monitor at the last step, such as `queue_age`.
         curves: measurements of the monitor that `curves.png` shows over the steps, such as `knn`.
+        ranks: whether a table shows the rank of each combination in each column.
         k_curve: whether `k_curve.png` shows the k-NN accuracy over k (first seed of up to ten combinations).
     """
 
@@ -61,6 +62,7 @@ class Study:
     seeds: int = 1
     columns: list[str] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)
+    ranks: bool = False
     k_curve: bool = False
 
 

@@ -262,7 +262,7 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
             draw(measured, sweep.axes, staging)
     pictures = _pictures(sweep.study, measured, output)
     study = sweep.study
-    text = page(study.title, study.question, measured, failed, study.columns, pictures)
+    text = page(study.title, study.question, measured, failed, study.columns, study.ranks, pictures)
     write_text(output / "README.md", text)
     return measured
 
@@ -281,7 +281,7 @@ def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[
     if figure is not None:
         with replaced_file(output / K_CURVE) as staging:
             figure.savefig(staging, format="png")
-        found[K_CURVE] = "Accuracy of k-NN over k, first seed"
+        found[K_CURVE] = "Accuracy of k-NN over k, first seed; bands show one standard error"
     return found
 
 

@@ -155,7 +155,8 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     trained = [row for row in rows if row["encoder"] == "trained" and row["column"].startswith("20-NN")]
     assert [row["training.batch_size"] for row in trained] == ["32", "64"]
     for row in trained:
-        assert f"| batch_size {row['training.batch_size']} | {100 * float(row['value']):.1f} |" in text
+        value, error = (f"{100 * float(row[key]):.1f}" for key in ("value", "standard_error"))
+        assert f"| batch_size {row['training.batch_size']} | {value} ± {error} |" in text
     assert text.count("the same network without training") == text.count("| raw pixels |") == 1
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert len(compare_runs([str(tmp_path / "runs.json")], None).rows) == 2
@@ -277,6 +278,28 @@ def test_baselines_of_all_seeds_are_one_row() -> None:
     ]
     text = page("title", "", runs, {})
     assert "| the same network without training | 20.0 ± 14.1 | 2.0 | - | 2 |" in text
+
+
+def test_ranks_are_those_of_the_means() -> None:
+    def run(name: str, seed: int, *values: float | None) -> Measured:
+        numbers = [
+            {
+                "id": f"{key}-1",
+                "key": key,
+                "column": key,
+                "text": "how",
+                "standard_error": 0.1,
+                "value": value,
+            }
+            for key, value in zip("ab", values, strict=True)
+        ]
+        result: Any = {"protocols": numbers, "statistics": {"rank_me": 2.0}}
+        return Measured(name, "", {}, seed, {}, {"trained": result}, None, "photos")
+
+    runs = [run("x", 0, 0.2, 0.9), run("x", 1, 0.4, 0.9), run("y", 0, 0.31, None), run("z", 0, 0.1, 0.9)]
+    text = page("title", "", runs, {}, ranks=True)
+    rows = text[text.index("Ranks") :].splitlines()[2:7]
+    assert rows[2:] == ["| x | 2 | 1 |", "| y | 1 | - |", "| z | 3 | 1 |"]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +449,7 @@ def test_numbers_that_are_not_finite_are_shown_as_missing(tmp_path: Path) -> Non
     assert csv_text(runs, ["x.size"]).count("accuracy,a-1,,,") == 4
     finite: Any = result | {"protocols": [number | {"value": 0.5, "standard_error": 0.1}]}
     more = [*runs, replace(runs[0], results={"trained": finite})]
-    assert "| 50.0 (1 of 3) |" in page("title", "", more, {})
+    assert "| 50.0 ± 10.0 (1 of 3) |" in page("title", "", more, {})
     unlabeled = [replace(run, results={}) for run in runs]
     assert "no accuracy" in page("title", "", unlabeled, {})
     assert len(csv_text(unlabeled, ["x.size"]).splitlines()) == 3

@@ -25,7 +25,7 @@ from hf_ssl.evaluation.results import (
 )
 
 BASELINES = ("untrained", "start", "raw_pixels")
-_PANELS = 2  # of the plot
+_IN_A_ROW = 4  # panels of the plot
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,25 @@ def _columns(runs: Sequence[Measured]) -> dict[str, str]:
     return found
 
 
-def _mean(values: Sequence[float], runs: int) -> str:
-    """Return a mean in percent, with the standard deviation (n - 1) of several values.
+def _mean(numbers: Sequence[ProtocolResult], runs: int) -> str:
+    """Return a mean in percent with its error (see `_error`).
 
     The text names the number of values if some of the runs have none.
     """
-    if not values:
+    if not numbers:
         return "-"
-    deviation = f" ± {in_percent(statistics.stdev(values))}" if len(values) > 1 else ""
-    share = f" ({len(values)} of {runs})" if len(values) < runs else ""
-    return in_percent(statistics.mean(values)) + deviation + share
+    error = _error(numbers)
+    deviation = "" if error is None else f" ± {in_percent(error)}"
+    share = f" ({len(numbers)} of {runs})" if len(numbers) < runs else ""
+    return in_percent(statistics.mean(each["value"] for each in numbers)) + deviation + share
+
+
+def _error(numbers: Sequence[ProtocolResult]) -> float | None:
+    """Return the standard deviation (n - 1) over seeds, or the standard error over images of a single run."""
+    if len(numbers) > 1:
+        return statistics.stdev(each["value"] for each in numbers)
+    error = numbers[0]["standard_error"]
+    return error if is_measured(error) else None
 
 
 def page(
@@ -128,6 +137,7 @@ def page(
     runs: Sequence[Measured],
     failed: Mapping[str, str],
     further: Sequence[str] = (),
+    ranks: bool = False,
     pictures: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return the page of a sweep in Markdown: question, plot, table and missing runs.
@@ -136,7 +146,7 @@ def page(
         title, question: of the study.
         runs: the finished runs.
         failed: {name of a run without a result: reason}.
-        further: see `hf_ssl.sweep_file.Study.columns`.
+        further, ranks: see `columns` and `ranks` of `hf_ssl.sweep_file.Study`.
         pictures: {further file: caption}.
     """
     columns = _columns(runs)
@@ -145,7 +155,7 @@ def page(
     heading = ["", *columns.values(), "RankMe", *headings, "training", "runs"]
     lines += [markdown_row(heading), "|---|" + "---:|" * (len(heading) - 1)]
     for name, group in _groups(runs).items():
-        cells = [_mean(_values(group, key), len(group)) for key in columns]
+        cells = [_mean(_measured(group, key), len(group)) for key in columns]
         cells.append(_rank(group, "trained"))
         for key in further:
             found = [value for run in group if (value := run.further(key)) is not None]
@@ -156,18 +166,22 @@ def page(
     for encoder in BASELINES:
         having = _groups([run for run in runs if run.numbers(encoder)])
         for name, group in having.items():
-            cells = [_mean(_values(group, key, encoder), len(group)) for key in columns]
+            cells = [_mean(_measured(group, key, encoder), len(group)) for key in columns]
             cells += [_rank(group, encoder), *["-"] * (len(further) + 1)]
             words = ENCODERS[encoder] + (f" ({name})" if len(having) > 1 else "")
             lines.append(markdown_row([words, *cells, str(len(group))]))
+    lines += _ranks_table(runs, columns) if ranks else []
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     images = ", ".join(dict.fromkeys(run.images for run in runs))
     metrics = {metric_of(number) for run in runs for number in run.numbers().values()}
     words = "Accuracy" if metrics <= {ACCURACY} else "Results"
-    about = f"{words} in percent on {images}; mean ± standard deviation over seeds."
+    about = (
+        f"{words} in percent on {images}; mean ± standard deviation over seeds. For a single run, ± is the "
+        "standard error over the test images. RankMe is the effective rank of the features."
+    )
     if not columns:
         about = "The data have no labels, so there is no accuracy."
-    lines += ["", f"{about} `sweep.csv` has all runs.", ""]
+    lines += ["", f"{about} `sweep.csv` has all runs, and the protocols are described below.", ""]
     shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
     shown |= pictures
     lines += [line for file, words in shown.items() for line in (f"![{words}]({file})", "")]
@@ -181,9 +195,10 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def _values(runs: Sequence[Measured], key: str, encoder: str = "trained") -> list[float]:
+def _measured(runs: Sequence[Measured], key: str, encoder: str = "trained") -> list[ProtocolResult]:
+    """Return the numbers of some runs that are finite."""
     numbers = [run.numbers(encoder).get(key) for run in runs]
-    return [each["value"] for each in numbers if each is not None and is_measured(each["value"])]
+    return [each for each in numbers if each is not None and is_measured(each["value"])]
 
 
 def _rank(runs: Sequence[Measured], encoder: str) -> str:
@@ -197,6 +212,24 @@ def _heading(measurement: str) -> str:
     return MEASUREMENTS[measurement].text if measurement in MEASUREMENTS else measurement.replace("_", " ")
 
 
+def _ranks_table(runs: Sequence[Measured], columns: Mapping[str, str]) -> list[str]:
+    """Return the rank of each combination in each column in Markdown. Equal means have the same rank."""
+    groups = _groups(runs)
+    means: dict[str, dict[str, float]] = {}
+    for key in columns:
+        values = {name: [each["value"] for each in _measured(group, key)] for name, group in groups.items()}
+        means[key] = {name: statistics.mean(found) for name, found in values.items() if found}
+    lines = ["", "Ranks (1: highest mean)", "", markdown_row(["", *columns.values()])]
+    lines.append("|---|" + "---:|" * len(columns))
+    for name in groups:
+        cells = []
+        for each in means.values():
+            better = sum(value > each[name] for value in each.values()) if name in each else None
+            cells.append("-" if better is None else str(better + 1))
+        lines.append(markdown_row([name, *cells]))
+    return lines
+
+
 def _seconds_table(runs: Sequence[Measured]) -> list[str]:
     """Return the mean seconds of each protocol and of the extraction of features in Markdown."""
     timed = {
@@ -205,7 +238,10 @@ def _seconds_table(runs: Sequence[Measured]) -> list[str]:
     }
     names = list(dict.fromkeys(key for group in timed.values() for each in group for key in each))
     titles = [PROTOCOLS[key].title if key in PROTOCOLS else key for key in names]
-    lines = ["", "Seconds of the evaluation:", "", markdown_row(["", *titles])]
+    titles = ["extraction of features" if key == "features" else key for key in titles]
+    heading = COLUMNS["evaluation_seconds"][0]
+    about = f'Seconds of each part of the evaluation; their sum is the column "{heading}".'
+    lines = ["", about, "", markdown_row(["", *titles])]
     lines.append("|---|" + "---:|" * len(names))
     for name, group in timed.items():
         found = [[each[key] for each in group if key in each] for key in names]
@@ -235,35 +271,42 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
 
 
 def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Draw the first numbers over the first axis: one line for each arm and each value of the other axes.
+    """Draw the numbers of each protocol over the first axis.
 
-    Without an axis of numbers, the combinations are bars. Error bars are standard deviations over seeds.
+    There is one line for each arm and each value of the other axes.
+
+    Without an axis of numbers, the combinations are bars. Error bars are standard deviations over seeds, or
+    the standard error over the images of a single run.
     Without any accuracy, nothing is written.
     """
     if not _columns(runs):
         return
     from matplotlib.figure import Figure
 
-    columns = list(_columns(runs).items())[:_PANELS]
+    columns = _drawn(runs)
     axis = next(
         (key for key, values in axes.items() if len(values) > 1 and all(map(_is_number, values))), None
     )
     groups = _groups(runs)
-    height = 3.4 if axis is not None else 1.2 + 0.3 * len(groups)
-    figure = Figure(figsize=(1.5 + 4.2 * len(columns), height), layout="constrained", dpi=130)
-    panels = figure.subplots(1, max(1, len(columns)), squeeze=False)[0]
-    for panel, (key, heading) in zip(panels, columns, strict=False):
-        points = {name: _values(group, key) for name, group in groups.items()}
+    width = min(len(columns), _IN_A_ROW)
+    rows = -(-len(columns) // width)
+    height = 3.0 if axis is not None else 0.8 + 0.3 * len(groups)
+    size = (1.5 + 4.2 * width, 0.4 + height * rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    panels = list(figure.subplots(rows, width, squeeze=False).flat)
+    for panel in panels[len(columns) :]:
+        panel.set_visible(False)
+    for number, (panel, (key, heading)) in enumerate(zip(panels, columns.items(), strict=False)):
+        points = {name: found for name, group in groups.items() if (found := _measured(group, key))}
         if axis is None:
-            _bars(panel, points)
+            _bars(panel, list(groups), points, named=number % width == 0)
         else:
             _lines(panel, groups, points, axis)
+            panel.set_ylabel("percent", fontsize=8)
         _baselines(panel, runs, key, vertical=axis is None)
         panel.set_title(heading, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    if axis is not None:
-        panels[0].set_ylabel("percent", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
@@ -271,35 +314,53 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
     figure.savefig(path, format="png")
 
 
+def _drawn(runs: Sequence[Measured]) -> dict[str, str]:
+    """Return {id and key: heading} of the numbers that are drawn: of k-NN only the first, of others all."""
+    numbers = {key: number for run in runs for key, number in run.numbers().items()}
+    first = next((key for key in numbers if numbers[key].get("protocol") == "knn"), None)
+    kept = [key for key in numbers if key == first or numbers[key].get("protocol") != "knn"]
+    columns = _columns(runs)
+    return {key: columns[key] for key in kept[: 3 * _IN_A_ROW]}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _bars(panel: Any, points: Mapping[str, Sequence[float]]) -> None:
-    for place, values in enumerate(points.values()):
-        if values:
-            error = 100 * statistics.stdev(values) if len(values) > 1 else None
-            panel.barh(place, 100 * statistics.mean(values), xerr=error, color=f"C{place % 10}", height=0.6)
-    panel.set_yticks(range(len(points)), [shorten(name, 60) for name in points], fontsize=8)
+def _bars(
+    panel: Any, names: Sequence[str], points: Mapping[str, Sequence[ProtocolResult]], *, named: bool
+) -> None:
+    for place, name in enumerate(names):
+        if name in points:
+            mean, error = _in_percent(points[name])
+            panel.barh(place, mean, xerr=error, color=f"C{place % 10}", height=0.6)
+    labels = [shorten(name, 60) for name in names] if named else [""] * len(names)
+    panel.set_yticks(range(len(names)), labels, fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("percent", fontsize=8)
 
 
+def _in_percent(numbers: Sequence[ProtocolResult]) -> tuple[float, float]:
+    """Return a mean and its error (0 if there is none) in percent."""
+    return 100 * statistics.mean(each["value"] for each in numbers), 100 * (_error(numbers) or 0.0)
+
+
 def _lines(
-    panel: Any, groups: Mapping[str, Sequence[Measured]], points: Mapping[str, Sequence[float]], axis: str
+    panel: Any,
+    groups: Mapping[str, Sequence[Measured]],
+    points: Mapping[str, Sequence[ProtocolResult]],
+    axis: str,
 ) -> None:
-    series: dict[str, list[tuple[float, Sequence[float]]]] = {}
+    series: dict[str, list[tuple[float, tuple[float, float]]]] = {}
     for name, group in groups.items():
         run = group[0]
         others = [f"{key.rpartition('.')[2]} {value}" for key, value in run.values.items() if key != axis]
-        if points[name]:
-            series.setdefault(", ".join(filter(None, [run.arm, *others])), []).append(
-                (run.values[axis], points[name])
-            )
+        if name in points:
+            point = run.values[axis], _in_percent(points[name])
+            series.setdefault(", ".join(filter(None, [run.arm, *others])), []).append(point)
     for label, found in series.items():
         found.sort(key=lambda each: each[0])
-        errors = [100 * statistics.stdev(each) if len(each) > 1 else 0 for _, each in found]
-        means = [100 * statistics.mean(each) for _, each in found]
+        means, errors = zip(*(each for _, each in found), strict=True)
         style = {"marker": "o", "markersize": 4, "capsize": 3}
         panel.errorbar([place for place, _ in found], means, yerr=errors, label=label or None, **style)
     places = sorted({place for found in series.values() for place, _ in found})

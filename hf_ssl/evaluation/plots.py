@@ -87,7 +87,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     temperature = find_results(results[next(iter(lines))], "knn")[0]["details"]["temperature"]
     ticks = sorted({k for cells in lines.values() for k in cells})
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{k:,}" for k in ticks])
+    axes.set_xticks(ticks, [f"{k:,}" if k in _spread(ticks) else "" for k in ticks])
     axes.minorticks_off()
     _label(axes, f"k-NN, temperature {temperature:g}", "k")
     return figure
@@ -103,6 +103,15 @@ def _cells(result: EncoderResult) -> dict[int, float]:
             if cell.get("temperature") == details["temperature"] and "accuracy" in cell
         }
     return {}
+
+
+def _spread(ticks: Sequence[int]) -> list[int]:
+    """Return ascending values of which each is at least 1.6 times the one before, so that labels have room."""
+    kept: list[int] = []
+    for value in ticks:
+        if not kept or value >= 1.6 * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def probe_epochs(results: Mapping[str, EncoderResult]) -> Any:
