@@ -22,9 +22,11 @@ _PRODUCT_CHUNK = 4096
 _TIED_ROWS = 64  # whose similarities are copied at once
 _GROUP = 16  # values whose maximum is compared first
 _GROUPS_PER_NEIGHBOR = 4
-_MOST_CANDIDATES = 1 / 64  # of the bank; with more, the complete float32 product is faster
+_MOST_CANDIDATES = 1 / 64  # of the values; with more, the complete float32 product is faster
+_WIDEST = 1 / 8  # of the bank: most candidates of one query, which determine the memory of all
+_ROUNDED_AT_ONCE = 4096  # rows
 _FEWEST_PRODUCTS = 2**32  # M N D of the smallest search with rounded products
-_HALF_UNIT = 2.0**-9  # largest relative error of rounding to bfloat16
+_HALF_UNIT = torch.finfo(torch.bfloat16).eps / 2  # largest relative error of rounding to bfloat16
 _LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
@@ -61,10 +63,10 @@ def nearest_others(rows_ND: Tensor, chosen_Q: Tensor, neighbors: int) -> tuple[T
 
 def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
-    parts = bank.split(BANK_CHUNK)
-    rounded = [_round(part) for part in parts] if _rounds(bank, queries, neighbors) else None
+    parts = bank.chunk(-(-len(bank) // BANK_CHUNK))  # of equal size, so that no small one is left
+    rounded = [_round(part) for part in parts] if _rounds(parts, queries, neighbors) else None
     # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
-    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(min(BANK_CHUNK, len(bank))))
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(len(parts[0])))
     for chunk in queries.split(QUERY_CHUNK):
         found = _search(chunk, parts, rounded, neighbors, buffer)
         if found is None:  # the features are so similar that rounded products do not separate them
@@ -121,25 +123,32 @@ def _largest_cosines(queries: Tensor, bank: Tensor, count: int, buffer: Tensor) 
     padded, cosines = _table(buffer, len(queries), len(bank))
     _multiply(queries, bank, cosines)
     candidates = _candidates(padded, count, lambda bound: bound) if cosines.device.type == "cpu" else None
-    if candidates is None:
-        return largest(cosines, count)
-    return _largest_in_rows(cosines[candidates], *candidates, len(queries), count)
+    found = None
+    if candidates is not None:
+        found = _largest_in_rows(cosines[candidates], *candidates, cosines.shape, count)
+    return largest(cosines, count) if found is None else found
 
 
-def _rounds(bank: Tensor, queries: Tensor, neighbors: int) -> bool:
-    """Return whether rounded products save time."""
+def _rounds(parts: Sequence[Tensor], queries: Tensor, neighbors: int) -> bool:
+    """Return whether rounded products are possible and save time."""
+    rows = sum(len(part) for part in parts)
     return (
-        bank.device.type == "cpu"
-        and len(queries) * bank.numel() >= _FEWEST_PRODUCTS
+        queries.device.type == "cpu"
+        and len(queries) * rows * queries.shape[1] >= _FEWEST_PRODUCTS
+        and len(parts[-1]) >= _GROUP * _GROUPS_PER_NEIGHBOR * neighbors
         and fastest_precision("cpu").name == "bfloat16"
     )
 
 
 def _round(bank: Tensor) -> _Rounded:
-    centered = bank - bank.mean(dim=0)
-    rows = centered.bfloat16()
-    norms = torch.maximum(_norms(centered), _norms(rows.float()))
-    return _Rounded(rows, float(norms.max()), float(_norms(centered - rows.float()).max()))
+    rows, mean = torch.empty_like(bank, dtype=torch.bfloat16), bank.mean(dim=0)
+    norm = error = 0.0
+    for out, part in zip(rows.split(_ROUNDED_AT_ONCE), bank.split(_ROUNDED_AT_ONCE), strict=True):
+        centered = part - mean
+        near = out.copy_(centered).float()
+        norm = max(norm, float(_norms(centered).max()), float(_norms(near).max()))
+        error = max(error, float(_norms(centered - near).max()))
+    return _Rounded(rows, norm, error)
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -153,8 +162,9 @@ def _largest_of_candidates(
 
     With queries q + e and rows b + f, where q and b are in bfloat16, the product of q and b differs from the
     exact one by at most |e| |b + f| + |q| |f|, and by the rounding of the sum. At least `count` products
-    reach the lower bound, so the exact products of the neighbors reach it minus this error, and their
-    products in bfloat16 reach it minus twice this error. Rounding of the result keeps the order of products.
+    reach the lower bound after their rounding to bfloat16, so the exact products of the neighbors reach it
+    minus half a unit and minus this error. The products of the neighbors before their rounding reach that
+    minus this error once more, and rounding keeps the order of numbers.
     """
     near = queries.bfloat16()
     norm = torch.maximum(_norms(queries), _norms(near.float()))
@@ -163,15 +173,15 @@ def _largest_of_candidates(
 
     def limits(bound: Tensor) -> Tensor:
         bound = bound.float()
-        limit = bound - _HALF_UNIT * bound.abs() - 2 * error
-        return (limit - 2 * _HALF_UNIT * limit.abs()).bfloat16()  # rounding then does not raise it
+        return (bound - _HALF_UNIT * bound.abs() - 2 * error).bfloat16()
 
     padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank))
     torch.mm(near, rounded.rows.T, out=products)
     candidates = _candidates(padded, count, limits)
     if candidates is None:
         return None
-    return _largest_in_rows(_cosines_of(queries, bank, *candidates), *candidates, len(queries), count)
+    cosines = _cosines_of(queries, bank, *candidates)
+    return _largest_in_rows(cosines, *candidates, products.shape, count)
 
 
 def _padded(width: int) -> int:
@@ -212,6 +222,8 @@ def _candidates(
     if len(rows) > _MOST_CANDIDATES * values.numel():
         return None
     found, number = (groups[rows, :, places] >= limit[rows]).nonzero(as_tuple=True)
+    if len(found) > _MOST_CANDIDATES * values.numel():
+        return None
     return rows[found], number * groups.shape[2] + places[found]
 
 
@@ -234,16 +246,21 @@ def _cosines_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) ->
 
 
 def _largest_in_rows(
-    values: Tensor, rows: Tensor, columns: Tensor, height: int, count: int
-) -> tuple[Tensor, Tensor]:
+    values: Tensor, rows: Tensor, columns: Tensor, shape: Sequence[int], count: int
+) -> tuple[Tensor, Tensor] | None:
     """Return the largest values and their columns, both (B, count), as `largest` does.
+
+    None: a row has so many values that the table of all rows would need too much memory.
 
     Args:
         values, rows, columns: (C,), ordered by rows.
-        height: B.
+        shape: (B, M).
         count: each row has at least this many values.
     """
+    height, width = shape
     sizes = torch.bincount(rows, minlength=height)
+    if int(sizes.max()) > max(_WIDEST * width, count):
+        return None
     place = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
     table = values.new_full((height, int(sizes.max())), -torch.inf)
     table[rows, place] = values

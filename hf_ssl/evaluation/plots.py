@@ -106,7 +106,7 @@ def _cells(result: EncoderResult) -> dict[int, float]:
 
 
 def _spread(ticks: Sequence[int]) -> list[int]:
-    """Return ascending values of which each is at least 1.6 times the one before, so that labels have room."""
+    """Return the ascending values that are at least 1.6 times the one before. Their labels have room."""
     kept: list[int] = []
     for value in ticks:
         if not kept or value >= 1.6 * kept[-1]:

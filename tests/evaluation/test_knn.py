@@ -139,25 +139,56 @@ def with_candidates(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-@pytest.mark.parametrize("bank_chunk", [1003, 4000])
+@pytest.mark.parametrize("bank_chunk", [2003, 20_000])
 def test_candidates_in_bfloat16_miss_no_neighbor(
-    bank_chunk: int, offset: float, with_candidates: list[bool], monkeypatch: pytest.MonkeyPatch
+    bank_chunk: int, with_candidates: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The errors of bfloat16 change the order of many neighbors, so only the exact cosines are right."""
+    """Each query has 20 neighbors whose cosines bfloat16 does not separate."""
     monkeypatch.setattr(neighbor_search, "BANK_CHUNK", bank_chunk)
     monkeypatch.setattr(neighbor_search, "QUERY_CHUNK", 30)
     generator = torch.Generator().manual_seed(0)
-    bank = F.normalize(torch.randn(4000, 24, generator=generator) + offset, dim=1)
-    queries = F.normalize(torch.randn(70, 24, generator=generator) + offset, dim=1)
+    queries = F.normalize(torch.randn(70, 24, generator=generator), dim=1)
+    near = queries.repeat_interleave(20, dim=0)
+    beside = torch.randn(near.shape, generator=generator)
+    beside = F.normalize(beside - (beside * near).sum(1, keepdim=True) * near, dim=1)
+    cosines = (0.9 + 1e-4 * torch.arange(20)).repeat(70)[:, None]
+    others = F.normalize(torch.randn(14_600, 24, generator=generator), dim=1)
+    bank = torch.cat([F.normalize(cosines * near + (1 - cosines**2).sqrt() * beside, dim=1), others])
+    bank = bank[torch.randperm(len(bank), generator=generator)]
     exact = (queries.double() @ bank.double().T).sort(dim=1, descending=True, stable=True)
     rounded = (queries.bfloat16() @ bank.bfloat16().T).sort(dim=1, descending=True, stable=True)
     for k in (1, 3, 10):
-        cosines, rows = nearest(bank, queries, k)
-        torch.testing.assert_close(cosines.double(), exact.values[:, :k], atol=1e-6, rtol=0)
+        found, rows = nearest(bank, queries, k)
+        torch.testing.assert_close(found.double(), exact.values[:, :k], atol=1e-6, rtol=0)
         assert torch.equal(rows, exact.indices[:, :k])
-    assert (rounded.indices[:, :10] != rows).double().mean() > 0.1
+        assert (rounded.indices[:, :k] != rows).double().mean() > 0.3
     assert with_candidates and all(with_candidates)
+
+
+def test_rounding_to_bfloat16_changes_a_number_by_at_most_half_a_unit() -> None:
+    numbers = torch.linspace(1, 2, 100_001)
+    errors = (numbers.bfloat16().float() - numbers).abs() / numbers
+    assert 0.9 * neighbor_search._HALF_UNIT < float(errors.max()) <= neighbor_search._HALF_UNIT
+
+
+def test_a_small_rest_of_the_bank_does_not_end_the_search_by_candidates(
+    with_candidates: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_search, "BANK_CHUNK", 2000)
+    rows = F.normalize(torch.randn(4100, 24, generator=torch.Generator().manual_seed(3)), dim=1)
+    nearest(rows, rows[:50], 10)
+    assert with_candidates == [True, True, True]
+
+
+def test_one_query_with_many_candidates_does_not_widen_the_table_of_all(with_candidates: list[bool]) -> None:
+    """All cosines with a feature of zeros tie, so every image of the bank is a candidate."""
+    generator = torch.Generator().manual_seed(4)
+    bank, queries = (F.normalize(torch.randn(rows, 24, generator=generator), dim=1) for rows in (4000, 90))
+    queries[7] = 0
+    exact = (queries.double() @ bank.double().T).sort(dim=1, descending=True, stable=True)
+    _, rows = nearest(bank, queries, 5)
+    assert torch.equal(rows, exact.indices[:, :5])
+    assert with_candidates == [False]
 
 
 def test_similar_features_need_the_float32_product(with_candidates: list[bool]) -> None:
