@@ -165,6 +165,22 @@ def test_candidates_in_bfloat16_miss_no_neighbor(
     assert with_candidates and all(with_candidates)
 
 
+def test_the_bound_covers_errors_that_all_have_one_direction(with_candidates: list[bool]) -> None:
+    """All products of the nearest row round down, and those of 20 other rows round up."""
+    unit = 2.0**-7  # the distance of numbers above 1 in bfloat16
+    up, down, zero = (torch.full((1, 32), value) for value in (1 + 0.51 * unit, 1 + 0.49 * unit, 0.0))
+    query = torch.cat([up, down, torch.ones(1, 1)], dim=1)
+    nearest_row = torch.cat([zero, down, torch.tensor([[0.02]])], dim=1)
+    others = torch.cat([up, zero, torch.zeros(1, 1)], dim=1).repeat(20, 1)
+    far = 0.1 * torch.randn(3000, 65, generator=torch.Generator().manual_seed(5))
+    rows = torch.cat([others, nearest_row, far])
+    bank = torch.cat([rows, -rows])  # its mean is 0, so that nothing is subtracted
+    assert (query @ bank.T).argmax() == 20
+    assert (query.bfloat16() @ bank.bfloat16().T).argmax() != 20
+    _, found = nearest(bank, query, 1)
+    assert found.tolist() == [[20]] and with_candidates == [True]
+
+
 def test_rounding_to_bfloat16_changes_a_number_by_at_most_half_a_unit() -> None:
     numbers = torch.linspace(1, 2, 100_001)
     errors = (numbers.bfloat16().float() - numbers).abs() / numbers
