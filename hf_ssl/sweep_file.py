@@ -7,13 +7,11 @@ combination of these values. Keys without an effect on an arm are left out, such
 an arm that only evaluates an encoder.
 """
 
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.cards.sweep_text import COLUMNS
-from hf_ssl.data.config import MISSING, DataConfig
+from hf_ssl.data.config import DataConfig
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation.config import MEASUREMENTS, EvaluationConfig
@@ -30,123 +28,28 @@ from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
 from hf_ssl.resources import recipe_files, study_files
 from hf_ssl.sections import to_dataclass
+from hf_ssl.study import (
+    EVALUATE,
+    PRETRAIN,
+    SUPERVISE,
+    Arm,
+    Run,
+    Study,
+    Sweep,
+    check_arm,
+    has_effect,
+    hashed,
+    key_of,
+    keys_of_arm,
+    overrides_of_arms,
+    quoted,
+    start_of,
+)  # fmt: skip
 from hf_ssl.views.preset import ViewPreset
 
 SECTIONS = ("study", "settings", "grid", "arms")
-_LONGEST = 120  # characters of the name of a folder
 _OWN = {"training.seed": "--seeds", "training.output_dir": "--output"}
 """Key that each run sets itself -> the option in its place."""
-PRETRAIN, SUPERVISE, EVALUATE = COMMANDS = ("pretrain", "supervise", "evaluate")
-"""Values of `Arm.command`."""
-
-
-@dataclass
-class Study:
-    """The section `study`.
-
-    Attributes:
-        title: heading of the page.
-        question: what the study asks, with its source.
-        recipe: recipe of all runs, unless an arm has its own.
-        seeds: number of seeds, which are 0, 1, ...; `--seeds` replaces it.
-        columns: further columns of the table, keys of `hf_ssl.cards.sweep_text.COLUMNS`, or measurements of
-            the monitor at the last step, such as `queue_age`.
-        curves: measurements of the monitor that `curves.png` shows over the steps, such as `knn`.
-        ranks: whether a table shows the rank of each combination in each column.
-        k_curve: whether `k_curve.png` shows the k-NN accuracy over k (first seed of up to ten combinations).
-    """
-
-    title: str = MISSING
-    question: str = MISSING
-    recipe: str | None = None
-    seeds: int = 1
-    columns: list[str] = field(default_factory=list)
-    curves: list[str] = field(default_factory=list)
-    ranks: bool = False
-    k_curve: bool = False
-
-
-@dataclass
-class Arm:
-    """A value of the section `arms`.
-
-    Attributes:
-        recipe: recipe of the runs of this arm; null: `study.recipe`.
-        settings: {"section.key": value} for the runs of this arm.
-        command: "pretrain", "supervise" (an encoder trained with labels, and evaluated like the others), or
-            "evaluate" (an encoder that exists; it runs once, and not with each seed).
-        encoder: folder or Hub id of the encoder that "evaluate" measures.
-        start: name of an earlier arm. The run starts from the encoder of that arm with the same values of the
-            grid and the same seed.
-    """
-
-    recipe: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    command: str = PRETRAIN
-    encoder: str | None = None
-    start: str | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a sweep.
-
-    Attributes:
-        arm: name of the arm; "" if there are no arms.
-        values: {"section.key": value} of the grid.
-        seed: the seed.
-        recipe: name or file of the recipe.
-        overrides: all overrides of the recipe.
-        command, encoder: see `Arm`.
-        start: the run whose encoder this run starts from; None: from random weights, or as the recipe says.
-    """
-
-    arm: str
-    values: dict[str, Any]
-    seed: int
-    recipe: str
-    overrides: list[str]
-    command: str = PRETRAIN
-    encoder: str | None = None
-    start: "Run | None" = None
-
-    @property
-    def name(self) -> str:
-        """The arm and the values: "BYOL, batch_size 64"."""
-        values = [f"{key.rpartition('.')[2]} {_written(value)}" for key, value in self.values.items()]
-        return ", ".join(filter(None, [self.arm, *values])) or Path(self.recipe).stem
-
-    def folder(self, output: Path) -> Path:
-        """Return the output folder of the run."""
-        name = "".join(each if each.isalnum() or each in ".-" else "_" for each in self.name)
-        if len(name) > _LONGEST:
-            name = f"{name[:_LONGEST]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
-        return output / name / f"seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A checked sweep.
-
-    Attributes:
-        study: title, question and pictures. The question is "" for a sweep of the command.
-        axes: {"section.key": values} of the grid.
-        runs: all runs, in their order: all seeds of the first combination come first.
-        plan: {arm: its settings without the grid}, for the check of an existing folder.
-    """
-
-    study: Study
-    axes: dict[str, list[Any]]
-    runs: list[Run]
-    plan: dict[str, Any]
-
-    def run(self, number: int) -> Run:
-        """Return a run by its number, from 1."""
-        if not 1 <= number <= len(self.runs):
-            raise UserError(
-                f"--job: expected a number from 1 to {len(self.runs)}, got {number}; use --list-jobs"
-            )
-        return self.runs[number - 1]
 
 
 def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = None) -> Sweep:
@@ -164,7 +67,7 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
             empty, or the grid and the arms contain a single combination.
     """
     study, settings, grid, arms = _parts(name)
-    last = _of_arms(arms, [text for text in overrides if text.startswith("arms.")])
+    last = overrides_of_arms(arms, [text for text in overrides if text.startswith("arms.")])
     overrides = [text for text in overrides if not text.startswith("arms.")]
     count = study.seeds if seeds is None else seeds
     if count < 1:
@@ -173,42 +76,46 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     first = next(iter(arms))
     lists = {text: value for text in overrides if isinstance(value := _value(text), list)}
     # A recipe may need a value that only an axis has, such as data.path=[one,two].
-    some = [f"{_key(text)}={_quoted(value[0])}" for text, value in lists.items() if value]
+    some = [f"{key_of(text)}={quoted(value[0])}" for text, value in lists.items() if value]
     own = [*_texts(settings), *_texts(arms[first].settings)]
     own += _texts({key: values[0] for key, values in grid.items() if values})
     others = [text for text in overrides if text not in lists]
     base = _base(recipes[first], own, [*others, *last[first]], some)
     fixed: list[str] = []
     for text in overrides:  # as in other commands, the last one of equal keys counts
-        key = _key(text)
+        key = key_of(text)
         grid.pop(key, None)
-        fixed = [each for each in fixed if _key(each) != key]
+        fixed = [each for each in fixed if key_of(each) != key]
         # A list is an axis if the recipe expects a single value for this key.
         if text in lists and (not takes_list(base, key) or _are_lists(lists[text])):
             grid[key] = lists[text]
         else:
             fixed.append(text)
-    _check_axes(grid, [*_texts(settings), *fixed], arms)
+    _check_axes(grid, [*_texts(settings), *fixed, *(text for own in last.values() for text in own)], arms)
     plan: dict[str, Any] = {}
     runs: list[Run] = []
-    baselines: set[tuple[str, bool]] = set()  # (images and encoder, whether random weights are measured)
+    baselines: set[str] = set()  # those that a run measures
     for name, arm in arms.items():
-        _check_arm(name, arm, arms, last[name])
+        check_arm(name, arm, arms, last[name])
         axes = {key: values for key, values in grid.items() if has_effect(arm.command, key)}
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             common = [*_texts(settings), *_texts(arm.settings), *_texts(chosen), *fixed]
-            own = [text for text in common if has_effect(arm.command, _key(text))] + last[name]
-            recipe = _checked(recipes[name], own, arm)  # reports mistakes before the first run
-            plan.setdefault(name, _settings(recipe, grid) | _of_arm(arm))
-            trains, images = arm.command == PRETRAIN, _baseline(recipe)
+            own = [text for text in common if has_effect(arm.command, key_of(text))] + last[name]
+            if arm.start is not None:
+                own = [text for text in own if key_of(text).partition(".")[0] != "backbone"]
+            recipe = _checked(name, recipes[name], own, arm)  # reports mistakes before the first run
+            plan.setdefault(name, keys_of_arm(arm) | _settings(recipe, grid))
+            pixels, weights = _baselines(recipe)
             for seed in range(1 if arm.command == EVALUATE else count):
                 more = [] if arm.command == EVALUATE else [f"training.seed={seed}"]
-                done = (images, True) in baselines or ((images, False) in baselines and not trains)
-                if (arm.start is not None or done) and not _sets(own, "evaluation.baselines"):
-                    more.insert(0, "evaluation.baselines=false")
-                baselines.add((images, trains))
-                start = _start(runs, arm, chosen, seed)
+                done = (weights if arm.command == PRETRAIN else pixels) in baselines
+                if arm.start is not None or done:
+                    given = _sets(own, "evaluation.baselines")
+                    more = more if given else ["evaluation.baselines=false", *more]
+                elif recipe.evaluation.baselines:
+                    baselines |= {pixels, weights} if arm.command == PRETRAIN else {pixels}
+                start = start_of(runs, arm, chosen, seed)
                 runs.append(
                     Run(name, chosen, seed, recipes[name], [*own, *more], arm.command, arm.encoder, start)
                 )
@@ -221,61 +128,23 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     return Sweep(study, grid, runs, plan)
 
 
-def has_effect(command: str, key: str) -> bool:
-    """Return whether `section.key` has an effect on an arm with this command."""
-    if command == SUPERVISE:
-        from hf_ssl.supervised import is_used
-
-        return is_used(key) or key.startswith("evaluation.")
-    return command == PRETRAIN or key.partition(".")[0] in ("data", "evaluation")
-
-
-def _check_arm(name: str, arm: Arm, arms: Mapping[str, Arm], last: Sequence[str]) -> None:
-    """Raise UserError for an unknown command, a key without an effect, and a start that is no earlier arm."""
-    check_name(f"arms.{name}.command", arm.command, COMMANDS, ", ".join(COMMANDS))
-    if (arm.encoder is None) == (arm.command == EVALUATE):
-        got = "one" if arm.encoder is not None else "none"
-        expected = "an encoder for evaluate, and only for it"
-        raise UserError(f"arms.{name}.encoder: expected {expected}, got {got}; see arms.{name}.command")
-    for key in (*arm.settings, *map(_key, last)):
-        if not has_effect(arm.command, key):
-            raise UserError(
-                f"arms.{name}.settings: expected settings with an effect on {arm.command}, got {key}; "
-                "remove it"
-            )
-    if arm.start is None:
-        return
-    earlier = list(arms)[: list(arms).index(name)]
-    earlier = [each for each in earlier if arms[each].command != EVALUATE]
-    check_name(f"arms.{name}.start", arm.start, earlier, "an earlier arm that trains")
-    if arm.command != PRETRAIN:
-        raise UserError(
-            f"arms.{name}.start: expected the command pretrain, got {arm.command}; remove start or command"
-        )
-
-
-def _checked(name: str, overrides: Sequence[str], arm: Arm) -> Recipe:
+def _checked(name: str, recipe_name: str, overrides: Sequence[str], arm: Arm) -> Recipe:
     """Return the recipe of an arm. Mistakes that its command would report later raise an error now."""
-    recipe = load_recipe(name, overrides)
-    if arm.command == SUPERVISE:
-        from hf_ssl.supervised import used, with_settings
+    try:
+        recipe = load_recipe(recipe_name, overrides)
+        if arm.command == SUPERVISE:
+            from hf_ssl.supervised import used, with_settings
 
-        with_settings(load_recipe(name, used(overrides)))
+            with_settings(load_recipe(recipe_name, used(overrides)))
+    except UserError as error:
+        raise (UserError(f"arm {name}: {error}") if name else error) from error
     return recipe
 
 
-def _start(runs: Sequence[Run], arm: Arm, values: Mapping[str, Any], seed: int) -> Run | None:
-    """Return the run of `arm.start` with the same seed and the same values of the axes that it has."""
-    for run in runs:
-        if run.arm == arm.start and run.seed == seed and run.values.items() <= values.items():
-            return run
-    return None
-
-
-def _of_arm(arm: Arm) -> dict[str, Any]:
-    """Return the keys of an arm, besides its settings, that are not the default."""
-    plain = {"command": arm.command, "encoder": arm.encoder, "start": arm.start}
-    return {key: value for key, value in plain.items() if value not in (None, PRETRAIN)}
+def needed_keys(name: str) -> list[str]:
+    """Return `arms.NAME.section.key` for the keys that the command must set for single arms of a study."""
+    _, _, _, arms = _parts(name)
+    return [f"arms.{arm}.{key}" for arm, each in arms.items() for key in each.needs]
 
 
 def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict[str, Arm]]:
@@ -294,26 +163,6 @@ def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict
         if not isinstance(values, list):
             raise UserError(f"grid.{key}: expected a list of values in {path}, got {values!r}")
     return study, plain["settings"], dict(plain["grid"]), arms or {"": Arm()}
-
-
-def _of_arms(arms: dict[str, Arm], overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Return {arm: `section.key=value`} of the overrides `arms.NAME.section.key=value`.
-
-    `arms.NAME.encoder=value` replaces the encoder in `arms`.
-    """
-    found: dict[str, list[str]] = {name: [] for name in arms}
-    for text in overrides:
-        own = text.removeprefix("arms.")
-        name = max((each for each in arms if own.startswith(f"{each}.")), key=len, default=None)
-        if name is None:
-            check_name("arms", own.partition(".")[0], arms, "an arm of this study")
-            raise UserError(f"{text}: expected arms.NAME.KEY=VALUE, got no key; see hf-ssl sweep --help")
-        own = own.removeprefix(f"{name}.")
-        if _key(own) == "encoder":
-            arms[name] = replace(arms[name], encoder=own.partition("=")[2])
-        else:
-            found[name].append(own)
-    return found
 
 
 def _recipe_of(name: str, arm: Arm, study: Study) -> str:
@@ -384,9 +233,8 @@ def _settings(recipe: Recipe, grid: Mapping[str, Any]) -> dict[str, Any]:
             if not given and section not in grid and effect(name) != NOTHING and name not in _OWN:
                 found[name] = value
     for name in ("data.path", "evaluation.path", "backbone.init_from"):
-        if found.get(name) is not None:
-            place = os.path.abspath(found[name]) if os.path.exists(found[name]) else str(found[name])
-            found[name] = f"{Path(place).name} ({hashlib.sha256(place.encode()).hexdigest()[:8]})"
+        if name in found:
+            found[name] = hashed(found[name])
     return found
 
 
@@ -426,13 +274,9 @@ def takes_list(recipe: Recipe, key: str) -> bool:
     return any(word in types.get(name, "") for word in ("list", "tuple", "Sequence", "dict"))
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
 def _value(override: str) -> Any:
     """Return the value of an override `section.key=value` in YAML; None for a whole section."""
-    section, dot, name = _key(override).partition(".")
+    section, dot, name = key_of(override).partition(".")
     found: Any = apply_overrides({}, [override], (section,))[section] if dot else None
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
@@ -441,28 +285,20 @@ def _value(override: str) -> Any:
 
 def _texts(settings: Mapping[str, Any]) -> list[str]:
     """Return settings as overrides."""
-    return [f"{key}={_quoted(value)}" for key, value in settings.items()]
-
-
-def _quoted(value: Any) -> str:
-    """Return a value in YAML. JSON is YAML, and keeps texts such as "off" and "1"."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _written(value: Any) -> str:
-    """Return a value for readers."""
-    return value if isinstance(value, str) else _quoted(value)
+    return [f"{key}={quoted(value)}" for key, value in settings.items()]
 
 
 def _sets(overrides: Sequence[str], key: str) -> bool:
-    return key in map(_key, overrides)
+    return key in map(key_of, overrides)
 
 
-def _baseline(recipe: Recipe) -> str:
-    """Return a text that is equal for runs whose baselines, random weights and raw pixels, are equal."""
+def _baselines(recipe: Recipe) -> tuple[str, str]:
+    """Return texts that are equal for runs with equal raw pixels, and with equal encoders before training."""
     plain = recipe.to_dict()
     views = {key: plain["views"].get(key) for key in ("size", "enlarge", "mean", "std", "interpolation")}
+    pixels = [plain["data"], views, plain["evaluation"]]
     # CMC divides the encoder into narrow ones.
     method = recipe.method["name"] if recipe.model_class.takes_image_columns else ""
-    parts = [method, plain["backbone"], plain["data"], views, plain["evaluation"]]
-    return json.dumps(parts, sort_keys=True, default=str)
+    parts = pixels, [method, plain["backbone"], *pixels]
+    first, second = (json.dumps(each, sort_keys=True, default=str) for each in parts)
+    return first, second

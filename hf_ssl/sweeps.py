@@ -21,16 +21,19 @@ from hf_ssl.cards import read_facts, remove_private
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import result_entry
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
-from hf_ssl.cards.sweep_text import Measured, csv_text, draw, draw_curves, page
+from hf_ssl.cards.sweep_plots import draw, draw_curves
+from hf_ssl.cards.sweep_text import Measured, csv_text, page
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.plots import k_curve
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
-from hf_ssl.sweep_file import PRETRAIN, SUPERVISE, Run, Study, Sweep
+from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Study, Sweep
 
 PLAN, RUNS, CURVES, K_CURVE = "sweep.json", "runs.json", "curves.png", "k_curve.png"
 _ERROR = "error.txt"
+_OF_ARM = {"command": PRETRAIN, "encoder": None, "start": None}
+"""What older versions did not store, because every arm had it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,13 @@ class Command:
 
 
 def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
-    """Return one line for each run: its number, name, seed and state."""
+    """Return one line for each run: its number, name, seed and state.
+
+    Raises:
+        UserError: the folder contains a sweep with other settings.
+    """
+    if output is not None and (output / PLAN).exists():
+        _check_stored(sweep, output)
     width = max(len(run.name) for run in sweep.runs)
     return [
         f"{number:>3}  {run.name:{width}}  seed {run.seed}  {_state(run, output)}"
@@ -92,6 +101,8 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     Raises:
         UserError: the folder contains another sweep, or all runs fail.
     """
+    if at_once < 1:
+        raise UserError(f"--at-once: expected a positive number, got {at_once}")
     output = command.output
     _check_plan(sweep, output)
     missing = [number for number, run in enumerate(sweep.runs, start=1) if not is_finished(run, output)]
@@ -148,8 +159,8 @@ def run_job(sweep: Sweep, output: Path, number: int) -> None:
     Raises:
         UserError: the run fails. Its folder keeps the reason for the page.
     """
-    _check_plan(sweep, output)
     run = sweep.run(number)
+    _check_plan(sweep, output)
     error_file = _error_file(run.folder(output))
     try:
         _make(run, output)
@@ -200,11 +211,17 @@ def _check_plan(sweep: Sweep, output: Path) -> None:
     with disk_errors_as_user_errors(str(output)):
         output.mkdir(parents=True, exist_ok=True)
         with FileLock(output / f".{PLAN}.lock"):
-            before = read_json(file) if file.exists() else {}
-            for arm in before.keys() & plan.keys():
-                _check_same(before[arm], plan[arm], output)
+            before = _check_stored(sweep, output) if file.exists() else {}
             if plan.keys() - before.keys():
                 write_json(file, before | plan)
+
+
+def _check_stored(sweep: Sweep, output: Path) -> dict[str, Any]:
+    """Return the stored settings of the arms, or raise UserError for the first one that differs."""
+    before, plan = read_json(output / PLAN), remove_private(sweep.plan)
+    for arm in before.keys() & plan.keys():
+        _check_same(_OF_ARM | before[arm], plan[arm], output)
+    return before
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:

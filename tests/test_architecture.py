@@ -52,6 +52,7 @@ LAYERS = {
     "hf_ssl.recording": 5,
     "hf_ssl.run": 5,
     "hf_ssl.space": 5,
+    "hf_ssl.study": 5,
     "hf_ssl.suite_file": 5,
     "hf_ssl.sweep_file": 5,
     "hf_ssl.sweeps": 5,

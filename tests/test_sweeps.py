@@ -15,13 +15,14 @@ import pytest
 from messages import mentions
 
 from hf_ssl import sweeps
-from hf_ssl.cards.sweep_text import Measured, csv_text, draw, page
+from hf_ssl.cards.sweep_plots import draw
+from hf_ssl.cards.sweep_text import Measured, csv_text, page
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import recipe_files, study_files
-from hf_ssl.sweep_file import load_sweep, takes_list
+from hf_ssl.sweep_file import load_sweep, needed_keys, takes_list
 from hf_ssl.sweeps import Command, list_jobs, run_sweep
 
 SMALL = [
@@ -121,7 +122,7 @@ def test_mistakes_in_a_study_are_named(old: str, new: str, parts: list, tmp_path
 
 @pytest.mark.parametrize("name", study_files())
 def test_the_studies_can_be_read(name: str) -> None:
-    sweep = load_sweep(name, ["data.path=digits"])
+    sweep = load_sweep(name, ["data.path=digits", *(f"{key}=digits" for key in needed_keys(name))])
     assert sweep.study.question and len(sweep.runs) > 1
     assert len({run.folder(Path("x")) for run in sweep.runs}) == len(sweep.runs)
 
@@ -250,11 +251,88 @@ def test_the_command_changes_single_arms(tmp_path: Path) -> None:
     }
     assert sizes == {"first": 10, "second": 9}, "an arm's own value counts more than that of all arms"
     assert runs["published"].encoder == "other/encoder"
-    for text in ("arms.secnd.views.size=9", "arms.second=9"):
-        with pytest.raises(UserError, match=mentions("arms", "second")):
+    for text, parts in {
+        "arms.secnd.views.size=9": ["arms", "secnd", "second"],
+        "arms.second=9": ["arms.second=9", "section"],
+        "arms.second.start=first": ["start", "file of the study"],
+        "arms.second.training.max_step=9": ["arm second", "training.max_step", "training.max_steps"],
+        "arms.second.training.seed=9": ["training.seed", "--seeds"],
+        "arms.second.training.output_dir=there": ["training.output_dir", "--output"],
+    }.items():
+        with pytest.raises(UserError, match=mentions(*parts)):
             load_sweep(str(tmp_path / "four.yaml"), [text])
     with pytest.raises(UserError, match=mentions("arms.published", "views.size", "evaluate")):
         load_sweep(str(tmp_path / "four.yaml"), ["arms.published.views.size=9"])
+
+
+def test_an_arm_may_need_its_own_values(tmp_path: Path) -> None:
+    file = tmp_path / "four.yaml"
+    file.write_text(FOUR.replace("{start: first,", "{start: first, needs: [data.path],"))
+    assert needed_keys(str(file)) == ["arms.second.data.path"]
+    with pytest.raises(UserError, match=mentions("arms.second.data.path", "add")):
+        load_sweep(str(file), ["data.path=digits"])
+    assert load_sweep(str(file), ["arms.second.data.path=digits"]).runs
+
+
+def test_an_arm_with_a_start_has_its_encoder_and_measures_no_baselines(tmp_path: Path) -> None:
+    file = tmp_path / "four.yaml"
+    own = "{start: first, settings: {views.size: 10}}\n  third: {settings: {views.size: 10}}"
+    file.write_text(
+        FOUR.replace("{start: first, settings: {training.max_steps: 1, evaluation.baselines: true}}", own)
+    )
+    runs = {run.arm: run for run in load_sweep(str(file), ["backbone.hidden_sizes=[8, 32]"]).runs}
+    assert "backbone.hidden_sizes=[8, 32]" in runs["first"].overrides
+    assert not any(text.startswith("backbone") for text in runs["second"].overrides)
+    measured = {arm: "evaluation.baselines=false" not in run.overrides for arm, run in runs.items()}
+    assert measured == {"first": True, "second": False, "third": True, "labels": False, "published": False}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("second: {start: first,", "second: {", "start"),
+        ("/models/one", "/models/two/one", "encoder"),
+        ("  second: {start: first,", "  second: {command: evaluate, encoder: here}\n  third: {", "command"),
+    ],
+)
+def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "four.yaml", tmp_path / "out"
+    text = FOUR if old in FOUR else FOUR.replace("ENCODER", old)
+    for before, after in ((text, text.replace(old, new)), (text.replace(old, new), text)):
+        file.write_text(before)
+        sweeps._check_plan(load_sweep(str(file)), output)
+        assert len(list_jobs(load_sweep(str(file)), output)) == 4
+        file.write_text(after)
+        for check in (sweeps._check_plan, list_jobs):
+            with pytest.raises(UserError, match=mentions(key, "another folder")):
+                check(load_sweep(str(file)), output)
+        (output / "sweep.json").unlink()
+
+
+def test_a_wrong_number_of_a_job_claims_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=mentions("--job", "from 1 to 2")):
+        sweeps.run_job(load_sweep("smoke/simclr", SMALL), tmp_path / "out", 3)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=mentions("--at-once", 0)):
+        run_sweep(load_sweep("smoke/simclr", SMALL), Command("smoke/simclr", SMALL, 1, tmp_path), at_once=0)
+
+
+def test_an_arm_without_a_value_on_the_axis_is_a_line(tmp_path: Path) -> None:
+    number = {
+        "id": "a-1",
+        "key": "a",
+        "column": "accuracy",
+        "text": "how",
+        "standard_error": 0.1,
+        "value": 0.5,
+    }
+    results: Any = {"trained": {"protocols": [number], "statistics": {"rank_me": 2.0}}}
+    runs = [
+        Measured(str(values), "", values, 0, {}, results, None, "photos")
+        for values in ({"x": 1}, {"x": 2}, {})
+    ]
+    draw(runs, {"x": [1, 2]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_baselines_of_all_seeds_are_one_row() -> None:

@@ -23,7 +23,7 @@ from hf_ssl.methods import METHODS
 from hf_ssl.recipe.recipe import PUBLISH_KEYS, REPLACED
 from hf_ssl.resources import study_files
 from hf_ssl.sections import default_values
-from hf_ssl.sweep_file import load_sweep
+from hf_ssl.sweep_file import load_sweep, needed_keys
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.transformers_arguments import REJECTED
 
@@ -108,7 +108,8 @@ def studies() -> str:
     """Return a Markdown table of all studies, with the result of those that ran."""
     lines = ["| study | question | runs of a seed |", "|---|---|---:|"]
     for name in study_files():
-        sweep = load_sweep(name, ["data.path=digits"], 1)
+        paths = [f"{key}=digits" for key in ["data.path", *needed_keys(name)]]
+        sweep = load_sweep(name, paths, 1)
         page = f"results/studies/{name}/README.md"
         title = f"[{sweep.study.title}]({page})" if (ROOT / "training" / page).exists() else sweep.study.title
         lines.append(f"| [`{name}`](studies/{name}.yaml) | {title} | {len(sweep.runs)} |")

@@ -13,6 +13,22 @@ from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
 
 
+def projector_of(model: SSLPreTrainedModel, option: str, instead: str) -> nn.Module:
+    """Return the projector of a method, or raise UserError.
+
+    Args:
+        model: the method.
+        option, instead: what the error names, and what it advises.
+    """
+    projectors = dict(model.named_children()).get(model.exported_projector)
+    if projectors is None:
+        raise UserError(
+            f"{option}: expected a method with a projector, got {model.method_name()} without one; use "
+            f"{instead}"
+        )
+    return projectors
+
+
 class ProjectedEncoder(PreTrainedModel):
     """The published encoder of a method and its projector. `pooler_output` is the projector's output (B, P).
 
@@ -36,12 +52,7 @@ class ProjectedEncoder(PreTrainedModel):
         option: str = "--layer projector",
         instead: str = "--layer encoder",
     ) -> None:
-        projectors = dict(model.named_children()).get(model.exported_projector)
-        if projectors is None:
-            raise UserError(
-                f"{option}: expected a method with a projector, got {model.method_name()} without one; use "
-                f"{instead}"
-            )
+        projectors = projector_of(model, option, instead)
         super().__init__(model.config)
         self.encoder: Any = model.get_submodule(model.exported)
         self.projectors = projectors if isinstance(projectors, nn.ModuleList) else nn.ModuleList([projectors])

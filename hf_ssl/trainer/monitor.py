@@ -24,7 +24,7 @@ from hf_ssl.modeling.backbones import encode_without_columns
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process
-from hf_ssl.modeling.projected_encoder import ProjectedEncoder
+from hf_ssl.modeling.projected_encoder import ProjectedEncoder, projector_of
 from hf_ssl.precision import autocast
 from hf_ssl.progress import progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], dict[str, float]]
 
+_OPTION = "training.monitor_projector=true", "training.monitor_projector=false"
 _KNN, _MONITORED = "eval_knn", "eval_embedding_std"
 _SEED_OFFSET = 2**32
 """Offset of the seed for the monitor. It makes the views differ from those of training."""
@@ -129,8 +130,7 @@ class KNNClassifier:
 @torch.inference_mode()
 def _projected(model: SSLPreTrainedModel, features: Tensor, batch_size: int) -> Tensor:
     """Return the projector's output (N, P), on the CPU, for features (N, D) of the exported encoder."""
-    options = "training.monitor_projector=true", "training.monitor_projector=false"
-    encoder = ProjectedEncoder(model, *options)
+    encoder = ProjectedEncoder(model, *_OPTION)
     parts = [encoder.project(part.to(model.device)).float().cpu() for part in features.split(batch_size)]
     return torch.cat(parts)
 
@@ -192,7 +192,8 @@ def knn_classifiers(
             `hf_ssl.data.as_source` lists the types of images.
         config: `channels`, `cache`, `image_column`, `label_column` and `max_broken_fraction` are used.
         processor: image processor of the exported encoder.
-        args: `monitor_bank_images`, `monitor_query_images` and `monitor_neighbors` are used.
+        args: `monitor_bank_images`, `monitor_query_images`, `monitor_neighbors` and `monitor_projector` are
+            used.
 
     Raises:
         UserError: the data are of another type, have no labels or are an empty dict, or `bank` or `query` is
@@ -219,11 +220,18 @@ def knn_classifiers(
     return {str(name): classifier(part, f"eval_dataset[{name!r}]") for name, part in data.items()}
 
 
-def knn_names(eval_dataset: Any) -> list[str]:
-    """Return the names of the k-NN measurements of an `eval_dataset`, without `eval_`."""
+def knn_names(eval_dataset: Any, model: SSLPreTrainedModel, args: SSLTrainingArguments) -> list[str]:
+    """Return the names of the k-NN measurements of an `eval_dataset`, without `eval_`.
+
+    Raises:
+        UserError: `monitor_projector` is true, and the method has no projector.
+    """
+    if args.monitor_projector:
+        projector_of(model, *_OPTION)
     if not isinstance(eval_dataset, Mapping) or _pair(eval_dataset, "eval_dataset"):
         return []
-    return [f"{name}_knn" for name in eval_dataset]
+    ends = ["knn", "knn_projector"] if args.monitor_projector else ["knn"]
+    return [f"{name}_{end}" for name in eval_dataset for end in ends]
 
 
 def _pair(data: Any, where: str) -> tuple[str, str] | None:

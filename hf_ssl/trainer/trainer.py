@@ -137,7 +137,7 @@ class SSLTrainer(EvaluatingTrainer):
         args = SSLTrainingArguments.from_arguments(args)
         self.method = model = checked_model(model, model_init, args.seed)
         if compute_metrics is None and model.method_name() in METHODS:  # others make further measurements
-            check_metric(args.metric_for_best_model, knn_names(eval_dataset))
+            check_metric(args.metric_for_best_model, knn_names(eval_dataset, model, args))
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
         self.data = data = DataConfig.of(data)

@@ -2,6 +2,7 @@
 """Without what prevents collapse the alarm is raised, with it it stays silent: short runs on digits."""
 
 import pytest
+import torch
 from tiers import in_tiers
 from torch.nn.functional import cosine_similarity
 
@@ -90,3 +91,18 @@ def test_the_alarm(method, whole, tmp_path, monkeypatch):
         without(trainer.method, monkeypatch)
     trainer.train()
     assert (trainer.collapse_alarm.message is None) == whole, trainer.collapse_alarm.message
+
+
+@pytest.mark.parametrize("method", ["byol", "simsiam"])
+def test_a_model_without_predictor_trains(method, tmp_path):
+    more = ["method.predictor_layers=0", "training.max_steps=1", "training.monitor_steps=0"]
+    recipe = load_recipe(f"smoke/{method}", [*COMMON, *more, f"training.output_dir={tmp_path}"])
+    trainer = build_trainer(recipe, recipe.training_arguments())
+    trainer.train()
+    assert isinstance(trainer.method.predictor, torch.nn.Identity)
+    rows = torch.rand(4, 2, 3)
+    embedded = {"projections": rows, "predictions": rows, "targets": rows}
+    lowest = 0 if method == "byol" else -1
+    equal, opposite = (embedded | {"predictions": sign * rows.flip(1)} for sign in (1, -1))
+    assert trainer.method.objective(equal).loss == pytest.approx(lowest, abs=1e-6)
+    assert trainer.method.objective(opposite).loss > lowest + 0.5

@@ -36,6 +36,8 @@ class SimSiamForPreTraining(SSLPreTrainedModel):
     @property
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
         """Return the rule that keeps the predictor's learning rate constant if the config requests it."""
+        if self.config.predictor_layers == 0:
+            return ()
         fixed = self.config.fixed_predictor_learning_rate
         return (ParameterRule(r"^predictor\.", fixed_learning_rate=fixed),)
 

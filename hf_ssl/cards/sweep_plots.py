@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of a sweep (layer 3)."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten, wrap
+from typing import Any
+
+from hf_ssl.cards.sweep_text import (
+    BASELINES,
+    Measured,
+    columns_of,
+    error_of,
+    finite_numbers,
+    groups_of,
+    heading_of,
+)
+from hf_ssl.cards.text import ENCODERS
+from hf_ssl.evaluation.results import ProtocolResult, is_measured
+
+_IN_A_ROW = 4  # panels of the plot
+
+
+def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Draw the numbers of each protocol over the first axis.
+
+    There is one line for each arm and each value of the other axes.
+
+    Without an axis of numbers, the combinations are bars. Error bars are standard deviations over seeds, or
+    the standard error over the images of a single run.
+    Without any accuracy, nothing is written.
+    """
+    if not columns_of(runs):
+        return
+    from matplotlib.figure import Figure
+
+    columns = _drawn(runs)
+    axis = next(
+        (key for key, values in axes.items() if len(values) > 1 and all(map(_is_number, values))), None
+    )
+    groups = groups_of(runs)
+    width = min(len(columns), _IN_A_ROW)
+    rows = -(-len(columns) // width)
+    height = 3.0 if axis is not None else 0.8 + 0.3 * len(groups)
+    size = (1.5 + 4.2 * width, 0.4 + height * rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    panels = list(figure.subplots(rows, width, squeeze=False).flat)
+    for panel in panels[len(columns) :]:
+        panel.set_visible(False)
+    for number, (panel, (key, heading)) in enumerate(zip(panels, columns.items(), strict=False)):
+        points = {name: found for name, group in groups.items() if (found := finite_numbers(group, key))}
+        if axis is None:
+            _bars(panel, list(groups), points, named=number % width == 0)
+        else:
+            _lines(panel, groups, points, axis)
+            panel.set_ylabel("percent", fontsize=8)
+        _baselines(panel, runs, key, vertical=axis is None)
+        panel.set_title(heading, fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
+        figure.legend(handles, labels, **options)
+    figure.savefig(path, format="png")
+
+
+def _drawn(runs: Sequence[Measured]) -> dict[str, str]:
+    """Return {id and key: heading} of the numbers that are drawn: of k-NN only the first, of others all."""
+    numbers = {key: number for run in runs for key, number in run.numbers().items()}
+    first = next((key for key in numbers if numbers[key].get("protocol") == "knn"), None)
+    kept = [key for key in numbers if key == first or numbers[key].get("protocol") != "knn"]
+    columns = columns_of(runs)
+    return {key: columns[key] for key in kept[: 3 * _IN_A_ROW]}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bars(
+    panel: Any, names: Sequence[str], points: Mapping[str, Sequence[ProtocolResult]], *, named: bool
+) -> None:
+    for place, name in enumerate(names):
+        if name in points:
+            mean, error = _in_percent(points[name])
+            panel.barh(place, mean, xerr=error, color=f"C{place % 10}", height=0.6)
+    labels = [shorten(name, 60) for name in names] if named else [""] * len(names)
+    panel.set_yticks(range(len(names)), labels, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel("percent", fontsize=8)
+
+
+def _in_percent(numbers: Sequence[ProtocolResult]) -> tuple[float, float]:
+    """Return a mean and its error (0 if there is none) in percent."""
+    return 100 * statistics.mean(each["value"] for each in numbers), 100 * (error_of(numbers) or 0.0)
+
+
+def _lines(
+    panel: Any,
+    groups: Mapping[str, Sequence[Measured]],
+    points: Mapping[str, Sequence[ProtocolResult]],
+    axis: str,
+) -> None:
+    series: dict[str, list[tuple[float, tuple[float, float]]]] = {}
+    colors = 0
+    for name, group in groups.items():
+        run = group[0]
+        if axis not in run.values:  # this arm has no value on the axis, such as one that is only evaluated
+            if name in points:
+                style: Any = {"color": f"C{9 - colors % 10}", "linestyle": ":", "label": name}
+                panel.axhline(_in_percent(points[name])[0], **style)
+                colors += 1
+            continue
+        others = [f"{key.rpartition('.')[2]} {value}" for key, value in run.values.items() if key != axis]
+        if name in points:
+            point = run.values[axis], _in_percent(points[name])
+            series.setdefault(", ".join(filter(None, [run.arm, *others])), []).append(point)
+    for label, found in series.items():
+        found.sort(key=lambda each: each[0])
+        means, errors = zip(*(each for _, each in found), strict=True)
+        points_style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
+        panel.errorbar([place for place, _ in found], means, yerr=errors, label=label or None, **points_style)
+    places = sorted({place for found in series.values() for place, _ in found})
+    if not places:  # no finite number
+        return
+    if places[0] > 0 and places[-1] / places[0] >= 4:
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    panel.set_xticks(places, [f"{place:g}" for place in places])
+    panel.set_xlabel(axis, fontsize=8)
+
+
+def _baselines(panel: Any, runs: Sequence[Measured], key: str, *, vertical: bool) -> None:
+    """Draw a dashed line for each baseline that is the same for all runs."""
+    line = panel.axvline if vertical else panel.axhline
+    for encoder, color in zip(BASELINES, ("gray", "gray", "black"), strict=True):
+        values = {run.numbers(encoder)[key]["value"] for run in runs if key in run.numbers(encoder)}
+        if len(values) == 1 and is_measured(value := values.pop()):
+            line(100 * value, color=color, linestyle="--", linewidth=0.8, label=ENCODERS[encoder])
+
+
+def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> None:
+    """Draw measurements of the monitor over the steps: one line for each combination, the mean over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 3.6 * len(names), 3.6), layout="constrained", dpi=130)
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for place, (label, group) in enumerate(groups_of(runs).items()):
+            points: dict[int, list[float]] = {}
+            for record in (record for run in group for record in run.history):
+                if is_measured(record.get(name)):
+                    points.setdefault(record["step"], []).append(record[name])
+            steps = sorted(points)
+            means = [statistics.mean(points[step]) for step in steps]
+            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
+            panel.plot(steps, means, label=shorten(label, 60), marker=".", linewidth=1.2, **style)
+        panel.set_title("\n".join(wrap(heading_of(name), 36)), fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
+    figure.legend(handles, labels, **options)
+    figure.savefig(path, format="png")
