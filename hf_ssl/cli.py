@@ -3,23 +3,20 @@
 
 import argparse
 import errno
-import os
-import select
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hf_ssl import commands
+from hf_ssl.conversion.releases import RELEASES
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.names import DeprecatedSetting
 from hf_ssl.resources import MAP_IMAGES, MAX_IMAGES, PORT
+from hf_ssl.signals import ends_on_sigterm, output_is_closed
 
 OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 
@@ -31,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parsed(argv)
     try:
-        with _ends_on_sigterm(), _short_deprecations():
+        with ends_on_sigterm(), _short_deprecations():
             arguments.run(arguments)
             sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
+        if isinstance(error, BrokenPipeError) and output_is_closed():
             return 141  # as a shell reports a program that SIGPIPE ended
         if error.errno != errno.ENOSPC:
             raise
@@ -68,21 +65,6 @@ def _short_deprecations() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
-def _output_is_closed() -> bool:
-    """Return whether the reader of standard output has ended, as after `hf-ssl recipes | head -1`.
-
-    If so, discard the rest of the output. Otherwise, Python would write it at exit and print an error.
-    """
-    if not hasattr(select, "poll"):  # Windows
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed arguments. Settings may follow options, which argparse does not support."""
     parser = _parser()
@@ -98,27 +80,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _is_setting(text: str) -> bool:
     return not text.startswith("-") and "=" in text
-
-
-@contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit(143), so that cleanup code removes incomplete files.
-
-    Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.callbacks.StopOnSignal`).
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        print("hf-ssl: terminated", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # handlers need the main thread
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _fail(sentence: str) -> int:
@@ -251,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="a folder checkpoint-N of a run")
     export.add_argument("directory", type=Path, help="output folder of the encoder, new or empty")
 
+    _add_convert(command("convert", commands.convert))
     publish = command("publish", commands.publish)
     publish.add_argument("folder", metavar="run", type=Path, help="the output folder of a run")
     publish.add_argument(
@@ -293,6 +255,38 @@ def _parser() -> argparse.ArgumentParser:
     command("methods", commands.methods)
     command("recipes", commands.recipes)
     return parser
+
+
+def _add_convert(convert: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hf-ssl convert`."""
+    convert.add_argument("file", type=Path, help="a checkpoint: a file of torch.save or safetensors")
+    convert.add_argument(
+        "--from", dest="release", required=True, metavar="RELEASE", help=f"one of {', '.join(RELEASES)}"
+    )
+    convert.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder for the encoder"
+    )
+    convert.add_argument(
+        "--prefix", metavar="PLACE",
+        help="where the encoder is in the file: keys of nested dicts and the start of its names of weights, "
+        "such as state_dict/module.encoder. (default: that of the release)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--heads", type=int, metavar="N", help="number of attention heads (default: that of the release)"
+    )
+    convert.add_argument(
+        "--size", type=int, metavar="N", help="side of the images in pixels (default: that of the release)"
+    )
+    for name, meaning in (("mean", "mean"), ("std", "standard deviation")):
+        convert.add_argument(
+            f"--{name}", type=numbers, metavar="N,...",
+            help=f"{meaning} of each channel, for pixels from 0 to 1 (default: that of the release)",
+        )  # fmt: skip
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers in a text such as "0.5,0.5,0.5"."""
+    return [float(part) for part in text.split(",")]
 
 
 def _add_suite(evaluate: argparse.ArgumentParser) -> None:

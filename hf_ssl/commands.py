@@ -189,6 +189,21 @@ def export(arguments: argparse.Namespace) -> None:
         export_checkpoint(arguments.checkpoint, arguments.directory)
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Convert a released checkpoint of other code to an encoder of transformers, with a card."""
+    with progress(f"converting {arguments.file}"), quick_imports():
+        from hf_ssl.conversion.converting import convert, summary
+
+        facts = convert(
+            arguments.file, arguments.release, arguments.output, place=arguments.prefix,
+            heads=arguments.heads, size=arguments.size, mean=arguments.mean, std=arguments.std,
+        )  # fmt: skip
+    print("\n".join(summary(facts)))
+    print(
+        f"the encoder is in {arguments.output}; hf-ssl evaluate {arguments.output} data.path=... measures it"
+    )
+
+
 def publish(arguments: argparse.Namespace) -> None:
     """Publish a finished run on the Hub: encoder, card, results and pictures, in one commit."""
     from hf_ssl.hub.publish import is_private, publish, publish_space, recorded_repo

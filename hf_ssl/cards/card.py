@@ -116,6 +116,33 @@ def card_texts(facts: Facts, *, has_pretraining: bool, suites: Sequence[Summary]
 
 def render_card(facts: Facts, *, has_pretraining: bool, suites: Sequence[Summary] = ()) -> str:
     """Return the text of README.md; the arguments are those of `card_texts`."""
+    return render(
+        "card.md",
+        metadata=metadata(facts).to_yaml(),
+        usage=usage(facts),
+        suites=[(suite.title, table(suite)) for suite in suites],
+        main=text.main_number(facts),
+        results=text.results_table(facts["results"]),
+        grids=text.grids(facts),
+        result_pictures=list(CAPTIONS),
+        comparisons=text.comparisons(facts),
+        choices=text.choices(facts),
+        monitor=text.monitor_table(facts),
+        command=text.command(facts),
+        check_command=text.check_command(facts),
+        recipe_yaml=yaml_dump(facts["recipe"]["sections"], sort_keys=False).strip(),
+        limitations=text.limitations(facts),
+        has_pretraining=has_pretraining,
+        facts=facts,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the text of a template of `model_cards/`.
+
+    Raises:
+        UserError: the template or a text that it includes is missing, or uses an unknown fact.
+    """
     templates = Environment(
         loader=FileSystemLoader(resource("model_cards")),
         undefined=StrictUndefined,
@@ -127,31 +154,14 @@ def render_card(facts: Facts, *, has_pretraining: bool, suites: Sequence[Summary
     for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal, counted):
         templates.filters[filter_function.__name__] = filter_function
     try:
-        return templates.get_template("card.md").render(
-            metadata=metadata(facts).to_yaml(),
-            usage=usage(facts),
-            suites=[(suite.title, table(suite)) for suite in suites],
-            main=text.main_number(facts),
-            results=text.results_table(facts["results"]),
-            grids=text.grids(facts),
-            result_pictures=list(CAPTIONS),
-            comparisons=text.comparisons(facts),
-            choices=text.choices(facts),
-            monitor=text.monitor_table(facts),
-            command=text.command(facts),
-            check_command=text.check_command(facts),
-            recipe_yaml=yaml_dump(facts["recipe"]["sections"], sort_keys=False).strip(),
-            limitations=text.limitations(facts),
-            has_pretraining=has_pretraining,
-            facts=facts,
-        )
+        return templates.get_template(template).render(**values)
     except TemplateNotFound as error:
         raise UserError(
             f"facts.method.name: expected model_cards/{error.name}, found none; write it"
         ) from error
     except UndefinedError as error:
         raise UserError(
-            f"model_cards/card.md: expected declared facts only, got {error.message}; declare it in "
+            f"model_cards/{template}: expected declared facts only, got {error.message}; declare it in "
             "hf_ssl/cards/facts.py"
         ) from error
 

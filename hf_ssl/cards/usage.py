@@ -31,8 +31,13 @@ _LINEAR = '''def to_{name}(rgb):
     return torch.einsum("dc,bchw->bdhw", matrix, rgb) + offset[:, None, None]'''
 
 
-def usage(facts: Facts) -> str:
-    """Return Python code that computes the features of a photo without hf_ssl."""
+def usage(facts: Facts, opening: str = "EXIF rotation, as in training") -> str:
+    """Return Python code that computes the features of a photo without hf_ssl.
+
+    Args:
+        facts: the facts of the encoder; only `name` and `backbone` are read.
+        opening: comment about how the code opens the photo.
+    """
     backbone = facts["backbone"]
     opened = 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
     if backbone["channels"] == 1:
@@ -51,7 +56,7 @@ def usage(facts: Facts) -> str:
     if backbone["parts"] is None:
         lines += [
             f"encoder = AutoModel.from_pretrained(repo).eval()  # {backbone['class_name']}",
-            f"image = {opened}  # EXIF rotation, as in training",
+            f"image = {opened}  # {opening}",
             "with torch.inference_mode():",
             '    outputs = encoder(**processor(image, return_tensors="pt"))',
             f"features = {feature}  # (1, {size})",

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts, is_generated, picture_files
+from hf_ssl.cards.conversion import FILE as CONVERSION
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
@@ -289,6 +290,8 @@ def _check_finished(folder: Path) -> None:
     if missing:
         is_interrupted = newest_checkpoint(folder) is not None
         advice = "run its command again to finish it" if is_interrupted else "use another folder"
+        if (folder / CONVERSION).is_file():
+            advice = f"run hf upload user/name {folder} to publish a converted encoder"
         raise UserError(f"{folder}: expected a finished run, found no {', '.join(missing)}; {advice}")
 
 

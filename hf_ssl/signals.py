@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ends a command from outside: SIGTERM, and a reader of the output that has ended (layer 0)."""
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+def output_is_closed() -> bool:
+    """Return whether the reader of standard output has ended, as after `hf-ssl recipes | head -1`.
+
+    If so, discard the rest of the output. Otherwise, Python would write it at exit and print an error.
+    """
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+@contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit(143), so that cleanup code removes incomplete files.
+
+    Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.callbacks.StopOnSignal`).
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        print("hf-ssl: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # handlers need the main thread
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
