@@ -8,13 +8,14 @@ with the output of this program.
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_ssl.cards.text import markdown_row
+from hf_ssl.conversion.releases import RELEASES
 from hf_ssl.effects import WITHOUT_EFFECT
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.fine_tuning import RECIPES
@@ -116,6 +117,25 @@ def studies() -> str:
     return "\n".join(lines)
 
 
+def releases() -> str:
+    """Return a Markdown table of the checkpoints that `hf-ssl convert` reads."""
+    lines = ["| `--from` | repository, and its license | files | weights in the file |", "|---|---|---|---|"]
+    for name, release in RELEASES.items():
+        page = f"[{release.title}]({release.page}), {release.license or 'depends on the checkpoint'}"
+        files = ", ".join(_file(address, release.files) for address in release.files) or "see the repository"
+        places = " or ".join(f"`{place}`" if place else "the whole file" for place in release.places)
+        lines.append(markdown_row([f"`{name}`", page, f"{files}. {release.note}".strip(), places]))
+    return "\n".join(lines)
+
+
+def _file(address: str, addresses: Sequence[str]) -> str:
+    """Return a link to a file. Its text also contains the folder if several files have the same name."""
+    folder, _, name = address.rpartition("/")
+    same = [other for other in addresses if other.rpartition("/")[2] == name]
+    text = name if len(same) == 1 else f"{folder.rpartition('/')[2]}/{name}"
+    return f"[{text}]({address})" if folder else f"`{text}`"
+
+
 def _default(value: Any) -> str:
     """Return a default value in YAML. For a long list, return its length, its first and its last value."""
     if isinstance(value, list) and len(value) > 8 and not isinstance(value[0], str):
@@ -143,6 +163,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "protocols": protocols,
     "fine_tuning": fine_tuning,
     "studies": studies,
+    "releases": releases,
     "compare": _result("results/compare.md"),
     "benchmarks": _result("benchmarks/results/cpu.md"),
 }
