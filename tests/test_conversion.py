@@ -715,6 +715,9 @@ def test_the_release_of_another_checkpoint_is_named(tmp_path: Path) -> None:
     refused(tmp_path, mae()[1], "moco", "--from mae", "timm")
     refused(tmp_path, dino()[1], "vicreg", "expected a ResNet", "--from dino", "timm")
     refused(tmp_path, barlow_twins()[1], "mae", "--from barlow_twins")
+    refused(tmp_path, dino_full()[1], "mae", "--from dino", '--prefix "teacher/backbone."')
+    vision = {"state_dict": prefixed("module.encoder.", vit().state_dict())}
+    refused(tmp_path, vision, "simsiam", "expected a ResNet", '--prefix "state_dict/module.encoder."')
     with pytest.raises(UserError, match=mentions("--from", "simsaim", "simsiam")):
         convert(tmp_path / "checkpoint.pth", "simsaim", tmp_path / "encoder")
 

@@ -59,10 +59,11 @@ def select(dicts: Mapping[str, StateDict], file: Path, name: str, place: str | N
         raise _other_place(families, file, name, wanted)
     family = families[found]
     if place is None and family not in release.families:
-        expected = " or ".join(FAMILIES[each] for each in release.families)
+        fitting = _fitting(name, {found: family})
+        advice = f"use --from {_either(fitting)}" if fitting else f'add --prefix "{found}"'
+        expected = _either([FAMILIES[each] for each in release.families])
         raise UserError(
-            f"{file}: expected a {expected} of {release.title}, got a {FAMILIES[family]}; "
-            f"{_advice(name, {found: family})}"
+            f"{file}: expected a {expected} of {release.title}, got a {FAMILIES[family]}; {advice}"
         )
     entry, _, prefix = found.rpartition("/")
     weights = {
@@ -100,24 +101,30 @@ def _no_encoder(dicts: Mapping[str, StateDict], file: Path, release: Release) ->
 
 
 def _other_place(families: Mapping[str, str], file: Path, name: str, wanted: list[str]) -> UserError:
-    expected, got = " or ".join(dict.fromkeys(map(_shown, wanted[:2]))), next(iter(families))
+    fitting = _fitting(name, families)
+    places = RELEASES[fitting[0]].places if fitting else ()
+    got = next((place for place in places if place in families), next(iter(families)))
+    expected = " or ".join(dict.fromkeys(map(_shown, wanted[:2])))
+    advice = f'add --prefix "{got}"'
+    if fitting:
+        advice = f"use --from {_either(fitting)}, or {advice}"
     return UserError(
         f"{file}: expected the encoder of {RELEASES[name].title} in {expected}, got one in {_shown(got)}; "
-        f"{_advice(name, families)}"
+        f"{advice}"
     )
 
 
-def _advice(name: str, families: Mapping[str, str]) -> str:
-    """Return the options that convert the encoders in a checkpoint."""
-    fitting = [
+def _fitting(name: str, families: Mapping[str, str]) -> list[str]:
+    """Return the names of the other releases with the places and the families of encoders in a checkpoint."""
+    return [
         other
         for other, release in RELEASES.items()
         if other != name and any(families.get(place) in release.families for place in release.places)
     ]
-    prefix = f'add --prefix "{next(iter(families))}"'
-    if not fitting:
-        return prefix
-    return f"use --from {', '.join(fitting[:-1])}{' or ' if fitting[1:] else ''}{fitting[-1]}, or {prefix}"
+
+
+def _either(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
 
 
 def _shown(place: str) -> str:
