@@ -80,6 +80,7 @@ class Run:
         recipe: name or file of the recipe.
         overrides: all overrides of the recipe.
         command, encoder: see `Arm`.
+        settings: the overrides of arm and grid, for readers.
         start: the run whose encoder this run starts from; None: from random weights, or as the recipe says.
     """
 
@@ -91,6 +92,7 @@ class Run:
     command: str = PRETRAIN
     encoder: str | None = None
     start: "Run | None" = None
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -146,7 +148,9 @@ def check_arm(name: str, arm: Arm, arms: Mapping[str, Arm], last: Sequence[str])
     if (arm.encoder is None) == (arm.command == EVALUATE):
         got = "one" if arm.encoder is not None else "none"
         expected = "an encoder for evaluate, and only for it"
-        raise UserError(f"arms.{name}.encoder: expected {expected}, got {got}; see arms.{name}.command")
+        raise UserError(
+            f"arms.{name}.encoder: expected {expected}, got {got} for {arm.command}; edit the study"
+        )
     for key in arm.needs:
         if key not in map(key_of, last):
             raise UserError(f"arms.{name}.{key}: expected a value, got none; add arms.{name}.{key}=...")

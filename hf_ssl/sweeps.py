@@ -51,11 +51,12 @@ class Command:
     seeds: int | None
     output: Path
 
-    def of_job(self, number: int) -> list[str]:
-        """Return the command line of one run."""
+    def of_job(self, number: int, *, quiet: bool = False) -> list[str]:
+        """Return the command line of one run. `quiet` hides the progress bars of its training."""
         seeds = [] if self.seeds is None else ["--seeds", str(self.seeds)]
         options = ["--output", str(self.output), "--job", str(number), *seeds]
-        return [sys.executable, "-m", "hf_ssl", "sweep", self.name, *self.overrides, *options]
+        hidden = ["training.disable_tqdm=true"] if quiet else []
+        return [sys.executable, "-m", "hf_ssl", "sweep", self.name, *self.overrides, *hidden, *options]
 
 
 def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
@@ -128,7 +129,8 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     def make(number: int, run: Run) -> None:
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
-        process = subprocess.Popen(command.of_job(number), env=environment)
+        # The bars of several runs would overwrite each other.
+        process = subprocess.Popen(command.of_job(number, quiet=at_once > 1), env=environment)
         running.add(process)
         status = process.wait()
         running.discard(process)
@@ -217,8 +219,13 @@ def _check_plan(sweep: Sweep, output: Path) -> None:
 
 
 def _check_stored(sweep: Sweep, output: Path) -> dict[str, Any]:
-    """Return the stored settings of the arms, or raise UserError for the first one that differs."""
+    """Return the stored settings of the arms, or raise UserError for the first one that differs.
+
+    Before the first run has begun, all settings may change.
+    """
     before, plan = read_json(output / PLAN), remove_private(sweep.plan)
+    if not any(path.is_dir() for path in output.iterdir()):
+        return {}
     for arm in before.keys() & plan.keys():
         _check_same(_OF_ARM | before[arm], plan[arm], output)
     return before
@@ -253,6 +260,9 @@ def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, dict[str, A
             yield run, result_entry(facts), facts["monitor"]["history"]
         else:
             [entry] = read_results(folder / EVALUATION)
+            if run.command == SUPERVISE:  # the accuracy of its own classifier
+                [own] = read_results(folder / SUPERVISED)
+                entry["results"]["trained"]["protocols"] += own["results"]["trained"]["protocols"]
             yield run, entry, []
 
 
@@ -260,7 +270,8 @@ def _write(sweep: Sweep, output: Path) -> list[Measured]:
     """Write the files of all finished runs, and return their results."""
     found = list(finished_runs(sweep, output))
     measured = [
-        Measured.of(run.name, run.arm, run.values, run.seed, entry, history) for run, entry, history in found
+        Measured.of(run.name, run.arm, run.values, run.seed, entry, history, run.settings)
+        for run, entry, history in found
     ]
     if not measured:
         reasons = [_error_file(run.folder(output)) for run in sweep.runs]

@@ -4,6 +4,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -300,13 +301,24 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
     text = FOUR if old in FOUR else FOUR.replace("ENCODER", old)
     for before, after in ((text, text.replace(old, new)), (text.replace(old, new), text)):
         file.write_text(before)
-        sweeps._check_plan(load_sweep(str(file)), output)
-        assert list_jobs(load_sweep(str(file)), output)
+        sweep = load_sweep(str(file))
+        sweeps._check_plan(sweep, output)
+        for run in sweep.runs:
+            run.folder(output).mkdir(parents=True)
+        assert list_jobs(sweep, output)
         file.write_text(after)
         for check in (sweeps._check_plan, list_jobs):
             with pytest.raises(UserError, match=mentions(key, "another folder")):
                 check(load_sweep(str(file)), output)
-        (output / "sweep.json").unlink()
+        shutil.rmtree(output)
+
+
+def test_settings_may_change_before_the_first_run(tmp_path: Path) -> None:
+    """For example, after a mistake in data.path, which the first run reports."""
+    for path in ("digits", str(tmp_path / "photos")):
+        sweeps._check_plan(load_sweep("smoke/simclr", [*SMALL, f"data.path={path}"]), tmp_path / "out")
+    stored = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert stored[""]["data.path"].startswith("photos (")
 
 
 def test_a_wrong_number_of_a_job_claims_no_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_ssl.cards.short_texts import joined
 from hf_ssl.cards.text import ENCODERS, duration, markdown_row
+from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.evaluation.results import (
@@ -37,6 +38,8 @@ class Measured:
         alarm: message of the collapse alarm, if any.
         images: name of the test images.
         history: measurements of the monitor with their `step`, in order.
+        settings: the overrides that set this combination apart, without seed, images and folders.
+        machine: the hardware in words.
     """
 
     name: str
@@ -48,17 +51,22 @@ class Measured:
     alarm: str | None
     images: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    settings: tuple[str, ...] = ()
+    machine: str = ""
 
     @classmethod
     def of(
         cls, name: str, arm: str, values: dict[str, Any], seed: int, entry: dict[str, Any],
-        history: list[dict[str, Any]],
+        history: list[dict[str, Any]], settings: tuple[str, ...] = (),
     ) -> "Measured":  # fmt: skip
         """Return the run with this entry (`hf_ssl.cards.facts.result_entry`)."""
         evaluation = entry["evaluation"]
         images = entry["data"]["name"] if evaluation is None else evaluation["name"]
         training, results = entry["training"] or {}, entry["results"]
-        return cls(name, arm, values, seed, training, results, entry["collapse"], images, history)
+        place = entry["environment"]
+        machine = f"{place['device']}, {counted(place['cores'], 'core')}"
+        about = images, history, settings, machine
+        return cls(name, arm, values, seed, training, results, entry["collapse"], *about)
 
     @property
     def seconds(self) -> float | None:
@@ -178,7 +186,12 @@ def page(
     )
     if not columns:
         about = "The data have no labels, so there is no accuracy."
-    lines += ["", f"{about} `sweep.csv` has all runs, and the protocols are described below.", ""]
+    lines += [
+        "",
+        f"{about} `sweep.csv` has all runs. The protocols are described below. "
+        "`hf-ssl compare FOLDER` tests the differences.",
+        "",
+    ]
     shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
     shown |= pictures
     lines += [line for file, words in shown.items() for line in (f"![{words}]({file})", "")]
@@ -188,7 +201,21 @@ def page(
     lines += [f"- {column}: {joined(found)}." for column, found in texts.items()]
     alarms = {run.name: run.alarm for run in runs if run.alarm is not None}
     lines += [f"- Alarm of the monitor in {name}: {text.rstrip('.')}." for name, text in alarms.items()]
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        for reason in run.results["trained"].get("skipped", ()) if "trained" in run.results else ():
+            names = reasons.setdefault(reason, [])
+            names += [] if run.name in names else [run.name]
+    lines += [f"- Not measured in {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     lines += [f"- Missing: {name}: {reason.rstrip('.')}." for name, reason in failed.items()]
+    settings = {name: group[0].settings for name, group in groups_of(runs).items() if group[0].settings}
+    if settings:
+        lines += ["", "Settings besides those of the recipe:", ""]
+        lines += [f"- {name}: {', '.join(f'`{text}`' for text in own)}." for name, own in settings.items()]
+    machines = dict.fromkeys(run.machine for run in runs if run.machine)
+    if machines:
+        words = "; ".join(machines)
+        lines += ["", f"Machine: {words}. Runs and programs at the same time lengthen all times."]
     return "\n".join(lines) + "\n"
 
 
@@ -254,16 +281,30 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
-        ["name", "arm", *axes, "seed", "encoder", "column", "id", "value", "standard_error", "seconds"]
+        [
+            "name",
+            "arm",
+            *axes,
+            "seed",
+            "encoder",
+            "column",
+            "id",
+            "value",
+            "standard_error",
+            "protocol_seconds",
+            "training_seconds",
+            "rank_me",
+        ]
     )
     for run in runs:
         about = [run.name, run.arm, *(run.values.get(key, "") for key in axes), run.seed]
-        seconds = "" if run.seconds is None else f"{run.seconds:.1f}"
-        for encoder in ("trained", *BASELINES):
+        for encoder, result in run.results.items():
+            seconds = run.seconds if encoder == "trained" else None
             for number in run.numbers(encoder).values():
-                values = number["value"], number["standard_error"]
-                texts = ["" if each is None else f"{each:.6f}" for each in values]
-                writer.writerow([*about, encoder, number["column"], number["id"], *texts, seconds])
+                costs = result.get("seconds", {}).get(number.get("protocol", "")), seconds
+                values = number["value"], number["standard_error"], *costs, result["statistics"]["rank_me"]
+                texts = ["" if each is None else f"{each:.6g}" for each in values]
+                writer.writerow([*about, encoder, number["column"], number["id"], *texts])
         if not run.numbers():
-            writer.writerow([*about, "trained", "", "", "", "", seconds])
+            writer.writerow([*about, "trained", "", "", "", "", "", f"{run.seconds or 0:.6g}", ""])
     return stream.getvalue()
