@@ -44,6 +44,7 @@ from hf_ssl.study import (
     overrides_of_arms,
     quoted,
     start_of,
+    written,
 )  # fmt: skip
 from hf_ssl.views.preset import ViewPreset
 
@@ -116,9 +117,9 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
                 elif recipe.evaluation.baselines:
                     baselines |= {pixels, weights} if arm.command == PRETRAIN else {pixels}
                 start = start_of(runs, arm, chosen, seed)
-                runs.append(
-                    Run(name, chosen, seed, recipes[name], [*own, *more], arm.command, arm.encoder, start)
-                )
+                shown = tuple(f"{key}={written(value)}" for key, value in (arm.settings | chosen).items())
+                about = arm.command, arm.encoder, start, shown
+                runs.append(Run(name, chosen, seed, recipes[name], [*own, *more], *about))
     _check_folders(runs)
     for key, names, known in (
         ("columns", study.columns, [*COLUMNS, *MEASUREMENTS]), ("curves", study.curves, MEASUREMENTS)

@@ -206,7 +206,10 @@ def page(
         for reason in run.results["trained"].get("skipped", ()) if "trained" in run.results else ():
             names = reasons.setdefault(reason, [])
             names += [] if run.name in names else [run.name]
-    lines += [f"- Not measured in {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    everywhere = len(groups_of(runs))
+    for reason, names in reasons.items():
+        place = "" if len(names) == everywhere else f" in {', '.join(names)}"
+        lines.append(f"- Not measured{place}: {reason}.")
     lines += [f"- Missing: {name}: {reason.rstrip('.')}." for name, reason in failed.items()]
     settings = {name: group[0].settings for name, group in groups_of(runs).items() if group[0].settings}
     if settings:
