@@ -107,7 +107,7 @@ def fine_tuning() -> str:
 
 def studies() -> str:
     """Return a Markdown table of all studies, with the result of those that ran."""
-    lines = ["| study | question | runs of a seed |", "|---|---|---:|"]
+    lines = ["| study | question | runs per seed |", "|---|---|---:|"]
     for name in study_files():
         paths = [f"{key}=digits" for key in ["data.path", *needed_keys(name)]]
         sweep = load_sweep(name, paths, 1)

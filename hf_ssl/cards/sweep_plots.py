@@ -11,6 +11,7 @@ from hf_ssl.cards.sweep_text import (
     BASELINES,
     Measured,
     columns_of,
+    columns_to_compare,
     error_of,
     finite_numbers,
     groups_of,
@@ -67,12 +68,15 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
 
 
 def _drawn(runs: Sequence[Measured]) -> dict[str, str]:
-    """Return {id and key: heading} of the numbers that are drawn: of k-NN only the first, of others all."""
-    numbers = {key: number for run in runs for key, number in run.numbers().items()}
+    """Return {id and key: heading} of the numbers that are drawn: of k-NN only the first, of others all.
+
+    A number that only one of several combinations has is not drawn.
+    """
+    compared = columns_to_compare(runs)
+    numbers = {key: number for run in runs for key, number in run.numbers().items() if key in compared}
     first = next((key for key in numbers if numbers[key].get("protocol") == "knn"), None)
     kept = [key for key in numbers if key == first or numbers[key].get("protocol") != "knn"]
-    columns = columns_of(runs)
-    return {key: columns[key] for key in kept[: 3 * _IN_A_ROW]}
+    return {key: compared[key] for key in kept[: 3 * _IN_A_ROW]}
 
 
 def _is_number(value: Any) -> bool:

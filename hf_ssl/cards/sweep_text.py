@@ -175,7 +175,7 @@ def page(
             cells += [_rank(group, encoder), *["-"] * (len(further) + 1)]
             words = ENCODERS[encoder] + (f" ({name})" if len(having) > 1 else "")
             lines.append(markdown_row([words, *cells, str(len(group))]))
-    lines += _ranks_table(runs, columns) if ranks else []
+    lines += _ranks_table(runs) if ranks else []
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     images = ", ".join(dict.fromkeys(run.images for run in runs))
     metrics = {metric_of(number) for run in runs for number in run.numbers().values()}
@@ -239,9 +239,19 @@ def heading_of(measurement: str) -> str:
     return MEASUREMENTS[measurement].text if measurement in MEASUREMENTS else measurement.replace("_", " ")
 
 
-def _ranks_table(runs: Sequence[Measured], columns: Mapping[str, str]) -> list[str]:
-    """Return the rank of each combination in each column in Markdown. Equal means have the same rank."""
+def columns_to_compare(runs: Sequence[Measured]) -> dict[str, str]:
+    """Return `columns_of` without numbers that only one of several combinations has."""
     groups = groups_of(runs)
+    return {
+        key: heading
+        for key, heading in columns_of(runs).items()
+        if len(groups) == 1 or sum(bool(finite_numbers(group, key)) for group in groups.values()) > 1
+    }
+
+
+def _ranks_table(runs: Sequence[Measured]) -> list[str]:
+    """Return the rank of each combination in each column in Markdown. Equal means have the same rank."""
+    groups, columns = groups_of(runs), columns_to_compare(runs)
     means: dict[str, dict[str, float]] = {}
     for key in columns:
         values = {
