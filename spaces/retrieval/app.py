@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -35,6 +36,7 @@ if FACTS["model"]["folder"]:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gradio as gr
+from gradio import route_utils
 from PIL import Image
 from torch import Tensor
 
@@ -54,6 +56,7 @@ from hf_ssl.modeling.backbones import input_channels
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 
 QUERY_SIDE = 560
+SECONDS_TO_WAIT = 600  # an upload without a request stays so long, because requests wait for each other
 NEIGHBORS = 12  # fills complete rows of 4 and of 3 images
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 NAMES = {
@@ -62,6 +65,22 @@ NAMES = {
     "mask": "60 % of the attention",
     "colors": "Alike parts, alike colors",
 }
+
+
+class OwnFolder(route_utils.GradioUploadFile):
+    """An upload that gets a folder of its own.
+
+    Gradio (6.29 to 6.31) writes an upload to a folder that has the hash of the content as its name. Equal
+    uploads of two people are then one file, and the first answer would delete it before the second request
+    has read it. Random bytes in the hash give each upload its own folder.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.sha.update(secrets.token_bytes(16))
+
+
+route_utils.GradioUploadFile = OwnFolder  # type: ignore[misc]
 
 
 def open_retriever() -> Retriever:
@@ -87,16 +106,18 @@ def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
 
 
 def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
-    """Return the answer to an uploaded file. The function deletes the file before it returns."""
-    if file is None:
-        return sentence("No file arrived. Please try again.")
-    path = Path(file["path"]).resolve()
-    if not path.is_relative_to(UPLOADS):
+    """Return the answer to an uploaded file. The function deletes the file before it returns.
+
+    The request contains the path, and Gradio (6.31) also accepts the folder of all uploads as path. Only a
+    file in the folder of one upload is read, and only this folder is deleted.
+    """
+    path = None if file is None else Path(file["path"]).resolve()
+    if path is None or path.parent.parent != UPLOADS or not path.is_file():
         return sentence("No file arrived. Please try again.")
     try:
         return answer(retriever, path, "Your picture")
     finally:
-        shutil.rmtree(path.parent) if path.parent != UPLOADS else path.unlink(missing_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def query(photo: Tensor, caption: str) -> str:
@@ -209,8 +230,8 @@ def page(retriever: Retriever) -> gr.Blocks:
         "api_visibility": "private",
         "show_progress": "minimal",
     }
-    # Gradio deletes uploads without a request after one minute.
-    with gr.Blocks(title=FACTS["title"], delete_cache=(60, 60)) as blocks:
+    # Gradio deletes uploads without a request.
+    with gr.Blocks(title=FACTS["title"], delete_cache=(60, SECONDS_TO_WAIT)) as blocks:
         gr.HTML(introduction())
         with gr.Row(elem_id="choices"):
             upload = gr.UploadButton(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,11 @@ def encoder(kind: str) -> PreTrainedModel:
             patch_size=8, initializer_range=0.3,
         )
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session", name="save_encoder")
+def _save_encoder() -> Callable[[str, Path], Path]:
+    return save_encoder
 
 
 def save_encoder(kind: str, folder: Path) -> Path:
