@@ -92,6 +92,20 @@ def one_line(message: BaseException | str) -> str:
     return " ".join(str(message).split())
 
 
+def loading_reason(error: BaseException) -> str:
+    """Return the first line of an error of loading, or a sentence if transformers would need foreign code.
+
+    transformers (5.20 to 5.24) names the argument `trust_remote_code` in its error. hf_ssl never sets it to
+    True. Without `trust_remote_code=False`, transformers asks on standard input and runs the code after "y".
+    """
+    if "trust_remote_code" in str(error):
+        return (
+            "transformers has no class for it, and hf_ssl does not run the code that its auto_map names; "
+            "use a model type of transformers, or load it yourself and pass the object to evaluate_encoder"
+        )
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of an error, or the name of its class if there is no message."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -51,11 +51,12 @@ def usage(facts: Facts, opening: str = "EXIF rotation, as in training") -> str:
         "from transformers import AutoImageProcessor, AutoModel",
         "",
         f"repo = {literal(facts['name'])}  # id on the Hub, or a folder with these files",
-        "processor = AutoImageProcessor.from_pretrained(repo)",
+        "processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=False)",
     ]
     if backbone["parts"] is None:
         lines += [
-            f"encoder = AutoModel.from_pretrained(repo).eval()  # {backbone['class_name']}",
+            "encoder = AutoModel.from_pretrained(repo, trust_remote_code=False).eval()"
+            f"  # {backbone['class_name']}",
             f"image = {opened}  # {opening}",
             "with torch.inference_mode():",
             '    outputs = encoder(**processor(image, return_tensors="pt"))',
@@ -90,8 +91,11 @@ def _of_parts(described: dict[str, Any], class_name: str, opened: str) -> list[s
         )
     return [
         f"folders = [{folders}]",
-        "encoders = [AutoModel.from_pretrained(repo, subfolder=name).eval() for name in folders]"
+        "encoders = [",
+        "    AutoModel.from_pretrained(repo, subfolder=name, trust_remote_code=False).eval()"
         f"  # {class_name}",
+        "    for name in folders",
+        "]",
         "",
         "",
         *convert.split("\n"),

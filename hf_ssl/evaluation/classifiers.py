@@ -187,7 +187,11 @@ def _class_of_transformers(encoder: Any, classes: int, pixels: Tensor, feature: 
         weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
         save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
         model, report = AutoModelForImageClassification.from_pretrained(
-            folder, num_labels=classes, output_loading_info=True, dtype=torch.float32
+            folder,
+            num_labels=classes,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     head = set(report["missing_keys"])
     layers = [

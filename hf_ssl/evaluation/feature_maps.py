@@ -105,7 +105,7 @@ class StageMaps(FeatureMaps):
         chosen = list(config.stage_names[1:]) if stages is None else stages
         config.out_features = chosen
         with unchanged_random_state(torch.device("cpu")):
-            backbone = AutoBackbone.from_config(config)
+            backbone = AutoBackbone.from_config(config, trust_remote_code=False)
         target = getattr(backbone, backbone.base_model_prefix, backbone)
         report = target.load_state_dict(encoder.state_dict(), strict=False)
         missing = [name for name in report.missing_keys if not name.startswith("hidden_states_norms.")]

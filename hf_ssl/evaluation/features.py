@@ -52,7 +52,10 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     options = {} if revision is None else {"revision": revision}
     encoder = load_weights(model, **options)
     with loading_errors(f"an encoder with its image processor, got {model!r}"):
-        return encoder.eval(), AutoImageProcessor.from_pretrained(local_or_hub(model), **options)
+        processor = AutoImageProcessor.from_pretrained(
+            local_or_hub(model), trust_remote_code=False, **options
+        )
+    return encoder.eval(), processor
 
 
 def load_processor(processor: Any, encoder: Any) -> Any:
@@ -75,7 +78,9 @@ def load_processor(processor: Any, encoder: Any) -> Any:
     if isinstance(place, str | PathLike):
         with loading_errors(f"an image processor, got {str(place)!r}", "processor"):
             revision = getattr(encoder.config, "_commit_hash", None) if processor is None else None
-            return AutoImageProcessor.from_pretrained(local_or_hub(str(place)), revision=revision)
+            return AutoImageProcessor.from_pretrained(
+                local_or_hub(str(place)), revision=revision, trust_remote_code=False
+            )
     if isinstance(place, type) or not callable(place):
         raise UserError(f"processor: expected an image processor or its folder, got {_name(place)}")
     return place

@@ -140,7 +140,9 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
         self.check_backbone(cast(Any, config.backbone_config).model_type)
-        self.backbone: PreTrainedModel = AutoModel.from_config(config.backbone_config)
+        self.backbone: PreTrainedModel = AutoModel.from_config(
+            config.backbone_config, trust_remote_code=False
+        )
         self.hooks_are_called = self.continues = False
         self.discard_batch()
 
@@ -481,7 +483,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
             place = {key: kwargs[key] for key in _PLACE if key in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(args[0], **place)
             if "model_type" in found and method_of(found["model_type"]) is None:
-                backbone = AutoConfig.from_pretrained(args[0], **place)
+                backbone = AutoConfig.from_pretrained(args[0], trust_remote_code=False, **place)
                 kwargs["config"] = cast(Any, cls.config_class)(backbone_config=backbone)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded

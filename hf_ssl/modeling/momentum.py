@@ -37,7 +37,7 @@ class TeacherModel(SSLPreTrainedModel):
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__(config)
-        self.teacher_backbone = AutoModel.from_config(config.backbone_config)
+        self.teacher_backbone = AutoModel.from_config(config.backbone_config, trust_remote_code=False)
         self._momentum = HostNumber(self, "momentum", float(config.momentum))
 
     def before_step(self, progress: RunProgress) -> None:

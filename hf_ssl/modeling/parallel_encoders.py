@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.hub import extract_commit_hash
 
-from hf_ssl.errors import UserError, first_line
+from hf_ssl.errors import UserError, loading_reason
 from hf_ssl.files import write_json
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.encoder_parts import PARTS, describe_views, described_views, listed_subfolders
@@ -252,7 +252,10 @@ def new_parallel_encoders(config: Any, views: ColorViews) -> ParallelEncoders:
     Raises:
         UserError: a width cannot be divided.
     """
-    parts = [AutoModel.from_config(narrow) for narrow in narrow_configs(config, views.groups)]
+    parts = [
+        AutoModel.from_config(narrow, trust_remote_code=False)
+        for narrow in narrow_configs(config, views.groups)
+    ]
     kind = ParallelResNets if ParallelResNets.is_exact(config, parts, views) else ParallelEncoders
     return kind(config, parts, views)
 
@@ -311,9 +314,11 @@ class EncoderFolder:
         found = []
         for name in self.subfolders:
             try:
-                found.append(kind.from_pretrained(self.place, subfolder=name, **self.options))
+                found.append(
+                    kind.from_pretrained(self.place, subfolder=name, trust_remote_code=False, **self.options)
+                )
             except Exception as error:  # see `hf_ssl.modeling.backbones.loading_errors`
-                raise UserError(f"{name}: {first_line(error)}") from error
+                raise UserError(f"{name}: {loading_reason(error)}") from error
         return found
 
     def _joined(self, configs: list[Any]) -> PreTrainedConfig:

@@ -153,7 +153,7 @@ def check_encoder(
 
     try:
         with torch.device("meta"):
-            encoder = AutoModel.from_config(config)
+            encoder = AutoModel.from_config(config, trust_remote_code=False)
     except NotImplementedError:
         return  # the encoder has an operation that cannot run on shapes alone
     except Exception as error:  # the constructor of another library may raise anything for wrong values

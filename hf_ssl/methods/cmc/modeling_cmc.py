@@ -67,12 +67,12 @@ class CMCForPreTraining(MemoryBankModel):
         self.column_backbones = nn.ModuleList()
         for channels, name in zip(self.column_channels, config.column_names, strict=True):
             column: Any = further_config(config.backbone_config, config.groups, channels)
-            self.column_backbones.append(AutoModel.from_config(column))
+            self.column_backbones.append(AutoModel.from_config(column, trust_remote_code=False))
             self.view_names, widths = [*self.view_names, name], [*widths, feature_width(column)]
         self.gradient_backbone: PreTrainedModel | None = None
         if config.gradient_view:
             gradient: Any = further_config(config.backbone_config, config.groups, channels=1)
-            self.gradient_backbone = AutoModel.from_config(gradient)
+            self.gradient_backbone = AutoModel.from_config(gradient, trust_remote_code=False)
             self.view_names, widths = [*self.view_names, "gradient"], [*widths, feature_width(gradient)]
         self.heads = nn.ModuleList(
             MLPHead(projector_sizes(width, config), norm=False, last_bias=True) for width in widths

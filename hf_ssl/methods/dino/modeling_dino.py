@@ -42,7 +42,9 @@ class DINOForPreTraining(MomentumModel):
 
     def __init__(self, config: DINOConfig) -> None:
         super().__init__(config)
-        self.teacher_backbone = AutoModel.from_config(without_drop_path(config.backbone_config))
+        self.teacher_backbone = AutoModel.from_config(
+            without_drop_path(config.backbone_config), trust_remote_code=False
+        )
         add_drop_path(self.backbone, config.drop_path_rate)
         hidden = [config.projection_hidden_size] * (config.projection_layers - 1)
         sizes = [feature_size(self.backbone), *hidden, config.bottleneck_size]

@@ -151,7 +151,7 @@ class MAEForPreTraining(PatchSelectionModel):
             OSError, ValueError: `from_pretrained` raises them.
         """
         if not isinstance(source, ViTMAEForPreTraining):
-            source = ViTMAEForPreTraining.from_pretrained(source)
+            source = ViTMAEForPreTraining.from_pretrained(source, trust_remote_code=False)
         given = source.config
         config = MAEConfig(
             backbone_config=ViTConfig(**{name: getattr(given, name) for name in _ENCODER_FIELDS}),
