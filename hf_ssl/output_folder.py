@@ -11,7 +11,6 @@ from hf_ssl.errors import UserError
 from hf_ssl.files import (
     check_new_or_empty,
     disk_errors_as_user_errors,
-    newest_checkpoint,
     read_json,
     remove_incomplete,
     write_json,
@@ -23,6 +22,7 @@ from hf_ssl.recipe import Recipe
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.checkpoints import load_state
 from hf_ssl.trainer.machine_settings import Choices
+from hf_ssl.trainer.resuming import usable_checkpoint
 from hf_ssl.views.preset import ViewPreset
 
 _CHOICES, _REVISION = "choices", "data_revision"
@@ -32,12 +32,13 @@ _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 
 
 def last_checkpoint(recipe: Recipe) -> Path | None:
-    """Return the last checkpoint in the recipe's output folder; None for a new run.
+    """Return the last usable checkpoint in the recipe's output folder; None for a new run.
 
     This function writes no files.
 
     Raises:
-        UserError: the folder contains another run, contains other files, or cannot be read.
+        UserError: the folder contains another run, contains other files, cannot be read, or none of its
+            checkpoints is usable.
     """
     folder = recipe.output_dir
     mark = folder / IDENTITY
@@ -45,7 +46,7 @@ def last_checkpoint(recipe: Recipe) -> Path | None:
         if mark.exists():
             now = recipe.to_dict()
             _compare(_in_current_format(read_json(mark), now), now, folder)
-            return newest_checkpoint(folder)
+            return usable_checkpoint(folder)
     except OSError as error:
         raise UserError(
             f"training.output_dir: expected a readable folder, got {folder}: {error.strerror}"

@@ -32,6 +32,7 @@ LAYERS = {
     "hf_ssl.random": 0,
     "hf_ssl.sections": 0,
     "hf_ssl.signals": 0,
+    "hf_ssl.weight_files": 0,
     "hf_ssl.losses": 0,
     "hf_ssl.views": 0,
     "hf_ssl.data": 1,

@@ -2,6 +2,7 @@
 """transformers' Trainer for protocols that train with labels and make their own batches (layer 1)."""
 
 import hashlib
+import logging
 import os
 import random
 import tempfile
@@ -18,17 +19,24 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MOMENTUM
-from hf_ssl.files import disk_errors_as_user_errors, newest_checkpoint
+from hf_ssl.files import all_checkpoints, disk_errors_as_user_errors
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 from hf_ssl.modeling.gather import from_every_process, process_count
-from hf_ssl.modeling.image_trainer import ImageTrainer, save_for_trainer
+from hf_ssl.modeling.image_trainer import (
+    CONTENTS,
+    ImageTrainer,
+    list_files,
+    missing_files,
+    save_for_trainer,
+)
+
+logger = logging.getLogger(__name__)
 
 # A learning rate that suits one of them changes the weights by too much or too little with the other.
 OPTIMIZERS = {"sgd": "0.01", "adamw": "1e-4"}
 """Name of an optimizer -> a learning rate to begin with, for messages."""
 BETAS = (0.9, 0.999)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_COMPLETE = "complete"  # written last, because the Trainer does not write its files atomically
 
 
 def check_rate(where: str, key: str, rate: Any, optimizer: str | None, recipe: str, published: str) -> None:
@@ -166,7 +174,7 @@ class LabelTrainer(ImageTrainer):
 
     def run(self, folder: Path | None) -> None:
         """Train. If the folder contains a complete checkpoint, resume from the newest one."""
-        checkpoint = None if folder is None else newest_checkpoint(folder, _COMPLETE)
+        checkpoint = None if folder is None else _newest_complete(folder)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> Any:
@@ -207,12 +215,24 @@ class LabelTrainer(ImageTrainer):
             with disk_errors_as_user_errors(f"checkpoints to {root}"):
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
-                    (root / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+                    # Last, because the Trainer does not write its files atomically.
+                    list_files(root / f"checkpoint-{self.state.global_step}")
         except UserError as error:
             problem = str(error)
         problems = [text for text in from_every_process(problem) if text is not None]
         if problems:
             raise UserError(problems[0])
+
+
+def _newest_complete(folder: Path) -> Path | None:
+    """Return the newest checkpoint with all its files, or None. Log a warning for each newer one."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        if (checkpoint / CONTENTS).exists():
+            missing = missing_files(checkpoint)
+            if not missing:
+                return checkpoint
+            logger.warning("%s is not used, because it has no %s", checkpoint, ", ".join(missing))
+    return None
 
 
 class _Advance(TrainerCallback):

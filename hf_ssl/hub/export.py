@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, 
 from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  registers the methods with transformers
-from hf_ssl.errors import UserError, check_name, first_line
+from hf_ssl.errors import UserError, check_name, first_line, loading_reason
 from hf_ssl.files import (
     METHOD_MODEL,
     STAGING_PREFIX,
@@ -29,6 +29,7 @@ from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, MASKING_TYPE
 from hf_ssl.modeling.encoder_parts import PARTS
+from hf_ssl.modeling.finite import check_finite
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.views import ViewPreset
 from hf_ssl.views.preset import check_output
@@ -93,6 +94,7 @@ def export_model(model: SSLPreTrainedModel, directory: str | Path) -> None:
     Raises:
         UserError: the same errors as `export_encoder`.
     """
+    check_finite(model, "export")
     preset = ViewPreset.from_dict(model.config.views or {})
     export_encoder(model.exported_encoder, image_processor(preset, len(preset.mean)), directory)
     with replaced_folder(Path(directory) / METHOD_MODEL) as folder:
@@ -119,10 +121,10 @@ def load_method_model(checkpoint: Path) -> SSLPreTrainedModel:
         UserError: the folder cannot be read or is not a method of hf_ssl.
     """
     try:
-        model = AutoModelForPreTraining.from_pretrained(checkpoint)
+        model = AutoModelForPreTraining.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{checkpoint}: expected a checkpoint, got an error ({first_line(error)}); use another one"
+            f"{checkpoint}: expected a checkpoint, got an error ({loading_reason(error)}); use another one"
         ) from error
     if not isinstance(model, SSLPreTrainedModel):
         raise UserError(
@@ -174,7 +176,7 @@ def _parts(encoder: PreTrainedModel) -> dict[str, PreTrainedModel]:
 
 
 def check_exportable(encoder: PreTrainedModel) -> None:
-    """Raise UserError for an encoder that `AutoModel` would load without an error, but with other outputs."""
+    """Raise UserError for an encoder that diverged, or that `AutoModel` would load with other outputs."""
     name, model_type = type(encoder).__name__, encoder.config.model_type
     if not type(encoder).__module__.startswith("transformers."):
         raise UserError(f"encoder: expected a class of transformers, got {name}; use one of transformers")
@@ -182,6 +184,7 @@ def check_exportable(encoder: PreTrainedModel) -> None:
         raise UserError(f"encoder: expected one without random masks, got {name}; export it as ViTModel")
     if model_type in CLS_POOLER_TYPES:
         _check_pooler(encoder)
+    check_finite(encoder, "encoder")
 
 
 def _check_pooler(encoder: Any) -> None:
@@ -217,7 +220,7 @@ def check_reloads(
         directory: the folder of the written encoder.
         channels: channels of the encoder's images. None: those of the processor's images.
     """
-    loaded, report = AutoModel.from_pretrained(directory, output_loading_info=True)
+    loaded, report = AutoModel.from_pretrained(directory, output_loading_info=True, trust_remote_code=False)
     name = type(encoder).__name__
     if type(loaded) is not type(encoder):
         raise UserError(f"{name}: expected AutoModel to load the same class, got {type(loaded).__name__}")

@@ -33,6 +33,7 @@ from hf_ssl.hub.remote import (
     update_repo,
 )
 from hf_ssl.modeling.encoder_parts import PARTS, SUBFOLDER, listed_subfolders
+from hf_ssl.weight_files import not_finite_in_file
 
 SPACE_FACTS = "space.json"
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -149,6 +150,8 @@ def space_files(folder: Path) -> Files:
             raise UserError(f"{space_list}: expected files inside the Space, got {name}; remove it")
         if name not in names or not (folder / name).is_file():
             raise UserError(f"{folder}: expected a Space with {name}, found none; run `hf-ssl space build`")
+        if name.endswith(".safetensors"):
+            _check_weights(folder / name)
     header = RepoCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
     if header.data.get("sdk") != "gradio":
         raise UserError(
@@ -267,7 +270,7 @@ def encoder_files(folder: Path) -> Files:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Return the names of a model's files, and check the length of each weight file against its header."""
+    """Return the names of a model's files, and check that each weight file is complete and finite."""
     weights, others = [WEIGHTS], [CONFIG]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         weights, others = sorted(set(read_json(folder / INDEX)["weight_map"].values())), [CONFIG, INDEX]
@@ -275,7 +278,7 @@ def model_files(folder: Path) -> list[str]:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder}: expected a model with {name}, found no such file; export it again")
     for name in weights:
-        _check_complete(folder / name)
+        _check_weights(folder / name)
     return [*others, *weights]
 
 
@@ -295,8 +298,8 @@ def _check_finished(folder: Path) -> None:
         raise UserError(f"{folder}: expected a finished run, found no {', '.join(missing)}; {advice}")
 
 
-def _check_complete(path: Path) -> None:
-    """Raise UserError if the length of a safetensors file differs from the length in its header."""
+def _check_weights(path: Path) -> None:
+    """Raise UserError if a file has not the length in its header, or weights that are not finite."""
     try:
         with safe_open(path, framework="numpy"):
             pass  # opening a file compares both lengths
@@ -305,6 +308,12 @@ def _check_complete(path: Path) -> None:
         raise UserError(
             f"{path}: expected the length in its header, got {size} bytes; export the model again"
         ) from error
+    name = not_finite_in_file(path)
+    if name is not None:
+        raise UserError(
+            f"{path}: expected finite weights, got NaN or infinity in {name}; export a checkpoint "
+            "of an earlier step"
+        )
 
 
 def _renamed(folder: Path, facts: Facts, repo_id: str) -> Files:

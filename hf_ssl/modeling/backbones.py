@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_ssl.errors import UserError, counted, first_line, one_line
+from hf_ssl.errors import UserError, counted, loading_reason, one_line
 from hf_ssl.files import local_or_hub
 from hf_ssl.modeling.configuration import (
     CLS_POOLER_TYPES,
@@ -32,6 +32,7 @@ from hf_ssl.modeling.configuration import (
     size_arguments,
 )
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
+from hf_ssl.modeling.finite import check_finite
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
 
@@ -56,7 +57,7 @@ def loading_errors(what: str, where: str = "model") -> Iterator[None]:
     except (
         Exception
     ) as error:  # damaged files raise many types of errors in transformers, safetensors and torch
-        sentence = f"{where}: expected a local folder or a Hub id of {what}; {first_line(error)}"
+        sentence = f"{where}: expected a local folder or a Hub id of {what}; {loading_reason(error)}"
         raise UserError(sentence) from error
 
 
@@ -66,7 +67,8 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
     Args:
         place: a folder or a Hub id.
         where: the argument or the key that holds `place`, for messages.
-        options: further arguments of `AutoConfig.from_pretrained`, such as `revision`.
+        options: further arguments of `AutoConfig.from_pretrained`, such as `revision`. Code of the repository
+            never runs (`trust_remote_code=False`).
 
     Raises:
         UserError: there is no encoder, or a method model instead of one.
@@ -82,12 +84,15 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
     """Return the configuration in the folder or repository itself, which is not in parts."""
     with loading_errors(f"an encoder, got {place!r}", where):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(local_or_hub(place), **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            local_or_hub(place), trust_remote_code=False, **options
+        )
     if method_of(config.model_type) is not None:
         raise UserError(
             f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
             "or export the checkpoint"
         )
+    vars(config).pop("auto_map", None)  # an exported encoder must not name the code of another repository
     return config
 
 
@@ -99,18 +104,22 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
 
     `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
-    is then the class token, or the mean of all tokens. Other missing weights raise an error.
+    is then the class token, or the mean of all tokens. Other missing weights raise an error, and so do
+    weights that are not finite.
     """
     folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
         parts = find_parts(folder, **options)
         if parts is not None:
-            return parts.load()
+            joined = parts.load()
+            check_finite(joined, where)
+            return joined
     config = _encoder_config(place, where, **options)
     with loading_errors(f"an encoder, got {place!r}", where):
         encoder, report = AutoModel.from_pretrained(
-            folder, config=config, output_loading_info=True, **options
+            folder, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
+    check_finite(encoder, where)
     missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(_UNUSED)]
     if others := [key for key in missing if not key.startswith("pooler.")]:
         raise UserError(
@@ -166,11 +175,13 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
         revision: commit on the Hub.
     """
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(local_or_hub(place), revision=revision)
+        processor: Any = AutoImageProcessor.from_pretrained(
+            local_or_hub(place), revision=revision, trust_remote_code=False
+        )
     except (ImportError, OSError, ValueError) as error:
         logger.warning(
             "views: size, mean and std do not follow the encoder, because its image processor cannot be "
-            "loaded: %s", first_line(error),
+            "loaded: %s", loading_reason(error),
         )  # fmt: skip
         return {}
     mean, std = normalization(processor, channels)

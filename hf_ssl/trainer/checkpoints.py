@@ -34,11 +34,14 @@ from hf_ssl.files import (
     staging_path,
     use_normal_permissions,
 )
-from hf_ssl.modeling.gather import wait_for_all
+from hf_ssl.modeling.finite import not_finite
+from hf_ssl.modeling.gather import from_every_process, wait_for_all
+from hf_ssl.modeling.image_trainer import list_files
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
+from hf_ssl.trainer.resuming import check_complete, check_usable, last_good_step, usable_checkpoint
 from hf_ssl.trainer.transformers_arguments import as_bool
 
 _NO_SETTINGS = ("params", "lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
@@ -113,7 +116,7 @@ class CheckpointTrainer(OptimizingTrainer):
             The folder. Nothing happens if this call of `train` has written it already.
 
         Raises:
-            UserError: the disk is full or not writable. Earlier checkpoints stay complete.
+            UserError: the disk is full or not writable, or a weight is not finite. Earlier checkpoints stay.
         """
         root, step, writes = Path(str(self.args.output_dir)), self.state.global_step, self.args.should_save
         self.use_averaged_weights(True)
@@ -121,6 +124,7 @@ class CheckpointTrainer(OptimizingTrainer):
         staging = staging_path(final)
         if final in self._written:
             return final
+        self.check_finite()
         with _complete_or_removed(final, staging if writes else None):
             if writes:  # of a process that was killed
                 shutil.rmtree(staging, ignore_errors=True)
@@ -139,6 +143,7 @@ class CheckpointTrainer(OptimizingTrainer):
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             wait_for_all()
             if writes:
+                list_files(staging)
                 shutil.rmtree(final, ignore_errors=True)
                 staging.rename(final)
         self._written |= {final}
@@ -146,6 +151,29 @@ class CheckpointTrainer(OptimizingTrainer):
             best = self.state.best_model_checkpoint
             delete_old_checkpoints(root, self.args.save_total_limit, None if best is None else Path(best))
         return final
+
+    def check_finite(self) -> None:
+        """Check all weights and buffers of the method, also those of its teachers and its memory.
+
+        A loss that is not finite is noticed only when it is logged, and the weights may be saved before.
+
+        Raises:
+            UserError: a number is not finite, on this or on another process. All processes raise this error.
+        """
+        found = from_every_process(not_finite(self.method.state_dict()))
+        name = next((each for each in found if each is not None), None)
+        if name is not None:
+            raise UserError(
+                f"weights: expected finite numbers at step {self.state.global_step}, got NaN or infinity in "
+                f"{name}; {self.advice_after_divergence()}"
+            )
+
+    def advice_after_divergence(self) -> str:
+        """Return the end of the message about a diverged run."""
+        return (
+            f"{last_good_step(Path(str(self.args.output_dir)))}; lower training.learning_rate or raise "
+            "training.warmup_epochs, and start again in another folder"
+        )
 
     def _record_state(self, root: Path) -> None:
         """Store the best checkpoint and the state of the callbacks in `self.state`."""
@@ -192,8 +220,7 @@ class CheckpointTrainer(OptimizingTrainer):
 
         transformers (5.20 to 5.24) makes a further step if the last step is inside an epoch.
         """
-        root = Path(str(self.args.output_dir))
-        folder = newest_checkpoint(root) if resume_from_checkpoint is True else resume_from_checkpoint
+        folder = None if resume_from_checkpoint is True else resume_from_checkpoint
         if not folder:
             return None
         total = self.args.max_steps
@@ -233,6 +260,7 @@ class CheckpointTrainer(OptimizingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        check_complete(Path(checkpoint))
         optimizer = cast(Optimizer, self.optimizer)
         own = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters
         before, schedule = [dict(group) for group in optimizer.param_groups], dict(vars(self.lr_scheduler))
@@ -268,18 +296,23 @@ def _report_kept(name: str, kept: list[Any]) -> None:
 
 
 def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
-    """Return the checkpoint that a run resumes from: its folder, True for the newest one, or False.
+    """Return the checkpoint that a run resumes from: its folder, or False. True means that there is none.
 
     Args:
         given: the argument of `train`; None uses `args.resume_from_checkpoint`.
         args: the training arguments.
 
     Raises:
-        UserError: the value is neither the folder of a checkpoint nor a boolean.
+        UserError: the value is neither the folder of a checkpoint nor a boolean, or the checkpoint has not
+            all files that a save writes, or weights that are not finite.
     """
     given = as_bool(args.resume_from_checkpoint if given is None else given)
-    if given is None or isinstance(given, bool):
-        return bool(given)
+    if given is True:
+        newest = usable_checkpoint(Path(str(args.output_dir)))
+        wait_for_all()  # no process may rename checkpoints before all have read the folder
+        return True if newest is None else str(newest)
+    if not given:
+        return False
     if not isinstance(given, str | PathLike) or not (Path(given) / TRAINER_STATE_NAME).is_file():
         raise UserError(
             f"resume_from_checkpoint: expected the folder of a checkpoint, got {given}; use "
@@ -287,6 +320,7 @@ def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
         )
     if Path(given).resolve().parent != Path(str(args.output_dir)).resolve():
         check_no_checkpoints(args)
+    check_usable(Path(given))
     return str(given)
 
 

@@ -153,9 +153,10 @@ class EvaluatingTrainer(PushingTrainer):
             The measurements by name, with the prefix.
 
         Raises:
-            UserError: `eval_dataset` is of another type or has no labels.
+            UserError: `eval_dataset` is of another type or has no labels, or a weight is not finite.
         """
         self.use_averaged_weights(True)
+        self.check_finite()
         with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:
                 with self.stop_signal.interruptible():

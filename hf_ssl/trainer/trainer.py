@@ -313,7 +313,7 @@ class SSLTrainer(EvaluatingTrainer):
             if not math.isfinite(logs["loss"]):
                 raise UserError(
                     f"loss: expected a finite number near step {self.state.global_step}, got {logs['loss']}; "
-                    "lower training.learning_rate or raise training.warmup_epochs, and start the run again"
+                    f"{self.advice_after_divergence()}"
                 )
             logs |= {f"term_{name}": value for name, value in self._terms.take().items()}
             logs |= {} if self.online_probe is None else self.online_probe.take()
@@ -336,7 +336,8 @@ class SSLTrainer(EvaluatingTrainer):
         """Train as transformers does. Measure the initial model first, unless the run resumes.
 
         Raises:
-            UserError: the run is new, and the output folder contains checkpoints of an earlier run.
+            UserError: the run is new, and the output folder contains checkpoints of an earlier run; or the
+                loss or a weight is not finite.
             SystemExit, KeyboardInterrupt: the process received SIGTERM or Ctrl-C. Training finished the step
                 and saved a checkpoint before.
         """
@@ -367,6 +368,7 @@ class SSLTrainer(EvaluatingTrainer):
             ) from error
         else:
             self.use_averaged_weights(True)
+            self.check_finite()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
                 logger.warning(
                     "training.load_best_model_at_end: the last model stays; no metric was a number"

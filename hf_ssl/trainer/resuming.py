@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the newest checkpoint that a run can resume from: all files are there, and all weights are finite."""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from hf_ssl.errors import UserError
+from hf_ssl.files import all_checkpoints
+from hf_ssl.modeling.image_trainer import missing_files
+from hf_ssl.weight_files import not_finite_in
+
+logger = logging.getLogger(__name__)
+
+FIRST_DATA_STATE = "data_state_0.json"
+_ONLY_FOR_TRAINING = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state")
+
+
+def usable_checkpoint(folder: Path) -> Path | None:
+    """Return the newest usable checkpoint in the output folder of a run; None if it contains no checkpoint.
+
+    If newer checkpoints are not usable, log a warning with the reason.
+
+    Raises:
+        UserError: the folder contains checkpoints, but none of them is usable.
+        OSError: the folder cannot be read.
+    """
+    problems: dict[Path, str] = {}
+    for checkpoint in reversed(all_checkpoints(folder)):
+        problem = find_problem(checkpoint)
+        if problem is None:
+            for path, reason in problems.items():
+                logger.warning("%s is not used, because it has %s; %s is used", path, reason, checkpoint.name)
+            return checkpoint
+        problems[checkpoint] = problem
+    if not problems:
+        return None
+    (newest, reason), *others = problems.items()
+    also = f"; {', '.join(path.name for path, _ in others)} cannot be used either" if others else ""
+    raise UserError(
+        f"training.output_dir: expected a checkpoint to resume from, got {newest} with {reason}{also}; "
+        "delete the checkpoints to start the run again, or use another folder"
+    )
+
+
+def check_usable(checkpoint: Path) -> None:
+    """Raise `UserError` if a run cannot resume from this checkpoint."""
+    problem = find_problem(checkpoint)
+    if problem is None:
+        return
+    others = [path for path in all_checkpoints(checkpoint.parent) if path != checkpoint]
+    usable = next((path for path in reversed(others) if find_problem(path) is None), None)
+    advice = "start the run again in another folder" if usable is None else f"use {usable}"
+    raise UserError(
+        f"checkpoint {checkpoint}: expected all files and finite weights, got {problem}; {advice}"
+    )
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Raise `UserError` if a file is missing that further training needs."""
+    missing = missing_files(checkpoint, FIRST_DATA_STATE)
+    if missing:
+        raise UserError(
+            f"checkpoint {checkpoint}: expected all files for further training, got no {', '.join(missing)}; "
+            "use another checkpoint, or start the run again in another folder"
+        )
+
+
+def find_problem(checkpoint: Path) -> str | None:
+    """Return the reason why a run cannot resume from a checkpoint, or None.
+
+    A checkpoint of the last step needs no state of the optimizer, because no training follows.
+    """
+    missing = missing_files(checkpoint, FIRST_DATA_STATE)
+    if missing and is_last_step(checkpoint):
+        missing = [name for name in missing if not name.startswith(_ONLY_FOR_TRAINING)]
+    if missing:
+        return f"no {', '.join(missing)}"
+    name = not_finite_in(checkpoint)
+    return None if name is None else f"NaN or infinity in {name}"
+
+
+def is_last_step(checkpoint: Path) -> bool:
+    """Return whether the run was finished at this checkpoint; False if its state cannot be read."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return bool(state["global_step"] >= state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def last_good_step(folder: Path) -> str:
+    """Return the part of a message that names the last good checkpoint in the output folder of a run."""
+    good = next((path for path in reversed(all_checkpoints(folder)) if find_problem(path) is None), None)
+    if good is None:
+        return "there is no good checkpoint"
+    return f"the last good checkpoint is {good}, of step {good.name.rpartition('-')[2]}"
