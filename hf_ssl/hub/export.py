@@ -118,7 +118,7 @@ def load_method_model(checkpoint: Path) -> SSLPreTrainedModel:
     """Return the model in a training checkpoint or in the folder `pretraining/` of a run.
 
     Raises:
-        UserError: the folder cannot be read or is not a method of hf_ssl.
+        UserError: the folder cannot be read, is not a method of hf_ssl, or has weights that are not finite.
     """
     try:
         model = AutoModelForPreTraining.from_pretrained(checkpoint, trust_remote_code=False)
@@ -130,6 +130,7 @@ def load_method_model(checkpoint: Path) -> SSLPreTrainedModel:
         raise UserError(
             f"{checkpoint}: expected a method of hf_ssl, got a {type(model).__name__}; use another one"
         )
+    check_finite(model, str(checkpoint))
     return model
 
 

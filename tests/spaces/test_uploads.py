@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign_encoder import foreign
+from messages import mentions
 from PIL import Image
 
 from hf_ssl.data import DataConfig
+from hf_ssl.errors import UserError
 from hf_ssl.space import build_space
 from hf_ssl.space.serve import free_port
 
@@ -135,3 +139,14 @@ def test_a_waiting_upload_is_kept_for_minutes(app: ModuleType) -> None:
     blocks = app.page(app.open_retriever())
     frequency, age = blocks.delete_cache
     assert frequency == 60 and age >= 600
+
+
+def test_the_page_does_not_run_the_code_of_an_encoder(
+    app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = foreign(tmp_path / "encoder", tmp_path / "proof")
+    monkeypatch.setitem(app.FACTS["model"], "folder", str(folder))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    with pytest.raises(UserError, match=mentions("auto_map")):
+        app.open_retriever()
+    assert not (tmp_path / "proof").exists()

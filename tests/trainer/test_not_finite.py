@@ -9,7 +9,7 @@ import pytest
 import torch
 from messages import mentions
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, ResNetConfig, ResNetModel
+from transformers import ResNetConfig, ResNetModel, TrainerCallback
 
 from hf_ssl import run
 from hf_ssl.errors import UserError
@@ -193,7 +193,7 @@ def test_the_initial_model_of_every_method_is_finite(name: str) -> None:
 def test_a_diverged_checkpoint_is_not_exported(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "checkpoint-8", tmp_path / "checkpoint-8")
     name = poison(tmp_path / "checkpoint-8" / "model.safetensors")
-    with pytest.raises(UserError, match=mentions("export", name, "earlier step")):
+    with pytest.raises(UserError, match=mentions("checkpoint-8", name, "earlier step")):
         export_checkpoint(tmp_path / "checkpoint-8", tmp_path / "exported")
     assert names(tmp_path) == {"checkpoint-8"}
 
