@@ -41,7 +41,7 @@ from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
-from hf_ssl.trainer.resuming import check_complete, check_usable, last_good_step, usable_checkpoint
+from hf_ssl.trainer.resuming import check_files, check_usable, last_good, set_aside_later, usable_checkpoint
 from hf_ssl.trainer.transformers_arguments import as_bool
 
 _NO_SETTINGS = ("params", "lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
@@ -153,13 +153,14 @@ class CheckpointTrainer(OptimizingTrainer):
         return final
 
     def check_finite(self) -> None:
-        """Check all weights and buffers of the method, also those of its teachers and its memory.
+        """Switch to the averaged weights, and check all weights and buffers, also of teachers and memory.
 
         A loss that is not finite is noticed only when it is logged, and the weights may be saved before.
 
         Raises:
             UserError: a number is not finite, on this or on another process. All processes raise this error.
         """
+        self.use_averaged_weights(True)
         found = from_every_process(not_finite(self.method.state_dict()))
         name = next((each for each in found if each is not None), None)
         if name is not None:
@@ -170,10 +171,7 @@ class CheckpointTrainer(OptimizingTrainer):
 
     def advice_after_divergence(self) -> str:
         """Return the end of the message about a diverged run."""
-        return (
-            f"{last_good_step(Path(str(self.args.output_dir)))}; lower training.learning_rate or raise "
-            "training.warmup_epochs, and start again in another folder"
-        )
+        return last_good(Path(str(self.args.output_dir)))
 
     def _record_state(self, root: Path) -> None:
         """Store the best checkpoint and the state of the callbacks in `self.state`."""
@@ -228,7 +226,7 @@ class CheckpointTrainer(OptimizingTrainer):
             total = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if load_state(Path(folder)).global_step != total:
             if self.args.should_save:
-                _set_aside_later(Path(folder), Path(str(self.args.output_dir)))
+                set_aside_later(Path(folder), Path(str(self.args.output_dir)))
             return None
         self.load_finished(Path(folder))
         return TrainOutput(self.state.global_step, 0.0, {})
@@ -260,7 +258,7 @@ class CheckpointTrainer(OptimizingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        check_complete(Path(checkpoint))
+        check_files(Path(checkpoint))
         optimizer = cast(Optimizer, self.optimizer)
         own = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters
         before, schedule = [dict(group) for group in optimizer.param_groups], dict(vars(self.lr_scheduler))
@@ -322,21 +320,6 @@ def checkpoint_to_resume(given: Any, args: TrainingArguments) -> Any:
         check_no_checkpoints(args)
     check_usable(Path(given))
     return str(given)
-
-
-def _set_aside_later(first: Path, output_dir: Path) -> None:
-    """Rename the checkpoints after the one that a run resumes from, which belong to an abandoned run.
-
-    Otherwise the limit of checkpoints would delete new ones instead of them, and the run would continue from
-    them after an interruption.
-    """
-    if first.parent.resolve() != output_dir.resolve():
-        return
-    while (later := newest_checkpoint(first.parent)) is not None and later.name != first.name:
-        aside = later.with_name(f"abandoned-{later.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        later.rename(aside)
-        logger.warning("%s is from another continuation of %s; it is now %s", later, first.name, aside.name)
 
 
 def check_no_checkpoints(args: TrainingArguments) -> None:

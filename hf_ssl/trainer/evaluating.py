@@ -155,7 +155,6 @@ class EvaluatingTrainer(PushingTrainer):
         Raises:
             UserError: `eval_dataset` is of another type or has no labels, or a weight is not finite.
         """
-        self.use_averaged_weights(True)
         self.check_finite()
         with self.stopwatch.paused(), hidden_progress(self.args.hides_progress):
             try:

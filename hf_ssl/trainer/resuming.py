@@ -3,12 +3,13 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import all_checkpoints
+from hf_ssl.files import all_checkpoints, newest_checkpoint
 from hf_ssl.modeling.image_trainer import missing_files
 from hf_ssl.weight_files import not_finite_in
 
@@ -58,7 +59,7 @@ def check_usable(checkpoint: Path) -> None:
     )
 
 
-def check_complete(checkpoint: Path) -> None:
+def check_files(checkpoint: Path) -> None:
     """Raise `UserError` if a file is missing that further training needs."""
     missing = missing_files(checkpoint, FIRST_DATA_STATE)
     if missing:
@@ -91,9 +92,28 @@ def is_last_step(checkpoint: Path) -> bool:
         return False
 
 
-def last_good_step(folder: Path) -> str:
-    """Return the part of a message that names the last good checkpoint in the output folder of a run."""
+def last_good(folder: Path) -> str:
+    """Return the end of a message about a diverged run. It names the last good checkpoint in the folder."""
     good = next((path for path in reversed(all_checkpoints(folder)) if find_problem(path) is None), None)
-    if good is None:
-        return "there is no good checkpoint"
-    return f"the last good checkpoint is {good}, of step {good.name.rpartition('-')[2]}"
+    found = "there is no good checkpoint"
+    if good is not None:
+        found = f"the last good checkpoint is {good}, of step {good.name.rpartition('-')[2]}"
+    return (
+        f"{found}; lower training.learning_rate or raise training.warmup_epochs, and start again in another "
+        "folder"
+    )
+
+
+def set_aside_later(first: Path, output_dir: Path) -> None:
+    """Rename the checkpoints after the one that a run resumes from, which belong to an abandoned run.
+
+    Otherwise the limit of checkpoints would delete new ones instead of them, and the run would continue from
+    them after an interruption.
+    """
+    if first.parent.resolve() != output_dir.resolve():
+        return
+    while (later := newest_checkpoint(first.parent)) is not None and later.name != first.name:
+        aside = later.with_name(f"abandoned-{later.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+        logger.warning("%s is from another continuation of %s; it is now %s", later, first.name, aside.name)

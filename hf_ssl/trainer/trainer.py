@@ -367,7 +367,6 @@ class SSLTrainer(EvaluatingTrainer):
                 + (f" or training.contrastive_chunk_size={smaller}" if self.method.couples_samples else "")
             ) from error
         else:
-            self.use_averaged_weights(True)
             self.check_finite()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
                 logger.warning(

@@ -288,7 +288,7 @@ def test_pictures_and_the_method_model(facts: dict, tmp_path: Path) -> None:
         assert readme(tmp_path).count(line) == 1
     results, _ = readme(tmp_path).split("## Monitoring")
     assert results.count("![Every k](knn_curve.png)") == readme(tmp_path).count("knn_curve.png") == 1
-    assert 'from_pretrained("my-encoder", subfolder="pretraining")' in readme(tmp_path)
+    assert 'from_pretrained("my-encoder", subfolder="pretraining", ' in readme(tmp_path)
 
 
 @pytest.mark.parametrize(
