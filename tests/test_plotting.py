@@ -289,6 +289,7 @@ def test_umap_receives_unit_rows_and_the_seed(monkeypatch: pytest.MonkeyPatch) -
     assert points.shape == (9, 3) and points.dtype == np.float64
 
 
+@pytest.mark.slow
 def test_umap_itself() -> None:
     pytest.importorskip("umap", reason="the package umap-learn is not installed")
     features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))

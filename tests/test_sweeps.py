@@ -196,6 +196,7 @@ arms:
 """
 
 
+@pytest.mark.slow
 def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     tmp_path: Path, in_this_process: list[list[str]]
 ) -> None:
