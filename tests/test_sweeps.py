@@ -314,6 +314,22 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
         shutil.rmtree(output)
 
 
+def test_arms_of_an_older_version_had_no_start(tmp_path: Path) -> None:
+    file, output = tmp_path / "four.yaml", tmp_path / "out"
+    file.write_text(FOUR.replace("second: {start: first,", "second: {"))
+    sweep = load_sweep(str(file))
+    sweeps._check_plan(sweep, output)
+    sweep.runs[0].folder(output).mkdir(parents=True)
+    stored = json.loads((output / "sweep.json").read_text())
+    for key in ("command", "encoder", "start"):
+        del stored["second"][key]
+    (output / "sweep.json").write_text(json.dumps(stored))
+    sweeps._check_plan(sweep, output)
+    file.write_text(FOUR)
+    with pytest.raises(UserError, match=mentions("start", "first", "another folder")):
+        sweeps._check_plan(load_sweep(str(file)), output)
+
+
 def test_settings_may_change_before_the_first_run(tmp_path: Path) -> None:
     """For example, after a mistake in data.path, which the first run reports."""
     for path in ("digits", str(tmp_path / "photos")):
