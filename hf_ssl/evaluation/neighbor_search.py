@@ -18,18 +18,16 @@ from hf_ssl.precision import fastest_precision
 
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
-_PRODUCT_CHUNK = 4096
+_PRODUCT_CHUNK = 512
 _TIED_ROWS = 64  # whose similarities are copied at once
-_GROUP = 16  # values whose maximum is compared first
-_GROUPS_PER_NEIGHBOR = 4
+_GROUP = 8  # values whose maximum is compared first
+_GROUPS_PER_NEIGHBOR = 3
 _MOST_CANDIDATES = 1 / 64  # of the values; with more, the complete float32 product is faster
 _WIDEST = 1 / 8  # of the bank: most candidates of one query, which determine the memory of all
-_ROUNDED_AT_ONCE = 4096  # rows
+_ROWS_AT_ONCE = 4096
+_FEW_FEATURES = 16  # which are compared first
 _FEWEST_PRODUCTS = 2**32  # M N D of the smallest search with rounded products
 _HALF_UNIT = torch.finfo(torch.bfloat16).eps / 2  # largest relative error of rounding to bfloat16
-_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
 
 
 def nearest(bank: Tensor, queries: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
@@ -65,15 +63,53 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
     """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
     parts = bank.chunk(-(-len(bank) // BANK_CHUNK))  # of equal size, so that no small one is left
     rounded = [_round(part) for part in parts] if _rounds(parts, queries, neighbors) else None
+    copies = _find_copies(bank, len(parts[0]))
     # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
     buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(len(parts[0])))
     for chunk in queries.split(QUERY_CHUNK):
-        found = _search(chunk, parts, rounded, neighbors, buffer)
+        found = _search(chunk, parts, rounded, copies, neighbors, buffer)
         if found is None:  # the features are so similar that rounded products do not separate them
             rounded = None
-            found = _search(chunk, parts, None, neighbors, buffer)
+            found = _search(chunk, parts, None, copies, neighbors, buffer)
         assert found is not None
         yield found
+
+
+class _Copies(NamedTuple):
+    """Bank rows that other rows equal.
+
+    Attributes:
+        rows: (U, D) each of them once.
+        places: for each part of the bank, the columns (C,) where they are, and their numbers (C,) in `rows`.
+    """
+
+    rows: Tensor
+    places: list[tuple[Tensor, Tensor]]
+
+
+def _find_copies(bank: Tensor, part_size: int) -> _Copies | None:
+    """Return the rows that are in the bank more than once, or None if there are none.
+
+    MKL 2024.2 (torch 2.14.1) can round the products of equal rows differently, at the edges of a table. The
+    neighbors among copies of an image would then depend on their places.
+    """
+    suspects = _equal_sums(bank[:, :_FEW_FEATURES])
+    suspects = suspects[_equal_sums(bank[suspects])] if len(suspects) else suspects
+    if not len(suspects):
+        return None
+    rows, number = bank[suspects].unique(dim=0, return_inverse=True)
+    ends = torch.arange(part_size, len(bank) + part_size, part_size, device=bank.device)
+    sizes = torch.searchsorted(suspects, ends).diff(prepend=ends.new_zeros(1)).tolist()
+    columns = (suspects % part_size).split(sizes)
+    return _Copies(rows, list(zip(columns, number.split(sizes), strict=True)))
+
+
+def _equal_sums(rows: Tensor) -> Tensor:
+    """Return the numbers of the rows whose weighted sum equals that of another row, as sums of copies do."""
+    weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows.device)
+    sums = torch.cat([(part * weights).sum(dim=1) for part in rows.chunk(-(-len(rows) // _ROWS_AT_ONCE))])
+    _, number, count = sums.unique(return_inverse=True, return_counts=True)
+    return (count[number] > 1).nonzero()[:, 0]
 
 
 class _Rounded(NamedTuple):
@@ -94,6 +130,7 @@ def _search(
     queries: Tensor,
     parts: Sequence[Tensor],
     rounded: list[_Rounded] | None,
+    copies: _Copies | None,
     neighbors: int,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
@@ -101,11 +138,16 @@ def _search(
     best = queries.new_empty(len(queries), 0)
     best_rows = torch.empty(len(queries), 0, device=queries.device).long()
     first = 0
+    repeated = queries @ copies.rows.T if copies is not None and rounded is None else None
     for number, part in enumerate(parts):
         count = min(neighbors, len(part))
         found: tuple[Tensor, Tensor] | None
         if rounded is None:
-            found = _largest_cosines(queries, part, count, buffer)
+            known = None
+            if copies is not None and repeated is not None:
+                columns, numbers = copies.places[number]
+                known = columns, repeated[:, numbers]
+            found = _largest_cosines(queries, part, known, count, buffer)
         else:
             found = _largest_of_candidates(queries, part, rounded[number], count, buffer)
         if found is None:
@@ -118,14 +160,20 @@ def _search(
     return best, best_rows
 
 
-def _largest_cosines(queries: Tensor, bank: Tensor, count: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest float32 cosines and their bank rows, both (B, count)."""
+def _largest_cosines(
+    queries: Tensor, bank: Tensor, known: tuple[Tensor, Tensor] | None, count: int, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the largest float32 cosines and their bank rows, both (B, count).
+
+    Args:
+        known: bank rows (C,) whose cosines (B, C) are known.
+    """
     padded, cosines = _table(buffer, len(queries), len(bank))
     _multiply(queries, bank, cosines)
+    if known is not None:
+        cosines.index_copy_(1, *known)
     candidates = _candidates(padded, count, lambda bound: bound) if cosines.device.type == "cpu" else None
-    found = None
-    if candidates is not None:
-        found = _largest_in_rows(cosines[candidates], *candidates, cosines.shape, count)
+    found = None if candidates is None else _largest_in_rows(*candidates, cosines.shape, count)
     return largest(cosines, count) if found is None else found
 
 
@@ -143,7 +191,7 @@ def _rounds(parts: Sequence[Tensor], queries: Tensor, neighbors: int) -> bool:
 def _round(bank: Tensor) -> _Rounded:
     rows, mean = torch.empty_like(bank, dtype=torch.bfloat16), bank.mean(dim=0)
     norm = error = 0.0
-    for out, part in zip(rows.split(_ROUNDED_AT_ONCE), bank.split(_ROUNDED_AT_ONCE), strict=True):
+    for out, part in zip(rows.split(_ROWS_AT_ONCE), bank.split(_ROWS_AT_ONCE), strict=True):
         centered = part - mean
         near = out.copy_(centered).float()
         norm = max(norm, float(_norms(centered).max()), float(_norms(near).max()))
@@ -180,8 +228,9 @@ def _largest_of_candidates(
     candidates = _candidates(padded, count, limits)
     if candidates is None:
         return None
-    cosines = _cosines_of(queries, bank, *candidates)
-    return _largest_in_rows(cosines, *candidates, products.shape, count)
+    _, rows, columns = candidates
+    cosines = _cosines_of(queries, bank, rows, columns)
+    return _largest_in_rows(cosines, rows, columns, products.shape, count)
 
 
 def _padded(width: int) -> int:
@@ -197,18 +246,19 @@ def _table(buffer: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def _candidates(
     values: Tensor, count: int, limits: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    """Return the rows and columns (C,) of values (B, M) that may be among the `count` largest of their row.
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return those of the values (B, M) that may be among the `count` largest of their row.
 
-    They are ordered by rows only. Only groups of 16 values whose maximum is large enough are searched.
+    Only groups of 8 values whose maximum is large enough are searched.
 
     Args:
-        values: (B, M) with M a multiple of 16.
+        values: (B, M) with M a multiple of 8.
         count: at least this many values of a row reach the bound.
         limits: function of a bound (B, 1). It returns what a value must reach to be a candidate.
 
     Returns:
-        None: there are too few values for groups, or too many candidates.
+        The values, their rows and their columns, each (C,), ordered by rows only. None: there are too few
+        values for groups, or too many candidates.
     """
     groups = values.unflatten(1, (_GROUP, -1))
     maxima = bounds = groups.amax(dim=1)
@@ -217,14 +267,15 @@ def _candidates(
     # At least `count` values reach maximum number `count`. With fewer groups it is lower, but found faster.
     while (size := bounds.shape[1] // (_GROUPS_PER_NEIGHBOR * count)) > 1:
         bounds = bounds[:, : bounds.shape[1] // size * size].unflatten(1, (size, -1)).amax(dim=1)
-    limit = limits(bounds.topk(count, dim=1).values[:, -1:])
+    limit = limits(bounds.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
     rows, places = (maxima >= limit).nonzero(as_tuple=True)
     if len(rows) > _MOST_CANDIDATES * values.numel():
         return None
-    found, number = (groups[rows, :, places] >= limit[rows]).nonzero(as_tuple=True)
+    searched = groups[rows, :, places]
+    found, number = (searched >= limit[rows]).nonzero(as_tuple=True)
     if len(found) > _MOST_CANDIDATES * values.numel():
         return None
-    return rows[found], number * groups.shape[2] + places[found]
+    return searched[found, number], rows[found], number * groups.shape[2] + places[found]
 
 
 def _cosines_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -279,14 +330,12 @@ def _largest_in_rows(
 def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
     """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
 
-    On three AMD CPUs, this linear layer of oneDNN is 1.6, 1.2 and 1.0 times as fast as `torch.mm` (MKL).
+    On an AMD CPU, the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
     """
-    if queries.device.type != "cpu" or _LINEAR is None:
-        torch.mm(queries, bank.T, out=out)
-        return
-    for first in range(0, len(bank), _PRODUCT_CHUNK):  # small outputs reuse memory pages
-        part = bank[first : first + _PRODUCT_CHUNK]
-        out[:, first : first + len(part)] = _LINEAR(queries, part, None, "none", [], "")
+    size = _PRODUCT_CHUNK if queries.device.type == "cpu" else len(bank)
+    for first in range(0, len(bank), size):
+        part = bank[first : first + size]
+        torch.mm(queries, part.T, out=out[:, first : first + len(part)])
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,33 @@ def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
         torch.testing.assert_close(cosines.double(), exact.gather(1, rows) / 16, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("bank_chunk", "width"), [(65536, 192), (700, 192), (65536, 77)])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_copies_tie_wherever_they_are(
+    bank_chunk: int, width: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix product can round equal rows differently, for example in the last, incomplete columns."""
+    monkeypatch.setattr(neighbor_search, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(neighbor_search, "_multiply", multiply_with_an_error_in_the_last_rows)
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(1027, width, generator=generator), dim=1)
+    copies = [3, 500, 699, 1024, 1026]
+    bank[copies] = bank[3].clone()
+    bank[[10, 1025]] = bank[10].clone()
+    near = F.normalize(bank[3] + 0.3 * torch.randn(queries, width, generator=generator) / width**0.5, dim=1)
+    cosines, rows = nearest(bank, near, 6)
+    assert rows[:, :5].tolist() == [copies] * queries
+    assert all(len(set(line)) == 1 for line in cosines[:, :5].tolist())
+    assert not set(copies) & set(rows[:, 5].tolist())
+
+
+def multiply_with_an_error_in_the_last_rows(
+    queries: torch.Tensor, bank: torch.Tensor, out: torch.Tensor
+) -> None:
+    torch.mm(queries, bank.T, out=out)
+    out[:, -4:] += 2e-6
+
+
 @pytest.fixture
 def with_candidates(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether candidates sufficed, for each search by products in bfloat16, which all searches try first."""
