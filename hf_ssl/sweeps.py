@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock as FileLock
 
 from hf_ssl.cards import read_facts, remove_private
@@ -107,6 +109,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     output = command.output
     _check_plan(sweep, output)
     missing = [number for number, run in enumerate(sweep.runs, start=1) if not is_finished(run, output)]
+    missing.sort(key=lambda number: _starts(sweep.run(number)))  # so that fewer runs wait for others
     notice(
         f"{counted(len(sweep.runs), 'run')}, {len(sweep.runs) - len(missing)} finished; results in {output}"
     )
@@ -120,7 +123,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         run = sweep.run(number)
         try:
             if run.start is not None and not is_finished(run.start, output):
-                ended[id(run.start)].wait()  # it comes earlier in the order, so it runs already
+                ended[id(run.start)].wait()  # it comes earlier in the order, so it has started
             if not stopped.is_set():
                 make(number, run)
         finally:
@@ -155,6 +158,11 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     return _write(sweep, output)
 
 
+def _starts(run: Run) -> int:
+    """Return the number of runs that must be finished before this run, one after the other."""
+    return 0 if run.start is None else 1 + _starts(run.start)
+
+
 def run_job(sweep: Sweep, output: Path, number: int) -> None:
     """Make one run in this process, which may be one of several of torchrun or accelerate launch.
 
@@ -164,12 +172,35 @@ def run_job(sweep: Sweep, output: Path, number: int) -> None:
     run = sweep.run(number)
     _check_plan(sweep, output)
     error_file = _error_file(run.folder(output))
-    try:
-        _make(run, output)
-    except UserError as error:
-        write_text(error_file, f"{error}\n")
-        raise
-    error_file.unlink(missing_ok=True)
+    with _alone(run.folder(output), number):
+        try:
+            _make(run, output)
+        except UserError as error:
+            write_text(error_file, f"{error}\n")
+            raise
+        error_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path, number: int) -> Iterator[None]:
+    """Raise UserError if another command makes this run at the same time, which would mix its files.
+
+    The processes of one command (torchrun, accelerate launch) share one lock, which the first one holds.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    file = folder.with_name(f".{folder.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(file, timeout=0.1))
+        except Timeout as error:
+            raise UserError(
+                f"--job: expected a run that no other command makes, got run {number} in {folder}, which is "
+                "running; wait, or choose another run of --list-jobs"
+            ) from error
+        yield
 
 
 def _make(run: Run, output: Path) -> None:

@@ -346,6 +346,64 @@ def test_a_wrong_number_of_a_job_claims_no_folder(tmp_path: Path) -> None:
         run_sweep(load_sweep("smoke/simclr", SMALL), Command("smoke/simclr", SMALL, 1, tmp_path), at_once=0)
 
 
+def test_two_commands_do_not_make_one_run_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = load_sweep("smoke/simclr", SMALL)
+    made: list[str] = []
+
+    def make(run: Any, output: Path) -> None:
+        made.append(run.name)
+        if len(made) < 3:
+            sweeps.run_job(sweep, output, len(made))  # first the same run, then another one
+
+    monkeypatch.setattr(sweeps, "_make", make)
+    with pytest.raises(UserError, match=mentions("--job", "run 1")):
+        sweeps.run_job(sweep, tmp_path, 1)
+    sweeps.run_job(sweep, tmp_path, 1)
+    assert len(set(made)) == 2 and made[0] == made[1]
+    monkeypatch.setenv("RANK", "1")  # a further process of torchrun
+    made.clear()
+    with pytest.raises(UserError, match="--job"), sweeps._alone(sweep.run(1).folder(tmp_path), 1):
+        monkeypatch.setenv("RANK", "0")
+        sweeps.run_job(sweep, tmp_path, 1)
+
+
+def test_runs_at_the_same_time_wait_for_the_encoder_from_which_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tmp_path / "study.yaml"
+    arms = "{a: {}, b: {start: a}, c: {start: b}, d: {}}"
+    study.write_text(STUDY.partition("grid:")[0] + f"arms: {arms}\n")
+    sweep, events = load_sweep(str(study), []), []
+    other_ended = threading.Event()
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            self.name = sweep.run(int(command[command.index("--job") + 1])).name
+            events.append(f"{self.name} starts")
+
+        def wait(self) -> int:
+            if self.name == "d":
+                other_ended.set()
+            elif self.name == "a" and not other_ended.wait(20):
+                events.append("d does not start")
+            events.append(f"{self.name} ends")
+            return 0
+
+    def is_finished(run: Any, output: Path) -> bool:
+        return f"{run.name} ends" in events
+
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(Popen=Process))
+    monkeypatch.setattr(sweeps, "is_finished", is_finished)
+    monkeypatch.setattr(sweeps, "_write", lambda *_: [])
+    run_sweep(sweep, Command(str(study), [], None, tmp_path / "out"), at_once=2)
+    assert [event for event in events if event[0] in "abc"] == [
+        "a starts", "a ends", "b starts", "b ends", "c starts", "c ends",
+    ]  # fmt: skip
+    assert "d ends" in events and "d does not start" not in events
+
+
 def test_an_arm_without_a_value_on_the_axis_is_a_line(tmp_path: Path) -> None:
     number = {
         "id": "a-1",

@@ -4,6 +4,8 @@
 import re
 from collections.abc import Sequence
 
+from hf_ssl.evaluation.scores import EDGE
+
 _NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
@@ -33,13 +35,19 @@ def distinguished(parts: list[list[str]]) -> list[str]:
 def joined(texts: Sequence[str]) -> str:
     """Return one text for several texts. Numbers that differ become a range, such as "0.1 to 1".
 
-    If the texts differ in more than numbers, the result contains all different texts.
+    Texts that differ in more than numbers follow each other. If only some texts report the edge of a sweep,
+    the result says so at the end.
     """
-    different = list(dict.fromkeys(texts))
-    parts = [_NUMBER.split(text) for text in different]
-    if len({tuple(each[::2]) for each in parts}) > 1:
-        return "; or: ".join(different)
-    return "".join(map(_range, zip(*parts, strict=True)))
+    at_edge = [EDGE in text for text in texts]
+    if any(at_edge) and not all(at_edge):
+        plain = joined([text.replace(EDGE, "") for text in texts])
+        where = EDGE.strip(" ()")
+        return f"{plain}. In {sum(at_edge)} of {len(texts)} results, the selected value is {where}"
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for text in dict.fromkeys(texts):
+        parts = _NUMBER.split(text)
+        alike.setdefault(tuple(parts[::2]), []).append(parts)
+    return "; or: ".join("".join(map(_range, zip(*group, strict=True))) for group in alike.values())
 
 
 def _range(same: tuple[str, ...]) -> str:

@@ -170,11 +170,14 @@ def page(
         lines.append(markdown_row([name, *cells, str(len(group))]))
     for encoder in BASELINES:
         having = groups_of([run for run in runs if run.numbers(encoder)])
+        alike: dict[tuple[str, ...], list[str]] = {}  # raw pixels are the same for all encoders
         for name, group in having.items():
             cells = [_mean(finite_numbers(group, key, encoder), len(group)) for key in columns]
-            cells += [_rank(group, encoder), *["-"] * (len(further) + 1)]
-            words = ENCODERS[encoder] + (f" ({name})" if len(having) > 1 else "")
-            lines.append(markdown_row([words, *cells, str(len(group))]))
+            cells += [_rank(group, encoder), *["-"] * (len(further) + 1), str(len(group))]
+            alike.setdefault(tuple(cells), []).append(name)
+        for same, names in alike.items():
+            words = ENCODERS[encoder] + (f" ({', '.join(names)})" if len(alike) > 1 else "")
+            lines.append(markdown_row([words, *same]))
     lines += _ranks_table(runs) if ranks else []
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     images = ", ".join(dict.fromkeys(run.images for run in runs))

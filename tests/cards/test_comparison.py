@@ -250,7 +250,11 @@ def test_selected_settings_are_those_of_all_runs(six) -> None:
     assert "SimCLR, in the order of its runs: learning rate 0.1, 1, 0.1." in text
     assert "BYOL, in the order of its runs: learning rate 10, 10, 1000." in text
     assert joined(["a 1,000 b", "a 2 b"]) == "a 2 to 1,000 b" and joined(["a 1", "a 1"]) == "a 1"
-    assert joined(["a 1", "b 1"]) == "a 1; or: b 1"
+    assert joined(["a 1", "b 1", "a 2"]) == "a 1 to 2; or: b 1"
+    edge = " (at the edge of the sweep)"
+    assert joined([f"a 1{edge}", f"a 2{edge}"]) == f"a 1 to 2{edge}"
+    some = joined(["rate 1 of 7", f"rate 10{edge} of 7", "rate 2 of 7"])
+    assert some.startswith("rate 1 to 10 of 7.") and "1 of 3" in some and "edge of the sweep" in some
 
 
 def test_standard_errors_say_what_they_are_of(six) -> None:
