@@ -24,9 +24,11 @@ from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import result_entry
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
 from hf_ssl.cards.sweep_plots import draw, draw_curves
-from hf_ssl.cards.sweep_text import Measured, csv_text, page
+from hf_ssl.cards.sweep_text import BASELINES, Measured, csv_text, page
+from hf_ssl.cards.text import ENCODERS
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.plots import k_curve
+from hf_ssl.evaluation.results import EncoderResult
 from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
@@ -335,12 +337,24 @@ def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[
         with replaced_file(output / CURVES) as staging:
             draw_curves(measured, names, staging)
         found[CURVES] = "Measurements during training, means over seeds"
-    first = {run.name: run.results["trained"] for run in reversed(measured) if "trained" in run.results}
-    figure = k_curve(dict(reversed(first.items()))) if study.k_curve else None
+    figure = k_curve(_first_results(measured)) if study.k_curve else None
     if figure is not None:
         with replaced_file(output / K_CURVE) as staging:
             figure.savefig(staging, format="png")
         found[K_CURVE] = "Accuracy of k-NN over k, first seed; bands show one standard error"
+    return found
+
+
+def _first_results(measured: Sequence[Measured]) -> dict[str, EncoderResult]:
+    """Return the results of the first seed of each combination, and the first ones of each baseline."""
+    found: dict[str, EncoderResult] = {}
+    for run in measured:
+        if "trained" in run.results:
+            found.setdefault(run.name, run.results["trained"])
+    for encoder in BASELINES:
+        results = [run.results[encoder] for run in measured if encoder in run.results]
+        if results:
+            found[ENCODERS[encoder]] = results[0]
     return found
 
 

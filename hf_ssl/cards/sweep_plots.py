@@ -18,6 +18,7 @@ from hf_ssl.cards.sweep_text import (
     heading_of,
 )
 from hf_ssl.cards.text import ENCODERS
+from hf_ssl.evaluation.plots import color_of, line_of
 from hf_ssl.evaluation.results import ProtocolResult, is_measured
 
 _IN_A_ROW = 4  # panels of the plot
@@ -89,7 +90,7 @@ def _bars(
     for place, name in enumerate(names):
         if name in points:
             mean, error = _in_percent(points[name])
-            panel.barh(place, mean, xerr=error, color=f"C{place % 10}", height=0.6)
+            panel.barh(place, mean, xerr=error, color=color_of(place), height=0.6)
     labels = [shorten(name, 60) for name in names] if named else [""] * len(names)
     panel.set_yticks(range(len(names)), labels, fontsize=8)
     panel.invert_yaxis()
@@ -113,7 +114,7 @@ def _lines(
         run = group[0]
         if axis not in run.values:  # this arm has no value on the axis, such as one that is only evaluated
             if name in points:
-                style: Any = {"color": f"C{9 - colors % 10}", "linestyle": ":", "label": name}
+                style: Any = {"color": color_of(9 - colors % 10), "linestyle": ":", "label": name}
                 panel.axhline(_in_percent(points[name])[0], **style)
                 colors += 1
             continue
@@ -121,11 +122,12 @@ def _lines(
         if name in points:
             point = run.values[axis], _in_percent(points[name])
             series.setdefault(", ".join(filter(None, [run.arm, *others])), []).append(point)
-    for label, found in series.items():
+    for number, (label, found) in enumerate(series.items()):
         found.sort(key=lambda each: each[0])
         means, errors = zip(*(each for _, each in found), strict=True)
-        points_style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
-        panel.errorbar([place for place, _ in found], means, yerr=errors, label=label or None, **points_style)
+        style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
+        style |= {"color": color_of(number), "linestyle": line_of(number), "label": label or None}
+        panel.errorbar([place for place, _ in found], means, yerr=errors, **style)
     places = sorted({place for found in series.values() for place, _ in found})
     if not places:  # no finite number
         return
@@ -158,7 +160,7 @@ def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> N
                     points.setdefault(record["step"], []).append(record[name])
             steps = sorted(points)
             means = [statistics.mean(points[step]) for step in steps]
-            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
+            style = {"color": color_of(place), "linestyle": line_of(place)}
             panel.plot(steps, means, label=shorten(label, 60), marker=".", linewidth=1.2, **style)
         panel.set_title("\n".join(wrap(heading_of(name), 36)), fontsize=9)
         panel.set_xlabel("step", fontsize=8)

@@ -68,14 +68,16 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
         return None
     figure, (axes,) = _new_figure(1)
     labeled = False
-    for (name, cells), color in zip(lines.items(), COLORS, strict=False):
+    for number, (name, cells) in enumerate(lines.items()):
+        color, line = color_of(number), line_of(number)
         images = results[name]["images"]["test"]
         counts, values = zip(*sorted(cells.items()), strict=True)
         errors = [standard_error(value, images) for value in values]
         low, high = (
             [value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1)
         )
-        axes.plot(counts, values, label=name, color=color, linewidth=1.4, marker="o", markersize=3)
+        style: Any = {"linewidth": 1.4, "marker": "o", "markersize": 3}
+        axes.plot(counts, values, label=name, color=color, linestyle=line, **style)
         axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
         for selected in find_results(results[name], "knn"):
             k = selected["selection"].get("neighbors")
@@ -199,8 +201,13 @@ def _draw_box(axes: Any, box: Sequence[float], color: str, style: str) -> None:
 
 
 def color_of(number: int) -> str:
-    """Return the color of a class number."""
+    """Return the color of a class or of a line in a plot."""
     return COLORS[number % len(COLORS)]
+
+
+def line_of(number: int) -> str:
+    """Return the style of a line in a plot. Ten lines with different colors share a style."""
+    return ("-", "--", ":")[number // len(COLORS) % 3]
 
 
 def _new_figure(panels: int) -> tuple[Any, list[Any]]:
