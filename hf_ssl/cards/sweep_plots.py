@@ -125,9 +125,9 @@ def _lines(
     for number, (label, found) in enumerate(series.items()):
         found.sort(key=lambda each: each[0])
         means, errors = zip(*(each for _, each in found), strict=True)
-        style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
-        style |= {"color": color_of(number), "linestyle": line_of(number), "label": label or None}
-        panel.errorbar([place for place, _ in found], means, yerr=errors, **style)
+        points_style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
+        points_style |= {"color": color_of(number), "linestyle": line_of(number), "label": label or None}
+        panel.errorbar([place for place, _ in found], means, yerr=errors, **points_style)
     places = sorted({place for found in series.values() for place, _ in found})
     if not places:  # no finite number
         return
