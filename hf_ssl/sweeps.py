@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a sweep, and writes a page, a table and a plot of its results (layer 5).
+"""Makes the runs of a sweep (layer 5).
 
 Each run has its own process and its own folder. A later call runs only what is missing, and a run that was
 interrupted continues from its last checkpoint.
@@ -19,23 +19,17 @@ from typing import Any
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock as FileLock
 
-from hf_ssl.cards import read_facts, remove_private
-from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import result_entry
-from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
-from hf_ssl.cards.sweep_plots import draw, draw_curves
-from hf_ssl.cards.sweep_text import BASELINES, Measured, csv_text, page
-from hf_ssl.cards.text import ENCODERS
+from hf_ssl.cards import remove_private
+from hf_ssl.cards.result_files import SUPERVISED
+from hf_ssl.cards.sweep_text import Measured
 from hf_ssl.errors import UserError, counted
-from hf_ssl.evaluation.plots import k_curve
-from hf_ssl.evaluation.results import EncoderResult
-from hf_ssl.files import disk_errors_as_user_errors, read_json, replaced_file, write_json, write_text
+from hf_ssl.files import disk_errors_as_user_errors, read_json, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
-from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Study, Sweep
+from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Sweep
+from hf_ssl.sweep_results import RUNS, Finished, error_file, has_results, write_results
 
-PLAN, RUNS, CURVES, K_CURVE = "sweep.json", "runs.json", "curves.png", "k_curve.png"
-_ERROR = "error.txt"
+PLAN = "sweep.json"
 _OF_ARM = {"command": PRETRAIN, "encoder": None, "start": None}
 """What older versions did not store, because every arm had it."""
 
@@ -72,24 +66,20 @@ def list_jobs(sweep: Sweep, output: Path | None = None) -> list[str]:
     if output is not None and (output / PLAN).exists():
         _check_stored(sweep, output)
     width = max(len(run.name) for run in sweep.runs)
+    finished = None if output is None else Finished(output)
     return [
-        f"{number:>3}  {run.name:{width}}  seed {run.seed}  {_state(run, output)}"
+        f"{number:>3}  {run.name:{width}}  seed {run.seed}  {_state(run, finished)}"
         for number, run in enumerate(sweep.runs, start=1)
     ]
 
 
-def _state(run: Run, output: Path | None) -> str:
-    if output is None:
+def _state(run: Run, finished: Finished | None) -> str:
+    if finished is None:
         return "to do"
-    folder = run.folder(output)
-    if is_finished(run, output):
+    if run in finished:
         return "finished"
-    return "failed" if _error_file(folder).exists() else "started" if folder.exists() else "to do"
-
-
-def is_finished(run: Run, output: Path) -> bool:
-    """Return whether a run has written its results."""
-    return (run.folder(output) / (FACTS if run.command == PRETRAIN else EVALUATION)).exists()
+    folder = run.folder(finished.output)
+    return "failed" if error_file(folder).exists() else "started" if folder.exists() else "to do"
 
 
 def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured]:
@@ -110,8 +100,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         raise UserError(f"--at-once: expected a positive number, got {at_once}")
     output = command.output
     _check_plan(sweep, output)
-    missing = [number for number, run in enumerate(sweep.runs, start=1) if not is_finished(run, output)]
-    missing.sort(key=lambda number: _starts(sweep.run(number)))  # so that fewer runs wait for others
+    missing = Finished(output).missing(sweep)
     notice(
         f"{counted(len(sweep.runs), 'run')}, {len(sweep.runs) - len(missing)} finished; results in {output}"
     )
@@ -124,7 +113,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     def start(number: int) -> None:
         run = sweep.run(number)
         try:
-            if run.start is not None and not is_finished(run.start, output):
+            if run.start is not None and not has_results(run.start, output):
                 ended[id(run.start)].wait()  # it comes earlier in the order, so it has started
             if not stopped.is_set():
                 make(number, run)
@@ -143,9 +132,9 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
         elif status:
             notice(f"run {number} failed with status {status}; the other runs continue")
-        if is_finished(run, output):
+        if has_results(run, output):
             with lock:
-                _write(sweep, output)
+                write_results(sweep, output)
 
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         try:
@@ -157,12 +146,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
                 for process in list(running):
                     process.terminate()  # the run saves a checkpoint
             raise
-    return _write(sweep, output)
-
-
-def _starts(run: Run) -> int:
-    """Return the number of runs that must be finished before this run, one after the other."""
-    return 0 if run.start is None else 1 + _starts(run.start)
+    return write_results(sweep, output)
 
 
 def run_job(sweep: Sweep, output: Path, number: int) -> None:
@@ -173,14 +157,14 @@ def run_job(sweep: Sweep, output: Path, number: int) -> None:
     """
     run = sweep.run(number)
     _check_plan(sweep, output)
-    error_file = _error_file(run.folder(output))
+    reason = error_file(run.folder(output))
     with _alone(run.folder(output), number):
         try:
             _make(run, output)
         except UserError as error:
-            write_text(error_file, f"{error}\n")
+            write_text(reason, f"{error}\n")
             raise
-        error_file.unlink(missing_ok=True)
+        reason.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -213,7 +197,7 @@ def _make(run: Run, output: Path) -> None:
     folder = run.folder(output)
     place = [f"training.output_dir={folder}"]
     if run.start is not None:
-        if not is_finished(run.start, output):
+        if not has_results(run.start, output):
             raise UserError(
                 f"{run.name}: expected the finished run {run.start.name}, seed {run.start.seed}, from whose "
                 "encoder it starts, got none; make that run first"
@@ -232,11 +216,6 @@ def _make(run: Run, output: Path) -> None:
     evaluate(encoder, recipe.data, recipe.evaluation, folder, chosen=chosen)
 
 
-def _error_file(folder: Path) -> Path:
-    """Return the file with the reason of a failed run, beside its folder, which may not exist."""
-    return folder.with_name(f"{folder.name}-{_ERROR}")
-
-
 def _check_plan(sweep: Sweep, output: Path) -> None:
     """Store the settings of the arms. Raise UserError if the folder contains a sweep with other settings.
 
@@ -246,6 +225,11 @@ def _check_plan(sweep: Sweep, output: Path) -> None:
     with disk_errors_as_user_errors(str(output)):
         output.mkdir(parents=True, exist_ok=True)
         with FileLock(output / f".{PLAN}.lock"):
+            if (output / RUNS).exists() and not file.exists():
+                raise UserError(
+                    f"--output: expected {PLAN}, the settings of the runs in {RUNS}, got none in {output}; "
+                    "use another folder"
+                )
             before = _check_stored(sweep, output) if file.exists() else {}
             if plan.keys() - before.keys():
                 write_json(file, before | plan)
@@ -257,7 +241,7 @@ def _check_stored(sweep: Sweep, output: Path) -> dict[str, Any]:
     Before the first run has begun, all settings may change.
     """
     before, plan = read_json(output / PLAN), remove_private(sweep.plan)
-    if not any(path.is_dir() for path in output.iterdir()):
+    if not (output / RUNS).exists() and not any(path.is_dir() for path in output.iterdir()):
         return {}
     for arm in before.keys() & plan.keys():
         _check_same(_OF_ARM | before[arm], plan[arm], output)
@@ -280,84 +264,3 @@ def _given(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: item for name, item in value.items() if item is not None}
-
-
-def finished_runs(sweep: Sweep, output: Path) -> Iterator[tuple[Run, dict[str, Any], list[dict[str, Any]]]]:
-    """Yield the finished runs with their entries (`result_entry`) and the measurements of the monitor."""
-    for run in sweep.runs:
-        folder = run.folder(output)
-        if not is_finished(run, output):
-            continue
-        if run.command == PRETRAIN:
-            facts = read_facts(folder)
-            yield run, result_entry(facts), facts["monitor"]["history"]
-        else:
-            [entry] = read_results(folder / EVALUATION)
-            if run.command == SUPERVISE:  # the accuracy of its own classifier
-                [own] = read_results(folder / SUPERVISED)
-                entry["results"]["trained"]["protocols"] += own["results"]["trained"]["protocols"]
-            yield run, entry, []
-
-
-def _write(sweep: Sweep, output: Path) -> list[Measured]:
-    """Write the files of all finished runs, and return their results."""
-    found = list(finished_runs(sweep, output))
-    measured = [
-        Measured.of(run.name, run.arm, run.values, run.seed, entry, history, run.settings)
-        for run, entry, history in found
-    ]
-    if not measured:
-        reasons = [_error_file(run.folder(output)) for run in sweep.runs]
-        texts = (file.read_text(encoding="utf-8").strip() for file in reasons if file.exists())
-        reason = next(texts, "no run finished")
-        raise UserError(f"sweep: expected a finished run, got none: {reason}")
-    failed = {
-        f"{run.name}, seed {run.seed}": _reason(run.folder(output)) for run in sweep.runs
-        if not is_finished(run, output)
-    }  # fmt: skip
-    plain: Any = [entry for _, entry, _ in found]
-    write_json(output / RUNS, plain)
-    write_text(output / "sweep.csv", csv_text(measured, list(sweep.axes)))
-    if any(run.numbers() for run in measured):
-        with replaced_file(output / "sweep.png") as staging:
-            draw(measured, sweep.axes, staging)
-    pictures = _pictures(sweep.study, measured, output)
-    study = sweep.study
-    text = page(study.title, study.question, measured, failed, study.columns, study.ranks, pictures)
-    write_text(output / "README.md", text)
-    return measured
-
-
-def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[str, str]:
-    """Draw the further pictures that the study asks for, and return {file: caption}."""
-    found = {}
-    history = [each for run in measured for each in run.history]
-    names = [name for name in study.curves if any(name in each for each in history)]
-    if names:
-        with replaced_file(output / CURVES) as staging:
-            draw_curves(measured, names, staging)
-        found[CURVES] = "Measurements during training, means over seeds"
-    figure = k_curve(_first_results(measured)) if study.k_curve else None
-    if figure is not None:
-        with replaced_file(output / K_CURVE) as staging:
-            figure.savefig(staging, format="png")
-        found[K_CURVE] = "Accuracy of k-NN over k, first seed; bands show one standard error"
-    return found
-
-
-def _first_results(measured: Sequence[Measured]) -> dict[str, EncoderResult]:
-    """Return the results of the first seed of each combination, and the first ones of each baseline."""
-    found: dict[str, EncoderResult] = {}
-    for run in measured:
-        if "trained" in run.results:
-            found.setdefault(run.name, run.results["trained"])
-    for encoder in BASELINES:
-        results = [run.results[encoder] for run in measured if encoder in run.results]
-        if results:
-            found[ENCODERS[encoder]] = results[0]
-    return found
-
-
-def _reason(folder: Path) -> str:
-    file = _error_file(folder)
-    return file.read_text(encoding="utf-8").strip() if file.exists() else "it has not finished"

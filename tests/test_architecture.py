@@ -58,6 +58,7 @@ LAYERS = {
     "hf_ssl.study": 5,
     "hf_ssl.suite_file": 5,
     "hf_ssl.sweep_file": 5,
+    "hf_ssl.sweep_results": 5,
     "hf_ssl.sweeps": 5,
     "hf_ssl.suites": 5,
     "hf_ssl.supervised": 5,

@@ -21,9 +21,11 @@ from hf_ssl.cards.sweep_text import Measured, csv_text, page
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
 from hf_ssl.errors import UserError
+from hf_ssl.files import write_json
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import recipe_files, study_files
 from hf_ssl.sweep_file import load_sweep, needed_keys, takes_list
+from hf_ssl.sweep_results import Finished
 from hf_ssl.sweeps import Command, list_jobs, run_sweep
 
 SMALL = [
@@ -162,6 +164,8 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     assert text.count("the same network without training") == text.count("| raw pixels |") == 1
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert len(compare_runs([str(tmp_path / "runs.json")], None).rows) == 2
+    for folder in filter(Path.is_dir, list(tmp_path.iterdir())):
+        shutil.rmtree(folder)  # the results of these runs remain
     assert main([*arguments, "--seeds", "2"]) == 0, "seeds may be added"
     assert [command[-3] for command in in_this_process[2:]] == ["2", "4"], "the second seeds"
     assert " ± " in (tmp_path / "README.md").read_text()
@@ -391,17 +395,46 @@ def test_runs_at_the_same_time_wait_for_the_encoder_from_which_they_start(
             events.append(f"{self.name} ends")
             return 0
 
-    def is_finished(run: Any, output: Path) -> bool:
+    def has_results(run: Any, output: Path) -> bool:
         return f"{run.name} ends" in events
 
     monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(Popen=Process))
-    monkeypatch.setattr(sweeps, "is_finished", is_finished)
-    monkeypatch.setattr(sweeps, "_write", lambda *_: [])
+    monkeypatch.setattr(sweeps, "has_results", has_results)
+    monkeypatch.setattr(sweeps, "write_results", lambda *_: [])
     run_sweep(sweep, Command(str(study), [], None, tmp_path / "out"), at_once=2)
     assert [event for event in events if event[0] in "abc"] == [
         "a starts", "a ends", "b starts", "b ends", "c starts", "c ends",
     ]  # fmt: skip
     assert "d ends" in events and "d does not start" not in events
+
+
+def test_results_of_deleted_runs_are_kept_but_not_their_encoders(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(STUDY.partition("grid:")[0] + "arms: {a: {}, b: {start: a}, c: {}}\n")
+    sweep, output = load_sweep(str(study), [], seeds=2), tmp_path / "out"
+    output.mkdir()
+    assert [sweep.run(number).name for number in Finished(output).missing(sweep)] == [
+        "a",
+        "a",
+        "c",
+        "c",
+        "b",
+        "b",
+    ]
+
+    def stored(*runs: tuple[str, int]) -> list[int]:
+        empty = dict.fromkeys(("recipe", "evaluation", "results"))
+        places = ({"name": name, "seed": seed, "history": []} for name, seed in runs)
+        write_json(output / "runs.json", [empty | {"sweep": place} for place in places])
+        return Finished(output).missing(sweep)
+
+    names = [(run.name, run.seed) for run in sweep.runs]
+    assert stored(*names) == []
+    assert [names[number - 1] for number in stored(*names[:-1])] == [names[-1]]
+    without = [name for name in names if name != ("b", 1)]
+    assert [names[number - 1] for number in stored(*without)] == [("a", 1), ("b", 1)], "b starts from a"
+    with pytest.raises(UserError, match=mentions("sweep.json", "runs.json")):
+        run_sweep(sweep, Command(str(study), [], 2, output))
 
 
 def test_an_arm_without_a_value_on_the_axis_is_a_line(tmp_path: Path) -> None:
