@@ -155,10 +155,33 @@ def page(
         pictures: {further file: caption}.
     """
     columns = columns_of(runs)
+    images = ", ".join(dict.fromkeys(run.images for run in runs))
     lines = [f"# {title}", "", *([question, ""] if question else [])]
+    lines += _table(runs, columns, further)
+    lines += _ranks_table(runs) if ranks else []
+    lines += _seconds_table(runs) if "evaluation_seconds" in further else []
+    lines += ["", f"{_about(runs, images)} `sweep.csv` has all runs. The protocols are described below. "
+              "`hf-ssl compare FOLDER` tests the differences.", ""]  # fmt: skip
+    shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
+    lines += [line for file, words in (shown | {**pictures}).items() for line in (f"![{words}]({file})", "")]
+    lines += _notes(runs)
+    lines += [f"- Missing: {name}: {reason.rstrip('.')}." for name, reason in failed.items()]
+    settings = {name: group[0].settings for name, group in groups_of(runs).items() if group[0].settings}
+    if settings:
+        lines += ["", "Settings besides those of the recipe:", ""]
+        lines += [f"- {name}: {', '.join(f'`{text}`' for text in own)}." for name, own in settings.items()]
+    machines = dict.fromkeys(run.machine for run in runs if run.machine)
+    if machines:
+        words = "; ".join(machines)
+        lines += ["", f"Machine: {words}. Runs and programs at the same time lengthen all times."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(runs: Sequence[Measured], columns: Mapping[str, str], further: Sequence[str]) -> list[str]:
+    """Return the main table in Markdown: a row for each combination, then the baselines."""
     headings = [COLUMNS[key][0] if key in COLUMNS else heading_of(key) for key in further]
     heading = ["", *columns.values(), "RankMe", *headings, "training", "runs"]
-    lines += [markdown_row(heading), "|---|" + "---:|" * (len(heading) - 1)]
+    lines = [markdown_row(heading), "|---|" + "---:|" * (len(heading) - 1)]
     for name, group in groups_of(runs).items():
         cells = [_mean(finite_numbers(group, key), len(group)) for key in columns]
         cells.append(_rank(group, "trained"))
@@ -178,30 +201,27 @@ def page(
         for same, names in alike.items():
             words = ENCODERS[encoder] + (f" ({', '.join(names)})" if len(alike) > 1 else "")
             lines.append(markdown_row([words, *same]))
-    lines += _ranks_table(runs) if ranks else []
-    lines += _seconds_table(runs) if "evaluation_seconds" in further else []
-    images = ", ".join(dict.fromkeys(run.images for run in runs))
+    return lines
+
+
+def _about(runs: Sequence[Measured], images: str) -> str:
+    """Return sentences about the numbers of the main table."""
     metrics = {metric_of(number) for run in runs for number in run.numbers().values()}
+    if not metrics:
+        return "The data have no labels, so there is no accuracy."
     words = "Accuracy" if metrics <= {ACCURACY} else "Results"
-    about = (
+    return (
         f"{words} in percent on {images}; mean ± standard deviation over seeds. For a single run, ± is the "
         "standard error over the test images. RankMe is the effective rank of the features."
     )
-    if not columns:
-        about = "The data have no labels, so there is no accuracy."
-    lines += [
-        "",
-        f"{about} `sweep.csv` has all runs. The protocols are described below. "
-        "`hf-ssl compare FOLDER` tests the differences.",
-        "",
-    ]
-    shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
-    shown |= pictures
-    lines += [line for file, words in shown.items() for line in (f"![{words}]({file})", "")]
+
+
+def _notes(runs: Sequence[Measured]) -> list[str]:
+    """Return list items with the protocols, the alarms of the monitor, and what was not measured."""
     texts: dict[str, list[str]] = {}
     for number in (number for run in runs for number in run.numbers().values()):
         texts.setdefault(number["column"], []).append(number["text"])
-    lines += [f"- {column}: {joined(found)}." for column, found in texts.items()]
+    lines = [f"- {column}: {joined(found)}." for column, found in texts.items()]
     alarms = {run.name: run.alarm for run in runs if run.alarm is not None}
     lines += [f"- Alarm of the monitor in {name}: {text.rstrip('.')}." for name, text in alarms.items()]
     reasons: dict[str, list[str]] = {}
@@ -213,16 +233,7 @@ def page(
     for reason, names in reasons.items():
         place = "" if len(names) == everywhere else f" in {', '.join(names)}"
         lines.append(f"- Not measured{place}: {reason}.")
-    lines += [f"- Missing: {name}: {reason.rstrip('.')}." for name, reason in failed.items()]
-    settings = {name: group[0].settings for name, group in groups_of(runs).items() if group[0].settings}
-    if settings:
-        lines += ["", "Settings besides those of the recipe:", ""]
-        lines += [f"- {name}: {', '.join(f'`{text}`' for text in own)}." for name, own in settings.items()]
-    machines = dict.fromkeys(run.machine for run in runs if run.machine)
-    if machines:
-        words = "; ".join(machines)
-        lines += ["", f"Machine: {words}. Runs and programs at the same time lengthen all times."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def finite_numbers(runs: Sequence[Measured], key: str, encoder: str = "trained") -> list[ProtocolResult]:
