@@ -387,6 +387,11 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         parts = [part for part in self.children() if not isinstance(part, PreTrainedModel)]
         return [module for part in parts for module in part.modules() if isinstance(module, DeferredMemory)]
 
+    @property
+    def batch_multiple(self) -> int:
+        """The number of which each process's batch must be a multiple."""
+        return 1
+
     def encode_views(self, images_BVCHW: Tensor) -> Tensor:
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""
         return self.apply_to_views(lambda images: encode(self.backbone, images), images_BVCHW)

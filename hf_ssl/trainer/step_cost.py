@@ -69,11 +69,11 @@ def measure_step(
 ) -> StepCost:
     """Measure forward and backward passes of a copy of the model. The model itself does not change.
 
-    The first measurement has 2 images, each further one up to four times as many. The loop ends if a pass
-    takes 2 s, or 0.3 s with at least 8 images. It also ends if a pass has the whole batch, or if more images
-    would not fit into memory. The measured pass is `embed` and its gradient. It excludes the objective, which
-    is cheap and depends on a state that training has not built yet. The copy uses activation checkpoints if
-    training does.
+    The first measurement has 2 images or `model.batch_multiple`, and each further one up to four times as
+    many. The loop ends if a pass takes 2 s, or 0.3 s with at least 8 images. It also ends if a pass has the
+    whole batch, or if more images would not fit into memory. The measured pass is `embed` and its gradient.
+    It excludes the objective, which is cheap and depends on a state that training has not built yet. The copy
+    uses activation checkpoints if training does.
 
     Args:
         model: the model of a method.
@@ -92,7 +92,9 @@ def measure_step(
     with unchanged_random_state(device):
         copied: SSLPreTrainedModel = copy.deepcopy(model)
         torch.nn.Module.to(copied, device).train()
-        count = min(2, len(batch))
+        multiple = model.batch_multiple
+        most = max(multiple, len(batch) // multiple * multiple)
+        count = min(max(2, multiple), most)
         again = 0.0
         if checkpoints_activations(args):
             again = _use_checkpoints(copied, batch[:count].inputs(device, copied.sample_masks), args) / count
@@ -105,12 +107,12 @@ def measure_step(
             if seconds < _SLOW_SECONDS:  # the first pass also prepares kernels and memory
                 seconds = from_first_process(min(seconds, *(_pass(copied, inputs, args)[0] for _ in "ab")))
             kept.append((count, size))
-            larger = min(4 * count, len(batch))
+            larger = min(4 * count, most)
             # `fixed_bytes` is not used here: it contains the optimizer state, which a measured pass does not
             # have.
             too_large = weights + trained + MEMORY_MARGIN * size * larger / count > free_bytes
             slow = seconds >= _SLOW_SECONDS or (seconds >= _ENOUGH_SECONDS and count >= _FEWEST_IMAGES)
-            if slow or count == len(batch) or too_large:
+            if slow or count == most or too_large:
                 break
             count = larger
         features = _feature_seconds(copied, inputs, args)

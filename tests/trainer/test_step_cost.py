@@ -59,6 +59,27 @@ def test_a_step_is_measured_with_no_more_images_than_fit(tmp_path, monkeypatch):
     assert counts == [2, 2, 2, 8, 8, 8] and cost.step_bytes == 1e9
 
 
+@pytest.mark.parametrize(
+    ("splits", "images", "counts"), [(8, 30, [8, 24]), (3, 32, [3, 12, 30]), (4, 4, [4])]
+)
+def test_a_step_is_measured_with_a_batch_that_batch_norm_can_split(
+    splits, images, counts, tmp_path, monkeypatch
+):
+    recipe = load_recipe("smoke/moco", ["training.use_cpu=true", f"training.output_dir={tmp_path}",
+                                        f"method.batch_norm_splits={splits}"])  # fmt: skip
+    args, source, found = recipe.training_arguments(), open_source(recipe.data), []
+    measured = step_cost._pass
+
+    def measure(model, inputs, args):
+        found.append(len(inputs["pixel_values"]))
+        return 0.01, measured(model, inputs, args)[1]
+
+    monkeypatch.setattr(step_cost, "_pass", measure)
+    batch = load_monitor_images(source, recipe.views, recipe.data, args, images)
+    assert measure_step(build_model(recipe, 0, source), batch, 0.0, args).step_bytes > 0
+    assert found == [count for count in counts for _ in range(3)]
+
+
 @pytest.mark.parametrize("method", ["simclr", "mae"])
 def test_activation_checkpoints_need_less_memory(tmp_path, method):
     """The memory is what the forward pass saves, and what the largest segment saves when it runs again."""
