@@ -562,6 +562,8 @@ def test_a_place_replaces_those_of_the_release(tmp_path: Path) -> None:
         convert(tmp_path / "own.pt", "moco", tmp_path / "encoder")
     facts = convert(tmp_path / "own.pt", "moco", tmp_path / "encoder", place="ema/net/model.")
     assert facts["source"]["place"] == "ema/net/model." and facts["not_converted"] == {}
+    facts = convert(tmp_path / "own.pt", "moco", tmp_path / "again", place="ema/net/model")  # without the dot
+    assert facts["source"]["place"] == "ema/net/model."
 
 
 def test_a_file_with_only_the_weights_fits(tmp_path: Path) -> None:
@@ -771,6 +773,34 @@ def test_weights_that_are_missing_or_not_finite(tmp_path: Path) -> None:
     refused(tmp_path, changed(vit().state_dict(), norm__weight=None), "dino", "layernorm.weight")
 
 
+def test_weights_that_cannot_be_copied(tmp_path: Path) -> None:
+    """Integers would become weights without their scale, and a negative variance makes features NaN."""
+    plain = without(resnet().state_dict(), "fc.")
+    refused(tmp_path, changed(plain, bn1__bias=torch.ones(16, dtype=torch.int8)), "vicreg", "torch.int8")
+    refused(tmp_path, changed(plain, bn1__bias=torch.ones(16, dtype=torch.cfloat)), "vicreg", "complex64")
+    refused(tmp_path, changed(plain, bn1__bias=torch.ones(16).to_sparse()), "vicreg", "torch.sparse_coo")
+    refused(tmp_path, changed(plain, bn1__bias=torch.ones(16, device="meta")), "vicreg", "no values")
+    variances = torch.full((16,), -1.0)
+    refused(tmp_path, changed(plain, bn1__running_var=variances), "vicreg", "running_var", -1)
+
+
+def test_weights_with_other_names_or_shapes(tmp_path: Path) -> None:
+    plain, whole = without(resnet().state_dict(), "fc."), vit().state_dict()
+    for name in ("layer2.0.downsample.2.weight", "layer2.0.conv4.weight", "layer0.0.bn1.weight"):
+        refused(tmp_path, plain | {name: torch.ones(3)}, "vicreg", name, "timm/NAME")
+    without_bias = changed(whole, blocks__0__attn__qkv__bias=None)
+    refused(tmp_path, without_bias, "dino", "layers.1.attention.q_proj.bias")
+    two = changed(whole, blocks__0__attn__qkv__weight=torch.ones(2, 192))
+    refused(tmp_path, two, "dino", "blocks.0.attn.qkv.weight", "(2, 192)")
+    scales = changed(whole, blocks__0__ls1__gamma=torch.ones(100))
+    refused(tmp_path, scales, "dino", "blocks.0.ls1.gamma", "(100,)", 192)
+    scales["blocks.0.ls1.gamma"] = torch.ones(192)
+    one = changed(scales, blocks__0__attn__proj__bias=torch.ones(1))
+    refused(tmp_path, one, "dino", "layers.0.attention.o_proj.bias", "(192,)", "(1,)")
+    without_layer = changed(scales, blocks__0__attn__proj__weight=None)
+    refused(tmp_path, without_layer, "dino", "blocks.0.attn.proj.weight")
+
+
 def test_heads_and_other_options_are_checked(tmp_path: Path) -> None:
     narrow = vit(48, 4).state_dict()
     refused(tmp_path, narrow, "dino", "--heads", 48)
@@ -786,6 +816,11 @@ def test_heads_and_other_options_are_checked(tmp_path: Path) -> None:
     refused(tmp_path, resnet().state_dict(), "torchvision", "--heads", 4, heads=4)
     refused(tmp_path, resnet().state_dict(), "torchvision", "--mean", 3, mean=[0.5])
     refused(tmp_path, resnet().state_dict(), "torchvision", "--std", "positive", std=[0.5, 0.5, 0.0])
+    refused(tmp_path, resnet().state_dict(), "torchvision", "--mean", "nan", mean=[0.5, 0.5, float("nan")])
+    pixels = [123.675, 116.28, 103.53]
+    refused(tmp_path, resnet().state_dict(), "torchvision", "--mean", 116.28, 255, mean=pixels)
+    with pytest.raises(UserError, match=mentions("https:/host/moco.pth", "download")):
+        convert(Path("https://host/moco.pth"), "moco", tmp_path / "encoder")
 
 
 def test_the_command_converts_and_says_what_it_left_out(tmp_path: Path, capsys) -> None:

@@ -2,6 +2,7 @@
 """Converts a checkpoint: builds its encoder in transformers, and writes it with a card."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from hf_ssl import __version__
 from hf_ssl.cards.conversion import ConversionFacts, EncoderFacts, SourceFacts, write_conversion
 from hf_ssl.cards.privacy import folder_name
 from hf_ssl.conversion import resnet, vit
-from hf_ssl.conversion.architecture import Architecture
+from hf_ssl.conversion.architecture import Architecture, unexpected
 from hf_ssl.conversion.checkpoint import read_checkpoint, state_dicts
 from hf_ssl.conversion.releases import RELEASES, RESNET, Release
 from hf_ssl.conversion.selection import Selection, left_out, select
@@ -69,6 +70,8 @@ def convert(
     """
     check_name("--from", release, RELEASES, "a release")
     known = RELEASES[release]
+    if str(file).startswith(("http:/", "https:/")):
+        raise UserError(f"{file}: expected a file, got an address; download it first")
     file, output = Path(file).expanduser(), Path(os.path.abspath(Path(output).expanduser()))
     if not file.exists():
         address = f"download {known.files[0]}" if known.files else f"see {known.page}"
@@ -146,7 +149,7 @@ def _encoder(found: Architecture, release: Release) -> Any:
     """Return the encoder with the weights of the file.
 
     Raises:
-        UserError: a weight is missing, has another shape or is not finite.
+        UserError: a weight is missing, has another shape or another type, or is not finite.
     """
     with unchanged_random_state(torch.device("cpu")):
         encoder = found.model_class(found.config).eval()
@@ -157,17 +160,33 @@ def _encoder(found: Architecture, release: Release) -> Any:
     for name in sorted(own.keys() - found.weights.keys() - set(optional)):
         raise UserError(f"checkpoint: expected all weights of {found.name}, got none for {name}; {advice}")
     for name, value in found.weights.items():
-        if name not in own or own[name].shape != value.shape:
-            expected = (
-                f"{tuple(own[name].shape)} for {name}" if name in own else f"a {found.name} without {name}"
-            )
-            raise UserError(f"checkpoint: expected {expected}, got {tuple(value.shape)}; {advice}")
-        if not torch.isfinite(value).all():
-            raise UserError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; {advice}")
+        if name not in own:
+            raise unexpected(found.name, name)
+        if own[name].shape != value.shape:
+            shapes = f"{tuple(own[name].shape)} for {name}, got {tuple(value.shape)}"
+            raise UserError(f"checkpoint: expected {shapes}; {advice}")
+        _check_values(name, value, advice)
     encoder.load_state_dict(found.weights, strict=False)
     is_mean = release.pooling == "mean" or encoder.config.model_type == "ijepa"
     declare_feature(encoder, "mean" if is_mean else "auto")
     return encoder
+
+
+def _check_values(name: str, value: torch.Tensor, advice: str) -> None:
+    """Raise UserError for a weight that cannot be copied, or that would make features NaN."""
+    if value.is_meta or value.layout != torch.strided:
+        kind = "no values" if value.is_meta else f"a tensor with the layout {value.layout}"
+        raise UserError(f"checkpoint: expected dense weights, got {kind} for {name}; {advice}")
+    if not value.is_floating_point() and not name.endswith(_COUNTER):
+        raise UserError(
+            f"checkpoint: expected floating-point weights, got {value.dtype} for {name}; convert a "
+            "checkpoint that is not quantized"
+        )
+    if not torch.isfinite(value).all():
+        raise UserError(f"checkpoint: expected finite weights, got NaN or infinity in {name}; {advice}")
+    if name.endswith("running_var") and (value < 0).any():
+        lowest = value.min().item()
+        raise UserError(f"checkpoint: expected variances of 0 or more, got {lowest:g} in {name}; {advice}")
 
 
 def _processor(
@@ -191,7 +210,12 @@ def _processor(
                 f"none; add --{name} 0.5,0.5,0.5 with the numbers of its pretrained_cfg"
             )
         given[name] = values
-        valid = all(value > 0 for value in values) or name == "mean"
+        if name == "mean" and any(value > 1 for value in values):
+            raise UserError(
+                f"--mean: expected numbers for pixels from 0 to 1, got {list(values)}; divide --mean and "
+                "--std by 255"
+            )
+        valid = all(value > 0 or name == "mean" for value in values) and all(map(math.isfinite, values))
         if len(values) != channels or not valid:
             numbers = counted(channels, "positive number" if name == "std" else "number")
             raise UserError(

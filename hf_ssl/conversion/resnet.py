@@ -13,7 +13,7 @@ from hf_ssl.conversion.checkpoint import StateDict
 FAMILY = "ResNet"
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """Position in `nn.Sequential(*resnet.children())` -> name. The examples of lightly build such encoders."""
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)")
+_BLOCK = re.compile(r"layer([1-9]\d*)\.(\d+)\.((?:conv|bn)(?=[1-3])|downsample\.(?=[01]))(\d)\.(\w+)")
 _HEADS = ("fc", "head", "projection_head", "prototypes")
 _LAYERS: dict[tuple[str, tuple[int, ...]], int] = {
     ("basic", (2, 2, 2, 2)): 18,

@@ -53,10 +53,11 @@ def select(dicts: Mapping[str, StateDict], file: Path, name: str, place: str | N
     if not families:
         raise _no_encoder(dicts, file, release)
     alone = [path.rpartition("/")[2] for path in release.places]
-    wanted = [place] if place is not None else [*release.places, *alone]
+    # "state_dict/module.encoder_q" lacks the last dot, and "state_dict" the last slash.
+    wanted = [place, f"{place}.", f"{place}/"] if place is not None else [*release.places, *alone]
     found = next((path for path in wanted if path in families), None)
     if found is None:
-        raise _other_place(families, file, name, wanted)
+        raise _other_place(families, file, name, wanted if place is None else [place])
     family = families[found]
     if place is None and family not in release.families:
         fitting = _fitting(name, {found: family})

@@ -144,9 +144,13 @@ def _without_scales(weights: StateDict) -> tuple[StateDict, list[str]]:
         if found is None or found[2] not in _SCALES:
             continue
         layer, scale = f"blocks.{found[1]}.{_SCALES[found[2]]}", changed.pop(name)
-        changed[f"{layer}.weight"] = changed[f"{layer}.weight"] * scale[:, None]
-        if f"{layer}.bias" in changed:
-            changed[f"{layer}.bias"] = changed[f"{layer}.bias"] * scale
+        linear = weight(changed, f"{layer}.weight", FAMILY, 2)
+        if scale.shape != linear.shape[:1]:
+            raise unsupported(FAMILY, f"{name} with {len(linear)} numbers", f"{tuple(scale.shape)}")
+        changed[f"{layer}.weight"] = linear * scale[:, None]
+        bias = changed.get(f"{layer}.bias")
+        if bias is not None and bias.shape == scale.shape:  # `convert` reports other shapes
+            changed[f"{layer}.bias"] = bias * scale
     if len(changed) == len(weights):
         return changed, []
     return changed, ["The factors of LayerScale are multiplied into the weights of the layers before them."]
@@ -170,6 +174,8 @@ def _renamed(name: str, value: torch.Tensor) -> StateDict:
     start = f"layers.{found[1]}"
     part, _, end = found[2].rpartition(".")
     if part == "attn.qkv":
+        if value.ndim == 0 or len(value) % 3:
+            raise unsupported(FAMILY, f"{name} with three equal parts", f"{tuple(value.shape)}")
         parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
         return {f"{start}.attention.{part}.{end}": each for part, each in parts}
     if part not in _PARTS:
