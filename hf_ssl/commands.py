@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
@@ -81,10 +81,10 @@ def sweep(arguments: argparse.Namespace) -> None:
         finished = sweeps.run_sweep(found, command, arguments.at_once)
         print((output / "README.md").read_text(encoding="utf-8"), end="")
         print(f"README.md, sweep.csv, sweep.png and runs.json in {output}")
-        if missing := len(found.runs) - len(finished):
-            count = f"{missing} of {len(found.runs)} runs"
+        if len(finished) < len(found.runs):
+            runs = counted(len(found.runs), "run")
             raise UserError(
-                f"sweep: expected results of all runs, got none of {count}; see {output}/README.md"
+                f"sweep: expected results of {runs}, got those of {len(finished)}; see {output}/README.md"
             )
 
 

@@ -26,6 +26,8 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
         prefix: text before the similar name, for example the section.
     """
     names = list(known)
+    if not names:
+        return "none exists"
     close = get_close_matches(name, names, 1, cutoff=0.5)
     if close:
         return f"did you mean {prefix}{close[0]}?"

@@ -229,4 +229,7 @@ def read_json(path: Path) -> Any:
             f"{path}: expected a readable file, got an error: {disk_error_reason(error)}"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got an error: {one_line(error)}") from error
+        raise UserError(
+            f"{path}: expected JSON, got an error: {one_line(error)}; restore this file, or delete it and "
+            "repeat the command that wrote it"
+        ) from error

@@ -52,7 +52,7 @@ class Arm:
 
     Attributes:
         recipe: recipe of the runs of this arm; null: `study.recipe`.
-        settings: {"section.key": value} for the runs of this arm.
+        settings: {"section.key": value} for the runs of this arm. {"method": {...}} replaces the section.
         command: "pretrain", "supervise" (an encoder trained with labels, and evaluated like the others), or
             "evaluate" (an encoder that exists; it runs once, and not with each seed).
         encoder: folder or Hub id of the encoder that "evaluate" measures.
@@ -102,9 +102,9 @@ class Run:
 
     def folder(self, output: Path) -> Path:
         """Return the output folder of the run."""
-        name = "".join(each if each.isalnum() or each in ".-" else "_" for each in self.name)
-        if len(name) > _LONGEST:
-            name = f"{name[:_LONGEST]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        name = folder_name(self.name)
+        if len(self.name) > _LONGEST:
+            name = f"{name}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
         return output / name / f"seed-{self.seed}"
 
 
@@ -164,6 +164,9 @@ def check_arm(name: str, arm: Arm, arms: Mapping[str, Arm], last: Sequence[str])
         return
     earlier = list(arms)[: list(arms).index(name)]
     earlier = [each for each in earlier if arms[each].command != EVALUATE]
+    if arm.start in list(arms)[list(arms).index(name) :]:
+        advice = f"move {arm.start} before {name}" if arm.start != name else "give another arm"
+        raise UserError(f"arms.{name}.start: expected an earlier arm, got {arm.start}; {advice}")
     check_name(f"arms.{name}.start", arm.start, earlier, "an earlier arm that trains")
     if arm.command != PRETRAIN:
         raise UserError(
@@ -207,6 +210,11 @@ def overrides_of_arms(arms: dict[str, Arm], overrides: Sequence[str]) -> dict[st
         else:
             found[name].append(own)
     return found
+
+
+def folder_name(name: str) -> str:
+    """Return the start of the name of a folder for a run or an arm: letters, digits, points and dashes."""
+    return "".join(each if each.isalnum() or each in ".-" else "_" for each in name)[:_LONGEST]
 
 
 def hashed(path: Any) -> str | None:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hf_ssl.cards.sweep_text import COLUMNS
 from hf_ssl.data.config import DataConfig
 from hf_ssl.effects import NOTHING, effect
-from hf_ssl.errors import UserError, check_name
+from hf_ssl.errors import UserError, check_keys, check_name
 from hf_ssl.evaluation.config import MEASUREMENTS, EvaluationConfig
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.recipe.source import ENDINGS, apply_overrides, read_yaml
@@ -72,7 +72,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     overrides = [text for text in overrides if not text.startswith("arms.")]
     count = study.seeds if seeds is None else seeds
     if count < 1:
-        raise UserError(f"--seeds: expected a positive number, got {count}")
+        key = "--seeds" if seeds is not None else "study.seeds"
+        raise UserError(f"{key}: expected a positive number, got {count}; use 1 or more")
     recipes = {arm: _recipe_of(arm, each, study) for arm, each in arms.items()}
     first = next(iter(arms))
     lists = {text: value for text in overrides if isinstance(value := _value(text), list)}
@@ -158,11 +159,24 @@ def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict
             check_name("sweep", name, [*recipe_files(), *known], "a recipe, a study or a YAML file")
         return Study(f"Sweep of {Path(name).stem}", "", name), {}, {}, {"": Arm()}
     plain = read_yaml(path, SECTIONS)
+    check_keys(plain["study"], [each.name for each in fields(Study)], "study")
+    for key in ("title", "question"):  # the message of `to_dataclass` is about recipes and their overrides
+        if plain["study"].get(key) is None:
+            raise UserError(f"study.{key}: expected a text in {path}, got none; add {key} to study")
     study = to_dataclass(Study, plain["study"], "study")
+    for arm, values in plain["arms"].items():
+        if not isinstance(values, dict | None):
+            raise UserError(
+                f"arms.{arm}: expected keys and values in {path}, got {values!r}; use {{}} for an arm with "
+                "the settings of the study"
+            )
     arms = {str(arm): to_dataclass(Arm, of or {}, f"arms.{arm}") for arm, of in plain["arms"].items()}
     for key, values in plain["grid"].items():
         if not isinstance(values, list):
-            raise UserError(f"grid.{key}: expected a list of values in {path}, got {values!r}")
+            raise UserError(
+                f"grid.{key}: expected a list of values in {path}, got {values!r}; write [VALUE, VALUE], or "
+                "move it to settings"
+            )
     return study, plain["settings"], dict(plain["grid"]), arms or {"": Arm()}
 
 
@@ -180,7 +194,8 @@ def _check_axes(grid: Mapping[str, list[Any]], fixed: Sequence[str], arms: Mappi
     for key, values in grid.items():
         texts = [json.dumps(value, sort_keys=True) for value in values]
         if not values or len(set(texts)) < len(texts):
-            raise UserError(f"{key}: expected one or more different values, got {values}")
+            advice = "remove equal values" if values else f"write {key}=[VALUE,VALUE]"
+            raise UserError(f"{key}: expected one or more different values, got {values}; {advice}")
     if len(arms) == 1 and not grid:
         raise UserError(
             "sweep: expected a list of values for at least one key, got none; add, for example, "

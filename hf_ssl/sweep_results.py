@@ -21,7 +21,7 @@ from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Study, Sweep
 RUNS, CURVES, K_CURVE = "runs.json", "curves.png", "k_curve.png"
 _ERROR = "error.txt"
 _PLACE = "sweep"
-"""Key of an entry of `runs.json`: the name and the seed of its run, and the measurements of the monitor."""
+"""Key of an entry of `runs.json`: the arm, the name and the seed of its run, and the monitor's measurements."""
 
 
 class Finished:
@@ -36,6 +36,11 @@ class Finished:
         found = read_entries(output / RUNS) if (output / RUNS).exists() else []
         self.stored = {_key(entry[_PLACE]): entry for entry in found if _PLACE in entry}
 
+    @property
+    def arms(self) -> set[str]:
+        """The arms of the runs in `runs.json`."""
+        return {entry[_PLACE]["arm"] for entry in self.stored.values()}
+
     def __contains__(self, run: Run) -> bool:
         return has_results(run, self.output) or (run.name, run.seed) in self.stored
 
@@ -44,7 +49,8 @@ class Finished:
         for run in sweep.runs:
             if has_results(run, self.output):
                 entry, history = _read(run, run.folder(self.output))
-                yield run, entry | {_PLACE: {"name": run.name, "seed": run.seed, "history": history}}
+                place = {"arm": run.arm, "name": run.name, "seed": run.seed, "history": history}
+                yield run, entry | {_PLACE: place}
             elif run in self:
                 yield run, self.stored[run.name, run.seed]
 

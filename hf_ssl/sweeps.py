@@ -26,7 +26,7 @@ from hf_ssl.errors import UserError, counted
 from hf_ssl.files import disk_errors_as_user_errors, read_json, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
-from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Sweep
+from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Sweep, folder_name
 from hf_ssl.sweep_results import RUNS, Finished, error_file, has_results, write_results
 
 PLAN = "sweep.json"
@@ -97,7 +97,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         UserError: the folder contains another sweep, or all runs fail.
     """
     if at_once < 1:
-        raise UserError(f"--at-once: expected a positive number, got {at_once}")
+        raise UserError(f"--at-once: expected a positive number, got {at_once}; use 1 or more")
     output = command.output
     _check_plan(sweep, output)
     missing = Finished(output).missing(sweep)
@@ -238,14 +238,27 @@ def _check_plan(sweep: Sweep, output: Path) -> None:
 def _check_stored(sweep: Sweep, output: Path) -> dict[str, Any]:
     """Return the stored settings of the arms, or raise UserError for the first one that differs.
 
-    Before the first run has begun, all settings may change.
+    The settings of an arm may change until one of its runs has begun, for example after a mistake in
+    `data.path`. Arms without such a run are not returned.
     """
     before, plan = read_json(output / PLAN), remove_private(sweep.plan)
-    if not (output / RUNS).exists() and not any(path.is_dir() for path in output.iterdir()):
-        return {}
+    stored = Finished(output).arms
+    before = {arm: own for arm, own in before.items() if arm in stored or _has_begun(arm, output)}
     for arm in before.keys() & plan.keys():
         _check_same(_OF_ARM | before[arm], plan[arm], output)
     return before
+
+
+def _has_begun(arm: str, output: Path) -> bool:
+    """Return whether a run of an arm has written files, or may be running.
+
+    A run that failed at once leaves the file of its error, and at most an empty folder. The folder of another
+    arm also counts if its name begins with the name of this arm.
+    """
+    places = [place for folder in output.glob(f"{folder_name(arm)}*/") for place in folder.iterdir()]
+    has_files = any(place.is_dir() and any(place.iterdir()) for place in places)
+    locks = [place.with_name(place.stem.removeprefix(".")) for place in places if place.suffix == ".lock"]
+    return has_files or any(not error_file(folder).exists() for folder in locks)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:

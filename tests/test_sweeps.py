@@ -24,6 +24,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.files import write_json
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import recipe_files, study_files
+from hf_ssl.study import Run
 from hf_ssl.sweep_file import load_sweep, needed_keys, takes_list
 from hf_ssl.sweep_results import Finished
 from hf_ssl.sweeps import Command, list_jobs, run_sweep
@@ -115,12 +116,29 @@ def test_mistakes_are_named_before_the_first_run(arguments: Any, parts: list) ->
         ("views.flip: 0.0", "views.flop: 0.0", ["views.flop", "flip"]),
         ("title: Two", "titel: Two", ["study.titel"]),
         ("arms:", "arm:", ["arm", "arms"]),
+        ("flip: {}", "flip: hello", ["arms.flip", "hello", "{}"]),
+        ("flip: {}", "flip: [views]", ["arms.flip", "['views']"]),
+        ("title: Two methods, ", "", ["study.title", "bad.yaml"]),
+        ("seeds: 1", "seeds: 0", ["study.seeds", 0]),
+        ("[0.1, 0.5]", "[]", ["method.temperature", "method.temperature=[VALUE,VALUE]"]),
+        ("flip: {}", "flip: {start: no flip}", ["arms.flip.start", "move no flip before flip"]),
+        ("flip: {}", "flip: {start: flip}", ["arms.flip.start", "another arm"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(old: str, new: str, parts: list, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(STUDY.replace(old, new))
     with pytest.raises(UserError, match=mentions(*parts)):
         load_sweep(str(tmp_path / "bad.yaml"))
+
+
+def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "training/README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.partition("`mine.yaml`")[2].split("```")[1].removeprefix("yaml"))
+    sweep = load_sweep(str(tmp_path / "mine.yaml"), ["data.path=digits"])
+    assert [(run.arm, run.command) for run in sweep.runs] == [
+        ("mine", "pretrain"), ("continued", "pretrain"), ("released", "evaluate")
+    ]  # fmt: skip
+    assert sweep.runs[1].start is sweep.runs[0] and "learning_rate" in sweep.runs[1].settings[0]
 
 
 @pytest.mark.parametrize("name", study_files())
@@ -293,6 +311,12 @@ def test_an_arm_with_a_start_has_its_encoder_and_measures_no_baselines(tmp_path:
     assert measured == {"first": True, "second": False, "third": True, "labels": False, "published": False}
 
 
+def begin(run: Run, output: Path) -> None:
+    """Write a file of a run that was interrupted."""
+    run.folder(output).mkdir(parents=True)
+    (run.folder(output) / "_run.json").touch()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [
@@ -309,7 +333,7 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
         sweep = load_sweep(str(file))
         sweeps._check_plan(sweep, output)
         for run in sweep.runs:
-            run.folder(output).mkdir(parents=True)
+            begin(run, output)
         assert list_jobs(sweep, output)
         file.write_text(after)
         for check in (sweeps._check_plan, list_jobs):
@@ -323,7 +347,8 @@ def test_arms_of_an_older_version_had_no_start(tmp_path: Path) -> None:
     file.write_text(FOUR.replace("second: {start: first,", "second: {"))
     sweep = load_sweep(str(file))
     sweeps._check_plan(sweep, output)
-    sweep.runs[0].folder(output).mkdir(parents=True)
+    for run in sweep.runs[:2]:
+        begin(run, output)
     stored = json.loads((output / "sweep.json").read_text())
     for key in ("command", "encoder", "start"):
         del stored["second"][key]
@@ -340,6 +365,27 @@ def test_settings_may_change_before_the_first_run(tmp_path: Path) -> None:
         sweeps._check_plan(load_sweep("smoke/simclr", [*SMALL, f"data.path={path}"]), tmp_path / "out")
     stored = json.loads((tmp_path / "out/sweep.json").read_text())
     assert stored[""]["data.path"].startswith("photos (")
+
+
+def test_the_settings_of_an_arm_may_change_until_one_of_its_runs_has_begun(tmp_path: Path) -> None:
+    """A run with a wrong `data.path` or `encoder` leaves a file of its error and perhaps an empty folder."""
+    file, output = tmp_path / "four.yaml", tmp_path / "out"
+    file.write_text(FOUR)
+    sweep = load_sweep(str(file), ["arms.published.encoder=wrong"])
+    sweeps._check_plan(sweep, output)
+    runs = {run.arm: run for run in sweep.runs}
+    begin(runs["first"], output)
+    failed = runs["published"].folder(output)
+    failed.mkdir(parents=True)
+    (failed.parent / f".{failed.name}.lock").touch()
+    with pytest.raises(UserError, match=mentions("encoder", "another folder")):  # the run may be running
+        sweeps._check_plan(load_sweep(str(file), ["arms.published.encoder=right"]), output)
+    failed.with_name(f"{failed.name}-error.txt").write_text("encoder: expected an encoder, got wrong")
+    sweeps._check_plan(load_sweep(str(file), ["arms.published.encoder=right"]), output)
+    stored = json.loads((output / "sweep.json").read_text())
+    assert stored["published"]["encoder"].startswith("right (") and stored.keys() >= {"first", "labels"}
+    with pytest.raises(UserError, match=mentions("views.size", "another folder")):
+        sweeps._check_plan(load_sweep(str(file), ["arms.first.views.size=12"]), output)
 
 
 def test_a_wrong_number_of_a_job_claims_no_folder(tmp_path: Path) -> None:
@@ -424,7 +470,7 @@ def test_results_of_deleted_runs_are_kept_but_not_their_encoders(tmp_path: Path)
 
     def stored(*runs: tuple[str, int]) -> list[int]:
         empty = dict.fromkeys(("recipe", "evaluation", "results"))
-        places = ({"name": name, "seed": seed, "history": []} for name, seed in runs)
+        places = ({"arm": name, "name": name, "seed": seed, "history": []} for name, seed in runs)
         write_json(output / "runs.json", [empty | {"sweep": place} for place in places])
         return Finished(output).missing(sweep)
 
@@ -534,7 +580,7 @@ def test_a_run_that_fails_is_named_and_the_others_continue(
     assert "- Missing: batch_size 32, seed 0: training.output_dir: expected" in text
     assert [line.split()[-1] for line in list_jobs(sweep, tmp_path)] == ["failed", "finished"]
     assert main(["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)]) == 2
-    assert "got none of 1 of 2 runs" in capsys.readouterr().err
+    assert "got those of 1;" in capsys.readouterr().err
     (sweep.runs[0].folder(tmp_path) / "notes.txt").unlink()
     assert len(run_sweep(sweep, command)) == 2
     assert "Missing" not in (tmp_path / "README.md").read_text()
