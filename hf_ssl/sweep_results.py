@@ -21,7 +21,7 @@ from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Study, Sweep
 RUNS, CURVES, K_CURVE = "runs.json", "curves.png", "k_curve.png"
 _ERROR = "error.txt"
 _PLACE = "sweep"
-"""Key of an entry of `runs.json`: the arm, the name and the seed of its run, and the monitor's measurements."""
+"""Key of an entry of `runs.json`: arm, name and seed of its run, and the measurements of the monitor."""
 
 
 class Finished:
