@@ -8,6 +8,7 @@ from typing import Any
 from hf_ssl.cards import read_facts
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import read_entries, result_entry
+from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
 from hf_ssl.cards.sweep_plots import draw, draw_curves
 from hf_ssl.cards.sweep_text import BASELINES, Measured, csv_text, page
@@ -109,7 +110,7 @@ def write_results(sweep: Sweep, output: Path) -> list[Measured]:
     finished = Finished(output)
     found = list(finished.entries(sweep))
     measured = [
-        Measured.of(run.name, run.arm, run.values, run.seed, entry, entry[_PLACE]["history"], run.settings)
+        Measured.of(run.name, run.arm, run.values, run.seed, entry, entry[_PLACE]["history"], _settings(run))
         for run, entry in found
     ]
     if not measured:
@@ -134,6 +135,13 @@ def write_results(sweep: Sweep, output: Path) -> list[Measured]:
     text = page(study.title, study.question, measured, failed, study.columns, study.ranks, pictures)
     write_text(output / "README.md", text)
     return measured
+
+
+def _settings(run: Run) -> tuple[str, ...]:
+    """Return the settings of a run for readers, with the encoder that it measures or starts from."""
+    start = () if run.start is None else (f"start: {run.start.name}",)
+    encoder = () if run.encoder is None else (f"encoder: {encoder_name(run.encoder)}",)
+    return *start, *encoder, *run.settings
 
 
 def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[str, str]:

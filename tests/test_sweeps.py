@@ -256,6 +256,8 @@ def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     assert published.training["steps"] == 1 and published.numbers().keys() == measured[0].numbers().keys()
     text = (output / "README.md").read_text()
     assert text.count("| first, batch_size 16 |") == 2, "once in the table, once in the seconds"
+    assert "- second, batch_size 16: `start: first, batch_size 16`, " in text
+    assert "- published: `encoder: encoder`" in text
     assert "peak memory, GiB | number of steps that a key stays in the queue" in text
     assert "![Measurements during training, means over seeds](curves.png)" in text
     for picture in ("curves.png", "k_curve.png"):
