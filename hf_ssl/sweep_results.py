@@ -24,6 +24,8 @@ _ERROR = "error.txt"
 _PLACE = "sweep"
 """Key of an entry of `runs.json`: arm, name and seed of its run, and the measurements of the monitor."""
 
+_KEYS = {"arm", "name", "seed", "history"}
+
 
 class Finished:
     """The finished runs in the output folder of a sweep.
@@ -35,7 +37,9 @@ class Finished:
     def __init__(self, output: Path) -> None:
         self.output = output
         found = read_entries(output / RUNS) if (output / RUNS).exists() else []
-        self.stored = {_key(entry[_PLACE]): entry for entry in found if _PLACE in entry}
+        self.stored = {
+            _key(entry[_PLACE]): entry for entry in found if _KEYS <= (entry.get(_PLACE) or {}).keys()
+        }
 
     @property
     def arms(self) -> set[str]:
