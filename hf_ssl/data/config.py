@@ -24,7 +24,7 @@ class DataConfig:
         path: one of: a data set on the Hub ("user/name"); a folder, a file or a glob pattern of Parquet
             files, images or WebDataset tars; "digits" (built in, from scikit-learn). In a folder of images,
             hf_ssl ignores all other files (text, videos, archives), except a metadata file that names the
-            images.
+            images. The folders inside a zip archive are classes, as those on the disk.
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
         split: the training split. A slice such as "train[:10%]" needs `streaming=False`.

@@ -24,6 +24,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
@@ -229,7 +230,7 @@ _last_builder: dict[tuple, tuple[LocalData, DatasetBuilder]] = {}
 
 def _builder(location: Location, config: DataConfig, found: LocalData) -> DatasetBuilder:
     if location.kind == "hub":
-        return load_dataset_builder(location.loader, name=config.name, revision=config.revision)
+        return _load_builder(location.loader, name=config.name, revision=config.revision)
     options: dict[str, Any] = {"name": config.name}
     state: tuple[Any, ...]
     if found.files and config.name is None:
@@ -248,10 +249,16 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
-        builder = load_dataset_builder(location.loader, **options)
+        builder = _load_builder(location.loader, **options)
         _last_builder.clear()
         _last_builder[key] = (found, builder)
     return _last_builder[key][1]
+
+
+def _load_builder(path: str, **options: Any) -> DatasetBuilder:
+    builder = load_dataset_builder(path, **options)
+    # `images_in_archives` adds the labels.
+    return load_dataset_builder(path, **options, drop_labels=True) if reads_archives(builder) else builder
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
@@ -275,7 +282,8 @@ def _check_split(names: list[str], split: str, streaming: bool, config: DataConf
 
 def _prepare(builder: DatasetBuilder, split: str) -> Dataset:
     builder.download_and_prepare()
-    return cast(Dataset, builder.as_dataset(split))
+    table = cast(Dataset, builder.as_dataset(split))
+    return images_in_archives(table, builder.as_dataset()) if reads_archives(builder) else table
 
 
 def _open_table(table: Dataset, streaming: bool) -> _Opened:
