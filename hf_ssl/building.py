@@ -13,6 +13,7 @@ from hf_ssl.data import (
     DataConfig,
     LabeledImages,
     Source,
+    divided_images,
     holds_small_images,
     labeled_images,
     open_source,
@@ -20,9 +21,11 @@ from hf_ssl.data import (
 )
 from hf_ssl.data.boxes import object_columns
 from hf_ssl.data.config import COLUMN_KINDS
+from hf_ssl.data.sources import UnknownSplit
 from hf_ssl.errors import UserError, check_values
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.evaluation.protocols import label_kinds
+from hf_ssl.evaluation.split_report import report_comparison
 from hf_ssl.files import replaced_file
 from hf_ssl.hub import image_processor
 from hf_ssl.modeling.backbones import load_weights
@@ -130,6 +133,8 @@ def build_trainer(
         with progress("loading images for the monitor"):
             images = load_monitor_images(source, recipe.views, recipe.data, args, count)
         monitor = Monitor(images, knn, autocast_dtype(args.precision))
+        if knn is not None and args.should_log:
+            report_comparison("monitor", knn.bank, knn.tested)
     return SSLTrainer(
         model,
         args,
@@ -159,7 +164,8 @@ def open_labeled_splits(
 ) -> tuple[LabeledImages, LabeledImages]:
     """Return the labeled images of the training split and the test split for the evaluation.
 
-    They come from the training data unless `evaluation.path` is set.
+    They come from the training data unless `evaluation.path` is set. With `evaluation.test_fraction`, they
+    are two parts of the training split.
 
     Args:
         data: the section `data` of a recipe.
@@ -176,17 +182,31 @@ def open_labeled_splits(
         )
     data = evaluation.data(data)
     with progress(f"opening {data.path}"):
-        train, test = (
-            labeled_images(data, split, max_images=limit, kinds=label_kinds(evaluation.protocols))
-            for split, limit in (
-                (evaluation.train_split, evaluation.max_train_images),
-                (evaluation.test_split, evaluation.max_test_images),
-            )
-        )
+        train, test = _open_parts(data, evaluation)
     test.classified_by(train)
     expected = f"at least 2 images in {test.description}"
     check_values("evaluation", ("test_split", len(test), len(test) >= 2, expected, "another split"))
     return train, test
+
+
+def _open_parts(data: DataConfig, evaluation: EvaluationConfig) -> tuple[LabeledImages, LabeledImages]:
+    """Return the training images and the test images, whose classes can have different numbers."""
+    kinds = label_kinds(evaluation.protocols)
+    limits = (evaluation.max_train_images, evaluation.max_test_images)
+    split, fraction = evaluation.train_split, evaluation.test_fraction
+    key = "evaluation.train_split"
+    try:
+        if fraction is not None:
+            names = evaluation.split_names
+            return divided_images(data, split, fraction, names, limits=limits, kinds=kinds)
+        train = labeled_images(data, split, max_images=limits[0], kinds=kinds)
+        key = "evaluation.test_split"
+        return train, labeled_images(data, evaluation.test_split, max_images=limits[1], kinds=kinds)
+    except UnknownSplit as error:
+        advice = f"{key}={error.splits[0]}"
+        if key == "evaluation.test_split":
+            advice = f"{key}=NAME, or evaluation.test_fraction=0.2 for a part of {split}"
+        raise UnknownSplit(error.splits, error.path, error.split, key, advice) from error
 
 
 def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards.privacy import encoder_name, last_part
 from hf_ssl.data import DataConfig, LabeledImages, open_source
-from hf_ssl.data.labeled import balanced_rows, unlabeled_images
+from hf_ssl.data.labeled import unlabeled_images
+from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features, fastest_device, load_encoder
 from hf_ssl.evaluation.config import main_knn
@@ -238,9 +239,10 @@ def _open_images(
     data = replace(data, streaming=False)  # as for hf-ssl evaluate
     try:
         train, test = open_labeled_splits(data, evaluation)
-        return train, test, evaluation.test_split
+        return train, test, evaluation.split_names[1]
     except UserError as error:
-        for split in (evaluation.test_split, evaluation.train_split):
+        named = [evaluation.test_split] if evaluation.test_fraction is None else []
+        for split in (*named, evaluation.train_split):
             try:
                 settings = evaluation.data(data)
                 images = unlabeled_images(settings, split, max_images=evaluation.max_test_images)

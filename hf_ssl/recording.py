@@ -213,14 +213,17 @@ def evaluation_facts(
     """
     data = evaluation.data(data)
     name, hub_id = public_name(data)
+    train_split, test_split = evaluation.split_names
     return EvaluationFacts(
         name=name,
         hub_id=hub_id,
         config=data.name,
         revision=test.revision,
-        train_split=evaluation.train_split,
-        test_split=evaluation.test_split,
+        train_split=train_split,
+        test_split=test_split,
         broken=len(train.broken) + len(test.broken),
+        shared=test.shared_with(train),
+        unknown_classes=test.unknown_to(train),
     )
 
 

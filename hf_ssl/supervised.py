@@ -30,6 +30,7 @@ from hf_ssl.evaluation.features import inspect_encoder
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
 from hf_ssl.evaluation.results import ACCURACY, metric_of, percent
+from hf_ssl.evaluation.split_report import report_comparison
 from hf_ssl.files import check_new_or_empty, write_json
 from hf_ssl.hub import export_encoder, image_processor
 from hf_ssl.modeling.gather import joined_processes, process_count, process_rank
@@ -58,8 +59,8 @@ _USED = {
     "training": ("output_dir", "seed", "precision", "bf16", "fp16", "use_cpu", "disable_tqdm", *_EQUIVALENT),
     "views": ("size", "enlarge", "interpolation", "mean", "std"),
     "evaluation": (
-        "path", "train_split", "test_split", "label_column", "max_train_images", "max_test_images",
-        "batch_size", "settings",
+        "path", "train_split", "test_split", "test_fraction", "label_column", "max_train_images",
+        "max_test_images", "batch_size", "settings",
     ),
     "method": (),
     "publish": (),
@@ -126,6 +127,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
             f"labels_per_class={list(config.labels_per_class)}"
         )
     train, test = open_labeled_splits(recipe.data, replace(evaluation, protocols=["fine_tune"]))
+    report_comparison("evaluation", train, test)
     args = recipe.training_arguments()
     seed, precision = args.seed, _precision(recipe, args)
     encoder: Any = build_model(recipe, seed).exported_encoder
@@ -134,7 +136,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
     pooling, size, _ = inspect_encoder(encoder, processor, test.iter_batches(1), device)
     splits = [
         Split(torch.empty(len(images.labels), 0), images.labels, name, images=images)
-        for images, name in ((train, evaluation.train_split), (test, evaluation.test_split))
+        for images, name in zip((train, test), evaluation.split_names, strict=True)
     ]
     inputs = Inputs(
         splits[0], splits[1], device, seed, description=f"{recipe.name}, supervised", encoder=encoder,
@@ -166,7 +168,7 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
         training = {"steps": steps, "seed": seed, "precision": precision, "seconds": seconds}
         entry = _entry(recipe, asdict(settings) | training, encoder_facts(encoder, size), device)
         images = evaluation_facts(recipe.data, evaluation, train, test)
-        source = {"name": images["name"], "revision": train.revision, "split": evaluation.train_split}
+        source = {"name": images["name"], "revision": train.revision, "split": evaluation.split_names[0]}
         entry |= {"data": source | {"images": len(train)}, "evaluation": images}
         record = {
             "recipe": recipe.name,

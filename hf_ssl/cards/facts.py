@@ -146,6 +146,10 @@ class EvaluationFacts(TypedDict):
     train_split: str
     test_split: str
     broken: int
+    # number of test images with the content of a training image; None: not known
+    shared: Annotated[int | None, Default(None)]
+    # number of test images whose class has no training image
+    unknown_classes: Annotated[int, Default(0)]
 
 
 class Facts(TypedDict):

@@ -298,6 +298,16 @@ def limitations(facts: Facts) -> list[str]:
                 "The standard deviation with few labels is over random choices of the labeled images, not "
                 "over training runs."
             )
+        if evaluation["shared"]:
+            sentences.append(
+                f"**{counted(evaluation['shared'], 'test image')} also occur among the training images** of "
+                "the evaluation, so all numbers are too high."
+            )
+        if evaluation["unknown_classes"]:
+            sentences.append(
+                f"{counted(evaluation['unknown_classes'], 'test image')} have a class without training "
+                "images, and count as wrong."
+            )
         if evaluation["broken"]:
             sentences.append(
                 f"{counted(evaluation['broken'], 'labeled image')} could not be read and "

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
@@ -19,7 +18,6 @@ from hf_ssl.errors import UserError
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 _LISTED_CHARACTERS = 120
-_HASHED_ROWS = 256
 
 
 class _Role(NamedTuple):
@@ -254,36 +252,6 @@ def named_files(dataset: Dataset, columns: Iterable[str]) -> list[str]:
         elif isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
             files += [path for path in dataset.select_columns([column]).with_format(None)[column][:] if path]
     return files
-
-
-def image_keys(dataset: Dataset, column: str, most: int = 2**32) -> list[bytes]:
-    """Return a key of each row, which is equal for rows with the same stored image or the same file.
-
-    Args:
-        dataset, column: the data set, and its column of encoded images.
-        most: largest number of bytes to hash.
-
-    Returns:
-        The keys, b"" for a row without an image; [] if the images are not stored in files or as encoded
-        images, or are too large.
-    """
-    kind = dataset.features[column]
-    if not isinstance(kind, Image):
-        return []
-    keys: list[bytes] = []
-    total = 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(_HASHED_ROWS):
-        images = batch.column(column).combine_chunks()
-        for stored, path in zip(images.field("bytes"), images.field("path"), strict=True):
-            if stored.is_valid:
-                content = stored.as_buffer()
-                total += content.size
-                keys.append(hashlib.blake2b(content, digest_size=16).digest())
-            else:
-                keys.append((path.as_py() or "").encode())
-        if total * len(dataset) > most * len(keys):
-            return []
-    return keys
 
 
 def label_values(dataset: Dataset, column: str, where: str) -> tuple[np.ndarray, list[str]]:

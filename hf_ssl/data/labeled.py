@@ -4,7 +4,9 @@
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from textwrap import shorten
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,15 +15,17 @@ from torch import Tensor
 
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import BrokenCounter
-from hf_ssl.data.boxes import Objects, object_columns, read_objects
+from hf_ssl.data.boxes import Objects
 from hf_ssl.data.class_numbers import matching_numbers
-from hf_ssl.data.columns import label_values
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.contents import same_contents
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
-from hf_ssl.data.sources import Source, label_column, open_source
-from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets, uses_classes
+from hf_ssl.data.labels import LabeledRows, only_classes, read_labels
+from hf_ssl.data.sources import Source, open_source
+from hf_ssl.data.subsets import balanced_rows, divided_rows, proportional_rows
+from hf_ssl.data.targets import CLASS_KINDS, SelectedRows
 from hf_ssl.errors import UserError, counted
-from hf_ssl.random import permutation, random_rows
+from hf_ssl.random import random_rows
 
 _CHUNK = 256
 
@@ -73,6 +77,7 @@ class LabeledImages:
         self._complete = False
         self._readable_rows: np.ndarray | None = None
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
+        self._shared: WeakKeyDictionary[LabeledImages, int | None] = WeakKeyDictionary()
 
     def classified_by(self, other: "LabeledImages") -> None:
         """Use the class numbers of `other`, the images that classify these images.
@@ -80,7 +85,8 @@ class LabeledImages:
         The two data sets can have different orders of the classes.
 
         Raises:
-            UserError: the other images have only one class, or do not know the class of an image.
+            UserError: the other images have only one class, do not know the class of an image, or have no
+                image of any of these classes.
         """
         if self._objects is not None and other._objects is not None:
             self._match_objects(self._objects, other)
@@ -94,36 +100,50 @@ class LabeledImages:
                 f"{counted(len(other._labels), 'image')} of one class; use another split or column"
             )
         names = other.class_names
-        self._require_classes([self.class_names[label] for label in np.unique(self._labels)], other)
+        used, images = np.unique(self._labels, return_counts=True)
+        self._require_classes({self.class_names[k]: n for k, n in zip(used, images, strict=True)}, other)
         if self.class_names != names:
             self._labels = matching_numbers(self.class_names, names)[self._labels]
             self.class_names = list(names)
+        if self.unknown_to(other) == len(self._labels):
+            raise UserError(
+                f"labels: expected classes of {other.description} in {self.description}, got other classes "
+                f"for all {counted(len(self._labels), 'image')}; if the images are sorted by class, use "
+                "evaluation.test_fraction=0.2"
+            )
 
-    def shared_with(self, other: "LabeledImages") -> int:
-        """Return how many of these images are also in `other`: the same file, or the same stored image.
+    def shared_with(self, other: "LabeledImages") -> int | None:
+        """Return how many of these images have the same content as an image of `other`.
 
-        Data sets in Python and very large ones are not compared.
+        None: not known, because the images are a data set in Python or very large (`same_contents`).
         """
-        smaller, larger = sorted((self._source, other._source), key=lambda source: source.num_rows or 0)
-        if not smaller.image_keys:  # before the larger one is read
-            return 0
-        known = set(other._source.image_keys) - {b""} if larger.image_keys else set()
-        return sum(key in known for key in self._source.image_keys)
+        if other not in self._shared:
+            found = same_contents([self._source, other._source])
+            self._shared[other] = None if found is None else int(np.isin(found[0], found[1]).sum())
+        return self._shared[other]
 
-    def _require_classes(self, used: list[str], other: "LabeledImages") -> None:
-        """Raise UserError if other images do not have all used classes of these images."""
+    def unknown_to(self, other: "LabeledImages") -> int:
+        """Return how many of these images have a class without images in `other`, after `classified_by`."""
+        if self.has_several_labels:
+            return 0
+        return int((~np.isin(self._labels, other._labels)).sum())
+
+    def _require_classes(self, used: dict[str, int], other: "LabeledImages") -> None:
+        """Raise UserError if other images do not have all used classes {name: number of images}."""
         names = other.class_names
-        missing = [name for name in used if name not in names]
+        missing = {name: count for name, count in used.items() if name not in names}
         if missing:
             raise UserError(
-                f"labels: expected the classes of {other.description}, {', '.join(names[:20])}, got "
-                f"{missing[0]} in {self.description}; use data sets with the same classes"
+                f"labels: expected the classes of {other.description}, {shorten(', '.join(names), 80)}, got "
+                f"{next(iter(missing))} in {self.description} ({sum(missing.values()):,} of "
+                f"{len(self._labels):,} images have such classes); use data sets with the same classes, "
+                "or evaluation.test_fraction=0.2"
             )
 
     def _match_objects(self, objects: Objects, other: "LabeledImages") -> None:
         """Use the class numbers of other images for the boxes. The errors are those of `_require_classes`."""
-        shown = np.flatnonzero((self._labels == 1).any(axis=0))
-        self._require_classes([self.class_names[label] for label in shown], other)
+        counts = (self._labels == 1).sum(axis=0)
+        self._require_classes({self.class_names[k]: counts[k] for k in np.flatnonzero(counts)}, other)
         self._objects = objects.renumbered(other.class_names)
         self._labels, self.class_names = self._objects.matrix(), list(other.class_names)
 
@@ -293,32 +313,28 @@ def labeled_images(
     max_images: int | None = None,
     seed: int = 0,
     kinds: Collection[str] = CLASS_KINDS,
+    balanced: bool = False,
 ) -> LabeledImages:
     """Open the labeled images of a split.
 
     Args:
         config: the data, with `cache`, `channels` and `label_column`. Its `max_images` has no effect.
         split: name of the split.
-        max_images: largest number of images. They are chosen at random, with equal numbers of all classes as
-            far as possible.
+        max_images: largest number of images. They are chosen at random, with the class shares of the split.
         seed: seed of this choice.
-        kinds: kinds of labels that the evaluation can use, see `label_source`.
+        kinds: kinds of labels that the evaluation can use, see `read_labels`.
+        balanced: whether to choose equal numbers of all classes, as far as possible.
 
     Raises:
         UserError: the errors of `open_source`; no column or several columns of classes; no row has a label.
     """
-    source = open_source(
-        replace(config, max_images=None, streaming=False),
-        split,
-        labels=_only_classes(kinds),
-        only_image=True,
-    )
-    return label_source(source, config, max_images=max_images, seed=seed, kinds=kinds)
+    source = _open(config, split, kinds)
+    return label_source(source, config, max_images=max_images, seed=seed, kinds=kinds, balanced=balanced)
 
 
-def _only_classes(kinds: Collection[str]) -> bool:
-    """Return whether all requested kinds of labels are classes, so that the images must have classes."""
-    return set(kinds) <= set(CLASS_KINDS)
+def _open(config: DataConfig, split: str, kinds: Collection[str]) -> Source:
+    config = replace(config, max_images=None, streaming=False)
+    return open_source(config, split, labels=only_classes(kinds), only_image=True)
 
 
 def unlabeled_images(
@@ -347,74 +363,79 @@ def label_source(
     max_images: int | None = None,
     seed: int = 0,
     kinds: Collection[str] = CLASS_KINDS,
+    balanced: bool = False,
 ) -> LabeledImages:
     """Return the labeled images of a source of map-style data.
 
-    `hf_ssl.data.adapters.Items.labels` explains the labels of a data set in Python.
-
     Args:
         source: the images.
-        config, max_images, seed: see `labeled_images`.
-        kinds: kinds of labels from `CLASS_KINDS` and `TARGETS` in `hf_ssl.data.targets`. The images need at
-            least one of them. If they have no classes, or if no requested kind is one of `CLASS_KINDS`,
-            `labels` has the shape (N, 0).
+        config, max_images, seed, balanced: see `labeled_images`.
+        kinds: see `read_labels`.
 
     Raises:
         UserError: the source is a stream or has no labels.
     """
-    source.require_rows()
-    targets, objects = find_targets(source, config, kinds), None
-    labels = np.zeros((len(source.dataset), 0), np.int64)
-    class_names: list[str] = []
-    if uses_classes(kinds):  # otherwise, images without a class are also used
-        try:
-            if targets and not isinstance(source.dataset, Dataset):
-                # The second part of an item may be a mask. One item is enough to find out.
-                _class_labels(source.select(np.arange(1)), config, kinds)
-            labels, class_names, objects = _class_labels(source, config, kinds)
-        except UserError:
-            if not targets or config.label_column is not None:
-                raise
-    chosen = np.flatnonzero(labels >= 0 if labels.ndim == 1 else (labels >= 0).all(axis=1))
-    if not len(chosen):
-        raise UserError(
-            f"data.label_column: expected a label from 0 for some images of {source.description}, got "
-            "none; use another split or column"
-        )
-    if max_images is not None and max_images < len(chosen):
-        if labels.ndim == 1:
-            chosen = chosen[balanced_rows(labels[chosen], max_images, seed)]
-        else:
-            chosen = chosen[random_rows(len(chosen), max_images, seed)]
-    if len(chosen) < len(labels):
-        source = source.select(chosen)
-        targets = {kind: SelectedRows(each, chosen) for kind, each in targets.items()}
+    return _labeled_images(_limited(read_labels(source, config, kinds), max_images, seed, balanced), config)
+
+
+def _limited(found: LabeledRows, count: int | None, seed: int, balanced: bool = False) -> LabeledRows:
+    """Return `count` random rows; all rows for None."""
+    labels = found.labels
+    if count is None or count >= len(labels):
+        return found
+    choose = balanced_rows if balanced and labels.ndim == 1 else proportional_rows
+    return found.select(choose(labels, count, seed))
+
+
+def _labeled_images(found: LabeledRows, config: DataConfig) -> LabeledImages:
+    source = found.source
     rows = decoded_rows(source, config.channels, config.cache) or EncodedRows(source, config.channels)
-    chosen_objects = None if objects is None else objects.select(chosen)
     share = config.max_broken_fraction
     return LabeledImages(
-        source, rows, labels[chosen], class_names, share, config.channels, targets, chosen_objects
+        source, rows, found.labels, found.class_names, share, config.channels, found.targets, found.objects
     )
 
 
-def _class_labels(
-    source: Source, config: DataConfig, kinds: Collection[str]
-) -> tuple[np.ndarray, list[str], Objects | None]:
-    """Return the labels of all rows, the names of the classes, and the boxes if the column has some.
+def divided_images(
+    config: DataConfig,
+    split: str,
+    fraction: float,
+    names: tuple[str, str],
+    *,
+    limits: tuple[int | None, int | None] = (None, None),
+    seed: int = 0,
+    kinds: Collection[str] = CLASS_KINDS,
+) -> tuple[LabeledImages, LabeledImages]:
+    """Divide the labeled images of a split into a training part and a test part.
 
-    If boxes are the only requested kind of class labels, a single column of boxes takes precedence over
-    columns of classes.
+    Both parts have the class shares of the split. Images with the same content are in one part. The division
+    depends on the images, the fraction and the seed, but not on the limits.
+
+    Args:
+        config, split, kinds: see `labeled_images`.
+        fraction: share of the images in the test part.
+        names: names of both parts, for messages.
+        limits: largest number of images of each part, see `labeled_images`.
+        seed: seed of the division and of the limited choices.
+
+    Raises:
+        UserError: the errors of `labeled_images`, or a part has no images.
     """
-    dataset, where = source.dataset, source.description
-    if not isinstance(dataset, Dataset):
-        return *dataset.labels(label_column(source, config), where), None
-    boxes = object_columns(dataset.features)
-    only_boxes = config.label_column is None and {*kinds} & {*CLASS_KINDS} == {"boxes"} and len(boxes) == 1
-    column = boxes[0] if only_boxes else cast(str, label_column(source, config))
-    if column in boxes:
-        objects = read_objects(dataset, column, config.box_format, where)
-        return objects.matrix(), objects.class_names, objects
-    return *label_values(dataset, column, where), None
+    found = read_labels(_open(config, split, kinds), config, kinds)
+    same = same_contents([found.source])
+    groups = np.arange(len(found.labels)) if same is None else same[0]
+    divided = divided_rows(found.labels, groups, fraction, seed)
+    parts = []
+    for rows, name, limit in zip(divided, names, limits, strict=True):
+        if not len(rows):
+            raise UserError(
+                f"evaluation.test_fraction: expected images in both parts of {found.source.description}, got "
+                f"none in the part {name}; use another fraction"
+            )
+        part = _labeled_images(_limited(found.select(rows), limit, seed), config)
+        part.description = f"{config.path} ({name})"
+        parts.append(part)
+    return parts[0], parts[1]
 
 
 def label_data(
@@ -431,7 +452,7 @@ def label_data(
         config: see `as_source`. Its `max_images` and `streaming` have no effect.
         name: the argument that held `data`, for messages.
         max_images: see `labeled_images`.
-        kinds: see `label_source`.
+        kinds: see `read_labels`.
 
     Raises:
         UserError: the errors of `as_source` and `label_source`.
@@ -439,26 +460,6 @@ def label_data(
     if isinstance(data, LabeledImages):
         return data
     config = replace(config, max_images=None, streaming=False)
-    labels = _only_classes(kinds) or not isinstance(data, str | os.PathLike)
+    labels = only_classes(kinds) or not isinstance(data, str | os.PathLike)
     source = as_source(data, config, name, labels=labels, only_image=True)
     return label_source(source, config, max_images=max_images, kinds=kinds)
-
-
-def balanced_rows(labels: np.ndarray, count: int, *key: int) -> np.ndarray:
-    """Return `count` row numbers of the labels (N,) in ascending order, at random with balanced classes.
-
-    The first image of each class is chosen before the second image of any class, and so on. The choice
-    depends only on the labels, the count and the key, so all encoders use the same images.
-    """
-    shuffled = permutation(len(labels), *key)
-    order = np.lexsort((labels[shuffled], rank_in_class(labels[shuffled])))
-    return np.sort(shuffled[order[:count]])
-
-
-def rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """Return for each image how many earlier images have the same class, (N,) int64."""
-    by_class = np.argsort(labels, kind="stable")
-    sorted_labels = labels[by_class]
-    ranks = np.empty_like(by_class)
-    ranks[by_class] = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
-    return ranks

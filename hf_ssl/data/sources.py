@@ -28,7 +28,6 @@ from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
-    image_keys,
     named_files,
     without_decoding,
 )
@@ -91,11 +90,6 @@ class Source:
             return dataset._fingerprint
         files = named_files(dataset, [self.image_column, *self.further_columns])
         return f"{dataset._fingerprint}-{state_of_files(files)}" if files else dataset._fingerprint
-
-    @cached_property
-    def image_keys(self) -> list[bytes]:
-        """The keys of the rows (`hf_ssl.data.columns.image_keys`); [] if they are not known."""
-        return image_keys(self.dataset, self.image_column) if isinstance(self.dataset, Dataset) else []
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
@@ -261,18 +255,29 @@ def _load_builder(path: str, **options: Any) -> DatasetBuilder:
     return load_dataset_builder(path, **options, drop_labels=True) if reads_archives(builder) else builder
 
 
+class UnknownSplit(UserError):
+    """A split does not exist.
+
+    Attributes:
+        splits: the names of the existing splits.
+        path: path of the data.
+        split: the unknown name.
+    """
+
+    def __init__(self, splits: list[str], path: str, split: str, key: str, advice: str) -> None:
+        self.splits, self.path, self.split = splits, path, split
+        names = ", ".join(splits)
+        super().__init__(f"{key}: expected one of the splits {names} of {path}, got {split!r}; use {advice}")
+
+
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:
     """Raise UserError if a split does not exist, or if a stream needs a part or a sum of splits."""
     unknown = [name for name in split_names(split) if names and name not in names]
     if unknown:
-        # If `split` differs from `config.split`, a caller such as the evaluation chose it, not the user.
-        key, advice = (
-            ("data.split", f"data.split={names[0]}") if split == config.split else ("split", names[0])
-        )
-        raise UserError(
-            f"{key}: expected one of the splits {', '.join(names)} of {config.path}, got {unknown[0]!r}; "
-            f"use {advice}"
-        )
+        # If `split` differs from `config.split`, a caller chose it, which may know the key of the user.
+        of_user = split == config.split
+        key, advice = ("data.split", f"data.split={names[0]}") if of_user else ("split", names[0])
+        raise UnknownSplit(names, config.path, unknown[0], key, advice)
     if streaming and split_names(split) != [split]:
         raise UserError(
             f"data.split: expected one whole split of {config.path} for a stream, got {split!r}; use "

@@ -53,7 +53,14 @@ class EvaluationConfig:
     path: str | None = None  # None: data.path
     train_split: str = "train"
     test_split: str = "test"
+    # Share of the images of train_split that are the test images, for data without a test split or sorted by
+    # class. Both parts have the class shares of the split, and images with the same content are in one part.
+    # The parts are random but fixed: they depend on the images and the share, not on `seed`. test_split has
+    # no effect. Training without labels uses all images of data.split, also those of the test part.
+    # None: test_split
+    test_fraction: float | None = None
     label_column: str | None = None  # None: found by its feature type
+    # Largest numbers of images. They are drawn at random, with the class shares of all images.
     max_train_images: int | None = None
     max_test_images: int | None = None
     batch_size: int = 256  # images in one forward pass
@@ -137,10 +144,20 @@ class EvaluationConfig:
         label_column = self.label_column or training.label_column
         return replace(training, label_column=label_column, max_images=None, streaming=False)
 
+    @property
+    def split_names(self) -> tuple[str, str]:
+        """Return the names of the training images and of the test images, for texts and facts."""
+        if self.test_fraction is None:
+            return self.train_split, self.test_split
+        shares = (100 * (1 - self.test_fraction), 100 * self.test_fraction)
+        first, second = (f"{share:.6g} % of {self.train_split}" for share in shares)
+        return first, second
+
     def check(self) -> None:
         """Raise UserError for an invalid value, before any image is read."""
         precisions = (AUTO, *PRECISIONS)
-        split, other = self.test_split, self.test_split != self.train_split
+        split, share = self.test_split, self.test_fraction
+        other = self.test_split != self.train_split or share is not None
         grid = self.patch_grid
         is_grid = not grid or (len(grid) == 2 and are_positive(grid))
         numbers = ((key, getattr(self, key)) for key in ("batch_size", "raw_pixel_size", "cache_size"))
@@ -149,6 +166,13 @@ class EvaluationConfig:
         check_values(
             "evaluation",
             ("test_split", split, other, "a split other than train_split", advice),
+            (
+                "test_fraction",
+                share,
+                share is None or 0 < share < 1,
+                "a share between 0 and 1",
+                "evaluation.test_fraction=0.2, or null for evaluation.test_split",
+            ),
             ("precision", self.precision, self.precision in precisions, f"one of {', '.join(precisions)}"),
             ("pooling", self.pooling, self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             ("patch_grid", grid, is_grid, "the positive numbers [patch, stride], [] for none, or null"),

@@ -32,6 +32,7 @@ from hf_ssl.evaluation.inputs import Inputs, LabeledData, Split, has_several_lab
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult
+from hf_ssl.evaluation.split_report import report_comparison, unknown_classes
 from hf_ssl.evaluation.statistics import feature_statistics
 from hf_ssl.modeling.backbones import load_weights, unmasked
 from hf_ssl.modeling.base import SSLPreTrainedModel
@@ -121,7 +122,10 @@ def evaluate_encoder(
             cached_features(config, encoder, processor, splits, poolings, precision, device, description)
             for encoder, poolings in encoders.items()
         )
-    inputs = _inputs(config, bank[pooling], train.labels, queries[pooling], test.labels, device, description)
+    inputs = _inputs(
+        config, bank[pooling], train.labels, queries[pooling], test.labels, device, description,
+        reported=_are_reported(train, test),
+    )  # fmt: skip
     inputs.encoder, inputs.processor, inputs.dtype = model, processor, autocast_dtype(precision)
     inputs.batch_size, inputs.skipped, inputs.pooling = config.batch_size, skipped, pooling
     inputs.preset, inputs.image_size = preset, size
@@ -184,7 +188,10 @@ def evaluate_pixels(
             for part, images in (("train", train), ("test", test))
         )
     names = [name for name in config.protocols if PROTOCOLS[name].of_pixels]
-    inputs = _inputs(config, bank, train.labels, queries, test.labels, description="raw pixels")
+    reported = _are_reported(train, test)
+    inputs = _inputs(
+        config, bank, train.labels, queries, test.labels, description="raw pixels", reported=reported
+    )
     result = _run(replace(config, protocols=names), inputs)
     result["seconds"] = seconds | result["seconds"]
     side = config.raw_pixel_size
@@ -232,15 +239,20 @@ def _inputs(
     test_labels: Any,
     device: torch.device | str | None = None,
     description: str | None = None,
+    *,
+    reported: bool = False,
 ) -> Inputs:
-    """Return the checked inputs of all protocols; the arguments are those of `evaluate_features`."""
-    train = read_split(train_features, train_labels, config.train_split, "train")
-    test = read_split(test_features, test_labels, config.test_split, "test", train.features.shape[1])
+    """Return the checked inputs of all protocols; the arguments are those of `evaluate_features`.
+
+    `reported`: whether images with an unknown class were already reported.
+    """
+    train = read_split(train_features, train_labels, config.split_names[0], "train")
+    test = read_split(test_features, test_labels, config.split_names[1], "test", train.features.shape[1])
     if has_several_labels(train.labels) != has_several_labels(test.labels):
         raise UserError("labels: expected several labels of the images in both splits, or in none")
     if not has_several_labels(train.labels):
         check_classes(train.labels, f"evaluation, split {train.name!r}")
-        _check_shared_classes(train, test)
+        _check_shared_classes(train, test, reported)
     elif train.labels.shape[1] != test.labels.shape[1]:
         both = train.labels.shape[1], test.labels.shape[1]
         raise UserError(f"labels: expected {both[0]} classes in split {test.name}, got {both[1]}")
@@ -248,7 +260,7 @@ def _inputs(
     return Inputs(train, test, device, config.seed, description)
 
 
-def _check_shared_classes(train: Split, test: Split) -> None:
+def _check_shared_classes(train: Split, test: Split, reported: bool) -> None:
     """Report test images whose class has no training image, or raise UserError if these are all of them."""
     unknown = int((~torch.isin(test.labels, train.labels)).sum())
     if unknown == len(test):
@@ -256,11 +268,9 @@ def _check_shared_classes(train: Split, test: Split) -> None:
             f"evaluation: expected classes of the training images in split {test.name!r}, got other classes "
             f"for all {counted(unknown, 'image')}; if the images are sorted by class, use other splits"
         )
-    if unknown:
-        notice(
-            f"evaluation: {counted(unknown, 'image')} of {len(test):,} in split {test.name!r} have a class "
-            f"without images in split {train.name!r}, and count as wrong"
-        )
+    if unknown and not reported:
+        names = f"split {test.name!r}", f"split {train.name!r}"
+        notice(unknown_classes("evaluation", unknown, len(test), *names))
 
 
 def _run(config: EvaluationConfig, inputs: Inputs) -> EncoderResult:
@@ -351,17 +361,13 @@ def _labeled(
         test = label_data(test, data, "test", config.max_test_images, kinds)
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.classified_by(train)
-        _report_shared_images(train, test)
+        report_comparison("evaluation", train, test)
     return train, test
 
 
-def _report_shared_images(train: LabeledImages, test: LabeledImages) -> None:
-    """Report test images that are also training images, each of which is its own nearest neighbor."""
-    if shared := test.shared_with(train):
-        notice(
-            f"evaluation: {counted(shared, 'image')} of {len(test):,} in {test.description} are also in "
-            f"{train.description}, so all numbers are too high; use other splits"
-        )
+def _are_reported(train: LabeledData, test: LabeledData) -> bool:
+    """Return whether `_labeled` has compared the classes and contents of the images."""
+    return isinstance(train, LabeledImages) and isinstance(test, LabeledImages)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.data.labeled import balanced_rows
+from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError, counted, first_line
 from hf_ssl.evaluation.inputs import Inputs
 from hf_ssl.evaluation.protocols import PROTOCOLS

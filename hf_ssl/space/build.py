@@ -23,7 +23,8 @@ from hf_ssl import __version__
 from hf_ssl.cards.privacy import encoder_name, remove_private
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
-from hf_ssl.data.labeled import balanced_rows, unlabeled_images
+from hf_ssl.data.labeled import unlabeled_images
+from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     build_gallery,
@@ -138,7 +139,7 @@ def _images(data: DataConfig, split: str, count: int) -> LabeledImages:
     source = open_source(replace(data, max_images=1), split, only_image=True)
     if find_optional_label_column(source.dataset.features, data.label_column, source.description) is not None:
         try:
-            images = labeled_images(data, split, max_images=count)
+            images = labeled_images(data, split, max_images=count, balanced=True)
             images.require_one_label("a Space")
             return images
         except UserError as error:

@@ -17,6 +17,7 @@ from hf_ssl.data import DataConfig, LoadedBatch, Source, all_images, as_source
 from hf_ssl.data.training_labels import training_labels
 from hf_ssl.errors import UserError, suggestion
 from hf_ssl.evaluation import extract_features
+from hf_ssl.evaluation.split_report import report_comparison
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
@@ -233,6 +234,9 @@ class EvaluatingTrainer(PushingTrainer):
                 logger.warning("compute_metrics has no effect without labeled images as eval_dataset")
             images = load_monitor_images(self.source, self.preset, self.data, self.args)
             self.monitor = Monitor(images, self.classifiers, self._dtype, self.compute_metrics)
+            for classifier in self.classifiers.values() if self.args.should_log else ():
+                if classifier.queries is not None:  # else each image is classified by the others
+                    report_comparison("monitor", classifier.bank, classifier.queries)
         self.monitor.online_probe = self.online_probe
         return self.monitor
 

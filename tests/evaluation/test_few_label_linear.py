@@ -13,7 +13,7 @@ from messages import mentions, missing
 from sklearn.linear_model import LogisticRegression
 
 from hf_ssl.data import DataConfig, label_data
-from hf_ssl.data.labeled import rank_in_class
+from hf_ssl.data.subsets import rank_in_class
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_features, few_label_knn, knn_accuracy
 from hf_ssl.evaluation.image_lists import LISTS, draw_rows, find_rows, read_list, rows_hash

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ssl.data.labeled import rank_in_class
+from hf_ssl.data.subsets import rank_in_class
 from hf_ssl.errors import UserError, check_values, counted
 from hf_ssl.evaluation.config import are_positive
 from hf_ssl.evaluation.image_lists import (
