@@ -298,6 +298,11 @@ def limitations(facts: Facts) -> list[str]:
                 "The standard deviation with few labels is over random choices of the labeled images, not "
                 "over training runs."
             )
+        if facts["recipe"]["sections"].get("evaluation", {}).get("test_fraction") is not None:
+            sentences.append(
+                f"The test images ({evaluation['test_split']}) were chosen at random. Training without "
+                "labels also used them, if it read this split."
+            )
         if evaluation["shared"]:
             sentences.append(
                 f"**{counted(evaluation['shared'], 'test image')} also occur among the training images** of "

@@ -239,7 +239,8 @@ def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     facts["monitor"]["alarm"] = "embeddings have collapsed at step 40: embedding_std is 0.01"
     facts["training"] |= {"final_loss": float("nan"), "selection": "eval_knn", "resumed": 2}
     facts["data"]["broken"] = 7
-    facts["evaluation"] |= {"shared": 3, "unknown_classes": 4}
+    facts["evaluation"] |= {"shared": 3, "unknown_classes": 4, "test_split": "20 % of train"}
+    facts["recipe"]["sections"]["evaluation"] = {"test_fraction": 0.2}
     write_card(tmp_path, facts)
     text = readme(tmp_path)
     worse = "This encoder is not better than the same network without training in 20-NN accuracy"
@@ -251,6 +252,7 @@ def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     assert "resumed 2 times" in text
     assert "7 training images could not be read" in text
     assert "**3 test images also occur among the training images**" in text
+    assert "The test images (20 % of train) were chosen at random" in text
     assert "4 test images have a class without training images" in text
 
 
