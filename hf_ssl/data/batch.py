@@ -27,6 +27,8 @@ MAX_SMALL_SIDE = 96
 other images by the workers of the loader."""
 
 _MIN_STREAMED_IMAGES = 100
+_FEW_BROKEN = 15
+"""So many broken images never stop a run, unless they are most of the images."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class BrokenCounter:
     """Counts images that cannot be read. An image counts once, even if several epochs try to read it.
 
     Args:
-        max_fraction: largest share of all images that may be broken (`data.max_broken_fraction`).
+        max_fraction: largest share of all images that may be broken (`data.max_broken_fraction`). Fewer than
+            16 broken images are always allowed if they are at most half of the images, except with 0.
         num_images: number of images in the data; None for a stream of unknown length. For such a stream, the
             share refers to the images read so far. It is checked from 100 images on, with a tolerance of
             three standard deviations.
@@ -286,12 +289,13 @@ class BrokenCounter:
 
     def _allowed(self) -> float:
         """Return the number of broken images that are allowed now."""
+        few = _FEW_BROKEN if self.max_fraction > 0 else 0
         if self.num_images is not None:
-            return max(self.max_fraction * self.num_images, float(self.max_fraction > 0))
+            return max(self.max_fraction * self.num_images, min(few, self.num_images / 2))
         if self.read < _MIN_STREAMED_IMAGES:
             return math.inf
         expected = self.max_fraction * self.read
-        return expected + 3 * math.sqrt(expected)
+        return max(expected + 3 * math.sqrt(expected), few)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts as JSON data."""

@@ -88,8 +88,8 @@ def test_broken_images_are_omitted_together_with_their_labels(cache, labels_firs
 
 
 def test_too_many_broken_images_are_an_error(labeled):
-    images = labeled_images(labeled(broken=range(1, 41, 8)), "test")
-    with pytest.raises(UserError, match=mentions(5, 90, 0.05, "data.max_broken_fraction=0.1")):
+    images = labeled_images(labeled(broken=range(1, 65, 4)), "test")
+    with pytest.raises(UserError, match=mentions(16, 90, 0.05, "data.max_broken_fraction=0.18")):
         all_images(images)
 
 
