@@ -2,7 +2,10 @@
 """Builds the model and the trainer of a recipe, and chooses settings for this machine (layer 5)."""
 
 import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +104,8 @@ def build_trainer(
     """
     with progress(f"opening {recipe.data.path}"):
         source = open_source(recipe.data)
+        if not recipe.is_set("data.split") and source.count is not None:
+            source.count.require_most_files(recipe.data.split)
         small = holds_small_images(source, recipe.data)
     check_images(source)
     stored = from_first_process(stored)
@@ -181,7 +186,7 @@ def open_labeled_splits(
             "data.streaming=true; set evaluation.path=..."
         )
     data = evaluation.data(data)
-    with progress(f"opening {data.path}"):
+    with progress(f"opening {data.path}"), _keys_of_evaluation(evaluation):
         train, test = _open_parts(data, evaluation)
     test.classified_by(train)
     expected = f"at least 2 images in {test.description}"
@@ -207,6 +212,18 @@ def _open_parts(data: DataConfig, evaluation: EvaluationConfig) -> tuple[Labeled
         if key == "evaluation.test_split":
             advice = f"{key}=NAME, or evaluation.test_fraction=0.2 for a part of {split}"
         raise UnknownSplit(error.splits, error.path, error.split, key, advice) from error
+
+
+@contextmanager
+def _keys_of_evaluation(evaluation: EvaluationConfig) -> Iterator[None]:
+    """Name the keys of the section `evaluation` in messages about columns, if `evaluation.path` is set."""
+    try:
+        yield
+    except UserError as error:
+        if evaluation.path is None:
+            raise
+        keys = r"\bdata\.(?=(path|image_column|label_column)\b)"
+        raise UserError(re.sub(keys, "evaluation.", str(error))) from error
 
 
 def has_label_lists(data: DataConfig, evaluation: EvaluationConfig) -> bool:

@@ -235,11 +235,14 @@ def space_build(arguments: argparse.Namespace) -> None:
     check_packages()
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.recipe import read_sections
+        from hf_ssl.recipe.source import is_overridden
 
         data, _ = read_sections(arguments.overrides)
+        chosen = is_overridden(arguments.overrides, "data.split")
         from hf_ssl.space import build_space
 
-    build_space(arguments.model, arguments.folder, data, images=arguments.images, title=arguments.title)
+    options = {"images": arguments.images, "title": arguments.title, "chosen_split": chosen}
+    build_space(arguments.model, arguments.folder, data, **options)
     print(f"the Space is in {arguments.folder}; hf-ssl space run {arguments.folder} serves it")
 
 

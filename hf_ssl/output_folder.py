@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.data import DataConfig
+from hf_ssl.data.own_folders import RUN_MARK
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import UserError
 from hf_ssl.files import (
@@ -26,7 +27,7 @@ from hf_ssl.trainer.resuming import usable_checkpoint
 from hf_ssl.views.preset import ViewPreset
 
 _CHOICES, _REVISION = "choices", "data_revision"
-IDENTITY = "_run.json"  # is never published, because it contains the path of the data
+IDENTITY = RUN_MARK  # is never published, because it contains the path of the data
 
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, has_label_lists, open_labeled_splits
 from hf_ssl.cards import append_result, remove_private, write_card, write_facts
-from hf_ssl.cards.result_files import EVALUATED, EVALUATION
+from hf_ssl.cards.result_files import EVALUATED, EVALUATION, with_trained_tolerance
 from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.targets import TARGETS
@@ -70,6 +70,8 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         checkpoint = last_checkpoint(recipe)
         stored = None if checkpoint is None else stored_choices(recipe)
         trainer = build_trainer(recipe, args, callbacks, stored)
+        if trainer.source.count is not None and args.should_log:
+            print(trainer.source.count)
         finished = checkpoint is not None and is_finished(checkpoint)
         if checkpoint is not None and not finished and args.should_log:
             _report_changed_images(recipe, trainer)
@@ -295,7 +297,8 @@ def _evaluate(
         encoder, processor = load_encoder(model)
         projected = load_projected_encoder(model) if layer == "projector" else None
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
-    splits = open_labeled_splits(replace(data, streaming=False), evaluation)
+    data = with_trained_tolerance(replace(data, streaming=False), model)
+    splits = open_labeled_splits(data, evaluation)
     if chosen is None:
         chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)
     evaluation = protocols_for_labels(evaluation, splits[0].has_several_labels, chosen)

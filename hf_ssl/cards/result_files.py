@@ -7,15 +7,17 @@
 several data sets.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards.facts import FILE as FACTS
 from hf_ssl.cards.facts import Facts, facts_of_weights, read_entries, read_facts, result_entry
 from hf_ssl.cards.suite_text import Summary
+from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.results import check_result
-from hf_ssl.files import read_json
+from hf_ssl.files import local_folder, read_json
 
 EVALUATION = "results.json"
 SUPERVISED = "supervised.json"
@@ -107,6 +109,24 @@ def suite_results(folder: Path, facts: Facts) -> list[Summary]:
 
 def _is_suite(stored: dict[str, Any]) -> bool:
     return {"suite", "columns"} <= stored.keys()
+
+
+def with_trained_tolerance(data: DataConfig, model: str) -> DataConfig:
+    """Return the settings with the `max_broken_fraction` of the run that trained an encoder.
+
+    The settings stay if they have another value than the default, or if `model` is no output folder of a run.
+
+    Args:
+        data: the settings of the images that the encoder is used for.
+        model: folder or Hub id of the encoder.
+    """
+    folder = local_folder(model)
+    if data.max_broken_fraction != DataConfig.max_broken_fraction or folder is None:
+        return data
+    if not (folder / FACTS).is_file():
+        return data
+    trained = read_facts(folder)["recipe"]["sections"].get("data", {})
+    return replace(data, max_broken_fraction=trained.get("max_broken_fraction", data.max_broken_fraction))
 
 
 def recorded_training(folder: Path) -> dict[str, Any]:

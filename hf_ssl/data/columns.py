@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the columns of images and labels in a data set, and reads their values."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar, cast
@@ -50,11 +51,13 @@ MASK_NAMES = (
     "semantic_mask", "label", "labels",
 )  # fmt: skip
 """Usual names of a column of masks. A column of classes can have the last two names, but another type."""
-_IMAGE_DTYPES = ["binary", "large_binary", "Array2D", "Array3D"]
+_STRUCT = "struct of bytes"
+_BYTES = ("binary", "large_binary", "binary_view")
+_IMAGE_DTYPES = [*_BYTES, _STRUCT, "Array2D", "Array3D"]
 _IMAGES = _Role(
     "data.image_column",
     Image,
-    [*_IMAGE_DTYPES, "string", "large_string"],
+    [*_IMAGE_DTYPES, "string", "large_string", "string_view"],
     _IMAGE_DTYPES,
     "images (Image, encoded bytes, arrays or file names)",
     "NAME",
@@ -244,12 +247,12 @@ def named_files(dataset: Dataset, columns: Iterable[str]) -> list[str]:
     files: list[str] = []
     for column in columns:
         kind = dataset.features[column]
-        if isinstance(kind, Image):
+        if isinstance(kind, Image) or (_is_struct(kind) and "path" in kind):
             chunks = dataset.data.column(column).chunks
             if sum(chunk.field("bytes").null_count for chunk in chunks):
                 paths = dataset.select_columns([column]).flatten().with_format(None)
                 files += [path for path in paths[f"{column}.path"][:] if path]
-        elif isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
+        elif isinstance(kind, Value) and kind.dtype in ("string", "large_string", "string_view"):
             files += [path for path in dataset.select_columns([column]).with_format(None)[column][:] if path]
     return files
 
@@ -292,7 +295,7 @@ def _label_matrix(rows: list[Any], names: list[str], where: str) -> tuple[np.nda
 
 
 def encoded_images(
-    table: pa.Table, column: str, stored: Callable[[Any], StoredImage] = stored_image
+    table: pa.Table, column: str, stored: Callable[[Any], StoredImage] = stored_image, folder: str = ""
 ) -> list[StoredImage]:
     """Return the images of a column of a table, without copying bytes.
 
@@ -300,6 +303,7 @@ def encoded_images(
         table: N rows.
         column: holds structs of `bytes` and `path`, encoded bytes, arrays (H, W) or (H, W, C), or file names.
         stored: returns the image of an array, and that of None for a missing one.
+        folder: where relative file names start; "" for the working folder.
     """
     images: list[StoredImage] = []
     for chunk in table.column(column).chunks:
@@ -311,15 +315,46 @@ def encoded_images(
         if pa.types.is_struct(chunk.type):
             names = [field.name for field in chunk.type]
             parts = dict(zip(names, chunk.flatten(), strict=True))
-            contents, paths = parts["bytes"], parts["path"].to_pylist()
-        elif pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
+            contents = parts["bytes"]
+            paths = parts["path"].to_pylist() if "path" in parts else [None] * len(chunk)
+        elif any(is_text(chunk.type) for is_text in _IS_TEXT):
             contents, paths = pa.nulls(len(chunk), pa.binary()), chunk.to_pylist()
         else:
             contents, paths = chunk, [None] * len(chunk)
         images += [
-            EncodedImage(scalar.as_buffer(), path) for scalar, path in zip(contents, paths, strict=True)
+            EncodedImage(scalar.as_buffer(), path if scalar.is_valid else resolved(path, folder))
+            for scalar, path in zip(contents, paths, strict=True)
         ]
     return images
+
+
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def resolved(path: str | None, folder: str) -> str | None:
+    """Return the path of a file that a table names. A relative name starts in `folder`."""
+    return os.path.join(folder, path) if path and folder and "://" not in path else path
+
+
+def first_relative_name(dataset: Any, columns: Iterable[str]) -> str | None:
+    """Return the first relative file name in columns of images; None if a column contains no file names.
+
+    Args:
+        dataset: a `Dataset` or a stream with known columns, not decoded.
+        columns: the columns.
+    """
+    row: dict[str, Any] = next(iter(dataset.select_columns(list(columns)).take(1)), {})
+    for value in row.values():
+        stored = value if isinstance(value, dict) else {"path": value if isinstance(value, str) else None}
+        name = stored.get("path") if stored.get("bytes") is None else None
+        if name and "://" not in name and not os.path.isabs(name):
+            return name
+    return None
+
+
+def _is_struct(feature: Any) -> bool:
+    """Return whether a column has the structs of encoded images that pandas and polars write."""
+    return isinstance(feature, dict) and getattr(feature.get("bytes"), "dtype", None) in _BYTES
 
 
 def _listing(features: Mapping[str, Any]) -> str:
@@ -331,4 +366,6 @@ def _listing(features: Mapping[str, Any]) -> str:
 def _type_name(feature: Any) -> str:
     if isinstance(feature, List):
         return f"List of {_type_name(feature.feature)}"
+    if _is_struct(feature):
+        return _STRUCT
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__

@@ -24,10 +24,15 @@ class DataConfig:
         path: one of: a data set on the Hub ("user/name"); a folder, a file or a glob pattern of Parquet
             files, images or WebDataset tars; "digits" (built in, from scikit-learn). In a folder of images,
             hf_ssl ignores all other files (text, videos, archives), except a metadata file that names the
-            images. The folders inside a zip archive are classes, as those on the disk.
+            images. It also ignores output folders of hf_ssl. The folders inside a zip archive are classes, as
+            those on the disk. Relative file names in a table belong to the folder of the table. In the name
+            of an existing folder, `* ? [ ]` are no wildcards.
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
-        split: the training split. A slice such as "train[:10%]" needs `streaming=False`.
+        split: the training split. A slice such as "train[:10%]" needs `streaming=False`. "all" reads all
+            splits. In a local folder, it reads all files, whatever the names of files and folders are, and
+            without metadata files. If most files of a folder are in no split because of such names, a run
+            stops unless the split is set.
         streaming: whether to read the files directly, shuffled in a window, without a local copy.
         image_column: the column of images. It is required if the data set has several, or if the column does
             not have the type Image.
@@ -46,7 +51,9 @@ class DataConfig:
         cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on
             the device of the model ("device", which also crops them) or nowhere ("none"). "auto" keeps images
             of one size, of at most 96 pixels per side and 4 GiB in total.
-        max_broken_fraction: the largest share of images that may be unreadable. Above it, the run stops.
+        max_broken_fraction: the largest share of images that may be unreadable. Above it, the run stops, but
+            not for fewer than 16 broken images (at most half of the images). 0 allows none. Commands that
+            evaluate an encoder use the value of its training, unless another one is set.
         shuffle_window: number of rows of a stream that are shuffled together.
         open_shards: number of shards of a stream that are read in turn.
         max_images: number of images to train on, a fixed random choice; None for all images.

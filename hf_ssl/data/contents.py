@@ -103,4 +103,4 @@ def _images(source: Source, rows: np.ndarray | None = None) -> Iterator[StoredIm
     table = source.dataset.select_columns([column])
     table = (table if rows is None else table.select(rows)).with_format("arrow")
     for batch in table.iter(_ROWS):
-        yield from encoded_images(batch, column)
+        yield from encoded_images(batch, column, folder=source.folder)

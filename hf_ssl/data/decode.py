@@ -34,6 +34,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hf_ssl.data.formats import reason_of
 from hf_ssl.errors import UserError
 
 try:
@@ -98,7 +99,7 @@ class EncodedImage(NamedTuple):
         except OSError as error:
             if not is_local and not isinstance(error, FileNotFoundError):
                 raise
-            raise BrokenImage(_reason(error)) from error
+            raise BrokenImage(reason_of(error)) from error
 
 
 class ImageObject(NamedTuple):
@@ -215,8 +216,8 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
     if isinstance(image, ImageObject):
         pixels = decode(image.read(), 1)
         return pixels.shape[1], pixels.shape[2]
+    on_disk = image.data is None and image.path is not None and "://" not in image.path
     try:
-        on_disk = image.data is None and image.path is not None and "://" not in image.path
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
             # To read EXIF data that come after the pixels, Pillow would decode the whole PNG file.
@@ -225,7 +226,7 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
     except BrokenImage:
         raise
     except Exception as error:  # as in read_with_pillow
-        raise BrokenImage(_reason(error)) from error
+        raise BrokenImage(reason_of(error, image.path if on_disk else image.data)) from error
     return (width, height) if swapped else (height, width)
 
 
@@ -288,7 +289,7 @@ def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.nd
     except BrokenImage:
         raise
     except Exception as error:  # for damaged files, Pillow raises anything from OSError to KeyError
-        raise BrokenImage(_reason(error)) from error
+        raise BrokenImage(reason_of(error, data)) from error
 
 
 def as_pillow(pixels: Tensor) -> PIL.Image.Image:
@@ -305,16 +306,6 @@ def _open_image(data: ImageData) -> PIL.Image.Image:
     if not len(memoryview(data)):
         raise BrokenImage("zero bytes")
     return PIL.Image.open(io.BytesIO(data))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, PIL.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, OSError) and error.strerror:
-        return f"the file cannot be read: {error.strerror}"
-    return f"{type(error).__name__}: {error}"
 
 
 def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:

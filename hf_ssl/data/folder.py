@@ -13,9 +13,7 @@ A file or directory is named after a split if its name contains a keyword of the
 Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
 """
 
-import csv
 import hashlib
-import json
 import logging
 import os
 import re
@@ -28,11 +26,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, ReadInstruction, concatenate_datasets
 
 from hf_ssl.data.location import (
     IMAGE,
+    TABLES,
+    TEXT_TABLES,
     ZIP,
     File,
     Listing,
@@ -45,15 +44,12 @@ from hf_ssl.data.location import (
     most_common_kind,
     state_of_files,
 )
+from hf_ssl.data.metadata_files import METADATA, declares_its_files, describes_images, require_known_files
+from hf_ssl.data.unread import IMAGE_FILES, FileCount, count_files
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_NAME_COLUMNS = ("file_name", "file_names")
-_NAME_ENDINGS = ("_file_name", "_file_names")
-_YAML_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
-_DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
 _CACHE_SIZE = 8  # number of folders, and of splits, in the caches of a process
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -97,11 +93,13 @@ class LocalData:
         images: the splits of a folder of plain images; else empty.
         files: the files of each split, which `datasets` opens; else empty.
         searched: all files of a folder that `datasets` searches itself; else empty.
+        count: how many files of a folder are read; None if `datasets` searches the folder, and for a pattern.
     """
 
     images: dict[str, ImageSplit] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     searched: list[str] = field(default_factory=list, repr=False)
+    count: FileCount | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -110,32 +108,38 @@ class LocalData:
         return [*images, *(path for files in self.files.values() for path in files), *self.searched]
 
 
-_folder_cache: dict[str, tuple[Listing, LocalData, str, float]] = {}
+_folder_cache: dict[tuple[str, bool], tuple[Listing, LocalData, str, float]] = {}
 _FEW_FILES = 100_000
 _FRESH_SECONDS = 30.0  # in which a command opens a folder several times
 _split_cache: dict[str, ImageSplit] = {}
 
 
-def find_local_data(location: Location) -> LocalData:
+def find_local_data(location: Location, whole: bool = False) -> LocalData:
     """Return the data at a local place. A process lists a folder again only if it has changed.
 
     A file that was overwritten in place is noticed after half a minute, and not in a folder with many files.
+
+    Args:
+        location: the place.
+        whole: whether all files of a folder belong to the split "train", whatever their names are. Metadata
+            files are then not used, because they may name only some of the images.
     """
     if location.files:
         return _data_in_files(location)
     root = os.path.realpath(location.loader)
-    if root in _folder_cache:
-        listing, found, state, checked = _folder_cache[root]
+    key = (root, whole)
+    if key in _folder_cache:
+        listing, found, state, checked = _folder_cache[key]
         if listing.is_current():
             if time.monotonic() - checked < _FRESH_SECONDS:
                 return found
             if state == _state(found):
-                _store(_folder_cache, root, (listing, found, state, time.monotonic()))
+                _store(_folder_cache, key, (listing, found, state, time.monotonic()))
                 return found
     listing = list_folder(root)
-    found = _data_in_listing(listing)
+    found = _data_in_listing(listing, whole)
     # The tables hold the files now. A second list of millions of files would waste memory.
-    _store(_folder_cache, root, (replace(listing, files=[]), found, _state(found), time.monotonic()))
+    _store(_folder_cache, key, (replace(listing, files=[]), found, _state(found), time.monotonic()))
     return found
 
 
@@ -144,7 +148,7 @@ def _state(found: LocalData) -> str:
     return "" if len(found.paths) > _FEW_FILES else state_of_files(found.paths)
 
 
-def _store(cache: dict[str, Any], key: str, value: Any) -> None:
+def _store(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Store a value in a cache, and delete the oldest values from a full cache."""
     cache.pop(key, None)
     while len(cache) >= _CACHE_SIZE:
@@ -197,86 +201,63 @@ def _data_in_files(location: Location) -> LocalData:
             logger.warning(
                 "%d files are not used: their paths are not valid UTF-8", len(location.files) - len(files)
             )
+        if not files:
+            raise UserError(
+                f"data.path: expected files whose paths are valid UTF-8, got {location.files[0]!r}; rename "
+                "the files"
+            )
         return LocalData(images=_image_tables({"train": files}, os.sep))
     return LocalData(files={"train": list(location.files)})
 
 
-def _data_in_listing(listing: Listing) -> LocalData:
-    if not listing.files:
+def _data_in_listing(listing: Listing, whole: bool) -> LocalData:
+    paths = [file.path for file in listing.files]
+    if not paths:
         raise UserError(
             "data.path: expected a folder of Parquet files, images or WebDataset tars, got "
-            f"{listing.root!r}, which contains no visible files; check the path"
+            f"{listing.root!r}, which contains no visible files with valid UTF-8 names; check the path"
         )
-    named = [file for file in listing.files if os.path.basename(file.path) in _METADATA]
+    named = [file for file in listing.files if os.path.basename(file.path) in METADATA]
     kinds = {file: file_kind(file.path) for file in listing.files if file not in named}
     kind = most_common_kind(kinds.values())
-    if kind is None or _declares_its_files(listing.root):
-        return LocalData(searched=[file.path for file in listing.files])
-    metadata = [file for file in named if _describes_images(file.path)]
+    if declares_its_files(listing.root):
+        return LocalData(searched=paths)
+    if kind is None:
+        require_known_files(listing.root, paths)
+        return LocalData(searched=paths)
+    metadata = [] if whole else [file for file in named if describes_images(file.path)]
     wanted = (IMAGE, ZIP) if kind == ZIP else (kind,)
     files = [file for file, own in kinds.items() if own in wanted]
     if kind in (IMAGE, ZIP) and metadata:
         files = sorted(files + metadata)
-    splits = _infer_splits(files, listing.root)
-    _report_unused(listing, kind, files, splits)
+    splits = {"train": files} if whole else _infer_splits(files, listing.root)
+    count = _count(listing, kind, kinds, splits)
     if kind == IMAGE and not metadata:
-        return LocalData(images=_image_tables(splits, listing.root))
-    return LocalData(files={name: [file.path for file in files] for name, files in splits.items()})
-
-
-def _describes_images(path: str) -> bool:
-    """Return whether a metadata file has a column of file names; log a warning if not.
-
-    Many data sets contain a `metadata.csv` of their own. `datasets` (seen with 5.2) raises for such a file.
-    """
-    try:
-        if path.endswith(".parquet"):
-            columns = pq.read_schema(path).names
-        else:
-            with open(path, encoding="utf-8-sig") as file:
-                line = file.readline()
-            columns = next(csv.reader([line]), []) if path.endswith(".csv") else list(json.loads(line))
-    except (OSError, ValueError, pa.ArrowException):
-        columns = []
-    if any(column in _NAME_COLUMNS or column.endswith(_NAME_ENDINGS) for column in columns):
-        return True
-    logger.warning(
-        "%s is not used: expected a column file_name, got %s", path, ", ".join(map(str, columns)) or "none"
+        return LocalData(images=_image_tables(splits, listing.root), count=count)
+    return LocalData(
+        files={name: [file.path for file in files] for name, files in splits.items()}, count=count
     )
-    return False
 
 
-def _declares_its_files(root: str) -> bool:
-    """Return whether the folder declares the files of its splits, as a data set on the Hub does."""
-    if any(os.path.exists(os.path.join(root, name)) for name in (".huggingface.yaml", "dataset_infos.json")):
-        return True
-    try:
-        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
-            block = _YAML_BLOCK.match(file.read() + "\n")
-    except OSError:
-        return False
-    return block is not None and _DECLARATION.search(block[1]) is not None
-
-
-def _report_unused(listing: Listing, kind: str, files: list[File], splits: dict[str, list[File]]) -> None:
-    used = {file for chosen in splits.values() for file in chosen}
-    if len(used) < len(files):
+def _count(
+    listing: Listing, kind: str, kinds: dict[File, str | None], splits: dict[str, list[File]]
+) -> FileCount:
+    """Count the files of a folder, and log a warning if some files are in no split or cannot be read."""
+    own = [file.path for file, each in kinds.items() if each == kind]
+    paths = {name: [file.path for file in files if kinds.get(file) == kind] for name, files in splits.items()}
+    others = [file.path for file, each in kinds.items() if each is None] if kind == IMAGE else []
+    count = count_files(listing.root, IMAGE_FILES if kind == IMAGE else f"{kind} files", own, paths, others)
+    if count.unread:
+        logger.warning("%s", count)
+    # A table of file names may belong to the images beside it.
+    used = {kind, IMAGE, ZIP} if kind == ZIP or kind in TABLES else {kind}
+    unused = {each: file.path for file, each in kinds.items() if each not in (*used, *TEXT_TABLES, None)}
+    for path in unused.values():
         logger.warning(
-            "%d of %d files in %s are not used, because other files are named after the splits %s; "
-            "use data.path='%s/**/*' to read all files as one split",
-            len(files) - len(used),
-            len(files),
-            listing.root,
-            ", ".join(splits),
-            listing.root,
-        )
-    archive = next((file.path for file in listing.files if file.path.lower().endswith(ZIP)), None)
-    if kind == IMAGE and archive is not None:
-        logger.warning(
-            "%s is not used, because its folder contains images; use data.path=%s to read it",
-            archive,
-            archive,
-        )
+            "%s is not used, because its folder contains more %s; use data.path=%s to read it",
+            path, count.kind, path
+        )  # fmt: skip
+    return count
 
 
 def _file_with_status(path: str) -> File:

@@ -90,19 +90,20 @@ def mirrored_channels(columns: Mapping[str, str], first: int) -> tuple[int, ...]
     return tuple(found)
 
 
-def table_rows(table: pa.Table, column: str, columns: Mapping[str, str]) -> list[AnyStored]:
+def table_rows(table: pa.Table, column: str, columns: Mapping[str, str], folder: str = "") -> list[AnyStored]:
     """Return the images of all rows of a table.
 
     Args:
         table: N rows.
         column: the image column.
         columns: {name: kind} of the further columns.
+        folder: see `Source.folder`.
     """
     further = {
-        name: encoded_images(table, name, partial(stored_further_image, kind=kind))
+        name: encoded_images(table, name, partial(stored_further_image, kind=kind), folder)
         for name, kind in columns.items()
     }
-    return joined_rows(encoded_images(table, column), columns, further)
+    return joined_rows(encoded_images(table, column, folder=folder), columns, further)
 
 
 def joined_rows(

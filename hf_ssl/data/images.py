@@ -25,8 +25,16 @@ from torch import Tensor
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.batch import UnreadableData, is_small
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage
-from hf_ssl.data.further_columns import AnyStored, decode, further_channels, size_in_header, table_rows
+from hf_ssl.data.decode import BrokenImage, ImageObject
+from hf_ssl.data.formats import has_further_pages
+from hf_ssl.data.further_columns import (
+    AnyStored,
+    RowImages,
+    decode,
+    further_channels,
+    size_in_header,
+    table_rows,
+)
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
@@ -70,7 +78,7 @@ class EncodedRows:
         self._image_channels = channels
         self.channels = channels + further_channels(source.further_columns)
         self.description = source.description
-        self._row_numbers = source.row_numbers
+        self._row_numbers, self._folder = source.row_numbers, source.folder
 
     def __len__(self) -> int:
         return len(self._items)
@@ -82,7 +90,7 @@ class EncodedRows:
     def stored(self, rows: Sequence[int] | np.ndarray) -> list[AnyStored]:
         """Return the images of rows, as the data set stores them."""
         if isinstance(self._items, Dataset):
-            return table_rows(self._items[rows], self._column, self._further)
+            return table_rows(self._items[rows], self._column, self._further, self._folder)
         return [self._items.stored(int(row)) for row in rows]
 
     def read(self, rows: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
@@ -252,6 +260,12 @@ def inspect_images(
     Raises:
         UserError: none of the images can be read.
     """
+    pages = sum(map(_has_further_pages, images))
+    if pages:
+        logger.warning(
+            "%d of %d inspected images in %s have further pages or frames; only the first one is read",
+            pages, len(images), description,
+        )  # fmt: skip
     sizes: dict[tuple[int, int], tuple[int, int]] = {}  # size in the header -> decoded size
     broken: list[str] = []
     for place, image in zip(places, images, strict=True):
@@ -270,6 +284,16 @@ def inspect_images(
             f"{len(images)} inspected ones, e.g. {broken[0]}; check the images"
         )
     return next(iter(sizes.values()))
+
+
+def _has_further_pages(image: AnyStored) -> bool:
+    image = image.image if isinstance(image, RowImages) else image
+    if isinstance(image, ImageObject):
+        return False
+    try:
+        return has_further_pages(image.read())
+    except BrokenImage:
+        return False
 
 
 _in_use: WeakValueDictionary[tuple, DecodedRows] = WeakValueDictionary()

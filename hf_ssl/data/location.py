@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import re
+import tarfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,24 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hf_ssl.data.formats import READABLE, UNREADABLE, looks_like_image
+from hf_ssl.data.own_folders import RUN_MARK, outside_own_folders, own_folder
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder", ".arrow": "arrow"}
+_LOADERS = {
+    ".parquet": "parquet", ".tar": "webdataset", ".zip": "imagefolder", ".arrow": "arrow",
+    ".csv": "csv", ".json": "json", ".jsonl": "json",
+}  # fmt: skip
+TEXT_TABLES = (".csv", ".json", ".jsonl")
+"""Files that often describe images beside them. They are read only if there are no others."""
+TABLES = (".parquet", ".arrow", *TEXT_TABLES)
+_ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
 ZIP = ".zip"
 DIGITS = "digits"
 """`data.path` of the built-in data set."""
 IMAGE = "image"
-_IMAGE_ENDINGS = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .pbm .pgm .ppm .pnm "
-    ".jp2 .j2k .jpc .jpf .jpx .j2c .ico .icns .cur .tga .icb .vda .vst .psd .pcx .dcx .dds .blp .fli .flc "
-    ".ftc .ftu .gbr .im .msp .pcd .pxr .bw .rgb .rgba .sgi .ras .xbm .xpm .fit .fits".split()
-)
-"""The endings that `datasets` 5 treats as images, except those that Pillow cannot decode by itself: videos
-(.mpg, .mpeg), PostScript (.ps, .eps), Windows metafiles (.wmf, .emf), weather data (.bufr, .grib) and IPTC
-records (.iim)."""
 _HASHED_FILES = 256
 _HASHED_BYTES = 1 << 16
 _CLOCK_TICK_NS = 20_000_000
@@ -123,8 +126,12 @@ def locate(path: str) -> Location:
     if os.path.isfile(expanded):
         return _locate_files(path, [expanded])
     if glob.has_magic(expanded):
-        matches = sorted(glob.glob(expanded, recursive=True))
-        files = [match for match in matches if os.path.isfile(match)]
+        pattern, literal = _split_pattern(expanded)
+        matches = sorted(glob.glob(pattern, recursive=True))
+        files = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
+        files, left_out = outside_own_folders(files, os.path.abspath(literal))
+        for folder, what in left_out.items():
+            logger.warning("images in %s are not used: it is %s", folder, what)
         if matches and not files:
             raise UserError(
                 f"data.path: expected a pattern that matches files, got {path!r}, which matches only "
@@ -139,6 +146,20 @@ def locate(path: str) -> Location:
     )
 
 
+def _split_pattern(path: str) -> tuple[str, str]:
+    """Return a pattern for `glob`, and the folder above its wildcards.
+
+    The folder is the longest part of the path that exists. In its name, the characters `* ? [ ]` are no
+    wildcards.
+    """
+    parts = path.split(os.sep)
+    for count in range(len(parts) - 1, 0, -1):
+        folder = os.sep.join(parts[:count]) or os.sep
+        if os.path.isdir(folder):
+            return os.path.join(glob.escape(folder), *parts[count:]), folder
+    return path, os.curdir
+
+
 def _locate_files(path: str, files: list[str]) -> Location:
     if not files:
         raise UserError(
@@ -148,36 +169,82 @@ def _locate_files(path: str, files: list[str]) -> Location:
     kind = most_common_kind(map(file_kind, files))
     if kind is None or (kind != IMAGE and any(file_kind(file) != kind for file in files)):
         endings = sorted({Path(file).suffix.lower() or "(none)" for file in files})
+        advice = "use a pattern that matches one kind of files"
+        if kind is None:
+            advice = advice_for_others(endings)
         raise UserError(
             f"data.path: expected only Parquet files, only WebDataset tars or only images, got {path!r} with "
-            f"the endings {', '.join(endings[:8])}; use a pattern that matches one kind of files"
+            f"the endings {', '.join(endings[:8])}; {advice}"
         )
     chosen = tuple(os.path.abspath(file) for file in files if file_kind(file) == kind)
     return Location("local", "imagefolder" if kind == IMAGE else _LOADERS[kind], chosen)
 
 
+def advice_for_others(endings: Iterable[str]) -> str:
+    """Return what to do with files of other kinds, from their endings."""
+    for ending in endings:
+        if ending in UNREADABLE:
+            return UNREADABLE[ending]
+        if ending in _ARCHIVES:
+            return "unpack the archive, and use its folder"
+    return "check the path"
+
+
 def file_kind(file: str) -> str | None:
     """Return IMAGE for an image, the ending in lower case for a file that may contain images, else None."""
     ending = os.path.splitext(file)[1].lower()
-    if ending in _IMAGE_ENDINGS:
+    if ending in READABLE or (not ending and looks_like_image(file)):
         return IMAGE
     return ending if ending in _LOADERS else None
 
 
+def is_readable_archive(file: str) -> bool:
+    """Return whether a file begins or ends like its kind of archive; True for other files."""
+    if file.lower().endswith(".tar"):
+        return tarfile.is_tarfile(file)
+    return zipfile.is_zipfile(file) or not file.lower().endswith(ZIP)
+
+
 def most_common_kind(kinds: Iterable[str | None]) -> str | None:
-    """Return the most frequent kind of files (Parquet in case of a tie); None if no file has a kind."""
+    """Return the most frequent kind of files (Parquet in case of a tie); None if no file has a kind.
+
+    CSV and JSON files are the result only if there are no others, because they often describe images.
+    """
     counts = Counter(kind for kind in kinds if kind is not None)
-    return max(counts, key=lambda kind: (counts[kind], kind == ".parquet", kind), default=None)
+    return max(
+        counts,
+        key=lambda kind: (kind not in TEXT_TABLES, counts[kind], kind == ".parquet", kind),
+        default=None,
+    )
+
+
+def folder_of_names(name: str, tables: list[str]) -> str:
+    """Return the folder where the relative file names of tables start.
+
+    It is the first folder of a table that contains `name`; "" (the working folder) if only this one contains
+    it.
+
+    Args:
+        name: a relative file name in the tables.
+        tables: the paths of the tables.
+    """
+    folders = list(dict.fromkeys(os.path.dirname(os.path.abspath(table)) for table in tables))
+    for folder in [*folders, ""]:
+        if os.path.exists(os.path.join(folder, name)):
+            return folder
+    return folders[0]
 
 
 def list_folder(folder: str) -> Listing:
     """Return all visible files below a folder; each directory is read once.
 
     As in `datasets`, the list omits names that start with a dot and directories whose name starts with two
-    underscores. A link to a file counts as a file. Links to directories are not followed.
+    underscores. A link to a file counts as a file. Links to directories are not followed. The list also omits
+    folders that hf_ssl wrote (`hf_ssl.data.own_folders`).
 
     Raises:
-        UserError: the folder itself cannot be read, or its path is not valid UTF-8.
+        UserError: the folder itself cannot be read, its path is not valid UTF-8, or it is the output folder
+            of a run.
     """
     root = os.path.realpath(folder)
     if not is_utf8(root):
@@ -189,13 +256,24 @@ def list_folder(folder: str) -> Listing:
     while waiting:
         directory = waiting.pop()
         try:
-            directories[directory] = os.stat(directory).st_mtime_ns
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    try:
-                        _add_entry(entry, files, waiting)
-                    except OSError as error:  # the entry was removed meanwhile, or is a link to itself
-                        logger.warning("%s is not used: %s", entry.path, error.strerror)
+            changed_ns = os.stat(directory).st_mtime_ns
+            with os.scandir(directory) as scanned:
+                entries = list(scanned)
+            what = own_folder(directory, [entry.name for entry in entries])
+            if what is not None and directory != root:
+                logger.warning("images in %s are not used: it is %s", directory, what)
+                continue
+            if what is not None and any(entry.name == RUN_MARK for entry in entries):
+                raise UserError(
+                    f"data.path: expected a folder of images, got {root!r}, which is {what}; use another "
+                    "folder"
+                )
+            directories[directory] = changed_ns
+            for entry in entries:
+                try:
+                    _add_entry(entry, files, waiting)
+                except OSError as error:  # the entry was removed meanwhile, or is a link to itself
+                    logger.warning("%s is not used: %s", entry.path, error.strerror)
         except OSError as error:
             if directory == root:
                 raise UserError(
@@ -214,6 +292,8 @@ def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[s
         return
     if not is_utf8(entry.name):
         logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)
+    elif not is_directory and entry.is_dir():
+        logger.warning("images in %s are not used: links to folders are not followed", entry.path)
     elif is_directory:
         directories.append(entry.path)
     elif entry.is_file():

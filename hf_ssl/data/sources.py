@@ -3,12 +3,13 @@
 
 import logging
 import os
-import struct
-import zlib
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
+from glob import has_magic
 from importlib import metadata
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
-from datasets import ClassLabel, Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets import Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
@@ -28,21 +29,39 @@ from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
+    first_relative_name,
     named_files,
+    resolved,
     without_decoding,
 )
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.digits import digits
 from hf_ssl.data.folder import LocalData, find_local_data, select_rows, select_split, split_names
-from hf_ssl.data.location import IMAGE, Location, file_kind, file_state, fingerprint, locate, state_of_files
+from hf_ssl.data.location import (
+    IMAGE,
+    TABLES,
+    Location,
+    file_kind,
+    file_state,
+    fingerprint,
+    folder_of_names,
+    is_readable_archive,
+    locate,
+    state_of_files,
+)
+from hf_ssl.data.tars import TAR_FORMAT, TarImages
+from hf_ssl.data.unread import ALL, FileCount
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation, random_rows
 
 logger = logging.getLogger(__name__)
 
-_OPENING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError)
+_OPENING_ERRORS = (
+    OSError, ValueError, RuntimeError, DatasetsError, EOFError,
+    tarfile.TarError, yaml.YAMLError, zipfile.BadZipFile,
+)  # fmt: skip
 _SHARD_ROWS = 256  # rows of a shard, for data with random access, whose shards may have any size
 _REASON_CHARACTERS = 200
-_DIGITS_SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,8 @@ class Source:
             anyway, or if the rows are only file names.
         further_columns: further columns of images, {name: kind} in the order of their names.
         is_listed: whether the fingerprint of `dataset` covers the files of its rows, as for a folder.
+        folder: where the relative file names in `dataset` start; "" for the working folder.
+        count: the files of a local folder, with the reasons why some are not read; else None.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
@@ -76,6 +97,8 @@ class Source:
     whole_shards: bool = True
     further_columns: dict[str, str] = field(default_factory=dict)
     is_listed: bool = False
+    folder: str = ""
+    count: FileCount | None = None
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -88,7 +111,8 @@ class Source:
         dataset = cast(Dataset, self.dataset)
         if self.is_listed:
             return dataset._fingerprint
-        files = named_files(dataset, [self.image_column, *self.further_columns])
+        names = named_files(dataset, [self.image_column, *self.further_columns])
+        files = [str(resolved(name, self.folder)) for name in names]
         return f"{dataset._fingerprint}-{state_of_files(files)}" if files else dataset._fingerprint
 
     def select(self, rows: np.ndarray) -> "Source":
@@ -154,33 +178,42 @@ def open_source(
     location = locate(config.path)
     where = f"{config.path} ({split})"
     is_listed = location.kind == "digits"
+    found, count = LocalData(), None
     if location.kind == "digits":
+        split = "+".join(digits()) if split == ALL else split
         _check_split(list(digits()), split, streaming, config)
         with _as_user_errors(config.path, location):
             opened = _open_table(select_rows(digits(), split), streaming)
         revision = f"scikit-learn {metadata.version('scikit-learn')}"
     else:
         with _as_user_errors(config.path, location):
-            found = find_local_data(location) if location.kind == "local" else LocalData()
+            whole = split == ALL and location.kind == "local"
+            if location.kind == "local":
+                found = find_local_data(location, whole)
+            split = "train" if whole and (found.images or found.files) else split
             if found.images and config.name is None:
                 _check_split(list(found.images), split, streaming, config)
                 table, revision = select_split(found.images, split)
                 is_listed = True
                 opened = _open_table(_shuffled(table) if streaming else table, streaming)
             else:
-                opened, revision = _open_with_datasets(location, config, found, split, streaming)
+                with _damaged_archives_named(found):
+                    opened, revision = _open_with_datasets(location, config, found, split, streaming)
     features = opened.dataset.features
     if features is None:
         raise UserError(
             f"data.streaming: expected a stream with known columns, got {where}, whose columns are not "
             "declared; use data.streaming=false"
         )
+    if found.count is not None:
+        count = found.count.for_split(split, split_names(split), opened.num_rows)
     image_column, further = find_image_columns(features, config, where, only_image=only_image)
     column = find_label_column(features, config.label_column, where) if labels else None
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
+    dataset = without_decoding(opened.dataset, image_column, *further)
     return Source(
-        dataset=without_decoding(opened.dataset, image_column, *further),
+        dataset=dataset,
         image_column=image_column,
         label_column=column,
         streaming=streaming,
@@ -190,7 +223,17 @@ def open_source(
         whole_shards=opened.whole_shards,
         further_columns=further,
         is_listed=is_listed,
+        folder=_folder_of_names(dataset, [image_column, *further], found, split),
+        count=count,
     ).limited(config.max_images)
+
+
+def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: str) -> str:
+    """Return `Source.folder` for local tables; "" for all other data."""
+    named = [file for name in split_names(split) for file in found.files.get(name, ())]
+    tables = [file for file in named or found.searched if file.lower().endswith(TABLES)]
+    name = first_relative_name(dataset, columns) if tables else None
+    return "" if name is None else folder_of_names(name, tables)
 
 
 class _Opened(NamedTuple):
@@ -207,12 +250,16 @@ def _open_with_datasets(
     """Open the data through `datasets`; return them and their revision."""
     builder = _builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
-    _check_split([str(name) for name in known] if known else [], split, streaming, config)
+    names = [str(name) for name in known] if known else []
+    if split == ALL and names:  # a stream of several splits is an error
+        split = "+".join(names)
+    _check_split(names, split, streaming, config)
     opened = _open_stream(builder, split) if streaming else _open_table(_prepare(builder, split), False)
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(
-            "%d of %d images in %s are not used, because a metadata file in the folder does not name them",
+            "%d of %d images in %s are not used, because a metadata file in the folder does not name them; "
+            "data.split=all reads all images without the metadata",
             images - opened.num_rows, images, config.path,
         )  # fmt: skip
     return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
@@ -236,6 +283,13 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         )
         state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
     else:
+        folder = os.path.realpath(location.loader)
+        if has_magic(folder):
+            # `datasets` (seen with 5.2) would read the path as a pattern, and so find another folder.
+            raise UserError(
+                "data.path: expected a folder without the characters * ? [ ] in its path, because its README "
+                f"or data.name selects its files, got {folder!r}; rename it"
+            )
         # `datasets` (seen with 5.2) names the cache of a folder that declares its files only by the last part
         # of the path and by the patterns in the README. Another folder with this name, or new files in the
         # same folder, would give the earlier images.
@@ -243,10 +297,17 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
-        builder = _load_builder(location.loader, **options)
+        builder = _new_builder(location, options)
         _last_builder.clear()
         _last_builder[key] = (found, builder)
     return _last_builder[key][1]
+
+
+def _new_builder(location: Location, options: dict[str, Any]) -> DatasetBuilder:
+    files = [file for each in options.get("data_files", {}).values() for file in each]
+    if files and all(file.lower().endswith(".tar") for file in files):
+        return TarImages(dataset_name="tar_images", hash=TAR_FORMAT, data_files=options["data_files"])
+    return _load_builder(location.loader, **options)
 
 
 def _load_builder(path: str, **options: Any) -> DatasetBuilder:
@@ -339,6 +400,19 @@ def _fingerprint(builder: DatasetBuilder, split: str) -> str:
 
 
 @contextmanager
+def _damaged_archives_named(found: LocalData) -> Iterator[None]:
+    """Turn the errors about damaged archives, which name no file, into a UserError that names one."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        damaged = next((file for file in found.paths if not is_readable_archive(file)), "a damaged archive")
+        raise UserError(
+            f"data.path: expected archives that can be read, got {damaged}: {first_line(error)}; download it "
+            "again, or leave it out"
+        ) from error
+
+
+@contextmanager
 def _as_user_errors(path: str, location: Location) -> Iterator[None]:
     """Turn the errors of `datasets` about data that it cannot find, reach or read into a UserError."""
     try:
@@ -356,57 +430,3 @@ def _as_user_errors(path: str, location: Location) -> Iterator[None]:
             f"data.path: expected {expected}, got {path!r}, which cannot be opened: "
             f"{shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}; check the path and the split"
         ) from error
-
-
-@cache
-def digits() -> dict[str, Dataset]:
-    """Return the built-in data set: the 1797 handwritten digits of scikit-learn, 8 x 8 pixels.
-
-    Both splits are shuffled with a fixed order. They have the columns `image` (PNG, gray, 0 to 16 scaled to 0
-    to 255) and `label`. Nothing is downloaded.
-
-    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (its test set).
-    """
-    values, labels = _load_digits()
-    pixels = np.rint(values.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
-    order = permutation(len(pixels), 1998)
-    label = ClassLabel(names=[str(digit) for digit in range(10)])
-    features = datasets.Features({"image": Image(), "label": label})
-    encoded = [{"bytes": _png(pixels[row]), "path": None} for row in order]
-    return {
-        split: Dataset.from_dict({"image": encoded[rows], "label": labels[order[rows]]}, features=features)
-        for split, rows in _DIGITS_SPLITS.items()
-    }
-
-
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the same as `sklearn.datasets.load_digits(return_X_y=True)`.
-
-    This function reads the file without importing scikit-learn, which would take half a CPU second. If a
-    version later than 1.9 stores the file in another place, scikit-learn loads it.
-    """
-    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-    try:
-        table = np.loadtxt(str(file), delimiter=",", dtype=np.int64)
-    except OSError:
-        from sklearn.datasets import load_digits
-
-        return load_digits(return_X_y=True)
-    return table[:, :-1].astype(np.float64), table[:, -1]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    """Return an uncompressed PNG file of a small gray image (H, W).
-
-    The bytes do not depend on the version of a library. Pillow would take 20 times as long: a tenth of a
-    second for all images. Source: RFC 2083 (PNG).
-    """
-    height, width = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    # Each line begins with the number of its filter; 0 means no filter.
-    lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 0)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )

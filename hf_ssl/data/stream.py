@@ -122,6 +122,7 @@ class StreamShards:
         if not isinstance(source.dataset, IterableDataset):
             raise TypeError(f"expected a stream, got the map-style data {source.description}")
         self._column, self.further = source.image_column, source.further_columns
+        self._folder = source.folder
         self.label_column = label_column
         columns = [source.image_column, *source.further_columns]
         columns += [] if label_column is None else [label_column]
@@ -163,7 +164,7 @@ class StreamShards:
             given = table.column(self.label_column).to_pylist()
             labels = class_numbers(given, count, self.description).tolist()
             table = table.drop_columns([self.label_column])  # `nbytes` must not depend on it
-        return Block(table_rows(table, self._column, self.further), table.nbytes, labels)
+        return Block(table_rows(table, self._column, self.further, self._folder), table.nbytes, labels)
 
     def _shard(self, shard: int) -> IterableDataset:
         """Return one shard.

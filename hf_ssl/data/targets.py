@@ -38,6 +38,7 @@ class Masks:
     def __init__(self, source: Source, column: str | int) -> None:
         self._where, self._column = source.description, column
         self._items: Any = source.dataset
+        self._folder = source.folder
         if isinstance(source.dataset, Dataset):
             columns = source.dataset.select_columns([str(column)])
             self._items = without_decoding(columns, str(column)).with_format("arrow")
@@ -61,7 +62,7 @@ class Masks:
 
     def _stored(self, row: int) -> StoredImage:
         if isinstance(self._items, Dataset):
-            (image,) = encoded_images(self._items[[row]], str(self._column), _stored_mask)
+            (image,) = encoded_images(self._items[[row]], str(self._column), _stored_mask, self._folder)
             return image
         try:
             item = self._items.data[row][self._column]

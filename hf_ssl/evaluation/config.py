@@ -59,7 +59,9 @@ class EvaluationConfig:
     # no effect. Training without labels uses all images of data.split, also those of the test part.
     # None: test_split
     test_fraction: float | None = None
-    label_column: str | None = None  # None: found by its feature type
+    # The columns. None: those of `data`, or found by their types if `path` is set.
+    image_column: str | None = None
+    label_column: str | None = None
     # Largest numbers of images. They are drawn at random, with the class shares of all images.
     max_train_images: int | None = None
     max_test_images: int | None = None
@@ -141,8 +143,10 @@ class EvaluationConfig:
             training = replace(
                 training, path=self.path, name=None, revision=None, image_column=None, label_column=None
             )
-        label_column = self.label_column or training.label_column
-        return replace(training, label_column=label_column, max_images=None, streaming=False)
+        columns = {
+            name: getattr(self, name) or getattr(training, name) for name in ("image_column", "label_column")
+        }
+        return replace(training, **columns, max_images=None, streaming=False)
 
     @property
     def split_names(self) -> tuple[str, str]:

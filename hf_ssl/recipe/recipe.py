@@ -125,6 +125,11 @@ class Recipe:
         """Return whether the user set `section.key` on the command line, not in the recipe's file."""
         return is_overridden(self.overrides, key)
 
+    def is_set(self, key: str) -> bool:
+        """Return whether `section.key` has a value on the command line or in the recipe's file."""
+        section, _, name = key.partition(".")
+        return self.is_overridden(key) or name in read_yaml(self.path)[section]
+
     def backbone_config(self) -> "PreTrainedConfig":
         """Return the config of the encoder.
 

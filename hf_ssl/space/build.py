@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
 from hf_ssl.cards.privacy import encoder_name, remove_private
+from hf_ssl.cards.result_files import with_trained_tolerance
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
 from hf_ssl.data.labeled import unlabeled_images
@@ -62,6 +63,7 @@ def build_space(
     title: str | None = None,
     pooling: Pooling = "auto",
     revision: str | None = None,
+    chosen_split: bool = True,
 ) -> dict[str, Any]:
     """Write a folder that `run_space` or the Hub can serve, and return the content of its `space.json`.
 
@@ -78,6 +80,7 @@ def build_space(
         title: heading of the page.
         pooling: see `extract_features`.
         revision: branch, tag or commit of the model on the Hub.
+        chosen_split: whether the user chose `data.split`. If not, most files of a folder must be in a split.
 
     Raises:
         UserError: the encoder or the data are invalid, a package is missing, or the folder has other files.
@@ -90,8 +93,13 @@ def build_space(
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model, revision)
     torch.nn.Module.to(encoder, fastest_device())
+    data = with_trained_tolerance(data, model)
     held_out = examples if examples_split is None else 0
     with progress(f"opening {data.path}"):
+        if not chosen_split:
+            count = open_source(replace(data, max_images=1), only_image=True).count
+            if count is not None:
+                count.require_most_files(data.split)
         shown = _images(data, data.split, images + held_out)
     features, thumbnails = embed_gallery(
         encoder,

@@ -203,6 +203,70 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path):
     assert open_source(DataConfig(path=str(root))).num_rows == 1
 
 
+@pytest.mark.parametrize("name", ["shoot[1]", "shoot*", "shoot?"])
+def test_a_folder_with_the_name_of_a_pattern_beside_another_one(name, tmp_path):
+    """`datasets` (5.2) and `glob` would read `shoot1`."""
+    root, other = tmp_path / name, tmp_path / "shoot1"
+    write(root, ["photos/a.jpg", "one/b.jpg"])
+    write(other, ["photos/a.jpg", "photos/b.jpg", "photos/c.jpg"])
+    for path, rows in (("", 2), ("/photos", 1), ("/photos/*.jpg", 1), ("/**/*", 2), ("/photos/a.jpg", 1)):
+        source = open_source(DataConfig(path=f"{root}{path}"))
+        assert source.num_rows == rows
+        assert all(path.startswith(str(root)) for path in found_paths(source))
+
+
+def test_a_pattern_that_is_no_name_matches_other_folders(tmp_path):
+    write(tmp_path, ["shoot1/photos/a.jpg", "shoot2/photos/b.jpg", "shoot3/photos/c.jpg"])
+    assert open_source(DataConfig(path=f"{tmp_path}/shoot[12]/photos/*")).num_rows == 2
+
+
+def found_paths(source):
+    return rows(source.dataset)[0]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_with_the_name_of_a_pattern(ending, tmp_path):
+    for job, count in (("job[1]", 1), ("job1", 3)):
+        write(tmp_path / job, [f"{number}.jpg" for number in range(count)])
+        names = [str(tmp_path / job / f"{number}.jpg") for number in range(count)]
+        table = datasets.Dataset.from_dict({"image": names})
+        for name in ("part[1]", "part1"):
+            getattr(table, f"to_{ending}")(tmp_path / job / "lists" / f"{name}.{ending}")
+    lists = tmp_path / "job[1]" / "lists"
+    for path, rows in ((lists / f"part[1].{ending}", 1), (lists, 2), (lists / f"*.{ending}", 2)):
+        assert open_source(DataConfig(path=str(path), image_column="image")).num_rows == rows
+
+
+@pytest.mark.parametrize("name", [None, "default"])
+def test_a_folder_that_datasets_would_read_as_a_pattern_is_an_error(name, tmp_path):
+    for shoot in ("shoot[1]", "shoot1"):
+        root = write(tmp_path / shoot, ["one/a.jpg"])
+        declared = (
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: one/*\n---\n"
+        )
+        (root / "README.md").write_text(declared)
+    assert open_source(DataConfig(path=str(tmp_path / "shoot1"), name=name)).num_rows == 1
+    with pytest.raises(UserError, match=mentions("data.path", "shoot[1]", "README")):
+        open_source(DataConfig(path=str(tmp_path / "shoot[1]"), name=name))
+
+
+def test_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "photos", ["cats/a.jpg", "dogs/b.jpg"]))
+    for path in (".", "./"):
+        source = open_source(DataConfig(path=path), labels=True)
+        assert source.num_rows == 2
+    monkeypatch.chdir("cats")
+    assert open_source(DataConfig(path="..")).num_rows == 2
+
+
+def test_only_names_that_are_not_unicode(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg"])
+    os.rename(root / "a.jpg", os.fsencode(root) + b"/b\xe4r.jpg")
+    for path in (root, root / "*"):
+        with pytest.raises(UserError, match=mentions("data.path", "UTF-8")):
+            open_source(DataConfig(path=str(path)))
+
+
 def test_names_that_are_not_unicode(tmp_path, caplog):
     root = write(tmp_path / "photos", ["a.jpg"])
     shutil.copy(root / "a.jpg", os.fsencode(root) + b"/b\xe4r.jpg")
@@ -257,11 +321,79 @@ def test_files_outside_the_splits_are_reported(tmp_path, caplog):
     root = write(tmp_path / "photos", names)
     with caplog.at_level(logging.WARNING):
         assert open_source(DataConfig(path=str(root))).num_rows == 1
-    assert "2 of 3 files" in caplog.text and f"data.path='{root}/**/*'" in caplog.text
-    source = open_source(DataConfig(path=f"{root}/**/*"), labels=True)
-    assert source.num_rows == 3
-    names = source.dataset.features[source.label_column].names
-    assert names == ["summer", "train trip", "winter"]
+    assert "1 of 3 image files" in caplog.text and "data.split=all" in caplog.text
+    for config in (DataConfig(path=f"{root}/**/*"), DataConfig(path=str(root), split="all")):
+        source = open_source(config, labels=True)
+        assert source.num_rows == 3
+        names = source.dataset.features[source.label_column].names
+        assert names == ["summer", "train trip", "winter"]
+
+
+CLASSES = {name: [f"{name}/{number}.jpg" for number in range(4)] for name in ("bus", "car", "train")}
+NAMED_BY_CHANCE = {
+    "a class": ([*CLASSES["bus"], *CLASSES["car"], *CLASSES["train"]], 4, 8),
+    "a folder beside images": ([*(f"{n}.jpg" for n in range(10)), "train/a.jpg", "train/b.jpg"], 2, 10),
+    "a file": (["a.jpg", "b.jpg", "train station.jpg"], 1, 2),
+    "tables": (["x.csv", "y.csv", "train.csv"], None, 2),
+}
+
+
+@pytest.mark.parametrize("case", NAMED_BY_CHANCE)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_most_files_must_be_in_a_split(case, streaming, tmp_path):
+    if streaming and case == "tables":
+        pytest.skip("`datasets` declares no columns of a stream of CSV files")
+    names, read, outside = NAMED_BY_CHANCE[case]
+    root = write(tmp_path / "photos", names)
+    for table in root.glob("*.csv"):
+        table.write_text("image\na.png\n")
+    config = DataConfig(path=str(root), streaming=streaming, image_column="image")
+    source = open_source(config)
+    assert read is None or source.num_rows == read
+    assert (source.count.total, source.count.outside) == (len(names), outside)
+    expected = mentions("data.split", root, outside, "data.split=all", "data.split=train")
+    with pytest.raises(UserError, match=expected):
+        source.count.require_most_files("train")
+    whole = open_source(config, "all")
+    assert read is None or whole.num_rows == len(names)
+    whole.count.require_most_files("train")
+
+
+def test_files_of_other_splits_are_counted(tmp_path):
+    names = [f"{split}/{number}.jpg" for split in ("train", "test") for number in range(5)]
+    root = write(tmp_path / "photos", names)
+    count = open_source(DataConfig(path=str(root))).count
+    count.require_most_files("train")
+    assert (count.total, dict(count.unread)) == (10, {"in the split test": 5})
+    assert dict(open_source(DataConfig(path=str(root)), "train[:40%]").count.unread) == {
+        "in the split test": 5, "outside of the part train[:40%]": 3
+    }  # fmt: skip
+    assert dict(open_source(DataConfig(path=str(root)), "all").count.unread) == {}
+
+
+def test_all_reads_the_images_that_a_metadata_file_does_not_name(tmp_path):
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c.jpg"])
+    (root / "metadata.csv").write_text("file_name,kind\na.jpg,x\n")
+    count = open_source(DataConfig(path=str(root))).count
+    assert (count.total, list(count.unread.values())) == (3, [2])
+    assert open_source(DataConfig(path=str(root), split="all")).num_rows == 3
+
+
+def test_all_splits_of_other_data(numbered, tmp_path, write_parquet, encode, picture):
+    assert open_source(DataConfig(path="digits"), "all").num_rows == 1797
+    for split, rows in (("train", 3), ("test", 2)):
+        write_parquet(tmp_path / "x" / f"{split}.parquet", [encode(picture(row)) for row in range(rows)])
+    for streaming in (False, True):
+        source = open_source(DataConfig(path=str(tmp_path / "x")), "all", streaming=streaming)
+        assert source.num_rows == 5
+
+
+def test_a_link_to_a_folder_is_reported(tmp_path, caplog):
+    write(tmp_path / "elsewhere", ["a.jpg"])
+    root = write(tmp_path / "photos", ["b.jpg"])
+    (root / "more").symlink_to(tmp_path / "elsewhere")
+    assert open_source(DataConfig(path=str(root))).num_rows == 1
+    assert str(root / "more") in caplog.text
 
 
 def test_files_that_cannot_be_read_are_broken_images(tmp_path):

@@ -7,14 +7,17 @@ import datasets
 import fsspec
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.columns import find_image_column, find_label_column, label_values
-from hf_ssl.data.decode import EncodedImage
+from hf_ssl.data.decode import EncodedImage, decode
 from hf_ssl.data.images import EncodedRows, decoded_rows
+from hf_ssl.data.stream import StreamShards
 from hf_ssl.errors import UserError
 
 
@@ -113,6 +116,65 @@ def test_a_column_of_bytes_or_of_file_names(tmp_path, make_loader, encode, pictu
     ]
     assert torch.equal(shown[0].images, shown[2].images) and torch.equal(shown[1].images, shown[3].images)
     assert open_source(DataConfig(path=str(tmp_path / "data"))).image_column == "raw"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kinds", [("binary", "string"), ("large_binary", "large_string"), ("binary",)])
+def test_structs_of_pandas_and_polars(kinds, streaming, tmp_path, make_loader, encode, picture):
+    images = [encode(picture(number)) for number in range(8)]
+    fields = list(zip(("bytes", "path"), (getattr(pa, kind)() for kind in kinds), strict=False))
+    names = [field for field, _ in fields]
+    rows = [dict(zip(names, (image, "x.png"), strict=False)) for image in images]
+    for column in ("image", "photo"):
+        table = pa.table({column: pa.array(rows, pa.struct(fields)), "label": list(range(8))})
+        pq.write_table(table, tmp_path / f"{column}.parquet")
+        config = DataConfig(path=str(tmp_path / f"{column}.parquet"), streaming=streaming)
+        source = open_source(config)
+        assert source.image_column == column
+        assert next(iter(make_loader(config))).broken == []
+        if not streaming:
+            decoded, broken = EncodedRows(source, 3).read(np.arange(8))
+            assert not broken and torch.equal(decoded[3], decode(images[3], 3))
+            keys = source.image_keys
+            assert keys == [] if names == ["bytes"] else len(set(keys)) == 8
+
+
+RELATIVE = ("parquet", "csv", "json", "struct")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", RELATIVE)
+def test_relative_names_belong_to_the_folder_of_the_table(
+    kind, streaming, tmp_path, monkeypatch, encode, picture
+):
+    """The working folder has a file of the same name with another image."""
+    if streaming and kind == "csv":
+        pytest.skip("`datasets` declares no columns of a stream of CSV files")
+    for folder, first in (("data", 0), ("elsewhere", 100)):
+        (tmp_path / folder / "photos").mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / folder / "photos" / f"{number}.png").write_bytes(encode(picture(first + number)))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    names = [f"photos/{number}.png" for number in range(2)]
+    table = datasets.Dataset.from_dict({"image": names})
+    file = tmp_path / "data" / f"list.{'parquet' if kind == 'struct' else kind}"
+    if kind == "struct":
+        table = table.cast_column("image", datasets.Image(decode=False))
+        pq.write_table(table.data.table, file)
+    else:
+        getattr(table, f"to_{kind}")(file)
+    source = open_source(DataConfig(path=str(file), image_column="image", streaming=streaming))
+    if streaming:
+        images = StreamShards(source, 4).first_images
+    else:
+        images = EncodedRows(source, 3).stored(np.arange(2))
+        file_state = source.identity
+        (tmp_path / "data" / "photos" / "0.png").write_bytes(encode(picture(7, (30, 30))))
+        assert open_source(DataConfig(path=str(file), image_column="image")).identity != file_state
+    assert [image.read() for image in images][1] == encode(picture(1))
+    (tmp_path / "data" / "photos").rename(tmp_path / "data" / "moved")  # only the working folder has them
+    source = open_source(DataConfig(path=str(file), image_column="image"))
+    assert EncodedRows(source, 3).stored([1])[0].read() == encode(picture(101))
 
 
 IMAGE, LABEL, TEXT = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")

@@ -16,7 +16,7 @@ from messages import missing
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_ssl.data.sources import digits
+from hf_ssl.data.digits import digits
 
 REPO = "someone/digits"
 

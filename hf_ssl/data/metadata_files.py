@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognizes the files in a folder that describe its images, and folders without images."""
+
+import csv
+import json
+import logging
+import os
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_ssl.data.location import advice_for_others
+from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_NAME_COLUMNS = ("file_name", "file_names")
+_NAME_ENDINGS = ("_file_name", "_file_names")
+_YAML_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
+_DECLARATION = re.compile("^(configs|dataset_info):", re.MULTILINE)
+
+
+def describes_images(path: str) -> bool:
+    """Return whether a metadata file has a column of file names; log a warning if not.
+
+    Many data sets contain a `metadata.csv` of their own. `datasets` (seen with 5.2) raises for such a file.
+    """
+    try:
+        if path.endswith(".parquet"):
+            columns = pq.read_schema(path).names
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                line = file.readline()
+            columns = next(csv.reader([line]), []) if path.endswith(".csv") else list(json.loads(line))
+    except (OSError, ValueError, pa.ArrowException):
+        columns = []
+    if any(column in _NAME_COLUMNS or column.endswith(_NAME_ENDINGS) for column in columns):
+        return True
+    logger.warning(
+        "%s is not used: expected a column file_name, got %s", path, ", ".join(map(str, columns)) or "none"
+    )
+    return False
+
+
+def declares_its_files(root: str) -> bool:
+    """Return whether the folder declares the files of its splits, as a data set on the Hub does."""
+    if any(os.path.exists(os.path.join(root, name)) for name in (".huggingface.yaml", "dataset_infos.json")):
+        return True
+    try:
+        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+            block = _YAML_BLOCK.match(file.read() + "\n")
+    except OSError:
+        return False
+    return block is not None and _DECLARATION.search(block[1]) is not None
+
+
+def require_known_files(root: str, paths: list[str]) -> None:
+    """Raise UserError if a folder contains only images that cannot be read, or archives."""
+    endings = sorted({os.path.splitext(path)[1].lower() for path in paths})
+    advice = advice_for_others(endings)
+    # `datasets` opens compressed tars.
+    if advice != advice_for_others([]) and not any(path.endswith(".tar.gz") for path in paths):
+        raise UserError(
+            f"data.path: expected a folder of Parquet files, images or WebDataset tars, got {root!r} with "
+            f"the endings {', '.join(filter(None, endings[:8]))}; {advice}"
+        )

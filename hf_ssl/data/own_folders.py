@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognizes folders that hf_ssl or the Hugging Face libraries wrote. Their pictures are not used."""
+
+import os
+from collections.abc import Collection
+from functools import cache
+
+import datasets
+from huggingface_hub import constants
+
+RUN_MARK = "_run.json"
+"""The file in the output folder of a run that contains its recipe."""
+_MARKS = {
+    "the output folder of a run": [{RUN_MARK}, {"supervised.json"}, {"facts.json", "config.json"}],
+    "a Space": [{"space.json", "app.py"}],
+    "the output folder of a sweep": [{"sweep.json", "sweep.csv"}],
+    "the output folder of a comparison": [{"comparison.md", "comparison.csv"}],
+    "the output folder of an evaluation": [
+        {"suite.md", "suite.csv"},
+        *({"results.json", picture} for picture in ("knn_curve.png", "probe_epochs.png", "detections.png")),
+    ],
+    "the output folder of hf-ssl plot": [{"points.html", "neighbors.png"}, {"points.html", "confusion.png"}],
+    "attention maps": [{"mean.png", "rollout.png"}],
+    "a cache of the Hub": [{"blobs", "refs", "snapshots"}],
+}
+"""What a folder is -> sets of names. A folder with all names of a set is such a folder."""
+
+
+def own_folder(path: str, names: Collection[str]) -> str | None:
+    """Return what a folder is if hf_ssl or a library wrote it, else None.
+
+    Args:
+        path: the absolute path of the folder, links resolved.
+        names: the names of its entries.
+    """
+    caches = (constants.HF_HOME, str(datasets.config.HF_DATASETS_CACHE))
+    if any(path == os.path.realpath(folder) for folder in caches):
+        return "a cache of the Hugging Face libraries"
+    found = {*names}
+    return next((what for what, marks in _MARKS.items() if any(mark <= found for mark in marks)), None)
+
+
+def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict[str, str]]:
+    """Return the files that are in no own folder, and {folder: what it is} of the own folders.
+
+    Args:
+        files: absolute paths.
+        literal: the folder that a pattern names without wildcards. It and the folders above it do not count.
+    """
+
+    @cache
+    def own(folder: str) -> str | None:
+        """Return the own folder that contains `folder` or is it."""
+        if len(folder) <= len(literal) or folder == os.path.dirname(folder):
+            return None
+        above = own(os.path.dirname(folder))
+        if above is not None:
+            return above
+        what = own_folder(os.path.realpath(folder), os.listdir(folder))
+        if what is not None:
+            left_out[folder] = what
+        return None if what is None else folder
+
+    left_out: dict[str, str] = {}
+    kept = [file for file in files if own(os.path.dirname(file)) is None]
+    return kept, left_out

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats of image files: which ones are read, and what the messages say about the others."""
+
+import io
+import sys
+import types
+from importlib import machinery
+
+import numpy as np
+import PIL.features
+import PIL.Image
+import pytest
+from messages import mentions
+
+from hf_ssl.data import DataConfig, formats, open_source
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
+from hf_ssl.data.images import common_size
+from hf_ssl.errors import UserError
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+JXL = b"\xff\x0a\x00\x10"
+
+
+def save(path, kind="PNG", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (16, 12), (200, 30, 30)).save(path, kind, **options)
+
+
+def frames(path, kind, count=3, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # different pictures, because Pillow joins equal frames
+    first, *rest = (PIL.Image.new("RGB", (16, 16), (80 * i, 255 - 80 * i, 0)) for i in range(count))
+    first.save(path, kind, save_all=True, append_images=rest, **options)
+
+
+def test_files_without_an_ending_are_read_if_they_begin_like_an_image(tmp_path):
+    for name, kind in (("photo1", "PNG"), ("photo2", "JPEG"), ("photo3", "TIFF"), ("x.gif", "GIF")):
+        save(tmp_path / name, kind)
+    (tmp_path / "LICENSE").write_text("text")
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert source.num_rows == 4
+    assert (source.count.total, dict(source.count.unread)) == (4, {})
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("avif", "AVIF"), ("mpo", "MPO")])
+def test_formats_of_pillow_are_read(ending, kind, tmp_path):
+    if kind == "AVIF" and not PIL.features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    save(tmp_path / f"a.{ending}", kind)
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert source.num_rows == 1 and common_size(source, 3) == (12, 16)
+
+
+@pytest.mark.parametrize(
+    ("ending", "module", "package"),
+    [("heic", "pillow_heif", "pillow-heif"), ("jxl", "pillow_jxl", "pillow-jxl-plugin")],
+)
+def test_formats_of_plugins_are_read_or_reported(ending, module, package, tmp_path):
+    save(tmp_path / "a.png")
+    if f".{ending}" in formats.READABLE:
+        save(tmp_path / f"b.{ending}", "HEIF" if ending == "heic" else "JXL", lossless=True)
+        source = open_source(DataConfig(path=str(tmp_path)))
+        assert source.num_rows == 2 and common_size(source, 3) == (12, 16)
+        return
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.{ending.upper()}").write_bytes(b"x")
+    count = open_source(DataConfig(path=str(tmp_path))).count
+    (reason,) = count.unread
+    assert (count.total, count.unread[reason]) == (3, 2)
+    assert package in reason and "hf_ssl[formats]" in reason
+    assert str(count).startswith("1 of 3 image files")
+
+
+def test_installed_plugins_are_registered(monkeypatch):
+    calls = []
+    heif = types.SimpleNamespace(
+        register_heif_opener=lambda: calls.append("heif"), __spec__=machinery.ModuleSpec("pillow_heif", None)
+    )
+    jxl = types.SimpleNamespace(__spec__=machinery.ModuleSpec("pillow_jxl", None))
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", jxl)
+    assert {".heic", ".heif", ".hif", ".jxl"} <= formats._register_plugins()
+    assert calls == ["heif"]
+
+    def fail():
+        raise OSError("a library is missing")
+
+    heif.register_heif_opener = fail
+    assert ".heic" not in formats._register_plugins()
+
+
+def test_a_folder_of_images_that_cannot_be_read_names_the_cause(tmp_path):
+    (tmp_path / "a.cr2").write_bytes(b"x")
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path, ".cr2", "camera")):
+        open_source(DataConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=mentions("data.path", ".cr2", "camera")):
+        open_source(DataConfig(path=str(tmp_path / "a.cr2")))
+
+
+@pytest.mark.skipif(".heic" in formats.READABLE, reason="needs a Pillow without the plug-in")
+def test_encoded_bytes_of_a_format_without_a_plugin_name_it(tmp_path):
+    with pytest.raises(BrokenImage, match="pillow-heif"):
+        decode(HEIC, 3)
+    (tmp_path / "a").write_bytes(HEIC)
+    for image in (EncodedImage(HEIC, None), EncodedImage(None, str(tmp_path / "a"))):
+        with pytest.raises(BrokenImage, match="pillow-heif"):
+            size_in_header(image)
+
+
+@pytest.mark.skipif(".jxl" in formats.READABLE, reason="needs a Pillow without the plug-in")
+def test_jpeg_xl_without_a_plugin(tmp_path):
+    with pytest.raises(BrokenImage, match="pillow-jxl-plugin"):
+        decode(JXL, 3)
+
+
+def test_an_image_above_the_limit_of_pillow(monkeypatch, tmp_path):
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 50)  # the image has 192 pixels
+    with pytest.raises(BrokenImage, match=mentions(100, "smaller", "tiles")):
+        decode((tmp_path / "a.png").read_bytes(), 3)
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path / "a.png", 100, "tiles")):
+        common_size(open_source(DataConfig(path=str(tmp_path))), 3)
+
+
+def test_pages_and_frames_that_are_not_read_are_reported(tmp_path, caplog):
+    for name, kind in (("a.tif", "TIFF"), ("b.gif", "GIF"), ("c.webp", "WEBP"), ("d.png", "PNG")):
+        frames(tmp_path / name, kind)
+    # These further images are no other pictures.
+    frames(tmp_path / "e.jpg", "MPO")
+    save(tmp_path / "f.ico", "ICO", sizes=[(16, 12), (8, 6)])
+    save(tmp_path / "g.tif", "TIFF")
+    common_size(open_source(DataConfig(path=str(tmp_path))), 3)
+    assert "4 of 7 inspected images" in caplog.text
+
+
+def test_the_first_page_and_the_largest_icon_are_read(tmp_path):
+    frames(tmp_path / "a.tif", "TIFF")
+    pixels = decode((tmp_path / "a.tif").read_bytes(), 3)
+    assert pixels[:, 0, 0].tolist() == [0, 255, 0]
+    PIL.Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "b.ico", sizes=[(16, 16), (32, 32)])
+    assert decode((tmp_path / "b.ico").read_bytes(), 3).shape == (3, 32, 32)
+
+
+def test_signatures():
+    found = {}
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        PIL.Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file, kind)
+        found[kind] = formats._kind(file.getvalue()[:16])
+    assert found == {"PNG": ".png", "JPEG": ".jpg", "GIF": ".gif", "TIFF": ".tif", "WEBP": ".webp"}
+    assert formats._kind(HEIC[:16]) == ".heic" and formats._kind(b"\0\0\0\x18ftypavif") == ".avif"
+    assert formats._kind(b"\0\0\0\x18ftypmp42") is None and formats._kind(b"RIFF\0\0\0\0WAVE") is None
+    assert formats._kind(b"") is None

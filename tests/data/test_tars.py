@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WebDataset tars whose images have different endings."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from messages import mentions
+
+from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.stream import StreamShards
+from hf_ssl.errors import UserError
+
+
+@pytest.fixture
+def write_tar(encode, picture):
+    """Return a function that writes a tar of files, each with the image of its number."""
+
+    def write(path, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for number, name in enumerate(names):
+                content = b"1" if name.endswith(".cls") else encode(picture(number))
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return write
+
+
+MIXED = {
+    "after the first samples": ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.png", "6.jpeg"],
+    "in the first samples": ["0.jpg", "1.png", "2.JPG"],
+    "with classes": ["0.cls", "0.jpg", "1.cls", "1.png"],
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_images_with_different_endings_are_in_one_column(case, tmp_path, write_tar, encode, picture):
+    names = MIXED[case]
+    config = DataConfig(path=str(write_tar(tmp_path / "a.tar", names).parent))
+    expected = [encode(picture(number)) for number, name in enumerate(names) if not name.endswith(".cls")]
+    source = open_source(config)
+    assert source.image_column == "jpg" and source.num_rows == len(expected)
+    assert [row["bytes"] for row in source.dataset["jpg"]] == expected
+    assert EncodedRows(source, 3).read(np.arange(len(expected)))[1] == {}
+    streamed = StreamShards(open_source(config, streaming=True), 4).first_images
+    assert [bytes(image.data) for image in streamed] == expected
+
+
+def test_tars_with_different_endings(tmp_path, write_tar):
+    for file, ending in (("a", "jpg"), ("b", "png")):
+        write_tar(tmp_path / f"{file}.tar", [f"0.{ending}", f"1.{ending}"])
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert all(row["bytes"] for row in source.dataset[source.image_column]) and source.num_rows == 4
+
+
+def test_datasets_itself_loses_such_images(tmp_path, write_tar):
+    """If this test fails, `TarImages` may be unnecessary."""
+    write_tar(tmp_path / "a.tar", MIXED["after the first samples"])
+    rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "a.tar"), split="train")
+    assert rows.cast_column("jpg", datasets.Image(decode=False))["jpg"][5:] == [None, None]
+
+
+def test_images_and_masks_stay_apart(tmp_path, write_tar):
+    write_tar(tmp_path / "a.tar", ["0.jpg", "0.png", "1.jpg", "1.png"])
+    source = open_source(DataConfig(path=str(tmp_path), image_column="jpg"))
+    assert source.num_rows == 2 and {"jpg", "png"} <= set(source.dataset.features)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.tar", "a.zip"])
+def test_a_damaged_archive_is_named(name, streaming, tmp_path):
+    (tmp_path / name).write_bytes(b"no archive" * 100)
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path / name)):
+        open_source(DataConfig(path=str(tmp_path)), streaming=streaming)
+
+
+def test_a_tar_without_samples_is_named(tmp_path, write_tar):
+    write_tar(tmp_path / "a.tar", ["photo", "other"])
+    with pytest.raises(UserError, match=mentions("data.path", tmp_path / "a.tar", "KEY.jpg")):
+        open_source(DataConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["a.7z", "a.rar", "a.tgz"])
+def test_other_archives_are_to_be_unpacked(name, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=mentions("data.path", path, "unpack")):
+            open_source(DataConfig(path=str(path)))
