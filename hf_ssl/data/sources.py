@@ -283,8 +283,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         )
         state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
     else:
-        folder = os.path.realpath(location.loader)
-        if has_magic(folder):
+        if has_magic(folder := os.path.realpath(location.loader)):
             # `datasets` (seen with 5.2) would read the path as a pattern, and so find another folder.
             raise UserError(
                 "data.path: expected a folder without the characters * ? [ ] in its path, because its README "
@@ -337,7 +336,8 @@ def _check_split(names: list[str], split: str, streaming: bool, config: DataConf
     if unknown:
         # If `split` differs from `config.split`, a caller chose it, which may know the key of the user.
         of_user = split == config.split
-        key, advice = ("data.split", f"data.split={names[0]}") if of_user else ("split", names[0])
+        of_data = "data.split", f"data.split={names[0]}, or data.split={ALL}"
+        key, advice = of_data if of_user else ("split", names[0])
         raise UnknownSplit(names, config.path, unknown[0], key, advice)
     if streaming and split_names(split) != [split]:
         raise UserError(

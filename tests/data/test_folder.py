@@ -359,6 +359,13 @@ def test_most_files_must_be_in_a_split(case, streaming, tmp_path):
     whole.count.require_most_files("train")
 
 
+def test_a_class_with_the_name_of_another_split(tmp_path):
+    root = write(tmp_path / "photos", ["bus/a.jpg", "car/b.jpg", "val/c.jpg"])
+    with pytest.raises(UserError, match=mentions("data.split", root, "validation", "data.split=all")):
+        open_source(DataConfig(path=str(root)))
+    assert open_source(DataConfig(path=str(root), split="all")).num_rows == 3
+
+
 def test_files_of_other_splits_are_counted(tmp_path):
     names = [f"{split}/{number}.jpg" for split in ("train", "test") for number in range(5)]
     root = write(tmp_path / "photos", names)
