@@ -10,15 +10,15 @@ import tarfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hf_ssl.data.formats import READABLE, UNREADABLE, looks_like_image
 from hf_ssl.data.own_folders import RUN_MARK, outside_own_folders, own_folder
-from hf_ssl.errors import UserError
+from hf_ssl.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,23 @@ def file_kind(file: str) -> str | None:
     return ending if ending in _LOADERS else None
 
 
-def is_readable_archive(file: str) -> bool:
-    """Return whether a file begins or ends like its kind of archive; True for other files."""
-    if file.lower().endswith(".tar"):
-        return tarfile.is_tarfile(file)
-    return zipfile.is_zipfile(file) or not file.lower().endswith(ZIP)
+@contextmanager
+def damaged_archives_named(paths: Callable[[], list[str]]) -> Iterator[None]:
+    """Turn the errors about damaged archives, which name no file, into a UserError that names one.
+
+    Args:
+        paths: returns the paths of all opened files.
+    """
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        checks = {".tar": tarfile.is_tarfile, ZIP: zipfile.is_zipfile}
+        checked = ((path, checks.get(os.path.splitext(path)[1].lower())) for path in paths())
+        damaged = next((path for path, check in checked if check and not check(path)), "a damaged archive")
+        raise UserError(
+            f"data.path: expected archives that can be read, got {damaged}: {first_line(error)}; download it "
+            "again, or leave it out"
+        ) from error
 
 
 def most_common_kind(kinds: Iterable[str | None]) -> str | None:

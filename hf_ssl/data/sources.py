@@ -41,14 +41,15 @@ from hf_ssl.data.location import (
     IMAGE,
     TABLES,
     Location,
+    damaged_archives_named,
     file_kind,
     file_state,
     fingerprint,
     folder_of_names,
-    is_readable_archive,
     locate,
     state_of_files,
 )
+from hf_ssl.data.metadata_files import METADATA
 from hf_ssl.data.tars import TAR_FORMAT, TarImages
 from hf_ssl.data.unread import ALL, FileCount
 from hf_ssl.errors import UserError, first_line
@@ -197,7 +198,7 @@ def open_source(
                 is_listed = True
                 opened = _open_table(_shuffled(table) if streaming else table, streaming)
             else:
-                with _damaged_archives_named(found):
+                with damaged_archives_named(lambda: found.paths):
                     opened, revision = _open_with_datasets(location, config, found, split, streaming)
     features = opened.dataset.features
     if features is None:
@@ -306,7 +307,9 @@ def _new_builder(location: Location, options: dict[str, Any]) -> DatasetBuilder:
     files = [file for each in options.get("data_files", {}).values() for file in each]
     if files and all(file.lower().endswith(".tar") for file in files):
         return TarImages(dataset_name="tar_images", hash=TAR_FORMAT, data_files=options["data_files"])
-    return _load_builder(location.loader, **options)
+    # `datasets` (seen with 5.2) chooses the loader by the endings, and does not know all images.
+    described = any(os.path.basename(file) in METADATA for file in files)
+    return _load_builder("imagefolder" if described else location.loader, **options)
 
 
 def _load_builder(path: str, **options: Any) -> DatasetBuilder:
@@ -397,19 +400,6 @@ def _shuffled(table: Dataset) -> Dataset:
 def _fingerprint(builder: DatasetBuilder, split: str) -> str:
     data_files = builder.config.data_files or {}
     return fingerprint([str(file) for name in split_names(split) for file in data_files[name]])
-
-
-@contextmanager
-def _damaged_archives_named(found: LocalData) -> Iterator[None]:
-    """Turn the errors about damaged archives, which name no file, into a UserError that names one."""
-    try:
-        yield
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        damaged = next((file for file in found.paths if not is_readable_archive(file)), "a damaged archive")
-        raise UserError(
-            f"data.path: expected archives that can be read, got {damaged}: {first_line(error)}; download it "
-            "again, or leave it out"
-        ) from error
 
 
 @contextmanager

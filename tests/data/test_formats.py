@@ -71,6 +71,17 @@ def test_formats_of_plugins_are_read_or_reported(ending, module, package, tmp_pa
     assert str(count).startswith("1 of 3 image files")
 
 
+def test_a_metadata_file_beside_formats_that_datasets_does_not_know(tmp_path):
+    """`datasets` (5.2) would choose the loader of the metadata file, by the endings."""
+    for number in range(3):
+        save(tmp_path / f"{number}.mpo", "MPO")
+        save(tmp_path / f"photo{number}", "PNG")
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n0.mpo,x\nphoto1,y\n")
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert source.num_rows == 2 and common_size(source, 3) == (12, 16)
+    assert source.dataset["kind"][:] == ["x", "y"] and source.count.total == 6
+
+
 def test_installed_plugins_are_registered(monkeypatch):
     calls = []
     heif = types.SimpleNamespace(
