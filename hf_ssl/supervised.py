@@ -59,8 +59,8 @@ _USED = {
     "training": ("output_dir", "seed", "precision", "bf16", "fp16", "use_cpu", "disable_tqdm", *_EQUIVALENT),
     "views": ("size", "enlarge", "interpolation", "mean", "std"),
     "evaluation": (
-        "path", "train_split", "test_split", "test_fraction", "image_column", "label_column", "max_train_images",
-        "max_test_images", "batch_size", "settings",
+        "path", "train_split", "test_split", "test_fraction", "image_column", "label_column",
+        "max_train_images", "max_test_images", "batch_size", "settings",
     ),
     "method": (),
     "publish": (),

@@ -21,12 +21,12 @@ class DataConfig:
     """Which images to read, and how.
 
     Attributes:
-        path: one of: a data set on the Hub ("user/name"); a folder, a file or a glob pattern of Parquet
-            files, images or WebDataset tars; "digits" (built in, from scikit-learn). In a folder of images,
-            hf_ssl ignores all other files (text, videos, archives), except a metadata file that names the
-            images. It also ignores output folders of hf_ssl. The folders inside a zip archive are classes, as
-            those on the disk. Relative file names in a table belong to the folder of the table. In the name
-            of an existing folder, `* ? [ ]` are no wildcards.
+        path: one of: a data set on the Hub ("user/name"); a folder, a file or a glob pattern of Parquet, CSV
+            or JSON files, images or WebDataset tars; "digits" (built in, from scikit-learn). In a folder of
+            images, hf_ssl ignores all other files (text, videos, archives), except a metadata file that names
+            the images. It also ignores output folders of hf_ssl. The folders inside a zip archive are
+            classes, as those on the disk. Relative file names in a table belong to the folder of the table.
+            In the name of an existing folder, `* ? [ ]` are no wildcards.
         name: the configuration ("subset") of a data set that has several.
         revision: branch, tag or commit on the Hub.
         split: the training split. A slice such as "train[:10%]" needs `streaming=False`. "all" reads all
