@@ -39,6 +39,7 @@ from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import VIEWS
+from hf_ssl.trainer.epochs import check_epochs
 from hf_ssl.trainer.machine_settings import (
     MONITOR_IMAGES,
     Choices,
@@ -122,6 +123,7 @@ def build_trainer(
         check_batch_size(args, source)
     with progress("building the model"):
         model = build_model(recipe, args.seed, source)
+    check_epochs(args, model, source, recipe.data)
     knn = _knn_classifier(recipe, args) if args.measures else None
     if stored is None and (args.measures or not recipe.is_overridden("training.batch_size")):
         with progress("measuring a training step"):

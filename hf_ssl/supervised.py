@@ -66,7 +66,7 @@ _USED = {
     "publish": (),
 }  # fmt: skip
 """The keys of each section that have an effect. All keys of `backbone` have one."""
-_UNUSED = ("split", "max_images")
+_UNUSED = ("split", "max_images", "num_images")
 """The keys of `data` without an effect."""
 _ADVICE = {
     "training.max_steps": "training.num_train_epochs",

@@ -264,7 +264,15 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image:
             raise UserError(f"{name}: expected images, got an empty data set")
         column, further = find_image_keys(first, config, name, only_image=only_image)
     return Source(
-        data, column, label, True, None, "stream", where, whole_shards=False, further_columns=further
+        data,
+        column,
+        label,
+        True,
+        config.num_images,
+        "stream",
+        where,
+        whole_shards=False,
+        further_columns=further,
     )
 
 

@@ -57,6 +57,9 @@ class DataConfig:
         shuffle_window: number of rows of a stream that are shuffled together.
         open_shards: number of shards of a stream that are read in turn.
         max_images: number of images to train on, a fixed random choice; None for all images.
+        num_images: number of images in an epoch of a stream whose length is not known. hf_ssl counts the
+            images of local files, and reads the number on the card of a data set on the Hub. For local
+            tars, hf_ssl reads the headers of all files, unless this number is given.
         dtype: type of the pixels; 16-bit images are scaled to 8 bits.
     """
 
@@ -76,6 +79,7 @@ class DataConfig:
     shuffle_window: int = 4096
     open_shards: int = 32
     max_images: int | None = None
+    num_images: int | None = None
     dtype: str = "uint8"
 
     @classmethod
@@ -96,7 +100,7 @@ class DataConfig:
         """Raise UserError if a value is outside its range."""
         self._check_further_columns()
         path = None if self.path == MISSING else self.path
-        share, limit = self.max_broken_fraction, self.max_images
+        share, limit, length = self.max_broken_fraction, self.max_images, self.num_images
         check_values(
             "data",
             ("path", path, path, "a data set on the Hub, a folder, files or digits", "data.path=FOLDER"),
@@ -108,6 +112,7 @@ class DataConfig:
             ("shuffle_window", self.shuffle_window, self.shuffle_window >= 1, "at least 1", "the default"),
             ("open_shards", self.open_shards, self.open_shards >= 1, "at least 1", "the default"),
             ("max_images", limit, limit is None or limit >= 1, "at least 1", "data.max_images=null for all"),
+            ("num_images", length, length is None or length >= 2, "at least 2", "the number of images"),
             (
                 "max_images", limit, limit is None or not self.streaming, "null for a stream",
                 "data.streaming=false, because the images are chosen at random",

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
@@ -50,6 +49,7 @@ from hf_ssl.data.location import (
     state_of_files,
 )
 from hf_ssl.data.metadata_files import METADATA
+from hf_ssl.data.stream_length import count_streamed, length_of_stream
 from hf_ssl.data.tars import TAR_FORMAT, TarImages
 from hf_ssl.data.unread import ALL, FileCount
 from hf_ssl.errors import UserError, first_line
@@ -213,12 +213,13 @@ def open_source(
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     dataset = without_decoding(opened.dataset, image_column, *further)
+    rows = length_of_stream(opened.num_rows, config.num_images, where) if streaming else opened.num_rows
     return Source(
         dataset=dataset,
         image_column=image_column,
         label_column=column,
         streaming=streaming,
-        num_rows=opened.num_rows,
+        num_rows=rows,
         revision=revision,
         description=where,
         whole_shards=opened.whole_shards,
@@ -255,7 +256,10 @@ def _open_with_datasets(
     if split == ALL and names:  # a stream of several splits is an error
         split = "+".join(names)
     _check_split(names, split, streaming, config)
-    opened = _open_stream(builder, split) if streaming else _open_table(_prepare(builder, split), False)
+    if streaming:
+        opened = _open_stream(builder, split, config.num_images)
+    else:
+        opened = _open_table(_prepare(builder, split), False)
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(
@@ -361,22 +365,14 @@ def _open_table(table: Dataset, streaming: bool) -> _Opened:
     return _Opened(table.to_iterable_dataset(num_shards=shards) if streaming else table, len(table))
 
 
-def _open_stream(builder: DatasetBuilder, split: str) -> _Opened:
+def _open_stream(builder: DatasetBuilder, split: str, num_images: int | None) -> _Opened:
     if isinstance(builder, FolderBasedBuilder):
         return _open_table(_shuffled(_file_list(builder, split)), True)
     if isinstance(builder, Cache):  # the Hub cannot be reached, but the data set was downloaded before
         return _open_table(_prepare(builder, split), True)
     stream = cast(IterableDataset, builder.as_streaming_dataset(split))
-    return _Opened(stream.reshard(), _streamed_rows(builder, split), isinstance(builder, Parquet))
-
-
-def _streamed_rows(builder: DatasetBuilder, split: str) -> int | None:
-    """Return the number of rows of a stream, if its files or its card on the Hub contain it."""
-    files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
-    if isinstance(builder, Parquet) and not any("://" in file for file in files):
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    splits = builder.info.splits if any("://" in file for file in files) else None
-    return splits[split].num_examples or None if splits is not None and split in splits else None
+    rows = count_streamed(builder, split, num_images)
+    return _Opened(stream.reshard(), rows, isinstance(builder, Parquet))
 
 
 def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:

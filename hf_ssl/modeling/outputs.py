@@ -38,7 +38,8 @@ class RunProgress:
     Attributes:
         step: completed optimizer steps (in `after_step` including the last one).
         total_steps: optimizer steps of the whole run.
-        steps_per_epoch: optimizer steps of an epoch; `total_steps` for a stream of unknown length.
+        steps_per_epoch: optimizer steps of an epoch. For a stream of unknown length, it is `total_steps`, and
+            no setting counts epochs (`hf_ssl.trainer.epochs`).
     """
 
     step: int

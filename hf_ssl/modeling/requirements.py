@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requirements of a method for encoder, views, data and batch size, and their errors."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -62,6 +63,13 @@ class Requirements:
     def stores_images(cls, config: Any) -> bool:
         """Return whether a model with this config stores a state of each image (`needs_sample_index`)."""
         return cls.needs_sample_index
+
+    @classmethod
+    def settings_in_epochs(cls, config: Any) -> dict[str, float]:
+        """Return the settings of a config that count epochs and have an effect. Their names show the unit."""
+        names = (field.name for field in dataclasses.fields(config))
+        values = {name: getattr(config, name) for name in names if name.endswith(("_epoch", "_epochs"))}
+        return {name: value for name, value in values.items() if value}
 
     @classmethod
     def check_streaming(cls, streaming: bool, config: Any = None) -> None:

@@ -22,6 +22,7 @@ from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
+from hf_ssl.trainer.epochs import check_epochs
 from hf_ssl.trainer.gradient_cache import check_chunking, warn_about_accumulation
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.machine_settings import check_batch_size
@@ -110,6 +111,7 @@ class EvaluatingTrainer(PushingTrainer):
         warn_about_accumulation(self.method, self.args)
         self.method.check_batch_size(self.args.batch_size, self.method.config)
         check_batch_size(self.args, self.source)
+        check_epochs(self.args, self.method, self.source, self.data)
         own = self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs
         check_optimization(self.method, self.args, *own)
         self.method.check_source(self.source.streaming, self.source.num_rows)

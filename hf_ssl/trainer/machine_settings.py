@@ -150,17 +150,12 @@ def check_images(source: Source) -> None:
 
 
 def check_batch_size(args: SSLTrainingArguments, source: Source) -> None:
-    """Check that the data hold one micro-batch for each process, and that the length of the run is known.
+    """Check that the data hold one micro-batch for each process.
 
     Raises:
-        UserError: there is one image; there are too few images, and the message gives a batch size that fits;
-            or the length of a stream is not known, and `max_steps` is not set.
+        UserError: there is one image, or there are too few images. The message gives a batch size that fits.
     """
     if source.num_rows is None:
-        if args.max_steps <= 0:
-            raise UserError(
-                "training.max_steps: expected a positive number for a stream of unknown length, got -1"
-            )
         return
     share = ProcessShare(0, args.per_device_train_batch_size, world_size=args.world_size)
     check_images(source)

@@ -268,8 +268,8 @@ def load_monitor_images(
     while True:
         try:
             return next(iter(train_loader(source, preset, config=config, seed=seed, batch_size=size)))
-        except UnreadableData:  # a stream of unknown length may have fewer images
-            if source.num_rows is not None or size <= args.per_device_train_batch_size:
+        except UnreadableData:  # a stream may have fewer images than its card or `data.num_images` states
+            if not source.streaming or size <= args.per_device_train_batch_size:
                 raise
             size = max(args.per_device_train_batch_size, size // 2)
 

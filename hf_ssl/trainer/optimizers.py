@@ -22,6 +22,7 @@ from hf_ssl.modeling.lars import LARS, LARSConfig
 from hf_ssl.modeling.parameter_groups import ParameterGroup, assign_parameter_groups, layer_scales
 from hf_ssl.sections import default_values
 from hf_ssl.trainer.arguments import OPTIMIZERS, SSLTrainingArguments
+from hf_ssl.trainer.epochs import warn_about_frozen_backbone
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.schedules import build_scheduler, is_schedule_free
 from hf_ssl.trainer.transformers_arguments import as_bool, warn_once
@@ -362,4 +363,5 @@ class OptimizingTrainer(ImageTrainer):
         """Store `steps_per_epoch`. Return the numbers of steps and images as transformers' Trainer does."""
         numbers = super().set_initial_training_values(args, dataloader)
         self.steps_per_epoch = numbers[1]
+        warn_about_frozen_backbone(self.args, self.steps_per_epoch, numbers[-1])
         return numbers

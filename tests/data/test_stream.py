@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
+import tarfile
 from collections import Counter
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Features, Image, IterableDataset
-from messages import missing
+from datasets import Dataset, Features, Image, IterableDataset
+from messages import mentions, missing
 
 from hf_ssl.data import DataConfig, as_source, open_source, train_loader
 from hf_ssl.data.decode import decode
@@ -247,12 +249,10 @@ def test_a_folder_of_images_is_shuffled_and_divided(image_folder, make_loader):
 
 def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
     config = DataConfig(path=str(tars), streaming=True)
-    open_source(config, streaming=False)  # stores the number of rows in a cache, which must not change a run
     source = open_source(config)
-    assert source.num_rows is None and source.image_column == "png" and not source.whole_shards
+    assert source.num_rows == 36 and source.image_column == "png" and not source.whole_shards
     loader = make_loader(config, batch_size=12)
-    with pytest.raises(TypeError, match="known"):
-        len(loader)
+    assert len(loader) == 3
     known = {
         decode(encode(picture(100 * shard + number)), 3).numpy().tobytes()
         for shard in range(3)
@@ -373,3 +373,40 @@ def test_an_approximate_position_counts_half_of_each_open_shard():
     position = {"batches": 7, "layout": layout, "readers": readers}
     start = _start_position(position, layout | {"workers": 1})
     assert start == {"batches": 7, "readers": {"0": ReaderPosition(2, next_shard=5).state_dict()}}
+
+
+def test_the_images_of_local_tars_are_counted(tmp_path, encode, picture):
+    image = encode(picture(0))
+    members = ("a.png", "a.cls", "folder/a.png", "folder/a.cls", "b.png", ".hidden.png", "no_ending", "b.cls")
+    for number, names in enumerate((members, members[:2])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(image)
+                tar.addfile(info, io.BytesIO(image if name.endswith("png") else b"1".ljust(len(image))))
+            folder = tarfile.TarInfo("c.png")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+    config = DataConfig(path=str(tmp_path), streaming=True)
+    source = open_source(config)
+    assert source.num_rows == len(list(source.dataset)) == 4
+    config.num_images = 3  # is not compared with the tars, because nobody counts them
+    assert open_source(config).num_rows == 3
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:700])
+    config.num_images = None
+    assert open_source(config).num_rows is None
+
+
+def test_the_images_of_arrow_files_are_counted(tmp_path, picture):
+    table = Dataset.from_dict({"image": [picture(row) for row in range(5)]}, features=Features(image=Image()))
+    table.save_to_disk(tmp_path, num_shards=2)
+    source = open_source(DataConfig(path=str(tmp_path / "*.arrow"), streaming=True))
+    assert source.num_rows == len(list(source.dataset)) == 5
+
+
+def test_a_given_number_of_images_must_be_the_counted_one(numbered):
+    with pytest.raises(UserError, match=mentions("data.num_images", 60, 50)):
+        open_source(numbered(60, streaming=True, num_images=50))
+    assert open_source(numbered(60, streaming=True, num_images=60)).num_rows == 60
+    stream = IterableDataset.from_generator(lambda: iter([]), features=Features(image=Image()))
+    assert as_source(stream, DataConfig(path="none", num_images=7)).num_rows == 7

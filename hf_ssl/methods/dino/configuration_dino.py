@@ -22,8 +22,7 @@ class DINOConfig(TeacherConfig):
             authors' longer runs). The temperature changes once per epoch. The last warmup epoch already uses
             `teacher_temperature`. A warmup of one epoch uses only `teacher_temperature_start`
             (`numpy.linspace` in main_dino.py). A warmup of less than one epoch changes the temperature at
-            every step. The authors have no such warmup. For a stream of unknown length, the whole run is one
-            epoch.
+            every step. The authors have no such warmup.
         center_momentum: momentum of the center's EMA update (0.9).
         momentum, momentum_end, momentum_schedule: momentum of the teacher (0.996 to 1, cosine schedule).
         freeze_last_layer_epochs: number of first epochs in which the last layer is frozen (1).

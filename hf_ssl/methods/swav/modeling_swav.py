@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SwAV: swapped assignments between views (arXiv:2006.09882)."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,12 @@ class SwAVForPreTraining(SSLPreTrainedModel):
     def parameter_rules(self) -> tuple[ParameterRule, ...]:
         """Return the rule that freezes the prototypes in the first steps."""
         return (ParameterRule(r"^prototypes\.", frozen_until=self.config.prototype_freeze_steps),)
+
+    @classmethod
+    def settings_in_epochs(cls, config: Any) -> dict[str, float]:
+        """Omit the first epoch of the queue if there is no queue."""
+        found = super().settings_in_epochs(config)
+        return {name: found[name] for name in found if config.queue_size or name != "queue_start_epoch"}
 
     def before_step(self, progress: RunProgress) -> None:
         """Also normalize the prototypes, and use the queue from `queue_start_epoch` on."""

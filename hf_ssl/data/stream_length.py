@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts the images of a stream. Without their number, no epoch is known."""
+
+import os
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import DatasetBuilder
+from datasets.packaged_modules.arrow.arrow import Arrow
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
+
+from hf_ssl.errors import UserError
+from hf_ssl.progress import progress
+
+
+def count_streamed(builder: DatasetBuilder, split: str, given: int | None) -> int | None:
+    """Return the number of rows of a stream, or None.
+
+    Local files contain the number, and the card of a data set on the Hub can contain it. For tars, this
+    function reads the headers of all members, unless the number is given.
+
+    Args:
+        builder: the data set.
+        split: name of the split.
+        given: `data.num_images`.
+    """
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    if any("://" in file for file in files):
+        splits = builder.info.splits or {}
+        return splits[split].num_examples or None if split in splits else None
+    try:
+        if isinstance(builder, Parquet):
+            return sum(pq.read_metadata(file).num_rows for file in files)
+        if isinstance(builder, Arrow):
+            return sum(map(_arrow_rows, files))
+        if isinstance(builder, WebDataset) and given is None:
+            with progress(f"counting the images of {len(files)} tars (data.num_images=N skips this)"):
+                return sum(map(_tar_samples, files))
+    except (OSError, pa.ArrowException, tarfile.TarError):  # the reader of the stream reports the file
+        return None
+    return None
+
+
+def length_of_stream(counted: int | None, given: int | None, where: str) -> int | None:
+    """Return the number of images of a stream, counted or given (`data.num_images`), or None.
+
+    Raises:
+        UserError: both are known and differ.
+    """
+    if None not in (counted, given) and counted != given:
+        raise UserError(
+            f"data.num_images: expected {counted}, the number of images in {where}, got {given}; leave it out"
+        )
+    return given if counted is None else counted
+
+
+def _arrow_rows(file: str) -> int:
+    """Return the number of rows of an Arrow file. It is mapped into memory, so no column is read."""
+    with pa.memory_map(file) as opened:
+        try:
+            batches = pa.ipc.open_stream(opened)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(opened)
+            return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+        return sum(batch.num_rows for batch in batches)
+
+
+def _tar_samples(file: str) -> int:
+    """Return the number of samples that `datasets` reads from a tar: runs of members with the same key."""
+    count, last = 0, None
+    with tarfile.open(file, "r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # otherwise the list of all members grows
+            if not member.isreg() or os.path.basename(member.name).startswith((".", "__")):
+                continue
+            key, _ = base_plus_ext(member.name)
+            if key is not None and key != last:
+                count, last = count + 1, key
+    return count
