@@ -71,6 +71,9 @@ class Entry:
     instead: dict[str, str] = field(default_factory=dict)
 
 
+_CLASSES = {"suite": Heading, "groups": Group, "entries": Entry}
+
+
 @dataclass(frozen=True)
 class Job:
     """The protocols of one group on one data set.
@@ -135,7 +138,7 @@ def load_suite(name_or_path: str, overrides: Sequence[str] = (), root: str | Non
         check_name("--suite", name_or_path, known, "a YAML file or a known suite")
     of_jobs = [text for text in overrides if text.startswith(("data.", "evaluation."))]
     others = [text for text in overrides if text not in of_jobs]
-    plain = apply_overrides(read_yaml(path, SECTIONS), others, SECTIONS)
+    plain = apply_overrides(read_yaml(path, SECTIONS, _CLASSES), others, SECTIONS, _CLASSES)
     _check_parts(plain)
     if root is not None:
         plain["suite"]["root"] = root

@@ -158,7 +158,7 @@ def _parts(name: str) -> tuple[Study, dict[str, Any], dict[str, list[Any]], dict
         if name not in recipe_files() and not is_file:
             check_name("sweep", name, [*recipe_files(), *known], "a recipe, a study or a YAML file")
         return Study(f"Sweep of {Path(name).stem}", "", name), {}, {}, {"": Arm()}
-    plain = read_yaml(path, SECTIONS)
+    plain = read_yaml(path, SECTIONS, {"study": Study, "arms": Arm})
     check_keys(plain["study"], [each.name for each in fields(Study)], "study")
     for key in ("title", "question"):  # the message of `to_dataclass` is about recipes and their overrides
         if plain["study"].get(key) is None:

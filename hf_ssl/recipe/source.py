@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a recipe file and overrides as plain nested values. It checks only the names of the sections."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hf_ssl.errors import UserError, check_name, one_line, suggestion
 from hf_ssl.names import RENAMED_KEYS, warn_deprecated
+from hf_ssl.recipe.texts import as_typed, holds_texts, typed_text
 from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
@@ -36,14 +37,23 @@ def find_recipe(name_or_path: str) -> tuple[str, Path]:
     raise UserError(f"recipe: expected {what}, got {name_or_path}; {hint}")
 
 
-def read_yaml(path: Path, sections: Sequence[str] = SECTIONS) -> dict[str, dict[str, Any]]:
+def read_yaml(
+    path: Path, sections: Sequence[str] = SECTIONS, classes: Mapping[str, type] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return the sections of a recipe file, or of a file with other sections. Missing sections are empty.
+
+    Args:
+        path: the file.
+        sections: names of the allowed sections.
+        classes: the classes of sections that a recipe does not have. Their texts are kept as they are written
+            (`hf_ssl.recipe.texts`).
 
     Raises:
         UserError: the file cannot be read, is not valid YAML, or contains something other than sections.
     """
     try:
-        tree = OmegaConf.create(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}{_line(error)}: expected valid YAML, got an error: {_problem(error)}"
@@ -53,7 +63,7 @@ def read_yaml(path: Path, sections: Sequence[str] = SECTIONS) -> dict[str, dict[
     plain = OmegaConf.to_container(tree)
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected the sections {', '.join(sections)}, got {type(plain).__name__}")
-    return _sections(plain, sections, str(path))
+    return _sections(as_typed(plain, text, classes=classes), sections, str(path))
 
 
 def is_overridden(overrides: Sequence[str], key: str) -> bool:
@@ -63,7 +73,10 @@ def is_overridden(overrides: Sequence[str], key: str) -> bool:
 
 
 def apply_overrides(
-    plain: dict[str, dict[str, Any]], overrides: Sequence[str], sections: Sequence[str] = SECTIONS
+    plain: dict[str, dict[str, Any]],
+    overrides: Sequence[str],
+    sections: Sequence[str] = SECTIONS,
+    classes: Mapping[str, type] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return `plain` with all overrides, and with the current names of renamed keys.
 
@@ -71,6 +84,7 @@ def apply_overrides(
         plain: the sections.
         overrides: `section.key=value`; `section={...}` replaces the section.
         sections: names of the allowed sections.
+        classes: see `read_yaml`.
 
     Raises:
         UserError: an override has a wrong form or an unknown section.
@@ -78,7 +92,7 @@ def apply_overrides(
     tree = OmegaConf.create(plain)
     _replace_renamed(tree)
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         section, dot, rest = key.partition(".")
         if not equals or not section or not (dot or section in sections):
             raise UserError(
@@ -86,7 +100,7 @@ def apply_overrides(
             )
         _reject_interpolation(override, key)
         try:
-            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            value = _override_value(override, key, text, classes)
             if not (rest if dot else OmegaConf.is_dict(value)):
                 raise UserError(f"expected {section}.key=value or {section}={{key: value}}, got {override!r}")
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
@@ -99,6 +113,17 @@ def apply_overrides(
             ) from error
     changed: Any = OmegaConf.to_container(tree)
     return _sections(changed, sections, "the command")
+
+
+def _override_value(override: str, key: str, text: str, classes: Mapping[str, type] | None) -> Any:
+    """Return the value of an override. A field that holds texts takes the text as it is typed."""
+    typed = typed_text(text)
+    if typed is not None and holds_texts(key, classes):
+        return typed
+    value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+    if not isinstance(value, DictConfig | ListConfig):
+        return value
+    return OmegaConf.create(as_typed(OmegaConf.to_container(value), text, key.split("."), classes))
 
 
 def _replace_renamed(tree: DictConfig) -> None:
