@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch.optim import SGD, AdamW
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -21,7 +22,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import MOMENTUM
 from hf_ssl.files import all_checkpoints, disk_errors_as_user_errors
 from hf_ssl.modeling.eval_mode import unchanged_random_state
-from hf_ssl.modeling.gather import from_every_process, process_count
+from hf_ssl.modeling.gather import from_every_process, process_count, process_rank
 from hf_ssl.modeling.image_trainer import (
     CONTENTS,
     ImageTrainer,
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = {"sgd": "0.01", "adamw": "1e-4"}
 """Name of an optimizer -> a learning rate to begin with, for messages."""
 BETAS = (0.9, 0.999)
+_FIRST_WAIT = 0.1  # seconds until a message appears
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -139,11 +141,36 @@ def training_arguments(
             remove_unused_columns=False,
             ddp_broadcast_buffers=False,
         )
+        # Instead of float32, transformers (5.24) would use `accelerate launch --mixed_precision`.
+        args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         _ = args.device  # determines the number of GPUs
         args._n_gpu = min(args.n_gpu, 1)  # one process computes on one GPU
         with disk_errors_as_user_errors(f"checkpoints to {args.output_dir}"):
             Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-        yield args
+        with _alone(folder):
+            yield args
+
+
+@contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Wait until no other command makes the same training, whose checkpoints are in the same folder.
+
+    The training then continues from the last checkpoint of the other one, so its result is the same. The
+    processes of one command share one lock, which the first one holds.
+    """
+    if folder is None or process_rank() > 0:
+        yield
+        return
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=_FIRST_WAIT)
+    except Timeout:
+        logger.warning("waiting for another command, which makes the same training in %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class LabelTrainer(ImageTrainer):
