@@ -3,9 +3,13 @@
 `evaluation.precision=auto` (layer 0). Only the functions import torch, because recipes need no torch.
 """
 
+import os
 import time
+from collections.abc import Container
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
+
+from hf_ssl.errors import UserError, check_name
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16", "float16")
 """All precisions. Training and evaluation also accept `AUTO`."""
+ACCELERATE = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Name of a precision in accelerate -> its name here."""
 
 _GAIN = 1.2
 _REPEATS = 6
@@ -31,6 +37,34 @@ def autocast(device: "torch.device", dtype: "torch.dtype | None") -> "torch.auto
     import torch
 
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def launched_precision() -> str | None:
+    """Return the precision that the user gave to `accelerate launch --mixed_precision`; None: none, or "no".
+
+    transformers (5.24) uses it if neither `bf16` nor `fp16` is true.
+
+    Raises:
+        UserError: the precision is not one of `PRECISIONS`.
+    """
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    check_name("--mixed_precision of accelerate launch", given, ACCELERATE, "no, bf16 or fp16")
+    return None if given == "no" else ACCELERATE[given]
+
+
+def check_launched_precision(precision: str, excluded: Container[str] = ()) -> None:
+    """Raise `UserError` if `accelerate launch` was started with another precision than that of the run.
+
+    Args:
+        precision: the precision of the run, or `AUTO`.
+        excluded: precisions that `AUTO` must not select.
+    """
+    launched = launched_precision()
+    if launched is not None and (precision not in (AUTO, launched) or launched in excluded):
+        raise UserError(
+            f"training.precision: expected {launched}, as --mixed_precision of accelerate launch, got "
+            f"{precision}; leave --mixed_precision out, or change it"
+        )
 
 
 class Precision(NamedTuple):

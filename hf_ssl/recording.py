@@ -33,6 +33,7 @@ from hf_ssl.modeling.encoder_parts import describe_views
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import pooling_rule
+from hf_ssl.precision import ACCELERATE
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.callbacks import CURVES, VIEWS
 from hf_ssl.trainer.monitor import monitor_records
@@ -162,20 +163,21 @@ def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
 
 def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
     args, state = trainer.args, trainer.state
-    images = state.global_step * args.batch_size
+    images, rows = trainer.images_seen, trainer.source.num_rows
+    micro_batch = args.batch_size // args.gradient_accumulation_steps  # of all processes
     seconds = trainer.stopwatch.seconds
     losses = [record["loss"] for record in state.log_history if "loss" in record]
     memory = [record["memory_gib"] for record in state.log_history if "memory_gib" in record]
     return TrainingFacts(
         steps=state.global_step,
-        epochs=state.epoch if trainer.source.num_rows else None,
+        epochs=None if rows is None else images / (rows // micro_batch * micro_batch),
         batch_size=args.batch_size,
         images_seen=images,
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         learning_rate_rule=args.learning_rate_rule,
         weight_decay=args.weight_decay,
-        precision=args.precision,
+        precision=ACCELERATE[trainer.accelerator.mixed_precision],
         processes=args.world_size,
         seed=args.seed,
         seconds=seconds,

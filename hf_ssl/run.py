@@ -33,7 +33,13 @@ from hf_ssl.evaluation.plots import write_plots
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, uses_image_labels
 from hf_ssl.files import disk_errors_as_user_errors, write_json
 from hf_ssl.modeling.backbones import with_new_weights
-from hf_ssl.modeling.gather import finish_communication, joined_processes, process_rank, wait_for_all
+from hf_ssl.modeling.gather import (
+    finish_communication,
+    from_every_process,
+    joined_processes,
+    process_rank,
+    wait_for_all,
+)
 from hf_ssl.output_folder import (
     is_finished,
     last_checkpoint,
@@ -126,6 +132,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     with hidden_progress(trainer.args.hides_progress):
         with progress(f"exporting the encoder to {folder}"):
             trainer.save_model()
+        trainer.broken.merge(from_every_process(trainer.broken.state_dict()))  # each one reads other images
         # A process may abort if it ends before its process group. Only the processes that write continue.
         finish_communication()
         trainer.accelerator.end_training()

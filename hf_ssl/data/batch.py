@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -300,6 +300,12 @@ class BrokenCounter:
     def state_dict(self) -> dict[str, Any]:
         """Return the counts as JSON data."""
         return {"read": self.read, "found": list(self._found)}
+
+    def merge(self, states: Iterable[dict[str, Any]]) -> None:
+        """Replace the counts by the sums of all processes, this one included, of their `state_dict`."""
+        states = list(states)
+        self.read = sum(int(state["read"]) for state in states)
+        self._found = dict.fromkeys(message for state in states for message in state["found"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counts. Old states contain no messages, so their broken images are counted again."""

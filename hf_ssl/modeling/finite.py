@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds weights that are not finite. No such weights are saved, exported or described."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,39 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     device = next(iter(floats.values())).device
     finite = torch.stack([tensor.detach().isfinite().all().to(device) for tensor in floats.values()]).tolist()
     return next((name for name, fine in zip(floats, finite, strict=True) if not fine), None)
+
+
+def tensors_in(state: Any, name: str) -> dict[str, Tensor]:
+    """Return the tensors and numbers with a fraction in nested dicts and lists, as {name: tensor}.
+
+    Args:
+        state: e.g. the `state_dict` of an optimizer.
+        name: begin of the names.
+    """
+    if isinstance(state, Tensor | float):
+        return {name: torch.as_tensor(state)}
+    if isinstance(state, Mapping):
+        items: Iterable[Any] = state.items()
+    else:
+        items = enumerate(state) if isinstance(state, list | tuple) else ()
+    return {
+        inner: tensor for key, item in items for inner, tensor in tensors_in(item, f"{name}.{key}").items()
+    }
+
+
+def not_finite_training(model: torch.nn.Module, optimizer: Any) -> str | None:
+    """Return the name of the first number of a model or its optimizer that is not finite, or None.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer that changes its weights; None: there is none yet.
+    """
+    name = not_finite(model.state_dict())
+    if name is not None or optimizer is None:
+        return name
+    state = optimizer.state
+    named = {weight: state[tensor] for weight, tensor in model.named_parameters() if tensor in state}
+    return not_finite(tensors_in(named, "optimizer"))
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:

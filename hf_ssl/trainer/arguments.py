@@ -17,7 +17,7 @@ from hf_ssl.errors import UserError, check_name, check_values, one_line
 from hf_ssl.evaluation.config import MAIN_KNN
 from hf_ssl.modeling.lars import VARIANTS, LARSConfig
 from hf_ssl.names import renamed_arguments, renamed_keys, warn_deprecated
-from hf_ssl.precision import AUTO, PRECISIONS
+from hf_ssl.precision import AUTO, PRECISIONS, check_launched_precision
 from hf_ssl.sections import as_setting, to_dataclass
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
@@ -369,6 +369,7 @@ class SSLTrainingArguments(TrainingArguments):
             for name, given in given_by_name.items()
             if given is False or (name == "float16" and self.clip_each_tensor)
         }
+        check_launched_precision(self.precision, self.excluded_precisions)
         # A copy of the arguments (`dataclasses.replace`) would read False as an excluded precision.
         self.bf16, self.fp16 = (self.precision == name or given for name, given in given_by_name.items())
 
@@ -385,7 +386,11 @@ class SSLTrainingArguments(TrainingArguments):
 
         Args:
             precision: `float32`, `bfloat16` or `float16`.
+
+        Raises:
+            UserError: `accelerate launch` was started with another precision.
         """
+        check_launched_precision(precision)
         self.precision = precision
         self.bf16, self.fp16 = precision == "bfloat16", precision == "float16"
         # transformers (5.20 to 5.24) sets this only in __post_init__

@@ -34,7 +34,7 @@ from hf_ssl.files import (
     staging_path,
     use_normal_permissions,
 )
-from hf_ssl.modeling.finite import not_finite
+from hf_ssl.modeling.finite import not_finite_training
 from hf_ssl.modeling.gather import from_every_process, wait_for_all
 from hf_ssl.modeling.image_trainer import list_files
 from hf_ssl.progress import progress
@@ -66,6 +66,7 @@ class CheckpointTrainer(OptimizingTrainer):
     stopwatch: Stopwatch
     broken: BrokenCounter
     resumed: int
+    images_seen: int
     online_probe: OnlineProbe | None
     source: Source
     _position: dict[str, Any] | None  # of a stream
@@ -153,7 +154,9 @@ class CheckpointTrainer(OptimizingTrainer):
         return final
 
     def check_finite(self) -> None:
-        """Switch to the averaged weights, and check all weights and buffers, also of teachers and memory.
+        """Switch to the averaged weights, and check all weights, buffers and the state of the optimizer.
+
+        The weights and buffers are also those of teachers and memory.
 
         A loss that is not finite is noticed only when it is logged, and the weights may be saved before.
 
@@ -161,7 +164,7 @@ class CheckpointTrainer(OptimizingTrainer):
             UserError: a number is not finite, on this or on another process. All processes raise this error.
         """
         self.use_averaged_weights(True)
-        found = from_every_process(not_finite(self.method.state_dict()))
+        found = from_every_process(not_finite_training(self.method, self.optimizer))
         name = next((each for each in found if each is not None), None)
         if name is not None:
             raise UserError(
@@ -190,14 +193,15 @@ class CheckpointTrainer(OptimizingTrainer):
     def data_state(self) -> dict[str, Any]:
         """Return the state of this process besides the model, as JSON data.
 
-        It contains the position of a stream, the broken images found so far, the seconds of training, and
-        how many times the run was resumed.
+        It contains the position of a stream, the broken images found so far, the seconds of training, how
+        many times the run was resumed, and the number of processed images of all processes.
         """
         return {
             "position": self._position,
             "broken": self.broken.state_dict(),
             "seconds": self.stopwatch.seconds,
             "resumed": self.resumed,
+            "images_seen": self.images_seen,
             "metric_for_best_model": self.args.metric_for_best_model,
         }
 
@@ -238,6 +242,9 @@ class CheckpointTrainer(OptimizingTrainer):
         self._resumed_step = load_state(Path(resume_from_checkpoint)).global_step
         self.stopwatch.restore(state["seconds"])
         self.resumed = state["resumed"] + 1
+        images = self._batches_before(self._resumed_step) * self.args.batch_size
+        # Older versions did not count the images.
+        self.images_seen = state.get("images_seen", images // self.args.gradient_accumulation_steps)
         self._resumed_metric = state.get("metric_for_best_model")
         with _readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -25,7 +25,7 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.fast_layers import choose_attention, use_fast_convnext_layers
 from hf_ssl.modeling.gather import from_first_process
-from hf_ssl.precision import AUTO, fastest_precision
+from hf_ssl.precision import AUTO, fastest_precision, launched_precision
 from hf_ssl.resources import own_cores, processes_here
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.step_cost import StepCost, checkpoints_activations
@@ -65,6 +65,11 @@ def choose_precision(args: SSLTrainingArguments) -> Choices:
     """Choose and set the precision if `args.precision` is `auto`. Return the choice, or {} otherwise."""
     if args.precision != AUTO:
         return {}
+    launched = launched_precision()
+    if launched is not None:
+        args.use_precision(launched)
+        reason = "--mixed_precision of accelerate launch selects it"
+        return {"training.precision": {"value": launched, "reason": reason}}
     found = fastest_precision(args.device.type)
     choice: Choice = {"value": found.name, "reason": found.reason}
     if found.name in args.excluded_precisions:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the newest checkpoint that a run can resume from: all files are there, and all weights are finite."""
+"""Finds the newest checkpoint that a run can resume from: all files are there, and all weights
+and the state of the optimizer are finite.
+"""
 
 import json
 import logging
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from hf_ssl.errors import UserError
 from hf_ssl.files import all_checkpoints, newest_checkpoint
+from hf_ssl.modeling.finite import not_finite, tensors_in
 from hf_ssl.modeling.image_trainer import missing_files
 from hf_ssl.weight_files import not_finite_in
 
@@ -80,7 +85,21 @@ def find_problem(checkpoint: Path) -> str | None:
     if missing:
         return f"no {', '.join(missing)}"
     name = not_finite_in(checkpoint)
+    if name is None and not is_last_step(checkpoint):
+        name = _not_finite_state(checkpoint / OPTIMIZER_NAME)
     return None if name is None else f"NaN or infinity in {name}"
+
+
+def _not_finite_state(file: Path) -> str | None:
+    """Return the name of the first number in the state of an optimizer that is not finite, or None.
+
+    The result is also None for a damaged file, which raises an error when it is loaded.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+        return None
+    return not_finite(tensors_in(state.get("state", {}), file.name)) if isinstance(state, dict) else None
 
 
 def is_last_step(checkpoint: Path) -> bool:

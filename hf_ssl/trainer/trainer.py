@@ -104,6 +104,8 @@ class SSLTrainer(EvaluatingTrainer):
         alarms: `collapse_alarm`. A continued run with k-NN images also has guards against worse features.
         steps_per_epoch: optimizer steps of an epoch, and of the whole run if the length of an epoch is not
             known; 0 before training.
+        images_seen: processed images of all processes and parts of the run. The last step of an epoch may
+            have fewer micro-batches than the others.
     """
 
     args: SSLTrainingArguments
@@ -153,7 +155,7 @@ class SSLTrainer(EvaluatingTrainer):
         if monitor is None and eval_dataset is not None:
             self.classifiers = knn_classifiers(eval_dataset, data, self.processor, args)
         self.broken = BrokenCounter(data.max_broken_fraction, self.source.num_rows)
-        self.resumed = self.steps_per_epoch = 0
+        self.resumed = self.steps_per_epoch = self.images_seen = 0
         self.stop_signal, self.bar = StopOnSignal(), ProgressBar()
         self._terms, self.stopwatch = TermMeans(), Stopwatch()
         self._position: dict[str, Any] | None = None
@@ -247,10 +249,10 @@ class SSLTrainer(EvaluatingTrainer):
         return inputs.inputs(self.args.device, self.method.sample_masks)
 
     def _note(self, batch: LoadedBatch) -> None:
-        """Count broken images, and store the position of a stream."""
+        """Count images and broken images, and store the position of a stream."""
+        self.images_seen += len(batch) * self.args.world_size
         self.broken.add(batch)
-        if batch.position is not None:
-            self._position = batch.position
+        self._position = batch.position or self._position
 
     # Optimization.
 

@@ -20,6 +20,7 @@ from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.finite import not_finite
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import checkpoints
+from hf_ssl.trainer.resuming import find_problem
 from hf_ssl.weight_files import not_finite_in_file
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -103,6 +104,34 @@ def test_a_diverged_run_without_a_save_writes_neither_encoder_nor_card(
     with pytest.raises(UserError, match=mentions(f"step {found}", "no good checkpoint")):
         run.pretrain(settings)
     assert not names(tmp_path) & {"config.json", "model.safetensors", "README.md", "pretraining"}
+
+
+def test_a_checkpoint_with_a_diverged_optimizer_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.train(recipe(tmp_path, "training.save_total_limit=3"))
+    assert find_problem(tmp_path / "checkpoint-4") is None
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    next(iter(state["state"].values()))["exp_avg"].fill_(float("nan"))
+    torch.save(state, file)
+    assert find_problem(tmp_path / "checkpoint-2") == "NaN or infinity in optimizer.pt.0.exp_avg"
+    with pytest.raises(UserError, match=mentions("training.output_dir", "checkpoint-2", "optimizer.pt")):
+        run.train(recipe(tmp_path, "training.save_total_limit=3"))
+    file.write_bytes(b"damaged")
+    assert find_problem(tmp_path / "checkpoint-2") is None, "the loader reports it"
+
+
+def test_a_diverged_optimizer_is_not_saved(tmp_path: Path) -> None:
+    class Overflow(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 4:
+                next(iter(optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+
+    with pytest.raises(UserError, match=mentions("step 4", "checkpoint-2", "optimizer")):
+        run.train(recipe(tmp_path), [Overflow()])
+    assert {path for path in names(tmp_path) if "checkpoint" in path} == {"checkpoint-2"}
 
 
 def test_old_checkpoints_that_diverged_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
