@@ -327,7 +327,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
         )
     if key not in source.cache:
         # Data that are opened twice, for training and for the monitor, are decoded and stored once.
-        data = id(source.dataset) if in_python else source.identity
+        data = id(source.dataset) if in_python else f"{source.revision} {source.identity}"
         shared_key = (data, source.image_column, *source.further_columns.items(), *key)
         decoded = _in_use.get(shared_key)
         if decoded is None:
@@ -366,7 +366,7 @@ def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -
     """Open the file of decoded images in the cache folder of `datasets`; write it first if it is missing."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{source.identity}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    name = f"{source.revision}-{source.identity}-{source.image_column}-{shape[1]}-{_FORMAT}"
     if source.further_columns:
         name += "-" + hashlib.sha256(json.dumps(source.further_columns).encode()).hexdigest()[:16]
     file, notes = folder / f"{name}.npy", folder / f"{name}.json"

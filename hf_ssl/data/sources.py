@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens images from any place as a Hugging Face data set with one column of encoded images."""
 
+import hashlib
 import logging
 import os
 import tarfile
@@ -214,6 +215,10 @@ def open_source(
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     dataset = without_decoding(opened.dataset, image_column, *further)
     rows = length_of_stream(opened.num_rows, config.num_images, where) if streaming else opened.num_rows
+    folder = _folder_of_names(dataset, [image_column, *further], found, split)
+    if location.kind == "local" and not is_listed and isinstance(dataset, Dataset):
+        names = named_files(dataset, [image_column, *further])
+        revision = _with_named_files(revision, names, folder, found)
     return Source(
         dataset=dataset,
         image_column=image_column,
@@ -225,7 +230,7 @@ def open_source(
         whole_shards=opened.whole_shards,
         further_columns=further,
         is_listed=is_listed,
-        folder=_folder_of_names(dataset, [image_column, *further], found, split),
+        folder=folder,
         count=count,
     ).limited(config.max_images)
 
@@ -281,10 +286,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
     state: tuple[Any, ...]
     if found.files and config.name is None:
         options["data_files"] = DataFilesDict(
-            {
-                name: DataFilesList(files, [(file_state(os.stat(file)),) for file in files])
-                for name, files in found.files.items()
-            }
+            {name: DataFilesList(files, _states(files)) for name, files in found.files.items()}
         )
         state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
     else:
@@ -297,7 +299,7 @@ def _builder(location: Location, config: DataConfig, found: LocalData) -> Datase
         # `datasets` (seen with 5.2) names the cache of a folder that declares its files only by the last part
         # of the path and by the patterns in the README. Another folder with this name, or new files in the
         # same folder, would give the earlier images.
-        state = (state_of_files(found.paths),)
+        state = (f"{state_of_files(found.paths)}-{fingerprint(found.paths)}",)
         options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
@@ -335,6 +337,19 @@ class UnknownSplit(UserError):
         self.splits, self.path, self.split = splits, path, split
         names = ", ".join(splits)
         super().__init__(f"{key}: expected one of the splits {names} of {path}, got {split!r}; use {advice}")
+def _states(files: list[str]) -> list[tuple[str]]:
+    """Return a text for each file that changes with any of them, also if all times stay the same."""
+    content = fingerprint(files)
+    return [(f"{file_state(os.stat(file))} {content}",) for file in files]
+
+
+def _with_named_files(revision: str, names: list[str], folder: str, found: LocalData) -> str:
+    """Return a revision that also covers the files that the rows of `found` name, as of a Parquet file."""
+    named = {os.path.abspath(str(resolved(name, folder))) for name in names if "://" not in name}
+    files = sorted(named.difference(found.paths))
+    if not files:
+        return revision
+    return hashlib.blake2b(f"{revision} {fingerprint(files)}".encode(), digest_size=8).hexdigest()
 
 
 def _check_split(names: list[str], split: str, streaming: bool, config: DataConfig) -> None:

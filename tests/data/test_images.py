@@ -10,7 +10,9 @@ import torch
 from messages import mentions
 
 from hf_ssl.data import DataConfig, all_images, as_source, open_source, without_broken_images
+from hf_ssl.data import folder as folder_module
 from hf_ssl.data import images as images_module
+from hf_ssl.data import sources as sources_module
 from hf_ssl.data.batch import is_small
 from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows
 from hf_ssl.errors import UserError
@@ -29,9 +31,18 @@ def test_images_decoded_in_advance_equal_images_decoded_each_time(cache, channel
         assert torch.equal(pixels[position], expected[position])
 
 
+@pytest.mark.parametrize("has_times", [True, False])
 @pytest.mark.parametrize("kind", ["folder", "parquet", "names"])
-def test_replaced_files_with_their_old_times_are_read_again(kind: str, tmp_path, datasets_cache):
-    """`rsync -t` and the layers of containers keep the time of the file, and its size may be equal too."""
+def test_replaced_files_with_their_old_times_are_read_again(
+    kind: str, has_times: bool, tmp_path, datasets_cache, monkeypatch
+):
+    """`rsync -t` and the layers of containers keep the time of the file, and its size may be equal too.
+
+    Some network file systems have no time of the last change of the status.
+    """
+    if not has_times:
+        for module in ("location", "folder", "sources"):
+            monkeypatch.setattr(f"hf_ssl.data.{module}.file_state", lambda status: str(status.st_size))
     folder = tmp_path / "data"
     folder.mkdir()
     image, table = folder / "one.bmp", folder / "table.parquet"
@@ -50,14 +61,21 @@ def test_replaced_files_with_their_old_times_are_read_again(kind: str, tmp_path,
         for file in folder.iterdir():
             os.utime(file, (1e9, 1e9))
 
-    def value() -> int:
+    def value() -> tuple[int, str]:
+        if not has_times:  # another process has not listed the folder before
+            folder_module._folder_cache.clear()
+            folder_module._split_cache.clear()
+            sources_module._last_builder.clear()
         source = open_source(DataConfig(path=str(folder if kind == "folder" else table), cache="memmap"))
-        return int(decoded_rows(source, 3, "memmap").read(np.array([0]))[0][0].float().mean())
+        pixels = decoded_rows(source, 3, "memmap").read(np.array([0]))[0][0]
+        return int(pixels.float().mean()), source.revision
 
     write(40)
-    assert value() == 40
+    first = value()
     write(41)
-    assert value() == 41
+    second = value()
+    assert (first[0], second[0]) == (40, 41) and first[1] != second[1]
+    assert value() == second
 
 
 def test_a_cache_file_is_written_once_and_reused(numbered, datasets_cache, monkeypatch):
