@@ -400,7 +400,6 @@ def test_some_protocols_of_a_suite(place: Path) -> None:
         ("[knn, ridge]", "[knn, rigde]", ("entries.color", "ridge")),
         ("  color:", "  ../color:", ("entries", "../color")),
         ("title: Three sets", "titel: Three sets", ("suite.titel", "suite.title")),
-        ("  color:", "  2012:", ("entries", 2012)),
         ("{path: color}", "{path: color}, instead: {rigde: knn}", ("entries.color.instead", "ridge")),
         ("{path: color}", "{path: color}, instead: {mlp: knn}", ("entries.color.instead", "mlp", "groups")),
         ("{path: color}", "{path: color}, groups: []", ("entries.color.groups", "null")),
