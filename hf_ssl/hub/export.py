@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from PIL.Image import Resampling
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining, BitImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,8 +22,10 @@ from hf_ssl.files import (
     STAGING_PREFIX,
     check_new_or_empty,
     disk_errors_as_user_errors,
+    read_json,
     replaced_folder,
     use_normal_permissions,
+    write_json,
 )
 from hf_ssl.hub.publish import CONFIG, is_encoder_file
 from hf_ssl.modeling.backbones import load_weights
@@ -35,6 +38,14 @@ from hf_ssl.views import ViewPreset
 from hf_ssl.views.preset import check_output
 
 FILTERS = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}
+_OLD_PREFIXES = {
+    "chinese_clip_vision_model": "vision_model.",
+    "clip_vision_model": "vision_model.",
+    "mlcd_vision_model": "vision_model.",
+    "siglip2_vision_model": "vision_model.",
+    "siglip_vision_model": "vision_model.",
+}
+"""Model type -> start of the names of all weights in releases before transformers 5."""
 _STAGING = f"{STAGING_PREFIX}export-"
 
 
@@ -50,8 +61,9 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
     The parts of `ParallelEncoders` are written to subfolders and checked separately. The folder itself then
     has no `config.json` and contains `encoders.json`, which is moved last.
 
-    Weights keep the names of old transformers releases (the default of `save_pretrained`), which old and new
-    releases load. The encoder itself stays unchanged.
+    Weights get the names of old transformers releases, which old and new releases load. `save_pretrained`
+    writes these names, except for the encoders of CLIP and SigLIP (`_OLD_PREFIXES`). The encoder itself stays
+    unchanged.
 
     Features of the loaded encoder equal those of `encoder` only up to rounding. The reason is that torch's
     choice of kernels depends on the memory address of a tensor, and the loaded weights have other addresses.
@@ -76,6 +88,7 @@ def export_encoder(encoder: PreTrainedModel, processor: BitImageProcessor, direc
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
         try:
             encoder.save_pretrained(staging)
+            _write_old_names(encoder, staging)
             processor.save_pretrained(staging)
             use_normal_permissions(staging)
             for subfolder, part in parts.items():
@@ -167,6 +180,31 @@ def image_processor(preset: ViewPreset | dict[str, Any], channels: int) -> BitIm
         image_std=list(preset.std),
         do_convert_rgb=channels == 3,
     )
+
+
+def _write_old_names(encoder: PreTrainedModel, directory: Path) -> None:
+    """Add the prefix to the names of weights that releases before transformers 5 expect.
+
+    transformers 5.24 removes the prefix when it loads. It writes the prefix only for an encoder that
+    `from_pretrained` loaded from a file with it. transformers 4.57 would use random weights for names without
+    the prefix, and would only log a warning.
+    """
+    prefix = _OLD_PREFIXES.get(encoder.config.model_type)
+    if prefix is None:
+        return
+    for file in directory.glob("*.safetensors"):
+        named = {_prefixed(name, prefix): value for name, value in load_file(file).items()}
+        renamed = file.with_suffix(".renamed")  # safetensors still reads from `file`
+        save_file(named, renamed, {"format": "pt"})
+        os.replace(renamed, file)
+    for index in directory.glob("*.safetensors.index.json"):
+        content = read_json(index)
+        names = {_prefixed(name, prefix): file for name, file in content["weight_map"].items()}
+        write_json(index, content | {"weight_map": names})
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    return name if name.startswith(prefix) else prefix + name
 
 
 def _parts(encoder: PreTrainedModel) -> dict[str, PreTrainedModel]:

@@ -12,9 +12,12 @@ from example_facts import new_facts
 from forks import Forks
 from messages import mentions
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextV2Config,
     ConvNextV2Model,
     Dinov2Config,
@@ -24,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -63,6 +68,8 @@ CONFIGS = {
         ),
     ),
     "ijepa": (IJepaModel, IJepaConfig(**TOKENS)),
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**TOKENS)),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**TOKENS)),
 }
 POOLING = {"ijepa": "mean"}
 # Largest difference by rounding, relative to the largest number. A pixel value takes three operations, and a
@@ -391,3 +398,28 @@ def test_weights_of_the_user_in_the_same_folder_stay(tmp_path: Path) -> None:
     export_model(model, tmp_path)
     assert (tmp_path / "model_best.safetensors").read_bytes() == b"old"
     assert not (tmp_path / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_names_of_weights_are_those_of_old_releases(name: str, tmp_path: Path) -> None:
+    """transformers 4.57 would use random weights. `tests/weekly/test_old_release.py` runs it."""
+    export_encoder(make(name), processor(), tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert all(key.startswith("vision_model.") for key in load_file(file))
+    export_encoder(AutoModel.from_pretrained(tmp_path), processor(), tmp_path)  # has the prefix already
+    assert not any(key.startswith("vision_model.vision_model.") for key in load_file(file))
+
+
+def test_names_in_several_files_are_those_of_old_releases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, save = make("siglip"), SiglipVisionModel.save_pretrained
+    monkeypatch.setattr(
+        SiglipVisionModel, "save_pretrained", lambda self, folder: save(self, folder, max_shard_size="20KB")
+    )
+    export_encoder(encoder, processor(), tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {key: file.name for file in files for key in load_file(file)} == index
+    assert all(key.startswith("vision_model.") for key in index)

@@ -29,17 +29,22 @@ def oldest() -> list[str]:
     return [f"{match[1]}=={match[2]}" for match in found if match is not None]
 
 
+def make(environment: Path, packages: list[str]) -> Path:
+    """Make an environment with packages, and return its Python."""
+    python = environment / "bin" / "python"
+    uv = shutil.which("uv")
+    create = [uv, "venv", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
+    pip = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
+    subprocess.run([*create, str(environment)], check=True)
+    subprocess.run([*pip, *packages], check=True)
+    return python
+
+
 def install(environment: Path, constraints: list[str]) -> Path:
     """Make an environment with the package as in the README; return the folder of its programs."""
     file = environment.parent / "constraints.txt"
     file.write_text("\n".join(constraints), encoding="utf-8")
-    python = environment / "bin" / "python"
-    uv = shutil.which("uv")
-    make = [uv, "venv", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
-    pip = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
-    subprocess.run([*make, str(environment)], check=True)
-    subprocess.run([*pip, "--constraint", str(file), f"{ROOT}[test]"], check=True)
-    return python.parent
+    return make(environment, ["--constraint", str(file), f"{ROOT}[test]"]).parent
 
 
 def run(which: str, arguments: list[str]) -> int:
