@@ -22,9 +22,10 @@ from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.features import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
-from hf_ssl.modeling.backbones import input_channels, normalization, unmasked
+from hf_ssl.modeling.backbones import input_channels, normalization
 from hf_ssl.modeling.configuration import patch_sides, size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
+from hf_ssl.modeling.image_encoders import image_encoder
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import has_class_token
 from hf_ssl.names import renamed_arguments
@@ -90,7 +91,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Atte
     Raises:
         UserError: the encoder has no attention maps or no such layer, or the images have a wrong shape.
     """
-    encoder = unmasked(_with_attention(model))
+    encoder = _with_attention(cast(nn.Module, image_encoder(model)))
     grid = _patch_grid(encoder, images)
     layers: int = encoder.config.num_hidden_layers
     if not -layers <= layer < layers:
@@ -223,7 +224,7 @@ def _with_attention(model: nn.Module) -> PreTrainedModel:
 
 
 def _patch_grid(model: PreTrainedModel, images: Tensor) -> tuple[int, int]:
-    channels, side = model.config.num_channels, patch_size(model)
+    channels, side = input_channels(model.config), patch_size(model)
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < side:
         raise UserError(
             f"images: expected (B, {channels}, H, W) with at least {side} x {side} pixels (one patch), got "

@@ -34,8 +34,9 @@ from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult
 from hf_ssl.evaluation.split_report import report_comparison, unknown_classes
 from hf_ssl.evaluation.statistics import feature_statistics
-from hf_ssl.modeling.backbones import load_weights, unmasked
+from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.image_encoders import image_encoder
 from hf_ssl.modeling.pooling import POOLED, Pooling, declared_patch_grid
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import notice
@@ -88,7 +89,7 @@ def evaluate_encoder(
         device = fastest_device() if device is None else device
     elif isinstance(model, SSLPreTrainedModel):
         model = model.exported_encoder
-    model = cast(nn.Module, unmasked(model))
+    model = cast(nn.Module, image_encoder(model))
     device = device_of(model, device)
     processor = load_processor(processor, model)
     for name in config.protocols:  # before the images are read

@@ -20,10 +20,11 @@ from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import EvaluationConfig, check_patch_grid
 from hf_ssl.files import local_or_hub
-from hf_ssl.modeling.backbones import load_weights, loading_errors, unmasked
+from hf_ssl.modeling.backbones import load_weights, loaded_commit, loading_errors
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
+from hf_ssl.modeling.image_encoders import image_encoder
 from hf_ssl.modeling.pooling import FEATURES, LAST_BLOCKS, POOLINGS, Pooling, pool, pooling_rule
 from hf_ssl.precision import autocast, fastest_precision
 from hf_ssl.progress import progress
@@ -53,7 +54,7 @@ def load_encoder(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     encoder = load_weights(model, **options)
     with loading_errors(f"an encoder with its image processor, got {model!r}"):
         processor = AutoImageProcessor.from_pretrained(
-            local_or_hub(model), trust_remote_code=False, **options
+            local_or_hub(model), trust_remote_code=False, revision=loaded_commit(encoder) or revision
         )
     return encoder.eval(), processor
 
@@ -77,7 +78,7 @@ def load_processor(processor: Any, encoder: Any) -> Any:
         )
     if isinstance(place, str | PathLike):
         with loading_errors(f"an image processor, got {str(place)!r}", "processor"):
-            revision = getattr(encoder.config, "_commit_hash", None) if processor is None else None
+            revision = loaded_commit(encoder) if processor is None else None
             return AutoImageProcessor.from_pretrained(
                 local_or_hub(str(place)), revision=revision, trust_remote_code=False
             )
@@ -278,7 +279,7 @@ def extract_features(
             `device_of` raises.
     """
     return extract_poolings(
-        unmasked(model),
+        image_encoder(model),
         processor,
         image_batches,
         poolings=[pooling],

@@ -6,9 +6,11 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -16,16 +18,13 @@ from transformers import (
     AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTConfig,
-    ViTModel,
 )
 from transformers.utils import logging
 
 from hf_ssl.errors import UserError, counted, loading_reason, one_line
-from hf_ssl.files import local_or_hub
+from hf_ssl.files import local_folder, local_or_hub
 from hf_ssl.modeling.configuration import (
     CLS_POOLER_TYPES,
-    MASKING_TYPE,
     as_pair,
     method_of,
     patch_sides,
@@ -33,6 +32,7 @@ from hf_ssl.modeling.configuration import (
 )
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
 from hf_ssl.modeling.finite import check_finite
+from hf_ssl.modeling.image_encoders import TOWER, TWO_TOWERS, image_config, image_encoder
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
 
@@ -40,7 +40,6 @@ logger = logging.get_logger(__name__)
 
 _UNUSED = ("mask_token", "num_batches_tracked")
 """Ends of names of weights that files may lack: they have no effect on features."""
-_NAMES = ("model_type", "architectures", "transformers_version", "pooler_act")
 _feature_sizes: dict[str, int] = {}
 
 
@@ -78,7 +77,7 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
         parts = find_parts(folder, **options)
         if parts is not None:
             return parts.config()
-    return _unmasked_config(_encoder_config(place, where, **options))
+    return image_config(_encoder_config(place, where, **options))
 
 
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
@@ -96,11 +95,32 @@ def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
     return config
 
 
+def loaded_commit(encoder: Any) -> str | None:
+    """Return the commit on the Hub that an encoder was loaded from; None if it is not known.
+
+    transformers 5.20 records it, and 5.24 does not. `load_weights` records it in the same attribute, which
+    `save_pretrained` does not write.
+    """
+    return getattr(encoder.config, "_commit_hash", None)
+
+
+def _commit_in_cache(place: str, revision: str | None) -> str | None:
+    """Return the commit of an encoder that was just loaded, or None for a local folder."""
+    if local_folder(place) is not None:
+        return None
+    file = try_to_load_from_cache(place, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def load_weights(place: str, where: str = "model", **options: Any) -> PreTrainedModel:
     """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`.
 
     All functions that load encoders call this one. If the encoder consists of parts in subfolders
-    (`hf_ssl.modeling.encoder_parts`), the result joins them. A ViTMAE becomes a ViT (`unmasked`).
+    (`hf_ssl.modeling.encoder_parts`), the result joins them. The result is the encoder of images in a ViTMAE
+    or in a model of images and texts (`image_encoder`).
+
+    The weights are in float32, also if the files contain others. `from_pretrained` of transformers 5 would
+    keep 16 bits, which are not enough for training. An evaluation has the precision that it names.
 
     `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
@@ -117,10 +137,21 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     config = _encoder_config(place, where, **options)
     with loading_errors(f"an encoder, got {place!r}", where):
         encoder, report = AutoModel.from_pretrained(
-            folder, config=config, output_loading_info=True, trust_remote_code=False, **options
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    check_finite(encoder, where)
+        commit = _commit_in_cache(place, options.get("revision"))
     missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(_UNUSED)]
+    if config.model_type in TWO_TOWERS:
+        start = f"{TOWER}."
+        missing = [key.removeprefix(start) for key in missing if key.startswith(start)]
+    encoder = image_encoder(encoder)
+    config, encoder.config._commit_hash = encoder.config, commit
+    check_finite(encoder, where)
     if others := [key for key in missing if not key.startswith("pooler.")]:
         raise UserError(
             f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "
@@ -132,36 +163,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     elif missing:
         averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
         declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")
-    return unmasked(encoder)
-
-
-def _unmasked_config(config: Any) -> Any:
-    """Return the config of the ViT in a ViTMAE; other configs stay."""
-    if config.model_type != MASKING_TYPE:
-        return config
-    given, fields = config.to_dict(), ViTConfig().to_dict()
-    shared = {key: value for key, value in given.items() if key in fields and key not in _NAMES}
-    return ViTConfig(**shared | {"pooler_act": "linear", "published_feature": "mean"})
-
-
-def unmasked(model: Any) -> Any:
-    """Return the ViT in a ViTMAE of transformers, with the same weights; other encoders stay.
-
-    A ViTMAE hides three quarters of the patches also in evaluation mode, other ones in each call. The feature
-    is the mean of all tokens, because MAE does not train the class token.
-    """
-    if getattr(getattr(model, "config", None), "model_type", None) != MASKING_TYPE:
-        return model
-    model = model.base_model  # without the decoder
-    config = _unmasked_config(model.config)
-    config.name_or_path = model.name_or_path
-    config._commit_hash = getattr(model.config, "_commit_hash", None)  # for the image processor
-    own = next(model.parameters())
-    with unchanged_random_state(torch.device("cpu")):
-        found = ViTModel(config).to(own.device, own.dtype)
-    set_identity_pooler(found)
-    found.load_state_dict(found.state_dict() | model.state_dict())
-    return found.train(model.training)
+    return encoder
 
 
 def view_settings(place: str, channels: int, revision: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ResNetModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.hub import extract_commit_hash
 
 from hf_ssl.errors import UserError, loading_reason
 from hf_ssl.files import write_json
@@ -304,18 +303,19 @@ class EncoderFolder:
 
     def load(self) -> ParallelEncoders:
         """Return an encoder of RGB images that joins the parts. Errors: see `config`."""
-        parts = self._read(AutoModel)
+        parts = self._read(AutoModel, dtype=torch.float32)
         encoder = ParallelEncoders(self._joined([part.config for part in parts]), parts, self.views)
         encoder.name_or_path = self.place  # `load_processor` reads it
         return encoder
 
-    def _read(self, kind: Any) -> list[Any]:
+    def _read(self, kind: Any, **options: Any) -> list[Any]:
         """Return the result of `from_pretrained` of each subfolder."""
         found = []
         for name in self.subfolders:
             try:
+                given = options | self.options
                 found.append(
-                    kind.from_pretrained(self.place, subfolder=name, trust_remote_code=False, **self.options)
+                    kind.from_pretrained(self.place, subfolder=name, trust_remote_code=False, **given)
                 )
             except Exception as error:  # see `hf_ssl.modeling.backbones.loading_errors`
                 raise UserError(f"{name}: {loading_reason(error)}") from error
@@ -355,5 +355,5 @@ def find_parts(place: str, **options: Any) -> EncoderFolder | None:
             file = hf_hub_download(place, PARTS, **known)
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
             return None  # AutoConfig reports other errors than a missing file
-        options = options | {"revision": extract_commit_hash(file, None)}
+        options = options | {"revision": Path(file).parent.name}
     return EncoderFolder(place, listed_subfolders(Path(file)), described_views(Path(file)), options)

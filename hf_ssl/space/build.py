@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
@@ -35,8 +35,10 @@ from hf_ssl.evaluation import (
     load_encoder,
     thumbnail,
 )
+from hf_ssl.evaluation.features import device_of, first_output
 from hf_ssl.files import check_new_or_empty, local_folder, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
+from hf_ssl.modeling.backbones import loaded_commit
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
 from hf_ssl.resources import MAX_IMAGES, resource
@@ -92,7 +94,11 @@ def build_space(
         raise UserError(f"space: expected images >= 1 and examples >= 0, got {images} and {examples}")
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model, revision)
-    torch.nn.Module.to(encoder, fastest_device())
+    if local_folder(model) is not None and type(encoder.config) not in MODEL_MAPPING:
+        raise UserError(
+            f"model: expected an encoder that AutoModel loads, because a Space contains a copy, got "
+            f"{type(encoder).__name__}; use another one, or its Hub id"
+        )
     data = with_trained_tolerance(data, model)
     held_out = examples if examples_split is None else 0
     with progress(f"opening {data.path}"):
@@ -101,6 +107,8 @@ def build_space(
             if count is not None:
                 count.require_most_files(data.split)
         shown = _images(data, data.split, images + held_out)
+    first_output(encoder, processor, next(iter(shown.iter_batches(1))), device_of(encoder))
+    torch.nn.Module.to(encoder, fastest_device())
     features, thumbnails = embed_gallery(
         encoder,
         processor,
@@ -183,7 +191,7 @@ def _facts(
             "name": name,
             "class": type(encoder).__name__,
             "folder": ENCODER if local else None,
-            "revision": None if local else encoder.config._commit_hash,
+            "revision": None if local else loaded_commit(encoder),
             "attention": has_attention(encoder),
         },
         "gallery": {

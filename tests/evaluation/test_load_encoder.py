@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from messages import mentions, missing
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,9 +24,11 @@ from transformers import (
 )
 
 from hf_ssl import run
+from hf_ssl.building import build_model
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation import EvaluationConfig, extract_features, fastest_device
+from hf_ssl.evaluation import EvaluationConfig, attention_maps, extract_features, fastest_device
+from hf_ssl.evaluation.features import chosen_precision
 from hf_ssl.modeling.backbones import load_config, load_weights
 from hf_ssl.modeling.pooling import pool
 from hf_ssl.recipe import load_recipe
@@ -216,3 +219,68 @@ def test_a_baseline_that_cannot_be_measured_keeps_the_other_numbers(
     assert [each["protocol"] for each in results["encoder"]["protocols"]] == ["ridge"]
     assert list(results) == ["encoder"]
     assert not missing(caplog.text, "raw pixels", "few_label_knn.labels_per_class", 500)
+
+
+TOWER = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+TEXT = TOWER | {"vocab_size": 20, "max_position_embeddings": 8, "project_dim": 16}
+PROCESSOR = BitImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False, do_convert_rgb=True)
+
+
+def two_towers(name: str) -> Any:
+    torch.manual_seed(0)
+    vision = TOWER | {"image_size": 16, "patch_size": 8}
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=TEXT, projection_dim=16)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "AltCLIP", "Blip"])
+def test_the_encoder_of_images_of_a_model_of_images_and_texts_is_used(name: str, tmp_path: Path) -> None:
+    """The whole model needs a text, and raised an error."""
+    whole = two_towers(name)
+    whole.save_pretrained(tmp_path)
+    found = loaded(tmp_path, 1)
+    assert type(found) is type(whole.vision_model) and found.name_or_path == str(tmp_path)
+    assert load_config(str(tmp_path)).model_type == found.config.model_type
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = whole.vision_model(images).pooler_output
+    torch.testing.assert_close(features_of(found, 0), expected)
+    pixels = [[torch.full((3, 16, 16), 9 * number, dtype=torch.uint8) for number in range(6)]]
+    features = [extract_features(model, PROCESSOR, pixels) for model in (found, whole)]
+    torch.testing.assert_close(features[0], features[1])
+    assert attention_maps(whole, images).heads.shape == (3, 2, 2, 2)
+
+
+def test_missing_weights_of_the_texts_have_no_effect(tmp_path: Path) -> None:
+    two_towers("CLIP").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: each for name, each in weights.items() if not name.startswith("text_model.")}, file)
+    loaded(tmp_path, 1)
+    save_file({name: each for name, each in weights.items() if "vision_model.encoder" not in name}, file)
+    with pytest.raises(UserError, match=mentions("CLIPVisionModel", "new")):
+        load_weights(str(tmp_path))
+
+
+SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("resnet", torch.float16), ("vit", torch.bfloat16)])
+def test_weights_of_16_bits_are_loaded_in_float32(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """transformers 5 keeps the type of the file, which is too coarse for training."""
+    saved: Any = new_vit() if kind == "vit" else ResNetModel(ResNetConfig(**SMALL_RESNET))
+    saved.to(dtype).save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).dtype == dtype  # the reason for this test
+    found = loaded(tmp_path, 1)
+    assert {each.dtype for each in found.state_dict().values()} <= {torch.float32, torch.int64}
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value.float(), found.state_dict()[name].float()), name
+    options = ["data.channels=3", "views.mean=[0.5, 0.5, 0.5]", "views.std=[0.5, 0.5, 0.5]"]
+    recipe = load_recipe("smoke/simclr", [f"backbone.init_from={tmp_path}", *options])
+    model = build_model(recipe, 0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.backbone.config.dtype in (None, torch.float32)
+    assert chosen_precision(EvaluationConfig(precision="float32"), found, torch.device("cpu")) == "float32"

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from huggingface_hub import RepoCard
+from hub_server import HubServer
+from huggingface_hub import HfApi, RepoCard
 from messages import mentions
 from PIL import Image
+from transformers import BitImageProcessor, BlipConfig, BlipModel, TimmWrapperConfig, TimmWrapperModel
 
 import hf_ssl
 from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import Gallery, load_encoder, read_photo
 from hf_ssl.hub.publish import space_files
+from hf_ssl.modeling.backbones import loaded_commit
 from hf_ssl.space import build, build_space
 
 ROOT = Path(__file__).parents[2]
@@ -104,22 +107,25 @@ def test_the_header_is_that_of_a_space(spaces: dict[str, Path]) -> None:
 
 
 def test_an_encoder_of_the_hub_stays_there(
-    spaces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spaces: dict[str, Path], tmp_path: Path, online: HubServer
 ) -> None:
-    asked = []
-
-    def load(model: str, revision: str | None) -> object:
-        asked.append((model, revision))
-        encoder, processor = load_encoder(str(spaces["resnet"] / "encoder"))
-        encoder.config._commit_hash = "a" * 40
-        return encoder, processor
-
-    monkeypatch.setattr(build, "load_encoder", load)
+    """transformers 5.24 does not record the commit of an encoder."""
+    api = HfApi()
+    api.create_repo("someone/eyes")
+    commits = [
+        api.upload_folder(repo_id="someone/eyes", folder_path=spaces[name] / "encoder").oid
+        for name in ("resnet", "vit")
+    ]
+    for revision, commit in (("main", commits[1]), (commits[0], commits[0])):
+        encoder, _ = load_encoder("someone/eyes", revision)
+        assert loaded_commit(encoder) == commit
+        assert type(encoder).__name__ == ("ViTModel" if commit == commits[1] else "ResNetModel")
+        encoder.save_pretrained(tmp_path / "again")
+        assert commit not in (tmp_path / "again" / "config.json").read_text()
     folder = tmp_path / "space"
-    build_space("someone/eyes", folder, DataConfig(path="digits"), images=5, examples=3, revision="main")
-    assert asked == [("someone/eyes", "main")]
+    build_space("someone/eyes", folder, DataConfig(path="digits"), images=5, examples=3)
     model = facts(folder)["model"]
-    assert (model["name"], model["folder"], model["revision"]) == ("someone/eyes", None, "a" * 40)
+    assert (model["name"], model["folder"], model["revision"]) == ("someone/eyes", None, commits[1])
     assert not (folder / "encoder").exists()
     assert RepoCard((folder / "README.md").read_text()).data["models"] == ["someone/eyes"]
     assert len(facts(folder)["examples"]) == 3
@@ -183,3 +189,29 @@ def test_folders_of_somebody_else_are_refused_and_spaces_replaced(
         build_space(str(spaces["vit"] / "encoder"), folder, DataConfig(path="digits"), examples_split="trian")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
+
+
+def test_an_encoder_that_fails_is_reported_before_the_gallery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of timm accepts one size of images."""
+    pytest.importorskip("timm")
+    settings = {"input_size": [3, 48, 48], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    arguments = {"img_size": 32, "depth": 1}
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=arguments, pretrained_cfg=settings
+    )
+    TimmWrapperModel(config).save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(build, "embed_gallery", None)
+    with pytest.raises(UserError, match=mentions("TimmWrapperModel", 48, 32)):
+        build_space(str(tmp_path / "encoder"), tmp_path / "space", DataConfig(path="digits"), images=5)
+    assert not (tmp_path / "space").exists()
+
+
+def test_a_copied_encoder_must_be_one_that_automodel_loads(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BlipConfig(vision_config=sizes | {"image_size": 16, "patch_size": 8}, text_config=sizes)
+    BlipModel(config).save_pretrained(tmp_path / "encoder")
+    BitImageProcessor(crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match=mentions("AutoModel", "BlipVisionModel")):
+        build_space(str(tmp_path / "encoder"), tmp_path / "space", DataConfig(path="digits"), images=5)
