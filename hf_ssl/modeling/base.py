@@ -22,6 +22,7 @@ from hf_ssl.modeling.backbones import (
     initialize_as_timm,
     input_channels,
     load_weights,
+    loaded_commit,
     set_identity_pooler,
     view_settings,
 )
@@ -34,8 +35,10 @@ from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.parameter_groups import ParameterRule
 from hf_ssl.modeling.pooling import Pooling, declare_feature, declare_patch_grid
+from hf_ssl.modeling.position_tables import config_at_size, state_at_size
 from hf_ssl.modeling.recorded_outputs import RecordedOutputs
 from hf_ssl.modeling.requirements import Requirements
+from hf_ssl.views.preset import ViewPreset
 
 logger = logging.getLogger(__name__)
 
@@ -470,10 +473,13 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         if not isinstance(encoder, PreTrainedModel):
             encoder = load_weights(os.fspath(encoder), "encoder")
         if encoder.name_or_path:
-            commit = getattr(encoder.config, "_commit_hash", None)
+            commit = loaded_commit(encoder)
             known = view_settings(encoder.name_or_path, input_channels(encoder.config), commit)
             settings["views"] = known | (settings.get("views") or {})
-        model = cls(cast(Any, cls.config_class)(backbone_config=encoder.config, **settings))
+        config = encoder.config
+        if settings.get("views"):
+            config = config_at_size(config, ViewPreset.from_dict(settings["views"]).final_size)
+        model = cls(cast(Any, cls.config_class)(backbone_config=config, **settings))
         model.start_from(encoder)
         return model
 
@@ -534,6 +540,8 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Copy the weights of a trained encoder to the backbone and the teachers. Heads do not change.
 
+        Position tables are interpolated if the backbone encodes images of another size (`state_at_size`).
+
         `SSLTrainer` then compares the k-NN accuracy with the initial one (`continues`).
 
         Raises:
@@ -544,7 +552,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
                 f"backbone.init_from: expected one encoder for {self.method_name()}, got one for each color "
                 "view, which only cmc can train"
             )
-        wanted, given = self.backbone.state_dict(), encoder.state_dict()
+        wanted, given = self.backbone.state_dict(), state_at_size(encoder, self.backbone)
         other = sorted(wanted.keys() ^ given.keys())
         other += [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
         if other:

@@ -60,15 +60,16 @@ def _check_channels(key: str, got: Any, expected: int) -> None:
         raise UserError(f"{key}: expected {expected}, which is data.channels, got {got}; leave it out")
 
 
-def pretrained_config(init_from: str) -> "PreTrainedConfig":
-    """Return the config of the encoder `backbone.init_from`.
+def pretrained_config(init_from: str, views: ViewPreset) -> "PreTrainedConfig":
+    """Return the config of the encoder `backbone.init_from`, for images of the size of the views.
 
     Raises:
         UserError: there is no encoder.
     """
     from hf_ssl.modeling.backbones import load_config
+    from hf_ssl.modeling.position_tables import config_at_size
 
-    return load_config(init_from, "backbone.init_from")
+    return config_at_size(load_config(init_from, "backbone.init_from"), views.final_size)
 
 
 def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str, Any]:
@@ -85,9 +86,9 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             "backbone.init_from=..."
         )
     _check_whole(init_from)
-    from hf_ssl.modeling.backbones import input_channels
+    from hf_ssl.modeling.backbones import input_channels, load_config
 
-    config: Any = pretrained_config(init_from)
+    config: Any = load_config(init_from, "backbone.init_from")
     further = sorted(backbone.keys() - {"init_from", "model_type"})
     if further:
         raise UserError(
@@ -153,7 +154,7 @@ def check_encoder(
 
     try:
         with torch.device("meta"):
-            encoder = AutoModel.from_config(config, trust_remote_code=False)
+            encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except NotImplementedError:
         return  # the encoder has an operation that cannot run on shapes alone
     except Exception as error:  # the constructor of another library may raise anything for wrong values

@@ -115,7 +115,7 @@ class Recipe:
             UserError: the section `backbone` contains a mistake.
         """
         if self.init_from is not None:
-            return pretrained_config(self.init_from)
+            return pretrained_config(self.init_from, self.views)
         values = {key: value for key, value in self.backbone.items() if key != "model_type"}
         return transformers_config(backbone_class(self.backbone["model_type"]), values, "backbone")
 

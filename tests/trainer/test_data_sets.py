@@ -575,9 +575,9 @@ def test_views_must_fit_the_patches_of_the_encoder(table: Dataset, tmp_path: Pat
 
 def test_views_have_the_size_of_an_encoder_with_positions(table: Dataset, tmp_path: Path) -> None:
     """Users of the published encoder would otherwise have to pass `interpolate_pos_encoding`."""
-    started = SimCLRForPreTraining.from_backbone(ViTModel(ViTConfig(**VIT)), views={"size": 24})
+    config = SimCLRConfig(backbone_config=ViTConfig(**VIT), views={"size": 24})
     with pytest.raises(UserError, match=mentions("views.size", 24, f"views.enlarge={VIT['image_size']}")):
-        SSLTrainer(started, arguments(tmp_path), train_dataset=table)
+        SSLTrainer(SimCLRForPreTraining(config), arguments(tmp_path), train_dataset=table)
 
 
 def test_patch_sizes_can_be_pairs(table: Dataset, tmp_path: Path) -> None:
