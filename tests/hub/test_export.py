@@ -4,6 +4,7 @@
 import json
 import os
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,16 @@ def test_names_in_several_files_are_those_of_old_releases(
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert {key: file.name for file in files for key in load_file(file)} == index
     assert all(key.startswith("vision_model.") for key in index)
+
+
+@pytest.mark.parametrize("name", ["resnet", "siglip"])
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_exported_files_follow_the_umask(name: str, mask: int, tmp_path: Path) -> None:
+    """safetensors 0.8 creates files that only their owner can read, also with the umask 022."""
+    before = os.umask(mask)
+    try:
+        export_encoder(make(name), processor(), tmp_path / "encoder")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "encoder").iterdir()}
+    assert modes == {0o666 & ~mask}
