@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import stat
 import tomllib
 from pathlib import Path
 
@@ -215,3 +216,10 @@ def test_a_copied_encoder_must_be_one_that_automodel_loads(tmp_path: Path) -> No
     BitImageProcessor(crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path / "encoder")
     with pytest.raises(UserError, match=mentions("AutoModel", "BlipVisionModel")):
         build_space(str(tmp_path / "encoder"), tmp_path / "space", DataConfig(path="digits"), images=5)
+
+
+def test_all_files_of_a_space_have_the_same_permissions(spaces: dict[str, Path]) -> None:
+    """safetensors 0.8 creates files that only their owner can read."""
+    files = [path for path in spaces["parts"].rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in files}) == 1
