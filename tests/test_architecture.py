@@ -305,7 +305,7 @@ def test_every_import_is_declared(sources: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [
         name
-        for extra in ("timm", "demo", "plots", "detection")
+        for extra in ("timm", "demo", "plots", "detection", "scientific")
         for name in project["optional-dependencies"][extra]
     ]
     requirements = [*project["dependencies"], *extras]

@@ -8,13 +8,9 @@ instead of Pillow. If the files are small, torchvision takes less than half the 
 the same if both libraries use libjpeg-turbo and libwebp, as their wheels do. (PNG files always use Pillow,
 because torchvision 0.29 gains little and crashes the process on a damaged file.)
 
-The result has one channel (gray, ITU-R 601 luma) or three. 16-bit gray is scaled so that 65535 becomes 255
-(`BitImageProcessor` would clip it at 255). Files of floating-point numbers and files with more than four
-channels raise BrokenImage.
-
-A file whose pixels Pillow opens as 32-bit integers (mode "I") has 16 bits. In memory, integers other than
-uint16 are 0 to 255 and floating-point numbers are 0 to 1. This holds for arrays, for tensors and for images
-of Pillow that were not read from a file.
+The result has one channel (gray, ITU-R 601 luma) or three. `hf_ssl.data.pixels` explains how other numbers
+than those of 8 bits become pixels (`BitImageProcessor` would clip them at 255). `hf_ssl.data.readers` reads
+the files that Pillow opens with other pixels. Files with more than four channels raise BrokenImage.
 
 `read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
@@ -25,16 +21,18 @@ import os
 import struct
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hf_ssl.data.formats import reason_of
+from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, array_image, to_array
+from hf_ssl.data.readers import ORIENTATION, SWAPS_SIDES, EncodedBytes, ImageData, read_image
 from hf_ssl.errors import UserError
 
 try:
@@ -42,32 +40,12 @@ try:
 except ImportError:  # torchvision 0.29 deprecates its decoders; later versions may lack them
     torchvision_decode = None
 
-EncodedBytes: TypeAlias = bytes | pa.Buffer
-ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
-
 # Limits of pictures from untrusted sources.
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
 MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
-
-_ORIENTATION = 0x0112
-_TRANSPOSES = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
-_SWAPS_SIDES = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
-
-
-class BrokenImage(Exception):
-    """An image that cannot be decoded. The text of the exception is the reason."""
 
 
 class EncodedImage(NamedTuple):
@@ -156,39 +134,17 @@ def _stored_image(item: Any) -> StoredImage:
     if isinstance(item, dict) and item.keys() >= {"bytes", "path"}:
         return EncodedImage(item["bytes"], item["path"])
     if isinstance(item, PIL.Image.Image):
-        is_array = item.mode in ("I", "F") and item.format is None
-        return ImageObject(_as_integers(np.asarray(item)) if is_array else item)
+        return ImageObject(item)
     if isinstance(item, Tensor):
         item = item.detach().cpu().numpy()
         item = np.moveaxis(item, 0, 2) if item.ndim == 3 else item
     shape: tuple[int, ...] = getattr(item, "shape", ())
     if isinstance(item, np.ndarray) and (len(shape) == 2 or (len(shape) == 3 and 1 <= shape[2] <= 4)):
-        return ImageObject(_as_integers(item))
+        return ImageObject(item)
     raise BrokenImage(
         "expected an image of Pillow, an array (H, W, C), a tensor (C, H, W), bytes or a path, got "
         f"{type(given).__name__}{f' of the shape {tuple(given.shape)}' if len(shape) else ''}"
     )
-
-
-def _as_integers(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "f":
-        if not (values.min(initial=0) >= 0 and values.max(initial=0) <= 1):
-            raise BrokenImage(
-                f"expected floating-point pixels from 0 to 1, got {values.min():.3g} to {values.max():.3g}; "
-                "return images without normalization, because hf_ssl augments and normalizes them"
-            )
-        return np.rint(values * 255).astype(np.uint8)
-    if values.dtype == bool:
-        return values.astype(np.uint8) * 255
-    is_gray = values.ndim == 2 or values.shape[2] == 1
-    if values.dtype == np.uint8 or (is_gray and values.dtype == np.uint16):  # 16-bit gray
-        return values
-    if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
-        raise BrokenImage(
-            f"expected whole numbers from 0 to 255 as pixels, got other values of {values.dtype}; convert "
-            "pixels of 16 bits to uint16"
-        )
-    return values.astype(np.uint8)
 
 
 def memory_size(image: StoredImage) -> int:
@@ -214,28 +170,44 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
         BrokenImage: the header cannot be read.
     """
     if isinstance(image, ImageObject):
-        pixels = decode(image.read(), 1)
-        return pixels.shape[1], pixels.shape[2]
+        return _decoded_size(image.read())
     on_disk = image.data is None and image.path is not None and "://" not in image.path
     try:
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
             # To read EXIF data that come after the pixels, Pillow would decode the whole PNG file.
-            known = opened.format != "PNG" or "exif" in opened.info
-            swapped = known and opened.getexif().get(_ORIENTATION) in _SWAPS_SIDES
+            # The size of a TIFF file is that of the rotated image.
+            known = opened.format != "TIFF" and (opened.format != "PNG" or "exif" in opened.info)
+            swapped = known and opened.getexif().get(ORIENTATION) in SWAPS_SIDES
     except BrokenImage:
         raise
-    except Exception as error:  # as in read_with_pillow
+    except PIL.UnidentifiedImageError:  # tifffile may read the file
+        return _decoded_size(image.read())
+    except Exception as error:  # as in read_pixels
         raise BrokenImage(reason_of(error, image.path if on_disk else image.data)) from error
     return (width, height) if swapped else (height, width)
 
 
-def decode(data: ImageData, channels: int) -> Tensor:
+def _decoded_size(data: ImageData) -> tuple[int, int]:
+    """Return the height and width of an image without converting its values."""
+    try:
+        decoded = read_image(data)
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in read_pixels
+        raise BrokenImage(reason_of(error)) from error
+    if isinstance(decoded, Samples):
+        return decoded.values.shape[0], decoded.values.shape[1]
+    return decoded.height, decoded.width
+
+
+def decode(data: ImageData, channels: int, value_range: ValueRange | None = None) -> Tensor:
     """Return the pixels of one image.
 
     Args:
-        data: the encoded bytes, an image of Pillow, or an array (H, W) or (H, W, C) of integers.
+        data: the encoded bytes, an image of Pillow, or an array (H, W) or (H, W, C) of numbers.
         channels: 1 for gray, 3 for RGB.
+        value_range: the values that become 0 and 255, see `hf_ssl.data.pixels`.
 
     Returns:
         (channels, H, W) uint8, rotated by the EXIF orientation. The strides may be of any kind.
@@ -247,7 +219,8 @@ def decode(data: ImageData, channels: int) -> Tensor:
         pixels = _decode_with_torchvision(data)
         if pixels is not None:
             return _with_channels(pixels, channels)
-    return read_with_pillow(data, lambda image: to_array(image, channels)).expand(channels, -1, -1)
+    convert = partial(to_array, channels=channels, value_range=value_range)
+    return read_pixels(data, convert, exact=value_range is not None).expand(channels, -1, -1)
 
 
 def _decode_with_torchvision(data: EncodedBytes) -> Tensor | None:
@@ -271,20 +244,19 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[None]  # Pillow's "L"
 
 
-def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.ndarray]) -> Tensor:
+def read_pixels(data: ImageData, convert: Callable[[Decoded], np.ndarray], *, exact: bool = False) -> Tensor:
     """Return the pixels (C, H, W) of an image, rotated by the EXIF orientation.
 
     Args:
         data: see `decode`.
-        convert: returns the pixels (H, W) or (H, W, C) of an image of Pillow.
+        convert: returns the pixels (H, W) or (H, W, C) of a decoded image.
+        exact: see `hf_ssl.data.readers.read_image`.
 
     Raises:
         BrokenImage: see `decode`.
     """
     try:
-        image = _open_image(data)
-        image.load()  # a lazy image reads its file now
-        pixels = torch.from_numpy(convert(_apply_orientation(image)))
+        pixels = torch.from_numpy(convert(read_image(data, exact=exact)))
         return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     except BrokenImage:
         raise
@@ -294,51 +266,7 @@ def read_with_pillow(data: ImageData, convert: Callable[[PIL.Image.Image], np.nd
 
 def as_pillow(pixels: Tensor) -> PIL.Image.Image:
     """Return the gray or RGB image of Pillow with the pixels (1 or 3, H, W) uint8."""
-    return _open_image(pixels.permute(1, 2, 0).numpy())
-
-
-def _open_image(data: ImageData) -> PIL.Image.Image:
-    if isinstance(data, PIL.Image.Image):
-        return data
-    if isinstance(data, np.ndarray):
-        one = data[..., 0] if data.shape[2:] == (1,) else data
-        return PIL.Image.fromarray(np.ascontiguousarray(one))
-    if not len(memoryview(data)):
-        raise BrokenImage("zero bytes")
-    return PIL.Image.open(io.BytesIO(data))
-
-
-def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # the pixels are readable although the EXIF data are damaged
-        return image
-    transpose = _TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
-    return image if transpose is None else image.transpose(transpose)
-
-
-def to_array(image: PIL.Image.Image, channels: int) -> np.ndarray:
-    """Return the pixels (H, W) or (H, W, 3) as uint8."""
-    if image.mode.startswith("I"):
-        return _from_16_bit(np.asarray(image))
-    if image.mode == "F":
-        raise BrokenImage("expected pixels of 8 or 16 bits, got floating-point numbers; convert the image")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image).convert("RGB")
-    if channels == 1 and image.mode not in ("1", "L"):
-        image = image.convert("RGB")  # gray is the luma of the colors, also for CMYK and palettes
-    return np.array(image.convert("L" if channels == 1 else "RGB"))
-
-
-def _from_16_bit(values: np.ndarray) -> np.ndarray:
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise BrokenImage(
-            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}; convert "
-            "the image to 8 bits"
-        )
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return array_image(pixels.permute(1, 2, 0).numpy())
 
 
 _Shape: TypeAlias = tuple[int, int, int]
@@ -399,7 +327,12 @@ def _webp_shape(data: memoryview) -> _Shape | None:
 
 
 def read_photo(
-    source: bytes | Path, *, channels: int = 3, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+    source: bytes | Path,
+    *,
+    channels: int = 3,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
 ) -> Tensor:
     """Return the decoded pixels of one untrusted picture, or of the first frame of an animation.
 
@@ -410,6 +343,7 @@ def read_photo(
         source: the encoded bytes, or a file.
         channels: 3, or 1 for an encoder of gray images.
         max_bytes, max_pixels: largest accepted sizes of the file and of the picture.
+        value_range: see `decode`.
 
     Returns:
         uint8 (channels, H, W), rotated according to the EXIF tag, with transparent pixels blended over white.
@@ -439,9 +373,9 @@ def read_photo(
             "times as long as wide."
         )
     try:
-        return decode(data, channels)
+        return decode(data, channels, value_range)
     except BrokenImage as error:
-        if "bits" in str(error):  # a valid file whose pixel format is not supported
+        if "expected" in str(error):  # a file whose kind of pixels is not supported
             raise UserError(f"This picture cannot be shown: {error}.") from error
         raise UserError("This picture is damaged or incomplete. Please choose another file.") from error
 

@@ -23,7 +23,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from hf_ssl.data import decode as images
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.data.decode import BrokenImage, ImageData, ImageObject, StoredImage
+from hf_ssl.data.pixels import Decoded, Samples, ValueRange, to_array
 
 
 class RowData(NamedTuple):
@@ -164,12 +164,13 @@ def size_in_header(image: AnyStored) -> tuple[int, int]:
     return images.size_in_header(image.image if isinstance(image, RowImages) else image)
 
 
-def decode(data: ImageData | RowData, channels: int) -> Tensor:
+def decode(data: ImageData | RowData, channels: int, value_range: ValueRange | None = None) -> Tensor:
     """Return the pixels of one row.
 
     Args:
         data: the images of the row, or of the image column alone.
         channels: channels of the image: 1 for gray, 3 for RGB.
+        value_range: see `hf_ssl.data.decode.decode`. It does not change the further columns.
 
     Returns:
         (C, H, W) uint8: the channels of the image, then those of the further columns. The strides may be of
@@ -179,8 +180,8 @@ def decode(data: ImageData | RowData, channels: int) -> Tensor:
         BrokenImage: an image cannot be decoded, does not match its kind, or has another size.
     """
     if not isinstance(data, RowData):
-        return images.decode(data, channels)
-    parts = [images.decode(data.image, channels)]
+        return images.decode(data, channels, value_range)
+    parts = [images.decode(data.image, channels, value_range)]
     for column, (kind, further) in data.further.items():
         try:
             pixels = _decode_kind(further, kind)
@@ -205,14 +206,14 @@ def _decode_kind(data: ImageData, kind: str) -> Tensor:
     """Return the pixels (C, H, W) uint8 of an image of a further column."""
     if kind == "rgb":
         return images.decode(data, 3)
-    return images.read_with_pillow(data, _CONVERTERS[kind])
+    return images.read_pixels(data, _CONVERTERS[kind])
 
 
-def _gray(image: PIL.Image.Image) -> np.ndarray:
+def _gray(image: Decoded) -> np.ndarray:
     """Return the pixels (H, W) of an image of the kind "gray"."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _own_range(np.asarray(image))
-    return images.to_array(image, 1)
+    if isinstance(image, Samples) and image.values.ndim == 2:
+        return _own_range(image.values)
+    return to_array(image, 1)
 
 
 def _own_range(values: np.ndarray) -> np.ndarray:
@@ -224,27 +225,43 @@ def _own_range(values: np.ndarray) -> np.ndarray:
     return np.rint(scaled).astype(np.uint8)
 
 
-def _normals(image: PIL.Image.Image) -> np.ndarray:
+def _normals(image: Decoded) -> np.ndarray:
     """Return the pixels (H, W, 3) of an image of the kind "normals"."""
-    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
-        raise BrokenImage(f"expected three channels, the surface normals, got an image of mode {image.mode}")
-    return images.to_array(image, 3)
+    if _is_gray(image):
+        raise BrokenImage(f"expected three channels, the surface normals, got {_described(image)}")
+    return to_array(image, 3)
 
 
-def _classes(image: PIL.Image.Image) -> np.ndarray:
+def _is_gray(image: Decoded) -> bool:
+    if isinstance(image, Samples):
+        return image.values.ndim == 2 or image.values.shape[2] < 3
+    return image.mode in ("1", "L", "LA", "La")
+
+
+def _described(image: Decoded) -> str:
+    if isinstance(image, Samples):
+        return f"an image of {image.values.dtype} numbers of the shape {image.values.shape}"
+    return f"an image of mode {image.mode}"
+
+
+def _classes(image: Decoded) -> np.ndarray:
     """Return the pixels (H, W, 3) of an image of the kind "classes"."""
     return class_colors()[class_numbers(image)]
 
 
-def class_numbers(image: PIL.Image.Image) -> np.ndarray:
+def class_numbers(image: Decoded) -> np.ndarray:
     """Return the class numbers (H, W) uint8 of the pixels. For a palette image, these are the indices.
 
     Raises:
-        BrokenImage: the image has several channels, or numbers above 255.
+        BrokenImage: the image has several channels, numbers above 255, or no whole numbers.
     """
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise BrokenImage(f"expected one channel, the class numbers, got an image of mode {image.mode}")
-    numbers = np.asarray(image)
+    if isinstance(image, Samples):
+        numbers = image.values[..., 0] if image.values.shape[2:] == (1,) else image.values
+        is_class = numbers.ndim == 2 and numbers.dtype.kind in "iub"
+    else:
+        numbers, is_class = np.asarray(image), image.mode in ("1", "L", "P")
+    if not is_class:
+        raise BrokenImage(f"expected one channel, the class numbers, got {_described(image)}")
     if numbers.size and (numbers.min() < 0 or numbers.max() > 255):
         raise BrokenImage(
             f"expected class numbers from 0 to 255, got numbers from {numbers.min()} to {numbers.max()}"

@@ -337,6 +337,8 @@ class UnknownSplit(UserError):
         self.splits, self.path, self.split = splits, path, split
         names = ", ".join(splits)
         super().__init__(f"{key}: expected one of the splits {names} of {path}, got {split!r}; use {advice}")
+
+
 def _states(files: list[str]) -> list[tuple[str]]:
     """Return a text for each file that changes with any of them, also if all times stay the same."""
     content = fingerprint(files)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_ssl.data.adapters import Items, item_features
 from hf_ssl.data.columns import encoded_images, find_mask_column, without_decoding
 from hf_ssl.data.config import DataConfig
-from hf_ssl.data.decode import BrokenImage, StoredImage, read_with_pillow
+from hf_ssl.data.decode import BrokenImage, StoredImage, read_pixels
 from hf_ssl.data.further_columns import class_numbers, stored_further_image
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
@@ -53,7 +53,7 @@ class Masks:
             UserError: the mask is missing, cannot be read, has colors, or has class numbers above 255.
         """
         try:
-            return read_with_pillow(self._stored(int(row)).read(), class_numbers)[0]
+            return read_pixels(self._stored(int(row)).read(), class_numbers)[0]
         except BrokenImage as error:
             raise UserError(
                 f"data.mask_column: expected a mask of class numbers in {self._where} row {row}, column "
@@ -105,7 +105,7 @@ def find_masks(source: Source, config: DataConfig) -> Masks:
 def _is_mask(item: Any) -> bool:
     """Return whether an item is an image with one channel, and not, for example, a class number."""
     try:
-        read_with_pillow(_stored_mask(item).read(), class_numbers)
+        read_pixels(_stored_mask(item).read(), class_numbers)
     except BrokenImage:
         return False
     return True

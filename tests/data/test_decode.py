@@ -107,12 +107,13 @@ def test_16_bit_uses_the_whole_range(kind, channels, encode):
     assert all((channel.numpy() == expected).all() for channel in pixels)
 
 
-def test_32_bit_integers_are_read_if_they_fit_into_16_bits(encode):
-    inside = PIL.Image.fromarray(np.array([[0, 65535]], np.int32))
-    assert decode(encode(inside, "TIFF"), 1).tolist() == [[[0, 255]]]
-    outside = PIL.Image.fromarray(np.array([[0, 65536]], np.int32))
-    with pytest.raises(BrokenImage, match=mentions(16, 0, 65536)):
-        decode(encode(outside, "TIFF"), 1)
+def test_32_bit_integers_of_a_file_are_not_scaled(encode):
+    inside = PIL.Image.fromarray(np.array([[0, 7, 255]], np.int32))
+    assert decode(encode(inside, "TIFF"), 1).tolist() == [[[0, 7, 255]]]
+    outside = encode(PIL.Image.fromarray(np.array([[0, 256]], np.int32)), "TIFF")
+    with pytest.raises(BrokenImage, match=mentions(255, 0, 256, "data.value_range")):
+        decode(outside, 1)
+    assert decode(outside, 1, (0, 256)).tolist() == [[[0, 255]]]
 
 
 @pytest.mark.parametrize(
@@ -127,26 +128,29 @@ def test_32_bit_integers_in_memory_are_not_scaled(kept):
 def test_floating_point_numbers_in_memory_are_0_to_1(kept):
     values = np.array([[0, 0.4, 1]], np.float32)
     assert decode(stored_image(kept(values)).read(), 1).tolist() == [[[0, 102, 255]]]
-    with pytest.raises(BrokenImage, match=mentions(0, 1, "1.5")):
-        stored_image(kept(values + 0.5)).read()
+    with pytest.raises(BrokenImage, match=mentions(0, 1, "1.5", "data.value_range")):
+        decode(stored_image(kept(values + 0.5)).read(), 1)
 
 
 @pytest.mark.parametrize("kept", [np.asarray, torch.from_numpy, PIL.Image.fromarray])
 def test_large_32_bit_integers_in_memory_are_broken(kept):
     with pytest.raises(BrokenImage, match=mentions(255, "int32", "uint16")):
-        stored_image(kept(np.array([[0, 256]], np.int32))).read()
+        decode(stored_image(kept(np.array([[0, 256]], np.int32))).read(), 1)
 
 
 def test_32_bit_integers_of_a_file_are_equal_before_and_after_pillow_opens_it(encode):
-    content = encode(PIL.Image.fromarray(np.array([[0, 200, 65535]], np.int32)), "TIFF")
+    content = encode(PIL.Image.fromarray(np.array([[0, 200, 255]], np.int32)), "TIFF")
     opened = PIL.Image.open(io.BytesIO(content))
     pixels = [decode(stored_image(each).read(), 1).tolist() for each in (content, opened)]
-    assert pixels == [[[[0, 1, 255]]]] * 2
+    assert pixels == [[[[0, 200, 255]]]] * 2
 
 
-def test_floating_point_images_are_broken(encode):
-    with pytest.raises(BrokenImage, match="floating-point"):
-        decode(encode(PIL.Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 3)
+def test_floating_point_files_are_0_to_1(encode):
+    values = np.array([[0, 0.4, 1]], np.float32)
+    assert decode(encode(PIL.Image.fromarray(values), "TIFF"), 1).tolist() == [[[0, 102, 255]]]
+    for wrong, word in ((1.5, "floating-point"), (np.nan, "NaN")):
+        with pytest.raises(BrokenImage, match=word):
+            decode(encode(PIL.Image.fromarray(values * np.float32(wrong)), "TIFF"), 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

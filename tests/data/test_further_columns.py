@@ -346,7 +346,7 @@ def test_class_numbers_are_read_in_every_form(form):
     ("kind", "data", "words"),
     [
         ("normals", png(noise(0, SIZE)), ("three channels", "L")),
-        ("normals", png(noise(0, SIZE, 999, np.uint16)), ("three channels", "I;16")),
+        ("normals", png(noise(0, SIZE, 999, np.uint16)), ("three channels", "uint16")),
         ("classes", png(noise(0, (*SIZE, 3))), ("one channel", "RGB")),
         ("classes", png(noise(0, SIZE, 894, np.uint16)), ("0 to 255", 891)),
         ("classes", np.zeros(SIZE, np.float32), ("whole numbers", "float32")),

@@ -169,8 +169,8 @@ def test_the_inspection_decodes_one_image_of_each_size(tmp_path, monkeypatch):
     for number in range(64):
         PIL.Image.new("RGB", (8 + number % 2, 8)).save(tmp_path / f"{number}.png")
     decoded = []
-    monkeypatch.setattr(images_module, "decode", lambda data, channels, own=images_module.decode: (
-        decoded.append(1), own(data, channels))[1])  # fmt: skip
+    monkeypatch.setattr(images_module, "decode", lambda *arguments, own=images_module.decode: (
+        decoded.append(1), own(*arguments))[1])  # fmt: skip
     assert common_size(open_source(DataConfig(path=str(tmp_path))), 3) is None
     assert len(decoded) == 2
     for number in range(1, 64, 2):

@@ -107,7 +107,7 @@ BAD = {
         encoded(noise(size=(210, 10)), "PNG"),
         ["210 x 10", 20],
     ),
-    "floats": (encoded(Image.new("F", (40, 30)), "TIFF"), ["floating-point"]),
+    "floats": (encoded(Image.new("F", (40, 30), 1.5), "TIFF"), ["floating-point"]),
 }
 
 
