@@ -108,6 +108,8 @@ def build_trainer(
         if not recipe.is_set("data.split") and source.count is not None:
             source.count.require_most_files(recipe.data.split)
         small = holds_small_images(source, recipe.data)
+    # The labeled images of the monitor use the range that "auto" found in the training images.
+    recipe = replace(recipe, data=source.with_found_range(recipe.data))
     check_images(source)
     stored = from_first_process(stored)
     if stored is not None:
@@ -207,6 +209,7 @@ def _open_parts(data: DataConfig, evaluation: EvaluationConfig) -> tuple[Labeled
             names = evaluation.split_names
             return divided_images(data, split, fraction, names, limits=limits, kinds=kinds)
         train = labeled_images(data, split, max_images=limits[0], kinds=kinds)
+        data = replace(data, value_range=train.value_range)  # that "auto" found
         key = "evaluation.test_split"
         return train, labeled_images(data, evaluation.test_split, max_images=limits[1], kinds=kinds)
     except UnknownSplit as error:

@@ -22,6 +22,7 @@ from hf_ssl.cards.facts import (
 from hf_ssl.cards.privacy import encoder_name, folder_name
 from hf_ssl.cards.result_files import recorded_training
 from hf_ssl.data import DataConfig, LabeledImages
+from hf_ssl.data.images import FOUND_VALUES
 from hf_ssl.data.location import DIGITS, locate
 from hf_ssl.evaluation import EncoderResult, EvaluationConfig, plots
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint
@@ -77,7 +78,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
             name=recipe.name,
             sections=recipe.to_dict(),
             overrides=list(recipe.overrides),
-            differences=recipe.differences() | _chosen_batch_size(trainer),
+            differences=recipe.differences() | _chosen_batch_size(trainer) | _chosen_range(recipe, trainer),
         ),
         views=recipe.views.to_dict(),
         data=data,
@@ -106,6 +107,16 @@ def _chosen_batch_size(trainer: SSLTrainer) -> dict[str, Any]:
     """Return {"training.batch_size": size} if hf_ssl reduced the batch size on this machine, else {}."""
     key = "training.batch_size"
     return {key: trainer.choices[key]["value"]} if key in trainer.choices else {}
+
+
+def _chosen_range(recipe: Recipe, trainer: SSLTrainer) -> dict[str, Any]:
+    """Return {"data.value_range": values} if hf_ssl chose the values, else {}."""
+    values = trainer.source.value_range
+    return (
+        {"data.value_range": None if values is None else list(values)}
+        if recipe.data.value_range == "auto"
+        else {}
+    )
 
 
 def _method_facts(recipe: Recipe, trainer: SSLTrainer) -> MethodFacts:
@@ -147,6 +158,7 @@ def _backbone_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOut
 def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
     name, hub_id = public_name(recipe.data)
     source = trainer.source
+    found = source.cache.get(FOUND_VALUES)
     return DataFacts(
         name=name,
         hub_id=hub_id,
@@ -158,6 +170,8 @@ def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
         broken=trainer.broken.broken,
         license=source.dataset.info.license or None,
         further_columns=dict(source.further_columns),
+        value_range=None if found is None else list(found.limits),
+        found_values=None if found is None else list(found.found),
     )
 
 

@@ -182,7 +182,7 @@ def evaluate_run(recipe: Recipe, trainer: SSLTrainer, folder: Path) -> Evaluatio
     If the evaluation is not possible, log a warning and return the reason.
     """
     try:
-        splits = open_labeled_splits(recipe.data, recipe.evaluation)
+        splits = open_labeled_splits(trainer.data, recipe.evaluation)
         return _evaluate_splits(recipe, trainer, folder, *splits)
     except UserError as error:
         logger.warning("the encoder is not evaluated; use hf-ssl evaluate later: %s", error)

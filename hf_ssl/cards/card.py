@@ -151,7 +151,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for filter_function in (text.percent, text.whole, text.duration, text.code, text.literal, counted):
+    for filter_function in (
+        text.percent,
+        text.whole,
+        text.duration,
+        text.code,
+        text.literal,
+        text.plain,
+        counted,
+    ):
         templates.filters[filter_function.__name__] = filter_function
     try:
         return templates.get_template(template).render(**values)

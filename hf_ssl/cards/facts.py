@@ -90,6 +90,10 @@ class DataFacts(TypedDict):
     license: str | None  # None: not recorded
     # Further image columns, {name: kind}: {"depth": "gray"}.
     further_columns: Annotated[dict[str, str], Default({})]
+    # The values that became black and white; None: the images have 8 bits per channel.
+    value_range: Annotated[list[float] | None, Default(None)]
+    # The lowest and the highest value of the inspected images; None: as above.
+    found_values: Annotated[list[float] | None, Default(None)]
 
 
 class TrainingFacts(TypedDict):

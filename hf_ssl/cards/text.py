@@ -69,6 +69,11 @@ def code(value: Any) -> str:
     return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 
+def plain(number: float) -> str:
+    """Return a number as Python source, without decimals if it is whole: "4095" for 4095.0."""
+    return str(int(number) if float(number).is_integer() else number)
+
+
 def literal(text: str) -> str:
     """Return a string as Python source."""
     return json.dumps(text, ensure_ascii=False)
@@ -252,7 +257,7 @@ def check_command(facts: Facts) -> str:
         location = {"data.path": local_path(images["name"])}
     else:  # the revision that was evaluated, not the current one
         location = {"data.path": images["hub_id"], "data.revision": images["revision"]}
-    keys = ["data.channels", "data.max_broken_fraction"]
+    keys = ["data.channels", "data.max_broken_fraction", "data.value_range"]
     if "evaluation.path" not in differences:  # else these keys describe the training data only
         keys += ["data.name", "data.image_column", "data.further_image_columns", "data.label_column"]
     settings = {

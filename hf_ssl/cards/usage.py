@@ -4,7 +4,7 @@
 from typing import Any
 
 from hf_ssl.cards.facts import Facts
-from hf_ssl.cards.text import literal
+from hf_ssl.cards.text import literal, plain
 
 FEATURES = {
     "pooler": "outputs.pooler_output.flatten(1)",
@@ -31,15 +31,27 @@ _LINEAR = '''def to_{name}(rgb):
     return torch.einsum("dc,bchw->bdhw", matrix, rgb) + offset[:, None, None]'''
 
 
+# The image processor would clip such images at 255. Pillow 12 also resizes big-endian ones to noise.
+_TO_8_BITS = '''def to_8_bits(image):
+    """Return a gray image of 16 or 32 bits as in training: {0} is black and {1} is white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, dtype=np.float64).clip({0}, {1})
+    return Image.fromarray(np.rint((values - {0}) * 255 / ({1} - {0})).astype(np.uint8))'''
+
+
 def usage(facts: Facts, opening: str = "EXIF rotation, as in training") -> str:
     """Return Python code that computes the features of a photo without hf_ssl.
 
     Args:
-        facts: the facts of the encoder; only `name` and `backbone` are read.
+        facts: the facts of the encoder; only `name`, `backbone` and, if there is one, `data` are read.
         opening: comment about how the code opens the photo.
     """
     backbone = facts["backbone"]
     opened = 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
+    values = facts["data"].get("value_range") if "data" in facts else None
+    if values is not None:
+        opened = f"to_8_bits({opened})"
     if backbone["channels"] == 1:
         opened += '.convert("L")'
     size, feature = backbone["feature_size"], FEATURES[backbone["pooling"]]
@@ -53,6 +65,9 @@ def usage(facts: Facts, opening: str = "EXIF rotation, as in training") -> str:
         f"repo = {literal(facts['name'])}  # id on the Hub, or a folder with these files",
         "processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=False)",
     ]
+    if values is not None:
+        lines[:1] = ["import numpy as np", "import torch"]
+        lines += ["", "", *_TO_8_BITS.format(*map(plain, values)).split("\n"), "", ""]
     if backbone["parts"] is None:
         lines += [
             "encoder = AutoModel.from_pretrained(repo, trust_remote_code=False).eval()"

@@ -110,7 +110,7 @@ def as_source(
         )
     if source.streaming and config.max_images is not None:
         raise UserError(f"data.max_images: expected None for a stream, got {config.max_images}; use take")
-    return source.limited(config.max_images)
+    return source.with_value_range(config.value_range).limited(config.max_images)
 
 
 class Items:

@@ -60,7 +60,11 @@ class DataConfig:
         num_images: number of images in an epoch of a stream whose length is not known. hf_ssl counts the
             images of local files, and reads the number on the card of a data set on the Hub. For local
             tars, hf_ssl reads the headers of all files, unless this number is given.
-        dtype: type of the pixels; 16-bit images are scaled to 8 bits.
+        value_range: the values that become black and white, such as [0, 4095] for a camera of 12 bits whose
+            files have 16 bits. "auto" takes the lowest and highest value of 64 training images, also for the
+            evaluation. None takes the limits of the type of numbers: 0 to 65,535 for 16 bits, 0 to 1 for
+            floating-point numbers, 0 to 255 for other whole numbers. Images of 8 bits keep their values.
+        dtype: type of the pixels; other images are scaled to 8 bits.
     """
 
     path: str = MISSING
@@ -80,6 +84,7 @@ class DataConfig:
     open_shards: int = 32
     max_images: int | None = None
     num_images: int | None = None
+    value_range: Any = None
     dtype: str = "uint8"
 
     @classmethod
@@ -101,6 +106,7 @@ class DataConfig:
         self._check_further_columns()
         path = None if self.path == MISSING else self.path
         share, limit, length = self.max_broken_fraction, self.max_images, self.num_images
+        values = self.value_range
         check_values(
             "data",
             ("path", path, path, "a data set on the Hub, a folder, files or digits", "data.path=FOLDER"),
@@ -108,6 +114,7 @@ class DataConfig:
             ("box_format", self.box_format, self.box_format in BOX_FORMATS, " or ".join(BOX_FORMATS)),
             ("cache", self.cache, self.cache in CACHES, f"one of {', '.join(CACHES)}", "data.cache=auto"),
             ("dtype", self.dtype, self.dtype == "uint8", "uint8", "data.dtype=uint8, also for 16-bit images"),
+            ("value_range", values, _is_range(values), "[LOW, HIGH], auto or null", "[0, 4095] for 12 bits"),
             ("max_broken_fraction", share, 0 <= share <= 1, "a share from 0 to 1", "the default"),
             ("shuffle_window", self.shuffle_window, self.shuffle_window >= 1, "at least 1", "the default"),
             ("open_shards", self.open_shards, self.open_shards >= 1, "at least 1", "the default"),
@@ -127,3 +134,11 @@ class DataConfig:
                     "data.further_image_columns: expected other columns than data.image_column, got "
                     f"{column}; leave it out"
                 )
+
+
+def _is_range(value: Any) -> bool:
+    """Return whether a value is valid for `data.value_range`."""
+    if value is None or value == "auto":
+        return True
+    numbers = isinstance(value, list | tuple) and all(type(number) in (int, float) for number in value)
+    return numbers and len(value) == 2 and value[0] < value[1]

@@ -35,7 +35,10 @@ from hf_ssl.data.further_columns import (
     size_in_header,
     table_rows,
 )
+from hf_ssl.data.pixels import ValueRange
+from hf_ssl.data.readers import can_read_all
 from hf_ssl.data.sources import Source
+from hf_ssl.data.value_range import report_values
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
 from hf_ssl.progress import progress
@@ -44,7 +47,9 @@ from hf_ssl.resources import usable_cores
 logger = logging.getLogger(__name__)
 
 _INSPECTED_IMAGES = 64
-_FORMAT = 1  # part of the name of cache files; increase it if decoding gives other pixels
+_FORMAT = 2  # part of the name of cache files; increase it if decoding gives other pixels
+FOUND_VALUES = "found_values"
+"""Key of `Source.cache`: the `FoundValues` of the inspected images, None for images of 8 bits."""
 _AUTO_BYTES = 4 << 30
 _CHUNK = 64  # number of images; even large ones are decoded in a few seconds at most
 
@@ -79,6 +84,7 @@ class EncodedRows:
         self.channels = channels + further_channels(source.further_columns)
         self.description = source.description
         self._row_numbers, self._folder = source.row_numbers, source.folder
+        self._value_range = source.value_range
 
     def __len__(self) -> int:
         return len(self._items)
@@ -104,7 +110,7 @@ class EncodedRows:
         broken: dict[int, str] = {}
         for position, image in enumerate(self.stored(rows)):
             try:
-                images.append(decode(image.read(), self._image_channels))
+                images.append(decode(image.read(), self._image_channels, self._value_range))
             except BrokenImage as error:
                 broken[position] = broken_message(self.describe(int(rows[position])), image, error)
                 images.append(torch.empty(self.channels, 0, 0, dtype=torch.uint8))
@@ -239,12 +245,18 @@ def common_size(source: Source, channels: int) -> tuple[int, int] | None:
         rows = EncodedRows(source, channels)
         chosen = np.unique(np.linspace(0, len(rows) - 1, _INSPECTED_IMAGES).astype(np.int64))
         places = [rows.describe(row) for row in chosen.tolist()]
-        source.cache[key] = inspect_images(rows.stored(chosen), places, channels, source.description)
+        images, values = rows.stored(chosen), source.value_range
+        source.cache[key] = inspect_images(images, places, channels, source.description, values)
+        source.cache[FOUND_VALUES] = report_values(images, values, source.description)
     return source.cache[key]
 
 
 def inspect_images(
-    images: Sequence[AnyStored], places: list[str], channels: int, description: str
+    images: Sequence[AnyStored],
+    places: list[str],
+    channels: int,
+    description: str,
+    value_range: ValueRange | None = None,
 ) -> tuple[int, int] | None:
     """Return the common height and width of the readable images, or None if their sizes differ.
 
@@ -256,6 +268,7 @@ def inspect_images(
         places: N names of their rows, for messages.
         channels: number of channels of the image column.
         description: name of the data set, for messages.
+        value_range: see `hf_ssl.data.decode.decode`.
 
     Raises:
         UserError: none of the images can be read.
@@ -272,7 +285,7 @@ def inspect_images(
         try:
             expected = size_in_header(image)
             if expected not in sizes:
-                _, height, width = decode(image.read(), channels).shape
+                _, height, width = decode(image.read(), channels, value_range).shape
                 sizes[expected] = (height, width)
         except BrokenImage as error:
             broken.append(broken_message(place, image, error))
@@ -316,7 +329,7 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
     Raises:
         UserError: `cache` is not "auto" and the sizes of the images differ, or the disk is full.
     """
-    key = (cache, channels, shared)
+    key = (cache, channels, shared, source.value_range)
     in_python = not isinstance(source.dataset, Dataset)  # items may differ each time, as random ones do
     if cache == "none" or (cache == "auto" and in_python):
         return None
@@ -367,6 +380,10 @@ def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{source.revision}-{source.identity}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    if source.value_range is not None:
+        name += f"-{source.value_range[0]}-{source.value_range[1]}"
+    if can_read_all():  # with the extra, other images are broken
+        name += "-s"
     if source.further_columns:
         name += "-" + hashlib.sha256(json.dumps(source.further_columns).encode()).hexdigest()[:16]
     file, notes = folder / f"{name}.npy", folder / f"{name}.json"

@@ -21,6 +21,8 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.data.contents import same_contents
 from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
 from hf_ssl.data.labels import LabeledRows, only_classes, read_labels
+from hf_ssl.data.pixels import ValueRange
+from hf_ssl.data.readers import can_read_all
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.data.subsets import balanced_rows, divided_rows, proportional_rows
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows
@@ -229,7 +231,13 @@ class LabeledImages:
         source = self._source
         if not isinstance(source.dataset, Dataset):
             return None
-        return f"{source.revision} {source.identity} {source.image_column} {self._channels}"
+        decoding = f" {source.value_range} {can_read_all()}"
+        return f"{source.revision} {source.identity} {source.image_column} {self._channels}{decoding}"
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The values that became black and white, see `Source`."""
+        return self._source.value_range
 
     @property
     def names(self) -> list[str]:

@@ -6,10 +6,10 @@ import logging
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from glob import has_magic
 from importlib import metadata
 from textwrap import shorten
@@ -50,9 +50,11 @@ from hf_ssl.data.location import (
     state_of_files,
 )
 from hf_ssl.data.metadata_files import METADATA
+from hf_ssl.data.pixels import ValueRange
 from hf_ssl.data.stream_length import count_streamed, length_of_stream
 from hf_ssl.data.tars import TAR_FORMAT, TarImages
 from hf_ssl.data.unread import ALL, FileCount
+from hf_ssl.data.value_range import chosen_range, probed_images
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.random import permutation, random_rows
 
@@ -86,6 +88,8 @@ class Source:
         folder: where the relative file names in `dataset` start; "" for the working folder.
         count: the files of a local folder, with the reasons why some are not read; else None.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
+        value_range: the values of the image column that become black and white (`data.value_range`); None:
+            the limits of the type of numbers.
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
 
@@ -102,6 +106,7 @@ class Source:
     folder: str = ""
     count: FileCount | None = None
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
+    value_range: ValueRange | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -122,6 +127,15 @@ class Source:
         numbers = rows if self.row_numbers is None else self.row_numbers[rows]
         selected = cast(Dataset, self.dataset).select(rows)
         return replace(self, dataset=selected, num_rows=len(rows), row_numbers=numbers, cache={})
+
+    def with_value_range(self, requested: Sequence[float] | str | None) -> "Source":
+        """Return the same images with `data.value_range`, which can be "auto"."""
+        images = partial(probed_images, self.dataset, self.image_column)
+        return replace(self, value_range=chosen_range(requested, images, self.description))
+
+    def with_found_range(self, config: DataConfig) -> DataConfig:
+        """Return the settings for other images, with the range that "auto" found in these images."""
+        return replace(config, value_range=self.value_range)
 
     def limited(self, count: int | None) -> "Source":
         """Return a fixed random choice of `count` rows, in their order; all rows of a stream or for None."""
@@ -219,7 +233,7 @@ def open_source(
     if location.kind == "local" and not is_listed and isinstance(dataset, Dataset):
         names = named_files(dataset, [image_column, *further])
         revision = _with_named_files(revision, names, folder, found)
-    return Source(
+    source = Source(
         dataset=dataset,
         image_column=image_column,
         label_column=column,
@@ -232,7 +246,8 @@ def open_source(
         is_listed=is_listed,
         folder=folder,
         count=count,
-    ).limited(config.max_images)
+    )
+    return source.with_value_range(config.value_range).limited(config.max_images)
 
 
 def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: str) -> str:

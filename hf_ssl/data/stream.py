@@ -132,7 +132,8 @@ class StreamShards:
             self.dataset = source.dataset.select_columns(columns).with_format("arrow")
         else:  # Python functions make the images
             self.dataset = source.dataset.with_format(None)
-        self.description = source.description
+        self.description, self.value_range = source.description, source.value_range
+        self.source_cache = source.cache
         self.count: int = self.dataset.num_shards
         self._block_rows = _WHOLE_SHARD if source.whole_shards else _BLOCK_ROWS
         parts = max(1, isqrt(self.count))

@@ -23,9 +23,10 @@ from hf_ssl.data.batch import (
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage
 from hf_ssl.data.further_columns import decode, image_hash, mirrored_channels
-from hf_ssl.data.images import broken_message, inspect_images
+from hf_ssl.data.images import FOUND_VALUES, broken_message, inspect_images
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
+from hf_ssl.data.value_range import report_values
 from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset
 
@@ -80,8 +81,9 @@ def first_images_are_small(shards: StreamShards, channels: int) -> bool:
     Raises:
         UserError: none of them can be read.
     """
-    images, places = shards.first_images, shards.first_places
-    return is_small(inspect_images(images, places, channels, shards.description))
+    images, places, where = shards.first_images, shards.first_places, shards.description
+    shards.source_cache[FOUND_VALUES] = report_values(images, shards.value_range, where)
+    return is_small(inspect_images(images, places, channels, where, shards.value_range))
 
 
 @dataclass(eq=False)
@@ -135,7 +137,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
             row = reader.next_row()
             try:
                 data = row.image.read()
-                images.append(decode(data, self.channels))
+                images.append(decode(data, self.channels, self.shards.value_range))
             except BrokenImage as error:
                 where = self.shards.describe(row.shard, row.number)
                 broken.append(broken_message(where, row.image, error))

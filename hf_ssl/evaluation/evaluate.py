@@ -359,6 +359,8 @@ def _labeled(
     if not hasattr(train, "iter_batches"):
         train = label_data(train, data, "train", config.max_train_images, kinds)
     if not hasattr(test, "iter_batches"):
+        if data.value_range == "auto" and isinstance(train, LabeledImages):
+            data = replace(data, value_range=train.value_range)
         test = label_data(test, data, "test", config.max_test_images, kinds)
     if isinstance(train, LabeledImages) and isinstance(test, LabeledImages):
         test.classified_by(train)

@@ -107,6 +107,7 @@ def build_space(
             if count is not None:
                 count.require_most_files(data.split)
         shown = _images(data, data.split, images + held_out)
+        data = replace(data, value_range=shown.value_range)  # that "auto" found
     first_output(encoder, processor, next(iter(shown.iter_batches(1))), device_of(encoder))
     torch.nn.Module.to(encoder, fastest_device())
     features, thumbnails = embed_gallery(
@@ -201,6 +202,7 @@ def _facts(
             "labeled": labeled,
         },
         "pooling": pooling,
+        "value_range": images.value_range,  # of uploaded pictures, too
         "versions": {"hf_ssl": __version__} | {package: version(package) for package in _PACKAGES},
     }
     return cast(dict[str, Any], remove_private(facts))

@@ -142,12 +142,13 @@ class SSLTrainer(EvaluatingTrainer):
             check_metric(args.metric_for_best_model, knn_names(eval_dataset, model, args))
         if train_dataset is None:
             raise UserError("train_dataset: expected images, got None; use a datasets.Dataset or a folder")
-        self.data = data = DataConfig.of(data)
-        self.preset = ViewPreset.from_dict(model.config.views or {})
+        self.preset, data = ViewPreset.from_dict(model.config.views or {}), DataConfig.of(data)
         self.preset.check(data.channels)
         model.check_image_columns(data.further_image_columns, model.config)
         model.config.views = self.preset.to_dict()  # complete, also if the user set only some of the fields
         self.source = as_source(train_dataset, data)
+        # The monitor, `predict` and the evaluation use the range that "auto" found in the training images.
+        self.data = data = self.source.with_found_range(data)
         self.processor = image_processor(self.preset, data.channels)
         self.online_probe = self._make_online_probe(args)
         self.monitor = monitor

@@ -94,7 +94,8 @@ def open_retriever() -> Retriever:
 def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
     """Return the HTML of the results for one picture, or a message if the picture cannot be read."""
     try:
-        photo = read_photo(data, channels=input_channels(retriever.model.config))
+        channels = input_channels(retriever.model.config)
+        photo = read_photo(data, channels=channels, value_range=FACTS.get("value_range"))
         found = retriever.neighbors(photo, NEIGHBORS)
         parts = [query(photo, caption), neighbors(retriever.gallery, found), attention(retriever, photo)]
         return f'<div class="answer">{"".join(parts)}</div>'
