@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes mutated image files in processes with limits, and counts what happens by format.
+
+`python tests/weekly/image_mutations.py --count 10000 --output training/results/reliability.json`
+
+The program makes small files, and changes, removes, repeats or cuts some of their bytes. A child process
+decodes each file with hf_ssl, which must return pixels or raise BrokenImage. With the extra `scientific`, it
+also reads lossless files with tifffile or imagecodecs, and compares the pixels of 8 bits. No mutated file is
+stored. A mutant is a function of its format and number, so that it can be made again.
+"""
+
+import argparse
+import io
+import json
+import resource
+import subprocess
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # image_files, also in the child process
+
+from image_files import png, pnm, tiff
+
+MEMORY = 8 << 30
+SECONDS = 140  # for a batch, with the start of Python
+BATCH = 200
+
+
+def seeds() -> dict[str, bytes]:
+    """Return one small file of each format."""
+    gray = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
+    color = np.stack([gray, gray[::-1], gray.T.reshape(12, 16)], -1)
+    deep = gray.astype(np.uint16) * 257
+
+    def encoded(kind: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        PIL.Image.fromarray(color).save(file, kind, **options)
+        return file.getvalue()
+
+    return {
+        "png": png(color),
+        "png 16": png(deep),
+        "tiff": tiff(color, photometric=2),
+        "tiff 16": tiff(deep),
+        "tiff 16 planes": tiff(color.astype(np.uint16) * 257, photometric=2, planar=True),
+        "tiff deflate": tiff(color, photometric=2, compress=True),
+        "pgm 16": pnm(deep, 65535),
+        "jpeg": encoded("JPEG"),
+        "webp": encoded("WEBP", lossless=True),
+        "gif": encoded("GIF"),
+        "bmp": encoded("BMP"),
+        "jpeg 2000": encoded("JPEG2000"),
+    }
+
+
+def mutant(content: bytes, number: int) -> bytes:
+    """Return a changed copy of a file. The number determines the change."""
+    generator = np.random.default_rng(number)
+    data = bytearray(content)
+    for _ in range(int(generator.integers(1, 4))):
+        start = int(generator.integers(0, max(1, len(data))))
+        length = int(generator.integers(1, 9))
+        kind = int(generator.integers(0, 5))
+        if kind < 2:
+            changed = slice(start, start + length)
+            data[changed] = generator.bytes(len(data[changed]))
+        elif kind == 2:
+            del data[start : start + length]
+        elif kind == 3:
+            data[start:start] = data[start : start + length]
+        else:
+            del data[start:]
+    return bytes(data)
+
+
+def other_pixels(name: str, content: bytes) -> np.ndarray | None:
+    """Return the pixels (H, W, C) that tifffile or imagecodecs read; None if they read none of 8 bits."""
+    import imagecodecs
+    import tifffile
+
+    try:
+        if name.startswith("tiff"):
+            values = tifffile.imread(io.BytesIO(content))
+        else:
+            values = {"png": imagecodecs.png_decode, "webp": imagecodecs.webp_decode}[name](content)
+    except Exception:
+        return None
+    values = values[..., None] if values.ndim == 2 else values
+    return values if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] in (1, 3) else None
+
+
+def outcome(name: str, content: bytes, compare: bool) -> tuple[str, str | None]:
+    """Return what happened ("pixels", "broken" or "error TYPE") and how the other reader compares.
+
+    The second value is "equal", "different", "only hf_ssl", "only the other", "neither" or None.
+    """
+    from hf_ssl.data.decode import BrokenImage, decode
+
+    found, pixels = "pixels", None
+    try:
+        pixels = decode(content, 3).permute(1, 2, 0).numpy()
+    except BrokenImage:
+        found = "broken"
+    except Exception as error:
+        found = f"error {type(error).__name__}"
+    if not compare or name not in ("png", "tiff", "tiff deflate", "webp"):
+        return found, None
+    other = other_pixels(name, content)
+    if pixels is None or other is None:
+        states = {(True, False): "only the other", (False, True): "only hf_ssl", (True, True): "neither"}
+        return found, states[pixels is None, other is None]
+    return found, "equal" if np.array_equal(pixels, np.broadcast_to(other, pixels.shape)) else "different"
+
+
+def child(name: str, first: int, last: int) -> None:
+    """Decode the mutants of one format, and print one line for each."""
+    from hf_ssl.data.readers import can_read_all
+
+    warnings.simplefilter("ignore")
+    content, compare = seeds()[name], can_read_all()
+    outcome(name, content, compare)  # imports everything before the limits hold
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for number in range(first, last):
+        print(json.dumps([number, *outcome(name, mutant(content, number), compare)]), flush=True)
+
+
+def results(name: str, count: int) -> Iterator[tuple[int, str, str | None]]:
+    """Yield the number, the outcome and the comparison of each mutant. A crash ends one child process."""
+    number = 0
+    while number < count:
+        last = min(count, number + BATCH)
+        command = [sys.executable, __file__, "--child", name, str(number), str(last)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            output = done.stdout
+        except subprocess.TimeoutExpired as error:
+            output = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        for line in output.splitlines():
+            found, state, comparison = json.loads(line)
+            yield found, state, comparison
+            number = found + 1
+        if number < last:
+            yield number, "crash", None
+            number += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000, help="mutants of all formats together")
+    parser.add_argument("--output", type=Path, help="JSON file; its key image_files is replaced")
+    parser.add_argument("--child", nargs=3)
+    arguments = parser.parse_args()
+    if arguments.child:
+        name, first, last = arguments.child
+        child(name, int(first), int(last))
+        return
+    names = list(seeds())
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    listed: list[str] = []
+    for name in names:
+        for number, state, comparison in results(name, -(-arguments.count // len(names))):
+            counts[name][state] += 1
+            if comparison is not None:
+                counts[name][f"compared: {comparison}"] += 1
+            if state not in ("pixels", "broken") or comparison == "different":
+                listed.append(f"{name} {number}: {state}, {comparison}")
+    report = {
+        "mutants": sum(sum(v for k, v in each.items() if ":" not in k) for each in counts.values()),
+        "formats": {name: dict(each) for name, each in counts.items()},
+        "listed": listed,
+    }
+    print(json.dumps(report, indent=1))
+    if arguments.output:
+        stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        arguments.output.write_text(json.dumps(stored | {"image_files": report}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
