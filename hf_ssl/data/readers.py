@@ -342,14 +342,14 @@ def _read_tiff(view: memoryview) -> Samples:
 def _read_png(view: memoryview) -> Samples:
     from imagecodecs import png_decode
 
-    return Samples(png_decode(view))
+    return Samples(png_decode(bytes(view)))
 
 
 def _read_jpeg2000(view: memoryview) -> Samples:
     from imagecodecs import jpeg2k_decode
 
     header = _jpeg2000_header(view)
-    values = jpeg2k_decode(view)
+    values = jpeg2k_decode(bytes(view))
     (bits,) = header.bits if len(header.bits) == 1 else (None,)
     if bits is None:
         raise BrokenImage("expected channels of the same number of bits, got a JPEG 2000 file of others")

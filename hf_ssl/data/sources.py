@@ -130,7 +130,7 @@ class Source:
 
     def with_value_range(self, requested: Sequence[float] | str | None) -> "Source":
         """Return the same images with `data.value_range`, which can be "auto"."""
-        images = partial(probed_images, self.dataset, self.image_column)
+        images = partial(probed_images, self.dataset, self.image_column, self.folder)
         return replace(self, value_range=chosen_range(requested, images, self.description))
 
     def with_found_range(self, config: DataConfig) -> DataConfig:

@@ -30,11 +30,11 @@ _DARK = 0.25  # of the value of white; images without a brighter value give a wa
 _reported: set[str] = set()
 
 
-def probed_images(dataset: Any, column: str) -> list[AnyStored]:
+def probed_images(dataset: Any, column: str, folder: str) -> list[AnyStored]:
     """Return some images of a data set: evenly spaced ones, or the first ones of a stream.
 
     Args:
-        dataset, column: see `hf_ssl.data.sources.Source`.
+        dataset, column, folder: see `hf_ssl.data.sources.Source`.
     """
     if isinstance(dataset, IterableDataset):
         known = dataset.features is not None
@@ -42,10 +42,13 @@ def probed_images(dataset: Any, column: str) -> list[AnyStored]:
         first: Any = next(iter(stream.iter(batch_size=_PROBED_IMAGES)), None)
         if first is None:
             return []
-        return list(encoded_images(first, column) if known else map(stored_image, first[column]))
+        return list(
+            encoded_images(first, column, folder=folder) if known else map(stored_image, first[column])
+        )
     rows = np.unique(np.linspace(0, max(0, len(dataset) - 1), min(len(dataset), _PROBED_IMAGES)).astype(int))
     if isinstance(dataset, Dataset):
-        return list(encoded_images(dataset.select_columns([column]).with_format("arrow")[rows], column))
+        table = dataset.select_columns([column]).with_format("arrow")[rows]
+        return list(encoded_images(table, column, folder=folder))
     return [dataset.stored(int(row)) for row in rows]
 
 
