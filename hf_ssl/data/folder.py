@@ -334,28 +334,30 @@ def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Patte
 
 
 def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
-    """Return the table of each split, with labels by the rule of `datasets`.
+    """Return the table of each split, with labels almost by the rule of `datasets`.
 
     The directories that contain images are classes if they all have the same depth and at least two different
-    names. `datasets` applies this rule split by split, to the directories of this split and of the splits
-    before. So the rows of the first split may have no label although later rows have one. (This occurs if
-    `train` and `test` contain images and no directories.)
+    names. There are two differences from `datasets` (seen with 5.2): directories whose names are only those
+    of splits (`train/a.png`, `test/b.png`) are not classes, and all splits have labels if one has
+    (github.com/huggingface/datasets/issues/7880).
     """
-    classes: set[str] = set()
-    depths: set[int] = set()
-    names: dict[str, list[str] | None] = {}
-    for split, files in splits.items():
-        directories = [os.path.dirname(file.path) for file in files]
-        for directory in set(directories):
-            classes.add(os.path.basename(directory))
-            depths.add(directory.count(os.sep))
-        labeled = len(classes) > 1 and len(depths) == 1
-        names[split] = [os.path.basename(directory) for directory in directories] if labeled else None
-    # there is a column of labels if the last split has labels
-    label_names = sorted(classes) if names[next(reversed(splits))] is not None else None
-    return {
-        split: _image_split(files, names[split], label_names, root, split) for split, files in splits.items()
+    names = {
+        split: [os.path.basename(os.path.dirname(file.path)) for file in files]
+        for split, files in splits.items()
     }
+    classes = {name for found in names.values() for name in found}
+    depths = {os.path.dirname(file.path).count(os.sep) for files in splits.values() for file in files}
+    labeled = len(classes) > 1 and len(depths) == 1 and not all(map(_is_name_of_split, classes))
+    label_names = sorted(classes) if labeled else None
+    return {
+        split: _image_split(files, names[split] if labeled else None, label_names, root, split)
+        for split, files in splits.items()
+    }
+
+
+def _is_name_of_split(directory: str) -> bool:
+    keywords = (_patterns(words, directories=True) for words in _KEYWORDS.values())
+    return any(pattern.fullmatch(directory) for patterns in keywords for pattern in patterns)
 
 
 def _image_split(
@@ -371,7 +373,7 @@ def _image_split(
     features = Features(image=Image(decode=False))
     if label_names is not None:
         numbers = {name: number for number, name in enumerate(label_names)}
-        labels = [None] * len(files) if names is None else [numbers[name] for name in names]
+        labels = [numbers[name] for name in names or ()]
         columns["label"] = pa.array(labels, pa.int64())
         features["label"] = ClassLabel(names=label_names)
     dataset = Dataset(

@@ -26,14 +26,12 @@ LAYOUTS = {
     "class folders at different depths": ["dogs/b.jpg", "cats/old/a.jpg"],
     "images beside class folders": ["a.jpg", "cats/b.jpg", "dogs/c.jpg"],
     "train and test folders": ["train/cats/a.jpg", "train/dogs/b.jpg", "test/cats/c.jpg", "test/dogs/d.jpg"],
-    "train and test folders without classes": ["train/a.jpg", "train/b.jpg", "test/c.jpg"],
     "all three splits": ["val/x/a.jpg", "training/x/b.jpg", "evaluation/y/c.jpg", "training/y/d.jpg"],
-    "several folders of one split": ["train/a.jpg", "train_2/b.jpg", "my-train/c.jpg", "other train 3/d.jpg"],
     "splits deep inside": ["data/v1/train/x/a.jpg", "data/v1/dev/x/b.jpg"],
     "splits in file names": ["train_1.jpg", "photo-train.jpg", "test.jpg", "a valid 1.jpg", "0train0.jpg"],
     "other words that hold keywords": ["trainer.jpg", "latest.jpg", "contest.jpg", "Train.jpg", "devil.jpg"],
     "a folder that is named after a split by chance": ["test shots/a.jpg", "summer/b.jpg", "winter/c.jpg"],
-    "a split in a name and in a folder": ["test/train_1.jpg", "train/test_1.jpg", "train/a.jpg"],
+    "a split in a name and in a folder": ["test/x/train_1.jpg", "train/x/test_1.jpg", "train/y/a.jpg"],
     "shards": ["data/train-00000-of-00002.jpg", "data/extra-00001-of-00002-ab.jpg", "data/a.jpg", "test.jpg"],
     "spaces and umlauts": ["Ausflüge 2019/Bär 1.jpg", "Ausflüge 2020/Bär 2.jpg"],
     "nested deeper": ["2019/may/a.jpg", "2019/june/b.jpg", "2020/may/c.jpg"],
@@ -77,6 +75,34 @@ def test_a_folder_of_images_gives_the_same_rows_as_datasets(layout, tmp_path):
     root = write(tmp_path / "photos", LAYOUTS[layout])
     assert find_local_data(locate(str(root))).images  # it is not opened by `datasets`
     assert_equal_to_datasets(root)
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (["train/a.jpg", "train/b.jpg", "test/c.jpg"], {"train": 2, "test": 1}),
+        (["train/a.jpg", "train_2/b.jpg", "my-train/c.jpg", "other train 3/d.jpg"], {"train": 4}),
+        (["photos/val/a.jpg", "photos/dev 2/b.jpg"], {"validation": 2}),
+    ],
+)
+def test_folders_with_only_names_of_splits_are_no_classes(names, counts, tmp_path):
+    """`datasets` 5.2 gives these images the classes "train" and "test"."""
+    root = write(tmp_path / "photos", names)
+    assert len(datasets.load_dataset(str(root))[next(iter(counts))].features["label"].names) > 1
+    for split, count in counts.items():
+        source = open_source(DataConfig(path=str(root)), split)
+        assert list(source.dataset.features) == ["image"] and source.num_rows == count
+        with pytest.raises(UserError, match=mentions("data.label_column", "folder per class")):
+            labeled_images(DataConfig(path=str(root)), split)
+
+
+def test_all_splits_of_a_folder_have_labels_if_one_has(tmp_path):
+    """`datasets` 5.2 gives the images of the first split no labels, because they have only one class."""
+    root = write(tmp_path / "photos", ["train/x/a.jpg", "train/x/b.jpg", "test/x/c.jpg", "test/y/d.jpg"])
+    assert datasets.load_dataset(str(root))["train"]["label"][:] == [None, None]
+    train, test = (labeled_images(DataConfig(path=str(root)), split) for split in ("train", "test"))
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0], [0, 1])
+    assert train.class_names == test.class_names == ["x", "y"]
 
 
 def test_links_are_treated_as_datasets_does(tmp_path):
@@ -426,7 +452,8 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_a_part_and_a_sum_of_splits(tmp_path):
-    root = write(tmp_path / "photos", [f"{split}/{n}.jpg" for split in ("train", "test") for n in range(10)])
+    names = [f"{split}/{'xy'[n % 2]}/{n}.jpg" for split in ("train", "test") for n in range(10)]
+    root = write(tmp_path / "photos", names)
     config = DataConfig(path=str(root))
     expected = datasets.load_dataset(str(root), split="train[:30%]+test[2:]")
     assert rows(open_source(config, "train[:30%]+test[2:]").dataset) == rows(expected)
