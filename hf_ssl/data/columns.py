@@ -45,7 +45,7 @@ class _Role(NamedTuple):
 
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp")
-LABEL_NAMES = ("label", "labels")
+LABEL_NAMES = ("label", "labels", "cls")  # the last one is that of WebDataset
 MASK_NAMES = (
     "mask", "masks", "label_mask", "annotation", "annotations", "segmentation", "segmentation_mask",
     "semantic_mask", "label", "labels",
