@@ -168,7 +168,8 @@ def test_space_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     served = record(monkeypatch, "run_space", lambda *a: None, space)
     assert main(["space", "build", "folder", "page", "data.path=digits", "--images", "50"]) == 0
     assert main(["space", "run", "page", "--port", "9000"]) == 0
-    assert built == [("folder", Path("page"), DataConfig(path="digits"), {"images": 50, "title": None})]
+    options = {"images": 50, "title": None, "chosen_split": False}
+    assert built == [("folder", Path("page"), DataConfig(path="digits"), options)]
     assert served == [(Path("page"), "127.0.0.1", 9000)]
 
 

@@ -195,7 +195,7 @@ def _decoded_size(data: ImageData) -> tuple[int, int]:
     except BrokenImage:
         raise
     except Exception as error:  # as in read_pixels
-        raise BrokenImage(reason_of(error)) from error
+        raise BrokenImage(reason_of(error, data)) from error
     if isinstance(decoded, Samples):
         return decoded.values.shape[0], decoded.values.shape[1]
     return decoded.height, decoded.width

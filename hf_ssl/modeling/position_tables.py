@@ -34,6 +34,9 @@ def config_at_size(config: Any, side: int) -> Any:
         return config
     if any(getattr(config, name, False) for name in _RELATIVE):
         return config
+    patch = config.to_dict().get("patch_size")
+    if not isinstance(patch, int) or side % patch:  # transformers 5.24 interpolates only for one patch size
+        return config
     kind: Any = MODEL_MAPPING[type(config)]
     if "interpolate_pos_encoding" not in inspect.signature(kind.forward).parameters:
         return config  # a convolutional network, or an encoder that interpolates in each call

@@ -24,6 +24,7 @@ _CLASSES = {"data": DataConfig, "views": ViewPreset, "evaluation": EvaluationCon
 _NAMES = {"method": ("name",), "backbone": ("model_type", "init_from")}
 _NAMED = ("arms", "groups", "entries")  # sections that contain {name: keys}
 _YAML_STARTS = ("[", "{", '"', "'")
+_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # OmegaConf uses libyaml too, which accepts more
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
@@ -70,7 +71,7 @@ def as_typed(
         where: the keys that lead to the value.
         classes: see `holds_texts`.
     """
-    return _replaced(value, yaml.load(text, yaml.BaseLoader), tuple(where), classes)
+    return _replaced(value, yaml.load(text, _LOADER), tuple(where), classes)
 
 
 def _replaced(value: Any, written: Any, path: tuple[str, ...], classes: Mapping[str, type] | None) -> Any:

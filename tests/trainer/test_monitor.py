@@ -17,7 +17,7 @@ from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.projected_encoder import ProjectedEncoder
-from hf_ssl.recipe import load_recipe
+from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.run import build_trainer
 from hf_ssl.trainer.monitor import CollapseAlarm, KNNClassifier
 from hf_ssl.views import ViewPreset
@@ -176,9 +176,10 @@ def test_without_negatives_the_alarm_is_raised_and_with_them_it_is_silent(
             "training.optimizer=sgd", "training.learning_rate=0.3", "training.on_collapse=stop",
         ],
     )  # fmt: skip
-    recipe.__dict__["model_class"] = model
+    monkeypatch.setattr(Recipe, "model_class", model)
     made = build_trainer(recipe, recipe.training_arguments())
     made.train()
+    assert isinstance(made.method, model)
     assert (made.collapse_alarm.message is not None) is collapses
     assert (made.state.global_step < 60) is collapses
 
