@@ -5,7 +5,6 @@ import os
 from collections.abc import Collection
 from functools import cache
 
-import datasets
 from huggingface_hub import constants
 
 RUN_MARK = "_run.json"
@@ -33,7 +32,9 @@ def own_folder(path: str, names: Collection[str]) -> str | None:
         path: the absolute path of the folder, links resolved.
         names: the names of its entries.
     """
-    caches = (constants.HF_HOME, str(datasets.config.HF_DATASETS_CACHE))
+    from datasets import config  # slow to import; `hf-ssl publish` does not need it
+
+    caches = (constants.HF_HOME, str(config.HF_DATASETS_CACHE))
     if any(path == os.path.realpath(folder) for folder in caches):
         return "a cache of the Hugging Face libraries"
     found = {*names}

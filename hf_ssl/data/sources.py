@@ -10,22 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from glob import has_magic
 from importlib import metadata
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
 
-import datasets
 import numpy as np
 import yaml
-from datasets import Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
-from datasets.data_files import DataFilesDict, DataFilesList
+from datasets import Dataset, DatasetBuilder, Image, IterableDataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_ssl.data.archives import images_in_archives, reads_archives
+from hf_ssl.data.builders import open_builder
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
@@ -43,16 +41,13 @@ from hf_ssl.data.location import (
     Location,
     damaged_archives_named,
     file_kind,
-    file_state,
     fingerprint,
     folder_of_names,
     locate,
     state_of_files,
 )
-from hf_ssl.data.metadata_files import METADATA
 from hf_ssl.data.pixels import ValueRange
 from hf_ssl.data.stream_length import count_streamed, length_of_stream
-from hf_ssl.data.tars import TAR_FORMAT, TarImages
 from hf_ssl.data.unread import ALL, FileCount
 from hf_ssl.data.value_range import chosen_range, probed_images
 from hf_ssl.errors import UserError, first_line
@@ -270,7 +265,7 @@ def _open_with_datasets(
     location: Location, config: DataConfig, found: LocalData, split: str, streaming: bool
 ) -> tuple[_Opened, str]:
     """Open the data through `datasets`; return them and their revision."""
-    builder = _builder(location, config, found)
+    builder = open_builder(location, config, found)
     known = builder.config.data_files or builder.info.splits
     names = [str(name) for name in known] if known else []
     if split == ALL and names:  # a stream of several splits is an error
@@ -290,55 +285,6 @@ def _open_with_datasets(
     return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
 
 
-_last_builder: dict[tuple, tuple[LocalData, DatasetBuilder]] = {}
-"""The builder of the local data that were opened last. The next split of these data reuses it."""
-
-
-def _builder(location: Location, config: DataConfig, found: LocalData) -> DatasetBuilder:
-    if location.kind == "hub":
-        return _load_builder(location.loader, name=config.name, revision=config.revision)
-    options: dict[str, Any] = {"name": config.name}
-    state: tuple[Any, ...]
-    if found.files and config.name is None:
-        options["data_files"] = DataFilesDict(
-            {name: DataFilesList(files, _states(files)) for name, files in found.files.items()}
-        )
-        state = tuple((*files, *files.origin_metadata) for files in options["data_files"].values())
-    else:
-        if has_magic(folder := os.path.realpath(location.loader)):
-            # `datasets` (seen with 5.2) would read the path as a pattern, and so find another folder.
-            raise UserError(
-                "data.path: expected a folder without the characters * ? [ ] in its path, because its README "
-                f"or data.name selects its files, got {folder!r}; rename it"
-            )
-        # `datasets` (seen with 5.2) names the cache of a folder that declares its files only by the last part
-        # of the path and by the patterns in the README. Another folder with this name, or new files in the
-        # same folder, would give the earlier images.
-        state = (f"{state_of_files(found.paths)}-{fingerprint(found.paths)}",)
-        options["cache_dir"] = os.path.join(str(datasets.config.HF_DATASETS_CACHE), f"hf_ssl-{state[0]}")
-    key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
-    if key not in _last_builder:
-        builder = _new_builder(location, options)
-        _last_builder.clear()
-        _last_builder[key] = (found, builder)
-    return _last_builder[key][1]
-
-
-def _new_builder(location: Location, options: dict[str, Any]) -> DatasetBuilder:
-    files = [file for each in options.get("data_files", {}).values() for file in each]
-    if files and all(file.lower().endswith(".tar") for file in files):
-        return TarImages(dataset_name="tar_images", hash=TAR_FORMAT, data_files=options["data_files"])
-    # `datasets` (seen with 5.2) chooses the loader by the endings, and does not know all images.
-    described = any(os.path.basename(file) in METADATA for file in files)
-    return _load_builder("imagefolder" if described else location.loader, **options)
-
-
-def _load_builder(path: str, **options: Any) -> DatasetBuilder:
-    builder = load_dataset_builder(path, **options)
-    # `images_in_archives` adds the labels.
-    return load_dataset_builder(path, **options, drop_labels=True) if reads_archives(builder) else builder
-
-
 class UnknownSplit(UserError):
     """A split does not exist.
 
@@ -352,12 +298,6 @@ class UnknownSplit(UserError):
         self.splits, self.path, self.split = splits, path, split
         names = ", ".join(splits)
         super().__init__(f"{key}: expected one of the splits {names} of {path}, got {split!r}; use {advice}")
-
-
-def _states(files: list[str]) -> list[tuple[str]]:
-    """Return a text for each file that changes with any of them, also if all times stay the same."""
-    content = fingerprint(files)
-    return [(f"{file_state(os.stat(file))} {content}",) for file in files]
 
 
 def _with_named_files(revision: str, names: list[str], folder: str, found: LocalData) -> str:

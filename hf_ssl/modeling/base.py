@@ -80,6 +80,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         takes_local_views: whether the method uses small views in addition to the global ones (multi-crop).
         joint_batch_norm: whether BatchNorm normalizes all views of one size together. If False, each view
             passes separately through layers with BatchNorm.
+        batch_multiple: the number of which each process's batch must be a multiple.
         backbone_types: model types of the backbones that the method can train; None for any.
         student_teacher: pairs of attribute names. A teacher starts as a copy of its student and is frozen;
             the method updates it.
@@ -116,6 +117,7 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
     maximum_views: ClassVar[int | None] = None
     takes_local_views: ClassVar[bool] = False
     joint_batch_norm: ClassVar[bool] = True
+    batch_multiple: int = 1
     backbone_types: ClassVar[tuple[str, ...] | None] = None
     student_teacher: ClassVar[tuple[tuple[str, str], ...]] = ()
     exported: ClassVar[str] = "backbone"
@@ -389,11 +391,6 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         # The encoders have many modules and no memory.
         parts = [part for part in self.children() if not isinstance(part, PreTrainedModel)]
         return [module for part in parts for module in part.modules() if isinstance(module, DeferredMemory)]
-
-    @property
-    def batch_multiple(self) -> int:
-        """The number of which each process's batch must be a multiple."""
-        return 1
 
     def encode_views(self, images_BVCHW: Tensor) -> Tensor:
         """Return the backbone's features (B, V, D) of images (B, V, C, H, W)."""

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from messages import mentions
 
-from hf_ssl.data import DataConfig, folder, labeled_images, open_source, sources
+from hf_ssl.data import DataConfig, builders, folder, labeled_images, open_source, sources
 from hf_ssl.data.folder import find_local_data
 from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.data.location import fingerprint, list_folder, locate
@@ -552,9 +552,9 @@ def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
     for directory, _, _ in os.walk(root):
         os.utime(directory, (1e9, 1e9))
     built = []
-    own = sources.load_dataset_builder
+    own = builders.load_dataset_builder
     monkeypatch.setattr(
-        sources, "load_dataset_builder", lambda *args, **kw: (built.append(args), own(*args, **kw))[1]
+        builders, "load_dataset_builder", lambda *args, **kw: (built.append(args), own(*args, **kw))[1]
     )
     for name in (None, None, "mine", "mine"):
         assert open_source(DataConfig(path=str(root), name=name)).num_rows == 1

@@ -9,10 +9,9 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.data import DataConfig, all_images, as_source, open_source, without_broken_images
+from hf_ssl.data import DataConfig, all_images, as_source, builders, open_source, without_broken_images
 from hf_ssl.data import folder as folder_module
 from hf_ssl.data import images as images_module
-from hf_ssl.data import sources as sources_module
 from hf_ssl.data.batch import is_small
 from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows
 from hf_ssl.errors import UserError
@@ -41,7 +40,7 @@ def test_replaced_files_with_their_old_times_are_read_again(
     Some network file systems have no time of the last change of the status.
     """
     if not has_times:
-        for module in ("location", "folder", "sources"):
+        for module in ("location", "folder", "builders"):
             monkeypatch.setattr(f"hf_ssl.data.{module}.file_state", lambda status: str(status.st_size))
     folder = tmp_path / "data"
     folder.mkdir()
@@ -65,7 +64,7 @@ def test_replaced_files_with_their_old_times_are_read_again(
         if not has_times:  # another process has not listed the folder before
             folder_module._folder_cache.clear()
             folder_module._split_cache.clear()
-            sources_module._last_builder.clear()
+            builders._last_builder.clear()
         source = open_source(DataConfig(path=str(folder if kind == "folder" else table), cache="memmap"))
         pixels = decoded_rows(source, 3, "memmap").read(np.array([0]))[0][0]
         return int(pixels.float().mean()), source.revision

@@ -41,13 +41,9 @@ class MoCoForPreTraining(MomentumModel):
         self.teacher_projector = MLPHead(sizes, norm=False, last_bias=True)
         self.queue = Queue(config.queue_size, config.projection_size)
         self.post_init()
+        self.batch_multiple = config.batch_norm_splits
         if config.batch_norm_splits > 1:
             split_batch_norm(self, config.batch_norm_splits)
-
-    @property
-    def batch_multiple(self) -> int:
-        """The number of parts that BatchNorm normalizes separately."""
-        return self.config.batch_norm_splits
 
     def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return queries and keys (B, A, P). A is 2 if the loss is symmetric, else 1.
