@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from messages import mentions
 
-from hf_ssl.data import DataConfig, builders, folder, labeled_images, open_source, sources
+from hf_ssl.data import DataConfig, builders, folder, labeled_images, open_source
 from hf_ssl.data.folder import find_local_data
 from hf_ssl.data.images import EncodedRows, decoded_rows
 from hf_ssl.data.location import fingerprint, list_folder, locate
