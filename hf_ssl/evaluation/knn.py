@@ -158,7 +158,7 @@ def vote(
 ) -> Votes:
     """Return the accuracies of `knn_accuracy`, and the sums of votes for some settings.
 
-    Memory holds the neighbors of one chunk of queries only: 640 queries with 5,000 neighbors take 38 MB.
+    Memory holds the neighbors of one chunk of queries only: 1,024 queries with 5,000 neighbors take 60 MB.
 
     Args:
         keep: settings (k, temperature) whose sums of votes are returned. Each must be measured.

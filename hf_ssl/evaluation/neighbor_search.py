@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hf_ssl.precision import fastest_precision
 
-# A chunk of similarities takes 4 * 640 * 65536 bytes = 160 MiB.
-QUERY_CHUNK, BANK_CHUNK = 640, 65536
+# A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
+QUERY_CHUNK, BANK_CHUNK = 1024, 65536
 _PRODUCT_CHUNK = 512
 _TIED_ROWS = 64  # whose similarities are copied at once
 _GROUP = 8  # values whose maximum is compared first
