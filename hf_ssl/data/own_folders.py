@@ -57,10 +57,10 @@ def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict
         above = own(os.path.dirname(folder))
         if above is not None:
             return above
-        what = own_folder(os.path.realpath(folder), os.listdir(folder))
-        if what is not None:
-            left_out[folder] = what
-        return None if what is None else folder
+        found_kind = own_folder(os.path.realpath(folder), os.listdir(folder))
+        if found_kind is not None:
+            left_out[folder] = found_kind
+        return None if found_kind is None else folder
 
     left_out: dict[str, str] = {}
     kept = [file for file in files if own(os.path.dirname(file)) is None]
