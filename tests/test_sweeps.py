@@ -189,6 +189,7 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     assert " ± " in (tmp_path / "README.md").read_text()
     states = [line.split()[-1] for line in list_jobs(load_sweep("smoke/simclr", SMALL, 2), tmp_path)]
     assert states == ["finished"] * 4
+    assert main(arguments) == 0 and len(json.loads((tmp_path / "runs.json").read_text())) == 4, "none is lost"
     assert main([*arguments, "method.temperature=0.3"]) == 2
     assert "method.temperature" in capsys.readouterr().err
 

@@ -271,13 +271,13 @@ def list_folder(folder: str) -> Listing:
             changed_ns = os.stat(directory).st_mtime_ns
             with os.scandir(directory) as scanned:
                 entries = list(scanned)
-            found_kind = own_folder(directory, [entry.name for entry in entries])
-            if found_kind is not None and directory != root:
-                logger.warning("images in %s are not used: it is %s", directory, found_kind)
+            found = own_folder(directory, [entry.name for entry in entries])
+            if found is not None and directory != root:
+                logger.warning("images in %s are not used: it is %s", directory, found)
                 continue
-            if found_kind is not None and any(entry.name == RUN_MARK for entry in entries):
+            if found is not None and any(entry.name == RUN_MARK for entry in entries):
                 raise UserError(
-                    f"data.path: expected a folder of images, got {root!r}, which is {found_kind}; use another "
+                    f"data.path: expected a folder of images, got {root!r}, which is {found}; use another "
                     "folder"
                 )
             directories[directory] = changed_ns
