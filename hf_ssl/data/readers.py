@@ -8,6 +8,7 @@ broken image, and the message names its format and the extra. `tests/data/test_p
 
 import io
 import struct
+import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
@@ -138,6 +139,8 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
     fault = _fault(image, view, exact)
     if fault is not None:
         return _turned(_with_extra(fault, view), orientation)
+    if image.format == "PNG" and view is not None:
+        _check_png(view)
     original = _original(image, view, exact)
     image.load()  # a lazy image reads its file now
     if original is not None:
@@ -212,6 +215,28 @@ def _png_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | Non
     if not exact or view is None or view[24] != 16 or view[25] == 0:  # bits per channel; 0: gray
         return None
     return _Fault("a PNG file of 16-bit colors", _read_png)
+
+
+def _check_png(view: memoryview) -> None:
+    """Raise BrokenImage if the compressed pixels of a PNG file are damaged.
+
+    Pillow 12.3 checks the checksums of all chunks before the pixels, but not those of the pixels (IDAT). It
+    returns other pixels than the file had. Source: PNG specification, section 5.3.
+    """
+    position, found = 8, False  # after the signature
+    while position + 8 <= len(view):
+        (length,) = struct.unpack_from(">I", view, position)
+        is_pixels = view[position + 4 : position + 8] == b"IDAT"
+        if found and not is_pixels:
+            return
+        end = position + 8 + length
+        if is_pixels:
+            if end + 4 > len(view):
+                raise BrokenImage("the PNG file is truncated in its pixels; copy the file again")
+            (checksum,) = struct.unpack_from(">I", view, end)
+            if zlib.crc32(view[position + 4 : end]) != checksum:
+                raise BrokenImage("the pixels of the PNG file do not have its checksum; copy the file again")
+        position, found = end + 4, is_pixels
 
 
 def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:

@@ -224,7 +224,8 @@ def open_source(
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     dataset = without_decoding(opened.dataset, image_column, *further)
     rows = length_of_stream(opened.num_rows, config.num_images, where) if streaming else opened.num_rows
-    folder = _folder_of_names(dataset, [image_column, *further], found, split)
+    with _as_user_errors(config.path, location):  # reads the first row of a stream
+        folder = _folder_of_names(dataset, [image_column, *further], found, split)
     if location.kind == "local" and not is_listed and isinstance(dataset, Dataset):
         names = named_files(dataset, [image_column, *further])
         revision = _with_named_files(revision, names, folder, found)
@@ -242,7 +243,9 @@ def open_source(
         folder=folder,
         count=count,
     )
-    return source.with_value_range(config.value_range).limited(config.max_images)
+    with _as_user_errors(config.path, location):  # reads some images
+        source = source.with_value_range(config.value_range)
+    return source.limited(config.max_images)
 
 
 def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: str) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the images of a stream. Without their number, no epoch is known."""
 
-import os
 import tarfile
 
 import pyarrow as pa
@@ -9,8 +8,9 @@ import pyarrow.parquet as pq
 from datasets import DatasetBuilder
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from hf_ssl.data.tars import count_samples
 from hf_ssl.errors import UserError
 from hf_ssl.progress import progress
 
@@ -25,6 +25,9 @@ def count_streamed(builder: DatasetBuilder, split: str, given: int | None) -> in
         builder: the data set.
         split: name of the split.
         given: `data.num_images`.
+
+    Raises:
+        UserError: a local tar is damaged.
     """
     files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
     if any("://" in file for file in files):
@@ -37,7 +40,7 @@ def count_streamed(builder: DatasetBuilder, split: str, given: int | None) -> in
             return sum(map(_arrow_rows, files))
         if isinstance(builder, WebDataset) and given is None:
             with progress(f"counting the images of {len(files)} tars (data.num_images=N skips this)"):
-                return sum(map(_tar_samples, files))
+                return sum(map(count_samples, files))
     except (OSError, pa.ArrowException, tarfile.TarError):  # the reader of the stream reports the file
         return None
     return None
@@ -65,17 +68,3 @@ def _arrow_rows(file: str) -> int:
             reader = pa.ipc.open_file(opened)
             return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
         return sum(batch.num_rows for batch in batches)
-
-
-def _tar_samples(file: str) -> int:
-    """Return the number of samples that `datasets` reads from a tar: runs of members with the same key."""
-    count, last = 0, None
-    with tarfile.open(file, "r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # otherwise the list of all members grows
-            if not member.isreg() or os.path.basename(member.name).startswith((".", "__")):
-                continue
-            key, _ = base_plus_ext(member.name)
-            if key is not None and key != last:
-                count, last = count + 1, key
-    return count

@@ -8,6 +8,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 import torch
+from image_files import png
 from messages import mentions
 from transformers import BitImageProcessor
 
@@ -248,3 +249,29 @@ def test_errors_of_files_have_one_wording(name: str, reason: str, tmp_path: Path
     for read in (EncodedImage.read, size_in_header):
         with pytest.raises(BrokenImage, match=f"the file {reason}"):
             read(EncodedImage(None, str(tmp_path / name)))
+
+
+def test_a_png_file_with_another_checksum_is_broken():
+    """Pillow 12.3 returns changed pixels for such files."""
+    content = png(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    assert decode(content, 1).flatten().tolist() == list(range(256))
+    start = content.index(b"IDAT") + 4
+    for place in (
+        start + 20,
+        len(content) - 14,
+    ):  # in the pixels; in their checksum
+        changed = bytearray(content)
+        changed[place] ^= 1
+        with pytest.raises(BrokenImage):
+            decode(bytes(changed), 1)
+
+
+@pytest.mark.parametrize("lost", range(1, 20))
+def test_a_png_file_without_its_last_bytes_is_broken_or_equal(lost):
+    content = png(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    try:
+        pixels = decode(content[:-lost], 1)
+    except BrokenImage:
+        assert lost > 12  # the last chunk is empty, and only marks the end
+    else:
+        assert lost <= 12 and pixels.flatten().tolist() == list(range(256))

@@ -2,6 +2,7 @@
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -370,3 +371,14 @@ def test_folders_that_declare_their_files_have_own_caches(tmp_path):
     assert (value("one"), value("two")) == (10, 20)
     write("one", 30)
     assert value("one") == 30
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_table_is_an_error(streaming, numbered):
+    """A stream reads its first row while it is opened."""
+    config = numbered(10)
+    (file,) = Path(config.path).glob("*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(64) + content[68:])  # the footer, with the columns, is right
+    with pytest.raises(UserError, match=mentions("data.path", config.path)):
+        open_source(config, streaming=streaming)

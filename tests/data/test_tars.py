@@ -92,3 +92,25 @@ def test_other_archives_are_to_be_unpacked(name, tmp_path):
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(UserError, match=mentions("data.path", path, "unpack")):
             open_source(DataConfig(path=str(path)))
+
+
+def damaged(content):
+    """Change the name in the header of the second image, so that its checksum is wrong."""
+    second = content.index(b"1.jpg")
+    return content[:second] + b"x" + content[second + 1 :]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("change", [damaged, lambda tar: tar + tar, lambda tar: tar[:1200]])
+def test_a_tar_of_which_images_would_vanish_is_an_error(change, streaming, tmp_path, write_tar):
+    """`datasets` reads the first image, or the first of two tars, and reports nothing."""
+    file = write_tar(tmp_path / "a.tar", ["0.jpg", "1.jpg", "2.jpg"])
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UserError, match=mentions("data.path", "a.tar")):
+        open_source(DataConfig(path=str(tmp_path)), streaming=streaming)
+
+
+def test_a_tar_without_an_end_mark_is_read(tmp_path, write_tar):
+    file = write_tar(tmp_path / "a.tar", ["0.jpg", "1.jpg"])
+    file.write_bytes(file.read_bytes().rstrip(b"\0").ljust(2048, b"\0"))
+    assert open_source(DataConfig(path=str(tmp_path))).num_rows == 2

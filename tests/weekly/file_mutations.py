@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes mutated image files in processes with limits, and counts what happens by format.
+"""Reads mutated images, tars and Parquet files in processes with limits, and counts what happens by format.
 
-`python tests/weekly/image_mutations.py --count 10000 --output training/results/reliability.json`
+`python tests/weekly/file_mutations.py --count 10000 --output training/results/reliability.json`
 
 The program makes small files, and changes, removes, repeats or cuts some of their bytes. A child process
-decodes each file with hf_ssl, which must return pixels or raise BrokenImage. With the extra `scientific`, it
-also reads lossless files with tifffile or imagecodecs, and compares the pixels of 8 bits. No mutated file is
-stored. A mutant is a function of its format and number, so that it can be made again.
+reads each file with hf_ssl. It must return pixels, or raise BrokenImage or UserError, which users see as one
+sentence. With the extra `scientific`, it also reads lossless images with tifffile or imagecodecs, and
+compares the pixels of 8 bits. No mutated file is stored. A mutant is a function of its format and number, so
+that it can be made again.
 """
 
 import argparse
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
+import tarfile
+import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # image_files, also in the child process
 
@@ -31,10 +37,39 @@ from image_files import png, pnm, tiff
 MEMORY = 8 << 30
 SECONDS = 140  # for a batch, with the start of Python
 BATCH = 200
+EXPECTED = ("pixels", "broken", "rejected")
 
 
 def seeds() -> dict[str, bytes]:
     """Return one small file of each format."""
+    return images() | {"tar": tar(), "tar, stream": tar(), "parquet": parquet(), "parquet, stream": parquet()}
+
+
+def four_images() -> list[bytes]:
+    return [png(np.full((8, 8, 3), number, np.uint8)) for number in range(4)]
+
+
+def tar() -> bytes:
+    """Return a WebDataset of four images and classes."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for number, content in enumerate(four_images()):
+            for ending, part in (("png", content), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(part)
+                archive.addfile(member, io.BytesIO(part))
+    return file.getvalue()
+
+
+def parquet() -> bytes:
+    """Return a table of four images and classes in two row groups."""
+    rows = [{"bytes": content, "path": None} for content in four_images()]
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": rows, "label": list(range(4))}), file, row_group_size=2)
+    return file.getvalue().to_pybytes()
+
+
+def images() -> dict[str, bytes]:
     gray = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
     color = np.stack([gray, gray[::-1], gray.T.reshape(12, 16)], -1)
     deep = gray.astype(np.uint16) * 257
@@ -119,16 +154,73 @@ def outcome(name: str, content: bytes, compare: bool) -> tuple[str, str | None]:
     return found, "equal" if np.array_equal(pixels, np.broadcast_to(other, pixels.shape)) else "different"
 
 
+def table_outcome(name: str, content: bytes, folder: Path) -> str:
+    """Return what happened with a tar or a Parquet file: "pixels", "broken", "rejected" or "error TYPE".
+
+    Args:
+        name: "tar" or "parquet"; with ", stream" the file is read as a stream.
+        content: the file.
+        folder: where it is written; `datasets` has its cache there too.
+    """
+    from hf_ssl.data.config import DataConfig
+    from hf_ssl.data.images import EncodedRows
+    from hf_ssl.data.sources import open_source
+    from hf_ssl.data.stream import StreamShards
+    from hf_ssl.errors import UserError
+
+    kind, _, stream = name.partition(", ")
+    file = folder / f"data.{kind}"
+    file.write_bytes(content)
+    try:
+        source = open_source(DataConfig(path=str(file)), streaming=bool(stream), labels=True)
+        if stream:
+            shards = StreamShards(source, 4)
+            blocks = [block for shard in range(shards.count) for block in shards.blocks(shard)]
+            states = {image_state(image) for block in blocks for image in block.images}
+        else:
+            rows = EncodedRows(source, 3)
+            states = {"broken"} if rows.read(np.arange(len(rows)))[1] else {"pixels"}
+            np.asarray(source.dataset.with_format(None)[source.label_column])
+    except UserError as error:
+        if "\n" in str(error) or len(str(error)) > 600:
+            return "error message"
+        return "rejected"
+    except Exception as error:
+        return f"error {type(error).__name__}"
+    return "broken" if "broken" in states else "pixels"
+
+
+def image_state(image: Any) -> str:
+    from hf_ssl.data.decode import BrokenImage, decode
+
+    try:
+        decode(image.read(), 3)
+    except BrokenImage:
+        return "broken"
+    return "pixels"
+
+
 def child(name: str, first: int, last: int) -> None:
     """Decode the mutants of one format, and print one line for each."""
     from hf_ssl.data.readers import can_read_all
 
     warnings.simplefilter("ignore")
     content, compare = seeds()[name], can_read_all()
-    outcome(name, content, compare)  # imports everything before the limits hold
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for number in range(first, last):
-        print(json.dumps([number, *outcome(name, mutant(content, number), compare)]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = folder  # before the first import of `datasets`
+
+        def found(data: bytes) -> tuple[str, str | None]:
+            return (
+                outcome(name, data, compare)
+                if name in images()
+                else (table_outcome(name, data, Path(folder)), None)
+            )
+
+        state, _ = found(content)  # imports everything before the limits hold
+        assert state == "pixels", (name, state)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        for number in range(first, last):
+            print(json.dumps([number, *found(mutant(content, number))]), flush=True)
 
 
 def results(name: str, count: int) -> Iterator[tuple[int, str, str | None]]:
@@ -154,7 +246,7 @@ def results(name: str, count: int) -> Iterator[tuple[int, str, str | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="mutants of all formats together")
-    parser.add_argument("--output", type=Path, help="JSON file; its key image_files is replaced")
+    parser.add_argument("--output", type=Path, help="JSON file; its key mutated_files is replaced")
     parser.add_argument("--child", nargs=3)
     arguments = parser.parse_args()
     if arguments.child:
@@ -169,7 +261,7 @@ def main() -> None:
             counts[name][state] += 1
             if comparison is not None:
                 counts[name][f"compared: {comparison}"] += 1
-            if state not in ("pixels", "broken") or comparison == "different":
+            if state not in EXPECTED or comparison == "different":
                 listed.append(f"{name} {number}: {state}, {comparison}")
     report = {
         "mutants": sum(sum(v for k, v in each.items() if ":" not in k) for each in counts.values()),
@@ -179,7 +271,7 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if arguments.output:
         stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        arguments.output.write_text(json.dumps(stored | {"image_files": report}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(stored | {"mutated_files": report}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
