@@ -245,8 +245,11 @@ def _open(job: Job) -> tuple[LabeledImages, LabeledImages]:
 
 
 def _identity(images: LabeledImages) -> list[Any]:
-    """Return the revision and the number of images. A stored result is valid only for equal values."""
-    return [images.revision, len(images)]
+    """Return what identifies the images. A stored result is valid only for equal values.
+
+    The values are the revision, the number of images, and the fingerprint of a choice of them, if any.
+    """
+    return [images.revision, len(images), *([images.selection] if images.selection else [])]
 
 
 def _checkpoints(job: Job, output: Path) -> Path:

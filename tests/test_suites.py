@@ -336,6 +336,19 @@ def test_an_interrupted_suite_continues(
     assert own == {"ridge": other["ridge"]} == columns(merged)
 
 
+def test_another_choice_of_the_images_is_measured_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = three(place, "evaluation.max_test_images=20")
+    run_suite(str(place / "encoder"), suite, tmp_path, 1)
+    seen = measured_jobs(monkeypatch)
+    run_suite(str(place / "encoder"), suite, tmp_path, 1)
+    assert seen == []
+    monkeypatch.setattr("hf_ssl.data.labeled.LabeledImages.selection", "another")
+    run_suite(str(place / "encoder"), suite, tmp_path, 1)
+    assert seen == ["color, frozen"]
+
+
 @pytest.mark.parametrize("change", [{"settings": None}, {"encoder": "x"}, {"result": {}}, {"images": 3}])
 def test_an_edited_result_ends_in_one_sentence(
     change: dict[str, Any], place: Path, finished: Path, tmp_path: Path

@@ -47,7 +47,7 @@ from hf_ssl.resources import usable_cores
 logger = logging.getLogger(__name__)
 
 _INSPECTED_IMAGES = 64
-_FORMAT = 2  # part of the name of cache files; increase it if decoding gives other pixels
+_FORMAT = 3  # part of the name of cache files; increase it if decoding gives other pixels
 FOUND_VALUES = "found_values"
 """Key of `Source.cache`: the `FoundValues` of the inspected images, None for images of 8 bits."""
 _AUTO_BYTES = 4 << 30

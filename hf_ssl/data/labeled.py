@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images with labels, for the evaluation and the monitor."""
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -80,6 +81,12 @@ class LabeledImages:
         self._readable_rows: np.ndarray | None = None
         self._counter = BrokenCounter(max_broken_fraction, len(labels))
         self._shared: WeakKeyDictionary[LabeledImages, int | None] = WeakKeyDictionary()
+
+    @property
+    def selection(self) -> str | None:
+        """A fingerprint of the numbers of the chosen rows; None if all rows of the data set are used."""
+        rows = self._source.row_numbers
+        return None if rows is None else hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
 
     def classified_by(self, other: "LabeledImages") -> None:
         """Use the class numbers of `other`, the images that classify these images.

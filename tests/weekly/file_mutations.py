@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # image_files, also in th
 from image_files import png, pnm, tiff
 
 MEMORY = 8 << 30
-SECONDS = 140  # for a batch, with the start of Python
-BATCH = 200
+SECONDS = 900  # for a batch, with the start of Python
+BATCH = 1000
 EXPECTED = ("pixels", "broken", "rejected")
 
 
