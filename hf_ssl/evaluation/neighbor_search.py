@@ -65,7 +65,8 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
     rounded = [_round(part) for part in parts] if _rounds(parts, queries, neighbors) else None
     copies = _find_copies(bank, len(parts[0]))
     # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
-    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(len(parts[0])))
+    width = _padded(len(parts[0]), _PRODUCT_CHUNK)
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * width)
     for chunk in queries.split(QUERY_CHUNK):
         found = _search(chunk, parts, rounded, copies, neighbors, buffer)
         if found is None:  # the features are so similar that rounded products do not separate them
@@ -168,11 +169,18 @@ def _largest_cosines(
     Args:
         known: bank rows (C,) whose cosines (B, C) are known.
     """
-    padded, cosines = _table(buffer, len(queries), len(bank))
-    _multiply(queries, bank, cosines)
+    padded, cosines = _table(buffer, len(queries), len(bank), _PRODUCT_CHUNK)
+    if cosines.device.type != "cpu":
+        torch.mm(queries, bank.T, out=cosines)
+        if known is not None:
+            cosines.index_copy_(1, *known)
+        return largest(cosines, count)
+    groups = _grouped(padded, _PRODUCT_CHUNK)
+    maxima = _multiply(queries, bank, groups, cosines)
     if known is not None:
         cosines.index_copy_(1, *known)
-    candidates = _candidates(padded, count, lambda bound: bound) if cosines.device.type == "cpu" else None
+        maxima = groups.amax(dim=2)
+    candidates = _candidates(groups, maxima, count, lambda bound: bound)
     found = None if candidates is None else _largest_in_rows(*candidates, cosines.shape, count)
     return largest(cosines, count) if found is None else found
 
@@ -223,9 +231,10 @@ def _largest_of_candidates(
         bound = bound.float()
         return (bound - _HALF_UNIT * bound.abs() - 2 * error).bfloat16()
 
-    padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank))
+    padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank), _GROUP)
     torch.mm(near, rounded.rows.T, out=products)
-    candidates = _candidates(padded, count, limits)
+    groups = _grouped(padded, padded.shape[1])
+    candidates = _candidates(groups, groups.amax(dim=2), count, limits)
     if candidates is None:
         return None
     _, rows, columns = candidates
@@ -233,26 +242,32 @@ def _largest_of_candidates(
     return _largest_in_rows(cosines, rows, columns, products.shape, count)
 
 
-def _padded(width: int) -> int:
-    return -(-width // _GROUP) * _GROUP
+def _padded(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
 
 
-def _table(buffer: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return a table of whole groups, with -infinity after the columns, and its part (B, M), in a buffer."""
-    table = buffer[: rows * _padded(columns)].view(rows, -1)
+def _table(buffer: Tensor, rows: int, columns: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """Return a table whose width is a multiple, with -infinity after the columns, and its part (B, M)."""
+    table = buffer[: rows * _padded(columns, multiple)].view(rows, -1)
     table[:, columns:] = -torch.inf
     return table, table[:, :columns]
 
 
+def _grouped(table: Tensor, width: int) -> Tensor:
+    """Return a table as parts of some width, and each part as groups of 8 values: (B, parts, 8, groups)."""
+    return table.unflatten(1, (-1, _GROUP, width // _GROUP))
+
+
 def _candidates(
-    values: Tensor, count: int, limits: Callable[[Tensor], Tensor]
+    groups: Tensor, maxima: Tensor, count: int, limits: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return those of the values (B, M) that may be among the `count` largest of their row.
+    """Return the values that may be among the `count` largest of their row.
 
     Only groups of 8 values whose maximum is large enough are searched.
 
     Args:
-        values: (B, M) with M a multiple of 8.
+        groups: (B, parts, 8, groups), see `_grouped`.
+        maxima: (B, parts, groups), of each group.
         count: at least this many values of a row reach the bound.
         limits: function of a bound (B, 1). It returns what a value must reach to be a candidate.
 
@@ -260,8 +275,7 @@ def _candidates(
         The values, their rows and their columns, each (C,), ordered by rows only. None: there are too few
         values for groups, or too many candidates.
     """
-    groups = values.unflatten(1, (_GROUP, -1))
-    maxima = bounds = groups.amax(dim=1)
+    maxima = bounds = maxima.flatten(1)
     if maxima.shape[1] < _GROUPS_PER_NEIGHBOR * count:
         return None
     # At least `count` values reach maximum number `count`. With fewer groups it is lower, but found faster.
@@ -269,13 +283,17 @@ def _candidates(
         bounds = bounds[:, : bounds.shape[1] // size * size].unflatten(1, (size, -1)).amax(dim=1)
     limit = limits(bounds.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
     rows, places = (maxima >= limit).nonzero(as_tuple=True)
-    if len(rows) > _MOST_CANDIDATES * values.numel():
+    most = _MOST_CANDIDATES * groups.numel()
+    if len(rows) > most:
         return None
-    searched = groups[rows, :, places]
+    size = groups.shape[3]
+    parts, places = places // size, places % size
+    searched = groups[rows, parts, :, places]
     found, number = (searched >= limit[rows]).nonzero(as_tuple=True)
-    if len(found) > _MOST_CANDIDATES * values.numel():
+    if len(found) > most:
         return None
-    return searched[found, number], rows[found], number * groups.shape[2] + places[found]
+    columns = (parts[found] * _GROUP + number) * size + places[found]
+    return searched[found, number], rows[found], columns
 
 
 def _cosines_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -327,15 +345,23 @@ def _largest_in_rows(
     return top[:, :count], found
 
 
-def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
-    """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
+def _multiply(queries: Tensor, bank: Tensor, groups: Tensor, out: Tensor) -> Tensor:
+    """Write the float32 product of queries (B, D) and the transposed bank (M, D); return maxima of groups.
 
-    On an AMD CPU, the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
+    The maxima (B, parts, groups) of a part are computed while the part is in the cache. On an AMD CPU, the
+    products of the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
+
+    Args:
+        queries, bank: see above.
+        groups: (B, parts, 8, groups), the table that contains `out`.
+        out: (B, M).
     """
-    size = _PRODUCT_CHUNK if queries.device.type == "cpu" else len(bank)
-    for first in range(0, len(bank), size):
-        part = bank[first : first + size]
+    maxima = queries.new_empty(groups.shape[0], groups.shape[1], groups.shape[3])
+    for number, part in enumerate(bank.split(_PRODUCT_CHUNK)):
+        first = number * _PRODUCT_CHUNK
         torch.mm(queries, part.T, out=out[:, first : first + len(part)])
+        torch.amax(groups[:, number], dim=1, out=maxima[:, number])
+    return maxima
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

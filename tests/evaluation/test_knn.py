@@ -110,7 +110,7 @@ def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
 ) -> None:
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.QUERY_CHUNK", 11)
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._PRODUCT_CHUNK", 50)
+    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._PRODUCT_CHUNK", 48)
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._TIED_ROWS", 3)
     bank = with_exact_cosines(-(-300 // copies), seed=0).repeat(copies, 1)[:300]
     queries = with_exact_cosines(40, seed=1)
@@ -130,7 +130,7 @@ def test_copies_tie_wherever_they_are(
 ) -> None:
     """A matrix product can round equal rows differently, for example in the last, incomplete columns."""
     monkeypatch.setattr(neighbor_search, "BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr(neighbor_search, "_multiply", multiply_with_an_error_in_the_last_rows)
+    monkeypatch.setattr(neighbor_search, "_multiply", multiply_with_errors_at_the_edges)
     generator = torch.Generator().manual_seed(0)
     bank = F.normalize(torch.randn(1027, width, generator=generator), dim=1)
     copies = [3, 500, 699, 1024, 1026]
@@ -141,13 +141,17 @@ def test_copies_tie_wherever_they_are(
     assert rows[:, :5].tolist() == [copies] * queries
     assert all(len(set(line)) == 1 for line in cosines[:, :5].tolist())
     assert not set(copies) & set(rows[:, 5].tolist())
+    for k in (1, 3):
+        assert nearest(bank, near, k)[1].tolist() == [copies[:k]] * queries
 
 
-def multiply_with_an_error_in_the_last_rows(
-    queries: torch.Tensor, bank: torch.Tensor, out: torch.Tensor
-) -> None:
+def multiply_with_errors_at_the_edges(
+    queries: torch.Tensor, bank: torch.Tensor, groups: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
     torch.mm(queries, bank.T, out=out)
     out[:, -4:] += 2e-6
+    out[:, :4] -= 2e-6
+    return groups.amax(dim=2)
 
 
 @pytest.fixture
