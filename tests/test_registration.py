@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from forks import Forks
+from tiers import in_tiers
 
 import hf_ssl
 from hf_ssl.methods import METHODS
@@ -45,13 +46,17 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
-def test_auto_classes_know_all_methods(forks: Forks, imports: str) -> None:
-    done = forks.run("torch", PROGRAM, imports, json.dumps(list(METHODS)))
+@pytest.mark.parametrize(
+    "name", in_tiers(zip(IMPORTS), [("hf_ssl.auto, then AutoConfig",), ("the run of the commands",)])
+)
+def test_auto_classes_know_all_methods(forks: Forks, name: str) -> None:
+    done = forks.run("torch", PROGRAM, IMPORTS[name], json.dumps(list(METHODS)))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("module", FIRST)
+@pytest.mark.parametrize(
+    "module", in_tiers(zip(FIRST), [("hf_ssl.data",), ("hf_ssl.methods.simclr.modeling_simclr",)])
+)
 def test_any_module_can_be_imported_first(forks: Forks, module: str) -> None:
     done = forks.run("torch", f"import {module}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from messages import mentions
+from tiers import in_tiers
 
 from hf_ssl import sweeps
 from hf_ssl.cards.sweep_plots import draw
@@ -320,14 +321,14 @@ def begin(run: Run, output: Path) -> None:
     (run.folder(output) / "_run.json").touch()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "key"),
-    [
-        ("second: {start: first,", "second: {", "start"),
-        ("/models/one", "/models/two/one", "encoder"),
-        ("  second: {start: first,", "  second: {command: evaluate, encoder: here}\n  third: {", "command"),
-    ],
-)
+CHANGED = [
+    ("second: {start: first,", "second: {", "start"),
+    ("/models/one", "/models/two/one", "encoder"),
+    ("  second: {start: first,", "  second: {command: evaluate, encoder: here}\n  third: {", "command"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "key"), in_tiers(CHANGED, CHANGED[:1]))
 def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str, tmp_path: Path) -> None:
     file, output = tmp_path / "four.yaml", tmp_path / "out"
     text = FOUR if old in FOUR else FOUR.replace("ENCODER", old)

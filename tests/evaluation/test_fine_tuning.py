@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from messages import mentions, missing
+from tiers import in_tiers
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModel, BitImageProcessor, ViTConfig
 
@@ -220,7 +221,7 @@ def _first_block(names: set[str]) -> set[str]:
     return {name for name in names if "embedder" in name or "stages.0.layers.0" in name}
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+@pytest.mark.parametrize("kind", in_tiers([("vit",), ("dinov2",)], [("vit",)]))
 def test_a_killed_training_resumes_exactly(kind: str, data, tmp_path: Path) -> None:
     """Dropout, whose random state must be resumed, and both kinds of classes."""
     encoder = new_encoder(kind, hidden_dropout_prob=0.3)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from messages import mentions
 from methods.test_cmc import BASIC, build, slow_loss
 from PIL import Image as Pillow
+from tiers import in_tiers
 from transformers import ResNetConfig, ResNetModel, ViTConfig
 
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining, SSLTrainer, SSLTrainingArguments
@@ -172,7 +173,10 @@ def table():
 WIDE = BASIC | {"embedding_size": 16, "hidden_sizes": [16, 32]}
 
 
-@pytest.mark.parametrize("kind", ["table", "stream", "items", "chunks", "banks", "vit"])
+KINDS = ["table", "stream", "items", "chunks", "banks", "vit"]
+
+
+@pytest.mark.parametrize("kind", in_tiers(zip(KINDS), [("stream",), ("banks",)]))
 def test_the_trainer_takes_columns(kind, table, tmp_path):
     data, changes, model = table, {}, None
     if kind == "stream":

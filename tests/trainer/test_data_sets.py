@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from messages import mentions
+from tiers import in_tiers
 from torch.utils.data import DataLoader
 from transformers import (
     BitImageProcessor,
@@ -165,7 +166,10 @@ def evaluation(table: Dataset) -> dict[str, tuple[Any, set[str]]]:
     }
 
 
-@pytest.mark.parametrize("form", ["labeled", "torch", "train and test", "bank and query", "several"])
+FORMS = ["labeled", "torch", "train and test", "bank and query", "several"]
+
+
+@pytest.mark.parametrize("form", in_tiers(zip(FORMS), [("torch",), ("several",)]))
 def test_it_measures_every_form_of_eval_dataset(form: str, table: Dataset, tmp_path: Path) -> None:
     data, names = evaluation(table)[form]
     args = arguments(tmp_path, monitor_steps=1, monitor_neighbors=3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from messages import mentions
+from tiers import in_tiers
 
 from hf_ssl.data import DataConfig, label_data
 from hf_ssl.errors import UserError
@@ -110,7 +111,7 @@ def test_the_k_of_few_images_is_that_of_the_evaluation(count):
     assert KNNClassifier(train, test, processor).measure(model, None)["knn"] == knn["value"]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", in_tiers([(0,), (1,)], [(0,)]))
 def test_weights_with_and_without_a_monitor_are_equal(tmp_path, seed):
     steps = ["training.max_steps=4", "training.save_steps=100", f"training.seed={seed}"]
     watched = trainer(tmp_path / "watched", *steps, "training.monitor_steps=1")

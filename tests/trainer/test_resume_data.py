@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.trainer
+from tiers import in_tiers
 from transformers import TrainerCallback
 
 from hf_ssl.data import DataConfig, open_source
@@ -74,14 +75,14 @@ def check_crash(digits: Path, folder: Path, accumulated: int, *more: str) -> Non
     assert epochs[0] == epochs[1]
 
 
-@pytest.mark.parametrize(
-    ("accumulated", "more"),
-    [
-        (1, ["data.cache=device", "training.dataloader_num_workers=2"]),
-        (3, ["data.cache=device", "training.dataloader_num_workers=0"]),
-        (3, ["data.streaming=true", "training.dataloader_num_workers=0"]),
-    ],
-)
+EPOCHS = [
+    (1, ["data.cache=device", "training.dataloader_num_workers=2"]),
+    (3, ["data.cache=device", "training.dataloader_num_workers=0"]),
+    (3, ["data.streaming=true", "training.dataloader_num_workers=0"]),
+]
+
+
+@pytest.mark.parametrize(("accumulated", "more"), in_tiers(EPOCHS, EPOCHS[2:]))
 def test_a_run_resumes_in_the_middle_of_an_epoch(digits, tmp_path, accumulated, more):
     check_crash(digits, tmp_path, accumulated, *more)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import in_tiers
 from transformers import TrainerCallback
 
 from hf_ssl import cli, commands
@@ -46,7 +47,7 @@ class Send(TrainerCallback):
                 time.sleep(0.01)  # signals that are pending at the same time become one
 
 
-@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+@pytest.mark.parametrize(("number", "raised"), in_tiers(SIGNALS, SIGNALS[:1]))
 def test_the_step_is_finished_and_saved_and_the_same_command_resumes(tmp_path, number, raised):
     whole = train(recipe(tmp_path / "whole"))
     settings, before = recipe(tmp_path / "cut"), signal.getsignal(number)
@@ -60,7 +61,7 @@ def test_the_step_is_finished_and_saved_and_the_same_command_resumes(tmp_path, n
         assert torch.equal(value, resumed.method.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+@pytest.mark.parametrize(("number", "raised"), in_tiers(SIGNALS, SIGNALS[:1]))
 def test_a_second_signal_ends_at_once(tmp_path, number, raised):
     with pytest.raises(raised):
         train(recipe(tmp_path), [Send(1, number, times=2)])
@@ -82,7 +83,7 @@ class Measured:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "raised"), SIGNALS)
+@pytest.mark.parametrize(("number", "raised"), in_tiers(SIGNALS, SIGNALS[:1]))
 @pytest.mark.parametrize(("measurement", "saved"), [(0, []), (1, ["checkpoint-2"])])
 def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measurement, saved):
     settings = recipe(tmp_path, "training.monitor_steps=2")

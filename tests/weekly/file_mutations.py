@@ -261,7 +261,7 @@ def main() -> None:
             counts[name][state] += 1
             if comparison is not None:
                 counts[name][f"compared: {comparison}"] += 1
-            if state not in EXPECTED or comparison == "different":
+            if state not in EXPECTED or comparison not in (None, "equal", "neither"):
                 listed.append(f"{name} {number}: {state}, {comparison}")
     report = {
         "mutants": sum(sum(v for k, v in each.items() if ":" not in k) for each in counts.values()),
