@@ -182,6 +182,10 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
         assert f"| batch_size {row['training.batch_size']} | {value} ± {error} |" in text
     assert text.count("the same network without training") == text.count("| raw pixels |") == 1
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert "- Recipe: `smoke/simclr`." in text and "- Seeds: 0." in text and "- Made with hf_ssl " in text
+    [shared] = [line for line in text.splitlines() if line.startswith("- Settings of all runs: ")]
+    assert "`training.max_steps=2`" in shared
+    assert not any(key in shared for key in ("batch_size", "output_dir", "seed", "path"))
     assert len(compare_runs([str(tmp_path / "runs.json")], None).rows) == 2
     for folder in filter(Path.is_dir, list(tmp_path.iterdir())):
         shutil.rmtree(folder)  # the results of these runs remain

@@ -24,6 +24,8 @@ from hf_ssl.evaluation.results import (
 )
 
 BASELINES = ("untrained", "start", "raw_pixels")
+_VERSIONS = ("hf_ssl", "torch", "transformers")
+_OF_A_RUN = ("training.output_dir", "training.seed", "training.disable_tqdm")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Measured:
         history: measurements of the monitor with their `step`, in order.
         settings: the overrides that set this combination apart, without seed, images and folders.
         machine: the hardware in words.
+        recipe, overrides: of the run; "" and () if they are not known.
+        versions: versions of hf_ssl and of important libraries, and the date.
     """
 
     name: str
@@ -53,6 +57,9 @@ class Measured:
     history: list[dict[str, Any]] = field(default_factory=list)
     settings: tuple[str, ...] = ()
     machine: str = ""
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    versions: str = ""
 
     @classmethod
     def of(
@@ -65,7 +72,11 @@ class Measured:
         training, results = entry["training"] or {}, entry["results"]
         place = entry["environment"]
         machine = f"{place['device']}, {counted(place['cores'], 'core')}"
-        about = images, history, settings, machine
+        packages = {"hf_ssl": entry["hf_ssl_version"], **place["packages"]}
+        versions = ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if name in packages)
+        versions += f" ({entry['date'][:10]})"
+        own = entry.get("recipe") or "", tuple(entry.get("overrides") or ())
+        about = images, history, settings, machine, *own, versions
         return cls(name, arm, values, seed, training, results, entry["collapse"], *about)
 
     @property
@@ -165,6 +176,7 @@ def page(
     shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
     lines += [line for file, words in (shown | {**pictures}).items() for line in (f"![{words}]({file})", "")]
     lines += _notes(runs)
+    lines += _origin(runs)
     lines += [f"- Missing: {name}: {reason.rstrip('.')}." for name, reason in failed.items()]
     settings = {name: group[0].settings for name, group in groups_of(runs).items() if group[0].settings}
     if settings:
@@ -214,6 +226,31 @@ def _about(runs: Sequence[Measured], images: str) -> str:
         f"{words} in percent on {images}; mean ± standard deviation over seeds. For a single run, ± is the "
         "standard error over the test images. RankMe is the effective rank of the features."
     )
+
+
+def _origin(runs: Sequence[Measured]) -> list[str]:
+    """Return list items with the recipes, the settings of all runs, the seeds and the versions."""
+    recipes = dict.fromkeys(run.recipe for run in runs if run.recipe)
+    lines = [f"- Recipe: {', '.join(f'`{name}`' for name in recipes)}."] if recipes else []
+    shared = _shared_settings(runs)
+    lines += [f"- Settings of all runs: {', '.join(f'`{text}`' for text in shared)}."] if shared else []
+    lines.append(f"- Seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}.")
+    versions = dict.fromkeys(run.versions for run in runs if run.versions)
+    return [*lines, *([f"- Made with {'; '.join(versions)}."] if versions else [])]
+
+
+def _shared_settings(runs: Sequence[Measured]) -> list[str]:
+    """Return the overrides that all runs with a recipe have, without folders, seeds and those of an arm."""
+    given = [dict(text.split("=", 1) for text in run.overrides) for run in runs if run.recipe]
+    shown = {text.split("=", 1)[0] for run in runs for text in run.settings}
+    return [
+        f"{key}={value}"
+        for key, value in (given[0] if given else {}).items()
+        if key not in shown
+        and key not in _OF_A_RUN
+        and not key.endswith(".path")
+        and all(each.get(key) == value for each in given)
+    ]
 
 
 def _notes(runs: Sequence[Measured]) -> list[str]:
