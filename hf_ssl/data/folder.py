@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,7 @@ _ANY_KEYWORD = re.compile("train|valid|dev|val|test|eval")
 _DELIMITER = "[-._ 0-9]"
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\..*", re.DOTALL)
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
+_NEGATIVE_PERCENT = re.compile(r"(?<=[\[:])-(100|\d{1,2})%")
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,12 @@ def select_split(splits: dict[str, ImageSplit], split: str) -> tuple[Dataset, st
     return select_rows({name: part.dataset for name, part in splits.items()}, split), revision
 
 
-def select_rows(splits: dict[str, Dataset], split: str) -> Dataset:
+def select_rows(splits: Mapping[str, Dataset], split: str) -> Dataset:
     """Return the rows of a split, or of a part or a sum of splits (`train[:10%]+test`).
+
+    "-10%" is the same place as "90%". `datasets` (seen with 5.2) rounds both differently. So "train[:90%]"
+    and "train[-10%:]" could share an image, and "train[-1%:]" of few images were all images
+    (github.com/huggingface/datasets/issues/8473).
 
     Raises:
         ValueError: the text in brackets is not a slice.
@@ -182,9 +187,11 @@ def select_rows(splits: dict[str, Dataset], split: str) -> Dataset:
     if split in splits:
         return splits[split]
     lengths = {name: len(table) for name, table in splits.items()}
+    places = _NEGATIVE_PERCENT.sub(lambda found: f"{100 - int(found[1])}%", split)
     parts = [
-        splits[part.splitname].select(range(part.from_, part.to))
-        for part in ReadInstruction.from_spec(split).to_absolute(lengths)
+        # `select` (datasets 5.2) raises for an empty range at the end.
+        splits[part.splitname].select(range(part.from_, part.to) or [])
+        for part in ReadInstruction.from_spec(places).to_absolute(lengths)
     ]
     return concatenate_datasets(parts)
 

@@ -330,8 +330,9 @@ def _check_split(names: list[str], split: str, streaming: bool, config: DataConf
 
 def _prepare(builder: DatasetBuilder, split: str) -> Dataset:
     builder.download_and_prepare()
-    table = cast(Dataset, builder.as_dataset(split))
-    return images_in_archives(table, builder.as_dataset()) if reads_archives(builder) else table
+    splits = cast("dict[str, Dataset]", builder.as_dataset())
+    table = select_rows(splits, "+".join(map(str, splits)) if split == ALL else split)
+    return images_in_archives(table, splits) if reads_archives(builder) else table
 
 
 def _open_table(table: Dataset, streaming: bool) -> _Opened:

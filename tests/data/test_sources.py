@@ -93,6 +93,30 @@ def test_a_part_of_the_data(numbered):
     assert names == [row["path"] for row in open_source(config).dataset["image"]]
 
 
+@pytest.mark.parametrize("kind", ["tables", "images"])
+def test_negative_and_positive_percents_are_the_same_places(kind, numbered, tmp_path, encode, picture):
+    """datasets 5.2 gives the rows 31 to 34, of which row 31 is also in `train[:90%]` (issue 8473)."""
+    config = numbered(35)
+    if kind == "images":
+        config = DataConfig(path=str(tmp_path / "images"))
+        (tmp_path / "images").mkdir()
+        for number in range(35):
+            (tmp_path / "images" / f"{number:02d}.png").write_bytes(encode(picture(number)))
+    found = [
+        [row["path"] for row in open_source(config, split).dataset["image"]]
+        for split in ("train", "train[:90%]", "train[-10%:]", "train[:-10%]", "train[90%:]")
+    ]
+    assert found[1] + found[2] == found[3] + found[4] == found[0] and len(found[2]) == 3
+
+
+@pytest.mark.parametrize("split", ["train[-1%:]", "train[99%:]", "train[3:3]", "train[3:3]+test[500:]"])
+def test_a_part_without_images_is_an_error(split, numbered):
+    """In datasets 5.2, `train[-1%:]` of 30 images is all of them (issue 8473)."""
+    config = DataConfig(path="digits") if "test" in split else numbered(30)
+    with pytest.raises(UserError, match=mentions("data.path", "no rows", split)):
+        open_source(config, split)
+
+
 def test_the_message_about_a_broken_image_names_its_row_in_the_whole_data_set(numbered):
     source = open_source(numbered(30, broken=(17,))).select(np.array([3, 17]))
     for rows in (EncodedRows(source, 3), decoded_rows(source, 3, "memory")):
