@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the labels of all rows of a source."""
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,8 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.data.sources import Source, label_column
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows, find_targets, uses_classes
 from hf_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def only_classes(kinds: Collection[str]) -> bool:
 
 
 def read_labels(source: Source, config: DataConfig, kinds: Collection[str] = CLASS_KINDS) -> LabeledRows:
-    """Return the rows of a source of map-style data that have a label.
+    """Return the rows of a source of map-style data that have a label. Log a warning if some rows have none.
 
     `hf_ssl.data.adapters.Items.labels` explains the labels of a data set in Python.
 
@@ -75,7 +78,16 @@ def read_labels(source: Source, config: DataConfig, kinds: Collection[str] = CLA
             "none; use another split or column"
         )
     found = LabeledRows(source, labels, class_names, targets, objects)
-    return found if len(chosen) == len(labels) else found.select(chosen)
+    if len(chosen) == len(labels):
+        return found
+    # `datasets` (seen with 5.2) reads these texts in CSV files as missing values, also if they name a class
+    # (github.com/huggingface/datasets/issues/4467).
+    logger.warning(
+        "%d of %d images in %s have no label and are not used; the texts NA, None, nan and null in a CSV "
+        "file also mean no label, so rename a class with such a name",
+        len(labels) - len(chosen), len(labels), source.description,
+    )  # fmt: skip
+    return found.select(chosen)
 
 
 def _class_labels(

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,22 @@ def test_digits_are_labeled():
 def test_old_names_are_deprecated(old, new):
     with pytest.warns(DeprecationWarning, match=mentions(old, new)):
         assert getattr(data, old) is getattr(data, new)
+
+
+@pytest.mark.parametrize("missing", ["NA", "None", "null", ""])
+def test_images_without_a_label_are_reported(missing, tmp_path, encode, picture, caplog):
+    """pandas reads these texts as missing values, also if they are the name of a class."""
+    names = ["ant", "bee", missing, "ant", missing]
+    for number in range(len(names)):
+        (tmp_path / f"{number}.png").write_bytes(encode(picture(number)))
+    lines = [f"{number}.png,{name}" for number, name in enumerate(names)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    images = labeled_images(DataConfig(path=str(tmp_path)), "train")
+    assert images.class_names == ["ant", "bee"] and images.labels.tolist() == [0, 1, 0]
+    (text,) = [record.getMessage() for record in caplog.records if "label" in record.getMessage()]
+    assert re.search(mentions("2 of 5", tmp_path, "NA", "None", "null"), text)
+
+
+def test_images_that_all_have_a_label_need_no_report(labeled, caplog):
+    labeled_images(labeled(), "test")
+    assert "label" not in caplog.text
