@@ -24,6 +24,8 @@ class TarImages(WebDataset):
     `datasets` (seen with 5.2) makes one column for each ending, and finds the columns in the first five
     samples. Images with another ending vanish, or it raises an error. If each of the first samples has
     exactly one image with a simple ending, this reader puts all such images into the column of the first one.
+    Otherwise, each ending of the first samples is a column, and a sample may lack some of them, as a sample
+    with fewer images does (github.com/huggingface/datasets/issues/7055).
     """
 
     image_column: str | None = None
@@ -52,12 +54,19 @@ class TarImages(WebDataset):
             names = [_image_names(sample) for sample in first]
             merges = bool(names) and all(len(each) == 1 for each in names)
             self.image_column = names[0][0] if merges else ""
-            samples = chain(first, samples)
+            first = [self._merged(sample) for sample in first]
+            columns = dict.fromkeys(name for sample in first for name in sample)
+            for sample in first:
+                yield dict.fromkeys(columns) | sample
         for sample in samples:
-            names_here = _image_names(sample) if self.image_column else []
-            if len(names_here) == 1 and names_here[0] != self.image_column:
-                sample[self.image_column] = sample.pop(names_here[0])
-            yield sample
+            yield self._merged(sample)
+
+    def _merged(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Return a sample with its image in `image_column`, if the samples have only one image."""
+        names = _image_names(sample) if self.image_column else []
+        if len(names) == 1 and names[0] != self.image_column:
+            sample[str(self.image_column)] = sample.pop(names[0])
+        return sample
 
 
 def _image_names(sample: dict[str, Any]) -> list[str]:
@@ -70,18 +79,28 @@ def count_samples(file: str) -> int:
 
     Raises:
         UserError: the tar continues after the last member that can be read. At a damaged header, and after an
-            end mark, tarfile (Python 3.11 to 3.14) ends without an error, so images would vanish.
+            end mark, tarfile (Python 3.11 to 3.14) ends without an error, so images would vanish. Or the
+            members of a sample are at several places. They would become several samples, some without an
+            image and some without a label (github.com/webdataset/webdataset/issues/258).
         OSError, tarfile.TarError: the file is truncated or is no tar.
     """
     count, last = 0, None
+    endings: dict[str, str] = {}  # those of the samples so far
     with tarfile.open(file, "r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # otherwise the list of all members grows
             if not member.isreg() or os.path.basename(member.name).startswith((".", "__")):
                 continue
-            key, _ = base_plus_ext(member.name)
-            if key is not None and key != last:
+            key, ending = base_plus_ext(member.name)
+            if key is None:
+                continue
+            if key != last:
                 count, last = count + 1, key
+                if endings.setdefault(key, ending) != ending:
+                    raise UserError(
+                        f"data.path: expected the files of each sample one after the other in {file!r}, got "
+                        f"{key}.{endings[key]} and {member.name} apart; write the tar sorted by name"
+                    )
         end = archive.offset
     with open(file, "rb") as rest:
         rest.seek(end)

@@ -73,6 +73,30 @@ def test_images_and_masks_stay_apart(tmp_path, write_tar):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_samples_can_have_fewer_images(streaming, tmp_path, write_tar, encode, picture):
+    """datasets 5.2 raises an error for these first samples (issue 7055)."""
+    write_tar(tmp_path / "a.tar", ["0.1.png", "0.2.png", "0.cls", "1.1.png", "1.cls", "2.2.png", "2.cls"])
+    config = DataConfig(path=str(tmp_path), image_column="1.png", streaming=streaming)
+    rows = list(open_source(config).dataset)
+    assert [row["cls"] for row in rows] == [1, 1, 1]
+    found = [row["1.png"] and row["1.png"]["bytes"] for row in rows]
+    assert found == [encode(picture(0)), encode(picture(3)), None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_sample_at_several_places_are_an_error(streaming, tmp_path, write_tar):
+    """Each of them would be a sample, without an image or without a label."""
+    file = write_tar(tmp_path / "a.tar", ["b/0.png", "b/1.png", "b/0.cls", "b/1.cls"])
+    with pytest.raises(UserError, match=mentions("data.path", file, "b/0.png", "b/0.cls")):
+        open_source(DataConfig(path=str(tmp_path)), streaming=streaming)
+
+
+def test_two_whole_samples_can_have_one_name(tmp_path, write_tar):
+    write_tar(tmp_path / "a.tar", ["0.png", "0.cls", "1.png", "1.cls", "0.png", "0.cls"])
+    assert open_source(DataConfig(path=str(tmp_path))).num_rows == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
 def test_a_damaged_archive_is_named(name, streaming, tmp_path):
     (tmp_path / name).write_bytes(b"no archive" * 100)
