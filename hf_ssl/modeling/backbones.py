@@ -26,6 +26,7 @@ from hf_ssl.files import local_folder, local_or_hub
 from hf_ssl.modeling.configuration import (
     CLS_POOLER_TYPES,
     as_pair,
+    has_rectangular_table,
     method_of,
     patch_sides,
     size_arguments,
@@ -281,6 +282,11 @@ def check_image_sizes(
             )
     # Users of the published encoder do not pass `interpolate_pos_encoding`.
     own = as_pair(known.get("image_size") or 0)
+    if has_rectangular_table(backbone):
+        raise UserError(
+            "backbone.image_size: expected a square, because the views are squares, got "
+            f"{own[0]} x {own[1]}; use {sides[-1]}, or start from an encoder of square images"
+        )
     interpolates = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
     if interpolates and published_size is not None and own not in ((0, 0), (published_size, published_size)):
         raise UserError(

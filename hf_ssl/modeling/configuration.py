@@ -24,6 +24,9 @@ MASKING_TYPE = "vit_mae"
 """Model type of the only encoder of transformers that hides patches also in evaluation mode."""
 SCHEDULES = ("constant", "linear", "cosine")
 BANK_STARTS = ("unit", "uniform", "images")
+_INTERPOLATES = "interpolate_pos_encoding"
+"""Name of the argument, and of the method of an embedding, that interpolates its position table."""
+_POSITION_TABLES = ("position_embeddings", "position_embedding")
 
 
 if TYPE_CHECKING:
@@ -182,12 +185,34 @@ def size_arguments(encoder: Any, images: Any) -> dict[str, bool]:
     """Return the argument that interpolates position tables for images (N, C, H, W) of another size.
 
     It is empty for an encoder without this argument.
+
+    Raises:
+        UserError: the encoder's own images are not square, and these images have another size.
     """
-    name = "interpolate_pos_encoding"
-    if name not in inspect.signature(encoder.forward).parameters:
+    own, size = getattr(encoder.config, "image_size", None), tuple(images.shape[-2:])
+    if has_rectangular_table(encoder) and size != as_pair(encoder.config.image_size):
+        height, width = as_pair(encoder.config.image_size)
+        raise UserError(
+            f"encoder: expected images of {height} x {width} pixels, the size of its position table, got "
+            f"{size[0]} x {size[1]}; use images of this size, or an encoder of square images"
+        )
+    if _INTERPOLATES not in inspect.signature(encoder.forward).parameters:
         return {}
+    return {_INTERPOLATES: own is None or size != as_pair(own)}
+
+
+def has_rectangular_table(encoder: Any) -> bool:
+    """Return whether an encoder has a position table for images that are not square.
+
+    transformers (seen with 5.24) interpolates each table as that of a square. For images of 4 x 4 patches, a
+    table of 2 x 8 patches gives wrong positions without an error. timm had the same fault
+    (github.com/huggingface/pytorch-image-models/pull/2737).
+    """
     own = getattr(encoder.config, "image_size", None)
-    return {name: own is None or tuple(images.shape[-2:]) != as_pair(own)}
+    if own is None or isinstance(own, int) or len(set(as_pair(own))) == 1:
+        return False
+    owners = [module for module in encoder.modules() if hasattr(module, _INTERPOLATES)]
+    return any(getattr(owner, table, None) is not None for owner in owners for table in _POSITION_TABLES)
 
 
 def cosine_factor(step: float, steps: float, warmup: float = 0) -> float:

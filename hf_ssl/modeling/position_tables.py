@@ -23,14 +23,16 @@ def config_at_size(config: Any, side: int) -> Any:
     """Return the config of an encoder for square images of `side` pixels.
 
     The result is `config` itself if the encoder needs no other table. It is also `config` itself if the table
-    cannot be interpolated, and `check_image_sizes` then raises an error.
+    cannot be interpolated, such as that of a rectangle, and `check_image_sizes` then raises an error.
 
     Args:
         config: the config, which stays unchanged.
         side: side of the images that users of the published encoder pass to it.
     """
     size = config.to_dict().get("image_size")
-    if size is None or as_pair(size) == (side, side) or type(config) not in MODEL_MAPPING:
+    if size is None or type(config) not in MODEL_MAPPING:
+        return config
+    if len(own := set(as_pair(size))) > 1 or own == {side}:
         return config
     if any(getattr(config, name, False) for name in _RELATIVE):
         return config

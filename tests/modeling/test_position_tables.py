@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from hf_ssl import SimCLRForPreTraining
 from hf_ssl.errors import UserError
-from hf_ssl.modeling.backbones import check_image_sizes
+from hf_ssl.modeling.backbones import check_image_sizes, encode
+from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.position_tables import config_at_size
 
 SMALL = {
@@ -22,9 +23,8 @@ SMALL = {
 
 def new(name: str, **further: Any) -> Any:
     torch.manual_seed(0)
-    encoder = getattr(transformers, f"{name}Model")(
-        getattr(transformers, f"{name}Config")(**SMALL, **further)
-    )
+    config = getattr(transformers, f"{name}Config")(**SMALL | further)
+    encoder = getattr(transformers, f"{name}Model")(config)
     for key, table in encoder.named_parameters():
         if "position_embedding" in key:  # new tables can be zero
             torch.nn.init.normal_(table)
@@ -52,6 +52,26 @@ def test_the_user_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     SimCLRForPreTraining.from_backbone(new("ViT"), views={"size": 32})
     assert "interpolated" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ViT", "IJepa", "Dinov2"])
+@pytest.mark.parametrize("size", [[16, 64], [16, 32]])
+def test_the_table_of_a_rectangle_is_not_that_of_a_square(name: str, size: list[int]) -> None:
+    """transformers 5.24 takes 2 x 8 patches for 4 x 4 patches without an error, as timm did (2737)."""
+    encoder = new(name, image_size=size)
+    assert size_arguments(encoder, torch.rand(2, 3, *size)).get("interpolate_pos_encoding", False) is False
+    for run in (lambda images: size_arguments(encoder, images), lambda images: encode(encoder, images)):
+        with pytest.raises(UserError, match=mentions("encoder", f"{size[0]} x {size[1]}", "32 x 32")):
+            run(torch.rand(2, 3, 32, 32))
+    model = SimCLRForPreTraining.from_backbone(encoder, views={"size": 32})
+    with pytest.raises(UserError, match=mentions("backbone.image_size", f"{size[0]} x {size[1]}", 32)):
+        check_image_sizes(model.backbone, [32], 3, 32)
+
+
+def test_an_encoder_without_a_table_takes_all_sizes() -> None:
+    encoder = transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2]))
+    encoder.config.image_size = [16, 64]
+    assert size_arguments(encoder, torch.rand(2, 3, 32, 32)) == {"interpolate_pos_encoding": True}
 
 
 @pytest.mark.parametrize("name", ["Dinov2", "ResNet", "ConvNextV2"])
