@@ -13,8 +13,10 @@ from hf_ssl.modeling.pooling import SPECIAL_TOKENS
 
 # Tables of embeddings: parameters that are not weights of a layer (ViT, DINOv2, MAE, Swin ...).
 _TABLE_NAMES = (
-    *SPECIAL_TOKENS, "mask_token", "position_embeddings", "pos_embed", "relative_position_bias_table"
+    *SPECIAL_TOKENS, "mask_token", "probe", "position_embeddings", "pos_embed", "class_pos_emb",
+    "relative_position_bias_table", "attention_biases",
 )  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",
 # "encoder.layer.3.", "encoder.stages.1.layers.0.", "encoder.layers.1.blocks.0.", "timm_model.layer1.0.",
@@ -38,8 +40,7 @@ class ParameterRule:
         adapt: whether LARS adapts the learning rate.
         frozen_until: optimizer steps for which the parameter is frozen. Its gradient is dropped until then.
         frozen_epochs: the same in epochs. The later of the two applies.
-        vectors_only: whether the rule applies only to parameters with at most one dimension: biases and the
-            gains of normalization layers.
+        vectors_only: whether the rule applies only to vectors: biases and the gains of normalization layers.
     """
 
     pattern: str
@@ -69,10 +70,10 @@ def assign_parameter_groups(
 ) -> dict[str, ParameterGroup]:
     """Return the parameter group of each trainable parameter, by name. Later rules override earlier ones.
 
-    By default, weight decay and LARS adaptation do not apply to tokens, position tables and parameters with
-    at most one dimension. These are biases and gains of normalization layers. A rule can change both, and
-    `decay_all` changes weight decay. transformers' own default decays BatchNorm gains, `cls_token` and
-    `position_embeddings`.
+    By default, weight decay and LARS adaptation do not apply to tokens, position tables and vectors. Vectors
+    are biases and gains of normalization layers, also those with further dimensions of size 1 (ConvNeXt V2,
+    Swin V2). A rule can change both, and `decay_all` changes weight decay. transformers' own default decays
+    BatchNorm gains, `cls_token` and `position_embeddings`.
 
     Args:
         model: the method.
@@ -88,10 +89,14 @@ def assign_parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_weight = parameter.ndim > 1 and name.rpartition(".")[2] not in _TABLE_NAMES
+        path, _, own_name = name.rpartition(".")
+        owner = model.get_submodule(path)
+        is_table = own_name in _TABLE_NAMES or isinstance(owner, nn.Embedding)
+        is_vector = not is_table and _is_vector(parameter, owner)
+        is_weight = not is_table and not is_vector
         group = ParameterGroup(decay=is_weight or decay_all, adapt=is_weight)
         for rule in rules:
-            if re.search(rule.pattern, name) and not (rule.vectors_only and parameter.ndim > 1):
+            if re.search(rule.pattern, name) and (is_vector or not rule.vectors_only):
                 unused.discard(rule.pattern)
                 given = {f.name: getattr(rule, f.name) for f in fields(ParameterGroup)}
                 group = replace(group, **{key: value for key, value in given.items() if value is not None})
@@ -102,6 +107,16 @@ def assign_parameter_groups(
             f"got {sorted(unused)}"
         )
     return result
+
+
+def _is_vector(parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Return whether a parameter of the module `owner` has one number for each channel, or one for all.
+
+    A matrix with one row is no vector, and neither is the weight of a convolution.
+    """
+    if parameter.ndim <= 2 or isinstance(owner, _CONVOLUTIONS):
+        return parameter.ndim <= 1
+    return parameter.numel() == max(parameter.shape)
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+import transformers
 from messages import mentions
 from torch import nn
 from transformers import (
@@ -148,6 +149,29 @@ def test_timm_encoder_starts_with_timm_s_own_weights(tmp_path):
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
+TOKENS = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+# Class, settings, endings of parameters without weight decay, ending of parameters with weight decay.
+FURTHER = {
+    "convnextv2": (
+        "ConvNextV2", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2},
+        (".grn.weight", ".grn.bias"), "pwconv1.weight",
+    ),
+    "swinv2": (
+        "Swinv2",
+        {"image_size": 32, "window_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2]},
+        (".logit_scale",), "output.dense.weight",
+    ),
+    "siglip": ("SiglipVision", TOKENS, (".position_embedding.weight", ".probe"), "fc1.weight"),
+    "clip": ("CLIPVision", TOKENS, (".position_embedding.weight", ".class_embedding"), "fc1.weight"),
+    "levit": ("Levit", {}, (".attention_biases",), "linear.weight"),
+}  # fmt: skip
+
+VECTORS = (".grn.weight", ".grn.bias", ".logit_scale", ".class_embedding")
+
+
 def test_default_treatment_spares_norms_biases_tokens_and_tables():
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VIT))
     found = assign_parameter_groups(model, [])
@@ -158,6 +182,22 @@ def test_default_treatment_spares_norms_biases_tokens_and_tables():
     assert {name for name, t in found.items() if t.adapt} == decayed
     assert all(t.decay for t in assign_parameter_groups(model, [], decay_all=True).values())
     assert "backbone.pooler.dense.weight" not in found  # frozen
+
+
+@pytest.mark.parametrize("name", sorted(FURTHER))
+def test_tokens_tables_and_vectors_of_further_encoders_do_not_decay(name):
+    """ConvNeXt V2 and Swin V2 have vectors of four and three dimensions, and SigLIP a table in a layer."""
+    kind, settings, spared, decayed = FURTHER[name]
+    with torch.device("meta"):
+        encoder = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+    found = assign_parameter_groups(encoder, [ParameterRule(".", learning_rate_scale=2, vectors_only=True)])
+    for ending in spared:
+        matching = [group for each, group in found.items() if each.endswith(ending)]
+        assert matching and not any(group.decay or group.adapt for group in matching), ending
+        scale = 2 if ending in VECTORS else 1
+        assert all(group.learning_rate_scale == scale for group in matching), ending
+    assert all(group.decay and group.adapt for each, group in found.items() if each.endswith(decayed))
+    assert any(each.endswith(decayed) for each in found)
 
 
 def test_rules_apply_in_order_and_a_rule_for_nothing_is_an_error():
