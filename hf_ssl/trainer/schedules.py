@@ -50,6 +50,12 @@ def build_scheduler(
         warn_once(
             f"training.warmup_steps and warmup_epochs have no effect with lr_scheduler_type={kind.value}"
         )
+    elif warmup > total_steps:
+        key = "warmup_epochs" if args.warmup_epochs else "warmup_steps"
+        warn_once(
+            f"training.{key}: expected a warmup of at most {total_steps} steps, the length of the run, got "
+            f"{warmup}, so the learning rate does not reach its value; set a smaller one"
+        )
     if specific and kind == SchedulerType.CONSTANT:
         warn_once("training.lr_scheduler_kwargs has no effect with lr_scheduler_type=constant")
     if kind in _OF_MEASUREMENTS:  # transformers (5.20 to 5.24) does not use `greater_is_better`

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -177,6 +178,22 @@ def test_a_warm_up_may_begin_above_zero_and_the_cosine_end_there(tmp_path):
         scheduler.step()
     assert (rates[0], rates[19], rates[-1]) == pytest.approx((0.3, 4.8, 0.0048))
     assert max(rates) == pytest.approx(4.8)
+
+
+@pytest.mark.parametrize("given", [{"warmup_epochs": 3.0}, {"warmup_steps": 21}])
+def test_a_warmup_longer_than_the_run_is_reported(given, tmp_path, caplog):
+    args = arguments(tmp_path, learning_rate=1.0, **given)
+    for total, expected in ((20, True), (21, False)):
+        caplog.clear()
+        scheduler = build_scheduler(
+            build_optimizer(model(), args), args, total_steps=total, steps_per_epoch=7
+        )
+        found = [record.getMessage() for record in caplog.records]
+        assert (
+            any(re.search(mentions(f"training.{next(iter(given))}", 20, 21), text) for text in found)
+            is expected
+        )
+        assert scheduler.lr_lambdas[0](total) == pytest.approx(total / 21)
 
 
 def swav_rates(start, base, final, warmup, total):
