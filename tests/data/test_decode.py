@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import struct
 from importlib.metadata import version
 from pathlib import Path
 
@@ -176,6 +177,25 @@ def test_exif_rotation(orientation, kind, encode):
     }[orientation]
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright).max() <= (12 if kind == "JPEG" else 0)
+
+
+ORIENTED = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIIHHII", 0x112, 3, 1, 6, 0x11A, 5, 1, 38) + bytes(4)
+
+
+BESIDE = {
+    "XMP data that are no UTF-8": (b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta \xa8\xff/>", False),
+    "resolution of 72 / 0": (b"Exif\0\0" + ORIENTED + struct.pack("<II", 72, 0), True),
+    "a directory that ends too early": (b"Exif\0\0" + ORIENTED[:12], False),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_damaged_data_beside_the_pixels_break_no_image(name, encode):
+    """Reports 7668 and 8165 of datasets: the first one is an error, and the second one ends a stream."""
+    content, turned = BESIDE[name]
+    image = encode(PIL.Image.new("RGB", (16, 8), (200, 100, 50)), "JPEG")
+    data = image[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + image[2:]
+    assert decode(data, 3).shape == ((3, 16, 8) if turned else (3, 8, 16))
 
 
 def test_an_image_with_damaged_exif_data_is_read(encode):
