@@ -189,9 +189,13 @@ def size_arguments(encoder: Any, images: Any) -> dict[str, bool]:
     Raises:
         UserError: the encoder's own images are not square, and these images have another size.
     """
-    own, size = getattr(encoder.config, "image_size", None), tuple(images.shape[-2:])
-    if has_rectangular_table(encoder) and size != as_pair(encoder.config.image_size):
-        height, width = as_pair(encoder.config.image_size)
+    config = getattr(encoder, "config", None)  # modules of users may have none
+    if config is None:
+        return {}
+    own: Any = getattr(config, "image_size", None)
+    size = tuple(images.shape[-2:])
+    if has_rectangular_table(encoder) and size != as_pair(own):
+        height, width = as_pair(own)
         raise UserError(
             f"encoder: expected images of {height} x {width} pixels, the size of its position table, got "
             f"{size[0]} x {size[1]}; use images of this size, or an encoder of square images"
