@@ -142,7 +142,10 @@ def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
     assert sweep.runs[1].start is sweep.runs[0] and "learning_rate" in sweep.runs[1].settings[0]
 
 
-@pytest.mark.parametrize("name", study_files())
+STUDIES = sorted(study_files())
+
+
+@pytest.mark.parametrize("name", in_tiers(zip(STUDIES), list(zip(STUDIES[::4]))))
 def test_the_studies_can_be_read(name: str) -> None:
     sweep = load_sweep(name, ["data.path=digits", *(f"{key}=digits" for key in needed_keys(name))])
     assert sweep.study.question and len(sweep.runs) > 1

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from forks import Forks
 from messages import mentions
 from safetensors.torch import load_file
+from tiers import in_tiers
 from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
@@ -259,7 +260,13 @@ def test_every_argument_is_in_one_table() -> None:
     assert sum(len(names & FIELDS) for names in tables) == len(FIELDS)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKING if name in FIELDS])
+def one_of(count: int, names: Iterable[str]) -> list[Any]:
+    """Return all names, of which the default tests run the first one of each `count`."""
+    names = list(names)
+    return in_tiers(zip(names), list(zip(names[::count])))
+
+
+@pytest.mark.parametrize("name", one_of(8, [name for name in WORKING if name in FIELDS]))
 def test_it_works(name: str, table: Dataset, usual: Run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     value, further, check = WORKING[name]
@@ -277,7 +284,7 @@ def test_it_is_rejected(name: str, tmp_path: Path) -> None:
         load_recipe("smoke/simclr", [f"training.{name}={json.dumps(value_of(name))}"])
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_EFFECT if name in FIELDS])
+@pytest.mark.parametrize("name", one_of(6, [name for name in WITHOUT_EFFECT if name in FIELDS]))
 def test_it_has_no_effect_and_says_so(name: str, table, usual, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(transformers_arguments, "warn_once", transformers_arguments.warn_once.__wrapped__)
     run = Run(table, tmp_path, **{name: value_of(name)})
@@ -426,6 +433,7 @@ def test_an_own_optimizer_says_which_arguments_have_no_effect(tmp_path: Path, ca
     assert "training.warmup_epochs has no effect with your own ConstantLR" in caplog.messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
@@ -451,6 +459,7 @@ def test_a_best_model_that_was_never_measured_is_reported(table: Dataset, tmp_pa
     assert "training.load_best_model_at_end" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_plateau_schedule_knows_what_is_better(table: Dataset, tmp_path: Path) -> None:
     for metric, mode in (("knn", "max"), ("loss", "min")):
         changes = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": metric}
@@ -462,6 +471,7 @@ def test_the_logged_learning_rate_is_the_largest(table: Dataset, tmp_path: Path)
     assert run.history[1]["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "mentioned"),
     [
@@ -523,6 +533,7 @@ def test_any_whole_number_of_workers(count: Any, tmp_path: Path) -> None:
     assert type(args.dataloader_num_workers) is int and args.dataloader_num_workers == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "mentioned"),
     [
@@ -578,6 +589,7 @@ def test_without_measurements(table: Dataset, usual: Run, tmp_path: Path) -> Non
         assert getattr(args, strategy) == "no"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim_args", "name", "value"),
     [
@@ -625,6 +637,7 @@ def test_schedule_free_optimizers_change_the_weights(table: Dataset, tmp_path: P
     assert len(seen) == 4 and all(seen) and trainer.optimizer.optimizer.averaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "choose"),
     [("uniformity", min), ("eval_alignment", min), ("eval_loss", min), ("embedding_rank", max)],
@@ -642,6 +655,7 @@ def test_the_best_model_is_loaded_with_default_steps(tmp_path: Path) -> None:
     assert args.save_steps % args.eval_steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measure", "save"), [(1, 4), (0.25, 3), (0.3, 0.6)])
 def test_the_best_model_is_loaded_also_between_saved_steps(measure, save, table, tmp_path) -> None:
     changes = {**BEST, "eval_steps": measure, "save_steps": save, "max_steps": 8, "learning_rate": 0.05}
@@ -670,6 +684,7 @@ def test_early_stopping_needs_a_measurement(changes: dict, mentioned: str, table
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "mentioned"),
     [
@@ -765,7 +780,7 @@ def test_a_loss_that_is_no_number_is_averaged(table: Dataset, tmp_path: Path) ->
 IN_RECIPES = sorted({*WORKING, *WITHOUT_EFFECT, "tf32", "resume_from_checkpoint"} & FIELDS)
 
 
-@pytest.mark.parametrize("name", IN_RECIPES)
+@pytest.mark.parametrize("name", one_of(6, IN_RECIPES))
 def test_recipes_accept_it_or_say_what_to_do(name: str, tmp_path: Path) -> None:
     value, further = WORKING[name][:2] if name in WORKING else (VALUES.get(name, True), {})
     given = {**further, name: value}
@@ -822,6 +837,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_settings_of_ddp_arrive(forks: Forks, table: Dataset, tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "table")
     port = str(29600 + os.getpid() % 2000)
@@ -854,6 +870,7 @@ def test_a_finished_run_makes_no_further_step(table: Dataset, tmp_path: Path) ->
     assert again.trainer.state.global_step == 2 and torch.equal(first.weights, again.weights)
 
 
+@pytest.mark.slow
 def test_a_changed_metric_does_not_compare_with_the_old_best(table: Dataset, tmp_path: Path, caplog) -> None:
     best = {"load_best_model_at_end": True, **SAVE}
     Run(table, tmp_path, max_steps=2, metric_for_best_model="knn", **best)
@@ -863,18 +880,21 @@ def test_a_changed_metric_does_not_compare_with_the_old_best(table: Dataset, tmp
     assert run.trainer.state.best_global_step > 2 and "because knn selected it" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["good", [0.1, 0.2], None])
 def test_the_best_metric_must_be_a_number(value: Any, table: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("metric_for_best_model", "number", "plan")):
         Run(table, tmp_path, metric_for_best_model="plan", compute_metrics=lambda _: {"plan": value})
 
 
+@pytest.mark.slow
 def test_every_setting_of_an_optimizer_that_a_resumed_run_keeps_is_named(table, tmp_path, caplog) -> None:
     Run(table, tmp_path, max_steps=2, optim="rmsprop", **SAVE)
     Run(table, tmp_path, resume_from_checkpoint="true", optim="rmsprop", optim_args="alpha=0.5")
     assert "training.optim_args, alpha: the run keeps the value of the checkpoint: 0.99" in caplog.messages
 
 
+@pytest.mark.slow
 def test_kept_settings_of_a_schedule_are_named(table: Dataset, tmp_path: Path, caplog) -> None:
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
     Run(table, tmp_path, max_steps=2, **plateau, **SAVE)
@@ -900,7 +920,7 @@ CHANGES: dict[str, Callable[[SSLTrainer], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", one_of(6, CHANGES))
 def test_an_attribute_that_changes_later_is_an_error(name: str, table: Dataset, tmp_path: Path) -> None:
     trainer = Run(table, tmp_path, max_steps=1).trainer
     with pytest.raises(UserError, match=mentions(f"SSLTrainer.{name}", "SSLTrainer")):
@@ -915,7 +935,7 @@ LATER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", one_of(6, LATER))
 def test_arguments_that_change_later_are_checked(name: str, table: Dataset, tmp_path: Path) -> None:
     trainer = Run(table, tmp_path, max_steps=1).trainer
     setattr(trainer.args, name, LATER[name])
@@ -963,6 +983,7 @@ def test_a_frozen_model_is_reported(table: Dataset, tmp_path: Path) -> None:
         Run(table, tmp_path, objects=lambda model: model.requires_grad_(False) and {})
 
 
+@pytest.mark.slow
 def test_the_limit_of_checkpoints_does_not_keep_abandoned_ones(table: Dataset, tmp_path: Path) -> None:
     Run(table, tmp_path, **{**SAVE, "max_steps": 4, "save_total_limit": None})
     before = str(tmp_path / "checkpoint-2")
@@ -971,6 +992,7 @@ def test_the_limit_of_checkpoints_does_not_keep_abandoned_ones(table: Dataset, t
     assert run.checkpoints() == [3] and (tmp_path / "abandoned-checkpoint-4").is_dir()
 
 
+@pytest.mark.slow
 def test_another_folder_for_a_resumed_run_has_no_checkpoints(table: Dataset, tmp_path: Path) -> None:
     for name in ("a", "b"):
         Run(table, tmp_path / name, max_steps=2, **SAVE)

@@ -78,7 +78,7 @@ def cached(model, loaded, size, *, backward=Tensor.backward, precision=nullconte
 
 # Every method with chunks of which the last is smaller, and one method with chunks of every kind.
 SIZES = (1, 5, 6, 12, 40)
-SAMPLED = [*product(METHODS, [5]), *product(["simclr"], (1, 6, 12, 40))]
+SAMPLED = [*product(list(METHODS)[::3], [5]), *product(["simclr"], (1, 6, 12, 40))]
 
 
 @pytest.mark.parametrize(("method", "size"), in_tiers(product(METHODS, SIZES), SAMPLED))
