@@ -65,8 +65,7 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
     rounded = [_round(part) for part in parts] if _rounds(parts, queries, neighbors) else None
     copies = _find_copies(bank, len(parts[0]))
     # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
-    width = _padded(len(parts[0]), _PRODUCT_CHUNK)
-    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * width)
+    buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(len(parts[0])))
     for chunk in queries.split(QUERY_CHUNK):
         found = _search(chunk, parts, rounded, copies, neighbors, buffer)
         if found is None:  # the features are so similar that rounded products do not separate them
@@ -169,18 +168,11 @@ def _largest_cosines(
     Args:
         known: bank rows (C,) whose cosines (B, C) are known.
     """
-    padded, cosines = _table(buffer, len(queries), len(bank), _PRODUCT_CHUNK)
-    if cosines.device.type != "cpu":
-        torch.mm(queries, bank.T, out=cosines)
-        if known is not None:
-            cosines.index_copy_(1, *known)
-        return largest(cosines, count)
-    groups = _grouped(padded, _PRODUCT_CHUNK)
-    maxima = _multiply(queries, bank, groups, cosines)
+    padded, cosines = _table(buffer, len(queries), len(bank))
+    _multiply(queries, bank, cosines)
     if known is not None:
         cosines.index_copy_(1, *known)
-        maxima = groups.amax(dim=2)
-    candidates = _candidates(groups, maxima, count, lambda bound: bound)
+    candidates = _candidates(padded, count, lambda bound: bound) if cosines.device.type == "cpu" else None
     found = None if candidates is None else _largest_in_rows(*candidates, cosines.shape, count)
     return largest(cosines, count) if found is None else found
 
@@ -231,10 +223,9 @@ def _largest_of_candidates(
         bound = bound.float()
         return (bound - _HALF_UNIT * bound.abs() - 2 * error).bfloat16()
 
-    padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank), _GROUP)
+    padded, products = _table(buffer.view(torch.bfloat16), len(queries), len(bank))
     torch.mm(near, rounded.rows.T, out=products)
-    groups = _grouped(padded, padded.shape[1])
-    candidates = _candidates(groups, groups.amax(dim=2), count, limits)
+    candidates = _candidates(padded, count, limits)
     if candidates is None:
         return None
     _, rows, columns = candidates
@@ -242,32 +233,26 @@ def _largest_of_candidates(
     return _largest_in_rows(cosines, rows, columns, products.shape, count)
 
 
-def _padded(width: int, multiple: int) -> int:
-    return -(-width // multiple) * multiple
+def _padded(width: int) -> int:
+    return -(-width // _GROUP) * _GROUP
 
 
-def _table(buffer: Tensor, rows: int, columns: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """Return a table whose width is a multiple, with -infinity after the columns, and its part (B, M)."""
-    table = buffer[: rows * _padded(columns, multiple)].view(rows, -1)
+def _table(buffer: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return a table of whole groups, with -infinity after the columns, and its part (B, M), in a buffer."""
+    table = buffer[: rows * _padded(columns)].view(rows, -1)
     table[:, columns:] = -torch.inf
     return table, table[:, :columns]
 
 
-def _grouped(table: Tensor, width: int) -> Tensor:
-    """Return a table as parts of some width, and each part as groups of 8 values: (B, parts, 8, groups)."""
-    return table.unflatten(1, (-1, _GROUP, width // _GROUP))
-
-
 def _candidates(
-    groups: Tensor, maxima: Tensor, count: int, limits: Callable[[Tensor], Tensor]
+    values: Tensor, count: int, limits: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the values that may be among the `count` largest of their row.
+    """Return those of the values (B, M) that may be among the `count` largest of their row.
 
     Only groups of 8 values whose maximum is large enough are searched.
 
     Args:
-        groups: (B, parts, 8, groups), see `_grouped`.
-        maxima: (B, parts, groups), of each group.
+        values: (B, M) with M a multiple of 8.
         count: at least this many values of a row reach the bound.
         limits: function of a bound (B, 1). It returns what a value must reach to be a candidate.
 
@@ -275,7 +260,8 @@ def _candidates(
         The values, their rows and their columns, each (C,), ordered by rows only. None: there are too few
         values for groups, or too many candidates.
     """
-    maxima = bounds = maxima.flatten(1)
+    groups = values.unflatten(1, (_GROUP, -1))
+    maxima = bounds = groups.amax(dim=1)
     if maxima.shape[1] < _GROUPS_PER_NEIGHBOR * count:
         return None
     # At least `count` values reach maximum number `count`. With fewer groups it is lower, but found faster.
@@ -283,17 +269,13 @@ def _candidates(
         bounds = bounds[:, : bounds.shape[1] // size * size].unflatten(1, (size, -1)).amax(dim=1)
     limit = limits(bounds.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
     rows, places = (maxima >= limit).nonzero(as_tuple=True)
-    most = _MOST_CANDIDATES * groups.numel()
-    if len(rows) > most:
+    if len(rows) > _MOST_CANDIDATES * values.numel():
         return None
-    size = groups.shape[3]
-    parts, places = places // size, places % size
-    searched = groups[rows, parts, :, places]
+    searched = groups[rows, :, places]
     found, number = (searched >= limit[rows]).nonzero(as_tuple=True)
-    if len(found) > most:
+    if len(found) > _MOST_CANDIDATES * values.numel():
         return None
-    columns = (parts[found] * _GROUP + number) * size + places[found]
-    return searched[found, number], rows[found], columns
+    return searched[found, number], rows[found], number * groups.shape[2] + places[found]
 
 
 def _cosines_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -345,23 +327,15 @@ def _largest_in_rows(
     return top[:, :count], found
 
 
-def _multiply(queries: Tensor, bank: Tensor, groups: Tensor, out: Tensor) -> Tensor:
-    """Write the float32 product of queries (B, D) and the transposed bank (M, D); return maxima of groups.
+def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
+    """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
 
-    The maxima (B, parts, groups) of a part are computed while the part is in the cache. On an AMD CPU, the
-    products of the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
-
-    Args:
-        queries, bank: see above.
-        groups: (B, parts, 8, groups), the table that contains `out`.
-        out: (B, M).
+    On an AMD CPU, the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
     """
-    maxima = queries.new_empty(groups.shape[0], groups.shape[1], groups.shape[3])
-    for number, part in enumerate(bank.split(_PRODUCT_CHUNK)):
-        first = number * _PRODUCT_CHUNK
+    size = _PRODUCT_CHUNK if queries.device.type == "cpu" else len(bank)
+    for first in range(0, len(bank), size):
+        part = bank[first : first + size]
         torch.mm(queries, part.T, out=out[:, first : first + len(part)])
-        torch.amax(groups[:, number], dim=1, out=maxima[:, number])
-    return maxima
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
