@@ -23,6 +23,7 @@ import psutil
 import yaml
 from huggingface_hub.utils import WeakFileLock
 
+from hf_ssl import __version__
 from hf_ssl.cards.privacy import remove_private
 from hf_ssl.data.location import DIGITS
 from hf_ssl.errors import UserError
@@ -322,7 +323,7 @@ def _current(record: Any) -> Any:
 
 
 PACKAGES = (
-    "hf_ssl torch torchvision transformers datasets accelerate huggingface_hub safetensors numpy pillow timm"
+    "torch torchvision transformers datasets accelerate huggingface_hub safetensors numpy pillow timm"
 ).split()
 
 
@@ -338,7 +339,8 @@ def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
     device = torch.device(device)
     return EnvironmentFacts(
         python=platform.python_version(),
-        packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
+        packages={"hf_ssl": __version__}
+        | {name: found for name in PACKAGES if (found := _version(name)) is not None},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         devices=processes,
         cores=usable_cores(),
