@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows the progress of operations that take longer than `DELAY` seconds, on standard error (layer 0)."""
+"""Shows the progress of operations that take longer than `DELAY` seconds, on standard error (layer 0).
 
+A terminal or a notebook shows moving bars. In a file, such as the log of a job scheduler, each bar is one line
+every 15 seconds.
+"""
+
+import math
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -66,7 +72,7 @@ def notice(text: str) -> None:
 
 @contextmanager
 def redrawn(bar: Any) -> Iterator[None]:
-    """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds in a file.
+    """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds as a line in a file.
 
     Writing to standard error fails if it is closed, if its pipe is closed, or if the disk is full. The bar
     then disappears and the block continues. tqdm itself (seen with 4.67) would raise the error. Its `refresh`
@@ -75,7 +81,8 @@ def redrawn(bar: Any) -> Iterator[None]:
     if bar.disable:  # also by the environment variable TQDM_DISABLE
         yield
         return
-    draw = bar.display
+    moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+    draw = bar.display if moves else _as_lines(bar)
 
     def draw_if_possible(*arguments: Any, **options: Any) -> bool:
         try:
@@ -93,7 +100,7 @@ def redrawn(bar: Any) -> Iterator[None]:
         while not finished.wait(pause) and not bar.disable:
             bar.delay = 0  # tqdm clears a bar at its end only if the delay is over
             bar.refresh()
-            pause = _REFRESH_TERMINAL if sys.stderr.isatty() else _REFRESH_FILE
+            pause = _REFRESH_TERMINAL if moves else _REFRESH_FILE
 
     thread = threading.Thread(target=redraw, name="hf_ssl progress", daemon=True)
     thread.start()
@@ -102,3 +109,25 @@ def redrawn(bar: Any) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
+
+
+def _as_lines(bar: Any) -> Callable[..., bool]:
+    """Return a replacement of `display`, which writes a bar as whole lines of a file.
+
+    tqdm (seen with 4.67) writes each of its ten updates per second to a file, without ends of lines.
+    """
+    last = -math.inf
+
+    def display(msg: str | None = None, pos: int | None = None) -> bool:
+        nonlocal last
+        at_end = pos is not None  # only `close` passes it, and ends the line itself
+        now = time.monotonic()
+        if msg == "" or (now - last < _REFRESH_FILE and not at_end):
+            return False
+        last = now
+        bar.fp.write(str(bar) if at_end else f"{bar}\n")
+        bar.fp.flush()
+        return True
+
+    bar.clear = lambda nolock=False: None  # a line stays
+    return display

@@ -8,6 +8,7 @@ interrupted continues from its last checkpoint.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from huggingface_hub.utils import WeakFileLock as FileLock
 from hf_ssl.cards import remove_private
 from hf_ssl.cards.result_files import SUPERVISED
 from hf_ssl.cards.sweep_text import Measured
+from hf_ssl.cards.text import duration
 from hf_ssl.errors import UserError, counted
 from hf_ssl.files import disk_errors_as_user_errors, read_json, write_json, write_text
 from hf_ssl.progress import notice
@@ -120,14 +122,20 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         finally:
             ended[id(run)].set()
 
+    begin, made = time.monotonic(), 0
+
     def make(number: int, run: Run) -> None:
-        notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}")
+        nonlocal made
+        left = f"; {_left(begin, made, len(missing))}" if made else ""
+        notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}{left}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
         # The bars of several runs would overwrite each other.
         process = subprocess.Popen(command.of_job(number, quiet=at_once > 1), env=environment)
         running.add(process)
         status = process.wait()
         running.discard(process)
+        with lock:
+            made += 1
         if status < 0 or status > 128:
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
         elif status:
@@ -147,6 +155,18 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
                     process.terminate()  # the run saves a checkpoint
             raise
     return write_results(sweep, output)
+
+
+def _left(begin: float, made: int, runs: int) -> str:
+    """Return the estimated time of the other runs in words, if each takes as long as the mean run so far.
+
+    Args:
+        begin: time of the start, as of `time.monotonic`.
+        made: number of runs that have ended since then.
+        runs: number of all runs to make.
+    """
+    seconds = (time.monotonic() - begin) / made * (runs - made)
+    return f"about {duration(seconds)} left"
 
 
 def run_job(sweep: Sweep, output: Path, number: int) -> None:

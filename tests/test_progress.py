@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long operations show their progress, and quick operations do not."""
 
+import io
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from hf_ssl import progress as module
-from hf_ssl.progress import hidden_progress, progress, redrawn
+from hf_ssl.progress import hidden_progress, notice, progress, redrawn
 
 
 @pytest.fixture
@@ -70,11 +71,47 @@ def test_the_elapsed_time_of_another_bar_moves_between_its_updates(soon, capsys)
     bar.close()
 
 
-def test_the_next_output_starts_at_the_beginning_of_the_line(soon, capsys):
+def test_in_a_terminal_the_next_output_starts_at_the_beginning_of_the_line(soon, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr(module, "_REFRESH_TERMINAL", 0.05)
     with progress("opening photos"):
-        seen = wait_for("opening photos", capsys)
-    seen += capsys.readouterr().err
+        while "opening photos" not in terminal.getvalue():
+            time.sleep(0.01)
+    seen = terminal.getvalue()
+    assert "\n" not in seen
     assert seen.endswith("\r") and seen.rstrip("\r").endswith(" ")
+
+
+class Terminal(io.StringIO):
+    """A standard error that shows moving bars."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_file_gets_few_whole_lines(monkeypatch, capsys):
+    monkeypatch.setattr(module, "DELAY", 0.0)  # tqdm then draws each update
+    monkeypatch.setattr(module, "_REFRESH_FILE", 3600.0)
+    with progress("decoding", 1000) as bar:
+        wait_for("decoding", capsys)
+        for _ in range(1000):
+            bar.mininterval = 0
+            bar.update(1)
+            bar.set_postfix(loss=1.0)
+        notice("a line between")
+    seen = capsys.readouterr().err
+    assert seen.strip() == "a line between"
+
+
+def test_the_last_state_of_a_training_is_the_last_line_of_a_file(soon, capsys):
+    bar = tqdm(total=10, desc="pretraining", delay=3600)  # which `redrawn` shows
+    with redrawn(bar):
+        wait_for("pretraining", capsys)
+        bar.update(10)
+    bar.close()
+    notice("done")
+    *_, last, done = capsys.readouterr().err.splitlines()
+    assert "10/10" in last and done == "done"
 
 
 def test_an_error_ends_the_display(soon, capsys):

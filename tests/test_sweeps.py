@@ -175,11 +175,14 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     arguments = ["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)]
     assert main(arguments) == 0
     assert len(in_this_process) == 2
-    text = (tmp_path / "README.md").read_text()
-    assert text in capsys.readouterr().out
+    text, shown = (tmp_path / "README.md").read_text(), capsys.readouterr()
+    assert text in shown.out
+    first, second = [line for line in shown.err.splitlines() if line.startswith("run ")]
+    assert "left" not in first and second.endswith(" left") and "; about " in second
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     trained = [row for row in rows if row["encoder"] == "trained" and row["column"].startswith("20-NN")]
     assert [row["training.batch_size"] for row in trained] == ["32", "64"]
+    assert {row["protocol"] for row in trained} == {"knn"}
     for row in trained:
         value, error = (f"{100 * float(row[key]):.1f}" for key in ("value", "standard_error"))
         assert f"| batch_size {row['training.batch_size']} | {value} ± {error} |" in text

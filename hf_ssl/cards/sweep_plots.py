@@ -21,7 +21,7 @@ from hf_ssl.cards.text import ENCODERS
 from hf_ssl.evaluation.plots import color_of, line_of
 from hf_ssl.evaluation.results import ProtocolResult, is_measured
 
-_IN_A_ROW = 4  # panels of the plot
+_IN_A_ROW = 3  # panels of the plot
 
 
 def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path) -> None:
@@ -77,7 +77,7 @@ def _drawn(runs: Sequence[Measured]) -> dict[str, str]:
     numbers = {key: number for run in runs for key, number in run.numbers().items() if key in compared}
     first = next((key for key in numbers if numbers[key].get("protocol") == "knn"), None)
     kept = [key for key in numbers if key == first or numbers[key].get("protocol") != "knn"]
-    return {key: compared[key] for key in kept[: 3 * _IN_A_ROW]}
+    return {key: compared[key] for key in kept[: 4 * _IN_A_ROW]}
 
 
 def _is_number(value: Any) -> bool:

@@ -341,7 +341,7 @@ def _seconds_table(runs: Sequence[Measured]) -> list[str]:
 
 
 def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
-    """Return one line for each number of each run."""
+    """Return one line for each number of each run. The numbers of one protocol share its seconds."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
@@ -351,6 +351,7 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
             *axes,
             "seed",
             "encoder",
+            "protocol",
             "column",
             "id",
             "value",
@@ -368,7 +369,8 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
                 costs = result.get("seconds", {}).get(number.get("protocol", "")), seconds
                 values = number["value"], number["standard_error"], *costs, result["statistics"]["rank_me"]
                 texts = ["" if each is None else f"{each:.6g}" for each in values]
-                writer.writerow([*about, encoder, number["column"], number["id"], *texts])
+                names = number.get("protocol", ""), number["column"], number["id"]
+                writer.writerow([*about, encoder, *names, *texts])
         if not run.numbers():
-            writer.writerow([*about, "trained", "", "", "", "", "", f"{run.seconds or 0:.6g}", ""])
+            writer.writerow([*about, "trained", *[""] * 6, f"{run.seconds or 0:.6g}", ""])
     return stream.getvalue()
