@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows the progress of operations that take longer than `DELAY` seconds, on standard error (layer 0).
 
-A terminal or a notebook shows moving bars. In a file, such as the log of a job scheduler, each bar is one line
+A terminal or a notebook shows moving bars. In a file, such as the log of a job scheduler, each bar is a line
 every 15 seconds.
 """
 
