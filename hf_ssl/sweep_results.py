@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the finished runs of a sweep, and writes the files with their results (layer 5)."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,15 @@ def write_results(sweep: Sweep, output: Path) -> list[Measured]:
 def _settings(run: Run) -> tuple[str, ...]:
     """Return the settings of a run for readers, with the encoder that it measures or starts from."""
     start = () if run.start is None else (f"start: {run.start.name}",)
-    encoder = () if run.encoder is None else (f"encoder: {encoder_name(run.encoder)}",)
+    encoder = () if run.encoder is None else (f"encoder: {_name_of(run.encoder)}",)
     return *start, *encoder, *run.settings
+
+
+def _name_of(encoder: str) -> str:
+    """Return the name of an encoder. For a run of a sweep, such as "SimCLR/seed-0", it has two parts."""
+    name = encoder_name(encoder)
+    is_run = name != encoder and re.fullmatch(r"seed-\d+", name)
+    return f"{Path(encoder).absolute().parent.name}/{name}" if is_run else name
 
 
 def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[str, str]:

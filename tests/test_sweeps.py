@@ -237,7 +237,7 @@ def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     import torch
     from transformers import AutoModel
 
-    encoder, output = tmp_path / "encoder", tmp_path / "out"
+    encoder, output = tmp_path / "own" / "seed-0", tmp_path / "out"
     assert main(["pretrain", "smoke/simclr", "training.max_steps=1", "training.disable_tqdm=true",
                  "evaluation.protocols=[knn]", f"training.output_dir={encoder}"]) == 0  # fmt: skip
     study = tmp_path / "four.yaml"
@@ -269,7 +269,7 @@ def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     text = (output / "README.md").read_text()
     assert text.count("| first, batch_size 16 |") == 2, "once in the table, once in the seconds"
     assert "- second, batch_size 16: `start: first, batch_size 16`, " in text
-    assert "- published: `encoder: encoder`" in text
+    assert "- published: `encoder: own/seed-0`" in text
     assert "peak memory, GiB | number of steps that a key stays in the queue" in text
     assert "![Measurements during training, means over seeds](curves.png)" in text
     for picture in ("curves.png", "k_curve.png"):
