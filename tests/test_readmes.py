@@ -66,3 +66,15 @@ def test_links_lead_to_files(name: str) -> None:
         link for link in links if "://" not in link and not (ROOT / name).parent.joinpath(link).exists()
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_links_lead_to_headings(name: str) -> None:
+    """Names of headings as GitHub makes them: lower case, without punctuation, and spaces become dashes."""
+    missing = []
+    for file, heading in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", (ROOT / name).read_text()):
+        target = (ROOT / name).parent / file if file else ROOT / name
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        if heading not in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}:
+            missing.append(f"{file}#{heading}")
+    assert missing == []
