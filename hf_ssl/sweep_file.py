@@ -50,7 +50,7 @@ from hf_ssl.views.preset import ViewPreset
 
 SECTIONS = ("study", "settings", "grid", "arms")
 _OWN = {"training.seed": "--seeds", "training.output_dir": "--output"}
-"""Key that each run sets itself -> the option in its place."""
+"""Key that each run sets itself -> the option to use instead."""
 
 
 def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = None) -> Sweep:

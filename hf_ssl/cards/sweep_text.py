@@ -40,7 +40,7 @@ class Measured:
         alarm: message of the collapse alarm, if any.
         images: name of the test images.
         history: measurements of the monitor with their `step`, in order.
-        settings: the overrides that set this combination apart, without seed, images and folders.
+        settings: the overrides that only this combination has, without seed, images and folders.
         machine: the hardware in words.
         recipe, overrides: of the run; "" and () if they are not known.
         versions: versions of hf_ssl and of important libraries, and the date.
@@ -185,7 +185,7 @@ def page(
     machines = dict.fromkeys(run.machine for run in runs if run.machine)
     if machines:
         words = "; ".join(machines)
-        lines += ["", f"Machine: {words}. Runs and programs at the same time lengthen all times."]
+        lines += ["", f"Machine: {words}. All times are longer if other programs or runs use the machine."]
     return "\n".join(lines) + "\n"
 
 
