@@ -309,14 +309,16 @@ def limitations(facts: Facts) -> list[str]:
                 "labels also used them, if it read this split."
             )
         if evaluation["shared"]:
+            occur = "occurs" if evaluation["shared"] == 1 else "occur"
             sentences.append(
-                f"**{counted(evaluation['shared'], 'test image')} also occur among the training images** of "
-                "the evaluation, so all numbers are too high."
+                f"**{counted(evaluation['shared'], 'test image')} also {occur} among the training images** "
+                "of the evaluation, so all numbers are too high."
             )
         if evaluation["unknown_classes"]:
+            have, count = ("has", "counts") if evaluation["unknown_classes"] == 1 else ("have", "count")
             sentences.append(
-                f"{counted(evaluation['unknown_classes'], 'test image')} have a class without training "
-                "images, and count as wrong."
+                f"{counted(evaluation['unknown_classes'], 'test image')} {have} a class without training "
+                f"images, and {count} as wrong."
             )
         if evaluation["broken"]:
             sentences.append(

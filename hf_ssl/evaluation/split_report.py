@@ -11,7 +11,7 @@ _reported: WeakKeyDictionary[LabeledImages, WeakSet[LabeledImages]] = WeakKeyDic
 
 
 def report_comparison(where: str, train: LabeledImages, test: LabeledImages) -> None:
-    """Print test images that are also training images, and test images without a known class, once.
+    """Report once how many test images are also training images, and how many have no known class.
 
     An image that is also a training image is its own nearest neighbor. The class of an image is unknown if no
     training image has it.
@@ -25,8 +25,9 @@ def report_comparison(where: str, train: LabeledImages, test: LabeledImages) -> 
         return
     known.add(train)
     if shared := test.shared_with(train):
+        are = "is" if shared == 1 else "are"
         notice(
-            f"{where}: {counted(shared, 'image')} of {len(test):,} in {test.description} are also in "
+            f"{where}: {counted(shared, 'image')} of {len(test):,} in {test.description} {are} also in "
             f"{train.description}, so all numbers are too high; use other splits"
         )
     if unknown := test.unknown_to(train):
@@ -35,7 +36,8 @@ def report_comparison(where: str, train: LabeledImages, test: LabeledImages) -> 
 
 def unknown_classes(where: str, count: int, total: int, test: str, train: str) -> str:
     """Return the sentence about test images whose class has no training image."""
+    have, wrong = ("has", "counts as wrong") if count == 1 else ("have", "count as wrong")
     return (
-        f"{where}: {counted(count, 'image')} of {total:,} in {test} have a class without images in {train}, "
-        "and count as wrong"
+        f"{where}: {counted(count, 'image')} of {total:,} in {test} {have} a class without images in "
+        f"{train}, and {wrong}"
     )

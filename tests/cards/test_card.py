@@ -253,7 +253,12 @@ def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     assert "7 training images could not be read" in text
     assert "**3 test images also occur among the training images**" in text
     assert "The test images (20 % of train) were chosen at random" in text
-    assert "4 test images have a class without training images" in text
+    assert "4 test images have a class without training images, and count as wrong" in text
+    facts["evaluation"] |= {"shared": 1, "unknown_classes": 1}
+    write_card(tmp_path, facts)
+    text = readme(tmp_path)
+    assert "**1 test image also occurs among the training images**" in text
+    assert "1 test image has a class without training images, and counts as wrong" in text
 
 
 def test_an_encoder_without_evaluation(facts: dict, tmp_path: Path) -> None:

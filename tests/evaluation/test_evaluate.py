@@ -588,6 +588,8 @@ def test_test_images_with_a_class_without_training_images_are_reported(capsys) -
         evaluate_features(settings, features[:30], labels[:30], features[30:], labels[30:])
     found = evaluate_features(settings, features[:30], labels[:30], features[20:], labels[20:])
     assert "10 images of 20 in split 'test' have a class without images" in capsys.readouterr().err
+    evaluate_features(settings, features[:30], labels[:30], features[20:31], labels[20:31])
+    assert "1 image of 11 in split 'test' has a class without images" in capsys.readouterr().err
     assert found["protocols"][0]["value"] <= 0.5
 
 
