@@ -24,7 +24,8 @@ OVERRIDES = "section.key=value, e.g. data.path=photos training.max_steps=1000"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    It is 0, or 2 after a mistake of the user, 130 after Ctrl-C, 141 if the reader of the output has ended.
+    The status is 0, or 2 after a mistake of the user, 130 after Ctrl-C, or 141 if the reader of the output
+    has ended.
     """
     arguments = _parsed(argv)
     try:
@@ -71,7 +72,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, others = parser.parse_known_args(argv)
     if others and not ("overrides" in arguments and all(_is_setting(text) for text in others)):
         text = " ".join(others)
-        advice = f'; put a value with blanks in quotes: "{text}"' if _is_setting(text) else ""
+        advice = f'; put a value with spaces in quotes: "{text}"' if _is_setting(text) else ""
         parser.error(f"unrecognized arguments: {text}{advice}")
     if others:
         arguments.overrides += others
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sweep = command("sweep", commands.sweep)
-    sweep.add_argument("recipe", help="a recipe, a study of training/studies, or a YAML file of one of them")
+    sweep.add_argument("recipe", help="a recipe, a study, or a YAML file with a recipe or a study")
     sweep.add_argument(
         "overrides", nargs="*", metavar="section.key=value",
         help="settings for all runs; a list of values, such as training.batch_size=[64,128,256], is an axis "
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once", type=int, default=1, metavar="N",
         help="number of runs at the same time, which share the cores (default: 1)",
     )  # fmt: skip
-    _add_jobs(sweep, "run", "make one run; a last call without --job writes the page")
+    _add_jobs(sweep, "run", "start one run; at the end, the command without --job writes the page")
 
     evaluate = command("evaluate", commands.evaluate)
     evaluate.add_argument("model", help="a folder with an exported encoder, or any vision encoder on the Hub")
@@ -301,7 +302,7 @@ def _add_suite(evaluate: argparse.ArgumentParser) -> None:
     suite.add_argument(
         "--root", metavar="FOLDER", help="folder of the data sets; the paths of the suite are relative to it"
     )
-    _add_jobs(suite, "job", "run one job; a last call without --job writes the table")
+    _add_jobs(suite, "job", "run one job; at the end, the command without --job writes the table")
 
 
 def _add_jobs(parser: Any, noun: str, help_of_job: str) -> None:

@@ -61,7 +61,7 @@ def vit(width: int = 192, heads: int = 3, **options: Any) -> VisionTransformer:
 
 
 def randomized(network: Any) -> Any:
-    """Return the network in eval mode, with random values in place of ones and zeros."""
+    """Return the network in eval mode, with random values instead of ones and zeros."""
     if next(network.parameters()).is_meta:
         return network
     generator = torch.Generator().manual_seed(0)

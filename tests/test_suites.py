@@ -623,7 +623,7 @@ def test_a_summary_of_different_protocols_and_metrics() -> None:
     text = markdown(summary)
     assert "| voc | mAP, 11 points | - | 20.0 ± 2.0 |" in text and "| 30.0 (2 of 4) | 40.0 (2 of 4) |" in text
     assert "| b | mean per class | 10.0 | - |" in text, "the standard error is that of the accuracy"
-    assert "voc: multi-label probe in place of linear probe" in text
+    assert "voc: multi-label probe instead of linear probe" in text
     assert csv_text(summary).splitlines()[-1].endswith("0.400000,b gone")
     stored = json.loads(json.dumps(summary.to_dict()))
     assert table(Summary.from_dict(stored)) == table(summary)

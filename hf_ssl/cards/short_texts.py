@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short names that differ, and one text in place of several similar ones (layer 3)."""
+"""Short names that differ, and one text instead of several similar ones (layer 3)."""
 
 import re
 from collections.abc import Sequence

@@ -310,7 +310,7 @@ def missing_reasons(summary: Summary) -> list[str]:
 def replacements(summary: Summary) -> list[str]:
     """Return one line for each data set that has another protocol than the rest of its column."""
     return [
-        f"- {name}: {PROTOCOLS[cell.protocol].title} in place of {PROTOCOLS[column.protocol].title}."
+        f"- {name}: {PROTOCOLS[cell.protocol].title} instead of {PROTOCOLS[column.protocol].title}."
         for column in summary.columns
         for name, cell in column.cells.items()
         if cell.protocol != column.protocol and cell.value is not None

@@ -215,7 +215,7 @@ class UnreadableData(UserError):
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """The reason why a worker cannot make another batch. The worker returns it in place of a batch.
+    """The reason why a worker cannot make another batch. The worker returns it instead of a batch.
 
     If the worker raised the error, torch would raise it again with the traceback of the worker as its text.
     """

@@ -60,7 +60,7 @@ def _new_builder(location: Location, options: dict[str, Any]) -> DatasetBuilder:
     files = [file for each in options.get("data_files", {}).values() for file in each]
     if files and all(file.lower().endswith(".tar") for file in files):
         return TarImages(dataset_name="tar_images", hash=TAR_FORMAT, data_files=options["data_files"])
-    # `datasets` (seen with 5.2) chooses the loader by the endings, and does not know all images.
+    # `datasets` (seen with 5.2) chooses the loader by the endings, and does not find all images.
     described = any(os.path.basename(file) in METADATA for file in files)
     return _load_builder("imagefolder" if described else location.loader, **options)
 

@@ -64,7 +64,7 @@ class DataConfig:
             files have 16 bits. "auto" takes the lowest and highest value of 64 training images, also for the
             evaluation. None takes the limits of the type of numbers: 0 to 65,535 for 16 bits, 0 to 1 for
             floating-point numbers, 0 to 255 for other whole numbers. Images of 8 bits keep their values.
-        dtype: type of the pixels; other images are scaled to 8 bits.
+        dtype: type of the pixels, always "uint8". Images with more bits are scaled to 8 bits.
     """
 
     path: str = MISSING

@@ -22,7 +22,7 @@ _ENDINGS = (
 ).split()
 """The endings that `datasets` 5 treats as images, except those that Pillow cannot decode by itself: videos
 (.mpg, .mpeg), PostScript (.ps, .eps), Windows metafiles (.wmf, .emf), weather data (.bufr, .grib) and IPTC
-records (.iim). `datasets` 5 does not know .mpo."""
+records (.iim). The list of `datasets` 5 does not contain .mpo."""
 _HEIC = (".heic", ".heif", ".hif")
 _AVIF = (".avif", ".avifs")
 _JXL = (".jxl",)

@@ -94,8 +94,8 @@ class LabeledImages:
         The two data sets can have different orders of the classes.
 
         Raises:
-            UserError: the other images have only one class, do not know the class of an image, or have no
-                image of any of these classes.
+            UserError: the other images have only one class, they do not have the class of an image, or they
+                have no image of any of these classes.
         """
         if self._objects is not None and other._objects is not None:
             self._match_objects(self._objects, other)

@@ -22,7 +22,7 @@ class TarImages(WebDataset):
     """The reader of `datasets` for WebDataset tars, with one column for the images of all samples.
 
     `datasets` (seen with 5.2) makes one column for each ending, and finds the columns in the first five
-    samples. Images with another ending vanish, or it raises an error. If each of the first samples has
+    samples. It drops images with another ending, or raises an error. If each of the first samples has
     exactly one image with a simple ending, this reader puts all such images into the column of the first one.
     Otherwise, each ending of the first samples is a column, and a sample may lack some of them, as a sample
     with fewer images does (github.com/huggingface/datasets/issues/7055).
@@ -79,8 +79,8 @@ def count_samples(file: str) -> int:
 
     Raises:
         UserError: the tar continues after the last member that can be read. At a damaged header, and after an
-            end mark, tarfile (Python 3.11 to 3.14) ends without an error, so images would vanish. Or the
-            members of a sample are at several places. They would become several samples, some without an
+            end mark, tarfile (Python 3.11 to 3.14) ends without an error, so images would be missing. Or
+            the members of a sample are at several places. They would become several samples, some without an
             image and some without a label (github.com/webdataset/webdataset/issues/258).
         OSError, tarfile.TarError: the file is truncated or is no tar.
     """

@@ -170,7 +170,7 @@ class EpochLoader(DataLoader[Any]):
     def of(cls, images: Any, sampler: "EpochSampler", device: torch.device, is_fast: bool) -> "EpochLoader":
         """Return a loader for a model on a device. It has no worker processes if reading is fast."""
         workers = 0 if is_fast else min(own_cores() - 1, MOST_WORKERS)
-        batches: Any = sampler  # with `BatchRows` in place of lists
+        batches: Any = sampler  # with `BatchRows` instead of lists
         return cls(images, batch_sampler=batches, **worker_options(workers, device.type == "cuda"))
 
     def set_epoch(self, epoch: int) -> None:

@@ -235,7 +235,7 @@ def hold_out(
         images: number of training images, at least 2. 10 % of them and at least one are held out.
         seed: seed of the random choice.
         most: largest number of held-out images.
-        generator: it draws the images in place of the seed. Only `linear` passes one: its published results
+        generator: it draws the images instead of the seed. Only `linear` passes one: its published results
             were selected with these images, and another choice would change them.
     """
     if generator is None:

@@ -208,11 +208,12 @@ def _largest_of_candidates(
 ) -> tuple[Tensor, Tensor] | None:
     """Return the largest cosines and their bank rows, both (B, count), or None if it would take too long.
 
-    With queries q + e and rows b + f, where q and b are in bfloat16, the product of q and b differs from the
-    exact one by at most |e| |b + f| + |q| |f|, and by the rounding of the sum. At least `count` products
-    reach the lower bound after their rounding to bfloat16, so the exact products of the neighbors reach it
-    minus half a unit and minus this error. The products of the neighbors before their rounding reach that
-    minus this error once more, and rounding keeps the order of numbers.
+    The queries are q + e and the rows are b + f, where q and b are in bfloat16. The product of q and b
+    differs from the exact product by at most E: |e| |b + f| + |q| |f|, plus the rounding of the sum.
+
+    At least `count` products reach the bound after their rounding to bfloat16. The exact products of the
+    neighbors thus reach the bound minus half a unit and minus E. The products of the neighbors before their
+    rounding reach that value minus E. Rounding keeps the order of numbers, so the limit is rounded, too.
     """
     near = queries.bfloat16()
     norm = torch.maximum(_norms(queries), _norms(near.float()))

@@ -167,7 +167,7 @@ class _OtherRowsLogSumExp(torch.autograd.Function):
     """The sum over rows i of log(sum over k != i of exp(z_i . z_k / T)), for unit rows z_ND.
 
     It is computed in blocks of the upper triangle. Since |z_i . z_k| <= 1, the logits are at most 1 / T. The
-    log-sum-exp uses this bound in place of the maximum, so no row is read twice.
+    log-sum-exp uses this bound instead of the maximum, so no row is read twice.
     """
 
     @staticmethod

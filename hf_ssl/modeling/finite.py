@@ -34,7 +34,7 @@ def tensors_in(state: Any, name: str) -> dict[str, Tensor]:
 
     Args:
         state: e.g. the `state_dict` of an optimizer.
-        name: begin of the names.
+        name: start of the names.
     """
     if isinstance(state, Tensor | float):
         return {name: torch.as_tensor(state)}

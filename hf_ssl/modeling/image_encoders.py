@@ -34,9 +34,9 @@ def image_encoder(model: Any) -> Any:
     """Return the encoder of images in a model of transformers, with the same weights; other models stay.
 
     A model of images and texts (CLIP) contains an encoder of images, whose features this project measures and
-    trains. A ViTMAE hides three quarters of the patches also in evaluation mode, other ones in each call. The
-    result is then the ViT in it. The feature is the mean of all tokens, because MAE does not train the class
-    token.
+    trains. A ViTMAE masks three quarters of the patches, also in evaluation mode, and selects them at random
+    in each call. The result is then its ViT. The feature is the mean of all tokens, because MAE does not
+    train the class token.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in TWO_TOWERS:

@@ -126,8 +126,8 @@ def last_good(folder: Path) -> str:
 def set_aside_later(first: Path, output_dir: Path) -> None:
     """Rename the checkpoints after the one that a run resumes from, which belong to an abandoned run.
 
-    Otherwise the limit of checkpoints would delete new ones instead of them, and the run would continue from
-    them after an interruption.
+    Otherwise, `save_total_limit` would delete new checkpoints instead of the abandoned ones. The run would
+    also resume from an abandoned checkpoint after an interruption.
     """
     if first.parent.resolve() != output_dir.resolve():
         return

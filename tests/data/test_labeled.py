@@ -60,7 +60,7 @@ def test_classes_are_numbered_by_name_and_only_classes_of_images_count(labeled):
 
 
 def test_the_choice_of_images_has_the_shares_of_the_classes_and_is_random_and_reproducible(labeled):
-    """Balanced classes would give another accuracy than all images: 0.500 in place of 0.909 in an example."""
+    """Balanced classes would give another accuracy than all images: 0.500 instead of 0.909 in an example."""
     config = labeled(labels=[0] * 60 + [1] * 20 + [2] * 10)
     images = labeled_images(config, "test", max_images=40)
     assert len(images) == 40 and torch.bincount(images.labels).tolist() == [27, 9, 4]
