@@ -103,6 +103,7 @@ def trainer_modules() -> set[str]:
         "faiss",
         "hf_ssl.space",
         "hf_ssl.evaluation.attention",
+        "hf_ssl.evaluation.overlays",
         "transformers.models.timm_wrapper.image_processing_timm_wrapper",
     ],
 )

@@ -19,14 +19,9 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,
-        attention_pictures,
         attention_rollout,
-        darken_outside_mask,
         has_attention,
-        overlay,
-        pca_colors,
         threshold_attention,
-        write_attention_pictures,
     )
     from hf_ssl.evaluation.average_precision import average_precisions, mean_average_precision
     from hf_ssl.evaluation.config import EvaluationConfig
@@ -39,6 +34,13 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.inputs import LabeledData
     from hf_ssl.evaluation.knn import knn_accuracy
+    from hf_ssl.evaluation.overlays import (
+        attention_pictures,
+        darken_outside_mask,
+        overlay,
+        pca_colors,
+        write_attention_pictures,
+    )
     from hf_ssl.evaluation.protocols import PROTOCOLS
     from hf_ssl.evaluation.protocols.few_label_knn import FewLabel, few_label_knn
     from hf_ssl.evaluation.protocols.linear import LinearProbe, linear_probe

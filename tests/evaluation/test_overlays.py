@@ -19,7 +19,7 @@ from hf_ssl.evaluation import (
     overlay,
     write_attention_pictures,
 )
-from hf_ssl.evaluation.attention import overview
+from hf_ssl.evaluation.overlays import overview
 
 KEYS = ["image", "mean", "rollout", "mask", "colors", "head 1", "head 2"]
 
