@@ -26,7 +26,7 @@ from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation import fastest_device
 from hf_ssl.evaluation.augmented import epoch_batches
 from hf_ssl.evaluation.config import EvaluationConfig
-from hf_ssl.evaluation.features import inspect_encoder
+from hf_ssl.evaluation.encoders import inspect_encoder
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.protocols.fine_tune import Task, train_and_test
 from hf_ssl.evaluation.results import ACCURACY, metric_of, percent

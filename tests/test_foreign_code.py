@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTModel
 from hf_ssl.cli import main
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder, load_encoder
-from hf_ssl.evaluation.features import load_processor
+from hf_ssl.evaluation.encoders import load_processor
 from hf_ssl.hub.export import load_method_model
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
 from hf_ssl.modeling.backbones import load_config, load_weights, view_settings

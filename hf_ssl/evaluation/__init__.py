@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     )
     from hf_ssl.evaluation.average_precision import average_precisions, mean_average_precision
     from hf_ssl.evaluation.config import EvaluationConfig
+    from hf_ssl.evaluation.encoders import fastest_device, load_encoder
     from hf_ssl.evaluation.evaluate import evaluate_encoder, evaluate_features, evaluate_pixels
-    from hf_ssl.evaluation.features import (
-        extract_features,
-        fastest_device,
-        load_encoder,
-        raw_pixels,
-    )
+    from hf_ssl.evaluation.features import extract_features, raw_pixels
     from hf_ssl.evaluation.inputs import LabeledData
     from hf_ssl.evaluation.knn import knn_accuracy
     from hf_ssl.evaluation.overlays import (

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.features import extract_poolings, first_output
+from hf_ssl.evaluation.encoders import first_output
+from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.further_features import FurtherFeatures

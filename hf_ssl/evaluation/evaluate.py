@@ -16,9 +16,7 @@ from transformers import BaseImageProcessor
 from hf_ssl.data import DataConfig, LabeledImages, label_data
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.config import EvaluationConfig, main_knn
-from hf_ssl.evaluation.feature_cache import cached_features
-from hf_ssl.evaluation.features import (
-    PatchGrid,
+from hf_ssl.evaluation.encoders import (
     chosen_precision,
     device_of,
     fastest_device,
@@ -26,8 +24,9 @@ from hf_ssl.evaluation.features import (
     inspect_encoder,
     load_encoder,
     load_processor,
-    raw_pixels,
 )
+from hf_ssl.evaluation.feature_cache import cached_features
+from hf_ssl.evaluation.features import PatchGrid, raw_pixels
 from hf_ssl.evaluation.inputs import Inputs, LabeledData, Split, has_several_labels, read_split
 from hf_ssl.evaluation.knn import check_classes, knn_accuracy
 from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol

@@ -30,7 +30,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_ssl.data import LabeledImages
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
-from hf_ssl.evaluation.features import PatchGrid, chosen_precision, extract_poolings, inspect_encoder
+from hf_ssl.evaluation.encoders import chosen_precision, inspect_encoder
+from hf_ssl.evaluation.features import PatchGrid, extract_poolings
 from hf_ssl.evaluation.inputs import LabeledData
 from hf_ssl.evaluation.shared_extraction import extract_together
 from hf_ssl.files import remove_incomplete, replaced_file

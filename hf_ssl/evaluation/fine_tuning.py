@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from hf_ssl.evaluation.augmented import AugmentedImages, EpochLoader, TrainBatch
 from hf_ssl.evaluation.classifiers import Classifier
-from hf_ssl.evaluation.features import dtype_of, pixel_values
+from hf_ssl.evaluation.encoders import dtype_of, pixel_values
 from hf_ssl.evaluation.label_trainer import LabelTrainer, training_arguments
 from hf_ssl.modeling.batch_norm import synchronize_batch_norm
 from hf_ssl.modeling.eval_mode import evaluation_mode

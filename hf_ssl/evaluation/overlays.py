@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
-from hf_ssl.evaluation.features import load_encoder, pixel_values
+from hf_ssl.evaluation.encoders import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
 from hf_ssl.modeling.backbones import input_channels, normalization
 from hf_ssl.names import renamed_arguments

@@ -35,7 +35,7 @@ from hf_ssl.evaluation import (
     load_encoder,
     thumbnail,
 )
-from hf_ssl.evaluation.features import device_of, first_output
+from hf_ssl.evaluation.encoders import device_of, first_output
 from hf_ssl.files import check_new_or_empty, local_folder, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.modeling.backbones import loaded_commit

@@ -95,7 +95,7 @@ def knn_of(result) -> float:
 @pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
 def test_auto_is_the_fastest_precision_and_the_result_names_it(digits, encoder, monkeypatch, fastest):
     measured = Precision(fastest, "measured")
-    monkeypatch.setattr("hf_ssl.evaluation.features.fastest_precision", lambda device: measured)
+    monkeypatch.setattr("hf_ssl.evaluation.encoders.fastest_precision", lambda device: measured)
     seen = []
     hook = encoder[0].encoder.register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
     images, labels = digits

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import extract_features, pool, raw_pixels
-from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.encoders import pixel_values
 
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL = {"image_size": 32, "patch_size": 8}

@@ -34,7 +34,8 @@ from transformers import (
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import features
-from hf_ssl.evaluation.features import extract_poolings, inspect_encoder
+from hf_ssl.evaluation.encoders import inspect_encoder
+from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.modeling.further_features import FurtherFeatures
 from hf_ssl.modeling.pooling import FEATURES
 

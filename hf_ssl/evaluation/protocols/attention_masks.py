@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_ssl.errors import UserError, check_name, check_values
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
 from hf_ssl.evaluation.dense import IGNORED, SquareProcessor, check_ignored, nearest_pixels, read_mask
-from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.encoders import pixel_values
 from hf_ssl.evaluation.inputs import Inputs, Split, read_rows
 from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
 from hf_ssl.evaluation.statistics import evenly_spaced

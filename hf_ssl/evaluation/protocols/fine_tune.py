@@ -20,7 +20,7 @@ from hf_ssl.evaluation.augmented import AugmentedImages, crop_and_flip
 from hf_ssl.evaluation.average_precision import mean_average_precision
 from hf_ssl.evaluation.classifiers import ENCODER, NOTHING, new_classifier
 from hf_ssl.evaluation.config import are_positive
-from hf_ssl.evaluation.features import pixel_values
+from hf_ssl.evaluation.encoders import pixel_values
 from hf_ssl.evaluation.fine_tuning import RECIPES, Optimization, predict, train_classifier
 from hf_ssl.evaluation.image_lists import class_sizes, draw_rows, possible_numbers, rows_hash
 from hf_ssl.evaluation.inputs import HELD_OUT, Inputs, has_several_labels, hold_out

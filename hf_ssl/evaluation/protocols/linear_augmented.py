@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_ssl.errors import check_name, check_values, counted
 from hf_ssl.evaluation.augmented import AugmentedImages, TrainBatch, crop_and_flip
 from hf_ssl.evaluation.config import LEARNING_RATES, MOMENTUM, are_positive
-from hf_ssl.evaluation.features import dtype_of, is_convolutional
+from hf_ssl.evaluation.encoders import dtype_of, is_convolutional
 from hf_ssl.evaluation.inputs import SELECTED_ON, Inputs, hold_out
 from hf_ssl.evaluation.protocols.linear import logits
 from hf_ssl.evaluation.results import ProtocolResult
