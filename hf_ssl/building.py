@@ -31,9 +31,9 @@ from hf_ssl.evaluation.protocols import label_kinds
 from hf_ssl.evaluation.split_report import report_comparison
 from hf_ssl.files import replaced_file
 from hf_ssl.hub import image_processor
-from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import from_first_process
+from hf_ssl.modeling.loading import load_weights
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import progress
 from hf_ssl.recipe import Recipe

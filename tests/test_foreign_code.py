@@ -21,7 +21,7 @@ from hf_ssl.evaluation import evaluate_encoder, load_encoder
 from hf_ssl.evaluation.encoders import load_processor
 from hf_ssl.hub.export import load_method_model
 from hf_ssl.methods.simclr.modeling_simclr import SimCLRForPreTraining
-from hf_ssl.modeling.backbones import load_config, load_weights, view_settings
+from hf_ssl.modeling.loading import load_config, load_weights, view_settings
 
 ROOT = Path(__file__).parent.parent
 LOADING = ("from_pretrained", "from_config")

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         rank_me,
         uniformity,
     )
-    from hf_ssl.modeling.backbones import load_config, load_weights
+    from hf_ssl.modeling.loading import load_config, load_weights
     from hf_ssl.modeling.pooling import pool, pooling_rule
 
 _RENAMED = {

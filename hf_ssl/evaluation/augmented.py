@@ -21,8 +21,8 @@ from hf_ssl.data.batch import LoadedBatch, is_small, make_batch
 from hf_ssl.data.loader import worker_options
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.encoders import pixel_values
-from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.gather import own_share, process_count
+from hf_ssl.modeling.loading import normalization
 from hf_ssl.random import image_seeds, permutation
 from hf_ssl.resources import own_cores
 from hf_ssl.views import ViewPreset

@@ -20,8 +20,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.encoders import first_output
 from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.evaluation.inputs import Inputs, Split
-from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.further_features import FurtherFeatures
+from hf_ssl.modeling.loading import normalization
 
 IGNORED = 255
 """Class number of ignored pixels in PASCAL VOC and most other data sets."""

@@ -25,7 +25,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from hf_ssl.evaluation.feature_maps import FeatureMaps
-from hf_ssl.modeling.backbones import input_channels, normalization
+from hf_ssl.modeling.backbones import input_channels
+from hf_ssl.modeling.loading import normalization
 from hf_ssl.precision import autocast
 
 MOST_DETECTIONS = 100

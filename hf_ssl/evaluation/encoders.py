@@ -17,10 +17,10 @@ from hf_ssl.data.decode import as_pillow
 from hf_ssl.errors import UserError, first_line
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.files import local_or_hub
-from hf_ssl.modeling.backbones import load_weights, loaded_commit, loading_errors
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
+from hf_ssl.modeling.loading import load_weights, loaded_commit, loading_errors
 from hf_ssl.modeling.pooling import Pooling, pooling_rule
 from hf_ssl.precision import fastest_precision
 

@@ -33,9 +33,9 @@ from hf_ssl.evaluation.protocols import PROTOCOLS, label_kinds, load_protocol
 from hf_ssl.evaluation.results import EncoderResult, ProtocolResult
 from hf_ssl.evaluation.split_report import report_comparison, unknown_classes
 from hf_ssl.evaluation.statistics import feature_statistics
-from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.image_encoders import image_encoder
+from hf_ssl.modeling.loading import load_weights
 from hf_ssl.modeling.pooling import POOLED, Pooling, declared_patch_grid
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import notice

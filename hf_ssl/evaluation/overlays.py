@@ -19,7 +19,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
 from hf_ssl.evaluation.encoders import load_encoder, pixel_values
 from hf_ssl.files import replaced_file
-from hf_ssl.modeling.backbones import input_channels, normalization
+from hf_ssl.modeling.backbones import input_channels
+from hf_ssl.modeling.loading import normalization
 from hf_ssl.names import renamed_arguments
 
 SHOWN_SIDE = 320  # smallest shorter edge of the pictures in pixels

@@ -28,11 +28,11 @@ from hf_ssl.files import (
     write_json,
 )
 from hf_ssl.hub.publish import CONFIG, is_encoder_file
-from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, MASKING_TYPE
 from hf_ssl.modeling.encoder_parts import PARTS
 from hf_ssl.modeling.finite import check_finite
+from hf_ssl.modeling.loading import load_weights
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.views import ViewPreset
 from hf_ssl.views.preset import check_output

@@ -1,213 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones: load, initialize and freeze encoders of transformers, and return a feature vector per image."""
+"""Backbones: sizes, features, initialization and frozen parameters of encoders of transformers (layer 1)."""
 
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-from hf_ssl.errors import UserError, counted, loading_reason, one_line
-from hf_ssl.files import local_folder, local_or_hub
+from hf_ssl.errors import UserError, one_line
 from hf_ssl.modeling.configuration import (
     CLS_POOLER_TYPES,
     as_pair,
     has_rectangular_table,
-    method_of,
     patch_sides,
     size_arguments,
 )
 from hf_ssl.modeling.eval_mode import copy_without_values, evaluation_mode, unchanged_random_state
-from hf_ssl.modeling.finite import check_finite
-from hf_ssl.modeling.image_encoders import TOWER, TWO_TOWERS, image_config, image_encoder
-from hf_ssl.modeling.parallel_encoders import find_parts
-from hf_ssl.modeling.pooling import declare_feature, has_class_token, pool
+from hf_ssl.modeling.pooling import pool
 
-logger = logging.get_logger(__name__)
-
-_UNUSED = ("mask_token", "num_batches_tracked")
-"""Ends of names of weights that files may lack: they have no effect on features."""
 _feature_sizes: dict[str, int] = {}
-
-
-@contextmanager
-def loading_errors(what: str, where: str = "model") -> Iterator[None]:
-    """Turn the errors of loading something from a folder or the Hub into a UserError.
-
-    Args:
-        what: the thing, with the value that names it.
-        where: the argument or the key of the value.
-    """
-    try:
-        yield
-    except (
-        Exception
-    ) as error:  # damaged files raise many types of errors in transformers, safetensors and torch
-        sentence = f"{where}: expected a local folder or a Hub id of {what}; {loading_reason(error)}"
-        raise UserError(sentence) from error
-
-
-def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedConfig:
-    """Return the configuration of an encoder.
-
-    Args:
-        place: a folder or a Hub id.
-        where: the argument or the key that holds `place`, for messages.
-        options: further arguments of `AutoConfig.from_pretrained`, such as `revision`. Code of the repository
-            never runs (`trust_remote_code=False`).
-
-    Raises:
-        UserError: there is no encoder, or a method model instead of one.
-    """
-    folder = local_or_hub(place)
-    with loading_errors(f"an encoder, got {place!r}", where):
-        parts = find_parts(folder, **options)
-        if parts is not None:
-            return parts.config()
-    return image_config(_encoder_config(place, where, **options))
-
-
-def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
-    """Return the configuration in the folder or repository itself, which is not in parts."""
-    with loading_errors(f"an encoder, got {place!r}", where):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            local_or_hub(place), trust_remote_code=False, **options
-        )
-    if method_of(config.model_type) is not None:
-        raise UserError(
-            f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
-            "or export the checkpoint"
-        )
-    vars(config).pop("auto_map", None)  # an exported encoder must not name the code of another repository
-    return config
-
-
-def loaded_commit(encoder: Any) -> str | None:
-    """Return the commit on the Hub that an encoder was loaded from; None if it is not known.
-
-    transformers 5.20 records it, and 5.24 does not. `load_weights` records it in the same attribute, which
-    `save_pretrained` does not write.
-    """
-    return getattr(encoder.config, "_commit_hash", None)
-
-
-def _commit_in_cache(place: str, revision: str | None) -> str | None:
-    """Return the commit of an encoder that was just loaded, or None for a local folder."""
-    if local_folder(place) is not None:
-        return None
-    file = try_to_load_from_cache(place, "config.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
-def load_weights(place: str, where: str = "model", **options: Any) -> PreTrainedModel:
-    """Return an encoder from a folder or the Hub. Arguments and errors: see `load_config`.
-
-    All functions that load encoders call this one. If the encoder consists of parts in subfolders
-    (`hf_ssl.modeling.encoder_parts`), the result joins them. The result is the encoder of images in a ViTMAE
-    or in a model of images and texts (`image_encoder`).
-
-    The weights are in float32, also if the files contain others. `from_pretrained` of transformers 5 would
-    keep 16 bits, which are not enough for training. An evaluation has the precision that it names.
-
-    `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
-    was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
-    is then the class token, or the mean of all tokens. Other missing weights raise an error, and so do
-    weights that are not finite.
-    """
-    folder = local_or_hub(place)
-    with loading_errors(f"an encoder, got {place!r}", where):
-        parts = find_parts(folder, **options)
-        if parts is not None:
-            joined = parts.load()
-            check_finite(joined, where)
-            return joined
-    config = _encoder_config(place, where, **options)
-    with loading_errors(f"an encoder, got {place!r}", where):
-        encoder, report = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
-        commit = _commit_in_cache(place, options.get("revision"))
-    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(_UNUSED)]
-    if config.model_type in TWO_TOWERS:
-        start = f"{TOWER}."
-        missing = [key.removeprefix(start) for key in missing if key.startswith(start)]
-    encoder = image_encoder(encoder)
-    config, encoder.config._commit_hash = encoder.config, commit
-    check_finite(encoder, where)
-    if others := [key for key in missing if not key.startswith("pooler.")]:
-        raise UserError(
-            f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "
-            f"{counted(len(others), 'tensor')}, such as {others[0]}; they would be new"
-        )
-    if missing and config.model_type in CLS_POOLER_TYPES:
-        encoder.config.pooler_act, encoder.pooler.activation = "linear", nn.Identity()
-        set_identity_pooler(encoder)
-    elif missing:
-        averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
-        declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")
-    return encoder
-
-
-def view_settings(place: str, channels: int, revision: str | None = None) -> dict[str, Any]:
-    """Return the fields of the views that follow from the image processor beside the files of an encoder.
-
-    They are `size`, `mean` and `std`. Without a processor, log a warning and return {}.
-
-    Args:
-        place: a folder or a Hub id.
-        channels: number of channels of the images.
-        revision: commit on the Hub.
-    """
-    try:
-        processor: Any = AutoImageProcessor.from_pretrained(
-            local_or_hub(place), revision=revision, trust_remote_code=False
-        )
-    except (ImportError, OSError, ValueError) as error:
-        logger.warning(
-            "views: size, mean and std do not follow the encoder, because its image processor cannot be "
-            "loaded: %s", loading_reason(error),
-        )  # fmt: skip
-        return {}
-    mean, std = normalization(processor, channels)
-    if hasattr(processor, "data_config"):
-        side = processor.data_config["input_size"][-1]
-    else:
-        size = dict(getattr(processor, "crop_size", None) or processor.size or {})
-        side = size.get("height", size.get("shortest_edge"))
-    return {"mean": mean, "std": std} | ({} if side is None else {"size": side})
-
-
-def normalization(processor: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor.
-
-    They are 0 and 1 for a processor that does not normalize or names no numbers. A single number applies to
-    all channels.
-    """
-    given = getattr(processor, "data_config", None)  # of timm
-    if given is None:
-        used = getattr(processor, "do_normalize", False)
-        given = {"mean": processor.image_mean, "std": processor.image_std} if used else {}
-    mean, std = list(given.get("mean") or [0.0]), list(given.get("std") or [1.0])
-    return mean * (channels if len(mean) == 1 else 1), std * (channels if len(std) == 1 else 1)
 
 
 def input_channels(config: Any) -> int:

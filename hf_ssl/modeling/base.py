@@ -21,15 +21,13 @@ from hf_ssl.modeling.backbones import (
     freeze_unused,
     initialize_as_timm,
     input_channels,
-    load_weights,
-    loaded_commit,
     set_identity_pooler,
-    view_settings,
 )
 from hf_ssl.modeling.batch_norm import batch_norms
 from hf_ssl.modeling.configuration import SSLConfig, method_of
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
+from hf_ssl.modeling.loading import load_weights, loaded_commit, view_settings
 from hf_ssl.modeling.memory import DeferredMemory, HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders

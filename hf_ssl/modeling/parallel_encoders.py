@@ -35,7 +35,7 @@ class ParallelEncoders(PreTrainedModel):
     """A narrow encoder for each color view of an image. It takes RGB images and joins all outputs by channel.
 
     `save_pretrained` writes each narrow encoder to a subfolder of its own, which transformers loads, and
-    `encoders.json`. `hf_ssl.modeling.backbones.load_weights` reads such a folder.
+    `encoders.json`. `hf_ssl.modeling.loading.load_weights` reads such a folder.
 
     Args:
         config: config of an encoder whose widths are the sums of those of the narrow ones.
@@ -317,7 +317,7 @@ class EncoderFolder:
                 found.append(
                     kind.from_pretrained(self.place, subfolder=name, trust_remote_code=False, **given)
                 )
-            except Exception as error:  # see `hf_ssl.modeling.backbones.loading_errors`
+            except Exception as error:  # see `hf_ssl.modeling.loading.loading_errors`
                 raise UserError(f"{name}: {loading_reason(error)}") from error
         return found
 

@@ -66,7 +66,7 @@ def pretrained_config(init_from: str, views: ViewPreset) -> "PreTrainedConfig":
     Raises:
         UserError: there is no encoder.
     """
-    from hf_ssl.modeling.backbones import load_config
+    from hf_ssl.modeling.loading import load_config
     from hf_ssl.modeling.position_tables import config_at_size
 
     return config_at_size(load_config(init_from, "backbone.init_from"), views.final_size)
@@ -86,7 +86,8 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
             "backbone.init_from=..."
         )
     _check_whole(init_from)
-    from hf_ssl.modeling.backbones import input_channels, load_config
+    from hf_ssl.modeling.backbones import input_channels
+    from hf_ssl.modeling.loading import load_config
 
     config: Any = load_config(init_from, "backbone.init_from")
     further = sorted(backbone.keys() - {"init_from", "model_type"})
@@ -124,7 +125,7 @@ def pretrained_views(init_from: str, given: dict[str, Any], data: DataConfig) ->
 
     Size, mean and std follow the image processor of the encoder, unless the section `views` sets them.
     """
-    from hf_ssl.modeling.backbones import view_settings
+    from hf_ssl.modeling.loading import view_settings
 
     views = to_dataclass(ViewPreset, view_settings(init_from, data.channels) | given, "views")
     views.check(data.channels)

@@ -38,7 +38,7 @@ from hf_ssl.evaluation import (
 from hf_ssl.evaluation.encoders import device_of, first_output
 from hf_ssl.files import check_new_or_empty, local_folder, replaced_folder, write_json
 from hf_ssl.hub.publish import SPACE_FACTS
-from hf_ssl.modeling.backbones import loaded_commit
+from hf_ssl.modeling.loading import loaded_commit
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.progress import progress
 from hf_ssl.resources import MAX_IMAGES, resource

@@ -29,7 +29,7 @@ from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, attention_maps, extract_features, fastest_device
 from hf_ssl.evaluation.encoders import chosen_precision
-from hf_ssl.modeling.backbones import load_config, load_weights
+from hf_ssl.modeling.loading import load_config, load_weights
 from hf_ssl.modeling.pooling import pool
 from hf_ssl.recipe import load_recipe
 from hf_ssl.space import build, build_space

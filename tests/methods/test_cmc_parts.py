@@ -38,9 +38,10 @@ from hf_ssl.hub.export import export_model, same_bits
 from hf_ssl.hub.publish import encoder_files, publish
 from hf_ssl.methods.cmc.configuration_cmc import CMCConfig
 from hf_ssl.methods.cmc.modeling_cmc import CMCForPreTraining
-from hf_ssl.modeling.backbones import encode, encode_without_columns, feature_size, load_config, load_weights
+from hf_ssl.modeling.backbones import encode, encode_without_columns, feature_size
 from hf_ssl.modeling.encoder_parts import PARTS, describe_views
 from hf_ssl.modeling.fast_layers import choose_attention
+from hf_ssl.modeling.loading import load_config, load_weights
 from hf_ssl.modeling.narrow_encoders import feature_width, joined_config, narrow_configs
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders, ParallelResNets
 from hf_ssl.modeling.parameter_groups import layer_depths

@@ -25,7 +25,8 @@ from hf_ssl.evaluation.classifiers import new_classifier
 from hf_ssl.evaluation.dense import SquareProcessor
 from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.hub import image_processor
-from hf_ssl.modeling.backbones import encode, normalization
+from hf_ssl.modeling.backbones import encode
+from hf_ssl.modeling.loading import normalization
 from hf_ssl.modeling.pooling import declare_feature, pool, pooling_rule
 from hf_ssl.views import ViewPreset
 

@@ -23,7 +23,7 @@ from hf_ssl.data import DataConfig, labeled_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import Gallery, load_encoder, read_photo
 from hf_ssl.hub.publish import space_files
-from hf_ssl.modeling.backbones import loaded_commit
+from hf_ssl.modeling.loading import loaded_commit
 from hf_ssl.space import build, build_space
 
 ROOT = Path(__file__).parents[2]

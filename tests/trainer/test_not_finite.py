@@ -16,8 +16,8 @@ from hf_ssl.errors import UserError
 from hf_ssl.hub.export import export_checkpoint, export_encoder, image_processor
 from hf_ssl.hub.publish import publish
 from hf_ssl.methods import METHODS
-from hf_ssl.modeling.backbones import load_weights
 from hf_ssl.modeling.finite import not_finite
+from hf_ssl.modeling.loading import load_weights
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import checkpoints
 from hf_ssl.trainer.resuming import find_problem

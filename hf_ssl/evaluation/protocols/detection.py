@@ -24,8 +24,8 @@ from hf_ssl.evaluation.feature_maps import feature_maps
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.evaluation.label_trainer import OPTIMIZERS, check_rate, training_folder
 from hf_ssl.evaluation.results import ProtocolResult, mean_error, result_id
-from hf_ssl.modeling.backbones import normalization
 from hf_ssl.modeling.eval_mode import unchanged_random_state
+from hf_ssl.modeling.loading import normalization
 
 VERSION = 1
 _WHERE = "evaluation.settings.detection"
