@@ -40,6 +40,7 @@ from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import VIEWS
 from hf_ssl.trainer.epochs import check_epochs
+from hf_ssl.trainer.knn import KNNClassifier
 from hf_ssl.trainer.machine_settings import (
     MONITOR_IMAGES,
     Choices,
@@ -52,7 +53,7 @@ from hf_ssl.trainer.machine_settings import (
     choose_workers,
     free_memory,
 )
-from hf_ssl.trainer.monitor import KNNClassifier, Monitor, load_monitor_images
+from hf_ssl.trainer.monitor import Monitor, load_monitor_images
 from hf_ssl.trainer.step_cost import MEASURED_IMAGES, measure_step
 from hf_ssl.trainer.trainer import SSLTrainer
 from hf_ssl.views import montage

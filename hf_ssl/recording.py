@@ -36,8 +36,8 @@ from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import pooling_rule
 from hf_ssl.precision import ACCELERATE
 from hf_ssl.recipe import Recipe
+from hf_ssl.trainer.alarms import monitor_records
 from hf_ssl.trainer.callbacks import CURVES, VIEWS
-from hf_ssl.trainer.monitor import monitor_records
 from hf_ssl.trainer.trainer import SSLTrainer
 
 

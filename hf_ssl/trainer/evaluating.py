@@ -20,21 +20,15 @@ from hf_ssl.evaluation import extract_features
 from hf_ssl.evaluation.split_report import report_comparison
 from hf_ssl.precision import autocast_dtype
 from hf_ssl.progress import hidden_progress
+from hf_ssl.trainer.alarms import Alarm, CollapseAlarm
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import Interrupted, StopOnSignal
 from hf_ssl.trainer.epochs import check_epochs
 from hf_ssl.trainer.gradient_cache import check_chunking, warn_about_accumulation
+from hf_ssl.trainer.knn import KNNClassifier, classify, knn_classifiers
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.machine_settings import check_batch_size
-from hf_ssl.trainer.monitor import (
-    Alarm,
-    CollapseAlarm,
-    KNNClassifier,
-    Monitor,
-    classify,
-    knn_classifiers,
-    load_monitor_images,
-)
+from hf_ssl.trainer.monitor import Monitor, load_monitor_images
 from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import check_optimization
 from hf_ssl.trainer.pushing import PushingTrainer

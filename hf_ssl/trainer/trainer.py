@@ -34,6 +34,7 @@ from hf_ssl.modeling.backbones import check_image_sizes
 from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.gather import average_gradients
 from hf_ssl.progress import hidden_progress
+from hf_ssl.trainer.alarms import CollapseAlarm, FeatureGuard
 from hf_ssl.trainer.arguments import SSLTrainingArguments
 from hf_ssl.trainer.callbacks import (
     SEED_OFFSET,
@@ -48,6 +49,7 @@ from hf_ssl.trainer.callbacks import (
 from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward
+from hf_ssl.trainer.knn import ComputeMetrics, knn_classifiers, knn_names
 from hf_ssl.trainer.logs import Stopwatch, TermMeans, peak_memory_gib
 from hf_ssl.trainer.machine_settings import (
     Choices,
@@ -56,14 +58,7 @@ from hf_ssl.trainer.machine_settings import (
     choose_workers,
     prepare_model,
 )
-from hf_ssl.trainer.monitor import (
-    CollapseAlarm,
-    ComputeMetrics,
-    FeatureGuard,
-    Monitor,
-    knn_classifiers,
-    knn_names,
-)
+from hf_ssl.trainer.monitor import Monitor
 from hf_ssl.trainer.optimizers import check_objects
 from hf_ssl.trainer.schedules import largest_weight_decay
 from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric, reject_argument
@@ -84,7 +79,7 @@ class SSLTrainer(EvaluatingTrainer):
         train_dataset: the images (`hf_ssl.data.as_source`): a `Dataset` or `IterableDataset` of `datasets`, a
             torch data set, a list of files, or a folder. Only `args.online_probe` reads labels.
         eval_dataset: labeled images for the k-NN accuracy of the monitor, or a dict of them
-            (`hf_ssl.trainer.monitor.knn_classifiers`).
+            (`hf_ssl.trainer.knn.knn_classifiers`).
         model_init: returns the model; it is called once, with the seed of `args`.
         compute_loss_func: receives the `SSLOutput` and None instead of labels, and returns the loss.
         compute_metrics: receives features and labels of the k-NN images, and returns further measurements.

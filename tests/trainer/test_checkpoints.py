@@ -21,7 +21,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.evaluation.label_trainer import LabelTrainer
 from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
 from hf_ssl.recipe import load_recipe
-from hf_ssl.trainer.monitor import CollapseAlarm
+from hf_ssl.trainer.alarms import CollapseAlarm
 from hf_ssl.trainer.trainer import SSLTrainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")

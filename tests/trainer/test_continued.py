@@ -27,7 +27,7 @@ from hf_ssl.evaluation.classifiers import new_classifier
 from hf_ssl.modeling.parameter_groups import layer_depths
 from hf_ssl.recipe import load_recipe
 from hf_ssl.run import build_model, build_trainer, pretrain, train
-from hf_ssl.trainer.monitor import FeatureGuard
+from hf_ssl.trainer.alarms import FeatureGuard
 from hf_ssl.trainer.optimizers import build_optimizer, parameter_groups_by_name
 
 SMALL = {

@@ -20,7 +20,8 @@ from hf_ssl.modeling.outputs import SSLOutput
 from hf_ssl.modeling.projected_encoder import ProjectedEncoder
 from hf_ssl.recipe import Recipe, load_recipe
 from hf_ssl.run import build_trainer
-from hf_ssl.trainer.monitor import CollapseAlarm, KNNClassifier
+from hf_ssl.trainer.alarms import CollapseAlarm
+from hf_ssl.trainer.knn import KNNClassifier
 from hf_ssl.views import ViewPreset
 
 pytestmark = pytest.mark.usefixtures("no_curves")
