@@ -22,7 +22,7 @@ from hf_ssl.cards.facts import (
 from hf_ssl.cards.privacy import encoder_name, folder_name
 from hf_ssl.cards.result_files import recorded_training
 from hf_ssl.data import DataConfig, LabeledImages
-from hf_ssl.data.images import FOUND_VALUES
+from hf_ssl.data.inspection import FOUND_VALUES
 from hf_ssl.data.location import DIGITS, locate
 from hf_ssl.evaluation import EncoderResult, EvaluationConfig, plots
 from hf_ssl.evaluation.feature_cache import encoder_fingerprint

@@ -20,7 +20,8 @@ from hf_ssl.data.boxes import Objects
 from hf_ssl.data.class_numbers import matching_numbers
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.contents import same_contents
-from hf_ssl.data.images import DecodedRows, EncodedRows, decoded_rows
+from hf_ssl.data.decoded import DecodedRows, decoded_rows
+from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.labels import LabeledRows, only_classes, read_labels
 from hf_ssl.data.pixels import ValueRange
 from hf_ssl.data.readers import can_read_all

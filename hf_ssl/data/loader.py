@@ -23,8 +23,10 @@ from hf_ssl.data.batch import (
     make_batch,
 )
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.decoded import DecodedRows, RowNumbers, decoded_rows
 from hf_ssl.data.further_columns import mirrored_channels
-from hf_ssl.data.images import DecodedRows, EncodedRows, RowNumbers, common_size, decoded_rows
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.inspection import common_size
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.data.stream_loader import first_images_are_small, make_stream_loader, stop_workers

@@ -23,7 +23,8 @@ from hf_ssl.data.batch import (
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage
 from hf_ssl.data.further_columns import decode, image_hash, mirrored_channels
-from hf_ssl.data.images import FOUND_VALUES, broken_message, inspect_images
+from hf_ssl.data.images import broken_message
+from hf_ssl.data.inspection import FOUND_VALUES, inspect_images
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.data.value_range import report_values

@@ -14,8 +14,9 @@ import pytest
 from messages import mentions
 
 from hf_ssl.data import DataConfig, builders, folder, labeled_images, open_source
+from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.folder import find_local_data
-from hf_ssl.data.images import EncodedRows, decoded_rows
+from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.location import fingerprint, list_folder, locate
 from hf_ssl.errors import UserError
 

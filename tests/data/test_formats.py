@@ -14,7 +14,7 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig, formats, open_source
 from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
-from hf_ssl.data.images import common_size
+from hf_ssl.data.inspection import common_size
 from hf_ssl.errors import UserError
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"

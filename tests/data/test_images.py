@@ -9,11 +9,21 @@ import pytest
 import torch
 from messages import mentions
 
-from hf_ssl.data import DataConfig, all_images, as_source, builders, open_source, without_broken_images
+from hf_ssl.data import (
+    DataConfig,
+    all_images,
+    as_source,
+    builders,
+    inspection,
+    open_source,
+    without_broken_images,
+)
+from hf_ssl.data import decoded as decoded_module
 from hf_ssl.data import folder as folder_module
-from hf_ssl.data import images as images_module
 from hf_ssl.data.batch import is_small
-from hf_ssl.data.images import DecodedRows, EncodedRows, common_size, decoded_rows
+from hf_ssl.data.decoded import DecodedRows, decoded_rows
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.inspection import common_size
 from hf_ssl.errors import UserError
 
 
@@ -82,7 +92,7 @@ def test_a_cache_file_is_written_once_and_reused(numbered, datasets_cache, monke
     first = decoded_rows(open_source(config), 3, "memmap")
     assert first.file.parent == datasets_cache / "hf_ssl"
     assert not list(first.file.parent.glob("_writing-*"))
-    monkeypatch.setattr(images_module, "_fill", None)
+    monkeypatch.setattr(decoded_module, "_fill", None)
     again = decoded_rows(open_source(config), 3, "memmap")
     assert again.file == first.file and again.broken == first.broken and (again.pixels == first.pixels).all()
     copy = pickle.loads(pickle.dumps(again))
@@ -92,16 +102,16 @@ def test_a_cache_file_is_written_once_and_reused(numbered, datasets_cache, monke
 
 def test_a_cache_file_whose_writing_was_interrupted_is_not_used(numbered, monkeypatch):
     config = numbered(31)
-    fill = images_module._fill
+    fill = decoded_module._fill
 
     def interrupted(pixels, rows):
         pixels[:10] = 7
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(images_module, "_fill", interrupted)
+    monkeypatch.setattr(decoded_module, "_fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoded_rows(open_source(config), 3, "memmap")
-    monkeypatch.setattr(images_module, "_fill", fill)
+    monkeypatch.setattr(decoded_module, "_fill", fill)
     source = open_source(config)
     assert torch.equal(
         decoded_rows(source, 3, "memmap").read(np.arange(5))[0][2],
@@ -116,7 +126,7 @@ def test_auto_does_not_cache_large_data_or_images_of_several_sizes(numbered, ima
     assert decoded_rows(source, 3, "auto").file is None
     assert decoded_rows(source, 3, "auto", shared=True).file is not None
     assert decoded_rows(source, 3, "none") is None
-    monkeypatch.setattr(images_module, "_AUTO_BYTES", 20 * 3 * 120 - 1)
+    monkeypatch.setattr(decoded_module, "_AUTO_BYTES", 20 * 3 * 120 - 1)
     assert decoded_rows(open_source(numbered(20)), 3, "auto") is None
 
 
@@ -168,7 +178,7 @@ def test_the_inspection_decodes_one_image_of_each_size(tmp_path, monkeypatch):
     for number in range(64):
         PIL.Image.new("RGB", (8 + number % 2, 8)).save(tmp_path / f"{number}.png")
     decoded = []
-    monkeypatch.setattr(images_module, "decode", lambda *arguments, own=images_module.decode: (
+    monkeypatch.setattr(inspection, "decode", lambda *arguments, own=inspection.decode: (
         decoded.append(1), own(*arguments))[1])  # fmt: skip
     assert common_size(open_source(DataConfig(path=str(tmp_path))), 3) is None
     assert len(decoded) == 2

@@ -171,6 +171,7 @@ def test_a_second_loader_uses_the_decoded_images_of_the_first(numbered, preset, 
     source = open_source(config)
     first = train_loader(source, preset, config=config, seed=0, batch_size=4)
     monkeypatch.setattr("hf_ssl.data.images.decode", None)
+    monkeypatch.setattr("hf_ssl.data.inspection.decode", None)
     second = train_loader(source, preset, config=config, seed=0, batch_size=4)
     assert same(list(first), list(second))
 

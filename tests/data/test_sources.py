@@ -18,7 +18,8 @@ from hf_ssl.data import DataConfig, open_source
 from hf_ssl.data.columns import find_image_column, find_label_column, label_values
 from hf_ssl.data.contents import same_contents
 from hf_ssl.data.decode import EncodedImage, decode
-from hf_ssl.data.images import EncodedRows, decoded_rows
+from hf_ssl.data.decoded import decoded_rows
+from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.errors import UserError
 

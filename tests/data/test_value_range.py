@@ -15,7 +15,9 @@ from messages import mentions
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.data import DataConfig, open_source, stream_loader
 from hf_ssl.data.adapters import as_source
-from hf_ssl.data.images import FOUND_VALUES, EncodedRows, common_size, decoded_rows
+from hf_ssl.data.decoded import decoded_rows
+from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.inspection import FOUND_VALUES, common_size
 from hf_ssl.data.labeled import label_data, unlabeled_images
 from hf_ssl.data.loader import holds_small_images
 from hf_ssl.errors import UserError

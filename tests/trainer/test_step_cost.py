@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_ssl.building import build_model, build_trainer
-from hf_ssl.data import images, open_source
+from hf_ssl.data import decoded, open_source
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer import machine_settings, step_cost
 from hf_ssl.trainer.monitor import load_monitor_images
@@ -108,7 +108,7 @@ def test_activation_checkpoints_need_less_memory(tmp_path, method):
 
 
 def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
-    seen, fill = [], images._fill
+    seen, fill = [], decoded._fill
 
     def slow(*arguments):
         start = time.process_time()
@@ -116,7 +116,7 @@ def test_decoding_all_images_is_not_the_time_of_one(tmp_path, monkeypatch):
             pass
         return fill(*arguments)
 
-    monkeypatch.setattr(images, "_fill", slow)
+    monkeypatch.setattr(decoded, "_fill", slow)
     monkeypatch.setattr(
         "hf_ssl.building.measure_step", lambda model, batch, load, *others: seen.append(load) or COST
     )

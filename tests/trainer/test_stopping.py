@@ -144,7 +144,7 @@ DECODE = """
 import os, signal, threading, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell disables it in the background
 from hf_ssl import cli
-from hf_ssl.data import images
+from hf_ssl.data import images, inspection
 
 def slow(data, channels, decode=images.decode):
     print("decoding", flush=True)
@@ -152,7 +152,7 @@ def slow(data, channels, decode=images.decode):
     return decode(data, channels)
 
 import time
-images.decode = slow
+images.decode = inspection.decode = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 
