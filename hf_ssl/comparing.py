@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from hf_ssl.cards.comparison import Comparison, compare
 from hf_ssl.cards.comparison_text import csv_text, draw, latex, markdown
-from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts_files import FILE as FACTS
 from hf_ssl.cards.result_files import EXPECTED, read_results, result_files
 from hf_ssl.errors import UserError
 from hf_ssl.files import local_folder, replaced_file, write_text

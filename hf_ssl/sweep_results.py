@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards import read_facts
-from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import read_entries, result_entry
+from hf_ssl.cards.facts_files import FILE as FACTS
+from hf_ssl.cards.facts_files import read_entries, result_entry
 from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED, read_results
 from hf_ssl.cards.sweep_plots import draw, draw_curves

@@ -10,8 +10,10 @@ from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
     from hf_ssl.cards.card import write_card
-    from hf_ssl.cards.facts import Facts, append_result, environment, read_facts, write_facts
+    from hf_ssl.cards.facts import Facts
+    from hf_ssl.cards.facts_files import append_result, read_facts, write_facts
     from hf_ssl.cards.privacy import last_part, remove_private
+    from hf_ssl.cards.run_environment import environment
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__, __file__, renamed={"public": "hf_ssl.cards.remove_private"}

@@ -11,8 +11,10 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
 
 from hf_ssl.cards import text
-from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import Facts, public_facts, read_facts
+from hf_ssl.cards.facts import Facts
+from hf_ssl.cards.facts_files import FILE as FACTS
+from hf_ssl.cards.facts_files import read_facts
+from hf_ssl.cards.privacy import public_facts
 from hf_ssl.cards.result_files import RESULTS, suite_results
 from hf_ssl.cards.suite_text import Summary, table
 from hf_ssl.cards.usage import usage

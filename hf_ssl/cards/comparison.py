@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from hf_ssl.cards.facts import facts_of_weights
+from hf_ssl.cards.facts_files import facts_of_weights
 from hf_ssl.cards.short_texts import distinguished, joined
 from hf_ssl.cards.text import ENCODERS
 from hf_ssl.effects import WEIGHTS, effect

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private information: tokens, passwords, user names and the locations of folders.
 
-`remove_private` removes it from the facts of a run. `check_leaks` searches for it in files before they are
-published.
+`remove_private` removes it from plain data, and `public_facts` from the facts of a run. `check_leaks`
+searches for it in files before they are published.
 """
 
 import getpass
@@ -14,12 +14,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
+import yaml
 from huggingface_hub import get_token
 
+from hf_ssl.cards.facts import Facts, check_facts
+from hf_ssl.data.location import DIGITS
 from hf_ssl.errors import UserError
 from hf_ssl.files import local_folder
 
@@ -239,3 +242,41 @@ def _strings(name: str, text: str) -> Iterator[str]:
             pending += [*value, *value.values()]
         elif isinstance(value, list):
             pending += value
+
+
+def local_path(name: str) -> str:
+    """Return `data.path` for the recorded name of data that are not on the Hub; "./" marks a local folder."""
+    return name if name == DIGITS or name.startswith("./") else f"./{name}"
+
+
+def public_facts(facts: Any) -> Facts:
+    """Return a checked copy of `facts` for publication, as plain data for JSON.
+
+    Local paths are replaced by their last part, tokens are removed, and numbers that are not finite become
+    None.
+
+    Raises:
+        UserError: the same errors as `check_facts`.
+    """
+    facts = remove_private(check_facts(facts))
+    sections, differences = facts["recipe"]["sections"], facts["recipe"]["differences"]
+    for section, source in (("data", facts["data"]), ("evaluation", facts["evaluation"])):
+        # "photos/dogs" may be a Hub id or a folder. Only hub_id distinguishes them.
+        if source is not None and source["hub_id"] is None and sections.get(section, {}).get("path"):
+            sections[section]["path"] = path = local_path(source["name"])
+            if f"{section}.path" in differences:
+                differences[f"{section}.path"] = path
+    facts["recipe"]["overrides"] = [_public_override(text, sections) for text in facts["recipe"]["overrides"]]
+    return cast(Facts, facts)
+
+
+def _public_override(text: str, sections: dict[str, Any]) -> str:
+    """Return an override of the recipe, with a path replaced by the public one in `sections`."""
+    key, equals, value = text.partition("=")
+    section, dot, field = key.partition(".")
+    if field == "path" and section in sections:
+        return f"{key}{equals}{sections[section]['path']}"
+    whole = yaml.safe_load(value) if not dot and section in sections else None
+    if isinstance(whole, dict) and "path" in whole:  # section={key: value}; JSON is YAML
+        return f"{key}={json.dumps(whole | {'path': sections[section]['path']}, ensure_ascii=False)}"
+    return text

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import Facts, facts_of_weights, read_entries, read_facts, result_entry
+from hf_ssl.cards.facts import Facts
+from hf_ssl.cards.facts_files import FILE as FACTS
+from hf_ssl.cards.facts_files import facts_of_weights, read_entries, read_facts, result_entry
 from hf_ssl.cards.suite_text import Summary
 from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
@@ -35,7 +36,7 @@ _DEPTH = 3
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the entries (`hf_ssl.cards.facts.result_entry`) of a file with results.
+    """Return the entries (`hf_ssl.cards.facts_files.result_entry`) of a file with results.
 
     For an encoder that hf_ssl did not train, the entry also has the keys `model` and `weights` (a hash of the
     weights). Its `training`, `method`, `data`, `recipe` and `seed` are None.

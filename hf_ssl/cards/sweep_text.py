@@ -66,7 +66,7 @@ class Measured:
         cls, name: str, arm: str, values: dict[str, Any], seed: int, entry: dict[str, Any],
         history: list[dict[str, Any]], settings: tuple[str, ...] = (),
     ) -> "Measured":  # fmt: skip
-        """Return the run with this entry (`hf_ssl.cards.facts.result_entry`)."""
+        """Return the run with this entry (`hf_ssl.cards.facts_files.result_entry`)."""
         evaluation = entry["evaluation"]
         images = entry["data"]["name"] if evaluation is None else evaluation["name"]
         training, results = entry["training"] or {}, entry["results"]

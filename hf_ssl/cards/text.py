@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hf_ssl.cards.facts import Facts, local_path
+from hf_ssl.cards.facts import Facts
+from hf_ssl.cards.privacy import local_path
 from hf_ssl.effects import NUMBERS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MAIN_KNN, MEASUREMENTS

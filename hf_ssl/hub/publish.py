@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from hf_ssl.cards.card import CARD, EVALUATION_RESULTS, card_texts, is_generated, picture_files
 from hf_ssl.cards.conversion import FILE as CONVERSION
-from hf_ssl.cards.facts import FILE as FACTS
-from hf_ssl.cards.facts import Facts, read_facts
+from hf_ssl.cards.facts import Facts
+from hf_ssl.cards.facts_files import FILE as FACTS
+from hf_ssl.cards.facts_files import read_facts
 from hf_ssl.cards.privacy import check_leaks, local_secrets
 from hf_ssl.cards.result_files import RESULTS, suite_results
 from hf_ssl.errors import UserError, one_line

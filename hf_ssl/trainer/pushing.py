@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
 from hf_ssl.cards.card import CARD, encoder_metadata
-from hf_ssl.cards.facts import FILE as FACTS
+from hf_ssl.cards.facts_files import FILE as FACTS
 from hf_ssl.cards.privacy import check_leaks, folder_name, local_secrets
 from hf_ssl.errors import UserError
 from hf_ssl.files import STAGING_PREFIX, write_text

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ssl.cards import write_card
 from hf_ssl.cards.card import evaluation_entries
-from hf_ssl.cards.facts import public_facts
+from hf_ssl.cards.privacy import public_facts
 from hf_ssl.cards.text import command, duration, results_table, terminal_text
 from hf_ssl.cards.usage import FEATURES
 from hf_ssl.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hf_ssl import run
-from hf_ssl.cards.facts import public_facts
+from hf_ssl.cards.privacy import public_facts
 from hf_ssl.cards.text import check_command
 from hf_ssl.data import DataConfig
 from hf_ssl.evaluation import EvaluationConfig

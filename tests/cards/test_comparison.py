@@ -17,7 +17,7 @@ from messages import mentions
 
 from hf_ssl.cards.comparison import compare
 from hf_ssl.cards.comparison_text import csv_text, latex, latex_escaped, markdown
-from hf_ssl.cards.facts import append_result, result_entry, write_facts
+from hf_ssl.cards.facts_files import append_result, result_entry, write_facts
 from hf_ssl.cards.short_texts import distinguished, joined
 from hf_ssl.cli import main
 from hf_ssl.comparing import entries_of

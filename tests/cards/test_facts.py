@@ -23,8 +23,8 @@ from hf_ssl.cards import (
     remove_private,
     write_facts,
 )
-from hf_ssl.cards.facts import check_facts, public_facts
-from hf_ssl.cards.privacy import encoder_name, folder_name
+from hf_ssl.cards.facts import check_facts
+from hf_ssl.cards.privacy import encoder_name, folder_name, public_facts
 from hf_ssl.errors import UserError
 from hf_ssl.files import local_folder
 

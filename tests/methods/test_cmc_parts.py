@@ -30,7 +30,7 @@ from transformers import (
 from hf_ssl import SimCLRConfig, SimCLRForPreTraining
 from hf_ssl.building import build_model
 from hf_ssl.cards import write_card
-from hf_ssl.cards.facts import public_facts
+from hf_ssl.cards.privacy import public_facts
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import attention_maps, has_attention, load_encoder
 from hf_ssl.hub import export_encoder, image_processor
