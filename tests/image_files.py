@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writers of PNG, TIFF and PNM files for tests, which use no image library: only struct, zlib and numpy.
+"""Writers of PNG, TIFF, PNM, SGI and FITS files for tests, which use no image library: only struct, zlib and
+numpy.
 
-Sources: TIFF 6.0 (Adobe, 1992), RFC 2083 (PNG), the manual pages of netpbm (PGM, PPM).
+Sources: TIFF 6.0 (Adobe, 1992), RFC 2083 (PNG), the manual pages of netpbm (PGM, PPM), the SGI image file
+format 1.00, FITS standard 4.0.
 """
 
 import struct
@@ -117,3 +119,21 @@ def pnm(values: np.ndarray, maximum: int) -> bytes:
         f"P{kind} {width} {height} {maximum}\n".encode()
         + values.astype(">u2" if maximum > 255 else "u1").tobytes()
     )
+
+
+def sgi(values: np.ndarray) -> bytes:
+    """Return an uncompressed SGI file of uint8 or uint16 numbers (H, W, C). The first row is the lowest."""
+    height, width, channels = values.shape
+    size = values.dtype.itemsize
+    head = struct.pack(">HBBHHHHII", 474, 0, size, 3, width, height, channels, 0, 256**size - 1)
+    return head.ljust(512, b"\0") + np.moveaxis(values[::-1], 2, 0).astype(f">u{size}").tobytes()
+
+
+def fits(values: np.ndarray, *, zero: float = 0) -> bytes:
+    """Return a FITS file of numbers (H, W), to which a reader adds `zero`. The first row is the lowest."""
+    height, width = values.shape
+    bits = 8 * values.dtype.itemsize * (-1 if values.dtype.kind == "f" else 1)
+    cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": width, "NAXIS2": height, "BZERO": zero}
+    head = "".join(f"{name:8}= {value!s:>20}".ljust(80) for name, value in cards.items()) + "END"
+    content = values[::-1].astype(values.dtype.newbyteorder(">")).tobytes()
+    return head.ljust(2880).encode() + content.ljust(-(-len(content) // 2880) * 2880, b"\0")

@@ -18,12 +18,23 @@ import PIL.Image
 import pyarrow as pa
 
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, array_image
+from hf_ssl.data.scientific import (
+    BLACK_IS_ZERO,
+    GRAY_ADVICE,
+    ORIENTATION,
+    RGB,
+    WHITE_IS_ZERO,
+    jpeg2000_header,
+    read_jpeg2000,
+    read_png,
+    read_tiff,
+    turned,
+)
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
 ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
 
 EXTRA = "hf_ssl[scientific]"
-ORIENTATION = 0x0112
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -33,27 +44,16 @@ _TRANSPOSES = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda values: values[:, ::-1],
-    3: lambda values: values[::-1, ::-1],
-    4: lambda values: values[::-1],
-    5: lambda values: values.swapaxes(0, 1),
-    6: lambda values: values[::-1].swapaxes(0, 1),
-    7: lambda values: values[::-1, ::-1].swapaxes(0, 1),
-    8: lambda values: values.swapaxes(0, 1)[::-1],
-}
-"""EXIF orientation -> what Pillow does in `_TRANSPOSES`, for arrays."""
 SWAPS_SIDES = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BIG_ENDIAN = b"MM"
+_CONVERT = "convert it to TIFF or PNG"
+
 # Tags of TIFF files, and some of their values.
 _BITS, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 284, 338, 339
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _UNSIGNED, _SIGNED = 1, 2
-_DROPPED, _ALPHA = 0, 2
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_CODESTREAM = b"\xff\x4f\xff\x51"
-_CMYK = 12
 
 
 class _Fault(NamedTuple):
@@ -61,11 +61,13 @@ class _Fault(NamedTuple):
 
     Attributes:
         file: the format of the file, for messages.
-        read: reads the file with the extra `scientific`; None: the file does not state what its channels are.
+        read: reads the file with the extra `scientific`; None: hf_ssl does not read such files.
+        advice: what to do if hf_ssl does not read the file.
     """
 
     file: str
     read: Callable[[memoryview], Samples] | None = None
+    advice: str = "keep the first three channels"
 
 
 def read_image(data: ImageData, *, exact: bool = False) -> Decoded:
@@ -93,7 +95,7 @@ def read_image(data: ImageData, *, exact: bool = False) -> Decoded:
         image = PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError:
         if bytes(view[:4]) in _TIFF:
-            return _with_extra(_Fault("a TIFF file of a kind that Pillow cannot read", _read_tiff), view)
+            return _with_extra(_Fault("a TIFF file of a kind that Pillow cannot read", read_tiff), view)
         raise
     return _read_opened(image, view, exact)
 
@@ -138,13 +140,13 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
     orientation = _orientation(image)
     fault = _fault(image, view, exact)
     if fault is not None:
-        return _turned(_with_extra(fault, view), orientation)
+        return turned(_with_extra(fault, view), orientation)
     if image.format == "PNG" and view is not None:
         _check_png(view)
     original = _original(image, view, exact)
     image.load()  # a lazy image reads its file now
     if original is not None:
-        return _turned(original(np.asarray(image)), orientation)
+        return turned(original(np.asarray(image)), orientation)
     return image if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
 
 
@@ -159,15 +161,9 @@ def _orientation(image: PIL.Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in _TRANSPOSES else 1
 
 
-def _turned(samples: Samples, orientation: int) -> Samples:
-    return samples if orientation == 1 else samples._replace(values=_TURNS[orientation](samples.values))
-
-
 def _with_extra(fault: _Fault, view: memoryview | None) -> Samples:
     if fault.read is None:
-        raise BrokenImage(
-            f"expected channels of known meaning, got {fault.file}; keep the first three channels"
-        )
+        raise BrokenImage(f"expected pixels of known meaning, got {fault.file}; {fault.advice}")
     if view is None:
         raise BrokenImage(
             f"expected an image that Pillow opens correctly, got {fault.file}; use the path or the bytes "
@@ -194,27 +190,35 @@ def _fault(image: PIL.Image.Image, view: memoryview | None, exact: bool) -> _Fau
 def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
     tags = image.tag_v2
     bits, signs = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
-    photometric = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO)
+    photometric = tags.get(_PHOTOMETRIC, WHITE_IS_ZERO)
     deep, colors = max(bits) > 8, len(bits) > 1
-    if photometric == _RGB and len(bits) > 3 and not tags.get(_EXTRA_SAMPLES):
+    if photometric == RGB and len(bits) > 3 and not tags.get(_EXTRA_SAMPLES):
         # Pillow (11 to 12.3) would use the fourth channel as transparency.
         return _Fault(f"a TIFF file of {len(bits)} channels without the tag ExtraSamples")
+    if photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and len(bits) > 2:
+        return _Fault(f"a gray TIFF file of {len(bits)} channels", advice=GRAY_ADVICE)
+    is_raw, by_planes = image.info.get("compression") == "raw", tags.get(_PLANAR) == 2
     found = None
-    if deep and colors and tags.get(_PLANAR) == 2 and image.info.get("compression") == "raw":
+    if deep and colors and by_planes and is_raw:
         found = "a TIFF file of 16-bit colors stored plane by plane"
-    elif deep and photometric == _WHITE_IS_ZERO:
+    elif by_planes and image.mode == "LA":
+        found = "a TIFF file of gray and opacity stored plane by plane"
+    elif image.mode in ("I", "F") and tags.prefix == _BIG_ENDIAN and not is_raw:
+        # libtiff returns the numbers in the order of the machine, and Pillow exchanges their bytes again.
+        found = "a compressed big-endian TIFF file of signed or floating-point numbers"
+    elif deep and photometric == WHITE_IS_ZERO:
         found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would return a negative
     elif _SIGNED in signs and bits[0] == 8:
         found = "a TIFF file of signed 8-bit numbers"  # Pillow would return -1 as 255
     elif exact and deep and colors:
         found = "a TIFF file of 16-bit colors"
-    return None if found is None else _Fault(found, _read_tiff)
+    return None if found is None else _Fault(found, read_tiff)
 
 
 def _png_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
     if not exact or view is None or view[24] != 16 or view[25] == 0:  # bits per channel; 0: gray
         return None
-    return _Fault("a PNG file of 16-bit colors", _read_png)
+    return _Fault("a PNG file of 16-bit colors", read_png)
 
 
 def _check_png(view: memoryview) -> None:
@@ -243,43 +247,33 @@ def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | Non
     deep = exact and image.mode == "RGB" and image.tile and image.tile[0].codec_name == "ppm"
     if not deep or image.tile[0].args[1] <= 255:
         return None
-    return _Fault("a PPM file of 16-bit colors, which has its own range")
+    return _Fault("a PPM file of 16-bit colors, which has its own range", advice=_CONVERT)
 
 
-class _Codestream(NamedTuple):
-    """What the header of a JPEG 2000 file states: bits and signs of its components, and their meaning."""
-
-    bits: set[int]
-    signed: bool
-    components: int
-    has_opacity: bool
-    is_cmyk: bool
+def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
+    if not exact or view is None or view[3] != 2:  # bytes per channel
+        return None
+    return _Fault("an SGI file of 16 bits per channel", advice=_CONVERT)
 
 
-def _jpeg2000_header(view: memoryview) -> _Codestream:
-    """Return the header of a JPEG 2000 file. Source: ITU-T T.800, annexes A.5.1 (SIZ) and I.5.3 (jp2h)."""
-    content = bytes(view)
-    start = content.index(_CODESTREAM)
-    boxes = content[:start]
-    (components,) = struct.unpack_from(">H", view, start + 40)
-    sizes = [view[start + 42 + 3 * number] for number in range(components)]
-    has_opacity, position = False, boxes.find(b"cdef")
-    if position >= 0:
-        (count,) = struct.unpack_from(">H", boxes, position + 4)
-        entries = [struct.unpack_from(">HHH", boxes, position + 6 + 6 * number) for number in range(count)]
-        has_opacity = any(kind == 1 and channel == components - 1 for channel, kind, _ in entries)
-    color = boxes.find(b"colr")
-    is_cmyk = (
-        color >= 0 and boxes[color + 4] == 1 and boxes[color + 7 : color + 11] == struct.pack(">I", _CMYK)
-    )
-    bits, signed = {(size & 0x7F) + 1 for size in sizes}, any(size & 0x80 for size in sizes)
-    return _Codestream(bits, signed, components, has_opacity, is_cmyk)
+def _fits_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
+    """Return a fault for all FITS files except those of plain 8-bit numbers.
+
+    Pillow (11 to 12.3) reads the big-endian numbers of FITS files in the order of the machine, and does not
+    use their scale. Source: FITS standard 4.0, section 4.4.2.
+    """
+    end = image.tile[0].offset if view is not None and image.tile else 0
+    cards = [bytes(view[at : at + 80]) for at in range(0, end, 80)] if view is not None else []
+    scale = {card[:8].rstrip(): card[10:].split(b"/")[0] for card in cards}
+    if image.mode == "L" and float(scale.get(b"BZERO", 0)) == 0 and float(scale.get(b"BSCALE", 1)) == 1:
+        return None
+    return _Fault("a FITS file of other numbers than plain 8-bit ones", advice=_CONVERT)
 
 
 def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
     if view is None:
         return None
-    header = _jpeg2000_header(view)
+    header = jpeg2000_header(view)
     if (
         header.components in (2, 4)
         and not header.has_opacity
@@ -289,10 +283,11 @@ def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault 
         return _Fault(f"a JPEG 2000 file of {header.components} channels without a channel definition")
     bits = max(header.bits)
     if header.signed:
-        return _Fault("a JPEG 2000 file of signed numbers", _read_jpeg2000)
-    if bits > 16 or (header.components > 1 and header.bits != {8}):
-        # Pillow (11 to 12.3) would return 0 for the highest numbers of more than 8 bits.
-        return _Fault(f"a JPEG 2000 file of {bits}-bit colors", _read_jpeg2000)
+        return _Fault("a JPEG 2000 file of signed numbers", read_jpeg2000)
+    if bits > 16 or (header.components > 1 and header.bits != {8}) or (bits > 8 and image.mode == "L"):
+        # Pillow (11 to 12.3) would return 0 for the highest numbers of more than 8 bits, and the upper 8 bits
+        # of 9-bit gray.
+        return _Fault(f"a JPEG 2000 file of {bits}-bit numbers", read_jpeg2000)
     return None
 
 
@@ -300,6 +295,8 @@ _FAULTS: dict[str, Callable[[Any, memoryview | None, bool], _Fault | None]] = {
     "TIFF": _tiff_fault,
     "PNG": _png_fault,
     "PPM": _ppm_fault,
+    "SGI": _sgi_fault,
+    "FITS": _fits_fault,
     "JPEG2000": _jpeg2000_fault,
 }
 """Formats whose pixels Pillow returns with an error or without their lower bits, and how to find out."""
@@ -308,7 +305,7 @@ _FAULTS: dict[str, Callable[[Any, memoryview | None, bool], _Fault | None]] = {
 def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.ndarray], Samples] | None:
     """Return the function from Pillow's pixels to the numbers of the file; None for 8 bits per channel."""
     if image.format == "JPEG2000" and view is not None and image.mode in ("L", "I;16"):
-        (bits,) = _jpeg2000_header(view).bits
+        (bits,) = jpeg2000_header(view).bits
         shift = (16 if image.mode == "I;16" else 8) - bits  # of Pillow, so that 4,095 becomes 65,520
         return None if bits == 8 else lambda values: Samples((values >> shift).astype(np.uint16), bits)
     if not image.mode.startswith(("I", "F")):
@@ -324,67 +321,3 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
             return lambda values: Samples(values.view(np.uint32))
         return lambda values: Samples(values, bits if 8 < bits < 16 else None)
     return Samples
-
-
-def _read_tiff(view: memoryview) -> Samples:
-    """Return the first image of a TIFF file.
-
-    Raises:
-        ImportError: the extra is not installed.
-        BrokenImage: the file is larger than Pillow's limit, or has another kind of colors.
-    """
-    import imagecodecs  # noqa: F401  tifffile needs it for most compressed files
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(view)) as file:
-        page: Any = file.pages[0]
-        _check_size(page.imagewidth * page.imagelength * page.samplesperpixel)
-        kind, extra = int(page.photometric), tuple(int(sample) for sample in page.extrasamples)
-        if page.axes not in ("YX", "YXS", "SYX") or kind not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
-            raise BrokenImage(
-                f"expected a gray or RGB image, got a TIFF file of the kind {page.photometric.name}"
-            )
-        values = page.asarray()
-        orientation = page.tags.valueof(ORIENTATION, default=1)
-        bits = page.bitspersample
-    values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
-    channels = 1 if values.ndim == 2 else values.shape[2]
-    colors = 3 if kind == _RGB else 1
-    if channels > 4 or channels != colors + len(extra) or not set(extra) <= {_DROPPED, _ALPHA}:
-        raise BrokenImage(
-            f"expected a gray or RGB image, got a TIFF file of {channels} channels of other kinds"
-        )
-    if values.ndim == 3 and extra and extra[0] == _DROPPED:  # as Pillow does
-        values = values[..., :colors]
-    if kind == _WHITE_IS_ZERO:
-        if values.dtype.kind != "u":
-            raise BrokenImage(f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0")
-        values = (2**bits - 1 - values.astype(np.int64)).astype(values.dtype)
-    samples = Samples(values, bits if values.dtype.kind == "u" and bits <= 16 else None)
-    return _turned(samples, orientation if orientation in _TURNS else 1)
-
-
-def _read_png(view: memoryview) -> Samples:
-    from imagecodecs import png_decode
-
-    return Samples(png_decode(bytes(view)))
-
-
-def _read_jpeg2000(view: memoryview) -> Samples:
-    from imagecodecs import jpeg2k_decode
-
-    header = _jpeg2000_header(view)
-    values = jpeg2k_decode(bytes(view))
-    (bits,) = header.bits if len(header.bits) == 1 else (None,)
-    if bits is None:
-        raise BrokenImage("expected channels of the same number of bits, got a JPEG 2000 file of others")
-    return Samples(values, bits if values.dtype.kind == "u" and bits <= 16 else None)
-
-
-def _check_size(count: int) -> None:
-    """Raise BrokenImage for an image larger than the limit of Pillow, which did not open it."""
-    limit = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 2**62)
-    if count > 4 * limit:
-        raise BrokenImage(
-            f"expected at most {limit:,} pixels, got {count:,} numbers; it may be a decompression bomb"
-        )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import pytest
-from image_files import png, pnm, tiff
+from image_files import fits, png, pnm, sgi, tiff
 from messages import mentions
 
 from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, read_photo, size_in_header, stored_image
@@ -90,8 +90,8 @@ def pillow_is_wrong(content: bytes, values: np.ndarray, white: float, **options:
 unknown_to_pillow = pillow_is_wrong
 
 
-def never(content: bytes, words: str) -> File:
-    return File(content, None, words=words)
+def never(content: bytes, words: str, **options: Any) -> File:
+    return File(content, None, words=words, **options)
 
 
 TWELVE = (0.0, 4095.0)
@@ -125,6 +125,15 @@ FILES = {
     "pgm_16_of_12_with_its_range": ok(pnm(G12, 65535), G12, 4095, value_range=TWELVE),
     "ppm_8": ok(pnm(C8, 255), C8, 255),
     "ppm_16": ok(pnm(C16, 65535), C16, 65535, tolerance=1),
+    "ppm_16_with_a_range": never(pnm(C16, 65535), "PPM", value_range=TWELVE),
+    "sgi_8": ok(sgi(C8), C8, 255),
+    "sgi_16": ok(sgi(C16), C16, 65535, tolerance=1),
+    "sgi_16_with_a_range": never(sgi(C16), "SGI", value_range=TWELVE),
+    "fits_8": ok(fits(G8), G8, 255),
+    "fits_8_with_a_scale": never(fits(G8, zero=100), "FITS"),
+    "fits_16": never(fits(ramp(255, np.int16)), "FITS"),
+    "fits_16_with_a_scale": never(fits((G16.astype(int) - 32768).astype(np.int16), zero=32768), "FITS"),
+    "fits_float32": never(fits(UNIT), "FITS", value_range=(0, 1)),
     "tiff_gray_8": ok(tiff(G8), G8, 255),
     "tiff_gray_8_white_is_0": ok(tiff(G8, photometric=0), 255 - G8, 255),
     "tiff_gray_10": unknown_to_pillow(tiff(ramp(1023), bits=10), ramp(1023), 1023),
@@ -149,11 +158,17 @@ FILES = {
     ),
     "tiff_int16": ok(tiff(ramp(255, np.int16)), ramp(255), 255),
     "tiff_int16_big": ok(tiff(ramp(255, np.int16), order=">"), ramp(255), 255),
+    "tiff_int16_big_deflate": pillow_is_wrong(
+        tiff(ramp(255, np.int16), order=">", compress=True), ramp(255), 255
+    ),
     "tiff_int16_with_a_range": ok(
         tiff((ramp(900) - 300).astype(np.int16)), ramp(900), 900, value_range=(-300, 600)
     ),
     "tiff_int16_without_a_range": never(tiff(ramp(900, np.int16)), "data.value_range"),
     "tiff_int32": ok(tiff(ramp(255, np.int32)), ramp(255), 255),
+    "tiff_int32_big_deflate": pillow_is_wrong(
+        tiff(ramp(4095, np.int32), order=">", compress=True), G12, 4095, value_range=TWELVE
+    ),
     "tiff_int32_with_a_range": ok(tiff(ramp(4095, np.int32)), G12, 4095, value_range=TWELVE),
     "tiff_int32_without_a_range": never(tiff(ramp(4095, np.int32)), "data.value_range"),
     "tiff_uint32": ok(tiff(ramp(255, np.uint32)), ramp(255), 255),
@@ -166,9 +181,29 @@ FILES = {
     "tiff_float32": ok(tiff(UNIT), UNIT, 1),
     "tiff_float32_big": ok(tiff(UNIT, order=">"), UNIT, 1),
     "tiff_float32_deflate": ok(tiff(UNIT, compress=True), UNIT, 1),
+    "tiff_float32_big_deflate": pillow_is_wrong(tiff(UNIT, order=">", compress=True), UNIT, 1),
     "tiff_float32_with_a_range": ok(tiff(UNIT * 40), UNIT * 40, 40, value_range=(0, 40)),
     "tiff_float32_without_a_range": never(tiff(UNIT * 40), "data.value_range"),
     "tiff_float64": unknown_to_pillow(tiff(UNIT.astype(np.float64)), UNIT, 1),
+    "tiff_gray_alpha_8": File(tiff(A8[..., :2], extra=[2]), over_white(A8[..., :2], 255), tolerance=1),
+    "tiff_gray_alpha_8_planes": File(
+        tiff(A8[..., :2], extra=[2], planar=True), over_white(A8[..., :2], 255), True, tolerance=1
+    ),
+    "tiff_gray_alpha_8_planes_deflate": File(
+        tiff(A8[..., :2], extra=[2], planar=True, compress=True),
+        over_white(A8[..., :2], 255),
+        True,
+        tolerance=1,
+    ),
+    "tiff_gray_of_three_channels": never(tiff(C8, extra=[0, 0]), "TIFF file"),
+    "tiff_gray_of_three_channels_16": never(tiff(C16, extra=[0, 0]), "TIFF file"),
+    "tiff_gray_of_three_channels_planes_deflate": never(
+        tiff(C16, extra=[0, 0], planar=True, compress=True), "PhotometricInterpretation"
+    ),
+    "tiff_gray_of_five_channels_planes_deflate": never(
+        tiff(np.concatenate([A8, A8[..., :1]], -1), extra=[0] * 4, planar=True, compress=True),
+        "PhotometricInterpretation",
+    ),
     "tiff_rgb_8": ok(tiff(C8, photometric=2), C8, 255),
     "tiff_rgb_8_planes": ok(tiff(C8, photometric=2, planar=True), C8, 255),
     "tiff_rgb_8_planes_deflate": ok(tiff(C8, photometric=2, planar=True, compress=True), C8, 255),
@@ -190,6 +225,7 @@ FILES = {
     "tiff_four_channels": never(tiff(A8, photometric=2), "ExtraSamples"),
     "jpeg2000_gray_4": ok(JPEG2000["gray_4"], ramp(15), 15),
     "jpeg2000_gray_8": ok(JPEG2000["gray_8"], G8, 255),
+    "jpeg2000_gray_9": pillow_is_wrong(JPEG2000["gray_9"], ramp(511), 511),
     "jpeg2000_gray_12": ok(JPEG2000["gray_12"], G12, 4095),
     "jpeg2000_gray_12_with_a_range": ok(JPEG2000["gray_12"], G12, 2000, value_range=(0, 2000)),
     "jpeg2000_gray_16": ok(JPEG2000["gray_16"], G16, 65535),
