@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 RUN_MARK = "_run.json"
 """The file in the output folder of a run that contains its recipe."""
+_ATTENTION = {"mean.png", "rollout.png"}
 _MARKS = {
     "the output folder of a run": [{RUN_MARK}, {"supervised.json"}, {"facts.json", "config.json"}],
     "a Space": [{"space.json", "app.py"}],
@@ -19,10 +20,15 @@ _MARKS = {
         *({"results.json", picture} for picture in ("knn_curve.png", "probe_epochs.png", "detections.png")),
     ],
     "the output folder of hf-ssl plot": [{"points.html", "neighbors.png"}, {"points.html", "confusion.png"}],
-    "attention maps": [{"mean.png", "rollout.png"}],
+    "attention maps": [_ATTENTION],
     "a cache of the Hub": [{"blobs", "refs", "snapshots"}],
 }
 """What a folder is -> sets of names. A folder with all names of a set is such a folder."""
+PLOTS = frozenset(
+    "tsne_2d.png tsne_3d.png umap_2d.png umap_3d.png points.html confusion.png neighbors.png knn_curve.png "
+    "loss_terms.png".split()
+)
+"""The names of all files of `hf-ssl plot`, which can write each of them alone."""
 
 
 def own_folder(path: str, names: Collection[str]) -> str | None:
@@ -38,7 +44,20 @@ def own_folder(path: str, names: Collection[str]) -> str | None:
     if any(path == os.path.realpath(folder) for folder in caches):
         return "a cache of the Hugging Face libraries"
     found = {*names}
-    return next((what for what, marks in _MARKS.items() if any(mark <= found for mark in marks)), None)
+    known = next((what for what, marks in _MARKS.items() if any(mark <= found for mark in marks)), None)
+    visible = {name for name in names if not name.startswith(".")}
+    if known is None and visible and visible <= PLOTS:
+        return "the output folder of hf-ssl plot"
+    if known is None and "overview.png" in visible and _are_attention_maps(path, visible - {"overview.png"}):
+        return "attention maps"
+    return known
+
+
+def _are_attention_maps(path: str, names: Collection[str]) -> bool:
+    """Return whether all entries of a folder are folders of attention maps."""
+    return bool(names) and all(
+        os.path.exists(os.path.join(path, name, mark)) for name in names for mark in _ATTENTION
+    )
 
 
 def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict[str, str]]:

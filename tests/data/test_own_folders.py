@@ -10,12 +10,13 @@ from messages import mentions
 from hf_ssl import comparing, suites, sweeps  # noqa: F401  their names of files are repeated below
 from hf_ssl.cards.result_files import EVALUATION, SUPERVISED
 from hf_ssl.data import DataConfig, open_source
-from hf_ssl.data.own_folders import own_folder
+from hf_ssl.data.own_folders import PLOTS, own_folder
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation.maps import TITLES
 from hf_ssl.evaluation.plots import DETECTIONS, K_CURVE, PROBE_EPOCHS
 from hf_ssl.hub.publish import SPACE_FACTS
 from hf_ssl.output_folder import IDENTITY
-from hf_ssl.plotting import CONFUSION, PAGE, SHEET
+from hf_ssl.plotting import CONFUSION, PAGE, SHEET, TERMS
 
 OUTPUTS = {
     "run": [IDENTITY, "views.png"],
@@ -28,7 +29,16 @@ OUTPUTS = {
     **{picture: [EVALUATION, picture] for picture in (K_CURVE, PROBE_EPOCHS, DETECTIONS)},
     "sheet": [PAGE, SHEET],
     "confusion": [PAGE, CONFUSION],
+    "one plot": [CONFUSION],
+    "some plots": [SHEET, K_CURVE, ".DS_Store"],
     "attention": ["mean.png", "rollout.png", "head_0.png"],
+    "attention of several images": [
+        "overview.png",
+        "0/mean.png",
+        "0/rollout.png",
+        "1/mean.png",
+        "1/rollout.png",
+    ],
     "cache": ["blobs/0a1b.png", "refs/main", "snapshots/1/a.png"],
 }
 
@@ -53,6 +63,16 @@ def test_pictures_of_an_output_folder_are_not_read(kind, pattern, tmp_path, capl
     assert source.num_rows == 2
     assert source.dataset.features[source.label_column].names == ["cats", "dogs"]
     assert str(root / "runs" / "mine") in caplog.text
+
+
+def test_photos_beside_such_pictures_are_read(tmp_path):
+    root = write(tmp_path / "photos", [CONFUSION, "IMG_1.png", "a/overview.png", "a/0.png", "a/1/mean.png"])
+    assert open_source(DataConfig(path=str(root))).num_rows == 5
+
+
+def test_all_files_of_plots_are_known():
+    maps = {f"{method}_{dimensions}d.png" for method in TITLES for dimensions in (2, 3)}
+    assert maps | {PAGE, CONFUSION, SHEET, TERMS, K_CURVE} == PLOTS
 
 
 def test_the_revision_does_not_change_when_a_run_writes_into_its_data(tmp_path):
