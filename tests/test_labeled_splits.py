@@ -121,6 +121,20 @@ def test_a_part_of_the_training_split_can_be_the_test_images(kind: str, tmp_path
     assert found["value"] == 1 and "8 images of split 20 % of train" in found["text"]
 
 
+def test_a_part_of_few_files_with_the_name_of_a_split_stops(tmp_path: Path) -> None:
+    for label in (0, 1):
+        (tmp_path / NAMES[label]).mkdir()
+        for number in range(8):
+            name = f"toy train {number}" if number < 2 else f"{number}"
+            (tmp_path / NAMES[label] / f"{name}.png").write_bytes(drawn(label, number))
+    settings = replace(KNN, test_fraction=0.5)
+    with pytest.raises(UserError, match=mentions("evaluation.train_split", 4, 12, "all")):
+        open_labeled_splits(config(tmp_path), settings)
+    for split, images in (("all", 16), ("train[:100%]", 4)):
+        parts = open_labeled_splits(config(tmp_path), replace(settings, train_split=split))
+        assert sum(map(len, parts)) == images
+
+
 def test_copies_of_an_image_are_in_one_part(tmp_path: Path) -> None:
     labels = [0, 1] * 10
     folder = tmp_path / "photos"

@@ -316,6 +316,7 @@ def encoded_images(
             names = [field.name for field in chunk.type]
             parts = dict(zip(names, chunk.flatten(), strict=True))
             contents = parts["bytes"]
+            contents = contents.cast(pa.binary()) if pa.types.is_null(contents.type) else contents
             paths = parts["path"].to_pylist() if "path" in parts else [None] * len(chunk)
         elif any(is_text(chunk.type) for is_text in _IS_TEXT):
             contents, paths = pa.nulls(len(chunk), pa.binary()), chunk.to_pylist()
@@ -354,7 +355,8 @@ def first_relative_name(dataset: Any, columns: Iterable[str]) -> str | None:
 
 def _is_struct(feature: Any) -> bool:
     """Return whether a column has the structs of encoded images that pandas and polars write."""
-    return isinstance(feature, dict) and getattr(feature.get("bytes"), "dtype", None) in _BYTES
+    kind = getattr(feature.get("bytes"), "dtype", None) if isinstance(feature, dict) else None
+    return kind in _BYTES or (kind == "null" and "path" in feature)  # "null": all rows have only paths
 
 
 def _listing(features: Mapping[str, Any]) -> str:

@@ -435,9 +435,13 @@ def divided_images(
         seed: seed of the division and of the limited choices.
 
     Raises:
-        UserError: the errors of `labeled_images`, or a part has no images.
+        UserError: the errors of `labeled_images`; a part has no images; or most files of a folder are in no
+            split because of names such as "train".
     """
-    found = read_labels(_open(config, split, kinds), config, kinds)
+    source = _open(config, split, kinds)
+    if source.count is not None and split in source.count.splits:
+        source.count.require_most_files(split, "evaluation.train_split")
+    found = read_labels(source, config, kinds)
     same = same_contents([found.source])
     groups = np.arange(len(found.labels)) if same is None else same[0]
     divided = divided_rows(found.labels, groups, fraction, seed)

@@ -57,14 +57,19 @@ class FileCount:
         end = f"; not read: {reasons}" if reasons else ""
         return f"{read} of {self.total} {self.kind} in {self.root} are read{end}"
 
-    def require_most_files(self, split: str) -> None:
-        """Raise UserError if more files are in no split than in the given one."""
+    def require_most_files(self, split: str, key: str = "data.split") -> None:
+        """Raise UserError if more files are in no split than in the given one.
+
+        Args:
+            split: the name of a split.
+            key: the key of a recipe that names the split.
+        """
         read = self.splits.get(split, 0)
         if self.outside > read:
             raise UserError(
-                f"data.split: expected most {self.kind} of {self.root} in a split, got {read} in {split} and "
-                f"{self.outside} in no split, because of names such as {split}; use data.split=all for all "
-                f"files, or data.split={split}"
+                f"{key}: expected most {self.kind} of {self.root} in a split, got {read} in {split} and "
+                f"{self.outside} in no split, because of names such as {split}; use {key}=all for all "
+                f"files, or {key}={split}{'' if key == 'data.split' else '[:100%]'}"
             )
 
 

@@ -166,6 +166,19 @@ def test_structs_of_pandas_and_polars(kinds, streaming, tmp_path, make_loader, e
             assert len(set(contents.tolist())) == 8
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_structs_that_have_only_paths(streaming, tmp_path, make_loader, encode, picture):
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(encode(picture(number)))
+    rows = [{"bytes": None, "path": f"{number}.png"} for number in range(8)]  # the type of `bytes` is null
+    pq.write_table(pa.table({"image": pa.array(rows)}), tmp_path / "table.parquet")
+    config = DataConfig(path=str(tmp_path / "table.parquet"), streaming=streaming)
+    assert next(iter(make_loader(config))).broken == []
+    if not streaming:
+        decoded, broken = EncodedRows(open_source(config), 3).read(np.arange(8))
+        assert not broken and torch.equal(decoded[3], decode(encode(picture(3)), 3))
+
+
 RELATIVE = ("parquet", "csv", "json", "struct")
 
 
