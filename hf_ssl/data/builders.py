@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 from datasets import DatasetBuilder, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hf_ssl.data.archives import reads_archives
 from hf_ssl.data.config import DataConfig
@@ -67,6 +68,14 @@ def _new_builder(location: Location, options: dict[str, Any]) -> DatasetBuilder:
 
 def _load_builder(path: str, **options: Any) -> DatasetBuilder:
     builder = load_dataset_builder(path, **options)
+    if isinstance(builder, WebDataset):  # tars on the Hub, of a README, or compressed
+        return TarImages(
+            dataset_name=f"tar_images_{TAR_FORMAT}",
+            hash=builder.hash,  # the revision of data on the Hub
+            data_files=builder.config.data_files,
+            features=builder.info.features,  # if the README states them
+            cache_dir=options.get("cache_dir"),
+        )
     # `images_in_archives` adds the labels.
     return load_dataset_builder(path, **options, drop_labels=True) if reads_archives(builder) else builder
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """WebDataset tars whose images have different endings."""
 
+import gzip
 import io
 import tarfile
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -57,6 +59,35 @@ def test_tars_with_different_endings(tmp_path, write_tar):
         write_tar(tmp_path / f"{file}.tar", [f"0.{ending}", f"1.{ending}"])
     source = open_source(DataConfig(path=str(tmp_path)))
     assert all(row["bytes"] for row in source.dataset[source.image_column]) and source.num_rows == 4
+
+
+README = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/*.tar}
+---
+"""
+
+
+@pytest.mark.parametrize("case", ["compressed", "named by a README"])
+def test_tars_that_datasets_finds_have_one_column_too(case, tmp_path, write_tar, encode, picture):
+    names = MIXED["after the first samples"]
+    tar = write_tar(tmp_path / "photos" / "data" / "a.tar", names)
+    if case == "compressed":
+        tar.with_name("a.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+        tar.unlink()
+    else:
+        (tmp_path / "photos" / "README.md").write_text(README)
+    config = DataConfig(path=str(tmp_path / "photos"))
+    source = open_source(config)
+    expected = [encode(picture(number)) for number in range(len(names))]
+    assert [row["bytes"] for row in source.dataset["jpg"]] == expected
+    stream = open_source(replace(config, num_images=len(names)), streaming=True)
+    assert [row["jpg"]["bytes"] for row in stream.dataset] == expected
+    write_tar(tmp_path / "photos" / "data" / "b.tar", names[:2])  # other files are not taken from the cache
+    if case != "compressed":
+        assert open_source(config).num_rows == len(names) + 2
 
 
 def test_datasets_itself_loses_such_images(tmp_path, write_tar):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests in separate processes: the command publishes, a user loads, training streams and pushes."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,33 @@ def test_a_missing_and_a_read_only_token(
     parts = ["token", "hf auth login"] if role is None else ["token", "someone", "read", REPO]
     assert missing(sentence, "hf-ssl:", *parts) == []
     assert hub.store.repos == {}
+
+
+OPEN = """
+import json
+from hf_ssl.data import DataConfig, open_source
+source = open_source(DataConfig(path="someone/shards"))
+stream = open_source(DataConfig(path="someone/shards", num_images=8), streaming=True)
+images = [[row[each.image_column]["bytes"].hex() for row in each.dataset] for each in (source, stream)]
+print(json.dumps([source.image_column, source.revision, *images]))
+"""
+
+
+def test_tars_on_the_hub_can_have_images_with_different_endings(hub: HubServer, tmp_path: Path) -> None:
+    """`datasets` finds the columns in the first five images. The others would have no image."""
+    names = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.png", "6.jpeg", "7.png"]
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "train-0.tar", "w") as tar:
+        for number, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = 2
+            tar.addfile(entry, io.BytesIO(bytes([number, 0])))
+    repo = hub.store.add_repo("datasets", "someone/shards", tmp_path / "data")
+    done = process(hub, tmp_path, "-c", OPEN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    column, revision, *images = json.loads(done.stdout.splitlines()[-1])
+    assert column == "jpg" and images == [[f"{number:02x}00" for number in range(8)]] * 2
+    assert revision == repo.commits[-1].oid
 
 
 def test_pretraining_streams_from_the_hub_and_pushes(forks: Forks, hub: HubServer, tmp_path: Path) -> None:
