@@ -59,12 +59,18 @@ def length_of_stream(counted: int | None, given: int | None, where: str) -> int 
     return given if counted is None else counted
 
 
+def arrow_reader(opened: pa.MemoryMappedFile) -> pa.RecordBatchStreamReader | pa.RecordBatchFileReader:
+    """Return a reader of an Arrow file, which can have the format of streams or of files."""
+    try:
+        return pa.ipc.open_stream(opened)
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(opened)
+
+
 def _arrow_rows(file: str) -> int:
     """Return the number of rows of an Arrow file. It is mapped into memory, so no column is read."""
     with pa.memory_map(file) as opened:
-        try:
-            batches = pa.ipc.open_stream(opened)
-        except pa.ArrowInvalid:
-            reader = pa.ipc.open_file(opened)
+        reader = arrow_reader(opened)
+        if isinstance(reader, pa.RecordBatchFileReader):
             return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
-        return sum(batch.num_rows for batch in batches)
+        return sum(batch.num_rows for batch in reader)

@@ -324,7 +324,9 @@ LAYOUTS = {
         evaluation={"train_split": "train[:50%]", "test_split": "train[50%:]"},
         error=("2 classes", "train[:50%]"),
     ),
-    "ClassLabel in another order in the test split": Layout(orders_of_classes, *THREE),
+    "ClassLabel in another order in the test split": Layout(
+        orders_of_classes, error=("train.parquet", "bus", "test.parquet", "train", 0, "label")
+    ),
     "labels of -1 and missing labels": Layout(for_each_split(without_some_labels)),
     "columns with other names": Layout(for_each_split(other_columns)),
     "a column of plain bytes": Layout(
@@ -352,14 +354,16 @@ def test_images_and_classes_of_a_layout(name: str, tmp_path: Path, caplog: pytes
         with pytest.raises(UserError, match=mentions(*layout.error)):
             open_labeled_splits(data, evaluation)
         return
+    matching: set[tuple[str, str]] = set()
     for images, expected in zip(
         open_labeled_splits(data, evaluation), (layout.train, layout.test), strict=True
     ):
         shown = [class_of(image) for batch in images.iter_batches(64) for image in batch]
         assert Counter(shown) == dict(expected)
         named = [images.class_names[label] for label in images.labels.tolist()]
-        matching = set(zip(shown, named, strict=True))  # one name for each color, and one color for each name
-        assert len(matching) == len(set(shown)) == len(set(named))
+        matching.update(zip(shown, named, strict=True))
+    colors, names = zip(*matching, strict=True)  # in both splits, one name for each color, and the reverse
+    assert len(matching) == len(set(colors)) == len(set(names))
     assert open_source(data).num_rows is not None
     assert all(part in caplog.text for part in layout.report)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Features, Image, List
 from messages import mentions
 
 from hf_ssl.data import DataConfig, open_source
@@ -420,3 +421,31 @@ def test_a_damaged_table_is_an_error(streaming, numbered):
     file.write_bytes(content[:4] + bytes(64) + content[68:])  # the footer, with the columns, is right
     with pytest.raises(UserError, match=mentions("data.path", config.path)):
         open_source(config, streaming=streaming)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["class", "list", "boxes"])
+def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tmp_path, encode, picture):
+    """`datasets` gives the names of the first file to the numbers of all files, so 20-NN was 0.000."""
+
+    def write(name: str, names: list[str]) -> None:
+        classes = ClassLabel(names=names)
+        feature = {"class": classes, "list": List(classes), "boxes": {"category": List(classes)}}[kind]
+        schema = Features(image=Image(), label=feature).arrow_schema
+        label = {"class": 1, "list": [1], "boxes": {"category": [1]}}[kind]
+        rows = [{"image": {"bytes": encode(picture(1)), "path": None}, "label": label}]
+        table = pa.Table.from_pylist(rows, schema=schema)
+        if ending == "parquet":
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        else:
+            with pa.ipc.new_file(tmp_path / f"{name}.arrow", schema) as file:
+                file.write_table(table)
+
+    write("train-0", ["ant", "bee"])
+    write("train-1", ["ant", "bee", "cat"])  # one more class
+    assert open_source(DataConfig(path=str(tmp_path))).num_rows == 2
+    write("train-2", ["ant", "cat", "bee"])
+    for streaming in (False, True):
+        config = DataConfig(path=str(tmp_path), streaming=streaming)
+        with pytest.raises(UserError, match=mentions("label", 1, "bee", f"train-2.{ending}", "cat")):
+            open_source(config)
