@@ -27,7 +27,7 @@ from hf_ssl.modeling.batch_norm import batch_norms
 from hf_ssl.modeling.configuration import SSLConfig, method_of
 from hf_ssl.modeling.gather import gather
 from hf_ssl.modeling.heads import WeightNormLinear
-from hf_ssl.modeling.loading import load_weights, loaded_commit, view_settings
+from hf_ssl.modeling.loading import loaded_commit, start_encoder, view_settings
 from hf_ssl.modeling.memory import DeferredMemory, HostNumber, PersistentBuffers
 from hf_ssl.modeling.outputs import COLLAPSED_RANK, RunProgress, SSLOutput
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
@@ -458,15 +458,15 @@ class SSLPreTrainedModel(Requirements, PreTrainedModel):
         """Return a model with the weights of a trained encoder; the heads are random.
 
         Args:
-            encoder: a vision encoder of transformers, or the folder or Hub id of one.
+            encoder: a vision encoder of transformers, or the folder or Hub id of one. The encoder of images
+                in a ViTMAE, or in a model of images and texts, is used.
             settings: fields of the method's config, such as `views` and `temperature`. Size, mean and std of
                 the views follow the image processor of the encoder unless `views` sets them.
 
         Raises:
             UserError: there is no encoder that can be loaded, or the method cannot train this type of it.
         """
-        if not isinstance(encoder, PreTrainedModel):
-            encoder = load_weights(os.fspath(encoder), "encoder")
+        encoder = start_encoder(encoder)
         if encoder.name_or_path:
             commit = loaded_commit(encoder)
             known = view_settings(encoder.name_or_path, input_channels(encoder.config), commit)

@@ -4,16 +4,17 @@
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import MODEL_MAPPING, ViTConfig, ViTModel
 
+from hf_ssl.errors import UserError
 from hf_ssl.modeling.configuration import MASKING_TYPE
 from hf_ssl.modeling.eval_mode import unchanged_random_state
 
 TOWER = "vision_model"
 """Name of the encoder of images in the models of `TWO_TOWERS`."""
 TWO_TOWERS = (
-    "aimv2", "align", "altclip", "blip", "chinese_clip", "clip", "clipseg", "metaclip_2", "siglip", "siglip2",
-    "tipsv2", "vision-text-dual-encoder",
+    "aimv2", "align", "altclip", "blip", "chinese_clip", "clip", "clipseg", "groupvit", "metaclip_2", "owlv2",
+    "owlvit", "siglip", "siglip2", "tipsv2", "vision-text-dual-encoder",
 )  # fmt: skip
 """Model types with one encoder for images and another one for texts."""
 _NAMES = ("model_type", "architectures", "transformers_version", "pooler_act")
@@ -28,6 +29,23 @@ def image_config(config: Any) -> Any:
     given, fields = config.to_dict(), ViTConfig().to_dict()
     shared = {key: value for key, value in given.items() if key in fields and key not in _NAMES}
     return ViTConfig(**shared | {"pooler_act": "linear", "published_feature": "mean"})
+
+
+def check_loads_alone(config: Any, where: str) -> None:
+    """Raise UserError if `AutoModel` cannot load an encoder, so that nobody could load the trained one.
+
+    transformers 5.24 knows the encoders of images in BLIP, OWL-ViT and some others only inside of the whole
+    models.
+
+    Args:
+        config: the config of the encoder.
+        where: the argument or the key that names the encoder.
+    """
+    if type(config) not in MODEL_MAPPING:
+        raise UserError(
+            f"{where}: expected an encoder that AutoModel loads by itself, got {config.model_type}, which "
+            "can only be evaluated; start from another one, such as that of CLIP or SigLIP"
+        )
 
 
 def image_encoder(model: Any) -> Any:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads encoders, their configurations and image processors from folders and the Hub (layer 1)."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -17,7 +18,13 @@ from hf_ssl.files import local_folder, local_or_hub
 from hf_ssl.modeling.backbones import set_identity_pooler
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, method_of
 from hf_ssl.modeling.finite import check_finite
-from hf_ssl.modeling.image_encoders import TOWER, TWO_TOWERS, image_config, image_encoder
+from hf_ssl.modeling.image_encoders import (
+    TOWER,
+    TWO_TOWERS,
+    check_loads_alone,
+    image_config,
+    image_encoder,
+)
 from hf_ssl.modeling.parallel_encoders import find_parts
 from hf_ssl.modeling.pooling import declare_feature, has_class_token
 
@@ -147,6 +154,21 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     elif missing:
         averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
         declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")
+    return encoder
+
+
+def start_encoder(given: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+    """Return the encoder that a training starts from.
+
+    Args:
+        given: a folder, a Hub id or a model. The result is then the encoder of images in it.
+
+    Raises:
+        UserError: the encoder cannot be loaded, now or after the training.
+    """
+    encoder = given if isinstance(given, PreTrainedModel) else load_weights(os.fspath(given), "encoder")
+    encoder = cast(PreTrainedModel, image_encoder(encoder))
+    check_loads_alone(encoder.config, "encoder")
     return encoder
 
 

@@ -76,8 +76,8 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
     """Return the section of a trained encoder with its `model_type`.
 
     Raises:
-        UserError: the section contains other keys than `init_from` and a correct `model_type`, or the encoder
-            takes another number of channels than the data have.
+        UserError: the section contains other keys than `init_from` and a correct `model_type`, or `AutoModel`
+            cannot load the encoder, or it takes another number of channels than the data have.
     """
     init_from = backbone["init_from"]
     if init_from == MISSING:
@@ -87,9 +87,11 @@ def pretrained_backbone(backbone: dict[str, Any], data: DataConfig) -> dict[str,
         )
     _check_whole(init_from)
     from hf_ssl.modeling.backbones import input_channels
+    from hf_ssl.modeling.image_encoders import check_loads_alone
     from hf_ssl.modeling.loading import load_config
 
     config: Any = load_config(init_from, "backbone.init_from")
+    check_loads_alone(config, "backbone.init_from")
     further = sorted(backbone.keys() - {"init_from", "model_type"})
     if further:
         raise UserError(

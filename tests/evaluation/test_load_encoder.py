@@ -23,12 +23,13 @@ from transformers import (
     ViTModel,
 )
 
-from hf_ssl import run
+from hf_ssl import SimCLRForPreTraining, run
 from hf_ssl.building import build_model
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, attention_maps, extract_features, fastest_device
 from hf_ssl.evaluation.encoders import chosen_precision
+from hf_ssl.modeling.image_encoders import image_encoder
 from hf_ssl.modeling.loading import load_config, load_weights
 from hf_ssl.modeling.pooling import pool
 from hf_ssl.recipe import load_recipe
@@ -235,7 +236,7 @@ def two_towers(name: str) -> Any:
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-@pytest.mark.parametrize("name", ["CLIP", "Siglip", "AltCLIP", "Blip"])
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "AltCLIP", "Blip", "OwlViT"])
 def test_the_encoder_of_images_of_a_model_of_images_and_texts_is_used(name: str, tmp_path: Path) -> None:
     """The whole model needs a text, and raised an error."""
     whole = two_towers(name)
@@ -251,6 +252,32 @@ def test_the_encoder_of_images_of_a_model_of_images_and_texts_is_used(name: str,
     features = [extract_features(model, PROCESSOR, pixels) for model in (found, whole)]
     torch.testing.assert_close(features[0], features[1])
     assert attention_maps(whole, images).heads.shape == (3, 2, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "ViTMAE"])
+def test_a_training_starts_from_the_encoder_of_images_in_a_loaded_model(name: str) -> None:
+    """Before, CLIP asked for a text, and a ViTMAE hid patches."""
+    whole = two_towers(name) if name == "CLIP" else ViTMAEModel(ViTMAEConfig(**TINY)).eval()
+    found = SimCLRForPreTraining.from_backbone(whole, views={"size": 16}).eval().backbone
+    assert type(found) is type(image_encoder(whole))
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = image_encoder(whole)(images).last_hidden_state
+        torch.testing.assert_close(found(images).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("name", ["Blip", "OwlViT"])
+def test_an_encoder_that_loads_only_in_its_model_is_not_trained(name: str, tmp_path: Path) -> None:
+    """Before, the run ended with "got ValueError Unrecognized configuration class"."""
+    whole = two_towers(name)
+    whole.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    kind = whole.config.vision_config.model_type
+    for start in (whole, tmp_path):
+        with pytest.raises(UserError, match=mentions("encoder", kind, "CLIP")):
+            SimCLRForPreTraining.from_backbone(start, views={"size": 16})
+    with pytest.raises(UserError, match=mentions("backbone.init_from", kind, "CLIP")):
+        load_recipe("smoke/simclr", [f"backbone.init_from={tmp_path}", "data.channels=3"])
 
 
 def test_missing_weights_of_the_texts_have_no_effect(tmp_path: Path) -> None:
