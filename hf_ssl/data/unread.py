@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the files of a folder, and says how many of them are read and why others are not."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from hf_ssl.data.formats import UNREADABLE
+from hf_ssl.data.formats import UNREADABLE, looks_like_image
 from hf_ssl.errors import UserError
 
 ALL = "all"
 """`data.split` for all files of a folder, whatever their names are."""
-ADVICE = f"data.split={ALL} reads them"
+ADVICE = f"data.split={ALL} reads them (hf-ssl evaluate: evaluation.train_split={ALL})"
 IMAGE_FILES = "image files"
 
 
@@ -83,7 +84,8 @@ def count_files(
         kind: see `FileCount`.
         files: the paths of all files of this kind.
         splits: the files of each split.
-        others: the paths of all other files. Those with an ending of `UNREADABLE` count as image files.
+        others: the paths of all other files. Those with an ending of `UNREADABLE` count as image files, and so
+            do those with another ending if the first file with this ending begins like an image.
     """
     sizes = {name: len(chosen) for name, chosen in splits.items()}
     total = len(list(files))
@@ -93,9 +95,17 @@ def count_files(
     if outside:
         names = ", ".join(sizes)
         unread[f"in no split, because others are named {names}; {ADVICE}"] = outside
+    are_images: dict[str, bool] = {}
     for path in others:
-        ending = path[path.rfind(".") :].lower()
+        ending = os.path.splitext(path)[1].lower()
         if ending in UNREADABLE:
             unread[f"{ending}: {UNREADABLE[ending]}"] += 1
+            total += 1
+            continue
+        if ending not in are_images:
+            are_images[ending] = ending != "" and looks_like_image(path)
+        if are_images[ending]:
+            example = next(each for each in are_images if are_images[each])
+            unread[f"unknown endings such as {example}; rename the files"] += 1
             total += 1
     return FileCount(root, total, kind, unread, outside, sizes)

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
-from messages import mentions
+from messages import mentions, missing
 
 from hf_ssl.data import DataConfig, formats, open_source
 from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
@@ -49,6 +49,14 @@ def test_formats_of_pillow_are_read(ending, kind, tmp_path):
     save(tmp_path / f"a.{ending}", kind)
     source = open_source(DataConfig(path=str(tmp_path)))
     assert source.num_rows == 1 and common_size(source, 3) == (12, 16)
+
+
+def test_images_with_an_unknown_ending_are_counted(tmp_path):
+    for name in ("a.png", "b.unknown", "c.unknown", "d.0", "e.1"):
+        save(tmp_path / name, "PNG")
+    (tmp_path / "notes.unknown2").write_text("no image")
+    text = str(open_source(DataConfig(path=str(tmp_path))).count)
+    assert missing(text, "1 of 5 ", "4 (unknown endings such as .", "rename") == []
 
 
 @pytest.mark.parametrize(
