@@ -78,13 +78,14 @@ def test_truth_values_are_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ClassLabel", "texts"])
 def test_classes_in_another_order_are_matched_by_name(kind: str, tmp_path: Path) -> None:
-    write(tmp_path, "train", [0, 1, 2, 3] * 3, *KINDS["ClassLabel"])
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one", "train", [0, 1, 2, 3] * 3, *KINDS["ClassLabel"])
     names = ["dog", "cat", "bee", "ant", "emu"]
     feature, values = (ClassLabel(names=names), [3, 2, 1, 0]) if kind == "ClassLabel" else KINDS["texts"]
     # Two folders, because the files of one folder have the same columns.
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", "test", [1, 2, 3] * 2, feature, values, first=32)
-    train, _ = open_labeled_splits(config(tmp_path), replace(KNN, test_fraction=0.5))
+    train, _ = open_labeled_splits(config(tmp_path / "one"), replace(KNN, test_fraction=0.5))
     other, test = open_labeled_splits(
         config(tmp_path / "other"), replace(KNN, train_split="test", test_fraction=0.5)
     )

@@ -2,14 +2,11 @@
 """Chooses the loader of `datasets` for a place, and the cache of its tables."""
 
 import os
-from collections.abc import Iterator
 from glob import has_magic
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import ClassLabel, DatasetBuilder, Features, List, load_dataset_builder
+from datasets import DatasetBuilder, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -18,7 +15,6 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.data.folder import LocalData
 from hf_ssl.data.location import Location, file_state, fingerprint, state_of_files
 from hf_ssl.data.metadata_files import METADATA
-from hf_ssl.data.stream_length import arrow_reader
 from hf_ssl.data.tars import TAR_FORMAT, TarImages
 from hf_ssl.errors import UserError
 
@@ -30,8 +26,7 @@ def open_builder(location: Location, config: DataConfig, found: LocalData) -> Da
     """Return the loader of a data set, with the files that hf_ssl found in a local folder.
 
     Raises:
-        UserError: the path of a folder whose README selects its files contains wildcards, or its files have
-            the same class numbers for other classes.
+        UserError: the path of a folder whose README selects its files contains wildcards.
     """
     if location.kind == "hub":
         return _load_builder(location.loader, name=config.name, revision=config.revision)
@@ -57,7 +52,6 @@ def open_builder(location: Location, config: DataConfig, found: LocalData) -> Da
     key = (location.loader, config.name, datasets.config.HF_DATASETS_CACHE, state)
     if key not in _last_builder:
         builder = _new_builder(location, options)
-        _check_classes(builder)
         _last_builder.clear()
         _last_builder[key] = (found, builder)
     return _last_builder[key][1]
@@ -90,51 +84,3 @@ def _states(files: list[str]) -> list[tuple[str]]:
     """Return a text for each file that changes with any of them, also if all times stay the same."""
     content = fingerprint(files)
     return [(f"{file_state(os.stat(file))} {content}",) for file in files]
-
-
-def _check_classes(builder: DatasetBuilder) -> None:
-    """Raise UserError if two local files have other names for the same class numbers.
-
-    `datasets` (seen with 5.2) gives the names in the first file to the class numbers in all files. A file
-    with more or fewer classes in the same order is correct.
-    """
-    files = [str(file) for each in (builder.config.data_files or {}).values() for file in each]
-    known: dict[str, tuple[list[str], str]] = {}
-    for file in files:
-        for column, names in _named_classes({} if "://" in file else _features(file)):
-            first, first_file = known.setdefault(column, (names, file))
-            pairs = enumerate(zip(first, names, strict=False))
-            wrong = next(((number, *pair) for number, pair in pairs if pair[0] != pair[1]), None)
-            if wrong is not None:
-                raise UserError(
-                    f"data.path: expected the same classes in all files, got {wrong[1]!r} in "
-                    f"{os.path.basename(first_file)} and {wrong[2]!r} in {os.path.basename(file)} for the "
-                    f"number {wrong[0]} of {column!r}; write both files with one ClassLabel"
-                )
-            if len(names) > len(first):
-                known[column] = names, file
-
-
-def _features(file: str) -> Features | dict[str, Any]:
-    """Return the columns of a Parquet or Arrow file; {} for other files."""
-    ending = os.path.splitext(file)[1].lower()
-    try:
-        if ending == ".parquet":
-            return Features.from_arrow_schema(pq.read_schema(file))
-        if ending == ".arrow":
-            with pa.memory_map(file) as opened:
-                return Features.from_arrow_schema(arrow_reader(opened).schema)
-    except (OSError, pa.ArrowException):  # the reader of the data reports the file
-        pass
-    return {}
-
-
-def _named_classes(feature: Any, column: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yield the name and the classes of each column of the type ClassLabel, also inside of structs."""
-    if isinstance(feature, ClassLabel):
-        yield column, list(feature.names)
-    elif isinstance(feature, List):
-        yield from _named_classes(feature.feature, column)
-    elif isinstance(feature, dict):
-        for name, each in feature.items():
-            yield from _named_classes(each, f"{column}.{name}".lstrip("."))

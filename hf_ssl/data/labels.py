@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -103,7 +103,8 @@ def _class_labels(
         return *dataset.labels(label_column(source, config), where), None
     boxes = object_columns(dataset.features)
     only_boxes = config.label_column is None and {*kinds} & {*CLASS_KINDS} == {"boxes"} and len(boxes) == 1
-    column = boxes[0] if only_boxes else cast(str, label_column(source, config))
+    requested = replace(config, label_column=boxes[0]) if only_boxes else config
+    column = cast(str, label_column(source, requested))
     if column in boxes:
         objects = read_objects(dataset, column, config.box_format, where)
         return objects.matrix(), objects.class_names, objects

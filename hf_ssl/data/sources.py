@@ -24,6 +24,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.builders import open_builder
+from hf_ssl.data.class_files import require_same_classes
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
@@ -80,6 +81,7 @@ class Source:
             anyway, or if the rows are only file names.
         further_columns: further columns of images, {name: kind} in the order of their names.
         is_listed: whether the fingerprint of `dataset` covers the files of its rows, as for a folder.
+        files: the local files of all splits, if `datasets` reads them.
         folder: where the relative file names in `dataset` start; "" for the working folder.
         count: the files of a local folder, with the reasons why some are not read; else None.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
@@ -98,6 +100,7 @@ class Source:
     whole_shards: bool = True
     further_columns: dict[str, str] = field(default_factory=dict)
     is_listed: bool = False
+    files: Sequence[str] = field(default=(), repr=False)
     folder: str = ""
     count: FileCount | None = None
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -152,12 +155,15 @@ def label_column(source: Source, config: DataConfig) -> str | None:
     None is possible only for items in Python, whose labels need no name.
 
     Raises:
-        UserError: the errors of `find_label_column`, for data whose columns are known or streamed.
+        UserError: the errors of `find_label_column`, for data whose columns are known or streamed; or the
+            files have different names for one class number.
     """
     column = config.label_column or source.label_column
     known = source.streaming or isinstance(source.dataset, Dataset)
     if known and (column is None or column != source.label_column):
         column = find_label_column(source.dataset.features or {}, column, source.description)
+    if column is not None and source.files:
+        require_same_classes(source.files, column)
     return column
 
 
@@ -240,6 +246,7 @@ def open_source(
         whole_shards=opened.whole_shards,
         further_columns=further,
         is_listed=is_listed,
+        files=opened.files,
         folder=folder,
         count=count,
     )
@@ -257,11 +264,12 @@ def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: 
 
 
 class _Opened(NamedTuple):
-    """A data set with its number of rows (if known); see `Source` for `whole_shards`."""
+    """A data set with its number of rows (if known); see `Source` for `whole_shards` and `files`."""
 
     dataset: Dataset | IterableDataset
     num_rows: int | None
     whole_shards: bool = True
+    files: Sequence[str] = ()
 
 
 def _open_with_datasets(
@@ -278,6 +286,10 @@ def _open_with_datasets(
         opened = _open_stream(builder, split, config.num_images)
     else:
         opened = _open_table(_prepare(builder, split), False)
+    data_files = builder.config.data_files or {}
+    opened = opened._replace(
+        files=[str(file) for each in data_files.values() for file in each if "://" not in str(file)]
+    )
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(

@@ -84,8 +84,8 @@ def count_files(
         kind: see `FileCount`.
         files: the paths of all files of this kind.
         splits: the files of each split.
-        others: the paths of all other files. Those with an ending of `UNREADABLE` count as image files, and so
-            do those with another ending if the first file with this ending begins like an image.
+        others: the paths of all other files. Those with an ending of `UNREADABLE` count as image files. Those
+            with another ending also count if the first file with this ending begins like an image.
     """
     sizes = {name: len(chosen) for name, chosen in splits.items()}
     total = len(list(files))

@@ -15,13 +15,15 @@ import torch
 from datasets import ClassLabel, Features, Image, List
 from messages import mentions
 
-from hf_ssl.data import DataConfig, open_source
+from hf_ssl.data import DataConfig, labeled_images, open_source
 from hf_ssl.data.columns import find_image_column, find_label_column, label_values
 from hf_ssl.data.contents import same_contents
 from hf_ssl.data.decode import EncodedImage, decode
 from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.images import EncodedRows
+from hf_ssl.data.sources import label_column
 from hf_ssl.data.stream import StreamShards
+from hf_ssl.data.targets import CLASS_KINDS
 from hf_ssl.errors import UserError
 
 
@@ -430,9 +432,11 @@ def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tm
 
     def write(name: str, names: list[str]) -> None:
         classes = ClassLabel(names=names)
-        feature = {"class": classes, "list": List(classes), "boxes": {"category": List(classes)}}[kind]
+        boxes = {"bbox": List(List(datasets.Value("float32"))), "category": List(classes)}
+        feature = {"class": classes, "list": List(classes), "boxes": boxes}[kind]
         schema = Features(image=Image(), label=feature).arrow_schema
-        label = {"class": 1, "list": [1], "boxes": {"category": [1]}}[kind]
+        objects = {"bbox": [[0, 0, 4, 4]], "category": [1]}
+        label = {"class": 1, "list": [1], "boxes": objects}[kind]
         rows = [{"image": {"bytes": encode(picture(1)), "path": None}, "label": label}]
         table = pa.Table.from_pylist(rows, schema=schema)
         if ending == "parquet":
@@ -446,6 +450,9 @@ def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tm
     assert open_source(DataConfig(path=str(tmp_path))).num_rows == 2
     write("train-2", ["ant", "cat", "bee"])
     for streaming in (False, True):
-        config = DataConfig(path=str(tmp_path), streaming=streaming)
+        config = DataConfig(path=str(tmp_path), streaming=streaming, label_column="label")
+        source = open_source(config)  # a training without labels
         with pytest.raises(UserError, match=mentions("label", 1, "bee", f"train-2.{ending}", "cat")):
-            open_source(config)
+            label_column(source, config)
+    with pytest.raises(UserError, match=mentions("label", 1, "bee", "cat")):
+        labeled_images(config, "train", kinds=["boxes"] if kind == "boxes" else CLASS_KINDS)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares the names of classes that several files of one data set declare."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, List
+
+from hf_ssl.data.stream_length import arrow_reader
+from hf_ssl.errors import UserError
+
+
+def require_same_classes(files: Sequence[str], column: str) -> None:
+    """Raise UserError if two local files have different names for one class number.
+
+    `datasets` (seen with 5.2) gives the names in the first file to the class numbers in all files. A file
+    with more or fewer classes in the same order is correct.
+
+    Args:
+        files: paths of the files of all splits. Only Parquet and Arrow files declare names.
+        column: the column of the labels, or the column of structs that contains them.
+    """
+    known: dict[str, tuple[list[str], str]] = {}
+    for file in files:
+        for name, classes in _named_classes(_features(file)):
+            if name != column and not name.startswith(f"{column}."):
+                continue
+            first, first_file = known.setdefault(name, (classes, file))
+            pairs = enumerate(zip(first, classes, strict=False))
+            wrong = next(((number, *pair) for number, pair in pairs if pair[0] != pair[1]), None)
+            if wrong is not None:
+                raise UserError(
+                    f"data.path: expected the same classes in all files, got {wrong[1]!r} in "
+                    f"{os.path.basename(first_file)} and {wrong[2]!r} in {os.path.basename(file)} for the "
+                    f"number {wrong[0]} of {name!r}; write both files with one ClassLabel"
+                )
+            if len(classes) > len(first):
+                known[name] = classes, file
+
+
+def _features(file: str) -> Features | dict[str, Any]:
+    """Return the columns of a Parquet or Arrow file; {} for other files."""
+    ending = os.path.splitext(file)[1].lower()
+    try:
+        if ending == ".parquet":
+            return Features.from_arrow_schema(pq.read_schema(file))
+        if ending == ".arrow":
+            with pa.memory_map(file) as opened:
+                return Features.from_arrow_schema(arrow_reader(opened).schema)
+    except (OSError, pa.ArrowException):  # the reader of the data reports the file
+        pass
+    return {}
+
+
+def _named_classes(feature: Any, column: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the classes of each column of the type ClassLabel, also inside of structs."""
+    if isinstance(feature, ClassLabel):
+        yield column, list(feature.names)
+    elif isinstance(feature, List):
+        yield from _named_classes(feature.feature, column)
+    elif isinstance(feature, dict):
+        for name, each in feature.items():
+            yield from _named_classes(each, f"{column}.{name}".lstrip("."))
