@@ -71,8 +71,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, others = parser.parse_known_args(argv)
     if others and not ("overrides" in arguments and all(_is_setting(text) for text in others)):
-        text = " ".join(others)
+        text, bare = " ".join(others), others[0].lstrip("-")
         advice = f'; put a value with spaces in quotes: "{text}"' if _is_setting(text) else ""
+        if bare != others[0] and "overrides" in arguments and "." in bare.partition("=")[0]:
+            advice = f"; write settings without dashes: {bare}"
         parser.error(f"unrecognized arguments: {text}{advice}")
     if others:
         arguments.overrides += others
@@ -94,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = _commands(parser)
     demo = command("demo", commands.demo)
-    demo.add_argument(
-        "--no-space", action="store_true", help="do not serve the Space that demonstrates the encoder"
-    )
+    demo.add_argument("--no-space", action="store_true", help="do not serve the Space of the encoder")
     demo.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. training.output_dir=digits"
     )

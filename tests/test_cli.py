@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from forks import Forks
-from messages import missing
+from messages import mentions, missing
 from omegaconf import OmegaConf
 
 from hf_ssl import evaluation, run, space
@@ -26,6 +26,7 @@ from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
 from hf_ssl.names import DeprecatedSetting
+from hf_ssl.recipe.source import apply_overrides
 from hf_ssl.resources import recipe_files
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +122,29 @@ def test_a_value_with_blanks_needs_quotes(capsys: pytest.CaptureFixture[str]) ->
             ["evaluate", "folder", "data.path=digits", "--protocols", "knn", "evaluation.draws=[20,", "200]"]
         )
     assert 'in quotes: "evaluation.draws=[20, 200]"' in capsys.readouterr().err
+
+
+def test_a_setting_with_dashes_is_named_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "smoke/simclr", "--data.path=photos", "training.max_steps=5"])
+    error = capsys.readouterr().err
+    assert "--data.path=photos" in error and error.endswith(" data.path=photos\n")
+    with pytest.raises(SystemExit):
+        main(["export", "run", "encoder", "--data.path=photos"])  # a command without settings
+    assert "dashes" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("max_steps=5", "SECTION.max_steps=5"),
+        ("training.max_steps", "training.max_steps=VALUE"),
+        ("photos", "data.path=photos"),
+    ],
+)
+def test_an_override_of_a_wrong_form_is_answered_with_what_to_type(override: str, advice: str) -> None:
+    with pytest.raises(UserError, match=mentions(advice)):
+        apply_overrides({}, [override])
 
 
 def test_settings_may_follow_options(

@@ -97,6 +97,7 @@ def apply_overrides(
         if not equals or not section or not (dot or section in sections):
             raise UserError(
                 f"expected section.key=value with a section of {', '.join(sections)}, got {override!r}"
+                + _advice(override, sections)
             )
         _reject_interpolation(override, key)
         try:
@@ -113,6 +114,16 @@ def apply_overrides(
             ) from error
     changed: Any = OmegaConf.to_container(tree)
     return _sections(changed, sections, "the command")
+
+
+def _advice(override: str, sections: Sequence[str]) -> str:
+    """Return the end of a message about an override of a wrong form: the text to type, if it is known."""
+    key, equals, _ = override.partition("=")
+    if equals:
+        return f"; write SECTION.{override}" if key and "." not in key else ""
+    if key.partition(".")[0] in sections:
+        return f"; write {key}=VALUE without spaces"
+    return f"; for images, write data.path={override}" if "data" in sections else ""
 
 
 def _override_value(override: str, key: str, text: str, classes: Mapping[str, type] | None) -> Any:
