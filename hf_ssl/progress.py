@@ -70,6 +70,11 @@ def notice(text: str) -> None:
             tqdm.write(text, file=sys.stderr)
 
 
+def bars_move() -> bool:
+    """Return whether standard error is a terminal or a notebook, where a bar is redrawn in its place."""
+    return (sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules
+
+
 @contextmanager
 def redrawn(bar: Any) -> Iterator[None]:
     """Redraw a tqdm bar inside the block: every second in a terminal, every 15 seconds as a line in a file.
@@ -81,7 +86,7 @@ def redrawn(bar: Any) -> Iterator[None]:
     if bar.disable:  # also by the environment variable TQDM_DISABLE
         yield
         return
-    moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+    moves = bars_move()
     draw = bar.display if moves else _as_lines(bar)
 
     def draw_if_possible(*arguments: Any, **options: Any) -> bool:

@@ -164,6 +164,7 @@ def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> N
             panel.plot(steps, means, label=shorten(label, 60), marker=".", linewidth=1.2, **style)
         panel.set_title("\n".join(wrap(heading_of(name), 36)), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
+        panel.locator_params(axis="x", integer=True)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()

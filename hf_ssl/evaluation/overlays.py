@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging as transformers_logging
 
 from hf_ssl.data.decode import as_pillow, read_photo
 from hf_ssl.errors import UserError
@@ -171,6 +172,7 @@ def write_attention_pictures(
     Raises:
         UserError: the encoder does not exist or has no attention maps, or a file is not a picture.
     """
+    transformers_logging.disable_progress_bar()
     encoder, processor = load_encoder(model)
     patch_size(encoder)  # raises for an unsupported encoder before any photo is read
     written: list[Path] = []

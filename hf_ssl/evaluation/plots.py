@@ -12,7 +12,8 @@ from hf_ssl.files import replaced_file
 K_CURVE, PROBE_EPOCHS, DETECTIONS = "knn_curve.png", "probe_epochs.png", "detections.png"
 CAPTIONS = {
     K_CURVE: "Accuracy of weighted k-NN on test images for each k. The ring marks the k and the temperature "
-    "that were selected on held-out training images; it is not on the curve if the temperature differs.",
+    "that were selected on held-out training images; it is not on the curve if the temperature "
+    "differs. The bands show one standard error.",
     PROBE_EPOCHS: "Accuracy of the final probes on training images (dashed) and on test images after each "
     "epoch. No epoch was selected.",
     DETECTIONS: "Boxes in test images: the objects (dashed, white) and the detections with a score of at "
@@ -67,7 +68,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     if not lines:
         return None
     figure, (axes,) = _new_figure(1)
-    labeled = False
+    rings, others = [], False  # others: a selected temperature is not that of the lines
     for number, (name, cells) in enumerate(lines.items()):
         color, line = color_of(number), line_of(number)
         images = results[name]["images"]["test"]
@@ -83,15 +84,19 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
             k = selected["selection"].get("neighbors")
             if k in cells:
                 style = {"marker": "o", "markersize": 9, "linestyle": "none", "fillstyle": "none"}
-                label = None if labeled else "selected k and temperature"
-                axes.plot(k, selected["value"], color=color, label=label, **style)
-                labeled = True
+                rings += axes.plot(k, selected["value"], color=color, label="_", **style)
+                others = others or selected["value"] != cells[k]
+    if rings:
+        rings[0].set_label(
+            "selected k and temperature"
+            + ("; a ring beside its line has another temperature" if others else "")
+        )
     temperature = find_results(results[next(iter(lines))], "knn")[0]["details"]["temperature"]
     ticks = sorted({k for cells in lines.values() for k in cells})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{k:,}" if k in _spread(ticks) else "" for k in ticks])
     axes.minorticks_off()
-    _label(axes, f"k-NN, temperature {temperature:g}", "k")
+    _label(axes, f"k-NN, temperature {temperature:g} (bands: one standard error)", "k")
     return figure
 
 

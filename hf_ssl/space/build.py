@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import RepoCard, SpaceCardData
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
@@ -92,6 +93,7 @@ def build_space(
         check_new_or_empty(folder, "space", " or a Space")
     if images < 1 or examples < 0:
         raise UserError(f"space: expected images >= 1 and examples >= 0, got {images} and {examples}")
+    transformers_logging.disable_progress_bar()
     with progress(f"loading {model}"):
         encoder, processor = load_encoder(model, revision)
     if local_folder(model) is not None and type(encoder.config) not in MODEL_MAPPING:

@@ -16,6 +16,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
@@ -25,7 +26,7 @@ from hf_ssl.modeling.base import SSLPreTrainedModel
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process, process_count
 from hf_ssl.modeling.outputs import RunProgress
-from hf_ssl.progress import progress, redrawn
+from hf_ssl.progress import DELAY, bars_move, progress, redrawn
 from hf_ssl.trainer.logs import Stopwatch, draw_curves
 from hf_ssl.trainer.optimizers import parameter_groups_by_name
 from hf_ssl.trainer.schedules import schedule_weight_decay
@@ -137,12 +138,19 @@ class ProgressBar(ProgressCallback):
         self._redrawing = ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = state.global_step
-            self.training_bar.set_description("pretraining")
-            self._redrawing.enter_context(redrawn(self.training_bar))
+        if state.is_world_process_zero:
+            # A bar without a delay writes parts of a line before `redrawn` makes them whole lines of a file.
+            bar = tqdm(
+                desc="pretraining",
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                delay=0 if bars_move() else DELAY,
+            )
+            bar.delay = 0
+            self.training_bar = bar
+            self._redrawing.enter_context(redrawn(bar))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.close()

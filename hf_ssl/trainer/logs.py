@@ -126,7 +126,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _label(key: str) -> str:
-    return key.removeprefix("eval_").removeprefix("term_").replace("_", " ")
+    name = key.removeprefix("eval_").removeprefix("term_")
+    return "feature rank" if name == "rank_me" else name.replace("_", " ")  # beside "embedding rank"
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -153,6 +154,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(steps, values, label=_label(key), linewidth=1.4, marker=marker, markersize=2.5)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=7)
+        axes.locator_params(axis="x", integer=True)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
         if len(keys) > 1:
@@ -218,6 +220,7 @@ def loss_terms(runs: Mapping[str, RunLog]) -> Any:
             title = "training loss" if key == "loss" else f"term {_label(key)}"
             axes.set_title(f"{method}: {title}", fontsize=9)
             axes.set_xlabel("step", fontsize=7)
+            axes.locator_params(axis="x", integer=True)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25)
             axes.legend(fontsize=7, frameon=False)

@@ -10,6 +10,7 @@ import torch
 from messages import mentions
 from PIL import Image
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers.utils import logging as transformers_logging
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
@@ -112,7 +113,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_written_pictures(folders: Path, tmp_path: Path) -> None:
     photos = [folders / "a" / "dog.png", folders / "b" / "dog.png"]
+    transformers_logging.enable_progress_bar()
     written = write_attention_pictures(str(folders / "vit"), photos, tmp_path, size=32)
+    assert not transformers_logging.is_progress_bar_enabled()  # its bars are no whole lines of a log
     assert written == [tmp_path / "dog", tmp_path / "dog_2"]
     names = sorted(f"{key.replace(' ', '_')}.png" for key in KEYS)
     for folder in written:

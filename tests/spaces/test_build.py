@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, RepoCard
 from messages import mentions
 from PIL import Image
 from transformers import BitImageProcessor, BlipConfig, BlipModel, TimmWrapperConfig, TimmWrapperModel
+from transformers.utils import logging as transformers_logging
 
 import hf_ssl
 from hf_ssl.data import DataConfig, labeled_images
@@ -138,7 +139,9 @@ def test_data_without_labels(spaces: dict[str, Path], tmp_path: Path) -> None:
     rows["image"][4] = {"bytes": b"broken", "path": None}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
     data = DataConfig(path=str(tmp_path / "photos.parquet"), max_broken_fraction=0.5)
+    transformers_logging.enable_progress_bar()
     known = build_space(str(spaces["vit"] / "encoder"), tmp_path / "space", data, examples=3)
+    assert not transformers_logging.is_progress_bar_enabled()  # its bars are no whole lines of a log
     assert known["gallery"]["labeled"] is False and known["gallery"]["images"] == 5
     assert known["gallery"]["data"] == "photos.parquet (train)"
     assert [example["label"] for example in known["examples"]] == [None] * 3

@@ -67,7 +67,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         )
     problem = Problem(rows, labels, inputs.classes)
     strengths = sorted(set(config.strengths))
-    with inputs.progress("logistic regression", len(strengths) + 1, "value of C") as bar:
+    with inputs.progress("logistic regression", len(strengths) + 1, "fit") as bar:
         solutions = problem.subset(kept).solve(strengths, iterations=config.iterations, advance=bar.update)
         validation = [
             int(is_right(problem.scores(solution, rows[chosen]), labels[chosen]).sum()) / len(chosen)
