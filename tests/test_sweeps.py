@@ -17,7 +17,7 @@ from messages import mentions
 from tiers import in_tiers
 
 from hf_ssl import sweeps
-from hf_ssl.cards.sweep_plots import draw
+from hf_ssl.cards.sweep_plots import _are_geometric, draw
 from hf_ssl.cards.sweep_text import Measured, csv_text, page
 from hf_ssl.cli import main
 from hf_ssl.comparing import compare_runs
@@ -623,6 +623,17 @@ def test_a_sweep_of_a_version_without_a_setting_of_some_views_continues(
     del plan[""]["views.second"]["rotation"], plan[""]["views.rotation"]
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     assert len(run_sweep(sweep, command)) == 2 == len(in_this_process)
+
+
+@pytest.mark.parametrize(
+    ("places", "geometric"),
+    [
+        ([64, 128, 256], True), ([1, 4, 16], True), ([0.001, 0.01, 0.1], True), ([0.1, 0.3, 0.5, 0.75, 0.9], False),
+        ([0, 1, 10], False), ([10, 20, 30], False), ([1, 10], True),
+    ],
+)  # fmt: skip
+def test_an_axis_is_logarithmic_if_its_values_are(places: list, geometric: bool) -> None:
+    assert _are_geometric(places) is geometric
 
 
 def test_arms_with_the_same_folder_are_a_mistake(tmp_path: Path) -> None:

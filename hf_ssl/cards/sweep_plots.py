@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plots of a sweep (layer 3)."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
@@ -131,11 +133,20 @@ def _lines(
     places = sorted({place for found in series.values() for place, _ in found})
     if not places:  # no finite number
         return
-    if places[0] > 0 and places[-1] / places[0] >= 4:
+    if _are_geometric(places):
         panel.set_xscale("log")
         panel.minorticks_off()
     panel.set_xticks(places, [f"{place:g}" for place in places])
     panel.set_xlabel(axis, fontsize=8)
+
+
+def _are_geometric(places: Sequence[float]) -> bool:
+    """Return whether ascending numbers have more equal ratios than differences, as 64, 128 and 256 have."""
+    if places[0] <= 0 or places[-1] / places[0] < 4:
+        return False
+    ratios = [math.log(high / low) for low, high in pairwise(places)]
+    differences = [high - low for low, high in pairwise(places)]
+    return max(ratios) / min(ratios) <= max(differences) / min(differences)
 
 
 def _baselines(panel: Any, runs: Sequence[Measured], key: str, *, vertical: bool) -> None:
