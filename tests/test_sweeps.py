@@ -628,8 +628,8 @@ def test_a_sweep_of_a_version_without_a_setting_of_some_views_continues(
 @pytest.mark.parametrize(
     ("places", "geometric"),
     [
-        ([64, 128, 256], True), ([1, 4, 16], True), ([0.001, 0.01, 0.1], True), ([0.1, 0.3, 0.5, 0.75, 0.9], False),
-        ([0, 1, 10], False), ([10, 20, 30], False), ([1, 10], True),
+        ([64, 128, 256], True), ([1, 4, 16], True), ([0.001, 0.01, 0.1], True), ([1, 10], True),
+        ([0.1, 0.3, 0.5, 0.75, 0.9], False), ([0, 1, 10], False), ([10, 20, 30], False),
     ],
 )  # fmt: skip
 def test_an_axis_is_logarithmic_if_its_values_are(places: list, geometric: bool) -> None:

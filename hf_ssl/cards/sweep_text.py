@@ -171,8 +171,8 @@ def page(
     lines += _table(runs, columns, further)
     lines += _ranks_table(runs) if ranks else []
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
-    lines += ["", f"{_about(runs, images)} `sweep.csv` has all runs. The protocols are described below, with ranges where rows differ. "
-              "`hf-ssl compare FOLDER` tests the differences.", ""]  # fmt: skip
+    lines += ["", f"{_about(runs, images)} `sweep.csv` has all runs. The protocols are described below, with "
+              "ranges where rows differ. `hf-ssl compare FOLDER` tests the differences.", ""]  # fmt: skip
     shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
     lines += [line for file, words in (shown | {**pictures}).items() for line in (f"![{words}]({file})", "")]
     lines += _notes(runs)
