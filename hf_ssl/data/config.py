@@ -50,7 +50,8 @@ class DataConfig:
         channels: 3 (color; gray images get three equal channels) or 1 (gray).
         cache: where decoded images are kept: in "memory", in a file that is mapped into memory ("memmap"), on
             the device of the model ("device", which also crops them) or nowhere ("none"). "auto" keeps images
-            of one size, of at most 96 pixels per side and 4 GiB in total.
+            of one size, of at most 96 pixels per side and 4 GiB in total. Images of several sizes cannot be
+            kept: this is a warning for "memory", and an error for "memmap" and "device".
         max_broken_fraction: the largest share of images that may be unreadable. Above it, the run stops, but
             not for fewer than 16 broken images (at most half of the images). 0 allows none. Commands that
             evaluate an encoder use the value of its training, unless another one is set.

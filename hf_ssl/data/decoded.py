@@ -107,6 +107,10 @@ class _SizeMismatch(Exception):
     """An image of another size than the first images. The text names the image and its size."""
 
 
+_reported: set[str] = set()
+"""Data that were reported because they cannot be cached."""
+
+
 def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = False) -> DecodedRows | None:
     """Return the decoded images of a source, or None if they are not cached. They are decoded at first use.
 
@@ -114,11 +118,12 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
         source: map-style data.
         channels: number of channels of the image column.
         cache: "none", "memory", "device" (decoded in memory first) or "memmap"; "auto" caches images of one
-            size, of at most 96 pixels per side and 4 GiB in total.
+            size, of at most 96 pixels per side and 4 GiB in total. Images of several sizes cannot be cached:
+            with "memory", this is a warning, because recipes set it.
         shared: whether several processes on this machine need them; "auto" then uses a file.
 
     Raises:
-        UserError: `cache` is not "auto" and the sizes of the images differ, or the disk is full.
+        UserError: `cache` is "device" or "memmap" and the sizes of the images differ, or the disk is full.
     """
     key = (cache, channels, shared, source.value_range)
     in_python = not isinstance(source.dataset, Dataset)  # items may differ each time, as random ones do
@@ -157,12 +162,14 @@ def _decode_rows(source: Source, channels: int, cache: str, shared: bool) -> Dec
         pixels = np.zeros(shape, np.uint8)
         return DecodedRows(pixels, _fill(pixels, rows), None, source.description)
     except _SizeMismatch as error:
-        if cache != "auto":
+        if cache not in ("auto", "memory"):
             raise UserError(
                 f"data.cache: expected images of one size for data.cache={cache}, got {error}; use "
                 "data.cache=none"
             ) from None
-        logger.info("the images are not cached because their sizes differ: %s", error)
+        if cache == "memory" and source.description not in _reported:
+            _reported.add(source.description)
+            logger.warning("data.cache=memory has no effect on images of several sizes: %s", error)
         return None
 
 
