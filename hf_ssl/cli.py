@@ -4,17 +4,15 @@
 import argparse
 import errno
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_ssl import commands
+from hf_ssl import __version__, commands
 from hf_ssl.conversion.releases import RELEASES
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
-from hf_ssl.names import DeprecatedSetting
+from hf_ssl.names import short_deprecations
 from hf_ssl.resources import MAP_IMAGES, MAX_IMAGES, PORT
 from hf_ssl.signals import ends_on_sigterm, output_is_closed
 
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parsed(argv)
     try:
-        with ends_on_sigterm(), _short_deprecations():
+        with ends_on_sigterm(), short_deprecations():
             arguments.run(arguments)
             sys.stdout.flush()
     except UserError as error:
@@ -49,27 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def _short_deprecations() -> Iterator[None]:
-    """Show warnings about deprecated keys as one line, without the source line that Python adds."""
-    usual = warnings.formatwarning
-
-    def short(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
-        if issubclass(category, DeprecatedSetting):
-            return f"hf-ssl: {message}\n"
-        return usual(message, category, *where, **line)
-
-    setattr(warnings, "formatwarning", short)  # noqa: B010  mypy rejects the assignment
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
-
-
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed arguments. Settings may follow options, which argparse does not support."""
     parser = _parser()
-    arguments, others = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments, others = parser.parse_known_args(given or ["--help"])
     if others and not ("overrides" in arguments and all(_is_setting(text) for text in others)):
         text, bare = " ".join(others), others[0].lstrip("-")
         advice = f'; put a value with spaces in quotes: "{text}"' if _is_setting(text) else ""
@@ -94,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-ssl", description="Self-supervised image pretraining on the Hugging Face stack."
     )
+    parser.add_argument("--version", action="version", version=f"hf_ssl {__version__}")
     command = _commands(parser)
     demo = command("demo", commands.demo)
     demo.add_argument("--no-space", action="store_true", help="do not serve the Space of the encoder")

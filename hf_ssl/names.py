@@ -4,7 +4,8 @@
 import ast
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from importlib import import_module
@@ -163,3 +164,20 @@ def _move(values: dict[str, Any], old: str, new: str) -> None:
     values[group] = (
         {**(current if isinstance(current, dict) else vars(current)), field: value} if dot else value
     )
+
+
+@contextmanager
+def short_deprecations() -> Iterator[None]:
+    """Show warnings about deprecated keys as one line, without the source line that Python adds."""
+    usual = warnings.formatwarning
+
+    def short(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, DeprecatedSetting):
+            return f"hf-ssl: {message}\n"
+        return usual(message, category, *where, **line)
+
+    setattr(warnings, "formatwarning", short)  # noqa: B010  mypy rejects the assignment
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual

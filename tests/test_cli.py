@@ -17,15 +17,16 @@ from forks import Forks
 from messages import mentions, missing
 from omegaconf import OmegaConf
 
+import hf_ssl
 from hf_ssl import evaluation, run, space
-from hf_ssl.cli import _short_deprecations, main
+from hf_ssl.cli import main
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from hf_ssl.hub import export
 from hf_ssl.methods import METHODS
-from hf_ssl.names import DeprecatedSetting
+from hf_ssl.names import DeprecatedSetting, short_deprecations
 from hf_ssl.recipe.source import apply_overrides
 from hf_ssl.resources import recipe_files
 
@@ -101,7 +102,7 @@ def test_two_lists_of_protocols_are_a_mistake(capsys) -> None:
 
 def test_the_warning_about_a_deprecated_key_is_one_line() -> None:
     warning = DeprecatedSetting("old is deprecated; use new")
-    with _short_deprecations():
+    with short_deprecations():
         assert warnings.formatwarning(warning, DeprecatedSetting, "file.py", 3) == f"hf-ssl: {warning}\n"
         assert "file.py:3" in warnings.formatwarning(UserWarning("x"), UserWarning, "file.py", 3, line="")
     assert "file.py:3" in warnings.formatwarning(warning, DeprecatedSetting, "file.py", 3, line="")
@@ -375,3 +376,10 @@ def test_a_reader_that_stops_ends_the_command_without_a_traceback(unbuffered: st
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_without_a_command_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, part in (([], "pretrain"), (["--version"], f"hf_ssl {hf_ssl.__version__}")):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0 and part in capsys.readouterr().out
