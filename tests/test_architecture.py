@@ -78,6 +78,20 @@ DISTRIBUTIONS = {
 }
 
 
+PRIVATE = set(
+    # of torch
+    "_BatchNorm _foreach_add _foreach_add_ _foreach_clamp_max_ _foreach_lerp_ _foreach_mul_ _foreach_norm "
+    "_foreach_reciprocal_ _forward_hooks _forward_pre_hooks _inductor _shutdown_workers "
+    # of transformers
+    "_attn_implementation _can_record_outputs _commit_hash _load_best_model _save_optimizer_and_scheduler "
+    "_save_rng_state _save_scaler "
+    # of evaluate, and of Python
+    "_feature_names _getframe".split()
+)
+"""Private names of other libraries that hf_ssl reads. Any release can remove them (transformers 5.24 removed
+`_commit_hash` from configurations), so use a public name if there is one."""
+
+
 @dataclass(frozen=True)
 class Import:
     """An import statement.
@@ -249,6 +263,30 @@ def test_forwards_are_contracts(sources: dict[str, str]) -> None:
 
 def test_one_file_knows_about_process_groups(sources: dict[str, str]) -> None:
     assert [name for name, text in sources.items() if touches_process_groups(text)] == [GATHERS]
+
+
+def foreign_private_names(sources: dict[str, str]) -> set[str]:
+    """Return the private names that sources read and that none of them defines."""
+    used, defined = set[str](), set[str]()
+    for node in (node for source in sources.values() for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            used.add(node.attr)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            defined.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("hf_ssl"):
+            used.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            used.update(str(each.value) for each in node.args[1:2] if isinstance(each, ast.Constant))
+    return {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
+
+
+def test_private_names_of_other_libraries_are_listed(sources: dict[str, str]) -> None:
+    assert foreign_private_names(sources) == PRIVATE
+    assert foreign_private_names({"a": "getattr(x, '_y', None)\nself._z = x._w\nx._z"}) == {"_y", "_w"}
 
 
 def test_losses_and_views_know_no_model(sources: dict[str, str]) -> None:
