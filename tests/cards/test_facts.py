@@ -14,6 +14,7 @@ import torch
 from example_facts import new_facts
 from messages import mentions
 
+import hf_ssl
 from hf_ssl import cards, hub
 from hf_ssl.cards import (
     append_result,
@@ -218,6 +219,7 @@ def test_last_part() -> None:
 
 def test_environment_contains_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment()
+    assert found["packages"]["hf_ssl"] == hf_ssl.__version__  # also if only its sources are on the path
     assert found["python"] == platform.python_version()
     assert (
         found["packages"]["torch"] == torch.__version__.split("+")[0]
