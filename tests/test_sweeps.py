@@ -601,6 +601,7 @@ def test_a_run_that_fails_is_named_and_the_others_continue(
     assert json.loads((tmp_path / "sweep.json").read_text())[""]["method.temperature"] == 0.5
 
 
+@pytest.mark.slow
 def test_runs_of_a_changed_recipe_do_not_join_the_finished_ones(
     tmp_path: Path, in_this_process: list[list[str]]
 ) -> None:
@@ -613,6 +614,7 @@ def test_runs_of_a_changed_recipe_do_not_join_the_finished_ones(
         run_sweep(load_sweep(str(recipe), SMALL), Command(str(recipe), SMALL, None, output))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_version_without_a_setting_of_some_views_continues(
     tmp_path: Path, in_this_process: list[list[str]]
 ) -> None:

@@ -409,6 +409,7 @@ def untrained_detections() -> list[torch.Tensor]:
     return [torch.cat([each.boxes, each.classes[:, None], each.scores[:, None]], 1) for each in found]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_test_images_and_raise_the_same_error(forks, tmp_path) -> None:
     port, file = str(25700 + os.getpid() % 2000), str(tmp_path / "rank")
     each = [[rank, str(Path(__file__).parent.parent), port, file] for rank in "01"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from example_facts import new_facts
 from messages import mentions, missing
+from tiers import in_tiers
 from transformers import BitImageProcessor, ViTConfig, ViTModel
 
 from hf_ssl.cards.card import render_card
@@ -57,6 +58,13 @@ QUICK = {
 # `quality` measures without labels, so it gives no accuracy. Others need several labels per image or boxes.
 OF_CLASSES = [name for name, each in PROTOCOLS.items() if "one" in each.labels and name != "quality"]
 OF_MASKS = [name for name, each in PROTOCOLS.items() if "masks" in each.labels and name != "quality"]
+
+
+def without_fine_tuning(names: list[str]) -> list:
+    """Return the protocols. Only the slow tests run `fine_tune`, which trains a network."""
+    return in_tiers(zip(names), [(name,) for name in names if name != "fine_tune"])
+
+
 WITH_ENCODER = [name for name, each in PROTOCOLS.items() if each.needs_encoder and "one" in each.labels]
 OF_FEATURES = [name for name in OF_CLASSES if not PROTOCOLS[name].needs_encoder]
 
@@ -133,7 +141,7 @@ def test_a_result_is_complete_and_repeatable(name: str, data) -> None:
     assert run(name, data) == results
 
 
-@pytest.mark.parametrize("name", OF_CLASSES + OF_MASKS)
+@pytest.mark.parametrize("name", without_fine_tuning(OF_CLASSES + OF_MASKS))
 def test_nothing_is_selected_on_test_images(name: str, data) -> None:
     """Other test images change the value, and nothing that was selected."""
     train, train_labels, test, test_labels = data
@@ -144,7 +152,7 @@ def test_nothing_is_selected_on_test_images(name: str, data) -> None:
     assert [result["value"] for result in after] != [result["value"] for result in before]
 
 
-@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("name", without_fine_tuning(OF_CLASSES))
 def test_the_classes_of_the_result_are_those_of_the_images(name: str, data) -> None:
     """Numbers of classes may have gaps, and a class may be missing in one of the splits."""
     train, train_labels, test, test_labels = data

@@ -158,6 +158,7 @@ print(json.dumps([source.image_column, source.revision, *images]))
 """
 
 
+@pytest.mark.slow
 def test_tars_on_the_hub_can_have_images_with_different_endings(hub: HubServer, tmp_path: Path) -> None:
     """`datasets` finds the columns in the first five images. The others would have no image."""
     names = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.png", "6.jpeg", "7.png"]

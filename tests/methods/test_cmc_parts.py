@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -406,8 +407,10 @@ def loads(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("before", ["parts", "single", "none"])
-@pytest.mark.parametrize("moves", range(7))
+MOVES = list(product(range(7), ["parts", "single", "none"]))
+
+
+@pytest.mark.parametrize(("moves", "before"), in_tiers(MOVES, MOVES[::4]))
 def test_an_interrupted_export_leaves_no_mixture(tmp_path, monkeypatch, before, moves):
     """The description replaces a file in the staging folder first. Then there are 6 files: the processor, two
     weights, two configs and the description, which is the last.

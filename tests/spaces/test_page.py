@@ -134,11 +134,20 @@ def test_an_uploaded_photo_is_answered_and_deleted(
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"<html><body>404</body></html>", "This file is not a picture that can be read."),
-        (picture("JPEG")[:-400], "This picture is damaged or incomplete."),
-        (picture(side=2), "Please choose one that is at most 20 times as long as wide."),
+        pytest.param(
+            b"<html><body>404</body></html>",
+            "This file is not a picture that can be read.",
+            id="html",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(picture("JPEG")[:-400], "This picture is damaged or incomplete.", id="cut"),
+        pytest.param(
+            picture(side=2),
+            "Please choose one that is at most 20 times as long as wide.",
+            id="line",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["html", "cut", "line"],
 )
 def test_a_broken_file_gets_a_friendly_sentence(
     opened: Callable[..., Any], served: dict[str, Any], tmp_path: Path, data: bytes, text: str

@@ -109,7 +109,7 @@ def test_the_last_block_has_the_decay_in_pretraining_and_in_fine_tuning(depths, 
     assert found[f"backbone.{name}"].learning_rate_scale == rate == 0.75
 
 
-@pytest.mark.parametrize("architecture", ["vgg11", "densenet121"])
+@pytest.mark.parametrize("architecture", [pytest.param("vgg11", marks=pytest.mark.slow), "densenet121"])
 def test_layer_decay_needs_numbered_blocks(architecture, tmp_path):
     pytest.importorskip("timm")
     config = SimCLRConfig(backbone_config=TimmWrapperConfig(architecture=architecture))

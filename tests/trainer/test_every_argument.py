@@ -266,7 +266,7 @@ def one_of(count: int, names: Iterable[str]) -> list[Any]:
     return in_tiers(zip(names), list(zip(names[::count])))
 
 
-@pytest.mark.parametrize("name", one_of(8, [name for name in WORKING if name in FIELDS]))
+@pytest.mark.parametrize("name", one_of(16, [name for name in WORKING if name in FIELDS]))
 def test_it_works(name: str, table: Dataset, usual: Run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     value, further, check = WORKING[name]

@@ -109,6 +109,7 @@ def test_push_to_hub_itself(online: HubServer, tmp_path: Path) -> None:
         trainer.push_to_hub()
 
 
+@pytest.mark.slow
 def test_a_push_only_at_the_end_that_fails(online: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     online.fail("POST .*/commit/", status=400, times=1000)

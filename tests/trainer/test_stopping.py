@@ -84,7 +84,9 @@ class Measured:
 
 
 @pytest.mark.parametrize(("number", "raised"), in_tiers(SIGNALS, SIGNALS[:1]))
-@pytest.mark.parametrize(("measurement", "saved"), [(0, []), (1, ["checkpoint-2"])])
+@pytest.mark.parametrize(
+    ("measurement", "saved"), in_tiers([(0, []), (1, ["checkpoint-2"])], [(1, ["checkpoint-2"])])
+)
 def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measurement, saved):
     settings = recipe(tmp_path, "training.monitor_steps=2")
     monkeypatch.setattr(Monitor, "_measure_images", Measured(number, measurement))
