@@ -72,6 +72,7 @@ LAYERS = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
+    "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "faiss": "faiss-cpu",
     "umap": "umap-learn",
@@ -343,7 +344,7 @@ def test_every_import_is_declared(sources: dict[str, str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [
         name
-        for extra in ("timm", "demo", "plots", "detection", "scientific")
+        for extra in ("timm", "demo", "plots", "detection", "formats", "scientific")
         for name in project["optional-dependencies"][extra]
     ]
     requirements = [*project["dependencies"], *extras]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hf_ssl.data.formats import reason_of
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, array_image, to_array
-from hf_ssl.data.readers import ORIENTATION, SWAPS_SIDES, EncodedBytes, ImageData, read_image
+from hf_ssl.data.readers import SWAPS_SIDES, EncodedBytes, ImageData, orientation_of, read_image
 from hf_ssl.errors import UserError
 
 try:
@@ -176,9 +176,8 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
             # To read EXIF data that come after the pixels, Pillow would decode the whole PNG file.
-            # The size of a TIFF file is that of the rotated image.
-            known = opened.format != "TIFF" and (opened.format != "PNG" or "exif" in opened.info)
-            swapped = known and opened.getexif().get(ORIENTATION) in SWAPS_SIDES
+            known = opened.format != "PNG" or "exif" in opened.info
+            swapped = known and orientation_of(opened) in SWAPS_SIDES
     except BrokenImage:
         raise
     except PIL.UnidentifiedImageError:  # tifffile may read the file

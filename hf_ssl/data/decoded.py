@@ -33,7 +33,7 @@ from hf_ssl.resources import usable_cores
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # part of the name of cache files; increase it if decoding gives other pixels
+_FORMAT = 4  # part of the name of cache files; increase it if decoding gives other pixels
 _AUTO_BYTES = 4 << 30
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
+from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, array_image
 from hf_ssl.data.scientific import (
     BLACK_IS_ZERO,
@@ -24,8 +25,10 @@ from hf_ssl.data.scientific import (
     ORIENTATION,
     RGB,
     WHITE_IS_ZERO,
-    jpeg2000_header,
+    read_avif,
+    read_heif,
     read_jpeg2000,
+    read_jpegxl,
     read_png,
     read_tiff,
     turned,
@@ -75,7 +78,7 @@ def read_image(data: ImageData, *, exact: bool = False) -> Decoded:
 
     Args:
         data: the encoded bytes, an image of Pillow, or an array (H, W) or (H, W, C) of numbers.
-        exact: whether all bits of colors of 16 bits are needed. Pillow returns the upper 8 bits.
+        exact: whether all bits of colors of more than 8 bits are needed. Pillow returns 8 bits.
 
     Raises:
         BrokenImage: the file needs the extra `scientific`, or does not state what its channels are.
@@ -137,7 +140,7 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
         view: its bytes; None: an image in memory.
         exact: see `read_image`.
     """
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     fault = _fault(image, view, exact)
     if fault is not None:
         return turned(_with_extra(fault, view), orientation)
@@ -150,9 +153,14 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
     return image if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
 
 
-def _orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation that remains after Pillow loads the image. It rotates TIFF files itself."""
-    if image.format == "TIFF":
+def orientation_of(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation that remains after Pillow loads the image.
+
+    Pillow rotates TIFF files itself. libjxl rotates JPEG XL files by the orientation in their own header, and
+    the EXIF data have no effect, but pillow-jxl-plugin (1.3) returns their orientation. The plug-in does not
+    rotate JPEG XL files that contain a JPEG file (`jpeg`).
+    """
+    if image.format == "TIFF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION)
@@ -291,6 +299,29 @@ def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault 
     return None
 
 
+def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
+    if not exact or image.mode in ("L", "I;16", "F") or _jpegxl_bits(image, view) <= 8:
+        return None
+    return _Fault("a JPEG XL file of more than 8 bits per color", read_jpegxl)
+
+
+def _jpegxl_bits(image: Any, view: memoryview | None) -> int:
+    content = view if view is not None else getattr(image, "fc", None)  # pillow-jxl-plugin keeps the file
+    return 8 if content is None else jpegxl_depth(memoryview(content)).bits
+
+
+def _avif_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
+    if not exact or view is None or avif_depth(view).bits <= 8:
+        return None
+    return _Fault("an AVIF file of more than 8 bits", read_avif)
+
+
+def _heif_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
+    if not exact or image.mode == "I;16" or image.info.get("bit_depth", 8) <= 8:
+        return None
+    return _Fault("an HEIC file of more than 8 bits per color", read_heif)
+
+
 _FAULTS: dict[str, Callable[[Any, memoryview | None, bool], _Fault | None]] = {
     "TIFF": _tiff_fault,
     "PNG": _png_fault,
@@ -298,6 +329,9 @@ _FAULTS: dict[str, Callable[[Any, memoryview | None, bool], _Fault | None]] = {
     "SGI": _sgi_fault,
     "FITS": _fits_fault,
     "JPEG2000": _jpeg2000_fault,
+    "JXL": _jpegxl_fault,
+    "AVIF": _avif_fault,
+    "HEIF": _heif_fault,
 }
 """Formats whose pixels Pillow returns with an error or without their lower bits, and how to find out."""
 
@@ -310,6 +344,14 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         return None if bits == 8 else lambda values: Samples((values >> shift).astype(np.uint16), bits)
     if not image.mode.startswith(("I", "F")):
         return None
+    if image.format == "JXL" and image.mode == "I;16":
+        # pillow-jxl-plugin scales the values, so that the largest number of these bits becomes 65,535.
+        bits = min(16, _jpegxl_bits(image, view))
+        white = 2**bits - 1
+        return lambda values: Samples(np.rint(values * (white / 65535)).astype(np.uint16), bits)
+    if image.format == "HEIF" and image.mode == "I;16":
+        bits = image.info.get("bit_depth", 16)
+        return lambda values: Samples(values >> (16 - bits), bits)  # pillow-heif shifts the values
     if image.format == "PPM" and image.mode == "I":
         # Pillow scales the values, so that the maximum in the header becomes 65,535.
         tile = image.tile[0] if exact and image.tile else None

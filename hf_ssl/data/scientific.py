@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the numbers of TIFF, PNG and JPEG 2000 files with tifffile and imagecodecs (the extra `scientific`).
+"""Reads the numbers of image files with tifffile and imagecodecs (the extra `scientific`).
 
 `hf_ssl.data.readers` uses these functions for the files that Pillow opens with other pixels.
 """
 
 import io
-import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
+from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
 from hf_ssl.data.pixels import BrokenImage, Samples
 
 ORIENTATION = 0x0112
@@ -30,8 +30,6 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 _DROPPED, _ALPHA = 0, 2
 
-_CODESTREAM = b"\xff\x4f\xff\x51"
-_CMYK = 12
 GRAY_ADVICE = "keep one channel, or three with RGB as the tag PhotometricInterpretation"
 """What to do with a gray TIFF file of several channels."""
 
@@ -39,36 +37,6 @@ GRAY_ADVICE = "keep one channel, or three with RGB as the tag PhotometricInterpr
 def turned(samples: Samples, orientation: int) -> Samples:
     """Return the values as they are shown with an EXIF orientation."""
     return samples if orientation == 1 else samples._replace(values=_TURNS[orientation](samples.values))
-
-
-class Codestream(NamedTuple):
-    """What the header of a JPEG 2000 file states: bits and signs of its components, and their meaning."""
-
-    bits: set[int]
-    signed: bool
-    components: int
-    has_opacity: bool
-    is_cmyk: bool
-
-
-def jpeg2000_header(view: memoryview) -> Codestream:
-    """Return the header of a JPEG 2000 file. Source: ITU-T T.800, annexes A.5.1 (SIZ) and I.5.3 (jp2h)."""
-    content = bytes(view)
-    start = content.index(_CODESTREAM)
-    boxes = content[:start]
-    (components,) = struct.unpack_from(">H", view, start + 40)
-    sizes = [view[start + 42 + 3 * number] for number in range(components)]
-    has_opacity, position = False, boxes.find(b"cdef")
-    if position >= 0:
-        (count,) = struct.unpack_from(">H", boxes, position + 4)
-        entries = [struct.unpack_from(">HHH", boxes, position + 6 + 6 * number) for number in range(count)]
-        has_opacity = any(kind == 1 and channel == components - 1 for channel, kind, _ in entries)
-    color = boxes.find(b"colr")
-    is_cmyk = (
-        color >= 0 and boxes[color + 4] == 1 and boxes[color + 7 : color + 11] == struct.pack(">I", _CMYK)
-    )
-    bits, signed = {(size & 0x7F) + 1 for size in sizes}, any(size & 0x80 for size in sizes)
-    return Codestream(bits, signed, components, has_opacity, is_cmyk)
 
 
 def read_tiff(view: memoryview) -> Samples:
@@ -109,7 +77,7 @@ def read_tiff(view: memoryview) -> Samples:
         if values.dtype.kind != "u":
             raise BrokenImage(f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0")
         values = (2**bits - 1 - values.astype(np.int64)).astype(values.dtype)
-    samples = Samples(values, bits if values.dtype.kind == "u" and bits <= 16 else None)
+    samples = _with_bits(values, bits)
     return turned(samples, orientation if orientation in _TURNS else 1)
 
 
@@ -134,6 +102,32 @@ def read_jpeg2000(view: memoryview) -> Samples:
     (bits,) = header.bits if len(header.bits) == 1 else (None,)
     if bits is None:
         raise BrokenImage("expected channels of the same number of bits, got a JPEG 2000 file of others")
+    return _with_bits(values, bits)
+
+
+def read_jpegxl(view: memoryview) -> Samples:
+    """Return the numbers of a JPEG XL file, rotated by the orientation in its header."""
+    from imagecodecs import jpegxl_decode
+
+    return _with_bits(jpegxl_decode(bytes(view)), jpegxl_depth(view).bits)
+
+
+def read_avif(view: memoryview) -> Samples:
+    """Return the numbers of an AVIF file, not rotated."""
+    from imagecodecs import avif_decode
+
+    return _with_bits(avif_decode(bytes(view)), avif_depth(view).bits)
+
+
+def read_heif(view: memoryview) -> Samples:
+    """Return the numbers of an HEIC file. Only this function uses pillow-heif, and not the extra."""
+    from pillow_heif import open_heif
+
+    file = open_heif(io.BytesIO(view), convert_hdr_to_8bit=False, hdr_to_16bit=False)
+    return _with_bits(np.asarray(file), file.info["bit_depth"])
+
+
+def _with_bits(values: np.ndarray, bits: int) -> Samples:
     return Samples(values, bits if values.dtype.kind == "u" and bits <= 16 else None)
 
 

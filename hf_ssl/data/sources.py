@@ -24,7 +24,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.builders import open_builder
-from hf_ssl.data.class_files import require_same_classes
+from hf_ssl.data.class_files import files_with_classes, require_same_classes
 from hf_ssl.data.columns import (
     find_image_columns,
     find_label_column,
@@ -81,7 +81,7 @@ class Source:
             anyway, or if the rows are only file names.
         further_columns: further columns of images, {name: kind} in the order of their names.
         is_listed: whether the fingerprint of `dataset` covers the files of its rows, as for a folder.
-        files: the local files of all splits, if `datasets` reads them.
+        files: files of all splits, for `require_same_classes`.
         folder: where the relative file names in `dataset` start; "" for the working folder.
         count: the files of a local folder, with the reasons why some are not read; else None.
         row_numbers: the numbers of selected rows in the data set; None without a selection.
@@ -286,10 +286,7 @@ def _open_with_datasets(
         opened = _open_stream(builder, split, config.num_images)
     else:
         opened = _open_table(_prepare(builder, split), False)
-    data_files = builder.config.data_files or {}
-    opened = opened._replace(
-        files=[str(file) for each in data_files.values() for file in each if "://" not in str(file)]
-    )
+    opened = opened._replace(files=files_with_classes(builder.config.data_files or {}))
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
     if opened.num_rows is not None and opened.num_rows < images:
         logger.warning(

@@ -13,6 +13,7 @@ import json, sys
 import datasets
 datasets.disable_progress_bars()
 from hf_ssl.data import DataConfig, labeled_images, open_source, train_loader
+from hf_ssl.data.sources import label_column
 from hf_ssl.errors import UserError
 from hf_ssl.views import ViewPreset
 
@@ -33,6 +34,17 @@ found["revision"] = look("someone/parquet", False, revision="nowhere")
 found["split"] = look("someone/parquet", False, split="validation")
 config = DataConfig(path="someone/parquet", max_broken_fraction=0.1)
 found["labels"] = labeled_images(config, "train").labels.tolist()
+
+def classes(path, streaming):
+    config = DataConfig(path=path, streaming=streaming)
+    try:
+        return label_column(open_source(config, labels=True), config)
+    except UserError as error:
+        return str(error)
+
+for name in ("parquet", "other_names"):
+    for streaming in (True, False):  # the stream first, so that nothing is in the cache
+        found[f"classes of {name} {streaming}"] = classes(f"someone/{name}", streaming)
 print(json.dumps(found))
 """
 
@@ -50,8 +62,11 @@ def hub(tmp_path, write_parquet, encode, picture):
         file = root / "someone/folder/train" / ("ant", "bee")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode(picture(number)))
+    for split, names in (("train", ("ant", "bee", "cat")), ("test", ("cat", "ant", "bee"))):
+        file = root / f"someone/other_names/data/{split}-00000-of-00001.parquet"
+        write_parquet(file, images[10:16], [0, 1, 2] * 2, names=names)
     with HubServer() as hub:
-        for name in ("parquet", "folder"):
+        for name in ("parquet", "folder", "other_names"):
             hub.store.add_repo("datasets", f"someone/{name}", root / "someone" / name)
         yield hub
 
@@ -68,6 +83,10 @@ def test_data_sets_on_the_hub(forks: Forks, hub, tmp_path):
     assert found["parquet True"][0] == parquet
     assert found["folder False"] == found["folder True"] == [folder, 20, []]
     assert found["labels"] == [number % 3 for number in range(40) if number != 3]
+    for streaming in (True, False):
+        assert found[f"classes of parquet {streaming}"] == "label"
+        message = found[f"classes of other_names {streaming}"]
+        assert missing(message, "data.path", "same classes", "ant", "cat", "train-00000-of-00001.parquet") == []
     assert missing(found["unknown"], "someone/nothing") == [] and "\n" not in found["unknown"]
     assert missing(found["revision"], "someone/parquet", "nowhere") == []
     assert missing(found["split"], "someone/parquet", "validation", "train") == []
