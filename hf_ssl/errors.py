@@ -95,7 +95,7 @@ def one_line(message: BaseException | str) -> str:
 
 
 def loading_reason(error: BaseException) -> str:
-    """Return the first line of an error of loading, or a sentence if transformers would need foreign code.
+    """Return the first line of an error of loading, or a sentence if it would not say what to do.
 
     transformers (5.20 to 5.24) names the argument `trust_remote_code` in its error. hf_ssl never sets it to
     True. Without `trust_remote_code=False`, transformers asks on standard input and runs the code after "y".
@@ -105,6 +105,8 @@ def loading_reason(error: BaseException) -> str:
             "transformers has no class for it, and hf_ssl does not run the code that its auto_map names; "
             "use a model type of transformers, or load it yourself and pass the object to evaluate_encoder"
         )
+    if "couldn't find them in the cached files" in str(error):
+        return "there is no such folder, and the Hub cannot be reached; check the path"
     return first_line(error)
 
 

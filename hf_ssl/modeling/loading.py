@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, logging
 
 from hf_ssl.errors import UserError, counted, loading_reason
 from hf_ssl.files import local_folder, local_or_hub
@@ -32,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 _UNUSED = ("mask_token", "num_batches_tracked")
 """Ends of names of weights that files may lack: they have no effect on features."""
+
+
+_OF_PATCHES = ("siglip2", "siglip2_vision_model")
 
 
 @contextmanager
@@ -73,6 +77,8 @@ def load_config(place: str, where: str = "model", **options: Any) -> PreTrainedC
 
 def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
     """Return the configuration in the folder or repository itself, which is not in parts."""
+    if "subfolder" not in options:
+        _check_folder(place, where)
     with loading_errors(f"an encoder, got {place!r}", where):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             local_or_hub(place), trust_remote_code=False, **options
@@ -82,8 +88,26 @@ def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
             f"{where}: expected an encoder, got the method model {place}; use the folder above pretraining/, "
             "or export the checkpoint"
         )
+    if config.model_type in _OF_PATCHES:
+        raise UserError(
+            f"{where}: expected an encoder of images of one size, got {config.model_type} (NaFlex), whose "
+            "input is patches of any number; use one of one size, such as google/siglip2-base-patch16-224"
+        )
     vars(config).pop("auto_map", None)  # an exported encoder must not name the code of another repository
     return config
+
+
+def _check_folder(place: str, where: str) -> None:
+    """Raise UserError if a local folder has no `config.json`, as that of a run that has not ended."""
+    folder = local_folder(place)
+    if folder is None or (folder / CONFIG_NAME).exists():
+        return
+    if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise UserError(
+            f"{where}: expected an encoder, got {place!r}, a run that has not ended; type its command again, "
+            f"or hf-ssl export {place}/checkpoint-N FOLDER"
+        )
+    raise UserError(f"{where}: expected an encoder, got {place!r}, a folder without {CONFIG_NAME}")
 
 
 def loaded_commit(encoder: Any) -> str | None:

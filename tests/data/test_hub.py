@@ -86,7 +86,9 @@ def test_data_sets_on_the_hub(forks: Forks, hub, tmp_path):
     for streaming in (True, False):
         assert found[f"classes of parquet {streaming}"] == "label"
         message = found[f"classes of other_names {streaming}"]
-        assert missing(message, "data.path", "same classes", "ant", "cat", "train-00000-of-00001.parquet") == []
+        assert (
+            missing(message, "data.path", "same classes", "ant", "cat", "train-00000-of-00001.parquet") == []
+        )
     assert missing(found["unknown"], "someone/nothing") == [] and "\n" not in found["unknown"]
     assert missing(found["revision"], "someone/parquet", "nowhere") == []
     assert missing(found["split"], "someone/parquet", "validation", "train") == []

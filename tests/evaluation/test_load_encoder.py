@@ -222,6 +222,18 @@ def test_a_baseline_that_cannot_be_measured_keeps_the_other_numbers(
     assert not missing(caplog.text, "raw pixels", "few_label_knn.labels_per_class", 500)
 
 
+def test_places_without_an_encoder(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    for load in (load_config, load_weights):
+        with pytest.raises(UserError, match=mentions("model", tmp_path / "run", "export", "checkpoint-N")):
+            load(str(tmp_path / "run"))
+        with pytest.raises(UserError, match=mentions("model", tmp_path / "photos", "config.json")):
+            load(str(tmp_path / "photos"))
+        with pytest.raises(UserError, match=mentions("model", "nowhere", "path")):
+            load("nowhere")
+
+
 TOWER = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
@@ -229,14 +241,23 @@ TEXT = TOWER | {"vocab_size": 20, "max_position_embeddings": 8, "project_dim": 1
 PROCESSOR = BitImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False, do_convert_rgb=True)
 
 
+GROUPS = {
+    "depths": [1, 1], "num_hidden_layers": 2, "num_group_tokens": [4, 0], "num_output_groups": [4, 2],
+    "patch_size": 4,
+}  # fmt: skip
+
+
 def two_towers(name: str) -> Any:
     torch.manual_seed(0)
-    vision = TOWER | {"image_size": 16, "patch_size": 8}
+    vision = TOWER | {"image_size": 16, "patch_size": 8} | (GROUPS if name == "GroupViT" else {})
     config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=TEXT, projection_dim=16)
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-@pytest.mark.parametrize("name", ["CLIP", "Siglip", "AltCLIP", "Blip", "OwlViT"])
+TOWERS = ("CLIP", "Siglip", "AltCLIP", "Blip", "OwlViT", "Owlv2", "Aimv2", "GroupViT")
+
+
+@pytest.mark.parametrize("name", TOWERS)
 def test_the_encoder_of_images_of_a_model_of_images_and_texts_is_used(name: str, tmp_path: Path) -> None:
     """The whole model needs a text, and raised an error."""
     whole = two_towers(name)
@@ -251,7 +272,8 @@ def test_the_encoder_of_images_of_a_model_of_images_and_texts_is_used(name: str,
     pixels = [[torch.full((3, 16, 16), 9 * number, dtype=torch.uint8) for number in range(6)]]
     features = [extract_features(model, PROCESSOR, pixels) for model in (found, whole)]
     torch.testing.assert_close(features[0], features[1])
-    assert attention_maps(whole, images).heads.shape == (3, 2, 2, 2)
+    if name != "GroupViT":  # its blocks merge patches
+        assert attention_maps(whole, images).heads.shape == (3, 2, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "ViTMAE"])
@@ -278,6 +300,18 @@ def test_an_encoder_that_loads_only_in_its_model_is_not_trained(name: str, tmp_p
             SimCLRForPreTraining.from_backbone(start, views={"size": 16})
     with pytest.raises(UserError, match=mentions("backbone.init_from", kind, "CLIP")):
         load_recipe("smoke/simclr", [f"backbone.init_from={tmp_path}", "data.channels=3"])
+
+
+@pytest.mark.parametrize("name", ["Siglip2Model", "Siglip2VisionModel"])
+def test_an_encoder_of_patches_of_any_number_is_rejected(name: str, tmp_path: Path) -> None:
+    vision = transformers.Siglip2VisionConfig(**TOWER, num_patches=4, patch_size=8)
+    config = (
+        vision if "Vision" in name else transformers.Siglip2Config(vision_config=vision, text_config=TEXT)
+    )
+    getattr(transformers, name)(config).save_pretrained(tmp_path)
+    for load in (load_config, load_weights):
+        with pytest.raises(UserError, match=mentions("model", "siglip2", "google/siglip2-base-patch16-224")):
+            load(str(tmp_path))
 
 
 def test_missing_weights_of_the_texts_have_no_effect(tmp_path: Path) -> None:
