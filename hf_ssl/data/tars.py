@@ -10,10 +10,11 @@ from typing import Any
 
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
+from hf_ssl.data.columns import LABEL_NAMES
 from hf_ssl.data.formats import READABLE
 from hf_ssl.errors import UserError
 
-TAR_FORMAT = "2"  # part of the names of cached tables; increase it if `TarImages` gives other rows
+TAR_FORMAT = "3"  # part of the names of cached tables; increase it if `TarImages` gives other rows
 
 _BLOCK = 1 << 20
 
@@ -26,9 +27,12 @@ class TarImages(WebDataset):
     exactly one image with a simple ending, this reader puts all such images into the column of the first one.
     Otherwise, each ending of the first samples is a column, and a sample may lack some of them, as a sample
     with fewer images does (github.com/huggingface/datasets/issues/7055).
+
+    A class in a member `KEY.json` with a usual name, as in `{"label": "cat"}`, becomes a column of this name.
     """
 
     image_column: str | None = None
+    _class_names: tuple[str, ...] = ()
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         """Find the columns. The first call of `_get_pipeline_from_tar` below determines `image_column`.
@@ -54,6 +58,7 @@ class TarImages(WebDataset):
             names = [_image_names(sample) for sample in first]
             merges = bool(names) and all(len(each) == 1 for each in names)
             self.image_column = names[0][0] if merges else ""
+            self._class_names = _class_names(first)
             first = [self._merged(sample) for sample in first]
             columns = dict.fromkeys(name for sample in first for name in sample)
             for sample in first:
@@ -62,7 +67,10 @@ class TarImages(WebDataset):
             yield self._merged(sample)
 
     def _merged(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Return a sample with its image in `image_column`, if the samples have only one image."""
+        """Return a sample with its class, and with its image in `image_column` if the samples have only one."""
+        record = sample.get("json")
+        for name in self._class_names:
+            sample[name] = record.get(name) if isinstance(record, dict) else None
         names = _image_names(sample) if self.image_column else []
         if len(names) == 1 and names[0] != self.image_column:
             sample[str(self.image_column)] = sample.pop(names[0])
@@ -72,6 +80,17 @@ class TarImages(WebDataset):
 def _image_names(sample: dict[str, Any]) -> list[str]:
     """Return the names of the images of a sample that are simple endings such as "jpg"."""
     return [name for name in sample if f".{name.lower()}" in READABLE]
+
+
+def _class_names(samples: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the usual names of classes in the JSON members of samples, except the endings of members."""
+    records = [record for sample in samples if isinstance(record := sample.get("json"), dict)]
+    known = {name for sample in samples for name in sample}
+    return tuple(
+        name
+        for name in LABEL_NAMES
+        if name not in known and any(isinstance(record.get(name), str | int) for record in records)
+    )
 
 
 def count_samples(file: str) -> int:

@@ -3,8 +3,10 @@
 
 import gzip
 import io
+import json
 import tarfile
 from dataclasses import replace
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -21,11 +23,12 @@ from hf_ssl.errors import UserError
 def write_tar(encode, picture):
     """Return a function that writes a tar of files, each with the image of its number."""
 
-    def write(path, names):
+    def write(path, names, records=MappingProxyType({})):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as tar:
             for number, name in enumerate(names):
                 content = b"1" if name.endswith(".cls") else encode(picture(number))
+                content = records.get(name, content)
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -68,6 +71,29 @@ configs:
   - {split: train, path: data/*.tar}
 ---
 """
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_in_a_json_member(streaming, tmp_path, write_tar):
+    kinds = ["cat", "ant", "cat", "bee", "ant", "dog", None]
+    records = {
+        f"{number}.json": json.dumps({"width": 12} | ({} if kind is None else {"label": kind})).encode()
+        for number, kind in enumerate(kinds)
+    }
+    names = [f"{number}.{ending}" for number in range(len(kinds)) for ending in ("jpg", "json")]
+    write_tar(tmp_path / "a.tar", names, records)
+    source = open_source(DataConfig(path=str(tmp_path), streaming=streaming), labels=True)
+    assert source.label_column == "label" and source.image_column == "jpg"
+    rows = source.dataset if streaming else source.dataset.select_columns(["label"])
+    assert [row["label"] for row in rows] == kinds
+
+
+def test_a_member_of_the_same_name_has_priority_over_a_json_member(tmp_path, write_tar):
+    names = [f"{number}.{ending}" for number in range(3) for ending in ("cls", "jpg", "json")]
+    records = {f"{number}.json": b'{"cls": 7, "kind": "x"}' for number in range(3)}
+    write_tar(tmp_path / "a.tar", names, records)
+    source = open_source(DataConfig(path=str(tmp_path)), labels=True)
+    assert source.label_column == "cls" and source.dataset["cls"][:] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("case", ["compressed", "named by a README"])
