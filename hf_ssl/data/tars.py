@@ -67,7 +67,7 @@ class TarImages(WebDataset):
             yield self._merged(sample)
 
     def _merged(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Return a sample with its class, and with its image in `image_column` if the samples have only one."""
+        """Return a sample with its class, and with its image in `image_column` if the samples have one."""
         record = sample.get("json")
         for name in self._class_names:
             sample[name] = record.get(name) if isinstance(record, dict) else None
