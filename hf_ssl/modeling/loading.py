@@ -175,6 +175,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     if missing and config.model_type in CLS_POOLER_TYPES:
         encoder.config.pooler_act, encoder.pooler.activation = "linear", nn.Identity()
         set_identity_pooler(encoder)
+        declare_feature(encoder, "cls")
     elif missing:
         averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
         declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")

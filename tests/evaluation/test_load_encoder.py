@@ -31,7 +31,7 @@ from hf_ssl.evaluation import EvaluationConfig, attention_maps, extract_features
 from hf_ssl.evaluation.encoders import chosen_precision
 from hf_ssl.modeling.image_encoders import image_encoder
 from hf_ssl.modeling.loading import load_config, load_weights
-from hf_ssl.modeling.pooling import pool
+from hf_ssl.modeling.pooling import pool, pooling_rule
 from hf_ssl.recipe import load_recipe
 from hf_ssl.space import build, build_space
 
@@ -115,6 +115,8 @@ def test_a_vit_without_its_pooler_gives_the_class_token(kind: str, tmp_path: Pat
     found = [features_of(loaded(tmp_path, seed), seed) for seed in (1, 2)]
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], expected)
+    # The description names what everybody can load: the saved files have no `pooler_output`.
+    assert pooling_rule(loaded(tmp_path, 1), {"pooler_output": found[0]}) == "cls"
     loaded(tmp_path, 1).save_pretrained(tmp_path / "again")
     torch.testing.assert_close(features_of(AutoModel.from_pretrained(tmp_path / "again"), 0), expected)
 
