@@ -17,6 +17,8 @@ from hf_ssl.errors import UserError, one_line
 
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
+RUN_LOCK = "_run.lock"
+"""File that a training locks in its output folder."""
 METHOD_MODEL = "pretraining"
 """Folder of the method model, beside the files of its exported encoder."""
 SAVED_FILES = "all files that were saved before are complete"
@@ -124,6 +126,8 @@ def remove_incomplete(root: Path) -> None:
 def check_new_or_empty(folder: Path, where: str, other: str = "") -> None:
     """Check that a folder does not exist or is empty, before a command writes to it.
 
+    The files of a process that was killed before it wrote anything else do not count.
+
     Args:
         folder: the folder.
         where: the command or the key that names the folder, for messages.
@@ -133,7 +137,8 @@ def check_new_or_empty(folder: Path, where: str, other: str = "") -> None:
         UserError: the folder contains files, is a file, or cannot be read.
     """
     try:
-        found = next(folder.iterdir(), None) if folder.is_dir() else None
+        files = folder.iterdir() if folder.is_dir() else ()
+        found = next((file for file in files if not file.name.startswith((STAGING_PREFIX, RUN_LOCK))), None)
         if found is None and (folder.is_dir() or not os.path.lexists(folder)):
             return
     except OSError as error:

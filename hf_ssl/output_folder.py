@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.data import DataConfig
 from hf_ssl.data.own_folders import RUN_MARK
 from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import UserError
 from hf_ssl.files import (
+    RUN_LOCK,
     check_new_or_empty,
     disk_errors_as_user_errors,
     read_json,
@@ -27,6 +33,7 @@ from hf_ssl.trainer.resuming import usable_checkpoint
 from hf_ssl.views.preset import ViewPreset
 
 _CHOICES, _REVISION = "choices", "data_revision"
+_LOCK_SECONDS = 0.1
 IDENTITY = RUN_MARK  # is never published, because it contains the path of the data
 
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
@@ -67,6 +74,26 @@ def stored_revision(recipe: Recipe) -> str | None:
     The result is None for a run of an older version, which did not store it.
     """
     return read_json(recipe.output_dir / IDENTITY).get(_REVISION)
+
+
+@contextmanager
+def only_command(folder: Path) -> Iterator[None]:
+    """Raise UserError if another command trains in the output folder, which would mix the checkpoints.
+
+    A process that ends, also one that is killed, releases the folder.
+    """
+    with ExitStack() as stack:
+        with disk_errors_as_user_errors(f"training.output_dir={folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(WeakFileLock(folder / RUN_LOCK, timeout=_LOCK_SECONDS))
+            except Timeout as error:
+                raise UserError(
+                    f"training.output_dir: expected a folder that no other command uses, got {folder}, in "
+                    "which one trains now; wait for its end, or use another folder"
+                ) from error
+        yield
+    (folder / RUN_LOCK).unlink(missing_ok=True)
 
 
 def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:

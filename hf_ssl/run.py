@@ -6,6 +6,7 @@ The command line, scripts and notebooks all use these functions.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from hf_ssl.output_folder import (
     is_finished,
     last_checkpoint,
     mark_output_folder,
+    only_command,
     stored_choices,
     stored_revision,
 )
@@ -82,18 +84,19 @@ def train(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> SSL
         if checkpoint is not None and not finished and args.should_log:
             _report_changed_images(recipe, trainer)
         wait_for_all()  # no process may write before all processes have read the folder
-        if args.should_save:
-            mark_output_folder(recipe, trainer.choices, trainer.source.revision)
-            with progress("drawing views.png"):
-                draw_pictures(recipe, trainer)
-        if checkpoint is not None and finished:
-            trainer.load_finished(checkpoint)
-            for alarm in trainer.alarms:
-                alarm.message = alarm.last_message(trainer.state.log_history)
-        else:
-            if checkpoint is not None:
-                logger.warning("resuming from %s", checkpoint)
-            trainer.train(None if checkpoint is None else str(checkpoint))
+        with only_command(recipe.output_dir) if args.should_save else nullcontext():
+            if args.should_save:
+                mark_output_folder(recipe, trainer.choices, trainer.source.revision)
+                with progress("drawing views.png"):
+                    draw_pictures(recipe, trainer)
+            if checkpoint is not None and finished:
+                trainer.load_finished(checkpoint)
+                for alarm in trainer.alarms:
+                    alarm.message = alarm.last_message(trainer.state.log_history)
+            else:
+                if checkpoint is not None:
+                    logger.warning("resuming from %s", checkpoint)
+                trainer.train(None if checkpoint is None else str(checkpoint))
         if trainer.stop_reason is not None:
             raise UserError(trainer.stop_reason)
         return trainer

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from hf_ssl import run
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.label_trainer import LabelTrainer
-from hf_ssl.output_folder import last_checkpoint, mark_output_folder, stored_choices
+from hf_ssl.output_folder import last_checkpoint, mark_output_folder, only_command, stored_choices
 from hf_ssl.recipe import load_recipe
 from hf_ssl.trainer.alarms import CollapseAlarm
 from hf_ssl.trainer.trainer import SSLTrainer
@@ -99,6 +99,21 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         run.train(recipe(tmp_path, "method.temperature=0.1"))
     assert names(tmp_path) == before
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path):
+    with only_command(tmp_path):  # without the file of a run, as at the start of the other command
+        with pytest.raises(UserError, match=mentions("training.output_dir", tmp_path, "another folder")):
+            run.train(recipe(tmp_path))
+        assert names(tmp_path) == ["_run.lock"]
+    (tmp_path / "_run.lock").touch()  # left by a process that was killed
+    (tmp_path / "_writing-_run.json").touch()
+    assert run.train(recipe(tmp_path)).state.global_step == 4
+    before = names(tmp_path)
+    assert "_run.lock" not in before and "_writing-_run.json" not in before
+    with only_command(tmp_path), pytest.raises(UserError, match=mentions("another folder")):
+        run.train(recipe(tmp_path))
+    assert names(tmp_path) == before
 
 
 def test_values_that_do_not_affect_the_weights_may_change(tmp_path):
