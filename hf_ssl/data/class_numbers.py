@@ -2,6 +2,7 @@
 """The rule for class labels of columns, lists, boxes, streams and items: int64, or -1 for a missing label."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,15 @@ import numpy as np
 from torch import Tensor
 
 from hf_ssl.errors import UserError
+
+
+def class_name(text: str) -> str:
+    """Return a name with one code for each accented letter.
+
+    macOS and Linux can store the same name of a folder with different codes (the Unicode forms NFD and NFC).
+    These would be two classes.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def class_numbers(values: Sequence[Any], count: int, where: str, *, missing: bool = True) -> np.ndarray:
@@ -57,8 +67,10 @@ def _class(label: Any, where: str) -> int | str | None:
     """Return a class number or a name; None for a missing label."""
     if isinstance(label, Tensor | np.ndarray | np.generic) and len(label.reshape(-1)) == 1:
         label = label.item()
-    if label is None or isinstance(label, str | bool):
+    if label is None or isinstance(label, bool):
         return label
+    if isinstance(label, str):
+        return class_name(label)
     if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
         label = -1 if math.isnan(label) else int(label)
     if isinstance(label, int):
@@ -70,5 +82,5 @@ def _class(label: Any, where: str) -> int | str | None:
 
 def matching_numbers(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """Return the number (K,) int64 of each class name in other classes, -1 for a class that is not there."""
-    known = {name: number for number, name in enumerate(classes)}
-    return np.array([known.get(name, -1) for name in names], np.int64)
+    known = {class_name(name): number for number, name in enumerate(classes)}
+    return np.array([known.get(class_name(name), -1) for name in names], np.int64)

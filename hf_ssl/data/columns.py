@@ -191,6 +191,12 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
         for candidates in (found, [name for name in found if name in role.names], images):
             if len(candidates) == 1:
                 return candidates[0]
+        nested = [name for name, feature in features.items() if role is _IMAGES and _is_nested_list(feature)]
+        if nested and not found:
+            raise UserError(
+                f"{role.key}: expected {role.content} in {where}, got lists of numbers in {nested[0]!r}; "
+                f"{_cast_of_lists(nested[0])}"
+            )
         in_python = f", in Python data=DataConfig({role.key.removeprefix('data.')}=NAME)"
         lists = [name for name, feature in features.items() if _is_label_list(feature)]
         if role is _LABELS and not found and lists:
@@ -218,6 +224,8 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
     advice = f"use one of {_listing(usable)}" if usable else f"the columns are {_listing(features)}"
     if role is _LABELS and isinstance(feature, List):
         advice = f"for several labels of an image, cast {requested!r} to List(ClassLabel(names=[...]))"
+    if role is _IMAGES and _is_nested_list(feature):
+        advice = _cast_of_lists(requested)
     raise UserError(
         f"{role.key}: expected a column of {role.content} in {where}, got {requested!r}, which {problem}; "
         f"{advice}"
@@ -227,6 +235,15 @@ def _find_column(features: Mapping[str, Any], requested: str | None, where: str,
 def _is_label_list(feature: Any) -> bool:
     """Return whether a column has lists of classes, for images with several labels."""
     return isinstance(feature, List) and isinstance(feature.feature, ClassLabel)
+
+
+def _is_nested_list(feature: Any) -> bool:
+    """Return whether a column has lists of lists, as for pixels that were saved without a type."""
+    return isinstance(feature, List) and isinstance(feature.feature, List)
+
+
+def _cast_of_lists(column: str) -> str:
+    return f"cast {column!r} to datasets.Array3D((H, W, 3), 'uint8') or Array2D((H, W), 'uint8')"
 
 
 def _has_type(feature: Any, role: _Role) -> bool:

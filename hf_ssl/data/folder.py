@@ -11,6 +11,9 @@ in order, and uses the first rule that any file matches. It omits files that mat
 
 A file or directory is named after a split if its name contains a keyword of the split between delimiters.
 Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
+
+There is one difference: upper case does not matter (`Training`, `TEST`) if rule 2 or 3 then gives exactly one
+split to each file. `datasets` would train on the test images.
 """
 
 import hashlib
@@ -28,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, ReadInstruction, concatenate_datasets
 
+from hf_ssl.data.class_numbers import class_name
 from hf_ssl.data.location import (
     IMAGE,
     TABLES,
@@ -287,10 +291,13 @@ def _infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
     for file in files:
         by_directory.setdefault(os.path.dirname(file.path), []).append(file)
     directories = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
+    names = [([os.path.basename(file.path)], [file]) for file in files]
     return (
         _splits_by_shards(files, root)
+        or _splits_in_any_case(directories, directories=True)
         or _splits_by_keywords(directories, directories=True)
-        or _splits_by_keywords([([os.path.basename(file.path)], [file]) for file in files], directories=False)
+        or _splits_in_any_case(names, directories=False)
+        or _splits_by_keywords(names, directories=False)
         or {"train": files}
     )
 
@@ -330,6 +337,18 @@ def _splits_by_keywords(
     return splits
 
 
+def _splits_in_any_case(
+    groups: list[tuple[list[str], list[File]]], directories: bool
+) -> dict[str, list[File]]:
+    """Divide groups of files by keywords in upper or lower case; {} if a file has no split, or several."""
+    found = _splits_by_keywords(
+        [([name.lower() for name in names], files) for names, files in groups], directories
+    )
+    divided = [file for files in found.values() for file in files]
+    is_exact = len(divided) == len(set(divided)) == sum(len(files) for _, files in groups)
+    return found if is_exact else {}
+
+
 def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Pattern[str]]:
     """Yield the patterns of a split, in the order in which `datasets` lists their files."""
     shapes = ["{0}{1}.*", ".*{1}{0}{1}.*"]
@@ -349,7 +368,7 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
     (github.com/huggingface/datasets/issues/7880).
     """
     names = {
-        split: [os.path.basename(os.path.dirname(file.path)) for file in files]
+        split: [class_name(os.path.basename(os.path.dirname(file.path))) for file in files]
         for split, files in splits.items()
     }
     classes = {name for found in names.values() for name in found}
@@ -364,7 +383,7 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
 
 def _is_name_of_split(directory: str) -> bool:
     keywords = (_patterns(words, directories=True) for words in _KEYWORDS.values())
-    return any(pattern.fullmatch(directory) for patterns in keywords for pattern in patterns)
+    return any(pattern.fullmatch(directory.lower()) for patterns in keywords for pattern in patterns)
 
 
 def _image_split(

@@ -19,6 +19,15 @@ TAR_FORMAT = "3"  # part of the names of cached tables; increase it if `TarImage
 _BLOCK = 1 << 20
 
 
+def _class_of(content: bytes) -> int | str:
+    """Return the class in a member `KEY.cls`, a number or a name. `datasets` (5.2) accepts only numbers."""
+    text = content.decode().strip()
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 class TarImages(WebDataset):
     """The reader of `datasets` for WebDataset tars, with one column for the images of all samples.
 
@@ -32,6 +41,7 @@ class TarImages(WebDataset):
     """
 
     image_column: str | None = None
+    DECODERS = WebDataset.DECODERS | {"cls": _class_of, "cls2": _class_of}
     _class_names: tuple[str, ...] = ()
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels have one rule in a column, in lists, in boxes and in a stream."""
 
+import unicodedata
+
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -9,6 +11,7 @@ from messages import mentions
 
 from hf_ssl.data import DataConfig
 from hf_ssl.data.boxes import read_objects
+from hf_ssl.data.class_numbers import matching_numbers, number_classes
 from hf_ssl.data.columns import label_values
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.data.stream import StreamShards
@@ -59,3 +62,12 @@ def test_every_missing_label_is_minus_one(read) -> None:
 
 def test_whole_numbers_in_a_column_of_fractions_are_classes_of_boxes_too() -> None:
     assert in_boxes([7.0, 1.0, 7.0], Value("float32")) == [1, 0, 1]
+
+
+def test_texts_with_accents_are_one_class_in_all_unicode_forms() -> None:
+    """A table from macOS can have another form than one from Linux."""
+    texts = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    assert texts[0] != texts[1]
+    labels, names = number_classes([*texts, "bar"], "these images")
+    assert labels.tolist() == [1, 1, 0] and names == ["bar", "caf\u00e9"]
+    assert matching_numbers(texts, [texts[1]]).tolist() == [0, 0]

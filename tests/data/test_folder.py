@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import unicodedata
 import zipfile
 
 import datasets
@@ -95,6 +96,47 @@ def test_folders_with_only_names_of_splits_are_no_classes(names, counts, tmp_pat
         assert list(source.dataset.features) == ["image"] and source.num_rows == count
         with pytest.raises(UserError, match=mentions("data.label_column", "folder per class")):
             labeled_images(DataConfig(path=str(root)), split)
+
+
+FORMS = (("train", "NFC"), ("test", "NFD"))
+UPPER_CASE = {
+    "folders": (["Training/cat/a.jpg", "Training/dog/b.jpg", "Testing/cat/c.jpg"], {"train": 2, "test": 1}),
+    "folders of two cases": (["Train/a/a.jpg", "Train/b/b.jpg", "test/a/c.jpg"], {"train": 2, "test": 1}),
+    "folders without classes": (["TRAIN/a.jpg", "VAL/b.jpg", "VAL/c.jpg"], {"train": 1, "validation": 2}),
+    "files": (["Train_1.jpg", "Train_2.jpg", "Test_1.jpg"], {"train": 2, "test": 1}),
+    "a class": (["bus/a.jpg", "car/b.jpg", "Train/c.jpg"], {"train": 3}),
+    "only one split": (["Train/cat/a.jpg", "Train/dog/b.jpg"], {"train": 2}),
+    "a class in a split": (["train/Dev/a.jpg", "train/Ops/b.jpg", "test/Dev/c.jpg"], {"train": 2, "test": 1}),
+}
+
+
+@pytest.mark.parametrize("case", UPPER_CASE)
+def test_names_of_splits_in_upper_case(case, tmp_path):
+    """`datasets` 5.2 puts the images of `Testing` into the split "train"."""
+    names, counts = UPPER_CASE[case]
+    root = write(tmp_path / "photos", names)
+    found = find_local_data(locate(str(root))).images
+    assert {split: len(images.dataset) for split, images in found.items()} == counts
+    assert ("label" in found["train"].dataset.features) == (case not in ("folders without classes", "files"))
+
+
+def test_tables_in_folders_in_upper_case(tmp_path, write_parquet, encode, picture):
+    for split, count in (("TRAIN", 3), ("Test", 2)):
+        write_parquet(tmp_path / split / "part.parquet", [encode(picture(number)) for number in range(count)])
+    assert [open_source(DataConfig(path=str(tmp_path)), split).num_rows for split in ("train", "test")] == [
+        3,
+        2,
+    ]
+
+
+def test_names_of_classes_with_accents_are_equal_in_all_unicode_forms(tmp_path):
+    """macOS can write the form NFD. Before, the test images had a class of their own."""
+    names = [unicodedata.normalize(form, f"{split}/caf\u00e9/{form}.jpg") for split, form in FORMS]
+    root = write(tmp_path / "photos", [*names, "train/bar/a.jpg", "test/bar/b.jpg"])
+    train, test = (labeled_images(DataConfig(path=str(root)), split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ["bar", "caf\u00e9"]
+    test.classified_by(train)
+    assert test.labels.tolist() == [0, 1] and test.unknown_to(train) == 0
 
 
 def test_all_splits_of_a_folder_have_labels_if_one_has(tmp_path):

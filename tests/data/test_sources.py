@@ -456,3 +456,12 @@ def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tm
             label_column(source, config)
     with pytest.raises(UserError, match=mentions("label", 1, "bee", "cat")):
         labeled_images(config, "train", kinds=["boxes"] if kind == "boxes" else CLASS_KINDS)
+
+
+def test_lists_of_numbers_name_the_type_to_cast_to(tmp_path):
+    """Pixels that were saved as lists, for example by pandas."""
+    pixels = np.zeros((2, 4, 4, 3), int).tolist()
+    datasets.Dataset.from_dict({"image": pixels, "label": [0, 1]}).to_parquet(tmp_path / "train.parquet")
+    for column in (None, "image"):
+        with pytest.raises(UserError, match=mentions("data.image_column", "image", "Array3D", "uint8")):
+            open_source(DataConfig(path=str(tmp_path), image_column=column))

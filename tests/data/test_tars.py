@@ -74,6 +74,16 @@ configs:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_classes_in_members(streaming, tmp_path, write_tar):
+    """`datasets` 5.2 accepts only numbers."""
+    names = [f"{number}.{ending}" for number in range(3) for ending in ("cls", "jpg")]
+    write_tar(tmp_path / "a.tar", names, {"0.cls": b"cat", "1.cls": b"dog\n", "2.cls": b"cat"})
+    source = open_source(DataConfig(path=str(tmp_path), streaming=streaming), labels=True)
+    rows = source.dataset if streaming else source.dataset.select_columns(["cls"])
+    assert [row["cls"] for row in rows] == ["cat", "dog", "cat"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_class_in_a_json_member(streaming, tmp_path, write_tar):
     kinds = ["cat", "ant", "cat", "bee", "ant", "dog", None]
     records = {
