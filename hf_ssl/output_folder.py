@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and marks the output folder of a run, and finds its last checkpoint and its choices (layer 5)."""
 
+import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.data import DataConfig
 from hf_ssl.data.own_folders import RUN_MARK
@@ -32,8 +30,14 @@ from hf_ssl.trainer.machine_settings import Choices
 from hf_ssl.trainer.resuming import usable_checkpoint
 from hf_ssl.views.preset import ViewPreset
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
 _CHOICES, _REVISION = "choices", "data_revision"
-_LOCK_SECONDS = 0.1
 IDENTITY = RUN_MARK  # is never published, because it contains the path of the data
 
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
@@ -80,20 +84,27 @@ def stored_revision(recipe: Recipe) -> str | None:
 def only_command(folder: Path) -> Iterator[None]:
     """Raise UserError if another command trains in the output folder, which would mix the checkpoints.
 
-    A process that ends, also one that is killed, releases the folder.
+    The system releases the lock of a process that ends, also of one that is killed. On a file system without
+    such locks, the block runs without one: filelock (4.3) would create a file there, which stays after `kill
+    -9`, so that the run could not resume.
     """
-    with ExitStack() as stack:
-        with disk_errors_as_user_errors(f"training.output_dir={folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(WeakFileLock(folder / RUN_LOCK, timeout=_LOCK_SECONDS))
-            except Timeout as error:
-                raise UserError(
-                    f"training.output_dir: expected a folder that no other command uses, got {folder}, in "
-                    "which one trains now; wait for its end, or use another folder"
-                ) from error
+    file = folder / RUN_LOCK
+    with disk_errors_as_user_errors(f"training.output_dir={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = file.open("w")
+    with opened:
+        try:
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"training.output_dir: expected a folder that no other command uses, got {folder}, in which "
+                "one trains now; wait for its end, or use another folder"
+            ) from error
+        except OSError as error:
+            logger.info("%s is not locked: %s", folder, error)
         yield
-    (folder / RUN_LOCK).unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
 def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from messages import mentions
 from transformers import TrainerCallback
 
-from hf_ssl import run
+from hf_ssl import output_folder, run
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.label_trainer import LabelTrainer
 from hf_ssl.output_folder import last_checkpoint, mark_output_folder, only_command, stored_choices
@@ -114,6 +114,18 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
     with only_command(tmp_path), pytest.raises(UserError, match=mentions("another folder")):
         run.train(recipe(tmp_path))
     assert names(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(output_folder, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    (tmp_path / "_run.lock").touch()
+    for _ in range(2):
+        with only_command(tmp_path), only_command(tmp_path):
+            pass
+    assert names(tmp_path) == []
 
 
 def test_values_that_do_not_affect_the_weights_may_change(tmp_path):
