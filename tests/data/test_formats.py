@@ -3,7 +3,6 @@
 
 import io
 import json
-import subprocess
 import sys
 import types
 from importlib import machinery
@@ -72,7 +71,7 @@ def test_formats_of_plugins_are_read(ending, kind, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def without_plugins(tmp_path_factory):
+def without_plugins(forks, tmp_path_factory):
     """What a process without the plug-ins says of HEIC and JPEG XL."""
     folder = tmp_path_factory.mktemp("plugins")
     save(folder / "photos" / "a.png")
@@ -101,10 +100,9 @@ print(json.dumps({{
     "count": [count.total, dict(count.unread), str(count)],
 }}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout)
+    done = forks.run("transformers", code, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_files_of_a_format_without_a_plugin_are_counted(without_plugins):
