@@ -1,19 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the splits of a local folder, and opens plain images as tables; `datasets` opens all other files.
+"""Finds the data in a local folder, and opens plain images as tables; `datasets` opens all other files.
 
-Files belong to splits by the rules of `datasets` 5, applied to a list of files. `datasets` tries these rules
-in order, and uses the first rule that any file matches. It omits files that match no split of that rule:
-
-1. `data/NAME-00000-of-00001.ending` belongs to the split NAME.
-2. A file belongs to the split that a directory above it is named after.
-3. A file belongs to the split that the file is named after.
-4. All files belong to the split "train".
-
-A file or directory is named after a split if its name contains a keyword of the split between delimiters.
-Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
-
-There is one difference: upper case does not matter (`Training`, `TEST`) if rule 2 or 3 then gives exactly one
-split to each file. `datasets` would train on the test images.
+`hf_ssl.data.split_rules` divides the files into splits.
 """
 
 import hashlib
@@ -21,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -49,21 +37,13 @@ from hf_ssl.data.location import (
     state_of_files,
 )
 from hf_ssl.data.metadata_files import METADATA, declares_its_files, describes_images, require_known_files
+from hf_ssl.data.split_rules import infer_splits, is_name_of_split
 from hf_ssl.data.unread import IMAGE_FILES, FileCount, count_files
 from hf_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _CACHE_SIZE = 8  # number of folders, and of splits, in the caches of a process
-_KEYWORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_ANY_KEYWORD = re.compile("train|valid|dev|val|test|eval")
-_DELIMITER = "[-._ 0-9]"
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\..*", re.DOTALL)
-_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 _NEGATIVE_PERCENT = re.compile(r"(?<=[\[:])-(100|\d{1,2})%")
 
 
@@ -241,7 +221,7 @@ def _data_in_listing(listing: Listing, whole: bool) -> LocalData:
     files = [file for file, own in kinds.items() if own in wanted]
     if kind in (IMAGE, ZIP) and metadata:
         files = sorted(files + metadata)
-    splits = {"train": files} if whole else _infer_splits(files, listing.root)
+    splits = {"train": files} if whole else infer_splits(files, listing.root)
     count = _count(listing, kind, kinds, splits)
     if kind == IMAGE and not metadata:
         return LocalData(images=_image_tables(splits, listing.root), count=count)
@@ -276,89 +256,6 @@ def _file_with_status(path: str) -> File:
     return File(path, status.st_size, file_state(status))
 
 
-def _infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
-    """Divide files into splits.
-
-    Args:
-        files: the files, sorted by path.
-        root: the folder that contains them. Its own name has no influence.
-
-    Returns:
-        The files of each split that is not empty, in the order of `datasets`. Each file occurs once in a
-        split. (`datasets` repeats a file in a split if several of its patterns match.)
-    """
-    by_directory: dict[str, list[File]] = {}
-    for file in files:
-        by_directory.setdefault(os.path.dirname(file.path), []).append(file)
-    directories = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
-    names = [([os.path.basename(file.path)], [file]) for file in files]
-    return (
-        _splits_by_shards(files, root)
-        or _splits_in_any_case(directories, directories=True)
-        or _splits_by_keywords(directories, directories=True)
-        or _splits_in_any_case(names, directories=False)
-        or _splits_by_keywords(names, directories=False)
-        or {"train": files}
-    )
-
-
-def _splits_by_shards(files: list[File], root: str) -> dict[str, list[File]]:
-    splits: dict[str, list[File]] = {}
-    data = os.path.join(root, "data", "")
-    for file in files:
-        name = file.path.removeprefix(data) if file.path.startswith(data) else os.sep
-        found = None if os.sep in name else _SHARD.fullmatch(name)
-        if found:
-            splits.setdefault(found["split"], []).append(file)
-    if not all(_SPLIT_NAME.fullmatch(name) for name in splits):
-        return {}  # `datasets` raises an error here, but photos may have such names by chance
-    others = sorted(splits.keys() - _KEYWORDS.keys())
-    return {name: splits[name] for name in (*_KEYWORDS, *others) if name in splits}
-
-
-def _splits_by_keywords(
-    groups: list[tuple[list[str], list[File]]], directories: bool
-) -> dict[str, list[File]]:
-    """Divide groups of files into splits by the keywords in their names.
-
-    Args:
-        groups: the names of each group, and its files.
-        directories: whether the names are those of directories.
-    """
-    groups = [(names, files) for names, files in groups if any(map(_ANY_KEYWORD.search, names))]
-    splits = {}
-    for split, keywords in _KEYWORDS.items():
-        chosen: dict[File, None] = {}
-        for pattern in _patterns(keywords, directories):
-            matching = (files for names, files in groups if any(map(pattern.fullmatch, names)))
-            chosen |= dict.fromkeys(sorted(file for files in matching for file in files))
-        if chosen:
-            splits[split] = list(chosen)
-    return splits
-
-
-def _splits_in_any_case(
-    groups: list[tuple[list[str], list[File]]], directories: bool
-) -> dict[str, list[File]]:
-    """Divide groups of files by keywords in upper or lower case; {} if a file has no split, or several."""
-    found = _splits_by_keywords(
-        [([name.lower() for name in names], files) for names, files in groups], directories
-    )
-    divided = [file for files in found.values() for file in files]
-    is_exact = len(divided) == len(set(divided)) == sum(len(files) for _, files in groups)
-    return found if is_exact else {}
-
-
-def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Pattern[str]]:
-    """Yield the patterns of a split, in the order in which `datasets` lists their files."""
-    shapes = ["{0}{1}.*", ".*{1}{0}{1}.*"]
-    if directories:
-        shapes = ["{0}", "{0}{1}.*", ".*{1}{0}", ".*{1}{0}{1}.*"]
-    for keyword in keywords:
-        for shape in shapes:
-            yield re.compile(shape.format(keyword, _DELIMITER), re.DOTALL)
-
-
 def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSplit]:
     """Return the table of each split, with labels almost by the rule of `datasets`.
 
@@ -373,17 +270,12 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
     }
     classes = {name for found in names.values() for name in found}
     depths = {os.path.dirname(file.path).count(os.sep) for files in splits.values() for file in files}
-    labeled = len(classes) > 1 and len(depths) == 1 and not all(map(_is_name_of_split, classes))
+    labeled = len(classes) > 1 and len(depths) == 1 and not all(map(is_name_of_split, classes))
     label_names = sorted(classes) if labeled else None
     return {
         split: _image_split(files, names[split] if labeled else None, label_names, root, split)
         for split, files in splits.items()
     }
-
-
-def _is_name_of_split(directory: str) -> bool:
-    keywords = (_patterns(words, directories=True) for words in _KEYWORDS.values())
-    return any(pattern.fullmatch(directory.lower()) for patterns in keywords for pattern in patterns)
 
 
 def _image_split(
