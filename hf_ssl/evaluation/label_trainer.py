@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from filelock import FileLock, Timeout
 from torch.optim import SGD, AdamW
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -105,7 +106,7 @@ def training_arguments(
 ) -> Iterator[TrainingArguments]:
     """Yield the arguments of a training. The training must run inside the `with` block.
 
-    At the end of the block, all global random states are restored.
+    At the end of the block, all global random states and the state of accelerate are restored.
 
     Args:
         folder: folder for one checkpoint per epoch; None: no checkpoints.
@@ -120,7 +121,12 @@ def training_arguments(
     Raises:
         UserError: the folder cannot be made.
     """
-    with _own_random_state(device), _one_process_unless_joined(), tempfile.TemporaryDirectory() as unused:
+    with (
+        _own_random_state(device),
+        _own_accelerate_state(),
+        _one_process_unless_joined(),
+        tempfile.TemporaryDirectory() as unused,
+    ):
         args = TrainingArguments(
             output_dir=str(folder or unused),
             num_train_epochs=epochs,
@@ -282,6 +288,23 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def _own_accelerate_state() -> Iterator[None]:
+    """Restore the state of accelerate at the end of the block.
+
+    All accelerators of a process share it. transformers (5.24) replaces it with each `TrainingArguments`, so
+    another Trainer, such as that of the pretraining, would get the precision of this one.
+    """
+    kinds = (PartialState, AcceleratorState, GradientState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, values in zip(kinds, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(values)
 
 
 @contextmanager

@@ -176,6 +176,7 @@ class SSLTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._mixed_precision = self.accelerator.mixed_precision
         self.train_dataset = train_dataset
         own_loss = compute_loss_func is not None or type(self).compute_loss is not SSLTrainer.compute_loss
         self.check_arguments(own_loss=own_loss)
@@ -340,6 +341,9 @@ class SSLTrainer(EvaluatingTrainer):
                 and saved a checkpoint before.
         """
         self._resumed_step, measures_first = None, self.args.eval_on_start
+        # All accelerators of a process share this value (accelerate 1.15), so that of a later Trainer would
+        # replace it, and torch would use its default type, float16 on a GPU.
+        self.accelerator.state._mixed_precision = self._mixed_precision
         self.check_changes()
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         check_early_stopping(self.args, self.callback_handler.callbacks)

@@ -92,6 +92,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         trainer.train(str(tmp_path / "one" / "checkpoint-2"))
 
 
+def test_trainers_in_one_process_keep_their_precision(tmp_path):
+    """accelerate 1.15 would use the precision of the trainer that was made last."""
+    settings = [
+        recipe(tmp_path / precision, "training.max_steps=1", f"training.precision={precision}")
+        for precision in ("bfloat16", "float32")
+    ]
+    first, _ = (run.build_trainer(each, each.training_arguments()) for each in settings)
+    assert first.accelerator.mixed_precision == "no"  # the reason for this test
+    first.train()
+    assert first.accelerator.mixed_precision == "bf16"
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     run.train(recipe(tmp_path))
     before = names(tmp_path)
