@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_ssl.data.batch import is_small
 from hf_ssl.data.images import CHUNK, EncodedRows
 from hf_ssl.data.inspection import common_size
-from hf_ssl.data.readers import can_read_all
+from hf_ssl.data.readers import decoder_state
 from hf_ssl.data.sources import Source
 from hf_ssl.errors import UserError
 from hf_ssl.files import read_json, replaced_file, write_json
@@ -33,7 +33,6 @@ from hf_ssl.resources import usable_cores
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # part of the name of cache files; increase it if decoding gives other pixels
 _AUTO_BYTES = 4 << 30
 
 
@@ -177,11 +176,9 @@ def _decode_to_file(source: Source, rows: EncodedRows, shape: tuple[int, ...]) -
     """Open the file of decoded images in the cache folder of `datasets`; write it first if it is missing."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ssl"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{source.revision}-{source.identity}-{source.image_column}-{shape[1]}-{_FORMAT}"
+    name = f"{source.revision}-{source.identity}-{source.image_column}-{shape[1]}-{decoder_state()}"
     if source.value_range is not None:
         name += f"-{source.value_range[0]}-{source.value_range[1]}"
-    if can_read_all():  # with the extra, other images are broken
-        name += "-s"
     if source.further_columns:
         name += "-" + hashlib.sha256(json.dumps(source.further_columns).encode()).hexdigest()[:16]
     file, notes = folder / f"{name}.npy", folder / f"{name}.json"

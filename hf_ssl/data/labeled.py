@@ -24,7 +24,7 @@ from hf_ssl.data.decoded import DecodedRows, decoded_rows
 from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.labels import LabeledRows, only_classes, read_labels
 from hf_ssl.data.pixels import ValueRange
-from hf_ssl.data.readers import can_read_all
+from hf_ssl.data.readers import decoder_state
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.data.subsets import balanced_rows, divided_rows, proportional_rows
 from hf_ssl.data.targets import CLASS_KINDS, SelectedRows
@@ -239,7 +239,7 @@ class LabeledImages:
         source = self._source
         if not isinstance(source.dataset, Dataset):
             return None
-        decoding = f" {source.value_range} {can_read_all()}"
+        decoding = f" {source.value_range} {decoder_state()}"
         return f"{source.revision} {source.identity} {source.image_column} {self._channels}{decoding}"
 
     @property

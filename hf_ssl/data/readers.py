@@ -11,33 +11,23 @@ import struct
 import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 
-from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
+from hf_ssl.data.faults import BITS, SAMPLE_FORMAT, UNSIGNED, Fault, find_fault, jpegxl_bits
+from hf_ssl.data.formats import READABLE
+from hf_ssl.data.headers import jpeg2000_header
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, array_image
-from hf_ssl.data.scientific import (
-    BLACK_IS_ZERO,
-    GRAY_ADVICE,
-    ORIENTATION,
-    RGB,
-    WHITE_IS_ZERO,
-    read_avif,
-    read_heif,
-    read_jpeg2000,
-    read_jpegxl,
-    read_png,
-    read_tiff,
-    turned,
-)
+from hf_ssl.data.scientific import ORIENTATION, read_tiff, turned
 
 EncodedBytes: TypeAlias = bytes | pa.Buffer
 ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
 
 EXTRA = "hf_ssl[scientific]"
+_DECODING = 5  # increase it if decoding gives other pixels
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -51,26 +41,6 @@ SWAPS_SIDES = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BIG_ENDIAN = b"MM"
-_CONVERT = "convert it to TIFF or PNG"
-
-# Tags of TIFF files, and some of their values.
-_BITS, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 284, 338, 339
-_UNSIGNED, _SIGNED = 1, 2
-
-
-class _Fault(NamedTuple):
-    """Why Pillow does not return the pixels of a file.
-
-    Attributes:
-        file: the format of the file, for messages.
-        read: reads the file with the extra `scientific`; None: hf_ssl does not read such files.
-        advice: what to do if hf_ssl does not read the file.
-    """
-
-    file: str
-    read: Callable[[memoryview], Samples] | None = None
-    advice: str = "keep the first three channels"
 
 
 def read_image(data: ImageData, *, exact: bool = False) -> Decoded:
@@ -98,7 +68,7 @@ def read_image(data: ImageData, *, exact: bool = False) -> Decoded:
         image = PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError:
         if bytes(view[:4]) in _TIFF:
-            return _with_extra(_Fault("a TIFF file of a kind that Pillow cannot read", read_tiff), view)
+            return _with_extra(Fault("a TIFF file of a kind that Pillow cannot read", read_tiff), view)
         raise
     return _read_opened(image, view, exact)
 
@@ -108,9 +78,17 @@ def can_read_all() -> bool:
     return all(find_spec(name) is not None for name in ("tifffile", "imagecodecs"))
 
 
+def decoder_state() -> str:
+    """Return a text for the names of caches. It changes if pixels change or if more files can be read."""
+    formats = [ending for ending in (".avif", ".heic", ".jxl") if ending in READABLE]
+    return "".join([str(_DECODING), *formats, ".scientific" if can_read_all() else ""])
+
+
 def is_deep(image: PIL.Image.Image, data: EncodedBytes) -> bool:
     """Return whether the pixels of an opened file do not have 8 bits per channel, from its header alone."""
-    return image.mode.startswith(("I", "F")) or _fault(image, memoryview(data).cast("B"), True) is not None
+    return (
+        image.mode.startswith(("I", "F")) or find_fault(image, memoryview(data).cast("B"), True) is not None
+    )
 
 
 def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
@@ -121,7 +99,7 @@ def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     if (
         image.format != "JPEG2000"
         and not (image.format == "PNG" and exact)
-        and not _fault(image, None, exact)
+        and not find_fault(image, None, exact)
     ):
         return None
     position = file.tell()
@@ -141,7 +119,7 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
         exact: see `read_image`.
     """
     orientation = orientation_of(image)
-    fault = _fault(image, view, exact)
+    fault = find_fault(image, view, exact)
     if fault is not None:
         return turned(_with_extra(fault, view), orientation)
     if image.format == "PNG" and view is not None:
@@ -169,7 +147,7 @@ def orientation_of(image: PIL.Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in _TRANSPOSES else 1
 
 
-def _with_extra(fault: _Fault, view: memoryview | None) -> Samples:
+def _with_extra(fault: Fault, view: memoryview | None) -> Samples:
     if fault.read is None:
         raise BrokenImage(f"expected pixels of known meaning, got {fault.file}; {fault.advice}")
     if view is None:
@@ -188,45 +166,6 @@ def _with_extra(fault: _Fault, view: memoryview | None) -> Samples:
         raise
     except Exception as error:  # for damaged files, the libraries raise any error
         raise BrokenImage(f"{fault.file}: {type(error).__name__}: {error}") from error
-
-
-def _fault(image: PIL.Image.Image, view: memoryview | None, exact: bool) -> _Fault | None:
-    find = _FAULTS.get(image.format or "")
-    return None if find is None else find(image, view, exact)
-
-
-def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    tags = image.tag_v2
-    bits, signs = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
-    photometric = tags.get(_PHOTOMETRIC, WHITE_IS_ZERO)
-    deep, colors = max(bits) > 8, len(bits) > 1
-    if photometric == RGB and len(bits) > 3 and not tags.get(_EXTRA_SAMPLES):
-        # Pillow (11 to 12.3) would use the fourth channel as transparency.
-        return _Fault(f"a TIFF file of {len(bits)} channels without the tag ExtraSamples")
-    if photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and len(bits) > 2:
-        return _Fault(f"a gray TIFF file of {len(bits)} channels", advice=GRAY_ADVICE)
-    is_raw, by_planes = image.info.get("compression") == "raw", tags.get(_PLANAR) == 2
-    found = None
-    if deep and colors and by_planes and is_raw:
-        found = "a TIFF file of 16-bit colors stored plane by plane"
-    elif by_planes and image.mode == "LA":
-        found = "a TIFF file of gray and opacity stored plane by plane"
-    elif image.mode in ("I", "F") and tags.prefix == _BIG_ENDIAN and not is_raw:
-        # libtiff returns the numbers in the order of the machine, and Pillow exchanges their bytes again.
-        found = "a compressed big-endian TIFF file of signed or floating-point numbers"
-    elif deep and photometric == WHITE_IS_ZERO:
-        found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would return a negative
-    elif _SIGNED in signs and bits[0] == 8:
-        found = "a TIFF file of signed 8-bit numbers"  # Pillow would return -1 as 255
-    elif exact and deep and colors:
-        found = "a TIFF file of 16-bit colors"
-    return None if found is None else _Fault(found, read_tiff)
-
-
-def _png_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if not exact or view is None or view[24] != 16 or view[25] == 0:  # bits per channel; 0: gray
-        return None
-    return _Fault("a PNG file of 16-bit colors", read_png)
 
 
 def _check_png(view: memoryview) -> None:
@@ -251,91 +190,6 @@ def _check_png(view: memoryview) -> None:
         position, found = end + 4, is_pixels
 
 
-def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    deep = exact and image.mode == "RGB" and image.tile and image.tile[0].codec_name == "ppm"
-    if not deep or image.tile[0].args[1] <= 255:
-        return None
-    return _Fault("a PPM file of 16-bit colors, which has its own range", advice=_CONVERT)
-
-
-def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if not exact or view is None or view[3] != 2:  # bytes per channel
-        return None
-    return _Fault("an SGI file of 16 bits per channel", advice=_CONVERT)
-
-
-def _fits_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    """Return a fault for all FITS files except those of plain 8-bit numbers.
-
-    Pillow (11 to 12.3) reads the big-endian numbers of FITS files in the order of the machine, and does not
-    use their scale. Source: FITS standard 4.0, section 4.4.2.
-    """
-    end = image.tile[0].offset if view is not None and image.tile else 0
-    cards = [bytes(view[at : at + 80]) for at in range(0, end, 80)] if view is not None else []
-    scale = {card[:8].rstrip(): card[10:].split(b"/")[0] for card in cards}
-    if image.mode == "L" and float(scale.get(b"BZERO", 0)) == 0 and float(scale.get(b"BSCALE", 1)) == 1:
-        return None
-    return _Fault("a FITS file of other numbers than plain 8-bit ones", advice=_CONVERT)
-
-
-def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if view is None:
-        return None
-    header = jpeg2000_header(view)
-    if (
-        header.components in (2, 4)
-        and not header.has_opacity
-        and not (header.is_cmyk and header.components == 4)
-    ):
-        # Pillow (11 to 12.3) would use the last channel as transparency.
-        return _Fault(f"a JPEG 2000 file of {header.components} channels without a channel definition")
-    bits = max(header.bits)
-    if header.signed:
-        return _Fault("a JPEG 2000 file of signed numbers", read_jpeg2000)
-    if bits > 16 or (header.components > 1 and header.bits != {8}) or (bits > 8 and image.mode == "L"):
-        # Pillow (11 to 12.3) would return 0 for the highest numbers of more than 8 bits, and the upper 8 bits
-        # of 9-bit gray.
-        return _Fault(f"a JPEG 2000 file of {bits}-bit numbers", read_jpeg2000)
-    return None
-
-
-def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if not exact or image.mode in ("L", "I;16", "F") or _jpegxl_bits(image, view) <= 8:
-        return None
-    return _Fault("a JPEG XL file of more than 8 bits per color", read_jpegxl)
-
-
-def _jpegxl_bits(image: Any, view: memoryview | None) -> int:
-    content = view if view is not None else getattr(image, "fc", None)  # pillow-jxl-plugin keeps the file
-    return 8 if content is None else jpegxl_depth(memoryview(content)).bits
-
-
-def _avif_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if not exact or view is None or avif_depth(view).bits <= 8:
-        return None
-    return _Fault("an AVIF file of more than 8 bits", read_avif)
-
-
-def _heif_fault(image: Any, view: memoryview | None, exact: bool) -> _Fault | None:
-    if not exact or image.mode == "I;16" or image.info.get("bit_depth", 8) <= 8:
-        return None
-    return _Fault("an HEIC file of more than 8 bits per color", read_heif)
-
-
-_FAULTS: dict[str, Callable[[Any, memoryview | None, bool], _Fault | None]] = {
-    "TIFF": _tiff_fault,
-    "PNG": _png_fault,
-    "PPM": _ppm_fault,
-    "SGI": _sgi_fault,
-    "FITS": _fits_fault,
-    "JPEG2000": _jpeg2000_fault,
-    "JXL": _jpegxl_fault,
-    "AVIF": _avif_fault,
-    "HEIF": _heif_fault,
-}
-"""Formats whose pixels Pillow returns with an error or without their lower bits, and how to find out."""
-
-
 def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.ndarray], Samples] | None:
     """Return the function from Pillow's pixels to the numbers of the file; None for 8 bits per channel."""
     if image.format == "JPEG2000" and view is not None and image.mode in ("L", "I;16"):
@@ -346,7 +200,7 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         return None
     if image.format == "JXL" and image.mode == "I;16":
         # pillow-jxl-plugin scales the values, so that the largest number of these bits becomes 65,535.
-        bits = min(16, _jpegxl_bits(image, view))
+        bits = min(16, jpegxl_bits(image, view))
         white = 2**bits - 1
         return lambda values: Samples(np.rint(values * (white / 65535)).astype(np.uint16), bits)
     if image.format == "HEIF" and image.mode == "I;16":
@@ -358,8 +212,8 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         maximum = tile.args[1] if tile is not None and tile.codec_name == "ppm" else 65535
         return lambda values: Samples(np.rint(values * (maximum / 65535)).astype(np.uint16))
     if image.format == "TIFF":
-        bits, sign = image.tag_v2.get(_BITS, (1,))[0], image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0]
-        if bits == 32 and sign == _UNSIGNED:
+        bits, sign = image.tag_v2.get(BITS, (1,))[0], image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
+        if bits == 32 and sign == UNSIGNED:
             return lambda values: Samples(values.view(np.uint32))
         return lambda values: Samples(values, bits if 8 < bits < 16 else None)
     return Samples

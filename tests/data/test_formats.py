@@ -11,15 +11,19 @@ import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
+from image_files import png
 from messages import mentions, missing
 
-from hf_ssl.data import DataConfig, formats, open_source
+from hf_ssl.data import DataConfig, formats, open_source, readers
 from hf_ssl.data.decode import BrokenImage, decode
+from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.inspection import common_size
+from hf_ssl.data.labeled import unlabeled_images
 from hf_ssl.errors import UserError
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 JXL = b"\xff\x0a\x00\x10"
+needs_avif = pytest.mark.skipif(not PIL.features.check("avif"), reason="needs a Pillow with AVIF")
 
 
 def save(path, kind="PNG", **options):
@@ -127,6 +131,23 @@ def test_a_metadata_file_beside_formats_that_datasets_does_not_know(tmp_path):
     source = open_source(DataConfig(path=str(tmp_path)))
     assert source.num_rows == 2 and common_size(source, 3) == (12, 16)
     assert source.dataset["kind"][:] == ["x", "y"] and source.count.total == 6
+
+
+@needs_avif
+def test_caches_do_not_keep_images_that_an_earlier_installation_could_not_read(tmp_path, write_parquet):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (255, 255, 255)).save(file, "AVIF")
+    write_parquet(tmp_path / "train.parquet", [file.getvalue(), png(np.zeros((8, 8, 3), np.uint8))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PIL.Image, "ID", [name for name in PIL.Image.ID if name != "AVIF"])
+        patch.setattr(readers, "READABLE", frozenset({".png"}))
+        source = open_source(DataConfig(path=str(tmp_path)))
+        assert list(decoded_rows(source, 3, "memmap").broken) == [0]
+        fingerprint = unlabeled_images(DataConfig(path=str(tmp_path)), "train").fingerprint
+    source = open_source(DataConfig(path=str(tmp_path)))
+    found = decoded_rows(source, 3, "memmap")
+    assert not found.broken and found.pixels[0].min() > 250
+    assert unlabeled_images(DataConfig(path=str(tmp_path)), "train").fingerprint != fingerprint
 
 
 def test_installed_plugins_are_registered(monkeypatch):

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the files whose pixels Pillow returns with an error, or without their lower bits.
+
+The functions read only headers. `hf_ssl.data.readers` uses them, and reads such files in another way.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
+from hf_ssl.data.pixels import Samples
+from hf_ssl.data.scientific import (
+    BLACK_IS_ZERO,
+    GRAY_ADVICE,
+    RGB,
+    WHITE_IS_ZERO,
+    read_avif,
+    read_heif,
+    read_jpeg2000,
+    read_jpegxl,
+    read_png,
+    read_tiff,
+)
+
+_BIG_ENDIAN = b"MM"
+_CONVERT = "convert it to TIFF or PNG"
+
+# Tags of TIFF files, and some of their values.
+BITS, SAMPLE_FORMAT = 258, 339
+_PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 262, 284, 338
+UNSIGNED, _SIGNED = 1, 2
+
+
+class Fault(NamedTuple):
+    """Why Pillow does not return the pixels of a file.
+
+    Attributes:
+        file: the format of the file, for messages.
+        read: reads the file with the extra `scientific`; None: hf_ssl does not read such files.
+        advice: what to do if hf_ssl does not read the file.
+    """
+
+    file: str
+    read: Callable[[memoryview], Samples] | None = None
+    advice: str = "keep the first three channels"
+
+
+def find_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    """Return why Pillow does not return the pixels of an image; None if it returns them.
+
+    Args:
+        image: an image that Pillow opened.
+        view: the bytes of its file; None if they are not known.
+        exact: whether all bits of colors of more than 8 bits are needed.
+    """
+    find = _FAULTS.get(image.format or "")
+    return None if find is None else find(image, view, exact)
+
+
+def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    tags = image.tag_v2
+    bits, signs = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
+    photometric = tags.get(_PHOTOMETRIC, WHITE_IS_ZERO)
+    deep, colors = max(bits) > 8, len(bits) > 1
+    if photometric == RGB and len(bits) > 3 and not tags.get(_EXTRA_SAMPLES):
+        # Pillow (11 to 12.3) would use the fourth channel as transparency.
+        return Fault(f"a TIFF file of {len(bits)} channels without the tag ExtraSamples")
+    if photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and len(bits) > 2:
+        return Fault(f"a gray TIFF file of {len(bits)} channels", advice=GRAY_ADVICE)
+    is_raw, by_planes = image.info.get("compression") == "raw", tags.get(_PLANAR) == 2
+    found = None
+    if deep and colors and by_planes and is_raw:
+        found = "a TIFF file of 16-bit colors stored plane by plane"
+    elif by_planes and image.mode == "LA":
+        found = "a TIFF file of gray and opacity stored plane by plane"
+    elif image.mode in ("I", "F") and tags.prefix == _BIG_ENDIAN and not is_raw:
+        # libtiff returns the numbers in the order of the machine, and Pillow exchanges their bytes again.
+        found = "a compressed big-endian TIFF file of signed or floating-point numbers"
+    elif deep and photometric == WHITE_IS_ZERO:
+        found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would return a negative
+    elif _SIGNED in signs and bits[0] == 8:
+        found = "a TIFF file of signed 8-bit numbers"  # Pillow would return -1 as 255
+    elif exact and deep and colors:
+        found = "a TIFF file of 16-bit colors"
+    return None if found is None else Fault(found, read_tiff)
+
+
+def _png_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if not exact or view is None or view[24] != 16 or view[25] == 0:  # bits per channel; 0: gray
+        return None
+    return Fault("a PNG file of 16-bit colors", read_png)
+
+
+def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    deep = exact and image.mode == "RGB" and image.tile and image.tile[0].codec_name == "ppm"
+    if not deep or image.tile[0].args[1] <= 255:
+        return None
+    return Fault("a PPM file of 16-bit colors, which has its own range", advice=_CONVERT)
+
+
+def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if not exact or view is None or view[3] != 2:  # bytes per channel
+        return None
+    return Fault("an SGI file of 16 bits per channel", advice=_CONVERT)
+
+
+def _fits_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    """Return a fault for all FITS files except those of plain 8-bit numbers.
+
+    Pillow (11 to 12.3) reads the big-endian numbers of FITS files in the order of the machine, and does not
+    use their scale. Source: FITS standard 4.0, section 4.4.2.
+    """
+    end = image.tile[0].offset if view is not None and image.tile else 0
+    cards = [bytes(view[at : at + 80]) for at in range(0, end, 80)] if view is not None else []
+    scale = {card[:8].rstrip(): card[10:].split(b"/")[0] for card in cards}
+    if image.mode == "L" and float(scale.get(b"BZERO", 0)) == 0 and float(scale.get(b"BSCALE", 1)) == 1:
+        return None
+    return Fault("a FITS file of other numbers than plain 8-bit ones", advice=_CONVERT)
+
+
+def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if view is None:
+        return None
+    header = jpeg2000_header(view)
+    if (
+        header.components in (2, 4)
+        and not header.has_opacity
+        and not (header.is_cmyk and header.components == 4)
+    ):
+        # Pillow (11 to 12.3) would use the last channel as transparency.
+        return Fault(f"a JPEG 2000 file of {header.components} channels without a channel definition")
+    bits = max(header.bits)
+    if header.signed:
+        return Fault("a JPEG 2000 file of signed numbers", read_jpeg2000)
+    if bits > 16 or (header.components > 1 and header.bits != {8}) or (bits > 8 and image.mode == "L"):
+        # Pillow (11 to 12.3) would return 0 for the highest numbers of more than 8 bits, and the upper 8 bits
+        # of 9-bit gray.
+        return Fault(f"a JPEG 2000 file of {bits}-bit numbers", read_jpeg2000)
+    return None
+
+
+def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if not exact or image.mode in ("L", "I;16", "F") or jpegxl_bits(image, view) <= 8:
+        return None
+    return Fault("a JPEG XL file of more than 8 bits per color", read_jpegxl)
+
+
+def jpegxl_bits(image: Any, view: memoryview | None) -> int:
+    content = view if view is not None else getattr(image, "fc", None)  # pillow-jxl-plugin keeps the file
+    return 8 if content is None else jpegxl_depth(memoryview(content)).bits
+
+
+def _avif_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if not exact or view is None or avif_depth(view).bits <= 8:
+        return None
+    return Fault("an AVIF file of more than 8 bits", read_avif)
+
+
+def _heif_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    if not exact or image.mode == "I;16" or image.info.get("bit_depth", 8) <= 8:
+        return None
+    return Fault("an HEIC file of more than 8 bits per color", read_heif)
+
+
+_FAULTS: dict[str, Callable[[Any, memoryview | None, bool], Fault | None]] = {
+    "TIFF": _tiff_fault,
+    "PNG": _png_fault,
+    "PPM": _ppm_fault,
+    "SGI": _sgi_fault,
+    "FITS": _fits_fault,
+    "JPEG2000": _jpeg2000_fault,
+    "JXL": _jpegxl_fault,
+    "AVIF": _avif_fault,
+    "HEIF": _heif_fault,
+}
+"""Formats whose pixels Pillow returns with an error or without their lower bits, and how to find out."""
