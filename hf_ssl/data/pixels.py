@@ -11,7 +11,7 @@ images of a data set have one scale:
 - all other integers (signed, or of 32 or 64 bits): 0 is black, 255 is white. Other numbers are an error.
 
 `data.value_range` replaces these limits, except those of 8 bits. Values outside the range become black or
-white.
+white. Opacity, the last of two or four channels, always has the limits of the type of numbers.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -97,14 +97,36 @@ def to_uint8(samples: Samples, value_range: ValueRange | None) -> np.ndarray:
         raise BrokenImage(f"expected numbers as pixels, got {values.dtype}")
     if kind == "f" and not np.isfinite(values).all():
         raise BrokenImage("expected finite numbers as pixels, got NaN or infinity; replace them")
+    if value_range is not None and has_opacity(values):
+        return np.dstack([to_uint8(Samples(values[..., :-1], bits), value_range), _opacity(samples)])
     if kind == "u" and size <= 2:
         depth = bits or 8 * size
-        limits = (0, white_of(samples)) if value_range is None or depth <= 8 else value_range
+        limits = (0, white_of(samples)) if value_range is None or keeps_values(samples) else value_range
         return _scaled(np.arange(2**depth), limits)[np.minimum(values, 2**depth - 1)]
     if value_range is None:
         value_range = (0, white_of(samples))
         _check_inside(values, value_range)
     return _scaled(values, value_range)
+
+
+def keeps_values(samples: Samples) -> bool:
+    """Return whether the numbers are unsigned and have at most 8 bits, so that no range changes them."""
+    return samples.values.dtype.kind == "u" and (samples.bits or 8 * samples.values.dtype.itemsize) <= 8
+
+
+def has_opacity(values: np.ndarray) -> bool:
+    """Return whether the last channel of an image (H, W) or (H, W, C) is its opacity."""
+    return values.shape[2:] in ((2,), (4,))
+
+
+def _opacity(samples: Samples) -> np.ndarray:
+    opacity, white = samples.values[..., -1], white_of(samples)
+    if opacity.size and not 0 <= opacity.min() <= opacity.max() <= white:
+        raise BrokenImage(
+            f"expected opacity from 0 to {white:g} in the last channel, got {opacity.min():.6g} to "
+            f"{opacity.max():.6g}; remove this channel"
+        )
+    return to_uint8(Samples(opacity, samples.bits), None)
 
 
 def white_of(samples: Samples) -> float:

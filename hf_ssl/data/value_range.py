@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.decode import StoredImage, stored_image
 from hf_ssl.data.further_columns import AnyStored, RowImages
-from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, white_of
+from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, has_opacity, keeps_values, white_of
 from hf_ssl.data.readers import ImageData, is_deep, read_image
 from hf_ssl.errors import UserError
 
@@ -127,7 +127,10 @@ def range_of(samples: Sequence[Samples]) -> ValueRange | None:
 
 
 def deep_samples(images: Sequence[AnyStored]) -> list[Samples]:
-    """Return the finite numbers of those images that do not have 8 bits per channel and can be read."""
+    """Return the finite numbers of those images that do not have 8 bits per channel and can be read.
+
+    The opacity of an image is left out.
+    """
     found = [_samples(image.image if isinstance(image, RowImages) else image) for image in images]
     return [samples for samples in found if samples is not None and samples.values.size]
 
@@ -143,9 +146,10 @@ def _samples(image: StoredImage) -> Samples | None:
         decoded = _numbers(data)
     except Exception:  # a broken image, which the loader reports
         return None
-    if not isinstance(decoded, Samples) or decoded.values.dtype.kind not in "iuf":
+    if not isinstance(decoded, Samples) or decoded.values.dtype.kind not in "iuf" or keeps_values(decoded):
         return None
-    return decoded._replace(values=decoded.values[np.isfinite(decoded.values)])
+    values = decoded.values[..., :-1] if has_opacity(decoded.values) else decoded.values
+    return decoded._replace(values=values[np.isfinite(values)])
 
 
 def _numbers(data: ImageData) -> Decoded:
