@@ -32,6 +32,7 @@ def tiff(
     planar: bool = False,
     compress: bool = False,
     extra: Sequence[int] = (),
+    subfile: int | None = None,
 ) -> bytes:
     """Return a TIFF file with one strip, or with one strip for each plane.
 
@@ -43,6 +44,7 @@ def tiff(
         planar: whether each channel is stored separately.
         compress: whether to compress with Deflate (compression 8).
         extra: the tag ExtraSamples: 0 unspecified, 1 premultiplied, 2 transparency.
+        subfile: the tag NewSubfileType: 1 is a preview. The tag SubIFDs then names another image.
     """
     height, width = values.shape[:2]
     channels = values.shape[2] if values.ndim == 3 else 1
@@ -66,6 +68,8 @@ def tiff(
     }
     if extra:
         tags[338] = "H", list(extra)
+    if subfile is not None:
+        tags |= {254: ("I", [subfile]), 330: ("I", [8])}
     later = 8 + 2 + 12 * len(tags) + 4  # values of more than four bytes come after the directory
     size = sum(len(numbers) * struct.calcsize(kind) for kind, numbers in tags.values())
     start = later + size + size % 2
@@ -83,13 +87,21 @@ def tiff(
     return (head + directory + bytes(4) + long).ljust(start, b"\0") + b"".join(strips)
 
 
-def png(values: np.ndarray, *, bits: int | None = None, palette: bytes | None = None) -> bytes:
+def png(
+    values: np.ndarray,
+    *,
+    bits: int | None = None,
+    palette: bytes | None = None,
+    before: Sequence[tuple[bytes, bytes]] = (),
+    after: Sequence[tuple[bytes, bytes]] = (),
+) -> bytes:
     """Return a PNG file of uint8 or uint16 numbers (H, W) or (H, W, C), with filter 0.
 
     Args:
         values: the numbers.
         bits: 1, 2 or 4 bits of a gray number; None: those of the type.
         palette: colors of three bytes; `values` are then their indices.
+        before, after: further chunks before and after the pixels (name, content).
     """
     height, width = values.shape[:2]
     channels = values.shape[2] if values.ndim == 3 else 1
@@ -98,8 +110,8 @@ def png(values: np.ndarray, *, bits: int | None = None, palette: bytes | None = 
     content = packed(values, bits) if bits else values.astype(values.dtype.newbyteorder(">")).tobytes()
     lines = np.frombuffer(content, np.uint8).reshape(height, -1)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))]
-    chunks += [(b"PLTE", palette)] if palette else []
-    chunks += [(b"IDAT", zlib.compress(np.pad(lines, ((0, 0), (1, 0))).tobytes())), (b"IEND", b"")]
+    chunks += [(b"PLTE", palette), *before] if palette else before
+    chunks += [(b"IDAT", zlib.compress(np.pad(lines, ((0, 0), (1, 0))).tobytes())), *after, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks

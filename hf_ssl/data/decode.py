@@ -175,9 +175,11 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
     try:
         with PIL.Image.open(image.path if on_disk else io.BytesIO(image.read())) as opened:  # type: ignore[arg-type]
             width, height = opened.size
-            # To read EXIF data that come after the pixels, Pillow would decode the whole PNG file.
-            known = opened.format != "PNG" or "exif" in opened.info
-            swapped = known and orientation_of(opened) in SWAPS_SIDES
+            if _size_is_unknown(opened, image):
+                return _decoded_size(image.read())
+            # A PNG file without EXIF data is not rotated, but Pillow would decode it to search for them.
+            swapped = opened.format != "PNG" or "exif" in opened.info
+            swapped = swapped and orientation_of(opened) in SWAPS_SIDES
     except BrokenImage:
         raise
     except PIL.UnidentifiedImageError:  # tifffile may read the file
@@ -185,6 +187,19 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
     except Exception as error:  # as in read_pixels
         raise BrokenImage(reason_of(error, image.path if on_disk else image.data)) from error
     return (width, height) if swapped else (height, width)
+
+
+def _size_is_unknown(opened: PIL.Image.Image, image: EncodedImage) -> bool:
+    """Return whether the size depends on data that Pillow does not read when it opens a file.
+
+    These are the clean aperture of AVIF files, and the orientation of PNG files in EXIF data after the pixels
+    or in XMP data.
+    """
+    names = {"AVIF": (b"clap",), "PNG": (b"eXIf", b"tiff:Orientation", b"Raw profile type")}
+    if opened.format not in names or (opened.format == "PNG" and "exif" in opened.info):
+        return False
+    content = bytes(image.read())
+    return any(name in content for name in names[opened.format])
 
 
 def _decoded_size(data: ImageData) -> tuple[int, int]:

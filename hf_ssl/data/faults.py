@@ -7,7 +7,7 @@ The functions read only headers. `hf_ssl.data.readers` uses them, and reads such
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
+from hf_ssl.data.headers import JpegxlHeader, avif_header, jpeg2000_header, jpegxl_header
 from hf_ssl.data.pixels import Samples
 from hf_ssl.data.scientific import (
     BLACK_IS_ZERO,
@@ -27,7 +27,8 @@ _CONVERT = "convert it to TIFF or PNG"
 
 # Tags of TIFF files, and some of their values.
 BITS, SAMPLE_FORMAT = 258, 339
-_PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 262, 284, 338
+_SUBFILE, _PHOTOMETRIC, _PLANAR, _SUB_IMAGES, _EXTRA_SAMPLES = 254, 262, 284, 330, 338
+_PREVIEW, _PREMULTIPLIED = 1, 1
 UNSIGNED, _SIGNED = 1, 2
 
 
@@ -62,8 +63,12 @@ def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | Non
     bits, signs = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
     photometric = tags.get(_PHOTOMETRIC, WHITE_IS_ZERO)
     deep, colors = max(bits) > 8, len(bits) > 1
+    if tags.get(_SUBFILE, 0) & _PREVIEW and (_SUB_IMAGES in tags or tags.next):
+        return Fault(
+            "a TIFF file that begins with a preview, such as a raw file of a camera", advice=_CONVERT
+        )
     if photometric == RGB and len(bits) > 3 and not tags.get(_EXTRA_SAMPLES):
-        # Pillow (11 to 12.3) would use the fourth channel as transparency.
+        # Pillow (11 to 13.0) would use the fourth channel as transparency.
         return Fault(f"a TIFF file of {len(bits)} channels without the tag ExtraSamples")
     if photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and len(bits) > 2:
         return Fault(f"a gray TIFF file of {len(bits)} channels", advice=GRAY_ADVICE)
@@ -78,6 +83,8 @@ def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | Non
         found = "a compressed big-endian TIFF file of signed or floating-point numbers"
     elif deep and photometric == WHITE_IS_ZERO:
         found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would return a negative
+    elif by_planes and is_raw and _PREMULTIPLIED in tags.get(_EXTRA_SAMPLES, ()):
+        found = "a TIFF file of colors that are multiplied by the opacity, stored plane by plane"
     elif _SIGNED in signs and bits[0] == 8:
         found = "a TIFF file of signed 8-bit numbers"  # Pillow would return -1 as 255
     elif exact and deep and colors:
@@ -86,16 +93,25 @@ def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | Non
 
 
 def _png_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and (max(key) > 255 if view is None else view[24] == 16):
+        # Pillow (11 to 13.0) compares the transparent color of 16 bits with the upper 8 bits of the pixels.
+        return Fault("a PNG file of 16-bit colors, one of which is transparent", read_png)
     if not exact or view is None or view[24] != 16 or view[25] == 0:  # bits per channel; 0: gray
         return None
     return Fault("a PNG file of 16-bit colors", read_png)
 
 
 def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
-    deep = exact and image.mode == "RGB" and image.tile and image.tile[0].codec_name == "ppm"
-    if not deep or image.tile[0].args[1] <= 255:
+    if not exact or image.mode != "RGB" or ppm_white(image) <= 255:
         return None
     return Fault("a PPM file of 16-bit colors, which has its own range", advice=_CONVERT)
+
+
+def ppm_white(image: Any) -> int:
+    """Return the number of white in a PGM or PPM file that is not loaded yet; 65,535 if it is not known."""
+    tile = image.tile[0] if image.tile else None
+    return tile.args[1] if tile is not None and tile.codec_name in ("ppm", "ppm_plain") else 65535
 
 
 def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
@@ -107,7 +123,7 @@ def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None
 def _fits_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
     """Return a fault for all FITS files except those of plain 8-bit numbers.
 
-    Pillow (11 to 12.3) reads the big-endian numbers of FITS files in the order of the machine, and does not
+    Pillow (11 to 13.0) reads the big-endian numbers of FITS files in the order of the machine, and does not
     use their scale. Source: FITS standard 4.0, section 4.4.2.
     """
     end = image.tile[0].offset if view is not None and image.tile else 0
@@ -122,37 +138,57 @@ def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> Fault |
     if view is None:
         return None
     header = jpeg2000_header(view)
-    if (
-        header.components in (2, 4)
-        and not header.has_opacity
-        and not (header.is_cmyk and header.components == 4)
-    ):
-        # Pillow (11 to 12.3) would use the last channel as transparency.
-        return Fault(f"a JPEG 2000 file of {header.components} channels without a channel definition")
+    is_cmyk = header.is_cmyk and header.components == 4
+    if header.channels in (2, 4) and not header.has_opacity and not is_cmyk:
+        # Pillow (11 to 13.0) would use the last channel as transparency.
+        count = header.channels
+        return Fault(f"a JPEG 2000 file of {count} channels without a channel definition of opacity")
     bits = max(header.bits)
+    if is_cmyk and header.bits != {8}:
+        return Fault(f"a JPEG 2000 file of {bits}-bit CMYK colors", advice="convert it to RGB")
+    if header.is_reordered:  # Pillow (11 to 13.0) would use blue as red
+        return Fault("a JPEG 2000 file with another order of its channels", read_jpeg2000)
     if header.signed:
         return Fault("a JPEG 2000 file of signed numbers", read_jpeg2000)
     if bits > 16 or (header.components > 1 and header.bits != {8}) or (bits > 8 and image.mode == "L"):
-        # Pillow (11 to 12.3) would return 0 for the highest numbers of more than 8 bits, and the upper 8 bits
+        # Pillow (11 to 13.0) would return 0 for the highest numbers of more than 8 bits, and the upper 8 bits
         # of 9-bit gray.
         return Fault(f"a JPEG 2000 file of {bits}-bit numbers", read_jpeg2000)
     return None
 
 
 def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
-    if not exact or image.mode in ("L", "I;16", "F") or jpegxl_bits(image, view) <= 8:
+    if getattr(image, "jpeg", False):
         return None
-    return Fault("a JPEG XL file of more than 8 bits per color", read_jpegxl)
+    header = read_jpegxl_header(image, view)
+    if header.has_black:  # pillow-jxl-plugin (1.3) would use cyan, magenta and yellow as RGB
+        return Fault("a JPEG XL file of CMYK colors", advice="convert it to RGB")
+    found = None
+    if header.is_animated:
+        found = "an animated JPEG XL file"  # pillow-jxl-plugin (1.3) would return the last frame
+    elif header.is_premultiplied:
+        found = "a JPEG XL file of colors that are multiplied by the opacity"
+    elif image.mode == "LA" and header.bits > 8:  # the plug-in would return the bytes in another order
+        found = "a JPEG XL file of opacity and gray of more than 8 bits"
+    elif image.mode in ("RGB", "RGBA") and header.is_float:  # the plug-in would clip them
+        found = "a JPEG XL file of floating-point colors"
+    elif exact and image.mode not in ("L", "I;16", "F") and header.bits > 8:
+        found = "a JPEG XL file of more than 8 bits per color"
+    return None if found is None else Fault(found, read_jpegxl)
 
 
-def jpegxl_bits(image: Any, view: memoryview | None) -> int:
-    content = view if view is not None else getattr(image, "fc", None)  # pillow-jxl-plugin keeps the file
-    return 8 if content is None else jpegxl_depth(memoryview(content)).bits
+def read_jpegxl_header(image: Any, view: memoryview | None) -> JpegxlHeader:
+    """Return the header of an image that pillow-jxl-plugin opened."""
+    content = view if view is not None else getattr(image, "fc", None)  # the plug-in keeps the file
+    return JpegxlHeader() if content is None else jpegxl_header(memoryview(content))
 
 
 def _avif_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
-    if not exact or view is None or avif_depth(view).bits <= 8:
+    if not exact or view is None or avif_header(view).bits <= 8:
         return None
+    if getattr(image, "is_animated", False):
+        # imagecodecs (2026.3.6) would decode all frames, or corrupt memory with the argument index=0.
+        return Fault("an animated AVIF file of more than 8 bits", advice="keep one frame")
     return Fault("an AVIF file of more than 8 bits", read_avif)
 
 

@@ -15,6 +15,8 @@ import PIL.features
 import PIL.Image
 import pyarrow as pa
 
+from hf_ssl.data.headers import jpegxl_header
+
 _ENDINGS = (
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .pbm .pgm .ppm .pnm "
     ".jp2 .j2k .jpc .jpf .jpx .j2c .ico .icns .cur .tga .icb .vda .vst .psd .pcx .dcx .dds .blp .fli .flc "
@@ -140,6 +142,8 @@ def has_further_pages(data: bytes | pa.Buffer) -> bool:
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
+            if image.format == "JXL":  # pillow-jxl-plugin (1.3) does not count the frames
+                return jpegxl_header(memoryview(data).cast("B")).is_animated
             return image.format not in _OF_ONE_PICTURE and bool(getattr(image, "is_animated", False))
     except Exception:  # for damaged files, Pillow raises anything from OSError to KeyError
         return False

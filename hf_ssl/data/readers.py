@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the numbers of an image: with Pillow, or with tifffile and imagecodecs where Pillow is wrong.
 
-Pillow 11 to 12.3 opens some files without an error and returns other pixels than the file contains. For these
+Pillow 11 to 13.0 opens some files without an error and returns other pixels than the file contains. For these
 files, this module uses the extra `scientific` (tifffile and imagecodecs). Without the extra, such a file is a
 broken image, and the message names its format and the extra. `tests/data/test_pixels.py` lists the formats.
 """
@@ -10,6 +10,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -17,9 +18,17 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
-from hf_ssl.data.faults import BITS, SAMPLE_FORMAT, UNSIGNED, Fault, find_fault, jpegxl_bits
+from hf_ssl.data.faults import (
+    BITS,
+    SAMPLE_FORMAT,
+    UNSIGNED,
+    Fault,
+    find_fault,
+    ppm_white,
+    read_jpegxl_header,
+)
 from hf_ssl.data.formats import READABLE
-from hf_ssl.data.headers import jpeg2000_header
+from hf_ssl.data.headers import avif_header, jpeg2000_header
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, array_image
 from hf_ssl.data.scientific import ORIENTATION, read_tiff, turned
 
@@ -94,18 +103,20 @@ def is_deep(image: PIL.Image.Image, data: EncodedBytes) -> bool:
 def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     """Return the bytes of an image that is open but not loaded, if Pillow may return other pixels."""
     file: Any = getattr(image, "fp", None)
-    if file is None or not getattr(image, "tile", None) or image.tell():
+    is_avif = image.format == "AVIF"  # Pillow sets `tile` when it loads these files
+    if file is None or not (is_avif or getattr(image, "tile", None)) or image.tell():
         return None
-    if (
-        image.format != "JPEG2000"
-        and not (image.format == "PNG" and exact)
-        and not find_fault(image, None, exact)
-    ):
+    is_unknown = image.format in ("JPEG2000", "FITS") or (
+        image.format in ("PNG", "SGI", "AVIF") and (exact or "transparency" in image.info)
+    )
+    if not is_unknown and not find_fault(image, None, exact):
         return None
     position = file.tell()
     file.seek(0)
     content = file.read()
     file.seek(position)
+    if is_avif and content[4:8] != b"ftyp":  # the pixels of a loaded image
+        return None
     image.load()  # closes the file
     return content
 
@@ -121,14 +132,44 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
     orientation = orientation_of(image)
     fault = find_fault(image, view, exact)
     if fault is not None:
-        return turned(_with_extra(fault, view), orientation)
+        samples = _with_extra(fault, view)
+        if (box := _shown_box(image, view)) is not None:
+            left, top, right, bottom = box
+            samples = samples._replace(values=samples.values[top:bottom, left:right])
+        return turned(samples, orientation)
     if image.format == "PNG" and view is not None:
         _check_png(view)
     original = _original(image, view, exact)
     image.load()  # a lazy image reads its file now
+    if image.format == "PNG" and view is not None and view[25] == 0 and view[24] in (2, 4):
+        _scale_transparent(image, view[24])
+    box = _shown_box(image, view)
+    image = image if box is None else image.crop(box)
     if original is not None:
         return turned(original(np.asarray(image)), orientation)
     return image if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
+
+
+def _shown_box(image: PIL.Image.Image, view: memoryview | None) -> tuple[int, int, int, int] | None:
+    """Return the part of an AVIF image that is shown: left, top, right, bottom. None: the whole image.
+
+    Pillow (11.3 to 13.0) and imagecodecs return the whole image. Source: ISO/IEC 14496-12 (CleanApertureBox).
+    """
+    aperture = avif_header(view).aperture if image.format == "AVIF" and view is not None else None
+    if aperture is None or 0 in aperture[1::2]:
+        return None
+    width, height, right, down = (Fraction(*aperture[place : place + 2]) for place in range(0, 8, 2))
+    left, top = (image.width - width) / 2 + right, (image.height - height) / 2 + down
+    box = int(left), int(top), int(left + width), int(top + height)
+    is_inside = 0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height
+    return box if is_inside and left == box[0] and top == box[1] else None
+
+
+def _scale_transparent(image: PIL.Image.Image, bits: int) -> None:
+    """Scale the transparent gray value of a PNG file. Pillow (11 to 13.0) scales only the pixels."""
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**bits - 1)
 
 
 def orientation_of(image: PIL.Image.Image) -> int:
@@ -198,9 +239,14 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         return None if bits == 8 else lambda values: Samples((values >> shift).astype(np.uint16), bits)
     if not image.mode.startswith(("I", "F")):
         return None
+    key = image.info.get("transparency")
+    if image.mode == "I;16" and isinstance(key, int):  # of a PNG file
+        return lambda values: Samples(
+            np.dstack([values, np.where(values == key, 0, 65535).astype(np.uint16)])
+        )
     if image.format == "JXL" and image.mode == "I;16":
         # pillow-jxl-plugin scales the values, so that the largest number of these bits becomes 65,535.
-        bits = min(16, jpegxl_bits(image, view))
+        bits = min(16, read_jpegxl_header(image, view).bits)
         white = 2**bits - 1
         return lambda values: Samples(np.rint(values * (white / 65535)).astype(np.uint16), bits)
     if image.format == "HEIF" and image.mode == "I;16":
@@ -208,8 +254,7 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         return lambda values: Samples(values >> (16 - bits), bits)  # pillow-heif shifts the values
     if image.format == "PPM" and image.mode == "I":
         # Pillow scales the values, so that the maximum in the header becomes 65,535.
-        tile = image.tile[0] if exact and image.tile else None
-        maximum = tile.args[1] if tile is not None and tile.codec_name == "ppm" else 65535
+        maximum = ppm_white(image) if exact else 65535
         return lambda values: Samples(np.rint(values * (maximum / 65535)).astype(np.uint16))
     if image.format == "TIFF":
         bits, sign = image.tag_v2.get(BITS, (1,))[0], image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from hf_ssl.data.headers import avif_depth, jpeg2000_header, jpegxl_depth
-from hf_ssl.data.pixels import BrokenImage, Samples
+from hf_ssl.data.headers import avif_header, jpeg2000_header, jpegxl_header
+from hf_ssl.data.pixels import BrokenImage, Samples, white_of
 
 ORIENTATION = 0x0112
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -28,7 +28,7 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 # Values of tags of TIFF files.
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
-_DROPPED, _ALPHA = 0, 2
+_DROPPED, _PREMULTIPLIED, _ALPHA = 0, 1, 2
 
 GRAY_ADVICE = "keep one channel, or three with RGB as the tag PhotometricInterpretation"
 """What to do with a gray TIFF file of several channels."""
@@ -55,7 +55,8 @@ def read_tiff(view: memoryview) -> Samples:
         kind, extra = int(page.photometric), tuple(int(sample) for sample in page.extrasamples)
         if page.axes not in ("YX", "YXS", "SYX") or kind not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             raise BrokenImage(
-                f"expected a gray or RGB image, got a TIFF file of the kind {page.photometric.name}"
+                f"expected a gray or RGB image, got a TIFF file of the kind {page.photometric.name}; "
+                "convert it to RGB"
             )
         values = page.asarray()
         orientation = page.tags.valueof(ORIENTATION, default=1)
@@ -67,18 +68,45 @@ def read_tiff(view: memoryview) -> Samples:
         raise BrokenImage(
             f"expected a gray or RGB image, got a gray TIFF file of {channels} channels; {GRAY_ADVICE}"
         )
-    if channels > 4 or channels != colors + len(extra) or not set(extra) <= {_DROPPED, _ALPHA}:
+    kinds = {_DROPPED, _PREMULTIPLIED, _ALPHA}
+    if channels > 4 or channels != colors + len(extra) or not set(extra) <= kinds:
         raise BrokenImage(
-            f"expected a gray or RGB image, got a TIFF file of {channels} channels of other kinds"
+            f"expected a gray or RGB image, got a TIFF file of {channels} channels of other kinds; "
+            "keep the first three channels"
         )
     if values.ndim == 3 and extra and extra[0] == _DROPPED:  # as Pillow does
         values = values[..., :colors]
     if kind == WHITE_IS_ZERO:
-        if values.dtype.kind != "u":
-            raise BrokenImage(f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0")
-        values = (2**bits - 1 - values.astype(np.int64)).astype(values.dtype)
+        if values.dtype.kind != "u" or _PREMULTIPLIED in extra:
+            raise BrokenImage(
+                f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0; convert it"
+            )
+        inverted = values if values.ndim == 2 else values[..., :1]  # not the opacity
+        inverted[...] = 2**bits - 1 - inverted.astype(np.int64)
     samples = _with_bits(values, bits)
+    if extra and extra[0] == _PREMULTIPLIED:
+        samples = _divided_by_opacity(samples)
     return turned(samples, orientation if orientation in _TURNS else 1)
+
+
+def _divided_by_opacity(samples: Samples) -> Samples:
+    """Return colors that are not multiplied by the opacity.
+
+    Raises:
+        BrokenImage: the numbers have no largest number.
+    """
+    values, white = samples.values, white_of(samples)
+    if values.dtype.kind not in "uf" or (values.dtype.kind == "u" and values.dtype.itemsize > 2):
+        raise BrokenImage(
+            f"expected colors that are not multiplied by the opacity, got {values.dtype} numbers; convert "
+            "them"
+        )
+    colors, opacity = values[..., :-1].astype(np.float64), values[..., -1:].astype(np.float64)
+    found = np.divide(colors * white, opacity, out=np.zeros_like(colors), where=opacity > 0)
+    found = np.where(colors <= opacity, np.minimum(found, white), found)  # rounding
+    if values.dtype.kind == "u":
+        found = np.rint(np.minimum(found, white))
+    return samples._replace(values=np.concatenate([found, opacity], -1).astype(values.dtype))
 
 
 def read_png(view: memoryview) -> Samples:
@@ -106,17 +134,19 @@ def read_jpeg2000(view: memoryview) -> Samples:
 
 
 def read_jpegxl(view: memoryview) -> Samples:
-    """Return the numbers of a JPEG XL file, rotated by the orientation in its header."""
+    """Return the numbers of the first frame of a JPEG XL file, rotated by the orientation in its header."""
     from imagecodecs import jpegxl_decode
 
-    return _with_bits(jpegxl_decode(bytes(view)), jpegxl_depth(view).bits)
+    header = jpegxl_header(view)
+    samples = _with_bits(jpegxl_decode(bytes(view), index=0), header.bits)
+    return _divided_by_opacity(samples) if header.is_premultiplied else samples
 
 
 def read_avif(view: memoryview) -> Samples:
-    """Return the numbers of an AVIF file, not rotated."""
+    """Return the numbers of an AVIF file of one image, not rotated and not cropped."""
     from imagecodecs import avif_decode
 
-    return _with_bits(avif_decode(bytes(view)), avif_depth(view).bits)
+    return _with_bits(avif_decode(bytes(view)), avif_header(view).bits)
 
 
 def read_heif(view: memoryview) -> Samples:
@@ -128,7 +158,8 @@ def read_heif(view: memoryview) -> Samples:
 
 
 def _with_bits(values: np.ndarray, bits: int) -> Samples:
-    return Samples(values, bits if values.dtype.kind == "u" and bits <= 16 else None)
+    known = values.dtype.kind == "u" and bits <= min(16, 8 * values.dtype.itemsize)
+    return Samples(values, bits if known else None)
 
 
 def _check_size(count: int) -> None:

@@ -4,17 +4,22 @@
 libjxl wrote the JPEG XL files below from pictures of these tests.
 """
 
+import base64
 import io
+import sys
 
 import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
+import torch
 from messages import mentions
 
 from hf_ssl.data import formats
 from hf_ssl.data.decode import BrokenImage, EncodedImage, ImageObject, decode, size_in_header
-from hf_ssl.data.headers import Depth, avif_depth, jpegxl_depth
+from hf_ssl.data.formats import has_further_pages
+from hf_ssl.data.headers import JpegxlHeader, avif_header, jpegxl_header
+from hf_ssl.data.readers import can_read_all
 from hf_ssl.data.value_range import report_values
 
 _BOXES = "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20"
@@ -34,6 +39,34 @@ FLOAT = bytes.fromhex(
 TURNED = bytes.fromhex(f"{_BOXES}000000256a786c63ff0a00700b041497040802010038004b188b15c249411e4044fffefb01")
 """A red pixel above a blue one, stored side by side with the orientation 6."""
 
+GRAY_ALPHA16 = bytes.fromhex(
+    f"{_BOXES}000000096a786c6c0a0000002e6a786c63ff0a000006e047f00350dc0808"
+    "08100050004b188b15428a06b1a163c8db7c00e0f9ff53ff3f"
+)
+"""4 x 1 pixels of gray: 0, 100, 4095 and 65535. Only the last pixel is transparent."""
+ANIMATED = bytes.fromhex(
+    "ff0a00104113008809080201002c004b188b15c249411e40a43f080205002c004b188b15c249411e40d41f"
+)
+"""One pixel, first red, then blue."""
+PREMULTIPLIED = bytes.fromhex(
+    f"{_BOXES}000000096a786c6c0a000000296a786c63ff0a0070fc087ea00408081000"
+    "48004b188b15428a04301e600f4246daffbf7e3f"
+)
+"""Two pixels: 100, 50, 0 of 255, and the same with half the opacity, which multiplied the colors."""
+CMYK = bytes.fromhex(
+    f"{_BOXES}000000096a786c6c0a000000236a786c63ff0a0010208a1f900808100034004b188b15c24942e50144f64f00"
+)
+CROPPED = base64.b64decode(
+    "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAAElbWV0YQAAAAAAAAAoaGRscgAAAAAAAAAAcGljdAAAAA"
+    "AAAAAAAAAAAGxpYmF2aWYAAAAADnBpdG0AAAAAAAEAAAAeaWxvYwAAAABEAAABAAEAAAABAAABTQAAAFcAAAAoaWlu"
+    "ZgAAAAAAAQAAABppbmZlAgAAAAABAABhdjAxQ29sb3IAAAAAnWlwcnAAAAB8aXBjbwAAABRpc3BlAAAAAAAAABAAAA"
+    "AMAAAAEHBpeGkAAAAAAwgICAAAAAxhdjFDgSAAAAAAABNjb2xybmNseAABAA0AAIAAAAAoY2xhcAAAAAoAAAABAAAA"
+    "CAAAAAEAAAABAAAAAQAAAAAAAAABAAAACWlyb3QBAAAAGWlwbWEAAAAAAAAAAQABBgECgwSFhgAAAF9tZGF0EgAKCD"
+    "gM/thAQ0AIMkkQAAA5ULskd9TvurVnNa6X/h/R40t3cu2abt7l6tgxqQMjwycfJ85wZEr1oeXD4vdB1Wp+ff/wdNn0PiR5crjWTpefhTkY4Ddm"
+)
+"""An AVIF file of libavif. 10 x 8 blue pixels are shown, turned by 90 degrees. The others are red."""
+
+needs_extra = pytest.mark.skipif(not can_read_all(), reason="needs the extra scientific")
 RED_ABOVE_BLUE = [[[255], [0]], [[0], [0]], [[0], [255]]]
 
 needs_jxl = pytest.mark.skipif(".jxl" not in formats.READABLE, reason="needs pillow-jxl-plugin")
@@ -104,17 +137,21 @@ def test_a_jpeg_file_inside_of_jpeg_xl_is_rotated_once():
 
 
 @pytest.mark.parametrize(
-    ("file", "depth"),
+    ("file", "header"),
     [
-        (RGB16, Depth(16)),
-        (RGB12, Depth(12)),
-        (GRAY12, Depth(12)),
-        (FLOAT, Depth(32, True)),
-        (TURNED, Depth(8)),
+        (RGB16, JpegxlHeader(16)),
+        (RGB12, JpegxlHeader(12)),
+        (GRAY12, JpegxlHeader(12)),
+        (FLOAT, JpegxlHeader(32, True)),
+        (TURNED, JpegxlHeader(8)),
+        (GRAY_ALPHA16, JpegxlHeader(16)),
+        (ANIMATED, JpegxlHeader(is_animated=True)),
+        (PREMULTIPLIED, JpegxlHeader(16, is_premultiplied=True)),
+        (CMYK, JpegxlHeader(has_black=True)),
     ],
 )
-def test_headers_of_jpeg_xl(file, depth):
-    assert jpegxl_depth(memoryview(file)) == depth
+def test_headers_of_jpeg_xl(file, header):
+    assert jpegxl_header(memoryview(file)) == header
 
 
 @needs_avif
@@ -129,7 +166,7 @@ def test_avif(bits, channels):
     data = bytes(
         codecs.avif_encode(values[..., 0] if channels == 1 else values, level=100, bitspersample=bits)
     )
-    assert avif_depth(memoryview(data)).bits == bits
+    assert avif_header(memoryview(data)).bits == bits
     low, middle, high = (0, 100, 200) if bits == 8 else (0, 128, 255)
     found = decode(data, 1, (0, 200))[0]
     assert found[4, 4] == middle and found[4, 12] == found[12, 12] == high and found[12, 4] == low
@@ -165,3 +202,58 @@ def test_heic_of_10_bits(mode, channels):
     assert abs(int(decode(file.getvalue(), 1)[0, 4, 4]) - 25) <= 1
     report = report_values([EncodedImage(file.getvalue(), None)], None, mode)
     assert report.limits == (0, 1023) and report.found[0] == 0 and report.found[1] in (200, 1023)
+
+
+@needs_jxl
+@needs_extra
+def test_jpeg_xl_files_whose_pixels_the_plugin_changes():
+    """pillow-jxl-plugin 1.3 returns other numbers of gray with opacity, and the last frame."""
+    assert decode(GRAY_ALPHA16, 1).tolist() == [[[0, 0, 16, 255]]]
+    assert decode(GRAY_ALPHA16, 1, (0, 200)).tolist() == [[[0, 128, 255, 255]]]
+    for value_range in (None, (0, 4095)):
+        assert decode(ANIMATED, 3, value_range).flatten().tolist() == [255, 0, 0]
+    assert decode(PREMULTIPLIED, 3).permute(1, 2, 0).tolist() == [[[100, 50, 0], [227, 177, 127]]]
+    assert has_further_pages(ANIMATED) and not has_further_pages(GRAY_ALPHA16)
+    with pytest.raises(BrokenImage, match=mentions("0 to 2", "data.value_range")):
+        decode(FLOAT, 3)  # the plug-in would clip the values
+
+
+@needs_jxl
+def test_jpeg_xl_files_that_are_not_read_name_what_to_do(monkeypatch):
+    with pytest.raises(BrokenImage, match=mentions("CMYK", "RGB")):
+        decode(CMYK, 3)
+    for name in ("tifffile", "imagecodecs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for data in (GRAY_ALPHA16, ANIMATED, PREMULTIPLIED, FLOAT):
+        with pytest.raises(BrokenImage, match=mentions("JPEG XL", "hf_ssl[scientific]")):
+            decode(data, 3)
+
+
+@needs_avif
+def test_avif_files_show_their_clean_aperture():
+    """Pillow 13.0 returns the whole image."""
+    assert decode(CROPPED, 3).shape == (3, 10, 8)
+    assert decode(CROPPED, 3)[2].min() > 250 and decode(CROPPED, 3)[0].max() < 5
+    assert size_in_header(EncodedImage(CROPPED, None)) == (10, 8)
+
+
+@needs_avif
+@needs_extra
+def test_an_opened_avif_file_of_10_bits_has_the_pixels_of_its_bytes():
+    codecs = pytest.importorskip("imagecodecs")
+    data = bytes(codecs.avif_encode(np.full((16, 16, 3), 513, np.uint16), level=100, bitspersample=10))
+    opened = PIL.Image.open(io.BytesIO(data))
+    assert torch.equal(decode(opened, 3, (512, 514)), decode(data, 3, (512, 514)))
+    assert torch.equal(decode(opened, 3, (512, 514)), decode(data, 3))  # loaded: Pillow has 8 bits
+
+
+@needs_avif
+@needs_extra
+def test_an_avif_animation_of_10_bits_is_not_read_with_a_range():
+    codecs = pytest.importorskip("imagecodecs")
+    frames = np.zeros((2, 16, 16, 3), np.uint16)
+    frames[0] = 1023
+    data = bytes(codecs.avif_encode(frames, level=100, bitspersample=10))
+    assert decode(data, 3).min() > 250
+    with pytest.raises(BrokenImage, match=mentions("AVIF", "frame")):
+        decode(data, 3, (0, 1023))

@@ -13,6 +13,7 @@ extra.
 import base64
 import io
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,32 @@ def never(content: bytes, words: str, **options: Any) -> File:
     return File(content, None, words=words, **options)
 
 
+def plain(values: np.ndarray, maximum: int) -> bytes:
+    """Return a PGM or PPM file whose numbers are text."""
+    height, width = values.shape[:2]
+    text = " ".join(map(str, values.flatten()))
+    return f"P{2 if values.ndim == 2 else 3} {width} {height} {maximum}\n{text}\n".encode()
+
+
+def with_box(content: bytes, kind: bytes, form: str, *numbers: int) -> bytes:
+    """Return a JPEG 2000 file with a further box in its header."""
+    box = struct.pack(">I4s", 8 + struct.calcsize(form), kind) + struct.pack(form, *numbers)
+    start = content.index(b"jp2h") - 4
+    (length,) = struct.unpack_from(">I", content, start)
+    head = struct.pack(">I", length + len(box)) + content[start + 4 : start + length]
+    return content[:start] + head + box + content[start + length :]
+
+
+def cmyk(content: bytes, bits: int) -> bytes:
+    """Return a JPEG 2000 file of four components whose header states CMYK colors of `bits` bits."""
+    changed = bytearray(content)
+    place = content.index(b"colr") + 7
+    changed[place : place + 4] = struct.pack(">I", 12)
+    place = content.index(b"\xff\x4f\xff\x51") + 42
+    changed[place : place + 12 : 3] = bytes([bits - 1] * 4)
+    return bytes(changed)
+
+
 TWELVE = (0.0, 4095.0)
 G8, G12, G16 = ramp(255, np.uint8), ramp(4095), ramp(65535)
 C8, C12, C16 = colors(255, np.uint8), colors(4095), colors(65535)
@@ -125,6 +152,9 @@ FILES = {
     "pgm_16_of_12_with_its_range": ok(pnm(G12, 65535), G12, 4095, value_range=TWELVE),
     "ppm_8": ok(pnm(C8, 255), C8, 255),
     "ppm_16": ok(pnm(C16, 65535), C16, 65535, tolerance=1),
+    "pgm_12_plain": ok(plain(G12, 4095), G12, 4095),
+    "pgm_12_plain_with_a_range": ok(plain(G12, 4095), G12, 2000, value_range=(0, 2000)),
+    "ppm_16_plain_with_a_range": never(plain(C16, 65535), "PPM", value_range=TWELVE),
     "ppm_16_with_a_range": never(pnm(C16, 65535), "PPM", value_range=TWELVE),
     "sgi_8": ok(sgi(C8), C8, 255),
     "sgi_16": ok(sgi(C16), C16, 65535, tolerance=1),
@@ -198,11 +228,11 @@ FILES = {
     "tiff_gray_of_three_channels": never(tiff(C8, extra=[0, 0]), "TIFF file"),
     "tiff_gray_of_three_channels_16": never(tiff(C16, extra=[0, 0]), "TIFF file"),
     "tiff_gray_of_three_channels_planes_deflate": never(
-        tiff(C16, extra=[0, 0], planar=True, compress=True), "PhotometricInterpretation"
+        tiff(C16, extra=[0, 0], planar=True, compress=True), "TIFF file"
     ),
     "tiff_gray_of_five_channels_planes_deflate": never(
         tiff(np.concatenate([A8, A8[..., :1]], -1), extra=[0] * 4, planar=True, compress=True),
-        "PhotometricInterpretation",
+        "TIFF file",
     ),
     "tiff_rgb_8": ok(tiff(C8, photometric=2), C8, 255),
     "tiff_rgb_8_planes": ok(tiff(C8, photometric=2, planar=True), C8, 255),
@@ -222,6 +252,8 @@ FILES = {
         tiff(A16, photometric=2, planar=True, extra=[2]), over_white(A16, 65535), True, tolerance=1
     ),
     "tiff_rgb_and_another_channel": ok(tiff(A8, photometric=2, extra=[0]), A8[..., :3], 255),
+    "tiff_preview": never(tiff(C8, photometric=2, subfile=1), "preview"),
+    "tiff_page": ok(tiff(C8, photometric=2, subfile=0), C8, 255),
     "tiff_four_channels": never(tiff(A8, photometric=2), "ExtraSamples"),
     "jpeg2000_gray_4": ok(JPEG2000["gray_4"], ramp(15), 15),
     "jpeg2000_gray_8": ok(JPEG2000["gray_8"], G8, 255),
@@ -240,6 +272,18 @@ FILES = {
     "jpeg2000_two_channels": never(JPEG2000["two_8"], "channel definition"),
     "jpeg2000_four_channels": never(JPEG2000["four_8"], "channel definition"),
     "jpeg2000_four_channels_codestream": never(JPEG2000["four_8_codestream"], "channel definition"),
+    "jpeg2000_cmyk_16": never(cmyk(JPEG2000["four_8"], 16), "CMYK"),
+    "jpeg2000_bgr": pillow_is_wrong(
+        with_box(JPEG2000["rgb_8"], b"cdef", ">10H", 3, 0, 0, 3, 1, 0, 2, 2, 0, 1), C8[..., ::-1], 255
+    ),
+    "jpeg2000_four_colors_in_a_palette": never(
+        with_box(
+            with_box(JPEG2000["gray_8"].replace(b"\0\0\0\x11\0\0\0", b"\0\0\0\x10\0\0\0"),
+                     b"pclr", ">HB4B4B", 1, 4, 7, 7, 7, 7, 1, 2, 3, 4),
+            b"cmap", ">HBBHBBHBBHBB", 0, 1, 0, 0, 1, 1, 0, 1, 2, 0, 1, 3,
+        ),
+        "channel definition",
+    ),
 }  # fmt: skip
 
 
@@ -357,6 +401,26 @@ def test_arrays_in_memory_have_the_same_limits_as_files(dtype):
     assert np.array_equal(decode(stored_image(values).read(), 1)[0], wanted)
     assert np.array_equal(decode(stored_image(values).read(), 1, (0, white))[0], scaled(values, white))
     assert np.array_equal(decode(stored_image(np.stack([values] * 3, -1)).read(), 3)[2], wanted)
+
+
+@pytest.mark.parametrize("name", ["eXIf", "XMP"])
+def test_the_size_of_a_png_file_that_is_rotated_by_data_after_its_pixels(name):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    text = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    chunk = (b"eXIf", exif.tobytes()[6:]) if name == "eXIf" else (b"iTXt", text)
+    for place in ("before", "after"):
+        content = png(C8, **{place: [chunk]})
+        height, width = decode(content, 3).shape[1:]
+        assert size_in_header(EncodedImage(content, None)) == (height, width)
+        if name == "eXIf":
+            assert (width, height) == SHAPE
+
+
+def test_opened_fits_files_have_the_scale_of_the_file():
+    opened = stored_image(PIL.Image.open(io.BytesIO(fits(G8, zero=100)))).read()
+    with pytest.raises(BrokenImage, match=mentions("FITS")):
+        decode(opened, 1)
 
 
 def test_an_upload_has_the_pixels_of_the_value_range(extra):
