@@ -136,8 +136,7 @@ def _stored_image(item: Any) -> StoredImage:
     if isinstance(item, PIL.Image.Image):
         return ImageObject(item)
     if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy()
-        item = np.moveaxis(item, 0, 2) if item.ndim == 3 else item
+        item = tensor_array(item)
     shape: tuple[int, ...] = getattr(item, "shape", ())
     if isinstance(item, np.ndarray) and (len(shape) == 2 or (len(shape) == 3 and 1 <= shape[2] <= 4)):
         return ImageObject(item)
@@ -145,6 +144,14 @@ def _stored_image(item: Any) -> StoredImage:
         "expected an image of Pillow, an array (H, W, C), a tensor (C, H, W), bytes or a path, got "
         f"{type(given).__name__}{f' of the shape {tuple(given.shape)}' if len(shape) else ''}"
     )
+
+
+def tensor_array(image: Tensor) -> np.ndarray:
+    """Return the array (H, W) or (H, W, C) of a tensor (H, W) or (C, H, W)."""
+    image = image.detach().cpu()
+    # NumPy has no type for bfloat16.
+    values = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    return np.moveaxis(values, 0, 2) if values.ndim == 3 else values
 
 
 def memory_size(image: StoredImage) -> int:

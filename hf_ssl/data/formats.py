@@ -36,7 +36,23 @@ _EXTRA = "pip install 'hf_ssl[formats]'"
 _NEEDS_HEIC = f"HEIC needs pillow-heif; {_EXTRA}"
 _NEEDS_AVIF = "AVIF needs Pillow 11.3 or later; pip install -U pillow"
 _NEEDS_JXL = f"JPEG XL needs pillow-jxl-plugin; {_EXTRA}"
-_SIGNATURE_BYTES = 16
+_SIGNATURE_BYTES = 132  # DICOM files begin with 128 bytes of any content
+_CONVERT = "convert it to PNG or TIFF"
+_OTHER_KINDS = {
+    b"v/1\x01": f"an OpenEXR file; {_CONVERT}",
+    b"#?RADIANCE": f"a Radiance file; {_CONVERT}",
+    b"II\xbc": f"a JPEG XR file; {_CONVERT}",
+    b"FUJIFILM": f"raw data of a camera; {_CONVERT}",
+    b"\x93NUMPY": f"an array of NumPy; {_CONVERT}",
+    b"%PDF": f"a PDF file; {_CONVERT}",
+    b"\x1a\x45\xdf\xa3": "a video; extract its frames",
+    b"PK\x03\x04": "a ZIP archive; unpack it",
+    b"\x1f\x8b": "a gzip file; unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS; download the file with git lfs pull",
+    b"<": "text, such as SVG or HTML; convert it to PNG, or download the image itself",
+    b"\xff\xd8\xff": f"a JPEG file of another kind, such as of 12 bits or without loss; {_CONVERT}",
+}
+"""The first bytes of other files -> what they are, and what to do."""
 _OF_ONE_PICTURE = ("ICO", "ICNS", "CUR", "MPO")
 """Formats whose further images show the same picture: in other sizes, as a preview, or for the other eye."""
 
@@ -123,8 +139,8 @@ def reason_of(error: Exception, file: Any = None) -> str:
     """
     if isinstance(error, PIL.UnidentifiedImageError):
         file = memoryview(file).cast("B") if isinstance(file, bytes | memoryview | pa.Buffer) else file
-        kind = _kind(_start(file)) if isinstance(file, str | memoryview) else None
-        return UNREADABLE.get(kind or "", "not an image that Pillow can read")
+        start = _start(file) if isinstance(file, str | memoryview) else b""
+        return UNREADABLE.get(_kind(start) or "", f"not an image that Pillow can read{_other_kind(start)}")
     if isinstance(error, PIL.Image.DecompressionBombError):
         limit = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0)
         return f"more than {limit:,} pixels, the limit of Pillow; make the image smaller or cut it into tiles"
@@ -133,6 +149,18 @@ def reason_of(error: Exception, file: Any = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"the file cannot be read: {error.strerror}"
     return f"{type(error).__name__}: {error}"
+
+
+def _other_kind(start: bytes) -> str:
+    """Return the end of the message about a file with these first bytes, which Pillow cannot read."""
+    if start[128:132] == b"DICM":
+        return f", but a DICOM file; {_CONVERT}"
+    if start[4:12] == b"ftypcrx ":
+        return f", but raw data of a camera; {_CONVERT}"
+    if start[4:8] == b"ftyp":
+        return ", but a video or another file of the MPEG-4 family; extract its frames, or convert it to PNG"
+    found = (text for signature, text in _OTHER_KINDS.items() if start.startswith(signature))
+    return next((f", but {text}" for text in found), "; check the file, or convert it to PNG")
 
 
 def has_further_pages(data: bytes | pa.Buffer) -> bool:

@@ -130,8 +130,7 @@ def stored_further_image(item: Any, kind: str) -> StoredImage:
     A gray array can contain numbers of any range.
     """
     if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy()
-        item = np.moveaxis(item, 0, 2) if item.ndim == 3 else item
+        item = images.tensor_array(item)
     if isinstance(item, np.ndarray):
         flat = item[..., 0] if item.shape[2:] == (1,) else item
         if kind == "gray" and flat.ndim == 2 and flat.dtype.kind in "iuf" and flat.dtype != np.uint8:

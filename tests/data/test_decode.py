@@ -126,6 +126,11 @@ def test_32_bit_integers_in_memory_are_not_scaled(kept):
     assert decode(stored_image(kept(values)).read(), 1).tolist() == [[[0, 100, 255]]]
 
 
+def test_tensors_of_bfloat16_are_read():
+    values = torch.tensor([[[0, 0.5, 1]]], dtype=torch.bfloat16)
+    assert decode(stored_image(values).read(), 1).tolist() == [[[0, 128, 255]]]
+
+
 @pytest.mark.parametrize("kept", [np.asarray, torch.from_numpy, PIL.Image.fromarray])
 def test_floating_point_numbers_in_memory_are_0_to_1(kept):
     values = np.array([[0, 0.4, 1]], np.float32)

@@ -15,7 +15,7 @@ from image_files import png
 from messages import mentions, missing
 
 from hf_ssl.data import DataConfig, formats, open_source, readers
-from hf_ssl.data.decode import BrokenImage, decode
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
 from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.inspection import common_size
 from hf_ssl.data.labeled import unlabeled_images
@@ -214,3 +214,31 @@ def test_signatures():
     assert formats._kind(HEIC[:16]) == ".heic" and formats._kind(b"\0\0\0\x18ftypavif") == ".avif"
     assert formats._kind(b"\0\0\0\x18ftypmp42") is None and formats._kind(b"RIFF\0\0\0\0WAVE") is None
     assert formats._kind(b"") is None
+
+
+OTHER_FILES = {
+    "OpenEXR": b"v/1\x01\x02",
+    "DICOM": bytes(128) + b"DICM",
+    "Radiance": b"#?RADIANCE\n",
+    "JPEG XR": b"II\xbc\x01",
+    "JPEG": b"\xff\xd8\xff\xf7",
+    "SVG": b"<svg/>",
+    "PDF": b"%PDF-1.7",
+    "NumPy": b"\x93NUMPY\x01",
+    "camera": b"\0\0\0\x18ftypcrx \0\0",
+    "video": b"\0\0\0\x18ftypmp42\0\0",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\n",
+    "ZIP": b"PK\x03\x04",
+    "PNG": b"hello",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_no_image_is_named(name, tmp_path):
+    (tmp_path / "file").write_bytes(OTHER_FILES[name])
+    for stored in (EncodedImage(OTHER_FILES[name], None), EncodedImage(None, str(tmp_path / "file"))):
+        with pytest.raises(BrokenImage, match=mentions("not an image", name)) as error:
+            decode(stored.read(), 3)
+        assert ";" in str(error.value) and len(str(error.value)) < 200
+        with pytest.raises(BrokenImage, match=mentions("not an image", name)):
+            size_in_header(stored)
