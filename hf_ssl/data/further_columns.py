@@ -210,9 +210,14 @@ def _decode_kind(data: ImageData, kind: str) -> Tensor:
 
 def _gray(image: Decoded) -> np.ndarray:
     """Return the pixels (H, W) of an image of the kind "gray"."""
-    if isinstance(image, Samples) and image.values.ndim == 2:
-        return _own_range(image.values)
+    if isinstance(image, Samples) and _is_gray(image):
+        return _own_range(_first_channel(image))
     return to_array(image, 1)
+
+
+def _first_channel(image: Samples) -> np.ndarray:
+    """Return the numbers (H, W) of a gray image, without its opacity."""
+    return image.values if image.values.ndim == 2 else image.values[..., 0]
 
 
 def _own_range(values: np.ndarray) -> np.ndarray:
@@ -255,7 +260,7 @@ def class_numbers(image: Decoded) -> np.ndarray:
         BrokenImage: the image has several channels, numbers above 255, or no whole numbers.
     """
     if isinstance(image, Samples):
-        numbers = image.values[..., 0] if image.values.shape[2:] == (1,) else image.values
+        numbers = _first_channel(image) if _is_gray(image) else image.values
         is_class = numbers.ndim == 2 and numbers.dtype.kind in "iub"
     else:
         numbers, is_class = np.asarray(image), image.mode in ("1", "L", "P")

@@ -2,10 +2,12 @@
 """Further columns of images: their pixels, their order, the data that have them, and rows that are broken."""
 
 import io
+import struct
 import tarfile
 from dataclasses import replace
 
 import datasets
+import image_files
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,7 +23,14 @@ from hf_ssl.data import (
     without_broken_images,
 )
 from hf_ssl.data.decode import BrokenImage, stored_image
-from hf_ssl.data.further_columns import RowImages, class_colors, decode, image_hash, stored_further_image
+from hf_ssl.data.further_columns import (
+    RowData,
+    RowImages,
+    class_colors,
+    decode,
+    image_hash,
+    stored_further_image,
+)
 from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.stream import StreamShards
 from hf_ssl.errors import UserError
@@ -471,3 +480,12 @@ def test_the_hash_of_a_row_is_that_of_its_image(folder):
     config = DataConfig(path=str(folder), further_image_columns=KINDS)
     (row,) = EncodedRows(open_source(config), 3).stored([4])
     assert image_hash(row.read()) == image_hash(row_bytes(4)["image"])
+
+
+def test_a_transparent_value_of_16_bits_does_not_change_depth_and_classes():
+    numbers = np.array([[0, 51, 255]], np.uint16)
+    content = image_files.png(numbers, before=[(b"tRNS", struct.pack(">H", 0))])
+    image = np.zeros((1, 3, 3), np.uint8)
+    found = decode(RowData(image, {"depth": ("gray", content), "parts": ("classes", content)}), 3)
+    assert found[3].tolist() == [[0, 51, 255]]
+    assert found[4:].permute(1, 2, 0).tolist() == [class_colors()[[0, 51, 255]].tolist()]
