@@ -31,7 +31,7 @@ from hf_ssl.data import decode as images
 from hf_ssl.data.columns import encoded_images
 from hf_ssl.data.config import COLUMN_KINDS
 from hf_ssl.data.decode import BrokenImage, ImageData, ImageObject, StoredImage
-from hf_ssl.data.pixels import Decoded, Samples, ValueRange, to_array
+from hf_ssl.data.pixels import Decoded, Samples, ValueRange, keeps_values, to_array
 
 
 class RowData(NamedTuple):
@@ -210,7 +210,7 @@ def _decode_kind(data: ImageData, kind: str) -> Tensor:
 
 def _gray(image: Decoded) -> np.ndarray:
     """Return the pixels (H, W) of an image of the kind "gray"."""
-    if isinstance(image, Samples) and _is_gray(image):
+    if isinstance(image, Samples) and _is_gray(image) and not keeps_values(image):
         return _own_range(_first_channel(image))
     return to_array(image, 1)
 

@@ -36,7 +36,7 @@ EncodedBytes: TypeAlias = bytes | pa.Buffer
 ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
 
 EXTRA = "hf_ssl[scientific]"
-_DECODING = 5  # increase it if decoding gives other pixels
+_DECODING = 6  # increase it if decoding gives other pixels
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -109,6 +109,7 @@ def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     is_unknown = image.format in ("JPEG2000", "FITS") or (
         image.format in ("PNG", "SGI", "AVIF") and (exact or "transparency" in image.info)
     )
+    is_unknown = is_unknown or any(tile.args in ("L;2", "L;4") for tile in getattr(image, "tile", None) or ())
     if not is_unknown and not find_fault(image, None, exact):
         return None
     position = file.tell()
@@ -141,8 +142,6 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
         _check_png(view)
     original = _original(image, view, exact)
     image.load()  # a lazy image reads its file now
-    if image.format == "PNG" and view is not None and view[25] == 0 and view[24] in (2, 4):
-        _scale_transparent(image, view[24])
     box = _shown_box(image, view)
     image = image if box is None else image.crop(box)
     if original is not None:
@@ -165,11 +164,21 @@ def _shown_box(image: PIL.Image.Image, view: memoryview | None) -> tuple[int, in
     return box if is_inside and left == box[0] and top == box[1] else None
 
 
-def _scale_transparent(image: PIL.Image.Image, bits: int) -> None:
-    """Scale the transparent gray value of a PNG file. Pillow (11 to 13.0) scales only the pixels."""
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        image.info["transparency"] = key * 255 // (2**bits - 1)
+def _few_bits(image: Any, bits: int) -> Callable[[np.ndarray], Samples]:
+    """Return the function from Pillow's pixels to the numbers of a gray PNG file of 2 or 4 bits.
+
+    Pillow (11 to 13.0) scales the pixels to 8 bits, so a mask would have other class numbers. It does
+    not scale the transparent value.
+    """
+    white, key = 2**bits - 1, image.info.get("transparency")
+
+    def numbers(values: np.ndarray) -> Samples:
+        values = values // (255 // white)
+        if isinstance(key, int):
+            values = np.dstack([values, np.where(values == key, 0, white).astype(np.uint8)])
+        return Samples(values, bits)
+
+    return numbers
 
 
 def orientation_of(image: PIL.Image.Image) -> int:
@@ -237,6 +246,8 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
         (bits,) = jpeg2000_header(view).bits
         shift = (16 if image.mode == "I;16" else 8) - bits  # of Pillow, so that 4,095 becomes 65,520
         return None if bits == 8 else lambda values: Samples((values >> shift).astype(np.uint16), bits)
+    if image.format == "PNG" and view is not None and view[25] == 0 and view[24] in (2, 4):
+        return _few_bits(image, view[24])
     if not image.mode.startswith(("I", "F")):
         return None
     key = image.info.get("transparency")

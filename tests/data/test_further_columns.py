@@ -22,11 +22,12 @@ from hf_ssl.data import (
     train_loader,
     without_broken_images,
 )
-from hf_ssl.data.decode import BrokenImage, stored_image
+from hf_ssl.data.decode import BrokenImage, read_pixels, stored_image
 from hf_ssl.data.further_columns import (
     RowData,
     RowImages,
     class_colors,
+    class_numbers,
     decode,
     image_hash,
     stored_further_image,
@@ -489,3 +490,18 @@ def test_a_transparent_value_of_16_bits_does_not_change_depth_and_classes():
     found = decode(RowData(image, {"depth": ("gray", content), "parts": ("classes", content)}), 3)
     assert found[3].tolist() == [[0, 51, 255]]
     assert found[4:].permute(1, 2, 0).tolist() == [class_colors()[[0, 51, 255]].tolist()]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("before", [[], [(b"tRNS", struct.pack(">H", 1))]])
+def test_class_numbers_of_few_bits_are_not_scaled(bits, before):
+    """Pillow 13.0 returns the class 1 of 4 bits as 17."""
+    numbers = np.array([[0, 1, 2**bits - 1]], np.uint8)
+    content = image_files.png(numbers, bits=bits, before=before)
+    for data in (content, PIL.Image.open(io.BytesIO(content))):
+        assert read_pixels(data, class_numbers)[0].tolist() == numbers.tolist()
+    shown = np.rint(numbers * (255 / (2**bits - 1)))
+    if not before:
+        assert decode(content, 1)[0].tolist() == decode(content, 1, (0, 1))[0].tolist() == shown.tolist()
+    pixels = RowData(np.zeros((1, 3, 3), np.uint8), {"depth": ("gray", image_files.png(numbers, bits=bits))})
+    assert decode(pixels, 3)[3].tolist() == shown.tolist()
