@@ -15,7 +15,7 @@ from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards.privacy import encoder_name, last_part
 from hf_ssl.cards.result_files import with_trained_tolerance
 from hf_ssl.data import DataConfig, LabeledImages, open_source
-from hf_ssl.data.labeled import unlabeled_images
+from hf_ssl.data.labeled_splits import unlabeled_images
 from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features, fastest_device, load_encoder

@@ -14,13 +14,8 @@ if TYPE_CHECKING:
     from hf_ssl.data.batch import BrokenCounter, LoadedBatch
     from hf_ssl.data.config import DataConfig
     from hf_ssl.data.images import all_images, without_broken_images
-    from hf_ssl.data.labeled import (
-        LabeledImages,
-        divided_images,
-        label_data,
-        label_source,
-        labeled_images,
-    )
+    from hf_ssl.data.labeled import LabeledImages
+    from hf_ssl.data.labeled_splits import divided_images, label_data, label_source, labeled_images
     from hf_ssl.data.loader import holds_small_images, train_loader
     from hf_ssl.data.sources import Source, open_source
 

@@ -25,7 +25,7 @@ from hf_ssl.cards.privacy import encoder_name, remove_private
 from hf_ssl.cards.result_files import with_trained_tolerance
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
-from hf_ssl.data.labeled import unlabeled_images
+from hf_ssl.data.labeled_splits import unlabeled_images
 from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (

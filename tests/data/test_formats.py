@@ -18,7 +18,7 @@ from hf_ssl.data import DataConfig, formats, open_source, readers
 from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
 from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.inspection import common_size
-from hf_ssl.data.labeled import unlabeled_images
+from hf_ssl.data.labeled_splits import unlabeled_images
 from hf_ssl.errors import UserError
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"

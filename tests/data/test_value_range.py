@@ -18,7 +18,7 @@ from hf_ssl.data.adapters import as_source
 from hf_ssl.data.decoded import decoded_rows
 from hf_ssl.data.images import EncodedRows
 from hf_ssl.data.inspection import FOUND_VALUES, common_size
-from hf_ssl.data.labeled import label_data, unlabeled_images
+from hf_ssl.data.labeled_splits import label_data, unlabeled_images
 from hf_ssl.data.loader import holds_small_images
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig

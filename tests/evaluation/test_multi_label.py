@@ -18,7 +18,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from hf_ssl.cards.suite_text import metric_value
 from hf_ssl.data import DataConfig, LabeledImages
-from hf_ssl.data.labeled import label_data
+from hf_ssl.data.labeled_splits import label_data
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import evaluate_encoder, evaluate_features, mean_average_precision
 from hf_ssl.evaluation.fine_tuning import binary_cross_entropy

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_ssl.cards.text import monitor_table
 from hf_ssl.data import DataConfig, as_source, open_source, train_loader
-from hf_ssl.data.labeled import label_data
+from hf_ssl.data.labeled_splits import label_data
 from hf_ssl.data.training_labels import TrainingLabels, training_labels
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.backbones import encode_without_columns
