@@ -12,6 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+JPEGXL_RGB16 = bytes.fromhex(
+    "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20"
+    "000000096a786c6c0a0000002f6a786c63ff0a080000e007a0b810080201005c004b188b15420ad8388042f30144904266"
+    "f3fb0b1c0fee0f"
+)
+"""A JPEG XL file of libjxl. 2 x 1 pixels: 0, 100, 4095 and 65535, 300, 7 of 16 bits."""
+JPEGXL_GRAY12 = bytes.fromhex("ff0a084018142d020804010044004b188b15c26936c23492cd237dfdef4f01")
+"""A JPEG XL file of libjxl. 2 x 3 pixels: 0, 100, 4095 and 4095, 0, 100 of 12 bits."""
+
 _FORMATS = {"u": 1, "i": 2, "f": 3}
 
 

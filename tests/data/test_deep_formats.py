@@ -13,6 +13,7 @@ import PIL.features
 import PIL.Image
 import pytest
 import torch
+from image_files import JPEGXL_GRAY12, JPEGXL_RGB16
 from messages import mentions
 
 from hf_ssl.data import formats
@@ -23,15 +24,8 @@ from hf_ssl.data.readers import can_read_all
 from hf_ssl.data.value_range import report_values
 
 _BOXES = "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20"
-RGB16 = bytes.fromhex(
-    f"{_BOXES}000000096a786c6c0a0000002f6a786c63ff0a080000e007a0b810080201005c004b188b15420ad8388042f30144904266"
-    "f3fb0b1c0fee0f"
-)
-"""2 x 1 pixels: 0, 100, 4095 and 65535, 300, 7."""
 RGB12 = bytes.fromhex("ff0a00101850b4080804010038004b188b15c26902f7011cd57cff07")
 """One pixel: 0, 100, 4095 of 12 bits."""
-GRAY12 = bytes.fromhex("ff0a084018142d020804010044004b188b15c26936c23492cd237dfdef4f01")
-"""2 x 3 pixels: 0, 100, 4095 and 4095, 0, 100."""
 FLOAT = bytes.fromhex(
     f"{_BOXES}000000096a786c6c0a000000286a786c63ff0a00107200458b0804010048004b188b15c202097ce0080000a01f00000000"
 )
@@ -87,7 +81,7 @@ def values_of(data, low, high):
 @needs_jxl
 def test_colors_of_more_than_8_bits_use_the_range():
     """pillow-jxl-plugin 1.3 returns their upper 8 bits."""
-    assert values_of(RGB16, 0, 4095) == [[[0, 6, 255]], [[255, 19, 0]]]
+    assert values_of(JPEGXL_RGB16, 0, 4095) == [[[0, 6, 255]], [[255, 19, 0]]]
     assert values_of(RGB12, 0, 200) == [[[0, 128, 255]]]
     assert values_of(RGB12, 0, 4095) == decode(RGB12, 3).permute(1, 2, 0).tolist() == [[[0, 6, 255]]]
     assert values_of(FLOAT, 0, 2) == [[[0, 32, 255]]]
@@ -96,16 +90,16 @@ def test_colors_of_more_than_8_bits_use_the_range():
 @needs_jxl
 def test_gray_of_12_bits_has_its_own_numbers():
     """pillow-jxl-plugin 1.3 scales them to 16 bits."""
-    assert decode(GRAY12, 1).tolist() == [[[0, 6, 255], [255, 0, 6]]]
-    assert decode(GRAY12, 1, (0, 200)).tolist() == [[[0, 128, 255], [255, 0, 128]]]
-    found = report_values([EncodedImage(GRAY12, None)], None, "these images")
+    assert decode(JPEGXL_GRAY12, 1).tolist() == [[[0, 6, 255], [255, 0, 6]]]
+    assert decode(JPEGXL_GRAY12, 1, (0, 200)).tolist() == [[[0, 128, 255], [255, 0, 128]]]
+    found = report_values([EncodedImage(JPEGXL_GRAY12, None)], None, "these images")
     assert found.found == (0, 4095) and found.limits == (0, 4095)
 
 
 @needs_jxl
 def test_an_opened_file_of_colors_names_what_to_do():
     with pytest.raises(BrokenImage, match=mentions("path or the bytes")):
-        decode(PIL.Image.open(io.BytesIO(RGB16)), 3, (0, 4095))
+        decode(PIL.Image.open(io.BytesIO(JPEGXL_RGB16)), 3, (0, 4095))
 
 
 @needs_jxl
@@ -139,9 +133,9 @@ def test_a_jpeg_file_inside_of_jpeg_xl_is_rotated_once():
 @pytest.mark.parametrize(
     ("file", "header"),
     [
-        (RGB16, JpegxlHeader(16)),
+        (JPEGXL_RGB16, JpegxlHeader(16)),
         (RGB12, JpegxlHeader(12)),
-        (GRAY12, JpegxlHeader(12)),
+        (JPEGXL_GRAY12, JpegxlHeader(12)),
         (FLOAT, JpegxlHeader(32, True)),
         (TURNED, JpegxlHeader(8)),
         (GRAY_ALPHA16, JpegxlHeader(16)),

@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # image_files, also in the child process
 
-from image_files import png, pnm, tiff
+from image_files import JPEGXL_GRAY12, JPEGXL_RGB16, png, pnm, tiff
 
 MEMORY = 8 << 30
 SECONDS = 900  # for a batch, with the start of Python
@@ -81,6 +82,7 @@ def images() -> dict[str, bytes]:
 
     return {
         "png": png(color),
+        "png 4": png(gray % 16, bits=4),
         "png 16": png(deep),
         "tiff": tiff(color, photometric=2),
         "tiff 16": tiff(deep),
@@ -92,7 +94,32 @@ def images() -> dict[str, bytes]:
         "gif": encoded("GIF"),
         "bmp": encoded("BMP"),
         "jpeg 2000": encoded("JPEG2000"),
-    }
+    } | images_of_extras(color.astype(np.uint16) * 4)
+
+
+def images_of_extras(color: np.ndarray) -> dict[str, bytes]:
+    """Return files of more than 8 bits of the formats that need the extras `formats` and `scientific`.
+
+    Args:
+        color: numbers of 10 bits (H, W, 3) uint16.
+    """
+    found = {}
+    with suppress(ImportError):
+        from imagecodecs import avif_encode
+
+        found["avif 10"] = bytes(avif_encode(color, level=100, bitspersample=10))
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401
+
+        found |= {"jpeg xl 16": JPEGXL_RGB16, "jpeg xl 12": JPEGXL_GRAY12}
+    with suppress(ImportError):
+        import pillow_heif
+
+        file = io.BytesIO()
+        size = color.shape[1], color.shape[0]
+        pillow_heif.from_bytes("RGB;16", size, (color << 6).tobytes()).save(file)
+        found["heic 10"] = file.getvalue()
+    return found
 
 
 def mutant(content: bytes, number: int) -> bytes:
@@ -136,15 +163,23 @@ def outcome(name: str, content: bytes, compare: bool) -> tuple[str, str | None]:
 
     The second value is "equal", "different", "only hf_ssl", "only the other", "neither" or None.
     """
-    from hf_ssl.data.decode import BrokenImage, decode
+    from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header
+    from hf_ssl.data.value_range import deep_samples
 
-    found, pixels = "pixels", None
-    try:
-        pixels = decode(content, 3).permute(1, 2, 0).numpy()
-    except BrokenImage:
-        found = "broken"
-    except Exception as error:
-        found = f"error {type(error).__name__}"
+    image, found, pixels = EncodedImage(content, None), "pixels", None
+    for read in (
+        lambda: size_in_header(image),
+        lambda: decode(content, 3, (0, 1000)),
+        lambda: decode(content, 3),
+    ):
+        try:
+            pixels, found = read(), "pixels"
+        except BrokenImage:
+            pixels, found = None, "broken"
+        except Exception as error:
+            return f"error {type(error).__name__}", None
+    deep_samples([image])
+    pixels = None if pixels is None else pixels.permute(1, 2, 0).numpy()
     if not compare or name not in ("png", "tiff", "tiff deflate", "webp"):
         return found, None
     other = other_pixels(name, content)
