@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetBuilder, Image, IterableDataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
@@ -57,7 +58,7 @@ from hf_ssl.random import permutation, random_rows
 logger = logging.getLogger(__name__)
 
 _OPENING_ERRORS = (
-    OSError, ValueError, RuntimeError, DatasetsError, EOFError,
+    OSError, ValueError, RuntimeError, DatasetsError, EOFError, pa.ArrowException,
     tarfile.TarError, yaml.YAMLError, zipfile.BadZipFile,
 )  # fmt: skip
 _SHARD_ROWS = 256  # rows of a shard, for data with random access, whose shards may have any size

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, islice
+from textwrap import shorten
 from typing import Any
 
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
@@ -19,13 +20,8 @@ TAR_FORMAT = "3"  # part of the names of cached tables; increase it if `TarImage
 _BLOCK = 1 << 20
 
 
-def _class_of(content: bytes) -> int | str:
-    """Return the class in a member `KEY.cls`, a number or a name. `datasets` (5.2) accepts only numbers."""
-    text = content.decode().strip()
-    try:
-        return int(text)
-    except ValueError:
-        return text
+_CLASSES = ("cls", "cls2")
+"""Endings of members that contain a class."""
 
 
 class TarImages(WebDataset):
@@ -38,11 +34,14 @@ class TarImages(WebDataset):
     with fewer images does (github.com/huggingface/datasets/issues/7055).
 
     A class in a member `KEY.json` with a usual name, as in `{"label": "cat"}`, becomes a column of this name.
+    The classes in these members and in `KEY.cls` are whole numbers if all of the first samples have some,
+    else texts. (`datasets` accepts only numbers in `KEY.cls`.)
     """
 
     image_column: str | None = None
-    DECODERS = WebDataset.DECODERS | {"cls": _class_of, "cls2": _class_of}
+    DECODERS = WebDataset.DECODERS | dict.fromkeys(_CLASSES, bytes.decode)
     _class_names: tuple[str, ...] = ()
+    _numbers: frozenset[str] = frozenset()
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         """Find the columns. The first call of `_get_pipeline_from_tar` below determines `image_column`.
@@ -68,7 +67,10 @@ class TarImages(WebDataset):
             names = [_image_names(sample) for sample in first]
             merges = bool(names) and all(len(each) == 1 for each in names)
             self.image_column = names[0][0] if merges else ""
-            self._class_names = _class_names(first)
+            self._class_names, self._numbers = _class_names(first), frozenset()
+            for sample in first:
+                self._add_classes(sample)
+            self._numbers = _numbers(first, self._class_names)
             first = [self._merged(sample) for sample in first]
             columns = dict.fromkeys(name for sample in first for name in sample)
             for sample in first:
@@ -78,13 +80,51 @@ class TarImages(WebDataset):
 
     def _merged(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Return a sample with its class, and with its image in `image_column` if the samples have one."""
-        record = sample.get("json")
-        for name in self._class_names:
-            sample[name] = record.get(name) if isinstance(record, dict) else None
+        self._add_classes(sample)
+        for name, value in _classes(sample, self._class_names).items():
+            sample[name] = _whole_number(value, name, sample) if name in self._numbers else str(value).strip()
         names = _image_names(sample) if self.image_column else []
         if len(names) == 1 and names[0] != self.image_column:
             sample[str(self.image_column)] = sample.pop(names[0])
         return sample
+
+    def _add_classes(self, sample: dict[str, Any]) -> None:
+        record = sample.get("json")
+        for name in self._class_names:
+            sample[name] = record.get(name) if isinstance(record, dict) else None
+
+
+def _classes(sample: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the classes of a sample by column: those of members `_CLASSES` and those of JSON members."""
+    return {
+        name: value
+        for name, value in sample.items()
+        if value is not None and (name in names or name.rpartition(".")[2].lower() in _CLASSES)
+    }
+
+
+def _numbers(samples: list[dict[str, Any]], names: tuple[str, ...]) -> frozenset[str]:
+    """Return the columns of classes that contain only whole numbers."""
+    found = [each for sample in samples for each in _classes(sample, names).items()]
+    others = {name for name, value in found if not _is_whole_number(value)}
+    return frozenset(name for name, _ in found) - others
+
+
+def _is_whole_number(value: Any) -> bool:
+    try:
+        int(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, float)
+
+
+def _whole_number(value: Any, name: str, sample: dict[str, Any]) -> int:
+    if not _is_whole_number(value):
+        raise ValueError(
+            f"the class {shorten(repr(value), 40)} of {sample['__key__']} ({name}) is no whole number, "
+            "unlike those of the first samples"
+        )
+    return int(value)
 
 
 def _image_names(sample: dict[str, Any]) -> list[str]:

@@ -84,6 +84,35 @@ def test_names_of_classes_in_members(streaming, tmp_path, write_tar):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_numbers_and_names_of_classes_in_one_tar(ending, streaming, tmp_path, write_tar):
+    """The first samples determine the type. Arrow raises an error for a column of both types."""
+
+    def labels(name, values):
+        encode = json.dumps if ending == "json" else str
+        records = {
+            f"{number}.{ending}": encode({"label": value} if ending == "json" else value).encode()
+            for number, value in enumerate(values)
+        }
+        names = [f"{number}.{each}" for number in range(len(values)) for each in (ending, "jpg")]
+        write_tar(tmp_path / name / "a.tar", names, records)
+        source = open_source(DataConfig(path=str(tmp_path / name), streaming=streaming), labels=True)
+        rows = source.dataset if streaming else source.dataset.select_columns([source.label_column])
+        return [row[source.label_column] for row in rows]
+
+    mixed = [3, "cat", 3, 4, 5, 6, 7]
+    if ending == "cls":
+        assert labels("names", mixed) == list(map(str, mixed))
+    else:
+        with pytest.raises(UserError, match=mentions("data.path", "label", "int64", "string")):
+            labels("names", mixed)
+    assert labels("numbers", [3, 2, 3, 4, 5, 6, 7]) == [3, 2, 3, 4, 5, 6, 7]
+    error = ValueError if streaming else UserError  # the loader of a stream reports it
+    with pytest.raises((error, UserError), match=mentions("cat")):
+        labels("late", [3, 2, 3, 4, 5, 6, "cat"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_class_in_a_json_member(streaming, tmp_path, write_tar):
     kinds = ["cat", "ant", "cat", "bee", "ant", "dog", None]
     records = {
