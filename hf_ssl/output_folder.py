@@ -84,9 +84,10 @@ def stored_revision(recipe: Recipe) -> str | None:
 def only_command(folder: Path) -> Iterator[None]:
     """Raise UserError if another command trains in the output folder, which would mix the checkpoints.
 
-    The system releases the lock of a process that ends, also of one that is killed. On a file system without
-    such locks, the block runs without one: filelock (4.3) would create a file there, which stays after `kill
-    -9`, so that the run could not resume.
+    The system releases the lock of a process that ends, also of one that is killed. Only this process has it:
+    with `flock`, the workers of its data loader would keep it for some seconds. On a file system without such
+    locks, the block runs without one: filelock (4.3) would create a file there, which stays after `kill -9`,
+    so that the run could not resume.
     """
     file = folder / RUN_LOCK
     with disk_errors_as_user_errors(f"training.output_dir={folder}"):
@@ -95,8 +96,8 @@ def only_command(folder: Path) -> Iterator[None]:
     with opened:
         try:
             if fcntl is not None:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+                fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"training.output_dir: expected a folder that no other command uses, got {folder}, in which "
                 "one trains now; wait for its end, or use another folder"

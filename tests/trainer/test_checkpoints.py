@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -113,26 +115,39 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     assert json.loads((tmp_path / "_run.json").read_text())["method"]["temperature"] == 0.5
 
 
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""
+
+
 def test_two_commands_do_not_train_in_one_folder(tmp_path):
-    with only_command(tmp_path):  # without the file of a run, as at the start of the other command
-        with pytest.raises(UserError, match=mentions("training.output_dir", tmp_path, "another folder")):
-            run.train(recipe(tmp_path))
-        assert names(tmp_path) == ["_run.lock"]
-    (tmp_path / "_run.lock").touch()  # left by a process that was killed
+    lock = tmp_path / "_run.lock"
+
+    def refused():
+        command = [sys.executable, "-c", HOLD, str(lock)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match=mentions("training.output_dir", tmp_path, "another folder")):
+                run.train(recipe(tmp_path))
+            other.kill()
+
+    refused()  # without the file of a run, as at the start of the other command
+    assert names(tmp_path) == ["_run.lock"]  # left by the process that was killed
     (tmp_path / "_writing-_run.json").touch()
     assert run.train(recipe(tmp_path)).state.global_step == 4
     before = names(tmp_path)
     assert "_run.lock" not in before and "_writing-_run.json" not in before
-    with only_command(tmp_path), pytest.raises(UserError, match=mentions("another folder")):
-        run.train(recipe(tmp_path))
-    assert names(tmp_path) == before
+    refused()
+    assert [name for name in names(tmp_path) if name != "_run.lock"] == before
 
 
 def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
-    def flock(file, kind):
+    def lockf(file, kind):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(output_folder, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(output_folder, "fcntl", SimpleNamespace(lockf=lockf, LOCK_EX=2, LOCK_NB=4))
     (tmp_path / "_run.lock").touch()
     for _ in range(2):
         with only_command(tmp_path), only_command(tmp_path):
