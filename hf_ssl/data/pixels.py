@@ -35,10 +35,12 @@ class Samples(NamedTuple):
     Attributes:
         values: (H, W) or (H, W, C).
         bits: number of bits of an unsigned integer; None: those of its type.
+        white: the value that becomes white without `data.value_range`; None: the largest of these bits.
     """
 
     values: np.ndarray
     bits: int | None = None
+    white: int | None = None
 
 
 Decoded: TypeAlias = PIL.Image.Image | Samples
@@ -91,7 +93,7 @@ def to_uint8(samples: Samples, value_range: ValueRange | None) -> np.ndarray:
     Raises:
         BrokenImage: values are outside the limits of their type, or are not numbers.
     """
-    values, bits = samples
+    values, bits, _ = samples
     values = values[..., 0] if values.shape[2:] == (1,) else values
     kind, size = values.dtype.kind, values.dtype.itemsize
     if kind == "b":
@@ -101,7 +103,9 @@ def to_uint8(samples: Samples, value_range: ValueRange | None) -> np.ndarray:
     if kind == "f" and not np.isfinite(values).all():
         raise BrokenImage("expected finite numbers as pixels, got NaN or infinity; replace them")
     if value_range is not None and has_opacity(values):
-        return np.dstack([to_uint8(Samples(values[..., :-1], bits), value_range), _opacity(samples)])
+        return np.dstack(
+            [to_uint8(samples._replace(values=values[..., :-1]), value_range), _opacity(samples)]
+        )
     if kind == "u" and size <= 2:
         depth = bits or 8 * size
         limits = (0, white_of(samples)) if value_range is None or keeps_values(samples) else value_range
@@ -129,12 +133,14 @@ def _opacity(samples: Samples) -> np.ndarray:
             f"expected opacity from 0 to {white:g} in the last channel, got {opacity.min():.6g} to "
             f"{opacity.max():.6g}; remove this channel"
         )
-    return to_uint8(Samples(opacity, samples.bits), None)
+    return to_uint8(samples._replace(values=opacity), None)
 
 
 def white_of(samples: Samples) -> float:
     """Return the value that becomes white without `data.value_range`."""
-    values, bits = samples
+    values, bits, white = samples
+    if white is not None:
+        return white
     if values.dtype.kind == "f":
         return 1
     if values.dtype.kind == "u" and values.dtype.itemsize <= 2:

@@ -36,7 +36,7 @@ EncodedBytes: TypeAlias = bytes | pa.Buffer
 ImageData: TypeAlias = EncodedBytes | PIL.Image.Image | np.ndarray
 
 EXTRA = "hf_ssl[scientific]"
-_DECODING = 6  # increase it if decoding gives other pixels
+_DECODING = 7  # increase it if decoding gives other pixels
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -109,7 +109,7 @@ def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     is_unknown = image.format in ("JPEG2000", "FITS") or (
         image.format in ("PNG", "SGI", "AVIF") and (exact or "transparency" in image.info)
     )
-    is_unknown = is_unknown or any(tile.args in ("L;2", "L;4") for tile in getattr(image, "tile", None) or ())
+    is_unknown = is_unknown or (image.format == "PNG" and _few_bits(image) is not None)
     if not is_unknown and not find_fault(image, None, exact):
         return None
     position = file.tell()
@@ -130,8 +130,9 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
         view: its bytes; None: an image in memory.
         exact: see `read_image`.
     """
-    orientation = orientation_of(image)
     fault = find_fault(image, view, exact)
+    original = None if fault is not None else _original(image, view)
+    orientation = orientation_of(image)  # loads PNG files
     if fault is not None:
         samples = _with_extra(fault, view)
         if (box := _shown_box(image, view)) is not None:
@@ -140,7 +141,6 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
         return turned(samples, orientation)
     if image.format == "PNG" and view is not None:
         _check_png(view)
-    original = _original(image, view, exact)
     image.load()  # a lazy image reads its file now
     box = _shown_box(image, view)
     image = image if box is None else image.crop(box)
@@ -164,11 +164,20 @@ def _shown_box(image: PIL.Image.Image, view: memoryview | None) -> tuple[int, in
     return box if is_inside and left == box[0] and top == box[1] else None
 
 
-def _few_bits(image: Any, bits: int) -> Callable[[np.ndarray], Samples]:
-    """Return the function from Pillow's pixels to the numbers of a gray PNG file of 2 or 4 bits.
+def _few_bits(image: Any) -> int | None:
+    """Return the number of bits of a gray file that is not loaded, if Pillow scales its 2 or 4 bits to 8."""
+    for tile in getattr(image, "tile", None) or ():
+        mode = tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]
+        if isinstance(mode, str) and mode.startswith(("L;2", "L;4")):
+            return int(mode[2])
+    return None
+
+
+def _few_bits_numbers(image: Any, bits: int) -> Callable[[np.ndarray], Samples]:
+    """Return the function from Pillow's pixels to the numbers of a gray PNG or TIFF file of 2 or 4 bits.
 
     Pillow (11 to 13.0) scales the pixels to 8 bits, so a mask would have other class numbers. It does
-    not scale the transparent value.
+    not scale the transparent value of a PNG file.
     """
     white, key = 2**bits - 1, image.info.get("transparency")
 
@@ -179,6 +188,17 @@ def _few_bits(image: Any, bits: int) -> Callable[[np.ndarray], Samples]:
         return Samples(values, bits)
 
     return numbers
+
+
+def _pgm_numbers(image: Any) -> Callable[[np.ndarray], Samples]:
+    """Return the function from Pillow's pixels to the numbers of a PGM file.
+
+    Pillow (11 to 13.0) scales them, so that the maximum in the header becomes 255 or 65,535. A mask would
+    have other class numbers.
+    """
+    maximum = ppm_white(image)
+    scale, kind = (maximum / 255, np.uint8) if image.mode == "L" else (maximum / 65535, np.uint16)
+    return lambda values: Samples(np.rint(values * scale).astype(kind), white=maximum)
 
 
 def orientation_of(image: PIL.Image.Image) -> int:
@@ -240,14 +260,16 @@ def _check_png(view: memoryview) -> None:
         position, found = end + 4, is_pixels
 
 
-def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.ndarray], Samples] | None:
+def _original(image: Any, view: memoryview | None) -> Callable[[np.ndarray], Samples] | None:
     """Return the function from Pillow's pixels to the numbers of the file; None for 8 bits per channel."""
     if image.format == "JPEG2000" and view is not None and image.mode in ("L", "I;16"):
         (bits,) = jpeg2000_header(view).bits
         shift = (16 if image.mode == "I;16" else 8) - bits  # of Pillow, so that 4,095 becomes 65,520
         return None if bits == 8 else lambda values: Samples((values >> shift).astype(np.uint16), bits)
-    if image.format == "PNG" and view is not None and view[25] == 0 and view[24] in (2, 4):
-        return _few_bits(image, view[24])
+    if (few_bits := _few_bits(image)) is not None:
+        return _few_bits_numbers(image, few_bits)
+    if image.format == "PPM" and (image.mode == "I" or (image.mode == "L" and ppm_white(image) < 255)):
+        return _pgm_numbers(image)
     if not image.mode.startswith(("I", "F")):
         return None
     key = image.info.get("transparency")
@@ -263,10 +285,6 @@ def _original(image: Any, view: memoryview | None, exact: bool) -> Callable[[np.
     if image.format == "HEIF" and image.mode == "I;16":
         bits = image.info.get("bit_depth", 16)
         return lambda values: Samples(values >> (16 - bits), bits)  # pillow-heif shifts the values
-    if image.format == "PPM" and image.mode == "I":
-        # Pillow scales the values, so that the maximum in the header becomes 65,535.
-        maximum = ppm_white(image) if exact else 65535
-        return lambda values: Samples(np.rint(values * (maximum / 65535)).astype(np.uint16))
     if image.format == "TIFF":
         bits, sign = image.tag_v2.get(BITS, (1,))[0], image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
         if bits == 32 and sign == UNSIGNED:

@@ -492,6 +492,34 @@ def test_a_transparent_value_of_16_bits_does_not_change_depth_and_classes():
     assert found[4:].permute(1, 2, 0).tolist() == [class_colors()[[0, 51, 255]].tolist()]
 
 
+@pytest.mark.parametrize("maximum", [1, 20, 150, 255, 300, 65535])
+@pytest.mark.parametrize("kind", [b"P5", b"P2"])
+def test_class_numbers_of_a_pgm_file_are_not_scaled(maximum, kind):
+    """Pillow 13.0 returns the class 1 of 0 to 20 as 13."""
+    numbers = np.array([[0, 1, min(maximum, 255)]])
+    pixels = numbers.astype(">u2" if maximum > 255 else "u1").tobytes()
+    text = " ".join(map(str, numbers[0])).encode()
+    content = kind + b" 3 1 %d\n" % maximum + (pixels if kind == b"P5" else text)
+    for data in (content, PIL.Image.open(io.BytesIO(content))):
+        assert read_pixels(data, class_numbers)[0].tolist() == numbers.tolist()
+    shown = np.rint(numbers * (255 / maximum))
+    assert decode(content, 1)[0].tolist() == shown.tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_class_numbers_of_few_bits_in_a_tiff_file_are_not_scaled(bits):
+    """Pillow 13.0 returns the class 1 of 4 bits as 17."""
+    numbers = [0, 1, 2**bits - 1]
+    pixels = "".join(f"{number:0{bits}b}" for number in numbers).ljust(16, "0")
+    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 2}  # 273: place of pixels
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    end = struct.pack("<H", len(tags)) + entries + bytes(4)
+    content = b"II*\0" + struct.pack("<I", 10) + int(pixels, 2).to_bytes(2, "big") + end
+    for data in (content, PIL.Image.open(io.BytesIO(content))):
+        assert read_pixels(data, class_numbers)[0, 0].tolist() == numbers
+    assert decode(content, 1)[0, 0].tolist() == [round(number * 255 / (2**bits - 1)) for number in numbers]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("before", [[], [(b"tRNS", struct.pack(">H", 1))]])
 def test_class_numbers_of_few_bits_are_not_scaled(bits, before):
