@@ -63,7 +63,7 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
     """Yield what `nearest` returns for chunks of queries, so that memory holds k neighbors of few queries."""
     parts = bank.chunk(-(-len(bank) // BANK_CHUNK))  # of equal size, so that no small one is left
     rounded = [_round(part) for part in parts] if _rounds(parts, queries, neighbors) else None
-    copies = _find_copies(bank, len(parts[0]))
+    copies = find_copies(bank, len(parts[0]))
     # All chunks share one buffer. New memory pages for each product would take a fifth of its time.
     buffer = queries.new_empty(min(QUERY_CHUNK, len(queries)) * _padded(len(parts[0])))
     for chunk in queries.split(QUERY_CHUNK):
@@ -75,7 +75,7 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
         yield found
 
 
-class _Copies(NamedTuple):
+class Copies(NamedTuple):
     """Bank rows that other rows equal.
 
     Attributes:
@@ -87,7 +87,7 @@ class _Copies(NamedTuple):
     places: list[tuple[Tensor, Tensor]]
 
 
-def _find_copies(bank: Tensor, part_size: int) -> _Copies | None:
+def find_copies(bank: Tensor, part_size: int) -> Copies | None:
     """Return the rows that are in the bank more than once, or None if there are none.
 
     MKL 2024.2 (torch 2.14.1) can round the products of equal rows differently, at the edges of a table. The
@@ -101,7 +101,7 @@ def _find_copies(bank: Tensor, part_size: int) -> _Copies | None:
     ends = torch.arange(part_size, len(bank) + part_size, part_size, device=bank.device)
     sizes = torch.searchsorted(suspects, ends).diff(prepend=ends.new_zeros(1)).tolist()
     columns = (suspects % part_size).split(sizes)
-    return _Copies(rows, list(zip(columns, number.split(sizes), strict=True)))
+    return Copies(rows, list(zip(columns, number.split(sizes), strict=True)))
 
 
 def _equal_sums(rows: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _search(
     queries: Tensor,
     parts: Sequence[Tensor],
     rounded: list[_Rounded] | None,
-    copies: _Copies | None,
+    copies: Copies | None,
     neighbors: int,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor] | None:

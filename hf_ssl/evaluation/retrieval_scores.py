@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.knn import prepare
+from hf_ssl.evaluation.neighbor_search import find_copies
 
 CHUNK_NUMBERS = 2**24
 """Largest number of similarities in a chunk. They need 64 MiB, and another 64 MiB during sorting."""
@@ -89,6 +90,7 @@ def retrieval_scores(
     gallery, classes = gallery[order], classes[order]
     precision = torch.full((len(queries),), torch.nan, dtype=torch.float64)
     ranks = torch.zeros(len(queries), dtype=torch.int64)
+    copies = find_copies(gallery, len(gallery))  # whose products can differ in the last digits
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
     rows = max(1, CHUNK_NUMBERS // len(gallery))
     for label in targets.unique().tolist():
@@ -97,6 +99,9 @@ def retrieval_scores(
         if end - first > leave_one_out:  # otherwise, no image but the query itself is relevant
             for index in members.split(rows):
                 cosines = queries[index] @ gallery.T
+                if copies is not None:
+                    ((columns, numbers),) = copies.places
+                    cosines.index_copy_(1, columns, (queries[index] @ copies.rows.T)[:, numbers])
                 if leave_one_out:
                     cosines.scatter_(1, place[index][:, None], -torch.inf)
                 found = _scores(cosines, first, end, leave_one_out)

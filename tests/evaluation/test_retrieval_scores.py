@@ -77,6 +77,23 @@ def test_equal_features_find_nothing() -> None:
     assert found.first_rank.tolist() == [8, 4]
 
 
+def test_copies_tie_wherever_they_are() -> None:
+    """A matrix product can round equal rows differently (MKL 2024.2), and a collapsed encoder has hits."""
+    generator = torch.Generator().manual_seed(0)
+    for images, width in ((7, 513), (33, 37), (257, 513), (1001, 128), (2049, 37)):
+        features = torch.randn(1, width, generator=generator).repeat(images, 1)
+        labels = torch.arange(images) % 5
+        others = images - labels.bincount()[labels]
+        found = retrieval_scores(features, labels, features[:11], labels[:11])
+        assert found.first_rank.tolist() == (others[:11] + 1).tolist()
+        leave_one_out = retrieval_scores(features, labels)
+        known = labels.bincount()[labels] > 1  # an image of the same class exists
+        assert leave_one_out.first_rank[known].tolist() == (others[known] + 1).tolist()
+    pairs = torch.randn(257, 37, generator=generator).repeat(2, 1)  # each image with two classes
+    found = retrieval_scores(pairs, [0] * 257 + [1] * 257, pairs[:40], [0] * 40)
+    assert set(found.first_rank.tolist()) == {2}
+
+
 def test_known_values() -> None:
     """Relevant images at ranks 1, 3 and 4 of 5: (1 + 2/3 + 3/4) / 3; and a first hit at rank 2."""
     gallery = torch.tensor([[1, 0.1 * row] for row in range(5)])
