@@ -124,17 +124,14 @@ class WithOptions:
                 raise UserError(f"{self._label}: expected {name} of several images, got {rows!r}; use a list")
             if len(rows) == 0:
                 raise UserError(f"{self._label}: expected {name} of at least one image, got none")
-            scalars = [layout[name] for layout in layouts if not isinstance(layout[name], datasets.List)]
-            are_classes = bool(scalars) and all(each.dtype == "int64" for each in scalars)
-            if (
-                are_classes
-                and _dimensions(rows) == 1
-                and (np.mod(np.asarray(rows, np.float64), 1) != 0).any()
-            ):
-                # The library would cut the fractions.
-                raise UserError(f"{self._label}: expected class numbers as {name}, got others")
-            kinds = {2 if isinstance(layout[name], datasets.List) else 1 for layout in layouts}
             found = _dimensions(rows)
+            fitting = [layout[name] for layout in layouts if _is_row(layout[name]) == (found > 1)]
+            numbers = [kind.feature if _is_row(kind) else kind for kind in fitting]
+            is_whole = bool(numbers) and all(number.dtype == "int64" for number in numbers)
+            if is_whole and not _are_whole(rows):  # the library would cut the fractions
+                wanted = "labels 1, 0 or -1" if found > 1 else "class numbers"
+                raise UserError(f"{self._label}: expected {wanted} as {name}, got others")
+            kinds = {2 if _is_row(layout[name]) else 1 for layout in layouts}
             if found not in kinds:
                 shapes = {1: "one number for each image (N,)", 2: "a row of numbers for each image (N, D)"}
                 wanted = " or ".join(shapes[kind] for kind in sorted(kinds))
@@ -175,6 +172,10 @@ class WithOptions:
         return module.compute(**inputs)
 
 
+def _is_row(kind: Any) -> bool:
+    return isinstance(kind, datasets.List)
+
+
 def _are_whole(rows: Any) -> bool:
     """Return whether all values are whole numbers. Rows can be a tensor on a GPU."""
     rows = rows.detach().cpu() if hasattr(rows, "detach") else rows
@@ -188,8 +189,6 @@ def _dimensions(rows: Any) -> int:
     """Return the number of dimensions of an array, a tensor or nested lists."""
     if hasattr(rows, "ndim"):
         return int(rows.ndim)
-    return (
-        1 + _dimensions(rows[0])
-        if isinstance(rows, list | tuple) and len(rows)
-        else int(hasattr(rows, "__len__"))
-    )
+    if isinstance(rows, list | tuple) and len(rows):
+        return 1 + _dimensions(rows[0])
+    return int(hasattr(rows, "__len__") and not isinstance(rows, str))

@@ -243,6 +243,19 @@ WRONG = {
         "mean_per_class_accuracy", {"predictions": [0.5, 1], "references": [0, 1]},
         ["predictions", "class numbers"],
     ),
+    "texts as classes": (
+        "knn_accuracy", {"predictions": [[1.0]] * 2, "references": ["a", "b"]},
+        ["references", "class numbers"],
+    ),
+    "probabilities as labels": (
+        "mean_average_precision", {"predictions": [[0.5], [0.1]], "references": [[0.99], [1]]},
+        ["references", "1, 0 or -1"],
+    ),
+    "probabilities of a Trainer as labels": (
+        "mean_average_precision",
+        {"predictions": np.array([[0.5], [0.1]]), "references": np.array([[0.99], [1]], np.float32)},
+        ["references", "1, 0 or -1"],
+    ),
     "half a neighbor": (
         "knn_accuracy", {"predictions": [[1.0]], "references": [0], "neighbors": 2.5}, ["neighbors", 2.5],
     ),
@@ -268,6 +281,34 @@ def test_wrong_arguments_say_what_to_pass(mistake: str) -> None:
     with pytest.raises(UserError, match=mentions(*parts)) as raised:
         load_metric(name).compute(**arguments)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+class OnGpu:
+    """Class numbers on a GPU, which NumPy cannot read."""
+
+    ndim = 1
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, *_: object) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def detach(self) -> "OnGpu":
+        return self
+
+    def cpu(self) -> np.ndarray:
+        return np.array(self.values)
+
+
+def test_class_numbers_on_a_gpu_are_checked() -> None:
+    metric = load_metric("knn_accuracy")
+    metric._check_rows({"predictions": [[1.0], [2.0]], "references": OnGpu([0, 1])})
+    with pytest.raises(UserError, match=mentions("references", "class numbers")):
+        metric._check_rows({"predictions": [[1.0], [2.0]], "references": OnGpu([0, 0.5])})
 
 
 def test_rows_that_are_added_are_checked() -> None:
