@@ -179,17 +179,29 @@ def read_or_extract(
     total = len(images) + len(images.broken_rows)
     read = {name: cache.read(key, name, total) for name in names}
     stored = {name: entry for name, entry in read.items() if entry is not None}
-    missing = [name for name in names if name not in stored]
-    if work_is_shared():  # if one process misses a feature, all processes extract it
-        missed = {name for process in from_every_process(missing) for name in process}
-        missing = [name for name in names if name in missed]
+    if len({frozenset(entry.broken) for entry in stored.values()}) > 1:
+        stored = {}  # a file could not be read for a moment, so their rows belong to different images
+    missing = _of_any_process([name for name in names if name not in stored])
     extracted = extract(missing) if missing else {}
+    if missing:  # the stored features must belong to the same images
+        rows, kept = images.broken_rows.keys(), stored.keys() - extracted.keys()
+        others = _of_any_process(
+            [name for name in names if name in kept and stored[name].broken.keys() != rows]
+        )
+        extracted |= extract(others) if others else {}
     for name, features in extracted.items() if is_first_on_machine() else ():
         cache.write(key, name, Entry(features, images.broken_rows))
     if not missing:
         images.omit_broken(next(iter(stored.values())).broken)
     found = {name: entry.features for name, entry in stored.items()} | extracted
     return {name: found[name] for name in names}, not missing
+
+
+def _of_any_process(names: list[Any]) -> list[Any]:
+    """Return the names of all processes that share the extraction, so that they extract the same features."""
+    if not work_is_shared():
+        return names
+    return list(dict.fromkeys(name for process in from_every_process(names) for name in process))
 
 
 def feature_key(
@@ -235,7 +247,7 @@ def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:
     """Return a hash of the code, the configuration and all weights of an encoder.
 
     Return None if the encoder contains code of the user, which may change without notice: modules or hooks
-    from outside transformers, timm, torch and hf_ssl.
+    from outside transformers, timm, torch and hf_ssl, or a module with a replaced `forward`.
 
     Args:
         model: the encoder.
@@ -244,6 +256,8 @@ def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     modules = list(model.modules())
+    if any("forward" in vars(module) for module in modules):  # replaced in one module, by unknown code
+        return None
     hooks = [
         hook
         for module in modules

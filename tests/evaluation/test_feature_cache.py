@@ -137,6 +137,10 @@ def test_data_sets_and_modules_of_the_user_are_not_cached(tmp_path, extractions)
     for _ in range(2):
         measure(tmp_path, encoder=encoder)
     assert len(extractions) == 8 and list(tmp_path.iterdir()) == []
+    replaced = make_encoder()
+    block = replaced.encoder.stages[0]
+    block.forward = lambda state: 2 * type(block).forward(block, state)
+    assert encoder_fingerprint(replaced) is None
 
 
 def test_a_patch_grid_has_its_own_features(tmp_path, extractions) -> None:
@@ -180,6 +184,26 @@ def test_missing_features_are_added(tmp_path) -> None:
     assert asked == [["mean"], ["cls"]] and stored is False and list(found) == ["cls", "mean"]
     found, stored = read_or_extract(cache, "key", images, ["mean", "cls"], extract)
     assert stored is True and len(asked) == 2 and torch.equal(found["cls"], values["cls"])
+
+
+@pytest.mark.parametrize("missing", [[], ["cls"]], ids=["both are stored", "one is stored"])
+def test_features_without_other_images_are_extracted_again(tmp_path, missing: list[str]) -> None:
+    """A file that cannot be read for a moment is missing in the stored features of that moment."""
+    data = DataConfig(path="unused", cache="none", max_broken_fraction=0.5)
+    images = label_data(make_dataset(broken=(5,)), data, "train")
+    cache = FeatureCache(tmp_path, 2**20)
+    cache.write("key", "mean", Entry(torch.zeros(39, 1), {3: "no such file"}))
+    if not missing:
+        cache.write("key", "cls", Entry(torch.ones(39, 1), {5: "no image"}))
+
+    def extract(names):
+        rows = sum(len(batch) for batch in images.iter_batches(8))
+        return {name: torch.full((rows, 1), 2.0) for name in names}
+
+    found, stored = read_or_extract(cache, "key", images, ["mean", "cls"], extract)
+    assert not stored and images.broken_rows.keys() == {5}
+    assert all(bool((features == 2).all()) for features in found.values())
+    assert cache.read("key", "mean", 40).broken.keys() == {5}
 
 
 def test_the_least_recently_used_features_are_deleted(tmp_path) -> None:
