@@ -20,9 +20,8 @@ from hf_ssl.data import LabeledImages
 from hf_ssl.data.batch import LoadedBatch, is_small, make_batch
 from hf_ssl.data.loader import worker_options
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.encoders import pixel_values
+from hf_ssl.evaluation.encoders import checked_normalization, pixel_values
 from hf_ssl.modeling.gather import own_share, process_count
-from hf_ssl.modeling.loading import normalization
 from hf_ssl.random import image_seeds, permutation
 from hf_ssl.resources import own_cores
 from hf_ssl.views import ViewPreset
@@ -182,20 +181,28 @@ class EpochLoader(DataLoader[Any]):
 def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float) -> ViewPreset:
     """Return the augmentation of the papers' probes: a random resized crop and a horizontal flip.
 
-    Size, mean, standard deviation and filter are those of the image processor of the encoder.
+    Size, mean, standard deviation and filter are those of the image processor of the encoder. The filter is
+    bilinear if the processor has no `resample` (timm) or another one than bicubic.
 
     Args:
         processor: the image processor.
         images: labeled images, of which one is processed to measure its size.
         smallest_crop: smallest fraction of the image's area that a crop keeps.
         flip: probability of the flip.
+
+    Raises:
+        UserError: the processed images are not squares, or `checked_normalization` raises.
     """
     first = next(iter(images.iter_batches(1)))
-    size = pixel_values(processor, first, torch.device("cpu")).shape[-1]
-    # timm's processors have no `resample`.
+    height, size = pixel_values(processor, first, torch.device("cpu")).shape[-2:]
+    if height != size:
+        raise UserError(
+            f"processor: expected square images for random crops, got {height} x {size} pixels; use a "
+            "processor with square images, or protocols without crops"
+        )
     bicubic = int(getattr(processor, "resample", None) or 0) == 3
     channels = first[0].shape[0]
-    mean, std = normalization(processor, channels)
+    mean, std = checked_normalization(processor, channels)
     preset = ViewPreset(
         size=size,
         count=1,

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ssl.errors import UserError
-from hf_ssl.evaluation.encoders import first_output
+from hf_ssl.evaluation.encoders import checked_normalization, first_output
 from hf_ssl.evaluation.features import extract_poolings
 from hf_ssl.evaluation.inputs import Inputs, Split
 from hf_ssl.modeling.further_features import FurtherFeatures
-from hf_ssl.modeling.loading import normalization
 
 IGNORED = 255
 """Class number of ignored pixels in PASCAL VOC and most other data sets."""
@@ -37,6 +36,7 @@ class SquareProcessor:
 
     def __init__(self, processor: Any, side: int) -> None:
         self.processor, self.side = processor, side
+        self._normalization: tuple[list[float], list[float]] | None = None
 
     def __call__(
         self, images: list[Tensor], *, device: torch.device | str = "cpu", **options: Any
@@ -47,6 +47,9 @@ class SquareProcessor:
             images: of any sizes.
             device: device of the result.
             options: arguments that only other processors use.
+
+        Raises:
+            UserError: `checked_normalization` raises.
         """
         size = (self.side, self.side)
         resized = [
@@ -54,10 +57,9 @@ class SquareProcessor:
             for image in images
         ]
         pixels = torch.cat(resized) / 255
-        mean, std = (
-            pixels.new_tensor(values)[:, None, None]
-            for values in normalization(self.processor, pixels.shape[1])
-        )
+        if self._normalization is None:
+            self._normalization = checked_normalization(self.processor, pixels.shape[1])
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in self._normalization)
         return {"pixel_values": (pixels - mean) / std}
 
 

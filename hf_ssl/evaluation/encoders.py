@@ -20,7 +20,7 @@ from hf_ssl.files import local_or_hub
 from hf_ssl.modeling.configuration import size_arguments
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.further_features import FurtherFeatures
-from hf_ssl.modeling.loading import load_weights, loaded_commit, loading_errors
+from hf_ssl.modeling.loading import load_weights, loaded_commit, loading_errors, normalization
 from hf_ssl.modeling.pooling import Pooling, pooling_rule
 from hf_ssl.precision import fastest_precision
 
@@ -164,6 +164,29 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device, **o
     layout = "channels_first"
     processed = processor(images, return_tensors="pt", input_data_format=layout, device=device, **options)
     return processed["pixel_values"]
+
+
+def checked_normalization(processor: Any, channels: int) -> tuple[list[float], list[float]]:
+    """Return `normalization` of a processor, for protocols that resize or crop images themselves.
+
+    Raises:
+        UserError: the processor changes the values of pixels in another way. It does not divide them by 255,
+            or exchanges the color channels, as that of MobileViT does.
+    """
+    mean, std = normalization(processor, channels)
+    levels = (torch.arange(1, channels + 1) * 255 // (channels + 1)).to(torch.uint8)[:, None, None]
+    images = [levels.repeat(1, 64, 64), (255 - levels).repeat(1, 64, 64)]
+    found = pixel_values(processor, images, torch.device("cpu")).float()
+    middle = found[:, :, found.shape[2] // 2, found.shape[3] // 2]
+    scaled = middle * middle.new_tensor(std) + middle.new_tensor(mean)
+    wanted = torch.stack([levels.flatten(), 255 - levels.flatten()]) / 255
+    if not bool(((scaled - wanted).abs() < 3 / 255).all()):
+        raise UserError(
+            "processor: expected pixels divided by 255 and normalized, which this protocol repeats, got "
+            f"{type(processor).__name__} with other values; use a processor with do_rescale and RGB, or "
+            "another protocol"
+        )
+    return mean, std
 
 
 def first_output(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation with a linear head: its numbers against loops and other code, and its errors."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from messages import mentions
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BitImageProcessor, ViTConfig, ViTModel
+from transformers import BitImageProcessor, MobileViTImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 import hf_ssl.run
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig, evaluate_encoder
+from hf_ssl.evaluation.augmented import crop_and_flip
 from hf_ssl.evaluation.dense import SquareProcessor, nearest_pixels
 from hf_ssl.evaluation.segmentation import (
     VOID,
@@ -226,6 +228,45 @@ def test_complete_images_become_squares_with_the_normalization_of_the_processor(
     torch.testing.assert_close(found, expected["pixel_values"])
     wide = SquareProcessor(PROCESSOR, 8)([images[0], images[0, :, :4]])["pixel_values"]
     assert wide.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ViTImageProcessor(size={"height": 16, "width": 16}, do_rescale=False),
+        ViTImageProcessor(size={"height": 16, "width": 16}, rescale_factor=1 / 127.5),
+        MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["not scaled", "scaled to 2", "BGR"],
+)
+def test_a_processor_with_other_values_of_pixels_is_an_error(other) -> None:
+    """The square images would have other values than the encoder expects."""
+    images = list(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
+    for build in (
+        lambda: SquareProcessor(other, 16)(images),
+        lambda: crop_and_flip(other, Batches(images), 0.2, 0.5),
+    ):
+        with pytest.raises(UserError, match=mentions("processor", type(other).__name__)) as error:
+            build()
+        assert len(str(error.value)) < 300
+    gray = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.25])
+    pixels = SquareProcessor(gray, 8)([image[:1] for image in images])["pixel_values"]
+    assert pixels.shape == (2, 1, 8, 8)
+
+
+def test_random_crops_need_square_images() -> None:
+    """Before, a convolutional network saw square crops in the training, and other images in the test."""
+    wide = ViTImageProcessor(size={"height": 16, "width": 32})
+    images = Batches([torch.zeros(3, 20, 20, dtype=torch.uint8)])
+    with pytest.raises(UserError, match=mentions("processor", "16 x 32")):
+        crop_and_flip(wide, images, 0.2, 0.5)
+
+
+class Batches(list[torch.Tensor]):
+    """Images as `LabeledData` gives them."""
+
+    def iter_batches(self, batch_size: int) -> Iterator[list[torch.Tensor]]:
+        yield self[:batch_size]
 
 
 def test_mistakes_are_one_sentence(data) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, evaluation and cards use the same feature of an encoder, also without a pooler."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from messages import mentions
@@ -14,6 +12,7 @@ from transformers import (
     ResNetConfig,
     ResNetModel,
     ViTConfig,
+    ViTImageProcessor,
     ViTModel,
     ViTMSNConfig,
     ViTMSNModel,
@@ -112,7 +111,7 @@ def test_images_of_another_size_have_features_in_training_and_evaluation() -> No
     ],
 )
 def test_the_normalization_of_a_processor_is_complete(given: dict, channels: int, expected: tuple) -> None:
-    processor = SimpleNamespace(**({"do_normalize": True} | given))
+    processor = ViTImageProcessor(**({"size": {"height": 4, "width": 4}, "do_normalize": True} | given))
     assert normalization(processor, channels) == expected
     images = [torch.full((channels, 4, 4), 255, dtype=torch.uint8)]
     (value,) = SquareProcessor(processor, 2)(images)["pixel_values"][:, 0, 0, 0]
