@@ -203,7 +203,7 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the accuracies of predicted classes: `top_1`, `top_5` and `mean_per_class`.
 
     Args:
-        scores: (N, K). If scores are equal, the lower class number ranks first.
+        scores: (N, K). If scores are equal, the lower class number ranks first. -inf excludes a class.
         labels: (N,) class numbers. A label of at least K is always wrong.
 
     Raises:
@@ -237,11 +237,12 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def _ranks(scores: Any, labels: Any) -> Tensor:
     """Return the rank (N,) of the class of each image, 0 for the predicted one; see `class_metrics`.
 
-    The rank of a class that has no score is a large number.
+    The rank of a class that has no score, or the score -inf, which excludes it, is a large number.
     """
     scores, labels = torch.as_tensor(scores), torch.as_tensor(labels).to(scores.device)
     index = labels.clamp(max=scores.shape[1] - 1)[:, None]
     own = scores.gather(1, index)
     lower = torch.arange(scores.shape[1], device=scores.device) < index
     rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)
-    return torch.where(labels < scores.shape[1], rank, 1 << 30)
+    has_score = (labels < scores.shape[1]) & (own[:, 0] != -torch.inf)
+    return torch.where(has_score, rank, 1 << 30)

@@ -230,7 +230,7 @@ def unit_rows(features: Tensor) -> Tensor:
     """Return L2-normalized rows (N, D), in float64 if the features are float64, else in float32."""
     rows = torch.as_tensor(features)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return F.normalize(rows, dim=1)
+    return F.normalize(rows, dim=1, eps=1e-18)  # the default is 1e-12, below which rows are not unit rows
 
 
 class Axes(NamedTuple):

@@ -294,6 +294,28 @@ def test_the_metrics_of_classes_equal_a_loop() -> None:
     assert found["mean_per_class"] == pytest.approx(sum(means) / len(means))
 
 
+def test_an_excluded_class_is_not_among_the_first_five() -> None:
+    """Logistic regression excludes classes without training images, also with fewer than five others."""
+    scores = torch.tensor([[0.3, -torch.inf, 0.1], [0.3, 0.2, 0.1]])
+    found = class_metrics(scores, torch.tensor([1, 1]))
+    assert (found["top_1"], found["top_5"]) == (0.0, 0.5)
+    features = torch.eye(3).repeat(10, 1)
+    labels = torch.arange(30) % 3
+    (result,) = evaluate_features(
+        {"protocols": ["logistic_regression"]}, features[labels < 2], labels[labels < 2], features, labels
+    )["protocols"]
+    assert result["metrics"]["top_5"] == pytest.approx(2 / 3) == result["value"]
+
+
+def test_the_text_of_knn_names_the_values_of_k_that_were_tested() -> None:
+    """k 100 is measured with 100 training images, but not tested with the 90 that are not held out."""
+    features, labels = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 2
+    _, selected = evaluate_features({"protocols": ["knn"]}, features, labels, features[:9], labels[:9])[
+        "protocols"
+    ]
+    assert "5 values of k, 1 to 50)" in selected["text"]
+
+
 @pytest.mark.parametrize(
     ("scores", "labels", "parts"),
     [

@@ -185,3 +185,10 @@ def test_arrays_give_the_statistics_of_tensors(dtype: type) -> None:
 def test_rank_me_does_not_depend_on_the_size_of_the_features(size: float) -> None:
     rows = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert rank_me(size * rows) == pytest.approx(rank_me(rows))
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-13, 1e17])
+def test_directions_do_not_depend_on_the_size_of_the_features(size: float) -> None:
+    features = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(statistics.unit_rows(size * features), statistics.unit_rows(features))
+    assert not statistics.unit_rows(torch.zeros(2, 6)).any()

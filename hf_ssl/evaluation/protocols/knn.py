@@ -77,7 +77,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     ]
     if selected is None:
         return results
-    (k, temperature), held_out = selected
+    (k, temperature), held_out, tested = selected
     selected_on = f"{held_out:,} held-out images of split {train.name}"
     settings = {"neighbors": counts, "temperatures": list(config.temperatures), "seed": inputs.seed}
     results.append(
@@ -92,7 +92,7 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             column="k-NN, selected k",
             text="k-NN by cosine similarity. Each neighbor votes with the weight exp(cosine / T). k "
             f"{k} and T {temperature:g} had the highest accuracy on {selected_on} "
-            f"({counted(len(counts), 'value')} of k, {counts[0]:,} to {counts[-1]:,}). Bank: {train}. "
+            f"({counted(len(tested), 'value')} of k, {tested[0]:,} to {tested[-1]:,}). Bank: {train}. "
             f"Tested on {test}",
             selection={"neighbors": k, "temperature": temperature},
             selected_on=selected_on,
@@ -134,10 +134,11 @@ def _vote(
 
 def _select(
     inputs: Inputs, counts: list[int], temperatures: list[float]
-) -> tuple[tuple[int, float], int] | None:
-    """Return the best k and temperature on held-out training images, and the number of these images.
+) -> tuple[tuple[int, float], int, list[int]] | None:
+    """Return the best k and temperature on held-out training images, their number, and the tested k.
 
-    Return None if there is nothing to select, or if there are too few images.
+    A k above the number of the other training images is not tested. Return None if there is nothing to
+    select, or if there are too few images.
     """
     train = inputs.train
     kept, chosen = hold_out(len(train), inputs.seed, _MAX_HELD_OUT)
@@ -146,4 +147,4 @@ def _select(
     if len(usable) * len(temperatures) < 2 or len(bank.labels.unique()) < 2:
         return None
     grid = _vote(inputs, bank, queries, usable, temperatures).accuracies
-    return max(grid, key=lambda setting: grid[setting]), len(chosen)
+    return max(grid, key=lambda setting: grid[setting]), len(chosen), usable
