@@ -245,7 +245,7 @@ class _Rows:
         """
         if batch.ndim < 3 or self.store is not None:
             kept = self.store.dtype if self.store is not None else torch.float32
-            return batch.clamp(-_HALF_MAX, _HALF_MAX).half() if kept == torch.float16 else batch.float()
+            return _half(batch) if kept == torch.float16 else batch.float()
         images = self.count if self.total is None else self.total
         numbers = images * batch[0].numel()
         if 4 * numbers <= FULL_TOKENS:
@@ -258,7 +258,7 @@ class _Rows:
                 f"got {2 * numbers / 2**30:.1f} GiB for {images:,} images ({shape} numbers); lower "
                 "evaluation.max_train_images"
             )
-        return batch.clamp(-_HALF_MAX, _HALF_MAX).half()
+        return _half(batch)
 
     def tensor(self) -> Tensor:
         if self.count == 0:
@@ -267,3 +267,8 @@ class _Rows:
             return self.store[: self.count]
         kinds = {part.dtype for part in self.parts}
         return torch.cat([part.half() for part in self.parts] if len(kinds) > 1 else self.parts)
+
+
+def _half(batch: Tensor) -> Tensor:
+    """Return numbers in float16. Those above its largest number become it, but infinity stays."""
+    return torch.where(batch.isinf(), batch, batch.clamp(-_HALF_MAX, _HALF_MAX)).half()

@@ -215,3 +215,12 @@ def test_many_tokens_are_stored_in_half_precision_and_too_many_are_an_error(tota
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(UserError, match=mentions("evaluation", "16 x 32", "evaluation.max_train_images")):
         extract_poolings(*arguments, poolings=["tokens"], total=total)
+
+
+def test_infinite_tokens_stay_infinite_in_half_precision(monkeypatch) -> None:
+    """A protocol can then report them. Large numbers become the largest one of float16."""
+    monkeypatch.setattr(features, "FULL_TOKENS", 1)
+    rows = features._Rows(2)
+    rows.append(torch.tensor([[[1.0, torch.inf]]]))
+    rows.append(torch.tensor([[[-1e6, -torch.inf]]]))
+    assert rows.tensor().tolist() == [[[1.0, torch.inf]], [[-65504.0, -torch.inf]]]
