@@ -10,14 +10,14 @@ import tarfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hf_ssl.data.formats import READABLE, UNREADABLE, looks_like_image
-from hf_ssl.data.own_folders import RUN_MARK, outside_own_folders, own_folder
+from hf_ssl.data.own_folders import RUN_MARK, is_cache_of_datasets, outside_own_folders, own_folder
 from hf_ssl.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -230,21 +230,31 @@ def most_common_kind(kinds: Iterable[str | None]) -> str | None:
     )
 
 
-def folder_of_names(name: str, tables: list[str]) -> str:
+def folder_of_names(names: Sequence[str], tables: list[str]) -> str:
     """Return the folder where the relative file names of tables start.
 
-    It is the first folder of a table that contains `name`; "" (the working folder) if only this one contains
-    it.
+    It is the first folder of a table that contains the first name; "" (the working folder) if only this one
+    contains it.
 
     Args:
-        name: a relative file name in the tables.
+        names: relative file names in the tables, at least one.
         tables: the paths of the tables.
+
+    Raises:
+        UserError: the tables are in several folders, and another one of these folders contains a name. The
+            row does not tell from which table it comes, so another image could be read.
     """
     folders = list(dict.fromkeys(os.path.dirname(os.path.abspath(table)) for table in tables))
-    for folder in [*folders, ""]:
-        if os.path.exists(os.path.join(folder, name)):
-            return folder
-    return folders[0]
+    known = (each for each in [*folders, ""] if os.path.exists(os.path.join(each, names[0])))
+    start = next(known, folders[0])
+    for folder in folders if len(folders) > 1 else ():
+        found = (name for name in names if folder != start and os.path.exists(os.path.join(folder, name)))
+        if (name := next(found, None)) is not None:
+            raise UserError(
+                "data.path: expected absolute file names in tables of several folders, got the relative name "
+                f"{name!r} of a file in {folder!r}; write absolute names, or read one table"
+            )
+    return start
 
 
 def list_folder(folder: str) -> Listing:
@@ -252,7 +262,7 @@ def list_folder(folder: str) -> Listing:
 
     As in `datasets`, the list omits names that start with a dot and directories whose name starts with two
     underscores. A link to a file counts as a file. Links to directories are not followed. The list also omits
-    folders that hf_ssl wrote (`hf_ssl.data.own_folders`).
+    folders that hf_ssl wrote, and caches of `datasets` (`hf_ssl.data.own_folders`).
 
     Raises:
         UserError: the folder itself cannot be read, its path is not valid UTF-8, or it is the output folder
@@ -271,17 +281,20 @@ def list_folder(folder: str) -> Listing:
             changed_ns = os.stat(directory).st_mtime_ns
             with os.scandir(directory) as scanned:
                 entries = list(scanned)
-            found = own_folder(directory, [entry.name for entry in entries])
+            names = {entry.name for entry in entries}
+            found = own_folder(directory, names)
             if found is not None and directory != root:
                 logger.warning("images in %s are not used: it is %s", directory, found)
                 continue
-            if found is not None and any(entry.name == RUN_MARK for entry in entries):
+            if found is not None and RUN_MARK in names:
                 raise UserError(
                     f"data.path: expected a folder of images, got {root!r}, which is {found}; use another "
                     "folder"
                 )
             directories[directory] = changed_ns
             for entry in entries:
+                if is_cache_of_datasets(entry.name, names):
+                    continue
                 try:
                     _add_entry(entry, files, waiting)
                 except OSError as error:  # the entry was removed meanwhile, or is a link to itself

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognizes folders that hf_ssl or the Hugging Face libraries wrote. Their pictures are not used."""
+"""Recognizes folders and files that hf_ssl or the Hugging Face libraries wrote. Their images are not used."""
 
 import os
+import re
 from collections.abc import Collection
 from functools import cache
 
@@ -29,6 +30,22 @@ PLOTS = frozenset(
     "loss_terms.png".split()
 )
 """The names of all files of `hf-ssl plot`, which can write each of them alone."""
+
+
+_CACHE = re.compile(r"cache-.+\.arrow")
+
+
+def is_cache_of_datasets(name: str, names: Collection[str]) -> bool:
+    """Return whether a file is a cached result of `datasets`, and no part of a stored data set.
+
+    `map`, `filter` and `shuffle` (datasets 5.2) write such files into the folder of `save_to_disk`. They
+    contain the same images again, or row numbers.
+
+    Args:
+        name: the name of the file.
+        names: the names of all entries of its folder.
+    """
+    return "dataset_info.json" in names and _CACHE.fullmatch(name) is not None
 
 
 def own_folder(path: str, names: Collection[str]) -> str | None:
@@ -63,6 +80,8 @@ def _are_attention_maps(path: str, names: Collection[str]) -> bool:
 def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict[str, str]]:
     """Return the files that are in no own folder, and {folder: what it is} of the own folders.
 
+    Cached results of `datasets` are left out, too.
+
     Args:
         files: absolute paths.
         literal: the folder that a pattern names without wildcards. It and the folders above it do not count.
@@ -82,5 +101,11 @@ def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict
         return None if found_kind is None else folder
 
     left_out: dict[str, str] = {}
-    kept = [file for file in files if own(os.path.dirname(file)) is None]
+    entries = cache(os.listdir)
+    kept = [
+        file
+        for file in files
+        if own(folder := os.path.dirname(file)) is None
+        and not is_cache_of_datasets(os.path.basename(file), entries(folder))
+    ]
     return kept, left_out

@@ -261,7 +261,11 @@ def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: 
     named = [file for name in split_names(split) for file in found.files.get(name, ())]
     tables = [file for file in named or found.searched if file.lower().endswith(TABLES)]
     name = first_relative_name(dataset, columns) if tables else None
-    return "" if name is None else folder_of_names(name, tables)
+    if name is None:
+        return ""
+    stored = named_files(dataset, columns) if isinstance(dataset, Dataset) else []
+    others = (each for each in stored if "://" not in each and not os.path.isabs(each))
+    return folder_of_names([name, *others], tables)
 
 
 class _Opened(NamedTuple):
