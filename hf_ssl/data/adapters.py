@@ -161,7 +161,8 @@ class Items:
     def labels(self, column: str | None, where: str) -> tuple[np.ndarray, list[str]]:
         """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
 
-        The labels are a column, the `targets` of torchvision, or the second parts of items (image, label).
+        The labels are a column, the `targets` of torchvision, or the second parts of items (image, label). If
+        the data set has the names of its classes (`classes` of torchvision), the labels are these numbers.
 
         Args:
             column: the key of the label in each item, if the items are dicts.
@@ -187,7 +188,34 @@ class Items:
                     f"{where}: expected items {form}, got items without a label; add it, or use "
                     "data=DataConfig(label_column=NAME) for items with another key"
                 )
-        return number_classes(list(labels), where)
+        numbers, names = number_classes(list(labels), where)
+        declared = None if transformed else _declared_classes(self.data)
+        if (
+            not names
+            or declared is None
+            or not all(name.isdecimal() and int(name) < len(declared) for name in names)
+        ):
+            return numbers, names
+        given = np.array([int(name) for name in names], np.int64)
+        return np.where(numbers < 0, -1, given[numbers]), declared
+
+
+def _declared_classes(data: Any) -> list[str] | None:
+    """Return the names of the classes of a data set of torchvision, also of a part; None if it has none.
+
+    Two folders (`ImageFolder`) give other numbers to the same classes if one of them lacks a class.
+    """
+    while isinstance(data, torch.utils.data.Subset):
+        data = data.dataset
+    if isinstance(data, torch.utils.data.ConcatDataset):
+        parts = [_declared_classes(part) for part in data.datasets]
+        return parts[0] if all(part == parts[0] for part in parts) else None
+    names = getattr(data, "classes", None)
+    if getattr(data, "target_transform", None) is not None or not isinstance(names, list | tuple):
+        return None
+    # The names of ImageNet are tuples of synonyms.
+    texts = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
+    return texts if len({*texts}) == len(texts) else None
 
 
 _MISSING = object()

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetBuilder, Image
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 
+from hf_ssl.data.class_numbers import class_name
 from hf_ssl.data.location import IMAGE, ZIP, file_kind
 
 LABEL = "label"
@@ -71,4 +72,4 @@ def _is_image(name: str | None) -> bool:
 
 
 def _class(name: str) -> str:
-    return os.path.basename(os.path.dirname(name))
+    return class_name(os.path.basename(os.path.dirname(name)))

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, List
+from datasets import ClassLabel, Features, List, Value
 from huggingface_hub import HfFileSystem, try_to_load_from_cache
 
 from hf_ssl.data.stream_length import arrow_reader
@@ -49,10 +49,11 @@ def _local_copy(file: str) -> str | None:
 
 
 def require_same_classes(files: Sequence[str], column: str) -> None:
-    """Raise UserError if two files have different names for one class number.
+    """Raise UserError if two files have different names for one class number, or names and numbers.
 
     `datasets` (seen with 5.2) gives the names in the first file to the class numbers in all files. A file
-    with more or fewer classes in the same order is correct.
+    with more or fewer classes in the same order is correct. If the first file contains the names as texts,
+    `datasets` turns the numbers of a ClassLabel in another file into the texts "0", "1" and so on.
 
     Args:
         files: paths of the files of all splits (`files_with_classes`). Only Parquet and Arrow files declare
@@ -60,8 +61,18 @@ def require_same_classes(files: Sequence[str], column: str) -> None:
         column: the column of the labels, or the column of structs that contains them.
     """
     known: dict[str, tuple[list[str], str]] = {}
+    of_texts = None
     for file in files:
-        for name, classes in _named_classes(_features(file)):
+        features = _features(file)
+        feature = features.get(column)
+        if isinstance(feature, Value) and "string" in feature.dtype:
+            of_texts = of_texts or file
+        if of_texts and isinstance(feature, ClassLabel) and feature.names != _digits(len(feature.names)):
+            raise UserError(
+                f"data.path: expected {column!r} with one type in all files, got texts in "
+                f"{os.path.basename(of_texts)} and a ClassLabel in {os.path.basename(file)}; cast one of them"
+            )
+        for name, classes in _named_classes(features):
             if name != column and not name.startswith(f"{column}."):
                 continue
             first, first_file = known.setdefault(name, (classes, file))
@@ -75,6 +86,10 @@ def require_same_classes(files: Sequence[str], column: str) -> None:
                 )
             if len(classes) > len(first):
                 known[name] = classes, file
+
+
+def _digits(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
 
 
 def _features(file: str) -> Features | dict[str, Any]:

@@ -13,12 +13,12 @@ from hf_ssl.errors import UserError
 
 
 def class_name(text: str) -> str:
-    """Return a name with one code for each accented letter.
+    """Return a name with one code for each accented letter, without spaces at its ends.
 
     macOS and Linux can store the same name of a folder with different codes (the Unicode forms NFD and NFC).
-    These would be two classes.
+    These would be two classes, and so would `cat` and ` cat` in a table that was written by hand.
     """
-    return unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def class_numbers(values: Sequence[Any], count: int, where: str, *, missing: bool = True) -> np.ndarray:
@@ -47,8 +47,8 @@ def number_classes(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[
     """Return labels (N,) int64, -1 for a missing one, and the names of the classes in sorted order.
 
     Args:
-        values: numbers, also in tensors and arrays, and texts. None, NaN or a negative number marks a missing
-            label.
+        values: numbers, also in tensors and arrays, and texts. None, NaN, an empty text or a negative number
+            marks a missing label.
         where: name of the data set, for messages.
 
     Raises:
@@ -70,7 +70,7 @@ def _class(label: Any, where: str) -> int | str | None:
     if label is None or isinstance(label, bool):
         return label
     if isinstance(label, str):
-        return class_name(label)
+        return class_name(label) or None
     if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
         label = -1 if math.isnan(label) else int(label)
     if isinstance(label, int):

@@ -80,10 +80,12 @@ _LABELS = _Role(
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column of images, or the only possible one.
 
-    The candidates are the columns of the type Image. If there are none, they are the columns of bytes, arrays
-    or strings with a name in `IMAGE_NAMES`. If there are none of these either, they are all columns of bytes
-    or arrays. The function returns a single candidate. Of several candidates, it returns the only one with a
-    name in `IMAGE_NAMES`, or else the only one whose name is not in `MASK_NAMES`.
+    The candidates are the columns of the type Image. If there is only one, and its name is not in
+    `IMAGE_NAMES`, columns of bytes or arrays with such a name are also candidates. If there are none, the
+    candidates are the columns of bytes, arrays or strings with a name in `IMAGE_NAMES`. If there are none of
+    these either, they are all columns of bytes or arrays. The function returns a single candidate. Of several
+    candidates, it returns the only one with a name in `IMAGE_NAMES`, or else the only one whose name is not
+    in `MASK_NAMES`.
 
     Args:
         features: the columns with their types.
@@ -156,6 +158,8 @@ def find_mask_column(features: Mapping[str, Any], requested: str | None, image: 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
+    A column of the type ClassLabel beside a column of labels with a usual name is an error.
+
     The rules, the arguments and the errors are those of `find_image_column`. If there is no such column, the
     result is the only column that contains boxes (`hf_ssl.data.boxes`).
     """
@@ -185,6 +189,14 @@ def find_optional_label_column(features: Mapping[str, Any], requested: str | Non
 def _find_column(features: Mapping[str, Any], requested: str | None, where: str, role: _Role) -> str:
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
+        if len(found) == 1 and found[0] not in role.names:  # another column may be the usual one
+            usual = role.found_dtypes or role.dtypes
+            found += [name for name in role.names if _type_name(features.get(name)) in usual]
+            if role is _LABELS and len(found) > 1:
+                raise UserError(
+                    f"{role.key}: expected one column of classes in {where}, got {found[0]} (ClassLabel) and "
+                    f"{found[1]} ({_type_name(features[found[1]])}); use {role.key}={found[1]} or {found[0]}"
+                )
         found = found or [name for name in role.names if _has_type(features.get(name), role)]
         found = found or [name for name, kind in features.items() if _type_name(kind) in role.found_dtypes]
         images = [name for name in found if role is not _IMAGES or name not in MASK_NAMES]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_ssl.data.batch import BrokenCounter
 from hf_ssl.data.boxes import Objects
-from hf_ssl.data.class_numbers import matching_numbers
+from hf_ssl.data.class_numbers import class_name, matching_numbers
 from hf_ssl.data.contents import same_contents
 from hf_ssl.data.decoded import DecodedRows
 from hf_ssl.data.images import EncodedRows
@@ -134,7 +134,8 @@ class LabeledImages:
     def _require_classes(self, used: dict[str, int], other: "LabeledImages") -> None:
         """Raise UserError if other images do not have all used classes {name: number of images}."""
         names = other.class_names
-        missing = {name: count for name, count in used.items() if name not in names}
+        known = {class_name(name) for name in names}
+        missing = {name: count for name, count in used.items() if class_name(name) not in known}
         if missing:
             raise UserError(
                 f"labels: expected the classes of {other.description}, {shorten(', '.join(names), 80)}, got "

@@ -419,3 +419,49 @@ def test_random_items_are_not_cached() -> None:
     with pytest.raises(UserError, match=mentions("data.cache", "memmap", "memory")):
         config = DataConfig(path="unused", cache="memmap")
         train_loader(as_source(data, config), ViewPreset(size=8), config=config, seed=0, batch_size=4)
+
+
+class Folder:
+    """A data set as `ImageFolder` of torchvision: the numbers of the classes depend on the folders."""
+
+    def __init__(self, classes: list) -> None:
+        self.classes, self.targets = classes, [*range(len(classes))] * 2
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> tuple:
+        return picture(row), self.targets[row]
+
+
+def _whole(data):
+    return data
+
+
+def _part(data):
+    return torch.utils.data.Subset(data, [*range(len(data))])
+
+
+def _sum(data):
+    return torch.utils.data.ConcatDataset([data])
+
+
+@pytest.mark.parametrize("form", [_whole, _part, _sum])
+def test_classes_of_torchvision_are_matched_by_name(form) -> None:
+    """Before, the class 1 of both data sets was the same class, so the accuracy was wrong."""
+    train = label_data(form(Folder(["ant", "bee", "cat"])), CONFIG, "train")
+    test = label_data(form(Folder(["ant", "cat"])), CONFIG, "test")
+    test.classified_by(train)
+    assert test.class_names == train.class_names == ["ant", "bee", "cat"]
+    assert test.labels.tolist() == [0, 2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ([("crane", "bird"), ("crane",)], ["crane, bird", "crane"]),
+        (["crane", "crane"], ["0", "1"]),  # the names do not identify the classes
+    ],
+)
+def test_names_of_imagenet_in_torchvision(classes: list, names: list[str]) -> None:
+    assert label_data(Folder(classes), CONFIG, "test").class_names == names

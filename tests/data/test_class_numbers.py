@@ -71,3 +71,9 @@ def test_texts_with_accents_are_one_class_in_all_unicode_forms() -> None:
     labels, names = number_classes([*texts, "bar"], "these images")
     assert labels.tolist() == [1, 1, 0] and names == ["bar", "caf\u00e9"]
     assert matching_numbers(texts, [texts[1]]).tolist() == [0, 0]
+
+
+def test_spaces_at_the_ends_of_texts_make_no_class_and_an_empty_text_is_no_label() -> None:
+    labels, names = number_classes(["cat", " cat", "", "dog ", "  ", "dog"], "here")
+    assert (labels.tolist(), names) == ([0, 0, -1, 1, -1, 1], ["cat", "dog"])
+    assert matching_numbers(["dog ", "cat"], [" cat", "dog"]).tolist() == [1, 0]

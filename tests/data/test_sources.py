@@ -251,6 +251,7 @@ def test_no_or_several_image_columns_are_an_error(features, requested, parts):
     ("features", "requested", "parts"),
     [
         ({"a": LABEL, "b": LABEL}, None, [2, "data.label_column=a"]),
+        ({"label": TEXT, "quality": LABEL}, None, ["data.label_column=label", "quality"]),
         ({"a": IMAGE}, None, ["here", "data.label_column=NAME"]),
         (
             {"a": datasets.Value("binary")},
@@ -293,6 +294,8 @@ def test_a_fraction_is_no_label():
         ({"image": IMAGE, "mask": IMAGE, "label": LABEL}, "image", "label"),
         ({"depth": IMAGE, "img": IMAGE, "label": LABEL, "coarse": LABEL}, "img", "label"),
         ({"jpg": datasets.Value("binary"), "label": datasets.Value("float64")}, "jpg", "label"),
+        ({"image": datasets.Value("binary"), "mask": IMAGE, "label": LABEL}, "image", "label"),
+        ({"image": TEXT, "photo": IMAGE, "kind": LABEL}, "photo", "kind"),
     ],
 )
 def test_a_usual_name_decides_between_several_columns(features, image, label):
@@ -456,6 +459,18 @@ def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tm
             label_column(source, config)
     with pytest.raises(UserError, match=mentions("label", 1, "bee", "cat")):
         labeled_images(config, "train", kinds=["boxes"] if kind == "boxes" else CLASS_KINDS)
+
+
+def test_names_of_classes_in_one_file_and_numbers_in_another_are_an_error(tmp_path, encode, picture):
+    """Before, the classes were those names and the texts 0 and 1."""
+    for number, (label, feature) in enumerate([("bee", TEXT), (1, ClassLabel(names=["ant", "bee"]))]):
+        rows = {"image": [{"bytes": encode(picture(number)), "path": None}], "label": [label]}
+        table = datasets.Dataset.from_dict(rows, features=Features(image=Image(), label=feature))
+        table.to_parquet(tmp_path / f"train-{number}.parquet")
+    with pytest.raises(
+        UserError, match=mentions("label", "train-0.parquet", "train-1.parquet", "ClassLabel")
+    ):
+        labeled_images(DataConfig(path=str(tmp_path)), "train")
 
 
 def test_lists_of_numbers_name_the_type_to_cast_to(tmp_path):
