@@ -247,6 +247,27 @@ def test_a_folder_of_images_is_shuffled_and_divided(image_folder, make_loader):
     assert len(loader) == 7 and len(list(loader)) == 7
 
 
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 6), (1, 6), (2, 6), (4, 3)])
+def test_an_epoch_of_few_tars_contains_each_image_once(num_workers, batch_size, tars, make_loader):
+    """3 tars for 2 workers: before, one worker repeated the images of its tar, and 15 % were missing."""
+    loader = make_loader(
+        DataConfig(path=str(tars), streaming=True), batch_size=batch_size, num_workers=num_workers
+    )
+    for _ in range(2):
+        images = [image.numpy().tobytes() for batch in loader for image in batch.images]
+        assert len(images) == len({*images}) == 36
+
+
+@pytest.mark.parametrize(
+    ("shards", "readers", "groups"),
+    [(4, 2, 2), (4, 3, 1), (10, 4, 2), (7, 2, 1), (8, 2, 2), (9, 2, 2), (100, 64, 16), (1, 8, 1)],
+)
+def test_groups_of_readers_have_almost_equally_many_shards(shards, readers, groups, numbered):
+    found = sharded(numbered(4, streaming=True), open_shards=1)
+    found.count = shards
+    assert found.groups(readers) == groups
+
+
 def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
     config = DataConfig(path=str(tars), streaming=True)
     source = open_source(config)
