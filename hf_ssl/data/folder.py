@@ -272,10 +272,27 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
     depths = {os.path.dirname(file.path).count(os.sep) for files in splits.values() for file in files}
     labeled = len(classes) > 1 and len(depths) == 1 and not all(map(is_name_of_split, classes))
     label_names = sorted(classes) if labeled else None
+    for split, files in splits.items() if labeled else ():
+        _report_scattered_class(names[split], files, root)
     return {
         split: _image_split(files, names[split] if labeled else None, label_names, root, split)
         for split, files in splits.items()
     }
+
+
+def _report_scattered_class(names: list[str], files: list[File], root: str) -> None:
+    """Log a warning if several folders of a split are one class, as in `cat/2020`, `cat/2021`, `dog/2020`."""
+    places: dict[str, dict[str, None]] = {}
+    for name, file in zip(names, files, strict=True):
+        places.setdefault(name, {})[os.path.dirname(file.path)] = None
+    name, folders = max(places.items(), key=lambda item: len(item[1]))
+    if len(folders) > 1:
+        first, second = (os.path.relpath(folder, root) for folder in list(folders)[:2])
+        logger.warning(
+            "%d folders of %s, such as %s and %s, are one class, %r, because the innermost folders are the "
+            "classes; for other classes, use a metadata.csv with the columns file_name and label",
+            len(folders), root, first, second, name,
+        )  # fmt: skip
 
 
 def _image_split(

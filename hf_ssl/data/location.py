@@ -37,6 +37,8 @@ DIGITS = "digits"
 IMAGE = "image"
 _HASHED_FILES = 256
 _HASHED_BYTES = 1 << 16
+_OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found")
+"""Folders of thumbnails and deleted files that file servers and operating systems make."""
 _CLOCK_TICK_NS = 20_000_000
 """Two changes of a directory within this time may get the same time stamp from the file system."""
 
@@ -262,7 +264,8 @@ def list_folder(folder: str) -> Listing:
 
     As in `datasets`, the list omits names that start with a dot and directories whose name starts with two
     underscores. A link to a file counts as a file. Links to directories are not followed. The list also omits
-    folders that hf_ssl wrote, and caches of `datasets` (`hf_ssl.data.own_folders`).
+    folders that hf_ssl wrote, caches of `datasets` (`hf_ssl.data.own_folders`), and folders of thumbnails and
+    deleted files (`_OF_SYSTEMS`).
 
     Raises:
         UserError: the folder itself cannot be read, its path is not valid UTF-8, or it is the output folder
@@ -313,7 +316,7 @@ def _add_entry(entry: "os.DirEntry[str]", files: list[File], directories: list[s
     if entry.name.startswith("."):
         return
     is_directory = entry.is_dir(follow_symlinks=False)
-    if is_directory and entry.name.startswith("__"):
+    if is_directory and (entry.name.startswith("__") or entry.name in _OF_SYSTEMS):
         return
     if not is_utf8(entry.name):
         logger.warning("%r is not used: its name is not valid UTF-8; rename it", entry.path)

@@ -139,6 +139,30 @@ def test_names_of_classes_with_accents_are_equal_in_all_unicode_forms(tmp_path):
     assert test.labels.tolist() == [0, 1] and test.unknown_to(train) == 0
 
 
+@pytest.mark.parametrize(("names", "reported"), [(["cat", "dog"], True), (["cat"], False)])
+def test_a_class_in_several_folders_is_reported(names, reported, tmp_path, caplog):
+    """The classes of `cat/2020`, `cat/2021` and `dog/2020` are the years, which a user may not expect."""
+    years = [f"{name}/{year}/{name}.jpg" for name in names for year in (2020, 2021)]
+    root = write(tmp_path / "photos", years)
+    assert labeled_images(DataConfig(path=str(root)), "train").class_names == ["2020", "2021"]
+    assert ("cat/2020 and dog/2020" in caplog.text) == reported
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
+def test_thumbnails_and_deleted_files_are_not_read(name, tmp_path):
+    """Before, a file server's thumbnails were images, and the photos lost their classes."""
+    photos = ["cat/a.jpg", f"cat/{name}/a.jpg/thumbnail.jpg", "dog/b.jpg", f"{name}/c.jpg"]
+    root = write(tmp_path / "photos", photos)
+    images = labeled_images(DataConfig(path=str(root)), "train")
+    assert images.class_names == ["cat", "dog"] and len(images) == 2
+
+
+def test_one_class_in_folders_of_several_splits_needs_no_report(tmp_path, caplog):
+    root = write(tmp_path / "photos", [f"{s}/{c}/{s}.jpg" for s in ("train", "test") for c in ("a", "b")])
+    assert labeled_images(DataConfig(path=str(root)), "test").class_names == ["a", "b"]
+    assert "one class" not in caplog.text
+
+
 def test_all_splits_of_a_folder_have_labels_if_one_has(tmp_path):
     """`datasets` 5.2 gives the images of the first split no labels, because they have only one class."""
     root = write(tmp_path / "photos", ["train/x/a.jpg", "train/x/b.jpg", "test/x/c.jpg", "test/y/d.jpg"])
