@@ -15,7 +15,7 @@ import yaml
 from hf_ssl.cards.facts_files import facts_of_weights
 from hf_ssl.cards.short_texts import distinguished, joined
 from hf_ssl.cards.text import ENCODERS
-from hf_ssl.effects import WEIGHTS, effect
+from hf_ssl.effects import NOTHING, WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
 from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, is_measured, mean_error, metric_of
@@ -23,6 +23,8 @@ from hf_ssl.methods import METHODS
 
 # These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
 _IGNORED = ("training.seed", "data.path")
+# The keys of `evaluation` that do not change the weights of a supervised training. Its others do.
+_OF_TEST = ("path", "test_split", "max_test_images")
 
 
 class Tested(NamedTuple):
@@ -322,8 +324,17 @@ def _overrides(entry: dict[str, Any]) -> list[str]:
         text
         for override in entry["overrides"]
         for text in _single_keys(override)
-        if (key := text.partition("=")[0]) not in _IGNORED and effect(key) == WEIGHTS
+        if _distinguishes(text.partition("=")[0], entry["method"])
     ]
+
+
+def _distinguishes(key: str, method: str | None) -> bool:
+    """Return whether a setting distinguishes runs of a recipe. Supervised runs train with `evaluation`."""
+    section, _, name = key.partition(".")
+    if method == "supervised" and section == "evaluation":
+        is_folder = name.startswith("settings.") and name.endswith(".folder")
+        return effect(key) != NOTHING and name not in _OF_TEST and not is_folder
+    return key not in _IGNORED and effect(key) == WEIGHTS
 
 
 def _single_keys(override: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_ssl.cards.comparison import Cell, Column, Comparison, Row
 from hf_ssl.cards.text import markdown_row
+from hf_ssl.errors import counted
 from hf_ssl.evaluation.results import in_percent
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
@@ -52,6 +53,7 @@ def markdown(comparison: Comparison) -> str:
         lines.append(f"- {column.heading}: {column.text} (`{column.id}`).")
         lines += _selected(comparison, column)
     lines += _precisions(comparison)
+    lines += [f"- {sentence}." for sentence in _missing_runs(comparison)]
     lines += [f"- not compared: {sentence}." for sentence in comparison.skipped]
     lines += [f"- {sentence}." for sentence in comparison.repeated]
     for column in columns:
@@ -79,7 +81,7 @@ def markdown(comparison: Comparison) -> str:
             )
             for row, found in differences
         ]
-        if min(len(row.seeds) for row, _ in [*compared]) < 2:
+        if min(len(cell.values) for _, cell in compared) < 2:
             lines += ["", "The interval of a single run does not contain the variation over seeds."]
     return "\n".join(lines) + "\n"
 
@@ -99,6 +101,17 @@ def _selected(comparison: Comparison, column: Column) -> list[str]:
         order = ", in the order of its runs" if len(selections) > 1 else ""
         lines += [f"  - {label}{order}: {'; '.join(selected)}."] if selected else []
     return lines
+
+
+def _missing_runs(comparison: Comparison) -> list[str]:
+    """Return one sentence for each cell without the numbers of all runs of its row."""
+    return [
+        f"{row.label}, {column.heading}: {len(cell.values)} of {counted(len(row.seeds), 'run')}; the others "
+        "have no such number"
+        for row in comparison.rows
+        for column, cell in row.cells.items()
+        if len(cell.values) < len(row.seeds)
+    ]
 
 
 def _precisions(comparison: Comparison) -> list[str]:
@@ -163,6 +176,7 @@ def latex(comparison: Comparison) -> str:
     lines = [
         f"% needs \\usepackage{{booktabs}}; {comparison.quantity} in percent, mean and standard deviation "
         "over runs",
+        *(f"% {' '.join(sentence.split())}" for sentence in _missing_runs(comparison)),
         f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
         "\\toprule",
         " & ".join(["", *(latex_escaped(column.heading) for column in columns)]) + r" \\",

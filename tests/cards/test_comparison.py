@@ -13,7 +13,7 @@ import pytest
 from example_facts import measured, new_facts
 from hub_server import HubServer
 from huggingface_hub import HfApi
-from messages import mentions
+from messages import mentions, missing
 
 from hf_ssl.cards.comparison import compare
 from hf_ssl.cards.comparison_text import csv_text, latex, latex_escaped, markdown
@@ -74,6 +74,25 @@ def test_other_settings_are_other_rows() -> None:
     assert [(row.label, row.seeds) for row in rows] == [
         ("SimCLR", [0, 1]), ("SimCLR, method.temperature=0.5", [0]),
     ]  # fmt: skip
+
+
+def test_other_settings_of_supervised_runs_are_other_rows() -> None:
+    """They train with `evaluation`. For the crops, the training has no other fact."""
+
+    def supervised(seed: int, *overrides: str) -> dict:
+        run = entry("supervised", seed)
+        return run | {"overrides": [*run["overrides"], *overrides]}
+
+    mixed = "evaluation.settings.fine_tune.mixup=0.8"
+    crops = "evaluation.settings={fine_tune: {smallest_crop: 0.8}}"
+    other = ("evaluation.path=x", "evaluation.max_test_images=9", "evaluation.batch_size=7")
+    folder = "evaluation.settings.fine_tune.folder=x"
+    runs = [supervised(0), supervised(1, *other, folder), supervised(0, mixed), supervised(0, crops)]
+    comparison = compare(runs)
+    assert [row.seeds for row in comparison.rows] == [[0, 1], [0], [0]] and not comparison.repeated
+    parts = [("mixup=0.8",), ("smallest_crop", 0.8)]
+    assert [missing(row.label, *own) for row, own in zip(comparison.rows[1:], parts, strict=True)] == [[], []]
+    assert len(compare([entry(), entry(seed=1) | {"overrides": [mixed]}]).rows) == 1, "no supervised run"
 
 
 def test_different_precisions_of_the_features_are_named() -> None:
@@ -267,6 +286,22 @@ def test_standard_errors_say_what_they_are_of(six) -> None:
     assert float(row["standard_error_over_images"]) == pytest.approx(largest, abs=1e-6)
     (single, *_) = csv.DictReader(io.StringIO(csv_text(compare(six[:1]))))
     assert single["std"] == single["standard_error_over_runs"] == ""
+
+
+def test_a_mean_of_fewer_runs_than_its_row_has_says_so(six) -> None:
+    given = copy.deepcopy(six)
+    key = given[0]["results"]["trained"]["protocols"][0]["key"]
+    for run in given[:2]:  # a number of SimCLR that only its third run has
+        numbers = run["results"]["trained"]["protocols"]
+        run["results"]["trained"]["protocols"] = [each for each in numbers if each["key"] != key]
+    comparison = compare(given)
+    heading = next(column.heading for column in comparison.columns if column.key == key)
+    words = f"SimCLR, {heading}: 1 of 3 runs"
+    assert f"- {words}; " in markdown(comparison) and f"% {words}; " in latex(comparison)
+    assert "The interval of a single run" in markdown(comparison)
+    whole = compare(six)
+    assert "of 3 runs" not in markdown(whole) + latex(whole)
+    assert "The interval of a single run" not in markdown(whole)
 
 
 def test_a_run_with_quality_alone_says_so() -> None:
