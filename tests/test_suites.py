@@ -527,7 +527,7 @@ def number(protocol: str, value: float, **metrics: float) -> dict[str, Any]:
     key = "mean_average_precision" if protocol == "multi_label" else protocol
     return {
         "protocol": protocol, "id": f"{protocol}-1", "key": key, "column": f"by {protocol}", "value": value,
-        "standard_error": 0.02, "metrics": metrics,
+        "standard_error": 0.02, "metrics": metrics, "details": {},
     }  # fmt: skip
 
 
@@ -657,6 +657,28 @@ def test_numbers_with_other_labels_are_not_averaged() -> None:
     ten, one = summarize("Title", "encoder", jobs).columns
     assert (ten.values, one.values) == ([0.9], [0.1, 0.2, 0.3])
     assert "finite" in ten.missing["nan"] and "does not return" in ten.missing["small"]
+
+
+def test_fine_tuning_with_other_fractions_is_not_averaged() -> None:
+    """A key such as fine_tune_50 contains the number of images. `small` has too few images for 1 %."""
+
+    def job(entry: str, **values: float) -> Measured:
+        numbers = [
+            number("fine_tune", value)
+            | ({} if labeled == "all" else {"key": f"fine_tune_{value}", "details": {"labeled": labeled}})
+            for labeled, value in values.items()
+        ]
+        result: Any = {"protocols": numbers, "skipped": []}
+        return Measured(entry, "trained", "top_1", {"fine_tune": "fine_tune"}, result, None)
+
+    large = {"fraction 0.01": 0.1, "fraction 0.1": 0.5, "all": 0.9}
+    small = {"fraction 0.1": 0.3, "all": 0.7}
+    few = {"2 per class": 0.2}
+    columns = summarize("T", "e", [job("small", **small), job("large", **large), job("voc", all=0.8)]).columns
+    assert [column.values for column in columns] == [[0.1], [0.3, 0.5], [0.7, 0.9, 0.8]]
+    assert "does not return" in columns[0].missing["small"]
+    columns = summarize("T", "e", [job("large", **large), job("few", **few)]).columns
+    assert [column.values for column in columns] == [[0.1], [0.5], [0.9], [0.2]]
 
 
 def test_a_data_set_on_the_hub(

@@ -216,16 +216,31 @@ def _aligned(found: dict[str, list[ProtocolResult]]) -> dict[str, list[ProtocolR
     """Return the numbers of each data set, with None for those that only other data sets have.
 
     A data set may lack numbers, such as those with more labels than its smallest class has. Numbers have the
-    same place if their keys are equal. Keys that contain a number of images differ between data sets; such
-    numbers have the places of their order.
+    same place if their labels or keys are equal (`_place`). Other keys differ between data sets if they
+    contain a number of images; such numbers have the places of their order.
     """
-    keys = [number["key"] for number in max(found.values(), key=len)]
+    most = max(found.values(), key=len)
+    places = [_place(number) for number in most]
+    for numbers in found.values():
+        if all(_has_place(number, most[0]["protocol"]) for number in [*most, *numbers]):
+            places += [place for place in map(_place, numbers) if place not in places]
     aligned: dict[str, list[ProtocolResult | None]] = {}
     for name, numbers in found.items():
-        by_key = {number["key"]: number for number in numbers}
-        known = by_key.keys() <= set(keys)
-        aligned[name] = [by_key.get(key) for key in keys] if known else [*numbers]
+        by_place = {_place(number): number for number in numbers}
+        known = by_place.keys() <= set(places)
+        aligned[name] = [by_place.get(place) for place in places] if known else [*numbers]
     return aligned
+
+
+def _place(number: ProtocolResult) -> str:
+    """Return which labels a number used, such as "fraction 0.1", if it is recorded; otherwise its key."""
+    place: str = number["details"].get("labeled", number["key"])
+    return place
+
+
+def _has_place(number: ProtocolResult, protocol: str) -> bool:
+    """Return whether a number is of this protocol, and its place does not contain a number of images."""
+    return number["protocol"] == protocol and ("labeled" in number["details"] or number["key"] == protocol)
 
 
 def _numbers(job: Measured, protocol: str) -> list[ProtocolResult]:

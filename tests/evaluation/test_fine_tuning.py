@@ -254,6 +254,7 @@ def test_numbers_of_labels_that_are_too_large_leave_the_others(data) -> None:
     config = {"protocols": ["fine_tune"], "settings": {"fine_tune": given}}
     result = evaluate_encoder(new_encoder("vit"), data[0], data[0], config, PROCESSOR)
     assert [each["details"]["images"] for each in result["protocols"]] == [6]
+    assert [each["details"]["labeled"] for each in result["protocols"]] == ["2 per class"]
     fraction, number = result["skipped"]
     assert not missing(fraction, "fine_tune.fractions", 0.01) and fraction.startswith("fine-tuning: ")
     assert not missing(number, "fine_tune.labels_per_class", 14, 13)

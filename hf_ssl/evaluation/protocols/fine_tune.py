@@ -161,9 +161,9 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
         return [train_and_test(Task.of(inputs, config), 1.0, np.arange(len(labels)))[1]]
     classes = len(class_sizes(labels))
     counts, fractions = possible_numbers(inputs, "fine_tune", config.labels_per_class, config.fractions)
-    wanted = [(fraction, round(fraction * len(labels))) for fraction in fractions]
-    wanted += [(each * classes / len(labels), each * classes) for each in counts]
-    numbers = [count for _, count in wanted]
+    wanted = [(fraction, round(fraction * len(labels)), f"fraction {fraction:g}") for fraction in fractions]
+    wanted += [(each * classes / len(labels), each * classes, f"{each} per class") for each in counts]
+    numbers = [count for _, count, _ in wanted]
     check_values(
         _WHERE,
         ("fractions and labels_per_class", numbers, len(set(numbers)) == len(numbers),
@@ -171,12 +171,16 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
     )  # fmt: skip
     task = Task.of(inputs, config)
 
-    def measure(fraction: float, count: int) -> ProtocolResult:
-        return train_and_test(task, fraction, draw_rows(labels, count, inputs.seed).numpy())[1]
+    def measure(fraction: float, count: int, labeled: str) -> ProtocolResult:
+        result = train_and_test(task, fraction, draw_rows(labels, count, inputs.seed).numpy())[1]
+        if labeled != "fraction 1":
+            # The key contains the number of images, which differs between the data sets of a suite.
+            result["details"]["labeled"] = labeled
+        return result
 
     return inputs.measure_each(
         "fine-tuning",
-        {counted(count, "labeled image"): partial(measure, fraction, count) for fraction, count in wanted},
+        {counted(each[1], "labeled image"): partial(measure, *each) for each in wanted},
     )
 
 
