@@ -33,6 +33,9 @@ CLASS_NAMES = (
 CROWD_NAMES = ("iscrowd", "is_crowd", "crowd")
 _OBJECT = "object"
 _MOST_OUTSIDE = 0.5
+# Shares of the sides are at most 1, and the sum of two, [x1, y1, x2, y2] read as [x, y, width, height], is at
+# most 2. Both can be larger by rounding.
+_LARGEST_SHARE = 2.01
 _ROWS_AT_ONCE = 1000
 
 
@@ -158,8 +161,8 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         where: name of the data set, for messages.
 
     Raises:
-        UserError: a box has a negative size or is not a list of four finite numbers, all boxes lie within one
-            pixel, an object has no class, or a class number does not exist.
+        UserError: a box has a negative size or is not a list of four finite numbers, all boxes lie within two
+            pixels, an object has no class, or a class number does not exist.
     """
     check_name("data.box_format", box_format, BOX_FORMATS, " or ".join(BOX_FORMATS))
     fields = object_fields(dataset.features[column])
@@ -174,10 +177,10 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         for row, table in enumerate(tables)
     ]
     largest = max((float(each.max(initial=0)) for each in boxes if each is not None), default=0)
-    if 0 < largest <= 1:
+    if 0 < largest < _LARGEST_SHARE:
         raise UserError(
-            f"objects: expected boxes in pixels in {where}, got numbers up to {largest:.3g}, shares of the "
-            f"sides of the image; multiply the column {column} by the sides"
+            f"objects: expected boxes in pixels in {where}, got corners up to {largest:.3g} as {box_format}, "
+            f"probably shares of the sides of the image; multiply the column {column} by the sides"
         )
     for row, table in enumerate(tables):
         counts = {name: len(each) for name, each in (table or {}).items()}
@@ -199,7 +202,7 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
         if found is None or table is None:
             images.append(None)
             continue
-        crowd = np.array(table[crowd_key] if crowd_key is not None else [0] * len(found), bool)
+        crowd = _flags(table[crowd_key] if crowd_key is not None else [0] * len(found), where)
         kept = (found[:, 2:] > found[:, :2]).all(axis=1)
         dropped += int((~kept).sum())
         images.append(ImageObjects(found[kept], numbers[kept], crowd[kept]))
@@ -243,6 +246,17 @@ def _boxes(given: list[Any], box_format: str, where: str) -> np.ndarray:
             f"{box_format}; correct it, or use data.box_format={'xywh' if box_format == 'xyxy' else 'xyxy'}"
         )
     return boxes
+
+
+def _flags(given: list[Any], where: str) -> np.ndarray:
+    """Return the values of a field of `CROWD_NAMES` (O,) bool. A missing value is False."""
+    for value in given:
+        if value not in (None, 0, 1):  # a text "0" would be true
+            raise UserError(
+                f"objects: expected 0, 1, true or false as {' or '.join(CROWD_NAMES)} in {where}, got "
+                f"{value!r}; correct the column"
+            )
+    return np.array(given, bool)
 
 
 def _class_numbers(
