@@ -135,6 +135,35 @@ def test_overrides_win_in_order() -> None:
     assert recipe.overrides[0] == "training.learning_rate=1e-3"
 
 
+@pytest.mark.parametrize(
+    ("of_file", "given", "expected"),
+    [
+        ({"base_learning_rate": 0.3, "learning_rate_rule": "linear"}, ["learning_rate=0.01"],
+         {"learning_rate": 0.01, "learning_rate_rule": "none"}),
+        ({"learning_rate": 0.01}, ["base_learning_rate=0.3"], {"learning_rate": 0.3}),
+        ({"warmup_epochs": 10}, ["warmup_steps=5"], {"warmup_steps": 5, "warmup_epochs": 0}),
+        ({"warmup_epochs": 10}, ["warmup_steps=0"], {"warmup_steps": 0, "warmup_epochs": 0}),
+        ({"warmup_steps": 5}, ["warmup_epochs=10"], {"warmup_epochs": 10}),
+        ({"max_steps": 8}, ["num_train_epochs=5"], {"max_steps": -1, "num_train_epochs": 5}),
+        ({"num_train_epochs": 5}, ["max_steps=8"], {"max_steps": 8}),
+        ({}, ["max_steps=8", "num_train_epochs=5"], {"max_steps": -1}),
+        ({}, ["num_train_epochs=5", "max_steps=8"], {"max_steps": 8}),
+        ({"bf16": True, "precision": "auto"}, ["precision=float32"], {"precision": "float32"}),
+        ({"precision": "float32"}, ["bf16=true"], {"precision": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_the_command_precedes_a_key_of_the_file_with_the_same_meaning(
+    of_file: dict, given: list[str], expected: dict, tmp_path: Path
+) -> None:
+    """`training.learning_rate=0.01` had no effect on the recipes with `base_learning_rate`."""
+    plain = yaml.safe_load(recipe_files()[SMOKE].read_text())
+    used = ("max_steps", "learning_rate", "precision")
+    plain["training"] = {key: of for key, of in plain["training"].items() if key not in used} | of_file
+    recipe = load_recipe(write(tmp_path, yaml.safe_dump(plain)), [f"training.{text}" for text in given])
+    args = recipe.training_arguments()
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
 def test_a_whole_section_can_be_replaced() -> None:
     recipe = load(SMOKE, "backbone={model_type: vit, patch_size: 4, hidden_size: 24, num_hidden_layers: 1}")
     assert recipe.backbone_config().hidden_size == 24

@@ -16,6 +16,13 @@ from hf_ssl.resources import recipe_files
 
 SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "publish")
 ENDINGS = (".yaml", ".yml")
+_REPLACES = {
+    "training.learning_rate": ("base_learning_rate", "learning_rate_rule"),
+    "training.warmup_steps": ("warmup_epochs",),
+    "training.num_train_epochs": ("max_steps",),
+    "training.precision": ("bf16", "fp16"),
+}
+"""Key -> keys of its section with the same meaning, which the training arguments would prefer to it."""
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
@@ -80,6 +87,9 @@ def apply_overrides(
 ) -> dict[str, dict[str, Any]]:
     """Return `plain` with all overrides, and with the current names of renamed keys.
 
+    The last override counts, also among keys with the same meaning (`_REPLACES`). So
+    `training.learning_rate=0.1` removes `base_learning_rate` of the recipe's file.
+
     Args:
         plain: the sections.
         overrides: `section.key=value`; `section={...}` replaces the section.
@@ -106,6 +116,8 @@ def apply_overrides(
                 raise UserError(f"expected {section}.key=value or {section}={{key: value}}, got {override!r}")
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
             _replace_renamed(tree)
+            for other in _REPLACES.get(key, ()):
+                tree[section].pop(other, None)
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
