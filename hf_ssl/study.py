@@ -96,8 +96,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The arm and the values: "BYOL, batch_size 64"."""
-        values = [f"{key.rpartition('.')[2]} {written(value)}" for key, value in self.values.items()]
+        """The arm and the values: "BYOL, batch_size 64". Keys that end with the same word are whole."""
+        words = [key.rpartition(".")[2] for key in self.values]
+        keys = [key if words.count(word) > 1 else word for key, word in zip(self.values, words, strict=True)]
+        values = [f"{key} {written(value)}" for key, value in zip(keys, self.values.values(), strict=True)]
         return ", ".join(filter(None, [self.arm, *values])) or Path(self.recipe).stem
 
     def folder(self, output: Path) -> Path:
@@ -116,7 +118,8 @@ class Sweep:
         study: title, question and pictures. The question is "" for a sweep of the command.
         axes: {"section.key": values} of the grid.
         runs: all runs, in their order: all seeds of the first combination come first.
-        plan: {arm: its settings without the grid}, for the check of an existing folder.
+        plan: {arm: its settings without the grid, and the keys of the grid}, for the check of an existing
+            folder.
     """
 
     study: Study

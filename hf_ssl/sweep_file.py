@@ -107,7 +107,7 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
             if arm.start is not None:
                 own = [text for text in own if key_of(text).partition(".")[0] != "backbone"]
             recipe = _checked(name, recipes[name], own, arm)  # reports mistakes before the first run
-            plan.setdefault(name, keys_of_arm(arm) | _settings(recipe, grid))
+            plan.setdefault(name, keys_of_arm(arm) | {"grid": sorted(axes)} | _settings(recipe, grid))
             pixels, weights = _baselines(recipe)
             for seed in range(1 if arm.command == EVALUATE else count):
                 more = [] if arm.command == EVALUATE else [f"training.seed={seed}"]

@@ -356,6 +356,30 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
         shutil.rmtree(output)
 
 
+def test_results_of_another_axis_are_not_accepted(tmp_path: Path) -> None:
+    """The names of runs contain only the last word of a key, so those of both sweeps are equal."""
+    file, output, values = tmp_path / "own.yaml", tmp_path / "out", "momentum=[0.9,0.99]"
+    file.write_text(
+        recipe_files()["smoke/byol"].read_text().replace("training:", "training:\n  optimizer: sgd")
+    )
+    sweep, other = (load_sweep(str(file), [f"{section}.{values}"]) for section in ("training", "method"))
+    assert [run.name for run in sweep.runs] == [run.name for run in other.runs]
+    sweeps._check_plan(sweep, output)
+    begin(sweep.runs[0], output)
+    sweeps._check_plan(load_sweep(str(file), ["training.momentum=[0.9,0.8]"], 2), output)
+    for check in (sweeps._check_plan, list_jobs):
+        with pytest.raises(
+            UserError, match=mentions("training.momentum", "method.momentum", "another folder")
+        ):
+            check(other, output)
+    stored = json.loads((output / "sweep.json").read_text())
+    del stored[""]["grid"]  # an older version did not store it
+    (output / "sweep.json").write_text(json.dumps(stored))
+    sweeps._check_plan(sweep, output)
+    [run] = load_sweep(str(file), ["training.momentum=[0.9]", "method.momentum=[0.99]"]).runs
+    assert run.name == "training.momentum 0.9, method.momentum 0.99"
+
+
 def test_arms_of_an_older_version_had_no_start(tmp_path: Path) -> None:
     file, output = tmp_path / "four.yaml", tmp_path / "out"
     file.write_text(FOUR.replace("second: {start: first,", "second: {"))
