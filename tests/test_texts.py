@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import mentions
 
 from hf_ssl.errors import UserError
 from hf_ssl.recipe import load_recipe, read_sections
-from hf_ssl.recipe.source import apply_overrides
+from hf_ssl.recipe.source import apply_overrides, read_yaml
 from hf_ssl.recipe.texts import holds_texts
 from hf_ssl.suite_file import load_suite
 from hf_ssl.sweep_file import load_sweep
@@ -61,7 +62,7 @@ def test_texts_of_a_recipe_are_the_typed_ones(tmp_path: Path) -> None:
         ("data.further_image_columns={007: gray}", {"007": "gray"}),
         ("evaluation.protocols=[knn,007]", ["knn", "007"]),
         ("evaluation.settings.fine_tune.folder=007", "007"),
-        ("evaluation.settings.knn.neighbors=[010]", [8]),
+        ("evaluation.settings.knn.neighbors=[007, 0x10]", [7, 16]),
     ],
 )
 def test_quotes_null_lists_and_numbers_are_yaml(override: str, value: Any) -> None:
@@ -70,6 +71,27 @@ def test_quotes_null_lists_and_numbers_are_yaml(override: str, value: Any) -> No
     for part in key.split("."):
         found = found[part]
     assert found == value
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "text"),
+    [
+        ("training", "max_steps", "0100"), ("training", "learning_rate", "1:30.5"),
+        ("data", "max_images", "+010"), ("evaluation", "settings.knn.neighbors", "[1, 010]"),
+        ("method", "projection_size", "1:30"),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_not_decimal_is_an_error(section: str, key: str, text: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 0100 as 64 and 1:30 as 90, so that `training.max_steps=0100` made 64 steps."""
+    parts = mentions(f"{section}.{key}", text.strip("[]").rpartition(" ")[2], "decimal")
+    with pytest.raises(UserError, match=parts):
+        apply_overrides({}, [f"{section}.{key}={text}"])
+    file = tmp_path / "own.yaml"
+    *groups, last = section, *key.split(".")
+    indented = "".join("  " * depth + f"{name}:\n" for depth, name in enumerate(groups))
+    file.write_text(f"{indented}{'  ' * len(groups)}{last}: {text}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=parts):
+        read_yaml(file)
 
 
 def test_texts_of_a_sweep_are_the_typed_ones(tmp_path: Path) -> None:

@@ -144,9 +144,9 @@ def _override_value(override: str, key: str, text: str, classes: Mapping[str, ty
     if typed is not None and holds_texts(key, classes):
         return typed
     value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
-    if not isinstance(value, DictConfig | ListConfig):
-        return value
-    return OmegaConf.create(as_typed(OmegaConf.to_container(value), text, key.split("."), classes))
+    if isinstance(value, DictConfig | ListConfig):
+        return OmegaConf.create(as_typed(OmegaConf.to_container(value), text, key.split("."), classes))
+    return as_typed(value, text, key.split("."), classes) if isinstance(value, int | float) else value
 
 
 def _replace_renamed(tree: DictConfig) -> None:

@@ -2,10 +2,11 @@
 """Keeps texts as they are typed: YAML reads 2024_05_01 and 007 as numbers, 12:30 as 750, and `on` as true.
 
 A field that holds only texts takes the text itself. Fields that also accept numbers, or true and false, take
-the value that YAML reads.
+the value that YAML reads. A number that is not decimal in YAML is an error: 0100 would be 64, and 1:30 is 90.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from hf_ssl.data.config import DataConfig
+from hf_ssl.errors import UserError
 from hf_ssl.evaluation.config import EvaluationConfig
 from hf_ssl.recipe.publish import PublishConfig
 from hf_ssl.views.preset import ViewPreset
@@ -25,6 +27,7 @@ _NAMES = {"method": ("name",), "backbone": ("model_type", "init_from")}
 _NAMED = ("arms", "groups", "entries")  # sections that contain {name: keys}
 _YAML_STARTS = ("[", "{", '"', "'")
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # OmegaConf uses libyaml too, which accepts more
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
@@ -70,6 +73,9 @@ def as_typed(
         text: its YAML.
         where: the keys that lead to the value.
         classes: see `holds_texts`.
+
+    Raises:
+        UserError: a field for numbers has a number of base 8 or 60.
     """
     return _replaced(value, yaml.load(text, _LOADER), tuple(where), classes)
 
@@ -83,8 +89,17 @@ def _replaced(value: Any, written: Any, path: tuple[str, ...], classes: Mapping[
         return {key: _replaced(item, of, (*path, key), classes) for key, item, of in keyed}
     if same:
         return [_replaced(item, of, path, classes) for item, of in zip(value, written, strict=True)]
-    changed = isinstance(value, bool | int | float) and isinstance(written, str)
-    return written if changed and holds_texts(".".join(path), classes) else value
+    if not isinstance(value, bool | int | float) or not isinstance(written, str):
+        return value
+    key = ".".join(path)
+    if holds_texts(key, classes):
+        return written
+    if ":" in written or (_OCTAL.fullmatch(written) and value != int(written)):
+        raise UserError(
+            f"{key}: expected a decimal number, got {written}, which YAML reads as {value}; write it without "
+            "a leading zero or a colon"
+        )
+    return value
 
 
 def _class_of(section: str, path: list[str], classes: Mapping[str, type]) -> Any:
