@@ -19,6 +19,7 @@ from hf_ssl.modeling.lars import VARIANTS, LARSConfig
 from hf_ssl.names import renamed_arguments, renamed_keys, warn_deprecated
 from hf_ssl.precision import AUTO, PRECISIONS, check_launched_precision
 from hf_ssl.sections import as_setting, to_dataclass
+from hf_ssl.trainer.launching import check_launcher
 from hf_ssl.trainer.transformers_arguments import (
     DEFAULTS,
     REJECTED,
@@ -189,6 +190,7 @@ class SSLTrainingArguments(TrainingArguments):
         self._read_lars()
         self.dataloader_num_workers = workers = as_setting(self.dataloader_num_workers, int)
         check_arguments(self)
+        check_launcher(self)
         if self.nesterov:
             warn_deprecated("training.nesterov is deprecated; leave it out")
         self._read_optimizer()
@@ -285,8 +287,7 @@ class SSLTrainingArguments(TrainingArguments):
 
     def _read_optimizer(self) -> None:
         """Make `optimizer` and `optim` consistent."""
-        unset = DEFAULTS["optim"]
-        given = OptimizerNames(self.optim).value
+        unset, given = DEFAULTS["optim"], OptimizerNames(self.optim).value
         name = "adamw" if given in ("adamw_torch", "adamw_torch_fused") else given
         if given != unset and self.optimizer not in ("adamw", name):
             raise UserError(

@@ -34,7 +34,7 @@ from hf_ssl.sections import as_setting, check_finite, default_values, describe
 logger = logging.getLogger(__name__)
 DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
 
-_ONE_GPU = "each process holds the whole model; start one process per GPU with torchrun"
+ONE_GPU = "each process holds the whole model; start one process per GPU with torchrun"
 
 REJECTED = {
     "auto_find_batch_size": "hf-ssl pretrain finds a batch size that fits; in Python, set batch_size",
@@ -42,10 +42,10 @@ REJECTED = {
     "fp16_full_eval": "set training.precision, which measurements also use",
     "dataloader_drop_last": "an incomplete batch is always dropped, because losses compare its images",
     "dataloader_in_order": "a run can resume only if batches arrive in order",
-    "deepspeed": _ONE_GPU,
-    "fsdp": _ONE_GPU,
-    "fsdp_config": _ONE_GPU,
-    "parallelism_config": _ONE_GPU,
+    "deepspeed": ONE_GPU,
+    "fsdp": ONE_GPU,
+    "fsdp_config": ONE_GPU,
+    "parallelism_config": ONE_GPU,
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint without it",
     "ignore_data_skip": "a run resumes with its next image, and reads no earlier ones",
     "include_num_input_tokens_seen": "images have no tokens; images_per_second and epoch are logged instead",

@@ -116,3 +116,31 @@ def test_an_unknown_precision_of_accelerate_launch_is_an_error(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(UserError, match=mentions("fp8")):
         recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--use_deepspeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "--use_megatron_lm"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "--use_parallelism_config"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--dynamo_backend"),
+    ],
+)
+def test_options_of_accelerate_launch_that_no_argument_contains_are_an_error(
+    name: str, value: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --dynamo_backend inductor` compiled the model, and no file recorded it."""
+    monkeypatch.setenv(name, "NO")  # as `accelerate launch` without the option
+    recipe(tmp_path)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=mentions(option)):
+        recipe(tmp_path)
+
+
+def test_a_run_that_compiles_may_be_launched_with_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert recipe(tmp_path, "training.torch_compile=true").training_arguments().torch_compile
