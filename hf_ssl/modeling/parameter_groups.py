@@ -11,11 +11,13 @@ from torch import nn
 from hf_ssl.errors import UserError
 from hf_ssl.modeling.pooling import SPECIAL_TOKENS
 
-# Tables of embeddings: parameters that are not weights of a layer (ViT, DINOv2, MAE, Swin ...).
+# Tables of embeddings: parameters that are not weights of a layer (ViT, DINOv2, MAE, Swin, SAM, MViT ...).
 _TABLE_NAMES = (
-    *SPECIAL_TOKENS, "mask_token", "probe", "position_embeddings", "pos_embed", "class_pos_emb",
-    "relative_position_bias_table", "attention_biases",
+    *SPECIAL_TOKENS, "mask_token", "probe", "position_embeddings", "class_pos_emb", "patch_pos", "pixel_pos",
+    "position_embedding_table", "relative_position_bias_table", "attention_biases", "rel_pos_h", "rel_pos_w",
+    "height_rel", "width_rel",
 )  # fmt: skip
+_TABLE_START = "pos_embed"  # also pos_embed_window (SAM 2) and pos_embed_0 (CrossViT)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",
@@ -91,7 +93,8 @@ def assign_parameter_groups(
             continue
         path, _, own_name = name.rpartition(".")
         owner = model.get_submodule(path)
-        is_table = own_name in _TABLE_NAMES or isinstance(owner, nn.Embedding)
+        is_table = own_name in _TABLE_NAMES or own_name.startswith(_TABLE_START)
+        is_table = is_table or isinstance(owner, nn.Embedding)
         is_vector = not is_table and _is_vector(parameter, owner)
         is_weight = not is_table and not is_vector
         group = ParameterGroup(decay=is_weight or decay_all, adapt=is_weight)

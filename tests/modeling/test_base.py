@@ -167,6 +167,11 @@ FURTHER = {
     "siglip": ("SiglipVision", TOKENS, (".position_embedding.weight", ".probe"), "fc1.weight"),
     "clip": ("CLIPVision", TOKENS, (".position_embedding.weight", ".class_embedding"), "fc1.weight"),
     "levit": ("Levit", {}, (".attention_biases",), "linear.weight"),
+    "sam": (
+        "SamVision", {"image_size": 32, "num_hidden_layers": 1, "global_attn_indexes": [0]},
+        (".rel_pos_h", ".rel_pos_w", "pos_embed"), "lin1.weight",
+    ),
+    "sam2": ("Sam2HieraDet", {}, ("pos_embed", "pos_embed_window"), "attn.qkv.weight"),
 }  # fmt: skip
 
 VECTORS = (".grn.weight", ".grn.bias", ".logit_scale", ".class_embedding")
@@ -198,6 +203,17 @@ def test_tokens_tables_and_vectors_of_further_encoders_do_not_decay(name):
         assert all(group.learning_rate_scale == scale for group in matching), ending
     assert all(group.decay and group.adapt for each, group in found.items() if each.endswith(decayed))
     assert any(each.endswith(decayed) for each in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_embed_0", "pos_embed1", "height_rel", "patch_pos", "pixel_pos", "position_embedding_table"]
+)
+def test_position_tables_of_timm_do_not_decay(name):
+    """They are in CrossViT, Visformer, HaloNet, TNT and Gemma 4."""
+    encoder = nn.Module()
+    encoder.register_parameter(name, nn.Parameter(torch.zeros(1, 4, 8)))
+    [group] = assign_parameter_groups(encoder, []).values()
+    assert not group.decay and not group.adapt
 
 
 def test_rules_apply_in_order_and_a_rule_for_nothing_is_an_error():
