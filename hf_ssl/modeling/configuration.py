@@ -102,6 +102,8 @@ class SSLConfig(PreTrainedConfig):
         # This is always a config object here. It is copied because the caller's own must not change.
         self.backbone_config = backbone = copy.deepcopy(cast(Any, self.backbone_config))
         backbone.dtype = None  # training needs weights in float32, also if a checkpoint has others
+        # transformers (5.20 to 5.24) writes the folder that a nested config came from into `config.json`.
+        backbone.name_or_path = ""
         if backbone.model_type in CLS_POOLER_TYPES:
             backbone.pooler_act = "linear"
             backbone.pooler_output_size = backbone.hidden_size

@@ -221,7 +221,9 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
     if hasattr(processor, "data_config"):
         side = processor.data_config["input_size"][-1]
     else:
-        size = dict(getattr(processor, "crop_size", None) or processor.size or {})
+        # EfficientNet and BEiT name a size of a crop that they do not make.
+        crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
+        size = dict(crops or processor.size or {})
         side = size.get("height", size.get("shortest_edge"))
     return {"mean": mean, "std": std} | ({} if side is None else {"size": side})
 
@@ -230,11 +232,13 @@ def normalization(processor: Any, channels: int) -> tuple[list[float], list[floa
     """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor.
 
     They are 0 and 1 for a processor that does not normalize or names no numbers. A single number applies to
-    all channels.
+    all channels. The processor of EfficientNet divides twice by its standard deviation (`include_top`).
     """
     given = getattr(processor, "data_config", None)  # of timm
     if given is None:
         used = getattr(processor, "do_normalize", False)
         given = {"mean": processor.image_mean, "std": processor.image_std} if used else {}
     mean, std = list(given.get("mean") or [0.0]), list(given.get("std") or [1.0])
+    if getattr(processor, "include_top", False):
+        std = [value**2 for value in std]
     return mean * (channels if len(mean) == 1 else 1), std * (channels if len(std) == 1 else 1)
