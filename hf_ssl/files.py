@@ -96,11 +96,13 @@ def replaced_file(final: Path) -> Iterator[Path]:
 def replaced_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to write to; it replaces the folder `final` at the end of the block.
 
-    If the block raises, `final` stays as it was. Weight files get normal permissions.
+    If the block raises, `final` stays as it was. Weight files get normal permissions. A symbolic link to a
+    folder stays, and the folder that it names is replaced, because a folder cannot be moved onto a link.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    final = final.resolve()
     staging = staging_path(final)
     shutil.rmtree(staging, ignore_errors=True)
     with disk_errors_as_user_errors(f"{final.name} to {final.parent.name or final.parent}"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New and empty folders, and the checkpoints in a folder."""
+"""New, empty and replaced folders, and the checkpoints in a folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,13 @@ import pytest
 from messages import mentions
 
 from hf_ssl.errors import UserError
-from hf_ssl.files import check_new_or_empty, delete_old_checkpoints, newest_checkpoint, read_json
+from hf_ssl.files import (
+    check_new_or_empty,
+    delete_old_checkpoints,
+    newest_checkpoint,
+    read_json,
+    replaced_folder,
+)
 
 
 def test_new_and_empty_folders_pass_and_others_are_named(tmp_path: Path) -> None:
@@ -62,3 +68,16 @@ def test_the_newest_checkpoint_can_be_a_complete_one(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert newest_checkpoint(tmp_path, "last.json") == tmp_path / "checkpoint-9"
     assert newest_checkpoint(tmp_path, "other.json") is None
+
+
+def test_a_link_to_a_folder_stays_and_its_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "real" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    with replaced_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["real", "new"]
+    with pytest.raises(RuntimeError), replaced_folder(tmp_path / "link"):
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["real", "new"]
