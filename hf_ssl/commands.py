@@ -219,10 +219,16 @@ def publish(arguments: argparse.Namespace) -> None:
 def attention(arguments: argparse.Namespace) -> None:
     """Draw the attention maps of a vision transformer for your photos."""
     with progress("drawing attention maps"):
+        from hf_ssl.cards.result_files import trained_value_range
         from hf_ssl.evaluation import write_attention_pictures
 
         folders = write_attention_pictures(
-            arguments.model, arguments.images, arguments.output, layer=arguments.layer, size=arguments.size
+            arguments.model,
+            arguments.images,
+            arguments.output,
+            layer=arguments.layer,
+            size=arguments.size,
+            value_range=trained_value_range(arguments.model),
         )
     print("\n".join(f"pictures in {folder}" for folder in folders))
     print(f"overview in {arguments.output / 'overview.png'}")

@@ -184,7 +184,8 @@ def test_attention_hands_over_photos(
 ) -> None:
     calls = record(monkeypatch, "write_attention_pictures", lambda *a, **o: [Path("out/a")], evaluation)
     assert main(["attention", "folder", "a.jpg", "b.png", "--output", "out", "--size", "480"]) == 0
-    assert calls == [("folder", [Path("a.jpg"), Path("b.png")], Path("out"), {"layer": -1, "size": 480})]
+    options = {"layer": -1, "size": 480, "value_range": None}
+    assert calls == [("folder", [Path("a.jpg"), Path("b.png")], Path("out"), options)]
     assert capsys.readouterr().out == "pictures in out/a\noverview in out/overview.png\n"
 
 

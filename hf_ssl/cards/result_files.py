@@ -130,6 +130,18 @@ def with_trained_tolerance(data: DataConfig, model: str) -> DataConfig:
     return replace(data, max_broken_fraction=trained.get("max_broken_fraction", data.max_broken_fraction))
 
 
+def trained_value_range(model: str) -> tuple[float, float] | None:
+    """Return the values that became black and white in the training of an encoder.
+
+    The result is None for images of 8 bits, and if `model` is no output folder of a run.
+    """
+    folder = local_folder(model)
+    if folder is None or not (folder / FACTS).is_file():
+        return None
+    found = read_facts(folder)["data"]["value_range"]
+    return None if found is None else (found[0], found[1])
+
+
 def recorded_training(folder: Path) -> dict[str, Any]:
     """Return the part of the entry of a run that describes its training; {} if the folder contains no run."""
     if (folder / FACTS).is_file():

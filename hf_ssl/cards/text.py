@@ -370,7 +370,10 @@ def _input_limitations(channels: int) -> list[str]:
             "with transformers 5.21 or newer. Older versions drop the transparency."
         )
     else:
-        first = 'The encoder has one input channel. Open images with `image.convert("L")`, as shown above.'
+        first = (
+            'The encoder has one input channel. Open images with `image.convert("L")`, as shown above. '
+            "Training placed transparent images on a white background. This call drops the transparency."
+        )
     return [
         first,
         "Training scaled images with 16 bits per channel to 8 bits. The image processor does not do this.",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.data.decode import as_pillow, read_photo
+from hf_ssl.data.pixels import ValueRange
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
 from hf_ssl.evaluation.encoders import load_encoder, pixel_values
@@ -155,7 +156,13 @@ def darken_outside_mask(photo: Image.Image, mask_hw: Tensor, *, darkness: float 
 
 
 def write_attention_pictures(
-    model: str, photos: Sequence[Path], folder: Path, *, layer: int = -1, size: int | None = None
+    model: str,
+    photos: Sequence[Path],
+    folder: Path,
+    *,
+    layer: int = -1,
+    size: int | None = None,
+    value_range: ValueRange | None = None,
 ) -> list[Path]:
     """Write the pictures of each photo as PNG files into one subfolder of `folder` per photo.
 
@@ -165,6 +172,8 @@ def write_attention_pictures(
         model: a folder or a Hub id.
         photos: picture files. If several files have the same name, the folders after the first get a number.
         layer, size: see `attention_pictures`.
+        value_range: the values of photos of more than 8 bits that become black and white, as in the training
+            of the encoder. None: the limits of the file format.
 
     Returns:
         The folders of the photos.
@@ -179,7 +188,8 @@ def write_attention_pictures(
     rows: list[dict[str, Image.Image]] = []
     for photo in photos:
         try:
-            pixels = read_photo(photo, channels=input_channels(encoder.config))
+            channels = input_channels(encoder.config)
+            pixels = read_photo(photo, channels=channels, value_range=value_range)
         except (UserError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{photo}: {reason}") from error

@@ -316,7 +316,8 @@ def test_the_code_fits_the_encoder(
     facts["backbone"] |= {"pooling": pooling, "channels": channels}
     write_card(tmp_path, facts)
     assert all(line in readme(tmp_path) for line in lines)
-    assert ("placed transparent images on a white background" in readme(tmp_path)) == (channels == 3)
+    assert "placed transparent images on a white background" in readme(tmp_path)
+    assert ("The image processor does the same" in readme(tmp_path)) == (channels == 3)
 
 
 @pytest.mark.parametrize(

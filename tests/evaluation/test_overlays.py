@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention as pictures: where they are bright, what size they have, and what is written."""
 
+import shutil
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from example_facts import new_facts
 from messages import mentions
 from PIL import Image
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.utils import logging as transformers_logging
 
+from hf_ssl.cards import write_facts
+from hf_ssl.cli import main
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     attention_maps,
@@ -124,6 +128,23 @@ def test_written_pictures(folders: Path, tmp_path: Path) -> None:
             assert picture.size == (400, 320)
     with Image.open(tmp_path / "overview.png") as picture:
         assert picture.size == (len(KEYS) * 163 - 3, 14 + 2 * 131 - 3)
+
+
+def test_a_photo_of_12_bits_is_scaled_as_in_training(folders: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folders / "vit", tmp_path / "run"))
+    facts = new_facts()
+    facts["data"] |= {"value_range": [0.0, 4095.0], "found_values": [0.0, 4095.0]}
+    write_facts(model, facts)
+    values = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "eight.png")
+    twelve = np.rint(values * (4095 / 255)).astype(np.uint16)
+    Image.fromarray(twelve).save(tmp_path / "twelve.png")
+    for name in ("eight", "twelve"):
+        assert main(["attention", str(model), str(tmp_path / f"{name}.png"), "--output", str(tmp_path)]) == 0
+    for picture in ("image", "mean", "colors"):
+        assert (tmp_path / "twelve" / f"{picture}.png").read_bytes() == (
+            tmp_path / "eight" / f"{picture}.png"
+        ).read_bytes()
 
 
 def test_the_overview_has_a_row_for_each_photo_and_a_column_for_each_picture() -> None:
