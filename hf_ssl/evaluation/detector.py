@@ -24,9 +24,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from hf_ssl.evaluation.encoders import checked_normalization
 from hf_ssl.evaluation.feature_maps import FeatureMaps
 from hf_ssl.modeling.backbones import input_channels
-from hf_ssl.modeling.loading import normalization
 from hf_ssl.precision import autocast
 
 MOST_DETECTIONS = 100
@@ -239,9 +239,12 @@ def new_detector(
         classes: number of classes. Class k of the data has the label k + 1, because 0 is the background.
         settings: the architecture.
         frozen, dtype: see `Body`.
+
+    Raises:
+        UserError: `checked_normalization` raises.
     """
     body = Body(maps, settings, frozen, dtype)
-    mean, std = normalization(processor, input_channels(body.maps.encoder.config))
+    mean, std = checked_normalization(processor, input_channels(body.maps.encoder.config))
     own = [str(number) for number in range(body.own_levels)]
     align = MultiScaleRoIAlign(own, _REGION_SIDE, 2)
     strides = body.strides[: body.own_levels]

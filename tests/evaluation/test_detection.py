@@ -284,6 +284,12 @@ def test_batch_statistics_are_an_option_of_a_tuned_encoder() -> None:
         assert body.maps.encoder.embedder.embedder.normalization.training == expected
 
 
+def test_a_processor_with_other_values_of_pixels_is_an_error() -> None:
+    other = BitImageProcessor(do_rescale=False)
+    with pytest.raises(UserError, match=mentions("processor", "BitImageProcessor")):
+        new_detector(feature_maps(resnet(), 4), other, 2, ARCHITECTURE, frozen=True)
+
+
 def test_the_detector_normalizes_as_the_image_processor() -> None:
     detector = new_detector(feature_maps(resnet(), 4), processor(), 2, ARCHITECTURE, frozen=True)
     image = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8)
