@@ -99,6 +99,7 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
     baselines: set[str] = set()  # those that a run measures
     for name, arm in arms.items():
         check_arm(name, arm, arms, last[name])
+        different: dict[str, Any] = {}
         axes = {key: values for key, values in grid.items() if has_effect(arm.command, key)}
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
@@ -108,6 +109,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
                 own = [text for text in own if key_of(text).partition(".")[0] != "backbone"]
             recipe = _checked(name, recipes[name], own, arm)  # reports mistakes before the first run
             plan.setdefault(name, keys_of_arm(arm) | {"grid": sorted(axes)} | _settings(recipe, grid))
+            if arm.start is None:
+                _check_different(different, recipe, chosen)
             pixels, weights = _baselines(recipe)
             for seed in range(1 if arm.command == EVALUATE else count):
                 more = [] if arm.command == EVALUATE else [f"training.seed={seed}"]
@@ -128,6 +131,17 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
         for each in names:
             check_name(f"study.{key}", each, known, "a column" if key == "columns" else "a measurement")
     return Sweep(study, grid, runs, plan)
+
+
+def _check_different(different: dict[str, Any], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
+    """Raise UserError if two combinations of an arm have equal settings; add this one to `different`."""
+    settings = json.dumps(recipe.to_dict(), sort_keys=True, default=str)
+    other = different.setdefault(settings, chosen)
+    if other is not chosen:
+        raise UserError(
+            f"sweep: expected runs with different settings, got equal ones for {written(other)} and "
+            f"{written(chosen)}; remove the setting that replaces these values, or one of them"
+        )
 
 
 def _checked(name: str, recipe_name: str, overrides: Sequence[str], arm: Arm) -> Recipe:

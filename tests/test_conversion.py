@@ -25,6 +25,7 @@ from tiers import in_tiers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision import transforms
+from torchvision.models import get_weight
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from transformers import AutoImageProcessor, AutoModel
 
@@ -526,6 +527,21 @@ def test_the_processor_resizes_and_crops_as_the_authors_do(tmp_path: Path) -> No
     expected = transforms.Compose([*steps, normalize])(image)
     found = processor(image, return_tensors="pt")["pixel_values"][0]
     assert (found - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("number", [50, 101, 152])
+@pytest.mark.parametrize("version", [1, 2])
+def test_weights_of_torchvision_have_the_size_of_their_evaluation(
+    number: int, version: int, tmp_path: Path
+) -> None:
+    weights = get_weight(f"ResNet{number}_Weights.IMAGENET1K_V{version}")
+    file = weights.url.rpartition("/")[2]
+    assert RELEASES["torchvision"].addresses(file) == [weights.url]
+    torch.save(resnet().state_dict(), tmp_path / file)
+    facts = convert(tmp_path / file, "torchvision", tmp_path / "encoder")
+    evaluated = weights.transforms()
+    assert [facts["processor"]["resize"]] == evaluated.resize_size
+    assert [facts["processor"]["crop"]] == evaluated.crop_size
 
 
 def test_options_replace_the_values_of_the_release(tmp_path: Path) -> None:

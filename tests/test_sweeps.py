@@ -380,6 +380,20 @@ def test_results_of_another_axis_are_not_accepted(tmp_path: Path) -> None:
     assert run.name == "training.momentum 0.9, method.momentum 0.99"
 
 
+@pytest.mark.parametrize(
+    ("axis", "fixed"),
+    [
+        ("training.learning_rate=[0.1,0.2]", "training.base_learning_rate=0.3"),
+        ("training.max_steps=[10,20]", "training.num_train_epochs=3"),
+    ],
+)
+def test_an_axis_without_effect_is_an_error(axis: str, fixed: str) -> None:
+    key = axis.partition("=")[0]
+    with pytest.raises(UserError, match=mentions(key, "equal", "remove")):
+        load_sweep("smoke/simclr", [axis, fixed])
+    assert len(load_sweep("smoke/simclr", [axis, "training.weight_decay=0.1"]).runs) == 2
+
+
 def test_arms_of_an_older_version_had_no_start(tmp_path: Path) -> None:
     file, output = tmp_path / "four.yaml", tmp_path / "out"
     file.write_text(FOUR.replace("second: {start: first,", "second: {"))

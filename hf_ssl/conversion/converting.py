@@ -31,8 +31,8 @@ from hf_ssl.progress import progress
 
 IMAGE_SIZE = 224
 """Side in pixels of the images of a ResNet, in the authors' evaluation."""
-RESIZE = 8 / 7
-"""The authors resize the shorter side to 256 pixels before a crop of 224."""
+RESIZED = 256
+"""Most authors resize the shorter side to this number of pixels before a crop of 224."""
 _COUNTER = "num_batches_tracked"  # of BatchNorm: some files lack it, and it has no effect on features
 
 
@@ -84,7 +84,7 @@ def convert(
     found = _architecture(chosen, known, heads)
     _check_labels(file, chosen, known, found.left_out)
     encoder = _encoder(found, known)
-    processor = _processor(encoder, found, known, size, mean, std)
+    processor = _processor(encoder, found, known, file.name, size, mean, std)
     with progress(f"hashing {file.name}"), file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     facts = ConversionFacts(
@@ -193,6 +193,7 @@ def _processor(
     encoder: Any,
     found: Architecture,
     release: Release,
+    file: str,
     size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -228,7 +229,7 @@ def _processor(
         **{key: list(v) for key, v in given.items()},
     }
     processor = image_processor(preset, channels)
-    processor.size = {"shortest_edge": round(side * RESIZE)}
+    processor.size = {"shortest_edge": round(side * release.resized.get(file, RESIZED) / IMAGE_SIZE)}
     return processor
 
 

@@ -43,6 +43,8 @@ class Release:
         interpolation: filter that resizes the images in the authors' evaluation.
         pooling: the feature that the authors evaluate, see `hf_ssl.modeling.pooling.pool`.
         heads: width of a vision transformer -> number of attention heads, which no file contains.
+        resized: name of a file -> side in pixels before the crop of 224, in the authors' evaluation, if it
+            is not 256.
         note: sentences about the weights, for documentation and cards.
         has_classifier: whether files without a prefix contain a classifier that others trained on the frozen
             encoder. In the files of other methods, a classifier shows a training with labels.
@@ -60,6 +62,7 @@ class Release:
     interpolation: str = "bilinear"
     pooling: Pooling = "auto"
     heads: Mapping[int, int] = field(default_factory=lambda: HEADS)
+    resized: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
     has_classifier: bool = False
 
@@ -293,6 +296,12 @@ RELEASES = {
                 "resnet152-f82ba261",
             )
         ),
+        resized={
+            # the weights IMAGENET1K_V2
+            "resnet50-11ad3fa6.pth": 232,
+            "resnet101-cd907fc2.pth": 232,
+            "resnet152-f82ba261.pth": 232,
+        },
         note="These encoders were trained with labels.",
     ),
     "timm": Release(

@@ -18,11 +18,13 @@ SECTIONS = ("method", "backbone", "data", "views", "training", "evaluation", "pu
 ENDINGS = (".yaml", ".yml")
 _REPLACES = {
     "training.learning_rate": ("base_learning_rate", "learning_rate_rule"),
+    "training.base_learning_rate": ("learning_rate",),
     "training.warmup_steps": ("warmup_epochs",),
+    "training.warmup_epochs": ("warmup_steps",),
     "training.num_train_epochs": ("max_steps",),
     "training.precision": ("bf16", "fp16"),
 }
-"""Key -> keys of its section with the same meaning, which the training arguments would prefer to it."""
+"""Key -> keys of its section with the same meaning. The training arguments would use only one of them."""
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
