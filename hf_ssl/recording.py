@@ -34,7 +34,6 @@ from hf_ssl.modeling.encoder_parts import describe_views
 from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 from hf_ssl.modeling.pooling import pooling_rule
-from hf_ssl.precision import ACCELERATE
 from hf_ssl.recipe import Recipe
 from hf_ssl.trainer.alarms import monitor_records
 from hf_ssl.trainer.callbacks import CURVES, VIEWS
@@ -84,7 +83,7 @@ def collect_facts(recipe: Recipe, trainer: SSLTrainer, measured: EvaluationOutco
         data=data,
         training=_training_facts(recipe, trainer),
         monitor=_monitor_facts(trainer),
-        environment=environment(trainer.args.device, trainer.args.world_size),
+        environment=trainer.machine_of_training()["environment"],
         evaluation=None
         if measured.train is None or measured.test is None
         else evaluation_facts(recipe.data, recipe.evaluation, measured.train, measured.test),
@@ -176,7 +175,7 @@ def _data_facts(recipe: Recipe, trainer: SSLTrainer) -> DataFacts:
 
 
 def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
-    args, state = trainer.args, trainer.state
+    args, state, machine = trainer.args, trainer.state, trainer.machine_of_training()
     images, rows = trainer.images_seen, trainer.source.num_rows
     micro_batch = args.batch_size // args.gradient_accumulation_steps  # of all processes
     seconds = trainer.stopwatch.seconds
@@ -191,8 +190,8 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
         learning_rate=args.learning_rate,
         learning_rate_rule=args.learning_rate_rule,
         weight_decay=args.weight_decay,
-        precision=ACCELERATE[trainer.accelerator.mixed_precision],
-        processes=args.world_size,
+        precision=machine["precision"],
+        processes=machine["processes"],
         seed=args.seed,
         seconds=seconds,
         images_per_second=images / seconds if seconds else 0.0,

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
+from hf_ssl.cards import environment
 from hf_ssl.data import BrokenCounter, Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
@@ -37,6 +38,7 @@ from hf_ssl.files import (
 from hf_ssl.modeling.finite import not_finite_training
 from hf_ssl.modeling.gather import from_every_process, wait_for_all
 from hf_ssl.modeling.image_trainer import list_files
+from hf_ssl.precision import ACCELERATE
 from hf_ssl.progress import progress
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.online_probe import OnlineProbe
@@ -59,8 +61,10 @@ class CheckpointTrainer(OptimizingTrainer):
         stopwatch: the time of training.
         broken: the images that could not be read.
         resumed: how many times the run was resumed.
+        machine: `machine_of_training()` of a finished run that was loaded; None: this process trains.
     """
 
+    machine: dict[str, Any] | None = None
     _resumed_metric: str | None = None
     _written: frozenset[Path] = frozenset()  # checkpoints of this call of `train`
     stopwatch: Stopwatch
@@ -194,7 +198,7 @@ class CheckpointTrainer(OptimizingTrainer):
         """Return the state of this process besides the model, as JSON data.
 
         It contains the position of a stream, the broken images found so far, the seconds of training, how
-        many times the run was resumed, and the number of processed images of all processes.
+        many times the run was resumed, the number of processed images of all processes, and the machine.
         """
         return {
             "position": self._position,
@@ -203,12 +207,26 @@ class CheckpointTrainer(OptimizingTrainer):
             "resumed": self.resumed,
             "images_seen": self.images_seen,
             "metric_for_best_model": self.args.metric_for_best_model,
+            "machine": self.machine_of_training(),
+        }
+
+    def machine_of_training(self) -> dict[str, Any]:
+        """Return software and hardware, precision, and number of processes of the last part of the training.
+
+        A finished run keeps them if its command is repeated, also on another machine.
+        """
+        return self.machine or {
+            "environment": environment(self.args.device, self.args.world_size),
+            "precision": ACCELERATE[self.accelerator.mixed_precision],
+            "processes": self.args.world_size,
         }
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load the weights and the state of a finished run, as at its end."""
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
+        # Older versions did not store it.
+        self.machine = load_data_state(checkpoint, self.args.process_index).get("machine")
         self.state = load_state(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"

@@ -173,11 +173,11 @@ def test_a_run_resumes_on_a_machine_with_another_number_of_workers(tmp_path):
         assert value.equal(resumed.method.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_steps", 9), ("num_train_epochs", 9.0)])
-def test_a_longer_run_in_the_same_folder_is_refused_with_the_reason(tmp_path, key, value):
-    run.train(recipe(tmp_path, "training.max_steps=2"))
+@pytest.mark.parametrize(("key", "short", "value"), [("max_steps", 2, 9), ("num_train_epochs", 0.05, 9.0)])
+def test_a_longer_run_in_the_same_folder_is_refused_with_the_reason(tmp_path, key, short, value):
+    run.train(recipe(tmp_path, f"training.{key}={short}"))
     with pytest.raises(UserError, match=mentions(f"training.{key}", value, "schedule")):
-        run.train(recipe(tmp_path, "training.max_steps=2", f"training.{key}={value}"))
+        run.train(recipe(tmp_path, f"training.{key}={value}"))
 
 
 def test_a_damaged_record_of_the_run_ends_in_a_sentence(tmp_path):
@@ -309,10 +309,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     assert (finished.state.global_step, finished.resumed) == (4, 1)
 
 
-def test_a_run_that_is_over_is_not_trained_again(tmp_path):
+def test_a_run_that_is_over_is_not_trained_again(tmp_path, monkeypatch):
     settings = recipe(tmp_path)
     first = run.train(settings)
+    machine = first.machine_of_training()
+    other = machine["environment"] | {"device": "another processor", "cores": 999}
+    monkeypatch.setattr("hf_ssl.trainer.checkpoints.environment", lambda *_: other)
+    assert first.machine_of_training()["environment"] == other
     again = run.train(settings)
+    assert again.machine_of_training() == machine  # it was not trained on the other one
     assert again.state.global_step == 4
     assert again.resumed == 0
     spent = first.stopwatch.seconds
