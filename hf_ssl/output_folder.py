@@ -25,7 +25,7 @@ from hf_ssl.names import with_current_keys
 from hf_ssl.precision import AUTO
 from hf_ssl.recipe import Recipe
 from hf_ssl.sections import default_values
-from hf_ssl.trainer.checkpoints import load_state
+from hf_ssl.trainer.checkpoint_files import load_state
 from hf_ssl.trainer.machine_settings import Choices
 from hf_ssl.trainer.resuming import usable_checkpoint
 from hf_ssl.views.preset import ViewPreset

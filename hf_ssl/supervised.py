@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from hf_ssl import __version__
 from hf_ssl.building import build_model, open_labeled_splits
 from hf_ssl.cards import environment, remove_private
+from hf_ssl.cards.facts_files import settings_of_weights
 from hf_ssl.cards.result_files import EVALUATED, SUPERVISED
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation import fastest_device
@@ -199,6 +200,9 @@ def _entry(
         "hf_ssl_version": __version__,
         "recipe": recipe.name,
         "overrides": remove_private(recipe.overrides),
+        "settings": remove_private(
+            {key: v for key, v in settings_of_weights(recipe.differences()).items() if is_used(key)}
+        ),
         "seed": training["seed"],
         "method": "supervised",
         "backbone": backbone,

@@ -10,21 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import yaml
-
 from hf_ssl.cards.facts_files import facts_of_weights
+from hf_ssl.cards.row_labels import pooling_of, row_labels, weight_overrides
 from hf_ssl.cards.short_texts import distinguished, joined
-from hf_ssl.cards.text import ENCODERS
-from hf_ssl.effects import NOTHING, WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.bootstrap import Difference, paired_bootstrap, unpack_right
 from hf_ssl.evaluation.results import ACCURACY, ProtocolResult, is_measured, mean_error, metric_of
-from hf_ssl.methods import METHODS
-
-# These change the weights, but do not distinguish runs: rows join seeds, and columns separate the images.
-_IGNORED = ("training.seed", "data.path")
-# The keys of `evaluation` that do not change the weights of a supervised training. Its others do.
-_OF_TEST = ("path", "test_split", "max_test_images")
 
 
 class Tested(NamedTuple):
@@ -231,14 +222,19 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
         if not evaluated:
             skipped.append(f"{_described(different[0])}: {_reason(different[0])}")
         else:
+            # Older versions did not record the settings.
+            known = [entry["settings"] for entry in different if entry.get("settings") is not None]
+            evaluated[0] = evaluated[0] | {"settings": known[0] if known else None}
             groups.setdefault(_group("trained", evaluated[0]), []).append(_Run("trained", evaluated))
     for name in ("start", "untrained", "raw_pixels") if baselines else ():
         for given in trainings.values():
             _add_baseline(groups, name, given)
     columns = _columns([run for runs in groups.values() for run in runs])
+    firsts = [runs[0] for runs in groups.values()]
+    labels = row_labels([run.name for run in firsts], [run.entries[0] for run in firsts])
     rows = [
         Row(label, [run.seed for run in runs], _cells(runs, columns), runs[0].name != "trained")
-        for label, runs in zip(_labels(list(groups.values())), groups.values(), strict=True)
+        for label, runs in zip(labels, groups.values(), strict=True)
     ]
     comparison = Comparison([row for row in rows if row.cells], columns, skipped, repeated)
     for column in columns:
@@ -254,18 +250,12 @@ def _training(entry: dict[str, Any]) -> str:
     """
     if entry["training"] is None:  # an encoder that hf_ssl did not train
         encoder = ["weights", entry["weights"]] if entry["weights"] else ["model", entry["model"]]
-        return json.dumps([*encoder, _pooling(entry)])
+        return json.dumps([*encoder, pooling_of(entry)])
     keys = ("recipe", "seed", "method", "backbone")
     source = [entry["data"].get(key) for key in ("name", "revision", "split", "images")]
     training = facts_of_weights(entry["training"])
-    values = [*(entry[key] for key in keys), _overrides(entry), source, training, _pooling(entry)]
+    values = [*(entry[key] for key in keys), weight_overrides(entry), source, training, pooling_of(entry)]
     return json.dumps(values, sort_keys=True)
-
-
-def _pooling(entry: dict[str, Any]) -> str | None:
-    """Return the pooling of the evaluated features. One encoder with several poolings has several rows."""
-    pooling: str | None = entry["results"].get("trained", {}).get("pooling")
-    return pooling
 
 
 def _described(entry: dict[str, Any]) -> str:
@@ -309,41 +299,14 @@ def _group(name: str, entry: dict[str, Any]) -> str:
     if name == "untrained":
         return json.dumps([name, _tested(entry, name), backbone])
     if entry["training"] is None:
-        return json.dumps([name, entry["model"], entry["weights"], _pooling(entry)])
+        return json.dumps([name, entry["model"], entry["weights"], pooling_of(entry)])
     data, training = entry["data"], entry["training"]
     keys = ("steps", "batch_size", "optimizer", "learning_rate", "precision")
     trained = [training.get(key) for key in keys]
     source = [data.get(key) for key in ("name", "revision", "split", "images")]
-    run = [entry["method"], entry["recipe"], _overrides(entry), backbone, source, trained]
-    return json.dumps([name, *run, _pooling(entry)])
-
-
-def _overrides(entry: dict[str, Any]) -> list[str]:
-    """Return the overrides that distinguish a run from others of its recipe."""
-    return [
-        text
-        for override in entry["overrides"]
-        for text in _single_keys(override)
-        if _distinguishes(text.partition("=")[0], entry["method"])
-    ]
-
-
-def _distinguishes(key: str, method: str | None) -> bool:
-    """Return whether a setting distinguishes runs of a recipe. Supervised runs train with `evaluation`."""
-    section, _, name = key.partition(".")
-    if method == "supervised" and section == "evaluation":
-        is_folder = name.startswith("settings.") and name.endswith(".folder")
-        return effect(key) != NOTHING and name not in _OF_TEST and not is_folder
-    return key not in _IGNORED and effect(key) == WEIGHTS
-
-
-def _single_keys(override: str) -> list[str]:
-    """Return an override with one text for each key: "data={a: 1, b: 2}" sets two keys."""
-    section, _, value = override.partition("=")
-    values = yaml.safe_load(value) if "." not in section else None
-    if not isinstance(values, dict):
-        return [override]
-    return [f"{section}.{key}={each}" for key, each in values.items()]
+    # The file of a recipe may change between two runs.
+    run = [entry["method"], entry["recipe"], weight_overrides(entry), entry.get("settings"), backbone, source]
+    return json.dumps([name, *run, trained, pooling_of(entry)], sort_keys=True)
 
 
 def _tested(entry: dict[str, Any], name: str) -> Tested:
@@ -405,35 +368,6 @@ def _cells(runs: list[_Run], columns: list[Column]) -> dict[Column, Cell]:
                 cell.right = [unpack_right(text, column.data.images) for text in packed]
             cells[column] = cell
     return cells
-
-
-def _labels(groups: list[list[_Run]]) -> list[str]:
-    """Return a different name for each group: its method, and as much more as is needed."""
-    return distinguished([_label_parts(runs[0].name, runs[0].entries[0]) for runs in groups])
-
-
-def _label_parts(name: str, entry: dict[str, Any]) -> list[str]:
-    """Return the method and the properties that can distinguish the run from others of this method."""
-    backbone, data, training = entry["backbone"], entry["data"], entry["training"]
-    network = [backbone["class_name"].removesuffix("Model"), f"{backbone['parameters']:,} parameters"]
-    if name in ("untrained", "raw_pixels"):  # they do not depend on the training
-        network = network if name == "untrained" else ["", ""]
-        return [ENCODERS[name], *network, f"on {entry['evaluation']['name']}", *[""] * 5]
-    pooling = f"pooling {_pooling(entry)}"
-    if training is None:
-        weights = (entry["weights"] or "unknown")[:8]
-        return [entry["model"], *network, f"weights {weights}", pooling, *[""] * 4]
-    method = METHODS[entry["method"]].title if entry["method"] in METHODS else entry["method"]
-    return [
-        f"{ENCODERS[name]} of {method}" if name == "start" else method,
-        *network,
-        f"on {data['name']}",
-        pooling,
-        counted(training["steps"], "step"),
-        f"recipe {entry['recipe']}",
-        ", ".join(_overrides(entry)),
-        f"revision {data['revision'][:8]}, batch size {training['batch_size']}, {training['precision']}",
-    ]
 
 
 def _add_differences(comparison: Comparison, column: Column) -> None:

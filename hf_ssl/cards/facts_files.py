@@ -3,6 +3,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from hf_ssl.cards.facts import Facts, check_facts
 from hf_ssl.cards.privacy import public_facts
+from hf_ssl.effects import WEIGHTS, effect
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.results import with_current_layout
 from hf_ssl.files import read_json, write_json
@@ -19,6 +21,8 @@ FILE = "facts.json"
 _BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_model", "parts")
 _OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices", "peak_memory_gib")
 """Facts of a training that change if a finished run is started again."""
+LEFT_OUT = ("training.seed", "data.path")
+"""Settings that do not distinguish runs: runs with several seeds are one row, and data have a revision."""
 
 
 def write_facts(directory: str | Path, facts: Facts) -> None:
@@ -98,6 +102,7 @@ def result_entry(facts: Facts) -> dict[str, Any]:
         "hf_ssl_version": facts["hf_ssl_version"],
         "recipe": facts["recipe"]["name"],
         "overrides": facts["recipe"]["overrides"],
+        "settings": settings_of_weights(facts["recipe"]["differences"]),
         "seed": facts["training"]["seed"],
         "method": facts["method"]["name"],
         "backbone": {
@@ -110,6 +115,11 @@ def result_entry(facts: Facts) -> dict[str, Any]:
         "evaluation": facts["evaluation"],
         "results": facts["results"],
     }
+
+
+def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of {"section.key": value} that distinguish runs with other weights in a comparison."""
+    return {key: value for key, value in settings.items() if effect(key) == WEIGHTS and key not in LEFT_OUT}
 
 
 def facts_of_weights(training: Any) -> dict[str, Any]:

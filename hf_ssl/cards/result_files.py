@@ -28,7 +28,9 @@ EVALUATED = "evaluated"
 """Key of the entry, without its results, in `results.json`, `supervised.json` and the results of jobs."""
 EXPECTED = f"a results file, {FACTS}, {EVALUATION} of hf-ssl evaluate or {SUPERVISED}"
 _ENTRY = ("date", "seed", "method", "backbone", "data", "training", "recipe", "overrides", "evaluation")
-_TRAINING = ("recipe", "overrides", "seed", "method", "backbone", "data", "training", "collapse")
+_TRAINING = (
+    "recipe", "overrides", "settings", "seed", "method", "backbone", "data", "training", "collapse",
+)  # fmt: skip
 RESULTS = "results"
 """Folder of a run for results that its card shows and `hf-ssl publish` uploads."""
 _DEPTH = 3
@@ -150,4 +152,4 @@ def recorded_training(folder: Path) -> dict[str, Any]:
         (entry,) = read_results(folder / SUPERVISED)
     else:
         return {}
-    return {key: entry[key] for key in _TRAINING}
+    return {key: entry[key] for key in _TRAINING if key in entry}

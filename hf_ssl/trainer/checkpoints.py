@@ -10,16 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import transformers.trainer
 from accelerate import skip_first_batches
-from safetensors import SafetensorError
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from hf_ssl.cards import environment
@@ -27,7 +25,7 @@ from hf_ssl.data import BrokenCounter, Source
 from hf_ssl.data.batch import ProcessShare
 from hf_ssl.data.loader import MapLoader
 from hf_ssl.data.stream_loader import StreamLoader
-from hf_ssl.errors import UserError, first_line, one_line
+from hf_ssl.errors import UserError, first_line
 from hf_ssl.files import (
     delete_old_checkpoints,
     disk_errors_as_user_errors,
@@ -40,6 +38,7 @@ from hf_ssl.modeling.gather import from_every_process, wait_for_all
 from hf_ssl.modeling.image_trainer import list_files
 from hf_ssl.precision import ACCELERATE
 from hf_ssl.progress import progress
+from hf_ssl.trainer.checkpoint_files import data_state_name, load_data_state, load_state, readable
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
@@ -139,7 +138,7 @@ class CheckpointTrainer(OptimizingTrainer):
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
-            (staging / _data_state_name(self.args.process_index)).write_text(json.dumps(self.data_state()))
+            (staging / data_state_name(self.args.process_index)).write_text(json.dumps(self.data_state()))
             self._record_state(root)  # every process loads the best checkpoint at the end
             if writes:
                 if self.online_probe is not None:
@@ -264,7 +263,7 @@ class CheckpointTrainer(OptimizingTrainer):
         # Older versions did not count the images.
         self.images_seen = state.get("images_seen", images // self.args.gradient_accumulation_steps)
         self._resumed_metric = state.get("metric_for_best_model")
-        with _readable(Path(resume_from_checkpoint)):
+        with readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.online_probe is not None:
                 self.online_probe.load(Path(resume_from_checkpoint), self.args.device)
@@ -287,7 +286,7 @@ class CheckpointTrainer(OptimizingTrainer):
         optimizer = cast(Optimizer, self.optimizer)
         own = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters
         before, schedule = [dict(group) for group in optimizer.param_groups], dict(vars(self.lr_scheduler))
-        with _readable(Path(checkpoint)):
+        with readable(Path(checkpoint)):
             try:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 groups = list(zip(before, optimizer.param_groups, strict=True))
@@ -358,29 +357,6 @@ def check_no_checkpoints(args: TrainingArguments) -> None:
         )
 
 
-def load_state(checkpoint: Path) -> TrainerState:
-    """Return the state of transformers' Trainer in a checkpoint.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    with _readable(checkpoint, f"JSON in {TRAINER_STATE_NAME}"):
-        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
-def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
-    """Return the `data_state()` of this process in a checkpoint.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    path = checkpoint / _data_state_name(process_index)
-    if not path.exists():  # the run had fewer processes; the state of the first one is the nearest
-        path = checkpoint / _data_state_name(0)
-    with _readable(checkpoint, f"JSON in {path.name}"):
-        return json.loads(path.read_text())
-
-
 @contextmanager
 def keep_loader_position() -> Iterator[None]:
     """Make transformers' Trainer count the batches before the checkpoint without reading them.
@@ -419,31 +395,3 @@ def _complete_or_removed(final: Path, staging: Path | None) -> Iterator[None]:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _readable(checkpoint: Path, expected: str = "readable files") -> Iterator[None]:
-    """Turn the errors of a damaged or foreign file into a `UserError` that names the checkpoint."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(
-            f"checkpoint {checkpoint}: expected {expected}, got no {Path(str(error.filename)).name}; use a "
-            "checkpoint of SSLTrainer"
-        ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-        if "loading state_dict" in str(error):
-            raise UserError(
-                f"checkpoint {checkpoint}: expected the weights of this model, got {one_line(error)[:300]}; "
-                "resume with the model of the run"
-            ) from error
-        raise UserError(
-            f"checkpoint {checkpoint}: expected {expected}, got {first_line(error)}; remove the "
-            "checkpoint, and the run resumes from the one before it"
-        ) from error
-
-
-def _data_state_name(process_index: int) -> str:
-    return f"data_state_{process_index}.json"

@@ -60,6 +60,25 @@ def test_a_row_contains_the_runs_that_differ_only_in_the_seed(six) -> None:
     assert len(compare([*six, *copy.deepcopy(six)]).rows[0].seeds) == 3, "equal entries count once"
 
 
+def test_runs_of_a_changed_recipe_file_are_no_seeds() -> None:
+    """The name of the recipe and the overrides are equal, but the file was edited between the runs."""
+    runs = [facts_of(seed=seed) for seed in (0, 1, 2, 0)]
+    for number, value in ((1, "data.path"), (1, "training.seed"), (1, "training.save_steps")):
+        runs[number]["recipe"]["differences"][value] = "another"  # these have no effect on the weights
+    runs[2]["recipe"]["differences"]["method.temperature"] = 0.1
+    del runs[3]["recipe"]["differences"]["method.temperature"]
+    runs[3]["training"]["final_loss"] = 9.0
+    entries = [result_entry(each) for each in runs]
+    assert [(row.label, row.seeds) for row in compare(entries).rows] == [
+        ("SimCLR, method.temperature 0.5", [0, 1]),
+        ("SimCLR, method.temperature 0.1", [2]),
+        ("SimCLR, method.temperature default", [0]),
+    ]
+    old = [{key: value for key, value in each.items() if key != "settings"} for each in entries]
+    assert [row.seeds for row in compare([*entries[:2], *old[:2]]).rows] == [[0, 1]]
+    assert len(compare(old).rows) == 1
+
+
 def test_other_settings_are_other_rows() -> None:
     runs = [entry(), entry(steps=800), entry(learning_rate=0.5), entry(precision="float32")]
     labels = [row.label for row in compare(runs).rows]
