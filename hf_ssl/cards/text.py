@@ -350,10 +350,9 @@ def _selection(facts: Facts, split: str) -> str:
             f"**The checkpoint was selected by {selected_by}**. Results on {split} are too optimistic if "
             f"this metric uses images of {split}."
         )
-    weights = (
-        "The weights are those of the last step. The learning rate of the linear probe was selected on "
-        "training images."
-    )
+    weights = "The weights are those of the last step."
+    if any(number["key"].startswith("linear_probe") for number in facts["results"]["trained"]["protocols"]):
+        weights += " The learning rate of the linear probe was selected on training images."
     if test_images:
         return (
             f"The monitor measured k-NN accuracy on {counted(test_images, 'labeled image')} of {split} "

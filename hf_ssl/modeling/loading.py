@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads encoders, their configurations and image processors from folders and the Hub (layer 1)."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,6 +219,13 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
         )  # fmt: skip
         return {}
     mean, std = normalization(processor, channels)
+    scale = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1
+    if not math.isclose(scale, 1 / 255) or getattr(processor, "do_flip_channel_order", False):
+        logger.warning(
+            "views: expected an encoder for RGB images that are divided by 255, as the views are, but its %s "
+            "uses another factor or another order of the colors; use another encoder, or expect that "
+            "training needs more steps", type(processor).__name__,
+        )  # fmt: skip
     if hasattr(processor, "data_config"):
         side = processor.data_config["input_size"][-1]
     else:

@@ -11,6 +11,7 @@ from transformers import (
     BitImageProcessor,
     ConvNextImageProcessor,
     EfficientNetImageProcessor,
+    MobileViTImageProcessor,
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEModel,
@@ -44,6 +45,21 @@ def test_the_views_equal_the_images_of_the_processor(name: str, tmp_path: Path) 
     assert expected.shape == (1, 3, views["size"], views["size"])
     mean, std = (torch.tensor(views[key])[:, None, None] for key in ("mean", "std"))
     torch.testing.assert_close((photo[:, :1, :1] / 255 - mean) / std, expected[0, :, :1, :1])
+
+
+@pytest.mark.parametrize(
+    ("processor", "warns"),
+    [
+        (ViTImageProcessor(size=SQUARE), False),
+        (ViTImageProcessor(size=SQUARE, do_rescale=False), True),
+        (ViTImageProcessor(size=SQUARE, rescale_factor=1 / 127.5), True),
+        (MobileViTImageProcessor(size={"shortest_edge": 24}, crop_size=SQUARE), True),  # BGR
+    ],
+)
+def test_other_values_of_pixels_are_reported(processor, warns, tmp_path, caplog) -> None:
+    processor.save_pretrained(tmp_path)
+    assert view_settings(str(tmp_path), 3)["size"] == 24
+    assert [type(processor).__name__ in record.getMessage() for record in caplog.records] == [True] * warns
 
 
 @pytest.mark.parametrize("model_class", [ViTModel, ViTMAEModel])
