@@ -15,6 +15,8 @@ from hf_ssl.evaluation.results import in_percent
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     character: f"\\{character}" for character in "&%$#_{}"
 }
+# The standard fonts have other glyphs for these, and LaTeX reads [ after the end of a row as an option.
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}"}
 _COLORS = (
     "#0072b2",
     "#d55e00",
@@ -194,7 +196,7 @@ def latex(comparison: Comparison) -> str:
 
 def latex_escaped(text: str) -> str:
     """Return a text for LaTeX."""
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: _LATEX[found[0]], text)
+    return re.sub(r"[\\~^&%$#_{}<>|[]", lambda found: _LATEX[found[0]], text)
 
 
 def draw(comparison: Comparison, path: Path) -> None:

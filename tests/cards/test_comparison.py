@@ -216,6 +216,7 @@ def test_markdown_and_latex_show_means_deviations_and_the_best(six) -> None:
     assert latex_escaped(r"a_b & 5 % {x} \ ~ ^ # $") == (
         r"a\_b \& 5 \% \{x\} \textbackslash{} \textasciitilde{} \textasciicircum{} \# \$"
     )
+    assert latex_escaped("[a]<b>|") == r"{[}a]\textless{}b\textgreater{}\textbar{}"
 
 
 def test_csv_has_a_line_for_each_number(six) -> None:
