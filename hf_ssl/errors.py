@@ -95,7 +95,7 @@ def one_line(message: BaseException | str) -> str:
 
 
 def loading_reason(error: BaseException) -> str:
-    """Return the first line of an error of loading, or a sentence if it would not say what to do.
+    """Return the first line of a loading error, or a new sentence if the line does not say what to do.
 
     transformers (5.20 to 5.24) names the argument `trust_remote_code` in its error. hf_ssl never sets it to
     True. Without `trust_remote_code=False`, transformers asks on standard input and runs the code after "y".

@@ -18,7 +18,7 @@ from hf_ssl.errors import UserError, one_line
 STAGING_PREFIX = "_writing-"
 """Prefix of incomplete files and folders. `hf-ssl publish` uploads no name with a leading underscore."""
 RUN_LOCK = "_run.lock"
-"""File that a training locks in its output folder."""
+"""Name of the file in the output folder that a run locks while it trains."""
 METHOD_MODEL = "pretraining"
 """Folder of the method model, beside the files of its exported encoder."""
 SAVED_FILES = "all files that were saved before are complete"
@@ -96,8 +96,8 @@ def replaced_file(final: Path) -> Iterator[Path]:
 def replaced_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to write to; it replaces the folder `final` at the end of the block.
 
-    If the block raises, `final` stays as it was. Weight files get normal permissions. A symbolic link to a
-    folder stays, and the folder that it names is replaced, because a folder cannot be moved onto a link.
+    If the block raises, `final` stays as it was. Weight files get normal permissions. If `final` is a
+    symbolic link to a folder, the linked folder is replaced, because a folder cannot be moved onto a link.
 
     Raises:
         UserError: the folder cannot be written.
@@ -128,7 +128,7 @@ def remove_incomplete(root: Path) -> None:
 def check_new_or_empty(folder: Path, where: str, other: str = "") -> None:
     """Check that a folder does not exist or is empty, before a command writes to it.
 
-    The files of a process that was killed before it wrote anything else do not count.
+    Incomplete files and the lock of a killed process do not count.
 
     Args:
         folder: the folder.

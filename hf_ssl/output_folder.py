@@ -82,12 +82,15 @@ def stored_revision(recipe: Recipe) -> str | None:
 
 @contextmanager
 def only_command(folder: Path) -> Iterator[None]:
-    """Raise UserError if another command trains in the output folder, which would mix the checkpoints.
+    """Lock the output folder during the block, so that two commands do not mix their checkpoints.
 
-    The system releases the lock of a process that ends, also of one that is killed. Only this process has it:
-    with `flock`, the workers of its data loader would keep it for some seconds. On a file system without such
-    locks, the block runs without one: filelock (4.3) would create a file there, which stays after `kill -9`,
-    so that the run could not resume.
+    The operating system releases the lock when the process ends, also after `kill -9`. Child processes do not
+    inherit a lock of `lockf`. With `flock`, the workers of the data loader would keep it for some seconds. On
+    a file system without locks, the block runs without a lock. The package filelock (4.3) would create a file
+    there that stays after `kill -9`, so the run could not resume.
+
+    Raises:
+        UserError: another command trains in the folder, or the folder cannot be written.
     """
     file = folder / RUN_LOCK
     with disk_errors_as_user_errors(f"training.output_dir={folder}"):
@@ -100,7 +103,7 @@ def only_command(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"training.output_dir: expected a folder that no other command uses, got {folder}, in which "
-                "one trains now; wait for its end, or use another folder"
+                "another command trains; wait until it ends, or use another folder"
             ) from error
         except OSError as error:
             logger.info("%s is not locked: %s", folder, error)

@@ -96,7 +96,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The arm and the values: "BYOL, batch_size 64". Keys that end with the same word are whole."""
+        """The arm and the values: "BYOL, batch_size 64".
+
+        A key is shortened to its last word, unless two keys end with the same word.
+        """
         words = [key.rpartition(".")[2] for key in self.values]
         keys = [key if words.count(word) > 1 else word for key, word in zip(self.values, words, strict=True)]
         values = [f"{key} {written(value)}" for key, value in zip(keys, self.values.values(), strict=True)]

@@ -140,7 +140,7 @@ def _check_different(different: dict[str, Any], recipe: Recipe, chosen: Mapping[
     if other is not chosen:
         raise UserError(
             f"sweep: expected runs with different settings, got equal ones for {written(other)} and "
-            f"{written(chosen)}; remove the setting that replaces these values, or one of them"
+            f"{written(chosen)}; remove the setting that replaces these values, or one of these values"
         )
 
 

@@ -152,10 +152,10 @@ def test_overrides_win_in_order() -> None:
         ({"precision": "float32"}, ["bf16=true"], {"precision": "bfloat16"}),
     ],
 )  # fmt: skip
-def test_the_command_precedes_a_key_of_the_file_with_the_same_meaning(
+def test_an_override_replaces_other_keys_of_the_recipe_for_the_same_setting(
     of_file: dict, given: list[str], expected: dict, tmp_path: Path
 ) -> None:
-    """`training.learning_rate=0.01` had no effect on the recipes with `base_learning_rate`."""
+    """Before, `training.learning_rate=0.01` had no effect on recipes with `base_learning_rate`."""
     plain = yaml.safe_load(recipe_files()[SMOKE].read_text())
     used = ("max_steps", "learning_rate", "precision")
     plain["training"] = {key: of for key, of in plain["training"].items() if key not in used} | of_file

@@ -357,7 +357,7 @@ def test_results_of_a_changed_arm_are_not_accepted(old: str, new: str, key: str,
 
 
 def test_results_of_another_axis_are_not_accepted(tmp_path: Path) -> None:
-    """The names of runs contain only the last word of a key, so those of both sweeps are equal."""
+    """The name of a run contains only the last word of a key, so the runs of both sweeps have equal names."""
     file, output, values = tmp_path / "own.yaml", tmp_path / "out", "momentum=[0.9,0.99]"
     file.write_text(
         recipe_files()["smoke/byol"].read_text().replace("training:", "training:\n  optimizer: sgd")

@@ -82,7 +82,7 @@ def test_quotes_null_lists_and_numbers_are_yaml(override: str, value: Any) -> No
     ],
 )  # fmt: skip
 def test_a_number_that_is_not_decimal_is_an_error(section: str, key: str, text: str, tmp_path: Path) -> None:
-    """YAML 1.1 reads 0100 as 64 and 1:30 as 90, so that `training.max_steps=0100` made 64 steps."""
+    """YAML 1.1 reads 0100 as 64 and 1:30 as 90. Before, a run with `training.max_steps=0100` had 64 steps."""
     parts = mentions(f"{section}.{key}", text.strip("[]").rpartition(" ")[2], "decimal")
     with pytest.raises(UserError, match=parts):
         apply_overrides({}, [f"{section}.{key}={text}"])

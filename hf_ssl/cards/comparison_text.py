@@ -108,8 +108,8 @@ def _selected(comparison: Comparison, column: Column) -> list[str]:
 def _missing_runs(comparison: Comparison) -> list[str]:
     """Return one sentence for each cell without the numbers of all runs of its row."""
     return [
-        f"{row.label}, {column.heading}: {len(cell.values)} of {counted(len(row.seeds), 'run')}; the others "
-        "have no such number"
+        f"{row.label}, {column.heading}: {len(cell.values)} of {counted(len(row.seeds), 'run')}; the other "
+        "runs do not have this number"
         for row in comparison.rows
         for column, cell in row.cells.items()
         if len(cell.values) < len(row.seeds)

@@ -22,7 +22,7 @@ _BACKBONE_CARD_ONLY = ("model_type", "config", "channels", "pooling", "base_mode
 _OF_A_CALL = ("seconds", "images_per_second", "resumed", "choices", "peak_memory_gib")
 """Facts of a training that change if a finished run is started again."""
 LEFT_OUT = ("training.seed", "data.path")
-"""Settings that do not distinguish runs: runs with several seeds are one row, and data have a revision."""
+"""Settings that do not distinguish runs. Seeds share one row, and the revision identifies the data."""
 
 
 def write_facts(directory: str | Path, facts: Facts) -> None:
@@ -118,7 +118,7 @@ def result_entry(facts: Facts) -> dict[str, Any]:
 
 
 def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of {"section.key": value} that distinguish runs with other weights in a comparison."""
+    """Return the settings {"section.key": value} that change the weights and distinguish runs."""
     return {key: value for key, value in settings.items() if effect(key) == WEIGHTS and key not in LEFT_OUT}
 
 

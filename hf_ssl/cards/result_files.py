@@ -135,7 +135,7 @@ def with_trained_tolerance(data: DataConfig, model: str) -> DataConfig:
 def trained_value_range(model: str) -> tuple[float, float] | None:
     """Return the values that became black and white in the training of an encoder.
 
-    The result is None for images of 8 bits, and if `model` is no output folder of a run.
+    The result is None for images of 8 bits, and if `model` is not the output folder of a run.
     """
     folder = local_folder(model)
     if folder is None or not (folder / FACTS).is_file():

@@ -14,12 +14,12 @@ from hf_ssl.effects import NOTHING, WEIGHTS, effect
 from hf_ssl.errors import counted
 from hf_ssl.methods import METHODS
 
-# The keys of `evaluation` that do not change the weights of a supervised training. Its others do.
+# Keys of `evaluation` that have no effect on the weights of a supervised run. Its other keys can have one.
 _OF_TEST = ("path", "test_split", "max_test_images")
 
 
 def row_labels(names: Sequence[str], entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a different text for each row: the method, and as much more as is needed.
+    """Return a different text for each row: the method, and further properties if rows have the same method.
 
     Args:
         names: for each row, the key of its numbers in `entry["results"]`: "trained", "start", "untrained" or
@@ -56,7 +56,7 @@ def _label_parts(name: str, entry: dict[str, Any], settings: str) -> list[str]:
 
 
 def _differing_settings(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
-    """Return the settings of a run in which other runs of its recipe differ."""
+    """Return the settings in which a run differs from other runs of its recipe."""
     own = entry.get("settings") or {}
     others = [each.get("settings") or {} for each in entries if each["recipe"] == entry["recipe"]]
     keys = sorted(
@@ -76,7 +76,10 @@ def weight_overrides(entry: dict[str, Any]) -> list[str]:
 
 
 def _distinguishes(key: str, method: str | None) -> bool:
-    """Return whether a setting distinguishes runs of a recipe. Supervised runs train with `evaluation`."""
+    """Return whether a setting distinguishes the runs of a recipe.
+
+    Supervised runs train with the settings of `evaluation`, so these settings distinguish them.
+    """
     section, _, name = key.partition(".")
     if method == "supervised" and section == "evaluation":
         is_folder = name.startswith("settings.") and name.endswith(".folder")

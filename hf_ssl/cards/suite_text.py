@@ -213,11 +213,11 @@ def summarize(title: str, encoder: str, measured: Sequence[Measured]) -> Summary
 
 
 def _aligned(found: dict[str, list[ProtocolResult]]) -> dict[str, list[ProtocolResult | None]]:
-    """Return the numbers of each data set, with None for those that only other data sets have.
+    """Return the numbers of each data set, with None for numbers that only other data sets have.
 
-    A data set may lack numbers, such as those with more labels than its smallest class has. Numbers have the
-    same place if their labels or keys are equal (`_place`). Other keys differ between data sets if they
-    contain a number of images; such numbers have the places of their order.
+    A data set may lack numbers, such as those with more labels than its smallest class has. Two numbers have
+    the same place in the lists if `_place` returns the same text for both. If this text contains a number of
+    images, it differs between data sets. The numbers of such a data set keep their own order.
     """
     most = max(found.values(), key=len)
     places = [_place(number) for number in most]
@@ -233,13 +233,13 @@ def _aligned(found: dict[str, list[ProtocolResult]]) -> dict[str, list[ProtocolR
 
 
 def _place(number: ProtocolResult) -> str:
-    """Return which labels a number used, such as "fraction 0.1", if it is recorded; otherwise its key."""
+    """Return how many labels a number used, such as "fraction 0.1"; its key if this is not recorded."""
     place: str = number["details"].get("labeled", number["key"])
     return place
 
 
 def _has_place(number: ProtocolResult, protocol: str) -> bool:
-    """Return whether a number is of this protocol, and its place does not contain a number of images."""
+    """Return whether a number belongs to a protocol, and its place does not contain a number of images."""
     return number["protocol"] == protocol and ("labeled" in number["details"] or number["key"] == protocol)
 
 

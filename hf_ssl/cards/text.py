@@ -371,7 +371,7 @@ def _input_limitations(channels: int) -> list[str]:
     else:
         first = (
             'The encoder has one input channel. Open images with `image.convert("L")`, as shown above. '
-            "Training placed transparent images on a white background. This call drops the transparency."
+            'Training placed transparent images on a white background. `convert("L")` drops the transparency.'
         )
     return [
         first,

@@ -162,7 +162,7 @@ class Items:
         """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
 
         The labels are a column, the `targets` of torchvision, or the second parts of items (image, label). If
-        the data set has the names of its classes (`classes` of torchvision), the labels are these numbers.
+        the data set has a list `classes` of names, as in torchvision, label i means the class `classes[i]`.
 
         Args:
             column: the key of the label in each item, if the items are dicts.
@@ -201,9 +201,9 @@ class Items:
 
 
 def _declared_classes(data: Any) -> list[str] | None:
-    """Return the names of the classes of a data set of torchvision, also of a part; None if it has none.
+    """Return the class names of a torchvision data set, or of parts of it; None if they are not known.
 
-    Two folders (`ImageFolder`) give other numbers to the same classes if one of them lacks a class.
+    Two `ImageFolder`s give different numbers to the same class if one of them lacks another class.
     """
     while isinstance(data, torch.utils.data.Subset):
         data = data.dataset

@@ -33,8 +33,8 @@ CLASS_NAMES = (
 CROWD_NAMES = ("iscrowd", "is_crowd", "crowd")
 _OBJECT = "object"
 _MOST_OUTSIDE = 0.5
-# Shares of the sides are at most 1, and the sum of two, [x1, y1, x2, y2] read as [x, y, width, height], is at
-# most 2. Both can be larger by rounding.
+# Normalized corners (in fractions of the image's width and height) are at most 1. If [x1, y1, x2, y2] is read
+# as [x, y, width, height], the corner is a sum of two fractions, at most 2. Rounding can add a little.
 _LARGEST_SHARE = 2.01
 _ROWS_AT_ONCE = 1000
 
@@ -180,7 +180,7 @@ def read_objects(dataset: Dataset, column: str, box_format: str, where: str) -> 
     if 0 < largest < _LARGEST_SHARE:
         raise UserError(
             f"objects: expected boxes in pixels in {where}, got corners up to {largest:.3g} as {box_format}, "
-            f"probably shares of the sides of the image; multiply the column {column} by the sides"
+            f"probably normalized boxes; multiply the column {column} by the width and height of each image"
         )
     for row, table in enumerate(tables):
         counts = {name: len(each) for name, each in (table or {}).items()}
@@ -249,7 +249,12 @@ def _boxes(given: list[Any], box_format: str, where: str) -> np.ndarray:
 
 
 def _flags(given: list[Any], where: str) -> np.ndarray:
-    """Return the values of a field of `CROWD_NAMES` (O,) bool. A missing value is False."""
+    """Return whether each object is a crowd (O,) bool. A missing value is False.
+
+    Args:
+        given: the values of a field with a name in `CROWD_NAMES`.
+        where: name of the data set, for messages.
+    """
     for value in given:
         if value not in (None, 0, 1):  # a text "0" would be true
             raise UserError(

@@ -23,7 +23,8 @@ def files_with_classes(data_files: Mapping[Any, Sequence[Any]]) -> list[str]:
     """Return the files whose classes `require_same_classes` can compare.
 
     They are the local files and the files on the Hub that were downloaded. If no file of a split was
-    downloaded, as for a stream, its first file stands for all of them: reading one needs two requests.
+    downloaded, as for a stream, the function returns only its first file, because reading the class names of
+    a file on the Hub needs two requests.
 
     Args:
         data_files: the files of each split.
@@ -49,7 +50,7 @@ def _local_copy(file: str) -> str | None:
 
 
 def require_same_classes(files: Sequence[str], column: str) -> None:
-    """Raise UserError if two files have different names for one class number, or names and numbers.
+    """Raise UserError if two files have different names for one class number, or texts and a ClassLabel.
 
     `datasets` (seen with 5.2) gives the names in the first file to the class numbers in all files. A file
     with more or fewer classes in the same order is correct. If the first file contains the names as texts,

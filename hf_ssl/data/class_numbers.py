@@ -13,10 +13,10 @@ from hf_ssl.errors import UserError
 
 
 def class_name(text: str) -> str:
-    """Return a name with one code for each accented letter, without spaces at its ends.
+    """Return a class name in the Unicode form NFC, without spaces at its ends.
 
-    macOS and Linux can store the same name of a folder with different codes (the Unicode forms NFD and NFC).
-    These would be two classes, and so would `cat` and ` cat` in a table that was written by hand.
+    macOS and Linux can store the same name of a folder in different Unicode forms (NFD and NFC). These forms
+    would be two classes, and so would `cat` and ` cat` in a table.
     """
     return unicodedata.normalize("NFC", text).strip()
 

@@ -80,12 +80,15 @@ _LABELS = _Role(
 def find_image_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column of images, or the only possible one.
 
-    The candidates are the columns of the type Image. If there is only one, and its name is not in
-    `IMAGE_NAMES`, columns of bytes or arrays with such a name are also candidates. If there are none, the
-    candidates are the columns of bytes, arrays or strings with a name in `IMAGE_NAMES`. If there are none of
-    these either, they are all columns of bytes or arrays. The function returns a single candidate. Of several
-    candidates, it returns the only one with a name in `IMAGE_NAMES`, or else the only one whose name is not
-    in `MASK_NAMES`.
+    The candidates are the first of these groups that is not empty:
+
+    1. The columns of the type Image. If there is only one, and its name is not in `IMAGE_NAMES`, columns of
+       bytes or arrays with a name in `IMAGE_NAMES` are also candidates.
+    2. The columns of bytes, arrays or strings with a name in `IMAGE_NAMES`.
+    3. All columns of bytes or arrays.
+
+    The function returns a single candidate. Of several candidates, it returns the only one with a name in
+    `IMAGE_NAMES`, or else the only one whose name is not in `MASK_NAMES`.
 
     Args:
         features: the columns with their types.
@@ -158,7 +161,8 @@ def find_mask_column(features: Mapping[str, Any], requested: str | None, image: 
 def find_label_column(features: Mapping[str, Any], requested: str | None, where: str) -> str:
     """Return the requested column, the only column of the type ClassLabel, or one of `LABEL_NAMES`.
 
-    A column of the type ClassLabel beside a column of labels with a usual name is an error.
+    A single column of the type ClassLabel with a name that is not in `LABEL_NAMES` is an error if another
+    column of labels has a name in `LABEL_NAMES`.
 
     The rules, the arguments and the errors are those of `find_image_column`. If there is no such column, the
     result is the only column that contains boxes (`hf_ssl.data.boxes`).
@@ -189,7 +193,7 @@ def find_optional_label_column(features: Mapping[str, Any], requested: str | Non
 def _find_column(features: Mapping[str, Any], requested: str | None, where: str, role: _Role) -> str:
     if requested is None:
         found = [name for name, feature in features.items() if isinstance(feature, role.kind)]
-        if len(found) == 1 and found[0] not in role.names:  # another column may be the usual one
+        if len(found) == 1 and found[0] not in role.names:  # a column with a usual name may be meant
             usual = role.found_dtypes or role.dtypes
             found += [name for name in role.names if _type_name(features.get(name)) in usual]
             if role is _LABELS and len(found) > 1:
@@ -250,7 +254,7 @@ def _is_label_list(feature: Any) -> bool:
 
 
 def _is_nested_list(feature: Any) -> bool:
-    """Return whether a column has lists of lists, as for pixels that were saved without a type."""
+    """Return whether a column has lists of lists, such as pixels that were saved without an array type."""
     return isinstance(feature, List) and isinstance(feature.feature, List)
 
 

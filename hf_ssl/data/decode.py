@@ -184,7 +184,7 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
             width, height = opened.size
             if _size_is_unknown(opened, image):
                 return _decoded_size(image.read())
-            # A PNG file without EXIF data is not rotated, but Pillow would decode it to search for them.
+            # A PNG file without EXIF data is not rotated. Pillow would decode the pixels to search for them.
             swapped = opened.format != "PNG" or "exif" in opened.info
             swapped = swapped and orientation_of(opened) in SWAPS_SIDES
     except BrokenImage:
@@ -199,8 +199,8 @@ def size_in_header(image: StoredImage) -> tuple[int, int]:
 def _size_is_unknown(opened: PIL.Image.Image, image: EncodedImage) -> bool:
     """Return whether the size depends on data that Pillow does not read when it opens a file.
 
-    These are the clean aperture of AVIF files, and the orientation of PNG files in EXIF data after the pixels
-    or in XMP data.
+    These data are the clean aperture of an AVIF file, and the orientation of a PNG file if it is in EXIF data
+    after the pixels or in XMP data.
     """
     names = {"AVIF": (b"clap",), "PNG": (b"eXIf", b"tiff:Orientation", b"Raw profile type")}
     if opened.format not in names or (opened.format == "PNG" and "exif" in opened.info):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the files whose pixels Pillow returns with an error, or without their lower bits.
+"""Finds the files for which Pillow returns wrong pixels, or pixels without their lower bits.
 
-The functions read only headers. `hf_ssl.data.readers` uses them, and reads such files in another way.
+The functions read only headers. `hf_ssl.data.readers` calls `find_fault` and reads such files without Pillow.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,13 @@ UNSIGNED, _SIGNED = 1, 2
 
 
 class Fault(NamedTuple):
-    """Why Pillow does not return the pixels of a file.
+    """The reason why Pillow does not return the right pixels of a file, and a function that does.
 
     Attributes:
         file: the format of the file, for messages.
-        read: reads the file with the extra `scientific`; None: hf_ssl does not read such files.
-        advice: what to do if hf_ssl does not read the file.
+        read: returns the right pixels, with the extra `scientific` or pillow-heif; None: hf_ssl does not read
+            such files.
+        advice: what the user can do if hf_ssl does not read the file.
     """
 
     file: str
@@ -47,7 +48,7 @@ class Fault(NamedTuple):
 
 
 def find_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
-    """Return why Pillow does not return the pixels of an image; None if it returns them.
+    """Return why Pillow does not return the right pixels of an image; None if Pillow returns them.
 
     Args:
         image: an image that Pillow opened.
@@ -79,10 +80,10 @@ def _tiff_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | Non
     elif by_planes and image.mode == "LA":
         found = "a TIFF file of gray and opacity stored plane by plane"
     elif image.mode in ("I", "F") and tags.prefix == _BIG_ENDIAN and not is_raw:
-        # libtiff returns the numbers in the order of the machine, and Pillow exchanges their bytes again.
+        # libtiff returns the numbers in the byte order of the machine, and Pillow swaps their bytes again.
         found = "a compressed big-endian TIFF file of signed or floating-point numbers"
     elif deep and photometric == WHITE_IS_ZERO:
-        found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would return a negative
+        found = "a TIFF file of more than 8 bits in which white is 0"  # Pillow would invert it
     elif by_planes and is_raw and _PREMULTIPLIED in tags.get(_EXTRA_SAMPLES, ()):
         found = "a TIFF file of colors that are multiplied by the opacity, stored plane by plane"
     elif _SIGNED in signs and bits[0] == 8:
@@ -105,11 +106,11 @@ def _png_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None
 def _ppm_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
     if not exact or image.mode != "RGB" or ppm_white(image) <= 255:
         return None
-    return Fault("a PPM file of 16-bit colors, which has its own range", advice=_CONVERT)
+    return Fault("a PPM file of 16-bit colors with data.value_range", advice=_CONVERT)
 
 
 def ppm_white(image: Any) -> int:
-    """Return the number of white in a PGM or PPM file that is not loaded yet; 65,535 if it is not known."""
+    """Return the value of white in a PGM or PPM file that is not loaded yet; 65,535 if it is not known."""
     tile = image.tile[0] if image.tile else None
     return tile.args[1] if tile is not None and tile.codec_name in ("ppm", "ppm_plain") else 65535
 
@@ -117,21 +118,21 @@ def ppm_white(image: Any) -> int:
 def _sgi_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
     if not exact or view is None or view[3] != 2:  # bytes per channel
         return None
-    return Fault("an SGI file of 16 bits per channel", advice=_CONVERT)
+    return Fault("an SGI file of 16 bits per channel with data.value_range", advice=_CONVERT)
 
 
 def _fits_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
-    """Return a fault for all FITS files except those of plain 8-bit numbers.
+    """Return a fault for all FITS files except those of 8-bit numbers without a scale.
 
-    Pillow (11 to 13.0) reads the big-endian numbers of FITS files in the order of the machine, and does not
-    use their scale. Source: FITS standard 4.0, section 4.4.2.
+    Pillow (11 to 13.0) reads the big-endian numbers of FITS files in the byte order of the machine, and does
+    not apply their scale (BZERO, BSCALE). Source: FITS standard 4.0, section 4.4.2.
     """
     end = image.tile[0].offset if view is not None and image.tile else 0
     cards = [bytes(view[at : at + 80]) for at in range(0, end, 80)] if view is not None else []
     scale = {card[:8].rstrip(): card[10:].split(b"/")[0] for card in cards}
     if image.mode == "L" and float(scale.get(b"BZERO", 0)) == 0 and float(scale.get(b"BSCALE", 1)) == 1:
         return None
-    return Fault("a FITS file of other numbers than plain 8-bit ones", advice=_CONVERT)
+    return Fault("a FITS file of scaled numbers or of more than 8 bits", advice=_CONVERT)
 
 
 def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | None:
@@ -147,7 +148,7 @@ def _jpeg2000_fault(image: Any, view: memoryview | None, exact: bool) -> Fault |
     if is_cmyk and header.bits != {8}:
         return Fault(f"a JPEG 2000 file of {bits}-bit CMYK colors", advice="convert it to RGB")
     if header.is_reordered:  # Pillow (11 to 13.0) would use blue as red
-        return Fault("a JPEG 2000 file with another order of its channels", read_jpeg2000)
+        return Fault("a JPEG 2000 file whose channels have another order", read_jpeg2000)
     if header.signed:
         return Fault("a JPEG 2000 file of signed numbers", read_jpeg2000)
     if bits > 16 or (header.components > 1 and header.bits != {8}) or (bits > 8 and image.mode == "L"):
@@ -169,8 +170,8 @@ def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | N
     elif header.is_premultiplied:
         found = "a JPEG XL file of colors that are multiplied by the opacity"
     elif image.mode == "LA" and header.bits > 8:  # the plug-in would return the bytes in another order
-        found = "a JPEG XL file of opacity and gray of more than 8 bits"
-    elif image.mode in ("RGB", "RGBA") and header.is_float:  # the plug-in would clip them
+        found = "a JPEG XL file of gray with opacity of more than 8 bits"
+    elif image.mode in ("RGB", "RGBA") and header.is_float:  # the plug-in would clip the values
         found = "a JPEG XL file of floating-point colors"
     elif exact and image.mode not in ("L", "I;16", "F") and header.bits > 8:
         found = "a JPEG XL file of more than 8 bits per color"
@@ -179,7 +180,7 @@ def _jpegxl_fault(image: Any, view: memoryview | None, exact: bool) -> Fault | N
 
 def read_jpegxl_header(image: Any, view: memoryview | None) -> JpegxlHeader:
     """Return the header of an image that pillow-jxl-plugin opened."""
-    content = view if view is not None else getattr(image, "fc", None)  # the plug-in keeps the file
+    content = view if view is not None else getattr(image, "fc", None)  # the bytes of the file
     return JpegxlHeader() if content is None else jpegxl_header(memoryview(content))
 
 
@@ -209,4 +210,4 @@ _FAULTS: dict[str, Callable[[Any, memoryview | None, bool], Fault | None]] = {
     "AVIF": _avif_fault,
     "HEIF": _heif_fault,
 }
-"""Formats whose pixels Pillow returns with an error or without their lower bits, and how to find out."""
+"""Format of Pillow -> the function that returns the fault of a file, or None."""

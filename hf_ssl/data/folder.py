@@ -281,7 +281,7 @@ def _image_tables(splits: dict[str, list[File]], root: str) -> dict[str, ImageSp
 
 
 def _report_scattered_class(names: list[str], files: list[File], root: str) -> None:
-    """Log a warning if several folders of a split are one class, as in `cat/2020`, `cat/2021`, `dog/2020`."""
+    """Log a warning if the images of a class are in several folders, as in `cat/2020` and `dog/2020`."""
     places: dict[str, dict[str, None]] = {}
     for name, file in zip(names, files, strict=True):
         places.setdefault(name, {})[os.path.dirname(file.path)] = None
@@ -289,7 +289,7 @@ def _report_scattered_class(names: list[str], files: list[File], root: str) -> N
     if len(folders) > 1:
         first, second = (os.path.relpath(folder, root) for folder in list(folders)[:2])
         logger.warning(
-            "%d folders of %s, such as %s and %s, are one class, %r, because the innermost folders are the "
+            "%d folders in %s, such as %s and %s, are one class, %r, because the innermost folders are the "
             "classes; for other classes, use a metadata.csv with the columns file_name and label",
             len(folders), root, first, second, name,
         )  # fmt: skip

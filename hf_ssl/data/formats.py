@@ -48,9 +48,9 @@ _OTHER_KINDS = {
     b"\x1a\x45\xdf\xa3": "a video; extract its frames",
     b"PK\x03\x04": "a ZIP archive; unpack it",
     b"\x1f\x8b": "a gzip file; unpack it",
-    b"version https://git-lfs": "a pointer of Git LFS; download the file with git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer; download the file with git lfs pull",
     b"<": "text, such as SVG or HTML; convert it to PNG, or download the image itself",
-    b"\xff\xd8\xff": f"a JPEG file of another kind, such as of 12 bits or without loss; {_CONVERT}",
+    b"\xff\xd8\xff": f"a JPEG file of another kind, such as 12-bit or lossless JPEG; {_CONVERT}",
 }
 """The first bytes of other files -> what they are, and what to do."""
 _OF_ONE_PICTURE = ("ICO", "ICNS", "CUR", "MPO")
@@ -152,7 +152,7 @@ def reason_of(error: Exception, file: Any = None) -> str:
 
 
 def _other_kind(start: bytes) -> str:
-    """Return the end of the message about a file with these first bytes, which Pillow cannot read."""
+    """Return the end of the message about a file that Pillow cannot read, from its first bytes."""
     if start[128:132] == b"DICM":
         return f", but a DICOM file; {_CONVERT}"
     if start[4:12] == b"ftypcrx ":

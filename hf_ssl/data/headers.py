@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads from the headers of image files what Pillow does not return, such as the bits of their numbers."""
+"""Reads the headers of image files: facts that Pillow does not return, such as the number of bits."""
 
 import struct
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from typing import NamedTuple
 _JPEG2000_START = b"\xff\x4f\xff\x51"
 _JPEGXL_START = b"\xff\x0a"
 _CMYK = 12
-_OPACITY, _SPOT_COLOR, _BLACK, _COLOR_FILTER = 0, 2, 4, 5  # further channels of JPEG XL
+_OPACITY, _SPOT_COLOR, _BLACK, _COLOR_FILTER = 0, 2, 4, 5  # kinds of extra channels of JPEG XL
 
 
 class Jpeg2000Header(NamedTuple):
-    """What the header of a JPEG 2000 file states.
+    """Facts from the header of a JPEG 2000 file.
 
     Attributes:
-        bits: bits of the numbers of its components.
-        signed: whether numbers are signed.
-        components: number of its components.
-        channels: number of its channels: the columns of its palette, or its components.
+        bits: the numbers of bits of the components.
+        signed: whether the numbers of a component are signed.
+        components: number of components.
+        channels: number of channels. They are the columns of the palette, or else the components.
         has_opacity: whether the last channel is defined as opacity.
-        is_reordered: whether the colors have another order than their components.
+        is_reordered: whether the channels of the colors are not in the order of the colors.
         is_cmyk: whether the colors are CMYK.
     """
 
@@ -62,14 +62,14 @@ def jpeg2000_header(view: memoryview) -> Jpeg2000Header:
 
 
 class JpegxlHeader(NamedTuple):
-    """What the header of a JPEG XL file states.
+    """Facts from the header of a JPEG XL file.
 
     Attributes:
-        bits: bits of the numbers of its colors.
-        is_float: whether these numbers are floating-point numbers.
-        is_animated: whether it may contain several frames.
-        is_premultiplied: whether the colors were multiplied by the opacity.
-        has_black: whether it has the black channel of CMYK colors.
+        bits: number of bits per color.
+        is_float: whether the colors are floating-point numbers.
+        is_animated: whether the file may contain several frames.
+        is_premultiplied: whether the colors are multiplied by the opacity.
+        has_black: whether the file has the black channel of CMYK colors.
     """
 
     bits: int = 8
@@ -80,10 +80,10 @@ class JpegxlHeader(NamedTuple):
 
 
 class AvifHeader(NamedTuple):
-    """What the header of an AVIF file states about its primary image.
+    """Facts from the header of an AVIF file about its primary image.
 
     Attributes:
-        bits: bits of the numbers of its colors.
+        bits: number of bits per color.
         aperture: the clean aperture: width, height, and the offset of its center, each as numerator and
             denominator; None if the whole image is shown.
     """
@@ -151,7 +151,7 @@ def _primary_properties(view: memoryview) -> dict[bytes, memoryview]:
         length = links[position]
         position += 1
         for _ in range(length):
-            # The highest bit states whether a reader must know the property.
+            # The highest bit states whether a reader must support the property.
             place = struct.unpack_from(">H", links, position)[0] & 0x7FFF if wide else links[position] & 0x7F
             position += 2 if wide else 1
             if number == primary and 0 < place <= len(known):
@@ -166,7 +166,7 @@ def jpegxl_header(view: memoryview) -> JpegxlHeader:
     Source: ISO/IEC 18181-1, annexes on SizeHeader and ImageMetadata.
     """
     content = bytes(view)
-    if not content.startswith(_JPEGXL_START):  # a container: the boxes jxlc or jxlp hold the image
+    if not content.startswith(_JPEGXL_START):  # a container: the boxes jxlc or jxlp contain the image
         boxes = (content.find(b"jxlc"), content.find(b"jxlp"))
         starts = [content.find(_JPEGXL_START, box) for box in boxes if box >= 0]
         content = content[min(starts, default=0) :]
@@ -204,7 +204,7 @@ def _jpegxl_depth(bits: "_Bits") -> tuple[int, bool]:
 
 
 def _jpegxl_channel(bits: "_Bits") -> tuple[int, bool]:
-    """Return the kind of a further channel, and whether it is opacity that multiplied the colors."""
+    """Return the kind of an extra channel, and whether the colors are multiplied by it."""
     if bits.read(1):  # opacity of 8 bits
         return _OPACITY, False
     kind = bits.choice((0, 0), (0, 1), (4, 2), (6, 18))
@@ -230,7 +230,7 @@ class _Bits:
         return value
 
     def choice(self, *kinds: tuple[int, int]) -> int:
-        """Return a number of one of four kinds (count of bits, number to add)."""
+        """Read a number whose first two bits select one of four encodings (count of bits, number to add)."""
         count, offset = kinds[self.read(2)]
         return self.read(count) + offset
 

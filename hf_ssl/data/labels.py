@@ -83,8 +83,8 @@ def read_labels(source: Source, config: DataConfig, kinds: Collection[str] = CLA
     # `datasets` (seen with 5.2) reads these texts in CSV files as missing values, also if they name a class
     # (github.com/huggingface/datasets/issues/4467).
     logger.warning(
-        "%d of %d images in %s have no label and are not used; an empty text, and the texts NA, None, nan "
-        "and null in a CSV file mean no label, so rename a class with such a name",
+        "%d of %d images in %s have no label and are not used; an empty text means no label, and so do the "
+        "texts NA, None, nan and null in a CSV file, so rename a class with such a name",
         len(labels) - len(chosen), len(labels), source.description,
     )  # fmt: skip
     return found.select(chosen)

@@ -235,16 +235,16 @@ def most_common_kind(kinds: Iterable[str | None]) -> str | None:
 def folder_of_names(names: Sequence[str], tables: list[str]) -> str:
     """Return the folder where the relative file names of tables start.
 
-    It is the first folder of a table that contains the first name; "" (the working folder) if only this one
-    contains it.
+    It is the first folder of a table that contains the file of the first name; "" (the working folder) if
+    only the working folder contains this file. Otherwise, it is the folder of the first table.
 
     Args:
         names: relative file names in the tables, at least one.
         tables: the paths of the tables.
 
     Raises:
-        UserError: the tables are in several folders, and another one of these folders contains a name. The
-            row does not tell from which table it comes, so another image could be read.
+        UserError: the tables are in several folders, and another of these folders also contains a named file.
+            A row does not name its table, so hf_ssl could read the image of another row.
     """
     folders = list(dict.fromkeys(os.path.dirname(os.path.abspath(table)) for table in tables))
     known = (each for each in [*folders, ""] if os.path.exists(os.path.join(each, names[0])))

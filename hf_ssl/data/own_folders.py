@@ -36,10 +36,10 @@ _CACHE = re.compile(r"cache-.+\.arrow")
 
 
 def is_cache_of_datasets(name: str, names: Collection[str]) -> bool:
-    """Return whether a file is a cached result of `datasets`, and no part of a stored data set.
+    """Return whether a file is a cached result of `datasets`, and not a part of a stored data set.
 
-    `map`, `filter` and `shuffle` (datasets 5.2) write such files into the folder of `save_to_disk`. They
-    contain the same images again, or row numbers.
+    `map`, `filter` and `shuffle` (datasets 5.2) write such files into the folder of `save_to_disk`. These
+    files contain the same images again, or row numbers.
 
     Args:
         name: the name of the file.
@@ -80,7 +80,7 @@ def _are_attention_maps(path: str, names: Collection[str]) -> bool:
 def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict[str, str]]:
     """Return the files that are in no own folder, and {folder: what it is} of the own folders.
 
-    Cached results of `datasets` are left out, too.
+    The function also omits cached results of `datasets`.
 
     Args:
         files: absolute paths.

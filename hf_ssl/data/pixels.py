@@ -11,7 +11,7 @@ images of a data set have one scale:
 - all other integers (signed, or of 32 or 64 bits): 0 is black, 255 is white. Other numbers are an error.
 
 `data.value_range` replaces these limits, except those of 8 bits. Values outside the range become black or
-white. Opacity, the last of two or four channels, always has the limits of the type of numbers.
+white. `data.value_range` has no effect on opacity, which is the last of two or four channels.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
     Attributes:
         values: (H, W) or (H, W, C).
         bits: number of bits of an unsigned integer; None: those of its type.
-        white: the value that becomes white without `data.value_range`; None: the largest of these bits.
+        white: the value that becomes white without `data.value_range`; None: the limit of the type and bits.
     """
 
     values: np.ndarray
@@ -117,7 +117,7 @@ def to_uint8(samples: Samples, value_range: ValueRange | None) -> np.ndarray:
 
 
 def keeps_values(samples: Samples) -> bool:
-    """Return whether the numbers are unsigned and have at most 8 bits, so that no range changes them."""
+    """Return whether `data.value_range` does not apply: the numbers are unsigned and have at most 8 bits."""
     return samples.values.dtype.kind == "u" and (samples.bits or 8 * samples.values.dtype.itemsize) <= 8
 
 

@@ -88,7 +88,7 @@ def can_read_all() -> bool:
 
 
 def decoder_state() -> str:
-    """Return a text for the names of caches. It changes if pixels change or if more files can be read."""
+    """Return a text for names of caches. The text changes if decoding changes or can read more files."""
     formats = [ending for ending in (".avif", ".heic", ".jxl") if ending in READABLE]
     return "".join([str(_DECODING), *formats, ".scientific" if can_read_all() else ""])
 
@@ -101,7 +101,7 @@ def is_deep(image: PIL.Image.Image, data: EncodedBytes) -> bool:
 
 
 def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
-    """Return the bytes of an image that is open but not loaded, if Pillow may return other pixels."""
+    """Return the bytes of an image that is open but not loaded, if Pillow may return wrong pixels."""
     file: Any = getattr(image, "fp", None)
     is_avif = image.format == "AVIF"  # Pillow sets `tile` when it loads these files
     if file is None or not (is_avif or getattr(image, "tile", None)) or image.tell():
@@ -116,7 +116,7 @@ def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     file.seek(0)
     content = file.read()
     file.seek(position)
-    if is_avif and content[4:8] != b"ftyp":  # the pixels of a loaded image
+    if is_avif and content[4:8] != b"ftyp":  # the image is loaded: `fp` contains its pixels
         return None
     image.load()  # closes the file
     return content
@@ -127,7 +127,7 @@ def _read_opened(image: PIL.Image.Image, view: memoryview | None, exact: bool) -
 
     Args:
         image: the image.
-        view: its bytes; None: an image in memory.
+        view: the bytes of its file; None: an image in memory.
         exact: see `read_image`.
     """
     fault = find_fault(image, view, exact)
@@ -165,7 +165,7 @@ def _shown_box(image: PIL.Image.Image, view: memoryview | None) -> tuple[int, in
 
 
 def _few_bits(image: Any) -> int | None:
-    """Return the number of bits of a gray file that is not loaded, if Pillow scales its 2 or 4 bits to 8."""
+    """Return the bits (2 or 4) of a gray file that is not loaded; None if Pillow does not scale them to 8."""
     for tile in getattr(image, "tile", None) or ():
         mode = tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]
         if isinstance(mode, str) and mode.startswith(("L;2", "L;4")):
@@ -176,8 +176,8 @@ def _few_bits(image: Any) -> int | None:
 def _few_bits_numbers(image: Any, bits: int) -> Callable[[np.ndarray], Samples]:
     """Return the function from Pillow's pixels to the numbers of a gray PNG or TIFF file of 2 or 4 bits.
 
-    Pillow (11 to 13.0) scales the pixels to 8 bits, so a mask would have other class numbers. It does
-    not scale the transparent value of a PNG file.
+    Pillow (11 to 13.0) scales the pixels to 8 bits, so a mask would have other class numbers. Pillow does not
+    scale the transparent value of a PNG file.
     """
     white, key = 2**bits - 1, image.info.get("transparency")
 
@@ -204,9 +204,9 @@ def _pgm_numbers(image: Any) -> Callable[[np.ndarray], Samples]:
 def orientation_of(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation that remains after Pillow loads the image.
 
-    Pillow rotates TIFF files itself. libjxl rotates JPEG XL files by the orientation in their own header, and
-    the EXIF data have no effect, but pillow-jxl-plugin (1.3) returns their orientation. The plug-in does not
-    rotate JPEG XL files that contain a JPEG file (`jpeg`).
+    Pillow rotates TIFF files itself. libjxl rotates JPEG XL files by the orientation in their header, and
+    ignores their EXIF data. pillow-jxl-plugin (1.3) returns these EXIF data, so their orientation has no
+    effect here. The plug-in does not rotate JPEG XL files that contain a JPEG file (`jpeg`).
     """
     if image.format == "TIFF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
         return 1
@@ -219,7 +219,7 @@ def orientation_of(image: PIL.Image.Image) -> int:
 
 def _with_extra(fault: Fault, view: memoryview | None) -> Samples:
     if fault.read is None:
-        raise BrokenImage(f"expected pixels of known meaning, got {fault.file}; {fault.advice}")
+        raise BrokenImage(f"expected a file that hf_ssl can read, got {fault.file}; {fault.advice}")
     if view is None:
         raise BrokenImage(
             f"expected an image that Pillow opens correctly, got {fault.file}; use the path or the bytes "

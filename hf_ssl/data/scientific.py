@@ -79,7 +79,7 @@ def read_tiff(view: memoryview) -> Samples:
     if kind == WHITE_IS_ZERO:
         if values.dtype.kind != "u" or _PREMULTIPLIED in extra:
             raise BrokenImage(
-                f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0; convert it"
+                f"expected black as 0, got a TIFF file of {values.dtype} in which white is 0; invert it"
             )
         inverted = values if values.ndim == 2 else values[..., :1]  # not the opacity
         inverted[...] = 2**bits - 1 - inverted.astype(np.int64)
@@ -90,16 +90,16 @@ def read_tiff(view: memoryview) -> Samples:
 
 
 def _divided_by_opacity(samples: Samples) -> Samples:
-    """Return colors that are not multiplied by the opacity.
+    """Return the colors before they were multiplied by the opacity.
 
     Raises:
-        BrokenImage: the numbers have no largest number.
+        BrokenImage: the value of full opacity is not known for the type of the numbers.
     """
     values, white = samples.values, white_of(samples)
     if values.dtype.kind not in "uf" or (values.dtype.kind == "u" and values.dtype.itemsize > 2):
         raise BrokenImage(
-            f"expected colors that are not multiplied by the opacity, got {values.dtype} numbers; convert "
-            "them"
+            f"expected uint8, uint16 or floating-point colors, got {values.dtype} colors that are multiplied "
+            "by the opacity; convert the file"
         )
     colors, opacity = values[..., :-1].astype(np.float64), values[..., -1:].astype(np.float64)
     found = np.divide(colors * white, opacity, out=np.zeros_like(colors), where=opacity > 0)
@@ -143,14 +143,14 @@ def read_jpegxl(view: memoryview) -> Samples:
 
 
 def read_avif(view: memoryview) -> Samples:
-    """Return the numbers of an AVIF file of one image, not rotated and not cropped."""
+    """Return the numbers of an AVIF file with one image. The result is neither rotated nor cropped."""
     from imagecodecs import avif_decode
 
     return _with_bits(avif_decode(bytes(view)), avif_header(view).bits)
 
 
 def read_heif(view: memoryview) -> Samples:
-    """Return the numbers of an HEIC file. Only this function uses pillow-heif, and not the extra."""
+    """Return the numbers of an HEIC file. This function needs pillow-heif and not the extra `scientific`."""
     from pillow_heif import open_heif
 
     file = open_heif(io.BytesIO(view), convert_hdr_to_8bit=False, hdr_to_16bit=False)

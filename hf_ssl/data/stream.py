@@ -37,7 +37,7 @@ from hf_ssl.random import permutation
 
 _BLOCK_ROWS = 64  # rows that are read at once from a shard with sequential access
 _WHOLE_SHARD = 1 << 20
-_EVEN_SHARDS = 4  # of a group of readers, if the groups have different numbers of shards
+_EVEN_SHARDS = 4  # fewest shards of a group of readers, if the groups have different numbers of shards
 _ROWS_PER_TURN = 8  # rows that a reader takes from an open shard before it takes rows from the next one
 _READ_ERRORS = (OSError, ValueError, EOFError, pa.ArrowException, tarfile.TarError)
 _OPEN_BYTES = 1 << 30  # of all open shards of a reader, estimated from the first shard
@@ -182,9 +182,10 @@ class StreamShards:
     def groups(self, readers: int) -> int:
         """Return the number of groups of readers. The readers of one group read the same shards.
 
-        It is the largest divisor of `readers` for which each group has enough shards to shuffle, and for
-        which all groups have equally many shards or at least 4. It is at least 1. Otherwise a group with
-        fewer shards would read its images twice in an epoch, and images of other groups would be missing.
+        It is the largest divisor of `readers` with two properties: each group has enough shards to shuffle,
+        and all groups have the same number of shards, or at least 4 each. It is 1 if no other divisor has
+        them. If few shards were divided unequally, a group with fewer shards would read its images twice in
+        an epoch, and images of other groups would be missing.
 
         Args:
             readers: number of readers. All groups have the same number of readers.

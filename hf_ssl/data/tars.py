@@ -33,9 +33,9 @@ class TarImages(WebDataset):
     Otherwise, each ending of the first samples is a column, and a sample may lack some of them, as a sample
     with fewer images does (github.com/huggingface/datasets/issues/7055).
 
-    A class in a member `KEY.json` with a usual name, as in `{"label": "cat"}`, becomes a column of this name.
-    The classes in these members and in `KEY.cls` are whole numbers if all of the first samples have some,
-    else texts. (`datasets` accepts only numbers in `KEY.cls`.)
+    An entry of a member `KEY.json` with a name in `LABEL_NAMES`, as in `{"label": "cat"}`, becomes a column.
+    The classes in these entries and in `KEY.cls` become whole numbers if all classes of the first samples are
+    whole numbers, else texts. (`datasets` accepts only numbers in `KEY.cls`.)
     """
 
     image_column: str | None = None
@@ -79,7 +79,7 @@ class TarImages(WebDataset):
             yield self._merged(sample)
 
     def _merged(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Return a sample with its class, and with its image in `image_column` if the samples have one."""
+        """Return a sample with columns for its classes, and with a single image in `image_column`."""
         self._add_classes(sample)
         for name, value in _classes(sample, self._class_names).items():
             sample[name] = _whole_number(value, name, sample) if name in self._numbers else str(value).strip()
@@ -95,7 +95,7 @@ class TarImages(WebDataset):
 
 
 def _classes(sample: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the classes of a sample by column: those of members `_CLASSES` and those of JSON members."""
+    """Return {column: class} of a sample, from the members with the endings `_CLASSES` and from JSON."""
     return {
         name: value
         for name, value in sample.items()
@@ -104,7 +104,7 @@ def _classes(sample: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _numbers(samples: list[dict[str, Any]], names: tuple[str, ...]) -> frozenset[str]:
-    """Return the columns of classes that contain only whole numbers."""
+    """Return the columns of classes that contain only whole numbers in these samples."""
     found = [each for sample in samples for each in _classes(sample, names).items()]
     others = {name for name, value in found if not _is_whole_number(value)}
     return frozenset(name for name, _ in found) - others
@@ -121,8 +121,8 @@ def _is_whole_number(value: Any) -> bool:
 def _whole_number(value: Any, name: str, sample: dict[str, Any]) -> int:
     if not _is_whole_number(value):
         raise ValueError(
-            f"the class {shorten(repr(value), 40)} of {sample['__key__']} ({name}) is no whole number, "
-            "unlike those of the first samples"
+            f"expected a whole number as the class of {sample['__key__']} ({name}), as in the first samples, "
+            f"got {shorten(repr(value), 40)}; use only numbers or only names"
         )
     return int(value)
 
@@ -133,7 +133,7 @@ def _image_names(sample: dict[str, Any]) -> list[str]:
 
 
 def _class_names(samples: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the usual names of classes in the JSON members of samples, except the endings of members."""
+    """Return the names in `LABEL_NAMES` that JSON members contain, except those of other columns."""
     records = [record for sample in samples if isinstance(record := sample.get("json"), dict)]
     known = {name for sample in samples for name in sample}
     return tuple(

@@ -129,7 +129,7 @@ def range_of(samples: Sequence[Samples]) -> ValueRange | None:
 def deep_samples(images: Sequence[AnyStored]) -> list[Samples]:
     """Return the finite numbers of those images that do not have 8 bits per channel and can be read.
 
-    The opacity of an image is left out.
+    The function omits the opacity of an image.
     """
     found = [_samples(image.image if isinstance(image, RowImages) else image) for image in images]
     return [samples for samples in found if samples is not None and samples.values.size]

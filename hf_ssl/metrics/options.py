@@ -130,7 +130,7 @@ class WithOptions:
             is_whole = bool(numbers) and all(number.dtype == "int64" for number in numbers)
             if is_whole and not _are_whole(rows):  # the library would cut the fractions
                 wanted = "labels 1, 0 or -1" if found > 1 else "class numbers"
-                raise UserError(f"{self._label}: expected {wanted} as {name}, got others")
+                raise UserError(f"{self._label}: expected {wanted} as {name}, got other values")
             kinds = {2 if _is_row(layout[name]) else 1 for layout in layouts}
             if found not in kinds:
                 shapes = {1: "one number for each image (N,)", 2: "a row of numbers for each image (N, D)"}

@@ -37,6 +37,7 @@ _UNUSED = ("mask_token", "num_batches_tracked")
 
 
 _OF_PATCHES = ("siglip2", "siglip2_vision_model")
+"""Model types whose input is a sequence of patches (NaFlex) and not an image."""
 
 
 @contextmanager
@@ -91,22 +92,22 @@ def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
         )
     if config.model_type in _OF_PATCHES:
         raise UserError(
-            f"{where}: expected an encoder of images of one size, got {config.model_type} (NaFlex), whose "
-            "input is patches of any number; use one of one size, such as google/siglip2-base-patch16-224"
+            f"{where}: expected an encoder with a fixed image size, got {config.model_type} (NaFlex), whose "
+            "input is any number of patches; use a fixed size, such as google/siglip2-base-patch16-224"
         )
     vars(config).pop("auto_map", None)  # an exported encoder must not name the code of another repository
     return config
 
 
 def _check_folder(place: str, where: str) -> None:
-    """Raise UserError if a local folder has no `config.json`, as that of a run that has not ended."""
+    """Raise UserError if a local folder has no `config.json`, such as the folder of an unfinished run."""
     folder = local_folder(place)
     if folder is None or (folder / CONFIG_NAME).exists():
         return
     if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise UserError(
-            f"{where}: expected an encoder, got {place!r}, a run that has not ended; type its command again, "
-            f"or hf-ssl export {place}/checkpoint-N FOLDER"
+            f"{where}: expected an encoder, got {place!r}, an unfinished run; finish it with its command, or "
+            f"use hf-ssl export {place}/checkpoint-N FOLDER"
         )
     raise UserError(f"{where}: expected an encoder, got {place!r}, a folder without {CONFIG_NAME}")
 
@@ -222,14 +223,14 @@ def view_settings(place: str, channels: int, revision: str | None = None) -> dic
     scale = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1
     if not math.isclose(scale, 1 / 255) or getattr(processor, "do_flip_channel_order", False):
         logger.warning(
-            "views: expected an encoder for RGB images that are divided by 255, as the views are, but its %s "
-            "uses another factor or another order of the colors; use another encoder, or expect that "
+            "views: expected an image processor that divides RGB pixels by 255, as for the views, got "
+            "%s with another factor or another order of colors; use another encoder, or expect that "
             "training needs more steps", type(processor).__name__,
         )  # fmt: skip
     if hasattr(processor, "data_config"):
         side = processor.data_config["input_size"][-1]
     else:
-        # EfficientNet and BEiT name a size of a crop that they do not make.
+        # The processors of EfficientNet and BEiT have a `crop_size`, but do not crop by default.
         crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
         size = dict(crops or processor.size or {})
         side = size.get("height", size.get("shortest_edge"))
@@ -240,7 +241,8 @@ def normalization(processor: Any, channels: int) -> tuple[list[float], list[floa
     """Return the mean and the standard deviation of each channel, for pixels in [0, 1], of a processor.
 
     They are 0 and 1 for a processor that does not normalize or names no numbers. A single number applies to
-    all channels. The processor of EfficientNet divides twice by its standard deviation (`include_top`).
+    all channels. With `include_top`, the processor of EfficientNet divides twice by the standard deviation,
+    so the result is its square.
     """
     given = getattr(processor, "data_config", None)  # of timm
     if given is None:

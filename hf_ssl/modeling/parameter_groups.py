@@ -17,7 +17,7 @@ _TABLE_NAMES = (
     "position_embedding_table", "relative_position_bias_table", "attention_biases", "rel_pos_h", "rel_pos_w",
     "height_rel", "width_rel",
 )  # fmt: skip
-_TABLE_START = "pos_embed"  # also pos_embed_window (SAM 2) and pos_embed_0 (CrossViT)
+_TABLE_START = "pos_embed"  # a prefix: also pos_embed_window (SAM 2) and pos_embed_0 (CrossViT)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # The number of a block, or of a stage and a block in it, in the names of transformers and timm: "layers.3.",

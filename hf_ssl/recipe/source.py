@@ -24,7 +24,7 @@ _REPLACES = {
     "training.num_train_epochs": ("max_steps",),
     "training.precision": ("bf16", "fp16"),
 }
-"""Key -> keys of its section with the same meaning. The training arguments would use only one of them."""
+"""Key -> other keys of its section for this setting. The training arguments would use only one of them."""
 
 
 def find_recipe(name_or_path: str) -> tuple[str, Path]:
@@ -89,8 +89,8 @@ def apply_overrides(
 ) -> dict[str, dict[str, Any]]:
     """Return `plain` with all overrides, and with the current names of renamed keys.
 
-    The last override counts, also among keys with the same meaning (`_REPLACES`). So
-    `training.learning_rate=0.1` removes `base_learning_rate` of the recipe's file.
+    The last override of a setting counts, also if several keys set it (`_REPLACES`). For example,
+    `training.learning_rate=0.1` removes the key `training.base_learning_rate` of the recipe.
 
     Args:
         plain: the sections.

@@ -2,7 +2,8 @@
 """Keeps texts as they are typed: YAML reads 2024_05_01 and 007 as numbers, 12:30 as 750, and `on` as true.
 
 A field that holds only texts takes the text itself. Fields that also accept numbers, or true and false, take
-the value that YAML reads. A number that is not decimal in YAML is an error: 0100 would be 64, and 1:30 is 90.
+the value that YAML reads. In these fields, a number in base 8 or 60 is an error: YAML reads 0100 as 64 and
+1:30 as 90.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ def as_typed(
         classes: see `holds_texts`.
 
     Raises:
-        UserError: a field for numbers has a number of base 8 or 60.
+        UserError: a field for numbers has a number in base 8 or 60.
     """
     return _replaced(value, yaml.load(text, _LOADER), tuple(where), classes)
 

@@ -212,7 +212,7 @@ class CheckpointTrainer(OptimizingTrainer):
     def machine_of_training(self) -> dict[str, Any]:
         """Return software and hardware, precision, and number of processes of the last part of the training.
 
-        A finished run keeps them if its command is repeated, also on another machine.
+        If the command of a finished run is repeated, also on another machine, these facts stay the same.
         """
         return self.machine or {
             "environment": environment(self.args.device, self.args.world_size),
@@ -224,7 +224,7 @@ class CheckpointTrainer(OptimizingTrainer):
         """Load the weights and the state of a finished run, as at its end."""
         self._load_from_checkpoint(str(checkpoint))
         self.resumed -= 1  # loading counted a resumed run, but no training follows
-        # Older versions did not store it.
+        # Older versions did not store the machine.
         self.machine = load_data_state(checkpoint, self.args.process_index).get("machine")
         self.state = load_state(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_global_step:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the options of `accelerate launch`, and of its configuration file, that change a run (layer 4).
+"""Rejects options of `accelerate launch`, and of its configuration file, that change a run (layer 4).
 
-accelerate reads these options from the environment, so no training argument contains them, and a run would
+accelerate reads these options from environment variables. No training argument contains them, so a run would
 not record them. `hf_ssl.precision` checks `--mixed_precision`.
 """
 
@@ -20,15 +20,16 @@ _OPTIONS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("use_parallelism_config", ONE_GPU),
     "ACCELERATE_DYNAMO_BACKEND": (_COMPILER, "use training.torch_compile=true"),
 }
-"""Variable of the environment -> its option, and the reason or the alternative."""
+"""Environment variable -> the option that sets it, and the reason for the error or the alternative."""
 _UNSET = ("", "no", "0", "false")
 
 
 def check_launcher(args: TrainingArguments) -> None:
-    """Check that `accelerate launch` was started without options that the training arguments lack.
+    """Check that `accelerate launch` was started without options that no training argument contains.
 
     Args:
-        args: the training arguments. Their `torch_compile` precedes the compiler of the launcher.
+        args: the training arguments. With `torch_compile`, the option for the compiler is allowed, because
+            the training arguments replace it.
 
     Raises:
         UserError: one of the options is set.

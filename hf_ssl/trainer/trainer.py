@@ -341,8 +341,8 @@ class SSLTrainer(EvaluatingTrainer):
                 and saved a checkpoint before.
         """
         self._resumed_step, measures_first = None, self.args.eval_on_start
-        # All accelerators of a process share this value (accelerate 1.15), so that of a later Trainer would
-        # replace it, and torch would use its default type, float16 on a GPU.
+        # All accelerators of a process share this value (accelerate 1.15), and each new Trainer replaces it.
+        # Autocast would then use the default type of torch, float16 on a GPU.
         self.accelerator.state._mixed_precision = self._mixed_precision
         self.check_changes()
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)

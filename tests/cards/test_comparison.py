@@ -60,11 +60,11 @@ def test_a_row_contains_the_runs_that_differ_only_in_the_seed(six) -> None:
     assert len(compare([*six, *copy.deepcopy(six)]).rows[0].seeds) == 3, "equal entries count once"
 
 
-def test_runs_of_a_changed_recipe_file_are_no_seeds() -> None:
+def test_runs_of_a_changed_recipe_file_are_separate_rows() -> None:
     """The name of the recipe and the overrides are equal, but the file was edited between the runs."""
     runs = [facts_of(seed=seed) for seed in (0, 1, 2, 0)]
     for number, value in ((1, "data.path"), (1, "training.seed"), (1, "training.save_steps")):
-        runs[number]["recipe"]["differences"][value] = "another"  # these have no effect on the weights
+        runs[number]["recipe"]["differences"][value] = "another"  # these do not distinguish runs
     runs[2]["recipe"]["differences"]["method.temperature"] = 0.1
     del runs[3]["recipe"]["differences"]["method.temperature"]
     runs[3]["training"]["final_loss"] = 9.0
@@ -96,7 +96,7 @@ def test_other_settings_are_other_rows() -> None:
 
 
 def test_other_settings_of_supervised_runs_are_other_rows() -> None:
-    """They train with `evaluation`. For the crops, the training has no other fact."""
+    """Supervised runs train with the settings of `evaluation`. Only the overrides contain the crops."""
 
     def supervised(seed: int, *overrides: str) -> dict:
         run = entry("supervised", seed)
@@ -308,7 +308,7 @@ def test_standard_errors_say_what_they_are_of(six) -> None:
     assert single["std"] == single["standard_error_over_runs"] == ""
 
 
-def test_a_mean_of_fewer_runs_than_its_row_has_says_so(six) -> None:
+def test_cells_with_fewer_runs_than_their_row_are_named(six) -> None:
     given = copy.deepcopy(six)
     key = given[0]["results"]["trained"]["protocols"][0]["key"]
     for run in given[:2]:  # a number of SimCLR that only its third run has

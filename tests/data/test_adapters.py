@@ -422,7 +422,7 @@ def test_random_items_are_not_cached() -> None:
 
 
 class Folder:
-    """A data set as `ImageFolder` of torchvision: the numbers of the classes depend on the folders."""
+    """A data set like `ImageFolder` of torchvision, whose class numbers depend on its folders."""
 
     def __init__(self, classes: list) -> None:
         self.classes, self.targets = classes, [*range(len(classes))] * 2
@@ -448,7 +448,7 @@ def _sum(data):
 
 @pytest.mark.parametrize("form", [_whole, _part, _sum])
 def test_classes_of_torchvision_are_matched_by_name(form) -> None:
-    """Before, the class 1 of both data sets was the same class, so the accuracy was wrong."""
+    """Before, class 1 of one data set was compared with class 1 of the other, so the accuracy was wrong."""
     train = label_data(form(Folder(["ant", "bee", "cat"])), CONFIG, "train")
     test = label_data(form(Folder(["ant", "cat"])), CONFIG, "test")
     test.classified_by(train)

@@ -190,7 +190,7 @@ def test_incomplete_structs_and_shares_of_the_image_end_in_one_sentence() -> Non
     for box_format in ("xywh", "xyxy"):
         with pytest.raises(UserError, match=mentions("pixels", "objects")):
             read(data_set(lists(shares, ((1,), (), (1,)))), box_format=box_format)
-    corners = [[[0.5, 0.5, 0.9, 0.8]], [], [[0.3, 0.2, 1.0, 1.0]]]  # x1, y1, x2, y2: as sizes, above 1
+    corners = [[[0.5, 0.5, 0.9, 0.8]], [], [[0.3, 0.2, 1.0, 1.0]]]  # read as xywh, corners above 1
     rounded = [[[0.2, 0.1, 0.8001, 0.5]], [], [[0.0, 0.0, 1.0, 1.0]]]
     for boxes in (corners, rounded):
         with pytest.raises(UserError, match=mentions("pixels", "objects", "xywh")):
@@ -198,8 +198,8 @@ def test_incomplete_structs_and_shares_of_the_image_end_in_one_sentence() -> Non
 
 
 @pytest.mark.parametrize(("kind", "value"), [("string", "0"), ("int64", 2)])
-def test_a_mark_of_crowds_is_yes_or_no(kind: str, value: object) -> None:
-    """The text "0" would be true, and the box would not count."""
+def test_other_values_of_iscrowd_than_0_and_1_are_an_error(kind: str, value: object) -> None:
+    """The text "0" is true in Python, so the box would be a crowd."""
     feature = {"bbox": List(NUMBERS), "iscrowd": List(Value(kind))}
     with pytest.raises(UserError, match=mentions("iscrowd", repr(value))):
         read(data_set([{"bbox": BOXES[0], "iscrowd": [value] * 2}], feature))

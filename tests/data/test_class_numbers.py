@@ -65,7 +65,7 @@ def test_whole_numbers_in_a_column_of_fractions_are_classes_of_boxes_too() -> No
 
 
 def test_texts_with_accents_are_one_class_in_all_unicode_forms() -> None:
-    """A table from macOS can have another form than one from Linux."""
+    """Tables from macOS and Linux can contain different Unicode forms of one name."""
     texts = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     assert texts[0] != texts[1]
     labels, names = number_classes([*texts, "bar"], "these images")
@@ -73,7 +73,7 @@ def test_texts_with_accents_are_one_class_in_all_unicode_forms() -> None:
     assert matching_numbers(texts, [texts[1]]).tolist() == [0, 0]
 
 
-def test_spaces_at_the_ends_of_texts_make_no_class_and_an_empty_text_is_no_label() -> None:
+def test_spaces_at_the_ends_of_texts_have_no_effect_and_an_empty_text_is_a_missing_label() -> None:
     labels, names = number_classes(["cat", " cat", "", "dog ", "  ", "dog"], "here")
     assert (labels.tolist(), names) == ([0, 0, -1, 1, -1, 1], ["cat", "dog"])
     assert matching_numbers(["dog ", "cat"], [" cat", "dog"]).tolist() == [1, 0]

@@ -46,7 +46,8 @@ PREMULTIPLIED = bytes.fromhex(
     f"{_BOXES}000000096a786c6c0a000000296a786c63ff0a0070fc087ea00408081000"
     "48004b188b15428a04301e600f4246daffbf7e3f"
 )
-"""Two pixels: 100, 50, 0 of 255, and the same with half the opacity, which multiplied the colors."""
+"""Two pixels of the color 100, 50, 0 of 255: opaque and half transparent. The file contains colors that are
+multiplied by the opacity."""
 CMYK = bytes.fromhex(
     f"{_BOXES}000000096a786c6c0a000000236a786c63ff0a0010208a1f900808100034004b188b15c24942e50144f64f00"
 )
@@ -58,7 +59,8 @@ CROPPED = base64.b64decode(
     "CAAAAAEAAAABAAAAAQAAAAAAAAABAAAACWlyb3QBAAAAGWlwbWEAAAAAAAAAAQABBgECgwSFhgAAAF9tZGF0EgAKCD"
     "gM/thAQ0AIMkkQAAA5ULskd9TvurVnNa6X/h/R40t3cu2abt7l6tgxqQMjwycfJ85wZEr1oeXD4vdB1Wp+ff/wdNn0PiR5crjWTpefhTkY4Ddm"
 )
-"""An AVIF file of libavif. 10 x 8 blue pixels are shown, turned by 90 degrees. The others are red."""
+"""An AVIF file of libavif. Its clean aperture is 10 x 8 blue pixels. The others are red. It is rotated by 90
+degrees."""
 
 needs_extra = pytest.mark.skipif(not can_read_all(), reason="needs the extra scientific")
 RED_ABOVE_BLUE = [[[255], [0]], [[0], [0]], [[0], [255]]]
@@ -97,7 +99,7 @@ def test_gray_of_12_bits_has_its_own_numbers():
 
 
 @needs_jxl
-def test_an_opened_file_of_colors_names_what_to_do():
+def test_the_message_about_an_opened_file_says_what_to_do():
     with pytest.raises(BrokenImage, match=mentions("path or the bytes")):
         decode(PIL.Image.open(io.BytesIO(JPEGXL_RGB16)), 3, (0, 4095))
 
@@ -170,7 +172,7 @@ def test_avif(bits, channels):
 
 @needs_avif
 def test_avif_is_rotated_in_both_readers():
-    """imagecodecs returns pixels that are not rotated, like Pillow before it reads the orientation."""
+    """imagecodecs does not rotate the pixels."""
     codecs = pytest.importorskip("imagecodecs")
     file = io.BytesIO()
     PIL.Image.new("RGB", (32, 16)).save(file, "AVIF", exif=exif(6))
@@ -201,7 +203,7 @@ def test_heic_of_10_bits(mode, channels):
 @needs_jxl
 @needs_extra
 def test_jpeg_xl_files_whose_pixels_the_plugin_changes():
-    """pillow-jxl-plugin 1.3 returns other numbers of gray with opacity, and the last frame."""
+    """pillow-jxl-plugin 1.3 returns wrong numbers of gray with opacity, and the last frame of animations."""
     assert decode(GRAY_ALPHA16, 1).tolist() == [[[0, 0, 16, 255]]]
     assert decode(GRAY_ALPHA16, 1, (0, 200)).tolist() == [[[0, 128, 255, 255]]]
     for value_range in (None, (0, 4095)):
@@ -213,7 +215,7 @@ def test_jpeg_xl_files_whose_pixels_the_plugin_changes():
 
 
 @needs_jxl
-def test_jpeg_xl_files_that_are_not_read_name_what_to_do(monkeypatch):
+def test_messages_about_jpeg_xl_files_that_are_not_read_say_what_to_do(monkeypatch):
     with pytest.raises(BrokenImage, match=mentions("CMYK", "RGB")):
         decode(CMYK, 3)
     for name in ("tifffile", "imagecodecs"):

@@ -130,7 +130,7 @@ def test_tables_in_folders_in_upper_case(tmp_path, write_parquet, encode, pictur
 
 
 def test_names_of_classes_with_accents_are_equal_in_all_unicode_forms(tmp_path):
-    """macOS can write the form NFD. Before, the test images had a class of their own."""
+    """macOS can write the form NFD. Before, the test images had another class than the training images."""
     names = [unicodedata.normalize(form, f"{split}/caf\u00e9/{form}.jpg") for split, form in FORMS]
     root = write(tmp_path / "photos", [*names, "train/bar/a.jpg", "test/bar/b.jpg"])
     train, test = (labeled_images(DataConfig(path=str(root)), split) for split in ("train", "test"))
@@ -150,7 +150,7 @@ def test_a_class_in_several_folders_is_reported(names, reported, tmp_path, caplo
 
 @pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"])
 def test_thumbnails_and_deleted_files_are_not_read(name, tmp_path):
-    """Before, a file server's thumbnails were images, and the photos lost their classes."""
+    """Before, hf_ssl also read the thumbnails of a file server, and the photos had no classes."""
     photos = ["cat/a.jpg", f"cat/{name}/a.jpg/thumbnail.jpg", "dog/b.jpg", f"{name}/c.jpg"]
     root = write(tmp_path / "photos", photos)
     images = labeled_images(DataConfig(path=str(root)), "train")

@@ -76,7 +76,7 @@ def test_formats_of_plugins_are_read(ending, kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def without_plugins(forks, tmp_path_factory):
-    """What a process without the plug-ins says of HEIC and JPEG XL."""
+    """The messages about HEIC and JPEG XL in a process without the plug-ins."""
     folder = tmp_path_factory.mktemp("plugins")
     save(folder / "photos" / "a.png")
     for ending in ("HEIC", "JXL"):

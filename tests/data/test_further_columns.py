@@ -495,7 +495,7 @@ def test_a_transparent_value_of_16_bits_does_not_change_depth_and_classes():
 @pytest.mark.parametrize("maximum", [1, 20, 150, 255, 300, 65535])
 @pytest.mark.parametrize("kind", [b"P5", b"P2"])
 def test_class_numbers_of_a_pgm_file_are_not_scaled(maximum, kind):
-    """Pillow 13.0 returns the class 1 of 0 to 20 as 13."""
+    """Pillow 13.0 returns class 1 as 13 if the maximum in the header is 20."""
     numbers = np.array([[0, 1, min(maximum, 255)]])
     pixels = numbers.astype(">u2" if maximum > 255 else "u1").tobytes()
     text = " ".join(map(str, numbers[0])).encode()
@@ -508,7 +508,7 @@ def test_class_numbers_of_a_pgm_file_are_not_scaled(maximum, kind):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_class_numbers_of_few_bits_in_a_tiff_file_are_not_scaled(bits):
-    """Pillow 13.0 returns the class 1 of 4 bits as 17."""
+    """Pillow 13.0 returns class 1 of a 4-bit file as 17."""
     numbers = [0, 1, 2**bits - 1]
     pixels = "".join(f"{number:0{bits}b}" for number in numbers).ljust(16, "0")
     tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 2}  # 273: place of pixels
@@ -522,8 +522,8 @@ def test_class_numbers_of_few_bits_in_a_tiff_file_are_not_scaled(bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("before", [[], [(b"tRNS", struct.pack(">H", 1))]])
-def test_class_numbers_of_few_bits_are_not_scaled(bits, before):
-    """Pillow 13.0 returns the class 1 of 4 bits as 17."""
+def test_class_numbers_of_few_bits_in_a_png_file_are_not_scaled(bits, before):
+    """Pillow 13.0 returns class 1 of a 4-bit file as 17."""
     numbers = np.array([[0, 1, 2**bits - 1]], np.uint8)
     content = image_files.png(numbers, bits=bits, before=before)
     for data in (content, PIL.Image.open(io.BytesIO(content))):

@@ -70,7 +70,7 @@ KEY = 4
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_the_transparent_gray_value_of_png_files(bits):
-    """Pillow 13.0 scales only the pixels of 2 and 4 bits, and returns no opacity of 16 bits."""
+    """Pillow 13.0 scales the pixels of 2 and 4 bits, but not this value. It returns no opacity of 16 bits."""
     white = 2**bits - 1
     key = min(KEY, white)
     values = np.array([[0, key, white, white // 2]], np.uint16 if bits == 16 else np.uint8)
@@ -85,7 +85,7 @@ def test_the_transparent_gray_value_of_png_files(bits):
 
 @needs_extra
 def test_the_transparent_color_of_png_files_of_16_bits():
-    """Pillow 13.0 compares it with the upper 8 bits of the pixels."""
+    """Pillow 13.0 compares the transparent color with the upper 8 bits of the pixels."""
     values = np.array([[[300, 0, 0], [301, 0, 0], [65535, 0, 0]]], np.uint16)
     content = png(values, before=[(b"tRNS", struct.pack(">HHH", 300, 0, 0))])
     opened = stored_image(PIL.Image.open(io.BytesIO(content))).read()

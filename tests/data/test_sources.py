@@ -462,7 +462,7 @@ def test_files_with_other_names_for_a_class_number_are_an_error(kind, ending, tm
 
 
 def test_names_of_classes_in_one_file_and_numbers_in_another_are_an_error(tmp_path, encode, picture):
-    """Before, the classes were those names and the texts 0 and 1."""
+    """Before, the classes were the names and the texts "0" and "1"."""
     for number, (label, feature) in enumerate([("bee", TEXT), (1, ClassLabel(names=["ant", "bee"]))]):
         rows = {"image": [{"bytes": encode(picture(number)), "path": None}], "label": [label]}
         table = datasets.Dataset.from_dict(rows, features=Features(image=Image(), label=feature))
@@ -473,8 +473,8 @@ def test_names_of_classes_in_one_file_and_numbers_in_another_are_an_error(tmp_pa
         labeled_images(DataConfig(path=str(tmp_path)), "train")
 
 
-def test_lists_of_numbers_name_the_type_to_cast_to(tmp_path):
-    """Pixels that were saved as lists, for example by pandas."""
+def test_the_message_about_lists_of_numbers_names_the_type_to_cast_to(tmp_path):
+    """pandas, for example, saves pixels as lists."""
     pixels = np.zeros((2, 4, 4, 3), int).tolist()
     datasets.Dataset.from_dict({"image": pixels, "label": [0, 1]}).to_parquet(tmp_path / "train.parquet")
     for column in (None, "image"):

@@ -63,7 +63,7 @@ def test_absolute_names_in_tables_of_several_folders(tmp_path: Path) -> None:
 def test_caches_of_datasets_in_a_stored_data_set_are_not_read(
     change: str, pattern: str, tmp_path: Path
 ) -> None:
-    """Before, `map` doubled the images, with its changed labels. After `shuffle`, the folder was rejected."""
+    """Before, the data contained each image twice after `map`. After `shuffle`, the folder was an error."""
     for name, value in COLORS.items():
         photo(tmp_path / "files" / f"{name}.png", value)
     features = Features(image=Image(), label=ClassLabel(names=list(COLORS)))

@@ -75,7 +75,7 @@ configs:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_names_of_classes_in_members(streaming, tmp_path, write_tar):
-    """`datasets` 5.2 accepts only numbers."""
+    """`datasets` 5.2 accepts only numbers in `KEY.cls`."""
     names = [f"{number}.{ending}" for number in range(3) for ending in ("cls", "jpg")]
     write_tar(tmp_path / "a.tar", names, {"0.cls": b"cat", "1.cls": b"dog\n", "2.cls": b"cat"})
     source = open_source(DataConfig(path=str(tmp_path), streaming=streaming), labels=True)

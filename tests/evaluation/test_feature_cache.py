@@ -187,8 +187,8 @@ def test_missing_features_are_added(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("missing", [[], ["cls"]], ids=["both are stored", "one is stored"])
-def test_features_without_other_images_are_extracted_again(tmp_path, missing: list[str]) -> None:
-    """A file that cannot be read for a moment is missing in the stored features of that moment."""
+def test_stored_features_of_different_images_are_extracted_again(tmp_path, missing: list[str]) -> None:
+    """Features that were stored while a file could not be read have no row for this image."""
     data = DataConfig(path="unused", cache="none", max_broken_fraction=0.5)
     images = label_data(make_dataset(broken=(5,)), data, "train")
     cache = FeatureCache(tmp_path, 2**20)

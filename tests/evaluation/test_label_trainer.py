@@ -50,11 +50,11 @@ def test_the_precision_is_that_of_the_protocol(
 
 @pytest.mark.parametrize(("own", "dtype"), [("no", torch.bfloat16), ("bf16", None)])
 def test_another_trainer_keeps_its_precision(own: str, dtype: Any) -> None:
-    """transformers 5.24 replaces the state that all accelerators share. Cards named the other precision."""
+    """transformers 5.24 replaces the state that all accelerators share, so cards named a wrong precision."""
     before = Accelerator(mixed_precision=own, cpu=True, gradient_accumulation_steps=3)
     with arguments(None, dtype) as args:
         Trainer(torch.nn.Linear(1, 1), args)
-        assert before.mixed_precision != own  # the reason for this test
+        assert before.mixed_precision != own  # else the workaround is not needed
     assert before.mixed_precision == own and before.gradient_accumulation_steps == 3
     assert before.state.num_processes == 1 and before.gradient_state.sync_gradients
     AcceleratorState._reset_state(reset_partial_state=True)

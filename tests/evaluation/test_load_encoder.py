@@ -115,7 +115,7 @@ def test_a_vit_without_its_pooler_gives_the_class_token(kind: str, tmp_path: Pat
     found = [features_of(loaded(tmp_path, seed), seed) for seed in (1, 2)]
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], expected)
-    # The description names what everybody can load: the saved files have no `pooler_output`.
+    # The saved files contain no pooler, so the card must not name `pooler_output`.
     assert pooling_rule(loaded(tmp_path, 1), {"pooler_output": found[0]}) == "cls"
     loaded(tmp_path, 1).save_pretrained(tmp_path / "again")
     torch.testing.assert_close(features_of(AutoModel.from_pretrained(tmp_path / "again"), 0), expected)
@@ -305,7 +305,7 @@ def test_an_encoder_that_loads_only_in_its_model_is_not_trained(name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ["Siglip2Model", "Siglip2VisionModel"])
-def test_an_encoder_of_patches_of_any_number_is_rejected(name: str, tmp_path: Path) -> None:
+def test_an_encoder_without_a_fixed_image_size_is_an_error(name: str, tmp_path: Path) -> None:
     vision = transformers.Siglip2VisionConfig(**TOWER, num_patches=4, patch_size=8)
     config = (
         vision if "Vision" in name else transformers.Siglip2Config(vision_config=vision, text_config=TEXT)

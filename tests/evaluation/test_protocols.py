@@ -295,7 +295,7 @@ def test_the_metrics_of_classes_equal_a_loop() -> None:
 
 
 def test_an_excluded_class_is_not_among_the_first_five() -> None:
-    """Logistic regression excludes classes without training images, also with fewer than five others."""
+    """Logistic regression excludes classes without training images. Before, top-5 accuracy counted them."""
     scores = torch.tensor([[0.3, -torch.inf, 0.1], [0.3, 0.2, 0.1]])
     found = class_metrics(scores, torch.tensor([1, 1]))
     assert (found["top_1"], found["top_5"]) == (0.0, 0.5)
@@ -308,7 +308,7 @@ def test_an_excluded_class_is_not_among_the_first_five() -> None:
 
 
 def test_the_text_of_knn_names_the_values_of_k_that_were_tested() -> None:
-    """k 100 is measured with 100 training images, but not tested with the 90 that are not held out."""
+    """The bank has 100 images, but only 90 during the selection of k. So k = 100 is not tested."""
     features, labels = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 2
     _, selected = evaluate_features({"protocols": ["knn"]}, features, labels, features[:9], labels[:9])[
         "protocols"

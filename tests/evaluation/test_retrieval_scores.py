@@ -77,8 +77,8 @@ def test_equal_features_find_nothing() -> None:
     assert found.first_rank.tolist() == [8, 4]
 
 
-def test_copies_tie_wherever_they_are() -> None:
-    """A matrix product can round equal rows differently (MKL 2024.2), and a collapsed encoder has hits."""
+def test_copies_have_equal_cosines_at_all_places() -> None:
+    """A matrix product can round equal rows differently (MKL 2024.2). A collapsed encoder would have hits."""
     generator = torch.Generator().manual_seed(0)
     for images, width in ((7, 513), (33, 37), (257, 513), (1001, 128), (2049, 37)):
         features = torch.randn(1, width, generator=generator).repeat(images, 1)

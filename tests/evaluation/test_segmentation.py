@@ -255,7 +255,7 @@ def test_a_processor_with_other_values_of_pixels_is_an_error(other) -> None:
 
 
 def test_random_crops_need_square_images() -> None:
-    """Before, a convolutional network saw square crops in the training, and other images in the test."""
+    """Before, a convolutional network was trained with square crops and tested with other shapes."""
     wide = ViTImageProcessor(size={"height": 16, "width": 32})
     images = Batches([torch.zeros(3, 20, 20, dtype=torch.uint8)])
     with pytest.raises(UserError, match=mentions("processor", "16 x 32")):
@@ -263,7 +263,7 @@ def test_random_crops_need_square_images() -> None:
 
 
 class Batches(list[torch.Tensor]):
-    """Images as `LabeledData` gives them."""
+    """Images with the method `iter_batches` of `LabeledImages`."""
 
     def iter_batches(self, batch_size: int) -> Iterator[list[torch.Tensor]]:
         yield self[:batch_size]

@@ -209,7 +209,7 @@ def test_tokens_tables_and_vectors_of_further_encoders_do_not_decay(name):
     "name", ["pos_embed_0", "pos_embed1", "height_rel", "patch_pos", "pixel_pos", "position_embedding_table"]
 )
 def test_position_tables_of_timm_do_not_decay(name):
-    """They are in CrossViT, Visformer, HaloNet, TNT and Gemma 4."""
+    """These tables are in CrossViT, Visformer, HaloNet, TNT and Gemma 4."""
     encoder = nn.Module()
     encoder.register_parameter(name, nn.Parameter(torch.zeros(1, 4, 8)))
     [group] = assign_parameter_groups(encoder, []).values()

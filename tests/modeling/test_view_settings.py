@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of what a training takes from the folder of an encoder: views like its images, and not its path."""
+"""A run from a local encoder uses the image size and normalization of its processor, but stores no path."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bit": (BitImageProcessor, {"size": {"shortest_edge": 36}, "crop_size": CROP, "image_std": STD}),
     "vit": (ViTImageProcessor, {"size": SQUARE, "image_std": STD}),
     "convnext": (ConvNextImageProcessor, {"size": {"shortest_edge": 24}, "image_std": STD}),
-    # The default values name a crop, which these processors do not make.
+    # By default, these processors have a `crop_size`, but do not crop.
     "beit": (BeitImageProcessor, {"size": SQUARE, "crop_size": CROP, "do_center_crop": False}),
     "efficientnet": (EfficientNetImageProcessor, {"size": SQUARE, "crop_size": CROP, "image_std": STD}),
     "efficientnet without head": (EfficientNetImageProcessor, {"size": SQUARE, "include_top": False}),

@@ -101,7 +101,7 @@ def test_trainers_in_one_process_keep_their_precision(tmp_path):
         for precision in ("bfloat16", "float32")
     ]
     first, _ = (run.build_trainer(each, each.training_arguments()) for each in settings)
-    assert first.accelerator.mixed_precision == "no"  # the reason for this test
+    assert first.accelerator.mixed_precision == "no"  # else the workaround is not needed
     first.train()
     assert first.accelerator.mixed_precision == "bf16"
 
@@ -133,7 +133,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
                 run.train(recipe(tmp_path))
             other.kill()
 
-    refused()  # without the file of a run, as at the start of the other command
+    refused()  # the folder contains no `_run.json` yet, as at the start of the other command
     assert names(tmp_path) == ["_run.lock"]  # left by the process that was killed
     (tmp_path / "_writing-_run.json").touch()
     assert run.train(recipe(tmp_path)).state.global_step == 4
@@ -143,7 +143,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
     assert [name for name in names(tmp_path) if name != "_run.lock"] == before
 
 
-def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
+def test_a_run_on_a_file_system_without_locks_uses_no_lock(tmp_path, monkeypatch):
     def lockf(file, kind):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -317,7 +317,7 @@ def test_a_run_that_is_over_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ssl.trainer.checkpoints.environment", lambda *_: other)
     assert first.machine_of_training()["environment"] == other
     again = run.train(settings)
-    assert again.machine_of_training() == machine  # it was not trained on the other one
+    assert again.machine_of_training() == machine  # the other machine did not train the run
     assert again.state.global_step == 4
     assert again.resumed == 0
     spent = first.stopwatch.seconds

@@ -131,7 +131,7 @@ def test_an_unknown_precision_of_accelerate_launch_is_an_error(
 def test_options_of_accelerate_launch_that_no_argument_contains_are_an_error(
     name: str, value: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`accelerate launch --dynamo_backend inductor` compiled the model, and no file recorded it."""
+    """Before, `accelerate launch --dynamo_backend inductor` compiled the model, and no file recorded it."""
     monkeypatch.setenv(name, "NO")  # as `accelerate launch` without the option
     recipe(tmp_path)
     monkeypatch.setenv(name, value)
@@ -139,7 +139,7 @@ def test_options_of_accelerate_launch_that_no_argument_contains_are_an_error(
         recipe(tmp_path)
 
 
-def test_a_run_that_compiles_may_be_launched_with_a_compiler(
+def test_the_launcher_can_name_a_compiler_if_the_run_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
