@@ -181,8 +181,9 @@ class EpochLoader(DataLoader[Any]):
 def crop_and_flip(processor: Any, images: Any, smallest_crop: float, flip: float) -> ViewPreset:
     """Return the augmentation of the papers' probes: a random resized crop and a horizontal flip.
 
-    Size, mean, standard deviation and filter are those of the image processor of the encoder. The filter is
-    bilinear if the processor has no `resample` (timm) or another one than bicubic.
+    Size, mean and standard deviation are those of the image processor of the encoder. The filter is bicubic
+    if the processor resizes bicubically, and bilinear otherwise (also for timm, whose processors have no
+    `resample`).
 
     Args:
         processor: the image processor.

@@ -170,8 +170,8 @@ def checked_normalization(processor: Any, channels: int) -> tuple[list[float], l
     """Return `normalization` of a processor, for protocols that resize or crop images themselves.
 
     Raises:
-        UserError: the processor changes the values of pixels in another way. It does not divide them by 255,
-            or exchanges the color channels, as that of MobileViT does.
+        UserError: the processor does not only divide pixels by 255 and normalize them. For example, it
+            exchanges the color channels (MobileViT).
     """
     mean, std = normalization(processor, channels)
     levels = (torch.arange(1, channels + 1) * 255 // (channels + 1)).to(torch.uint8)[:, None, None]
@@ -182,9 +182,9 @@ def checked_normalization(processor: Any, channels: int) -> tuple[list[float], l
     wanted = torch.stack([levels.flatten(), 255 - levels.flatten()]) / 255
     if not bool(((scaled - wanted).abs() < 3 / 255).all()):
         raise UserError(
-            "processor: expected pixels divided by 255 and normalized, which this protocol repeats, got "
-            f"{type(processor).__name__} with other values; use a processor with do_rescale and RGB, or "
-            "another protocol"
+            "processor: expected only the division of RGB pixels by 255 and the normalization, because this "
+            f"protocol repeats these steps, got {type(processor).__name__} with other steps; use another "
+            "processor, or another protocol"
         )
     return mean, std
 

@@ -180,7 +180,7 @@ def read_or_extract(
     read = {name: cache.read(key, name, total) for name in names}
     stored = {name: entry for name, entry in read.items() if entry is not None}
     if len({frozenset(entry.broken) for entry in stored.values()}) > 1:
-        stored = {}  # a file could not be read for a moment, so their rows belong to different images
+        stored = {}  # a file could not be read when some of them were stored, so their images differ
     missing = _of_any_process([name for name in names if name not in stored])
     extracted = extract(missing) if missing else {}
     if missing:  # the stored features must belong to the same images
@@ -256,7 +256,7 @@ def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     modules = list(model.modules())
-    if any("forward" in vars(module) for module in modules):  # replaced in one module, by unknown code
+    if any("forward" in vars(module) for module in modules):  # code of the user replaced it
         return None
     hooks = [
         hook

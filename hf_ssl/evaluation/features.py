@@ -270,5 +270,5 @@ class _Rows:
 
 
 def _half(batch: Tensor) -> Tensor:
-    """Return numbers in float16. Those above its largest number become it, but infinity stays."""
+    """Return numbers in float16. Finite numbers are clipped to its range. Infinity stays infinite."""
     return torch.where(batch.isinf(), batch, batch.clamp(-_HALF_MAX, _HALF_MAX)).half()

@@ -294,8 +294,8 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 def _own_accelerate_state() -> Iterator[None]:
     """Restore the state of accelerate at the end of the block.
 
-    All accelerators of a process share it. transformers (5.24) replaces it with each `TrainingArguments`, so
-    another Trainer, such as that of the pretraining, would get the precision of this one.
+    All accelerators of a process share one state. Each `TrainingArguments` (transformers 5.24) replaces it.
+    Without this function, the Trainer of the pretraining would then use the precision of the protocol.
     """
     kinds = (PartialState, AcceleratorState, GradientState)
     before = [dict(kind._shared_state) for kind in kinds]

@@ -76,11 +76,11 @@ def nearest_in_chunks(bank: Tensor, queries: Tensor, neighbors: int) -> Iterator
 
 
 class Copies(NamedTuple):
-    """Bank rows that other rows equal.
+    """The rows that are in the bank more than once.
 
     Attributes:
-        rows: (U, D) each of them once.
-        places: for each part of the bank, the columns (C,) where they are, and their numbers (C,) in `rows`.
+        rows: (U, D) the distinct rows.
+        places: for each part of the bank, the columns (C,) of the copies, and their numbers (C,) in `rows`.
     """
 
     rows: Tensor

@@ -90,7 +90,7 @@ def retrieval_scores(
     gallery, classes = gallery[order], classes[order]
     precision = torch.full((len(queries),), torch.nan, dtype=torch.float64)
     ranks = torch.zeros(len(queries), dtype=torch.int64)
-    copies = find_copies(gallery, len(gallery))  # whose products can differ in the last digits
+    copies = find_copies(gallery, len(gallery))  # matrix products can round the cosines of copies differently
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
     rows = max(1, CHUNK_NUMBERS // len(gallery))
     for label in targets.unique().tolist():

@@ -237,7 +237,7 @@ def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def _ranks(scores: Any, labels: Any) -> Tensor:
     """Return the rank (N,) of the class of each image, 0 for the predicted one; see `class_metrics`.
 
-    The rank of a class that has no score, or the score -inf, which excludes it, is a large number.
+    The rank is a large number for a class without a score, and for a class that the score -inf excludes.
     """
     scores, labels = torch.as_tensor(scores), torch.as_tensor(labels).to(scores.device)
     index = labels.clamp(max=scores.shape[1] - 1)[:, None]

@@ -135,10 +135,10 @@ def _vote(
 def _select(
     inputs: Inputs, counts: list[int], temperatures: list[float]
 ) -> tuple[tuple[int, float], int, list[int]] | None:
-    """Return the best k and temperature on held-out training images, their number, and the tested k.
+    """Return the best (k, temperature), the number of held-out training images, and the tested values of k.
 
-    A k above the number of the other training images is not tested. Return None if there is nothing to
-    select, or if there are too few images.
+    The bank contains the other training images. A k larger than the bank is not tested. Return None if there
+    is nothing to select, or if there are too few images.
     """
     train = inputs.train
     kept, chosen = hold_out(len(train), inputs.seed, _MAX_HELD_OUT)
