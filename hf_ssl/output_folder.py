@@ -107,8 +107,11 @@ def only_command(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             logger.info("%s is not locked: %s", folder, error)
-        yield
-    file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            opened.close()  # Windows cannot delete an open file
+            file.unlink(missing_ok=True)
 
 
 def mark_output_folder(recipe: Recipe, choices: Choices, revision: str) -> None:

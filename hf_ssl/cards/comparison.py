@@ -226,6 +226,7 @@ def compare(entries: Sequence[dict[str, Any]], baselines: bool = False) -> Compa
             known = [entry["settings"] for entry in different if entry.get("settings") is not None]
             evaluated[0] = evaluated[0] | {"settings": known[0] if known else None}
             groups.setdefault(_group("trained", evaluated[0]), []).append(_Run("trained", evaluated))
+    _join_unrecorded(groups)
     for name in ("start", "untrained", "raw_pixels") if baselines else ():
         for given in trainings.values():
             _add_baseline(groups, name, given)
@@ -275,6 +276,17 @@ def _reason(entry: dict[str, Any]) -> str:
         return "it was not evaluated; use hf-ssl evaluate FOLDER --output RESULTS"
     measured = "only LiDAR and alignment, which are not accuracies" if "quality" in trained else "no accuracy"
     return f"its evaluation contains {measured}; use a further protocol, such as --protocols quality,knn"
+
+
+def _join_unrecorded(groups: dict[str, list[_Run]]) -> None:
+    """Add runs whose settings an older version did not record to the only row that is equal otherwise."""
+    equal: dict[str, list[str]] = {}  # the group without settings -> those with settings
+    for group, runs in groups.items():
+        without = _group("trained", runs[0].entries[0] | {"settings": None})
+        equal.setdefault(without, []).extend([group] if group != without else [])
+    for without, known in equal.items():
+        if without in groups and len(known) == 1:
+            groups[known[0]] += groups.pop(without)
 
 
 def _add_baseline(groups: dict[str, list[_Run]], name: str, entries: list[dict[str, Any]]) -> None:

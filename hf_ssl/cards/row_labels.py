@@ -57,8 +57,10 @@ def _label_parts(name: str, entry: dict[str, Any], settings: str) -> list[str]:
 
 def _differing_settings(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
     """Return the settings in which a run differs from other runs of its recipe."""
-    own = entry.get("settings") or {}
-    others = [each.get("settings") or {} for each in entries if each["recipe"] == entry["recipe"]]
+    given = [each.get("settings") for each in entries if each["recipe"] == entry["recipe"]]
+    own, others = entry.get("settings"), [each for each in given if each is not None]
+    if own is None:  # of an older version
+        return "settings not recorded" if others else ""
     keys = sorted(
         key for key in set().union(own, *others) if any(each.get(key) != own.get(key) for each in others)
     )

@@ -351,7 +351,7 @@ def _selection(facts: Facts, split: str) -> str:
             f"this metric uses images of {split}."
         )
     weights = "The weights are those of the last step."
-    if any(number["key"].startswith("linear_probe") for number in facts["results"]["trained"]["protocols"]):
+    if find_results(facts["results"]["trained"], "linear"):
         weights += " The learning rate of the linear probe was selected on training images."
     if test_images:
         return (

@@ -162,7 +162,8 @@ class Items:
         """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
 
         The labels are a column, the `targets` of torchvision, or the second parts of items (image, label). If
-        the data set has a list `classes` of names, as in torchvision, label i means the class `classes[i]`.
+        the data set has a list `classes` of names, as in torchvision, the number i means the class
+        `classes[i]`.
 
         Args:
             column: the key of the label in each item, if the items are dicts.
@@ -188,15 +189,14 @@ class Items:
                     f"{where}: expected items {form}, got items without a label; add it, or use "
                     "data=DataConfig(label_column=NAME) for items with another key"
                 )
-        numbers, names = number_classes(list(labels), where)
-        declared = None if transformed else _declared_classes(self.data)
-        if (
-            not names
-            or declared is None
-            or not all(name.isdecimal() and int(name) < len(declared) for name in names)
-        ):
+        labels = list(labels)
+        numbers, names = number_classes(labels, where)
+        declared = None if any(isinstance(label, str) for label in labels) else _declared_classes(self.data)
+        if not (names and declared and all(name.isdecimal() for name in names)):
             return numbers, names
         given = np.array([int(name) for name in names], np.int64)
+        if given.max() >= len(declared):
+            return numbers, names
         return np.where(numbers < 0, -1, given[numbers]), declared
 
 

@@ -157,7 +157,7 @@ def _other_kind(start: bytes) -> str:
         return f", but a DICOM file; {_CONVERT}"
     if start[4:12] == b"ftypcrx ":
         return f", but raw data of a camera; {_CONVERT}"
-    if start[4:8] == b"ftyp":
+    if start[4:8] == b"ftyp" and _kind(start) is None:
         return ", but a video or another file of the MPEG-4 family; extract its frames, or convert it to PNG"
     found = (text for signature, text in _OTHER_KINDS.items() if start.startswith(signature))
     return next((f", but {text}" for text in found), "; check the file, or convert it to PNG")

@@ -100,7 +100,7 @@ def avif_header(view: memoryview) -> AvifHeader:
     """
     try:
         properties = _primary_properties(view)
-    except (struct.error, IndexError):  # a file of another structure
+    except (struct.error, LookupError):  # a file of another structure, such as an animation
         properties = {}
     aperture = properties.get(b"clap")
     found = None if aperture is None else struct.unpack_from(">IIIIiIiI", aperture)
@@ -136,9 +136,7 @@ def _boxes(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 def _primary_properties(view: memoryview) -> dict[bytes, memoryview]:
     """Return the properties of the primary image of a HEIF file: kind -> content."""
-    meta = dict(_boxes(dict(_boxes(view))[b"meta"][4:])) if b"meta" in dict(_boxes(view)) else {}
-    if b"pitm" not in meta or b"iprp" not in meta:
-        return {}
+    meta = dict(_boxes(dict(_boxes(view))[b"meta"][4:]))  # without its version
     primary = struct.unpack_from(">H" if meta[b"pitm"][0] == 0 else ">I", meta[b"pitm"], 4)[0]
     inside = dict(_boxes(meta[b"iprp"]))
     known, links = list(_boxes(inside[b"ipco"])), inside[b"ipma"]

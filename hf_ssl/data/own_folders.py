@@ -80,7 +80,7 @@ def _are_attention_maps(path: str, names: Collection[str]) -> bool:
 def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict[str, str]]:
     """Return the files that are in no own folder, and {folder: what it is} of the own folders.
 
-    The function also omits cached results of `datasets`.
+    The function also omits cached results of `datasets`, unless there are no other files.
 
     Args:
         files: absolute paths.
@@ -102,10 +102,7 @@ def outside_own_folders(files: list[str], literal: str) -> tuple[list[str], dict
 
     left_out: dict[str, str] = {}
     entries = cache(os.listdir)
-    kept = [
-        file
-        for file in files
-        if own(folder := os.path.dirname(file)) is None
-        and not is_cache_of_datasets(os.path.basename(file), entries(folder))
-    ]
-    return kept, left_out
+    outside = [file for file in files if own(os.path.dirname(file)) is None]
+    parts = ((file, *os.path.split(file)) for file in outside)
+    kept = [file for file, folder, name in parts if not is_cache_of_datasets(name, entries(folder))]
+    return kept or outside, left_out

@@ -65,8 +65,8 @@ def to_array(image: Decoded, channels: int, value_range: ValueRange | None = Non
         image = array_image(scaled)
     if image.mode in ("La", "RGBa"):  # colors that are multiplied by the opacity
         image = image.convert("LA" if image.mode == "La" else "RGBA")
-    has_opaque_palette = image.mode != "P" or not image.palette or not image.palette.mode.endswith("A")
-    if "A" in image.getbands() or image.info.get("transparency") is not None or not has_opaque_palette:
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    if "A" in (*image.getbands(), *palette) or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(white, image).convert("RGB")

@@ -94,22 +94,23 @@ def decoder_state() -> str:
 
 
 def is_deep(image: PIL.Image.Image, data: EncodedBytes) -> bool:
-    """Return whether the pixels of an opened file do not have 8 bits per channel, from its header alone."""
+    """Return whether the pixels of an opened file may have more than 8 bits per channel, from its header."""
     return (
         image.mode.startswith(("I", "F")) or find_fault(image, memoryview(data).cast("B"), True) is not None
     )
 
 
 def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
-    """Return the bytes of an image that is open but not loaded, if Pillow may return wrong pixels."""
+    """Return the bytes of an image that is open but not loaded, if Pillow may return wrong pixels.
+
+    The function does not load the image: a data set can keep it, and must return the same pixels again.
+    """
     file: Any = getattr(image, "fp", None)
     is_avif = image.format == "AVIF"  # Pillow sets `tile` when it loads these files
     if file is None or not (is_avif or getattr(image, "tile", None)) or image.tell():
         return None
-    is_unknown = image.format in ("JPEG2000", "FITS") or (
-        image.format in ("PNG", "SGI", "AVIF") and (exact or "transparency" in image.info)
-    )
-    is_unknown = is_unknown or (image.format == "PNG" and _few_bits(image) is not None)
+    is_unknown = image.format in ("JPEG2000", "FITS", "AVIF", "PPM") or _few_bits(image) is not None
+    is_unknown |= image.format in ("PNG", "SGI") and (exact or "transparency" in image.info)
     if not is_unknown and not find_fault(image, None, exact):
         return None
     position = file.tell()
@@ -118,7 +119,8 @@ def _own_file(image: PIL.Image.Image, exact: bool) -> bytes | None:
     file.seek(position)
     if is_avif and content[4:8] != b"ftyp":  # the image is loaded: `fp` contains its pixels
         return None
-    image.load()  # closes the file
+    if is_avif and not (exact or b"clap" in content):  # Pillow returns the right pixels
+        return None
     return content
 
 
@@ -166,8 +168,8 @@ def _shown_box(image: PIL.Image.Image, view: memoryview | None) -> tuple[int, in
 
 def _few_bits(image: Any) -> int | None:
     """Return the bits (2 or 4) of a gray file that is not loaded; None if Pillow does not scale them to 8."""
-    for tile in getattr(image, "tile", None) or ():
-        mode = tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0]
+    for *_, options in getattr(image, "tile", None) or ():
+        mode = options if isinstance(options, str) else (options or ("",))[0]
         if isinstance(mode, str) and mode.startswith(("L;2", "L;4")):
             return int(mode[2])
     return None

@@ -13,12 +13,13 @@ A file or directory is named after a split if its name contains a keyword of the
 Delimiters are `-`, `.`, `_`, a space, a digit, and the end of a directory's name.
 
 There is one difference: upper case does not matter (`Training`, `TEST`) if rule 2 or 3 then gives exactly one
-split to each file. `datasets` would train on the test images.
+split to each file, and "train" to some of them. `datasets` would train on the test images.
 """
 
 import os
 import re
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from hf_ssl.data.location import File
 
@@ -31,6 +32,9 @@ _ANY_KEYWORD = re.compile("train|valid|dev|val|test|eval")
 _DELIMITER = "[-._ 0-9]"
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\..*", re.DOTALL)
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
+
+_Group: TypeAlias = tuple[list[str], list[File]]
+"""Names, and the files that have them."""
 
 
 def infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
@@ -48,13 +52,10 @@ def infer_splits(files: list[File], root: str) -> dict[str, list[File]]:
     for file in files:
         by_directory.setdefault(os.path.dirname(file.path), []).append(file)
     directories = [(os.path.relpath(path, root).split(os.sep), found) for path, found in by_directory.items()]
-    names = [([os.path.basename(file.path)], [file]) for file in files]
     return (
         _splits_by_shards(files, root)
-        or _splits_in_any_case(directories, directories=True)
-        or _splits_by_keywords(directories, directories=True)
-        or _splits_in_any_case(names, directories=False)
-        or _splits_by_keywords(names, directories=False)
+        or _splits_by_names(directories, directories=True)
+        or _splits_by_names([([os.path.basename(file.path)], [file]) for file in files], directories=False)
         or {"train": files}
     )
 
@@ -73,15 +74,25 @@ def _splits_by_shards(files: list[File], root: str) -> dict[str, list[File]]:
     return {name: splits[name] for name in (*_KEYWORDS, *others) if name in splits}
 
 
-def _splits_by_keywords(
-    groups: list[tuple[list[str], list[File]]], directories: bool
-) -> dict[str, list[File]]:
+def _splits_by_names(groups: list[_Group], directories: bool) -> dict[str, list[File]]:
     """Divide groups of files into splits by the keywords in their names.
+
+    Upper case does not matter if each file then has exactly one split, and some files are in the split
+    "train": all files of a folder can have names such as `Test_1.jpg`.
 
     Args:
         groups: the names of each group, and its files.
         directories: whether the names are those of directories.
     """
+    lower = [([name.lower() for name in names], files) for names, files in groups]
+    found = _splits_by_keywords(lower, directories)
+    divided = [file for files in found.values() for file in files]
+    is_exact = len(divided) == len(set(divided)) == sum(len(files) for _, files in groups)
+    return found if is_exact and "train" in found else _splits_by_keywords(groups, directories)
+
+
+def _splits_by_keywords(groups: list[_Group], directories: bool) -> dict[str, list[File]]:
+    """Divide groups of files into splits by the keywords in their names; see `_splits_by_names`."""
     groups = [(names, files) for names, files in groups if any(map(_ANY_KEYWORD.search, names))]
     splits = {}
     for split, keywords in _KEYWORDS.items():
@@ -92,18 +103,6 @@ def _splits_by_keywords(
         if chosen:
             splits[split] = list(chosen)
     return splits
-
-
-def _splits_in_any_case(
-    groups: list[tuple[list[str], list[File]]], directories: bool
-) -> dict[str, list[File]]:
-    """Divide groups of files by keywords in upper or lower case; {} if a file has no split, or several."""
-    found = _splits_by_keywords(
-        [([name.lower() for name in names], files) for names, files in groups], directories
-    )
-    divided = [file for files in found.values() for file in files]
-    is_exact = len(divided) == len(set(divided)) == sum(len(files) for _, files in groups)
-    return found if is_exact else {}
 
 
 def _patterns(keywords: tuple[str, ...], directories: bool) -> Iterator[re.Pattern[str]]:

@@ -18,8 +18,6 @@ from hf_ssl.errors import UserError
 TAR_FORMAT = "3"  # part of the names of cached tables; increase it if `TarImages` gives other rows
 
 _BLOCK = 1 << 20
-
-
 _CLASSES = ("cls", "cls2")
 """Endings of members that contain a class."""
 

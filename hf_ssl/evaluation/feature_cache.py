@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,7 +248,7 @@ def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:
     """Return a hash of the code, the configuration and all weights of an encoder.
 
     Return None if the encoder contains code of the user, which may change without notice: modules or hooks
-    from outside transformers, timm, torch and hf_ssl, or a module with a replaced `forward`.
+    from outside transformers, timm, torch and hf_ssl, or a `forward` that other code than hf_ssl replaced.
 
     Args:
         model: the encoder.
@@ -256,7 +257,8 @@ def encoder_fingerprint(model: nn.Module, *settings: Any) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     modules = list(model.modules())
-    if any("forward" in vars(module) for module in modules):  # code of the user replaced it
+    replaced = [vars(module)["forward"] for module in modules if "forward" in vars(module)]
+    if not all(_is_own(forward) for forward in replaced):
         return None
     hooks = [
         hook
@@ -289,6 +291,11 @@ def _place(known: Any) -> str:
 def _is_known(code: Any) -> bool:
     """Return whether a class or function belongs to a library whose version determines its code."""
     return (getattr(code, "__module__", None) or type(code).__module__).split(".")[0] in _KNOWN_CODE
+
+
+def _is_own(forward: Any) -> bool:
+    """Return whether hf_ssl replaced a `forward`. `checkpoint_segments` does, and features stay equal."""
+    return isinstance(forward, partial) and forward.func.__module__.startswith("hf_ssl.")
 
 
 def _bytes(tensor: Tensor) -> Any:

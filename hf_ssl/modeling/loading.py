@@ -109,7 +109,10 @@ def _check_folder(place: str, where: str) -> None:
             f"{where}: expected an encoder, got {place!r}, an unfinished run; finish it with its command, or "
             f"use hf-ssl export {place}/checkpoint-N FOLDER"
         )
-    raise UserError(f"{where}: expected an encoder, got {place!r}, a folder without {CONFIG_NAME}")
+    raise UserError(
+        f"{where}: expected an encoder, got {place!r}, a folder without {CONFIG_NAME}; use the output folder "
+        "of a run, or of save_pretrained"
+    )
 
 
 def loaded_commit(encoder: Any) -> str | None:

@@ -233,6 +233,18 @@ def test_results_of_both_poolings(facts: dict, tmp_path: Path) -> None:
     assert "the published feature: 40.0 %, of the mean over a grid of patches: 50.0 %." in readme(tmp_path)
 
 
+@pytest.mark.parametrize("protocols", [["knn"], ["knn", "linear"]])
+def test_the_selection_of_a_learning_rate_is_named_if_a_probe_was_measured(
+    protocols: list[str], facts: dict, tmp_path: Path
+) -> None:
+    trained = facts["results"]["trained"]
+    trained["protocols"] = [each for each in trained["protocols"] if each["protocol"] in protocols]
+    for number in trained["protocols"]:
+        number["key"] = number["key"].replace("linear_probe", "linear_grid")  # it also selected its feature
+    write_card(tmp_path, facts)
+    assert ("linear probe was selected" in readme(tmp_path)) == ("linear" in protocols)
+
+
 def test_problems_of_a_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
     numbers = [facts["results"][name]["protocols"][0] for name in ("untrained", "trained")]
     numbers[0]["value"] = numbers[1]["value"] + 0.02

@@ -77,6 +77,10 @@ def test_runs_of_a_changed_recipe_file_are_separate_rows() -> None:
     old = [{key: value for key, value in each.items() if key != "settings"} for each in entries]
     assert [row.seeds for row in compare([*entries[:2], *old[:2]]).rows] == [[0, 1]]
     assert len(compare(old).rows) == 1
+    [joined] = compare([old[0], entries[1]]).rows  # only one row is equal to the older run
+    assert sorted(joined.seeds) == [0, 1]
+    unknown, *_ = compare([old[0], entries[1], entries[2]]).rows
+    assert (unknown.label, unknown.seeds) == ("SimCLR, settings not recorded", [0])
 
 
 def test_other_settings_are_other_rows() -> None:

@@ -465,3 +465,18 @@ def test_classes_of_torchvision_are_matched_by_name(form) -> None:
 )
 def test_names_of_imagenet_in_torchvision(classes: list, names: list[str]) -> None:
     assert label_data(Folder(classes), CONFIG, "test").class_names == names
+
+
+def test_texts_are_names_and_no_numbers_of_declared_classes() -> None:
+    """Before, the text "1" was the class 1 of "0" to "2" in another order: its name was "2"."""
+    data = Folder(["1", "2", "3"])
+    data.targets = ["1", "2", "1", "2"]
+    images = label_data(data, CONFIG, "test")
+    assert [images.class_names[label] for label in images.labels] == data.targets
+
+
+def test_missing_labels_of_declared_classes_are_left_out() -> None:
+    data = Folder(["ant", "bee"])
+    data.targets = [1, -1, 1, 0]
+    images = label_data(data, CONFIG, "test")
+    assert [images.class_names[label] for label in images.labels] == ["bee", "bee", "ant"]

@@ -106,8 +106,11 @@ UPPER_CASE = {
     "files": (["Train_1.jpg", "Train_2.jpg", "Test_1.jpg"], {"train": 2, "test": 1}),
     "a class": (["bus/a.jpg", "car/b.jpg", "Train/c.jpg"], {"train": 3}),
     "only one split": (["Train/cat/a.jpg", "Train/dog/b.jpg"], {"train": 2}),
+    "only test files": (["Test_1.jpg", "Test_2.jpg"], {"train": 2}),
+    "only other folders": (["Dev/a.jpg", "Eval/b.jpg"], {"train": 2}),
     "a class in a split": (["train/Dev/a.jpg", "train/Ops/b.jpg", "test/Dev/c.jpg"], {"train": 2, "test": 1}),
 }
+UNLABELED = ("folders without classes", "files", "only test files", "only other folders")
 
 
 @pytest.mark.parametrize("case", UPPER_CASE)
@@ -117,7 +120,7 @@ def test_names_of_splits_in_upper_case(case, tmp_path):
     root = write(tmp_path / "photos", names)
     found = find_local_data(locate(str(root))).images
     assert {split: len(images.dataset) for split, images in found.items()} == counts
-    assert ("label" in found["train"].dataset.features) == (case not in ("folders without classes", "files"))
+    assert ("label" in found["train"].dataset.features) == (case not in UNLABELED)
 
 
 def test_tables_in_folders_in_upper_case(tmp_path, write_parquet, encode, picture):

@@ -233,6 +233,15 @@ OTHER_FILES = {
 }
 
 
+@needs_avif
+def test_a_damaged_avif_file_is_no_video():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(file, "AVIF")
+    with pytest.raises(BrokenImage) as error:
+        decode(file.getvalue()[:200], 3)
+    assert not missing(str(error.value), "check the file") and "video" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", OTHER_FILES)
 def test_a_file_that_is_no_image_is_named(name, tmp_path):
     (tmp_path / "file").write_bytes(OTHER_FILES[name])

@@ -500,7 +500,8 @@ def test_class_numbers_of_a_pgm_file_are_not_scaled(maximum, kind):
     pixels = numbers.astype(">u2" if maximum > 255 else "u1").tobytes()
     text = " ".join(map(str, numbers[0])).encode()
     content = kind + b" 3 1 %d\n" % maximum + (pixels if kind == b"P5" else text)
-    for data in (content, PIL.Image.open(io.BytesIO(content))):
+    opened = PIL.Image.open(io.BytesIO(content))
+    for data in (content, opened, opened):
         assert read_pixels(data, class_numbers)[0].tolist() == numbers.tolist()
     shown = np.rint(numbers * (255 / maximum))
     assert decode(content, 1)[0].tolist() == shown.tolist()
@@ -515,7 +516,8 @@ def test_class_numbers_of_few_bits_in_a_tiff_file_are_not_scaled(bits):
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     end = struct.pack("<H", len(tags)) + entries + bytes(4)
     content = b"II*\0" + struct.pack("<I", 10) + int(pixels, 2).to_bytes(2, "big") + end
-    for data in (content, PIL.Image.open(io.BytesIO(content))):
+    opened = PIL.Image.open(io.BytesIO(content))
+    for data in (content, opened, opened):
         assert read_pixels(data, class_numbers)[0, 0].tolist() == numbers
     assert decode(content, 1)[0, 0].tolist() == [round(number * 255 / (2**bits - 1)) for number in numbers]
 
@@ -526,7 +528,8 @@ def test_class_numbers_of_few_bits_in_a_png_file_are_not_scaled(bits, before):
     """Pillow 13.0 returns class 1 of a 4-bit file as 17."""
     numbers = np.array([[0, 1, 2**bits - 1]], np.uint8)
     content = image_files.png(numbers, bits=bits, before=before)
-    for data in (content, PIL.Image.open(io.BytesIO(content))):
+    opened = PIL.Image.open(io.BytesIO(content))
+    for data in (content, opened, opened):
         assert read_pixels(data, class_numbers)[0].tolist() == numbers.tolist()
     shown = np.rint(numbers * (255 / (2**bits - 1)))
     if not before:

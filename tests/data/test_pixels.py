@@ -417,6 +417,13 @@ def test_the_size_of_a_png_file_that_is_rotated_by_data_after_its_pixels(name):
             assert (width, height) == SHAPE
 
 
+def test_an_image_of_a_plugin_with_plain_tuples_as_tiles():
+    """Pillow 11 and later has named tuples, and reads both."""
+    image = PIL.Image.new("L", (2, 2), 7)
+    image.tile = [("raw", (0, 0, 2, 2), 0, ("L", 0, 1))]
+    assert decode(image, 1).unique().tolist() == [7]
+
+
 def test_opened_fits_files_have_the_scale_of_the_file():
     opened = stored_image(PIL.Image.open(io.BytesIO(fits(G8, zero=100)))).read()
     with pytest.raises(BrokenImage, match=mentions("FITS")):

@@ -82,3 +82,5 @@ def test_caches_of_datasets_in_a_stored_data_set_are_not_read(
         config = DataConfig(path=f"{tmp_path}/stored{pattern}", streaming=streaming)
         assert open_source(config).num_rows == 8
     assert colors_of_classes(f"{tmp_path}/stored{pattern}") == list(COLORS.items()) * 4
+    if change == "map":
+        assert open_source(DataConfig(path=f"{tmp_path}/stored/cache-*.arrow")).num_rows == 8  # as requested

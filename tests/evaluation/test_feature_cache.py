@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from torch.utils.checkpoint import checkpoint
 from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from hf_ssl.data import DataConfig, label_data
@@ -22,6 +23,7 @@ from hf_ssl.evaluation.feature_cache import (
     feature_key,
     read_or_extract,
 )
+from hf_ssl.modeling.activation_checkpoints import checkpoint_segments
 from hf_ssl.recipe import load_recipe, read_sections
 from hf_ssl.run import evaluate as evaluate_folder
 from hf_ssl.run import pretrain
@@ -141,6 +143,9 @@ def test_data_sets_and_modules_of_the_user_are_not_cached(tmp_path, extractions)
     block = replaced.encoder.stages[0]
     block.forward = lambda state: 2 * type(block).forward(block, state)
     assert encoder_fingerprint(replaced) is None
+    segments = make_encoder()
+    checkpoint_segments(segments, True, checkpoint)
+    assert encoder_fingerprint(segments) == encoder_fingerprint(make_encoder()) is not None
 
 
 def test_a_patch_grid_has_its_own_features(tmp_path, extractions) -> None:

@@ -230,7 +230,9 @@ def test_places_without_an_encoder(tmp_path: Path) -> None:
     for load in (load_config, load_weights):
         with pytest.raises(UserError, match=mentions("model", tmp_path / "run", "export", "checkpoint-N")):
             load(str(tmp_path / "run"))
-        with pytest.raises(UserError, match=mentions("model", tmp_path / "photos", "config.json")):
+        with pytest.raises(
+            UserError, match=mentions("model", tmp_path / "photos", "config.json", "save_pretrained")
+        ):
             load(str(tmp_path / "photos"))
         with pytest.raises(UserError, match=mentions("model", "nowhere", "path")):
             load("nowhere")

@@ -143,6 +143,12 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
     assert [name for name in names(tmp_path) if name != "_run.lock"] == before
 
 
+def test_a_training_that_ends_with_an_error_leaves_no_lock(tmp_path):
+    with pytest.raises(UserError), only_command(tmp_path):
+        raise UserError("the loss is not finite")
+    assert names(tmp_path) == []
+
+
 def test_a_run_on_a_file_system_without_locks_uses_no_lock(tmp_path, monkeypatch):
     def lockf(file, kind):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
