@@ -18,7 +18,7 @@ from hf_ssl.data.stream import StreamShards
 from hf_ssl.errors import UserError
 
 CLASSES = ClassLabel(names=["a", "b"])
-BOX = [0.0, 0.0, 2.0, 2.0]
+BOX = [0.0, 0.0, 8.0, 8.0]
 
 
 def table(column: list, feature) -> Dataset:
