@@ -43,7 +43,7 @@ class Config:
         labels_per_class: numbers of labeled images per class.
         lists: files with one image name per line, the labeled images of published results (`image_lists`).
         draws: number of random choices of the labeled images for each fraction and number.
-        strengths: values of C (see `logistic_regression`) for features of length 1.
+        strengths: values of C (see `logistic_regression`) for L2-normalized features.
         iterations: largest number of iterations of L-BFGS for each C.
     """
 
@@ -213,7 +213,7 @@ def _result(
         key=f"few_label_linear_{choice.key}",
         title=f"Linear classifier accuracy, {choice.words}",
         column=f"linear, {choice.column}",
-        text=f"logistic regression on frozen features of length 1. C was {how}. Labeled images: "
+        text=f"logistic regression on frozen, L2-normalized features. C was {how}. Labeled images: "
         f"{choice.words}, {of}. {spread}Tested on {inputs.test}. Hash of the labeled rows: {hashed}",
         value=found.mean,
         standard_error=found.standard_error,
