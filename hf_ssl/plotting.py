@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards.privacy import encoder_name, last_part
-from hf_ssl.cards.result_files import with_trained_tolerance
+from hf_ssl.cards.result_files import with_trained_reading
 from hf_ssl.data import DataConfig, LabeledImages, open_source
 from hf_ssl.data.labeled_splits import unlabeled_images
 from hf_ssl.data.subsets import balanced_rows
@@ -207,7 +207,7 @@ def open_scene(
     if most < 2:
         raise UserError(f"--images: expected at least 2, got {most}; use --images {MAP_IMAGES}")
     for model in models.values():
-        data = with_trained_tolerance(data, model)
+        data = with_trained_reading(data, model)
     train, test, split = _open_images(data, evaluation)
     splits = {"test": test} if train is None else {"train": train, "test": test}
     device = fastest_device()

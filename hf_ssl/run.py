@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ssl.building import build_model, build_trainer, draw_pictures, has_label_lists, open_labeled_splits
 from hf_ssl.cards import append_result, remove_private, write_card, write_facts
-from hf_ssl.cards.result_files import EVALUATED, EVALUATION, with_trained_tolerance
+from hf_ssl.cards.result_files import EVALUATED, EVALUATION, with_trained_reading
 from hf_ssl.cards.text import ENCODERS, terminal_text
 from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.targets import TARGETS
@@ -307,7 +307,7 @@ def _evaluate(
         encoder, processor = load_encoder(model)
         projected = load_projected_encoder(model) if layer == "projector" else None
     # As for `eval_dataset`: these data are meant for the evaluation, which reads them without streaming.
-    data = with_trained_tolerance(replace(data, streaming=False), model)
+    data = with_trained_reading(replace(data, streaming=False), model)
     splits = open_labeled_splits(data, evaluation)
     if chosen is None:
         chosen = list(evaluation.protocols) != list(DEFAULT_PROTOCOLS)

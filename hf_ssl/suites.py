@@ -17,7 +17,7 @@ from hf_ssl.cards import remove_private
 from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
-from hf_ssl.cards.result_files import EVALUATED, EVALUATION
+from hf_ssl.cards.result_files import EVALUATED, EVALUATION, with_trained_reading
 from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, metric_value, summarize
 from hf_ssl.data import LabeledImages
 from hf_ssl.effects import NOTHING, effect
@@ -177,7 +177,7 @@ def _run_job(
     kept = stored if stored is not None and stored["result"] is not None else None
     record = {"entry": job.entry, "group": job.group, "settings": job.settings}
     try:
-        splits = _open(job)
+        splits = _open(job, model)
         images = {split: _identity(part) for split, part in zip(("train", "test"), splits, strict=True)}
         evaluation = _with_checkpoints(job, output)
         before: EncoderResult | None = None
@@ -231,11 +231,12 @@ def _described(record: dict[str, Any], model: str, encoder: Any, facts: Evaluati
     return record | {EVALUATED: evaluated_encoder(model, encoder, facts, size, fastest_device())}
 
 
-def _open(job: Job) -> tuple[LabeledImages, LabeledImages]:
+def _open(job: Job, model: str) -> tuple[LabeledImages, LabeledImages]:
     """Return both splits. If one process cannot open them, all processes raise UserError."""
     problem = None
     try:
-        splits = open_labeled_splits(replace(job.data, streaming=False), job.evaluation)
+        data = with_trained_reading(replace(job.data, streaming=False), model)
+        splits = open_labeled_splits(data, job.evaluation)
     except UserError as error:
         problem = str(error)
     problems = [text for text in from_every_process(problem) if text is not None]

@@ -7,6 +7,7 @@
 several data sets.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from hf_ssl.data.config import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.results import check_result
 from hf_ssl.files import local_folder, read_json
+
+logger = logging.getLogger(__name__)
 
 EVALUATION = "results.json"
 SUPERVISED = "supervised.json"
@@ -114,22 +117,30 @@ def _is_suite(stored: dict[str, Any]) -> bool:
     return {"suite", "columns"} <= stored.keys()
 
 
-def with_trained_tolerance(data: DataConfig, model: str) -> DataConfig:
-    """Return the settings with the `max_broken_fraction` of the run that trained an encoder.
+def with_trained_reading(data: DataConfig, model: str) -> DataConfig:
+    """Return the settings with `max_broken_fraction` and `value_range` of the run that trained an encoder.
 
-    The settings stay if they have another value than the default, or if `model` is no output folder of a run.
+    A setting stays if it has another value than the default. Both stay if `model` is no output folder of a
+    run. The values of `value_range` are numbers, also if the run found them with "auto". Without them, an
+    encoder trained on 12-bit images in 16-bit files would be measured on almost black images.
 
     Args:
         data: the settings of the images that the encoder is used for.
         model: folder or Hub id of the encoder.
     """
     folder = local_folder(model)
-    if data.max_broken_fraction != DataConfig.max_broken_fraction or folder is None:
-        return data
-    if not (folder / FACTS).is_file():
+    if folder is None or not (folder / FACTS).is_file():
         return data
     trained = read_facts(folder)["recipe"]["sections"].get("data", {})
-    return replace(data, max_broken_fraction=trained.get("max_broken_fraction", data.max_broken_fraction))
+    if data.max_broken_fraction == DataConfig.max_broken_fraction:
+        share = trained.get("max_broken_fraction", data.max_broken_fraction)
+        data = replace(data, max_broken_fraction=share)
+    if data.value_range is None and trained.get("value_range") is not None:
+        values = trained_value_range(model)
+        if values is not None:
+            logger.info("data.value_range: [%.10g, %.10g], as in the training of %s", *values, model)
+            data = replace(data, value_range=list(values))
+    return data
 
 
 def trained_value_range(model: str) -> tuple[float, float] | None:

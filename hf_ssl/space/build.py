@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 import hf_ssl.auto  # noqa: F401  this import registers the methods with transformers
 from hf_ssl import __version__
 from hf_ssl.cards.privacy import encoder_name, remove_private
-from hf_ssl.cards.result_files import with_trained_tolerance
+from hf_ssl.cards.result_files import with_trained_reading
 from hf_ssl.data import DataConfig, LabeledImages, labeled_images, open_source
 from hf_ssl.data.columns import find_optional_label_column
 from hf_ssl.data.labeled_splits import unlabeled_images
@@ -101,7 +101,7 @@ def build_space(
             f"model: expected an encoder that AutoModel loads, because a Space contains a copy, got "
             f"{type(encoder).__name__}; use another one, or its Hub id"
         )
-    data = with_trained_tolerance(data, model)
+    data = with_trained_reading(data, model)
     held_out = examples if examples_split is None else 0
     with progress(f"opening {data.path}"):
         if not chosen_split:

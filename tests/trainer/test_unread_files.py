@@ -9,14 +9,15 @@ import PIL.Image
 import pytest
 from messages import mentions
 
-from hf_ssl import run
+from hf_ssl import run, suites
 from hf_ssl.building import build_trainer, open_labeled_splits
-from hf_ssl.cards.result_files import with_trained_tolerance
+from hf_ssl.cards.result_files import with_trained_reading
 from hf_ssl.data import DataConfig
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import EvaluationConfig
 from hf_ssl.recipe import load_recipe
 from hf_ssl.space import build
+from hf_ssl.suite_file import load_suite
 
 
 @pytest.fixture
@@ -80,40 +81,45 @@ def tolerant_run(finished_run, tmp_path):
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "facts.json"):
         shutil.copy(finished_run / name, folder / name)
     facts = json.loads((folder / "facts.json").read_text())
-    facts["recipe"]["sections"]["data"]["max_broken_fraction"] = 0.25
+    facts["recipe"]["sections"]["data"] |= {"max_broken_fraction": 0.25, "value_range": "auto"}
+    facts["data"] |= {"value_range": [0.0, 4095.0], "found_values": [0.0, 4095.0]}
     (folder / "facts.json").write_text(json.dumps(facts))
     return str(folder)
 
 
-def test_the_tolerance_of_the_training_is_used(tolerant_run, tmp_path):
+def test_the_tolerance_and_the_values_of_the_training_are_used(tolerant_run, finished_run, tmp_path):
     data = DataConfig(path="digits")
-    assert with_trained_tolerance(data, tolerant_run).max_broken_fraction == 0.25
-    for model in ("someone/encoder", str(tmp_path)):
-        assert with_trained_tolerance(data, model) == data
-    data.max_broken_fraction = 0.01  # the user set it
-    assert with_trained_tolerance(data, tolerant_run).max_broken_fraction == 0.01
+    found = with_trained_reading(data, tolerant_run)
+    assert (found.max_broken_fraction, found.value_range) == (0.25, [0.0, 4095.0])
+    for model in ("someone/encoder", str(tmp_path), str(finished_run)):
+        assert with_trained_reading(data, model) == data
+    data = DataConfig(path="digits", max_broken_fraction=0.01, value_range="auto")  # the user set them
+    assert with_trained_reading(data, tolerant_run) == data
 
 
 class _Opened(Exception):
     pass
 
 
-def test_commands_use_the_tolerance_of_the_training(tolerant_run, tmp_path, monkeypatch):
+def test_commands_use_the_tolerance_and_the_values_of_the_training(tolerant_run, tmp_path, monkeypatch):
     def opened(data, *_):
-        raise _Opened(data.max_broken_fraction)
+        raise _Opened(f"{data.max_broken_fraction}, {data.value_range}")
 
     monkeypatch.setattr(run, "open_labeled_splits", opened)
+    monkeypatch.setattr(suites, "open_labeled_splits", opened)
     monkeypatch.setattr(build, "_images", opened)
     monkeypatch.setattr("hf_ssl.plotting._open_images", opened)
     from hf_ssl.plotting import plot
 
     data, evaluation = DataConfig(path="digits"), EvaluationConfig()
+    suite = load_suite("transfer_small", root=str(tmp_path))
     for command in (
         lambda: run.evaluate(tolerant_run, data, evaluation),
+        lambda: suites.run_suite(tolerant_run, suite, tmp_path / "suite"),
         lambda: build.build_space(tolerant_run, tmp_path / "space", data),
         lambda: plot([tolerant_run], data, evaluation, tmp_path / "plots"),
     ):
-        with pytest.raises(_Opened, match=mentions(0.25)):
+        with pytest.raises(_Opened, match=mentions(0.25, "[0.0, 4095.0]")):
             command()
 
 
