@@ -230,9 +230,8 @@ def unit_rows(features: Tensor) -> Tensor:
     """Return L2-normalized rows (N, D), in float64 if the features are float64, else in float32."""
     rows = torch.as_tensor(features)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return F.normalize(
-        rows, dim=1, eps=1e-18
-    )  # with the default, 1e-12, rows with smaller norms would not get the norm 1
+    # With the default eps of 1e-12, rows with a smaller norm would not get the norm 1.
+    return F.normalize(rows, dim=1, eps=1e-18)
 
 
 class Axes(NamedTuple):

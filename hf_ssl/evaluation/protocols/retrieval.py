@@ -68,11 +68,11 @@ def run(inputs: Inputs, config: Config) -> list[ProtocolResult]:
             metric="mean_average_precision",
             title="Mean average precision of retrieval",
             column="retrieval mAP" if config.gallery == "train" else "retrieval mAP, leave-one-out",
-            text=f"for each of {test}, {gallery} are ranked by cosine similarity. Images of the same class "
-            "are relevant. Average precision is the mean of the precisions at the ranks of all "
-            "relevant images, without a limit on the rank. Images with equal similarity share one rank. "
-            "Recall at k is the share of the queries with a relevant image among the k most similar "
-            f"images{without}",
+            text=f"each of {test} is a query, for which {gallery} are ranked by cosine similarity. Images of "
+            "the class of the query are relevant. Average precision is the mean of the precisions at the "
+            "ranks of all relevant images, without a limit on the rank. Images with equal similarity share "
+            "one rank. Recall at k is the share of the queries with a relevant image among the k most "
+            f"similar images{without}",
             value=found.mean_average_precision(),
             standard_error=mean_error(precisions.tolist()),
             metrics={f"recall_{k}": found.recall(k) for k in ranks},
