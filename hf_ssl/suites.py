@@ -18,7 +18,8 @@ from hf_ssl.cards.card import update_card
 from hf_ssl.cards.facts import EvaluationFacts
 from hf_ssl.cards.privacy import encoder_name
 from hf_ssl.cards.result_files import EVALUATED, EVALUATION, with_trained_reading
-from hf_ssl.cards.suite_text import Measured, csv_text, draw, markdown, metric_value, summarize
+from hf_ssl.cards.suite_plot import draw
+from hf_ssl.cards.suite_text import Measured, csv_text, markdown, metric_value, summarize
 from hf_ssl.data import LabeledImages
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError

@@ -154,6 +154,10 @@ def test_the_table_names_a_missing_data_set(place: Path, finished: Path) -> None
         assert str(place) not in file.read_text()
     assert "| gray | mean per class |" in text and (finished / "suite.png").stat().st_size > 10_000
     rows = list(csv.DictReader((finished / "suite.csv").open()))
+    errors = {(row["data_set"], row["protocol"]): row["standard_error"] for row in rows}
+    (number,) = json.loads((finished / "color" / "frozen.json").read_text())["result"]["protocols"][:1]
+    assert errors["color", number["protocol"]] == f"{number['standard_error']:.6f}"
+    assert errors["average", number["protocol"]] == ""
     assert len(rows) == 3 * 4 and rows[3]["data_set"] == "average" and rows[3]["missing"] == "other"
     assert [path.name for path in sorted((finished / "color").iterdir())] == [
         "fine_tuned.json",
@@ -624,7 +628,7 @@ def test_a_summary_of_different_protocols_and_metrics() -> None:
     assert "| voc | mAP, 11 points | - | 20.0 ± 2.0 |" in text and "| 30.0 (2 of 4) | 40.0 (2 of 4) |" in text
     assert "| b | mean per class | 10.0 | - |" in text, "the standard error is that of the accuracy"
     assert "voc: multi-label probe instead of linear probe" in text
-    assert csv_text(summary).splitlines()[-1].endswith("0.400000,b gone")
+    assert csv_text(summary).splitlines()[-1].endswith("0.400000,,b gone")
     stored = json.loads(json.dumps(summary.to_dict()))
     assert table(Summary.from_dict(stored)) == table(summary)
     for column in stored["columns"]:  # as an earlier version stored it

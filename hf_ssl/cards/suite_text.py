@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and a plot of the results of a suite. All functions but `draw` are pure (layer 3)."""
+"""Tables of the results of a suite. All functions are pure (layer 3)."""
 
 import csv
 import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_ssl.cards.text import markdown_row
@@ -299,7 +298,7 @@ def table(summary: Summary) -> list[str]:
     for name, metric in summary.metrics.items():
         cells = [column.cells.get(name) for column in columns]
         rows.append([name, COLUMNS[metric], *map(_cell_text, cells)])
-    averages = [_text(column.average) + _share(column) for column in columns]
+    averages = [_text(column.average) + share(column) for column in columns]
     rows.append(["**average**", "", *averages])
     lines = [markdown_row(row) for row in rows]
     lines += ["", *(f"- {column.sentence}." for column in columns)]
@@ -357,7 +356,8 @@ def _text(value: float | None) -> str:
     return "-" if value is None else in_percent(value)
 
 
-def _share(column: Column) -> str:
+def share(column: Column) -> str:
+    """Return " (2 of 3)" if a column has numbers for 2 of its 3 data sets, and "" for none or all."""
     count = len(column.values)
     return f" ({count} of {column.total})" if 0 < count < column.total else ""
 
@@ -366,48 +366,18 @@ def csv_text(summary: Summary) -> str:
     """Return the numbers as CSV, one row for each data set and column, and for each average."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["encoder", "data_set", "metric", "group", "column", "protocol", "id", "value", "missing"]
-    )
+    names = ("encoder", "data_set", "metric", "group", "column", "protocol", "id")
+    writer.writerow([*names, "value", "standard_error", "missing"])
     for column in summary.columns:
         for name, cell in column.cells.items():
-            value = "" if cell.value is None else f"{cell.value:.6f}"
-            about = [summary.metrics[name], column.group, column.heading, cell.protocol, cell.id]
-            writer.writerow([summary.encoder, name, *about, value, cell.reason])
-        average = "" if column.average is None else f"{column.average:.6f}"
-        about = ["", column.group, column.heading, column.protocol, ""]
+            about = (summary.encoder, name, summary.metrics[name], column.group, column.heading)
+            numbers = _decimal(cell.value), _decimal(cell.standard_error)
+            writer.writerow([*about, cell.protocol, cell.id, *numbers, cell.reason])
+        about = (summary.encoder, "average", "", column.group, column.heading)
         missing = " ".join([*column.missing, *column.outside])
-        writer.writerow([summary.encoder, "average", *about, average, missing])
+        writer.writerow([*about, column.protocol, "", _decimal(column.average), "", missing])
     return stream.getvalue()
 
 
-def draw(summary: Summary, path: Path) -> None:
-    """Write a bar plot to a PNG file: one group of bars for each data set, and one for the averages."""
-    from matplotlib.figure import Figure
-
-    names, columns = list(summary.metrics), summary.columns
-    width = 0.8 / len(columns)
-    figure = Figure(
-        figsize=(2.5 + 0.28 * (len(names) + 1) * (len(columns) + 1), 3.8), layout="constrained", dpi=130
-    )
-    axes = figure.subplots()
-    for place, column in enumerate(columns):
-        cells = [column.cells.get(name) for name in names]
-        values = [cell.value if cell is not None else None for cell in cells] + [column.average]
-        offset = (place - (len(columns) - 1) / 2) * width
-        shown = [(number, value) for number, value in enumerate(values) if value is not None]
-        axes.bar(
-            [number + offset for number, _ in shown], [100 * value for _, value in shown], width,
-            label=column.heading + _share(column), color=f"C{place}",
-        )  # fmt: skip
-    axes.axvline(len(names) - 0.5, color="gray", linewidth=0.8, linestyle="--")
-    labels = [f"{name}\n{COLUMNS[metric]}" for name, metric in summary.metrics.items()]
-    axes.set_xticks(range(len(names) + 1), [*labels, "average"], fontsize=7, rotation=30, ha="right")
-    axes.set_ylabel("percent", fontsize=8)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_title(f"{summary.title}: {summary.encoder}", fontsize=9)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(
-        fontsize=7, frameon=False, ncols=min(3, len(columns)), loc="upper center", bbox_to_anchor=(0.5, -0.3)
-    )
-    figure.savefig(path, format="png")
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
