@@ -106,7 +106,8 @@ def special_tokens(model: nn.Module) -> int:
     if getattr(config, "model_type", None) == _POOLED_FIRST:
         return 1
     named = {name.split(".")[-1]: parameter for name, parameter in model.named_parameters()}
-    return sum(named[name].shape[-2] for name in SPECIAL_TOKENS if name in named)
+    tables = [named[name] for name in SPECIAL_TOKENS if name in named]
+    return sum(1 if table.ndim == 1 else table.shape[-2] for table in tables)  # CLIP's class token is (D,)
 
 
 def patch_tokens(model: nn.Module, last_hidden_state: Tensor, special: int) -> Tensor:

@@ -18,7 +18,9 @@ Pooling = Literal["auto", "pooler", "cls", "mean"]
 POOLINGS = get_args(Pooling)
 POOLED = {"pooler": "pooler_output", "cls": "the class token", "mean": "the mean of all tokens"}
 """The feature that each pooling except "auto" returns, in words."""
-SPECIAL_TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
+CLASS_TOKENS = ("cls_token", "class_embedding")
+"""Names of the parameter of the class token. The second one is that of CLIP and similar encoders."""
+SPECIAL_TOKENS = (*CLASS_TOKENS, "distillation_token", "dist_token", "register_tokens", "reg_token")
 """Names of the parameters of tokens before the patch tokens, in transformers and timm."""
 LAST_BLOCKS = 4
 VECTORS = {
@@ -86,7 +88,7 @@ def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:
 
 def has_class_token(model: "nn.Module") -> bool:
     """Return whether an encoder has a parameter for the class token."""
-    return any(name.split(".")[-1] == "cls_token" for name, _ in model.named_parameters())
+    return any(name.split(".")[-1] in CLASS_TOKENS for name, _ in model.named_parameters())
 
 
 def map_axes(model: "nn.Module | None") -> tuple[int, int]:
@@ -133,5 +135,10 @@ def pool(outputs: Mapping[str, Any], pooling: Pooling = "auto", model: "nn.Modul
     if pooling == "cls":
         if values.ndim != 3:
             raise UserError(f"pooling: expected tokens (B, T, D) for 'cls', got {tuple(values.shape)}")
+        if model is not None and not has_class_token(model):
+            raise UserError(
+                f"pooling: expected an encoder with a class token for 'cls', got {type(model).__name__}; use "
+                "'mean' or 'auto'"
+            )
         return values[:, 0]
     raise UserError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")

@@ -174,7 +174,7 @@ FURTHER = {
     "sam2": ("Sam2HieraDet", {}, ("pos_embed", "pos_embed_window"), "attn.qkv.weight"),
 }  # fmt: skip
 
-VECTORS = (".grn.weight", ".grn.bias", ".logit_scale", ".class_embedding")
+VECTORS = (".grn.weight", ".grn.bias", ".logit_scale")
 
 
 def test_default_treatment_spares_norms_biases_tokens_and_tables():

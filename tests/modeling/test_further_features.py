@@ -8,6 +8,8 @@ from messages import mentions
 from torch.nn import functional as F
 from transformers import (
     BitImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextV2Config,
     ConvNextV2Model,
     DeiTConfig,
@@ -87,6 +89,7 @@ FAMILIES = {
         ),
         ["tokens"], 0, 64,
     ),
+    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**BLOCKS, **SMALL)), FEATURES, 1, 16),
     "timm_resnet": (lambda: timm("resnet10t"), ["tokens"], 0, 1),
     "timm_vit": (
         lambda: timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=5, reg_tokens=2),
@@ -130,7 +133,8 @@ def expected(model, special: int) -> dict[str, torch.Tensor]:
         else:
             outputs = model(pixel_values=pixels, output_hidden_states=True)
             states, last = outputs.hidden_states, outputs.last_hidden_state
-            norm = model.norm if hasattr(model, "norm") else model.layernorm
+            identity = torch.nn.Identity()  # the output of CLIP has no LayerNorm after the last block
+            norm = getattr(model, "norm", getattr(model, "layernorm", identity))
         tokens_of_classes = [norm(state)[:, 0] for state in states[-4:]]
     mean = last[:, special:].mean(1)
     return {

@@ -61,6 +61,13 @@ def test_training_and_evaluation_use_the_same_feature(build, rule):
     torch.testing.assert_close(extract_features(encoder, processor, [images]), trained)
 
 
+def test_an_encoder_without_a_class_token_has_none():
+    """Before, the first patch, at the upper left corner, was the feature."""
+    outputs = {"last_hidden_state": torch.randn(2, 16, 32)}
+    with pytest.raises(UserError, match=mentions("pooling", "cls", "IJepaModel", "mean", "auto")):
+        pool(outputs, "cls", IJepaModel(IJepaConfig(**TOKENS)))
+
+
 def test_a_class_token_without_a_pooler_is_used_only_if_the_encoder_is_known():
     outputs = {"last_hidden_state": torch.randn(2, 5, 8)}
     with pytest.raises(UserError, match=mentions("pooling", "cls", "mean", "auto")):
