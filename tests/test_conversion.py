@@ -7,13 +7,20 @@ shallow.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +29,8 @@ from messages import mentions, missing
 from PIL import Image
 from safetensors.torch import save_file
 from tiers import in_tiers
+from timm.data import create_transform, resolve_data_config
+from timm.layers import RmsNorm, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision import transforms
@@ -632,6 +641,28 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path, zipped: bool) -> None:
     assert not created.exists() and not (tmp_path / "encoder").exists()
 
 
+def test_objects_beside_the_weights_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer in the full checkpoints of VICReg and Barlow Twins contains a function of their code."""
+    code = ModuleType("code_of_the_authors")
+    exec("def exclude_bias_and_norm(p): ...", code.__dict__)
+    monkeypatch.setitem(sys.modules, code.__name__, code)
+    network, content, source_features = barlow_twins()
+    arguments = argparse.Namespace(folder=Path("runs"), rate=np.float64(0.1))
+    content |= {"optimizer": {"param_groups": [{"filter": code.exclude_bias_and_norm}]}, "args": arguments}
+    for zipped, folder in ((True, "new"), (False, "old")):
+        torch.save(content, tmp_path / folder, _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, code.__name__)
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    for folder in ("new", "old"):
+        facts = convert(tmp_path / folder, "barlow_twins", tmp_path / f"{folder}-encoder")
+        assert {"optimizer", "args"} <= facts["not_converted"].keys()
+        encoder = AutoModel.from_pretrained(tmp_path / f"{folder}-encoder").eval()
+        with torch.inference_mode():
+            expected = source_features(network, images)
+            torch.testing.assert_close(encode(encoder, images), expected, atol=1e-5, rtol=1e-5)
+    assert code.__name__ not in sys.modules
+
+
 def message_of(file: Path, folder: Path) -> str:
     with pytest.raises(UserError) as raised:
         convert(file, "simsiam", folder / "encoder")
@@ -639,7 +670,27 @@ def message_of(file: Path, folder: Path) -> str:
 
 
 def test_a_whole_model_is_not_loaded(tmp_path: Path) -> None:
-    refused(tmp_path, nn.Linear(2, 2), "simsiam", "torch.nn.modules.linear.Linear", "weights_only=False")
+    name = "torch.nn.modules.linear.Linear"
+    refused(tmp_path, nn.Linear(2, 2), "simsiam", name, "weights_only=False).state_dict()")
+    whole = {"epoch": 3, "model": nn.Linear(2, 2), "optimizer": OPTIMIZER}
+    refused(tmp_path, whole, "simsiam", name, "weights_only=False)['model'].state_dict()")
+
+
+def saved(write: Callable[[io.BytesIO], Any]) -> bytes:
+    """Return the bytes that a function writes."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def tar_with_a_file(file: io.BytesIO) -> None:
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("resnet50.pth"))
+
+
+def zip_with_a_file(file: io.BytesIO) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("resnet50.pth", b"weights")
 
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -650,6 +701,22 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path, pickle.dumps({"a": 1}, protocol=4), "simsiam", "pickle", "state dict")
     refused(tmp_path, torch.ones(3), "simsiam", "Tensor", "state dict")
     refused(tmp_path, {"epoch": 3, "args": {"lr": 0.1}}, "simsiam", "got none", "torch.save")
+    for name, data, parts in (
+        ("model.ckpt-9.index", b"\0" * 300, ("TensorFlow", "torch.save")),
+        ("model.ckpt-9.data-00000-of-00001", b"\0" * 300, ("TensorFlow", "torch.save")),
+        ("weights.h5", b"\x89HDF\r\n\x1a\n", ("HDF5", "torch.save")),
+        ("weights.msgpack", b"\x82\xa3", ("Flax", "torch.save")),
+        ("weights.pth", b"version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', ("JSON",)),
+        ("weights.pth.gz", b"\x1f\x8b\x08", ("gzip", "unpack")),
+        ("weights.npy", saved(lambda file: np.save(file, np.ones(3))), ("NumPy", "torch.save")),
+        ("weights.npz", saved(lambda file: np.savez(file, a=np.ones(3))), ("NumPy", "torch.save")),
+        ("weights.pth.tar", saved(tar_with_a_file), ("a tar archive", "unpack")),
+        ("weights.zip", saved(zip_with_a_file), ("a zip archive", "unpack")),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=mentions(name, *parts)):
+            convert(tmp_path / name, "simclr", tmp_path / "encoder")
     with pytest.raises(UserError, match=mentions("got a folder", "hf-ssl evaluate")):
         convert(tmp_path, "simsiam", tmp_path / "encoder")
 
@@ -727,6 +794,55 @@ def test_an_interruption_leaves_no_encoder(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("release", "kept", "left"),
+    [
+        ("timm", "state_dict_ema/", "state_dict/"),
+        ("timm", "model_ema/", "model/"),
+        ("torchvision", "model_ema/module.", "model/"),
+    ],
+)
+def test_the_moving_average_is_preferred(tmp_path: Path, release: str, kept: str, left: str) -> None:
+    """As `load_checkpoint` of timm does, and the training recipe of torchvision."""
+    network = resnet()
+    entry, _, prefix = kept.rpartition("/")
+    content = {left.strip("/"): other(network), entry: prefixed(prefix, network.state_dict())}
+    torch.save(content, tmp_path / "last.pth")
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    facts = convert(tmp_path / "last.pth", release, tmp_path / "encoder", **half)
+    assert facts["source"]["place"] == kept and facts["not_converted"][left.strip("/")] > 0
+    torch.save({left.strip("/"): network.state_dict()}, tmp_path / "plain.pth")
+    assert convert(tmp_path / "plain.pth", release, tmp_path / "plain", **half)["source"]["place"] == left
+
+
+def test_the_configuration_of_timm_beside_the_file(tmp_path: Path) -> None:
+    """It replaces --mean and --std. The images equal those of timm, up to one gray level of rounding.
+
+    If the number of pixels around the crop is odd, torchvision rounds half of it to an even number, and
+    transformers (5.24) rounds it down.
+    """
+    network = vit(img_size=64)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    own = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop_pct": 0.9, "interpolation": "bilinear"}
+    config = {"architecture": "vit_tiny", "pretrained_cfg": {"input_size": [3, 64, 64]} | own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    facts = convert(tmp_path / "model.safetensors", "timm", tmp_path / "encoder")
+    assert facts["processor"] == {"resize": 71, "crop": 64, "interpolation": "bilinear"} | {
+        key: own[key] for key in ("mean", "std")
+    }
+    ramp = torch.linspace(0, 255, 130).expand(3, 90, 130).to(torch.uint8)
+    image = transforms.ToPILImage()(ramp)
+    expected = create_transform(**resolve_data_config(config["pretrained_cfg"]))(image)
+    found = AutoImageProcessor.from_pretrained(tmp_path / "encoder")(image, return_tensors="pt")
+    assert (found["pixel_values"][0] - expected).abs().max() < 1.01 / 255 / 0.2
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    facts = convert(tmp_path / "model.safetensors", "timm", tmp_path / "again", **half)
+    assert facts["processor"]["mean"] == [0.5] * 3 and facts["processor"]["resize"] == 71
+    (tmp_path / "config.json").write_text("{}")
+    facts = convert(tmp_path / "model.safetensors", "timm", tmp_path / "without", **half)
+    assert "crop" in facts["notes"][-1] and "bicubic" in facts["notes"][-1]
+
+
 def test_the_release_of_another_checkpoint_is_named(tmp_path: Path) -> None:
     refused(tmp_path, simsiam()[1], "moco", "--from simsiam", '--prefix "state_dict/module.encoder."')
     refused(tmp_path, moco()[1], "simsiam", "--from moco")
@@ -738,6 +854,9 @@ def test_the_release_of_another_checkpoint_is_named(tmp_path: Path) -> None:
     refused(tmp_path, dino_full()[1], "mae", "--from dino", '--prefix "teacher/backbone."')
     vision = {"state_dict": prefixed("module.encoder.", vit().state_dict())}
     refused(tmp_path, vision, "simsiam", "expected a ResNet", '--prefix "state_dict/module.encoder."')
+    refused(tmp_path, {"target_encoder": prefixed("module.", vit().state_dict())}, "ijepa", "class token")
+    scaled = vit(384, 6, init_values=1.0).state_dict() | {"mask_token": torch.ones(1, 384)}
+    refused(tmp_path, scaled, "dino", "blocks.0.ls1.gamma", "facebook/dinov2-small", "--from timm")
     with pytest.raises(UserError, match=mentions("--from", "simsaim", "simsiam")):
         convert(tmp_path / "checkpoint.pth", "simsaim", tmp_path / "encoder")
 
@@ -749,6 +868,7 @@ def changed(weights: Weights, **values: Tensor | None) -> Weights:
 
 
 def test_networks_without_an_equal_encoder(tmp_path: Path) -> None:
+    half: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3}
     plain = without(resnet(Bottleneck).state_dict(), "fc.")
     refused(tmp_path, {"features.0.weight": torch.ones(3)}, "torchvision", "features.0.weight", "timm/NAME")
     refused(tmp_path, changed(plain, conv1__weight=torch.ones(16, 3, 3, 3)), "vicreg", "7 x 7", "3 x 3")
@@ -756,6 +876,13 @@ def test_networks_without_an_equal_encoder(tmp_path: Path) -> None:
     refused(tmp_path, changed(plain, layer2__0__conv2__weight=wide), "vicreg", "layer2.0.conv2", "(64, 64)")
     refused(tmp_path, changed(plain, layer1__0__se__fc1__weight=wide), "vicreg", "layer1.0.se.fc1.weight")
     refused(tmp_path, changed(plain, attnpool__weight=wide), "vicreg", "attnpool.weight")
+    without_means = {name: plain[name] for name in plain if "running" not in name}  # resnet50_gn of timm
+    refused(tmp_path, without_means, "vicreg", "GroupNorm", "timm/NAME")
+    gates = vit(mlp_layer=SwiGLUPacked).state_dict()  # vit_giant_patch14_dinov2 of timm
+    refused(tmp_path, gates, "timm", "blocks.0.mlp.fc2.weight", "SwiGLU", "timm/NAME", **half)
+    renamed = {name.replace("mlp.fc1", "mlp.w12"): gates[name] for name in gates}  # of the authors
+    refused(tmp_path, renamed, "timm", "blocks.0.mlp.w12.weight", "SwiGLU", **half)
+    refused(tmp_path, vit(norm_layer=RmsNorm).state_dict(), "timm", "RMSNorm", "timm/NAME", **half)
     whole = vit().state_dict()
     for extra in ("reg_token", "dist_token", "norm_pre.weight", "blocks.0.attn.q_norm.weight"):
         refused(tmp_path, whole | {extra: torch.ones(1, 1, 192)}, "timm", extra, "timm/NAME")
@@ -808,13 +935,14 @@ def test_weights_with_other_names_or_shapes(tmp_path: Path) -> None:
     refused(tmp_path, without_bias, "dino", "layers.1.attention.q_proj.bias")
     two = changed(whole, blocks__0__attn__qkv__weight=torch.ones(2, 192))
     refused(tmp_path, two, "dino", "blocks.0.attn.qkv.weight", "(2, 192)")
+    half: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3}
     scales = changed(whole, blocks__0__ls1__gamma=torch.ones(100))
-    refused(tmp_path, scales, "dino", "blocks.0.ls1.gamma", "(100,)", 192)
+    refused(tmp_path, scales, "timm", "blocks.0.ls1.gamma", "(100,)", 192, **half)
     scales["blocks.0.ls1.gamma"] = torch.ones(192)
     one = changed(scales, blocks__0__attn__proj__bias=torch.ones(1))
-    refused(tmp_path, one, "dino", "layers.0.attention.o_proj.bias", "(192,)", "(1,)")
+    refused(tmp_path, one, "timm", "layers.0.attention.o_proj.bias", "(192,)", "(1,)", **half)
     without_layer = changed(scales, blocks__0__attn__proj__weight=None)
-    refused(tmp_path, without_layer, "dino", "blocks.0.attn.proj.weight")
+    refused(tmp_path, without_layer, "timm", "blocks.0.attn.proj.weight", **half)
 
 
 def test_heads_and_other_options_are_checked(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from hf_ssl.cards.privacy import folder_name
 from hf_ssl.conversion import resnet, vit
 from hf_ssl.conversion.architecture import Architecture, unexpected
 from hf_ssl.conversion.checkpoint import read_checkpoint, state_dicts
-from hf_ssl.conversion.releases import RELEASES, RESNET, Release
+from hf_ssl.conversion.releases import RELEASES, RESNET, Release, find_checkpoint
 from hf_ssl.conversion.selection import Selection, left_out, select
 from hf_ssl.errors import UserError, check_name, counted
-from hf_ssl.files import check_new_or_empty, replaced_folder
-from hf_ssl.hub.export import export_encoder, image_processor
+from hf_ssl.files import check_new_or_empty, read_json, replaced_folder
+from hf_ssl.hub.export import FILTERS, export_encoder, image_processor
 from hf_ssl.modeling.backbones import feature_size, input_channels, set_identity_pooler
 from hf_ssl.modeling.eval_mode import copy_without_values, unchanged_random_state
 from hf_ssl.modeling.pooling import declare_feature, pooling_rule
@@ -68,21 +69,16 @@ def convert(
     Raises:
         UserError: the file does not contain the encoder of this release, or the folder contains files.
     """
-    check_name("--from", release, RELEASES, "a release")
-    known = RELEASES[release]
-    if str(file).startswith(("http:/", "https:/")):
-        raise UserError(f"{file}: expected a file, got an address; download it first")
-    file, output = Path(file).expanduser(), Path(os.path.abspath(Path(output).expanduser()))
-    if not file.exists():
-        address = f"download {known.files[0]}" if known.files else f"see {known.page}"
-        raise UserError(f"{file}: expected a checkpoint of {known.title}, got no such file; {address}")
+    file, output = find_checkpoint(file, release), Path(os.path.abspath(Path(output).expanduser()))
     check_new_or_empty(output, "--output")
+    known, notes = _with_own_settings(RELEASES[release], file)
     transformers_logging.disable_progress_bar()
     content = read_checkpoint(file, known.places[0].rpartition("/")[0])
     dicts = state_dicts(content)
     chosen = select(dicts, file, release, place)
     found = _architecture(chosen, known, heads)
     _check_labels(file, chosen, known, found.left_out)
+    _check_tokens_and_scales(file, chosen, known)
     encoder = _encoder(found, known)
     processor = _processor(encoder, found, known, file.name, size, mean, std)
     with progress(f"hashing {file.name}"), file.open("rb") as stream:
@@ -112,13 +108,53 @@ def convert(
             "std": list(processor.image_std),
         },
         not_converted=left_out(content, dicts, chosen, found.left_out),
-        notes=[*found.notes, *([known.note] if known.note else [])],
+        notes=[*found.notes, *([known.note] if known.note else []), *notes],
     )
     with replaced_folder(output) as folder:
         export_encoder(encoder, processor, folder)
         write_conversion(folder, facts)
         check_new_or_empty(output, "--output")  # the conversion of a large file takes a minute
     return facts
+
+
+def _with_own_settings(release: Release, file: Path) -> tuple[Release, list[str]]:
+    """Return the release with the preprocessing in `config.json` of timm beside the file, and notes.
+
+    Releases with one preprocessing for all checkpoints stay unchanged.
+    """
+    if release.mean is not None:
+        return release, []
+    config = file.parent / "config.json"
+    content = read_json(config) if config.is_file() else None
+    given = content.get("pretrained_cfg", content) if isinstance(content, dict) else None
+    if not isinstance(given, dict) or not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
+        note = (
+            f"The checkpoint contains no preprocessing. The resize to {RESIZED}/{IMAGE_SIZE} of the crop and "
+        )
+        return release, [f"{note}the {release.interpolation} filter are assumptions."]
+    check_name(f"{config}: interpolation", given["interpolation"], FILTERS, " or ".join(FILTERS))
+    mean, std = tuple(given["mean"]), tuple(given["std"])
+    resized = {file.name: IMAGE_SIZE / given["crop_pct"]}
+    return replace(release, mean=mean, std=std, interpolation=given["interpolation"], resized=resized), []
+
+
+def _check_tokens_and_scales(file: Path, chosen: Selection, release: Release) -> None:
+    """Raise UserError for a vision transformer that the authors of the release did not train."""
+    if chosen.family == RESNET or release.method is None:
+        return
+    scale = next((name for name in chosen.weights if name.endswith((".ls1.gamma", ".gamma_1"))), None)
+    if scale is not None:
+        raise UserError(
+            f"{file}: expected a checkpoint of {release.title} without LayerScale, got {scale}; for DINOv2, "
+            "run hf-ssl evaluate facebook/dinov2-small; for other encoders, use --from timm"
+        )
+    has_token = "cls_token" in chosen.weights
+    if release.class_token not in (None, has_token):
+        expected, got = ("a", "none") if release.class_token else ("no", "one")
+        raise UserError(
+            f"{file}: expected {expected} class token in a checkpoint of {release.title}, got {got}; use the "
+            "release of its method, or --from timm"
+        )
 
 
 def _check_labels(file: Path, chosen: Selection, release: Release, heads: Sequence[str]) -> None:
@@ -208,7 +244,7 @@ def _processor(
         if values is None:
             raise UserError(
                 f"--{name}: expected the normalization, which files of {release.title} do not contain, got "
-                f"none; add --{name} 0.5,0.5,0.5 with the numbers of its pretrained_cfg"
+                f"none; keep its config.json beside the file, or add --{name} 0.5,0.5,0.5 with its numbers"
             )
         given[name] = values
         if name == "mean" and any(value > 1 for value in values):
@@ -229,7 +265,8 @@ def _processor(
         **{key: list(v) for key, v in given.items()},
     }
     processor = image_processor(preset, channels)
-    processor.size = {"shortest_edge": round(side * release.resized.get(file, RESIZED) / IMAGE_SIZE)}
+    resized = side * release.resized.get(file, RESIZED) / IMAGE_SIZE
+    processor.size = {"shortest_edge": math.floor(round(resized, 6))}  # as timm does for other crops
     return processor
 
 

@@ -11,7 +11,9 @@ The facts come from the authors' repositories, which `page` names: the addresses
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from hf_ssl.errors import UserError, check_name
 from hf_ssl.methods import METHODS
 from hf_ssl.modeling.pooling import Pooling
 from hf_ssl.views.preset import IMAGENET_MEAN, IMAGENET_STD
@@ -39,12 +41,14 @@ class Release:
         license: license of the repository, as the Hub names it; None: it depends on the checkpoint.
         method: key of `METHODS`; None: several methods, or training with labels.
         files: addresses of the checkpoints, or names of files without an address.
-        mean, std: normalization of the images. None: it depends on the checkpoint, and no file contains it.
+        mean, std: normalization of the images. None: it depends on the checkpoint. A `config.json` of timm
+            beside the file contains it.
         interpolation: filter that resizes the images in the authors' evaluation.
         pooling: the feature that the authors evaluate, see `hf_ssl.modeling.pooling.pool`.
         heads: width of a vision transformer -> number of attention heads, which no file contains.
         resized: name of a file -> side in pixels before the crop of 224, in the authors' evaluation, if it
             is not 256.
+        class_token: whether the vision transformers have a class token; None: some have.
         note: sentences about the weights, for documentation and cards.
         has_classifier: whether files without a prefix contain a classifier that others trained on the frozen
             encoder. In the files of other methods, a classifier shows a training with labels.
@@ -62,7 +66,8 @@ class Release:
     interpolation: str = "bilinear"
     pooling: Pooling = "auto"
     heads: Mapping[int, int] = field(default_factory=lambda: HEADS)
-    resized: Mapping[str, int] = field(default_factory=dict)
+    resized: Mapping[str, float] = field(default_factory=dict)
+    class_token: bool | None = None
     note: str = ""
     has_classifier: bool = False
 
@@ -146,6 +151,7 @@ RELEASES = {
             for name in ("r-50-100ep", "r-50-300ep", "r-50-1000ep", "vit-s-300ep", "vit-b-300ep")
         ),
         heads={**HEADS, 384: 12},  # vits.py: the authors' ViT-Small has 12 heads
+        class_token=True,
     ),
     "byol": Release(
         "BYOL",
@@ -219,6 +225,7 @@ RELEASES = {
         method="dino",
         files=_dino_files("deitsmall16", "deitsmall8", "vitbase16", "vitbase8", "resnet50"),
         interpolation="bicubic",
+        class_token=True,
     ),
     "deepcluster_v2": Release(
         "DeepCluster v2",
@@ -241,6 +248,7 @@ RELEASES = {
         ),
         interpolation="bicubic",
         pooling="mean",  # as the encoders that hf_ssl pretrains with MAE
+        class_token=True,
     ),
     "ijepa": Release(
         "I-JEPA",
@@ -259,6 +267,7 @@ RELEASES = {
             )
         ),
         pooling="mean",
+        class_token=False,
     ),
     "pirl": Release(
         "PIRL",
@@ -281,7 +290,7 @@ RELEASES = {
     "torchvision": Release(
         "torchvision",
         "https://github.com/pytorch/vision",
-        ("",),
+        ("", "model_ema/module.", "model/"),  # the files of references/classification have two dicts
         license="bsd-3-clause",
         files=tuple(
             f"https://download.pytorch.org/models/{name}.pth"
@@ -307,7 +316,7 @@ RELEASES = {
     "timm": Release(
         "timm",
         "https://github.com/huggingface/pytorch-image-models",
-        ("", "state_dict/", "model/"),
+        ("", "state_dict_ema/", "model_ema/", "state_dict/", "model/"),  # timm prefers the moving average
         (RESNET, VIT),
         files=("model.safetensors", "pytorch_model.bin"),
         mean=None,
@@ -334,3 +343,19 @@ RELEASES = {
     ),
 }
 """Name for `--from` -> release."""
+
+
+def find_checkpoint(file: str | Path, name: str) -> Path:
+    """Return the path of a checkpoint.
+
+    Raises:
+        UserError: there is no such release or no such file.
+    """
+    check_name("--from", name, RELEASES, "a release")
+    if str(file).startswith(("http:/", "https:/")):
+        raise UserError(f"{file}: expected a file, got an address; download it first")
+    path, release = Path(file).expanduser(), RELEASES[name]
+    if not path.exists():
+        address = f"download {release.files[0]}" if release.files else f"see {release.page}"
+        raise UserError(f"{path}: expected a checkpoint of {release.title}, got no such file; {address}")
+    return path

@@ -82,6 +82,8 @@ def _config(weights: StateDict) -> ResNetConfig:
     if tuple(stem.shape[2:]) != (7, 7):
         got = " x ".join(map(str, stem.shape[2:]))
         raise unsupported(FAMILY, "a first convolution of 7 x 7", f"one of {got}")
+    if not any(name.endswith("running_mean") for name in weights):
+        raise unsupported(FAMILY, "BatchNorm", "weights without running means, such as those of GroupNorm")
     depths: dict[int, int] = {}
     for found in filter(None, map(_BLOCK.fullmatch, weights)):
         stage, block = int(found[1]), int(found[2])

@@ -96,8 +96,8 @@ def _no_encoder(dicts: Mapping[str, StateDict], file: Path, release: Release) ->
         )
     shown = ", ".join(_short(name) for name in dict.fromkeys((names[0], names[-1])))
     return UserError(
-        f"{file}: expected a ResNet or a vision transformer with the names of torchvision or timm, got "
-        f"{shown}. {TIMM_ADVICE}"
+        f"{file}: expected a ResNet with the names of torchvision or a vision transformer with those of "
+        f"timm, got {shown}. {TIMM_ADVICE}"
     )
 
 

@@ -105,6 +105,7 @@ def _fields(weights: StateDict) -> tuple[dict[str, Any], int]:
     if positions - side**2 not in ((0, 1) if "cls_token" in weights else (0,)):
         raise unsupported(FAMILY, "positions for a square image", f"{positions} positions")
     blocks = {int(found[1]) for found in map(_BLOCK.match, weights) if found is not None}
+    _check_layers(weights)
     hidden = weight(weights, "blocks.0.mlp.fc1.weight", FAMILY, 2).shape[0]
     fields = {
         "hidden_size": width,
@@ -120,6 +121,20 @@ def _fields(weights: StateDict) -> tuple[dict[str, Any], int]:
         "attention_probs_dropout_prob": 0.0,
     }
     return fields, side * patch
+
+
+def _check_layers(weights: StateDict) -> None:
+    """Raise UserError for the layers of other vision transformers: RMSNorm, and MLPs with gates (SwiGLU)."""
+    norms = [name for name in weights if _BLOCK.match(name) and name.endswith("norm1.weight")]
+    if norms and not any(name.replace("weight", "bias") in weights for name in norms):
+        raise unsupported(FAMILY, "LayerNorm", "norms without biases, such as RMSNorm")
+    start = "blocks.0.mlp."
+    shapes = {name: tuple(each.shape) for name, each in weights.items() if name.startswith(start)}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    first, second = shapes.get(f"{start}fc1.weight"), shapes.get(f"{start}fc2.weight")
+    if shapes and (first is None or (second is not None and first[0] != second[1])):
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise unsupported(FAMILY, "two linear layers in each MLP", f"{got}, as with SwiGLU")
 
 
 def _heads(width: int, heads: int | None, known: Mapping[int, int]) -> int:
