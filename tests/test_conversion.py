@@ -838,6 +838,10 @@ def test_the_configuration_of_timm_beside_the_file(tmp_path: Path) -> None:
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     facts = convert(tmp_path / "model.safetensors", "timm", tmp_path / "again", **half)
     assert facts["processor"]["mean"] == [0.5] * 3 and facts["processor"]["resize"] == 71
+    for broken in (own | {"crop_pct": None}, own | {"mean": 0.5}, own | {"crop_pct": 0}):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=mentions("config.json", "crop_pct", "mean")):
+            convert(tmp_path / "model.safetensors", "timm", tmp_path / "broken")
     (tmp_path / "config.json").write_text("{}")
     facts = convert(tmp_path / "model.safetensors", "timm", tmp_path / "without", **half)
     assert "crop" in facts["notes"][-1] and "bicubic" in facts["notes"][-1]

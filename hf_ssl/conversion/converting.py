@@ -22,7 +22,7 @@ from hf_ssl.conversion.architecture import Architecture, unexpected
 from hf_ssl.conversion.checkpoint import read_checkpoint, state_dicts
 from hf_ssl.conversion.releases import RELEASES, RESNET, Release, find_checkpoint
 from hf_ssl.conversion.selection import Selection, left_out, select
-from hf_ssl.errors import UserError, check_name, counted
+from hf_ssl.errors import UserError, check_name, counted, first_line
 from hf_ssl.files import check_new_or_empty, read_json, replaced_folder
 from hf_ssl.hub.export import FILTERS, export_encoder, image_processor
 from hf_ssl.modeling.backbones import feature_size, input_channels, set_identity_pooler
@@ -133,8 +133,14 @@ def _with_own_settings(release: Release, file: Path) -> tuple[Release, list[str]
         )
         return release, [f"{note}the {release.interpolation} filter are assumptions."]
     check_name(f"{config}: interpolation", given["interpolation"], FILTERS, " or ".join(FILTERS))
-    mean, std = tuple(given["mean"]), tuple(given["std"])
-    resized = {file.name: IMAGE_SIZE / given["crop_pct"]}
+    try:
+        mean, std = (tuple(map(float, given[key])) for key in ("mean", "std"))
+        resized = {file.name: IMAGE_SIZE / float(given["crop_pct"])}
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{config}: expected numbers for mean, std and crop_pct, got an error ({first_line(error)}); "
+            "edit this file, or move the checkpoint to another folder"
+        ) from error
     return replace(release, mean=mean, std=std, interpolation=given["interpolation"], resized=resized), []
 
 
