@@ -5,13 +5,13 @@
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_ssl.cards.text import words_of
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.sections import MISSING
 
@@ -100,10 +100,7 @@ class Run:
 
         A key is shortened to its last word, unless two keys end with the same word.
         """
-        words = [key.rpartition(".")[2] for key in self.values]
-        keys = [key if words.count(word) > 1 else word for key, word in zip(self.values, words, strict=True)]
-        values = [f"{key} {written(value)}" for key, value in zip(keys, self.values.values(), strict=True)]
-        return ", ".join(filter(None, [self.arm, *values])) or Path(self.recipe).stem
+        return ", ".join(filter(None, [self.arm, *words_of(self.values).values()])) or Path(self.recipe).stem
 
     def folder(self, output: Path) -> Path:
         """Return the output folder of the run."""
@@ -233,13 +230,3 @@ def hashed(path: Any) -> str | None:
 
 def key_of(override: str) -> str:
     return override.partition("=")[0]
-
-
-def quoted(value: Any) -> str:
-    """Return a value in YAML. JSON is YAML, and keeps texts such as "off" and "1"."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def written(value: Any) -> str:
-    """Return a value for readers."""
-    return value if isinstance(value, str) else quoted(value)

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hf_ssl.cards.sweep_text import COLUMNS
+from hf_ssl.cards.text import quoted, written
 from hf_ssl.data.config import DataConfig
 from hf_ssl.effects import NOTHING, effect
 from hf_ssl.errors import UserError, check_keys, check_name
@@ -42,9 +42,7 @@ from hf_ssl.study import (
     key_of,
     keys_of_arm,
     overrides_of_arms,
-    quoted,
     start_of,
-    written,
 )  # fmt: skip
 from hf_ssl.views.preset import ViewPreset
 
@@ -125,6 +123,8 @@ def load_sweep(name: str, overrides: Sequence[str] = (), seeds: int | None = Non
                 about = arm.command, arm.encoder, start, shown
                 runs.append(Run(name, chosen, seed, recipes[name], [*own, *more], *about))
     _check_folders(runs)
+    from hf_ssl.cards.sweep_text import COLUMNS  # loads torch, after the checks above
+
     for key, names, known in (
         ("columns", study.columns, [*COLUMNS, *MEASUREMENTS]), ("curves", study.curves, MEASUREMENTS)
     ):  # fmt: skip

@@ -163,8 +163,9 @@ def _pictures(study: Study, measured: Sequence[Measured], output: Path) -> dict[
     names = [name for name in study.curves if any(name in each for each in history)]
     if names:
         with replaced_file(output / CURVES) as staging:
-            draw_curves(measured, names, staging)
-        found[CURVES] = "Measurements during training, means over seeds"
+            has_rest = draw_curves(measured, names, staging)
+        words = "; dotted: later steps, which only some of the seeds have" if has_rest else ""
+        found[CURVES] = f"Measurements during training, means over seeds{words}"
     figure = k_curve(_first_results(measured)) if study.k_curve else None
     if figure is not None:
         with replaced_file(output / K_CURVE) as staging:

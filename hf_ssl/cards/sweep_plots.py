@@ -18,8 +18,9 @@ from hf_ssl.cards.sweep_text import (
     finite_numbers,
     groups_of,
     heading_of,
+    words_of_error,
 )
-from hf_ssl.cards.text import ENCODERS
+from hf_ssl.cards.text import ENCODERS, words_of
 from hf_ssl.evaluation.plots import color_of, line_of
 from hf_ssl.evaluation.results import ProtocolResult, is_measured
 
@@ -29,11 +30,10 @@ _IN_A_ROW = 3  # panels of the plot
 def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path) -> None:
     """Draw the numbers of each protocol over the first axis.
 
-    There is one line for each arm and each value of the other axes.
+    There is one line for each arm and each value of the other axes, with the same color in all panels.
 
-    Without an axis of numbers, the combinations are bars. Error bars are standard deviations over seeds, or
-    the standard error over the images of a single run.
-    Without any accuracy, nothing is written.
+    Without an axis of numbers, the combinations are bars. The picture says what its error bars are
+    (`words_of_error`). Without any accuracy, nothing is written.
     """
     if not columns_of(runs):
         return
@@ -52,8 +52,10 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
     panels = list(figure.subplots(rows, width, squeeze=False).flat)
     for panel in panels[len(columns) :]:
         panel.set_visible(False)
+    counts: set[int] = set()
     for number, (panel, (key, heading)) in enumerate(zip(panels, columns.items(), strict=False)):
         points = {name: found for name, group in groups.items() if (found := finite_numbers(group, key))}
+        counts |= set(map(len, points.values()))
         if axis is None:
             _bars(panel, list(groups), points, named=number % width == 0)
         else:
@@ -63,11 +65,21 @@ def draw(runs: Sequence[Measured], axes: Mapping[str, Sequence[Any]], path: Path
         panel.set_title(heading, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
-        figure.legend(handles, labels, **options)
+    if counts:
+        figure.suptitle(f"Error bars: {words_of_error(counts)}", fontsize=8)
+    _add_legend(figure)
     figure.savefig(path, format="png")
+
+
+def _add_legend(figure: Any) -> None:
+    """Add a legend of all panels. Some lines are only in some of them."""
+    found: dict[str, Any] = {}
+    panels = [panel.get_legend_handles_labels() for panel in figure.axes]
+    for handles, labels in sorted(panels, key=lambda panel: -len(panel[1])):  # keeps the order of the lines
+        found |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in found}
+    if found:
+        options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
+        figure.legend(list(found.values()), list(found), **options)
 
 
 def _drawn(runs: Sequence[Measured]) -> dict[str, str]:
@@ -111,20 +123,23 @@ def _lines(
     axis: str,
 ) -> None:
     series: dict[str, list[tuple[float, tuple[float, float]]]] = {}
-    colors = 0
+    constant: list[str] = []  # arms without a value on the axis, such as one that is only evaluated
     for name, group in groups.items():
         run = group[0]
-        if axis not in run.values:  # this arm has no value on the axis, such as one that is only evaluated
-            if name in points:
-                style: Any = {"color": color_of(9 - colors % 10), "linestyle": ":", "label": name}
-                panel.axhline(_in_percent(points[name])[0], **style)
-                colors += 1
+        if axis not in run.values:
+            constant.append(name)
             continue
-        others = [f"{key.rpartition('.')[2]} {value}" for key, value in run.values.items() if key != axis]
+        others = [words for key, words in words_of(run.values).items() if key != axis]
+        found = series.setdefault(", ".join(filter(None, [run.arm, *others])), [])
         if name in points:
-            point = run.values[axis], _in_percent(points[name])
-            series.setdefault(", ".join(filter(None, [run.arm, *others])), []).append(point)
+            found.append((run.values[axis], _in_percent(points[name])))
+    for number, name in enumerate(constant):
+        if name in points:
+            style: Any = {"color": color_of(9 - number % 10), "linestyle": ":", "label": name}
+            panel.axhline(_in_percent(points[name])[0], **style)
     for number, (label, found) in enumerate(series.items()):
+        if not found:
+            continue
         found.sort(key=lambda each: each[0])
         means, errors = zip(*(each for _, each in found), strict=True)
         points_style: Any = {"marker": "o", "markersize": 4, "capsize": 3}
@@ -158,27 +173,50 @@ def _baselines(panel: Any, runs: Sequence[Measured], key: str, *, vertical: bool
             line(100 * value, color=color, linestyle="--", linewidth=0.8, label=ENCODERS[encoder])
 
 
-def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> None:
-    """Draw measurements of the monitor over the steps: one line for each combination, the mean over seeds."""
+def draw_curves(runs: Sequence[Measured], names: Sequence[str], path: Path) -> bool:
+    """Draw measurements of the monitor over the steps: one line for each combination, the mean over seeds.
+
+    A line is dotted after the last step that all seeds have, for example if a run stopped early.
+
+    Returns:
+        Whether a line has such a part.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 3.6 * len(names), 3.6), layout="constrained", dpi=130)
+    has_rest = False
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for place, (label, group) in enumerate(groups_of(runs).items()):
-            points: dict[int, list[float]] = {}
-            for record in (record for run in group for record in run.history):
-                if is_measured(record.get(name)):
-                    points.setdefault(record["step"], []).append(record[name])
-            steps = sorted(points)
-            means = [statistics.mean(points[step]) for step in steps]
-            style = {"color": color_of(place), "linestyle": line_of(place)}
-            panel.plot(steps, means, label=shorten(label, 60), marker=".", linewidth=1.2, **style)
+            common, rest = _mean_curve(group, name)
+            style: Any = {"color": color_of(place), "marker": ".", "linewidth": 1.2}
+            panel.plot(*common, label=shorten(label, 60), linestyle=line_of(place), **style)
+            if rest[0]:
+                has_rest = True
+                panel.plot(*rest, linestyle=":", alpha=0.6, **style)
         panel.set_title("\n".join(wrap(heading_of(name), 36)), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.locator_params(axis="x", integer=True)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    options: Any = {"loc": "outside lower center", "ncols": 4, "fontsize": 7, "frameon": False}
-    figure.legend(handles, labels, **options)
+    _add_legend(figure)
     figure.savefig(path, format="png")
+    return has_rest
+
+
+def _mean_curve(
+    runs: Sequence[Measured], name: str
+) -> tuple[tuple[list[int], list[float]], tuple[list[int], list[float]]]:
+    """Return steps and means over the runs with this measurement.
+
+    The first part has the steps of all runs, and the second one the later steps of only some of them.
+    """
+    curves = [
+        {each["step"]: each[name] for each in run.history if is_measured(each.get(name))} for run in runs
+    ]
+    curves = [curve for curve in curves if curve]
+    steps = sorted(set().union(*curves))
+    means = {step: statistics.mean(curve[step] for curve in curves if step in curve) for step in steps}
+    common = [step for step in steps if all(step in curve for curve in curves)]
+    rest = [step for step in steps if not common or step > common[-1]]
+    rest = [*common[-1:], *rest] if rest else []
+    return (common, [means[step] for step in common]), (rest, [means[step] for step in rest])

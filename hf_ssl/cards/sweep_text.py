@@ -4,13 +4,13 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from hf_ssl.cards.short_texts import joined
-from hf_ssl.cards.text import ENCODERS, duration, markdown_row
+from hf_ssl.cards.text import ENCODERS, duration, markdown_row, written
 from hf_ssl.errors import counted
 from hf_ssl.evaluation.config import MEASUREMENTS
 from hf_ssl.evaluation.protocols import PROTOCOLS
@@ -147,6 +147,14 @@ def error_of(numbers: Sequence[ProtocolResult]) -> float | None:
     return error if is_measured(error) else None
 
 
+def words_of_error(numbers: Iterable[int]) -> str:
+    """Return what `error_of` is for means of so many values: "the standard deviation over seeds"."""
+    single, several = [number == 1 for number in numbers], "the standard deviation over seeds"
+    if not all(single):
+        return f"{several}; for a single run, the standard error over images" if any(single) else several
+    return "the standard error over the test images"
+
+
 def page(
     title: str,
     question: str,
@@ -173,7 +181,8 @@ def page(
     lines += _seconds_table(runs) if "evaluation_seconds" in further else []
     lines += ["", f"{_about(runs, images)} `sweep.csv` has all runs. The protocols are described below, with "
               "ranges where rows differ. `hf-ssl compare FOLDER` tests the differences.", ""]  # fmt: skip
-    shown = {"sweep.png": "Accuracy of each combination"} if columns else {}
+    error = words_of_error(map(len, groups_of(runs).values()))
+    shown = {"sweep.png": f"Accuracy of each combination; error bars: {error}"} if columns else {}
     lines += [line for file, words in (shown | {**pictures}).items() for line in (f"![{words}]({file})", "")]
     lines += _notes(runs)
     lines += _origin(runs)
@@ -198,7 +207,7 @@ def _table(runs: Sequence[Measured], columns: Mapping[str, str], further: Sequen
         cells = [_mean(finite_numbers(group, key), len(group)) for key in columns]
         cells.append(_rank(group, "trained"))
         for key in further:
-            found = [value for run in group if (value := run.further(key)) is not None]
+            found = [value for run in group if is_measured(value := run.further(key))]
             cells.append(f"{statistics.mean(found):.4g}" if found else "-")
         seconds = [run.seconds for run in group if run.seconds is not None]
         cells.append(duration(statistics.mean(seconds)) if seconds else "-")
@@ -259,8 +268,8 @@ def _notes(runs: Sequence[Measured]) -> list[str]:
     for number in (number for run in runs for number in run.numbers().values()):
         texts.setdefault(number["column"], []).append(number["text"])
     lines = [f"- {column}: {joined(found)}." for column, found in texts.items()]
-    alarms = {run.name: run.alarm for run in runs if run.alarm is not None}
-    lines += [f"- Alarm of the monitor in {name}: {text.rstrip('.')}." for name, text in alarms.items()]
+    alarms = [(f"{run.name}, seed {run.seed}", run.alarm) for run in runs if run.alarm is not None]
+    lines += [f"- Alarm of the monitor in {name}: {text.rstrip('.')}." for name, text in alarms]
     reasons: dict[str, list[str]] = {}
     for run in runs:
         for reason in run.results["trained"].get("skipped", ()) if "trained" in run.results else ():
@@ -362,7 +371,8 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
         ]
     )
     for run in runs:
-        about = [run.name, run.arm, *(run.values.get(key, "") for key in axes), run.seed]
+        places = [written(run.values[key]) if key in run.values else "" for key in axes]
+        about = [run.name, run.arm, *places, run.seed]
         for encoder, result in run.results.items():
             seconds = run.seconds if encoder == "trained" else None
             for number in run.numbers(encoder).values():
@@ -372,5 +382,7 @@ def csv_text(runs: Sequence[Measured], axes: Sequence[str]) -> str:
                 names = number.get("protocol", ""), number["column"], number["id"]
                 writer.writerow([*about, encoder, *names, *texts])
         if not run.numbers():
-            writer.writerow([*about, "trained", *[""] * 6, f"{run.seconds or 0:.6g}", ""])
+            rank = run.results["trained"]["statistics"]["rank_me"] if "trained" in run.results else None
+            last = ["" if each is None else f"{each:.6g}" for each in (run.seconds, rank)]
+            writer.writerow([*about, "trained", *[""] * 6, *last])
     return stream.getvalue()

@@ -66,8 +66,26 @@ def duration(seconds: float) -> str:
 
 def code(value: Any) -> str:
     """Return a setting as Markdown code that is valid inside a table."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+    return "`" + written(value).replace("|", "\\|").replace("`", "'") + "`"
+
+
+def quoted(value: Any) -> str:
+    """Return a value in YAML. JSON is YAML, and keeps texts such as "off" and "1"."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def written(value: Any) -> str:
+    """Return a value for readers."""
+    return value if isinstance(value, str) else quoted(value)
+
+
+def words_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return {"section.key": "key value"}. The whole key is kept if two keys end with the same word."""
+    words = [key.rpartition(".")[2] for key in values]
+    return {
+        key: f"{key if words.count(word) > 1 else word} {written(value)}"
+        for (key, value), word in zip(values.items(), words, strict=True)
+    }
 
 
 def plain(number: float) -> str:
