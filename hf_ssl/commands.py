@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_ssl.conversion.releases import find_checkpoint
 from hf_ssl.errors import UserError, counted
 from hf_ssl.evaluation.protocols import PROTOCOLS
 from hf_ssl.methods import METHODS
@@ -67,10 +68,10 @@ def quick_imports() -> Iterator[None]:
 def sweep(arguments: argparse.Namespace) -> None:
     """Run a grid of settings with several seeds, and write a page with a table and a plot."""
     with progress("loading torch and transformers"), quick_imports():
-        from hf_ssl import sweeps
         from hf_ssl.sweep_file import load_sweep
 
         found = load_sweep(arguments.recipe, arguments.overrides, arguments.seeds)
+        from hf_ssl import sweeps
     output = arguments.output or Path("runs/sweeps") / Path(arguments.recipe).stem
     if arguments.list_jobs:
         print("\n".join(sweeps.list_jobs(found, output)))
@@ -191,6 +192,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Convert a released checkpoint of other code to an encoder of transformers, with a card."""
+    find_checkpoint(arguments.file, arguments.release)  # before the slow imports
     with progress(f"converting {arguments.file}"), quick_imports():
         from hf_ssl.conversion.converting import convert, summary
 

@@ -243,6 +243,25 @@ def test_what_only_prints_is_quick() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_wrong_names_are_found_before_the_slow_imports(tmp_path: Path) -> None:
+    """Names of recipes, studies and releases, and missing files."""
+    code = (
+        "import sys\n"
+        "from hf_ssl.cli import main\n"
+        "convert = ['convert', 'weights.pth', '--output', 'encoder', '--from']\n"
+        "commands = [[name, 'smoke/simcrl'] for name in ('pretrain', 'supervise', 'sweep')]\n"
+        "commands += [['sweep', 'batch_sizes'], [*convert, 'mocco'], [*convert, 'moco']]\n"
+        "for command in commands: assert main(command) == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hf-ssl: ")]
+    names = ("smoke/simclr", "smoke/simclr", "smoke/simclr", "batch_size", "moco", "moco_v1_200ep")
+    assert [missing(line, name) for line, name in zip(lines, names, strict=True)] == [[]] * 6
+
+
 @pytest.mark.parametrize(
     ("code", "arguments"),
     [

@@ -187,9 +187,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: the recipe cannot be found or read, a key is unknown or missing, a value has a wrong type,
             or values contradict each other.
     """
-    from hf_ssl.trainer.arguments import SSLTrainingArguments
-    from hf_ssl.trainer.transformers_arguments import check_metric
-
     name, path = find_recipe(str(name_or_path))
     plain = apply_overrides(_without_replaced_backbone(read_yaml(path), overrides), overrides)
     if plain["backbone"].get("init_from", MISSING) is None:
@@ -202,6 +199,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise UserError(
             f"training.{key}: expected no value in a recipe, got {plain['training'][key]}; {REPLACED[key]}"
         )
+    from hf_ssl.trainer.arguments import SSLTrainingArguments  # loads torch, after the checks above
+    from hf_ssl.trainer.transformers_arguments import check_metric
+
     merge_repo(plain["training"], plain["publish"])
     data = to_dataclass(DataConfig, plain["data"], "data")
     views = to_dataclass(ViewPreset, plain["views"], "views")
