@@ -102,6 +102,8 @@ def build_space(
             f"{type(encoder).__name__}; use another one, or its Hub id"
         )
     data = with_trained_reading(data, model)
+    if examples_split == data.split:
+        examples_split = None
     held_out = examples if examples_split is None else 0
     with progress(f"opening {data.path}"):
         if not chosen_split:

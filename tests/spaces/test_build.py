@@ -174,6 +174,19 @@ def test_examples_of_another_split(spaces: dict[str, Path], tmp_path: Path) -> N
         assert read_photo(folder / example["file"]).numpy().tobytes() in known
 
 
+def test_examples_of_the_split_of_the_gallery_are_not_in_it(spaces: dict[str, Path], tmp_path: Path) -> None:
+    """Otherwise the nearest neighbor of an example would be the example itself."""
+    folder, data = tmp_path / "space", DataConfig(path="digits")
+    build_space(
+        str(spaces["vit"] / "encoder"), folder, data, images=10, examples=2, examples_split=data.split
+    )
+    gallery = [read_photo(thumbnail).numpy().tobytes() for thumbnail in Gallery.load(folder).thumbnails]
+    examples = [
+        read_photo(folder / example["file"]).numpy().tobytes() for example in facts(folder)["examples"]
+    ]
+    assert len(gallery) == 10 and len(examples) == 2 and not set(gallery) & set(examples)
+
+
 def test_folders_of_somebody_else_are_refused_and_spaces_replaced(
     spaces: dict[str, Path], tmp_path: Path
 ) -> None:
