@@ -179,12 +179,18 @@ def run_job(sweep: Sweep, output: Path, number: int) -> None:
     _check_plan(sweep, output)
     reason = error_file(run.folder(output))
     with _alone(run.folder(output), number):
+        if _is_first_process():
+            reason.unlink(missing_ok=True)  # that of an earlier attempt
         try:
             _make(run, output)
         except UserError as error:
             write_text(reason, f"{error}\n")
             raise
-        reason.unlink(missing_ok=True)
+
+
+def _is_first_process() -> bool:
+    """Return whether this is the first process of torchrun or accelerate launch, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -193,7 +199,7 @@ def _alone(folder: Path, number: int) -> Iterator[None]:
 
     The processes of one command (torchrun, accelerate launch) share one lock, which the first one holds.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not _is_first_process():
         yield
         return
     file = folder.with_name(f".{folder.name}.lock")

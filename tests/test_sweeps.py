@@ -448,6 +448,32 @@ def test_a_wrong_number_of_a_job_claims_no_folder(tmp_path: Path) -> None:
         run_sweep(load_sweep("smoke/simclr", SMALL), Command("smoke/simclr", SMALL, 1, tmp_path), at_once=0)
 
 
+def test_a_second_attempt_forgets_the_error_of_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the page would show it for a run that another reason ended, such as too little memory."""
+    sweep, states = load_sweep("smoke/simclr", SMALL), []
+    error = sweeps.error_file(sweep.run(1).folder(tmp_path))
+
+    def make(run: Any, output: Path) -> None:
+        states.append(list_jobs(sweep, output)[0].split()[-1])
+        run.folder(output).mkdir(parents=True, exist_ok=True)
+        raise UserError("wrong") if len(states) == 1 else SystemExit(137)
+
+    monkeypatch.setattr(sweeps, "_make", make)
+    with pytest.raises(UserError, match="wrong"):
+        sweeps.run_job(sweep, tmp_path, 1)
+    assert error.read_text() == "wrong\n" and list_jobs(sweep, tmp_path)[0].endswith("failed")
+    monkeypatch.setenv("RANK", "1")  # a further process of torchrun keeps the error of the first one
+    with pytest.raises(SystemExit):
+        sweeps.run_job(sweep, tmp_path, 1)
+    assert error.exists()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        sweeps.run_job(sweep, tmp_path, 1)
+    assert not error.exists() and states == ["do", "failed", "started"]
+
+
 def test_two_commands_do_not_make_one_run_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
