@@ -89,6 +89,18 @@ def test_recipe_says_what_it_is(name: str) -> None:
         assert word in header, word
 
 
+def test_the_kernel_of_the_blur_of_local_views_is_wide_enough() -> None:
+    """The authors blur with Pillow. The default kernel, a tenth of a view, would cut the Gaussian off."""
+    found = {}
+    for name, file in recipe_files().items():
+        preset = ViewPreset.from_dict(yaml.safe_load(file.read_text())["views"])
+        local = preset.expand()[-1]
+        if preset.local_count and local.blur:
+            found[name] = local.blur_kernel_size // 2 / local.blur_sigma[1]
+    assert {name: sigmas for name, sigmas in found.items() if sigmas < 3} == {}
+    assert {"dino_vit_small", "swav_resnet50_imagenet"} <= found.keys()
+
+
 WIDE = [name for name in recipe_files() if re.search("resnet50x[24]", name)]
 
 
