@@ -78,7 +78,7 @@ def train_loader(
         batch_size: number of images in a micro-batch of this process.
         rank: number of this process.
         world_size: number of processes.
-        start_batch: number of earlier micro-batches of this process, for map-style data.
+        start_batch: number of earlier micro-batches of this process; 0 for that of `position`.
         position: position in a stream.
         num_workers: number of worker processes. It has no effect on the batches of map-style data, and
             changes the order of a stream.

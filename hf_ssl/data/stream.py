@@ -72,7 +72,8 @@ class ReaderPosition:
     Attributes:
         epoch: number of the epoch, from 0.
         window: number of the window in this epoch.
-        rows: number of rows of this epoch in earlier windows.
+        rows: number of rows of this epoch in earlier windows. If the reader did not read the epoch from its
+            beginning, the number of rows of a batch.
         next_shard: number of shards of this epoch that were opened.
         open: [shard, rows taken] of each open shard, in turn.
         used: number of rows of this window that were used.

@@ -65,12 +65,7 @@ def make_stream_loader(
         "window": config.shuffle_window,
         "open_shards": config.open_shards,
     }
-    if position is None and start_batch:
-        logger.warning(
-            "the stream starts at its beginning instead of after %d batches, because no position was saved",
-            start_batch,
-        )
-    start = _start_position(position, layout)
+    start = _start_position(position, layout, start_batch, share.batch_size)
     batches = StreamBatchDataset(shards, preset, share, config.channels, config.shuffle_window, start)
     length = None if source.num_rows is None else share.batches(source.num_rows)
     return StreamLoader(batches, layout, length, **options)
@@ -221,20 +216,33 @@ def stop_workers(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def _start_position(position: dict[str, Any] | None, layout: dict[str, Any]) -> dict[str, Any]:
+def _start_position(
+    position: dict[str, Any] | None, layout: dict[str, Any], start_batch: int, batch_size: int
+) -> dict[str, Any]:
     """Return the position where the readers start, in the form that `StreamBatchDataset` takes.
 
     It is the saved position if the conditions are the same. Otherwise it is close to the saved position, and
-    a warning names the differences.
+    a warning names the differences. Epochs then end after the batches that the trainer counts. Their number
+    changes if other gradient accumulation divides the same steps into more batches.
+
+    Args:
+        position: the saved position, if any.
+        layout: the current conditions of reading.
+        start_batch: number of earlier batches of this process; 0 for the number in `position`.
+        batch_size: number of images in a batch of this process.
     """
     if position is None:
-        return {"batches": 0, "readers": {}}
-    earlier = position["layout"]
-    if earlier == layout:
-        return position
+        if start_batch:
+            logger.warning(
+                "the stream starts at its beginning instead of after %d batches, because no position was "
+                "saved", start_batch,
+            )  # fmt: skip
+        return {"batches": start_batch, "readers": {}}
+    batches = start_batch or position["batches"]
+    earlier = position["layout"] | {"batches": position["batches"]}
     changes = [
         f"{name} {earlier.get(name)} -> {value}"
-        for name, value in layout.items()
+        for name, value in (layout | {"batches": batches}).items()
         if earlier.get(name) != value
     ]
     logger.warning(
@@ -242,6 +250,8 @@ def _start_position(position: dict[str, Any] | None, layout: dict[str, Any]) -> 
         "way: %s",
         ", ".join(changes),
     )
+    if not changes:
+        return position
     saved = [ReaderPosition.from_state_dict(state) for state in position["readers"].values()]
     epoch = min((reader.epoch for reader in saved), default=0)
     shards_of_a_reader = earlier["shards"] / earlier["groups"]
@@ -252,6 +262,7 @@ def _start_position(position: dict[str, Any] | None, layout: dict[str, Any]) -> 
         if reader.epoch == epoch
     ]
     fraction = sum(parts) / len(parts) if parts else 0.0
-    start = ReaderPosition(epoch, next_shard=int(min(1.0, fraction) * layout["shards"] / layout["groups"]))
+    next_shard = int(min(1.0, fraction) * layout["shards"] / layout["groups"])
+    start = ReaderPosition(epoch, rows=batch_size if next_shard else 0, next_shard=next_shard)
     readers = {str(reader): start.state_dict() for reader in range(layout["workers"])}
-    return {"batches": position["batches"], "readers": readers}
+    return {"batches": batches, "readers": readers}

@@ -3,6 +3,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -198,7 +199,33 @@ def test_with_other_workers_a_stream_resumes_close_to_its_position_with_a_warnin
 
 
 def test_without_a_position_a_stream_warns_that_it_starts_again(numbered, make_loader, caplog):
-    make_loader(numbered(40, streaming=True), start_batch=3)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_resumes_with_other_readers_from_every_position(processes, numbered, preset):
+    """Before, a reader that started near the end of an epoch had less than a batch, which ended the run."""
+    config = numbered(48, files=2, row_group=4, streaming=True, shuffle_window=8, open_shards=2)
+    make = partial(train_loader, open_source(config), preset, config=config, seed=5)
+    others = {"world_size": 3 - processes, "batch_size": 12 * processes // 2}
+    for batch in take(make(world_size=processes, batch_size=12 // processes), 5):
+        resumed = take(make(position=batch.position, **others), 3)
+        assert all(len(each) == others["batch_size"] for each in resumed)
+        # The remaining part of an epoch can be less than a batch. This is no error after a further resume.
+        assert len(take(make(position=resumed[0].position, **others), 2)) == 2
+
+
+def test_an_epoch_of_a_resumed_stream_ends_after_the_batches_that_the_trainer_counts(
+    numbered, make_loader, caplog
+):
+    """After 3 of 10 steps of 8 images, a run continues with two batches of 4 images in each step."""
+    config = numbered(80, streaming=True)
+    position = take(make_loader(config), 3)[-1].position
+    assert len(list(make_loader(config, position=position, start_batch=3))) == 7
+    assert caplog.text == ""
+    loader = make_loader(config, batch_size=4, position=position, start_batch=6)
+    assert [len(list(loader)), len(list(loader))] == [14, 20]
+    assert missing(caplog.text, "3 -> 6") == []
+
+
+    loader = make_loader(numbered(40, streaming=True), start_batch=3)
     assert missing(caplog.text, 3) == []
 
 
@@ -392,8 +419,8 @@ def test_an_approximate_position_counts_half_of_each_open_shard():
     state = {"pass_number": 2, "window": 1, "rows": 8, "next_shard": 6, "open": [[0, 1], [3, 1]], "used": 0}
     readers = {"0": state, "1": {**state, "pass_number": 3}}
     position = {"batches": 7, "layout": layout, "readers": readers}
-    start = _start_position(position, layout | {"workers": 1})
-    assert start == {"batches": 7, "readers": {"0": ReaderPosition(2, next_shard=5).state_dict()}}
+    start = _start_position(position, layout | {"workers": 1}, 7, 16)
+    assert start == {"batches": 7, "readers": {"0": ReaderPosition(2, rows=16, next_shard=5).state_dict()}}
 
 
 def test_the_images_of_local_tars_are_counted(tmp_path, encode, picture):
