@@ -31,8 +31,7 @@ def image_seeds(run_seed: int, epoch: int | NDArray[np.integer], keys: UInt64Arr
     Args:
         run_seed: any integer, used modulo 2**64.
         epoch: the epoch in which the image is read, one number or (B,).
-        keys: (B,) uint64, the row numbers or hashes of the encoded images. Two different keys never give the
-            same seed.
+        keys: (B,) uint64, the numbers of the rows. Two different keys never give the same seed.
     """
     epochs = np.atleast_1d(np.asarray(epoch)).astype(np.uint64)
     state = _absorb(np.zeros(1, np.uint64), np.array([run_seed & MASK], np.uint64))

@@ -15,7 +15,6 @@ the files that Pillow opens with other pixels. Files with more than four channel
 `read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
 
-import hashlib
 import io
 import os
 import struct
@@ -161,13 +160,6 @@ def memory_size(image: StoredImage) -> int:
     if isinstance(image.value, PIL.Image.Image):
         return max(1, image.value.width * image.value.height * len(image.value.getbands()))
     return image.value.nbytes if isinstance(image.value, np.ndarray) else 1
-
-
-def image_hash(data: ImageData) -> int:
-    """Return a hash below 2**64 of the bytes of an image, from which random numbers are computed."""
-    if isinstance(data, PIL.Image.Image | np.ndarray):
-        data = data.tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def size_in_header(image: StoredImage) -> tuple[int, int]:

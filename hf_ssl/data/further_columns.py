@@ -149,11 +149,6 @@ def memory_size(image: AnyStored) -> int:
     return images.memory_size(image.image) + sum(images.memory_size(one) for _, one in image.further.values())
 
 
-def image_hash(data: ImageData | RowData) -> int:
-    """Return a hash of the image of the image column, see `hf_ssl.data.decode.image_hash`."""
-    return images.image_hash(data.image if isinstance(data, RowData) else data)
-
-
 def size_in_header(image: AnyStored) -> tuple[int, int]:
     """Return the height and width of the image of the image column, from its header alone.
 

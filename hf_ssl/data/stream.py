@@ -58,6 +58,11 @@ class StreamRow(NamedTuple):
 
 
 class Block(NamedTuple):
+    @property
+    def key(self) -> int:
+        """A number for the random numbers of this image. Equal images have different numbers."""
+        return (self.shard << 40) + self.number
+
     """Consecutive images of a shard, their size in memory in bytes, and their labels if requested."""
 
     images: list[AnyStored]

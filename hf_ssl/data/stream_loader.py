@@ -22,7 +22,7 @@ from hf_ssl.data.batch import (
 )
 from hf_ssl.data.config import DataConfig
 from hf_ssl.data.decode import BrokenImage
-from hf_ssl.data.further_columns import decode, image_hash, mirrored_channels
+from hf_ssl.data.further_columns import decode, mirrored_channels
 from hf_ssl.data.images import broken_message
 from hf_ssl.data.inspection import FOUND_VALUES, inspect_images
 from hf_ssl.data.sources import Source
@@ -132,8 +132,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
         while len(images) < self.share.batch_size:
             row = reader.next_row()
             try:
-                data = row.image.read()
-                images.append(decode(data, self.channels, self.shards.value_range))
+                images.append(decode(row.image.read(), self.channels, self.shards.value_range))
             except BrokenImage as error:
                 where = self.shards.describe(row.shard, row.number)
                 broken.append(broken_message(where, row.image, error))
@@ -144,7 +143,7 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
                     ) from error
             else:
                 epochs.append(row.epoch)
-                keys.append(image_hash(data))
+                keys.append(row.key)
                 labels.append(row.label)
         seeds = image_seeds(self.share.seed, np.array(epochs), np.array(keys, np.uint64))
         position = {"reader": name, "place": reader.position.state_dict()}

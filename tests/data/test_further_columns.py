@@ -29,7 +29,6 @@ from hf_ssl.data.further_columns import (
     class_colors,
     class_numbers,
     decode,
-    image_hash,
     stored_further_image,
 )
 from hf_ssl.data.images import EncodedRows
@@ -475,12 +474,6 @@ def test_normals_change_their_direction_with_a_flip(folder):
     expected = views[0.0].flip(-1)[:, 3:]
     expected[:, 0] = 1 - expected[:, 0]
     torch.testing.assert_close(views[1.0][:, 3:], expected, rtol=0, atol=1e-5)
-
-
-def test_the_hash_of_a_row_is_that_of_its_image(folder):
-    config = DataConfig(path=str(folder), further_image_columns=KINDS)
-    (row,) = EncodedRows(open_source(config), 3).stored([4])
-    assert image_hash(row.read()) == image_hash(row_bytes(4)["image"])
 
 
 def test_a_transparent_value_of_16_bits_does_not_change_depth_and_classes():

@@ -142,7 +142,7 @@ def test_processes_read_different_images(numbered, make_loader, numbers):
     assert len(seen[0]) == len(seen[1]) == 24 and not seen[0] & seen[1]
 
 
-def test_the_views_of_an_image_depend_only_on_its_content_and_the_epoch(numbered, make_loader, numbers):
+def test_the_views_of_an_image_depend_only_on_its_row_and_the_epoch(numbered, make_loader, numbers):
     tables = []
     for options in ({"num_workers": 0, "batch_size": 8}, {"num_workers": 2, "batch_size": 4}):
         loader = make_loader(numbered(48, files=2, row_group=12, streaming=True), **options)
@@ -228,6 +228,24 @@ def test_an_epoch_of_a_resumed_stream_ends_after_the_batches_that_the_trainer_co
     loader = make_loader(numbered(40, streaming=True), start_batch=3)
     assert missing(caplog.text, 3) == []
 
+    assert len(list(loader)) == 2
+
+
+def test_equal_images_have_different_views(write_parquet, tmp_path, encode, picture, make_loader):
+    write_parquet(tmp_path / "equal" / "train.parquet", [encode(picture(0))] * 24, row_group=6)
+    loader = make_loader(DataConfig(path=str(tmp_path / "equal"), streaming=True))
+    tables = torch.cat([batch.parameters.table for batch in loader])
+    assert len(tables) == len(torch.unique(tables, dim=0)) == 24
+
+
+def test_the_images_of_a_stream_without_end_have_new_views_each_time(preset, encode, picture):
+    images = [{"image": {"bytes": encode(picture(number)), "path": None}} for number in range(4)]
+    stream = IterableDataset.from_generator(lambda: iter(images), Features({"image": Image()})).repeat(None)
+    config = DataConfig(streaming=True, shuffle_window=8)
+    source = as_source(stream, config)
+    batches = take(train_loader(source, preset, config=config, seed=0, batch_size=4), 6)
+    tables = torch.cat([batch.parameters.table for batch in batches])
+    assert len(torch.unique(tables, dim=0)) == 24
 
 def solid(label, shade):
     return PIL.Image.fromarray(np.full((4, 4), 20 * label + shade % 20, np.uint8))
