@@ -86,8 +86,8 @@ PRIVATE = set(
     # of transformers
     "_attn_implementation _can_record_outputs _commit_hash _load_best_model _save_optimizer_and_scheduler "
     "_save_rng_state _save_scaler "
-    # of accelerate, of evaluate, and of Python
-    "_shared_state _feature_names _getframe".split()
+    # of datasets, of accelerate, of evaluate, and of Python
+    "_distributed _ex_iterable _shared_state _feature_names _getframe".split()
 )
 """Private names of other libraries that hf_ssl reads. Any release can remove them (transformers 5.24 removed
 `_commit_hash` from configurations), so use a public name if there is one."""

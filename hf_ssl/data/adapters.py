@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the data sets that people pass to a Trainer into a `Source`: of `datasets`, of torch, and lists."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,11 @@ import numpy as np
 import PIL.Image
 import torch.utils.data
 from datasets import Array2D, Dataset, Image, IterableDataset, Value
+from datasets.iterable_dataset import (
+    CyclingMultiSourcesExamplesIterable,
+    SkipExamplesIterable,
+    TakeExamplesIterable,
+)
 from torch import Tensor
 
 from hf_ssl.data.class_numbers import number_classes
@@ -28,6 +34,9 @@ from hf_ssl.data.location import fingerprint
 from hf_ssl.data.sources import Source, open_source
 from hf_ssl.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+_COUNTING_STEPS = (CyclingMultiSourcesExamplesIterable, SkipExamplesIterable, TakeExamplesIterable)
 _KINDS = (
     "a datasets.Dataset or IterableDataset, a torch data set of images or of (image, label), a list of image "
     "files or images, or the path of a folder"
@@ -291,6 +300,12 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image:
         if first is None:
             raise UserError(f"{name}: expected images, got an empty data set")
         column, further = find_image_keys(first, config, name, only_image=only_image)
+    one_shard = data.num_shards > 1 and _counts_rows(data._ex_iterable)
+    if one_shard:
+        logger.warning(
+            "%s is read as one shard, because take, skip, interleave_datasets and with_indices would choose "
+            "other rows in each of its %d shards; every worker reads all of its rows", name, data.num_shards,
+        )  # fmt: skip
     return Source(
         data,
         column,
@@ -300,8 +315,22 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image:
         "stream",
         where,
         whole_shards=False,
+        one_shard=one_shard,
         further_columns=further,
     )
+
+
+def _counts_rows(step: Any) -> bool:
+    """Return whether a step of a stream, or an earlier one, chooses rows by their numbers in the stream.
+
+    `datasets` (seen with 5.2) divides the number of `take` and `skip` among the shards. It starts the numbers
+    of `with_indices` and the cycles of `interleave_datasets` again in each shard. So the shards together have
+    other rows than the stream, such as those that `skip` leaves out for a test.
+    """
+    content = vars(step)
+    sources = [content["ex_iterable"]] if "ex_iterable" in content else content.get("ex_iterables", [])
+    counts = isinstance(step, _COUNTING_STEPS) or content.get("with_indices", False)
+    return counts or any(map(_counts_rows, sources))
 
 
 def _of_items(items: Items, where: str, label: str | None = None) -> Source:

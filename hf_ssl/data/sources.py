@@ -49,7 +49,7 @@ from hf_ssl.data.location import (
     state_of_files,
 )
 from hf_ssl.data.pixels import ValueRange
-from hf_ssl.data.stream_length import count_streamed, length_of_stream
+from hf_ssl.data.stream_length import length_of_stream, size_of_stream
 from hf_ssl.data.unread import ALL, FileCount
 from hf_ssl.data.value_range import chosen_range, probed_images
 from hf_ssl.errors import UserError, first_line
@@ -80,6 +80,8 @@ class Source:
         description: path and split, for messages and cards.
         whole_shards: whether a reader loads whole shards. It does so if reading one row loads the whole shard
             anyway, or if the rows are only file names.
+        one_shard: whether a stream is read as one shard, because its shards would contain other rows.
+        shard_sizes: sizes of the shards of a stream, in rows or bytes; () if they are not known or equal.
         further_columns: further columns of images, {name: kind} in the order of their names.
         is_listed: whether the fingerprint of `dataset` covers the files of its rows, as for a folder.
         files: files of all splits, for `require_same_classes`.
@@ -99,6 +101,8 @@ class Source:
     revision: str
     description: str
     whole_shards: bool = True
+    one_shard: bool = False
+    shard_sizes: Sequence[int] = field(default=(), repr=False)
     further_columns: dict[str, str] = field(default_factory=dict)
     is_listed: bool = False
     files: Sequence[str] = field(default=(), repr=False)
@@ -245,6 +249,7 @@ def open_source(
         revision=revision,
         description=where,
         whole_shards=opened.whole_shards,
+        shard_sizes=opened.shard_sizes,
         further_columns=further,
         is_listed=is_listed,
         files=opened.files,
@@ -269,12 +274,13 @@ def _folder_of_names(dataset: Any, columns: list[str], found: LocalData, split: 
 
 
 class _Opened(NamedTuple):
-    """A data set with its number of rows (if known); see `Source` for `whole_shards` and `files`."""
+    """A data set with its number of rows (if known); see `Source` for the other attributes."""
 
     dataset: Dataset | IterableDataset
     num_rows: int | None
     whole_shards: bool = True
     files: Sequence[str] = ()
+    shard_sizes: Sequence[int] = ()
 
 
 def _open_with_datasets(
@@ -361,8 +367,8 @@ def _open_stream(builder: DatasetBuilder, split: str, num_images: int | None) ->
     if isinstance(builder, Cache):  # the Hub cannot be reached, but the data set was downloaded before
         return _open_table(_prepare(builder, split), True)
     stream = cast(IterableDataset, builder.as_streaming_dataset(split))
-    rows = count_streamed(builder, split, num_images)
-    return _Opened(stream.reshard(), rows, isinstance(builder, Parquet))
+    rows, sizes = size_of_stream(builder, split, num_images)
+    return _Opened(stream.reshard(), rows, isinstance(builder, Parquet), shard_sizes=sizes)
 
 
 def _file_list(builder: FolderBasedBuilder, split: str) -> Dataset:

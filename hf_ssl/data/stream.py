@@ -13,8 +13,9 @@ the window again.
 import tarfile
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from heapq import heapreplace
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from hf_ssl.random import permutation
 _BLOCK_ROWS = 64  # rows that are read at once from a shard with sequential access
 _WHOLE_SHARD = 1 << 20
 _EVEN_SHARDS = 4  # fewest shards of a group of readers, if the groups have different numbers of shards
+_MOST_EXCESS = 1 / 8  # largest excess of the rows of a group over its share, if the sizes of shards differ
 _ROWS_PER_TURN = 8  # rows that a reader takes from an open shard before it takes rows from the next one
 _READ_ERRORS = (OSError, ValueError, EOFError, pa.ArrowException, tarfile.TarError)
 _OPEN_BYTES = 1 << 30  # of all open shards of a reader, estimated from the first shard
@@ -56,13 +58,13 @@ class StreamRow(NamedTuple):
     image: AnyStored
     label: int = -1
 
-
-class Block(NamedTuple):
     @property
     def key(self) -> int:
         """A number for the random numbers of this image. Equal images have different numbers."""
         return (self.shard << 40) + self.number
 
+
+class Block(NamedTuple):
     """Consecutive images of a shard, their size in memory in bytes, and their labels if requested."""
 
     images: list[AnyStored]
@@ -114,6 +116,7 @@ class StreamShards:
 
     Attributes:
         count: number of shards.
+        sizes: sizes of the shards, see `Source.shard_sizes`.
         label_column: see above.
         further: the further columns of images, {name: kind}.
         first_images: the first encoded images of the first shard that is not empty, at most 64.
@@ -141,7 +144,8 @@ class StreamShards:
             self.dataset = source.dataset.with_format(None)
         self.description, self.value_range = source.description, source.value_range
         self.source_cache = source.cache
-        self.count: int = self.dataset.num_shards
+        self.count: int = 1 if source.one_shard else self.dataset.num_shards
+        self.sizes = source.shard_sizes if len(source.shard_sizes) == self.count else [1] * self.count
         self._block_rows = _WHOLE_SHARD if source.whole_shards else _BLOCK_ROWS
         parts = max(1, isqrt(self.count))
         each, more = divmod(self.count, parts)
@@ -180,6 +184,8 @@ class StreamShards:
         `datasets` needs time in proportion to the number of shards to find one. So the shards are divided
         into parts first, and the shard is found in its part.
         """
+        if self.count == 1:
+            return self.dataset
         part = bisect_right(self._starts, shard) - 1
         if part not in self._parts:
             self._parts[part] = self.dataset.shard(len(self._starts), part)
@@ -188,17 +194,46 @@ class StreamShards:
     def groups(self, readers: int) -> int:
         """Return the number of groups of readers. The readers of one group read the same shards.
 
-        It is the largest divisor of `readers` with two properties: each group has enough shards to shuffle,
-        and all groups have the same number of shards, or at least 4 each. It is 1 if no other divisor has
-        them. If few shards were divided unequally, a group with fewer shards would read its images twice in
-        an epoch, and images of other groups would be missing.
+        It is the largest divisor of `readers` with three properties: each group has enough shards to shuffle,
+        all groups have the same number of shards, or at least 4 each, and no group is much larger than the
+        others because the sizes of shards differ. It is 1 if no other divisor has them. If shards were
+        divided unequally, a smaller group would read its images twice in an epoch, and images of other groups
+        would be missing.
 
         Args:
             readers: number of readers. All groups have the same number of readers.
         """
         most = max(1, self.count // self._shards_per_group)
         divisors = [groups for groups in range(1, most + 1) if readers % groups == 0]
-        return max(each for each in divisors if self.count % each == 0 or self.count >= _EVEN_SHARDS * each)
+        even = [each for each in divisors if self.count % each == 0 or self.count >= _EVEN_SHARDS * each]
+        if len({*self.sizes}) > 1:
+            even = [each for each in even if self._fits(self._balanced(range(self.count), each))]
+        return max(even)
+
+    def divide(self, order: Sequence[int], groups: int) -> list[list[int]]:
+        """Return the shards of each group of readers, in the given order.
+
+        Every group takes each `groups`-th shard, unless the sizes of the groups then differ too much.
+        """
+        parts = [list(order[group::groups]) for group in range(groups)]
+        return parts if self._fits(parts) else self._balanced(order, groups)
+
+    def _fits(self, parts: list[list[int]]) -> bool:
+        """Return whether no group of readers has many more rows than its share."""
+        sizes = [sum(self.sizes[shard] for shard in part) for part in parts]
+        return max(sizes) * len(parts) <= (1 + _MOST_EXCESS) * sum(sizes)
+
+    def _balanced(self, order: Sequence[int], groups: int) -> list[list[int]]:
+        """Return groups of almost equal size. The largest shards go first, each to the smallest group."""
+        loads = [(0, group) for group in range(groups)]  # a heap
+        group_of = {}
+        for shard in sorted(order, key=lambda shard: -self.sizes[shard]):
+            load, group_of[shard] = loads[0]
+            heapreplace(loads, (load + self.sizes[shard], group_of[shard]))
+        parts: list[list[int]] = [[] for _ in range(groups)]
+        for shard in order:
+            parts[group_of[shard]].append(shard)
+        return parts
 
     def blocks(self, shard: int) -> Iterator[Block]:
         """Yield the images of a shard in blocks.
@@ -379,5 +414,5 @@ class StreamReader:
         return OpenShard(self.shards, shard, epoch, self.seed, members, offset, taken)
 
     def _shard_order(self, epoch: int) -> list[int]:
-        order = permutation(self.shards.count, self.seed, _SHARDS, epoch)
-        return order[self.number % self._groups :: self._groups].tolist()
+        order = permutation(self.shards.count, self.seed, _SHARDS, epoch).tolist()
+        return self.shards.divide(order, self._groups)[self.number % self._groups]

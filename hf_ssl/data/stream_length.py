@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the images of a stream. Without their number, no epoch is known."""
 
+import os
 import tarfile
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +18,23 @@ from hf_ssl.errors import UserError
 from hf_ssl.progress import progress
 
 
-def count_streamed(builder: DatasetBuilder, split: str, given: int | None) -> int | None:
-    """Return the number of rows of a stream, or None.
+class StreamSize(NamedTuple):
+    """The size of a stream.
 
-    Local files contain the number, and the card of a data set on the Hub can contain it. For tars, this
-    function reads the headers of all members, unless the number is given.
+    Attributes:
+        rows: number of rows; None if it is not known.
+        shards: a size of each shard, in rows or bytes; () if they are not known.
+    """
+
+    rows: int | None = None
+    shards: Sequence[int] = ()
+
+
+def size_of_stream(builder: DatasetBuilder, split: str, given: int | None) -> StreamSize:
+    """Return the size of a stream.
+
+    Local files contain the number of rows, and the card of a data set on the Hub can contain it. For tars,
+    this function reads the headers of all members, unless the number is given.
 
     Args:
         builder: the data set.
@@ -32,18 +47,20 @@ def count_streamed(builder: DatasetBuilder, split: str, given: int | None) -> in
     files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
     if any("://" in file for file in files):
         splits = builder.info.splits or {}
-        return splits[split].num_examples or None if split in splits else None
+        return StreamSize(splits[split].num_examples or None if split in splits else None)
     try:
         if isinstance(builder, Parquet):
-            return sum(pq.read_metadata(file).num_rows for file in files)
-        if isinstance(builder, Arrow):
-            return sum(map(_arrow_rows, files))
-        if isinstance(builder, WebDataset) and given is None:
+            rows = [rows for file in files for rows in _parquet_rows(file)]
+        elif isinstance(builder, Arrow):
+            rows = list(map(_arrow_rows, files))
+        elif isinstance(builder, WebDataset) and given is None:
             with progress(f"counting the images of {len(files)} tars (data.num_images=N skips this)"):
-                return sum(map(count_samples, files))
+                rows = list(map(count_samples, files))
+        else:
+            return StreamSize(shards=list(map(os.path.getsize, files)))
     except (OSError, pa.ArrowException, tarfile.TarError):  # the reader of the stream reports the file
-        return None
-    return None
+        return StreamSize()
+    return StreamSize(sum(rows), rows)
 
 
 def length_of_stream(counted: int | None, given: int | None, where: str) -> int | None:
@@ -65,6 +82,12 @@ def arrow_reader(opened: pa.MemoryMappedFile) -> pa.RecordBatchStreamReader | pa
         return pa.ipc.open_stream(opened)
     except pa.ArrowInvalid:
         return pa.ipc.open_file(opened)
+
+
+def _parquet_rows(file: str) -> list[int]:
+    """Return the number of rows of each row group of a Parquet file."""
+    metadata = pq.read_metadata(file)
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def _arrow_rows(file: str) -> int:

@@ -28,6 +28,7 @@ from hf_ssl.data.inspection import FOUND_VALUES, inspect_images
 from hf_ssl.data.sources import Source
 from hf_ssl.data.stream import ReaderPosition, StreamReader, StreamShards
 from hf_ssl.data.value_range import report_values
+from hf_ssl.errors import UserError
 from hf_ssl.random import image_seeds
 from hf_ssl.views import ViewPreset
 
@@ -51,6 +52,11 @@ def make_stream_loader(
     Args:
         options: further arguments of torch's DataLoader.
     """
+    if share.world_size > 1 and source.dataset._distributed is not None:
+        raise UserError(
+            "train_dataset: expected the whole stream, which hf_ssl divides among the processes, got "
+            "the part of one process; leave out split_dataset_by_node"
+        )
     shards = StreamShards(source, config.open_shards, label_column)
     readers = max(1, options["num_workers"])
     # The conditions under which a stream resumes exactly. Checkpoints contain these names.
@@ -244,13 +250,13 @@ def _start_position(
         for name, value in (layout | {"batches": batches}).items()
         if earlier.get(name) != value
     ]
+    if not changes:
+        return position
     logger.warning(
         "the stream resumes close to its last position, not exactly there, because it is read in another "
         "way: %s",
         ", ".join(changes),
     )
-    if not changes:
-        return position
     saved = [ReaderPosition.from_state_dict(state) for state in position["readers"].values()]
     epoch = min((reader.epoch for reader in saved), default=0)
     shards_of_a_reader = earlier["shards"] / earlier["groups"]

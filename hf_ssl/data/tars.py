@@ -48,7 +48,7 @@ class TarImages(WebDataset):
             UserError: a local tar is damaged.
         """
         self.image_column = None
-        if not dl_manager.is_streaming:  # `count_streamed` checks the tars of a stream
+        if not dl_manager.is_streaming:  # `size_of_stream` checks the tars of a stream
             for file in chain.from_iterable((self.config.data_files or {}).values()):
                 with suppress(OSError, tarfile.TarError):  # the reader reports the file
                     count_samples(str(file))

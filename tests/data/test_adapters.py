@@ -157,7 +157,7 @@ def test_streams_have_the_pixels_of_the_images(kind: str, table: Dataset) -> Non
     ]
     known = {tensor(row).numpy().tobytes(): row for row in range(COUNT)}
     rows = sorted(known[decode(data, 3).contiguous().numpy().tobytes()] for data in found)
-    if kind == "interleaved":  # datasets 5.2 ends each shard at the last image of one of the two streams
+    if kind == "interleaved":  # datasets 5.2 ends at the last image of one of the two streams
         assert len(rows) >= len(expected) - shards.count and set(rows) < set(expected)
     else:
         assert rows == sorted(expected)

@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset, Features, Image, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets.distributed import split_dataset_by_node
 from messages import mentions, missing
 
 from hf_ssl.data import DataConfig, as_source, open_source, train_loader
@@ -198,7 +199,6 @@ def test_with_other_workers_a_stream_resumes_close_to_its_position_with_a_warnin
     assert all(place["pass_number"] == 0 for place in rest[0].position["readers"].values())
 
 
-def test_without_a_position_a_stream_warns_that_it_starts_again(numbered, make_loader, caplog):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stream_resumes_with_other_readers_from_every_position(processes, numbered, preset):
     """Before, a reader that started near the end of an epoch had less than a batch, which ended the run."""
@@ -225,9 +225,9 @@ def test_an_epoch_of_a_resumed_stream_ends_after_the_batches_that_the_trainer_co
     assert missing(caplog.text, "3 -> 6") == []
 
 
+def test_without_a_position_a_stream_warns_that_it_starts_again(numbered, make_loader, caplog):
     loader = make_loader(numbered(40, streaming=True), start_batch=3)
     assert missing(caplog.text, 3) == []
-
     assert len(list(loader)) == 2
 
 
@@ -246,6 +246,7 @@ def test_the_images_of_a_stream_without_end_have_new_views_each_time(preset, enc
     batches = take(train_loader(source, preset, config=config, seed=0, batch_size=4), 6)
     tables = torch.cat([batch.parameters.table for batch in batches])
     assert len(torch.unique(tables, dim=0)) == 24
+
 
 def solid(label, shade):
     return PIL.Image.fromarray(np.full((4, 4), 20 * label + shade % 20, np.uint8))
@@ -309,8 +310,46 @@ def test_an_epoch_of_few_tars_contains_each_image_once(num_workers, batch_size, 
 )
 def test_groups_of_readers_have_almost_equally_many_shards(shards, readers, groups, numbered):
     found = sharded(numbered(4, streaming=True), open_shards=1)
-    found.count = shards
+    found.count, found.sizes = shards, [7] * shards
     assert found.groups(readers) == groups
+    order = list(reversed(range(shards)))
+    assert found.divide(order, groups) == [order[group::groups] for group in range(groups)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "readers", "groups"),
+    [
+        ([200, 10], 2, 1),
+        ([10] * 7 + [1], 2, 1),
+        ([10] * 7 + [8], 2, 2),
+        ([30, 10, 10, 10], 2, 2),  # the large one alone
+        ([1000 // rank for rank in range(1, 201)], 8, 4),
+    ],
+)
+def test_groups_of_readers_have_almost_equally_many_rows(sizes, readers, groups, numbered):
+    found = sharded(numbered(4, streaming=True), open_shards=1)
+    found.count, found.sizes = len(sizes), sizes
+    assert found.groups(readers) == groups
+    for epoch in range(3):
+        parts = found.divide(np.random.default_rng(epoch).permutation(len(sizes)).tolist(), groups)
+        assert sorted(shard for part in parts for shard in part) == list(range(len(sizes)))
+        rows = [sum(sizes[shard] for shard in part) for part in parts]
+        assert max(rows) <= 1.13 * np.mean(rows)
+
+
+@pytest.mark.parametrize("num_images", [None, 24])
+def test_an_epoch_of_unequal_tars_contains_each_image_once(num_images, tmp_path, encode, picture):
+    """Before, the reader of the small tar repeated it, and images of the large one were missing."""
+    for shard, count in enumerate((20, 4)):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(count):
+                content = encode(picture(number))
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    shards = sharded(DataConfig(path=str(tmp_path), streaming=True, num_images=num_images))
+    parts = [rows_by_epoch(StreamReader(shards, 0, reader, 2, 8, 1), 1)[0] for reader in range(2)]
+    assert [len(part) for part in parts] == [12, 12] and len({row for part in parts for row in part}) == 24
 
 
 def test_tars_are_read_as_streams(tars, make_loader, encode, picture):
@@ -371,6 +410,78 @@ def test_a_reader_with_less_than_a_batch_ends_the_run_with_one_sentence(num_work
     except UserError as error:
         text = str(error)
     assert missing(text, 31) == [] and "Traceback" not in text
+
+
+def numbered_stream(*sizes):
+    """Return a stream of shards of these sizes, whose encoded images are the bytes of their numbers."""
+
+    def rows(shards):
+        for shard in shards:
+            for number in shard:
+                yield {"image": {"bytes": number.to_bytes(8), "path": None}}
+
+    starts = np.cumsum([0, *sizes]).tolist()
+    shards = [range(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    features = Features({"image": Image(decode=False)})
+    return IterableDataset.from_generator(rows, features, gen_kwargs={"shards": shards})
+
+
+def numbers_in(stream):
+    """Return the numbers of all images that hf_ssl reads from a stream in an epoch."""
+    shards = StreamShards(as_source(stream, DataConfig(streaming=True)), 4)
+    parts = [rows_by_epoch(StreamReader(shards, 0, reader, 3, 8, 1), 1)[0] for reader in range(3)]
+    images = [
+        [image for block in shards.blocks(shard) for image in block.images] for shard in range(shards.count)
+    ]
+    return sorted(int.from_bytes(images[shard][number].read()) for part in parts for shard, number in part)
+
+
+COUNTING = {
+    "take": (lambda stream: stream.take(30), range(30)),
+    "skip": (lambda stream: stream.skip(30), range(30, 60)),
+    "skip, then map": (lambda stream: stream.skip(30).filter(lambda row: True), range(30, 60)),
+    "indices": (
+        lambda stream: stream.filter(lambda row, index: index % 3 > 0, with_indices=True),
+        [number for number in range(60) if number % 3],
+    ),
+    "interleaved": (
+        lambda stream: interleave_datasets([stream, stream.skip(45)]),
+        [*range(15), *range(45, 60)],
+    ),
+    "concatenated": (
+        lambda stream: concatenate_datasets([stream.take(20), stream.skip(40)]),
+        [*range(20), *range(40, 60)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_stream_has_the_rows_that_its_steps_choose(name, caplog):
+    """`datasets` (5.2) applies these steps to each shard: `skip` then yields rows that are left out."""
+    change, expected = COUNTING[name]
+    stream = change(numbered_stream(25, 25, 5, 5))
+    assert numbers_in(stream) == list(expected)
+    assert missing(caplog.text, stream.num_shards) == []
+    by_shard = [
+        row["image"]["bytes"]
+        for shard in range(stream.num_shards)
+        for row in stream.shard(stream.num_shards, shard)
+    ]
+    assert sorted(map(int.from_bytes, by_shard)) != list(expected), "`datasets` divides such streams now"
+
+
+def test_other_streams_are_divided_into_their_shards(caplog):
+    stream = numbered_stream(25, 5).filter(lambda row: True).shuffle(seed=0, buffer_size=8)
+    assert numbers_in(stream) == list(range(30)) and caplog.text == ""
+    assert StreamShards(as_source(stream, DataConfig(streaming=True)), 4).count == 2
+
+
+def test_a_stream_that_the_user_divided_among_processes_is_an_error(preset):
+    """Each process would divide its part again, so that two processes would read half of the images."""
+    config = DataConfig(streaming=True)
+    part = as_source(split_dataset_by_node(numbered_stream(8, 8), 0, 2), config)
+    with pytest.raises(UserError, match=mentions("train_dataset", "split_dataset_by_node")):
+        train_loader(part, preset, config=config, seed=0, batch_size=2, world_size=2)
 
 
 def test_data_of_broken_images_end_the_run_with_one_sentence(numbered, make_loader, monkeypatch):
