@@ -133,9 +133,11 @@ def decoded_rows(source: Source, channels: int, cache: str, *, shared: bool = Fa
             "data.cache: expected none, memory or device for a data set in Python, which has no fingerprint, "
             "got memmap; use data.cache=memory"
         )
-    if key not in source.cache:
+    if key not in source.cache and in_python:
+        source.cache[key] = _decode_rows(source, channels, cache, shared)
+    elif key not in source.cache:
         # Data that are opened twice, for training and for the monitor, are decoded and stored once.
-        data = id(source.dataset) if in_python else f"{source.revision} {source.identity}"
+        data = f"{source.revision} {source.identity}"
         shared_key = (data, source.image_column, *source.further_columns.items(), *key)
         decoded = _in_use.get(shared_key)
         if decoded is None:

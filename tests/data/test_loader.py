@@ -8,7 +8,7 @@ import torch
 from messages import mentions, missing
 
 from hf_ssl import views
-from hf_ssl.data import DataConfig, open_source, train_loader
+from hf_ssl.data import DataConfig, as_source, open_source, train_loader
 from hf_ssl.data.batch import DeviceRows, ProcessShare
 from hf_ssl.data.decode import decode
 from hf_ssl.data.loader import RowBatchSampler
@@ -174,6 +174,19 @@ def test_a_second_loader_uses_the_decoded_images_of_the_first(numbered, preset, 
     monkeypatch.setattr("hf_ssl.data.inspection.decode", None)
     second = train_loader(source, preset, config=config, seed=0, batch_size=4)
     assert same(list(first), list(second))
+
+
+def test_a_loader_of_other_images_does_not_use_decoded_ones(preset, picture, monkeypatch):
+    """Before, images in Python were found by the address of a data set that another one could have later."""
+    monkeypatch.setattr("hf_ssl.data.decoded.id", lambda each: 1, raising=False)
+    config = DataConfig(path="in Python", cache="memory")
+    loaders = [
+        train_loader(as_source([picture(number)] * 4, config), preset, config=config, seed=0, batch_size=4)
+        for number in range(2)
+    ]
+    for number, loader in enumerate(loaders):
+        expected = torch.from_numpy(np.array(picture(number))).permute(2, 0, 1)
+        assert (next(iter(loader)).images == expected).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
