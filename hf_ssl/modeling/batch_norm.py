@@ -77,9 +77,14 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
         return result if self.bias is None else result + self.bias.view(shape)
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is a BatchNorm layer, of any variant."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def batch_norms(module: nn.Module) -> list[nn.Module]:
     """Return all BatchNorm layers in `module`, of any variant."""
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for m in module.modules() if is_batch_norm(m)]
 
 
 @contextmanager

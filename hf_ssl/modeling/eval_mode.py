@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -16,7 +17,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode and inference mode, and restore modes and random states afterwards.
 
     After the block, each module is in its earlier mode. (A frozen BatchNorm stays in eval mode inside a model
-    in training mode.) The random states of the CPU and of the model's device are as before.
+    in training mode.) The random states of the CPU and of the model's device are as before. The next block
+    computes with the weights of its time (`caches_weights`).
     """
     modes = [(module, module.training) for module in model.modules()]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -25,8 +27,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         with unchanged_random_state(device), torch.inference_mode():
             yield
     finally:
+        model.train()  # deletes the caches of `caches_weights`
         for module, training in modes:
             module.training = training
+
+
+def caches_weights(module: nn.Module) -> bool:
+    """Return whether a module stores a function of its weights in eval mode.
+
+    Only `train(True)` deletes it. Setting the attribute `training` does not, and the stored values then
+    ignore later changes of the weights. Such modules define `train`: the attention of LeViT (transformers
+    5.24), and that of LeViT, EfficientFormer and TinyViT in timm (1.0).
+    """
+    return type(module).train is not nn.Module.train and not isinstance(module, PreTrainedModel)
 
 
 class RandomState:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base classes of methods with a momentum encoder: a teacher whose weights are an EMA of its student's."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,9 @@ from transformers import AutoModel
 
 from hf_ssl.modeling.backbones import encode
 from hf_ssl.modeling.base import SSLPreTrainedModel
+from hf_ssl.modeling.batch_norm import is_batch_norm
 from hf_ssl.modeling.configuration import TeacherConfig, scheduled_value
+from hf_ssl.modeling.eval_mode import caches_weights
 from hf_ssl.modeling.memory import HostNumber
 from hf_ssl.modeling.outputs import RunProgress
 
@@ -23,6 +25,10 @@ class TeacherModel(SSLPreTrainedModel):
     The EMA update of each teacher is `momentum * teacher + (1 - momentum) * student`, once for each optimizer
     step, for parameters only. Buffers (BatchNorm's running statistics) are the teacher's own. They come from
     its forward passes in training mode, as in the authors' code of MoCo and BYOL.
+
+    A teacher has no dropout and no stochastic depth, so its targets are not random. The encoders of the
+    papers have neither, or only the student has stochastic depth (DINO). Some encoders of transformers have
+    stochastic depth by default, such as Swin, SegFormer and EfficientNet.
 
     Attributes:
         ema_update: when the EMA update runs. The default is "after_step". "before_step" is for methods whose
@@ -39,6 +45,19 @@ class TeacherModel(SSLPreTrainedModel):
         super().__init__(config)
         self.teacher_backbone = AutoModel.from_config(config.backbone_config, trust_remote_code=False)
         self._momentum = HostNumber(self, "momentum", float(config.momentum))
+
+    def post_init(self) -> None:
+        """Also set the mode of the teachers."""
+        super().post_init()
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules. In training mode, only BatchNorm of teachers is in training mode."""
+        super().train(mode)
+        for _, teacher in self.student_teacher:
+            for module in self.get_submodule(teacher).modules():
+                module.training = mode and (is_batch_norm(module) or caches_weights(module))
+        return self
 
     def before_step(self, progress: RunProgress) -> None:
         """Write the scheduled momentum, and update teachers if the method updates them first."""

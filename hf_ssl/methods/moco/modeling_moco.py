@@ -25,7 +25,8 @@ class MoCoForPreTraining(MomentumModel):
     queries and keys are computed. The loss compares queries with keys and with the queue of earlier batches.
     At the end the new keys overwrite the oldest ones.
 
-    Each view is encoded separately. The key encoder runs in training mode and has its own running statistics.
+    Each view is encoded separately. BatchNorm of the key encoder is in training mode and has its own running
+    statistics.
     """
 
     config_class = MoCoConfig
