@@ -101,6 +101,20 @@ def test_the_kernel_of_the_blur_of_local_views_is_wide_enough() -> None:
     assert {"dino_vit_small", "swav_resnet50_imagenet"} <= found.keys()
 
 
+# These authors do not synchronize BatchNorm. VISSL: vissl/config/defaults.yaml, SYNC_BN_CONFIG.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moco_v1_resnet50_imagenet",
+        "moco_v2_resnet50_imagenet",
+        "pirl_resnet50_imagenet",
+        "pirl_resnet50_imagenet_200ep",
+    ],
+)
+def test_batch_norm_of_each_process_is_separate_as_in_the_code_of_the_authors(name: str) -> None:
+    assert load(name).training["sync_batch_norm"] is False
+
+
 WIDE = [name for name in recipe_files() if re.search("resnet50x[24]", name)]
 
 

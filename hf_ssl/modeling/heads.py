@@ -22,6 +22,9 @@ class MLPHead(nn.Sequential):
     BatchNorm, unless it is switched off, and an activation follow each Linear layer except the last.
     BatchNorm's decay 0.9 in TensorFlow and JAX is torch's momentum 0.1, the default.
 
+    transformers initializes the weights with N(0, 0.02), as DINO's authors do, and the biases with zero. Most
+    authors have torch's default: a uniform distribution with the standard deviation 1 / sqrt(3 * inputs).
+
     Args:
         sizes: widths from input to output; two widths make one Linear layer.
         norm: whether BatchNorm follows each layer except the last.
@@ -74,6 +77,9 @@ def predictor_of(size: int, hidden_size: int, layers: int, **options: Any) -> nn
 
 class WeightNormLinear(nn.Linear):
     """A weight-normalized linear layer without bias: maps (..., D) to (..., K).
+
+    The weights before the normalization start with N(0, 0.02). In DINO's code, they start with torch's
+    default, which is larger for D = 256. Smaller weights change their directions faster.
 
     Args:
         dims, outputs: D and K.
