@@ -28,7 +28,7 @@ from hf_ssl.modeling.gather import any_process, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import DELAY, bars_move, progress, redrawn
 from hf_ssl.trainer.logs import Stopwatch, draw_curves
-from hf_ssl.trainer.optimizers import parameter_groups_by_name
+from hf_ssl.trainer.optimizers import OptimizingTrainer, parameter_groups_by_name
 from hf_ssl.trainer.schedules import schedule_weight_decay
 from hf_ssl.views import ViewPreset, Views, montage
 
@@ -61,39 +61,41 @@ class MethodHooks(TrainerCallback):
     parameter group gives.
 
     Args:
-        model: the model of the method.
-        steps_per_epoch: returns the optimizer steps of an epoch, during training.
-        step_was_made: returns whether the optimizer made the last step. With float16 it can skip a step.
+        trainer: the trainer, whose `method` has the hooks.
     """
 
-    def __init__(
-        self,
-        model: SSLPreTrainedModel,
-        steps_per_epoch: Callable[[], int],
-        step_was_made: Callable[[], bool],
-    ) -> None:
-        self.model = model
+    def __init__(self, trainer: OptimizingTrainer) -> None:
+        self.trainer, self.model = trainer, trainer.method
         self.model.hooks_are_called = True
-        self.steps_per_epoch = steps_per_epoch
-        self.step_was_made = step_was_made
         self.frozen_until: list[tuple[int, Parameter]] = []
 
     def _progress(self, state: TrainerState) -> RunProgress:
-        return RunProgress(state.global_step, state.max_steps, self.steps_per_epoch())
+        return RunProgress(state.global_step, state.max_steps, self.trainer.steps_per_epoch)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.model.discard_batch()
         parameters = dict(self.model.named_parameters())
         found = parameter_groups_by_name(self.model, args)
         until = {
-            name: max(group.frozen_until, round(group.frozen_epochs * self.steps_per_epoch()))
+            name: max(group.frozen_until, round(group.frozen_epochs * self.trainer.steps_per_epoch))
             for name, group in found.items()
         }
         self.frozen_until = [(step, parameters[name]) for name, step in until.items() if step]
 
+    def drop_frozen_gradients(self, step: int) -> None:
+        """Delete the gradients of parameters that are frozen in this step.
+
+        The trainer calls this function before it clips the norm of all gradients (`args.max_grad_norm`).
+        """
+        for until, parameter in self.frozen_until:
+            if step < until:
+                parameter.grad = None
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        # Hooks read and write weights: EMA updates (MoCo), and lengths of prototypes (SwAV).
+        self.trainer.use_averaged_weights(False)
         # on_epoch_begin is unsuitable: transformers also calls it if a run resumes in the middle of an epoch.
-        if state.global_step % self.steps_per_epoch() == 0:
+        if state.global_step % self.trainer.steps_per_epoch == 0:
             self.model.before_epoch(self._progress(state))
         self.model.before_step(self._progress(state))
 
@@ -103,13 +105,10 @@ class MethodHooks(TrainerCallback):
                 [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None],
                 args.clip_each_tensor,
             )
-        for until, parameter in self.frozen_until:
-            if state.global_step < until:
-                parameter.grad = None
         self.model.after_backward(self._progress(state))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.step_was_made():
+        if not self.trainer.accelerator.optimizer_step_was_skipped:  # with float16, some steps are
             self.model.after_step(self._progress(state))
         if state.global_step >= state.max_steps:
             control.should_log = True  # logs the final loss, even of a run shorter than logging_steps

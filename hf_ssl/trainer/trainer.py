@@ -181,14 +181,13 @@ class SSLTrainer(EvaluatingTrainer):
         own_loss = compute_loss_func is not None or type(self).compute_loss is not SSLTrainer.compute_loss
         self.check_arguments(own_loss=own_loss)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self._hooks = MethodHooks(self)
         for callback in (
             *([] if args.disable_tqdm else [self.bar]),
             MemoryWarmup(
                 model, partial(self._make_loader, self._data_seed + SEED_OFFSET), self.accelerator.autocast
             ),
-            MethodHooks(
-                model, lambda: self.steps_per_epoch, lambda: not self.accelerator.optimizer_step_was_skipped
-            ),
+            self._hooks,
             WeightDecaySchedule(),
             self.stop_signal,
             CurvesCallback(self.stopwatch),
@@ -274,31 +273,33 @@ class SSLTrainer(EvaluatingTrainer):
         """Compute loss and gradient of a micro-batch, in chunks if `args.contrastive_chunk_size` is set."""
         if not self.method.training:  # `train()` visits all modules, which takes 1 ms
             self.method.train()
-        self.use_averaged_weights(False)
         share, size = self.current_gradient_accumulation_steps, self.args.contrastive_chunk_size
         clear_every = self.args.torch_empty_cache_steps
         if clear_every and self.state.global_step % clear_every == 0:
             clear_device_cache()
         self.method.ends_batch = self.accelerator.sync_gradients
+        batch: Any = self._prepare_inputs(inputs) if size is None else None
         if size is None:
-            batch = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, batch) / share
             self.accelerator.backward(loss)
-            self._train_online_probe(inputs, batch)
-            return loss.detach()
-        self._note(inputs)
-        output = cached_backward(
-            self.method,
-            [partial(part.inputs, self.args.device, self.method.sample_masks) for part in inputs.split(size)],
-            backward=lambda loss: self.accelerator.backward(loss / share),
-            precision=self.accelerator.autocast,  # accelerate applies it only to `model.forward`
-        )
+        else:
+            self._note(inputs)
+            device, sample_masks = self.args.device, self.method.sample_masks
+            output = cached_backward(
+                self.method,
+                [partial(part.inputs, device, sample_masks) for part in inputs.split(size)],
+                backward=lambda loss: self.accelerator.backward(loss / share),
+                precision=self.accelerator.autocast,  # accelerate applies it only to `model.forward`
+            )
+            if self.accelerator.sync_gradients:
+                average_gradients(self.method.parameters())
+            self._terms.add(output)
+            loss = output.loss / share
         if self.accelerator.sync_gradients:
-            average_gradients(self.method.parameters())
-        self._terms.add(output)
-        self._train_online_probe(inputs)
-        return output.loss / share
+            self._hooks.drop_frozen_gradients(self.state.global_step)
+        self._train_online_probe(inputs, batch)
+        return loss.detach()
 
     # Logging and the monitor.
 

@@ -62,6 +62,25 @@ def test_the_heads_alone_are_trained_for_one_epoch_of_a_stream(tmp_path: Path) -
     assert [torch.equal(first, each) for each in later] == [True, True, True, False, False, False]
 
 
+class GradientNorm(TrainerCallback):
+    """Stores the norm of all gradients before each step of the optimizer."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.seen.append(torch.cat(gradients).norm().item())
+
+
+def test_gradients_of_a_frozen_backbone_do_not_count_for_clipping(tmp_path: Path) -> None:
+    limits = {"head_warmup_epochs": 1, "max_grad_norm": 1e-3}
+    run, norm = trainer(tmp_path, {"num_images": IMAGES}, **limits), GradientNorm()
+    run.add_callback(norm)
+    run.train()
+    assert norm.seen == pytest.approx([1e-3] * 7, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -621,7 +621,8 @@ class TwoWeights(torch.optim.SGD):
 
 
 def test_schedule_free_optimizers_change_the_weights(table: Dataset, tmp_path: Path, monkeypatch) -> None:
-    seen = []
+    """Measurements and files have the averaged weights; the hooks of a method read the training weights."""
+    seen, hooked = [], []
     look = lambda *given: seen.append(trainer.optimizer.optimizer.averaged)  # noqa: E731
     config = SimCLRConfig(backbone_config=ResNetConfig(**TINY), views={"size": 16})
     args = SSLTrainingArguments(
@@ -633,7 +634,12 @@ def test_schedule_free_optimizers_change_the_weights(table: Dataset, tmp_path: P
         optimizer_cls_and_kwargs=(TwoWeights, {"lr": 0.01}), compute_metrics=lambda given: look() or {},
     )  # fmt: skip
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", look)
+    for hook in ("before_step", "after_step"):
+        monkeypatch.setattr(
+            trainer.method, hook, lambda progress: hooked.append(trainer.optimizer.optimizer.averaged)
+        )
     trainer.train()
+    assert hooked == [False] * 4
     assert len(seen) == 4 and all(seen) and trainer.optimizer.optimizer.averaged
 
 
