@@ -206,10 +206,8 @@ def open_scene(
     """
     if most < 2:
         raise UserError(f"--images: expected at least 2, got {most}; use --images {MAP_IMAGES}")
-    for model in models.values():
-        data = with_trained_reading(data, model)
-    train, test, split = _open_images(data, evaluation)
-    splits = {"test": test} if train is None else {"train": train, "test": test}
+    images = _images_of_encoders(models, data, evaluation)
+    train, test, split = next(iter(images.values()))
     device = fastest_device()
     features: dict[str, Features] = {}
     for name, model in models.items():
@@ -221,7 +219,7 @@ def open_scene(
         for key, (settings, network) in found.items():
             title = f"{name}{_LETTERS[key]}" if key == "projector" or layer == "encoder" else f"{name}, h"
             network.to(device)
-            rows = published_features(settings, network, processor, splits, device, title)
+            rows = published_features(settings, network, processor, images[name].splits, device, title)
             features[title] = Features(rows.get("train"), rows["test"])
     several = test.has_several_labels
     labels = np.zeros(len(test), dtype=np.int64) if several else test.labels.numpy()
@@ -229,10 +227,38 @@ def open_scene(
     return Scene(test, train, labels, class_names, features, evaluation, split, most)
 
 
-def _open_images(
-    data: DataConfig, evaluation: EvaluationConfig
-) -> tuple[LabeledImages | None, LabeledImages, str]:
-    """Return the training images, the test images and the name of their split.
+class _Images(NamedTuple):
+    """The training images, which are None without labels, the test images, and the name of their split."""
+
+    train: LabeledImages | None
+    test: LabeledImages
+    split: str
+
+    @property
+    def splits(self) -> dict[str, LabeledImages]:
+        """Return {"train" or "test": images}."""
+        return {"test": self.test} if self.train is None else {"train": self.train, "test": self.test}
+
+
+def _images_of_encoders(
+    models: Mapping[str, str], data: DataConfig, evaluation: EvaluationConfig
+) -> dict[str, _Images]:
+    """Return {name of the encoder: images}, read as in its training.
+
+    All have the same rows. Only images of more than 8 bits can differ, by `data.value_range`.
+    """
+    readings = {name: with_trained_reading(data, model) for name, model in models.items()}
+    tolerated = max(reading.max_broken_fraction for reading in readings.values())
+    opened: dict[str, _Images] = {}
+    for reading in readings.values():
+        if str(reading.value_range) not in opened:
+            settings = replace(reading, max_broken_fraction=tolerated)
+            opened[str(reading.value_range)] = _open_images(settings, evaluation)
+    return {name: opened[str(reading.value_range)] for name, reading in readings.items()}
+
+
+def _open_images(data: DataConfig, evaluation: EvaluationConfig) -> _Images:
+    """Return the images of both splits.
 
     Without labels, or with a single class, there are only test images, whose classes are not used.
 
@@ -242,7 +268,7 @@ def _open_images(
     data = replace(data, streaming=False)  # as for hf-ssl evaluate
     try:
         train, test = open_labeled_splits(data, evaluation)
-        return train, test, evaluation.split_names[1]
+        return _Images(train, test, evaluation.split_names[1])
     except UserError as error:
         named = [evaluation.test_split] if evaluation.test_fraction is None else []
         for split in (*named, evaluation.train_split):
@@ -254,7 +280,7 @@ def _open_images(
             if settings.label_column is not None:
                 open_source(settings, split, labels=True)  # a column that does not exist is an error
             notice(f"the pictures show no classes: {error}")
-            return None, images, split
+            return _Images(None, images, split)
         raise
 
 

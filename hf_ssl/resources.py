@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the files outside the package, optional packages and the cores of the machine (layer 0).
+"""Finds the files outside the package, optional packages, and the processor and its cores (layer 0).
 
 The files are recipes, suites, studies, card templates, the Space, and `constraints.txt`.
 
@@ -9,6 +9,7 @@ they lie beside the package. The working directory has no influence.
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def suite_files() -> dict[str, Path]:
 def study_files() -> dict[str, Path]:
     """Return {name of a study: its file}, sorted by name."""
     return {path.stem: path for path in sorted(resource("studies").glob("*.yaml"))}
+
+
+@cache
+def processor_field(name: str) -> str:
+    """Return a field of the first processor in Linux, for example "vendor_id", or "" if it is unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for field, _, value in fields if field.strip() == name), "")
 
 
 def usable_cores() -> int:

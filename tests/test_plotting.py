@@ -137,6 +137,19 @@ def test_markers_differ_and_legends_are_short() -> None:
     assert not draw_maps({"a": points}, np.zeros(30, dtype=int), [], "title").legends
 
 
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_the_title_of_a_map_does_not_touch_the_legend(panels: int) -> None:
+    points = np.random.default_rng(0).normal(size=(60, 2)) * [2, 1]
+    maps = {f"encoder {number}": points for number in range(panels)}
+    names = [f"a class with a long name {number}" for number in range(20)]
+    title = "t-SNE in 2-D of 2,000 images of split validation, perplexity 30, seed 0"
+    figure = draw_maps(maps, np.arange(60) % 20, names, title)
+    figure.draw_without_rendering()
+    written, legend = (artist.get_window_extent() for artist in (figure.texts[0], figure.legends[0]))
+    assert figure.texts[0].get_text().replace("\n", " ") == title
+    assert not written.overlaps(legend) and written.x0 >= 0 and written.x1 <= figure.bbox.x1
+
+
 def test_confusion_matrices_count_images() -> None:
     scores = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 2.0], [0.0, 3.0, 0.0], [0.0, 1.0, 0.0]])
     labels = torch.tensor([0, 1, 2, 2])

@@ -3,14 +3,13 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from hf_ssl import __version__
 from hf_ssl.cards.facts import EnvironmentFacts
-from hf_ssl.resources import usable_cores
+from hf_ssl.resources import processor_field, usable_cores
 
 PACKAGES = (
     "torch torchvision transformers datasets accelerate huggingface_hub safetensors numpy pillow timm"
@@ -47,10 +46,4 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     """Return a name such as "AMD EPYC 9654 96-Core Processor", or the architecture if the name is unknown."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    return processor_field("model name") or platform.processor() or platform.machine()

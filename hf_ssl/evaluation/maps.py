@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ def draw_maps(
     width = 4.4 * columns + (1.8 if shown else 0)
     height = 4.4 * max(map(_height, maps.values())) + 0.3
     figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained", dpi=110)
-    figure.suptitle(title, fontsize=11)
+    # The title is above the panels only, so that it does not touch the legend.
+    figure.suptitle(fill(title, 50 * columns), fontsize=10, x=0.02, horizontalalignment="left")
     panel: Any = None
     for position, (name, points) in enumerate(maps.items(), start=1):
         is_flat = points.shape[1] == 2

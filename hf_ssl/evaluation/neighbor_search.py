@@ -9,16 +9,19 @@ Legend: M bank images, N queries, B queries in a chunk, D features, k neighbors,
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from hf_ssl.precision import fastest_precision
+from hf_ssl.resources import processor_field
 
 # A chunk of similarities takes 4 * 1024 * 65536 bytes = 256 MiB.
 QUERY_CHUNK, BANK_CHUNK = 1024, 65536
-_PRODUCT_CHUNK = 512
 _TIED_ROWS = 64  # whose similarities are copied at once
 _GROUP = 8  # values whose maximum is compared first
 _GROUPS_PER_NEIGHBOR = 3
@@ -331,12 +334,23 @@ def _largest_in_rows(
 def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
     """Write the float32 product of queries (B, D) and the transposed bank (M, D) to `out` (B, M).
 
-    On an AMD CPU, the parts take 0.9 to 1 times as long as one product (torch 2.14.1 with MKL).
+    On AMD processors, OpenBLAS (in NumPy) needs 15 % less time than MKL (in torch): 2.5 s instead of 2.9 s
+    for 50,000 x 10,000 x 512 on two cores, with AVX2 and with AVX-512 (NumPy 2.4.6, torch 2.14.1). Its own
+    threads wait actively for about 50 ms after a product, which would slow torch. So each of our threads
+    calls it for a part of the bank.
     """
-    size = _PRODUCT_CHUNK if queries.device.type == "cpu" else len(bank)
-    for first in range(0, len(bank), size):
-        part = bank[first : first + size]
-        torch.mm(queries, part.T, out=out[:, first : first + len(part)])
+    if queries.device.type == "cpu" and processor_field("vendor_id") == "AuthenticAMD":
+        threads = torch.get_num_threads()
+        size = -(-len(bank) // threads)
+
+        def multiply(first: int) -> None:
+            rows = slice(first, first + size)
+            np.matmul(queries.numpy(), bank[rows].T.numpy(), out=out[:, rows].numpy())
+
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+            list(pool.map(multiply, range(0, len(bank), size)))
+    else:
+        torch.mm(queries, bank.T, out=out)
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,30 @@ def test_chunks_change_nothing(query_chunk: int, bank_chunk: int, monkeypatch: p
     assert torch.equal(rows, expected.indices[:, :17])
 
 
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel", ""])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_product_of_any_processor_finds_the_neighbors(
+    vendor: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy multiplies on processors of AMD, with a thread for each part of the bank."""
+    products: list[int] = []
+
+    def product(*args: Any, **kwargs: Any) -> np.ndarray:
+        products.append(1)
+        return matmul(*args, **kwargs)
+
+    matmul = np.matmul
+    monkeypatch.setattr(neighbor_search, "processor_field", lambda name: vendor)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(np, "matmul", product)
+    bank, queries = (F.normalize(clustered(rows, seed=rows)[0], dim=1) for rows in (1003, 30))
+    cosines, rows = nearest(bank, queries, 17)
+    expected = (queries.double() @ bank.double().T).sort(dim=1, descending=True)
+    torch.testing.assert_close(cosines.double(), expected.values[:, :17], atol=1e-6, rtol=0)
+    assert torch.equal(rows, expected.indices[:, :17])
+    assert len(products) == (threads if vendor == "AuthenticAMD" else 0)
+
+
 def with_exact_cosines(images: int, seed: int) -> torch.Tensor:
     """Rows of 16 signs: all cosines are multiples of 1 / 8, so that most neighbors tie, without rounding."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +134,6 @@ def test_neighbors_equal_brute_force_also_if_most_cosines_tie(
 ) -> None:
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.QUERY_CHUNK", 11)
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search.BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._PRODUCT_CHUNK", 50)
     monkeypatch.setattr("hf_ssl.evaluation.neighbor_search._TIED_ROWS", 3)
     bank = with_exact_cosines(-(-300 // copies), seed=0).repeat(copies, 1)[:300]
     queries = with_exact_cosines(40, seed=1)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from messages import mentions
 
 from hf_ssl import run, suites
@@ -121,6 +122,27 @@ def test_commands_use_the_tolerance_and_the_values_of_the_training(tolerant_run,
     ):
         with pytest.raises(_Opened, match=mentions(0.25, "[0.0, 4095.0]")):
             command()
+
+
+def test_plots_read_the_images_of_each_encoder_as_in_its_training(tolerant_run, finished_run, tmp_path):
+    from hf_ssl.plotting import open_scene
+
+    pixels = np.random.default_rng(0).integers(0, 4096, (16, 12, 12), dtype=np.uint16)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "data" / ("train", "test")[number % 2] / str(number // 8) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(path)
+    data, evaluation = DataConfig(path=str(tmp_path / "data"), channels=1), EvaluationConfig(cache=False)
+
+    def features(**models):
+        scene = open_scene(models, data, evaluation, "encoder", 10)
+        return {name: torch.cat(list(found)) for name, found in scene.features.items()}
+
+    plain, trained = str(finished_run), tolerant_run  # with equal weights
+    both = features(plain=plain, trained=trained)
+    assert torch.equal(both["plain"], features(plain=plain)["plain"])
+    assert torch.equal(both["trained"], features(trained=trained)["trained"])
+    assert (both["plain"] - both["trained"]).abs().max() > 0.01
 
 
 def test_the_image_column_of_the_evaluation(tmp_path, photos):
