@@ -30,6 +30,7 @@ _WIDEST = 1 / 8  # of the bank: most candidates of one query, which determine th
 _ROWS_AT_ONCE = 4096
 _FEW_FEATURES = 16  # which are compared first
 _FEWEST_PRODUCTS = 2**32  # M N D of the smallest search with rounded products
+_FEWEST_IN_NUMPY = 2**33  # B M D of the smallest product by NumPy, which takes about 40 ms
 _HALF_UNIT = torch.finfo(torch.bfloat16).eps / 2  # largest relative error of rounding to bfloat16
 
 
@@ -337,9 +338,10 @@ def _multiply(queries: Tensor, bank: Tensor, out: Tensor) -> None:
     On AMD processors, OpenBLAS (in NumPy) needs 15 % less time than MKL (in torch): 2.5 s instead of 2.9 s
     for 50,000 x 10,000 x 512 on two cores, with AVX2 and with AVX-512 (NumPy 2.4.6, torch 2.14.1). Its own
     threads wait actively for about 50 ms after a product, which would slow torch. So each of our threads
-    calls it for a part of the bank.
+    calls it for a part of the bank. Starting them is slower than a small product.
     """
-    if queries.device.type == "cpu" and processor_field("vendor_id") == "AuthenticAMD":
+    in_numpy = queries.device.type == "cpu" and processor_field("vendor_id") == "AuthenticAMD"
+    if in_numpy and queries.numel() * len(bank) >= _FEWEST_IN_NUMPY:
         threads = torch.get_num_threads()
         size = -(-len(bank) // threads)
 

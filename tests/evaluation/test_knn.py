@@ -111,6 +111,7 @@ def test_the_product_of_any_processor_finds_the_neighbors(
 
     matmul = np.matmul
     monkeypatch.setattr(neighbor_search, "processor_field", lambda name: vendor)
+    monkeypatch.setattr(neighbor_search, "_FEWEST_IN_NUMPY", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(np, "matmul", product)
     bank, queries = (F.normalize(clustered(rows, seed=rows)[0], dim=1) for rows in (1003, 30))
