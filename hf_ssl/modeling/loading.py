@@ -28,7 +28,7 @@ from hf_ssl.modeling.image_encoders import (
     image_encoder,
 )
 from hf_ssl.modeling.parallel_encoders import find_parts
-from hf_ssl.modeling.pooling import declare_feature, has_class_token
+from hf_ssl.modeling.pooling import declare_feature, rule_without_pooler
 
 logger = logging.get_logger(__name__)
 
@@ -182,8 +182,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
         set_identity_pooler(encoder)
         declare_feature(encoder, "cls")
     elif missing:
-        averages = getattr(encoder.config, "use_mean_pooling", False)  # BEiT
-        declare_feature(encoder, "cls" if has_class_token(encoder) and not averages else "mean")
+        declare_feature(encoder, rule_without_pooler(encoder))
     return encoder
 
 

@@ -72,7 +72,7 @@ def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:
 
     It is the feature that the method of the encoder declares (`declare_feature`): "mean" for MAE and I-JEPA.
     Without a declaration, it is "pooler" if the encoder returns `pooler_output` (ResNet, ConvNeXt V2, Swin,
-    ViT, DINOv2, timm). Else it is "cls" if the encoder has a class token (MSN), else "mean".
+    ViT, DINOv2, timm). Else it is `rule_without_pooler`.
 
     Args:
         model: the encoder.
@@ -81,9 +81,25 @@ def pooling_rule(model: "nn.Module", outputs: Mapping[str, Any]) -> Pooling:
     declared = getattr(getattr(model, "config", None), "published_feature", None)
     if declared in POOLED:
         return declared
-    if outputs.get("pooler_output") is not None:
-        return "pooler"
-    return "cls" if has_class_token(model) else "mean"
+    return "pooler" if _is_pooled(outputs.get("pooler_output")) else rule_without_pooler(model)
+
+
+def _is_pooled(output: Any) -> bool:
+    """Return whether a `pooler_output` is one vector per image, such as (B, D) or (B, D, 1, 1).
+
+    With `global_pool=""`, models of timm return all tokens (B, T, D) or a map (B, D, H, W) instead.
+    """
+    return output is not None and all(size == 1 for size in output.shape[2:])
+
+
+def rule_without_pooler(model: "nn.Module") -> Pooling:
+    """Return "cls" if an encoder has a class token (MSN), else "mean".
+
+    It is also "mean" if the config says that the feature is a mean of tokens (BEiT, Data2Vec). Such an
+    encoder has a class token that no loss trained.
+    """
+    averages = getattr(getattr(model, "config", None), "use_mean_pooling", False)
+    return "cls" if has_class_token(model) and not averages else "mean"
 
 
 def has_class_token(model: "nn.Module") -> bool:

@@ -7,6 +7,8 @@ from messages import mentions
 from transformers import (
     AutoModel,
     BitImageProcessor,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
     IJepaConfig,
     IJepaModel,
     ResNetConfig,
@@ -43,6 +45,7 @@ ENCODERS = {
     "vit": (lambda: ViTModel(ViTConfig(**TOKENS)), "pooler"),
     "msn": (lambda: ViTMSNModel(ViTMSNConfig(**TOKENS)), "cls"),
     "ijepa": (lambda: IJepaModel(IJepaConfig(**TOKENS)), "mean"),
+    "data2vec": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**TOKENS)), "mean"),
 }
 
 
@@ -59,6 +62,17 @@ def test_training_and_evaluation_use_the_same_feature(build, rule):
         trained = encode(encoder, pixels)
     torch.testing.assert_close(trained, pool(outputs, rule))
     torch.testing.assert_close(extract_features(encoder, processor, [images]), trained)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"), [((2, 8), "pooler"), ((2, 8, 1, 1), "pooler"), ((2, 5, 8), "cls")]
+)
+def test_an_output_that_is_not_pooled_is_no_feature(shape, rule):
+    """With `global_pool=""`, timm returns all tokens, and their concatenation was the feature."""
+    encoder = ViTModel(ViTConfig(**TOKENS))
+    outputs = {"pooler_output": torch.randn(shape), "last_hidden_state": torch.randn(2, 5, 8)}
+    assert pooling_rule(encoder, outputs) == rule
+    assert pool(outputs, model=encoder).shape == (2, 8)
 
 
 def test_an_encoder_without_a_class_token_has_none():
