@@ -3,7 +3,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,11 @@ logger = logging.get_logger(__name__)
 
 _UNUSED = ("mask_token", "num_batches_tracked")
 """Ends of names of weights that files may lack: they have no effect on features."""
-
+_COMPUTED = (
+    "position_ids", "relative_position_index", "relative_coords_table", "total_ops", "total_params",
+)  # fmt: skip
+"""Ends of names of tensors that files of old versions contain, and that models compute or do not need."""
+_ADAPTER = "adapter_config.json"
 
 _OF_PATCHES = ("siglip2", "siglip2_vision_model")
 """Model types whose input is a sequence of patches (NaFlex) and not an image."""
@@ -95,13 +99,27 @@ def _encoder_config(place: str, where: str, **options: Any) -> PreTrainedConfig:
             f"{where}: expected an encoder with a fixed image size, got {config.model_type} (NaFlex), whose "
             "input is any number of patches; use a fixed size, such as google/siglip2-base-patch16-224"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{where}: expected an encoder, got {config.model_type}, whose output is that of a decoder (for "
+            "example object queries); save its encoder or backbone to a folder of its own"
+        )
     vars(config).pop("auto_map", None)  # an exported encoder must not name the code of another repository
     return config
 
 
 def _check_folder(place: str, where: str) -> None:
-    """Raise UserError if a local folder has no `config.json`, such as the folder of an unfinished run."""
+    """Raise UserError if a local folder has no `config.json`, such as the folder of an unfinished run.
+
+    A folder with an adapter is also an error: without peft, `from_pretrained` would load the weights that the
+    adapter changes, and ignore the adapter.
+    """
     folder = local_folder(place)
+    if folder is not None and (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{where}: expected an encoder, got {place!r}, an adapter of peft with {_ADAPTER}; merge it with "
+            "model.merge_and_unload(), and save the result to another folder"
+        )
     if folder is None or (folder / CONFIG_NAME).exists():
         return
     if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
@@ -145,7 +163,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
     is then the class token, or the mean of all tokens. Other missing weights raise an error, and so do
-    weights that are not finite.
+    weights that are not finite, and weights of parts that the configuration leaves out, such as layers.
     """
     folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
@@ -169,6 +187,14 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     if config.model_type in TWO_TOWERS:
         start = f"{TOWER}."
         missing = [key.removeprefix(start) for key in missing if key.startswith(start)]
+    left_out = _left_out(encoder, report["unexpected_keys"])
+    if config.model_type in TWO_TOWERS:
+        left_out = [key for key in left_out if f"{TOWER}." in key]
+    if left_out:
+        raise UserError(
+            f"{where}: expected a {CONFIG_NAME} that describes all weights in {place}, got none for "
+            f"{counted(len(left_out), 'tensor')}, such as {left_out[0]}; correct {CONFIG_NAME}"
+        )
     encoder = image_encoder(encoder)
     config, encoder.config._commit_hash = encoder.config, commit
     check_finite(encoder, where)
@@ -184,6 +210,35 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     elif missing:
         declare_feature(encoder, rule_without_pooler(encoder))
     return encoder
+
+
+def _left_out(encoder: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Return the names of tensors in the files that belong to the encoder, although it does not have them.
+
+    They are in a module of the encoder that has other parameters, or in a further module of a list of
+    modules. Other unexpected tensors are those of classifiers and decoders.
+
+    Args:
+        encoder: the model that `AutoModel` returned.
+        unexpected: names of the tensors in the files that the model does not have.
+    """
+    modules = dict(encoder.named_modules())
+    prefix = f"{getattr(encoder, 'base_model_prefix', '')}."
+    found = []
+    for key in sorted(unexpected):
+        if key.endswith(_UNUSED + _COMPUTED):
+            continue
+        *path, _ = key.removeprefix(prefix).split(".")
+        known = next(count for count in range(len(path), -1, -1) if ".".join(path[:count]) in modules)
+        owner, further = modules[".".join(path[:known])], path[known:]
+        if further:
+            is_list = isinstance(owner, nn.ModuleList | nn.Sequential) and len(owner) > 0
+            is_left_out = is_list and further[0].isdecimal()
+        else:  # an `nn.Identity` of timm takes the place of a classifier, and has no parameters
+            is_left_out = owner is not encoder and any(True for _ in owner.parameters(recurse=False))
+        if is_left_out:
+            found.append(key)
+    return found
 
 
 def start_encoder(given: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:

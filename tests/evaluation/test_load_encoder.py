@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoders are measured where that is fast, and with the weights that their files contain."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     BitImageProcessor,
+    DetrConfig,
     ResNetConfig,
     ResNetModel,
     ViTConfig,
@@ -134,6 +136,38 @@ def test_other_missing_weights_are_an_error(tmp_path: Path) -> None:
         {name: each for name, each in weights.items() if name not in lost}, tmp_path / "model.safetensors"
     )
     with pytest.raises(UserError, match=mentions("ViTModel", f"{len(lost)} tensors", "new")):
+        load_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["layers", "biases", "layers of a classifier"])
+def test_weights_that_the_config_leaves_out_are_an_error(kind: str, tmp_path: Path) -> None:
+    """AutoModel ignores them, and the encoder is another one than the saved one."""
+    saved = ViTForImageClassification(ViTConfig(**TINY)) if "classifier" in kind else new_vit()
+    saved.save_pretrained(tmp_path)
+    load_weights(str(tmp_path))  # the weights of the classifier are not part of the encoder
+    file = tmp_path / "config.json"
+    change = {"qkv_bias": False} if kind == "biases" else {"num_hidden_layers": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=mentions("config.json", "tensors", "layers.")):
+        load_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_an_error(beside: bool, tmp_path: Path) -> None:
+    """Without peft, transformers loads the weights beside an adapter, and ignores the adapter."""
+    if beside:
+        new_vit().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=mentions("adapter_config.json", "merge_and_unload")):
+        load_weights(str(tmp_path))
+
+
+def test_a_model_whose_output_is_that_of_a_decoder_is_an_error(tmp_path: Path) -> None:
+    """The feature of a DETR would be the mean of its object queries."""
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+    config = DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=mentions("detr", "decoder", "backbone")):
         load_weights(str(tmp_path))
 
 
