@@ -143,6 +143,10 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device, **o
     If all images have one size, one copy moves them, and the processor resizes them on the device. The call
     names the layout, because the processor would infer channels-last for an image that is 3 pixels high. The
     options are further arguments of the processor.
+
+    Raises:
+        UserError: the images are not uint8 tensors, or the processor gives them different sizes, or sizes
+            that depend on the other images.
     """
     if not all(
         isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 for image in images
@@ -162,8 +166,35 @@ def pixel_values(processor: Any, images: list[Tensor], device: torch.device, **o
     if len({image.shape for image in images}) == 1:
         images = list(torch.stack(images).to(device, non_blocking=True).unbind())
     layout = "channels_first"
-    processed = processor(images, return_tensors="pt", input_data_format=layout, device=device, **options)
+    options |= {"input_data_format": layout, "device": device}
+    try:
+        processed = processor(images, return_tensors="pt", **options)
+    except ValueError as error:  # transformers cannot stack the images
+        if len(_sizes(processor, images, options)) > 1:
+            raise _different_sizes(processor) from error
+        raise
+    mask = processed.get("pixel_mask")
+    if mask is not None and not bool(mask.all()):
+        # The processors of detectors (DETR) pad all images to the largest one. Encoders would compute other
+        # features for an image in another batch.
+        if len(_sizes(processor, images, options)) > 1:
+            raise _different_sizes(processor)
     return processed["pixel_values"]
+
+
+def _sizes(processor: Any, images: list[Tensor], options: dict[str, Any]) -> set[tuple[int, ...]]:
+    """Return the sizes that a processor gives to images, one for each different size of an image."""
+    examples = {image.shape: image for image in images}.values()
+    found = (processor([image], return_tensors="pt", **options)["pixel_values"] for image in examples)
+    return {tuple(pixels.shape[-2:]) for pixels in found}
+
+
+def _different_sizes(processor: Any) -> UserError:
+    return UserError(
+        f"processor: expected one size of all images, got a {type(processor).__name__} that gives images of "
+        'other shapes other sizes; set "size": {"height": 224, "width": 224} in preprocessor_config.json, or '
+        "do_center_crop and crop_size"
+    )
 
 
 def checked_normalization(processor: Any, channels: int) -> tuple[list[float], list[float]]:

@@ -9,6 +9,7 @@ from transformers import (
     BitImageProcessor,
     Data2VecVisionConfig,
     Data2VecVisionModel,
+    DetrImageProcessor,
     IJepaConfig,
     IJepaModel,
     ResNetConfig,
@@ -62,6 +63,25 @@ def test_training_and_evaluation_use_the_same_feature(build, rule):
         trained = encode(encoder, pixels)
     torch.testing.assert_close(trained, pool(outputs, rule))
     torch.testing.assert_close(extract_features(encoder, processor, [images]), trained)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}),
+        BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False),
+    ],
+    ids=["padded", "not cropped"],
+)
+def test_features_do_not_depend_on_the_other_images_of_a_batch(processor):
+    """The processors of detectors pad images to the largest one of the batch, and features changed."""
+    torch.manual_seed(0)
+    encoder = ENCODERS["resnet"][0]().eval()
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((24, 40), (40, 24))]
+    with pytest.raises(UserError, match=mentions("processor", type(processor).__name__, "size")):
+        extract_features(encoder, processor, [images])
+    alone = extract_features(encoder, processor, [[images[0]], [images[0]]])
+    torch.testing.assert_close(alone, extract_features(encoder, processor, [[images[0], images[0]]]))
 
 
 @pytest.mark.parametrize(
