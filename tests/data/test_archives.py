@@ -53,6 +53,15 @@ def test_the_class_is_the_folder_inside_the_archive(top: str, archive) -> None:
     assert classes_of(path.parent) == dict.fromkeys(CLASSES, 4)
 
 
+@pytest.mark.parametrize(("folders", "reported"), [(("train", "test"), True), (("train",), False)])
+def test_splits_inside_of_an_archive_are_reported(folders, reported: bool, archive, caplog) -> None:
+    """`datasets` puts all images into the split "train", so a training would use the test images."""
+    path = archive("all.zip", [name for top in folders for name in entries(2, top=f"photos/{top}/")])
+    images = len(folders) * 2 * len(CLASSES)
+    assert len(open_source(DataConfig(path=str(path)), "train").dataset) == images
+    assert ("test, train" in caplog.text) == reported
+
+
 def test_several_archives_have_one_table_of_classes(archive) -> None:
     archive("train.zip", entries(3))
     root = archive("test.zip", entries(2, CLASSES[1:])).parent
