@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +44,25 @@ def describes_images(path: str) -> bool:
         "%s is not used: expected a column file_name, got %s", path, ", ".join(map(str, columns)) or "none"
     )
     return False
+
+
+@contextmanager
+def folders_are_no_classes(files: Iterable[str]) -> Iterator[None]:
+    """Explain that folders are no classes if a metadata file describes the images, when no column is found.
+
+    Args:
+        files: the files of a split.
+    """
+    try:
+        yield
+    except UserError as error:
+        file = next((each for each in files if os.path.basename(each) in METADATA), None)
+        if file is None:
+            raise
+        raise UserError(
+            f"data.label_column: expected a column of classes in {file}, got none; add a column label with "
+            "the name of the folder of each image, because folders are no classes beside such a file"
+        ) from error
 
 
 def declares_its_files(root: str) -> bool:

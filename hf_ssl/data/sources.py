@@ -27,6 +27,7 @@ from hf_ssl.data.archives import images_in_archives, reads_archives
 from hf_ssl.data.builders import open_builder
 from hf_ssl.data.class_files import files_with_classes, require_same_classes
 from hf_ssl.data.columns import (
+    LABEL_NAMES,
     find_image_columns,
     find_label_column,
     first_relative_name,
@@ -48,6 +49,7 @@ from hf_ssl.data.location import (
     locate,
     state_of_files,
 )
+from hf_ssl.data.metadata_files import folders_are_no_classes
 from hf_ssl.data.pixels import ValueRange
 from hf_ssl.data.stream_length import length_of_stream, size_of_stream
 from hf_ssl.data.unread import ALL, FileCount
@@ -230,7 +232,10 @@ def open_source(
     if found.count is not None:
         count = found.count.for_split(split, split_names(split), opened.num_rows)
     image_column, further = find_image_columns(features, config, where, only_image=only_image)
-    column = find_label_column(features, config.label_column, where) if labels else None
+    usual = config.label_column is not None or bool(features.keys() & set(LABEL_NAMES))
+    described = () if usual else found.files.get(split, ())
+    with folders_are_no_classes(described):
+        column = find_label_column(features, config.label_column, where) if labels else None
     if opened.num_rows == 0:
         raise UserError(f"data.path: expected images, got no rows in {where}; choose another split")
     dataset = without_decoding(opened.dataset, image_column, *further)

@@ -234,6 +234,16 @@ def test_images_that_the_metadata_file_does_not_name_are_reported(tmp_path, capl
     assert "2 of 3 images" in caplog.text
 
 
+def test_folders_are_no_classes_beside_a_metadata_file_without_a_label(tmp_path):
+    """The error named folders of classes as solution, which the user already had."""
+    root = write(tmp_path / "photos", ["cats/a.jpg", "dogs/b.jpg"])
+    (root / "metadata.csv").write_text("file_name,width\ncats/a.jpg,8\ndogs/b.jpg,9\n")
+    with pytest.raises(UserError, match=mentions("data.label_column", "metadata.csv", "column label")):
+        labeled_images(DataConfig(path=str(root)), "train")
+    (root / "metadata.csv").write_text("file_name,width,label\ncats/a.jpg,8,cat\ndogs/b.jpg,9,dog\n")
+    assert labeled_images(DataConfig(path=str(root)), "train").class_names == ["cat", "dog"]
+
+
 @pytest.mark.parametrize("pattern", ["*", "*.jpg"])
 def test_a_pattern_leaves_out_folders(pattern, tmp_path):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "more.jpg/c.jpg"])
