@@ -61,7 +61,7 @@ class SSLConfig(PreTrainedConfig):
             through `model_type="timm_wrapper"`. A ViT's pooler is changed to return its class token.
         views: the augmentation preset (`hf_ssl.views.ViewPreset`) as plain data. It is stored here so that a
             checkpoint records the augmentations.
-        may_be_missing: fields `.._layers` that may be 0, which leaves out the part.
+        may_be_missing: fields `.._layers` and `.._size` that may be 0, which leaves out the part.
     """
 
     model_type = "ssl"
@@ -91,6 +91,12 @@ class SSLConfig(PreTrainedConfig):
         for name in (item.name for item in fields(self) if item.name.endswith("_layers")):
             least = 0 if name in self.may_be_missing else 1
             check_fields((name, getattr(self, name), getattr(self, name) >= least, f"at least {least}"))
+
+    def validate_sizes(self) -> None:
+        """Raise `ValueError` for a field `.._size` below 1, or below 0 for a part that may be missing."""
+        for name in (item.name for item in fields(self) if item.name.endswith("_size")):
+            least, value = 0 if name in self.may_be_missing else 1, getattr(self, name)
+            check_fields((name, value, value is None or value >= least, f"at least {least}"))
 
     def validate_momentum(self) -> None:
         """Raise `ValueError` for a field `..momentum` or `..momentum_end` outside of 0 to 1."""

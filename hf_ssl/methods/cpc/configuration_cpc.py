@@ -162,8 +162,6 @@ class CPCConfig(SSLConfig):
             ("directions", self.directions, 1 <= self.directions <= 4, "1 to 4"),
             ("negatives", self.negatives, _positive(self.negatives), "at least 1, or null for all"),
             ("context", self.context, self.context in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
-            ("context_hidden_size", self.context_hidden_size, self.context_hidden_size >= 1, "at least 1"),
-            ("projection_size", self.projection_size, _positive(self.projection_size), "at least 1, or null"),
             ("prediction_scale", self.prediction_scale, self.prediction_scale > 0, "a number above 0"),
         )
         if self.context == "gated":

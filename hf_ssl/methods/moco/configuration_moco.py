@@ -43,12 +43,10 @@ class MoCoConfig(TeacherConfig):
     batch_norm_splits: int = 1
     shuffle_batch_norm: bool = True
 
-    def validate_queue(self) -> None:
-        """Raise `ValueError` for a queue without rows or a batch without parts."""
-        check_fields(
-            ("queue_size", self.queue_size, self.queue_size >= 1, "at least 1"),
-            ("batch_norm_splits", self.batch_norm_splits, self.batch_norm_splits >= 1, "at least 1"),
-        )
+    def validate_splits(self) -> None:
+        """Raise `ValueError` for a batch without parts."""
+        splits = self.batch_norm_splits
+        check_fields(("batch_norm_splits", splits, splits >= 1, "at least 1"))
 
 
 AutoConfig.register(MoCoConfig.model_type, MoCoConfig)

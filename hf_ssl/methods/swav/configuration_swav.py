@@ -31,6 +31,7 @@ class SwAVConfig(SSLConfig):
     """
 
     model_type = "ssl_swav"
+    may_be_missing = ("queue_size",)
 
     temperature: float = 0.1
     epsilon: float = 0.05
@@ -49,7 +50,6 @@ class SwAVConfig(SSLConfig):
             ("epsilon", self.epsilon, self.epsilon > 0, "a number above 0"),
             ("sinkhorn_iterations", self.sinkhorn_iterations, self.sinkhorn_iterations >= 1, "at least 1"),
             ("prototypes", self.prototypes, self.prototypes >= 2, "at least 2"),
-            ("queue_size", self.queue_size, self.queue_size >= 0, "at least 0"),
         )
 
 
