@@ -6,7 +6,6 @@ archive. If no class has this name, it raises an error, also if nobody needs lab
 all images get this class. So hf_ssl lets `datasets` read archives without labels, and adds the labels.
 """
 
-import logging
 import os
 import re
 
@@ -16,9 +15,7 @@ from datasets.packaged_modules.folder_based_builder.folder_based_builder import 
 
 from hf_ssl.data.class_numbers import class_name
 from hf_ssl.data.location import IMAGE, ZIP, file_kind
-from hf_ssl.data.split_rules import is_name_of_split
-
-logger = logging.getLogger(__name__)
+from hf_ssl.data.split_rules import report_splits_inside
 
 LABEL = "label"
 _INSIDE = re.compile(r"zip://(?P<name>.*?)::.*", re.DOTALL)
@@ -47,7 +44,8 @@ def images_in_archives(table: Dataset, splits: dict[str, Dataset]) -> Dataset:
     if list(table.features) != ["image"]:
         return table
     own = _names(table)
-    _report_splits_inside([name for name in own if _is_image(name)])
+    inside = [name for name in own if name is not None and _is_image(name)]
+    report_splits_inside({folder for name in inside for folder in name.split("/")[:-1]})
     rows = [row for row, name in enumerate(own) if _is_image(name)]
     if len(rows) < len(table):
         table, own = table.select(rows), [own[row] for row in rows]
@@ -59,21 +57,6 @@ def images_in_archives(table: Dataset, splits: dict[str, Dataset]) -> Dataset:
     numbers = {name: number for number, name in enumerate(classes)}
     labels = pa.array([numbers[_class(str(name))] for name in own], pa.int64())
     return table.add_column(LABEL, labels, feature=ClassLabel(names=classes))
-
-
-def _report_splits_inside(names: list[str | None]) -> None:
-    """Log a warning if a split contains images of several splits, such as train/ and test/ in one archive.
-
-    `datasets` (seen with 5.2) only uses the names of the archives for splits, so that a training on the split
-    "train" would also train on the test images.
-    """
-    folders = {part for name in names if name is not None for part in name.split("/")[:-1]}
-    found = sorted(filter(is_name_of_split, folders))
-    if len(found) > 1:
-        logger.warning(
-            "images of the folders %s inside an archive are in one split; unpack the archive, so that these "
-            "folders are splits", ", ".join(found[:8]),
-        )  # fmt: skip
 
 
 def _names(table: Dataset) -> list[str | None]:

@@ -16,12 +16,15 @@ There is one difference: upper case does not matter (`Training`, `TEST`) if rule
 split to each file, and "train" to some of them. `datasets` would train on the test images.
 """
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from hf_ssl.data.location import File
+
+logger = logging.getLogger(__name__)
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -119,3 +122,20 @@ def is_name_of_split(directory: str) -> bool:
     """Return whether a directory is named after a split, in upper or lower case."""
     keywords = (_patterns(words, directories=True) for words in _KEYWORDS.values())
     return any(pattern.fullmatch(directory.lower()) for patterns in keywords for pattern in patterns)
+
+
+def report_splits_inside(folders: Iterable[str]) -> None:
+    """Log a warning if the folders in an archive are named after several splits, such as `train` and `test`.
+
+    `datasets` (seen with 5.2) uses only the names of the archives for splits, so that a training on the split
+    "train" would also train on the test images.
+
+    Args:
+        folders: the names of the folders inside the archive.
+    """
+    found = sorted(filter(is_name_of_split, folders))
+    if len(found) > 1:
+        logger.warning(
+            "images of the folders %s inside an archive are in one split; unpack the archive, so that these "
+            "folders are splits", ", ".join(found[:8]),
+        )  # fmt: skip

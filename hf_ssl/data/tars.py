@@ -13,6 +13,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 
 from hf_ssl.data.columns import LABEL_NAMES
 from hf_ssl.data.formats import READABLE
+from hf_ssl.data.split_rules import report_splits_inside
 from hf_ssl.errors import UserError
 
 TAR_FORMAT = "3"  # part of the names of cached tables; increase it if `TarImages` gives other rows
@@ -144,6 +145,8 @@ def _class_names(samples: list[dict[str, Any]]) -> tuple[str, ...]:
 def count_samples(file: str) -> int:
     """Return the number of samples that `datasets` reads from a local tar: runs of members with the same key.
 
+    Report folders that are named after several splits.
+
     Raises:
         UserError: the tar continues after the last member that can be read. At a damaged header, and after an
             end mark, tarfile (Python 3.11 to 3.14) ends without an error, so images would be missing. Or
@@ -153,6 +156,7 @@ def count_samples(file: str) -> int:
     """
     count, last = 0, None
     endings: dict[str, str] = {}  # those of the samples so far
+    folders: set[str] = set()
     with tarfile.open(file, "r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # otherwise the list of all members grows
@@ -163,6 +167,7 @@ def count_samples(file: str) -> int:
                 continue
             if key != last:
                 count, last = count + 1, key
+                folders.update(key.split("/")[:-1])
                 if endings.setdefault(key, ending) != ending:
                     raise UserError(
                         f"data.path: expected the files of each sample one after the other in {file!r}, got "
@@ -177,4 +182,5 @@ def count_samples(file: str) -> int:
                     f"data.path: expected a whole tar, got {file!r}, of which only {count} images before "
                     f"byte {end} can be read; it is damaged, or consists of several tars: write one tar"
                 )
+    report_splits_inside(folders)
     return count

@@ -35,7 +35,8 @@ logger = logging.get_logger(__name__)
 _UNUSED = ("mask_token", "num_batches_tracked")
 """Ends of names of weights that files may lack: they have no effect on features."""
 _COMPUTED = (
-    "position_ids", "relative_position_index", "relative_coords_table", "total_ops", "total_params",
+    "attn_mask", "position_ids", "relative_coords_table", "relative_position_index", "total_ops",
+    "total_params",
 )  # fmt: skip
 """Ends of names of tensors that files of old versions contain, and that models compute or do not need."""
 _ADAPTER = "adapter_config.json"

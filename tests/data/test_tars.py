@@ -57,6 +57,18 @@ def test_images_with_different_endings_are_in_one_column(case, tmp_path, write_t
     assert [bytes(image.data) for image in streamed] == expected
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_inside_of_a_tar_are_reported(streaming, tmp_path, write_tar, caplog):
+    """`datasets` puts all images into the split "train", so a training would use the test images."""
+    path = write_tar(tmp_path / "a.tar", ["photos/train/0.jpg", "photos/train/1.jpg", "photos/test/2.jpg"])
+    assert open_source(DataConfig(path=str(path)), streaming=streaming).num_rows == 3
+    assert "test, train" in caplog.text
+    caplog.clear()
+    path = write_tar(tmp_path / "b.tar", ["photos/train/0.jpg", "photos/train/1.jpg"])
+    assert open_source(DataConfig(path=str(path)), streaming=streaming).num_rows == 2
+    assert "unpack" not in caplog.text
+
+
 def test_tars_with_different_endings(tmp_path, write_tar):
     for file, ending in (("a", "jpg"), ("b", "png")):
         write_tar(tmp_path / f"{file}.tar", [f"0.{ending}", f"1.{ending}"])
