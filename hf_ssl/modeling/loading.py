@@ -164,7 +164,8 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
     is then the class token, or the mean of all tokens. Other missing weights raise an error, and so do
-    weights that are not finite, and weights of parts that the configuration leaves out, such as layers.
+    weights that are not finite, and layers that the configuration leaves out. Biases that it leaves out are
+    logged as a warning.
     """
     folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
@@ -188,14 +189,19 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     if config.model_type in TWO_TOWERS:
         start = f"{TOWER}."
         missing = [key.removeprefix(start) for key in missing if key.startswith(start)]
-    left_out = _left_out(encoder, report["unexpected_keys"])
+    layers, others = _left_out(encoder, report["unexpected_keys"])
     if config.model_type in TWO_TOWERS:
-        left_out = [key for key in left_out if f"{TOWER}." in key]
-    if left_out:
+        layers, others = ([key for key in keys if f"{TOWER}." in key] for keys in (layers, others))
+    if layers:
         raise UserError(
-            f"{where}: expected a {CONFIG_NAME} that describes all weights in {place}, got none for "
-            f"{counted(len(left_out), 'tensor')}, such as {left_out[0]}; correct {CONFIG_NAME}"
+            f"{where}: expected a {CONFIG_NAME} that describes all layers in {place}, got none for "
+            f"{counted(len(layers), 'tensor')}, such as {layers[0]}; correct {CONFIG_NAME}"
         )
+    if others:
+        logger.warning(
+            "%s of %s, such as %s, is not part of the encoder that %s describes, and is not used; check its "
+            "settings, for example of biases", counted(len(others), "tensor"), place, others[0], CONFIG_NAME,
+        )  # fmt: skip
     encoder = image_encoder(encoder)
     config, encoder.config._commit_hash = encoder.config, commit
     check_finite(encoder, where)
@@ -213,33 +219,35 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     return encoder
 
 
-def _left_out(encoder: nn.Module, unexpected: Iterable[str]) -> list[str]:
+def _left_out(encoder: nn.Module, unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the names of tensors in the files that belong to the encoder, although it does not have them.
 
-    They are in a module of the encoder that has other parameters, or in a further module of a list of
-    modules. Other unexpected tensors are those of classifiers and decoders.
+    Other unexpected tensors are those of classifiers and decoders.
 
     Args:
         encoder: the model that `AutoModel` returned.
         unexpected: names of the tensors in the files that the model does not have.
+
+    Returns:
+        The tensors of further modules of a list of modules, such as layers, and those that belong to a module
+        of the encoder, such as biases. The latter may also be left over from another version of the model.
     """
     modules = dict(encoder.named_modules())
     prefix = f"{getattr(encoder, 'base_model_prefix', '')}."
-    found = []
+    layers, others = [], []
     for key in sorted(unexpected):
         if key.endswith(_UNUSED + _COMPUTED):
             continue
         *path, _ = key.removeprefix(prefix).split(".")
         known = next(count for count in range(len(path), -1, -1) if ".".join(path[:count]) in modules)
         owner, further = modules[".".join(path[:known])], path[known:]
-        if further:
-            is_list = isinstance(owner, nn.ModuleList | nn.Sequential) and len(owner) > 0
-            is_left_out = is_list and further[0].isdecimal()
-        else:  # an `nn.Identity` of timm takes the place of a classifier, and has no parameters
-            is_left_out = owner is not encoder and any(True for _ in owner.parameters(recurse=False))
-        if is_left_out:
-            found.append(key)
-    return found
+        is_list = isinstance(owner, nn.ModuleList | nn.Sequential) and len(owner) > 0
+        if further and is_list and further[0].isdecimal():
+            layers.append(key)
+        # An `nn.Identity` of timm takes the place of a classifier, and has no parameters.
+        elif not further and owner is not encoder and any(True for _ in owner.parameters(recurse=False)):
+            others.append(key)
+    return layers, others
 
 
 def start_encoder(given: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
