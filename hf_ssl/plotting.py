@@ -23,7 +23,15 @@ from hf_ssl.evaluation.config import main_knn
 from hf_ssl.evaluation.confusion import confusion_matrix, draw_confusion
 from hf_ssl.evaluation.feature_cache import published_features
 from hf_ssl.evaluation.knn import vote
-from hf_ssl.evaluation.maps import TITLES, check_umap, draw_maps, map_points, perplexity, points_page
+from hf_ssl.evaluation.maps import (
+    COLUMNS,
+    TITLES,
+    check_umap,
+    draw_maps,
+    map_points,
+    perplexity,
+    points_page,
+)
 from hf_ssl.evaluation.neighbor_sheet import QUERIES, draw_neighbors, find_neighbors
 from hf_ssl.evaluation.plots import K_CURVE, k_curve
 from hf_ssl.evaluation.protocols.linear import predict_scores
@@ -297,7 +305,12 @@ def _draw_map(method: str, scene: Scene, output: Path) -> list[str]:
     for dimensions in (2, 3):
         maps = scene.points(method, dimensions)
         title = f"{TITLES[method]} in {dimensions}-D of {scene.about_maps(method)}"
-        figure = draw_maps(maps, scene.labels[scene.rows], scene.class_names, title)
+        # h of all encoders above z of all encoders
+        of_projectors = [name for name in maps if name.endswith(_LETTERS["projector"])]
+        panels = {name: maps[name] for name in sorted(maps, key=of_projectors.__contains__)}
+        columns = min(len(of_projectors), COLUMNS) if len(of_projectors) > 1 else COLUMNS
+        labels = scene.labels[scene.rows]
+        figure = draw_maps(panels, labels, scene.class_names, title, columns)
         written.append(_save(figure, output / f"{method}_{dimensions}d.png"))
     return written
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -135,6 +136,37 @@ def test_markers_differ_and_legends_are_short() -> None:
     assert len(legend.get_texts()) == LEGEND_CLASSES and "30" in legend.get_title().get_text()
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
     assert not draw_maps({"a": points}, np.zeros(30, dtype=int), [], "title").legends
+
+
+def test_maps_of_projectors_are_below_those_of_their_encoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three stages of a training are one row of h and one row of z."""
+    maps = {f"step {step}{end}": np.eye(2) for step in (1, 2, 3) for end in (", h", ", z = g(h)")}
+    scene = SimpleNamespace(
+        points=lambda method, size: maps, rows=[0, 1], labels=np.arange(2), class_names=[],
+        about_maps=lambda method: "",
+    )  # fmt: skip
+    drawn: list[tuple] = []
+
+    def draw(panels: dict, labels: np.ndarray, names: list, title: str, columns: int) -> Any:
+        drawn.append((list(panels), columns))
+        return draw_maps(panels, labels, names, title, columns)
+
+    monkeypatch.setattr(plotting, "draw_maps", draw)
+    plotting._draw_map("tsne", scene, tmp_path)
+    order = [f"step {step}{end}" for end in (", h", ", z = g(h)") for step in (1, 2, 3)]
+    assert drawn == [(order, 3)] * 2
+
+
+def test_panels_of_maps_are_squares_with_one_scale() -> None:
+    points = np.random.default_rng(0).normal(size=(60, 2)) * [5, 1]
+    figure = draw_maps({"a": points, "b": points[:, ::-1]}, np.zeros(60, int), [], "title")
+    figure.draw_without_rendering()
+    for panel in figure.axes:
+        sides = panel.get_window_extent()
+        assert abs(sides.width - sides.height) < 1
+        assert np.ptp(panel.get_xlim()) == pytest.approx(np.ptp(panel.get_ylim()))
 
 
 @pytest.mark.parametrize("panels", [1, 2, 4])

@@ -27,6 +27,7 @@ from hf_ssl.resources import require
 TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
 MARKERS = ("o", "^", "s", "D")
 LEGEND_CLASSES = 20
+COLUMNS = 3  # of panels
 LEAST_IMAGES = 5
 PERPLEXITY, NEIGHBORS = 30.0, 15  # the defaults of scikit-learn and umap-learn
 THUMBNAIL_SIDE = 48  # a JPEG of about 2 kB
@@ -97,7 +98,11 @@ def check_umap() -> None:
 
 
 def draw_maps(
-    maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], title: str
+    maps: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+    columns: int = COLUMNS,
 ) -> Any:
     """Return a figure with one panel per encoder.
 
@@ -106,15 +111,15 @@ def draw_maps(
         labels: (N,) class numbers.
         class_names: names of the classes; an empty list: no legend.
         title: title of the figure.
+        columns: largest number of panels in a row.
     """
     from matplotlib.figure import Figure  # pyplot would need global state
 
-    columns = min(3, len(maps))
+    columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
     shown = _shown_classes(labels, class_names)
     width = 4.4 * columns + (1.8 if shown else 0)
-    height = 4.4 * max(map(_height, maps.values())) + 0.3
-    figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained", dpi=110)
+    figure = Figure(figsize=(width, 4.7 * rows + 0.3), layout="constrained", dpi=110)
     # The title is above the panels only, so that it does not touch the legend.
     figure.suptitle(fill(title, 50 * columns), fontsize=10, x=0.02, horizontalalignment="left")
     panel: Any = None
@@ -128,10 +133,12 @@ def draw_maps(
                 color=color_of(number), marker=MARKERS[shape_of(number)],
             )  # fmt: skip
         panel.set_title(name, fontsize=9)
-        if is_flat:  # the units have no meaning
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.set_aspect("equal", adjustable="box", anchor="N")
+        if is_flat:  # a square with one scale for both axes; the units have no meaning
+            (left, bottom), (right, top) = points.min(axis=0), points.max(axis=0)
+            half = 0.53 * max(right - left, top - bottom) or 1.0
+            panel.set(xticks=[], yticks=[], aspect="equal")
+            panel.set_xlim((left + right) / 2 - half, (left + right) / 2 + half)
+            panel.set_ylim((bottom + top) / 2 - half, (bottom + top) / 2 + half)
         else:
             for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
                 axis.set_ticklabels([])
@@ -142,14 +149,6 @@ def draw_maps(
             title=_legend_title(labels, shown), title_fontsize=8,
         )  # fmt: skip
     return figure
-
-
-def _height(points: np.ndarray) -> float:
-    """Return the height of a panel as a multiple of its width."""
-    if points.shape[1] == 3:
-        return 1.0
-    width, height = np.ptp(points, axis=0)
-    return float(np.clip(height / width, 0.5, 1.3)) if width > 0 else 1.0
 
 
 def _shown_classes(labels: np.ndarray, class_names: Sequence[str]) -> list[int]:
