@@ -29,7 +29,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from hf_ssl.data.formats import reason_of
+from hf_ssl.data.formats import READABLE, reason_of, usual_ending
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, array_image, to_array
 from hf_ssl.data.readers import SWAPS_SIDES, EncodedBytes, ImageData, orientation_of, read_image
 from hf_ssl.errors import UserError
@@ -43,8 +43,20 @@ except ImportError:  # torchvision 0.29 deprecates its decoders; later versions 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
 MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Pillow and pillow-heif open AVIF and HEIC files without decoding them. JPEG XL is missing here:
+# pillow-jxl-plugin (1.3) decodes a file when it opens it, so the number of pixels cannot be checked before.
+_OF_PLUGINS = {"AVIF": ".avif", "HEIF": ".heic"}
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
+    *(name for name, ending in _OF_PLUGINS.items() if ending in READABLE),
+)
 _KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
+_OTHER_KINDS = {
+    ".avif": "an AVIF picture",
+    ".heic": "a HEIC picture",
+    ".jxl": "a JPEG XL picture",
+    ".jp2": "a JPEG 2000 picture",
+}
 
 
 class EncodedImage(NamedTuple):
@@ -388,8 +400,12 @@ def read_photo(
     try:
         return decode(data, channels, value_range)
     except BrokenImage as error:
-        if "expected" in str(error):  # a file whose kind of pixels is not supported
-            raise UserError(f"This picture cannot be shown: {error}.") from error
+        _, supported, got = str(error).partition(", got ")
+        if supported:  # the advice after the semicolon is for the owner of a data set
+            found = got.partition(";")[0]
+            raise UserError(
+                f"This picture cannot be read ({found}). Please save it as a PNG or JPEG picture of 8 bits."
+            ) from error
         raise UserError("This picture is damaged or incomplete. Please choose another file.") from error
 
 
@@ -406,4 +422,6 @@ def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
             "pixels."
         ) from error
     except Exception as error:  # the readers of Pillow raise many types for damaged headers
-        raise UserError(f"This file is not a picture that can be read. Please choose {_KINDS}.") from error
+        kind = _OTHER_KINDS.get(usual_ending(data) or "")
+        found = "not a picture that can be read" if kind is None else f"{kind}, which cannot be read here"
+        raise UserError(f"This file is {found}. Please choose {_KINDS}.") from error

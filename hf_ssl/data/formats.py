@@ -94,7 +94,12 @@ UNREADABLE = {
 
 def looks_like_image(path: str) -> bool:
     """Return whether a file begins like an image, for files without an ending."""
-    return _kind(_start(path)) is not None
+    return usual_ending(path) is not None
+
+
+def usual_ending(file: str | bytes) -> str | None:
+    """Return the usual ending of an image file (its path or its bytes), from its first bytes."""
+    return _kind(_start(file))
 
 
 def _start(file: str | bytes | memoryview) -> bytes:

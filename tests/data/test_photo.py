@@ -2,6 +2,7 @@
 """Files of strangers: what is a picture is read as anybody sees it, the rest ends in one sentence."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import JPEGXL_RGB16
 from messages import mentions
 from PIL import Image
 
 from hf_ssl.data import decode as decode_module
 from hf_ssl.data.decode import read_photo
+from hf_ssl.data.formats import READABLE
 from hf_ssl.errors import UserError
 
 ORIENTATION = 0x0112
@@ -107,7 +110,9 @@ BAD = {
         encoded(noise(size=(210, 10)), "PNG"),
         ["210 x 10", 20],
     ),
-    "floats": (encoded(Image.new("F", (40, 30), 1.5), "TIFF"), ["floating-point"]),
+    "floats": (encoded(Image.new("F", (40, 30), 1.5), "TIFF"), ["1.5", 8]),
+    "jpeg 2000": (encoded(noise(), "JPEG2000"), ["JPEG 2000"]),
+    "jpeg xl": (JPEGXL_RGB16, ["JPEG XL"]),
 }
 
 
@@ -118,6 +123,29 @@ def test_the_rest_is_one_sentence(name: str) -> None:
     with pytest.raises(UserError, match=mentions(*parts)) as refused:
         read_photo(data)
     assert "\n" not in str(refused.value) and "/" not in str(refused.value)
+    assert not re.search(r"hf_ssl|data\.|install|expected", str(refused.value)), "a visitor has no settings"
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("AVIF", ".avif"), ("HEIF", ".heic")])
+def test_pictures_of_phones_are_read_if_a_data_set_of_them_is(
+    kind: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ending not in READABLE:
+        pytest.skip(f"this installation does not read {ending}")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encoded(noise(), kind, exif=exif.tobytes())  # pillow-heif (1.8) turns bytes into a rotation
+    assert torch.equal(read_photo(data), decode_module.decode(data, 3))
+    assert read_photo(data).shape == (3, 40, 30)
+    monkeypatch.setattr(decode_module, "decode", None)
+    with pytest.raises(UserError, match=r"\d x \d"):  # before it is decoded
+        read_photo(data, max_pixels=1199)
+
+
+def test_a_heic_picture_without_its_plug_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(UserError, match=mentions("HEIC", "JPEG")):
+        read_photo(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 
 def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
