@@ -4,6 +4,7 @@
 import argparse
 import gc
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,9 +202,8 @@ def convert(arguments: argparse.Namespace) -> None:
             heads=arguments.heads, size=arguments.size, mean=arguments.mean, std=arguments.std,
         )  # fmt: skip
     print("\n".join(summary(facts)))
-    print(
-        f"the encoder is in {arguments.output}; hf-ssl evaluate {arguments.output} data.path=... measures it"
-    )
+    command = shlex.join(["hf-ssl", "evaluate", str(arguments.output)])
+    print(f"the encoder is in {arguments.output}; {command} data.path=... measures it")
 
 
 def publish(arguments: argparse.Namespace) -> None:
@@ -251,7 +251,8 @@ def space_build(arguments: argparse.Namespace) -> None:
 
     options = {"images": arguments.images, "title": arguments.title, "chosen_split": chosen}
     build_space(arguments.model, arguments.folder, data, **options)
-    print(f"the Space is in {arguments.folder}; hf-ssl space run {arguments.folder} serves it")
+    command = shlex.join(["hf-ssl", "space", "run", str(arguments.folder)])
+    print(f"the Space is in {arguments.folder}; {command} serves it")
 
 
 def space_run(arguments: argparse.Namespace) -> None:

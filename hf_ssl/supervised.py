@@ -7,6 +7,7 @@ can measure it.
 """
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -184,7 +185,8 @@ def _supervise(recipe: Recipe, evaluation: EvaluationConfig, device: torch.devic
         shutil.rmtree(unfinished, ignore_errors=True)
         value, error = percent(result["value"]), percent(result["standard_error"])
         print(f"{quantity} of the classifier on {splits[1]}: {value} (standard error {error})")
-        print(f"the encoder is in {folder}; hf-ssl evaluate {folder} measures it like every other encoder")
+        command = shlex.join(["hf-ssl", "evaluate", str(folder)])
+        print(f"the encoder is in {folder}; {command} measures it like every other encoder")
     return dict(result)
 
 

@@ -189,13 +189,14 @@ def test_attention_hands_over_photos(
     assert capsys.readouterr().out == "pictures in out/a\noverview in out/overview.png\n"
 
 
-def test_space_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_hands_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     built = record(monkeypatch, "build_space", lambda *a, **o: {}, space)
     served = record(monkeypatch, "run_space", lambda *a: None, space)
-    assert main(["space", "build", "folder", "page", "data.path=digits", "--images", "50"]) == 0
+    assert main(["space", "build", "folder", "my page", "data.path=digits", "--images", "50"]) == 0
+    assert "hf-ssl space run 'my page'" in capsys.readouterr().out, "a command to copy"
     assert main(["space", "run", "page", "--port", "9000"]) == 0
     options = {"images": 50, "title": None, "chosen_split": False}
-    assert built == [("folder", Path("page"), DataConfig(path="digits"), options)]
+    assert built == [("folder", Path("my page"), DataConfig(path="digits"), options)]
     assert served == [(Path("page"), "127.0.0.1", 9000)]
 
 

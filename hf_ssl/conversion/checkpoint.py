@@ -3,6 +3,7 @@
 
 import pickle
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -68,9 +69,8 @@ def read_checkpoint(file: Path, entry: str) -> Mapping[str, Any]:
         UserError: the file is missing, is damaged, is another file, or has only weights in such objects.
     """
     if file.is_dir():
-        raise UserError(
-            f"{file}: expected a file, got a folder; an encoder needs only hf-ssl evaluate {file}"
-        )
+        command = shlex.join(["hf-ssl", "evaluate", str(file)])
+        raise UserError(f"{file}: expected a file, got a folder; an encoder needs only {command}")
     try:
         with file.open("rb") as stream:
             start = stream.read(_TAR + 5)

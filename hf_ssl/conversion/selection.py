@@ -4,6 +4,7 @@
 A place is text: the keys of nested dicts and a prefix of names, as in "state_dict/module.encoder_q.".
 """
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def _no_encoder(dicts: Mapping[str, StateDict], file: Path, release: Release) ->
     if any(name.endswith(_NATIVE) for name in names):
         return UserError(
             f"{file}: expected a checkpoint of {release.title}, got weights of transformers, which need no "
-            f"conversion; run hf-ssl evaluate {file.parent}"
+            f"conversion; run hf-ssl evaluate {shlex.quote(str(file.parent))}"
         )
     if not names:
         return UserError(

@@ -7,6 +7,7 @@ fine-tuning.
 """
 
 import logging
+import shlex
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -218,7 +219,7 @@ class PushingTrainer(CheckpointTrainer):
             try:
                 done = publish(folder, repo.repo_id, token=token, revision=revision, message=message)
             except UserError as error:
-                again = f"hf-ssl publish {folder} {repo.repo_id}"
+                again = f"hf-ssl publish {shlex.quote(str(folder))} {repo.repo_id}"
                 raise UserError(
                     f"{error} (the run is complete in {folder}; `{again}` publishes it later)"
                 ) from error
