@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from hf_ssl.evaluation.overlays import (
         attention_pictures,
         darken_outside_mask,
+        fade_outside,
         overlay,
         pca_colors,
+        visible_part,
         write_attention_pictures,
     )
     from hf_ssl.evaluation.protocols import PROTOCOLS

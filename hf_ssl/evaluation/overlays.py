@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
 from hf_ssl.data.decode import as_pillow, read_photo
-from hf_ssl.data.pixels import ValueRange
+from hf_ssl.data.pixels import BrokenImage, ValueRange
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention
 from hf_ssl.evaluation.encoders import load_encoder, pixel_values
@@ -155,6 +155,46 @@ def darken_outside_mask(photo: Image.Image, mask_hw: Tensor, *, darkness: float 
     return Image.fromarray((np.asarray(photo.convert("RGB")) * factor).round().astype(np.uint8))
 
 
+def visible_part(
+    processor: Any, height: int, width: int, channels: int = 3
+) -> tuple[float, float, float, float]:
+    """Return the part of a photo that an image processor gives to the encoder: left, top, right and bottom.
+
+    The numbers are shares of the width and the height of the photo, from 0 to 1. Most processors crop the
+    middle of a photo. This function processes ramps, so it needs no settings of the processor.
+
+    Args:
+        processor: an image processor.
+        height, width: size of the photo in pixels.
+        channels: number of channels of the encoder.
+    """
+    scale = 256 / max(height, width)
+    rows, columns = (max(round(side * scale), 1) for side in (height, width))
+    down = torch.arange(rows, dtype=torch.uint8)[:, None].expand(rows, columns)
+    across = torch.arange(columns, dtype=torch.uint8).expand(rows, columns)
+    photos = [torch.zeros_like(down), torch.full_like(down, 255), across, down]
+    photos = [photo.expand(channels, -1, -1).contiguous() for photo in photos]
+    black, white, *ramps = pixel_values(processor, photos, torch.device("cpu"))[:, 0].double()
+    borders = []
+    for ramp, length, axis in zip(ramps, (columns, rows), (0, 1), strict=True):
+        places = ((ramp - black) / (white - black) * 255 + 0.5).mean(dim=axis).numpy()
+        # A line through the inner half gives the borders, because resampling changes the outer values.
+        inner = np.arange(len(places) // 4, len(places) - len(places) // 4)
+        slope, start = np.polyfit(inner + 0.5, places[inner], 1)
+        borders.append(np.clip([start / length, (start + slope * len(places)) / length], 0, 1).tolist())
+    (left, right), (top, bottom) = borders
+    return left, top, right, bottom
+
+
+def fade_outside(photo: Image.Image, part: tuple[float, float, float, float]) -> Image.Image:
+    """Return a photo that is gray outside the part from `visible_part`."""
+    left, right = (round(share * photo.width) for share in part[::2])
+    top, bottom = (round(share * photo.height) for share in part[1::2])
+    faded = Image.blend(photo.convert("RGB"), Image.new("RGB", photo.size, (128, 128, 128)), 0.7)
+    faded.paste(photo.crop((left, top, right, bottom)), (left, top))
+    return faded
+
+
 def write_attention_pictures(
     model: str,
     photos: Sequence[Path],
@@ -191,7 +231,9 @@ def write_attention_pictures(
             channels = input_channels(encoder.config)
             pixels = read_photo(photo, channels=channels, value_range=value_range)
         except (UserError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason: object = error.strerror if isinstance(error, OSError) else error
+            if isinstance(error.__cause__, BrokenImage):
+                reason = error.__cause__  # the sentence for visitors of a page has no advice
             raise UserError(f"{photo}: {reason}") from error
         target = _unused_folder(folder, photo.stem, written)
         rows.append(attention_pictures(encoder, processor, pixels, layer=layer, size=size))

@@ -32,6 +32,9 @@ atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# At its start, Gradio sends a request to its own server, which a proxy cannot reach.
+NO_PROXY = {os.environ.get("no_proxy", ""), os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost"}
+os.environ["no_proxy"] = ",".join(sorted(NO_PROXY - {""}))
 if FACTS["model"]["folder"]:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -41,23 +44,29 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ssl.data.decode import MAX_BYTES
+from hf_ssl.data.formats import READABLE
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     Gallery,
     Neighbor,
     Retriever,
     attention_pictures,
+    fade_outside,
     has_attention,
     load_encoder,
     read_photo,
     thumbnail,
+    visible_part,
 )
 from hf_ssl.modeling.backbones import input_channels
 from hf_ssl.modeling.parallel_encoders import ParallelEncoders
 
 QUERY_SIDE = 560
 SECONDS_TO_WAIT = 600  # an upload without a request stays so long, because requests wait for each other
+LEAST_SHARE = 0.95  # of an edge; processors cut off single pixels because they round
 NEIGHBORS = 12  # fills complete rows of 4 and of 3 images
+# Some systems do not know that these files are images, and their dialogs would not offer them.
+FILE_TYPES = ["image", *(ending for ending in (".heic", ".heif", ".avif") if ending in READABLE)]
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 NAMES = {
     "mean": "All heads",
@@ -97,8 +106,8 @@ def answer(retriever: Retriever, data: bytes | Path, caption: str) -> str:
         channels = input_channels(retriever.model.config)
         photo = read_photo(data, channels=channels, value_range=FACTS.get("value_range"))
         found = retriever.neighbors(photo, NEIGHBORS)
-        parts = [query(photo, caption), neighbors(retriever.gallery, found), attention(retriever, photo)]
-        return f'<div class="answer">{"".join(parts)}</div>'
+        shown = query(retriever, photo, caption) + neighbors(retriever.gallery, found)
+        return f'<div class="answer">{shown}{attention(retriever, photo)}</div>'
     except UserError as error:
         return sentence(str(error))
     except Exception:
@@ -121,8 +130,15 @@ def uploaded(retriever: Retriever, file: dict[str, Any] | None) -> str:
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def query(photo: Tensor, caption: str) -> str:
-    shown = figure(thumbnail(photo, QUERY_SIDE), escape(caption), f"The chosen picture: {caption}")
+def query(retriever: Retriever, photo: Tensor, caption: str) -> str:
+    """Return the picture. The parts that the image processor cuts off are gray."""
+    encoded, text = thumbnail(photo, QUERY_SIDE), escape(caption)
+    channels, height, width = photo.shape
+    part = visible_part(retriever.processor, height, width, channels)
+    if min(part[2] - part[0], part[3] - part[1]) < LEAST_SHARE:
+        encoded = jpeg(fade_outside(Image.open(io.BytesIO(encoded)), part))
+        text += '<small class="quiet">The encoder does not see the gray parts.</small>'
+    shown = figure(encoded, text, f"The chosen picture: {caption}")
     return f'<section class="query" aria-label="The picture">{shown}</section>'
 
 
@@ -130,7 +146,7 @@ def neighbors(gallery: Gallery, found: list[Neighbor]) -> str:
     items = []
     for rank, (number, similarity, label) in enumerate(found, start=1):
         value = f"{similarity:.2f}"
-        caption = value if label is None else f"<span>{escape(label)}</span> · {value}"
+        caption = value if label is None else f"{escape(label)} · {value}"
         alt = f"Neighbor {rank}, similarity {value}" + ("" if label is None else f", {label}")
         items.append(f"<li>{figure(gallery.thumbnails[number], caption, alt)}</li>")
     grid = f'<ol class="grid">{"".join(items)}</ol>'
@@ -236,7 +252,7 @@ def page(retriever: Retriever) -> gr.Blocks:
         gr.HTML(introduction())
         with gr.Row(elem_id="choices"):
             upload = gr.UploadButton(
-                "Upload a photo", file_types=["image"], variant="primary", elem_id="upload"
+                "Upload a photo", file_types=FILE_TYPES, variant="primary", elem_id="upload"
             )
             buttons = [
                 gr.Button(label, elem_id=f"example-{number}", elem_classes="example")
@@ -257,6 +273,8 @@ def main() -> None:
         prevent_thread_lock=True,
         quiet=True,
         footer_links=[],
+        # Gradio (6.29 to 6.31) ends the server if its own first request takes more than 3 seconds.
+        _frontend=False,
         max_file_size=MAX_BYTES,
         ssr_mode=False,
         theme=gr.themes.Base(

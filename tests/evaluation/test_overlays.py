@@ -21,7 +21,9 @@ from hf_ssl.evaluation import (
     attention_maps,
     attention_pictures,
     darken_outside_mask,
+    fade_outside,
     overlay,
+    visible_part,
     write_attention_pictures,
 )
 from hf_ssl.evaluation.overlays import overview
@@ -65,6 +67,43 @@ def test_pictures_show_what_the_encoder_saw() -> None:
         )
     middle = pixels[:, :, 8:40].repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(np.asarray(pictures["image"]), middle)
+
+
+def test_a_bright_object_is_at_its_place_in_the_visible_part() -> None:
+    """The object lies in the columns 60 to 64 and the rows 24 to 28 of a photo of 40 x 120 pixels."""
+    pixels = torch.zeros(3, 40, 120, dtype=torch.uint8)
+    pixels[:, 24:28, 60:64] = 255
+    left, top, right, bottom = visible_part(processor(), 40, 120)
+    assert (left, top, right, bottom) == pytest.approx((1 / 3, 0, 2 / 3, 1), abs=0.01)
+    shown = attention_pictures(vit(), processor(), pixels)["image"]
+    rows, columns = np.nonzero(np.asarray(shown)[..., 0] > 128)
+    place = (columns.mean() + 0.5) / shown.width, (rows.mean() + 0.5) / shown.height
+    expected = (62 / 120 - left) / (right - left), (26 / 40 - top) / (bottom - top)
+    assert place == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "expected"),
+    [
+        ({"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}, (50, 50), (1 / 16,) * 2),
+        ({"size": {"height": 56, "width": 56}, "do_center_crop": False}, (30, 90), (0, 0)),
+        ({"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}, (80, 20), (0, 3 / 8)),
+        ({"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}, (1, 1), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("scaling", [{}, {"do_normalize": False}, {"do_rescale": False}])
+def test_the_visible_part_of_other_processors(
+    options: dict, size: tuple[int, int], expected: tuple[float, float], scaling: dict
+) -> None:
+    left, top = expected
+    part = visible_part(BitImageProcessor(**options, **scaling), *size)
+    assert part == pytest.approx((left, top, 1 - left, 1 - top), abs=0.01)
+
+
+def test_a_photo_is_gray_outside_the_visible_part() -> None:
+    faded = np.asarray(fade_outside(Image.new("RGB", (30, 20), (255, 0, 0)), (1 / 3, 0, 2 / 3, 1)))
+    assert (faded[:, 10:20] == [255, 0, 0]).all()
+    np.testing.assert_allclose(np.delete(faded, np.s_[10:20], axis=1), [[[166, 90, 90]] * 20] * 20, atol=1)
 
 
 def test_a_size_keeps_the_whole_photo() -> None:
@@ -112,6 +151,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         Image.new("RGB", (50, 40), (200, 10, 10)).save(root / name / "dog.png")
     (root / "page.jpg").write_text("<html></html>")
+    Image.new("F", (50, 40), 1.5).save(root / "floats.tif")
     return root
 
 
@@ -167,6 +207,7 @@ def test_mistakes_are_told(folders: Path, tmp_path: Path) -> None:
         ("resnet", good, ("ResNetModel",)),
         ("vit", folders / "page.jpg", ("page.jpg", "picture")),
         ("vit", folders / "nothing.jpg", ("nothing.jpg", "No such file")),
+        ("vit", folders / "floats.tif", ("floats.tif", "data.value_range")),
         ("nothing", good, ("nothing",)),
     ):
         with pytest.raises(UserError, match=mentions(*parts)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several people use a Space at the same time: each upload is answered, then deleted, and nothing else is."""
 
+import html
 import importlib.util
 import io
 import json
@@ -20,11 +21,14 @@ from messages import mentions
 from PIL import Image
 
 from hf_ssl.data import DataConfig
+from hf_ssl.data.formats import READABLE
 from hf_ssl.errors import UserError
+from hf_ssl.evaluation import Neighbor
 from hf_ssl.space import build_space
 from hf_ssl.space.serve import free_port
 
 httpx = pytest.importorskip("httpx")
+networking = pytest.importorskip("gradio.networking")
 CLIENTS = 8
 
 
@@ -139,6 +143,43 @@ def test_a_waiting_upload_is_kept_for_minutes(app: ModuleType) -> None:
     blocks = app.page(app.open_retriever())
     frequency, age = blocks.delete_cache
     assert frequency == 60 and age >= 600
+
+
+def test_the_page_says_which_part_of_a_photo_the_encoder_sees(app: ModuleType) -> None:
+    retriever = app.open_retriever()
+    for size, is_cut in (((60, 60), False), ((60, 20), True), ((20, 60), True), ((1, 1), False)):
+        file = io.BytesIO()
+        Image.new("RGB", size, "red").save(file, "PNG")
+        shown = app.answer(retriever, file.getvalue(), "Your picture")
+        assert 'class="neighbors"' in shown and ("does not see" in shown) == is_cut
+
+
+def test_names_of_classes_are_text_and_complete(app: ModuleType) -> None:
+    name = "<b>" + "a name with many characters, " * 3 + '"'
+    gallery = SimpleNamespace(thumbnails=[picture(0)])
+    shown = app.neighbors(gallery, [Neighbor(0, 0.5, name)])
+    assert f"{html.escape(name)} · 0.50" in shown and "<b>" not in shown
+
+
+def test_files_that_a_data_set_may_have_are_offered(app: ModuleType) -> None:
+    assert app.FILE_TYPES[0] == "image"
+    assert (".heic" in app.FILE_TYPES) == (".heic" in READABLE)
+    assert (".avif" in app.FILE_TYPES) == (".avif" in READABLE)
+
+
+def test_a_slow_first_answer_or_a_proxy_does_not_end_the_server(
+    app: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio (6.29 to 6.31) requests its own page at the start, with the proxy of the environment."""
+    started = []
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    monkeypatch.setattr(app.gr.Blocks, "block_thread", lambda self: started.append(self))
+    monkeypatch.setattr(app.signal, "signal", lambda *arguments: None)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no server
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(free_port("127.0.0.1", 18060)))
+    app.main()
+    assert len(started) == 1
+    started[0].close()
 
 
 def test_the_page_does_not_run_the_code_of_an_encoder(
