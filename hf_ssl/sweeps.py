@@ -126,7 +126,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
 
     def make(number: int, run: Run) -> None:
         nonlocal made
-        left = f"; {_left(begin, made, len(missing))}" if made else ""
+        left = f"; {_left(begin, made, len(running), len(missing))}" if made else ""
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}{left}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
         # The bars of several runs would overwrite each other.
@@ -157,15 +157,19 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
     return write_results(sweep, output)
 
 
-def _left(begin: float, made: int, runs: int) -> str:
-    """Return the estimated time of the other runs in words, if each takes as long as the mean run so far.
+def _left(begin: float, made: int, running: int, runs: int) -> str:
+    """Return the estimated time until all runs have ended, in words.
+
+    Each run is expected to take as long as the mean run so far, of which each running one has made one half.
 
     Args:
         begin: time of the start, as of `time.monotonic`.
         made: number of runs that have ended since then.
+        running: number of runs that have started and not ended.
         runs: number of all runs to make.
     """
-    seconds = (time.monotonic() - begin) / made * (runs - made)
+    done = made + running / 2
+    seconds = (time.monotonic() - begin) / done * (runs - done)
     return f"about {duration(seconds)} left"
 
 

@@ -68,7 +68,7 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
     if not lines:
         return None
     figure, (axes,) = _new_figure(1)
-    rings, others = [], False  # others: a selected temperature is not that of the lines
+    has_ring, others = False, False  # others: a selected temperature is not that of the lines
     for number, (name, cells) in enumerate(lines.items()):
         color, line = color_of(number), line_of(number)
         images = results[name]["images"]["test"]
@@ -84,19 +84,21 @@ def k_curve(results: Mapping[str, EncoderResult]) -> Any:
             k = selected["selection"].get("neighbors")
             if k in cells:
                 style = {"marker": "o", "markersize": 9, "linestyle": "none", "fillstyle": "none"}
-                rings += axes.plot(k, selected["value"], color=color, label="_", **style)
-                others = others or selected["value"] != cells[k]
-    if rings:
-        rings[0].set_label(
-            "selected k and temperature"
-            + ("; a ring beside its line has another temperature" if others else "")
-        )
+                axes.plot(k, selected["value"], color=color, label="_", **style)
+                has_ring, others = True, others or selected["value"] != cells[k]
+    if has_ring:
+        style = {"marker": "o", "markersize": 9, "linestyle": "none", "fillstyle": "none", "color": "black"}
+        text = "selected k and temperature"
+        axes.plot([], [], label=text + ("; beside its line: another temperature" if others else ""), **style)
     temperature = find_results(results[next(iter(lines))], "knn")[0]["details"]["temperature"]
     ticks = sorted({k for cells in lines.values() for k in cells})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{k:,}" if k in _spread(ticks) else "" for k in ticks])
     axes.minorticks_off()
     _label(axes, f"k-NN, temperature {temperature:g} (bands: one standard error)", "k")
+    axes.get_legend().remove()  # the curves have no place for it that is always free
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.set_figheight(3.8 + 0.17 * -(-(len(lines) + has_ring) // 2))
     return figure
 
 

@@ -30,13 +30,11 @@ def test_the_k_curve_shows_every_encoder_and_the_selected_k(result) -> None:
     other = copy.deepcopy(result)
     for cell in other["protocols"][0]["details"]["grid"]:
         cell["accuracy"] /= 2
-    (axes,) = k_curve({"trained": result, "raw pixels": other}).axes
+    figure = k_curve({"trained": result, "raw pixels": other})
+    (axes,), (legend,) = figure.axes, figure.legends
     shown = lines(axes)
-    assert [label.partition(";")[0] for label in shown] == [
-        "trained",
-        "selected k and temperature",
-        "raw pixels",
-    ]
+    names = [text.get_text().partition(";")[0] for text in legend.get_texts()]
+    assert names == ["trained", "raw pixels", "selected k and temperature"]
     main, selected = result["protocols"][:2]
     grid = {
         cell["neighbors"]: cell["accuracy"] for cell in main["details"]["grid"] if cell["temperature"] == 0.07
@@ -55,8 +53,16 @@ def test_the_ring_has_the_accuracy_of_the_selected_temperature(result) -> None:
     changed = copy.deepcopy(result)
     changed["protocols"][1] |= {"value": 0.123, "selection": {"neighbors": 5, "temperature": 0.1}}
     (axes,) = k_curve({"trained": changed}).axes
-    (label,) = (name for name in lines(axes) if "selected" in name)
-    assert lines(axes)[label] == ([5], [0.123]) and "another temperature" in label
+    ring = next(line for line in axes.get_lines() if line.get_markersize() > 5)
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([5], [0.123])
+    assert any("another temperature" in name for name in lines(axes))
+
+
+def test_the_legend_of_the_k_curve_covers_no_curve(result) -> None:
+    figure = k_curve({f"encoder {number}": result for number in range(7)})
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert not axes.get_tightbbox().overlaps(legend.get_window_extent())
 
 
 def test_probes_per_epoch_show_both_splits(result) -> None:
