@@ -270,6 +270,8 @@ def test_arms_continue_others_or_learn_from_labels_or_are_only_evaluated(
     assert text.count("| first, batch_size 16 |") == 2, "once in the table, once in the seconds"
     assert "- second, batch_size 16: `start: first, batch_size 16`, " in text
     assert "- published: `encoder: own/seed-0`" in text
+    [shared] = [line for line in text.splitlines() if line.startswith("- Settings of all runs: ")]
+    assert "`evaluation.max_train_images=100`" in shared, "also of the run with labels"
     assert "peak memory, GiB | number of steps that a key stays in the queue" in text
     assert "![Measurements during training, means over seeds](curves.png)" in text
     for picture in ("curves.png", "k_curve.png"):

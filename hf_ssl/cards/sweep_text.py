@@ -25,6 +25,7 @@ from hf_ssl.evaluation.results import (
 
 BASELINES = ("untrained", "start", "raw_pixels")
 _VERSIONS = ("hf_ssl", "torch", "transformers")
+_OF_EVALUATION = "evaluation."  # start of keys
 _OF_A_RUN = ("training.output_dir", "training.seed", "training.disable_tqdm")
 
 
@@ -249,16 +250,25 @@ def _origin(runs: Sequence[Measured]) -> list[str]:
 
 
 def _shared_settings(runs: Sequence[Measured]) -> list[str]:
-    """Return the overrides that all runs with a recipe have, without folders, seeds and those of an arm."""
-    given = [dict(text.split("=", 1) for text in run.overrides) for run in runs if run.recipe]
+    """Return the overrides that all runs of the sweep have, without folders, seeds and those of an arm.
+
+    Supervised runs have the same settings of the evaluation, but record only those of their training.
+    Encoders that are only evaluated were trained elsewhere.
+    """
+    given = [
+        dict(text.split("=", 1) for text in run.overrides)
+        for run in runs
+        if run.recipe and not any(text.startswith("encoder: ") for text in run.settings)
+    ]
+    measured = [each for each in given if any(key.startswith(_OF_EVALUATION) for key in each)]
     shown = {text.split("=", 1)[0] for run in runs for text in run.settings}
     return [
         f"{key}={value}"
-        for key, value in (given[0] if given else {}).items()
+        for key, value in (*measured, *given, {})[0].items()
         if key not in shown
         and key not in _OF_A_RUN
         and not key.endswith(".path")
-        and all(each.get(key) == value for each in given)
+        and all(each.get(key) == value for each in (measured if key.startswith(_OF_EVALUATION) else given))
     ]
 
 
