@@ -205,6 +205,13 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     assert "method.temperature" in capsys.readouterr().err
 
 
+def test_the_remaining_time_counts_runs_that_train_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four runs, two at once, the first one ended after a minute, as the second one does soon."""
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: 160.0)
+    assert sweeps._left(100.0, made=1, running=0, runs=4) == "about 3 min 0 s left"
+    assert sweeps._left(100.0, made=1, running=1, runs=4) == "about 1 min 40 s left"
+
+
 FOUR = """
 study:
   title: Four ways
