@@ -2,7 +2,7 @@
 """Draws the features of one or more encoders on the same images: `hf-ssl plot` (layer 5)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +11,8 @@ import numpy as np
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.building import open_labeled_splits
 from hf_ssl.cards.privacy import encoder_name, last_part
-from hf_ssl.cards.result_files import with_trained_reading
-from hf_ssl.data import DataConfig, LabeledImages, open_source
-from hf_ssl.data.labeled_splits import unlabeled_images
+from hf_ssl.data import DataConfig, LabeledImages
 from hf_ssl.data.subsets import balanced_rows
 from hf_ssl.errors import UserError, check_name
 from hf_ssl.evaluation import EvaluationConfig, evaluate_features, fastest_device, load_encoder
@@ -36,6 +33,7 @@ from hf_ssl.evaluation.neighbor_sheet import QUERIES, draw_neighbors, find_neigh
 from hf_ssl.evaluation.plots import K_CURVE, k_curve
 from hf_ssl.evaluation.protocols.linear import predict_scores
 from hf_ssl.files import replaced_file, write_text
+from hf_ssl.plotted_images import images_of_encoders
 from hf_ssl.progress import notice, progress
 from hf_ssl.projector import LAYERS, load_projected_encoder, projector_settings
 from hf_ssl.resources import MAP_IMAGES
@@ -214,7 +212,7 @@ def open_scene(
     """
     if most < 2:
         raise UserError(f"--images: expected at least 2, got {most}; use --images {MAP_IMAGES}")
-    images = _images_of_encoders(models, data, evaluation)
+    images = images_of_encoders(models, data, evaluation)
     train, test, split = next(iter(images.values()))
     device = fastest_device()
     features: dict[str, Features] = {}
@@ -233,63 +231,6 @@ def open_scene(
     labels = np.zeros(len(test), dtype=np.int64) if several else test.labels.numpy()
     class_names = [] if several else test.class_names
     return Scene(test, train, labels, class_names, features, evaluation, split, most)
-
-
-class _Images(NamedTuple):
-    """The training images, which are None without labels, the test images, and the name of their split."""
-
-    train: LabeledImages | None
-    test: LabeledImages
-    split: str
-
-    @property
-    def splits(self) -> dict[str, LabeledImages]:
-        """Return {"train" or "test": images}."""
-        return {"test": self.test} if self.train is None else {"train": self.train, "test": self.test}
-
-
-def _images_of_encoders(
-    models: Mapping[str, str], data: DataConfig, evaluation: EvaluationConfig
-) -> dict[str, _Images]:
-    """Return {name of the encoder: images}, read as in its training.
-
-    All have the same rows. Only images of more than 8 bits can differ, by `data.value_range`.
-    """
-    readings = {name: with_trained_reading(data, model) for name, model in models.items()}
-    tolerated = max(reading.max_broken_fraction for reading in readings.values())
-    opened: dict[str, _Images] = {}
-    for reading in readings.values():
-        if str(reading.value_range) not in opened:
-            settings = replace(reading, max_broken_fraction=tolerated)
-            opened[str(reading.value_range)] = _open_images(settings, evaluation)
-    return {name: opened[str(reading.value_range)] for name, reading in readings.items()}
-
-
-def _open_images(data: DataConfig, evaluation: EvaluationConfig) -> _Images:
-    """Return the images of both splits.
-
-    Without labels, or with a single class, there are only test images, whose classes are not used.
-
-    Raises:
-        UserError: the images cannot be read, or the column of labels that the user named does not exist.
-    """
-    data = replace(data, streaming=False)  # as for hf-ssl evaluate
-    try:
-        train, test = open_labeled_splits(data, evaluation)
-        return _Images(train, test, evaluation.split_names[1])
-    except UserError as error:
-        named = [evaluation.test_split] if evaluation.test_fraction is None else []
-        for split in (*named, evaluation.train_split):
-            try:
-                settings = evaluation.data(data)
-                images = unlabeled_images(settings, split, max_images=evaluation.max_test_images)
-            except UserError:
-                continue
-            if settings.label_column is not None:
-                open_source(settings, split, labels=True)  # a column that does not exist is an error
-            notice(f"the pictures show no classes: {error}")
-            return _Images(None, images, split)
-        raise
 
 
 def _save(figure: Any, path: Path) -> str:

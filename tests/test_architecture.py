@@ -50,6 +50,7 @@ LAYERS = {
     "hf_ssl.building": 5,
     "hf_ssl.comparing": 5,
     "hf_ssl.output_folder": 5,
+    "hf_ssl.plotted_images": 5,
     "hf_ssl.plotting": 5,
     "hf_ssl.projector": 5,
     "hf_ssl.recording": 5,

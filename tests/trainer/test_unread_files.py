@@ -109,7 +109,7 @@ def test_commands_use_the_tolerance_and_the_values_of_the_training(tolerant_run,
     monkeypatch.setattr(run, "open_labeled_splits", opened)
     monkeypatch.setattr(suites, "open_labeled_splits", opened)
     monkeypatch.setattr(build, "_images", opened)
-    monkeypatch.setattr("hf_ssl.plotting._open_images", opened)
+    monkeypatch.setattr("hf_ssl.plotted_images._open_images", opened)
     from hf_ssl.plotting import plot
 
     data, evaluation = DataConfig(path="digits"), EvaluationConfig()
