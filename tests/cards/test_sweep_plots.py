@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_ssl.cards.sweep_plots import draw, draw_curves
-from hf_ssl.cards.sweep_text import Measured, csv_text, page, words_of_error
+from hf_ssl.cards.sweep_text import Measured, _shared_settings, csv_text, page, words_of_error
 
 SEEDS, IMAGES = "the standard deviation over seeds", "the standard error over the test images"
 
@@ -119,3 +119,18 @@ def test_alarms_name_their_runs() -> None:
     lines = page("title", "", [*runs, measured("x", {}, 2, a=0.5)], {}).splitlines()
     alarms = [line for line in lines if line.startswith("- Alarm")]
     assert [line.partition(" in ")[2] for line in alarms] == ["x, seed 0: rank 0.", "x, seed 1: rank 1."]
+
+
+def test_the_page_lists_settings_of_the_evaluation_also_beside_a_supervised_run() -> None:
+    """Such a run records only the settings of its training, and a published encoder those of its own run."""
+    protocols = "evaluation.protocols=[knn]"
+    runs = [
+        replace(measured("simclr", {}, a=0.5), recipe="own", overrides=(protocols, "training.max_steps=2")),
+        replace(measured("labels", {}, a=0.5), recipe="own", overrides=("training.num_train_epochs=3",)),
+        replace(
+            measured("published", {}, a=0.5), recipe="other", overrides=("evaluation.protocols=[linear]",),
+            settings=("encoder: own/seed-0",),
+        ),
+    ]  # fmt: skip
+    assert _shared_settings(runs) == [protocols]
+    assert _shared_settings(runs[:1]) == [protocols, "training.max_steps=2"]
