@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +117,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         try:
             if run.start is not None and not has_results(run.start, output):
                 ended[id(run.start)].wait()  # it comes earlier in the order, so it has started
-            if not stopped.is_set():
-                make(number, run)
+            make(number, run)
         finally:
             ended[id(run)].set()
 
@@ -126,15 +125,20 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
 
     def make(number: int, run: Run) -> None:
         nonlocal made
+        if stopped.is_set():
+            return
         left = f"; {_left(begin, made, len(running), len(missing))}" if made else ""
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}{left}")
         environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
-        # The bars of several runs would overwrite each other.
-        process = subprocess.Popen(command.of_job(number, quiet=at_once > 1), env=environment)
-        running.add(process)
-        status = process.wait()
-        running.discard(process)
         with lock:
+            if stopped.is_set():
+                return
+            # The bars of several runs would overwrite each other.
+            process = subprocess.Popen(command.of_job(number, quiet=at_once > 1), env=environment)
+            running.add(process)
+        status = process.wait()
+        with lock:
+            running.discard(process)
             made += 1
         if status < 0 or status > 128:
             notice(f"run {number} was ended by signal {abs(status) % 128}; the same command continues it")
@@ -146,13 +150,18 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
 
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         try:
-            for _ in pool.map(start, missing):
-                pass
+            left = {pool.submit(start, number) for number in missing}
+            while left:
+                # A signal that comes just before a wait begins does not end it (Python 3.11), so waits are short.
+                done, left = wait(left, timeout=1, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
         except BaseException as error:
-            stopped.set()
-            if not isinstance(error, KeyboardInterrupt):  # a terminal sends Ctrl-C also to the runs
-                for process in list(running):
-                    process.terminate()  # the run saves a checkpoint
+            with lock:
+                stopped.set()
+                if not isinstance(error, KeyboardInterrupt):  # a terminal sends Ctrl-C also to the runs
+                    for process in running:
+                        process.terminate()  # the run saves a checkpoint
             raise
     return write_results(sweep, output)
 

@@ -734,17 +734,25 @@ def test_the_command_precedes_the_study(tmp_path: Path) -> None:
         load_sweep("smoke/simclr", ["training={seed: 3}", "method.temperature=[0.1, 0.5]"])
 
 
-def test_runs_end_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM reaches only the sweep, for example from a scheduler. Its run then saves a checkpoint."""
+@pytest.mark.parametrize("during", ["start", "wait"])
+def test_runs_end_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """SIGTERM reaches only the sweep, for example from a scheduler. Its run then saves a checkpoint.
+
+    A run that is just being started also gets the signal.
+    """
     ended = threading.Event()
     started: list[Any] = []
 
     class Process:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             started.append(self)
+            if during == "start":
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.wait(0.5)  # without a lock, the sweep would look for running processes now
 
         def wait(self) -> int:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if during == "wait":
+                os.kill(os.getpid(), signal.SIGTERM)
             return 143 if ended.wait(60) else 0
 
         def terminate(self) -> None:
