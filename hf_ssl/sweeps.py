@@ -152,7 +152,7 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
         try:
             left = {pool.submit(start, number) for number in missing}
             while left:
-                # A signal that comes just before a wait begins does not end it (Python 3.11), so waits are short.
+                # A signal just before a wait begins does not end it (Python 3.11), so waits are short.
                 done, left = wait(left, timeout=1, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()

@@ -6,16 +6,21 @@ archive. If no class has this name, it raises an error, also if nobody needs lab
 all images get this class. So hf_ssl lets `datasets` read archives without labels, and adds the labels.
 """
 
+import logging
 import os
 import re
+from collections.abc import Sequence
 
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetBuilder, Image
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 
 from hf_ssl.data.class_numbers import class_name
-from hf_ssl.data.location import IMAGE, ZIP, file_kind
+from hf_ssl.data.location import ARCHIVES, IMAGE, ZIP, file_kind
 from hf_ssl.data.split_rules import report_splits_inside
+from hf_ssl.errors import counted
+
+logger = logging.getLogger(__name__)
 
 LABEL = "label"
 _INSIDE = re.compile(r"zip://(?P<name>.*?)::.*", re.DOTALL)
@@ -46,6 +51,7 @@ def images_in_archives(table: Dataset, splits: dict[str, Dataset]) -> Dataset:
     own = _names(table)
     inside = [name for name in own if name is not None and _is_image(name)]
     report_splits_inside({folder for name in inside for folder in name.split("/")[:-1]})
+    _report_archives_inside(own)
     rows = [row for row, name in enumerate(own) if _is_image(name)]
     if len(rows) < len(table):
         table, own = table.select(rows), [own[row] for row in rows]
@@ -57,6 +63,15 @@ def images_in_archives(table: Dataset, splits: dict[str, Dataset]) -> Dataset:
     numbers = {name: number for number, name in enumerate(classes)}
     labels = pa.array([numbers[_class(str(name))] for name in own], pa.int64())
     return table.add_column(LABEL, labels, feature=ClassLabel(names=classes))
+
+
+def _report_archives_inside(names: Sequence[str | None]) -> None:
+    found = sorted({name for name in names if name is not None and name.lower().endswith(ARCHIVES)})
+    if found:
+        logger.warning(
+            "%s inside of an archive, such as %s, cannot be read; unpack the outer archive, and use its "
+            "folder", counted(len(found), "archive"), found[0],
+        )  # fmt: skip
 
 
 def _names(table: Dataset) -> list[str | None]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -93,16 +93,40 @@ class LocalData:
         return [*images, *(path for files in self.files.values() for path in files), *self.searched]
 
 
-_folder_cache: dict[tuple[str, bool], tuple[Listing, LocalData, str, float]] = {}
+class _Checked(NamedTuple):
+    """Data of a folder whose files were checked.
+
+    Attributes:
+        listing: the directories of the folder.
+        data: what the folder contains.
+        state: hash of the states of the files.
+        time: time of the check, as of `time.monotonic`.
+        seconds: how long the check took.
+    """
+
+    listing: Listing
+    data: LocalData
+    state: str
+    time: float
+    seconds: float
+
+    def is_fresh(self) -> bool:
+        """Return whether the check was a short time ago, and takes too long to repeat it already."""
+        return self.seconds > _SHORT_SECONDS and time.monotonic() - self.time < _FRESH_SECONDS
+
+
+_folder_cache: dict[tuple[str, bool], _Checked] = {}
 _FEW_FILES = 100_000
-_FRESH_SECONDS = 30.0  # in which a command opens a folder several times
+_SHORT_SECONDS = 0.1  # a check of the files that takes less is repeated whenever the folder is opened
+_FRESH_SECONDS = 30.0  # in which a command opens a folder several times, for a longer check
 _split_cache: dict[str, ImageSplit] = {}
 
 
 def find_local_data(location: Location, whole: bool = False) -> LocalData:
     """Return the data at a local place. A process lists a folder again only if it has changed.
 
-    A file that was overwritten in place is noticed after half a minute, and not in a folder with many files.
+    A file that was overwritten in place is noticed at once if the check of all files is fast. Otherwise, it
+    is noticed after half a minute, and not in a folder with many files.
 
     Args:
         location: the place.
@@ -114,18 +138,26 @@ def find_local_data(location: Location, whole: bool = False) -> LocalData:
     root = os.path.realpath(location.loader)
     key = (root, whole)
     if key in _folder_cache:
-        listing, found, state, checked = _folder_cache[key]
-        if listing.is_current():
-            if time.monotonic() - checked < _FRESH_SECONDS:
-                return found
-            if state == _state(found):
-                _store(_folder_cache, key, (listing, found, state, time.monotonic()))
-                return found
+        before = _folder_cache[key]
+        if before.listing.is_current():
+            if before.is_fresh():
+                return before.data
+            now = _checked(before.listing, before.data)
+            if now.state == before.state:
+                _store(_folder_cache, key, now)
+                return now.data
     listing = list_folder(root)
     found = _data_in_listing(listing, whole)
     # The tables hold the files now. A second list of millions of files would waste memory.
-    _store(_folder_cache, key, (replace(listing, files=[]), found, _state(found), time.monotonic()))
+    _store(_folder_cache, key, _checked(replace(listing, files=[]), found))
     return found
+
+
+def _checked(listing: Listing, data: LocalData) -> _Checked:
+    begin = time.monotonic()
+    state = _state(data)
+    end = time.monotonic()
+    return _Checked(listing, data, state, end, end - begin)
 
 
 def _state(found: LocalData) -> str:

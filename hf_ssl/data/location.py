@@ -30,7 +30,7 @@ _LOADERS = {
 TEXT_TABLES = (".csv", ".json", ".jsonl")
 """Files that often describe images beside them. They are read only if there are no others."""
 TABLES = (".parquet", ".arrow", *TEXT_TABLES)
-_ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
+ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
 ZIP = ".zip"
 DIGITS = "digits"
 """`data.path` of the built-in data set."""
@@ -187,7 +187,7 @@ def advice_for_others(endings: Iterable[str]) -> str:
     for ending in endings:
         if ending in UNREADABLE:
             return UNREADABLE[ending]
-        if ending in _ARCHIVES:
+        if ending in ARCHIVES:
             return "unpack the archive, and use its folder"
     return "check the path"
 

@@ -75,3 +75,23 @@ def check_finite(model: torch.nn.Module, where: str) -> None:
             f"{where}: expected finite weights, got NaN or infinity in {name}, because its training "
             "diverged; use a checkpoint of an earlier step, or train again with a lower learning rate"
         )
+
+
+def check_not_quantized(model: torch.nn.Module, where: str) -> None:
+    """Raise `UserError` if a matrix of a model contains whole numbers, which a scale must follow.
+
+    transformers (seen with 5.24) loads the int8 numbers of a quantized file as weights if `config.json` has
+    no `quantization_config`.
+
+    Args:
+        model: the model.
+        where: the name of the model, for the message.
+    """
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2 or weight.numel() == 0 or weight.detach().abs().max() <= 1:
+            continue
+        if torch.equal(weight, weight.round()):
+            raise UserError(
+                f"{where}: expected weights, got whole numbers in {name}, as in a quantized checkpoint "
+                "without its scales; use the checkpoint before the quantization"
+            )

@@ -19,7 +19,7 @@ from hf_ssl.errors import UserError, counted, loading_reason
 from hf_ssl.files import local_folder, local_or_hub
 from hf_ssl.modeling.backbones import set_identity_pooler
 from hf_ssl.modeling.configuration import CLS_POOLER_TYPES, method_of
-from hf_ssl.modeling.finite import check_finite
+from hf_ssl.modeling.finite import check_finite, check_not_quantized
 from hf_ssl.modeling.image_encoders import (
     TOWER,
     TWO_TOWERS,
@@ -164,8 +164,8 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     `AutoModel` creates random weights for those that the files lack, and only logs a warning. A pooler that
     was not saved, as in checkpoints of classifiers, would give other features in each process. The feature
     is then the class token, or the mean of all tokens. Other missing weights raise an error, and so do
-    weights that are not finite, and layers that the configuration leaves out. Biases that it leaves out are
-    logged as a warning.
+    weights that are not finite or whole numbers, and layers that the configuration leaves out. Biases that
+    it leaves out are logged as a warning.
     """
     folder = local_or_hub(place)
     with loading_errors(f"an encoder, got {place!r}", where):
@@ -205,6 +205,7 @@ def load_weights(place: str, where: str = "model", **options: Any) -> PreTrained
     encoder = image_encoder(encoder)
     config, encoder.config._commit_hash = encoder.config, commit
     check_finite(encoder, where)
+    check_not_quantized(encoder, where)
     if others := [key for key in missing if not key.startswith("pooler.")]:
         raise UserError(
             f"{where}: expected all weights of a {type(encoder).__name__} in {place}, got none for "

@@ -62,6 +62,12 @@ def test_splits_inside_of_an_archive_are_reported(folders, reported: bool, archi
     assert ("test, train" in caplog.text) == reported
 
 
+def test_archives_inside_of_an_archive_are_reported(archive, caplog) -> None:
+    path = archive("all.zip", [*entries(2), "more/part1.ZIP", "more/part2.tar.gz"])
+    assert open_source(DataConfig(path=str(path))).num_rows == 2 * len(CLASSES)
+    assert "2 archives inside of an archive, such as more/part1.ZIP" in caplog.text
+
+
 def test_several_archives_have_one_table_of_classes(archive) -> None:
     archive("train.zip", entries(3))
     root = archive("test.zip", entries(2, CLASSES[1:])).parent

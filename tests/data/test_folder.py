@@ -2,6 +2,7 @@
 """Local folders: hf_ssl and `datasets` find the same data, and hf_ssl lists each directory once."""
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -641,9 +642,10 @@ def test_a_declared_folder_is_resolved_once(tmp_path, monkeypatch):
     assert len(built) == 2
 
 
-def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_path, monkeypatch):
-    """As in a notebook. The time of the folder does not change."""
-    monkeypatch.setattr(folder, "_FRESH_SECONDS", 0.0)
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_path, monkeypatch, slow):
+    """As in a notebook. The time of the folder does not change. A slow check is not repeated soon."""
+    monkeypatch.setattr(folder, "_SHORT_SECONDS", -1.0 if slow else math.inf)
     file = tmp_path / "photos" / "one.png"
     file.parent.mkdir()
     PIL.Image.new("RGB", (8, 8), (10, 10, 10)).save(file)
@@ -652,4 +654,7 @@ def test_a_file_that_is_overwritten_in_place_is_noticed_in_the_same_process(tmp_
     PIL.Image.new("RGB", (8, 8), (20, 20, 20)).save(file)
     os.utime(file.parent, (1e9, 1e9))
     second = open_source(DataConfig(path=str(file.parent)))
-    assert first.identity != second.identity and first.revision != second.revision
+    assert (first.identity == second.identity) == (first.revision == second.revision) == slow
+    monkeypatch.setattr(folder, "_FRESH_SECONDS", 0.0)
+    third = open_source(DataConfig(path=str(file.parent)))
+    assert third.identity != first.identity and third.revision != first.revision

@@ -177,6 +177,20 @@ def test_an_adapter_is_an_error(beside: bool, tmp_path: Path) -> None:
         load_weights(str(tmp_path))
 
 
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    """transformers loads the numbers of a quantized file if config.json does not describe them."""
+    encoder = new_vit()
+    encoder.save_pretrained(tmp_path)
+    load_weights(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name, weight in weights.items() if weight.ndim == 2)
+    weights[name] = (127 * weights[name] / weights[name].abs().max()).to(torch.int8)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=mentions("layers.0", "whole numbers", "quantized")):
+        load_weights(str(tmp_path))
+
+
 def test_a_model_whose_output_is_that_of_a_decoder_is_an_error(tmp_path: Path) -> None:
     """The feature of a DETR would be the mean of its object queries."""
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
