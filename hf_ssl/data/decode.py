@@ -11,14 +11,10 @@ because torchvision 0.29 gains little and crashes the process on a damaged file.
 The result has one channel (gray, ITU-R 601 luma) or three. `hf_ssl.data.pixels` explains how other numbers
 than those of 8 bits become pixels (`BitImageProcessor` would clip them at 255). `hf_ssl.data.readers` reads
 the files that Pillow opens with other pixels. Files with more than four channels raise BrokenImage.
-
-`read_photo` decodes a picture from an untrusted source, such as an upload to a Space.
 """
 
 import io
 import os
-import struct
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,34 +25,15 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from hf_ssl.data.formats import READABLE, reason_of, usual_ending
+from hf_ssl.data.formats import reason_of
 from hf_ssl.data.pixels import BrokenImage, Decoded, Samples, ValueRange, array_image, to_array
+from hf_ssl.data.plain_headers import plain_shape
 from hf_ssl.data.readers import SWAPS_SIDES, EncodedBytes, ImageData, orientation_of, read_image
-from hf_ssl.errors import UserError
 
 try:
     from torchvision.io import decode_image as torchvision_decode
 except ImportError:  # torchvision 0.29 deprecates its decoders; later versions may lack them
     torchvision_decode = None
-
-# Limits of pictures from untrusted sources.
-MAX_BYTES = 20_000_000
-MAX_PIXELS = 50_000_000  # the largest common phone cameras take 8160 x 6120 pixels
-MAX_RATIO = 20  # processors enlarge the short edge: 1 x 60,000 pixels would need gigabytes
-# Pillow and pillow-heif open AVIF and HEIC files without decoding them. JPEG XL is missing here:
-# pillow-jxl-plugin (1.3) decodes a file when it opens it, so the number of pixels cannot be checked before.
-_OF_PLUGINS = {"AVIF": ".avif", "HEIF": ".heic"}
-FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
-    *(name for name, ending in _OF_PLUGINS.items() if ending in READABLE),
-)
-_KINDS = "a JPEG, PNG, WebP, GIF, BMP or TIFF picture"
-_OTHER_KINDS = {
-    ".avif": "an AVIF picture",
-    ".heic": "a HEIC picture",
-    ".jxl": "a JPEG XL picture",
-    ".jp2": "a JPEG 2000 picture",
-}
 
 
 class EncodedImage(NamedTuple):
@@ -292,136 +269,3 @@ def read_pixels(data: ImageData, convert: Callable[[Decoded], np.ndarray], *, ex
 def as_pillow(pixels: Tensor) -> PIL.Image.Image:
     """Return the gray or RGB image of Pillow with the pixels (1 or 3, H, W) uint8."""
     return array_image(pixels.permute(1, 2, 0).numpy())
-
-
-_Shape: TypeAlias = tuple[int, int, int]
-"""Channels, height and width."""
-
-
-def plain_shape(data: memoryview) -> _Shape | None:
-    """Return the shape of a file that needs no conversion, from its header.
-
-    Such a file is an 8-bit gray or RGB JPEG or WebP file without transparency and without EXIF or XMP data.
-    The function returns None for all other files, also for damaged ones. Sources: ITU-T T.81 annex B (JPEG);
-    RFC 9649 (WebP).
-    """
-    try:
-        if data[:2] == b"\xff\xd8":
-            return _jpeg_shape(data)
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _webp_shape(data)
-    except (struct.error, IndexError):
-        return None  # the file ends in the middle of its header
-    return None
-
-
-def _jpeg_shape(data: memoryview) -> _Shape | None:
-    shape = None
-    position = 2
-    while True:
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill bytes before a marker
-            position += 1
-            continue
-        if marker == 0xDA:  # start of the scan; the shape and the orientation come before it
-            return shape
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        if marker == 0xE1:  # EXIF or XMP data, which may contain the orientation
-            return None
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            depth, height, width, channels = struct.unpack_from(">BHHB", data, position + 4)
-            if marker not in (0xC0, 0xC1, 0xC2) or depth != 8 or channels not in (1, 3):
-                return None  # lossless, arithmetic, 12-bit, or CMYK
-            shape = (channels, height, width)
-        position += 2 + length
-
-
-def _webp_shape(data: memoryview) -> _Shape | None:
-    kind = data[12:16]
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return 3, height & 0x3FFF, width & 0x3FFF
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        if bits >> 28 & 1:  # the image uses transparency
-            return None
-        return 3, (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    return None
-
-
-def read_photo(
-    source: bytes | Path,
-    *,
-    channels: int = 3,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
-    value_range: ValueRange | None = None,
-) -> Tensor:
-    """Return the decoded pixels of one untrusted picture, or of the first frame of an animation.
-
-    The size of the file is checked before it is read. The format and the size of the picture are checked
-    before it is decoded.
-
-    Args:
-        source: the encoded bytes, or a file.
-        channels: 3, or 1 for an encoder of gray images.
-        max_bytes, max_pixels: largest accepted sizes of the file and of the picture.
-        value_range: see `decode`.
-
-    Returns:
-        uint8 (channels, H, W), rotated according to the EXIF tag, with transparent pixels blended over white.
-
-    Raises:
-        UserError: the picture is too large, too narrow or damaged, or the file is not a picture. The message
-            is a sentence for the visitors of a page and names no file.
-    """
-    size = source.stat().st_size if isinstance(source, Path) else len(source)
-    if size == 0:
-        raise UserError(f"This file is empty. Please choose {_KINDS}.")
-    if size > max_bytes:
-        raise UserError(
-            f"This file has {size / 1e6:,.0f} MB. Please choose a picture of at most "
-            f"{max_bytes / 1e6:,.0f} MB."
-        )
-    data = source.read_bytes() if isinstance(source, Path) else source
-    width, height = _size(data, max_pixels)
-    if width * height > max_pixels:
-        raise UserError(
-            f"This picture has {width:,} x {height:,} pixels. Please choose one of at most "
-            f"{max_pixels / 1e6:,.0f} million pixels."
-        )
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise UserError(
-            f"This picture has {width:,} x {height:,} pixels. Please choose one that is at most {MAX_RATIO} "
-            "times as long as wide."
-        )
-    try:
-        return decode(data, channels, value_range)
-    except BrokenImage as error:
-        _, supported, got = str(error).partition(", got ")
-        if supported:  # the advice after the semicolon is for the owner of a data set
-            found = got.partition(";")[0]
-            raise UserError(
-                f"This picture cannot be read ({found}). Please save it as a PNG or JPEG picture of 8 bits."
-            ) from error
-        raise UserError("This picture is damaged or incomplete. Please choose another file.") from error
-
-
-def _size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Return width and height, read from the header only."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about large pictures; the caller raises an error
-            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                return header.size
-    except PIL.Image.DecompressionBombError as error:
-        raise UserError(
-            f"This picture has too many pixels. Please choose one of at most {max_pixels / 1e6:,.0f} million "
-            "pixels."
-        ) from error
-    except Exception as error:  # the readers of Pillow raise many types for damaged headers
-        kind = _OTHER_KINDS.get(usual_ending(data) or "")
-        found = "not a picture that can be read" if kind is None else f"{kind}, which cannot be read here"
-        raise UserError(f"This file is {found}. Please choose {_KINDS}.") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hf_ssl.names import lazy_names
 
 if TYPE_CHECKING:
-    from hf_ssl.data.decode import read_photo
+    from hf_ssl.data.photos import read_photo
     from hf_ssl.evaluation.attention import (
         AttentionMaps,
         attention_maps,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
-from hf_ssl.data.decode import as_pillow, read_photo
+from hf_ssl.data.decode import as_pillow
+from hf_ssl.data.photos import read_photo
 from hf_ssl.data.pixels import BrokenImage, ValueRange
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.attention import attention_maps, patch_size, threshold_attention

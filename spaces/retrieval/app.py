@@ -43,8 +43,8 @@ from gradio import route_utils
 from PIL import Image
 from torch import Tensor
 
-from hf_ssl.data.decode import MAX_BYTES
 from hf_ssl.data.formats import READABLE
+from hf_ssl.data.photos import MAX_BYTES
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation import (
     Gallery,

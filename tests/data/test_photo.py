@@ -14,9 +14,10 @@ from image_files import JPEGXL_RGB16
 from messages import mentions
 from PIL import Image
 
-from hf_ssl.data import decode as decode_module
-from hf_ssl.data.decode import read_photo
+from hf_ssl.data import photos
+from hf_ssl.data.decode import decode
 from hf_ssl.data.formats import READABLE
+from hf_ssl.data.photos import read_photo
 from hf_ssl.errors import UserError
 
 ORIENTATION = 0x0112
@@ -135,15 +136,15 @@ def test_pictures_of_phones_are_read_if_a_data_set_of_them_is(
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = encoded(noise(), kind, exif=exif.tobytes())  # pillow-heif (1.8) turns bytes into a rotation
-    assert torch.equal(read_photo(data), decode_module.decode(data, 3))
+    assert torch.equal(read_photo(data), decode(data, 3))
     assert read_photo(data).shape == (3, 40, 30)
-    monkeypatch.setattr(decode_module, "decode", None)
+    monkeypatch.setattr(photos, "decode", None)
     with pytest.raises(UserError, match=r"\d x \d"):  # before it is decoded
         read_photo(data, max_pixels=1199)
 
 
 def test_a_heic_picture_without_its_plug_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_module, "FORMATS", ("JPEG", "PNG"))
+    monkeypatch.setattr(photos, "FORMATS", ("JPEG", "PNG"))
     with pytest.raises(UserError, match=mentions("HEIC", "JPEG")):
         read_photo(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
@@ -152,7 +153,7 @@ def test_limits_come_before_reading_and_decoding(tmp_path: Path, monkeypatch: py
     def fail(*arguments: object) -> None:
         raise AssertionError("went on")
 
-    monkeypatch.setattr(decode_module, "decode", fail)
+    monkeypatch.setattr(photos, "decode", fail)
     with pytest.raises(UserError, match=mentions("40 x 30")):
         read_photo(GOOD["png"][0], max_pixels=1199)
     path = tmp_path / "large"

@@ -24,7 +24,8 @@ import pytest
 from image_files import fits, png, pnm, sgi, tiff
 from messages import mentions
 
-from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, read_photo, size_in_header, stored_image
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header, stored_image
+from hf_ssl.data.photos import read_photo
 from hf_ssl.data.readers import can_read_all
 from hf_ssl.errors import UserError
 
