@@ -14,7 +14,8 @@ from messages import mentions
 from transformers import BitImageProcessor
 
 from hf_ssl.data import decode as decode_module
-from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, plain_shape, size_in_header, stored_image
+from hf_ssl.data.decode import BrokenImage, EncodedImage, decode, size_in_header, stored_image
+from hf_ssl.data.plain_headers import plain_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchvision and Pillow
 
