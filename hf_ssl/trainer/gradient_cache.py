@@ -102,7 +102,7 @@ def check_chunking(model: SSLPreTrainedModel, *, own_loss: bool = False) -> None
 def warn_about_accumulation(model: SSLPreTrainedModel, args: SSLTrainingArguments) -> None:
     """Log a warning if gradient accumulation changes a loss that compares images with each other."""
     parts, size = args.gradient_accumulation_steps, args.per_device_train_batch_size
-    if parts > 1 and model.couples_samples and args.contrastive_chunk_size is None:
+    if parts > 1 and model.compares_images(model.config) and args.contrastive_chunk_size is None:
         logger.warning(
             "training.gradient_accumulation_steps=%d: the loss compares only the %d images of a micro-batch; "
             "training.contrastive_chunk_size=%d without accumulation compares all images of the batch with "

@@ -105,6 +105,7 @@ def test_separately_compared_images_are_reported(tmp_path: Path, no_curves, capl
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trained("byol", tmp_path / "byol", 4)
+        trained("deepcluster_v2", tmp_path / "deepcluster_v2", 4)  # compares images with prototypes
     assert "contrastive_chunk_size" not in caplog.text
 
 

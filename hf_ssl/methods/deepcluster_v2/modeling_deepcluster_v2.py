@@ -30,7 +30,7 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
     """
 
     config_class = DeepClusterV2Config
-    couples_samples = True
+    couples_samples = True  # for the mean over the images that have a cluster
     minimum_views = 1
     takes_local_views = True
     collapsed_below = COLLAPSED_PROTOTYPES
@@ -46,6 +46,11 @@ class DeepClusterV2ForPreTraining(SSLPreTrainedModel):
         views, labels = config.global_views, len(config.prototypes)
         self.bank = ClusteredRows(config.num_samples, views, config.projection_size, labels)
         self.post_init()
+
+    @classmethod
+    def compares_images(cls, config: DeepClusterV2Config) -> bool:
+        """Return False: the loss compares each image only with the prototypes."""
+        return False
 
     def freeze(self) -> None:
         """Also freeze the prototypes, because k-means sets them."""
