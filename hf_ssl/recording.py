@@ -199,6 +199,7 @@ def _training_facts(recipe: Recipe, trainer: SSLTrainer) -> TrainingFacts:
         resumed=trainer.resumed,
         choices={key: dict(choice) for key, choice in trainer.choices.items()},
         selection=args.metric_for_best_model if args.load_best_model_at_end else None,
+        earlier=machine.get("earlier", []),  # older versions did not store it
         peak_memory_gib=max(memory, default=None),
     )
 

@@ -100,6 +100,9 @@ class TrainingFacts(TypedDict):
     # Settings chosen for the machine: {"training.batch_size": {"value": 32, "reason": "..."}}.
     choices: Annotated[dict[str, dict[str, Any]], Default({})]
     selection: str | None  # the metric that selected the checkpoint; None: the last weights
+    # Earlier parts of a run that was resumed elsewhere, or with other versions or another precision:
+    # {"last_step": 300, "environment": EnvironmentFacts, "precision": "bfloat16", "processes": 1}.
+    earlier: Annotated[list[dict[str, Any]], Default([])]
     # Highest memory of the process, on CUDA of the GPU. None: an older version did not record it.
     peak_memory_gib: Annotated[float | None, Default(None)]
 

@@ -64,6 +64,7 @@ class CheckpointTrainer(OptimizingTrainer):
     """
 
     machine: dict[str, Any] | None = None
+    _earlier: tuple[dict[str, Any], ...] = ()  # machines before this one, see `machine_of_training`
     _resumed_metric: str | None = None
     _written: frozenset[Path] = frozenset()  # checkpoints of this call of `train`
     stopwatch: Stopwatch
@@ -212,9 +213,13 @@ class CheckpointTrainer(OptimizingTrainer):
     def machine_of_training(self) -> dict[str, Any]:
         """Return software and hardware, precision, and number of processes of the last part of the training.
 
+        "earlier" has those of earlier parts, if they differ, with "last_step" of each part.
         If the command of a finished run is repeated, also on another machine, these facts stay the same.
         """
-        return self.machine or {
+        return self.machine or self._this_machine() | {"earlier": list(self._earlier)}
+
+    def _this_machine(self) -> dict[str, Any]:
+        return {
             "environment": environment(self.args.device, self.args.world_size),
             "precision": ACCELERATE[self.accelerator.mixed_precision],
             "processes": self.args.world_size,
@@ -263,6 +268,10 @@ class CheckpointTrainer(OptimizingTrainer):
         # Older versions did not count the images.
         self.images_seen = state.get("images_seen", images // self.args.gradient_accumulation_steps)
         self._resumed_metric = state.get("metric_for_best_model")
+        before = dict(state.get("machine") or {})  # older versions did not store the machine
+        self._earlier = tuple(before.pop("earlier", ()))
+        if before and before != self._this_machine():
+            self._earlier += (before | {"last_step": self._resumed_step},)
         with readable(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.online_probe is not None:

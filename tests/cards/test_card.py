@@ -412,6 +412,18 @@ def test_choices_for_the_machine_are_on_the_card_and_in_its_commands(facts, tmp_
     assert evaluate.endswith("evaluation.precision=float32")
 
 
+def test_earlier_machines_of_a_resumed_run_are_on_the_card(facts: dict, tmp_path: Path) -> None:
+    before = facts["environment"] | {"device": "older GPU", "devices": 2, "packages": {"torch": "2.14.0"}}
+    facts["training"]["earlier"] = [
+        {"last_step": 1300, "environment": before, "precision": "bfloat16", "processes": 2}
+    ]
+    write_card(tmp_path, facts)
+    text = (tmp_path / "README.md").read_text()
+    cores = before["cores"]
+    row = f"2 x older GPU, {cores} cores, 2 processes, bfloat16, torch 2.14.0"
+    assert f"| hardware until step 1,300 | {row} |" in text
+
+
 def test_a_full_disk_leaves_the_old_card(facts: dict, tmp_path: Path) -> None:
     write_card(tmp_path, facts)
     before = readme(tmp_path)

@@ -19,10 +19,12 @@ from messages import mentions
 from transformers import TrainerCallback
 
 from hf_ssl import output_folder, run
+from hf_ssl.cards import read_facts
 from hf_ssl.errors import UserError
 from hf_ssl.evaluation.label_trainer import LabelTrainer
 from hf_ssl.output_folder import last_checkpoint, mark_output_folder, only_command, stored_choices
 from hf_ssl.recipe import load_recipe
+from hf_ssl.trainer import checkpoints
 from hf_ssl.trainer.alarms import CollapseAlarm
 from hf_ssl.trainer.trainer import SSLTrainer
 
@@ -313,6 +315,24 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     assert "checkpoint-3" in names(tmp_path)
     finished = run.train(settings)
     assert (finished.state.global_step, finished.resumed) == (4, 1)
+
+
+def test_a_run_that_is_resumed_on_another_machine_records_both(tmp_path, monkeypatch):
+    settings = recipe(tmp_path, "training.save_steps=100")
+    with pytest.raises(SystemExit):
+        run.train(settings, [Terminate()])
+    own = checkpoints.environment("cpu")
+    monkeypatch.setattr(checkpoints, "environment", lambda *_: own | {"device": "another processor"})
+    finished = run.train(settings)
+    machine = finished.machine_of_training()
+    assert machine["environment"]["device"] == "another processor"
+    (before,) = machine["earlier"]
+    assert (before["last_step"], before["environment"], before["processes"]) == (3, own, 1)
+    assert before["precision"] == machine["precision"]
+    monkeypatch.undo()  # another command, which only evaluates the finished run
+    run.pretrain(settings)
+    facts = read_facts(tmp_path)
+    assert facts["training"]["earlier"] == [before] and facts["environment"] == machine["environment"]
 
 
 def test_a_run_that_is_over_is_not_trained_again(tmp_path, monkeypatch):
