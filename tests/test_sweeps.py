@@ -189,6 +189,7 @@ def test_a_sweep_writes_a_page_and_runs_only_what_is_missing(
     assert text.count("the same network without training") == text.count("| raw pixels |") == 1
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert "- Recipe: `smoke/simclr`." in text and "- Seeds: 0." in text and "- Made with hf_ssl " in text
+    assert "- Precision of the trainings: " in text and " in each run. All times are longer" in text
     [shared] = [line for line in text.splitlines() if line.startswith("- Settings of all runs: ")]
     assert "`training.max_steps=2`" in shared
     assert not any(key in shared for key in ("batch_size", "output_dir", "seed", "path"))

@@ -123,6 +123,8 @@ class EnvironmentFacts(TypedDict):
     device: str  # "NVIDIA H200", or the name of the processor
     devices: int
     cores: int  # that the process may run on
+    # of torch in each process, if the process computes on the CPU
+    threads: Annotated[int | None, Default(None)]
     memory_gib: float | None
 
 

@@ -33,6 +33,7 @@ def environment(device: Any = "cpu", processes: int = 1) -> EnvironmentFacts:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         devices=processes,
         cores=usable_cores(),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
     )
 

@@ -73,6 +73,8 @@ class Measured:
         training, results = entry["training"] or {}, entry["results"]
         place = entry["environment"]
         machine = f"{place['device']}, {counted(place['cores'], 'core')}"
+        if place.get("threads") is not None:
+            machine += f", {counted(place['threads'], 'thread')} in each run"
         packages = {"hf_ssl": entry["hf_ssl_version"], **place["packages"]}
         versions = ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if name in packages)
         versions += f" ({entry['date'][:10]})"
@@ -245,6 +247,8 @@ def _origin(runs: Sequence[Measured]) -> list[str]:
     shared = _shared_settings(runs)
     lines += [f"- Settings of all runs: {', '.join(f'`{text}`' for text in shared)}."] if shared else []
     lines.append(f"- Seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}.")
+    precisions = sorted({run.training["precision"] for run in runs if run.training.get("precision")})
+    lines += [f"- Precision of the trainings: {', '.join(precisions)}."] if precisions else []
     versions = dict.fromkeys(run.versions for run in runs if run.versions)
     return [*lines, *([f"- Made with {'; '.join(versions)}."] if versions else [])]
 

@@ -417,8 +417,10 @@ def test_earlier_machines_of_a_resumed_run_are_on_the_card(facts: dict, tmp_path
     facts["training"]["earlier"] = [
         {"last_step": 1300, "environment": before, "precision": "bfloat16", "processes": 2}
     ]
+    facts["environment"]["threads"] = 1
     write_card(tmp_path, facts)
     text = (tmp_path / "README.md").read_text()
+    assert f"| hardware | 1 x AMD EPYC, {before['cores']} cores, 1 thread, " in text
     cores = before["cores"]
     row = f"2 x older GPU, {cores} cores, 2 processes, bfloat16, torch 2.14.0"
     assert f"| hardware until step 1,300 | {row} |" in text
