@@ -56,15 +56,20 @@ def main() -> None:
         )
         write_report(arguments.output, device, environment(device), {name: record})
 
-    chosen = fastest_precision(device.type).name
-    for name, row in ROWS.items():
-        if row.precision not in (None, chosen):
-            print(f"{name}: not measured, because auto chooses {chosen} on this device", flush=True)
-            continue
-        if (not arguments.rows or name in arguments.rows) and (device.type == "cpu" or row.accelerator):
-            keep(name, measure(row, device, arguments.repeats))
-    if device.type == "cpu" and (not arguments.rows or OVERHEAD in arguments.rows):
+    precision, names = fastest_precision(device.type).name, []
+    for name in arguments.rows or [*ROWS, OVERHEAD]:
+        row = ROWS.get(name)
+        if row is not None and row.precision not in (None, precision):
+            print(f"{name}: not measured, because auto chooses {precision} on this device", flush=True)
+        elif device.type == "cpu" or (row is not None and row.accelerator):
+            names.append(name)
+    if len(names) > 1:
+        for name in names:  # in an own process, because a row can change the allocator for later ones
+            subprocess.run(_command(arguments, name), check=True)
+    elif names == [OVERHEAD]:
         keep(OVERHEAD, {"title": "overhead of SSLTrainer per step", **trainer_overhead()})
+    elif names:
+        keep(names[0], measure(ROWS[names[0]], device, arguments.repeats))
 
 
 def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, Any]:
@@ -101,6 +106,13 @@ def measure(row: Row, device: torch.device, repeats: int | None) -> dict[str, An
             "memory_ratio": peer / ours,
         }
     return record
+
+
+def _command(arguments: argparse.Namespace, row: str) -> list[str]:
+    """Return the command that measures one row with the same options."""
+    options = ["--device", arguments.device, "--output", str(arguments.output)]
+    repeats = [] if arguments.repeats is None else ["--repeats", str(arguments.repeats)]
+    return [sys.executable, "-m", "training.benchmarks", row, *options, *repeats]
 
 
 def _peak_elsewhere(row: Row, side: str, device: torch.device) -> float:
