@@ -42,7 +42,14 @@ from hf_ssl.trainer.checkpoint_files import data_state_name, load_data_state, lo
 from hf_ssl.trainer.logs import Stopwatch
 from hf_ssl.trainer.online_probe import OnlineProbe
 from hf_ssl.trainer.optimizers import GROUP_ARGUMENTS, OptimizingTrainer
-from hf_ssl.trainer.resuming import check_files, check_usable, last_good, set_aside_later, usable_checkpoint
+from hf_ssl.trainer.resuming import (
+    check_files,
+    check_usable,
+    lacks_measurement,
+    last_good,
+    set_aside_later,
+    usable_checkpoint,
+)
 from hf_ssl.trainer.transformers_arguments import as_bool
 
 _NO_SETTINGS = ("params", "lr", "last_epoch", "foreach", "fused", "capturable", "differentiable")
@@ -232,6 +239,8 @@ class CheckpointTrainer(OptimizingTrainer):
         # Older versions did not store the machine.
         self.machine = load_data_state(checkpoint, self.args.process_index).get("machine")
         self.state = load_state(checkpoint)
+        if lacks_measurement(self.state, self.args):
+            self._determine_best_metric(self.evaluate(), None)
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)  # the folder of the run can have another name now

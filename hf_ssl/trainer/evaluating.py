@@ -170,6 +170,18 @@ class EvaluatingTrainer(PushingTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """Also treat the first measurement of a resumed run as the one that a signal prevented.
+
+        transformers (5.20 to 5.24) does not use a measurement before the first step for the best model and
+        for a schedule that depends on measurements.
+        """
+        is_late = skip_scheduler and self._resumed_step is not None
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not is_late)
+        if is_late:
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
     def _check_best_metric(self, metrics: Mapping[str, float], prefix: str) -> None:
         """Raise `UserError` if `metric_for_best_model` is not a number among the measurements."""
         name = self.args.metric_for_best_model

@@ -10,7 +10,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl.errors import UserError
 from hf_ssl.files import all_checkpoints, newest_checkpoint
@@ -109,6 +112,26 @@ def is_last_step(checkpoint: Path) -> bool:
         return bool(state["global_step"] >= state["max_steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def lacks_measurement(state: TrainerState, args: TrainingArguments) -> bool:
+    """Return whether the monitor should have measured the step of a checkpoint, but a signal prevented it.
+
+    Args:
+        state: the state in the checkpoint.
+        args: the training arguments.
+    """
+    step, epoch = state.global_step, state.epoch or 0.0
+    if any(each.get("step") == step and any(map(_is_measurement, each)) for each in state.log_history):
+        return False
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return epoch % 1 == 0 and epoch >= max(1, args.eval_delay)
+    is_due = step >= state.max_steps or (state.eval_steps > 0 and step % state.eval_steps == 0)
+    return args.eval_strategy == IntervalStrategy.STEPS and is_due and step >= args.eval_delay
+
+
+def _is_measurement(name: str) -> bool:
+    return name.startswith("eval_")
 
 
 def last_good(folder: Path) -> str:

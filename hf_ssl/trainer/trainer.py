@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,7 @@ from hf_ssl.trainer.callbacks import (
     StopOnSignal,
     WeightDecaySchedule,
 )
+from hf_ssl.trainer.checkpoint_files import load_state
 from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward
@@ -60,6 +62,7 @@ from hf_ssl.trainer.machine_settings import (
 )
 from hf_ssl.trainer.monitor import Monitor
 from hf_ssl.trainer.optimizers import check_objects
+from hf_ssl.trainer.resuming import lacks_measurement
 from hf_ssl.trainer.schedules import largest_weight_decay
 from hf_ssl.trainer.transformers_arguments import check_early_stopping, check_metric, reject_argument
 from hf_ssl.views import ViewPreset
@@ -335,6 +338,8 @@ class SSLTrainer(EvaluatingTrainer):
     ) -> Any:
         """Train as transformers does. Measure the initial model first, unless the run resumes.
 
+        A resumed run first measures the model of the checkpoint if a signal prevented this measurement.
+
         Raises:
             UserError: the run is new, and the output folder contains checkpoints of an earlier run; or the
                 loss or a weight is not finite.
@@ -353,7 +358,9 @@ class SSLTrainer(EvaluatingTrainer):
         elif (finished := self.finished_output(resume_from_checkpoint)) is not None:
             return finished
         try:
-            self.args.eval_on_start = measures_first and not resume_from_checkpoint
+            if resume_from_checkpoint:
+                state = load_state(Path(resume_from_checkpoint))
+                self.args.eval_on_start = lacks_measurement(state, self.args)
             with (
                 keep_loader_position(),
                 kept_memory(self.args.device.type),

@@ -97,6 +97,36 @@ def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measure
     assert train(settings).state.global_step == 4
 
 
+@pytest.mark.parametrize("step", [2, 4])  # 4 is the last step
+def test_a_measurement_that_a_signal_prevented_follows_in_the_resumed_run(tmp_path, monkeypatch, step):
+    best = ["training.metric_for_best_model=embedding_std", "training.load_best_model_at_end=true"]
+    both = ["training.save_steps=2", "training.monitor_steps=2"]
+
+    def run(name, *callbacks):
+        return train(recipe(tmp_path / name, *both, *best), list(callbacks))
+
+    def measure(spreads):
+        values = iter(spreads)
+        found = lambda monitor, model: {"embedding_std": next(values), "embedding_rank": 9.0}  # noqa: E731
+        monkeypatch.setattr(Monitor, "_measure_images", found)
+
+    spreads = [1.0, 3.0, 2.0] if step == 2 else [1.0, 2.0, 3.0]  # before the first step, after steps 2 and 4
+    measure(spreads)
+    whole = run("whole")
+    measure(spreads)
+    with pytest.raises(SystemExit):
+        run("cut", Send(step - 1, signal.SIGTERM))
+    resumed = run("cut")
+    for trainer in (whole, resumed):
+        history = [each for each in trainer.state.log_history if "eval_embedding_std" in each]
+        assert [(each["step"], each["eval_embedding_std"]) for each in history] == list(
+            zip((0, 2, 4), spreads, strict=True)
+        )
+        assert trainer.state.best_global_step == step
+    for name, value in whole.method.state_dict().items():
+        assert torch.equal(value, resumed.method.state_dict()[name]), name
+
+
 class WhileSaving(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -127,18 +157,27 @@ def test_workers_survive_a_signal_to_all_processes(tmp_path):
     assert train(settings, [ToWorkers()]).state.global_step == 8
 
 
-def test_the_command_ends_on_sigterm_outside_of_training(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "continues"),
+    [
+        (["methods"], False), (["pretrain", "smoke/simclr"], True), (["sweep", "smoke/simclr"], True),
+        (["sweep", "smoke/simclr", "--list-jobs"], False), (["evaluate", "encoder"], False),
+        (["evaluate", "encoder", "--suite", "transfer_small"], True),
+    ],
+)  # fmt: skip
+def test_the_command_ends_on_sigterm_outside_of_training(monkeypatch, capsys, command, continues):
     before = signal.getsignal(signal.SIGTERM)
 
     def interrupted(arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(commands, "methods", interrupted)
+    monkeypatch.setattr(commands, command[0], interrupted)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["methods"])
+        cli.main(command)
     assert ended.value.code == 143
-    assert "terminated" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "terminated" in shown and ("the same command continues" in shown) == continues
     assert signal.getsignal(signal.SIGTERM) is before
 
 
