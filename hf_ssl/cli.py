@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     has ended.
     """
     arguments = _parsed(argv)
+    advice = "; the same command continues" if _continues(arguments) else ""
     try:
-        with ends_on_sigterm(), short_deprecations():
+        with ends_on_sigterm(advice), short_deprecations():
             arguments.run(arguments)
             sys.stdout.flush()
     except UserError as error:
@@ -42,9 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" for {error.filename}" if error.filename else ""
         return _fail(f"{disk_error_reason(error)}{where}; {SAVED_FILES}")
     except KeyboardInterrupt:
-        print("hf-ssl: interrupted", file=sys.stderr)
+        print(f"hf-ssl: interrupted{advice}", file=sys.stderr)
         return 130
     return 0
+
+
+def _continues(arguments: argparse.Namespace) -> bool:
+    """Return whether the same command continues after an interruption, and does not start again."""
+    lists_only = getattr(arguments, "list_jobs", False)
+    has_suite = getattr(arguments, "suite", None) is not None
+    return not lists_only and (
+        has_suite or arguments.run in (commands.pretrain, commands.supervise, commands.sweep)
+    )
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,14 +27,17 @@ def output_is_closed() -> bool:
 
 
 @contextmanager
-def ends_on_sigterm() -> Iterator[None]:
+def ends_on_sigterm(advice: str = "") -> Iterator[None]:
     """Make SIGTERM raise SystemExit(143), so that cleanup code removes incomplete files.
 
     Training sets its own handler, which saves a checkpoint first (`hf_ssl.trainer.callbacks.StopOnSignal`).
+
+    Args:
+        advice: end of the message.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        print("hf-ssl: terminated", file=sys.stderr)
+        print(f"hf-ssl: terminated{advice}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # handlers need the main thread

@@ -358,7 +358,7 @@ class SSLTrainer(EvaluatingTrainer):
         elif (finished := self.finished_output(resume_from_checkpoint)) is not None:
             return finished
         try:
-            if resume_from_checkpoint:
+            if isinstance(resume_from_checkpoint, str):
                 state = load_state(Path(resume_from_checkpoint))
                 self.args.eval_on_start = lacks_measurement(state, self.args)
             with (
@@ -378,12 +378,12 @@ class SSLTrainer(EvaluatingTrainer):
             ) from error
         else:
             self.check_finite()
+            if self.stop_signal.received is not None:
+                self._stop(save=False)  # the training loop has saved a checkpoint
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
                 logger.warning(
                     "training.load_best_model_at_end: the last model stays; no metric was a number"
                 )
-            if self.stop_signal.received is not None:
-                self._stop(save=False)  # the training loop has saved a checkpoint
             return result
         finally:
             self.args.eval_on_start = measures_first

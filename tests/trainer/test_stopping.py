@@ -98,7 +98,9 @@ def test_a_measurement_is_aborted(tmp_path, monkeypatch, number, raised, measure
 
 
 @pytest.mark.parametrize("step", [2, 4])  # 4 is the last step
-def test_a_measurement_that_a_signal_prevented_follows_in_the_resumed_run(tmp_path, monkeypatch, step):
+def test_a_measurement_that_a_signal_prevented_follows_in_the_resumed_run(
+    tmp_path, monkeypatch, caplog, step
+):
     best = ["training.metric_for_best_model=embedding_std", "training.load_best_model_at_end=true"]
     both = ["training.save_steps=2", "training.monitor_steps=2"]
 
@@ -116,6 +118,7 @@ def test_a_measurement_that_a_signal_prevented_follows_in_the_resumed_run(tmp_pa
     measure(spreads)
     with pytest.raises(SystemExit):
         run("cut", Send(step - 1, signal.SIGTERM))
+    assert "load_best_model_at_end" not in caplog.text
     resumed = run("cut")
     for trainer in (whole, resumed):
         history = [each for each in trainer.state.log_history if "eval_embedding_std" in each]
