@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ssl.cards import read_facts
+from hf_ssl.cards.card import CARD
 from hf_ssl.cards.facts_files import FILE as FACTS
 from hf_ssl.cards.facts_files import read_entries, result_entry
 from hf_ssl.cards.privacy import encoder_name
@@ -83,8 +84,12 @@ def _starts(run: Run) -> int:
 
 
 def has_results(run: Run, output: Path) -> bool:
-    """Return whether the folder of a run has its results and its encoder."""
-    return (run.folder(output) / (FACTS if run.command == PRETRAIN else EVALUATION)).exists()
+    """Return whether the folder of a run has its results and its encoder.
+
+    Pretraining writes the card last. A run that was killed between the facts and the card is not finished.
+    """
+    files = (FACTS, CARD) if run.command == PRETRAIN else (EVALUATION,)
+    return all((run.folder(output) / name).exists() for name in files)
 
 
 def error_file(folder: Path) -> Path:

@@ -542,6 +542,15 @@ def test_runs_at_the_same_time_wait_for_the_encoder_from_which_they_start(
     assert "d ends" in events and "d does not start" not in events
 
 
+def test_a_run_that_was_killed_before_its_card_is_not_finished(tmp_path: Path) -> None:
+    sweep = load_sweep("smoke/simclr", SMALL)
+    folder = sweep.run(1).folder(tmp_path)
+    folder.mkdir(parents=True)
+    for name, state in (("facts.json", "started"), ("README.md", "finished")):
+        (folder / name).touch()
+        assert list_jobs(sweep, tmp_path)[0].endswith(state)
+
+
 def test_results_of_deleted_runs_are_kept_but_not_their_encoders(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(STUDY.partition("grid:")[0] + "arms: {a: {}, b: {start: a}, c: {}}\n")
