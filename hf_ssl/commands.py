@@ -17,6 +17,7 @@ from hf_ssl.methods import METHODS
 from hf_ssl.progress import progress
 from hf_ssl.resources import recipe_files
 from hf_ssl.sections import MISSING
+from hf_ssl.signals import end_with_sweep
 
 _DATA_PATH = re.compile(r"^data:\n(?:(?: .*)?\n)*?  path: *(\S+)", re.MULTILINE)
 
@@ -68,6 +69,8 @@ def quick_imports() -> Iterator[None]:
 
 def sweep(arguments: argparse.Namespace) -> None:
     """Run a grid of settings with several seeds, and write a page with a table and a plot."""
+    if arguments.job is not None:
+        end_with_sweep()
     with progress("loading torch and transformers"), quick_imports():
         from hf_ssl.sweep_file import load_sweep
 

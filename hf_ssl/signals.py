@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a command from outside: SIGTERM, and a reader of the output that has ended (layer 0)."""
+"""What ends a command from outside: SIGTERM, the end of its sweep, and a reader of the output that has ended
+(layer 0).
+"""
 
 import os
 import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SWEEP = "HF_SSL_SWEEP"
+"""Environment variable of a run of a sweep: the number of the process of the sweep, its parent."""
+stopping = threading.Event()
+"""Set as soon as a training has received a signal. A second signal would stop it before its checkpoint."""
 
 
 def output_is_closed() -> bool:
@@ -48,3 +56,22 @@ def ends_on_sigterm(advice: str = "") -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def end_with_sweep() -> None:
+    """Send SIGTERM to this process when the sweep that started it has ended, for example after `kill -9`.
+
+    Otherwise the run would continue, and the next command of the sweep could not make it. The function does
+    nothing in a process that no sweep started.
+    """
+    sweep = os.getppid()
+    if os.environ.get(SWEEP) != str(sweep):
+        return
+
+    def wait() -> None:
+        while os.getppid() == sweep:  # the system gives another parent to the child of an ended process
+            time.sleep(1)
+        if not stopping.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="hf_ssl sweep", daemon=True).start()

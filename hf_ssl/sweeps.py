@@ -28,6 +28,7 @@ from hf_ssl.errors import UserError, counted
 from hf_ssl.files import disk_errors_as_user_errors, read_json, write_json, write_text
 from hf_ssl.progress import notice
 from hf_ssl.resources import usable_cores
+from hf_ssl.signals import SWEEP
 from hf_ssl.study import PRETRAIN, SUPERVISE, Run, Sweep, folder_name
 from hf_ssl.sweep_results import RUNS, Finished, error_file, has_results, write_results
 
@@ -129,7 +130,8 @@ def run_sweep(sweep: Sweep, command: Command, at_once: int = 1) -> list[Measured
             return
         left = f"; {_left(begin, made, len(running), len(missing))}" if made else ""
         notice(f"run {number} of {len(sweep.runs)}: {run.name}, seed {run.seed}{left}")
-        environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
+        environment = os.environ | {SWEEP: str(os.getpid())}
+        environment |= {"OMP_NUM_THREADS": threads} if at_once > 1 else {}
         with lock:
             if stopped.is_set():
                 return

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from hf_ssl.errors import UserError
 from hf_ssl.files import write_json
 from hf_ssl.recipe import load_recipe
 from hf_ssl.resources import recipe_files, study_files
+from hf_ssl.signals import SWEEP as SWEEP_VARIABLE
 from hf_ssl.study import Run
 from hf_ssl.sweep_file import load_sweep, needed_keys, takes_list
 from hf_ssl.sweep_results import Finished
@@ -756,6 +759,7 @@ def test_runs_end_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     class Process:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             started.append(self)
+            assert env[SWEEP_VARIABLE] == str(os.getpid())
             if during == "start":
                 os.kill(os.getpid(), signal.SIGTERM)
                 ended.wait(0.5)  # without a lock, the sweep would look for running processes now
@@ -772,6 +776,39 @@ def test_runs_end_with_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as error:
         main(["sweep", "smoke/simclr", *SMALL, "--output", str(tmp_path)])
     assert error.value.code == 143 and ended.is_set() and len(started) == 1
+
+
+SWEEP = """import os, subprocess, sys
+from hf_ssl.signals import SWEEP
+run = [sys.executable, "-c", sys.argv[1], "sweep", "smoke/simclr", "--job", "1"]
+subprocess.Popen(run, env=os.environ | {SWEEP: str(os.getpid())}).wait()"""
+RUN = """import sys, time
+from hf_ssl import cli, commands, signals
+
+def loads_torch(text):
+    print("started", flush=True)
+    time.sleep(3 if signals.stopping.is_set() else 20)
+    print("survived", flush=True)
+    sys.exit()
+
+commands.progress = loads_torch
+cli.main()"""
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_a_run_ends_after_its_sweep_was_killed(is_stopping: bool) -> None:
+    """`kill -9` reaches only the sweep, which then cannot end its runs.
+
+    A run that is already stopping gets no second signal, which would prevent its checkpoint.
+    """
+    run = RUN.replace("cli.main()", "signals.stopping.set()\ncli.main()") if is_stopping else RUN
+    command = [sys.executable, "-c", SWEEP, run]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:
+        assert sweep.stdout is not None and sweep.stdout.readline() == "started\n"
+        sweep.kill()
+        output, errors = sweep.communicate()  # until the run has ended
+    assert output == ("survived\n" if is_stopping else "")
+    assert ("terminated; the same command continues" in errors) != is_stopping
 
 
 def test_texts_stay_texts_and_axes_may_give_what_a_recipe_lacks(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from hf_ssl.modeling.eval_mode import evaluation_mode
 from hf_ssl.modeling.gather import any_process, process_count
 from hf_ssl.modeling.outputs import RunProgress
 from hf_ssl.progress import DELAY, bars_move, progress, redrawn
+from hf_ssl.signals import stopping
 from hf_ssl.trainer.logs import Stopwatch, draw_curves
 from hf_ssl.trainer.optimizers import OptimizingTrainer, parameter_groups_by_name
 from hf_ssl.trainer.schedules import schedule_weight_decay
@@ -348,6 +349,7 @@ class StopOnSignal(TrainerCallback):
             self.received = signal.Signals(number)
             raise self.exit_exception()
         self.received = signal.Signals(number)
+        stopping.set()
         if self._interruptible:
             self._interruptible = False
             raise Interrupted
