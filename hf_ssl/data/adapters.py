@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_ssl.data.class_numbers import number_classes
 from hf_ssl.data.columns import (
     LABEL_NAMES,
+    declares_gray,
     find_image_columns,
     find_optional_label_column,
     label_values,
@@ -285,14 +286,27 @@ def _of_dataset(data: Dataset, config: DataConfig, name: str, only_image: bool) 
             items.choose_columns(items[0], config, name, only_image)
         return _of_items(items, where, label)
     column, further = find_image_columns(data.features, config, where, only_image=only_image)
+    is_gray = declares_gray(data.features[column])
     data = without_decoding(data, column, *further)
-    return Source(data, column, label, False, len(data), data._fingerprint, where, further_columns=further)
+    return Source(
+        data,
+        column,
+        label,
+        False,
+        len(data),
+        data._fingerprint,
+        where,
+        further_columns=further,
+        is_gray=is_gray,
+    )
 
 
 def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image: bool) -> Source:
     where, features, label = _described(data, name), data.features, config.label_column
+    is_gray = False
     if features is not None:
         column, further = find_image_columns(features, config, where, only_image=only_image)
+        is_gray = declares_gray(features[column])
         label = find_optional_label_column(features, label, where)
         data = without_decoding(data, column, *further)
     else:  # `map` without features, or a generator: the columns are known from the first example only
@@ -317,6 +331,7 @@ def _of_stream(data: IterableDataset, config: DataConfig, name: str, only_image:
         whole_shards=False,
         one_shard=one_shard,
         further_columns=further,
+        is_gray=is_gray,
     )
 
 

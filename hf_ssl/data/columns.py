@@ -18,6 +18,8 @@ from hf_ssl.errors import UserError
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
+GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "F")
+"""Modes of Pillow without color."""
 _LISTED_CHARACTERS = 120
 
 
@@ -273,6 +275,15 @@ def without_decoding(data: AnyDataset, *columns: str) -> AnyDataset:
         if isinstance(features[column], Image):
             data = data.cast_column(column, Image(decode=False))
     return data
+
+
+def declares_gray(feature: Any) -> bool:
+    """Return whether a column of images declares that they are gray, such as `Image(mode="L")`.
+
+    `without_decoding` drops this mode, so its caller must apply it. Other modes need no conversion, because
+    hf_ssl reads all images as RGB.
+    """
+    return isinstance(feature, Image) and feature.mode in GRAY_MODES
 
 
 def named_files(dataset: Dataset, columns: Iterable[str]) -> list[str]:

@@ -35,7 +35,7 @@ class DataConfig:
             stops unless the split is set.
         streaming: whether to read the files directly, shuffled in a window, without a local copy.
         image_column: the column of images. It is required if the data set has several, or if the column does
-            not have the type Image.
+            not have the type Image. A column with a gray mode, such as `Image(mode="L")`, gives gray images.
         further_image_columns: further columns of images and their kinds, such as `{depth: gray, normals:
             normals}`. Only CMC uses them: each column is one more view of the image. All images of a row must
             have the same size. Kinds: "gray" (depth or any other single channel), "rgb", "normals" (surface

@@ -158,13 +158,17 @@ def size_in_header(image: AnyStored) -> tuple[int, int]:
     return images.size_in_header(image.image if isinstance(image, RowImages) else image)
 
 
-def decode(data: ImageData | RowData, channels: int, value_range: ValueRange | None = None) -> Tensor:
+def decode(
+    data: ImageData | RowData, channels: int, value_range: ValueRange | None = None, *, is_gray: bool = False
+) -> Tensor:
     """Return the pixels of one row.
 
     Args:
         data: the images of the row, or of the image column alone.
         channels: channels of the image: 1 for gray, 3 for RGB.
         value_range: see `hf_ssl.data.decode.decode`. It does not change the further columns.
+        is_gray: whether to convert the image to gray, with `channels` equal channels. It does not change the
+            further columns.
 
     Returns:
         (C, H, W) uint8: the channels of the image, then those of the further columns. The strides may be of
@@ -174,8 +178,8 @@ def decode(data: ImageData | RowData, channels: int, value_range: ValueRange | N
         BrokenImage: an image cannot be decoded, does not match its kind, or has another size.
     """
     if not isinstance(data, RowData):
-        return images.decode(data, channels, value_range)
-    parts = [images.decode(data.image, channels, value_range)]
+        return images.decode(data, 1 if is_gray else channels, value_range).expand(channels, -1, -1)
+    parts = [decode(data.image, channels, value_range, is_gray=is_gray)]
     for column, (kind, further) in data.further.items():
         try:
             pixels = _decode_kind(further, kind)

@@ -52,7 +52,7 @@ class EncodedRows:
         self.channels = channels + further_channels(source.further_columns)
         self.description = source.description
         self._row_numbers, self._folder = source.row_numbers, source.folder
-        self._value_range = source.value_range
+        self._value_range, self._is_gray = source.value_range, source.is_gray
 
     def __len__(self) -> int:
         return len(self._items)
@@ -78,7 +78,8 @@ class EncodedRows:
         broken: dict[int, str] = {}
         for position, image in enumerate(self.stored(rows)):
             try:
-                images.append(decode(image.read(), self._image_channels, self._value_range))
+                channels, values, is_gray = self._image_channels, self._value_range, self._is_gray
+                images.append(decode(image.read(), channels, values, is_gray=is_gray))
             except BrokenImage as error:
                 broken[position] = broken_message(self.describe(int(rows[position])), image, error)
                 images.append(torch.empty(self.channels, 0, 0, dtype=torch.uint8))

@@ -28,6 +28,7 @@ from hf_ssl.data.builders import open_builder
 from hf_ssl.data.class_files import files_with_classes, require_same_classes
 from hf_ssl.data.columns import (
     LABEL_NAMES,
+    declares_gray,
     find_image_columns,
     find_label_column,
     first_relative_name,
@@ -92,6 +93,7 @@ class Source:
         row_numbers: the numbers of selected rows in the data set; None without a selection.
         value_range: the values of the image column that become black and white (`data.value_range`); None:
             the limits of the type of numbers.
+        is_gray: whether the image column declares gray images, see `hf_ssl.data.columns.declares_gray`.
         cache: results of loaders that the next loader of this source uses again, e.g. decoded images.
     """
 
@@ -112,6 +114,7 @@ class Source:
     count: FileCount | None = None
     row_numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
     value_range: ValueRange | None = None
+    is_gray: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -121,11 +124,12 @@ class Source:
         The fingerprint of `Dataset` covers only the names of the files. A file may be replaced.
         """
         dataset = cast(Dataset, self.dataset)
+        fingerprint = f"{dataset._fingerprint}{'-gray' * self.is_gray}"
         if self.is_listed:
-            return dataset._fingerprint
+            return fingerprint
         names = named_files(dataset, [self.image_column, *self.further_columns])
         files = [str(resolved(name, self.folder)) for name in names]
-        return f"{dataset._fingerprint}-{state_of_files(files)}" if files else dataset._fingerprint
+        return f"{fingerprint}-{state_of_files(files)}" if files else fingerprint
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return some rows of map-style data, in the given order."""
@@ -260,6 +264,7 @@ def open_source(
         files=opened.files,
         folder=folder,
         count=count,
+        is_gray=declares_gray(features[image_column]),
     )
     with _as_user_errors(config.path, location):  # reads some images
         source = source.with_value_range(config.value_range)

@@ -143,6 +143,7 @@ class StreamShards:
         else:  # Python functions make the images
             self.dataset = source.dataset.with_format(None)
         self.description, self.value_range = source.description, source.value_range
+        self.is_gray = source.is_gray
         self.source_cache = source.cache
         self.count: int = 1 if source.one_shard else self.dataset.num_shards
         self.sizes = source.shard_sizes if len(source.shard_sizes) == self.count else [1] * self.count

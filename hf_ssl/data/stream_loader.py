@@ -138,7 +138,8 @@ class StreamBatchDataset(IterableDataset[LoadedBatch]):
         while len(images) < self.share.batch_size:
             row = reader.next_row()
             try:
-                images.append(decode(row.image.read(), self.channels, self.shards.value_range))
+                values, is_gray = self.shards.value_range, self.shards.is_gray
+                images.append(decode(row.image.read(), self.channels, values, is_gray=is_gray))
             except BrokenImage as error:
                 where = self.shards.describe(row.shard, row.number)
                 broken.append(broken_message(where, row.image, error))

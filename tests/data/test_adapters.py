@@ -22,7 +22,7 @@ from datasets import (
 )
 from messages import mentions
 
-from hf_ssl.data import DataConfig, label_data, train_loader
+from hf_ssl.data import DataConfig, label_data, open_source, train_loader
 from hf_ssl.data.adapters import as_source
 from hf_ssl.data.decode import decode
 from hf_ssl.data.images import EncodedRows
@@ -109,6 +109,31 @@ def test_encoded_images_of_a_table_are_not_decoded(table: Dataset) -> None:
     assert not source.dataset.features["image"].decode and table.features["image"].decode
     assert source.label_column == "label"
     assert EncodedRows(source, 3).stored([3])[0].read().to_pybytes() == png(3)
+
+
+def test_a_column_with_a_gray_mode_gives_gray_images(table: Dataset, tmp_path: Path) -> None:
+    expected = {np.asarray(picture(row).convert("L")).tobytes() for row in range(COUNT)}
+    gray = table.cast_column("image", Image(mode="L"))
+    gray.to_parquet(tmp_path / "train.parquet")
+    on_disk = DataConfig(path=str(tmp_path))
+    sources = {
+        "table": as_source(gray, CONFIG),
+        "stream": as_source(gray.to_iterable_dataset(num_shards=3), CONFIG),
+        "file": open_source(on_disk),
+        "stream of a file": open_source(on_disk, streaming=True),
+    }
+    for source in sources.values():
+        batch = next(iter(train_loader(source, ViewPreset(size=8), config=CONFIG, seed=0, batch_size=COUNT)))
+        for image in batch.images:
+            assert image[0].contiguous().numpy().tobytes() in expected
+            assert torch.equal(image, image[:1].expand(3, -1, -1))
+    (image, *_), _ = EncodedRows(sources["file"], 1).read(np.arange(1))
+    assert image.shape == (1, 12, 12)
+    colors, _ = EncodedRows(as_source(table.cast_column("image", Image(mode="RGB")), CONFIG), 3).read(
+        np.arange(1)
+    )
+    assert torch.equal(colors[0], tensor(0))
+    assert sources["table"].identity != as_source(table, CONFIG).identity
 
 
 def streams(table: Dataset) -> dict[str, tuple[IterableDataset, list[int]]]:
