@@ -29,6 +29,7 @@ from hf_ssl.data.columns import (
     without_decoding,
 )
 from hf_ssl.data.config import DataConfig
+from hf_ssl.data.declared_classes import named_classes
 from hf_ssl.data.decode import BrokenImage, stored_image
 from hf_ssl.data.further_columns import AnyStored, RowImages, stored_further_image
 from hf_ssl.data.location import fingerprint
@@ -171,9 +172,8 @@ class Items:
     def labels(self, column: str | None, where: str) -> tuple[np.ndarray, list[str]]:
         """Return the labels (N,) int64, -1 for items without one, and the names of the classes.
 
-        The labels are a column, the `targets` of torchvision, or the second parts of items (image, label). If
-        the data set has a list `classes` of names, as in torchvision, the number i means the class
-        `classes[i]`.
+        The labels are a column, the `targets` of torchvision, or the second parts of items (image, label).
+        Class numbers have the names that the data set declares (`hf_ssl.data.declared_classes`).
 
         Args:
             column: the key of the label in each item, if the items are dicts.
@@ -201,31 +201,12 @@ class Items:
                 )
         labels = list(labels)
         numbers, names = number_classes(labels, where)
-        declared = None if any(isinstance(label, str) for label in labels) else _declared_classes(self.data)
-        if not (names and declared and all(name.isdecimal() for name in names)):
+        is_number = names and not any(isinstance(label, str) for label in labels)
+        if not is_number or not all(name.isdecimal() for name in names):
             return numbers, names
         given = np.array([int(name) for name in names], np.int64)
-        if given.max() >= len(declared):
-            return numbers, names
-        return np.where(numbers < 0, -1, given[numbers]), declared
-
-
-def _declared_classes(data: Any) -> list[str] | None:
-    """Return the class names of a torchvision data set, or of parts of it; None if they are not known.
-
-    Two `ImageFolder`s give different numbers to the same class if one of them lacks another class.
-    """
-    while isinstance(data, torch.utils.data.Subset):
-        data = data.dataset
-    if isinstance(data, torch.utils.data.ConcatDataset):
-        parts = [_declared_classes(part) for part in data.datasets]
-        return parts[0] if all(part == parts[0] for part in parts) else None
-    names = getattr(data, "classes", None)
-    if getattr(data, "target_transform", None) is not None or not isinstance(names, list | tuple):
-        return None
-    # The names of ImageNet are tuples of synonyms.
-    texts = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
-    return texts if len({*texts}) == len(texts) else None
+        values = np.where(numbers < 0, -1, given[numbers])
+        return named_classes(self.data, values, column) or (numbers, names)
 
 
 _MISSING = object()

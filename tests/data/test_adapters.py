@@ -4,6 +4,7 @@
 import io
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -479,6 +480,72 @@ def test_classes_of_torchvision_are_matched_by_name(form) -> None:
     test.classified_by(train)
     assert test.class_names == train.class_names == ["ant", "bee", "cat"]
     assert test.labels.tolist() == [0, 2, 0, 2]
+
+
+class LightlyDataset:
+    """A data set like that of lightly, which adds the name of the file to each item."""
+
+    def __init__(self, classes: list) -> None:
+        self.dataset = Folder(classes)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple:
+        return *self.dataset[row], f"{row}.png"
+
+
+class TimmData(LightlyDataset):
+    """A data set like `timm.data.ImageDataset`. Only its reader knows the classes."""
+
+    def __init__(self, classes: list) -> None:
+        super().__init__(classes)
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.reader, self.dataset.classes = SimpleNamespace(class_to_idx=numbers), None
+
+
+class OwnNumbers(Folder):
+    """An `ImageFolder` with its own `find_classes`, as in the instructions of ImageNetV2."""
+
+    def __init__(self, classes: list) -> None:
+        super().__init__(sorted(classes, key=str.lower, reverse=True))
+        self.class_to_idx = {name: number for number, name in enumerate(classes)}
+
+
+def table_of(classes: list) -> torch.utils.data.Dataset:
+    """Return a part of a table whose classes are in this order."""
+    count = 2 * len(classes)
+    rows = {"image": [picture(row) for row in range(count)], "label": [*range(len(classes))] * 2}
+    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
+    return torch.utils.data.Subset(Dataset.from_dict(rows, features=features), [*range(count)])
+
+
+KINDS_WITH_CLASSES = (Folder, LightlyDataset, TimmData, OwnNumbers, table_of)
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_CLASSES)
+def test_classes_of_lightly_timm_and_tables_are_matched_by_name(kind) -> None:
+    train = label_data(kind(["ant", "bee", "cat"]), CONFIG, "train")
+    test = label_data(kind(["cat", "ant"]), CONFIG, "test")
+    test.classified_by(train)
+    assert test.class_names == train.class_names == ["ant", "bee", "cat"]
+    assert test.labels.tolist() == [2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_CLASSES)
+def test_joined_data_sets_have_the_classes_of_all_parts(kind) -> None:
+    """Before, class 1 of the first part and class 1 of the second part were one class."""
+    joined = torch.utils.data.ConcatDataset([kind(["ant", "bee"]), kind(["bee", "cat"])])
+    for data, expected in (
+        (joined, ["ant", "bee", "ant", "bee", "bee", "cat", "bee", "cat"]),
+        (torch.utils.data.Subset(joined, [5, 0, 4]), ["cat", "ant", "bee"]),
+    ):
+        images = label_data(data, CONFIG, "test")
+        assert images.class_names == ["ant", "bee", "cat"]
+        assert [images.class_names[label] for label in images.labels] == expected
+    mixed = torch.utils.data.ConcatDataset([kind(["ant", "bee"]), [(picture(0), 1)]])
+    if kind is not table_of:  # whose items are dicts
+        assert label_data(mixed, CONFIG, "test").class_names == ["0", "1"]
 
 
 @pytest.mark.parametrize(
