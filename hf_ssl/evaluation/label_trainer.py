@@ -81,7 +81,8 @@ def training_folder(
     if folder is None:
         return None
     config = getattr(model, "config", None)
-    parts = (settings, getattr(images, "fingerprint", None), None if config is None else config.to_dict())
+    described = None if config is None else _without_place(config.to_dict())
+    parts = (settings, getattr(images, "fingerprint", None), described)
     digest = hashlib.sha256(repr(parts).encode())
     rows, *others = labels
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int))]
@@ -91,6 +92,16 @@ def training_folder(
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return Path(folder).expanduser() / f"{protocol}-{digest.hexdigest()[:16]}"
+
+
+def _without_place(config: Any) -> Any:
+    """Return a configuration without the folder from which it was loaded.
+
+    A classifier of transformers is loaded from a temporary folder, whose name differs in each process.
+    """
+    if isinstance(config, dict):
+        return {key: _without_place(value) for key, value in config.items() if key != "_name_or_path"}
+    return config
 
 
 @contextmanager

@@ -413,6 +413,17 @@ def test_two_processes_compute_what_one_computes(kind: str, forks, tmp_path: Pat
         torch.testing.assert_close(two[weights], one[weights], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "dinov2"])
+def test_the_same_training_has_the_same_folder(kind: str, data) -> None:
+    """Otherwise, it would not resume. Classifiers of transformers are loaded from temporary folders."""
+    encoder, labels = new_encoder(kind), [np.arange(40), data[1].numpy()]
+    models = [classifier(encoder).model for _ in range(2)]
+    folders = [
+        training_folder("folder", "fine_tune", SETTINGS, model, augmented(data), labels) for model in models
+    ]
+    assert folders[0] == folders[1]
+
+
 def test_checkpoints_belong_to_all_images_and_to_the_configuration_of_the_encoder() -> None:
     """At most 16 images are hashed, and two configurations can have equal weights."""
     folders = set()
