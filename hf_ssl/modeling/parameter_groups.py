@@ -27,6 +27,8 @@ _BLOCK = re.compile(
     r"(?:^|\.)(?:stages|layers|layer|blocks|block|s)\.?(\d+)\.(?:(?:(?:layers|blocks)\.|b)?(\d+)\.)?"
 )
 _FIRST = re.compile(r"(^|\.)(\w*embed\w*|cls_token|reg_token|dist_token|\w*stem\w*|conv1|bn1)(\.|$)")
+# Parts after the blocks. Names inside of them can match `_FIRST` (AIMv2, SAM).
+_AFTER_BLOCKS = re.compile(r"(^|\.)(head|neck|classifier)\.")
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,27 @@ def _is_vector(parameter: nn.Parameter, owner: nn.Module) -> bool:
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
     """Return the depth of each parameter of an encoder, for layer-wise learning rate decay.
 
-    Embeddings and stem have depth 0, the first block 1. Parameters after the last block are one deeper than
+    Embeddings and stem have depth 0, and so have all other parameters before the first block, such as CLIP's
+    LayerNorm after the embeddings. The first block has 1. Parameters after the last block are one deeper than
     it.
 
     Args:
-        names: names of all parameters of the encoder.
+        names: names of all parameters of the encoder, in its order.
     """
     blocks = {name: _block(name) for name in names}
     found = sorted({block for block in blocks.values() if block is not None})
     order = {block: number for number, block in enumerate(found, start=1)}
+    depths: dict[str, int] = {}
     last = len(order) + 1
-    return {
-        name: order[block] if block is not None else (0 if _FIRST.search(name) else last)
-        for name, block in blocks.items()
-    }
+    outside = 0 if found else last  # depth of the next parameter outside of blocks
+    for name, block in blocks.items():
+        if block is not None:
+            depths[name], outside = order[block], last
+        elif _AFTER_BLOCKS.search(name):
+            depths[name] = last
+        else:
+            depths[name] = 0 if _FIRST.search(name) else outside
+    return depths
 
 
 def block_count(names: Iterable[str]) -> int:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from messages import mentions
 from transformers import (
+    Aimv2VisionModel,
     AutoModel,
     BitImageProcessor,
+    CLIPVisionModel,
     ConvNextV2Config,
     Dinov2Config,
     ResNetConfig,
+    SamVisionModel,
     SwinConfig,
     TimmWrapperConfig,
     TimmWrapperModel,
@@ -79,6 +82,31 @@ def test_depth_of_parameters(config, first, middle, last, blocks):
     assert set(found.values()) == set(range(blocks + (2 if last else 1)))
     assert (found[first], found[middle]) == (0, 2)
     assert last is None or found[last] == blocks + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "first", "last"),
+    [
+        (CLIPVisionModel, {}, ["pre_layrnorm.weight", "embeddings.class_embedding"], "post_layernorm.weight"),
+        (Aimv2VisionModel, {}, ["embeddings.patch_embed.weight"], "head.cls_token"),
+        (
+            SamVisionModel,
+            {"output_channels": 8},
+            ["pos_embed", "patch_embed.projection.weight"],
+            "neck.conv1.weight",
+        ),
+    ],
+)
+def test_depth_of_parameters_before_and_after_the_blocks(kind, settings, first, last):
+    """Before, CLIP's LayerNorm before the first block had the learning rate of the head."""
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    with torch.device("meta"):
+        encoder = kind(kind.config_class(**size, **settings))
+    names = [name for name, _ in encoder.named_parameters()]
+    start = "vision_encoder." if kind is SamVisionModel else ""
+    found = layer_depths(names)
+    assert [found[f"{start}{name}"] for name in (*first, last)] == [0] * len(first) + [3]
+    assert layer_depths(["head.weight", *names])["head.weight"] == 3
 
 
 @pytest.mark.parametrize(
