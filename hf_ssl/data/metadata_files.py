@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset, Image
 
 from hf_ssl.data.location import advice_for_others
 from hf_ssl.errors import UserError
@@ -63,6 +64,30 @@ def folders_are_no_classes(files: Iterable[str]) -> Iterator[None]:
             f"data.label_column: expected a column of classes in {file}, got none; add a column label with "
             "the name of the folder of each image, because folders are no classes beside such a file"
         ) from error
+
+
+def report_repeated_files(table: Dataset, where: str) -> int:
+    """Log a warning if several rows of a metadata file name the same image, and return how many are too many.
+
+    `datasets` (seen with 5.2) reads such an image several times. This can be intended, for example for
+    several captions of an image.
+
+    Args:
+        table: the images of a folder.
+        where: the folder, for the message.
+    """
+    column = next((name for name, feature in table.features.items() if isinstance(feature, Image)), None)
+    if column is None:
+        return 0
+    images = table.select_columns([column]).cast_column(column, Image(decode=False))
+    paths = [path for path in images.flatten().with_format(None)[f"{column}.path"][:] if path is not None]
+    repeated = len(paths) - len({*paths})
+    if repeated:
+        logger.warning(
+            "%d of %d rows in the metadata of %s name an image again; each row counts as an image", repeated,
+            len(table), where,
+        )  # fmt: skip
+    return repeated
 
 
 def declares_its_files(root: str) -> bool:

@@ -227,6 +227,18 @@ def test_a_metadata_file_with_a_byte_order_mark_is_used(tmp_path):
     assert "kind" in open_source(DataConfig(path=str(root))).dataset.features
 
 
+def test_images_that_a_metadata_file_names_twice_are_reported(tmp_path, caplog):
+    """Such an image is two rows, so the number of rows does not show that another file is missing."""
+    root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c.jpg"])
+    (root / "metadata.csv").write_text("file_name,kind\na.jpg,x\nb.jpg,y\nb.jpg,y\n")
+    assert open_source(DataConfig(path=str(root))).num_rows == 3
+    assert "1 of 3 rows in the metadata" in caplog.text and "1 of 3 images" in caplog.text
+    caplog.clear()
+    (root / "metadata.csv").write_text("file_name,kind\na.jpg,x\nb.jpg,y\nc.jpg,y\n")
+    open_source(DataConfig(path=str(root)))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_images_that_the_metadata_file_does_not_name_are_reported(tmp_path, caplog, streaming):
     root = write(tmp_path / "photos", ["a.jpg", "b.jpg", "c.jpg"])
