@@ -239,7 +239,7 @@ class CheckpointTrainer(OptimizingTrainer):
         # Older versions did not store the machine.
         self.machine = load_data_state(checkpoint, self.args.process_index).get("machine")
         self.state = load_state(checkpoint)
-        if lacks_measurement(self.state, self.args):
+        if lacks_measurement(checkpoint, self.args):
             self._determine_best_metric(self.evaluate(), None)
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"

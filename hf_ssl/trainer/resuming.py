@@ -12,13 +12,13 @@ from pickle import UnpicklingError
 import torch
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_ssl.errors import UserError
 from hf_ssl.files import all_checkpoints, newest_checkpoint
 from hf_ssl.modeling.finite import not_finite, tensors_in
 from hf_ssl.modeling.image_trainer import missing_files
+from hf_ssl.trainer.checkpoint_files import load_state
 from hf_ssl.weight_files import not_finite_in
 
 logger = logging.getLogger(__name__)
@@ -114,13 +114,14 @@ def is_last_step(checkpoint: Path) -> bool:
         return False
 
 
-def lacks_measurement(state: TrainerState, args: TrainingArguments) -> bool:
+def lacks_measurement(checkpoint: str | Path, args: TrainingArguments) -> bool:
     """Return whether the monitor should have measured the step of a checkpoint, but a signal prevented it.
 
     Args:
-        state: the state in the checkpoint.
+        checkpoint: the checkpoint.
         args: the training arguments.
     """
+    state = load_state(Path(checkpoint))
     step, epoch = state.global_step, state.epoch or 0.0
     if any(each.get("step") == step and any(map(_is_measurement, each)) for each in state.log_history):
         return False

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -47,7 +46,6 @@ from hf_ssl.trainer.callbacks import (
     StopOnSignal,
     WeightDecaySchedule,
 )
-from hf_ssl.trainer.checkpoint_files import load_state
 from hf_ssl.trainer.checkpoints import check_no_checkpoints, checkpoint_to_resume, keep_loader_position
 from hf_ssl.trainer.evaluating import EvaluatingTrainer
 from hf_ssl.trainer.gradient_cache import cached_backward
@@ -359,8 +357,7 @@ class SSLTrainer(EvaluatingTrainer):
             return finished
         try:
             if isinstance(resume_from_checkpoint, str):
-                state = load_state(Path(resume_from_checkpoint))
-                self.args.eval_on_start = lacks_measurement(state, self.args)
+                self.args.eval_on_start = lacks_measurement(resume_from_checkpoint, self.args)
             with (
                 keep_loader_position(),
                 kept_memory(self.args.device.type),
