@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 
 from hf_ssl.data.location import advice_for_others
 from hf_ssl.errors import UserError
@@ -66,28 +66,40 @@ def folders_are_no_classes(files: Iterable[str]) -> Iterator[None]:
         ) from error
 
 
-def report_repeated_files(table: Dataset, where: str) -> int:
-    """Log a warning if several rows of a metadata file name the same image, and return how many are too many.
+def report_listed_files(data: Dataset | IterableDataset, rows: int, images: int, where: str) -> None:
+    """Log a warning if a metadata file does not name all images of a folder, or names some of them again.
 
-    `datasets` (seen with 5.2) reads such an image several times. This can be intended, for example for
-    several captions of an image.
+    `datasets` (seen with 5.2) reads an image once for each row. This can be intended, for example for several
+    captions of an image.
 
     Args:
-        table: the images of a folder.
+        data: the rows. In a stream, images that are named again are not found.
+        rows: number of the rows.
+        images: number of images in the folder.
         where: the folder, for the message.
     """
+    repeated = _repeated(data) if isinstance(data, Dataset) else 0
+    if repeated:
+        logger.warning(
+            "%d of %d rows in the metadata of %s name an image again; each row counts as an image", repeated,
+            rows, where,
+        )  # fmt: skip
+    if rows - repeated < images:
+        logger.warning(
+            "%d of %d images in %s are not used, because a metadata file in the folder does not name them; "
+            "data.split=all reads all images without the metadata",
+            images - rows + repeated, images, where,
+        )  # fmt: skip
+
+
+def _repeated(table: Dataset) -> int:
+    """Return how many rows name an image that an earlier row has named."""
     column = next((name for name, feature in table.features.items() if isinstance(feature, Image)), None)
     if column is None:
         return 0
     images = table.select_columns([column]).cast_column(column, Image(decode=False))
     paths = [path for path in images.flatten().with_format(None)[f"{column}.path"][:] if path is not None]
-    repeated = len(paths) - len({*paths})
-    if repeated:
-        logger.warning(
-            "%d of %d rows in the metadata of %s name an image again; each row counts as an image", repeated,
-            len(table), where,
-        )  # fmt: skip
-    return repeated
+    return len(paths) - len({*paths})
 
 
 def declares_its_files(root: str) -> bool:

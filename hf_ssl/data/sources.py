@@ -50,7 +50,7 @@ from hf_ssl.data.location import (
     locate,
     state_of_files,
 )
-from hf_ssl.data.metadata_files import folders_are_no_classes, report_repeated_files
+from hf_ssl.data.metadata_files import folders_are_no_classes, report_listed_files
 from hf_ssl.data.pixels import ValueRange
 from hf_ssl.data.stream_length import length_of_stream, size_of_stream
 from hf_ssl.data.unread import ALL, FileCount
@@ -309,15 +309,8 @@ def _open_with_datasets(
         opened = _open_table(_prepare(builder, split), False)
     opened = opened._replace(files=files_with_classes(builder.config.data_files or {}))
     images = sum(file_kind(file) == IMAGE for file in found.files.get(split, ()))
-    rows = opened.num_rows
-    if images and isinstance(opened.dataset, Dataset):
-        rows = len(opened.dataset) - report_repeated_files(opened.dataset, config.path)
-    if rows is not None and rows < images:
-        logger.warning(
-            "%d of %d images in %s are not used, because a metadata file in the folder does not name them; "
-            "data.split=all reads all images without the metadata",
-            images - rows, images, config.path,
-        )  # fmt: skip
+    if images and opened.num_rows is not None:
+        report_listed_files(opened.dataset, opened.num_rows, images, config.path)
     return opened, str(builder.hash) if location.kind == "hub" else _fingerprint(builder, split)
 
 

@@ -356,7 +356,7 @@ class SSLTrainer(EvaluatingTrainer):
         elif (finished := self.finished_output(resume_from_checkpoint)) is not None:
             return finished
         try:
-            if isinstance(resume_from_checkpoint, str):
+            if not isinstance(resume_from_checkpoint, bool):
                 self.args.eval_on_start = lacks_measurement(resume_from_checkpoint, self.args)
             with (
                 keep_loader_position(),
